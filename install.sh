@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Install SEED Multimodal into the active environment, or into .venv (made here) when none is active.
+#
+#   bash install.sh                          core: everything inference needs
+#   bash install.sh --extras demo,eval,dev   with extras of pyproject.toml (train, lavis, demo, eval, data, dev)
+#   bash install.sh --lavis                  with salesforce-lavis (without its 2023 pins) for SEED_Tokenizer/
+#   bash install.sh --force                  again, although it was done before
+#
+# uv is used when present, else pip. Which torch: SEED_TORCH="torch==2.13.0" if set; one already installed is kept;
+# with an NVIDIA GPU (or on a Mac) the package index's build; otherwise a CPU build (1.4 GB instead of 5.8 GB in all)
+# from pip's find-links or PyTorch's CPU index, where one can be had; else the package index's build, which also runs
+# without a GPU. Everything else follows the installed torch.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/scripts/environment.sh"
+cd "$ROOT"
+
+EXTRAS="" LAVIS=0 FORCE=0
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --extras) EXTRAS="${2:?--extras needs a list, for example demo,dev}"; shift 2 ;;
+        --extras=*) EXTRAS="${1#*=}"; shift ;;
+        --lavis) LAVIS=1; EXTRAS="${EXTRAS:+$EXTRAS,}lavis"; shift ;;
+        --force) FORCE=1; shift ;;
+        -h|--help) sed -n '2,13p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'; exit 0 ;;
+        *) echo "install.sh: unknown option $1 (try --help)" >&2; exit 2 ;;
+    esac
+done
+
+say() { printf '[install] %s\n' "$*"; }
+fail() { printf '[install] %s\n' "$*" >&2; exit 1; }
+
+# --- the environment -------------------------------------------------------------------------------------------------
+modern_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+make_environment() {
+    local candidate base=""
+    for candidate in "${SEED_PYTHON:-}" python3 python python3.13 python3.12 python3.11 python3.14; do
+        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null && modern_python "$candidate"; then
+            base="$candidate"; break
+        fi
+    done
+    say "making the environment $ENVIRONMENT"
+    if command -v uv >/dev/null; then
+        uv venv --quiet --seed --clear --python "${base:-3.12}" "$ENVIRONMENT"
+        return
+    fi
+    [ -n "$base" ] || fail "Python 3.11 or newer is needed: install it, or name one with SEED_PYTHON=/path/to/python3.11."
+    rm -rf "$ENVIRONMENT"
+    "$base" -m venv "$ENVIRONMENT" || fail "$base cannot make an environment: on Debian, apt-get install python3-venv."
+}
+
+if ! modern_python "$PYTHON"; then
+    [ "$ENVIRONMENT" = "$ROOT/.venv" ] || fail "the active environment $ENVIRONMENT has no Python 3.11 or newer: deactivate it, or activate another."
+    make_environment
+fi
+
+# --- done before? ----------------------------------------------------------------------------------------------------
+STAMP="$ENVIRONMENT/.seed_multimodal"
+WANTED="$(printf '%s' "$EXTRAS" | tr ',' '\n' | sed '/^$/d' | sort -u)"
+FINGERPRINT="$ROOT $(cksum < pyproject.toml)"
+if [ "$FORCE" = 0 ] && [ -f "$STAMP" ] && [ "$(head -n 1 "$STAMP")" = "$FINGERPRINT" ]; then
+    MISSING="$(comm -23 <(printf '%s\n' "$WANTED" | sed '/^$/d') <(tail -n +2 "$STAMP" | sort -u))"
+    if [ -z "$MISSING" ] && "$PYTHON" -c 'import seed_multimodal' 2>/dev/null; then
+        say "already installed in $ENVIRONMENT"; exit 0
+    fi
+    WANTED="$(printf '%s\n' "$WANTED" "$(tail -n +2 "$STAMP")" | sed '/^$/d' | sort -u)"
+fi
+SECONDS=0
+
+# --- the installer ---------------------------------------------------------------------------------------------------
+# uv does not read pip's settings; hand over those that say where packages are.
+pip_setting() { "$PYTHON" -m pip config list 2>/dev/null | sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" | tail -n 1; }
+
+if command -v uv >/dev/null; then
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || uv pip install --quiet --python "$PYTHON" pip
+    [ -n "${UV_FIND_LINKS:-}" ] || { v="$(pip_setting find-links)"; [ -z "$v" ] || export UV_FIND_LINKS="${v// /,}"; }
+    [ -n "${UV_INDEX_URL:-}${UV_DEFAULT_INDEX:-}" ] || { v="$(pip_setting index-url)"; [ -z "$v" ] || export UV_DEFAULT_INDEX="$v"; }
+    [ -n "${SSL_CERT_FILE:-}" ] || { v="$(pip_setting cert)"; [ -z "$v" ] || export SSL_CERT_FILE="$v"; }
+fi
+
+packages() {
+    if command -v uv >/dev/null; then
+        uv pip install --quiet --python "$PYTHON" "$@" && return
+        say "uv could not do it; trying pip"
+    fi
+    # pip repeats a warning for every configured place that lacks a package; its errors stay visible.
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" 2> >(grep -v '^WARNING: Location' >&2)
+}
+
+# --- torch -----------------------------------------------------------------------------------------------------------
+installed_torch() { "$PYTHON" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true; }
+has_nvidia_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
+cpu_torch_in_find_links() {  # the version of a CPU build that pip finds without any index, or nothing
+    "$PYTHON" -m pip install --dry-run --no-index --no-deps --ignore-installed --quiet --report - 'torch>=2.11' 2>/dev/null |
+        "$PYTHON" -c 'import json, sys
+version = json.load(sys.stdin)["install"][0]["metadata"]["version"]
+print(version if version.endswith("+cpu") else "")' 2>/dev/null || true
+}
+
+CPU_INDEX="https://download.pytorch.org/whl/cpu"
+cpu_index_answers() {
+    "$PYTHON" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=4).read(64)' "$CPU_INDEX/torch/" 2>/dev/null
+}
+
+install_torch() {
+    local version
+    if [ -n "${SEED_TORCH:-}" ]; then
+        say "torch: $SEED_TORCH, as asked"; packages "$SEED_TORCH"; return
+    fi
+    version="$(installed_torch)"
+    if [ -n "$version" ]; then
+        say "torch: $version is already there"; return
+    fi
+    if [ "$(uname -s)" = Linux ] && ! has_nvidia_gpu; then
+        version="$(cpu_torch_in_find_links)"
+        if [ -n "$version" ]; then
+            say "torch: no NVIDIA GPU here; CPU build $version from find-links"
+            packages "torch==$version" && return
+        fi
+        if cpu_index_answers; then
+            say "torch: no NVIDIA GPU here; CPU build from PyTorch's CPU index"
+            packages --index-url "$CPU_INDEX" 'torch>=2.11' torchvision && return
+        fi
+        say "torch: no NVIDIA GPU here and no CPU build within reach; the index's build (large, runs without a GPU too)"
+    else
+        say "torch: the package index's build"
+    fi
+    packages 'torch>=2.11'
+}
+
+install_torch
+CONSTRAINT="$(mktemp)"
+trap 'rm -f "$CONSTRAINT"' EXIT
+echo "torch==$(installed_torch)" > "$CONSTRAINT"
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+LIST="$(printf '%s' "$WANTED" | tr '\n' ',' | sed 's/,$//')"
+say "seed-multimodal${LIST:+ with $LIST}"
+packages --constraint "$CONSTRAINT" --editable ".${LIST:+[$LIST]}"
+if [ "$LAVIS" = 1 ]; then
+    say "salesforce-lavis 1.0.2, without its dependencies"
+    packages --no-deps salesforce-lavis==1.0.2
+fi
+
+"$PYTHON" -c 'from seed_multimodal import torchvision_shim
+torchvision_shim.install()
+import torch, torchvision, transformers
+print(f"[install] Python imports torch {torch.__version__}, torchvision {torchvision.__version__}, transformers {transformers.__version__}")'
+printf '%s\n' "$FINGERPRINT" "$WANTED" > "$STAMP"
+say "done in ${SECONDS} s: $ENVIRONMENT"
+[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || say "to use it yourself: source .venv/bin/activate"

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Train every part of nano from scratch and report on it; each stage continues where it stopped.
+#   bash scripts/nano_speedrun.sh               full settings (one GPU)
+#   bash scripts/nano_speedrun.sh --cpu         what a 2-core machine does in about two hours
+#   bash scripts/nano_speedrun.sh --pico        the same line in minutes on 2 CPU cores
+# Options: --config FILE  --data DIR  --work DIR  --out DIR  --no-report; further words are dotted settings.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+config=configs/nano/full.yaml
+name=full
+data=data/nano64
+work=""
+out=""
+report=1
+overrides=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --pico) config=configs/nano/pico.yaml; name=pico ;;
+    --cpu) config=configs/nano/cpu.yaml; name=cpu ;;
+    --config) config=$2; name=$(basename "$2" .yaml); shift ;;
+    --data) data=$2; shift ;;
+    --work) work=$2; shift ;;
+    --out) out=$2; shift ;;
+    --no-report) report=0 ;;
+    -h|--help) sed -n '2,6p' "$0"; exit 0 ;;
+    -*) echo "Unknown option $1: see --help." >&2; exit 2 ;;
+    *) overrides+=("$1") ;;
+  esac
+  shift
+done
+work=${work:-runs/$name}
+out=${out:-$work/system}
+
+python=${PYTHON:-python}
+[ -n "${PYTHON:-}" ] || [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+cores=$(getconf _NPROCESSORS_ONLN)
+half=$(( cores > 1 ? cores / 2 : 1 ))
+started=$SECONDS
+
+stages() {  # stages NAMES THREADS
+  "$python" -m seed_multimodal.training.nano --config "$config" --data "$data" --work "$work" --out "$out" \
+    --only "$1" --threads "$2" ${overrides[@]+"${overrides[@]}"}
+}
+
+stages vae,clip,stage1,stage2,codes "$cores"
+# The decoder and the language model both start from the codes and not from each other.
+OMP_NUM_THREADS=$half stages unet,unet2 "$half" &
+decoder=$!
+OMP_NUM_THREADS=$half stages pretrain,sft "$half"
+wait "$decoder"
+stages assemble "$cores"
+
+if [ "$report" = 1 ]; then
+  if [ ! -f "$out/judge/model.safetensors" ]; then
+    steps=$("$python" -c "from seed_multimodal.training.nano.config import load_config as l; print(l('$config').judge_steps)")
+    "$python" -m seed_multimodal.evaluation.train_judge --data "$data" --out "$out/judge" --work "$work/judge" --steps "$steps"
+  fi
+  "$python" -m seed_multimodal.evaluation.report --model "$out" --data "$data" --out "$out/report"
+  echo "The report card is $out/report/report.md."
+fi
+echo "The nano system is in $out (made in $(( (SECONDS - started) / 60 )) min $(( (SECONDS - started) % 60 )) s): seed chat --model $out"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The main job on real pictures, from nothing: install if needed, then look at pictures, name their 32 codes, rebuild,
+# describe, draw, edit, and chat with the shipped pretrained/nano weights. Result: outputs/quickstart/contact_sheet.png
+#
+#   bash scripts/quickstart.sh [--model DIR] [--out DIR] [--seed N]
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$ROOT"
+bash install.sh
+HF_HUB_OFFLINE=1 exec "$PYTHON" -m seed_multimodal.quickstart "$@"

@@ -1,0 +1,16 @@
+"""SEED-LLaMA 14B: a question about images/cat.jpg, a drawing (dog.jpg), an edit (cat_sunglasses.jpg).
+
+    python scripts/seed_llama_inference_14B.py                                    the released weights
+    python scripts/seed_llama_inference_14B.py --model nano                       the shipped ones
+    python scripts/seed_llama_inference_14B.py --image a.jpg --prompt "What is this?"
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.released import llama_script  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(llama_script("14b"))

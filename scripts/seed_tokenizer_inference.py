@@ -1,0 +1,15 @@
+"""A picture becomes 32 codes and a picture again (images/cat.jpg → cat.jpg).
+
+    python scripts/seed_tokenizer_inference.py                   the released tokenizer (pretrained/README.md)
+    python scripts/seed_tokenizer_inference.py --model nano      the shipped one
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.released import tokenizer_script  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(tokenizer_script())

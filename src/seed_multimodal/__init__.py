@@ -1,0 +1,36 @@
+"""SEED Multimodal: a picture becomes 32 discrete words, a language model reads and writes them, words become a picture.
+
+Importing this package is light (no torch). The objects below load on first use:
+
+    from seed_multimodal import SeedLlama
+    seed = SeedLlama.from_pretrained("pretrained/nano")
+    print(seed.describe("cat.png"))
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Model hubs are opt-in: an unreachable name otherwise costs about 25 s of silent retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_LAZY = {
+    "SeedLlama": "seed_multimodal.systems.seed_llama",
+    "Seed2Tokenizer": "seed_multimodal.tokenizers.seed2",
+    "UnclipDetokenizer": "seed_multimodal.detokenizers.unclip",
+    "MultimodalTokenizer": "seed_multimodal.language.tokenizer",
+    "open_image": "seed_multimodal.images.open",
+}
+
+__all__ = ["__version__", *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public object on first use, so that `import seed_multimodal` stays fast."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'seed_multimodal' has no attribute {name!r}")

@@ -1,0 +1,7 @@
+"""`python -m seed_multimodal` is the console command `seed`."""
+
+import sys
+
+from seed_multimodal.cli import main
+
+sys.exit(main())

@@ -1,0 +1,112 @@
+"""The console command `seed`: pictures to codes and back, questions, drawings, edits, conversations.
+
+    seed tokenize cat.jpg                       32 codes
+    seed reconstruct cat.jpg --out rebuilt      picture → codes → picture
+    seed describe cat.jpg                       a caption
+    seed ask cat.jpg "What is this animal?"     an answer
+    seed draw "a red apple"                     a picture from words
+    seed edit cat.jpg "Make it in noto style."  a changed picture
+    seed chat                                   a conversation with pictures in both directions
+    seed convert old.pt new.safetensors         old weights, once, safely
+
+Results go to stdout (one JSON object a line with `--json`), everything else to stderr. Exit codes: 0 done, 1 some
+pictures of a batch were refused, 2 refused as a whole, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from seed_multimodal import __version__
+from seed_multimodal.commands import chat, convert, pictures, talk
+from seed_multimodal.commands.common import (
+    add_common,
+    add_drawing,
+    add_generation,
+    add_quantization,
+    guarded,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (argparse's own errors exit with 2)."""
+    args = build_parser().parse_args(argv)
+    return guarded("seed", args.debug, lambda: args.work(args))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every sub-command."""
+    parser = argparse.ArgumentParser(prog="seed", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"seed-multimodal {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    tokenize = _command(commands, "tokenize", pictures.tokenize, "pictures → codes")
+    tokenize.add_argument("pictures", nargs="+", metavar="PICTURE")
+    tokenize.add_argument("--out", metavar="FILE", help="also write the codes, one JSON object a line")
+    tokenize.add_argument("--batch-size", type=_positive, default=32, metavar="N")
+
+    reconstruct = _command(commands, "reconstruct", pictures.reconstruct, "pictures (or codes) → codes → pictures")
+    reconstruct.add_argument("pictures", nargs="*", metavar="PICTURE")
+    reconstruct.add_argument("--codes", metavar="FILE", help="draw the codes that `seed tokenize --out FILE` wrote")
+    reconstruct.add_argument("--out", metavar="PATH", help="folder, or a file for one picture (default: outputs)")
+    reconstruct.add_argument("--batch-size", type=_positive, default=8, metavar="N")
+    add_drawing(reconstruct)
+
+    describe = _command(commands, "describe", talk.describe, "a caption for each picture", language=True)
+    describe.add_argument("pictures", nargs="+", metavar="PICTURE")
+    describe.add_argument("--prompt", help="ask for the description in other words")
+
+    ask = _command(commands, "ask", talk.ask, "one question about each picture", language=True)
+    ask.add_argument("pictures", nargs="+", metavar="PICTURE")
+    ask.add_argument("question", metavar="QUESTION")
+
+    draw = _command(commands, "draw", talk.draw, "pictures from words", language=True)
+    draw.add_argument("texts", nargs="+", metavar="TEXT")
+    draw.add_argument("--out", metavar="PATH", help="folder, or a file for one picture (default: outputs)")
+    add_drawing(draw)
+
+    edit = _command(commands, "edit", talk.edit, "change each picture as told", language=True)
+    edit.add_argument("pictures", nargs="+", metavar="PICTURE")
+    edit.add_argument("instruction", metavar="INSTRUCTION")
+    edit.add_argument("--out", metavar="PATH", help="folder, or a file for one picture (default: outputs)")
+    add_drawing(edit)
+
+    talking = _command(commands, "chat", chat.chat, "a conversation; pictures are saved", language=True)
+    talking.add_argument("--message", action="append", metavar="TEXT", help="say this and stop; repeat for more turns")
+    talking.add_argument("--image", action="append", default=[], metavar="PICTURE", help="shown with the first message")
+    talking.add_argument("--out", metavar="FOLDER", default="outputs/chat",
+                         help="for drawn pictures (default: %(default)s)")
+    add_drawing(talking)
+
+    converter = commands.add_parser("convert", help="old .pt/.pth/.bin weights → safetensors")
+    converter.add_argument("source", metavar="OLD")
+    converter.add_argument("target", metavar="NEW", nargs="?", help="default: the same name with .safetensors")
+    converter.add_argument("--dtype", default="keep", help="keep, float32, bfloat16 or float16 (default: keep)")
+    converter.add_argument("--force", action="store_true", help="write over an existing file")
+    converter.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    converter.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    converter.set_defaults(work=convert.convert)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, work: Callable[[argparse.Namespace], int], text: str,
+    language: bool = False,
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+    add_common(parser)
+    if language:
+        add_quantization(parser)
+        add_generation(parser)
+    parser.set_defaults(work=work)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number

@@ -1,0 +1,133 @@
+"""`seed chat`: a conversation with pictures in both directions, typed line by line or given with `--message`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.commands.common import (
+    DONE,
+    OF_ONE_PICTURE,
+    SOME_FAILED,
+    Names,
+    Tally,
+    drawing_settings,
+    emit,
+    generation_settings,
+    load_system,
+    opened,
+    save_picture,
+    say,
+)
+from seed_multimodal.errors import RequestError
+
+HELP = "Type a message; /image FILE shows a picture with it, /reset starts over, /help says this, /quit ends."
+
+
+class Talk:
+    """One conversation: what was said, and where drawn pictures go."""
+
+    def __init__(self, system: Any, args: argparse.Namespace) -> None:
+        self.system = system
+        self.args = args
+        self.messages: list[dict[str, Any]] = []
+        self.shown: list[Any] = []
+        self.names = Names(None, args.out, 0)
+
+    def show(self, path: str) -> bool:
+        """Attach a picture to the next message; False (and a sentence) if it cannot be read."""
+        for _, image in opened([path], Tally(1), self.args.debug):
+            self.shown.append(image)
+            return True
+        return False
+
+    def send(self, text: str) -> None:
+        """Say `text` with the attached pictures, print the answer as it comes, save its pictures, remember both."""
+        asked = {"role": "user", "content": [*self.shown, text]}
+        options = {"seed": self.args.seed, **generation_settings(self.args), **drawing_settings(self.args)}
+        parts, answer = self._follow(self.system.chat([*self.messages, asked], stream=True, **options))
+        self.shown = []
+        self.messages += [asked, {"role": "assistant", "content": answer}]
+        if self.args.json:
+            emit(self.args, {"message": text, "answer": parts}, "")
+
+    def reset(self) -> None:
+        """Forget everything said."""
+        self.messages, self.shown = [], []
+
+    def _follow(self, events: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+        """Print events (unless `--json`) and collect them: the parts of the answer, and the answer itself."""
+        parts: list[dict[str, Any]] = []
+        answer = None
+        for event in events:
+            if event["type"] == "text":
+                if parts and "text" in parts[-1]:
+                    parts[-1]["text"] += event["text"]
+                else:
+                    parts.append({"text": event["text"]})
+                self._print(event["text"])
+            elif event["type"] == "image":
+                part: dict[str, Any] = {"codes": list(event["codes"])}
+                if event["image"] is not None:
+                    path = save_picture(event["image"], self.names.next(f"turn_{len(self.messages) // 2 + 1}"))
+                    part["picture"] = str(path)
+                parts.append(part)
+                self._print(f" [picture: {part.get('picture', 'not drawn')}] ")
+            elif event["type"] == "image_broken":
+                parts.append({"broken": event["reason"]})
+                self._print(f" [{event['reason']}] ")
+            elif event["type"] == "done":
+                answer = event["answer"]
+        self._print("\n")
+        return parts, answer
+
+    def _print(self, text: str) -> None:
+        if not self.args.json:
+            print(text, end="", flush=True)
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Run the conversation; without `--message` it reads lines until /quit or end of input."""
+    for picture in args.image:
+        if not Path(picture).is_file():
+            raise RequestError(f"{picture}: there is no such picture.")
+    talk = Talk(load_system(args), args)
+    if not all(talk.show(picture) for picture in args.image):
+        return SOME_FAILED
+    if args.message:
+        for message in args.message:
+            talk.send(message)
+        return DONE
+    return _read_lines(talk)
+
+
+def _read_lines(talk: Talk) -> int:
+    typed = sys.stdin.isatty()
+    if typed:
+        say(HELP)
+    while True:
+        if typed:
+            print("you> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() in ("/quit", "/exit"):
+            return DONE
+        line = line.strip()
+        if line == "/help":
+            say(HELP)
+        elif line == "/reset":
+            talk.reset()
+            say("A new conversation.")
+        elif line.startswith("/image"):
+            path = line.removeprefix("/image").strip()
+            if path and talk.show(path):
+                say(f"{path} goes with your next message.")
+        elif line:
+            try:
+                talk.send(line)
+            except (*OF_ONE_PICTURE, RequestError) as error:
+                if talk.args.debug:
+                    raise
+                say(f"seed: {error}")  # the conversation goes on

@@ -1,0 +1,200 @@
+"""Shared by every command: flags, loading a system, going on after a bad picture, saving without surprises.
+
+Results go to stdout, everything else (what runs where, progress, refusals) to stderr, so that output can be piped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, SeedError
+
+DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# One picture's trouble; anything else (weights, settings) stops the whole command.
+OF_ONE_PICTURE = (ImageError, CodesError, GenerationError)
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal (stderr)."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def add_common(parser: argparse.ArgumentParser, model: str = "nano") -> None:
+    """Flags that every command with a model has."""
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--model", default=model, metavar="NAME", help="nano (shipped), 8b, 14b, or a system folder "
+                       f"(default: {model})")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    group.add_argument("--seed", type=int, default=0, help="random seed; the same seed gives the same result")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """`--quantization`, for commands that load the language model."""
+    parser.add_argument("--quantization", choices=("8bit", "4bit"), help="load the language model in 8 or 4 bit")
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """Flags of text generation; what is not given follows the system's own settings."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=int, metavar="N")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--num-beams", type=int, metavar="N")
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """Flags of the de-tokenizer; what is not given follows its own settings."""
+    group = parser.add_argument_group("drawing")
+    group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    group.add_argument("--guidance-scale", type=float, metavar="G")
+
+
+def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The generation flags that were given, as keyword arguments of `SeedLlama`'s methods."""
+    names = ("max_new_tokens", "temperature", "top_p", "num_beams")
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def drawing_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The drawing flags that were given, as keyword arguments of the de-tokenizer."""
+    names = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale"}
+    return {ours: getattr(args, flag) for flag, ours in names.items() if getattr(args, flag, None) is not None}
+
+
+def load_system(args: argparse.Namespace) -> Any:
+    """The `SeedLlama` that the flags describe; what loading prints goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from seed_multimodal.systems.seed_llama import SeedLlama
+
+        return SeedLlama.from_pretrained(args.model, device=args.device, dtype=args.dtype,
+                                         quantization=getattr(args, "quantization", None))
+
+
+@dataclass
+class Tally:
+    """Counts what worked; prints one sentence for what did not, and a summary."""
+
+    total: int
+    failed: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def one(self, name: str, debug: bool = False) -> Iterator[None]:
+        """Run the work on one picture; its refusal is printed and counted, and the next one goes on."""
+        try:
+            yield
+        except OF_ONE_PICTURE as error:
+            if debug:
+                raise
+            self.failed.append(name)
+            say(f"seed: {sentence(error, name)}")
+
+    def finish(self) -> int:
+        """The exit code: 0, or 1 with a summary when something was refused."""
+        if not self.failed:
+            return DONE
+        say(f"seed: {self.total - len(self.failed)} of {self.total} done, {len(self.failed)} refused: "
+            f"{', '.join(self.failed)}.")
+        return SOME_FAILED
+
+
+def sentence(error: SeedError, name: str) -> str:
+    """The error's own sentence, with the picture's name in front unless it already says it."""
+    text = str(error)
+    return text if Path(name).name in text else f"{name}: {text}"
+
+
+def opened(pictures: Iterable[str], tally: Tally, debug: bool = False) -> Iterator[tuple[str, Image.Image]]:
+    """Each readable picture with its name; unreadable ones are told and skipped."""
+    from seed_multimodal.images.open import open_image
+
+    for name in pictures:
+        image = None
+        with tally.one(name, debug):
+            image = open_image(name)
+        if image is not None:
+            yield name, image
+
+
+class Names:
+    """File names for results: into a folder, or the one file that was asked for; never one name for two results."""
+
+    def __init__(self, out: str | None, default_folder: str, count: int) -> None:
+        self._single = Path(out) if out and Path(out).suffix.lower() in PICTURE_SUFFIXES else None
+        if self._single is not None and count > 1:
+            raise ConfigError(f"{out}: one file for {count} pictures; give --out a folder.")
+        self._folder = Path(out) if out else Path(default_folder)
+        self._used: set[str] = set()
+
+    def next(self, stem: str, ending: str = "") -> Path:
+        """A path that this run has not used, from words of any kind."""
+        if self._single is not None:
+            return self._single
+        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in stem).strip("._")[:60] or "picture"
+        name, number = f"{plain}{ending}", 1
+        while name in self._used:
+            number += 1
+            name = f"{plain}{ending}_{number}"
+        self._used.add(name)
+        return self._folder / f"{name}.png"
+
+
+def save_picture(image: Image.Image, path: Path) -> Path:
+    """Write `image`, making its folder.
+
+    Raises:
+        ImageError: the place cannot be written, or its suffix is no picture format.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{path}: cannot be written ({reason}).") from error
+    return path
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a text file, making its folder.
+
+    Raises:
+        ConfigError: the place cannot be written.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def emit(args: argparse.Namespace, record: dict[str, Any], plain: str) -> None:
+    """One result on stdout: a JSON line with `--json`, else the plain text."""
+    print(json.dumps(record, ensure_ascii=False) if args.json else plain, flush=True)
+
+
+def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
+    """Run a command: a refusal is one sentence and exit code 2, never a traceback unless `debug`."""
+    try:
+        return work()
+    except SeedError as error:
+        if debug:
+            raise
+        say(f"{program}: {error}")
+        return REFUSED
+    except KeyboardInterrupt:
+        say(f"{program}: interrupted.")
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone (`seed … | head`)
+        return DONE

@@ -1,0 +1,121 @@
+"""`seed tokenize | reconstruct`: pictures ⇄ codes. No language model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from seed_multimodal.commands.common import (
+    Names,
+    Tally,
+    drawing_settings,
+    emit,
+    opened,
+    save_picture,
+    write_text,
+)
+from seed_multimodal.errors import CodesError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from seed_multimodal.systems.pictures import PictureCodec
+
+T = TypeVar("T")
+
+
+def tokenize(args: argparse.Namespace) -> int:
+    """Print (and with `--out` write) the codes of each picture."""
+    codec = load_codec(args)
+    tally = Tally(len(args.pictures))
+    lines = []
+    for batch in batched(opened(args.pictures, tally, args.debug), args.batch_size):
+        for (name, _), codes in zip(batch, codec.tokenize([image for _, image in batch]).tolist(), strict=True):
+            record = {"picture": name, "codes": codes}
+            lines.append(json.dumps(record, ensure_ascii=False))
+            emit(args, record, f"{name}: {' '.join(map(str, codes))}")
+    if args.out:
+        write_text("".join(line + "\n" for line in lines), args.out)
+    return tally.finish()
+
+
+def reconstruct(args: argparse.Namespace) -> int:
+    """Rebuild pictures from their codes, or from a file of codes, and save them."""
+    if bool(args.pictures) == bool(args.codes):
+        raise ConfigError("seed reconstruct: give either pictures or --codes FILE.")
+    stored = read_codes(args.codes) if args.codes else []
+    total = len(stored) if args.codes else len(args.pictures)
+    names, tally = Names(args.out, "outputs", total), Tally(total)
+    codec = load_codec(args)
+    named: Iterable[tuple[str, list[int]]]
+    if args.codes:
+        named = _checked(codec, stored, tally, args.debug)
+    else:
+        named = ((name, codec.tokenize(image)[0].tolist()) for name, image in opened(args.pictures, tally, args.debug))
+    for batch in batched(named, args.batch_size):
+        images = codec.draw([codes for _, codes in batch], seed=args.seed, **drawing_settings(args))
+        for (name, codes), image in zip(batch, images, strict=True):
+            with tally.one(name, args.debug):
+                path = save_picture(image, names.next(Path(name).stem, "_rebuilt"))
+                emit(args, {"picture": name, "codes": codes, "rebuilt": str(path)}, f"{name}: {path}")
+    return tally.finish()
+
+
+def load_codec(args: argparse.Namespace) -> PictureCodec:
+    """The picture half of the system that the flags name; what loading prints goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from seed_multimodal.configured import picture_codec
+
+        return picture_codec(args.model, device=args.device, dtype=args.dtype)
+
+
+def read_codes(path: str) -> list[tuple[str, Any]]:
+    """(name, codes) from a file of JSON lines as `seed tokenize --out` writes them, or bare lists of numbers.
+
+    Raises:
+        DataError: no such file, or a line that is neither.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not a text file'}).") from error
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+        codes = value.get("codes") if isinstance(value, dict) else value
+        name = str(value.get("picture", f"codes_{number}")) if isinstance(value, dict) else f"codes_{number}"
+        if not isinstance(codes, list):
+            raise DataError(f"{path}, line {number}: holds no list of codes.")
+        found.append((name, codes))
+    if not found:
+        raise DataError(f"{path}: holds no codes.")
+    return found
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size` items, in order."""
+    source = iter(items)
+    while batch := list(itertools.islice(source, size)):
+        yield batch
+
+
+def _checked(
+    codec: PictureCodec, stored: list[tuple[str, Any]], tally: Tally, debug: bool
+) -> Iterator[tuple[str, list[int]]]:
+    for name, codes in stored:
+        row = None
+        with tally.one(name, debug):
+            if not all(isinstance(code, int) and not isinstance(code, bool) for code in codes):
+                raise CodesError(f"{name}: codes must be whole numbers.")
+            row = codec.check_codes(codes)[0].tolist()
+        if row is not None:
+            yield name, row

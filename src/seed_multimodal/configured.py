@@ -1,0 +1,167 @@
+"""What the released YAML files build: the language model, and the tokenizer that also sees and draws.
+
+The files keep the original's `_target_` names and keys (`config.ALIASES` leads here), so a configuration written for
+the original code works unchanged; keys without meaning here (`low_cpu_mem_usage`, `encoder_url`) are accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seed_multimodal.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.systems.pictures import PictureCodec
+
+RELEASED_NAMES = ("released", "8b", "14b")
+NANO_RUNS = "`--model nano` runs now"
+
+
+@dataclass
+class SeedLlamaTokenizer:
+    """The original's tokenizer object: text ids, and pictures ⇄ codes."""
+
+    text: MultimodalTokenizer
+    pictures: PictureCodec
+
+    def encode_image(self, image: Image.Image | str | Path) -> Tensor:
+        """One picture → codes [1, 32] int64."""
+        return self.pictures.tokenize(image)
+
+    def decode_image(
+        self, indices: Tensor | Sequence[Sequence[int]], seed: int = 0, **decode: Any
+    ) -> list[Image.Image]:
+        """Codes [B, 32] → B pictures."""
+        return self.pictures.draw(indices, seed=seed, **decode)
+
+
+def language_model(
+    pretrained_model_name_or_path: str,
+    torch_dtype: Any = "auto",
+    low_cpu_mem_usage: bool = True,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+    device_map: Any = None,
+    device: str = "auto",
+) -> Any:
+    """A LLaMA from a folder or hub name, as `get_pretrained_llama_causal_model` and `from_pretrained` of the originals.
+
+    Args:
+        torch_dtype: fp16, bf16, float32, … or a torch dtype.
+        device_map: the original's way to name a device (`"cuda:0"`); `device` is ours.
+        low_cpu_mem_usage: always on here.
+
+    Raises:
+        CheckpointError, ConfigError: as `language.loading.load_llm` and `device.choose_device`.
+    """
+    from seed_multimodal.device import choose_device
+    from seed_multimodal.language.loading import load_llm
+
+    if load_in_8bit and load_in_4bit:
+        raise ConfigError("load_in_8bit and load_in_4bit exclude each other.")
+    if device_map is not None and not isinstance(device_map, str):
+        raise ConfigError("device_map must be the name of one device here, for example 'cuda:0'.")
+    runtime = choose_device(device_map if device_map not in (None, "auto") else device, torch_dtype)
+    quantization = "8bit" if load_in_8bit else "4bit" if load_in_4bit else None
+    return load_llm(pretrained_model_name_or_path, device=runtime.device, dtype=runtime.dtype,
+                    quantization=quantization)
+
+
+def seed_llama_tokenizer(
+    pretrained_model_name_or_path: str,
+    fp16: bool = True,
+    load_diffusion: bool = False,
+    encoder_url: str | None = None,
+    diffusion_path: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> SeedLlamaTokenizer:
+    """The released SEED-2 tokenizer from a folder (or a hub name whose files are in the local cache).
+
+    Args:
+        fp16: kept for the original's files; half precision is used where `dtype` resolves to it.
+        load_diffusion: load the drawing half now rather than when the first picture is drawn.
+        encoder_url: where the original downloaded `seed_quantizer.pt` from; the file in the folder is used.
+        diffusion_path: diffusers folder or hub name; default: the folder's `diffusion_model`, else
+            `pretrained/stable-diffusion-2-1-unclip`.
+
+    Raises:
+        CheckpointError: a part that is not there: what to download and where to put it.
+    """
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+    folder = local_folder(pretrained_model_name_or_path)
+    if folder is None:
+        raise CheckpointError(
+            f"{pretrained_model_name_or_path}: the released SEED-2 tokenizer is not on this disk: download "
+            f"AILab-CVC/seed-tokenizer-2 and eva_vit_g.pth into pretrained/seed_tokenizer (see pretrained/README.md); "
+            f"{NANO_RUNS}.")
+    inside = folder / "diffusion_model"
+    drawing = diffusion_path or (inside if inside.is_dir() else "pretrained/stable-diffusion-2-1-unclip")
+    codec = _codec(folder, None, drawing, {"type": "clip", "keep_ratio": False, "image_size": 224}, device, dtype)
+    if load_diffusion:
+        _ = codec.decoder
+    return SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(folder), codec)
+
+
+def picture_codec(model: str, *, device: str = "auto", dtype: str = "auto") -> PictureCodec:
+    """The picture half of a system, without its language model.
+
+    Args:
+        model: `nano`, a system folder, or `released` (also `8b`, `14b`, which share one tokenizer).
+
+    Raises:
+        CheckpointError: a part that is not there.
+    """
+    if model.lower() in RELEASED_NAMES:
+        return seed_llama_tokenizer("pretrained/seed_tokenizer", device=device, dtype=dtype).pictures
+    from seed_multimodal.systems.loading import find_system
+
+    spec = find_system(model)
+    transform = {**spec.transform, "image_size": spec.image_size}
+    return _codec(spec.tokenizer, spec.vision, spec.detokenizer, transform, device, dtype)
+
+
+def local_folder(name: str | Path) -> Path | None:
+    """`name` as a folder here or below the repository root, else its snapshot in the local hub cache, else None."""
+    from seed_multimodal.systems.loading import locate
+
+    found = locate(name)
+    if found is not None:
+        return found
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "pretrained/")):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name)))  # the local cache only, unless HF_HUB_OFFLINE=0
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
+        return None
+
+
+def _codec(
+    tokenizer: Path, vision: Path | None, detokenizer: str | Path | None, transform: dict[str, Any], device: str,
+    dtype: str,
+) -> PictureCodec:
+    from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
+    from seed_multimodal.device import choose_device
+    from seed_multimodal.images.transforms import get_transform
+    from seed_multimodal.systems.pictures import PictureCodec
+    from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+
+    runtime = choose_device(device, dtype)
+    model = Seed2Tokenizer.from_pretrained(tokenizer, vision=vision, device=runtime.device, dtype=runtime.dtype)
+    load = None
+    if detokenizer is not None:
+        where = local_folder(detokenizer) or Path(detokenizer)
+        load = partial(UnclipDetokenizer.from_pretrained, where, device=runtime.device, dtype=runtime.dtype)
+    return PictureCodec(model, get_transform(**transform), load_decoder=load, device=runtime.device)

@@ -1,0 +1,8 @@
+"""The nano data set: small openly licensed drawings with captions, questions, edit pairs and conversations."""
+
+from __future__ import annotations
+
+from seed_multimodal.data.nano.load import NanoSet, find_nano, load_nano
+from seed_multimodal.data.nano.types import QA, Edit, NanoConversation, NanoRecord
+
+__all__ = ["QA", "Edit", "NanoConversation", "NanoRecord", "NanoSet", "find_nano", "load_nano"]

@@ -1,0 +1,87 @@
+"""SVG to a small square picture: white background, cropped to its content, fitted in with a margin.
+
+Peculiar: drawn at four times the size and reduced once, so thin lines survive; the crop follows the drawing's own
+alpha, so white artwork is not lost; `dpi=96` lets sizes given in mm or pt render.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from seed_multimodal.errors import DataError
+
+OVERSAMPLE = 4
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "gray", "white")
+
+
+def render_svg(svg: str, size: int, name: str) -> np.ndarray | None:
+    """Draw one SVG as uint8 [size, size, 3] RGB over white; None when nothing visible is drawn.
+
+    Raises:
+        DataError: naming the drawing, when the SVG cannot be rendered.
+    """
+    import resvg_py
+
+    if size < 8:
+        raise DataError(f"size {size} is too small for a picture; use 8 or more.")
+    try:
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=size * OVERSAMPLE, dpi=96, skip_system_fonts=True)
+    except ValueError as error:
+        raise DataError(f"{name}: its SVG cannot be rendered ({error}).") from None
+    drawn = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    box = drawn.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
+    if box is None:
+        return None
+    drawn = drawn.crop(box)
+    flat = Image.new("RGB", drawn.size, (255, 255, 255))
+    flat.paste(drawn, mask=drawn.getchannel("A"))
+    inner = size - 2 * max(1, size // 32)
+    scale = inner / max(flat.size)
+    fitted = flat.resize(
+        (max(1, round(flat.width * scale)), max(1, round(flat.height * scale))), Image.Resampling.BOX, reducing_gap=None
+    )
+    square = Image.new("RGB", (size, size), (255, 255, 255))
+    square.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
+    pixels = np.asarray(square)
+    return None if int(pixels.min()) > 247 else pixels
+
+
+def main_colour(pixels: np.ndarray) -> tuple[str, float]:
+    """Name of the commonest colour among pixels that are not background white, and its share of them (0..1).
+
+    Args:
+        pixels: uint8 [H, W, 3] RGB on white.
+    """
+    rgb = pixels.reshape(-1, 3).astype(np.float32) / 255
+    value, low = rgb.max(1), rgb.min(1)
+    drawn = low < 0.94
+    if int(drawn.sum()) < 0.01 * len(rgb):
+        return "white", 1.0
+    rgb, value, low = rgb[drawn], value[drawn], low[drawn]
+    chroma = value - low
+    saturation = chroma / np.maximum(value, 1e-6)
+    safe = np.maximum(chroma, 1e-6)
+    r, g, b = rgb.T
+    hue = np.where(value == r, ((g - b) / safe) % 6, np.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)) * 60
+    names = np.full(len(rgb), COLOURS.index("gray"))
+    # Hue borders in degrees; red lies on both sides of 0.
+    for start, stop, colour in (
+        (0, 14, "red"), (14, 38, "orange"), (38, 70, "yellow"), (70, 170, "green"),
+        (170, 255, "blue"), (255, 300, "purple"), (300, 342, "pink"), (342, 361, "red"),
+    ):
+        names[(hue >= start) & (hue < stop)] = COLOURS.index(colour)
+    is_red = names == COLOURS.index("red")
+    names[is_red & (saturation < 0.5) & (value > 0.75)] = COLOURS.index("pink")
+    warm = (names == COLOURS.index("orange")) | is_red
+    names[warm & (value < 0.68) & (saturation > 0.2) & (hue < 60)] = COLOURS.index("brown")
+    grey = saturation < 0.16
+    names[grey] = COLOURS.index("gray")
+    names[grey & (value > 0.88)] = COLOURS.index("white")
+    names[(value < 0.25) | (grey & (value < 0.35))] = COLOURS.index("black")
+    counts = np.bincount(names, minlength=len(COLOURS))
+    best = int(counts.argmax())
+    return COLOURS[best], float(counts[best] / counts.sum())

@@ -1,0 +1,88 @@
+"""Where things are: a read-out of the image embedding that gives a small U-Net the layout of the picture.
+
+A class embedding reaches every position of a U-Net alike, so a small one never learns where things belong. This
+module reads the expected latents out of the embedding and offers them twice: as one cross-attention token a position
+(`prompt_embeds`), and as the mean of the latents from which sampling starts (`warm_latents`; the noise
+schedule of such a model ends at a signal share above zero). Released SEED-2 decoders have none and need none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
+
+
+class LayoutReadout(nn.Module):
+    """Embedding `[B, E]` → expected latents `[B, C, g, g]` and position tokens `[B, g·g, D]`."""
+
+    def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, hidden: int = 384) -> None:
+        super().__init__()
+        self.sizes = {"embedding": embedding, "channels": channels, "grid": grid, "cross_dim": cross_dim,
+                      "hidden": hidden}
+        latent = channels * grid * grid
+        self.mean = nn.Linear(embedding, latent)
+        self.refine = nn.Sequential(nn.Linear(embedding, hidden), nn.GELU(), nn.Linear(hidden, latent))
+        nn.init.zeros_(self.refine[2].weight)
+        nn.init.zeros_(self.refine[2].bias)
+        self.value = nn.Linear(channels, cross_dim)
+        self.context = nn.Linear(embedding, cross_dim)
+        self.position = nn.Parameter(torch.randn(1, grid * grid, cross_dim) * 0.5)
+
+    def latents(self, embedding: Tensor) -> Tensor:
+        """Expected latents `[B, C, g, g]`."""
+        flat = self.mean(embedding) + self.refine(embedding)
+        return flat.view(len(embedding), self.sizes["channels"], self.sizes["grid"], self.sizes["grid"])
+
+    def prompt_embeds(self, embedding: Tensor) -> Tensor:
+        """One token a latent position, row by row: `[B, g·g, D]`."""
+        mean = self.latents(embedding).flatten(2).transpose(1, 2)
+        return self.value(mean) + self.position + self.context(embedding)[:, None]
+
+    def warm_latents(
+        self, embedding: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None, scheduler: Any
+    ) -> Tensor:
+        """Start of sampling: expected latents and noise, mixed as at the schedule's last training step."""
+        mean = self.latents(embedding)
+        signal = float(scheduler.alphas_cumprod[-1])
+        noise = _noise_like(mean, generator)
+        return signal ** 0.5 * mean + (1.0 - signal) ** 0.5 * noise
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        home = Path(folder)
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "config.json").write_text(json.dumps(self.sizes, indent=1))
+        save_state_dict({n: t.to(dtype) for n, t in self.state_dict().items()}, home / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> LayoutReadout:
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: no or damaged `config.json`, or weights of another size.
+        """
+        home = Path(folder)
+        try:
+            sizes = json.loads((home / "config.json").read_text())
+            module = cls(**sizes)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{home / 'config.json'}: not a layout configuration ({error}).") from error
+        assign_strictly(module, load_state_dict(home / "model.safetensors"), home / "model.safetensors")
+        return module.eval()
+
+
+def _noise_like(value: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """Gaussian noise of `value`'s shape; with a list of generators, sample i depends on generator i alone."""
+    if isinstance(generator, Sequence):
+        rows = [torch.randn(value.shape[1:], generator=g, device=g.device) for g in generator]
+        return torch.stack(rows).to(value.device, value.dtype)
+    device = generator.device if generator is not None else value.device
+    return torch.randn(value.shape, generator=generator, device=device).to(value.device, value.dtype)

@@ -1,0 +1,81 @@
+"""One choice of device and dtype for every command, printed with its reason.
+
+Peculiar: bf16 is chosen on CUDA devices that compute it, fp16 on older ones, fp32 on CPU and MPS, because half
+precision LayerNorms are slow or missing there. Nothing in the project calls `.cuda()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from seed_multimodal.errors import ConfigError
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32,
+    "float16": torch.float16, "fp16": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where tensors live and in which precision models compute."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.device} in {str(self.dtype).removeprefix('torch.')}"
+
+
+def choose_device(
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    log: Callable[[str], None] | None = print,
+) -> Runtime:
+    """Resolve `auto` (CUDA, then MPS, then CPU) and report the choice through `log`.
+
+    Raises:
+        ConfigError: for an unknown device or dtype name, or a device this machine does not have.
+    """
+    place, why = _resolve_device(device)
+    precision, why_dtype = _resolve_dtype(dtype, place)
+    runtime = Runtime(place, precision)
+    if log is not None:
+        log(f"Running on {runtime} ({why}; {why_dtype}).")
+    return runtime
+
+
+def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
+    if isinstance(device, torch.device) or device != "auto":
+        try:
+            place = torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"Unknown device {device!r}: use auto, cpu, cuda, cuda:N or mps.") from error
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"Device {str(device)!r} was asked for, but this machine has no usable CUDA device.")
+        if place.type == "mps" and not torch.backends.mps.is_available():
+            raise ConfigError("Device 'mps' was asked for, but this machine has no usable Apple GPU.")
+        return place, "as asked"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), "a CUDA device is present"
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "an Apple GPU is present"
+    return torch.device("cpu"), "no GPU found"
+
+
+def _resolve_dtype(dtype: str | torch.dtype, place: torch.device) -> tuple[torch.dtype, str]:
+    if isinstance(dtype, torch.dtype):
+        return dtype, "dtype as asked"
+    if dtype == "auto":
+        if place.type != "cuda":
+            return torch.float32, f"float32 is the safe precision on {place.type}"
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "this GPU computes bfloat16"
+        return torch.float16, "this GPU has no bfloat16"
+    if dtype not in DTYPES:
+        raise ConfigError(f"Unknown dtype {dtype!r}: use auto, {', '.join(sorted(DTYPES))}.")
+    return DTYPES[dtype], "dtype as asked"

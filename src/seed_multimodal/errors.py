@@ -1,0 +1,39 @@
+"""Errors a user can act on: one clear sentence that names the file, key or sample.
+
+Everything the package refuses raises a `SeedError`; the command line prints its sentence without a traceback
+(`--debug` shows it). Programming errors stay ordinary exceptions and are never caught.
+"""
+
+from __future__ import annotations
+
+
+class SeedError(Exception):
+    """Base of every refusal; `str(error)` is the sentence shown to the user."""
+
+
+class ImageError(SeedError):
+    """A picture that cannot be read, or must not be (limits); the sentence starts with its name."""
+
+
+class CheckpointError(SeedError):
+    """Weights that are missing, damaged, unsafe or of another model."""
+
+
+class CodesError(SeedError):
+    """Image codes of the wrong number or outside the codebook."""
+
+
+class ConfigError(SeedError):
+    """A setting that is unknown, of the wrong type or contradictory."""
+
+
+class DataError(SeedError):
+    """A record, shard or annotation file that does not hold what it must."""
+
+
+class RequestError(SeedError):
+    """A request to a server or system that cannot be answered as asked."""
+
+
+class GenerationError(SeedError):
+    """The language model's answer does not hold what was asked for (for example no picture)."""

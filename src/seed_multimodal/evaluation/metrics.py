@@ -1,0 +1,211 @@
+"""Numbers of the report card, each with its definition: retrieval, codebook use, answers, bootstrap intervals.
+
+Everything here is plain numpy on finished outputs, so that every definition can be checked by hand (tests do).
+Peculiar: ties in retrieval count against the system, so a collapsed embedding (all pictures alike) scores zero
+instead of winning by order.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seed_multimodal.errors import DataError
+
+FloatArray = NDArray[np.floating]
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = {word: str(i) for i, word in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve".split())}
+_PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}“”‘’…]+")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its bootstrap interval (95 % unless asked otherwise) and the number of samples it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return "not measured" if self.n == 0 else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The fields as JSON values, rounded; an empty estimate has `None` for its numbers."""
+        return {k: (None if isinstance(v, float) and math.isnan(v) else round(v, 4)) for k, v in asdict(self).items()}
+
+
+def bootstrap(
+    values: Sequence[float] | FloatArray,
+    groups: Sequence[Hashable] | None = None,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `values` [N] and its percentile bootstrap interval.
+
+    Args:
+        groups: one name per value; whole groups are resampled (several questions about one picture are not
+            independent). The mean stays the mean over values.
+    Raises:
+        DataError: when `groups` has another length than `values`.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.size == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    if groups is None:
+        sums, counts = data, np.ones_like(data)
+    else:
+        if len(groups) != data.size:
+            raise DataError(f"bootstrap: {data.size} values but {len(groups)} group names.")
+        order = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+        index = np.fromiter((order[name] for name in groups), dtype=np.int64, count=data.size)
+        sums, counts = np.bincount(index, weights=data), np.bincount(index).astype(np.float64)
+    draws = np.random.default_rng(seed).integers(0, sums.size, size=(samples, sums.size))
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    tail = (1.0 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(float(data.mean()), float(low), float(high), int(data.size))
+
+
+def retrieval_ranks(similarity: FloatArray, positives: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rank (0 is best) of the best positive of each query.
+
+    Args:
+        similarity: [Q, G] scores of Q queries against G gallery items.
+        positives: [Q, G] true where the item is a right answer.
+    Returns:
+        [Q] how many wrong items score at least as high as the best right one.
+    Raises:
+        DataError: on shapes that differ, or a query without any right answer.
+    """
+    scores = np.asarray(similarity, dtype=np.float64)
+    right = np.asarray(positives, dtype=bool)
+    if scores.shape != right.shape or scores.ndim != 2:
+        raise DataError(f"retrieval: similarity {scores.shape} and positives {right.shape} must be one [Q, G] shape.")
+    if not right.any(1).all():
+        raise DataError(f"retrieval: query {int(np.flatnonzero(~right.any(1))[0])} has no right answer in the gallery.")
+    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
+    return ((scores >= best) & ~right).sum(1)
+
+
+def retrieval_at_k(similarity: FloatArray, positives: NDArray[np.bool_], k: int) -> FloatArray:
+    """1.0 where a right item is among the best `k` of a query, else 0.0: [Q]. See `retrieval_ranks`."""
+    return (retrieval_ranks(similarity, positives) < k).astype(np.float64)
+
+
+def chance_at_k(positives: NDArray[np.bool_], k: int) -> float:
+    """Expected recall at `k` of a uniformly random ranking, averaged over the queries of `positives` [Q, G]."""
+    right = np.asarray(positives, dtype=bool)
+    size = right.shape[1]
+    hits = [1.0 - math.comb(size - int(p), k) / math.comb(size, k) if k < size else 1.0 for p in right.sum(1)]
+    return float(np.mean(hits))
+
+
+def same_items(queries: Sequence[Hashable], gallery: Sequence[Hashable]) -> NDArray[np.bool_]:
+    """[Q, G] mask, true where the names are equal."""
+    names = {name: i for i, name in enumerate(dict.fromkeys([*queries, *gallery]))}
+    left = np.fromiter((names[q] for q in queries), dtype=np.int64, count=len(queries))
+    right = np.fromiter((names[g] for g in gallery), dtype=np.int64, count=len(gallery))
+    return left[:, None] == right[None, :]
+
+
+def cosine(left: FloatArray, right: FloatArray) -> FloatArray:
+    """Cosine of matching rows of two [N, D] arrays: [N]; a zero row gives 0."""
+    a, b = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.divide((a * b).sum(1), norms, out=np.zeros(len(a)), where=norms > 0)
+
+
+@dataclass(frozen=True)
+class CodebookStatistics:
+    """How a set of code sequences uses its codebook.
+
+    Attributes:
+        usage: share of the codebook's entries that occur at least once.
+        perplexity: exp of the entropy (nats) of the distribution of all codes; at most the codebook's size.
+        position_perplexity: mean over positions of the perplexity of the codes at that position.
+        distinct: number of different sequences among `sequences`.
+        prefix_bits: prefix length → entropy in bits of the first codes of a sequence; at most log2(sequences).
+    """
+
+    sequences: int
+    codebook: int
+    used: int
+    usage: float
+    perplexity: float
+    position_perplexity: float
+    distinct: int
+    prefix_bits: dict[int, float] = field(default_factory=dict)
+
+
+def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
+    """Entropy in nats of the distribution proportional to `counts`."""
+    p = np.asarray(counts, dtype=np.float64)
+    p = p[p > 0] / p.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def codebook_statistics(
+    codes: NDArray[np.integer], codebook: int, prefixes: Sequence[int] = (1, 2, 4, 8, 16, 32)
+) -> CodebookStatistics:
+    """Use of a codebook with `codebook` entries by `codes` [N, T].
+
+    Raises:
+        DataError: on an empty array, or codes outside 0..codebook-1.
+    """
+    table = np.asarray(codes)
+    if table.ndim != 2 or table.size == 0:
+        raise DataError(f"codebook statistics need codes of shape [N, T], got {table.shape}.")
+    if table.min() < 0 or table.max() >= codebook:
+        raise DataError(f"codes {int(table.min())}..{int(table.max())} lie outside the codebook 0..{codebook - 1}.")
+    counts = np.bincount(table.ravel(), minlength=codebook)
+    by_position = [math.exp(entropy_nats(np.bincount(column))) for column in table.T]
+    rows = [tuple(row) for row in table.tolist()]
+    bits = {n: entropy_nats(list(Counter(row[:n] for row in rows).values())) / math.log(2)
+            for n in prefixes if n <= table.shape[1]}
+    return CodebookStatistics(
+        sequences=len(rows), codebook=codebook, used=int((counts > 0).sum()),
+        usage=float((counts > 0).mean()), perplexity=math.exp(entropy_nats(counts)),
+        position_perplexity=float(np.mean(by_position)), distinct=len(set(rows)), prefix_bits=bits)
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, number words as digits, single spaces (after the VQA evaluation)."""
+    words = _PUNCTUATION.sub(" ", text.lower()).split()
+    return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def same_answer(answer: str, truth: str) -> bool:
+    """Whether two short answers are equal after `normalise_answer`."""
+    return normalise_answer(answer) == normalise_answer(truth)
+
+
+def mentions(text: str, label: str) -> bool:
+    """Whether `label` stands in `text` as whole words in order, both after `normalise_answer`; never for ''."""
+    wanted = normalise_answer(label)
+    return bool(wanted) and f" {wanted} " in f" {normalise_answer(text)} "
+
+
+def majority_baseline(
+    train: Sequence[tuple[Hashable, str]], test: Sequence[tuple[Hashable, str]],
+    right: Callable[[str, str], bool] = same_answer,
+) -> FloatArray:
+    """What a system that never looks would score: the most frequent training answer of each kind, [len(test)].
+
+    Args:
+        train, test: (kind, answer) pairs; a kind without training answers scores 0.
+    """
+    tally: dict[Hashable, Counter[str]] = {}
+    for kind, answer in train:
+        tally.setdefault(kind, Counter())[normalise_answer(answer)] += 1
+    guess = {kind: counter.most_common(1)[0][0] for kind, counter in tally.items()}
+    return np.array([float(kind in guess and right(guess[kind], answer)) for kind, answer in test])

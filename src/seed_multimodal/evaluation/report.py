@@ -1,0 +1,265 @@
+"""The report card of a system: every section per split, with sample sizes, intervals, chance, ceilings and pictures.
+
+    python -m seed_multimodal.evaluation.report --model pretrained/nano --data data/nano64 --out pretrained/nano/report
+
+Writes report.json (everything), report.md (tables) and contact sheets. All pictures of a split are tokenised and make
+the gallery; `--limit` of them (drawn by `--seed`) are rebuilt, drawn, described, asked about and edited.
+`tokenizer_report` gives the part that needs no language model, to compare codebooks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from seed_multimodal.errors import ConfigError, SeedError
+from seed_multimodal.evaluation import machine
+from seed_multimodal.evaluation.judge import Judge
+from seed_multimodal.evaluation.metrics import Estimate, codebook_statistics
+from seed_multimodal.evaluation.report_sheets import Shown, save_sheets
+from seed_multimodal.evaluation.report_text import aims, markdown
+from seed_multimodal.evaluation.tasks import (
+    Section,
+    System,
+    World,
+    chance,
+    describe_section,
+    edit_section,
+    qa_section,
+    score_pictures,
+)
+
+SPLITS = ("val", "test_combo", "test_concept")
+MODULE = "seed_multimodal.evaluation.report"
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a report measures; `limit` pictures a split are rebuilt, drawn, described and edited."""
+
+    splits: tuple[str, ...] = SPLITS
+    limit: int = 128
+    questions: int = 400
+    seed: int = 0
+
+
+class Progress:
+    """Counts the pieces of work of a report and says when it will end."""
+
+    def __init__(self, total: int, log: Log) -> None:
+        self.total, self.done, self.log, self.start = total, 0, log, time.monotonic()
+
+    def step(self, what: str) -> None:
+        """Say that one more piece is done."""
+        self.done += 1
+        spent = time.monotonic() - self.start
+        self.log(f"[{self.done}/{self.total}] {what} ({spent:.0f} s, "
+                 f"ETA {spent / self.done * (self.total - self.done):.0f} s)")
+
+
+def sample(rows: Sequence[Any], limit: int, seed: int) -> list[Any]:
+    """At most `limit` of `rows`, chosen by `seed`, in their order."""
+    if len(rows) <= limit:
+        return list(rows)
+    chosen = np.random.default_rng(seed).choice(len(rows), limit, replace=False)
+    return [rows[i] for i in sorted(chosen.tolist())]
+
+
+def code_section(codes: NDArray[np.integer], codebook: int) -> Section:
+    """Codebook use of one split as plain numbers."""
+    stats = codebook_statistics(codes, codebook)
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(stats).items() if k != "prefix_bits"} | {
+        "prefix_bits": {str(n): round(bits, 3) for n, bits in stats.prefix_bits.items()}}
+
+
+def tokenizer_report(
+    encode: Callable[[NDArray[np.uint8]], NDArray[np.integer]],
+    decode: Callable[[Sequence[list[int]]], list[Image.Image]],
+    codebook_size: int,
+    world: World,
+    settings: Settings | None = None,
+    log: Log | None = None,
+) -> dict[str, Section]:
+    """What a tokenizer and its decoder do without a language model, per split.
+
+    Args:
+        encode: uint8 pictures [N, H, W, 3] → codes [N, T].
+        decode: codes of N pictures → N pictures.
+        world: the data set under the judge.
+    Returns:
+        split → {"codes": ..., "reconstruction": ...}, as in report.json (`Estimate` objects inside).
+    """
+    settings = settings or Settings()
+    result = {}
+    for split in settings.splits:
+        rows = _rows(world, split)
+        codes = np.asarray(encode(world.nano.images()[rows]))
+        targets = sample(rows, settings.limit, settings.seed)
+        where = {row: i for i, row in enumerate(rows)}
+        rebuilt = decode([codes[where[t]].tolist() for t in targets])
+        result[split] = {"pictures": len(rows), "codes": code_section(codes, codebook_size),
+                         "reconstruction": score_pictures(world, rebuilt, targets, rows, by_name=False)}
+        if log:
+            log(f"{split}: tokenised {len(rows)} and rebuilt {len(targets)} pictures")
+    return result
+
+
+def evaluate(
+    system: System, world: World, settings: Settings, log: Log = print
+) -> tuple[Section, list[Shown], Section]:
+    """All sections of all splits.
+
+    Returns:
+        (split → sections), pictures for the contact sheets, and the raw answers (split → lists) for reading.
+    """
+    progress = Progress(5 * len(settings.splits), log)
+    splits, shown, answers = {}, [], {}
+    for split in settings.splits:
+        splits[split], pictures, answers[split] = _evaluate_split(system, world, split, settings, progress)
+        shown.append(pictures)
+    return splits, shown, answers
+
+
+def _evaluate_split(system: System, world: World, split: str, settings: Settings,
+                    progress: Progress) -> tuple[Section, Shown, Section]:
+    rows, nano = _rows(world, split), world.nano
+    targets = sample(rows, settings.limit, settings.seed)
+    all_codes = system.codes(nano.images()[rows])
+    where = {row: i for i, row in enumerate(rows)}
+    codes = [all_codes[where[t]].tolist() for t in targets]
+    section: Section = {"pictures": len(rows), "codes": code_section(all_codes, system.codebook_size),
+                        "chance": chance(world, targets, rows)}
+    rebuilt = system.pictures(codes)
+    section["reconstruction"] = score_pictures(world, rebuilt, targets, rows, by_name=False)
+    section["ceilings"] = _ceilings(system, world, targets, rows)
+    progress.step(f"{split}: rebuilt {len(targets)} pictures")
+    drawn = _paint(system, system.draw([world.names[t] for t in targets]))
+    section["drawing"] = score_pictures(world, drawn, targets, rows, by_name=True)
+    progress.step(f"{split}: drew {len(targets)} pictures")
+    section["caption"], texts = describe_section(world, system, codes, targets)
+    progress.step(f"{split}: described {len(targets)} pictures")
+    rng = np.random.default_rng(settings.seed)
+    section["qa"], asked = qa_section(world, system, codes, targets, settings.questions, rng)
+    progress.step(f"{split}: answered {len(asked)} questions")
+    edits = sample([e for e in nano.edits if e.split == split], settings.limit, settings.seed)
+    edited = _edit(system, world, edits)
+    section["edit"] = edit_section(world, edited, edits, rows)
+    progress.step(f"{split}: edited {len(edits)} pictures")
+    said = {"captions": [{"key": nano.records[t].key, "text": text, "label": nano.records[t].label}
+                         for t, text in zip(targets, texts, strict=True)], "questions": asked}
+    return section, Shown(split, targets, rebuilt, drawn, texts, edits, edited), said
+
+
+def _rows(world: World, split: str) -> list[int]:
+    rows = world.nano.split(split)
+    if not rows:
+        raise ConfigError(f"The data set has no pictures in split {split!r}.")
+    return rows
+
+
+def _paint(system: System, codes: Sequence[list[int] | None]) -> list[Image.Image | None]:
+    """Pictures of the rows that have codes, None for the others."""
+    pictures = iter(system.pictures([row for row in codes if row is not None]))
+    return [None if row is None else next(pictures) for row in codes]
+
+
+def _edit(system: System, world: World, edits: Sequence[Any]) -> list[Image.Image | None]:
+    if not edits:
+        return []
+    sources = [world.nano.index[e.source] for e in edits]
+    codes = system.codes(world.nano.images()[sources])
+    return _paint(system, system.edit(codes.tolist(), [e.instruction for e in edits]))
+
+
+def _ceilings(system: System, world: World, targets: Sequence[int], rows: Sequence[int]) -> Section:
+    """What the judge says of the real pictures themselves, and of the decoder's VAE alone where there is one."""
+    real = [Image.fromarray(p) for p in world.nano.images()[list(targets)]]
+    found: Section = {"real": score_pictures(world, real, targets, rows, by_name=True)}
+    round_trip = getattr(system, "round_trip", None)
+    rebuilt = round_trip(world.nano.images()[list(targets)]) if round_trip else None
+    if rebuilt is not None:
+        found["vae"] = score_pictures(world, rebuilt, targets, rows, by_name=False)
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A report with `Estimate` objects as JSON values."""
+    if isinstance(value, Estimate):
+        return value.to_json()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_report(report: dict[str, Any], shown: Sequence[Shown], answers: Section, world: World, out: Path) -> None:
+    """Write report.json, answers.json, report.md and the sheets into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    report["sheets"] = save_sheets(shown, world, out)
+    (out / "report.json").write_text(json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "answers.json").write_text(json.dumps(answers, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(markdown(plain(report)), encoding="utf-8")
+
+
+def build_report(options: argparse.Namespace, log: Log) -> Path:
+    """Load everything, measure, write; returns the folder."""
+    settings = Settings(tuple(options.splits.split(",")), options.limit, options.questions, options.seed)
+    if settings.limit < 1 or settings.questions < 1:
+        raise ConfigError("--limit and --questions must be at least 1.")
+    from seed_multimodal.data.nano import load_nano
+    from seed_multimodal.evaluation.batched import BatchedSystem
+
+    start = time.monotonic()
+    system = BatchedSystem.from_pretrained(options.model, device=options.device, dtype=options.dtype,
+                                           batch=options.batch, seed=settings.seed, log=log)
+    judge_folder = options.judge or Path(options.model) / "judge"
+    judge = Judge.from_pretrained(judge_folder, device=system.device)
+    world = World(load_nano(options.data), judge)
+    log(f"Loaded in {time.monotonic() - start:.0f} s; measuring {', '.join(settings.splits)}.")
+    splits, shown, answers = evaluate(system, world, settings, log)
+    report: dict[str, Any] = {
+        "model": str(options.model), "data": str(options.data or "data/nano64"),
+        "command": machine.command_line(MODULE), "date": machine.today(), "commit": machine.commit(),
+        "seconds": round(time.monotonic() - start, 1),
+        "hardware": machine.hardware(system.device), "versions": machine.versions(), "system": system.facts(),
+        "settings": asdict(settings), "judge": judge.config.training, "aims": aims(splits), "splits": splits}
+    write_report(report, shown, answers, world, Path(options.out))
+    return Path(options.out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Measure a system and write its report card.")
+    parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
+    parser.add_argument("--data", default=None, help="folder of the nano data set (default: the committed one)")
+    parser.add_argument("--judge", default=None, help="folder of the independent scorer (default: MODEL/judge)")
+    parser.add_argument("--out", default="pretrained/nano/report", help="folder to write into")
+    parser.add_argument("--splits", default=",".join(SPLITS))
+    parser.add_argument("--limit", type=int, default=Settings.limit, help="pictures a split that are made or described")
+    parser.add_argument("--questions", type=int, default=Settings.questions, help="questions a split")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    options = parser.parse_args(arguments)
+    try:
+        out = build_report(options, lambda line: print(line, flush=True))
+    except SeedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Wrote {out / 'report.md'}, report.json and the contact sheets.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

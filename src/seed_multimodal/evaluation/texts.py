@@ -1,0 +1,25 @@
+"""Which sentence stands for a picture when it is drawn or judged, and what styles a text names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from seed_multimodal.data.nano.types import STYLE_NAMES
+from seed_multimodal.evaluation.metrics import mentions
+
+
+def style_name(style: str) -> str:
+    """How texts call a style (`clipart` is written `clip art`)."""
+    return STYLE_NAMES.get(style, style)
+
+
+def canonical_caption(record: Any) -> str:
+    """The first caption of a `NanoRecord`: it names style and thing, the picture is drawn from it and known by it."""
+    return str(record.captions[0])
+
+
+def style_of_text(text: str, styles: Sequence[str]) -> int:
+    """Index of the only one of `styles` that `text` names, or -1."""
+    named = [i for i, style in enumerate(styles) if mentions(text, style_name(style))]
+    return named[0] if len(named) == 1 else -1

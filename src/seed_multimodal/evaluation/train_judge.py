@@ -1,0 +1,290 @@
+"""Train the independent scorer on every split of a nano data set.
+
+    python -m seed_multimodal.evaluation.train_judge --data data/nano64 --out pretrained/nano/judge --minutes 15
+
+A CLIP loss with several right answers: a picture matches its styled name, and any caption of its label that names no
+other style; plus a small style classifier. What a step sees is a function of (seed, step), so a run that was stopped
+goes on from its checkpoint where it was; with `--steps` it ends bit-equal to an uninterrupted one on a CPU
+(`--minutes` ties the learning rate to the clock and is not repeatable).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from seed_multimodal.device import choose_device
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
+from seed_multimodal.evaluation.augment import augment
+from seed_multimodal.evaluation.judge import Judge, JudgeConfig, split_words
+from seed_multimodal.evaluation.metrics import retrieval_at_k, same_items
+from seed_multimodal.evaluation.texts import canonical_caption, style_of_text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything training reads, as tensors.
+
+    Attributes:
+        pixels: uint8 [N, 3, H, W].
+        labels, styles, canonical: int64 [N]: label, style and styled text of each picture.
+        captions: per picture, the ids of all its texts.
+        text_labels, text_styles: int64 [T] of each text; style -1 where it names none.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    styles: Tensor
+    canonical: Tensor
+    captions: list[list[int]]
+    texts: list[str]
+    text_labels: Tensor
+    text_styles: Tensor
+    style_names: list[str]
+
+
+def build_corpus(nano: Any) -> Corpus:
+    """Gather pictures and texts of a `NanoSet` (all splits)."""
+    records = nano.records
+    styles = sorted({r.style for r in records})
+    labels = {label: i for i, label in enumerate(dict.fromkeys(r.label for r in records))}
+    known: dict[tuple[str, int], int] = {}
+    text_styles: list[int] = []
+    captions, canonical = [], []
+    for record in records:
+        label = labels[record.label]
+        row = []
+        for text in [canonical_caption(record), record.label, *record.captions]:
+            if (text, label) not in known:
+                known[text, label] = len(known)
+                text_styles.append(style_of_text(text, styles))
+            row.append(known[text, label])
+        canonical.append(row[0])
+        captions.append(sorted(set(row)))
+    pixels = torch.from_numpy(np.ascontiguousarray(nano.images().transpose(0, 3, 1, 2)))
+    return Corpus(pixels, torch.tensor([labels[r.label] for r in records]),
+                  torch.tensor([styles.index(r.style) for r in records]), torch.tensor(canonical), captions,
+                  [text for text, _ in known], torch.tensor([label for _, label in known]),
+                  torch.tensor(text_styles), styles)
+
+
+def new_judge(corpus: Corpus, seed: int) -> Judge:
+    """A judge with random weights whose vocabulary covers the corpus."""
+    words = sorted({word for text in corpus.texts for word in split_words(text)})
+    torch.manual_seed(seed)
+    return Judge(JudgeConfig(words=words, styles=corpus.style_names))
+
+
+def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
+    """Picture numbers of one step: consecutive parts of one shuffled order per epoch (a function of seed, step)."""
+    per_epoch = max(count // batch, 1)
+    order = torch.randperm(count, generator=Generator().manual_seed(seed * 1_000_003 + step // per_epoch))
+    start = step % per_epoch * batch
+    return order[start : start + batch]
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, right: Tensor) -> Tensor:
+    """CLIP loss with several right answers: `right` [B, B] bool; targets are spread evenly over them."""
+    logits = scale * images @ texts.T
+    target = right.to(logits.dtype)
+    by_image = -(F.log_softmax(logits, 1) * target / target.sum(1, keepdim=True)).sum(1).mean()
+    by_text = -(F.log_softmax(logits, 0) * target / target.sum(0, keepdim=True)).sum(0).mean()
+    return (by_image + by_text) / 2
+
+
+def step_loss(judge: Judge, corpus: Corpus, ids: Tensor, rows: Tensor, generator: Generator) -> Tensor:
+    """Loss of one batch: styled names, free captions, style."""
+    device = judge.log_scale.device
+    pixels = augment(corpus.pixels[rows], judge.config.image_size, generator)
+    pixels = pixels.to(device, memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16):
+        image = judge.image(pixels)
+    image = F.normalize(image.float(), dim=1)
+    picks = torch.rand(len(rows), generator=generator)
+    free = torch.tensor([corpus.captions[r][int(p * len(corpus.captions[r]))]
+                         for r, p in zip(rows.tolist(), picks.tolist(), strict=True)])
+    styled = corpus.canonical[rows]
+    both = ids[torch.cat([styled, free])]
+    both = both[:, : int((both != 0).sum(1).max())]
+    text = F.normalize(judge.text(both.to(device)), dim=1)
+    labels, styles = corpus.labels[rows], corpus.styles[rows]
+    same = labels[:, None] == labels[None, :]
+    named = corpus.text_styles[free][None, :]
+    free_right = (corpus.text_labels[free][None, :] == labels[:, None]) & ((named < 0) | (named == styles[:, None]))
+    scale = judge.log_scale.exp().clamp(max=100)
+    loss = contrastive_loss(image, text[: len(rows)], scale, (same & (styles[:, None] == styles[None, :])).to(device))
+    loss = loss + contrastive_loss(image, text[len(rows) :], scale, free_right.to(device))
+    return loss + 0.2 * F.cross_entropy(judge.style(image), styles.to(device))
+
+
+def optimiser_for(judge: Judge, lr: float) -> torch.optim.AdamW:
+    """AdamW; matrices and kernels decay, vectors do not."""
+    decay = [p for p in judge.parameters() if p.ndim > 1]
+    rest = [p for p in judge.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr,
+                             betas=(0.9, 0.98))
+
+
+@dataclass
+class Plan:
+    """How long and how fast to train; `steps` wins over `minutes`."""
+
+    minutes: float = 15.0
+    steps: int | None = None
+    batch: int = 256
+    lr: float = 2e-3
+    seed: int = 77
+    save_every: float = 60.0
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the run that is done, 0..1."""
+        done = step / self.steps if self.steps else seconds / (60 * self.minutes)
+        return min(done, 1.0)
+
+    def rate(self, progress: float) -> float:
+        """Learning rate: 4 % warm-up, then cosine to 1 %."""
+        warm = min(1.0, progress / 0.04) if progress < 0.04 else 1.0
+        return self.lr * max(warm * (0.5 + 0.5 * math.cos(math.pi * progress)), 0.01)
+
+
+def save_checkpoint(file: Path, judge: Judge, optimiser: torch.optim.Optimizer, step: int, seconds: float,
+                    plan: Plan) -> None:
+    """Write the whole state atomically (tensors, numbers and strings only)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "wb") as handle:
+        torch.save({"judge": judge.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds,
+                    "words": judge.config.words, "seed": plan.seed, "batch": plan.batch}, handle)
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+
+
+def load_checkpoint(file: Path, judge: Judge, optimiser: torch.optim.Optimizer, plan: Plan) -> tuple[int, float]:
+    """Continue from `file` where there is one: (step, seconds so far), else (0, 0).
+
+    Raises:
+        CheckpointError: when it belongs to other data or another plan.
+    """
+    if not file.exists():
+        return 0, 0.0
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if state["words"] != judge.config.words or (state["seed"], state["batch"]) != (plan.seed, plan.batch):
+        raise CheckpointError(f"{file}: a checkpoint of another data set, seed or batch; delete it or choose --work.")
+    judge.load_state_dict(state["judge"])
+    optimiser.load_state_dict(state["optimiser"])
+    return int(state["step"]), float(state["seconds"])
+
+
+def train(corpus: Corpus, plan: Plan, work: Path, device: torch.device, log: Any = print,
+          stop_after: int | None = None) -> tuple[Judge, int, float]:
+    """Run (or go on with) training; returns the judge, steps done and seconds spent.
+
+    Args:
+        stop_after: leave after this step with a checkpoint, as an interruption would.
+    """
+    judge = new_judge(corpus, plan.seed).to(device, memory_format=torch.channels_last).train()
+    optimiser = optimiser_for(judge, plan.lr)
+    file = work / "checkpoint.pt"
+    step, before = load_checkpoint(file, judge, optimiser, plan)
+    log(f"Judge: {sum(p.numel() for p in judge.parameters()):,} parameters, {len(judge.config.words)} words, "
+        f"{len(corpus.labels)} pictures; starting at step {step}.")
+    ids = judge.word_ids(corpus.texts)
+    begin, first = time.monotonic(), step
+    said = saved = begin
+    seconds = before
+    while (done := plan.progress(step, seconds)) < 1 and step != stop_after:
+        for group in optimiser.param_groups:
+            group["lr"] = plan.rate(done)
+        rows = batch_rows(len(corpus.labels), plan.batch, plan.seed, step)
+        loss = step_loss(judge, corpus, ids, rows, Generator().manual_seed(plan.seed * 7_919 + step))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        now = time.monotonic()
+        seconds = before + now - begin
+        if now - said > 10:
+            said = now
+            share = plan.progress(step, seconds)
+            speed = (step - first) * plan.batch / (now - begin)
+            log(f"step {step} ({share:.0%}) loss {loss.item():.3f} {speed:.0f} pictures/s "
+                f"ETA {(seconds / max(share, 1e-6)) * (1 - share):.0f} s")
+        if now - saved > plan.save_every:
+            saved = now
+            save_checkpoint(file, judge, optimiser, step, seconds, plan)
+    save_checkpoint(file, judge, optimiser, step, seconds, plan)
+    return judge.eval(), step, seconds
+
+
+def real_picture_scores(judge: Judge, nano: Any) -> dict[str, dict[str, float]]:
+    """What the judge makes of the real pictures, per split: retrieval between pictures and styled names, style."""
+    pictures = nano.images()
+    scores = {}
+    for split in sorted({r.split for r in nano.records}):
+        rows = nano.split(split)
+        names = [canonical_caption(nano.records[i]) for i in rows]
+        gallery = list(dict.fromkeys(names))
+        images, texts = judge.embed_images(pictures[rows]), judge.embed_texts(gallery)
+        similarity, right = (images @ texts.T).numpy(), same_items(names, gallery)
+        style = [a == nano.records[i].style for a, i in zip(judge.styles_of(images), rows, strict=True)]
+        scores[split] = {
+            "pictures": len(rows), "texts": len(gallery),
+            "picture_to_text_r1": float(retrieval_at_k(similarity, right, 1).mean()),
+            "picture_to_text_r5": float(retrieval_at_k(similarity, right, 5).mean()),
+            "text_to_picture_r1": float(retrieval_at_k(similarity.T, right.T, 1).mean()),
+            "text_to_picture_r5": float(retrieval_at_k(similarity.T, right.T, 5).mean()),
+            "style": float(np.mean(style))}
+    return scores
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Train the independent scorer on all splits of a nano data set.")
+    parser.add_argument("--data", default=None, help="folder of the nano data set (default: the committed one)")
+    parser.add_argument("--out", default="pretrained/nano/judge", help="folder to write the judge into")
+    parser.add_argument("--work", default="runs/judge", help="folder of the checkpoint that a stopped run goes on from")
+    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--steps", type=int, default=None, help="train this many steps instead of --minutes")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+    from seed_multimodal.data.nano import load_nano
+
+    try:
+        if options.batch < 2 or options.minutes <= 0 or (options.steps is not None and options.steps < 1):
+            raise ConfigError("--batch must be at least 2, --minutes and --steps above 0.")
+        runtime = choose_device(options.device, "float32")
+        nano = load_nano(options.data)
+        plan = Plan(options.minutes, options.steps, options.batch, seed=options.seed)
+        judge, steps, seconds = train(build_corpus(nano), plan, Path(options.work), runtime.device,
+                                      log=lambda line: print(line, flush=True))
+        judge.config.training = {
+            "steps": steps, "seconds": round(seconds), "batch": plan.batch, "seed": plan.seed,
+            "device": str(runtime.device), "threads": torch.get_num_threads(), "splits": "all",
+            "real_pictures": real_picture_scores(judge, nano)}
+        judge.save_pretrained(options.out)
+    except SeedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for split, values in judge.config.training["real_pictures"].items():
+        print(split, {k: round(v, 3) for k, v in values.items()})
+    print(f"Saved {options.out} after {steps} steps, {seconds:.0f} s.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,70 @@
+"""Which pictures of a web-scale set are worth keeping: size, shape and how well the caption fits.
+
+The rule of the released pre-tokenisation: what was measured on the picture itself counts before its metadata, and a
+value nobody recorded never drops a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ImageTextFilter:
+    """Thresholds of the keep rule.
+
+    `similarity`: least caption similarity; `min_resolution`: least shorter side in pixels; `min_aspect`: height / width
+    must lie in [min_aspect, 1 / min_aspect].
+    """
+
+    similarity: float = 0.2
+    min_resolution: int = 180
+    min_aspect: float = 0.666
+
+    def keeps(self, item: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
+        """Whether a decoded sample stays.
+
+        Args:
+            item: needs `pixel_values` and `text`; may hold `width`, `height` (pixels) and `filter_flag`.
+            metadata: the parsed json beside the picture.
+        """
+        if "pixel_values" not in item or "text" not in item or not item.get("filter_flag", True):
+            return False
+        size = picture_size(item, metadata)
+        if size is not None:
+            width, height = size
+            if min(width, height) < self.min_resolution or min(width, height) <= 0:
+                return False
+            if not self.min_aspect <= height / width <= 1 / self.min_aspect:
+                return False
+        similarity = caption_similarity(metadata)
+        return similarity is None or similarity >= self.similarity
+
+
+def picture_size(item: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[float, float] | None:
+    """(width, height) from the picture, else from the first pair the metadata holds, else None."""
+    pairs = [(item.get("width"), item.get("height")),
+             (metadata.get("width"), metadata.get("height")),
+             (metadata.get("WIDTH"), metadata.get("HEIGHT"))]
+    for key in ("resolution", "original_resolution"):
+        value = metadata.get(key)
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            pairs.append((value[0], value[1]))
+    pairs.append((metadata.get("original_width"), metadata.get("original_height")))
+    for width, height in pairs:
+        if width is not None and height is not None:
+            return float(width), float(height)
+    return None
+
+
+def caption_similarity(metadata: Mapping[str, Any]) -> float | None:
+    """The best of `all_similarities`, else `similarity`, `score` or `SCORE`, else None."""
+    values = metadata.get("all_similarities")
+    if isinstance(values, (list, tuple)) and values:
+        return max(float(value) for value in values)
+    for key in ("similarity", "score", "SCORE"):
+        if metadata.get(key) is not None:
+            return float(metadata[key])
+    return None

@@ -1,0 +1,121 @@
+"""From a picture to the pixels a vision tower reads: float32 [3, S, S], normalised with CLIP's mean and deviation.
+
+Two ways of resizing were released and give different codes for the same file, so both stay selectable:
+
+* `get_transform(..., keep_ratio=False)`, the scripts, the demo and the training data: both sides squashed, BILINEAR;
+  with `keep_ratio=True` the shorter side is scaled and the centre cut out.
+* `seed_image_processor()`, the tokenizer's own reading of a file (also LAVIS' evaluation and LaVIT): squash, BICUBIC.
+
+Resizing is Pillow's (antialiased) on 8-bit pixels; rounding follows torchvision, without importing it. Pillow resizes in
+two passes with 8-bit pixels between them; up to 12.x the horizontal one came first, since 13.0 it is the vertical one
+for tall pictures, which moves single pixels by a few grey levels. `resize_passes` fixes the order of 13.0, the one the
+golden fixtures hold, whatever Pillow is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.open import to_rgb
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TYPES = ("clip", "blip")  # the released "blip" differs from "clip" in its name only
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS,
+}
+# A centre crop of a 1 x 30,000 strip would need a resized strip of S x 30,000 S pixels: above this many times the
+# output's own size only the region that survives the crop is resized.
+_MAX_OVERSIZE = 16
+
+
+def normalise(image: Image.Image) -> Tensor:
+    """RGB image -> float32 [3, H, W], (value / 255 - CLIP_MEAN) / CLIP_STD."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div(255)
+    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD).view(3, 1, 1)
+    return pixels.sub_(mean).div_(std)
+
+
+def denormalise(pixels: Tensor) -> Image.Image:
+    """float [3, H, W] as made by `normalise` -> RGB image (values outside the 8-bit range are clipped)."""
+    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD).view(3, 1, 1)
+    levels = (pixels.detach().float().cpu() * std + mean).mul(255).round().clamp(0, 255).byte()
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def resize_passes(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
+    """`image.resize(size, filter)` with Pillow 13's order of passes under every version of Pillow."""
+    width, height = size
+    vertical_first = image.height - height > 2 * max(0, image.width - width)
+    between = (image.width, height) if vertical_first else (width, image.height)
+    return image.resize(between, filter).resize(size, filter)
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """A picture -> float32 [3, S, S]; `batch` does several -> [B, 3, S, S]."""
+
+    image_size: int = 224
+    keep_ratio: bool = False
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(f"Unknown interpolation {self.interpolation!r}: use {', '.join(INTERPOLATIONS)}.")
+        if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
+            raise ConfigError(f"image_size must be a positive number of pixels, not {self.image_size!r}.")
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return normalise(self.resize(image))
+
+    def batch(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures of any sizes -> [B, 3, S, S]; an empty list gives [0, 3, S, S]."""
+        if not images:
+            return torch.empty(0, 3, self.image_size, self.image_size)
+        return torch.stack([self(image) for image in images])
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The picture the model sees, as an RGB image of S x S pixels."""
+        image = image if image.mode == "RGB" and "transparency" not in image.info else to_rgb(image)
+        size, filter_ = self.image_size, INTERPOLATIONS[self.interpolation]
+        if not self.keep_ratio:
+            return resize_passes(image, (size, size), filter_)
+        width, height = image.size
+        short, long = min(width, height), max(width, height)
+        new_long = int(size * long / short)
+        new_width, new_height = (size, new_long) if width <= height else (new_long, size)
+        left = int(round((new_width - size) / 2.0))
+        top = int(round((new_height - size) / 2.0))
+        if new_long > _MAX_OVERSIZE * size:
+            scale_x, scale_y = width / new_width, height / new_height
+            box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
+            return image.resize((size, size), filter_, box=box)
+        return resize_passes(image, (new_width, new_height), filter_).crop((left, top, left + size, top + size))
+
+
+def get_transform(
+    type: str = "clip", keep_ratio: bool = True, image_size: int = 224, interpolation: str = "bilinear"
+) -> ImageTransform:
+    """The released `get_transform`; `interpolation` is ours.
+
+    Raises:
+        ConfigError: an unknown type or interpolation.
+    """
+    if type not in TYPES:
+        raise ConfigError(f"Unknown image transform {type!r}: use {' or '.join(TYPES)}.")
+    return ImageTransform(image_size=image_size, keep_ratio=bool(keep_ratio), interpolation=interpolation)
+
+
+def seed_image_processor(image_size: int = 224) -> ImageTransform:
+    """The tokenizer's own preprocessing of a file: squash, bicubic."""
+    return ImageTransform(image_size=image_size, keep_ratio=False, interpolation="bicubic")

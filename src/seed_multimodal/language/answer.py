@@ -1,0 +1,131 @@
+"""What the model said: generated ids -> texts and pictures in order, as many pictures as there are.
+
+`split_answer` accepts a picture only when exactly `tokens_per_image` codes stand between `<img>` and `</img>`; anything
+else that looks like a picture becomes a `BrokenImagePart` with the reason, and the rest of the answer goes on.
+`original_split` repeats the released scripts (first picture only, text after it lost, no check), for comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import ImageVocabulary
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Words of the answer, decoded without special tokens."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """A whole picture: its codes, all inside the codebook."""
+
+    codes: list[int]
+
+
+@dataclass(frozen=True)
+class BrokenImagePart:
+    """Image words that are no picture: the ids as generated (brackets included) and one sentence why."""
+
+    ids: list[int]
+    reason: str
+
+
+AnswerPart = TextPart | ImagePart | BrokenImagePart
+
+
+def split_answer(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> list[AnswerPart]:
+    """Cut generated ids (without the prompt) into parts, up to the first `</s>`; texts of white space only are dropped."""
+    vocabulary = tokenizer.vocabulary
+    ids = [int(id) for id in ids]
+    if tokenizer.eos_id in ids:
+        ids = ids[:ids.index(tokenizer.eos_id)]
+    parts: list[AnswerPart] = []
+    place = 0
+    while place < len(ids):
+        start = place
+        if _is_image_word(ids[place], vocabulary):
+            place = _image_end(ids, start, vocabulary)
+            parts.append(_image_part(ids[start:place], vocabulary))
+            continue
+        while place < len(ids) and not _is_image_word(ids[place], vocabulary):
+            place += 1
+        text = tokenizer.decode(ids[start:place], skip_special_tokens=True)
+        if text.strip():
+            parts.append(TextPart(text))
+    return parts
+
+
+def _is_image_word(id: int, vocabulary: ImageVocabulary) -> bool:
+    return vocabulary.is_code_id(id) or id in (vocabulary.boi_id, vocabulary.eoi_id)
+
+
+def _image_end(ids: list[int], start: int, vocabulary: ImageVocabulary) -> int:
+    """Where the run of image words that begins at `start` ends (exclusive).
+
+    After `<img>` that is the next `</img>`, if one comes before another `<img>`; so text words inside the brackets
+    belong to the broken picture. Otherwise it is the end of the codes.
+    """
+    place = start + 1
+    if ids[start] == vocabulary.eoi_id:
+        return place
+    if ids[start] == vocabulary.boi_id:
+        for end in range(place, len(ids)):
+            if ids[end] == vocabulary.eoi_id:
+                return end + 1
+            if ids[end] == vocabulary.boi_id:
+                break
+    while place < len(ids) and vocabulary.is_code_id(ids[place]):
+        place += 1
+    return place
+
+
+def _image_part(ids: list[int], vocabulary: ImageVocabulary) -> ImagePart | BrokenImagePart:
+    wanted = vocabulary.tokens_per_image
+    opened, closed = ids[0] == vocabulary.boi_id, ids[-1] == vocabulary.eoi_id
+    inside = ids[int(opened):len(ids) - int(closed)]
+    if not opened:
+        return BrokenImagePart(ids, "Image words without an opening <img>.")
+    if not closed:
+        return BrokenImagePart(ids, f"A picture broke off after {len(inside)} of {wanted} codes.")
+    if not all(vocabulary.is_code_id(id) for id in inside):
+        return BrokenImagePart(ids, "A picture holds words that are no image codes.")
+    if len(inside) != wanted:
+        return BrokenImagePart(ids, f"A picture has {len(inside)} codes instead of {wanted}.")
+    return ImagePart(vocabulary.id_to_code(inside))
+
+
+def codes_before_end(ids: Sequence[int], vocabulary: ImageVocabulary) -> list[int]:
+    """Ids generated after a forced `<img>` -> what stands before the first `</img>`, minus the shift (not checked)."""
+    ids = [int(id) for id in ids]
+    end = ids.index(vocabulary.eoi_id) if vocabulary.eoi_id in ids else len(ids)
+    return [id - vocabulary.n_text for id in ids[:end]]
+
+
+@dataclass(frozen=True)
+class OriginalAnswer:
+    """What the released scripts do with an answer: standard output, codes given to the decoder, the exception."""
+
+    printed: str
+    codes: list[int] | None = None
+    error: str | None = None
+
+
+def original_split(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> OriginalAnswer:
+    """Repeat the released scripts' post-processing, defects included."""
+    ids = [int(id) for id in ids]
+    vocabulary = tokenizer.vocabulary
+    if vocabulary.boi_id not in ids and vocabulary.eoi_id not in ids:
+        return OriginalAnswer(tokenizer.decode(ids, skip_special_tokens=True) + "\n")
+    if vocabulary.boi_id not in ids or vocabulary.eoi_id not in ids:
+        return OriginalAnswer("", error="IndexError: index 0 is out of bounds for dimension 0 with size 0")
+    opening, closing = ids.index(vocabulary.boi_id), ids.index(vocabulary.eoi_id)
+    printed = tokenizer.decode(ids[:opening], skip_special_tokens=True) + "\n" if opening else ""
+    codes = [id - vocabulary.n_text for id in ids[opening + 1:closing]]
+    # With no codes the decoder returns no picture, and the script takes the first of none.
+    return OriginalAnswer(printed, codes, None if codes else "IndexError: list index out of range")

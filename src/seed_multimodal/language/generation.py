@@ -1,0 +1,199 @@
+"""Generation with well-formed pictures: after `<img>` exactly 32 codes, then `</img>`; no image word anywhere else.
+
+The released programs hope for that; here a logits processor enforces it (`constrain=False` switches it off, then the ids
+are those of a plain `model.generate`). It reads its state from the ids themselves, so it needs no memory of its own and
+works in batches, with beams, and after a prompt that ends in `<img>`. A picture is only begun when the token budget
+reaches to its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.language.vocabulary import ImageVocabulary
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate; the defaults are those of the released scripts, except that spans are kept well-formed.
+
+    `temperature` 0 means greedy. `seed` None takes torch's global random state as it is. `force_image` puts `<img>` at
+    the end of every prompt and returns it as part of the answer.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 0.5
+    top_k: int = 50
+    num_beams: int = 1
+    do_sample: bool = True
+    seed: int | None = None
+    force_image: bool = False
+    constrain: bool = True
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"), ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or more"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"))
+        for name, good, wanted in checks:
+            if not good:
+                raise ConfigError(f"Generation setting {name} must be {wanted}, not {getattr(self, name)!r}.")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn (temperature 0 turns drawing off)."""
+        return self.do_sample and self.temperature > 0
+
+
+def released_settings(program: str) -> dict[str, Any]:
+    """The generation settings the released programs pass: `script`, `server`, or `caption_to_image`."""
+    table: dict[str, dict[str, Any]] = {
+        "script": {"temperature": 1.0, "num_beams": 1, "max_new_tokens": 512, "top_p": 0.5, "do_sample": True},
+        "server": {"temperature": 0.7, "num_beams": 1, "max_new_tokens": 256, "top_p": 0.5, "do_sample": True},
+        "caption_to_image": {"temperature": 0.0, "num_beams": 4, "max_new_tokens": 120, "do_sample": False},
+    }
+    if program not in table:
+        raise ConfigError(f"Unknown program {program!r}: use {', '.join(table)}.")
+    return dict(table[program])
+
+
+class ImageSpanLogitsProcessor:
+    """Forbids every next token that would break a picture; a transformers logits processor by its call signature.
+
+    Args:
+        vocabulary: ids of the image words.
+        max_length: length of prompt and answer together; `<img>` is forbidden where `</img>` would not fit any more.
+    """
+
+    def __init__(self, vocabulary: ImageVocabulary, max_length: int | None = None) -> None:
+        self.vocabulary = vocabulary
+        self.max_length = max_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`input_ids [B, L]`, `scores [B, V]` -> scores with forbidden tokens at -inf."""
+        words = self.vocabulary
+        inside, done = self.span_state(input_ids)
+        needs_code = inside & (done < words.tokens_per_image)
+        needs_end = inside & (done >= words.tokens_per_image)
+        forbidden = torch.zeros_like(scores, dtype=torch.bool)
+        forbidden[:, words.n_text:words.boi_id] = ~needs_code[:, None]
+        forbidden[:, :words.n_text] = inside[:, None]
+        forbidden[:, words.boi_id] = inside | (not self._room_for_image(input_ids.shape[1]))
+        forbidden[:, words.eoi_id] = ~needs_end
+        forbidden[:, words.size:] = True  # padding rows of a larger output layer
+        return scores.masked_fill(forbidden, float("-inf"))
+
+    def _room_for_image(self, length: int) -> bool:
+        return self.max_length is None or self.max_length - length >= self.vocabulary.image_length
+
+    def span_state(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`input_ids [B, L]` -> whether each row ends inside a picture `[B]`, and words since its `<img>` `[B]`."""
+        places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        last_open = ((input_ids == self.vocabulary.boi_id) * places).amax(dim=1)
+        last_close = ((input_ids == self.vocabulary.eoi_id) * places).amax(dim=1)
+        return last_open > last_close, input_ids.shape[1] - last_open
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: LlamaForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    tokenizer: MultimodalTokenizer,
+    streamer: Any = None,
+) -> list[list[int]]:
+    """Continue every prompt.
+
+    Args:
+        prompts: token ids with their `<s>`; of different lengths (padded on the left, masked).
+        streamer: a transformers streamer (`put`, `end`), for a single prompt without beams.
+
+    Returns:
+        The new ids of each prompt up to and including `</s>`; a forced `<img>` comes first. The budget is cut to what
+        the model's context has room for.
+
+    Raises:
+        GenerationError: a prompt too long for the model, or no room for a forced picture.
+    """
+    if not prompts:
+        return []
+    vocabulary = tokenizer.vocabulary
+    forced = [vocabulary.boi_id] if settings.force_image else []
+    rows = [[*map(int, prompt), *forced] for prompt in prompts]
+    _check_ids(rows, vocabulary)
+    longest = max(len(row) for row in rows)
+    budget = _budget(longest, settings, model, vocabulary)
+    ids = torch.full((len(rows), longest), tokenizer.pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row):] = torch.tensor(row)
+        mask[number, longest - len(row):] = 1
+    device = model.get_input_embeddings().weight.device
+    processors = [ImageSpanLogitsProcessor(vocabulary, longest + budget)] if settings.constrain else []
+    with _seeded(settings.seed, device):
+        output = model.generate(
+            ids.to(device), attention_mask=mask.to(device), streamer=streamer, logits_processor=processors,
+            generation_config=_config(settings, budget, tokenizer))
+    return [forced + _until_end(row, tokenizer.eos_id) for row in output[:, longest:].tolist()]
+
+
+def _config(settings: GenerationSettings, budget: int, tokenizer: MultimodalTokenizer) -> Any:
+    """Every choice spelt out, so that nothing comes from the checkpoint's own generation_config."""
+    from transformers import GenerationConfig
+
+    drawing = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    return GenerationConfig(
+        max_new_tokens=budget, num_beams=settings.num_beams, do_sample=settings.samples, use_cache=True,
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
+        repetition_penalty=1.0, length_penalty=1.0, early_stopping=False, num_return_sequences=1,
+        **(drawing if settings.samples else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}))
+
+
+def _check_ids(rows: list[list[int]], vocabulary: ImageVocabulary) -> None:
+    for number, row in enumerate(rows):
+        if not row:
+            raise GenerationError(f"Prompt {number} is empty.")
+        if min(row) < 0 or max(row) >= vocabulary.size:
+            raise GenerationError(f"Prompt {number} holds an id outside the vocabulary of {vocabulary.size} words.")
+
+
+def _budget(length: int, settings: GenerationSettings, model: Any, vocabulary: ImageVocabulary) -> int:
+    """New tokens there is room for; a forced picture needs its codes and `</img>`."""
+    context = int(model.config.max_position_embeddings)
+    budget = min(settings.max_new_tokens, context - length)
+    if budget < 1:
+        raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; "
+                              f"shorten the conversation.")
+    if settings.force_image and settings.constrain and budget < vocabulary.tokens_per_image + 1:
+        raise GenerationError(f"A picture needs {vocabulary.tokens_per_image + 1} new tokens, but only {budget} are left "
+                              f"(max_new_tokens {settings.max_new_tokens}, context {context}).")
+    return budget
+
+
+def _until_end(ids: list[int], eos_id: int) -> list[int]:
+    return ids[:ids.index(eos_id) + 1] if eos_id in ids else ids
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw from `seed` inside, and leave the global random state as it was."""
+    if seed is None:
+        yield
+        return
+    devices = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

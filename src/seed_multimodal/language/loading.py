@@ -1,0 +1,152 @@
+"""Loading the language model: stock `LlamaForCausalLM`, with the special ids set right whatever the files say.
+
+Released 8B files carry the ids of the first LLaMA conversion (bos 0, eos 1, pad -1, no cache); with them generation never
+stops and padding takes the row of `</img>`. bos 1, eos 2, pad 0 are forced before the weights are read. Old files also
+hold rotary frequencies, which are computed here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.vocabulary import ImageVocabulary
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+BOS, EOS, PAD = 1, 2, 0
+QUANTIZATIONS = (None, "8bit", "4bit")
+RELEASED = {  # folder name -> where it comes from
+    "seed_llama_8b_sft": "AILab-CVC/seed-llama-8b-sft",
+    "seed_llama_14b_sft": "AILab-CVC/seed-llama-14b-sft",
+    "seed_llama_8b_pretrain": "AILab-CVC/seed-llama-8b-pretrain",
+}
+
+
+def load_llm(
+    folder_or_id: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+    vocabulary: ImageVocabulary | None = None,
+) -> LlamaForCausalLM:
+    """Read a LLaMA folder (or, on machines that may reach the hub, a hub id) for inference.
+
+    Args:
+        dtype: precision of the weights (with quantisation: of the rest).
+        quantization: "8bit" or "4bit" through bitsandbytes, on CUDA devices.
+        vocabulary: the tokenizer's; the model must have exactly its words.
+
+    Raises:
+        CheckpointError: missing or damaged files, another architecture, tensors missing, another vocabulary.
+        ConfigError: a quantisation this machine cannot do.
+    """
+    device = torch.device(device)
+    extra = _quantization(quantization, device, dtype)
+    config = _config(folder_or_id, vocabulary)
+    model, info = _read_weights(folder_or_id, config, dtype, extra)
+    _check_names(info, folder_or_id)
+    if not extra:
+        model = model.to(device)
+    force_special_ids(model)
+    return model.eval()
+
+
+def force_special_ids(model: Any) -> None:
+    """bos 1, eos 2, pad 0 and the key-value cache on, in both configurations of a model."""
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id, config.pad_token_id, config.use_cache = BOS, EOS, PAD, True
+    # The files may also carry sampling values that contradict each other; every call sets its own.
+    model.generation_config.do_sample = False
+    model.generation_config.temperature = model.generation_config.top_p = 1.0
+
+
+def _is_hub_id(source: str | Path) -> bool:
+    """`owner/name` whose owner is no folder here; `pretrained/…` is always a folder."""
+    text = str(source)
+    pieces = text.split("/")
+    return (isinstance(source, str) and len(pieces) == 2 and all(pieces) and not text.startswith((".", "~", "pretrained/"))
+            and not Path(pieces[0]).exists())
+
+
+def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
+    from transformers import LlamaConfig
+
+    folder = Path(source)
+    if not _is_hub_id(source):
+        if not folder.is_dir():
+            raise CheckpointError(_missing(folder))
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: there is no config.json in it, so this is not a language model's folder.")
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise CheckpointError(f"{folder}: there are no weights in it (*.safetensors or *.bin).")
+    try:
+        values, _ = LlamaConfig.get_config_dict(str(source))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: its configuration cannot be read ({_first_line(error)}).") from error
+    if values.get("model_type") != "llama":
+        raise CheckpointError(f"{source}: a checkpoint of another model: model_type is {values.get('model_type')!r}, "
+                              f"not 'llama'.")
+    if vocabulary is not None and values.get("vocab_size") != vocabulary.size:
+        raise CheckpointError(f"{source}: the model has {values.get('vocab_size')} words, but the tokenizer has "
+                              f"{vocabulary.size}; they do not belong together.")
+    values.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, use_cache=True)
+    return LlamaConfig.from_dict(values)
+
+
+def _missing(folder: Path) -> str:
+    origin = RELEASED.get(folder.name)
+    if origin is None:
+        return f"{folder}: there is no such folder; put a LLaMA folder (config.json and *.safetensors) there."
+    return (f"{folder}: the weights are not there; download huggingface.co/{origin} into {folder} "
+            f"(or use the nano model, which is in pretrained/nano).")
+
+
+def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    if name not in QUANTIZATIONS:
+        raise ConfigError(f"Unknown quantisation {name!r}: use 8bit or 4bit, or none.")
+    if name is None:
+        return {}
+    if device.type != "cuda":
+        raise ConfigError(f"{name} weights need a CUDA device, not {device}.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{name} weights need the package bitsandbytes: pip install bitsandbytes.")
+    from transformers import BitsAndBytesConfig
+
+    bits = (BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else
+            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype))
+    return {"quantization_config": bits, "device_map": {"": device.index or 0}}
+
+
+def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: dict[str, Any]) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
+    from transformers import LlamaForCausalLM
+
+    try:
+        # Old .bin shards are read by transformers through torch.load(weights_only=True).
+        return LlamaForCausalLM.from_pretrained(
+            str(source), config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False, **extra)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise CheckpointError(f"{source}: the weights cannot be read ({_first_line(error)}).") from error
+
+
+def _check_names(info: Any, source: str | Path) -> None:
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(name for name in info["unexpected_keys"] if "rotary_emb.inv_freq" not in name)
+    for names, what in ((missing, "missing from the file"), (unexpected, "unknown to the model")):
+        if names:
+            shown = ", ".join(repr(name) for name in names[:3]) + (" …" if len(names) > 3 else "")
+            raise CheckpointError(f"{source}: {len(names)} tensors are {what}: {shown}.")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,169 @@
+"""A tokenizer folder on disk: what is read, what is checked, what is written; and the training of its text pieces.
+
+`tokenizer.model` (SentencePiece) and `added_tokens.json` (`<img_ddddd>`, `<img>`, `</img>` -> id) must be there.
+`special_tokens_map.json` may say how white space is treated next to a special word (the lstrip/rstrip of a dictionary
+entry; a plain string strips both sides, as in transformers 4.30.2). `tokenizer_config.json` may give `tokens_per_image`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sentencepiece as spm
+
+from seed_multimodal.errors import CheckpointError, DataError
+from seed_multimodal.language.vocabulary import BOI, EOI, ImageVocabulary, code_token
+
+MODEL, ADDED, CONFIG, SPECIAL = (
+    "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+_CODE = re.compile(r"<img_\d{5}>")
+_DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+
+
+@dataclass(frozen=True)
+class SpecialWord:
+    """A special word and whether white space is dropped before (`lstrip`) and after (`rstrip`) it."""
+
+    text: str
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass
+class TokenizerFiles:
+    """The content of a tokenizer folder; `raw` holds the files' bytes, for writing them again."""
+
+    processor: spm.SentencePieceProcessor
+    vocabulary: ImageVocabulary
+    added: dict[str, int]
+    special: list[SpecialWord]
+    raw: dict[str, bytes] = field(default_factory=dict)
+
+
+def read_files(folder: Path) -> TokenizerFiles:
+    """Read and check a tokenizer folder.
+
+    Raises:
+        CheckpointError: a file that is missing or damaged, or ids that leave the released layout.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {MODEL} and {ADDED}).")
+    raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}
+    for name in (MODEL, ADDED):
+        if not raw.get(name):
+            raise CheckpointError(f"{folder / name}: this tokenizer file is missing or empty.")
+    processor = spm.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(raw[MODEL])
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{folder / MODEL}: not a SentencePiece model.") from error
+    if (processor.unk_id(), processor.bos_id(), processor.eos_id()) != (0, 1, 2):
+        raise CheckpointError(f"{folder / MODEL}: <unk>, <s>, </s> must have ids 0, 1, 2, not {processor.unk_id()}, "
+                              f"{processor.bos_id()}, {processor.eos_id()}.")
+    added = _json_object(raw, ADDED, folder)
+    config = _json_object(raw, CONFIG, folder) if CONFIG in raw else {}
+    n_codes = sum(1 for name in added if _CODE.fullmatch(name))
+    per_image = config.get("tokens_per_image", 32)
+    if n_codes < 1 or not isinstance(per_image, int) or per_image < 1:
+        raise CheckpointError(f"{folder}: needs at least one image word and one token per image "
+                              f"(found {n_codes} and {per_image!r}).")
+    vocabulary = ImageVocabulary(processor.GetPieceSize(), n_codes, per_image)
+    _check_layout(added, vocabulary, folder / ADDED)
+    special = _special_words(_json_object(raw, SPECIAL, folder) if SPECIAL in raw else {})
+    return TokenizerFiles(processor, vocabulary, added, special, raw)
+
+
+def _json_object(raw: dict[str, bytes], name: str, folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(raw[name])
+    except ValueError as error:
+        raise CheckpointError(f"{folder / name}: not valid json ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{folder / name}: must hold a json object.")
+    return value
+
+
+def _check_layout(added: dict[str, int], vocabulary: ImageVocabulary, file: Path) -> None:
+    """Codes right after the text pieces, in order, then the two brackets; nothing else."""
+    wanted = added_words(vocabulary)
+    if added == wanted:
+        return
+    for name in (BOI, EOI):
+        if name not in added:
+            raise CheckpointError(f"{file}: the word {name!r} is missing.")
+    wrong = next(name for name in sorted(set(added) | set(wanted)) if added.get(name) != wanted.get(name))
+    raise CheckpointError(f"{file}: the word {wrong!r} has id {added.get(wrong)}, but with {vocabulary.n_text} text "
+                          f"pieces and {vocabulary.n_codes} codes it must have {wanted.get(wrong)}.")
+
+
+def added_words(vocabulary: ImageVocabulary) -> dict[str, int]:
+    """The content of `added_tokens.json` for a vocabulary."""
+    words = {code_token(code): vocabulary.n_text + code for code in range(vocabulary.n_codes)}
+    return {**words, BOI: vocabulary.boi_id, EOI: vocabulary.eoi_id}
+
+
+def _special_words(entries: dict[str, Any]) -> list[SpecialWord]:
+    """The special words; LLaMA's three are always there and strip nothing unless the file says so."""
+    found: dict[str, SpecialWord] = {}
+    plain: list[str] = []
+    for value in entries.values():
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+                found.setdefault(entry["content"], SpecialWord(
+                    entry["content"], bool(entry.get("lstrip", False)), bool(entry.get("rstrip", False))))
+            elif isinstance(entry, str):
+                plain.append(entry)
+    for text in plain:
+        found.setdefault(text, SpecialWord(text, lstrip=True, rstrip=True))
+    for text in _DEFAULTS.values():
+        found.setdefault(text, SpecialWord(text))
+    return list(found.values())
+
+
+def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int) -> None:
+    """Write a tokenizer folder around a SentencePiece model, readable by transformers' LlamaTokenizer too."""
+    processor = spm.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
+    vocabulary = ImageVocabulary(processor.GetPieceSize(), n_codes, tokens_per_image)
+    special = {key: {"content": text, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+               for key, text in _DEFAULTS.items()}
+    config = {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
+        "clean_up_tokenization_spaces": False, "pad_token": None, "legacy": True, "sp_model_kwargs": {},
+        "tokens_per_image": tokens_per_image,
+        **{key: {"__type": "AddedToken", **entry} for key, entry in special.items()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MODEL).write_bytes(model)
+    for name, content in ((ADDED, added_words(vocabulary)), (SPECIAL, special), (CONFIG, config)):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A SentencePiece BPE model with LLaMA's settings: byte fallback, dummy blank, digits apart, no normalisation.
+
+    Raises:
+        DataError: no text, or `vocab_size` cannot be reached with it.
+    """
+    sentences = [line for text in texts for line in text.split("\n") if line.strip()]
+    if not sentences:
+        raise DataError("There is no text to learn a tokenizer from.")
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.Train(
+            sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, character_coverage=0.9999, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            add_dummy_prefix=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+            split_digits=True, allow_whitespace_only_pieces=True, num_threads=1, minloglevel=2,
+            max_sentence_length=1 << 16)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise DataError(f"A tokenizer of {vocab_size} pieces cannot be learnt from {len(sentences)} lines: {reason}"
+                        ) from error
+    return model.getvalue()

@@ -1,0 +1,163 @@
+"""The JSON of `POST /generate`: what a request may hold, what an answer always holds.
+
+Field names and defaults are those of the released demo server, so old clients keep working. Unlike it, a request is
+checked before any model runs, and a bad one gets one sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from seed_multimodal.errors import RequestError
+from seed_multimodal.language.vocabulary import PLACEHOLDER
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; `None` means no limit of that kind."""
+
+    max_text_chars: int = 32_000
+    max_images: int = 16
+    max_new_tokens: int = 2048
+    max_beams: int = 8
+    max_temperature: float = 5.0
+    max_body_bytes: int = 64 << 20
+    max_image_bytes: int = 20 << 20
+    max_image_pixels: int = 50_000_000
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One checked request.
+
+    `text` is the whole conversation so far, without `<s>`, holding one `<image>` per entry of `images`; an entry is
+    base64 text of an encoded picture, or the list of its codes. `seed` is ours: the same seed, the same answer.
+    """
+
+    text: str
+    images: list[str | list[int]]
+    temperature: float = 0.7
+    num_beams: int = 1
+    max_new_tokens: int = 256
+    top_p: float = 0.5
+    force_boi: bool = False
+    seed: int | None = None
+
+    @property
+    def do_sample(self) -> bool:
+        """Sampling, as the released server always does, unless the temperature is 0 (which it cannot answer)."""
+        return self.temperature > 0
+
+    @property
+    def text_spans(self) -> list[str]:
+        """The text around the pictures: one more span than pictures."""
+        return self.text.split(PLACEHOLDER)
+
+
+@dataclass
+class GenerateResponse:
+    """One answer: the generated text with one `<image>` per entry of `images`.
+
+    `images` holds base64 PNG, or `""` for a picture that could not be drawn; `images_ids` the codes of all pictures,
+    those of the request first.
+    """
+
+    text: str = ""
+    images: list[str] = field(default_factory=list)
+    images_ids: list[list[int]] = field(default_factory=list)
+    error_msg: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text, "images": self.images, "images_ids": self.images_ids, "error_msg": self.error_msg}
+
+
+def error_json(sentence: str) -> dict[str, Any]:
+    """The body of a refusal: `error`, beside the usual keys so that a client that reads only those shows it too."""
+    return {"error": sentence, **GenerateResponse(error_msg=[sentence]).to_json()}
+
+
+def parse_request(body: object, limits: Limits | None = None) -> GenerateRequest:
+    """Check a decoded JSON body.
+
+    Raises:
+        RequestError: one sentence naming the field that is missing, of the wrong type or out of range.
+    """
+    limits = limits or Limits()
+    if not isinstance(body, Mapping):
+        raise RequestError("The request body must be a JSON object with 'text' and 'images'.")
+    for key in ("text", "images"):
+        if key not in body:
+            raise RequestError(f"The request lacks {key!r}.")
+    request = GenerateRequest(
+        text=_text(body["text"], limits),
+        images=_images(body["images"], limits),
+        temperature=_number(body, "temperature", GenerateRequest.temperature, 0.0, limits.max_temperature),
+        num_beams=_integer(body, "num_beams", GenerateRequest.num_beams, 1, limits.max_beams),
+        max_new_tokens=_integer(body, "max_new_tokens", GenerateRequest.max_new_tokens, 1, limits.max_new_tokens),
+        top_p=_number(body, "top_p", GenerateRequest.top_p, 0.0, 1.0),
+        force_boi=_flag(body, "force_boi"),
+        seed=_integer(body, "seed", 0, 0, 2**31 - 1) if body.get("seed") is not None else None,
+    )
+    flags = len(request.text_spans) - 1
+    if flags != len(request.images):
+        raise RequestError(f"'text' holds {flags} {PLACEHOLDER} placeholders, but 'images' has "
+                           f"{len(request.images)} entries; they must be equal.")
+    return request
+
+
+def _text(value: object, limits: Limits) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"'text' must be a string, not {_kind(value)}.")
+    if len(value) > limits.max_text_chars:
+        raise RequestError(f"'text' has {len(value)} characters; at most {limits.max_text_chars} are accepted.")
+    return value
+
+
+def _images(value: object, limits: Limits) -> list[str | list[int]]:
+    if not isinstance(value, list):
+        raise RequestError(f"'images' must be a list, not {_kind(value)}.")
+    if len(value) > limits.max_images:
+        raise RequestError(f"'images' has {len(value)} entries; at most {limits.max_images} are accepted.")
+    for number, item in enumerate(value):
+        if isinstance(item, list):
+            if not item or not all(isinstance(code, int) and not isinstance(code, bool) for code in item):
+                raise RequestError(f"images[{number}] must be a non-empty list of whole numbers (image codes).")
+        elif not isinstance(item, str):
+            raise RequestError(f"images[{number}] must be base64 text or a list of image codes, not {_kind(item)}.")
+    return list(value)
+
+
+def _number(body: Mapping[str, Any], key: str, default: float, low: float, high: float) -> float:
+    value = body.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RequestError(f"{key!r} must be a number, not {_kind(value)}.")
+    if not low <= value <= high:
+        raise RequestError(f"{key!r} is {value}; it must lie between {low:g} and {high:g}.")
+    return float(value)
+
+
+def _integer(body: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
+    value = body.get(key, default)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON clients in JavaScript (and slider widgets) send 1.0
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{key!r} must be a whole number, not {_kind(value)}.")
+    if not low <= value <= high:
+        raise RequestError(f"{key!r} is {value}; it must lie between {low} and {high}.")
+    return value
+
+
+def _flag(body: Mapping[str, Any], key: str) -> bool:
+    value = body.get(key, False)
+    if not isinstance(value, bool):
+        raise RequestError(f"{key!r} must be true or false, not {_kind(value)}.")
+    return value
+
+
+def _kind(value: object) -> str:
+    names = {"NoneType": "null", "str": "a string", "list": "a list", "dict": "an object", "bool": "true/false",
+             "int": "a number", "float": "a fraction or not a finite number"}
+    return names.get(type(value).__name__, type(value).__name__)

@@ -1,0 +1,95 @@
+"""Messages as users write them -> turns of texts and codes, ready for a prompt template.
+
+A message is `{"role": "user" | "assistant", "content": …}`. Content is one text, or a list of texts (`str`), pictures
+(PIL, `Path`, bytes) and codes (a list of ints), in any order and number. An assistant's content may be the `Answer` that
+an earlier call returned. A `str` is always text: give file names as `Path`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.errors import RequestError
+from seed_multimodal.language.prompts import ROLES, PromptTemplate, Turn
+from seed_multimodal.systems.answer import Answer, ImagePart, TextPart
+from seed_multimodal.systems.pictures import is_codes
+
+Tokenize = Callable[[list[Any]], Tensor]
+
+
+def to_turns(messages: Sequence[Any], tokenize: Tokenize, check_codes: Callable[[Any], Tensor]) -> list[Turn]:
+    """Turns of a conversation; all its pictures are tokenized in one batch.
+
+    Args:
+        tokenize: pictures -> codes [B, 32].
+        check_codes: codes -> [1, 32], refusing what is no picture.
+
+    Raises:
+        RequestError: no messages, a message of another shape, or one that says nothing; `ImageError` and `CodesError`
+            for a picture that cannot be read.
+    """
+    contents = [_content(message, number) for number, message in enumerate(messages)]
+    if not contents:
+        raise RequestError("A conversation needs at least one message.")
+    if contents[-1][0] != "user":
+        raise RequestError("The last message must be the user's: it is the one that gets an answer.")
+    pictures = [item for _, content in contents for item in content if isinstance(item, (Image.Image, Path, bytes))]
+    rows = iter(tokenize(pictures).tolist() if pictures else ())
+    turns = []
+    for role, content in contents:
+        spans = [item if isinstance(item, str) else
+                 next(rows) if isinstance(item, (Image.Image, Path, bytes)) else
+                 check_codes(item)[0].tolist() for item in content]
+        turns.append(Turn(role, tuple(spans)))
+    return turns
+
+
+def as_parts(content: Any) -> list[Any]:
+    """One text, picture or row of codes, or a sequence of them -> a list of them."""
+    if isinstance(content, (str, Image.Image, Path, bytes)) or is_codes(content):
+        return [content]
+    return list(content)
+
+
+def _content(message: Any, number: int) -> tuple[str, list[Any]]:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise RequestError(f"Message {number} must be a mapping with 'role' and 'content'.")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise RequestError(f"Message {number} has the unknown role {role!r}; use {' or '.join(ROLES)}.")
+    if isinstance(content, Answer):
+        return role, content.as_content()
+    try:
+        items = [_item(item, number) for item in as_parts(content)]
+    except TypeError as error:
+        raise RequestError(f"The content of message {number} is {type(content).__name__}; it must be text, or a list of "
+                           f"texts and pictures.") from error
+    if role == "user" and not any(item.strip() if isinstance(item, str) else True for item in items):
+        raise RequestError(f"Message {number} says nothing.")
+    return role, items
+
+
+def _item(item: Any, number: int) -> Any:
+    if isinstance(item, Mapping) and item.get("type") in ("text", "image") and item["type"] in item:
+        item = item[item["type"]]  # {"type": "text", "text": …}, {"type": "image", "image": …}
+    if isinstance(item, TextPart):
+        return item.text
+    if isinstance(item, ImagePart):
+        return list(item.codes)
+    if isinstance(item, (str, Image.Image, Path, bytes)) or is_codes(item):
+        return item
+    raise RequestError(f"Message {number} holds a {type(item).__name__}; content is text, pictures (PIL, Path, bytes) or "
+                       f"codes (a list of whole numbers).")
+
+
+def turn_marker(template: PromptTemplate) -> str:
+    """What a model writes when it goes on to speak for the user, `""` for a template without roles.
+
+    The released models saw no end token between turns, so some of their answers run into the next question.
+    """
+    return template.separator + template.user_marker if template.user_prefix else ""

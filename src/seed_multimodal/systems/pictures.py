@@ -1,0 +1,142 @@
+"""The picture half of a system: pictures to codes and codes to pictures, with the de-tokenizer loaded on first use.
+
+Peculiar: every picture gets its own random generator from the same seed, so a drawing depends on its codes and the
+seed, never on what else is in the batch. Parts that are seldom used can wait on the CPU (`offload_*`, as the released
+demo does on 16 GB cards).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from seed_multimodal.errors import CheckpointError, CodesError
+from seed_multimodal.images.open import ImageLimits, open_image
+from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+
+Picture = Image.Image | str | Path | bytes
+Codes = Tensor | Sequence[int]
+
+
+class PictureCodec:
+    """Pictures ⇄ codes.
+
+    Args:
+        model: SEED-2 tokenizer.
+        transform: PIL picture -> float32 [3, S, S].
+        load_decoder: makes the de-tokenizer when the first picture is drawn; `None`: this codec cannot draw.
+        device: where both compute.
+    """
+
+    def __init__(
+        self, model: Seed2Tokenizer, transform: Callable[[Image.Image], Tensor], *,
+        load_decoder: Callable[[], Any] | None, device: torch.device, limits: ImageLimits | None = None,
+        offload_encoder: bool = False, offload_decoder: bool = False,
+    ) -> None:
+        self.model = model
+        self.transform = transform
+        self.device = device
+        self.limits = limits or ImageLimits()
+        self.offload_encoder = offload_encoder
+        self.offload_decoder = offload_decoder
+        self._load_decoder = load_decoder
+        self._decoder: Any = None
+        if offload_encoder:
+            model.visual_encoder.to("cpu")
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether codes can become pictures here."""
+        return self._load_decoder is not None
+
+    @property
+    def decoder(self) -> Any:
+        """The de-tokenizer, loaded now if this is its first use.
+
+        Raises:
+            CheckpointError: the system was opened without one, or its folder is not there.
+        """
+        if self._decoder is None:
+            if self._load_decoder is None:
+                raise CheckpointError("This system was opened without its de-tokenizer (load_decoder=False), so it "
+                                      "cannot draw.")
+            self._decoder = self._load_decoder()
+        return self._decoder
+
+    def open(self, picture: Picture) -> Image.Image:
+        """A picture from a file, bytes or PIL, as RGB; raises `ImageError` naming it."""
+        return open_image(picture, limits=self.limits)
+
+    def tokenize(self, pictures: Picture | Sequence[Picture]) -> Tensor:
+        """One picture or several -> codes [B, 32] int64 on the CPU."""
+        several = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+        if not several:
+            return torch.empty(0, self.model.config.num_query, dtype=torch.long)
+        return self.encode(torch.stack([self.transform(self.open(picture)) for picture in several]))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, S, S] -> codes [B, 32] int64 on the CPU."""
+        with self._resident(self.model.visual_encoder, self.offload_encoder):
+            return self.model.encode(pixels.to(self.device)).cpu()
+
+    def check_codes(self, codes: Codes | Sequence[Sequence[int]]) -> Tensor:
+        """Codes of one picture or several -> [B, 32] int64.
+
+        Raises:
+            CodesError: wrong number of codes, or one outside the codebook.
+        """
+        try:
+            return self.model.check_codes(codes)
+        except OverflowError as error:  # a Python integer that no tensor holds
+            raise CodesError(f"A code is outside the codebook 0..{self.model.config.codebook_size - 1}.") from error
+
+    def draw(
+        self, codes: Codes | Sequence[Sequence[int]], *, seed: int | Sequence[int] = 0, batch_size: int = 8, **decode: Any
+    ) -> list[Image.Image]:
+        """Codes -> pictures.
+
+        Args:
+            codes: [B, 32], or the 32 codes of one picture.
+            seed: one for all pictures, or one each.
+            batch_size: pictures per pass through the U-Net.
+            decode: passed to the de-tokenizer (`num_inference_steps`, `guidance_scale`, `noise_level`, `scheduler`).
+        """
+        rows = self.check_codes(codes)
+        seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(rows):
+            raise CodesError(f"{len(rows)} pictures were given with {len(seeds)} seeds.")
+        decoder, pictures = self.decoder, []
+        with self._resident(decoder, self.offload_decoder):
+            for start in range(0, len(rows), batch_size):
+                embeds = self.model.decode(rows[start:start + batch_size])
+                generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[start:start + batch_size]]
+                pictures += decoder.decode(embeds, generator=generators, **decode)
+        return pictures
+
+    @contextlib.contextmanager
+    def _resident(self, part: nn.Module | Any, offload: bool) -> Iterator[None]:
+        """`part` on the computing device inside; back on the CPU afterwards when it is offloaded."""
+        if not offload or self.device.type == "cpu":
+            yield
+            return
+        part.to(self.device)
+        try:
+            yield
+        finally:
+            part.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def is_codes(value: object) -> bool:
+    """Whether `value` is a row of picture codes rather than a picture or text: an integer tensor or a list of ints."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() and value.ndim == 1
+    return (isinstance(value, (list, tuple)) and len(value) > 0
+            and all(isinstance(code, int) and not isinstance(code, bool) for code in value))

@@ -1,0 +1,329 @@
+"""SEED-LLaMA as one object: it looks at pictures, answers, draws, edits and talks with pictures in both directions.
+
+    pictures ─► PictureCodec.tokenize ─► codes ─► prompt ids ─► LLaMA ─► answer ids ─► texts and codes ─► pictures
+
+    seed = SeedLlama.from_pretrained("pretrained/nano")
+    print(seed.describe("cat.png"))
+    seed.draw("a blue fish").save("fish.png")
+
+One instance serves one caller at a time (`serving.engine` puts a lock around it). Nothing is printed but the choice of
+the device, through `log`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.device import choose_device
+from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.images.transforms import get_transform
+from seed_multimodal.language.answer import AnswerPart, ImagePart, split_answer
+from seed_multimodal.language.generation import GenerationSettings, generate_ids
+from seed_multimodal.language.loading import load_llm
+from seed_multimodal.language.prompts import get_template
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.systems.answer import Answer, DrawnPart
+from seed_multimodal.systems.chat import as_parts, to_turns, turn_marker
+from seed_multimodal.systems.loading import SystemSpec, find_system
+from seed_multimodal.systems.pictures import Picture, PictureCodec
+from seed_multimodal.systems.stream import (
+    AnswerReader,
+    Event,
+    ReadingStreamer,
+    StopGeneration,
+    tokens_from_thread,
+)
+
+Log = Callable[[str], None] | None
+DECODE_KEYS = ("num_inference_steps", "guidance_scale", "noise_level", "scheduler")
+
+
+class SeedLlama:
+    """A loaded system; make one with `from_pretrained`.
+
+    Every method takes generation settings (`GenerationSettings`: `max_new_tokens`, `temperature`, `top_p`, `top_k`,
+    `num_beams`, `do_sample`, `seed`, `constrain`) and de-tokenizer settings (`num_inference_steps`, `guidance_scale`,
+    `noise_level`, `scheduler`) as keywords; what is not given follows the system's own `system.json`.
+    """
+
+    def __init__(self, spec: SystemSpec, tokenizer: MultimodalTokenizer, llm: Any, pictures: PictureCodec) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.llm = llm
+        self.pictures = pictures
+        self.template = get_template(spec.template)
+        self.tasks = spec.tasks
+        self.settings()  # wrong defaults in system.json show now, not at the first question
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path | None = None, *, llm: str | Path | None = None, tokenizer: str | Path | None = None,
+        detokenizer: str | Path | None = None, vision: str | Path | None = None, template: str | None = None,
+        device: str = "auto", dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
+        load_decoder: bool = True, offload_encoder: bool = False, offload_decoder: bool = False, log: Log = print,
+    ) -> SeedLlama:
+        """Load a system; its de-tokenizer is loaded when the first picture is drawn.
+
+        Args:
+            name: `nano`, `8b`, `14b`, or a folder with `system.json`.
+            llm, tokenizer, detokenizer, vision, template: single parts, see `loading.find_system`.
+            device, dtype: see `choose_device`; the choice goes to `log`.
+            quantization: "8bit" or "4bit" for the language model, on CUDA devices.
+            image_device: where pictures are read and drawn, if not on `device`.
+            load_decoder: False: a system that never draws.
+            offload_encoder, offload_decoder: keep that part on the CPU while it is not at work.
+
+        Raises:
+            CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
+        """
+        spec = find_system(name, llm=llm, tokenizer=tokenizer, detokenizer=detokenizer, vision=vision,
+                           template=template)
+        runtime = choose_device(device, dtype, log=log)
+        here = runtime.device if image_device is None else choose_device(image_device, runtime.dtype, log=log).device
+        words = MultimodalTokenizer.from_pretrained(spec.tokenizer)
+        model = load_llm(spec.llm, device=runtime.device, dtype=runtime.dtype, quantization=quantization,
+                         vocabulary=words.vocabulary)
+        pictures = _load_pictures(spec, words, here, runtime.dtype, load_decoder, offload_encoder, offload_decoder)
+        return cls(spec, words, model, pictures)
+
+    # ---- pictures ⇄ codes
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """A PIL picture -> normalised pixels [3, S, S]."""
+        return self.pictures.transform(image)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, S, S] -> codes [B, 32] int64."""
+        return self.pictures.encode(pixels)
+
+    def tokenize(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """One picture or several (PIL, path, bytes) -> codes [B, 32] int64."""
+        return self.pictures.tokenize(images)
+
+    def reconstruct(self, images_or_codes: Any, seed: int = 0, **decode: Any) -> list[Image.Image]:
+        """Pictures, or their codes ([B, 32] or the 32 of one), drawn again; `decode` goes to the de-tokenizer."""
+        first = images_or_codes[0] if isinstance(images_or_codes, (list, tuple)) and images_or_codes else images_or_codes
+        if isinstance(first, (str, Path, bytes, Image.Image)):
+            images_or_codes = self.tokenize(images_or_codes)
+        return self.pictures.draw(images_or_codes, seed=seed, **decode)
+
+    # ---- tasks
+
+    def describe(self, image: Any, prompt: str | None = None, **options: Any) -> str:
+        """What `image` shows (a picture, its codes, or several of them); `prompt` replaces the usual request."""
+        return self._say([*self._shown(image), self.tasks.describe if prompt is None else prompt], options)
+
+    def ask(self, image: Any, question: str, *, short: bool = True, **options: Any) -> str:
+        """The answer to `question` about `image` (or several); `short` adds the one-word-or-phrase suffix."""
+        return self._say([*self._shown(image), self.tasks.question(question) if short else question], options)
+
+    def draw(self, text: str, seed: int = 0, *, verbatim: bool = False, **options: Any) -> Image.Image:
+        """A picture of `text`, which is put into the system's drawing request unless `verbatim`.
+
+        Raises:
+            GenerationError: the model gave no whole picture.
+        """
+        request = text if verbatim else self.tasks.draw_request(text)
+        return self._one_picture([request], self.tasks.draw_response, {**options, "seed": seed})
+
+    def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
+        """`image` (a picture or its codes) after `instruction`; raises `GenerationError` as `draw`."""
+        return self._one_picture([*self._shown(image), instruction], self.tasks.edit_response,
+                                 {**options, "seed": seed})
+
+    @overload
+    def chat(self, messages: Sequence[Any], stream: Literal[False] = False, **options: Any) -> Answer: ...
+
+    @overload
+    def chat(self, messages: Sequence[Any], stream: Literal[True], **options: Any) -> Iterator[Event]: ...
+
+    def chat(
+        self, messages: Sequence[Any], stream: bool = False, *, force_image: bool = False, **options: Any
+    ) -> Answer | Iterator[Event]:
+        """Go on with a conversation (see `systems.chat` for the form of messages).
+
+        Args:
+            stream: give events (see `systems.stream`) while the answer is made, instead of the `Answer`.
+            force_image: make the model answer with a picture.
+        """
+        decode = _take(options, DECODE_KEYS)
+        settings = self.settings(**options)
+        turns = to_turns(messages, self.tokenize, self.pictures.check_codes)
+        prompt = self.prompt_ids(turns)
+        opening = ""
+        if force_image:
+            edits = any(not isinstance(part, str) for part in turns[-1].content)
+            opening = self.tasks.edit_response if edits else self.tasks.draw_response
+            settings = self._forced(settings)
+        if stream:
+            return self._stream(prompt, opening, settings, decode)
+        return self._finish(self._read(prompt, opening, settings), settings, decode)
+
+    # ---- building blocks
+
+    def settings(self, **options: Any) -> GenerationSettings:
+        """The system's defaults with `options` over them.
+
+        A given temperature, top_p or top_k switches drawing of tokens on, unless `do_sample` is given too.
+
+        Raises:
+            ConfigError: an unknown option (names the nearest) or a value out of range.
+        """
+        merged = {"max_new_tokens": 256, "do_sample": False, **self.spec.generation, **options}
+        known = {field.name for field in fields(GenerationSettings)}
+        for name in merged:
+            if name not in known:
+                near = difflib.get_close_matches(name, [*known, *DECODE_KEYS], n=1)
+                raise ConfigError(f"Unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        if "do_sample" not in options and any(key in options for key in ("temperature", "top_p", "top_k")):
+            merged["do_sample"] = True
+        return GenerationSettings(**merged)
+
+    def prompt_ids(self, turns: Sequence[Any]) -> list[int]:
+        """`<s>` and a conversation (turns of texts and codes) up to where the answer begins."""
+        return self.tokenizer.encode_parts(self.template.render(turns), add_bos=True)
+
+    def generate(self, prompt: Sequence[int], settings: GenerationSettings) -> list[int]:
+        """Prompt ids -> the ids of the answer, which ends where the model ends it or begins to speak for the user."""
+        return self._read(prompt, "", settings)
+
+    # ---- inside
+
+    def _shown(self, image: Any) -> list[Any]:
+        """Pictures of a task's message; a string is a file name there."""
+        return [Path(item) if isinstance(item, str) else item for item in as_parts(image)]
+
+    def _forced(self, settings: GenerationSettings) -> GenerationSettings:
+        """Settings that begin with a picture and leave room for it."""
+        needed = self.tokenizer.vocabulary.tokens_per_image + 1
+        return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
+
+    def _say(self, content: list[Any], options: dict[str, Any]) -> str:
+        """The text of an answer; pictures in it are not drawn."""
+        turns = to_turns([{"role": "user", "content": content}], self.tokenize, self.pictures.check_codes)
+        ids = self._read(self.prompt_ids(turns), "", self.settings(**options))
+        return Answer(split_answer(ids, self.tokenizer)).text
+
+    def _one_picture(self, content: list[Any], opening: str, options: dict[str, Any]) -> Image.Image:
+        decode = _take(options, DECODE_KEYS)
+        settings = replace(self.settings(**options), force_image=True,
+                           max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)
+        _ = self.pictures.decoder  # a missing de-tokenizer shows before the model works
+        turns = to_turns([{"role": "user", "content": content}], self.tokenize, self.pictures.check_codes)
+        answer = self._finish(self._read(self.prompt_ids(turns), opening, settings), settings, decode)
+        if len(answer.images) != 1:
+            raise GenerationError("The model's answer holds no whole picture"
+                                  + (f": {answer.problems[0]}" if answer.problems else "."))
+        return answer.images[0]
+
+    def _open(self, prompt: Sequence[int], opening: str, settings: GenerationSettings) -> tuple[list[int], list[int]]:
+        """The prompt with the words of a forced answer, and the tokens of the answer that are fixed already."""
+        words = self.tokenizer.encode_parts([opening]) if opening else []
+        forced = [self.tokenizer.vocabulary.boi_id] if settings.force_image else []
+        return [*prompt, *words], words + forced
+
+    def _read(self, prompt: Sequence[int], opening: str, settings: GenerationSettings) -> list[int]:
+        """The ids of one answer."""
+        prompt, fixed = self._open(prompt, opening, settings)
+        reader = AnswerReader(self.tokenizer, turn_marker(self.template))
+        for token in fixed:
+            reader.read(token)
+
+        def take(token: int) -> bool:
+            reader.read(token)
+            return not reader.finished
+
+        if settings.num_beams > 1:  # beams cannot be watched: read the best one afterwards
+            for token in generate_ids(self.llm, [prompt], settings, self.tokenizer)[0][int(settings.force_image):]:
+                reader.read(token)
+        else:
+            try:
+                generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=ReadingStreamer(take))
+            except StopGeneration:
+                pass
+        reader.close()
+        return reader.ids
+
+    def _stream(
+        self, prompt: Sequence[int], opening: str, settings: GenerationSettings, decode: dict[str, Any]
+    ) -> Iterator[Event]:
+        if settings.num_beams > 1:
+            raise ConfigError("An answer cannot be streamed with num_beams above 1.")
+        prompt, fixed = self._open(prompt, opening, settings)
+        return self._events(prompt, fixed, settings, decode)
+
+    def _events(
+        self, prompt: list[int], fixed: list[int], settings: GenerationSettings, decode: dict[str, Any]
+    ) -> Iterator[Event]:
+        reader = AnswerReader(self.tokenizer, turn_marker(self.template))
+        images: list[Image.Image | None] = []
+
+        def shown(events: list[Event]) -> Iterator[Event]:
+            for event in events:
+                if event["type"] == "image":
+                    images.append(self._draw_codes([event["codes"]], settings.seed, decode)[0])
+                    event = {**event, "image": images[-1]}
+                yield event
+
+        for token in fixed:
+            yield from shown(reader.read(token))
+        tokens = tokens_from_thread(
+            lambda streamer: generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=streamer))
+        try:
+            for token in tokens:
+                yield from shown(reader.read(token))
+                if reader.finished:
+                    break
+        finally:
+            tokens.close()  # type: ignore[attr-defined]  # ends the thread when the caller leaves early
+        yield from shown(reader.close())
+        yield {"type": "done", "answer": self._answer(reader.ids, images)}
+
+    def _finish(self, ids: list[int], settings: GenerationSettings, decode: dict[str, Any]) -> Answer:
+        codes = [part.codes for part in split_answer(ids, self.tokenizer) if isinstance(part, ImagePart)]
+        return self._answer(ids, self._draw_codes(codes, settings.seed, decode))
+
+    def _draw_codes(self, codes: list[list[int]], seed: int | None, decode: dict[str, Any]) -> list[Image.Image | None]:
+        if not codes or not self.pictures.can_draw:
+            return [None] * len(codes)
+        return list(self.pictures.draw(codes, seed=seed or 0, **decode))
+
+    def _answer(self, ids: list[int], images: Sequence[Image.Image | None]) -> Answer:
+        rest = iter(images)
+        parts: list[AnswerPart] = [DrawnPart(part.codes, next(rest)) if isinstance(part, ImagePart) else part
+                                   for part in split_answer(ids, self.tokenizer)]
+        return Answer(tuple(parts), tuple(ids))
+
+
+def _load_pictures(
+    spec: SystemSpec, words: MultimodalTokenizer, device: Any, dtype: Any, load_decoder: bool, offload_encoder: bool,
+    offload_decoder: bool,
+) -> PictureCodec:
+    from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
+    from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+
+    model = Seed2Tokenizer.from_pretrained(spec.tokenizer, vision=spec.vision, device=device, dtype=dtype)
+    has = (model.config.codebook_size, model.config.num_query)
+    if has != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
+        raise ConfigError(f"{spec.tokenizer}: the image tokenizer has {has[0]} codes, {has[1]} to a picture, but the "
+                          f"vocabulary has {words.vocabulary.n_codes} and {words.vocabulary.tokens_per_image}.")
+    load = None
+    if load_decoder and spec.detokenizer is not None:
+        waiting = "cpu" if offload_decoder else device
+        load = partial(UnclipDetokenizer.from_pretrained, spec.detokenizer, device=waiting, dtype=dtype)
+    transform = get_transform(**{**spec.transform, "image_size": spec.image_size})
+    return PictureCodec(model, transform, load_decoder=load, device=device, offload_encoder=offload_encoder,
+                        offload_decoder=offload_decoder)
+
+
+def _take(options: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Remove `keys` from `options` and give them."""
+    return {key: options.pop(key) for key in keys if key in options}

@@ -1,0 +1,227 @@
+"""Reading SEED-2 tokenizers: our folder, the released layout, or single files; and writing our folder.
+
+    our folder        config.json + model.safetensors
+    released folder   seed_quantizer.pt (no vision tower) + eva_vit_g.pth (40 blocks, the first 39 are used)
+    a file            seed_quantizer.pt, vision tower by `vision=`; or model.safetensors with config.json beside it
+    a hub id          `owner/name`, downloaded with huggingface_hub, then a released or our folder
+
+The released quantiser file holds 146 further tensors of training-only branches: names on a list are ignored and
+reported, anything else unknown or missing is refused. The vision tower may also lie in the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+from seed_multimodal.tokenizers.seed2_config import MODEL_TYPE, Seed2Config
+from seed_multimodal.vision.eva import resize_positions
+from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
+
+OURS = "model.safetensors"
+QUANTIZER_FILES = ("seed_quantizer.safetensors", "seed_quantizer.pt")
+VISION_FILES = ("eva_vit_g.safetensors", "eva_vit_g.pth")
+VISION_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+WHERE = (f"make a folder with {QUANTIZER_FILES[-1]} (from AILab-CVC/seed-tokenizer-2 on the Hugging Face hub) and "
+         f"{VISION_FILES[-1]} (from {VISION_URL}) and give its path")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+TOWER = "visual_encoder."
+QUERY_LAYER = "Qformer.bert.encoder.layer.*"
+# Training-only tensors that a released or training checkpoint may carry.
+IGNORED = (
+    "Reverse_Qformer_text.*", "reverse_tokens_text", "distill_text_proj.*", "blocks_text.*", "pos_embed_text",
+    "text_proj.*", "vision_proj.*", "itm_head.*", "temp", "text_encoder.*", "clip_model.*", "embedding_head.*",
+    "Qformer.cls.*", "Qformer.bert.embeddings.word_embeddings.*", "Qformer.bert.embeddings.position_embeddings.*",
+    f"{QUERY_LAYER}.intermediate.*", f"{QUERY_LAYER}.output.*", "quantize.ema_*")
+IGNORED_BESIDE_IMAGE_DOWN = ("Reverse_Qformer.*", "reverse_tokens")
+IGNORED_IN_TOWER = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_head.*")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Files to read: `vision` is None when the tower must be in `weights`; `config` when there is no config.json."""
+
+    weights: Path
+    vision: Path | None
+    config: Path | None
+
+
+def load_tokenizer(source: str | Path, *, vision: str | Path | None = None, config: Seed2Config | None = None,
+                   image_size: int | None = None, device: str | torch.device = "cpu",
+                   dtype: torch.dtype = torch.float32,
+                   log: Callable[[str], None] | None = None) -> Seed2Tokenizer:
+    """Load a tokenizer in eval mode, its parameters frozen, its `load_report` filled.
+
+    Args:
+        source: folder, file or hub id, see the module's docstring.
+        vision: file of the vision tower, if it is not in or beside `source`.
+        config: sizes, where no config.json gives them and the weights' widths are not the released ones.
+        image_size: resize the position table (bicubic) so that images of this size can be encoded.
+        log: receives one line per file that says what was loaded and what was ignored.
+
+    Raises:
+        CheckpointError: nothing there, damaged or unsafe file, another model's weights, missing tensors: one
+            sentence that names them and, for the vision tower, says where to get it.
+    """
+    files = find_sources(source, vision)
+    state = load_state_dict(files.weights)
+    tower, tower_source = _tower(state, files)
+    state = {name: value for name, value in state.items() if not name.startswith(TOWER)}
+    if config is None:
+        config = Seed2Config.read(files.config) if files.config is not None else Seed2Config.infer(
+            {**state, **{TOWER + name: value for name, value in tower.items()}}, files.weights)
+    if image_size is not None:
+        config = config.with_image_size(image_size)
+    model = _empty(config, device, dtype)
+    _fit_positions(tower, config)
+    report = _assign(model, state, tower, files.weights, tower_source)
+    if log is not None:
+        log(describe(report))
+    model.load_report = report
+    return model
+
+
+def save_folder(model: Seed2Tokenizer, folder: str | Path) -> Path:
+    """Write `config.json` and `model.safetensors`; each file appears complete or not at all."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    save_state_dict(model.state_dict(), place / OURS, {"model_type": MODEL_TYPE})
+    temporary = place / f".config.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, place / "config.json")
+    return place
+
+
+# ---- which files
+
+
+def find_sources(source: str | Path, vision: str | Path | None = None) -> Sources:
+    """The files a source stands for; `CheckpointError` says what is missing and where to put it."""
+    place = Path(source)
+    if vision is not None and not Path(vision).is_file():
+        raise CheckpointError(f"{vision}: there is no such vision-tower file; download it from {VISION_URL}.")
+    if not place.exists():
+        if not HUB_ID.fullmatch(str(source)) or place.parent.exists():
+            raise CheckpointError(f"{place}: there is no such tokenizer; {WHERE}.")
+        place = _download(str(source))
+    folder = place if place.is_dir() else place.parent
+    if place.is_file():
+        weights: Path | None = place
+    else:
+        weights = _first(folder, (OURS, *QUANTIZER_FILES))
+    if weights is None:
+        names = " or ".join((OURS, QUANTIZER_FILES[-1]))
+        raise CheckpointError(f"{folder}: holds no tokenizer weights ({names}).")
+    tower = Path(vision) if vision is not None else _first(folder, VISION_FILES) or _hub_cached_tower()
+    return Sources(weights, tower, _our_config(folder))
+
+
+def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _our_config(folder: Path) -> Path | None:
+    """`config.json` if it is ours: a released folder may hold the text tokenizer's or the LLM's."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
+    return file if isinstance(values, dict) and values.get("model_type") == MODEL_TYPE else None
+
+
+def _hub_cached_tower() -> Path | None:
+    """Where the original programs cache their download of the vision tower."""
+    return _first(Path(torch.hub.get_dir()) / "checkpoints", VISION_FILES)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["config.json", OURS, *QUANTIZER_FILES, *VISION_FILES]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); "
+                              f"{WHERE}.") from error
+
+
+# ---- which tensors
+
+
+def _tower(state: dict[str, Tensor], files: Sources) -> tuple[dict[str, Tensor], Path]:
+    """Vision-tower tensors without prefix, and the file they come from: bundled ones win over a separate file."""
+    bundled = {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)}
+    if bundled:
+        return bundled, files.weights
+    if "patch_embed.proj.weight" in state and "query_tokens" not in state:
+        raise CheckpointError(f"{files.weights}: this is the vision tower alone; give it as vision= and the tokenizer's "
+                              f"own weights ({QUANTIZER_FILES[-1]}) as the source.")
+    if "query_tokens" not in state:
+        raise CheckpointError(f"{files.weights}: not a SEED-2 tokenizer: it holds no 'query_tokens' "
+                              f"(its first tensor is {next(iter(state))!r}).")
+    if files.vision is None:
+        raise CheckpointError(
+            f"{files.weights}: the vision tower (511 'visual_encoder.*' tensors at released size) is stored apart and is "
+            f"missing; download it from {VISION_URL} to {files.weights.parent / VISION_FILES[-1]}, or give vision=FILE.")
+    tower = load_state_dict(files.vision)
+    tower = {name.removeprefix(TOWER): value for name, value in tower.items()}
+    if "patch_embed.proj.weight" not in tower:
+        raise CheckpointError(f"{files.vision}: not an EVA vision tower: it holds no 'patch_embed.proj.weight' "
+                              f"(its first tensor is {next(iter(tower))!r}).")
+    return tower, files.vision
+
+
+def _fit_positions(tower: dict[str, Tensor], config: Seed2Config) -> None:
+    if "pos_embed" in tower and tower["pos_embed"].ndim == 3:
+        tower["pos_embed"] = resize_positions(tower["pos_embed"], config.vit.grid)
+
+
+def _empty(config: Seed2Config, device: str | torch.device, dtype: torch.dtype) -> Seed2Tokenizer:
+    """The model with memory for its weights but no start values: a billion random numbers take long."""
+    with torch.device("meta"):
+        model = Seed2Tokenizer(config)
+    model = model.to(dtype).to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[1], device=buffer.device)[None])
+        else:
+            buffer.zero_()
+    return model.requires_grad_(False).eval()
+
+
+def _assign(model: Seed2Tokenizer, state: dict[str, Tensor], tower: dict[str, Tensor], source: Path,
+            tower_source: Path) -> LoadReport:
+    """Fill the model and account for every name of both files."""
+    unused_last_block = f"blocks.{model.config.vit.depth}.*"
+    ignored = IGNORED if model.config.use_qformer_image else IGNORED + IGNORED_BESIDE_IMAGE_DOWN
+    rest = [name for name in model.state_dict() if name.startswith(TOWER)]
+    report = assign_strictly(model, state, source, allow_missing=[*rest, "*position_ids"], allow_unexpected=ignored)
+    seen = assign_strictly(model.visual_encoder, tower, tower_source,
+                           allow_unexpected=[*IGNORED_IN_TOWER, unused_last_block])
+    report.loaded += [TOWER + name for name in seen.loaded]
+    report.missing = [name for name in report.missing if not name.startswith(TOWER)]
+    report.ignored += [TOWER + name for name in seen.ignored]
+    if tower_source != source:
+        report.source = f"{source} and {tower_source}"
+    return report
+
+
+def describe(report: LoadReport) -> str:
+    """One line: counts, and the ignored tensors grouped by their first name."""
+    groups = Counter(name.split(".")[0] for name in report.ignored)
+    ignored = ", ".join(f"{name} ({count})" for name, count in groups.items())
+    return f"{report}" + (f": {ignored}" if ignored else "") + "."

@@ -1,0 +1,239 @@
+"""The causal Q-Former: 32 learned queries read an image in order; a text path shares its attention in stage 1.
+
+A BERT (post-norm) with cross-attention to the image in every second layer. Peculiar, all as released:
+queries get no position embedding, their order comes only from the vectors and the causal mask; the mask is on
+exactly when there are 32 queries; queries and text have separate feed-forward layers; masked scores get -10000.
+Parameter names are those of the released checkpoints (`bert.encoder.layer.N.attention.self.query.weight` …).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.vision.layers import LayerNorm, heads_first, heads_last
+
+MASKED = -10000.0
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """Sizes of a Q-Former; the defaults are the released ones.
+
+    `causal_queries`: the number of queries at which their self-attention becomes causal (released: exactly 32).
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    cross_attention_freq: int = 2
+    max_positions: int = 512
+    dropout: float = 0.1
+    causal_queries: int = 32
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ConfigError(f"The Q-Former width {self.width} does not divide into {self.heads} heads.")
+
+
+class _Projections(nn.Module):
+    """Query, key and value projections and the attention itself."""
+
+    def __init__(self, config: QFormerConfig, source_width: int) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(source_width, config.width)
+        self.value = nn.Linear(source_width, config.width)
+
+    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        q, k, v = (heads_first(part, self.heads) for part in (self.query(x), self.key(source), self.value(source)))
+        dropout = self.dropout if self.training else 0.0
+        return heads_last(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal))
+
+
+class _Residual(nn.Module):
+    """`LayerNorm(residual + dropout(dense(x)))`."""
+
+    def __init__(self, inner: int, config: QFormerConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inner, config.width)
+        self.LayerNorm = LayerNorm(config.width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class _AttentionLayer(nn.Module):
+    """Attention over `source` with its output projection; `self` and `output` are the released names."""
+
+    def __init__(self, config: QFormerConfig, source_width: int) -> None:
+        super().__init__()
+        self.self = _Projections(config, source_width)
+        self.output = _Residual(config.width, config)
+
+    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        return self.output(self.self(x, source, mask, causal), x)
+
+
+class _Intermediate(nn.Module):
+    """First half of a feed-forward layer with exact GELU."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.mlp_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.dense(x))
+
+
+class QFormerLayer(nn.Module):
+    """Self-attention over queries and text; queries also attend to the image and have their own feed-forward."""
+
+    def __init__(self, config: QFormerConfig, encoder_width: int, has_cross: bool, has_text: bool) -> None:
+        super().__init__()
+        self.attention = _AttentionLayer(config, config.width)
+        self.crossattention = _AttentionLayer(config, encoder_width) if has_cross else None
+        self.intermediate = _Intermediate(config) if has_text else None
+        self.output = _Residual(config.mlp_width, config) if has_text else None
+        self.intermediate_query = _Intermediate(config)
+        self.output_query = _Residual(config.mlp_width, config)
+
+    def forward(self, x: Tensor, queries: int, mask: Tensor | None, causal: bool,
+                encoded: Tensor | None, encoded_mask: Tensor | None) -> Tensor:
+        """`x` `[B, queries + text, D]`, `encoded` `[B, N, W]`; masks are additive and broadcast over heads."""
+        x = self.attention(x, x, mask, causal)
+        parts = []
+        if queries:
+            q = x[:, :queries]
+            if self.crossattention is not None and encoded is not None:
+                q = self.crossattention(q, encoded, encoded_mask)
+            parts.append(self.output_query(self.intermediate_query(q), q))
+        if x.shape[1] > queries:
+            text = x[:, queries:]
+            parts.append(self.output(self.intermediate(text), text))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class _Embeddings(nn.Module):
+    """LayerNorm over queries followed by text words with positions that start at 0 for the text."""
+
+    def __init__(self, config: QFormerConfig, vocab_size: int | None) -> None:
+        super().__init__()
+        if vocab_size is not None:
+            self.word_embeddings = nn.Embedding(vocab_size, config.width)
+            self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.LayerNorm = LayerNorm(config.width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("position_ids", torch.arange(config.max_positions)[None])
+
+    def forward(self, queries: Tensor | None, input_ids: Tensor | None) -> Tensor:
+        parts = [] if queries is None else [queries]
+        if input_ids is not None:
+            places = self.position_ids[:, : input_ids.shape[1]]
+            parts.append(self.word_embeddings(input_ids) + self.position_embeddings(places))
+        return self.dropout(self.LayerNorm(torch.cat(parts, dim=1)))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: QFormerConfig, encoder_width: int, has_text: bool) -> None:
+        super().__init__()
+        every = config.cross_attention_freq
+        self.layer = nn.ModuleList(
+            QFormerLayer(config, encoder_width, number % every == 0, has_text) for number in range(config.depth))
+
+
+class _Bert(nn.Module):
+    def __init__(self, config: QFormerConfig, encoder_width: int, vocab_size: int | None) -> None:
+        super().__init__()
+        self.embeddings = _Embeddings(config, vocab_size)
+        self.encoder = _Encoder(config, encoder_width, vocab_size is not None)
+
+
+class _Predictions(nn.Module):
+    """The masked-LM head of BERT: unused by the contrastive stage, present in its checkpoints."""
+
+    def __init__(self, config: QFormerConfig, words: nn.Embedding) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
+        self.transform = nn.Module()
+        self.transform.dense = nn.Linear(config.width, config.width)
+        self.transform.LayerNorm = LayerNorm(config.width, eps=1e-12)
+        self.decoder = nn.Linear(config.width, words.num_embeddings)
+        self.decoder.weight, self.decoder.bias = words.weight, self.bias
+
+
+class QFormer(nn.Module):
+    """The Q-Former; with `vocab_size` also its text path, with `lm_head` also BERT's unused prediction head."""
+
+    def __init__(self, config: QFormerConfig, encoder_width: int, vocab_size: int | None = None,
+                 lm_head: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = _Bert(config, encoder_width, vocab_size)
+        self.apply(_init_bert)
+        if lm_head:
+            if vocab_size is None:
+                raise ConfigError("The prediction head needs a text path: give vocab_size.")
+            self.cls = nn.Module()
+            self.cls.predictions = _Predictions(config, self.bert.embeddings.word_embeddings)
+            _init_bert(self.cls.predictions.transform.dense)
+
+    def forward(self, queries: Tensor | None = None, encoded: Tensor | None = None, *,
+                input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                encoded_mask: Tensor | None = None) -> Tensor:
+        """Hidden states `[B, Q + T, D]`: queries first, then text.
+
+        Args:
+            queries: `[B, Q, D]`; causal among themselves when Q is `config.causal_queries`; they see all text.
+            encoded: image features `[B, N, W]` for the cross-attention of the queries.
+            input_ids: `[B, T]` int64; text sees everything that is not padding.
+            attention_mask: `[B, T]`, 1 for words and 0 for padding (default: no padding).
+            encoded_mask: `[B, N]`, 0 for image features to ignore.
+        """
+        x = self.bert.embeddings(queries, input_ids)
+        count = 0 if queries is None else queries.shape[1]
+        mask, causal = self._mask(x, count, attention_mask)
+        cross_mask = None if encoded_mask is None else _additive(encoded_mask[:, None, None], x.dtype)
+        for layer in self.bert.encoder.layer:
+            x = layer(x, count, mask, causal, encoded, cross_mask)
+        return x
+
+    def _mask(self, x: Tensor, queries: int, attention_mask: Tensor | None) -> tuple[Tensor | None, bool]:
+        is_causal = queries == self.config.causal_queries
+        length = x.shape[1]
+        if attention_mask is None:
+            if not is_causal or length == queries:
+                return None, is_causal
+            keys = x.new_ones(x.shape[0], length, dtype=torch.long)
+        else:
+            keys = F.pad(attention_mask.long(), (queries, 0), value=1)
+        visible = keys[:, None, None, :]
+        if is_causal:
+            square = torch.ones(length, length, dtype=torch.long, device=x.device)
+            square[:queries, :queries].tril_()
+            visible = visible * square
+        return _additive(visible, x.dtype), False
+
+    def copy_text_to_query(self) -> None:
+        """Start the queries' feed-forward layers from the text's, as stage 1 does from BERT weights."""
+        for layer in self.bert.encoder.layer:
+            layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
+            layer.output_query.load_state_dict(layer.output.state_dict())
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return (1 - visible).to(dtype) * MASKED
+
+
+def _init_bert(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)

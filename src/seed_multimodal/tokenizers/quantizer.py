@@ -1,0 +1,164 @@
+"""The vector quantiser: each query becomes the nearest of K codes.
+
+Released behaviour is the default: squared Euclidean distance, gradients straight through, and the historical loss
+weights (commitment 1.0, codebook 0.25). Distances are always fp32, so codes do not depend on the model's dtype more
+than its features do. Off by default, for training small codebooks: k-means start, restart of dead codes, cosine
+codes, moving-average updates (without them a uniform start of 8192 codes collapses on small data).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class CodebookUsage:
+    """How much of a codebook a set of codes uses; perplexity is exp of the entropy in nats."""
+
+    used: int
+    size: int
+    perplexity: float
+
+    @property
+    def fraction(self) -> float:
+        """Part of the codebook that occurs at least once."""
+        return self.used / self.size
+
+
+class VectorQuantizer(nn.Module):
+    """`embedding` `[K, d]` holds the codes.
+
+    Args:
+        beta: weight of the codebook term; with `legacy=False` of the commitment term instead.
+        normalize: compare and decode codes on the unit sphere.
+        ema_decay: if set, codes follow a moving average of their features instead of the gradient.
+    """
+
+    def __init__(self, size: int, dim: int, *, beta: float = 0.25, legacy: bool = True, normalize: bool = False,
+                 ema_decay: float | None = None) -> None:
+        super().__init__()
+        self.size, self.dim, self.beta, self.legacy = size, dim, beta, legacy
+        self.normalize, self.ema_decay = normalize, ema_decay
+        self.embedding = nn.Embedding(size, dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
+        self.register_buffer("counts", torch.zeros(size), persistent=False)
+        if ema_decay is not None:
+            self.embedding.weight.requires_grad_(False)
+            self.register_buffer("ema_count", torch.zeros(size))
+            self.register_buffer("ema_sum", torch.zeros(size, dim))
+
+    def prepare(self, z: Tensor) -> Tensor:
+        """Features as the codebook sees them `[..., d]`: on the unit sphere if codes are cosine codes."""
+        return F.normalize(z, dim=-1) if self.normalize else z
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codebook rows as decoded: `[...]` int64 → `[..., d]`."""
+        return self.prepare(self.embedding(codes))
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """Index of the nearest code, the first one of a tie: `[..., d]` → `[...]` int64, distances in fp32."""
+        with torch.autocast(z.device.type, enabled=False):
+            points = self.prepare(z.float()).reshape(-1, self.dim)
+            codes = self.prepare(self.embedding.weight.float())
+            distances = points.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * points @ codes.T
+            return distances.argmin(dim=1).reshape(z.shape[:-1])
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise `[B, Q, d]` → (straight-through codes `[B, Q, d]`, loss `[]`, indices `[B, Q]` int64)."""
+        indices = self.nearest(z)
+        z = self.prepare(z)
+        if self.training:
+            self.counts += torch.bincount(indices.flatten(), minlength=self.size)
+        chosen = self.lookup(indices)
+        commitment = F.mse_loss(z, chosen.detach())
+        if self.ema_decay is None:
+            codebook = F.mse_loss(chosen, z.detach())
+            loss = commitment + self.beta * codebook if self.legacy else codebook + self.beta * commitment
+        else:
+            loss = commitment if self.legacy else self.beta * commitment
+            if self.training:
+                self._follow(z.detach().reshape(-1, self.dim).float(), indices.flatten())
+        return z + (chosen - z).detach(), loss, indices
+
+    @torch.no_grad()
+    def _follow(self, points: Tensor, indices: Tensor) -> None:
+        count = torch.bincount(indices, minlength=self.size).to(points.dtype)
+        total = torch.zeros_like(self.ema_sum).index_add_(0, indices, points)
+        if _is_distributed():
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+        self.ema_count.lerp_(count, 1 - self.ema_decay)
+        self.ema_sum.lerp_(total, 1 - self.ema_decay)
+        alive = self.ema_count > 1e-3
+        means = self.ema_sum / self.ema_count.clamp_min(1e-3)[:, None]
+        self.embedding.weight.copy_(torch.where(alive[:, None], means.to(self.embedding.weight.dtype),
+                                                self.embedding.weight))
+
+    @torch.no_grad()
+    def init_from(self, data: Tensor, iterations: int = 10, generator: torch.Generator | None = None) -> None:
+        """Start the codebook at the k-means centres of features `[..., d]` (the same on every process)."""
+        points = self.prepare(data.detach().float()).reshape(-1, self.dim)
+        self._set_rows(torch.ones(self.size, dtype=torch.bool), _sample_rows(points, self.size, generator))
+        for _ in range(iterations):
+            indices = self.nearest(points)
+            count = torch.bincount(indices, minlength=self.size)
+            total = torch.zeros(self.size, self.dim, device=points.device).index_add_(0, indices, points)
+            rows = total / count.clamp_min(1)[:, None]
+            empty = count == 0
+            rows[empty] = _sample_rows(points, int(empty.sum()), generator)
+            self._set_rows(torch.ones(self.size, dtype=torch.bool), rows)
+        self.counts.zero_()
+
+    @torch.no_grad()
+    def restart_dead(self, data: Tensor, threshold: float = 1.0, generator: torch.Generator | None = None) -> int:
+        """Move codes chosen fewer than `threshold` times since the last call onto random features `[..., d]`.
+
+        Counts are taken in training mode only and start anew here. Returns the number of codes moved.
+        """
+        counts = self.counts.clone()
+        if _is_distributed():
+            dist.all_reduce(counts)
+        dead = counts < threshold
+        points = self.prepare(data.detach().float()).reshape(-1, self.dim)
+        if int(dead.sum()):
+            self._set_rows(dead, _sample_rows(points, int(dead.sum()), generator))
+        self.counts.zero_()
+        return int(dead.sum())
+
+    def _set_rows(self, which: Tensor, rows: Tensor) -> None:
+        rows = rows.to(self.embedding.weight.device)
+        if _is_distributed():
+            dist.broadcast(rows, src=0)
+        which = which.to(rows.device)
+        self.embedding.weight[which] = rows.to(self.embedding.weight.dtype)
+        if self.ema_decay is not None:
+            self.ema_count[which] = 1.0
+            self.ema_sum[which] = rows
+
+    def usage(self, codes: Tensor) -> CodebookUsage:
+        """Statistics of codes `[...]` int64 seen anywhere, for example of a whole validation set."""
+        share = torch.bincount(codes.flatten().cpu(), minlength=self.size).double()
+        share = share / share.sum().clamp_min(1)
+        entropy = -(share * share.clamp_min(1e-30).log()).sum()
+        return CodebookUsage(int((share > 0).sum()), self.size, float(entropy.exp()))
+
+
+def _sample_rows(points: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` random rows: distinct ones where there are enough, otherwise repeated with a little noise."""
+    device = points.device if generator is None else generator.device
+    order = torch.randperm(len(points), generator=generator, device=device)[:count].to(points.device)
+    if len(order) == count:
+        return points[order]
+    extra = torch.randint(len(points), (count - len(order),), generator=generator, device=device).to(points.device)
+    noise = torch.randn(len(extra), points.shape[1], generator=generator, device=device).to(points)
+    return torch.cat([points[order], points[extra] + 0.01 * points.std() * noise])
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

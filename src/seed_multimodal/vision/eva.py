@@ -1,0 +1,155 @@
+"""EVA ViT-g: pixels → all patch tokens of the penultimate layer, as SEED-2 and BLIP-2 use it.
+
+Peculiar: the released file has 40 blocks and only the first 39 are used; there is no final norm, head or pooling;
+keys carry no bias (`[q_bias, 0, v_bias]`); positions are absolute and resized bicubically for another grid.
+Source: BAAI EVA-CLIP as shipped by LAVIS (`eva_vit_g.pth`); parameter names are the released ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seed_multimodal.errors import ConfigError, ImageError
+from seed_multimodal.vision.layers import LayerNorm, Mlp, heads_first, heads_last
+
+
+@dataclass(frozen=True)
+class EvaConfig:
+    """Sizes of the vision tower; the defaults are the released ones."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1408
+    depth: int = 39
+    heads: int = 16
+    mlp_width: int = 6144
+    grad_checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ConfigError(f"The image size {self.image_size} is not a multiple of the patch {self.patch_size}.")
+        if self.width % self.heads:
+            raise ConfigError(f"The vision width {self.width} does not divide into {self.heads} heads.")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image: the class token and the patches."""
+        return self.grid**2 + 1
+
+
+class EvaAttention(nn.Module):
+    """Full self-attention with one fused projection and biases on queries and values only."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BNW: Tensor) -> Tensor:
+        """`[B, N, W]` → `[B, N, W]`."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias])
+        q, k, v = F.linear(x_BNW, self.qkv.weight, bias).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(*(heads_first(part, self.heads) for part in (q, k, v)))
+        return self.proj(heads_last(mixed))
+
+
+class EvaBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: EvaConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(config.width, eps=1e-6)
+        self.attn = EvaAttention(config.width, config.heads)
+        self.norm2 = LayerNorm(config.width, eps=1e-6)
+        self.mlp = Mlp(config.width, config.mlp_width)
+
+    def forward(self, x_BNW: Tensor) -> Tensor:
+        """`[B, N, W]` → `[B, N, W]`."""
+        x_BNW = x_BNW + self.attn(self.norm1(x_BNW))
+        return x_BNW + self.mlp(self.norm2(x_BNW))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches by a strided convolution."""
+
+    def __init__(self, config: EvaConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[B, 3, H, W]` → `[B, patches, width]`."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class EvaVit(nn.Module):
+    """The vision tower; `forward` returns every token, class token first."""
+
+    def __init__(self, config: EvaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(EvaBlock(config) for _ in range(config.depth))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Released start for training from scratch; output projections shrink with depth."""
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for number, block in enumerate(self.blocks, start=1):
+                block.attn.proj.weight.div_(math.sqrt(2 * number))
+                block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → tokens `[B, 1 + (S / patch)², W]`.
+
+        Raises:
+            ImageError: for another image size than the tower's.
+        """
+        size = self.config.image_size
+        if tuple(images.shape[1:]) != (3, size, size):
+            raise ImageError(f"Images must be [B, 3, {size}, {size}], got {list(images.shape)}.")
+        patches = self.patch_embed(images)
+        x_BNW = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+        x_BNW = x_BNW + self.pos_embed.to(x_BNW.dtype)
+        for block in self.blocks:
+            if self.config.grad_checkpoint and torch.is_grad_enabled():
+                x_BNW = checkpoint(block, x_BNW, use_reentrant=False)
+            else:
+                x_BNW = block(x_BNW)
+        return x_BNW
+
+
+def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
+    """Bicubically resize absolute positions `[1, 1 + g², W]` to another square grid; the class token is kept."""
+    class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    old = math.isqrt(patches.shape[1])
+    if old * old != patches.shape[1]:
+        raise ConfigError(f"The position table has {patches.shape[1]} patches, which is not a square grid.")
+    if old == grid:
+        return pos_embed
+    square = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    resized = square.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
+    return torch.cat([class_token, resized], dim=1)

@@ -1,0 +1,47 @@
+"""Layers shared by the towers: a LayerNorm that is safe in half precision, and the two-layer MLP.
+
+Shape suffixes used in this package: B batch, N tokens, Q queries, W vision width, D query width, d code width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in fp32, returned in the dtype of its input.
+
+    Half-precision kernels already accumulate in fp32, so only mixed dtypes (fp32 parameters with half activations
+    or the reverse, which PyTorch refuses on CPU) need the explicit cast of the released `ln_vision`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width]` → the same shape and dtype."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x).to(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Mlp(nn.Module):
+    """`fc1`, exact (erf) GELU, `fc2`."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width]` → `[..., width]`."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def heads_first(x_BND: Tensor, heads: int) -> Tensor:
+    """`[B, N, D]` → `[B, heads, N, D / heads]`."""
+    return x_BND.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def heads_last(x_BHNd: Tensor) -> Tensor:
+    """`[B, heads, N, d]` → `[B, N, heads · d]`."""
+    return x_BHNd.transpose(1, 2).flatten(2)

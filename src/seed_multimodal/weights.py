@@ -1,0 +1,151 @@
+"""Reading and writing weights: safetensors, or old torch files through `weights_only=True`, never arbitrary pickles.
+
+`assign_strictly` is the only place that copies a state dict into a module: it names what is missing or unexpected
+and refuses when anything outside the allowed lists differs (DESIGN.md, decision 1).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.errors import CheckpointError
+
+_WRAPPERS = ("model", "state_dict", "module")
+
+
+@dataclass
+class LoadReport:
+    """What a load did: names of parameters filled, left as they were, and ignored in the file."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.missing)} not in the file, "
+                f"{len(self.ignored)} in the file ignored")
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a flat name → tensor mapping from `.safetensors`, `.pt`, `.pth` or `.bin`, on CPU.
+
+    Wrapped checkpoints (`{"model": …}`, `{"state_dict": …}`) are unwrapped.
+
+    Raises:
+        CheckpointError: missing, empty, truncated or unsafe file, or one that holds no tensors.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"{file}: there is no such weights file.")
+    if file.stat().st_size == 0:
+        raise CheckpointError(f"{file}: the weights file is empty.")
+    loaded = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    return _unwrap(loaded, file)
+
+
+def _read_safetensors(file: Path) -> Mapping[str, object]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
+
+
+def _read_torch(file: Path) -> Mapping[str, object]:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is damaged; "
+            f"re-save it as safetensors from a source you trust."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file}: not a complete torch checkpoint ({reason}).") from error
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a mapping of names to tensors.")
+    return loaded
+
+
+def _unwrap(loaded: Mapping[str, object], file: Path) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        inner = loaded.get(wrapper)
+        if isinstance(inner, Mapping):
+            loaded = inner
+            break
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{file}: holds no tensors.")
+    return tensors
+
+
+def save_state_dict(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write safetensors atomically: a temporary file beside the target, flushed, then renamed over it."""
+    from safetensors.torch import save_file
+
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    save_file({name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}, temporary,
+              metadata={"format": "pt", **(metadata or {})})
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+    return file
+
+
+def assign_strictly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str | Path,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> LoadReport:
+    """Copy `state` into `module` and account for every name.
+
+    Args:
+        allow_missing: shell patterns of names that may be absent from the file.
+        allow_unexpected: shell patterns of names in the file that may be ignored.
+
+    Raises:
+        CheckpointError: nothing matches, a shape differs, or a name outside the patterns is missing or unexpected.
+    """
+    own = module.state_dict()
+    report = LoadReport(str(source))
+    report.loaded = [name for name in own if name in state]
+    report.missing = [name for name in own if name not in state]
+    report.ignored = [name for name in state if name not in own]
+    if not report.loaded:
+        raise CheckpointError(
+            f"{source}: a checkpoint of another model: none of its {len(state)} tensors "
+            f"(first: {next(iter(state), 'none')!r}) belongs to {type(module).__name__}.")
+    shapes = [n for n in report.loaded if own[n].shape != state[n].shape]
+    if shapes:
+        name = shapes[0]
+        raise CheckpointError(f"{source}: {len(shapes)} tensors have another size, first {name!r}: the file has "
+                              f"{tuple(state[name].shape)}, the model needs {tuple(own[name].shape)}.")
+    _refuse(report.missing, allow_missing, source, "missing from the file")
+    _refuse(report.ignored, allow_unexpected, source, "unknown to the model")
+    module.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
+    return report
+
+
+def _refuse(names: list[str], allowed: Iterable[str], source: str | Path, what: str) -> None:
+    patterns = list(allowed)
+    bad = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    if bad:
+        shown = ", ".join(repr(n) for n in bad[:3]) + (" …" if len(bad) > 3 else "")
+        raise CheckpointError(f"{source}: {len(bad)} tensors are {what}: {shown}.")

@@ -1,0 +1,93 @@
+"""The independent scorer: its folder, its size, its training (really trained on a toy set) and resuming."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seed_multimodal.errors import CheckpointError, DataError
+from seed_multimodal.evaluation import train_judge
+from seed_multimodal.evaluation.augment import augment
+from seed_multimodal.evaluation.judge import Judge, JudgeConfig, pixels_of, split_words
+
+
+def test_training_makes_it_know_the_pictures(toy, trained: Judge) -> None:
+    untrained = train_judge.new_judge(train_judge.build_corpus(toy), 5).eval()
+    scores = train_judge.real_picture_scores(trained, toy)
+    blind = train_judge.real_picture_scores(untrained, toy)
+    assert set(scores) == {"train", "val", "test_combo", "test_concept"}
+    assert scores["train"]["pictures"] == scores["train"]["texts"] == 15
+    assert scores["train"]["picture_to_text_r1"] >= 0.6 > blind["train"]["picture_to_text_r1"]
+    assert scores["train"]["style"] >= 0.9
+
+
+def test_folder_round_trip(toy, trained: Judge, tmp_path) -> None:
+    folder = trained.save_pretrained(tmp_path / "judge")
+    again = Judge.from_pretrained(folder)
+    assert again.config == trained.config
+    before, after = trained.embed_images(toy.images()), again.embed_images(toy.images())
+    assert torch.nn.functional.cosine_similarity(before, after).min() > 0.9999  # stored as fp16
+    assert after.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
+    texts = ["a flat drawing of red disc", "", "word_never_seen"]
+    assert torch.allclose(trained.embed_texts(texts), again.embed_texts(texts), atol=2e-2)
+    assert again.styles_of(after) == trained.styles_of(before)
+
+
+def test_stopped_and_resumed_training_ends_bit_equal(run_judge, tmp_path) -> None:
+    whole = run_judge(tmp_path / "whole", 6)
+    run_judge(tmp_path / "parts", 6, stop_after=3)
+    parts = run_judge(tmp_path / "parts", 6)
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_checkpoint_of_other_data_is_refused(toy, run_judge, tmp_path) -> None:
+    run_judge(tmp_path, 1)
+    toy_plan = train_judge.Plan(steps=2, batch=24, seed=6)
+    with pytest.raises(CheckpointError, match="another data set, seed or batch"):
+        train_judge.train(train_judge.build_corpus(toy), toy_plan, tmp_path, torch.device("cpu"), log=lambda _: None)
+
+
+def test_missing_and_foreign_folders(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="no judge in this folder"):
+        Judge.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"widths": [16], "model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="not a judge's config"):
+        Judge.from_pretrained(tmp_path)
+
+
+def test_shipped_size_stays_small() -> None:
+    judge = Judge(JudgeConfig(words=[f"w{i}" for i in range(3500)], styles=["a", "b", "c"]))
+    assert sum(p.numel() for p in judge.parameters()) <= 1_500_000
+
+
+def test_pictures_of_any_size_and_kind() -> None:
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    images = [Image.fromarray(a) for a in array]
+    assert torch.equal(pixels_of(array, 32), pixels_of(images, 32))
+    # Halving is the mean of 2x2 pixels.
+    by_hand = array.reshape(3, 32, 2, 32, 2, 3).mean((2, 4)) / 127.5 - 1
+    assert pixels_of(array, 32).permute(0, 2, 3, 1).numpy() == pytest.approx(by_hand, abs=1e-5)
+    sizes = [(1, 7), (20, 90), (100, 33)]
+    assert pixels_of([Image.new("L", size, 255) for size in sizes], 32).unique().tolist() == [1.0]
+    with pytest.raises(DataError, match="uint8"):
+        pixels_of(array.astype(np.float32), 32)
+
+
+def test_words() -> None:
+    assert split_words("A twemoji-style Cat's face, No_1") == ["a", "twemoji", "style", "cat", "s", "face", "no", "1"]
+
+
+def test_augmentation_is_repeatable_and_changes_pictures(toy) -> None:
+    pixels = torch.from_numpy(toy.images().transpose(0, 3, 1, 2).copy())
+    one = augment(pixels, 32, torch.Generator().manual_seed(1))
+    assert torch.equal(one, augment(pixels, 32, torch.Generator().manual_seed(1)))
+    other = augment(pixels, 32, torch.Generator().manual_seed(2))
+    assert one.shape == (24, 3, 32, 32) and one.min() >= -1 and one.max() <= 1
+    assert (one - other).abs().mean() > 0.02
+    # Still pictures of the same colours: the channel means follow those of the originals.
+    plain = pixels_of(toy.images(), 32)
+    assert np.corrcoef(one.mean((2, 3)).flatten().numpy(), plain.mean((2, 3)).flatten().numpy())[0, 1] > 0.7

@@ -1,0 +1,136 @@
+"""Every number of the report card against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from seed_multimodal.errors import DataError
+from seed_multimodal.evaluation import metrics
+from seed_multimodal.evaluation.texts import canonical_caption, style_of_text
+
+
+def test_retrieval_by_hand() -> None:
+    similarity = np.array([[0.9, 0.1, 0.5, 0.2], [0.3, 0.2, 0.8, 0.1], [0.4, 0.6, 0.7, 0.5]])
+    right = metrics.same_items(["a", "b", "d"], ["a", "b", "c", "d"])
+    # a is first; b is beaten by a and c; d is beaten by b and c.
+    assert metrics.retrieval_ranks(similarity, right).tolist() == [0, 2, 2]
+    assert metrics.retrieval_at_k(similarity, right, 1).tolist() == [1, 0, 0]
+    assert metrics.retrieval_at_k(similarity, right, 3).tolist() == [1, 1, 1]
+
+
+def test_retrieval_takes_the_best_of_several_right_items() -> None:
+    similarity = np.array([[0.1, 0.9, 0.5]])
+    assert metrics.retrieval_ranks(similarity, np.array([[True, False, True]])).tolist() == [1]
+    assert metrics.retrieval_ranks(similarity, np.array([[True, True, False]])).tolist() == [0]
+
+
+def test_a_collapsed_embedding_never_wins() -> None:
+    right = np.eye(5, dtype=bool)
+    assert metrics.retrieval_at_k(np.ones((5, 5)), right, 1).sum() == 0
+    assert metrics.retrieval_at_k(np.ones((5, 5)), right, 4).sum() == 0
+
+
+def test_retrieval_refuses_bad_input() -> None:
+    with pytest.raises(DataError, match="query 1 has no right answer"):
+        metrics.retrieval_ranks(np.ones((2, 2)), np.array([[True, False], [False, False]]))
+    with pytest.raises(DataError, match="one \\[Q, G\\] shape"):
+        metrics.retrieval_ranks(np.ones((2, 3)), np.ones((2, 2), dtype=bool))
+
+
+def test_chance() -> None:
+    assert metrics.chance_at_k(np.eye(4, dtype=bool), 1) == pytest.approx(0.25)
+    # 2 of 4 right: the first two both wrong with probability 2/4 * 1/3 = 1/6.
+    assert metrics.chance_at_k(np.array([[True, True, False, False]]), 2) == pytest.approx(5 / 6)
+    assert metrics.chance_at_k(np.eye(3, dtype=bool), 5) == 1.0
+
+
+def test_cosine() -> None:
+    a = np.array([[1.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    b = np.array([[0.0, 2.0], [4.0, 3.0], [1.0, 0.0]])
+    assert metrics.cosine(a, b) == pytest.approx([0.0, 0.96, 0.0])
+
+
+def test_codebook_by_hand() -> None:
+    codes = np.array([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 1], [0, 2, 0, 2]])
+    stats = metrics.codebook_statistics(codes, 8, prefixes=(1, 2, 4, 8))
+    assert (stats.sequences, stats.codebook, stats.used, stats.usage, stats.distinct) == (4, 8, 4, 0.5, 3)
+    # 6 zeros, 4 ones, 4 twos, 2 threes of 16.
+    entropy = -(6 / 16 * math.log(6 / 16) + 2 * 4 / 16 * math.log(4 / 16) + 2 / 16 * math.log(2 / 16))
+    assert stats.perplexity == pytest.approx(math.exp(entropy))
+    # First code: always 0. First two: (0, 1) three times, (0, 2) once. All four: 2, 1, 1.
+    assert stats.prefix_bits[1] == 0
+    assert stats.prefix_bits[2] == pytest.approx(-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)))
+    assert stats.prefix_bits[4] == pytest.approx(1.5)
+    assert 8 not in stats.prefix_bits
+    # Positions: 1; {1:3, 2:1}; {2:2, 0:2}; {3:2, 1:1, 2:1}.
+    by_hand = [1.0, math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))), 2.0, math.exp(1.5 * math.log(2))]
+    assert stats.position_perplexity == pytest.approx(np.mean(by_hand))
+
+
+def test_codebook_refuses_bad_codes() -> None:
+    with pytest.raises(DataError, match="outside the codebook 0..3"):
+        metrics.codebook_statistics(np.array([[0, 4]]), 4)
+    with pytest.raises(DataError, match="shape"):
+        metrics.codebook_statistics(np.zeros((0, 4), dtype=int), 4)
+
+
+@pytest.mark.parametrize(("answer", "truth", "same"), [
+    ("A cat.", "cat", True), ("the Cat", "cat", True), ("Two", "2", True), ("yes", "no", False),
+    ("cats", "cat", False), ("", "cat", False), ("red-haired  man", "red haired man", True),
+])
+def test_answers(answer: str, truth: str, same: bool) -> None:
+    assert metrics.same_answer(answer, truth) is same
+
+
+@pytest.mark.parametrize(("text", "label", "there"), [
+    ("A twemoji style cat face.", "cat face", True), ("a noto style flag of france", "flag of france", True),
+    ("a caterpillar", "cat", False), ("face of a cat", "cat face", False), ("anything", "", False),
+    ("The Eiffel, a tower", "eiffel tower", True),
+])
+def test_mentions(text: str, label: str, there: bool) -> None:
+    assert metrics.mentions(text, label) is there
+
+
+def test_majority_baseline() -> None:
+    train = [("colour", "red"), ("colour", "red"), ("colour", "blue"), ("yesno", "Yes"), ("yesno", "no."),
+             ("yesno", "yes")]
+    test = [("colour", "red"), ("colour", "blue"), ("yesno", "yes"), ("new", "x")]
+    assert metrics.majority_baseline(train, test).tolist() == [1, 0, 1, 0]
+
+
+def test_bootstrap_agrees_with_the_normal_interval() -> None:
+    values = np.array([1.0] * 300 + [0.0] * 100)
+    estimate = metrics.bootstrap(values)
+    half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert (estimate.value, estimate.n) == (0.75, 400)
+    assert estimate.low == pytest.approx(0.75 - half, abs=0.008)
+    assert estimate.high == pytest.approx(0.75 + half, abs=0.008)
+    assert metrics.bootstrap(values) == estimate
+
+
+def test_bootstrap_by_groups_is_wider_when_groups_agree() -> None:
+    values = np.repeat([1.0, 0.0] * 10, 20)
+    alone = metrics.bootstrap(values)
+    grouped = metrics.bootstrap(values, groups=np.repeat(np.arange(20), 20).tolist())
+    assert grouped.value == alone.value == 0.5
+    assert grouped.high - grouped.low > 3 * (alone.high - alone.low)
+    # Groups of one are the plain bootstrap.
+    assert metrics.bootstrap(values, groups=list(range(400))) == alone
+    with pytest.raises(DataError, match="400 values but 2"):
+        metrics.bootstrap(values, groups=["a", "b"])
+
+
+def test_empty_estimate() -> None:
+    estimate = metrics.bootstrap([])
+    assert str(estimate) == "not measured"
+    assert estimate.to_json() == {"value": None, "low": None, "high": None, "n": 0}
+
+
+def test_texts(toy) -> None:
+    assert canonical_caption(toy.records[0]) == "a flat drawing of red disc"
+    assert style_of_text("a line style cat", ["flat", "line"]) == 1
+    assert style_of_text("a clip art drawing of cat", ["clipart", "noto"]) == 0
+    assert style_of_text("a cat", ["flat", "line"]) == style_of_text("flat or line", ["flat", "line"]) == -1

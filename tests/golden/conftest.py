@@ -1,0 +1,32 @@
+"""`--golden-dir DIR` and one test item per fixture folder (see runner.py)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:  # kinds modules say `from runner import …` under every pytest import mode
+    sys.path.insert(0, str(HERE))
+
+from runner import DEFAULT_DIR, fixture_folders  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-dir", default=None, metavar="DIR",
+                     help=f"folder of golden fixture folders (default: {DEFAULT_DIR})")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_folder" not in metafunc.fixturenames:
+        return
+    # The option is unknown when pytest was started above tests/golden: this conftest is read too late then.
+    chosen = metafunc.config.getoption("--golden-dir", default=None)
+    directory = DEFAULT_DIR if chosen is None else metafunc.config.invocation_params.dir / Path(chosen).expanduser()
+    try:
+        folders = fixture_folders(directory)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    metafunc.parametrize("golden_folder", folders, ids=[folder.name for folder in folders])

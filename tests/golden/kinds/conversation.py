@@ -1,0 +1,182 @@
+"""Kind `conversation`: the chat demo's templates and turn handling, step by step.
+
+Checked: `templates.json` (every prompt), `helpers.json` (sizes, error suffix, the naming rule by its words) and both
+`flows_*.json`: view, stored messages, pending message, buttons, posted bodies (pictures as pixels), the model's input ids,
+the server's answer to the stub model's ids, the final prompt and the log record.
+Not covered: request headers and addresses; picture files' md5 names (they depend on the PNG encoder: compared by order);
+generation settings the server adds (kind `flask_api`); and what the original does after it crashed on a typed `<image>`:
+here that text is refused when it is added, and the flow ends there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from runner import assert_same, golden_tokenizer_folder, read_json
+
+from seed_multimodal.errors import RequestError
+from seed_multimodal.images.encode import image_from_base64, image_to_base64
+from seed_multimodal.images.geometry import chat_image, crop_to_aspect, fit_longer_side, request_image
+from seed_multimodal.language.conversation import new_conversation, with_errors
+from seed_multimodal.language.dialogue import Dialogue
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
+from seed_multimodal.serving.rendering import render_original
+
+KIND = "conversation"
+TEMPLATES = {"flows_8b.json": "conv_seed_vicuna", "flows_14b.json": "conv_seed_llama2"}
+
+
+def check(folder: Path) -> None:
+    if (folder / "templates.json").is_file():
+        check_templates(read_json(folder / "templates.json"))
+    if (folder / "helpers.json").is_file():
+        check_helpers(read_json(folder / "helpers.json"))
+    tokenizer = MultimodalTokenizer.from_pretrained(golden_tokenizer_folder(folder))
+    flows = sorted(folder.glob("flows_*.json"))
+    assert flows, f"{folder}: holds no flows"
+    for file in flows:
+        for flow in read_json(file):
+            Replay(flow, TEMPLATES[file.name], f"{file.stem} / {flow['name']}").run(tokenizer)
+
+
+def check_templates(cases: list[dict[str, Any]]) -> None:
+    assert cases
+    for case in cases:
+        conversation = new_conversation(case["template"])
+        if case["template"].endswith("_system"):
+            assert_same(conversation.system, case["system"], f"{case['template']}: system text")
+        assert_same((list(conversation.roles), conversation.separator), (case["roles"], case["sep"]), case["template"])
+        conversation.system = case["system"]
+        for turn in case["turns"]:
+            conversation.append(turn["role"], turn["message"])
+        assert_same(conversation.get_prompt(_no_unknown_picture), case["prompt"], f"prompt of {case['template']}")
+
+
+def check_helpers(cases: dict[str, Any]) -> None:
+    for size, expected in cases["resize_image"]:
+        assert_same(list(fit_longer_side(_picture(size, (0, 0, 0))).size), expected, f"resize_image {size}")
+    for size, ratio, expected in cases["center_crop_image"]:
+        assert_same(list(crop_to_aspect(_picture(size, (0, 0, 0)), ratio).size), expected, f"center_crop_image {size}")
+    for pairs, errors, expected in cases["update_error_msg"]:
+        assert_same(with_errors(pairs, errors), expected, f"update_error_msg {errors}")
+
+
+def _picture(size: list[int], colour: tuple[int, ...] | list[int]) -> Image.Image:
+    return Image.new("RGB", (size[0], size[1]), tuple(colour))
+
+
+def _no_unknown_picture(path: str) -> Any:
+    raise AssertionError(f"the template case has a picture without codes: {path}")
+
+
+class Replay:
+    """One recorded flow, done again with our dialogue, pictures kept in memory under numbered names."""
+
+    def __init__(self, flow: dict[str, Any], template: str, name: str) -> None:
+        self.flow, self.name = flow, name
+        self.dialogue = Dialogue(template, max_turns=flow["max_turns"])
+        self.pictures: dict[str, Image.Image] = {}
+        self.posted = 0
+
+    def run(self, tokenizer: MultimodalTokenizer) -> None:
+        for number, step in enumerate(self.flow["steps"]):
+            where = f"{self.name}, step {number} ({step['step']})"
+            if step["error"] is not None:
+                with pytest.raises(RequestError):
+                    self.do(step, tokenizer)
+                return
+            buttons = self.do(step, tokenizer)
+            messages, pending = self.dialogue.state()
+            actual = {"chatbot": self.dialogue.view(), "messages": messages, "next_input_state": pending}
+            assert_same(_numbered(actual), _numbered({key: step[key] for key in actual}), where)
+            assert_same([{} if buttons is None else {"interactive": on} for on in buttons or (None,) * 4],
+                        [button["button"] for button in step["buttons"]], f"{where}: buttons")
+        assert_same(self.posted, len(self.flow["http"]), f"{self.name}: number of requests")
+        assert_same(self.dialogue.conversation.get_prompt(self._encode), self.flow["prompt_at_end"],
+                    f"{self.name}: prompt at the end")
+        assert_same(_numbered(self.dialogue.conversation.to_log()), _numbered(self.flow["dict_at_end"]),
+                    f"{self.name}: log record")
+
+    def do(self, step: dict[str, Any], tokenizer: MultimodalTokenizer) -> Any:
+        kind, argument = step["step"], step["argument"]
+        if kind == "text":
+            return self.dialogue.add_text(argument)
+        if kind == "image":
+            return self.dialogue.add_image(None if argument is None else self._store(chat_image(_picture(*argument))))
+        if kind in ("regenerate", "clear"):
+            return getattr(self.dialogue, kind)()
+        assert kind == "bot", f"{self.name}: unknown step {kind!r}"
+        if not self.dialogue.waits():
+            return None
+        return self.dialogue.refuse() if self.dialogue.too_long() else self._bot(tokenizer)
+
+    def _bot(self, tokenizer: MultimodalTokenizer) -> Any:
+        assert self.posted < len(self.flow["http"]), f"{self.name}: a request the original did not send"
+        recorded = self.flow["http"][self.posted]
+        settings = {key: value for key, value in recorded["payload"].items() if key not in ("text", "images")}
+        assert_same(settings["force_boi"], self.flow["force_image_gen"], f"{self.name}: force_boi")
+        body = self.dialogue.request(self._encode, **settings)
+        assert body is not None
+        check_body(body, recorded["payload"], self.name)
+        self.check_server(recorded, tokenizer)
+        self.posted += 1
+        return self.dialogue.receive(recorded["response"], lambda text: self._store(image_from_base64(text)))
+
+    def check_server(self, recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+        """The model's input, and the answer made of what the stub model said (pictures: the kind `flask_api`)."""
+        payload, response = recorded["payload"], recorded["response"]
+        spans = payload["text"].split(PLACEHOLDER)
+        codes = response["images_ids"][:len(payload["images"])]
+        text = spans[0] + "".join(tokenizer.vocabulary.image_text(row) + span
+                                  for row, span in zip(codes, spans[1:], strict=True))
+        forced = payload["force_boi"]
+        assert_same([tokenizer.encode(text + (BOI if forced else ""), add_bos=True)],
+                    self.flow["model_calls"][self.posted]["input_ids"], f"{self.name}: the model's input ids")
+        said = self.flow["stub_generated_ids"][self.posted]
+        answer = render_original([tokenizer.vocabulary.boi_id] * forced + said, tokenizer,
+                                 lambda codes: _picture([4, 4], (0, 0, 0)))
+        assert_same((answer.text, codes + answer.images_ids, answer.error_msg),
+                    (response["text"], response["images_ids"], response["error_msg"]), f"{self.name}: server's answer")
+        assert_same([bool(image) for image in answer.images], [bool(image) for image in response["images"]],
+                    f"{self.name}: which pictures were drawn")
+
+    def _store(self, image: Image.Image) -> str:
+        """Keep a picture; equal pictures get the same name, as with the original's md5 names."""
+        for path, known in self.pictures.items():
+            if known.size == image.size and known.tobytes() == image.tobytes():
+                return path
+        path = f"log/images/{len(self.pictures):032x}.png"
+        self.pictures[path] = image
+        return path
+
+    def _encode(self, path: str) -> str:
+        return image_to_base64(request_image(self.pictures[path]))
+
+
+def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None:
+    """Same keys and values; pictures by their pixels (within one level, as resizing is a matter of library versions)."""
+    assert_same(set(body), set(payload), f"{name}: keys of the request")
+    assert_same({k: v for k, v in body.items() if k != "images"}, {k: v for k, v in payload.items() if k != "images"},
+                f"{name}: request")
+    assert_same(len(body["images"]), len(payload["images"]), f"{name}: number of pictures")
+    for mine, theirs in zip(body["images"], payload["images"], strict=True):
+        if not isinstance(theirs, str):
+            assert_same(mine, theirs, f"{name}: codes in the request")
+            continue
+        a, b = (np.asarray(image_from_base64(text)).astype(int) for text in (mine, theirs))
+        assert a.shape == b.shape and abs(a - b).max() <= 1, f"{name}: the posted picture differs"
+
+
+def _numbered(value: Any) -> Any:
+    """The value with the names of picture files replaced by numbers in order of appearance."""
+    seen: dict[str, str] = {}
+    text = re.sub(r"[0-9a-f]{32}\.png", lambda m: seen.setdefault(m[0], f"picture{len(seen)}"),
+                  json.dumps(value, sort_keys=True))
+    return json.loads(text)

@@ -1,0 +1,28 @@
+"""A SEED-2 tokenizer small enough to build in milliseconds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seed_multimodal.tokenizers.qformer import QFormerConfig
+from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.vision.eva import EvaConfig
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny() -> Seed2Config:
+    return Seed2Config(
+        vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
+        qformer=QFormerConfig(width=24, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1),
+        codebook_size=50, codebook_dim=6, decode_depth=1, decode_heads=12, image_features_dim=10, reverse_depth=2)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,127 @@
+"""Vector quantiser: nearest code, gradients, legacy weights, k-means start, restart, cosine codes, moving average."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seed_multimodal.tokenizers.quantizer import VectorQuantizer
+
+
+def _clusters(count: int, dim: int, each: int) -> tuple[torch.Tensor, torch.Tensor]:
+    centres = torch.randn(count, dim) * 5
+    return centres, (centres[:, None] + 0.05 * torch.randn(count, each, dim)).flatten(0, 1)
+
+
+def test_nearest_is_brute_force_nearest_and_first_of_a_tie() -> None:
+    quantizer = VectorQuantizer(40, 5)
+    z = torch.randn(3, 7, 5) * 0.02
+    brute = (z[..., None, :] - quantizer.embedding.weight).square().sum(-1).argmin(-1)
+    assert torch.equal(quantizer.nearest(z), brute)
+    with torch.no_grad():
+        quantizer.embedding.weight[11] = quantizer.embedding.weight[3] = torch.tensor([9.0] * 5)
+    assert int(quantizer.nearest(torch.full((5,), 9.0))) == 3
+
+
+def test_distances_are_fp32_under_autocast_and_for_half_weights() -> None:
+    quantizer = VectorQuantizer(512, 16)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    z = torch.randn(64, 32, 16)
+    exact = quantizer.nearest(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantizer.nearest(z), exact)
+    half = VectorQuantizer(512, 16).to(torch.bfloat16)
+    half.embedding.weight.data.copy_(quantizer.embedding.weight)
+    rows, points = half.embedding.weight.float(), z.bfloat16()
+    brute = torch.cdist(points.float().flatten(0, 1), rows, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    assert torch.equal(half.nearest(points).flatten(), brute)
+
+
+@pytest.mark.parametrize(("legacy", "commitment", "codebook"), [(True, 1.0, 0.25), (False, 0.25, 1.0)])
+def test_loss_weights_and_straight_through_gradient(legacy: bool, commitment: float, codebook: float) -> None:
+    quantizer = VectorQuantizer(10, 4, legacy=legacy)
+    z = torch.randn(2, 3, 4, requires_grad=True)
+    quant, loss, indices = quantizer(z)
+    rows = quantizer.embedding.weight[indices]
+    torch.testing.assert_close(quant, rows)
+    torch.testing.assert_close(loss, (commitment + codebook) * F.mse_loss(z, rows))
+    loss.backward()
+    torch.testing.assert_close(z.grad, commitment * 2 * (z - rows).detach() / z.numel())
+    assert set(quantizer.embedding.weight.grad.abs().sum(1).nonzero().flatten().tolist()) == set(
+        indices.flatten().tolist())
+    z.grad = None
+    quantizer(z)[0].sum().backward()
+    torch.testing.assert_close(z.grad, torch.ones_like(z))
+
+
+def test_released_keys_only() -> None:
+    assert list(VectorQuantizer(10, 4).state_dict()) == ["embedding.weight"]
+
+
+def test_k_means_start_finds_the_clusters() -> None:
+    centres, points = _clusters(12, 6, 30)
+    quantizer = VectorQuantizer(24, 6)
+    before = F.mse_loss(quantizer.lookup(quantizer.nearest(points)), points)
+    quantizer.init_from(points[torch.randperm(len(points))].reshape(6, -1, 6), iterations=20)
+    after = F.mse_loss(quantizer.lookup(quantizer.nearest(points)), points)
+    assert after < 0.02 * before
+    assert quantizer.usage(quantizer.nearest(points)).used >= 12
+
+
+def test_k_means_start_is_reproducible_and_takes_fewer_points_than_codes() -> None:
+    points = torch.randn(20, 4)
+    tables = []
+    for _ in range(2):
+        quantizer = VectorQuantizer(32, 4)
+        quantizer.init_from(points, generator=torch.Generator().manual_seed(3))
+        tables.append(quantizer.embedding.weight.detach().clone())
+    assert torch.equal(*tables)
+    assert tables[0].isfinite().all() and len(tables[0].unique(dim=0)) >= 20
+
+
+def test_restart_moves_exactly_the_dead_codes_and_counts_anew() -> None:
+    quantizer = VectorQuantizer(8, 3).train()
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.arange(8.0)[:, None].expand(8, 3) * 10)
+    seen = torch.tensor([0.0, 20.0, 20.0, 70.0])[:, None].expand(4, 3)[None].clone()
+    quantizer(seen)
+    before = quantizer.embedding.weight.detach().clone()
+    assert quantizer.restart_dead(seen + 1.0, threshold=1.0) == 5
+    moved = (quantizer.embedding.weight != before).any(1).nonzero().flatten().tolist()
+    assert moved == [1, 3, 4, 5, 6]
+    assert set(quantizer.embedding.weight[moved][:, 0].tolist()) <= {1.0, 21.0, 71.0} | {
+        v for v in quantizer.embedding.weight[moved][:, 0].tolist() if min(abs(v - k) for k in (1, 21, 71)) < 5}
+    assert int(quantizer.counts.sum()) == 0
+    quantizer.eval()(seen)
+    assert int(quantizer.counts.sum()) == 0, "evaluation must not count"
+
+
+def test_cosine_codes_ignore_length() -> None:
+    quantizer = VectorQuantizer(16, 4, normalize=True)
+    z = torch.randn(5, 4)
+    assert torch.equal(quantizer.nearest(z), quantizer.nearest(z * 100))
+    torch.testing.assert_close(quantizer.lookup(torch.arange(16)).norm(dim=-1), torch.ones(16))
+    quant, _, indices = quantizer(z)
+    torch.testing.assert_close(quant, quantizer.lookup(indices))
+
+
+def test_moving_average_follows_its_features_without_gradient() -> None:
+    centres, points = _clusters(4, 3, 50)
+    quantizer = VectorQuantizer(4, 3, ema_decay=0.5).train()
+    assert not quantizer.embedding.weight.requires_grad
+    quantizer.init_from(points[::50] + 0.5, iterations=0)
+    for _ in range(12):
+        quantizer(points[None])
+    found = torch.cdist(centres, quantizer.embedding.weight).min(1).values
+    assert found.max() < 0.05
+    _, loss, indices = quantizer.eval()(points[None])
+    torch.testing.assert_close(loss, F.mse_loss(points[None], quantizer.embedding.weight[indices]))
+
+
+def test_usage_and_perplexity() -> None:
+    quantizer = VectorQuantizer(10, 2)
+    even = quantizer.usage(torch.arange(5).repeat(3))
+    assert (even.used, even.size, even.fraction) == (5, 10, 0.5)
+    assert even.perplexity == pytest.approx(5.0)
+    assert quantizer.usage(torch.zeros(4, 3, dtype=torch.long)).perplexity == pytest.approx(1.0)

@@ -1,0 +1,32 @@
+"""Settings files: all of ours load, overrides apply, mistakes are one sentence that names the nearest key."""
+
+from pathlib import Path
+
+import pytest
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.nano.config import load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "nano"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_every_shipped_file_loads(name: str) -> None:
+    config = load_config(CONFIGS / name, ["train_vae.steps=7"])
+    assert config.train_vae.steps == 7 and config.image_size == 64
+
+
+def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("train_vea: {steps: 3}\n")
+    with pytest.raises(ConfigError, match="train_vae"):
+        load_config(file)
+
+
+def test_wrong_type_and_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such settings file"):
+        load_config(tmp_path / "none.yaml")
+    file = tmp_path / "bad.yaml"
+    file.write_text("views: many\n")
+    with pytest.raises(ConfigError, match="bad.yaml"):
+        load_config(file)

@@ -1,0 +1,94 @@
+"""EVA tower: token count, released start, checkpointing, position resizing, refusals, half precision."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from seed_multimodal.errors import ConfigError, ImageError
+from seed_multimodal.vision.eva import EvaConfig, EvaVit, resize_positions
+from seed_multimodal.vision.layers import LayerNorm
+
+SMALL = EvaConfig(image_size=16, patch_size=4, width=24, depth=3, heads=3, mlp_width=40)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def test_class_token_first_and_every_patch_follows() -> None:
+    vit = EvaVit(SMALL).eval()
+    image = torch.randn(1, 3, 16, 16)
+    changed = image.clone()
+    changed[..., :4, 4:8] += 1.0  # second patch of the first row
+    with torch.no_grad():
+        assert vit(image).shape == (1, 17, 24)
+        difference = (vit.patch_embed(changed) - vit.patch_embed(image)).abs().sum(-1)[0]
+    assert difference.nonzero().flatten().tolist() == [1]
+
+
+def test_output_projections_start_smaller_with_depth() -> None:
+    vit = EvaVit(dataclasses.replace(SMALL, width=192, heads=3, mlp_width=256))
+    spread = [float(block.attn.proj.weight.detach().std()) for block in vit.blocks]
+    assert spread[0] == pytest.approx(0.02 / 2**0.5, rel=0.05)
+    assert spread[2] == pytest.approx(0.02 / 6**0.5, rel=0.05)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+    plain, saving = EvaVit(SMALL), EvaVit(dataclasses.replace(SMALL, grad_checkpoint=True))
+    saving.load_state_dict(plain.state_dict())
+    image = torch.randn(2, 3, 16, 16)
+    for vit in (plain, saving):
+        vit(image).square().mean().backward()
+    torch.testing.assert_close(saving.cls_token.grad, plain.cls_token.grad)
+
+
+def test_positions_resize_keeps_class_token_and_identity() -> None:
+    table = torch.randn(1, 1 + 16, 8)
+    assert resize_positions(table, 4) is table
+    larger = resize_positions(table, 6)
+    assert larger.shape == (1, 37, 8)
+    assert torch.equal(larger[:, 0], table[:, 0])
+    constant = torch.cat([table[:, :1], torch.full((1, 16, 8), 3.0)], dim=1)
+    torch.testing.assert_close(resize_positions(constant, 7)[:, 1:], torch.full((1, 49, 8), 3.0))
+    with pytest.raises(ConfigError, match="not a square grid"):
+        resize_positions(torch.zeros(1, 8, 4), 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 20, 16), (1, 1, 16, 16), (1, 3, 8, 8)])
+def test_other_image_sizes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ImageError, match=r"\[B, 3, 16, 16\]"):
+        EvaVit(SMALL)(torch.zeros(shape))
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="multiple of the patch"):
+        EvaConfig(image_size=225)
+    with pytest.raises(ConfigError, match="divide"):
+        EvaConfig(heads=15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_norm_in_half_precision_rounds_once(dtype: torch.dtype) -> None:
+    """Half parameters and mixed ones both give the fp32 result rounded to half, as the released cast does."""
+    norm = LayerNorm(64)
+    torch.nn.init.normal_(norm.weight)
+    x = (torch.randn(8, 64) * 30 + 100).to(dtype)
+    mixed = norm(x)
+    half = norm.to(dtype)
+    exact = torch.nn.functional.layer_norm(x.float(), (64,), half.weight.float(), half.bias.float(), norm.eps)
+    assert mixed.dtype == dtype
+    assert (half(x).float() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tower_runs_in_half_precision(dtype: torch.dtype) -> None:
+    vit, image = EvaVit(SMALL).eval(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        exact = vit(image)
+        half = vit.to(dtype)(image.to(dtype))
+    assert half.dtype == dtype
+    assert (half.float() - exact).abs().max() < 0.05
