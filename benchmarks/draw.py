@@ -50,7 +50,8 @@ def random_detokenizer(size: str, device: torch.device, dtype: torch.dtype) -> U
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**unet_config), AutoencoderKL(**vae_config)
     pipeline = SeedUnclipPipeline(
-        feature_extractor=None, image_encoder=None, image_normalizer=StableUnCLIPImageNormalizer(width).to(device, dtype),
+        feature_extractor=None, image_encoder=None,
+        image_normalizer=StableUnCLIPImageNormalizer(width).to(device, dtype),
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"), tokenizer=None, text_encoder=None,
         unet=fill_random(unet, device, dtype), vae=fill_random(vae, device, dtype),
         scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False))

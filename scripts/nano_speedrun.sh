@@ -46,7 +46,7 @@ stages() {  # stages NAMES THREADS
 
 stages vae,clip,stage1,stage2,codes "$cores"
 # The decoder and the language model both start from the codes and not from each other.
-OMP_NUM_THREADS=$half stages unet,unet2 "$half" &
+OMP_NUM_THREADS=$half stages unet,unet2,vae2 "$half" &
 decoder=$!
 OMP_NUM_THREADS=$half stages pretrain,sft "$half"
 wait "$decoder"

@@ -6,7 +6,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
-bash install.sh --extras demo,eval,data,dev
+bash install.sh --extras demo,data,dev
 
 # One test drives the demo in a real browser.
 if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then

@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 
 PICTURES = {"cat.jpg": "What is this animal?", "fox.png": "What is the main colour?",
             "castle.png": "What is this?", "banana.png": "Which style is this drawn in?"}
-DRAWINGS = ("a fluent drawing of red apple", "a noto drawing of rocket")
-HELD_OUT = "twemoji-1f436"  # dog face: trained on in two styles, never in this one
+# Keys of the nano set: two that were trained on, and one thing (dog face) trained on in two styles but not in this one.
+DRAWINGS = ("fluent-1f34e", "noto-1f680", "twemoji-1f436")
+HELD_OUT_REMARK = "this pair of thing and style was never trained on"
 EDIT = ("fox.png", "Make it in noto style.")
 CONVERSATION: tuple[tuple[str | None, str], ...] = (
     ("whale.png", "What is this?"), (None, "Make it in fluent style."),
-    (None, "Now draw a twemoji drawing of star."), (None, "What is the main colour?"))
-STEPS = 2 + 2 * len(PICTURES) + len(DRAWINGS) + 1 + 1 + len(CONVERSATION)
+    (None, "Now draw a twemoji drawing of a star."), (None, "What is the main colour?"))
+STEPS = 2 + 2 * len(PICTURES) + len(DRAWINGS) + 1 + len(CONVERSATION)
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Run:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[list[str]]:
-        """Time one step and print it with what it appended; an answer without the picture asked for is told."""
+        """Time one step and print it with what it appended; a drawing that fails is told, and the rest goes on."""
         start, said = time.perf_counter(), list[str]()
         try:
             yield said
@@ -76,8 +77,7 @@ def run_quickstart(system: Any, out: Path, images: Path, seed: int = 0) -> Run:
     run = Run(system, out, seed)
     start = time.perf_counter()
     _pictures(run, images)
-    _drawings(run)
-    _edit(run, images)
+    run.rows.append(Row("drawn from words; edited", _drawings(run) + _edit(run, images)))
     _conversation(run, images)
     run.seconds["work"] = round(time.perf_counter() - start, 3)
     return run
@@ -92,7 +92,8 @@ def _pictures(run: Run, images: Path) -> None:
     with run.step("rebuild from the codes") as said:
         rebuilt = run.system.reconstruct(codes, seed=run.seed)
         said.append(f"{len(rebuilt)} pictures")
-    found = []
+    found: list[dict[str, Any]] = []
+    cells: list[Cell] = []
     for (name, image), row, again in zip(opened.items(), codes, rebuilt, strict=True):
         stem, question = Path(name).stem, PICTURES[name]
         caption = answer = ""
@@ -105,17 +106,16 @@ def _pictures(run: Run, images: Path) -> None:
         found.append({"picture": run.save(image, f"{stem}.png"), "codes": row,
                       "rebuilt": run.save(again, f"{stem}_rebuilt.png"),
                       "description": caption, "question": question, "answer": answer})
-        run.rows.append(Row(f"{name}\n\n“{caption}”\n\n{question}\n{answer}", [
-            Cell(image, "the picture"), Cell(codes_picture(row), "its 32 codes"), Cell(again, "rebuilt from them")]))
+        cells += [Cell(image, f"{name}: “{caption}”\n{question} {answer}"), Cell(codes_picture(row), "its 32 codes"),
+                  Cell(again, "rebuilt from them")]
+    run.rows.append(Row("looked at: a description, an answer, 32 codes, and the picture rebuilt from the codes", cells))
     run.result["pictures"] = found
 
 
-def _drawings(run: Run) -> None:
+def _drawings(run: Run) -> list[Cell]:
     """Pictures from words; the last is a concept × style pair that was never trained on, where the data set says so."""
-    text, note = never_trained()
-    asked = [(words, "") for words in DRAWINGS] + [(text, note)]
     cells, found = [], []
-    for number, (words, remark) in enumerate(asked, 1):
+    for number, (words, remark) in enumerate(drawing_requests(), 1):
         image = None
         with run.step(f"draw “{words}”") as said:
             image = run.system.draw(words, seed=run.seed)
@@ -123,11 +123,11 @@ def _drawings(run: Run) -> None:
         file = run.save(image, f"drawing_{number}.png") if image is not None else None
         found.append({"text": words, "picture": file, "note": remark})
         cells.append(Cell(image, f"“{words}”" + (f" ({remark})" if remark else "")))
-    run.rows.append(Row("drawn from words", cells))
     run.result["drawings"] = found
+    return cells
 
 
-def _edit(run: Run, images: Path) -> None:
+def _edit(run: Run, images: Path) -> list[Cell]:
     name, instruction = EDIT
     source, changed = open_image(images / name), None
     with run.step(f"edit {name}") as said:
@@ -135,7 +135,7 @@ def _edit(run: Run, images: Path) -> None:
         said.append(instruction)
     file = run.save(changed, "edited.png") if changed is not None else None
     run.result["edit"] = {"source": name, "instruction": instruction, "picture": file}
-    run.rows.append(Row(f"edited:\n“{instruction}”", [Cell(source, name), Cell(changed, "edited")]))
+    return [Cell(source, f"edit {name}: “{instruction}”"), Cell(changed, "edited")]
 
 
 def _conversation(run: Run, images: Path) -> None:
@@ -172,18 +172,19 @@ def _conversation(run: Run, images: Path) -> None:
     run.result["conversation"] = turns
 
 
-def never_trained() -> tuple[str, str]:
-    """Words that ask for a held-out concept × style pair, and a remark that says so if the data set confirms it."""
+def drawing_requests() -> list[tuple[str, str]]:
+    """What to draw, and a remark where the data set confirms that the pair of thing and style was held out."""
     from seed_multimodal.data.nano import load_nano
 
     try:
         nano = load_nano(log=None)
-    except DataError:
-        return "a twemoji drawing of dog face", ""  # installed without the data set: nothing to confirm it with
-    held_out = nano.split("test_combo")
-    wanted = nano.index.get(HELD_OUT)
-    record = nano.records[wanted if wanted in held_out else held_out[0]]
-    return record.captions[0], "this pair of thing and style was never trained on"
+    except DataError:  # installed without the data set: nothing to confirm it with
+        return [(f"a {style} drawing of {thing}", "") for style, thing in
+                (("fluent", "a red apple"), ("noto", "a rocket"), ("twemoji", "a dog face"))]
+    records = [nano.records[nano.index[key]] for key in DRAWINGS if key in nano.index]
+    if not any(record.split == "test_combo" for record in records):
+        records.append(nano.records[nano.split("test_combo")[0]])
+    return [(r.captions[0], HELD_OUT_REMARK if r.split == "test_combo" else "") for r in records]
 
 
 def codes_picture(codes: Sequence[int]) -> Image.Image:
@@ -220,7 +221,8 @@ def _main(args: argparse.Namespace) -> int:
     loaded = time.perf_counter() - start
     print(f"Loaded {args.model} in {loaded:.1f} s; results go to {out}/", flush=True)
     run = run_quickstart(system, out, images, args.seed)
-    sheet = contact_sheet(run.rows, f"SEED Multimodal {__version__}: quickstart with {args.model}", cell=160)
+    title = f"SEED Multimodal {__version__}: quickstart with {Path(args.model).name}"
+    sheet = contact_sheet(run.rows, title, cell=160, columns=6, max_lines=16)
     save_picture(sheet, out / "contact_sheet.png")
     run.seconds = {"load": round(loaded, 3), **run.seconds, "total": round(time.perf_counter() - start, 3)}
     everything = {**run.result, **_circumstances(args, run)}

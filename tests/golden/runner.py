@@ -6,8 +6,8 @@ How to run:
     pytest tests/golden --golden-dir DIR         # every fixture folder in DIR
     pytest tests/golden -k preprocessing         # one kind
 
-How it works: each folder in DIR is one test item. The folder's name starts with its kind (`seed2_tokenizer_q8` is of kind
-`seed2_tokenizer`), a kind is one module `tests/golden/kinds/<name>.py`:
+How it works: each folder in DIR is one test item. The folder's name starts with its kind (`seed2_tokenizer_q8` is of
+kind `seed2_tokenizer`), a kind is one module `tests/golden/kinds/<name>.py`:
 
     KIND = "seed2_tokenizer"                     # a prefix of folder names; the longest matching prefix wins
 
@@ -124,7 +124,7 @@ def assert_same(actual: Any, expected: Any, what: str) -> None:
 
 
 def golden_tokenizer_folder(folder: Path) -> Path:
-    """The tokenizer folder a fixture was recorded with: that of an `llm_sequences*` fixture beside it, else the kept one."""
+    """The tokenizer folder a fixture was recorded with: in an `llm_sequences*` fixture beside it, else the kept one."""
     for place in (folder, *sorted(folder.parent.glob("llm_sequences*"))):
         if (place / "tokenizer" / "tokenizer.model").is_file():
             return place / "tokenizer"

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +74,22 @@ def drawing_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {ours: getattr(args, flag) for flag, ours in names.items() if getattr(args, flag, None) is not None}
 
 
+def quiet_libraries(debug: bool = False) -> None:
+    """No loading bars and no advice to developers from transformers and diffusers, unless `debug`."""
+    if debug:
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers)\..*")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (transformers.utils.logging, diffusers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+
+
 def load_system(args: argparse.Namespace) -> Any:
     """The `SeedLlama` that the flags describe; what loading prints goes to stderr."""
+    quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
         from seed_multimodal.systems.seed_llama import SeedLlama
 

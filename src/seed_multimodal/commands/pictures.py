@@ -17,6 +17,7 @@ from seed_multimodal.commands.common import (
     drawing_settings,
     emit,
     opened,
+    quiet_libraries,
     save_picture,
     write_text,
 )
@@ -67,6 +68,7 @@ def reconstruct(args: argparse.Namespace) -> int:
 
 def load_codec(args: argparse.Namespace) -> PictureCodec:
     """The picture half of the system that the flags name; what loading prints goes to stderr."""
+    quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
         from seed_multimodal.configured import picture_codec
 

@@ -23,7 +23,7 @@ from seed_multimodal.weights import assign_strictly, load_state_dict, save_state
 class LayoutReadout(nn.Module):
     """Embedding `[B, E]` → expected latents `[B, C, g, g]` and position tokens `[B, g·g, D]`."""
 
-    def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, hidden: int = 384) -> None:
+    def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, hidden: int = 256) -> None:
         super().__init__()
         self.sizes = {"embedding": embedding, "channels": channels, "grid": grid, "cross_dim": cross_dim,
                       "hidden": hidden}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -81,16 +82,7 @@ class UnclipDetokenizer:
         if not (place / "model_index.json").is_file():
             raise CheckpointError(f"{place}: there is no diffusion model in this folder (no model_index.json): {WHERE}.")
         defaults = DecodeDefaults.read(place)
-        from safetensors import SafetensorError
-
-        from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
-
-        try:
-            pipeline = SeedUnclipPipeline.from_pretrained(
-                str(place), torch_dtype=dtype, local_files_only=True, image_encoder=None, feature_extractor=None)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise CheckpointError(f"{place}: not a complete stable-unCLIP folder ({reason}); {WHERE}.") from error
+        pipeline = _load_pipeline(place, dtype)
         for name in ("unet", "vae", "scheduler", "image_normalizer", "image_noising_scheduler"):
             if getattr(pipeline, name, None) is None:
                 raise CheckpointError(f"{place}: the diffusion folder holds no {name!r}; {WHERE}.")
@@ -224,6 +216,30 @@ class UnclipDetokenizer:
             yield
         finally:
             self.pipeline.scheduler = usual
+
+
+def _load_pipeline(place: Path, dtype: torch.dtype) -> SeedUnclipPipeline:
+    from diffusers.utils import logging
+    from safetensors import SafetensorError
+
+    from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
+
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+        absent = [name for name in ("tokenizer", "text_encoder") if (index.get(name) or [None])[0] is None]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # `torch_dtype` is the name every diffusers below 1 knows
+            return SeedUnclipPipeline.from_pretrained(
+                str(place), torch_dtype=dtype, local_files_only=True, image_encoder=None, feature_extractor=None,
+                **dict.fromkeys(absent))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{place}: not a complete stable-unCLIP folder ({reason}); {WHERE}.") from error
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 def _scheduler(name: str, usual: Any) -> Any:

@@ -32,6 +32,7 @@ from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 _WORD = re.compile(r"[^\W_]+")
+_ARTICLES = {"a", "an", "the"}
 PAD, UNKNOWN = 0, 1
 Pictures = Sequence[Image.Image] | NDArray[np.uint8]
 
@@ -55,8 +56,8 @@ class JudgeConfig:
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words of a text; punctuation and underscores separate words."""
-    return _WORD.findall(text.lower())
+    """Lower-case words of a text without articles; punctuation and underscores separate words."""
+    return [word for word in _WORD.findall(text.lower()) if word not in _ARTICLES]
 
 
 class ResidualBlock(nn.Module):

@@ -30,7 +30,7 @@ from seed_multimodal.evaluation.metrics import (
     same_answer,
     same_items,
 )
-from seed_multimodal.evaluation.texts import canonical_caption, style_name
+from seed_multimodal.evaluation.texts import canonical_caption
 
 Section = dict[str, Any]
 Codes = list[int]
@@ -156,7 +156,7 @@ def describe_section(world: World, system: System, codes: Sequence[Codes], targe
     texts = system.describe(codes)
     records = [world.nano.records[t] for t in targets]
     concept = [float(mentions(text, r.label)) for text, r in zip(texts, records, strict=True)]
-    style = [float(mentions(text, style_name(r.style))) for text, r in zip(texts, records, strict=True)]
+    style = [float(mentions(text, r.style)) for text, r in zip(texts, records, strict=True)]
     labels = list(dict.fromkeys(r.label for r in world.nano.records if r.split == records[0].split))
     nearest = (world.judge.embed_texts(texts) @ world.judge.embed_texts(labels).T).argmax(1).tolist()
     return {"n": len(texts), "concept": bootstrap(concept), "style": bootstrap(style),

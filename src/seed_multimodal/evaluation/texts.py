@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from seed_multimodal.data.nano.types import STYLE_NAMES
 from seed_multimodal.evaluation.metrics import mentions
-
-
-def style_name(style: str) -> str:
-    """How texts call a style (`clipart` is written `clip art`)."""
-    return STYLE_NAMES.get(style, style)
 
 
 def canonical_caption(record: Any) -> str:
@@ -21,5 +15,5 @@ def canonical_caption(record: Any) -> str:
 
 def style_of_text(text: str, styles: Sequence[str]) -> int:
     """Index of the only one of `styles` that `text` names, or -1."""
-    named = [i for i, style in enumerate(styles) if mentions(text, style_name(style))]
+    named = [i for i, style in enumerate(styles) if mentions(text, style)]
     return named[0] if len(named) == 1 else -1

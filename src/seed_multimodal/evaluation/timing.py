@@ -48,8 +48,8 @@ def fill_random(module: nn.Module, device: torch.device, dtype: torch.dtype, see
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not tensor.is_floating_point():
             tensor.zero_()
-        elif "norm" in name.lower() and name.endswith("weight"):
-            tensor.fill_(1.0)
+        elif tensor.ndim <= 1 and name.endswith(("weight", "running_var")):
+            tensor.fill_(1.0)  # of a normalisation
         else:
             tensor.normal_(0.0, 0.02)
     return module

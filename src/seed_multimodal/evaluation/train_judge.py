@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 from seed_multimodal.evaluation.augment import augment
-from seed_multimodal.evaluation.judge import Judge, JudgeConfig, split_words
+from seed_multimodal.evaluation.judge import PAD, UNKNOWN, Judge, JudgeConfig, split_words
 from seed_multimodal.evaluation.metrics import retrieval_at_k, same_items
 from seed_multimodal.evaluation.texts import canonical_caption, style_of_text
 
@@ -117,7 +117,10 @@ def step_loss(judge: Judge, corpus: Corpus, ids: Tensor, rows: Tensor, generator
                          for r, p in zip(rows.tolist(), picks.tolist(), strict=True)])
     styled = corpus.canonical[rows]
     both = ids[torch.cat([styled, free])]
-    both = both[:, : int((both != 0).sum(1).max())]
+    both = both[:, : int((both != PAD).sum(1).max())]
+    # A word is unknown now and then, so that texts with new words are still placed by the others.
+    dropped = (torch.rand(both.shape, generator=generator) < 0.03) & (both != PAD)
+    both = both.masked_fill(dropped, UNKNOWN)
     text = F.normalize(judge.text(both.to(device)), dim=1)
     labels, styles = corpus.labels[rows], corpus.styles[rows]
     same = labels[:, None] == labels[None, :]

@@ -10,7 +10,7 @@ import re
 from PIL import Image
 
 from seed_multimodal.errors import ImageError
-from seed_multimodal.images.open import ImageLimits, open_image
+from seed_multimodal.images.open import DEFAULT_LIMITS, ImageLimits, open_image
 
 _DATA_URL = re.compile(r"\s*data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.ASCII)
 
@@ -27,7 +27,7 @@ def image_to_base64(image: Image.Image, format: str = "PNG") -> str:
     return base64.b64encode(image_to_bytes(image, format)).decode("ascii")
 
 
-def image_from_base64(text: str, name: str = "image", limits: ImageLimits = ImageLimits()) -> Image.Image:
+def image_from_base64(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Read a picture from base64 text (a `data:image/…;base64,` prefix and line breaks are allowed).
 
     Raises:

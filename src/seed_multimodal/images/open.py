@@ -14,6 +14,7 @@ Peculiar choices, all in one place:
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -26,7 +27,7 @@ from PIL import Image
 
 from seed_multimodal.errors import ImageError
 
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "TGA", "AVIF", "JPEG2000", "PCX")
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "PCX", "TGA")
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -65,7 +66,10 @@ class ImageLimits:
             raise ImageError(f"{name}: refused unread, because it has {count} bytes (limit: {self.max_bytes}).")
 
 
-def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLimits = ImageLimits()) -> Image.Image:
+DEFAULT_LIMITS = ImageLimits()
+
+
+def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Read one picture.
 
     Args:
@@ -90,7 +94,7 @@ def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLim
         shown = name or path.name or str(path)
         data = _read(path, shown, limits)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_formats())
     except _BOMBS as error:
         raise ImageError(f"{shown}: refused unread, because its header claims too many pixels ({error}).") from error
     except _DECODE_ERRORS as error:
@@ -100,8 +104,15 @@ def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLim
         return _decode(image, shown, limits)
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats this build of Pillow can read, of those we try."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def open_images(
-    paths: Iterable[ImageSource], limits: ImageLimits = ImageLimits()
+    paths: Iterable[ImageSource], limits: ImageLimits = DEFAULT_LIMITS
 ) -> tuple[list[Image.Image | None], list[ImageError]]:
     """Read many pictures: one entry per source, None where it was refused, and the refusals in order."""
     images: list[Image.Image | None] = []

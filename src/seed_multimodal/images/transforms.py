@@ -6,10 +6,10 @@ Two ways of resizing were released and give different codes for the same file, s
   with `keep_ratio=True` the shorter side is scaled and the centre cut out.
 * `seed_image_processor()`, the tokenizer's own reading of a file (also LAVIS' evaluation and LaVIT): squash, BICUBIC.
 
-Resizing is Pillow's (antialiased) on 8-bit pixels; rounding follows torchvision, without importing it. Pillow resizes in
-two passes with 8-bit pixels between them; up to 12.x the horizontal one came first, since 13.0 it is the vertical one
-for tall pictures, which moves single pixels by a few grey levels. `resize_passes` fixes the order of 13.0, the one the
-golden fixtures hold, whatever Pillow is installed.
+Resizing is Pillow's (antialiased) on 8-bit pixels; rounding follows torchvision, without importing it. Pillow resizes
+in two passes with 8-bit pixels between them; up to 12.x the horizontal one came first, since 13.0 it is the vertical
+one for tall pictures, which moves single pixels by a few grey levels. `resize_passes` fixes the order of 13.0, the one
+the golden fixtures hold, whatever Pillow is installed.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Room `language`: vocabulary, tokenizer, prompt templates, LLM loading and generation, answers. Imports no other room."""
+"""Room `language`: vocabulary, tokenizer, prompts, LLM loading, generation, answers. Imports no other room."""

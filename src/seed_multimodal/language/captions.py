@@ -1,4 +1,4 @@
-"""Caption and question texts as tokenizer training reads them (the processors LAVIS calls blip_caption and blip_question).
+"""Caption and question texts as tokenizer training reads them (LAVIS calls them blip_caption and blip_question).
 
 Order matters and is kept: the trailing newline is dropped before the blanks, and only runs of two or more white-space
 characters collapse, so a single tab or newline inside a caption survives.

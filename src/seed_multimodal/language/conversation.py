@@ -1,8 +1,8 @@
 """The chat demo's conversations: what is stored, the prompt text made from it, and the codes filled in afterwards.
 
-A message is `{"role": …, "message": {"text": …, "images": [path, …], "images_ids": [codes or None, …]}}`, its text holding
-one `<image>` per picture. This is the wire format of the released front-end, kept as it is; prompts for the library's
-own use are built by `prompts.PromptTemplate`, which needs no placeholder and puts one blank less after "ASSISTANT:".
+A message is `{"role": …, "message": {"text": …, "images": [path, …], "images_ids": [codes or None, …]}}`, its text
+holding one `<image>` per picture. This is the wire format of the released front-end, kept as it is; prompts for the
+library's own use are built by `prompts.PromptTemplate`, which needs no placeholder and no blank after "ASSISTANT:".
 """
 
 from __future__ import annotations

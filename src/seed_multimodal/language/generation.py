@@ -1,9 +1,9 @@
 """Generation with well-formed pictures: after `<img>` exactly 32 codes, then `</img>`; no image word anywhere else.
 
-The released programs hope for that; here a logits processor enforces it (`constrain=False` switches it off, then the ids
-are those of a plain `model.generate`). It reads its state from the ids themselves, so it needs no memory of its own and
-works in batches, with beams, and after a prompt that ends in `<img>`. A picture is only begun when the token budget
-reaches to its end.
+The released programs hope for that; here a logits processor enforces it (`constrain=False` switches it off, then the
+ids are those of a plain `model.generate`). It reads its state from the ids themselves, so it needs no memory of its own
+and works in batches, with beams, and after a prompt that ends in `<img>`. A picture is only begun when the token
+budget reaches to its end.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         checks = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"), ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 or more"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 (off) or more"))
         for name, good, wanted in checks:
@@ -178,8 +179,8 @@ def _budget(length: int, settings: GenerationSettings, model: Any, vocabulary: I
         raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; "
                               f"shorten the conversation.")
     if settings.force_image and settings.constrain and budget < vocabulary.tokens_per_image + 1:
-        raise GenerationError(f"A picture needs {vocabulary.tokens_per_image + 1} new tokens, but only {budget} are left "
-                              f"(max_new_tokens {settings.max_new_tokens}, context {context}).")
+        raise GenerationError(f"A picture needs {vocabulary.tokens_per_image + 1} new tokens, but only {budget} are "
+                              f"left (max_new_tokens {settings.max_new_tokens}, context {context}).")
     return budget
 
 
@@ -193,7 +194,9 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    devices = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
+    devices = []
+    if device.type == "cuda":
+        devices = [torch.cuda.current_device() if device.index is None else device.index]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield

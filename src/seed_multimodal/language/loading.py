@@ -1,8 +1,8 @@
 """Loading the language model: stock `LlamaForCausalLM`, with the special ids set right whatever the files say.
 
-Released 8B files carry the ids of the first LLaMA conversion (bos 0, eos 1, pad -1, no cache); with them generation never
-stops and padding takes the row of `</img>`. bos 1, eos 2, pad 0 are forced before the weights are read. Old files also
-hold rotary frequencies, which are computed here.
+Released 8B files carry the ids of the first LLaMA conversion (bos 0, eos 1, pad -1, no cache); with them generation
+never stops and padding takes the row of `</img>`. bos 1, eos 2, pad 0 are forced before the weights are read. Old files
+also hold rotary frequencies, which are computed here.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _is_hub_id(source: str | Path) -> bool:
     """`owner/name` whose owner is no folder here; `pretrained/…` is always a folder."""
     text = str(source)
     pieces = text.split("/")
-    return (isinstance(source, str) and len(pieces) == 2 and all(pieces) and not text.startswith((".", "~", "pretrained/"))
-            and not Path(pieces[0]).exists())
+    local = text.startswith((".", "~", "pretrained/")) or Path(pieces[0]).exists()
+    return isinstance(source, str) and len(pieces) == 2 and all(pieces) and not local
 
 
 def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from seed_multimodal.errors import CodesError
 from seed_multimodal.language.tokenizer_files import (
+    CODE_WORD,
     TokenizerFiles,
     read_files,
     train_model,
@@ -51,8 +52,9 @@ class MultimodalTokenizer:
         special_ids = {word.text: self._word_id(word.text) for word in files.special}
         self._special_ids = frozenset(special_ids.values())
         self._control = {**self._added, **special_ids}
-        longest_first = sorted(self._control, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(re.escape(word) for word in longest_first) + ")")
+        # Code words by their shape: an alternative for each of thousands would be tried one by one.
+        others = sorted((word for word in self._control if not CODE_WORD.fullmatch(word)), key=len, reverse=True)
+        self._words = re.compile("|".join([CODE_WORD.pattern, *(re.escape(word) for word in others)]))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MultimodalTokenizer:
@@ -67,7 +69,7 @@ class MultimodalTokenizer:
     def train(
         cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_codes: int, tokens_per_image: int = 32
     ) -> MultimodalTokenizer:
-        """Learn a byte-fallback BPE model with LLaMA's settings from `texts`, write a tokenizer folder and read it back.
+        """Learn a byte-fallback BPE model with LLaMA's settings from `texts`, write a tokenizer folder, read it back.
 
         Args:
             vocab_size: text pieces, the 259 of bytes and control words included.
@@ -99,7 +101,7 @@ class MultimodalTokenizer:
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """One string -> ids, control words in it included; `add_bos` puts `<s>` in front."""
         ids = [self.bos_id] if add_bos else []
-        pieces = self._split.split(text)  # text, word, text, word, …, text
+        pieces = self._cut(text)  # text, word, text, word, …, text
         for place in range(1, len(pieces), 2):
             strip_left, strip_right = self._strips(pieces[place])
             if strip_left:
@@ -112,6 +114,16 @@ class MultimodalTokenizer:
             elif piece:
                 ids.extend(self._sp.EncodeAsIds(piece))
         return ids
+
+    def _cut(self, text: str) -> list[str]:
+        """Stretches of text and control words in turn, a stretch (possibly empty) first and last."""
+        pieces: list[str] = []
+        start = 0
+        for match in self._words.finditer(text):
+            if match[0] in self._control:  # <img_99999> may have the shape, but is no word
+                pieces += [text[start:match.start()], match[0]]
+                start = match.end()
+        return [*pieces, text[start:]]
 
     def _strips(self, word: str) -> tuple[bool, bool]:
         special = self._special.get(word)

@@ -2,7 +2,8 @@
 
 `tokenizer.model` (SentencePiece) and `added_tokens.json` (`<img_ddddd>`, `<img>`, `</img>` -> id) must be there.
 `special_tokens_map.json` may say how white space is treated next to a special word (the lstrip/rstrip of a dictionary
-entry; a plain string strips both sides, as in transformers 4.30.2). `tokenizer_config.json` may give `tokens_per_image`.
+entry; a plain string strips both sides, as in transformers 4.30.2). `tokenizer_config.json` may give
+`tokens_per_image`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from seed_multimodal.language.vocabulary import BOI, EOI, ImageVocabulary, code_
 
 MODEL, ADDED, CONFIG, SPECIAL = (
     "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
-_CODE = re.compile(r"<img_\d{5}>")
+CODE_WORD = re.compile(r"<img_[0-9]{5,}>")
 _DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -68,7 +69,7 @@ def read_files(folder: Path) -> TokenizerFiles:
                               f"{processor.bos_id()}, {processor.eos_id()}.")
     added = _json_object(raw, ADDED, folder)
     config = _json_object(raw, CONFIG, folder) if CONFIG in raw else {}
-    n_codes = sum(1 for name in added if _CODE.fullmatch(name))
+    n_codes = sum(1 for name in added if CODE_WORD.fullmatch(name))
     per_image = config.get("tokens_per_image", 32)
     if n_codes < 1 or not isinstance(per_image, int) or per_image < 1:
         raise CheckpointError(f"{folder}: needs at least one image word and one token per image "

@@ -7,6 +7,7 @@ requests would replace that lock; nothing outside this file would notice.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Li
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seed_multimodal.language.prompts import PromptTemplate
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.systems.seed_llama import SeedLlama
 
@@ -49,6 +51,10 @@ class Backend(Protocol):
         """The codes of one picture -> that picture."""
         ...
 
+    def spans(self, text: str) -> list[str]:
+        """A stretch of prompt text cut where the model was tuned to read separately encoded spans."""
+        ...
+
     def forced_words(self, request: GenerateRequest) -> str:
         """The words that come before a forced picture, `""` when the model was not tuned to say any."""
         ...
@@ -68,13 +74,18 @@ class SystemBackend:
         return self.system.encode_pixels(pixels).tolist()
 
     def generate(self, prompt_ids: list[int], request: GenerateRequest) -> list[int]:
-        settings = self.system.settings(
-            temperature=request.temperature or 1.0, num_beams=request.num_beams, top_p=request.top_p,
-            max_new_tokens=request.max_new_tokens, do_sample=request.do_sample, seed=request.seed)
-        return self.system.generate(prompt_ids, settings)
+        options = {"num_beams": request.num_beams, "max_new_tokens": request.max_new_tokens, "seed": request.seed}
+        if request.do_sample and request.top_p > 0:
+            options.update(do_sample=True, temperature=request.temperature, top_p=request.top_p)
+        else:  # temperature or top_p 0 mean the likeliest token
+            options.update(do_sample=False)
+        return self.system.generate(prompt_ids, self.system.settings(**options))
 
     def decode(self, codes: list[int]) -> Image.Image:
-        return self.system.reconstruct([codes])[0]
+        return self.system.reconstruct(codes)[0]
+
+    def spans(self, text: str) -> list[str]:
+        return cut_at_turns(text, self.system.template)
 
     def forced_words(self, request: GenerateRequest) -> str:
         last_turn = request.text.rpartition(self.system.template.user_marker)[2]
@@ -167,7 +178,20 @@ class Engine:
             spans[-1] = spans[-1].rstrip()  # as next to every image token
             words = self.backend.forced_words(request)
             forced = [*(tokenizer.encode_parts([words]) if words else []), *forced]
-        parts: list[str | list[int]] = [spans[0]]
+        parts: list[str | list[int]] = self.backend.spans(spans[0])
         for row, span in zip(codes, spans[1:], strict=True):
-            parts += [row, span]
-        return [tokenizer.bos_id, *tokenizer.encode_parts([part for part in parts if part]), *forced], forced
+            parts += [row, *self.backend.spans(span)]
+        return [*tokenizer.encode_parts([part for part in parts if part], add_bos=True), *forced], forced
+
+
+def cut_at_turns(text: str, template: PromptTemplate) -> list[str]:
+    """Prompt text as its turns were encoded in tuning: a question up to where the answer begins, an answer, and so on.
+
+    One long string would put answers and the markers around them into one span, which the models never saw. Blanks
+    that clients leave in front of an answer are dropped.
+    """
+    marker = template.separator + template.user_marker
+    if not template.user_prefix:
+        return [text]
+    spans = re.split(f"(?<={re.escape(template.user_suffix)})|(?={re.escape(marker)})", text)
+    return [spans[0], *(span if span.startswith(marker) else span.lstrip(" ") for span in spans[1:])]

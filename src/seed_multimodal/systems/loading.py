@@ -21,7 +21,6 @@ from seed_multimodal.language.tasks import NANO_TASKS, RELEASED_TASKS, TaskPromp
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
 RELEASED_TRANSFORM = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
 NANO_RUNS = "The shipped model runs now: --model nano, or SeedLlama.from_pretrained('pretrained/nano')."
-HUB = "https://huggingface.co/AILab-CVC/SEED"
 _KNOWN = {"tokenizer", "llm", "detokenizer", "vision", "template", "image_size", "transform", "generation", "tasks"}
 
 
@@ -59,7 +58,7 @@ def find_system(
     """The parts of a system, checked to be there.
 
     Args:
-        name: `nano`, `8b`, `14b`, or a folder with `system.json`; or leave it out and give `llm` (a LLaMA folder).
+        name: `nano`, `8b`, `14b`, a folder with `system.json`, or a released LLaMA folder; or leave it out and give `llm`.
         llm, tokenizer, detokenizer, vision: replace single parts, or name them all.
         template: prompt template, by default the one that belongs to the weights.
 
@@ -78,6 +77,8 @@ def find_system(
     if folder is None:
         raise CheckpointError(f"{name}: there is no such folder; a system is a folder with system.json. "
                               f"{_how_to_get(str(name))}")
+    if not (folder / "system.json").is_file() and (folder / "config.json").is_file():
+        return _released("", {"llm": folder, **parts}, template)  # a released LLaMA folder by itself
     return _from_folder(folder, parts, template)
 
 
@@ -99,9 +100,7 @@ def read_system_json(folder: Path) -> dict[str, Any]:
     """
     file = folder / "system.json"
     if not file.is_file():
-        hint = "it looks like a single LLaMA folder: pass it as llm=." if (folder / "config.json").is_file() else (
-            "a system folder names its parts there.")
-        raise CheckpointError(f"{file}: there is no such file; {hint}")
+        raise CheckpointError(f"{file}: there is no such file; a system folder names its parts there.")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -146,12 +145,13 @@ def _released(short: str, parts: dict[str, Path], template: str | None) -> Syste
     llm = parts.get("llm") or Path("pretrained") / (known.llm if known else "")
     tokenizer = parts.get("tokenizer") or Path("pretrained/seed_tokenizer")
     detokenizer = parts.get("detokenizer") or Path("pretrained/stable-diffusion-2-1-unclip")
-    found = {"llm": locate(llm), "tokenizer": locate(tokenizer)}
+    found = {"llm": locate(llm) or (llm if _is_hub_name(llm) else None), "tokenizer": locate(tokenizer)}
     if found["llm"] is None:
         raise CheckpointError(f"{llm}: the language model is not there. {_how_to_get(str(llm))}")
     if found["tokenizer"] is None:
         raise CheckpointError(f"{tokenizer}: the SEED tokenizer is not there (tokenizer.model, seed_quantizer.pt and "
-                              f"eva_vit_g.pth): download it from {HUB} into that folder. {NANO_RUNS}")
+                              f"eva_vit_g.pth): download AILab-CVC/seed-tokenizer-2 and eva_vit_g.pth into that folder. "
+                              f"{NANO_RUNS}")
     if template is None:
         template = known.template if known else _template_of(found["llm"])
     return SystemSpec(
@@ -172,10 +172,15 @@ def _template_of(llm: Path) -> str:
     return "llama2" if hidden == 5120 else "vicuna"
 
 
+def _is_hub_name(path: Path) -> bool:
+    """`owner/name`, which the hub client may have cached; `pretrained/…` is always a folder."""
+    return len(path.parts) == 2 and path.parts[0] not in ("pretrained", ".", "..", "~", "/") and not path.parent.exists()
+
+
 def _how_to_get(path: str) -> str:
     if path.rstrip("/").endswith("nano"):
         return "The nano weights ship with the repository: run from its root, or give the path to pretrained/nano."
     name = next((hub for key, hub in (("14b", "seed-llama-14b-sft"), ("8b", "seed-llama-8b-sft"))
                  if key in path.lower()), None)
-    advice = f"Download AILab-CVC/{name} from {HUB} into it. " if name else ""
+    advice = f"Download huggingface.co/AILab-CVC/{name} into it. " if name else ""
     return f"{advice}{NANO_RUNS}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.open import ImageLimits, open_image
+from seed_multimodal.systems.quiet import quiet_loading
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 Picture = Image.Image | str | Path | bytes
@@ -43,12 +44,17 @@ class PictureCodec:
         self.transform = transform
         self.device = device
         self.limits = limits or ImageLimits()
-        self.offload_encoder = offload_encoder
-        self.offload_decoder = offload_decoder
         self._load_decoder = load_decoder
         self._decoder: Any = None
-        if offload_encoder:
-            model.visual_encoder.to("cpu")
+        self.offload(encoder=offload_encoder, decoder=offload_decoder)
+
+    def offload(self, *, encoder: bool, decoder: bool) -> None:
+        """Choose which parts wait on the CPU while they are not at work."""
+        self.offload_encoder, self.offload_decoder = encoder, decoder
+        if encoder:
+            self.model.visual_encoder.to("cpu")
+        if decoder and self._decoder is not None:
+            self._decoder.to("cpu")
 
     @property
     def can_draw(self) -> bool:
@@ -66,7 +72,10 @@ class PictureCodec:
             if self._load_decoder is None:
                 raise CheckpointError("This system was opened without its de-tokenizer (load_decoder=False), so it "
                                       "cannot draw.")
-            self._decoder = self._load_decoder()
+            with quiet_loading("diffusers", "transformers"):
+                self._decoder = self._load_decoder()
+            if self.offload_decoder:
+                self._decoder.to("cpu")
         return self._decoder
 
     def open(self, picture: Picture) -> Image.Image:

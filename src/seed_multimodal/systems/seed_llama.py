@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.device import choose_device
-from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.answer import AnswerPart, ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, generate_ids
@@ -34,6 +34,7 @@ from seed_multimodal.systems.answer import Answer, DrawnPart
 from seed_multimodal.systems.chat import as_parts, to_turns, turn_marker
 from seed_multimodal.systems.loading import SystemSpec, find_system
 from seed_multimodal.systems.pictures import Picture, PictureCodec
+from seed_multimodal.systems.quiet import quiet_loading
 from seed_multimodal.systems.stream import (
     AnswerReader,
     Event,
@@ -61,6 +62,9 @@ class SeedLlama:
         self.pictures = pictures
         self.template = get_template(spec.template)
         self.tasks = spec.tasks
+        if llm.config.vocab_size != tokenizer.vocabulary.size:
+            raise CheckpointError(f"{spec.name}: the language model has {llm.config.vocab_size} words, but the tokenizer "
+                                  f"has {tokenizer.vocabulary.size}; they do not belong together.")
         self.settings()  # wrong defaults in system.json show now, not at the first question
 
     @classmethod
@@ -89,8 +93,9 @@ class SeedLlama:
         runtime = choose_device(device, dtype, log=log)
         here = runtime.device if image_device is None else choose_device(image_device, runtime.dtype, log=log).device
         words = MultimodalTokenizer.from_pretrained(spec.tokenizer)
-        model = load_llm(spec.llm, device=runtime.device, dtype=runtime.dtype, quantization=quantization,
-                         vocabulary=words.vocabulary)
+        with quiet_loading("transformers"):
+            model = load_llm(spec.llm, device=runtime.device, dtype=runtime.dtype, quantization=quantization,
+                             vocabulary=words.vocabulary)
         pictures = _load_pictures(spec, words, here, runtime.dtype, load_decoder, offload_encoder, offload_decoder)
         return cls(spec, words, model, pictures)
 
@@ -317,8 +322,7 @@ def _load_pictures(
                           f"vocabulary has {words.vocabulary.n_codes} and {words.vocabulary.tokens_per_image}.")
     load = None
     if load_decoder and spec.detokenizer is not None:
-        waiting = "cpu" if offload_decoder else device
-        load = partial(UnclipDetokenizer.from_pretrained, spec.detokenizer, device=waiting, dtype=dtype)
+        load = partial(UnclipDetokenizer.from_pretrained, spec.detokenizer, device=device, dtype=dtype)
     transform = get_transform(**{**spec.transform, "image_size": spec.image_size})
     return PictureCodec(model, transform, load_decoder=load, device=device, offload_encoder=offload_encoder,
                         offload_decoder=offload_decoder)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CodesError, ImageError
+from seed_multimodal.errors import ConfigError, CodesError, ImageError
 from seed_multimodal.tokenizers.layers import Block, LayerNorm, run_blocks
 from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
@@ -38,7 +38,8 @@ class Seed2Tokenizer(nn.Module):
         self.config = config
         self.load_report: LoadReport | None = None
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query, width).normal_(std=0.02))
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, width))
+        if config.recon_s:
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, width))
         self.pos_embed_image = nn.Parameter(torch.zeros(1, config.num_query, width))
         if config.use_qformer_image:
             self.reverse_tokens = nn.Parameter(torch.zeros(1, 1, width).normal_(std=0.02))
@@ -50,7 +51,8 @@ class Seed2Tokenizer(nn.Module):
         d = config.codebook_dim
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, d))
         self.decode_task_layer = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, width))
-        self.blocks = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
+        if config.recon_s:
+            self.blocks = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
         self.blocks_image = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
         if config.use_qformer_image:
             self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
@@ -129,7 +131,13 @@ class Seed2Tokenizer(nn.Module):
         return self.decode_task_layer(quant_BQd)
 
     def rebuild_queries(self, up_BQD: Tensor) -> Tensor:
-        """`upsample`d codes → the Q-Former output they stand for `[B, 32, D]` (training objective)."""
+        """`upsample`d codes → the Q-Former output they stand for `[B, 32, D]` (training objective).
+
+        Raises:
+            ConfigError: a model built with `recon_s=False` has no such blocks.
+        """
+        if not self.config.recon_s:
+            raise ConfigError("This tokenizer was built with recon_s=False: it has no blocks that rebuild the queries.")
         return run_blocks(up_BQD + self.pos_embed, self.blocks)
 
     def image_tokens(self, up_BQD: Tensor) -> Tensor:

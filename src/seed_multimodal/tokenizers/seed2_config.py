@@ -29,6 +29,7 @@ _RELEASED_HEADS = {"vit": {1408: 16}, "qformer": {768: 12}}
 class Seed2Config:
     """All sizes; `use_qformer_image` picks the decode head (False: `image_down`, True: Reverse Q-Former).
 
+    `recon_s`: keep `pos_embed`/`blocks`, which only stage 2's reconstruction loss uses (released: kept).
     `normalize_codes` is ours: codes compared and decoded on the unit sphere (released: off).
     """
 
@@ -42,6 +43,7 @@ class Seed2Config:
     image_features_dim: int = 1024
     use_qformer_image: bool = False
     reverse_depth: int = 12
+    recon_s: bool = True
     normalize_codes: bool = False
 
     @property
@@ -106,7 +108,7 @@ class Seed2Config:
         return cls(
             vit=_infer_vit(state, shape, source), qformer=qformer, num_query=num_query,
             codebook_size=codebook[0], codebook_dim=codebook[1], decode_depth=_count(state, "blocks_image"),
-            image_features_dim=shape("distill_image_proj.weight")[0], use_qformer_image=reverse,
+            recon_s=_count(state, "blocks") > 0, image_features_dim=shape("distill_image_proj.weight")[0], use_qformer_image=reverse,
             reverse_depth=_count(state, "Reverse_Qformer.bert.encoder.layer") if reverse else cls.reverse_depth)
 
 

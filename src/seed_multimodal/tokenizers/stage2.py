@@ -52,7 +52,7 @@ class Stage2Output:
     quant: Tensor
     query_output: Tensor
     query_up: Tensor
-    recon_s: Tensor
+    recon_s: Tensor | None
     image_tokens: Tensor
     image_embeds: Tensor
     target: Tensor
@@ -132,12 +132,14 @@ class Stage2Model(Seed2Tokenizer):
         else:
             quant, embed_raw, indices = self.quantize.prepare(pre_quant), pre_quant.new_zeros(()), None
         query_up = self.upsample(quant)
-        recon_s = self.rebuild_queries(query_up)
+        recon_s = self.rebuild_queries(query_up) if self.config.recon_s else None
         image_tokens = self.image_tokens(query_up)
         image_embeds = self.project_image(image_tokens)
         factors = self.weights
         loss_embed = factors.embed * embed_raw
-        loss_recon = factors.recon_s * (1 - _cosine(recon_s, query_features.detach())).mean()
+        loss_recon = query_up.new_zeros(())
+        if recon_s is not None:
+            loss_recon = factors.recon_s * (1 - _cosine(recon_s, query_features.detach())).mean()
         loss_image = factors.distil_image * F.mse_loss(image_embeds.float(), target.float())
         loss_readout = self._readout(image_embeds, target)
         loss = loss_embed + loss_recon + loss_image + loss_readout

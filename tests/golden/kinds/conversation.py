@@ -1,11 +1,11 @@
 """Kind `conversation`: the chat demo's templates and turn handling, step by step.
 
-Checked: `templates.json` (every prompt), `helpers.json` (sizes, error suffix, the naming rule by its words) and both
-`flows_*.json`: view, stored messages, pending message, buttons, posted bodies (pictures as pixels), the model's input ids,
-the server's answer to the stub model's ids, the final prompt and the log record.
-Not covered: request headers and addresses; picture files' md5 names (they depend on the PNG encoder: compared by order);
-generation settings the server adds (kind `flask_api`); and what the original does after it crashed on a typed `<image>`:
-here that text is refused when it is added, and the flow ends there.
+Checked: `templates.json` (every prompt), `helpers.json` (sizes, error suffix) and all `flows_*.json`: view, stored
+messages, pending message, buttons, posted bodies (pictures as pixels), the model's input ids, the server's answer to the
+stub model's ids, the final prompt and the log record.
+Not covered: request headers and addresses; picture files' md5 names (they depend on the PNG encoder: compared by
+order); generation settings the server adds (kind `flask_api`); and what the original does after it crashed on a typed
+`<image>`: here that text is refused when it is added, and the flow ends there.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Replay:
 
 
 def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None:
-    """Same keys and values; pictures by their pixels (within one level, as resizing is a matter of library versions)."""
+    """Same keys and values; pictures by their pixels (within one level: resizing is a matter of library versions)."""
     assert_same(set(body), set(payload), f"{name}: keys of the request")
     assert_same({k: v for k, v in body.items() if k != "images"}, {k: v for k, v in payload.items() if k != "images"},
                 f"{name}: request")

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from seed_multimodal.data.nano.load import NanoSet, find_nano, load_nano
-from seed_multimodal.data.nano.types import QA, Edit, NanoConversation, NanoRecord
+from seed_multimodal.data.nano.types import QA, STYLE_NAMES, Edit, NanoConversation, NanoRecord
 
-__all__ = ["QA", "Edit", "NanoConversation", "NanoRecord", "NanoSet", "find_nano", "load_nano"]
+__all__ = ["QA", "STYLE_NAMES", "Edit", "NanoConversation", "NanoRecord", "NanoSet", "find_nano", "load_nano"]

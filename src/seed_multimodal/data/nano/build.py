@@ -15,13 +15,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from seed_multimodal.data.nano.concepts import Concept, fold_label, read_concepts
+from seed_multimodal.data.nano.concepts import COMMON_WORDS, Concept, fold_label, read_concepts
 from seed_multimodal.data.nano.conversations import make_conversations
 from seed_multimodal.data.nano.edits import make_edits
 from seed_multimodal.data.nano.families import SPLITS, assign_splits, name_families
@@ -75,7 +76,9 @@ class Picture:
         return f"{self.drawing.style}-{self.drawing.code}"
 
 
-def build(out: Path, cache: Path, options: BuildOptions, progress: Callable[..., Iterable] | None = None) -> BuildReport:
+def build(
+    out: Path, cache: Path, options: BuildOptions, progress: Callable[..., Iterable] | None = None
+) -> BuildReport:
     """Fetch the pinned packages and build into `out`. Raises DataError for an unknown style or a bad package."""
     for style in options.styles:
         if style not in SOURCES or style == "emojibase":
@@ -155,7 +158,7 @@ def _records(pictures: list[Picture], facts: dict[str, list[str]]) -> list[NanoR
     for i, j in near_pairs([p.pixels for p in pictures]):
         facts[pictures[j].key].append(facts[pictures[i].key][0])
     families = name_families((p.key, facts[p.key]) for p in pictures)
-    splits = assign_splits((p.key, families[p.key], p.drawing.style, p.concept.label) for p in pictures)
+    splits = assign_splits(((p.key, families[p.key], p.drawing.style, p.concept.label) for p in pictures), COMMON_WORDS)
     labels = {split: sorted({p.concept.label for p in pictures if splits[p.key] == split}) for split in SPLITS}
     hidden = set(labels["val"]) | set(labels["test_concept"])
     records = []
@@ -200,7 +203,7 @@ def encode_webp(pixels: np.ndarray, quality: int) -> bytes:
     """uint8 [H, W, 3] as WebP; quality 101 is lossless."""
     buffer = io.BytesIO()
     lossless = quality > 100
-    Image.fromarray(pixels).save(buffer, "WEBP", quality=100 if lossless else quality, method=6, lossless=lossless)
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=100 if lossless else quality, method=4, lossless=lossless)
     return buffer.getvalue()
 
 
@@ -228,6 +231,8 @@ def _write_manifest(out: Path, files: list[Path], options: BuildOptions, report:
         "skipped": dict(report.skipped),
         "files": {p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
                   for p in files},
+        # Other versions of these may round a pixel differently; the same ones give the same bytes.
+        "libraries": {"resvg_py": version("resvg_py"), "pillow": version("pillow")},
         "sources": [{"name": s.name, "package": f"{s.package}@{s.version}", "integrity": s.integrity,
                      "licence": s.licence, "credit": s.credit} for s in used],
     }

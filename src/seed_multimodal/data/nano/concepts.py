@@ -11,8 +11,11 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from seed_multimodal.data.nano.render import COLOURS
 from seed_multimodal.data.nano.sources import plain_code, read_member
+from seed_multimodal.data.nano.types import STYLE_NAMES
 
 TONES = {1: "light", 2: "medium-light", 3: "medium", 4: "medium-dark", 5: "dark"}
 
@@ -51,6 +54,8 @@ GROUPS = {
     "food-drink": "food and drink", "travel-places": "travel and places", "activities": "activities",
     "objects": "objects", "symbols": "symbols", "flags": "flags",
 }
+# Words that train uses as answers: a family labelled with one of them cannot be held out as never named.
+COMMON_WORDS = frozenset({*SUBGROUPS.values(), *GROUPS.values(), *COLOURS, *STYLE_NAMES.values(), *TONES.values()})
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def read_concepts(archive: Path, *, all_tones: bool = False) -> dict[str, Concep
         if group == "component":
             continue
         base = plain_code(entry["hexcode"])
-        forms = [(entry, None)]
+        forms: list[tuple[dict[str, Any], str | None]] = [(entry, None)]
         if all_tones:
             forms += [(skin, _tone_words(skin["tone"])) for skin in entry.get("skins", ())]
         for form, tone in forms:

@@ -76,18 +76,21 @@ def name_families(items: Iterable[tuple[str, list[str]]]) -> dict[str, str]:
     return {key: names[union.find(("key", key))] for key, _ in items}
 
 
-def assign_splits(items: Iterable[tuple[str, str, str, str]]) -> dict[str, str]:
+def assign_splits(
+    items: Iterable[tuple[str, str, str, str]], common: frozenset[str] = frozenset()
+) -> dict[str, str]:
     """Split of each key.
 
     Args:
         items: (key, family, style, label).
+        common: labels that train needs as words; their families are never val or test_concept.
     """
     families: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for key, family, style, label in items:
         families[family].append((key, style, label))
     splits: dict[str, str] = {}
     for family, members in families.items():
-        place = draw("split", family)
+        place = 1.0 if any(label in common for _, _, label in members) else draw("split", family)
         if place < VAL_SHARE:
             splits.update((key, "val") for key, _, _ in members)
         elif place < VAL_SHARE + CONCEPT_SHARE:

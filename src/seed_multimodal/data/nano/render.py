@@ -70,17 +70,19 @@ def main_colour(pixels: np.ndarray) -> tuple[str, float]:
     names = np.full(len(rgb), COLOURS.index("gray"))
     # Hue borders in degrees; red lies on both sides of 0.
     for start, stop, colour in (
-        (0, 14, "red"), (14, 38, "orange"), (38, 70, "yellow"), (70, 170, "green"),
-        (170, 255, "blue"), (255, 300, "purple"), (300, 342, "pink"), (342, 361, "red"),
+        (0, 15, "red"), (15, 36.5, "orange"), (36.5, 61, "yellow"), (61, 170, "green"),
+        (170, 250, "blue"), (250, 300, "purple"), (300, 342, "pink"), (342, 361, "red"),
     ):
         names[(hue >= start) & (hue < stop)] = COLOURS.index(colour)
-    is_red = names == COLOURS.index("red")
-    names[is_red & (saturation < 0.5) & (value > 0.75)] = COLOURS.index("pink")
-    warm = (names == COLOURS.index("orange")) | is_red
-    names[warm & (value < 0.68) & (saturation > 0.2) & (hue < 60)] = COLOURS.index("brown")
-    grey = saturation < 0.16
+    reddish = (names == COLOURS.index("red")) | ((hue < 16) & (saturation < 0.45))
+    names[reddish & (saturation < 0.55) & (value > 0.8)] = COLOURS.index("pink")
+    # Brown is dark orange, and dark red only when it is dull.
+    dark_orange = (hue >= 8) & (hue < 45) & (value < 0.8) & (saturation > 0.2)
+    dull_red = (hue < 20) & (value < 0.8) & (saturation > 0.2) & (saturation < 0.68)
+    names[dark_orange | dull_red] = COLOURS.index("brown")
+    grey = saturation < 0.14
     names[grey] = COLOURS.index("gray")
-    names[grey & (value > 0.88)] = COLOURS.index("white")
+    names[(saturation < 0.06) & (value > 0.8)] = COLOURS.index("white")
     names[(value < 0.25) | (grey & (value < 0.35))] = COLOURS.index("black")
     counts = np.bincount(names, minlength=len(COLOURS))
     best = int(counts.argmax())

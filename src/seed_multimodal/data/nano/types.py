@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-STYLE_NAMES = {"twemoji": "twemoji", "noto": "noto", "fluent": "fluent", "openmoji": "openmoji", "clipart": "clip art"}
+STYLE_NAMES = {"twemoji": "twemoji", "noto": "noto", "fluent": "fluent", "openmoji": "openmoji"}
 
 
 @dataclass(frozen=True)

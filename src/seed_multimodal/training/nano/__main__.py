@@ -20,7 +20,7 @@ from seed_multimodal.errors import SeedError
 from seed_multimodal.training.nano.config import load_config, save_config
 from seed_multimodal.training.nano.workspace import Workspace
 
-STAGES = ("vae", "clip", "stage1", "stage2", "codes", "unet", "unet2", "pretrain", "sft", "assemble")
+STAGES = ("vae", "clip", "stage1", "stage2", "codes", "unet", "unet2", "vae2", "pretrain", "sft", "assemble")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,6 +160,13 @@ def _unet2(space: Workspace) -> dict[str, Any]:
                       decoded=decoded)
 
 
+def _vae2(space: Workspace) -> dict[str, Any]:
+    from seed_multimodal.training.nano.vae import train_decoder
+
+    return train_decoder(space.config, space.views, _latents(space), space.index_tensor(),
+                         space.views[torch.tensor(space.held_out), 0], space.work, space.decoder_folder / "vae")
+
+
 def _pretrain(space: Workspace) -> dict[str, Any]:
     from seed_multimodal.training.nano.llm import train_llm
 
@@ -181,7 +188,7 @@ def _assemble(space: Workspace) -> dict[str, Any]:
 
 
 RUN: dict[str, Callable[[Workspace], dict[str, Any]]] = {
-    "vae": _vae, "clip": _clip, "stage1": _stage1, "stage2": _stage2, "codes": _cache_codes, "unet": _unet, "unet2": _unet2,
+    "vae": _vae, "clip": _clip, "stage1": _stage1, "stage2": _stage2, "codes": _cache_codes, "unet": _unet, "unet2": _unet2, "vae2": _vae2,
     "pretrain": _pretrain, "sft": _sft, "assemble": _assemble, "faithful": _faithful,
 }
 

@@ -47,6 +47,8 @@ class ClipPair(nn.Module):
             vocab_size=text_vocabulary + 1, hidden_size=sizes.text_width, intermediate_size=4 * sizes.text_width,
             num_hidden_layers=sizes.text_layers, num_attention_heads=4, max_position_embeddings=MAX_TEXT,
             projection_dim=sizes.embedding, hidden_act="gelu", bos_token_id=1, eos_token_id=2, pad_token_id=0))
+        for tower in (self.vision, self.text):
+            tower.set_attn_implementation("eager")  # the fused bf16 kernel's backward is slow on CPUs
         self.readout = nn.Linear(sizes.embedding, latent_size)
         self.logit_scale = nn.Parameter(torch.tensor(2.66))
 

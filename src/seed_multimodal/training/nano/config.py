@@ -48,13 +48,13 @@ class TokenizerSizes:
     """SEED-2 tokenizer: EVA ViT, causal Q-Former, codebook, decode blocks."""
 
     vit_width: int = 192
-    vit_layers: int = 5
+    vit_layers: int = 4
     vit_heads: int = 6
     patch: int = 16
     hidden: int = 192
-    layers: int = 4
+    layers: int = 3
     heads: int = 6
-    decode_depth: int = 3
+    decode_depth: int = 2
     codes: int = 512
     code_dim: int = 16
 
@@ -63,7 +63,7 @@ class TokenizerSizes:
 class UnetSizes:
     """Latent U-Net (`UNet2DConditionModel`), v-prediction."""
 
-    channels: list[int] = field(default_factory=lambda: [96, 128])
+    channels: list[int] = field(default_factory=lambda: [80, 128])
     layers: int = 1
     heads: int = 4
     cross_dim: int = 96
@@ -76,7 +76,7 @@ class LlmSizes:
     width: int = 256
     layers: int = 4
     heads: int = 8
-    ffn: int = 704
+    ffn: int = 640
     text_vocabulary: int = 2000
     positions: int = 512
 
@@ -100,6 +100,7 @@ class NanoConfig:
     unet: UnetSizes = field(default_factory=UnetSizes)
     llm: LlmSizes = field(default_factory=LlmSizes)
     train_vae: StageSettings = _stage(1500, 32, 2e-3, ema=0.995)
+    train_vae2: StageSettings = _stage(1500, 32, 1e-3, ema=0.995)
     train_clip: StageSettings = _stage(3000, 128, 1e-3)
     train_stage1: StageSettings = _stage(2000, 128, 1e-3)
     train_stage2: StageSettings = _stage(2000, 128, 1e-3)

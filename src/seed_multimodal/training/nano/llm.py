@@ -55,6 +55,8 @@ def train_llm(
     model = build_llm(config, words.vocabulary.size) if start is None else LlamaForCausalLM.from_pretrained(start)
     device = training_device(config)
     model.to(device)
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")  # the fused bf16 kernel's backward is slow on CPUs
     settings = config.train_pretrain if name == "pretrain" else config.train_sft
     shares = PRETRAIN_SHARES if name == "pretrain" else SFT_SHARES
     maker = SampleMaker(nano, words, codes, train, "train")

@@ -39,7 +39,7 @@ def tokenizer_config(config: NanoConfig, faithful: bool = False) -> Seed2Config:
         qformer=QFormerConfig(width=sizes.hidden, depth=sizes.layers, heads=sizes.heads, mlp_width=4 * sizes.hidden,
                               max_positions=64, dropout=0.1 if faithful else 0.0),
         codebook_size=FAITHFUL_CODES if faithful else sizes.codes, codebook_dim=sizes.code_dim,
-        decode_depth=sizes.decode_depth, image_features_dim=config.clip.embedding)
+        decode_depth=sizes.decode_depth, recon_s=faithful, image_features_dim=config.clip.embedding)
 
 
 def eva_from_clip(clip: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:

@@ -69,6 +69,38 @@ def train_vae(config: NanoConfig, pictures: Tensor, held_out: Tensor, work: Path
     return run_stage("vae", vae, loss, settings, work, finish)
 
 
+def train_decoder(
+    config: NanoConfig, views: Tensor, latents: Tensor, index: Tensor, held_out: Tensor, work: Path, folder: Path
+) -> dict[str, Any]:
+    """Stage `vae2`: go on with the decoder alone, on cached latents `[N, V, C, h, w]`; the encoder stays as it is.
+
+    Latents get 10 % noise, because in use they come from a U-Net. Overwrites the model in `folder`.
+    """
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(config.seed + 6)
+    device = training_device(config)
+    vae = use_fast_group_norm(AutoencoderKL.from_pretrained(folder)).to(device, memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    settings = config.train_vae2
+
+    def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
+        chosen = index[batch_indices(step, settings.batch_size, len(index), settings.seed)]
+        view = torch.randint(0, views.shape[1], (len(chosen),))
+        x = to_signed(views[chosen, view], device)
+        z = latents[chosen, view].to(device).float()
+        output = vae.decode(z + 0.1 * torch.randn_like(z)).sample
+        return reconstruction_loss(output.float(), x), {"mse": float((output.detach().float() - x).square().mean())}
+
+    def finish() -> Mapping[str, Any]:
+        restore_group_norm(vae).cpu()
+        vae.save_pretrained(folder)
+        return {"psnr": psnr(vae, held_out), "parameters": sum(p.numel() for p in vae.parameters())}
+
+    return run_stage("vae2", vae, loss, settings, work, finish)
+
+
 @torch.no_grad()
 def normalise_latents(vae: Any, images: Tensor) -> None:
     """Fold per-channel mean and standard deviation of the latents into the 1×1 convolutions around them."""

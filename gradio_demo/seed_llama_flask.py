@@ -1,0 +1,71 @@
+"""The demo's model server: POST /generate (and GET /health), on the loopback address unless told otherwise.
+
+    python gradio_demo/seed_llama_flask.py --system nano --port 7890                  the shipped weights
+    python gradio_demo/seed_llama_flask.py --port 7890 \\
+        --image_transform configs/transform/clip_transform.yaml \\
+        --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml --model configs/llm/seed_llama_8b.yaml
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.common import guarded  # noqa: E402
+from seed_multimodal.errors import ConfigError  # noqa: E402
+
+
+def boolean(text: str) -> bool:
+    """`--offload_encoder`, `--offload_encoder True` and `--offload_encoder False`, as the original accepted them."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() in ("true", "1", "yes")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--system", help="nano, 8b, 14b or a folder with system.json (instead of the three YAML files)")
+    parser.add_argument("--image_transform", help="YAML of the image transform")
+    parser.add_argument("--tokenizer", help="YAML of the SEED tokenizer")
+    parser.add_argument("--model", help="YAML of the language model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 shows it to other machines")
+    parser.add_argument("--port", type=int, default=7890, help="port to listen on, 0 for a free one (default: 7890)")
+    parser.add_argument("--llm_device", default="auto", help="device of the language model (default: auto)")
+    parser.add_argument("--tokenizer_device", default="auto", help="device that reads and draws (default: auto)")
+    parser.add_argument("--offload_encoder", nargs="?", const=True, default=False, type=boolean,
+                        help="keep the vision tower on the CPU while no picture is read")
+    parser.add_argument("--offload_decoder", nargs="?", const=True, default=True, type=boolean,
+                        help="keep the diffusion model on the CPU while no picture is drawn (default: on)")
+    parser.add_argument("--no_offload_decoder", dest="offload_decoder", action="store_false")
+    parser.add_argument("--exact_original", action="store_true",
+                        help="answer as the released server does to the letter, its quirks included")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the system and serve it."""
+    from seed_multimodal.serving.configured import system_from_configs
+    from seed_multimodal.serving.flask_app import create_app, serve
+    from seed_multimodal.systems.seed_llama import SeedLlama
+
+    files = {"model": args.model, "tokenizer": args.tokenizer, "image_transform": args.image_transform}
+    placement = {"offload_encoder": args.offload_encoder, "offload_decoder": args.offload_decoder}
+    if args.system:
+        system = SeedLlama.from_pretrained(args.system, device=args.llm_device, image_device=args.tokenizer_device,
+                                           **placement)
+    elif all(files.values()):
+        system = system_from_configs(**files, llm_device=args.llm_device, tokenizer_device=args.tokenizer_device,
+                                     **placement)
+    else:
+        lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
+        raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
+    _ = system.pictures.decoder  # a missing part shows now, not at the first drawing
+    serve(create_app(system, exact_original=args.exact_original), host=args.host, port=args.port)
+    return 0
+
+
+if __name__ == "__main__":
+    options = arguments()
+    sys.exit(guarded("seed_llama_flask", options.debug, lambda: run(options)))

@@ -1,0 +1,38 @@
+"""The demo's web page: a chat with pictures in and out, talking to gradio_demo/seed_llama_flask.py.
+
+    python gradio_demo/seed_llama_gradio.py --model_type nano --server_port 7860 \\
+        --request_address http://127.0.0.1:7890/generate
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.common import guarded  # noqa: E402
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server_port", type=int, default=7860, help="port of the page (default: 7860)")
+    parser.add_argument("--server_name", default="127.0.0.1",
+                        help="address of the page; 0.0.0.0 shows it to other machines")
+    parser.add_argument("--request_address", default="http://127.0.0.1:7890/generate", help="the backend's address")
+    parser.add_argument("--model_type", default="seed-llama-14b", help="nano, seed-llama-8b or seed-llama-14b")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the page."""
+    from seed_multimodal.serving.gradio_app import launch
+
+    launch(request_address=args.request_address, model_type=args.model_type, server_name=args.server_name,
+           server_port=args.server_port)
+    return 0
+
+
+if __name__ == "__main__":
+    options = arguments()
+    sys.exit(guarded("seed_llama_gradio", options.debug, lambda: run(options)))

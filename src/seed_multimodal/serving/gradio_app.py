@@ -1,0 +1,262 @@
+"""The chat in the browser: pictures and text in, text and pictures out, over the backend's `/generate`.
+
+The page holds no model; `Dialogue` keeps the conversation, this file draws it. Works without internet: no analytics, no
+share link, no fonts from elsewhere. Pictures live in one temporary folder that goes away with the program.
+
+Run: `bash scripts/start_backend_nano.sh` and `bash scripts/start_frontend_nano.sh`, then open the address it prints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seed_multimodal.errors import ConfigError, SeedError
+from seed_multimodal.images.encode import image_from_base64, image_to_base64, image_to_bytes
+from seed_multimodal.images.geometry import chat_image, request_image
+from seed_multimodal.images.open import open_image
+from seed_multimodal.language.dialogue import Dialogue
+from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.serving.client import post_generate
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from PIL import Image
+
+LOST_PICTURE = "(a picture that could not be drawn)"
+WRITING = "Waiting for the model …"
+CSS = """
+#title h1 {margin-bottom: 0}
+#status {min-height: 1.6em}
+#status p {margin: 0; color: var(--body-text-color-subdued)}
+#chat img {image-rendering: auto; border-radius: 8px; min-width: 160px}
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs between the models a page talks to."""
+
+    template: str
+    title: str
+    temperature: float = 1.0
+    examples: tuple[str, ...] = ()
+
+
+KINDS = {
+    "nano": Kind("conv_seed_vicuna", "SEED Multimodal · nano", 0.0,
+                 ("Please draw a red apple.", "Please provide an accurate and concise description of the given image.",
+                  "What is this? Please provide an accurate answer consisting of only one word or phrase.")),
+    "seed-llama-8b": Kind("conv_seed_vicuna", "SEED-LLaMA 8B", examples=(
+        "What is this animal?", "Can you generate an image of a dog on the green grass?",
+        "Can you make the cat wear sunglasses?")),
+    "seed-llama-14b": Kind("conv_seed_llama2", "SEED-LLaMA 14B", examples=(
+        "What is this animal?", "Can you generate an image of a dog on the green grass?",
+        "Can you make the cat wear sunglasses?")),
+}
+
+
+def kind_of(model_type: str) -> Kind:
+    """Look up a model type; raises `ConfigError` for an unknown one."""
+    if model_type not in KINDS:
+        raise ConfigError(f"Unknown model type {model_type!r}: use {', '.join(KINDS)}.")
+    return KINDS[model_type]
+
+
+@dataclass
+class ChatPage:
+    """What the buttons do; every method takes and returns the visitor's own `Dialogue`.
+
+    Args:
+        folder: where pictures of the conversations are kept.
+    """
+
+    address: str
+    kind: Kind
+    folder: Path
+    timeout: float = 600.0
+    post: Callable[..., dict[str, Any]] = field(default=post_generate)
+
+    def new_dialogue(self) -> Dialogue:
+        """The conversation a visitor starts with."""
+        return Dialogue(self.kind.template)
+
+    def add(self, dialogue: Dialogue, image: str | None, text: str | None) -> str:
+        """Put a picture and/or a text into the pending message; returns what to say about it (`""`: all is well)."""
+        try:
+            if image:
+                dialogue.add_image(self._store(chat_image(open_image(image))))
+            if text and text.strip():
+                dialogue.add_text(text.strip())
+        except SeedError as error:
+            return str(error)
+        return ""
+
+    def answer(self, dialogue: Dialogue, *, max_turns: int, force_boi: bool, **settings: Any) -> str:
+        """Ask the backend; returns what to say (`""`: the answer is in the dialogue)."""
+        dialogue.max_turns = int(max_turns)
+        if not dialogue.waits():
+            return "Write a message or choose a picture first."
+        if dialogue.too_long():
+            dialogue.refuse()
+            return ""
+        try:
+            body = dialogue.request(self._for_request, force_boi=force_boi, **settings)
+            assert body is not None
+            dialogue.receive(self.post(self.address, body, self.timeout), self._store_base64)
+        except SeedError as error:
+            return str(error)
+        return ""
+
+    def messages(self, dialogue: Dialogue) -> list[dict[str, Any]]:
+        """The conversation as Gradio's Chatbot shows it: texts and pictures in the order they were said."""
+        shown: list[dict[str, Any]] = []
+        for entry in dialogue.conversation.messages:
+            said = entry["message"]
+            role = "user" if entry["role"] == dialogue.conversation.roles[0] else "assistant"
+            pieces = said["text"].split(PLACEHOLDER)
+            content: list[Any] = [pieces[0]]
+            for path, piece in zip(said["images"], pieces[1:], strict=True):
+                content += [{"path": path, "alt_text": "picture"} if path else LOST_PICTURE, piece]
+            content = [part.strip() if isinstance(part, str) else part for part in content]
+            shown.append({"role": role, "content": [part for part in content if part] or ["(nothing)"]})
+        if dialogue.errors and shown:
+            shown[-1]["content"].append("Some pictures failed: " + " ".join(dialogue.errors))
+        return shown
+
+    def _store(self, image: Image.Image) -> str:
+        data = image_to_bytes(image)
+        path = self.folder / f"{hashlib.md5(data, usedforsecurity=False).hexdigest()}.png"
+        path.write_bytes(data)
+        return str(path)
+
+    def _store_base64(self, text: str) -> str:
+        return self._store(image_from_base64(text, name="the answer's picture"))
+
+    def _for_request(self, path: str) -> str:
+        return image_to_base64(request_image(open_image(path)))
+
+
+def build_demo(page: ChatPage) -> gr.Blocks:
+    """The page's layout and its wiring."""
+    import gradio as gr
+
+    with gr.Blocks(title=page.kind.title, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+        state = gr.State(page.new_dialogue())
+        gr.Markdown(f"# {page.kind.title}\nShow it a picture, ask about it, let it draw. "
+                    f"A picture is read and written as a few dozen words.", elem_id="title")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=300):
+                image = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=220,
+                                 elem_id="picture")
+                text = gr.Textbox(label="Message", lines=2, max_lines=6, elem_id="message", submit_btn=False,
+                                  placeholder="Ask, or say what to draw (Shift+Enter sends)")
+                with gr.Row():
+                    add = gr.Button("Add to message", elem_id="add")
+                    submit = gr.Button("Submit", variant="primary", elem_id="submit")
+                settings = _settings(page.kind)
+                if page.kind.examples:
+                    gr.Examples([[example] for example in page.kind.examples], [text], label="Try")
+            with gr.Column(scale=7, min_width=400):
+                chat = gr.Chatbot(height=560, label="Conversation", elem_id="chat", buttons=["copy"],
+                                  render_markdown=False, placeholder="The conversation appears here.")
+                status = gr.Markdown("", elem_id="status")
+                with gr.Row():
+                    regenerate = gr.Button("Regenerate", elem_id="regenerate", interactive=False)
+                    clear = gr.Button("Clear history", elem_id="clear")
+        _wire(page, state, image, text, settings, chat, status, add, submit, regenerate, clear)
+    return demo
+
+
+def _settings(kind: Kind) -> list[Any]:
+    """The sliders of the released demo, with its ranges and defaults."""
+    import gradio as gr
+
+    force = gr.Radio([("Yes", True), ("No", False)], value=False, label="Force a picture", elem_id="force")
+    with gr.Accordion("Settings", open=False, elem_id="settings"):
+        beams = gr.Slider(1, 4, value=1, step=1, label="Beams")
+        tokens = gr.Slider(64, 1024, value=256, step=64, label="Most new tokens")
+        temperature = gr.Slider(0.0, 1.0, value=kind.temperature, step=0.1,
+                                label="Temperature (0: always the likeliest)")
+        top_p = gr.Slider(0.0, 1.0, value=0.5, step=0.1, label="Top P")
+        turns = gr.Slider(1, 5, value=3, step=1, label="Most rounds of history")
+    return [beams, tokens, temperature, top_p, turns, force]
+
+
+def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any], chat: Any, status: Any, add: Any,
+          submit: Any, regenerate: Any, clear: Any) -> None:
+    import gradio as gr
+
+    def buttons(active: bool) -> tuple[Any, Any]:
+        return gr.update(interactive=active), gr.update(interactive=active)
+
+    def on_add(dialogue: Dialogue, path: str | None, said: str | None) -> tuple[Any, ...]:
+        trouble = page.add(dialogue, path, said)
+        kept = (gr.update(), gr.update()) if trouble else (None, "")
+        return (dialogue, page.messages(dialogue), trouble, *kept)
+
+    def on_ask(dialogue: Dialogue, *values: Any):  # type: ignore[no-untyped-def]
+        beams, tokens, temperature, top_p, turns, force = values
+        yield dialogue, gr.update(), WRITING, *buttons(False)
+        trouble = page.answer(dialogue, max_turns=turns, force_boi=bool(force), num_beams=int(beams),
+                              max_new_tokens=int(tokens), temperature=temperature, top_p=top_p)
+        yield dialogue, page.messages(dialogue), trouble, *buttons(True)
+
+    def on_submit(dialogue: Dialogue, path: str | None, said: str | None, *values: Any):  # type: ignore[no-untyped-def]
+        added = on_add(dialogue, path, said)
+        yield *added, *buttons(False)
+        if not added[2]:
+            for event in on_ask(dialogue, *values):
+                yield *event[:3], gr.update(), gr.update(), *event[3:]
+        else:
+            yield *added, *buttons(True)
+
+    def on_regenerate(dialogue: Dialogue, *values: Any):  # type: ignore[no-untyped-def]
+        dialogue.regenerate()
+        yield dialogue, page.messages(dialogue), WRITING, *buttons(False)
+        yield from on_ask(dialogue, *values)
+
+    def on_clear(dialogue: Dialogue) -> tuple[Any, ...]:
+        dialogue.clear()
+        return dialogue, [], "", None, "", gr.update(interactive=False)
+
+    shown = [state, chat, status]
+    add.click(on_add, [state, image, text], [*shown, image, text], show_progress="hidden")
+    gr.on([submit.click, text.submit], on_submit, [state, image, text, *settings],
+          [*shown, image, text, submit, regenerate], show_progress="hidden")
+    regenerate.click(on_regenerate, [state, *settings], [*shown, submit, regenerate], show_progress="hidden")
+    clear.click(on_clear, [state], [*shown, image, text, regenerate], show_progress="hidden")
+
+
+def launch(
+    *, request_address: str = "http://127.0.0.1:7890/generate", model_type: str = "nano",
+    server_name: str = "127.0.0.1", server_port: int = 7860, log: Callable[[str], None] | None = print,
+) -> None:
+    """Serve the page until interrupted.
+
+    Raises:
+        ConfigError: an unknown model type, or a port that is taken.
+    """
+    kind = kind_of(model_type)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with tempfile.TemporaryDirectory(prefix="seed_chat_") as folder:
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))
+        import gradio as gr
+
+        demo = build_demo(ChatPage(request_address, kind, Path(folder)))
+        theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+        try:
+            demo.queue().launch(
+                server_name=server_name, server_port=server_port, share=False, prevent_thread_lock=True, quiet=True,
+                theme=theme, css=CSS, allowed_paths=[folder], show_error=True, footer_links=[])
+        except OSError as error:
+            raise ConfigError(f"Cannot listen on {server_name}:{server_port}: the port is taken or not allowed; choose "
+                              f"another with --server_port.") from error
+        if log is not None:
+            log(f"The chat is at http://{server_name}:{demo.server_port} and asks {request_address} (Ctrl-C stops).")
+        demo.block_thread()

@@ -1,0 +1,63 @@
+"""The clocks, the facts about the machine, and every benchmark script at its smallest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from seed_multimodal.evaluation import machine, timing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_measure_takes_the_median() -> None:
+    naps = iter([0.03, 0.001, 0.05, 0.001])
+    taken = timing.measure(lambda: time.sleep(next(naps)), torch.device("cpu"), repeats=3, warmup=1)
+    assert taken["fastest"] == taken["seconds"] or taken["seconds"] < 0.03
+    assert taken["slowest"] >= 0.05
+
+
+def test_random_weights_replace_meta_tensors() -> None:
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4))
+    timing.fill_random(module, torch.device("cpu"), torch.float64)
+    assert {str(t.device) for t in module.state_dict().values()} == {"cpu"}
+    assert module[0].weight.dtype == torch.float64 and 0 < module[0].weight.abs().max() < 1
+    assert torch.isfinite(module(torch.randn(3, 4, dtype=torch.float64))).all()
+
+
+def test_lines_carry_references_only_where_they_were_measured(monkeypatch, capsys) -> None:
+    line = timing.print_line("x", torch.device("cpu"), {"model": "m"}, {"a": 1}, {"b": 2})
+    assert "reference_h200" not in line and json.loads(capsys.readouterr().out) == line
+    monkeypatch.setattr(machine, "hardware", lambda device: {"gpu": "NVIDIA H200"})
+    assert timing.print_line("x", torch.device("cpu"), {}, {}, {"b": 2})["reference_h200"] == {"b": 2}
+
+
+def test_machine_facts(tmp_path: Path) -> None:
+    facts = machine.hardware()
+    assert facts["cpu"] and facts["cores"] >= 1 and facts["memory_gib"] > 0 and "gpu" not in facts
+    assert machine.versions()["torch"] == torch.__version__.split("+")[0] or machine.versions()["torch"]
+    assert machine.commit(tmp_path) == "unknown"
+
+
+@pytest.mark.parametrize(("script", "arguments", "key"), [
+    ("tokenizer.py", ["--batches", "1,2", "--repeats", "1"], "encode_images_per_second"),
+    ("draw.py", ["--batches", "1", "--repeats", "1", "--steps", "1"], "decode_batch_1"),
+    ("llm.py", ["--batches", "2", "--repeats", "1", "--prompt", "4", "--new", "4"], "tokens_per_second"),
+])
+def test_benchmark_scripts_print_one_json_line(script: str, arguments: list[str], key: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--device", "cpu", *arguments],
+                          capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = json.loads(done.stdout)
+    assert line["results"][key] and line["hardware"]["cores"] and line["parameters"] > 1e6
+    assert line["command"].startswith("python ")

@@ -1,0 +1,49 @@
+"""Contact sheets: everything given is on the page, nothing lies over anything else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from seed_multimodal.images.sheet import Cell, Row, contact_sheet, wrap
+
+RED, GREEN = (255, 0, 0), (0, 200, 0)
+
+
+def count(sheet: Image.Image, colour: tuple[int, int, int]) -> int:
+    return int((np.asarray(sheet) == colour).all(axis=-1).sum())
+
+
+def test_pictures_keep_their_shape_and_are_not_written_over() -> None:
+    rows = [Row("a long label " * 8, [Cell(Image.new("RGB", (64, 64), RED), "caption " * 12),
+                                      Cell(Image.new("RGB", (200, 50), GREEN), "wide")]),
+            Row("next", [Cell(Image.new("RGB", (64, 64), RED), "x" * 200)])]
+    sheet = contact_sheet(rows, "title " * 30, cell=100)
+    edge = 2 * (100 + 100) - 4  # a thin frame is drawn on a picture that fills its box
+    assert count(sheet, RED) == 2 * 100 * 100 - 2 * edge
+    assert count(sheet, GREEN) == 100 * 25 - 2 * 25  # the frame crosses its two short ends
+
+
+def test_long_rows_are_broken_and_missing_pictures_leave_a_box() -> None:
+    many = contact_sheet([Row("", [Cell(Image.new("RGB", (8, 8), RED)) for _ in range(25)])], cell=40, columns=10)
+    assert many.width < 10 * 50 + 60 and many.height > 3 * 40
+    assert count(contact_sheet([Row("r", [Cell(None, "refused")])], cell=64), (238, 238, 240)) > 3000
+
+
+def test_an_empty_sheet_still_has_its_title() -> None:
+    sheet = contact_sheet([], "nothing to show")
+    assert sheet.width >= 300 and np.asarray(sheet).min() < 100
+
+
+@pytest.mark.parametrize("text", ["one two three four five six", "supercalifragilisticexpialidocious", "a\nb\n\nc", ""])
+def test_wrapped_lines_fit_and_lose_nothing(text: str) -> None:
+    font = ImageFont.load_default(size=12)
+    lines = wrap(text, font, 60)
+    assert all(font.getlength(line) <= 60 for line in lines)
+    assert "".join(lines).replace(" ", "") == "".join(text.split())
+
+
+def test_captions_are_cut_with_a_sign() -> None:
+    short = contact_sheet([Row("", [Cell(Image.new("RGB", (8, 8)), "word " * 300)])], cell=80, max_lines=3)
+    assert short.height < 80 + 6 * 20

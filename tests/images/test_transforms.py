@@ -1,0 +1,119 @@
+"""Transforms against torchvision (where a pass order cannot matter), and on shapes that could explode."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.augment import TrainingTransform
+from seed_multimodal.images.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    denormalise,
+    get_transform,
+    normalise,
+    resize_passes,
+    seed_image_processor,
+)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(50, 30), (30, 50), (33, 33), (20, 41), (7, 90)])
+@pytest.mark.parametrize("keep_ratio", [True, False])
+def test_same_as_torchvision(size: tuple[int, int], keep_ratio: bool) -> None:
+    from torchvision import transforms as T
+
+    target = 16
+    resize = [T.Resize(target), T.CenterCrop(target)] if keep_ratio else [T.Resize((target, target))]
+    theirs = T.Compose([*resize, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+    smooth = noise(*size).resize((4, 4), Image.Resampling.BOX).resize(size, Image.Resampling.BICUBIC)
+    mine = get_transform("clip", keep_ratio=keep_ratio, image_size=target)(smooth)
+    assert mine.shape == (3, target, target) and mine.dtype == torch.float32
+    assert (mine - theirs(smooth)).abs().max() < 0.02  # at most one grey level: the order of the two passes
+
+
+def test_the_two_released_paths_differ() -> None:
+    picture = noise(64, 48)
+    squash = get_transform("clip", keep_ratio=False, image_size=16)(picture)
+    bicubic = seed_image_processor(16)(picture)
+    assert (squash - bicubic).abs().max() > 0.1
+    assert torch.equal(bicubic, get_transform("blip", False, 16, "bicubic")(picture))
+
+
+@pytest.mark.parametrize("size", [(40, 30), (13, 29), (16, 16), (9, 100), (100, 7)])
+def test_pass_order_is_fixed(size: tuple[int, int]) -> None:
+    picture, target, bicubic = noise(*size), (16, 16), Image.Resampling.BICUBIC
+    rows_first = picture.resize((16, picture.height), bicubic).resize(target, bicubic)
+    columns_first = picture.resize((picture.width, 16), bicubic).resize(target, bicubic)
+    tall = size in ((13, 29), (9, 100))
+    assert resize_passes(picture, target, bicubic).tobytes() == (columns_first if tall else rows_first).tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (1, 1), (2, 200)])
+def test_extreme_shapes_stay_small(size: tuple[int, int]) -> None:
+    picture = Image.new("RGB", size, (90, 120, 200))
+    for keep_ratio in (True, False):
+        pixels = get_transform("clip", keep_ratio=keep_ratio, image_size=224)(picture)
+        assert pixels.shape == (3, 224, 224)
+        assert denormalise(pixels).getpixel((100, 100)) == (90, 120, 200)
+
+
+def test_extreme_shapes_agree_with_the_ordinary_way() -> None:
+    strip = noise(8, 400).resize((8, 4000), Image.Resampling.BICUBIC)
+    target = 8
+    short_cut = get_transform("clip", keep_ratio=True, image_size=target).resize(strip)
+    ordinary = strip.crop((0, 1996, 8, 2004))
+    assert np.abs(np.asarray(short_cut).astype(int) - np.asarray(ordinary)).max() <= 1
+
+
+def test_other_modes_become_rgb_over_white() -> None:
+    clear = Image.new("RGBA", (10, 10), (0, 0, 0, 0))
+    assert denormalise(get_transform("clip", False, 8)(clear)).getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_normalise_and_back() -> None:
+    picture = noise(9, 5)
+    assert denormalise(normalise(picture)).tobytes() == picture.tobytes()
+
+
+def test_batch() -> None:
+    transform = get_transform("clip", False, 8)
+    pictures = [noise(20, 10), noise(5, 40)]
+    assert torch.equal(transform.batch(pictures), torch.stack([transform(p) for p in pictures]))
+    assert transform.batch([]).shape == (0, 3, 8, 8)
+
+
+def test_bad_settings_are_refused() -> None:
+    for arguments in ({"type": "vqgan"}, {"interpolation": "magic"}, {"image_size": 0}, {"image_size": 2.5}):
+        with pytest.raises(ConfigError):
+            get_transform(**arguments)
+
+
+@pytest.mark.parametrize("size", [(50, 30), (30, 50), (64, 64), (500, 3), (3, 500)])
+def test_training_crops_are_torchvisions(size: tuple[int, int]) -> None:
+    from torchvision import transforms as T
+
+    picture = noise(*size)
+    mine = TrainingTransform(image_size=16)
+    theirs = T.RandomResizedCrop(16, scale=(0.5, 1.0))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        top, left, height, width = theirs.get_params(picture, theirs.scale, theirs.ratio)
+        generator = torch.Generator().manual_seed(seed)
+        assert mine.crop_box(picture.size, generator) == (left, top, width, height)
+
+
+def test_training_views_follow_their_generator() -> None:
+    picture, transform = noise(60, 40), TrainingTransform(image_size=16)
+    views = [transform(picture, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert views[0].shape == (3, 16, 16)
+    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+    plain = TrainingTransform(image_size=16, flip=0.0).view(picture, torch.Generator().manual_seed(1))
+    mirrored = TrainingTransform(image_size=16, flip=1.0).view(picture, torch.Generator().manual_seed(1))
+    assert plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes() == mirrored.tobytes()

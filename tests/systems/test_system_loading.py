@@ -1,0 +1,96 @@
+"""Finding a system's parts: what is missing is said in one sentence, with what to put where."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.systems.loading import find_system
+from seed_multimodal.systems.seed_llama import SeedLlama
+
+
+def test_a_system_folder_names_its_parts(tiny_folder: Path) -> None:
+    spec = find_system(tiny_folder)
+    assert spec.llm == tiny_folder / "seed_llama" and spec.template == "vicuna" and spec.image_size == 32
+    assert spec.detokenizer == tiny_folder / "seed_tokenizer" / "diffusion_model"
+    assert spec.tasks.draw_request("a red apple.") == "Please draw a red apple."
+
+
+def test_single_parts_can_be_replaced(tiny_folder: Path, tmp_path: Path) -> None:
+    spec = find_system(tiny_folder, detokenizer=tmp_path, template="llama2")
+    assert spec.detokenizer == tmp_path and spec.template == "llama2"
+
+
+def test_parts_given_apart_load(tiny_folder: Path) -> None:
+    tokenizer = tiny_folder / "seed_tokenizer"
+    spec = find_system(llm=tiny_folder / "seed_llama", tokenizer=tokenizer, detokenizer=tokenizer / "diffusion_model")
+    assert spec.template == "vicuna" and spec.generation["do_sample"] is True and spec.image_size == 224
+    assert spec.tasks.draw_response == ""
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("no/such/folder", "no such folder"), ("8b", "seed-llama-8b-sft"), ("14b", "seed-llama-14b-sft"),
+    ("pretrained/no_nano", "pretrained/nano")])
+def test_missing_systems_say_what_to_do(name: str, words: str, tmp_path: Path, monkeypatch) -> None:
+    from seed_multimodal.systems import loading
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "__file__", str(tmp_path / "src" / "seed_multimodal" / "systems" / "loading.py"))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        find_system(name)
+    assert "\n" not in str(caught.value) and "nano" in str(caught.value)
+
+
+def test_a_folder_without_system_json(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="system.json"):
+        find_system(tmp_path)
+    with pytest.raises(ConfigError, match="Name a system"):
+        find_system()
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("{", "not valid JSON"), ("[]", "JSON object"), ('{"tokeniser": "x"}', "unknown key 'tokeniser'"),
+    ('{"tasks": {"paint": "x"}}', "'paint'"), ('{"tasks": {"draw": "no place"}}', "caption")])
+def test_damaged_system_json(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "system.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        find_system(tmp_path)
+
+
+def _copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+def test_an_incomplete_folder_names_the_part(tiny_folder: Path, tmp_path: Path) -> None:
+    home = _copy(tiny_folder, tmp_path)
+    shutil.rmtree(home / "seed_llama")
+    with pytest.raises(CheckpointError, match="seed_llama: the language model"):
+        SeedLlama.from_pretrained(home, device="cpu", log=None)
+
+
+def test_wrong_defaults_show_at_loading(tiny_folder: Path, tmp_path: Path) -> None:
+    home = _copy(tiny_folder, tmp_path)
+    settings = json.loads((home / "system.json").read_text())
+    (home / "system.json").write_text(json.dumps({**settings, "generation": {"max_tokens": 3}}))
+    with pytest.raises(ConfigError, match="max_tokens"):
+        SeedLlama.from_pretrained(home, device="cpu", log=None)
+
+
+def test_a_half_written_language_model_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    home = _copy(tiny_folder, tmp_path)
+    file = home / "seed_llama" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="seed_llama"):
+        SeedLlama.from_pretrained(home, device="cpu", log=None)
+
+
+def test_a_missing_detokenizer_shows_when_the_first_picture_is_drawn(tiny_folder: Path, tmp_path: Path) -> None:
+    home = _copy(tiny_folder, tmp_path)
+    shutil.rmtree(home / "seed_tokenizer" / "diffusion_model")
+    system = SeedLlama.from_pretrained(home, device="cpu", log=None)
+    with pytest.raises(CheckpointError, match="diffusion_model"):
+        system.draw("a cat")

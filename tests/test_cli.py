@@ -1,0 +1,317 @@
+"""The console command, the scripts with the original names, the quickstart: on a tiny system with random weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from seed_multimodal import quickstart
+from seed_multimodal.cli import main
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.weights import load_state_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "images"
+CAT, FOX = str(IMAGES / "cat.jpg"), str(IMAGES / "fox.png")
+
+
+def _tiny_system():
+    spec = importlib.util.spec_from_file_location("tiny_system", ROOT / "tests" / "systems" / "tiny_system.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return str(_tiny_system().build(tmp_path_factory.mktemp("cli") / "tiny"))
+
+
+@pytest.fixture
+def bad(tmp_path) -> str:
+    path = tmp_path / "broken.png"
+    path.write_bytes(Path(FOX).read_bytes()[:300])
+    return str(path)
+
+
+def run(capsys, *arguments: str) -> tuple[int, list[str], str]:
+    """Exit code, lines of stdout, stderr."""
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err
+
+
+def script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "scripts" / name), "--device", "cpu", *arguments], cwd=cwd,
+                          capture_output=True, text=True, timeout=170)
+
+
+# ---- pictures ⇄ codes
+
+
+def test_tokenize_gives_32_codes_a_picture(capsys, tiny, tmp_path):
+    out = tmp_path / "codes.jsonl"
+    code, lines, errors = run(capsys, "tokenize", CAT, FOX, "--model", tiny, "--json", "--out", str(out))
+    records = [json.loads(line) for line in lines]
+    assert code == 0
+    assert [record["picture"] for record in records] == [CAT, FOX]
+    assert all(len(r["codes"]) == 32 and all(0 <= c < 16 for c in r["codes"]) for r in records)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == records
+    assert "Running on cpu" in errors  # where it ran is said, but not among the results
+
+
+def test_one_bad_picture_does_not_stop_the_others(capsys, tiny, bad):
+    code, lines, errors = run(capsys, "tokenize", CAT, bad, "nowhere.png", FOX, "--model", tiny, "--batch-size", "1")
+    assert code == 1
+    assert [line.split(":")[0] for line in lines] == [CAT, FOX]
+    assert "broken.png" in errors and "nowhere.png" in errors and "2 of 4 done, 2 refused" in errors
+    assert "Traceback" not in errors
+
+
+def test_batches_do_not_change_codes(capsys, tiny):
+    _, together, _ = run(capsys, "tokenize", CAT, FOX, CAT, "--model", tiny)
+    _, single, _ = run(capsys, "tokenize", CAT, FOX, CAT, "--model", tiny, "--batch-size", "1")
+    assert together == single
+
+
+def test_reconstruct_from_pictures_and_from_their_codes_is_the_same(capsys, tiny, tmp_path):
+    codes = tmp_path / "codes.jsonl"
+    run(capsys, "tokenize", CAT, FOX, "--model", tiny, "--out", str(codes))
+    code, lines, _ = run(capsys, "reconstruct", CAT, FOX, "--model", tiny, "--out", str(tmp_path / "a"), "--json")
+    assert code == 0
+    paths = [Path(json.loads(line)["rebuilt"]) for line in lines]
+    assert [p.name for p in paths] == ["cat_rebuilt.png", "fox_rebuilt.png"]
+    code, _, _ = run(capsys, "reconstruct", "--codes", str(codes), "--model", tiny, "--out", str(tmp_path / "b"))
+    assert code == 0
+    for path in paths:
+        assert list(Image.open(path).getdata()) == list(Image.open(tmp_path / "b" / path.name).getdata())
+
+
+def test_reconstruct_refuses_bad_codes_one_by_one(capsys, tiny, tmp_path):
+    codes = tmp_path / "codes.jsonl"
+    codes.write_text(json.dumps([1] * 32) + "\n" + json.dumps([1] * 31) + "\n" + json.dumps([99] * 32) + "\n"
+                     + json.dumps(["x"] * 32) + "\n")
+    code, lines, errors = run(capsys, "reconstruct", "--codes", str(codes), "--model", tiny, "--out", str(tmp_path))
+    assert (code, len(lines)) == (1, 1)
+    assert all(f"codes_{n}" in errors for n in (2, 3, 4)) and "1 of 4 done" in errors
+
+
+@pytest.mark.parametrize("content", ["not json", '{"picture": "a"}', ""])
+def test_reconstruct_refuses_a_file_that_holds_no_codes(capsys, tiny, tmp_path, content):
+    codes = tmp_path / "codes.jsonl"
+    codes.write_text(content)
+    code, _, errors = run(capsys, "reconstruct", "--codes", str(codes), "--model", tiny)
+    assert code == 2 and "codes.jsonl" in errors and errors.count("\n") == 1
+
+
+def test_results_never_share_a_name(capsys, tiny, tmp_path):
+    code, lines, _ = run(capsys, "reconstruct", CAT, CAT, "--model", tiny, "--out", str(tmp_path / "out"))
+    assert code == 0 and len(list((tmp_path / "out").iterdir())) == 2
+    code, _, errors = run(capsys, "reconstruct", CAT, FOX, "--model", tiny, "--out", str(tmp_path / "one.png"))
+    assert code == 2 and "one file for 2 pictures" in errors
+
+
+# ---- words and pictures
+
+
+def test_describe_and_ask(capsys, tiny, bad):
+    code, lines, errors = run(capsys, "describe", CAT, bad, "--model", tiny, "--json")
+    assert code == 1 and "broken.png" in errors
+    assert set(json.loads(lines[0])) == {"picture", "description"} and len(lines) == 1
+    code, lines, _ = run(capsys, "ask", CAT, FOX, "What is this?", "--model", tiny, "--json", "--max-new-tokens", "4")
+    assert code == 0 and [json.loads(line)["question"] for line in lines] == ["What is this?"] * 2
+
+
+def test_draw_follows_the_seed(capsys, tiny, tmp_path):
+    pictures = {}
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        code, _, _ = run(capsys, "draw", "a red apple", "--model", tiny, "--seed", seed, "--steps", "2",
+                         "--out", str(tmp_path / f"{name}.png"))
+        assert code == 0
+        pictures[name] = list(Image.open(tmp_path / f"{name}.png").getdata())
+    assert pictures["a"] == pictures["b"] != pictures["c"]
+
+
+def test_draw_names_files_after_their_words(capsys, tiny, tmp_path):
+    code, _, _ = run(capsys, "draw", "a/b: ../c", "a/b: ../c", "--model", tiny, "--out", str(tmp_path / "deep" / "er"))
+    assert code == 0
+    assert sorted(p.name for p in (tmp_path / "deep" / "er").iterdir()) == ["a_b__.._c.png", "a_b__.._c_2.png"]
+
+
+def test_edit_saves_a_picture(capsys, tiny, tmp_path):
+    code, lines, _ = run(capsys, "edit", CAT, "Make it green.", "--model", tiny, "--out", str(tmp_path), "--json")
+    record = json.loads(lines[0])
+    assert code == 0 and Path(record["edited"]).name == "cat_edited.png"
+    assert Image.open(record["edited"]).size == (16, 16)
+
+
+def test_a_place_that_cannot_be_written_is_told(capsys, tiny, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, errors = run(capsys, "edit", CAT, "Make it green.", "--model", tiny, "--out", str(tmp_path / "file" / "x"))
+    assert code == 1 and "cannot be written" in errors and "Traceback" not in errors
+
+
+def test_chat_remembers_turns(capsys, tiny, tmp_path):
+    code, lines, _ = run(capsys, "chat", "--model", tiny, "--image", CAT, "--message", "What is this?",
+                         "--message", "And now?", "--out", str(tmp_path), "--json")
+    turns = [json.loads(line) for line in lines]
+    assert code == 0 and [turn["message"] for turn in turns] == ["What is this?", "And now?"]
+    assert all(set(part) <= {"text", "codes", "picture", "broken"} for turn in turns for part in turn["answer"])
+
+
+def test_chat_reads_lines_and_survives_a_bad_picture(capsys, tiny, tmp_path, monkeypatch, bad):
+    typed = f"/image {bad}\n/image {CAT}\nWhat is this?\n/reset\n\nHello\n/quit\nnever said\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    code, lines, errors = run(capsys, "chat", "--model", tiny, "--out", str(tmp_path), "--json")
+    assert code == 0 and "broken.png" in errors
+    assert [json.loads(line)["message"] for line in lines] == ["What is this?", "Hello"]
+
+
+def test_chat_prints_plainly(capsys, tiny, tmp_path):
+    _, as_json, _ = run(capsys, "chat", "--model", tiny, "--message", "Hello", "--out", str(tmp_path / "a"), "--json")
+    _, plain, _ = run(capsys, "chat", "--model", tiny, "--message", "Hello", "--out", str(tmp_path / "b"))
+    said = [part["text"] for part in json.loads(as_json[0])["answer"] if "text" in part]
+    assert all(text in "\n".join(plain) for text in said)
+
+
+# ---- refusals
+
+
+def test_an_unknown_model_is_one_sentence(capsys):
+    code, lines, errors = run(capsys, "describe", CAT, "--model", "/no/such/model")
+    assert code == 2 and not lines
+    assert errors.startswith("seed: /no/such/model") and errors.count("\n") == 1
+    with pytest.raises(CheckpointError):
+        main(["describe", CAT, "--model", "/no/such/model", "--debug"])
+
+
+def test_options_out_of_range_are_one_sentence(capsys, tiny):
+    for flags in (["--temperature", "-1"], ["--device", "toaster"], ["--dtype", "float3"]):
+        code, _, errors = run(capsys, "describe", CAT, "--model", tiny, *flags)
+        assert code == 2 and "Traceback" not in errors and errors.splitlines()[-1].startswith("seed: ")
+
+
+def test_a_damaged_system_is_one_sentence(capsys, tiny, tmp_path):
+    import shutil
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny, folder)
+    weights = folder / "seed_tokenizer" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    code, _, errors = run(capsys, "tokenize", CAT, "--model", str(folder))
+    assert code == 2 and "model.safetensors" in errors and "Traceback" not in errors
+
+
+def test_the_command_runs_as_a_module_and_without_torch():
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "seed_multimodal", "--help"], cwd=ROOT / "src",
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "reconstruct" in done.stdout
+    assert "| torch\n" not in done.stderr and "| transformers\n" not in done.stderr
+
+
+# ---- convert
+
+
+def test_convert_writes_safetensors_once(capsys, tmp_path):
+    old = tmp_path / "old.pt"
+    torch.save({"model": {"a": torch.arange(4.0), "b": torch.ones(2, dtype=torch.int64)}}, old)
+    code, lines, _ = run(capsys, "convert", str(old), "--dtype", "float16", "--json")
+    assert code == 0 and json.loads(lines[0])["parameters"] == 6
+    loaded = load_state_dict(tmp_path / "old.safetensors")
+    assert loaded["a"].dtype == torch.float16 and torch.equal(loaded["b"], torch.ones(2, dtype=torch.int64))
+    code, _, errors = run(capsys, "convert", str(old))
+    assert code == 2 and "exists already" in errors
+    assert run(capsys, "convert", str(old), "--force")[0] == 0
+
+
+def test_convert_refuses_unsafe_content(capsys, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    (tmp_path / "trap.bin").write_bytes(pickle.dumps(Trap()))
+    torch.save({"model": Trap()}, tmp_path / "trap.pt")
+    for name in ("trap.bin", "trap.pt"):
+        code, _, errors = run(capsys, "convert", str(tmp_path / name))
+        assert code == 2 and name in errors and "Traceback" not in errors
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "trap.safetensors").exists()
+
+
+def test_convert_refuses_half_a_file(capsys, tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "half.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "half.pt").read_bytes()[:700])
+    code, _, errors = run(capsys, "convert", str(tmp_path / "half.pt"))
+    assert code == 2 and "half.pt" in errors
+
+
+# ---- scripts with the original names
+
+
+@pytest.mark.parametrize(("name", "folder"), [
+    ("seed_tokenizer_inference.py", "seed_tokenizer"), ("seed_llama_inference_8B.py", "seed_llama_8b_sft"),
+    ("seed_llama_inference_14B.py", "seed_llama_14b_sft")])
+def test_without_the_released_weights_one_sentence_says_what_to_do(name, folder):
+    if (ROOT / "pretrained" / folder).exists():
+        pytest.skip("the released weights are on this disk")
+    done = script(name)
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"pretrained/{folder}" in done.stderr and "--model nano" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_tokenizer_script_makes_the_round_trip(tiny, tmp_path):
+    done = script("seed_tokenizer_inference.py", "--model", tiny, "--image", FOX, "--prompt", "What?", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    codes = done.stdout.splitlines()[0].split()
+    assert len(codes) == 32 and Image.open(tmp_path / "cat.jpg").size == (16, 16)
+
+
+def test_llama_script_answers_draws_and_edits(tiny, tmp_path):
+    done = script("seed_llama_inference_8B.py", "--model", tiny, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"dog.jpg", "cat_sunglasses.jpg"}
+
+
+def test_llama_script_takes_a_request(tiny, tmp_path):
+    done = script("seed_llama_inference_14B.py", "--model", tiny, "--image", CAT, "--prompt", "What?", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- quickstart
+
+
+def test_quickstart_leaves_a_sheet_pictures_and_json(tiny, tmp_path, capsys):
+    out = tmp_path / "quick"
+    assert quickstart.main(["--model", tiny, "--out", str(out), "--device", "cpu"]) == 0
+    result = json.loads((out / "quickstart.json").read_text())
+    assert [len(p["codes"]) for p in result["pictures"]] == [32] * 4
+    assert all({"description", "answer", "question"} <= set(p) for p in result["pictures"])
+    assert len(result["drawings"]) == 3 and "never trained" in result["drawings"][-1]["note"]
+    assert len(result["conversation"]) == 4 and result["edit"]["picture"] == "edited.png"
+    assert {"load", "work", "total"} <= set(result["seconds"]) and result["versions"]["torch"] == torch.__version__
+    named = [p["picture"] for p in result["pictures"] + result["drawings"]] + [p["rebuilt"] for p in result["pictures"]]
+    assert all((out / name).is_file() for name in named)
+    sheet = Image.open(out / "contact_sheet.png")
+    assert sheet.width > 600 and sheet.height > 1000
+    printed = capsys.readouterr().out
+    assert f"{quickstart.STEPS}/{quickstart.STEPS}]" in printed and "contact_sheet.png" in printed
+
+
+def test_the_never_trained_drawing_is_held_out():
+    from seed_multimodal.data.nano import load_nano
+
+    nano = load_nano()
+    trained = {caption for i in nano.split("train") for caption in nano.records[i].captions}
+    held_out = {caption for i in nano.split("test_combo") for caption in nano.records[i].captions}
+    requests = quickstart.drawing_requests()
+    assert len(requests) == 3 and sum(bool(remark) for _, remark in requests) == 1
+    for text, remark in requests:
+        assert (text in held_out and text not in trained) if remark else text in trained

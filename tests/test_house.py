@@ -1,0 +1,318 @@
+"""The house: install files, configurations, the torchvision shim, licences, and the rules that the code keeps."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import stat
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seed_multimodal.config import ALIASES, find_target, instantiate, load_yaml
+from seed_multimodal.errors import CheckpointError, ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "seed_multimodal"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+CONFIGS = sorted(p for folder in ("llm", "tokenizer", "transform") for p in (ROOT / "configs" / folder).glob("*.yaml"))
+
+
+def python(code: str, *, path: list[Path] | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Run code in a fresh interpreter that sees the package (and `path` before it)."""
+    places = os.pathsep.join(map(str, [*(path or []), ROOT / "src"]))
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": places, **environment})
+
+
+# ---- install
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=!\[ ]", requirement)[0].lower()
+
+
+def test_requirements_agree_with_pyproject():
+    extras = project()["optional-dependencies"]
+    declared = {name_of(r): r for r in [*project()["dependencies"], *extras["train"], *extras["demo"]]}
+    lines = [line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    listed = {name_of(line): line for line in lines if line and not line.startswith("#")}
+    assert set(extras) >= {"train", "lavis", "demo", "eval", "dev"}
+    assert {name_of(r) for r in project()["dependencies"]} <= set(listed)
+    assert all(declared[name] == line for name, line in listed.items())
+
+
+def test_imports_are_declared():
+    """Every third-party module the library imports is a dependency (or belongs to an extra)."""
+    known = {"pil": "pillow", "yaml": "pyyaml", "google": "protobuf", "huggingface_hub": "transformers",
+             "sklearn": "scikit-learn", "werkzeug": "flask", "cv2": "opencv-python-headless"}
+    everything = {name_of(r) for r in project()["dependencies"]}
+    everything |= {name_of(r) for extra in project()["optional-dependencies"].values() for r in extra}
+    missing = {}
+    for source in SOURCES:
+        for module in imported(source):
+            top = module.partition(".")[0].lower()
+            if top in sys.stdlib_module_names or top == "seed_multimodal" or known.get(top, top) in everything:
+                continue
+            missing[top] = source.name
+    assert not missing
+
+
+def imported(source: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return found
+
+
+def test_shell_scripts_parse():
+    scripts = [ROOT / "install.sh", ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))]
+    assert {"quickstart.sh", "test.sh", "environment.sh"} <= {path.name for path in scripts}
+    for path in scripts:
+        done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_ci_run_is_executable_and_runs_the_tests():
+    assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
+    assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_install_explains_itself_and_refuses_unknown_options():
+    helped = subprocess.run(["bash", str(ROOT / "install.sh"), "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "--extras" in helped.stdout and "SEED_TORCH" in helped.stdout
+    refused = subprocess.run(["bash", str(ROOT / "install.sh"), "--extra", "demo"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--extra" in refused.stderr
+
+
+def test_install_refuses_an_active_environment_without_python(tmp_path):
+    done = subprocess.run(["bash", str(ROOT / "install.sh")], capture_output=True, text=True,
+                          env={**os.environ, "VIRTUAL_ENV": str(tmp_path)})
+    assert done.returncode == 1 and str(tmp_path) in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_importing_the_package_is_light():
+    done = python("""
+        import sys, seed_multimodal, seed_multimodal.cli
+        print(sorted({"torch", "torchvision", "transformers", "diffusers", "gradio", "flask"} & set(sys.modules)))
+    """)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ---- torchvision beside another torch
+
+BROKEN_TORCHVISION = """
+    import torch
+    @torch.library.register_fake("torchvision::nms")
+    def _(dets, scores, iou_threshold): ...
+    @torch.library.register_fake("torchvision::qnms")
+    def _(dets, scores, iou_threshold): ...
+"""
+
+
+@pytest.fixture
+def broken_torchvision(tmp_path) -> Path:
+    """A torchvision as the package index's beside a CPU torch: it extends operators that no library of it provides."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(textwrap.dedent(BROKEN_TORCHVISION))
+    (tmp_path / "torchvision" / "_C.so").write_bytes(b"not a library for this torch")
+    return tmp_path
+
+
+def test_shim_lets_a_broken_torchvision_import(broken_torchvision):
+    bare = python("import torchvision", path=[broken_torchvision])
+    assert bare.returncode != 0 and "does not exist" in bare.stderr
+    done = python("""
+        from seed_multimodal import torchvision_shim
+        torchvision_shim.install()
+        import sys
+        assert "torch" not in sys.modules
+        import torchvision, torch
+        assert torchvision.__file__.endswith("torchvision/__init__.py") and torchvision_shim.ensure()
+        try:
+            torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+        except NotImplementedError:
+            print("only a schema")
+    """, path=[broken_torchvision])
+    assert done.stdout.strip() == "only a schema", done.stderr
+
+
+def test_shim_leaves_a_working_torchvision_alone():
+    done = python("""
+        from seed_multimodal import torchvision_shim
+        torchvision_shim.install()
+        torchvision_shim.install()
+        import sys, torchvision, torch
+        assert not any(type(f).__name__ == "_BeforeTorchvision" for f in sys.meta_path)
+        print(torchvision_shim.ensure() != torchvision.extension._has_ops())
+    """)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+# ---- configurations
+
+
+def test_configurations_have_the_released_keys():
+    names = {p.name for p in CONFIGS}
+    assert {"seed_llama_8b.yaml", "seed_llama_14b.yaml", "seed_llama_8b_8bit.yaml", "seed_llama_14b_8bit.yaml",
+            "seed_llama_tokenizer.yaml", "seed_llama_tokenizer_hf.yaml", "clip_transform.yaml"} <= names
+    local = load_yaml(ROOT / "configs/llm/seed_llama_14b.yaml")
+    assert local.pretrained_model_name_or_path == str(ROOT / "pretrained/seed_llama_14b_sft")
+    assert local.torch_dtype == "fp16"
+    assert load_yaml(ROOT / "configs/llm/seed_llama_8b_8bit.yaml").load_in_8bit is True
+    hub = load_yaml(ROOT / "configs/tokenizer/seed_llama_tokenizer_hf.yaml")
+    assert hub.diffusion_path == "stabilityai/stable-diffusion-2-1-unclip"
+    assert hub.encoder_url.endswith("seed_quantizer.pt")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configuration_targets_are_ours(path):
+    target = find_target(load_yaml(path)["_target_"])
+    assert target.__module__.startswith("seed_multimodal.")
+
+
+def test_every_alias_exists():
+    for name in ALIASES:
+        assert callable(find_target(name))
+
+
+def test_the_released_transform_is_built():
+    transform = instantiate(ROOT / "configs/transform/clip_transform.yaml")
+    assert transform(Image.new("RGB", (300, 100), (255, 0, 0))).shape == (3, 224, 224)
+    smaller = instantiate(ROOT / "configs/transform/clip_transform.yaml", image_size=64)
+    assert smaller(Image.new("RGB", (300, 100))).shape == (3, 64, 64)
+
+
+def test_missing_weights_are_told_by_name(monkeypatch, tmp_path):
+    if (ROOT / "pretrained" / "seed_tokenizer").exists():
+        pytest.skip("the released weights are on this disk")
+    with pytest.raises(CheckpointError, match="pretrained/seed_tokenizer"):
+        instantiate(ROOT / "configs/tokenizer/seed_llama_tokenizer.yaml", device="cpu")
+
+
+def test_unknown_keys_name_the_nearest(tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("_target_: models.transforms.get_transform\nimage_szie: 64\n")
+    with pytest.raises(ConfigError, match=r"wrong\.yaml: unknown key 'image_szie' \(did you mean 'image_size'\?\)"):
+        instantiate(file)
+    with pytest.raises(ConfigError, match="did you mean 'image_size'"):
+        load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["imagesize=64"])
+    assert load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["image_size=64"]).image_size == 64
+
+
+@pytest.mark.parametrize("target", [
+    "os.system", "subprocess.run", "builtins.eval", "torch.load", "torch.hub.load",
+    "transformers.AutoModel.from_pretrained",
+    "seed_multimodal.weights.os.system", "seed_multimodal.weights.torch.load", "seed_multimodal.config._split",
+    "seed_multimodal.nothing.here", "seed_multimodal.errors.SeedError.__init__", "seed_multimodal"])
+def test_other_targets_are_refused(target):
+    with pytest.raises(ConfigError, match=re.escape(target)):
+        instantiate({"_target_": target})
+
+
+def test_nested_targets_and_pipes_are_refused(tmp_path):
+    base = {"_target_": "seed_multimodal.images.transforms.get_transform"}
+    with pytest.raises(ConfigError, match="os.system"):
+        instantiate({**base, "type": {"_target_": "os.system", "command": "true"}})
+    with pytest.raises(ConfigError, match="pipe:"):
+        instantiate({**base, "type": ["pipe:touch /tmp/x"]})
+    with pytest.raises(ConfigError, match="no _target_"):
+        instantiate({"type": "clip"})
+
+
+@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2", "a: ${nowhere}", "\t- :"])
+def test_damaged_yaml_is_one_sentence(tmp_path, content):
+    file = tmp_path / "damaged.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"damaged\.yaml") as caught:
+        load_yaml(file)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_yaml(tmp_path / "absent.yaml")
+
+
+# ---- licences and pictures
+
+
+def test_licences_are_there():
+    text = (ROOT / "License.txt").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+    for named in ("data/nano64/NOTICE.md", "images/NOTICE.md"):
+        assert named in (ROOT / "NOTICE").read_text()
+    assert (ROOT / "images" / "NOTICE.md").is_file()
+
+
+def test_demo_pictures_are_from_the_data_set_and_were_not_trained_on():
+    import numpy as np
+
+    from seed_multimodal.data.nano import load_nano
+
+    nano = load_nano()
+    pixels = nano.images().astype(np.float32)
+    notice = (ROOT / "images" / "NOTICE.md").read_text()
+    for file in sorted(p for p in (ROOT / "images").iterdir() if p.suffix in (".png", ".jpg")):
+        assert f"`{file.name}`" in notice
+        own = np.asarray(Image.open(file).convert("RGB"), dtype=np.float32)
+        distance = np.abs(pixels - own).mean(axis=(1, 2, 3))
+        nearest = int(distance.argmin())
+        assert distance[nearest] < 3, f"{file.name} is not a picture of the data set"
+        assert nano.records[nearest].split != "train", f"{file.name} was trained on"
+
+
+# ---- rules of the code
+
+
+def test_files_and_functions_stay_small():
+    too_long = []
+    for source in SOURCES:
+        text = source.read_text(encoding="utf-8")
+        too_long += [f"{source.name}: {text.count(chr(10))} lines"] if text.count("\n") > 300 else []
+        too_long += [f"{source.name}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+                     for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                     and node.end_lineno - node.lineno >= 80]
+    assert not too_long
+
+
+def test_nothing_unsafe_or_tied_to_one_device():
+    for source in SOURCES:
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            call, where = ast.unparse(node.func), f"{source.name}:{node.lineno}"
+            assert node.func.attr != "cuda" or call.startswith("torch."), f"{where}: .cuda()"
+            assert call not in ("pickle.load", "pickle.loads", "os.system"), f"{where}: {call}"
+            if call == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), where
+
+
+# A room may import what stands before it, and itself.
+ROOMS = ("images", "vision", "tokenizers", "detokenizers", "language", "data", "training", "systems", "evaluation",
+         "serving", "commands")
+
+
+def test_arrows_point_one_way():
+    wrong = []
+    for source in SOURCES:
+        room = source.relative_to(PACKAGE).parts[0]
+        for module in imported(source) if room in ROOMS else ():
+            parts = module.split(".")
+            if parts[0] == "seed_multimodal" and len(parts) > 1 and parts[1] in ROOMS:
+                wrong += [f"{source.name} ({room}): {module}"] if ROOMS.index(parts[1]) > ROOMS.index(room) else []
+            heavy = parts[0] in ("lavis", "deepspeed") or "training" in parts
+            if heavy and room in ("systems", "serving", "commands"):
+                wrong.append(f"{source.name} ({room}): {module} is for training")
+    assert not wrong

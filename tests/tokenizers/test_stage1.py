@@ -1,0 +1,151 @@
+"""Stage 1: gather modes, batch of one, frozen and trained tower, embedding head with prefix masking, two processes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.qformer import QFormerConfig
+from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.stage1 import Stage1Model, Stage1Output
+from seed_multimodal.vision.eva import EvaConfig
+
+WORDS = 30
+TINY = Seed2Config(vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_width=24),
+                   qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=32, max_positions=40, dropout=0.0))
+
+
+def _batch(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, WORDS, (count, 6), generator=source)
+    mask = (torch.arange(6) < torch.randint(2, 7, (count, 1), generator=source)).long()
+    return torch.randn(count, 3, 16, 16, generator=source), ids * mask, mask
+
+
+def _model(**options: object) -> Stage1Model:
+    torch.manual_seed(0)
+    return Stage1Model(TINY, vocab_size=WORDS, embed_dim=8, **options)  # type: ignore[arg-type]
+
+
+def _run(model: Stage1Model, count: int = 4) -> Stage1Output:
+    output = model(*_batch(count))
+    output.loss.backward()
+    return output
+
+
+def test_batch_of_one_works() -> None:
+    output = _run(_model(), count=1)
+    assert output.sim_i2t.shape == (1, 1) and output.loss.isfinite()
+
+
+def test_gather_gradient_only_changes_gradients() -> None:
+    full, none = _model(), _model(gather_gradient=False)
+    assert torch.equal(_run(full).loss, _run(none).loss)
+    assert not torch.allclose(full.vision_proj.weight.grad, none.vision_proj.weight.grad)
+    always = _model(gather_gradient=True)
+    _run(always)
+    torch.testing.assert_close(always.vision_proj.weight.grad, full.vision_proj.weight.grad)
+
+
+def test_frozen_tower_stays_in_eval_mode_without_gradient() -> None:
+    model = _model()
+    _run(model)
+    assert not model.visual_encoder.training and model.Qformer.training
+    assert all(p.grad is None for p in model.visual_encoder.parameters())
+    assert model.ln_vision.weight.grad is not None
+    trained = _model(freeze_vit=False)
+    _run(trained)
+    assert trained.visual_encoder.training
+    assert all(p.grad is not None for p in trained.visual_encoder.parameters())
+
+
+def test_cached_tower_output_gives_the_same_loss() -> None:
+    model = _model()
+    images, ids, mask = _batch(4)
+    with torch.no_grad():
+        cached = model(None, ids, mask, vit_features=model.vit_features(images))
+        torch.testing.assert_close(cached.loss, model(images, ids, mask).loss)
+
+
+def test_embedding_head_sees_only_the_prefix() -> None:
+    model = _model(embedding_dim=5)
+    queries = torch.randn(3, 32, 24)
+    keep = torch.tensor([1, 7, 32])
+    moved = queries.clone()
+    moved[0, 1:] += 1
+    moved[1, 7:] += 1
+    torch.testing.assert_close(model.predict_embedding(moved, keep), model.predict_embedding(queries, keep))
+    moved[2, 31] += 1
+    assert not torch.allclose(model.predict_embedding(moved, keep)[2], model.predict_embedding(queries, keep)[2])
+    torch.testing.assert_close(model.predict_embedding(queries), model.embedding_head(queries.flatten(1)))
+
+
+def test_embedding_loss_masks_in_training_only_and_is_seeded() -> None:
+    model, target = _model(embedding_dim=5, embedding_weight=3.0), torch.randn(4, 5)
+    losses = [model(*_batch(4), target_embedding=target, generator=torch.Generator().manual_seed(seed))
+              for seed in (1, 1, 2)]
+    assert torch.equal(losses[0].loss_embedding, losses[1].loss_embedding)
+    assert not torch.equal(losses[0].loss_embedding, losses[2].loss_embedding)
+    torch.testing.assert_close(losses[0].loss, losses[0].loss_itc + 3.0 * losses[0].loss_embedding)
+    model.eval()
+    output = model(*_batch(4), target_embedding=target)
+    expected = (model.predict_embedding(output.query_output) - target).square().mean()
+    torch.testing.assert_close(output.loss_embedding, expected)
+    with pytest.raises(ConfigError, match="embedding_dim"):
+        _model()(*_batch(4), target_embedding=target)
+
+
+def test_prefix_lengths_cover_the_whole_range() -> None:
+    model = _model(embedding_dim=5)
+    seen: list[int] = []
+    original = model.predict_embedding
+    model.predict_embedding = lambda q, keep=None: (seen.extend(keep.tolist()), original(q, keep))[1]  # type: ignore
+    source = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        model._embedding_loss(torch.zeros(16, 32, 24), torch.zeros(16, 5), source)
+    assert set(seen) == set(range(1, 33))
+
+
+def test_a_few_steps_learn_the_pairs() -> None:
+    model = _model(lm_head=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    first = last = _run(model).loss_itc.item()
+    for _ in range(25):
+        optimizer.step()
+        optimizer.zero_grad()
+        last = _run(model).loss_itc.item()
+    assert last < 0.7 * first
+
+
+def _worker(rank: int, rendezvous: str, place: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        model = _model(gather_gradient=True)
+        model(*(part.chunk(2)[rank] for part in _batch(4))).loss.backward()
+        torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"{place}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_with_gradient_equal_one_large_batch() -> None:
+    """The mean of the processes' gradients is the gradient of the whole batch when the gather carries gradients."""
+    model = _model()
+    _run(model)
+    with tempfile.TemporaryDirectory() as place:
+        context = torch.multiprocessing.get_context("fork")
+        workers = [context.Process(target=_worker, args=(rank, f"{place}/rendezvous", place)) for rank in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(100)
+            assert worker.exitcode == 0
+        ranks = [torch.load(Path(place) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close((ranks[0][name] + ranks[1][name]) / 2, parameter.grad, rtol=1e-3, atol=1e-6)
