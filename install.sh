@@ -12,6 +12,7 @@
 # without a GPU. Everything else follows the installed torch.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/scripts/environment.sh"
+PYTHON="$ENVIRONMENT/bin/python"
 cd "$ROOT"
 
 EXTRAS="" LAVIS=0 FORCE=0

@@ -7,4 +7,5 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 bash install.sh
+. scripts/environment.sh  # there may be a .venv now
 HF_HUB_OFFLINE=1 exec "$PYTHON" -m seed_multimodal.quickstart "$@"

@@ -8,7 +8,9 @@ import json
 import pickle
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_reconstruct_from_pictures_and_from_their_codes_is_the_same(capsys, tiny
     code, _, _ = run(capsys, "reconstruct", "--codes", str(codes), "--model", tiny, "--out", str(tmp_path / "b"))
     assert code == 0
     for path in paths:
-        assert list(Image.open(path).getdata()) == list(Image.open(tmp_path / "b" / path.name).getdata())
+        assert Image.open(path).tobytes() == Image.open(tmp_path / "b" / path.name).tobytes()
 
 
 def test_reconstruct_refuses_bad_codes_one_by_one(capsys, tiny, tmp_path):
@@ -137,7 +139,7 @@ def test_draw_follows_the_seed(capsys, tiny, tmp_path):
         code, _, _ = run(capsys, "draw", "a red apple", "--model", tiny, "--seed", seed, "--steps", "2",
                          "--out", str(tmp_path / f"{name}.png"))
         assert code == 0
-        pictures[name] = list(Image.open(tmp_path / f"{name}.png").getdata())
+        pictures[name] = Image.open(tmp_path / f"{name}.png").tobytes()
     assert pictures["a"] == pictures["b"] != pictures["c"]
 
 
@@ -166,6 +168,16 @@ def test_chat_remembers_turns(capsys, tiny, tmp_path):
     turns = [json.loads(line) for line in lines]
     assert code == 0 and [turn["message"] for turn in turns] == ["What is this?", "And now?"]
     assert all(set(part) <= {"text", "codes", "picture", "broken"} for turn in turns for part in turn["answer"])
+
+
+def test_chat_saves_the_pictures_of_its_answers(capsys, tiny, tmp_path):
+    code, lines, _ = run(capsys, "chat", "--model", tiny, "--force-image", "--message", "Draw!", "--message", "Again!",
+                         "--out", str(tmp_path), "--json")
+    drawn = [part for line in lines for part in json.loads(line)["answer"] if "picture" in part]
+    assert code == 0 and [Path(part["picture"]).name for part in drawn[:1]] == ["turn_1.png"] and len(drawn) >= 2
+    assert all(len(part["codes"]) == 32 and Image.open(part["picture"]).size == (16, 16) for part in drawn)
+    code, lines, _ = run(capsys, "chat", "--model", tiny, "--force-image", "--message", "Draw!", "--out", str(tmp_path))
+    assert code == 0 and "[picture: " in "\n".join(lines)
 
 
 def test_chat_reads_lines_and_survives_a_bad_picture(capsys, tiny, tmp_path, monkeypatch, bad):
@@ -296,13 +308,26 @@ def test_quickstart_leaves_a_sheet_pictures_and_json(tiny, tmp_path, capsys):
     assert all({"description", "answer", "question"} <= set(p) for p in result["pictures"])
     assert len(result["drawings"]) == 3 and "never trained" in result["drawings"][-1]["note"]
     assert len(result["conversation"]) == 4 and result["edit"]["picture"] == "edited.png"
-    assert {"load", "work", "total"} <= set(result["seconds"]) and result["versions"]["torch"] == torch.__version__
+    assert {"load", "work", "total"} <= set(result["seconds"]) and result["versions"]["torch"] == version("torch")
     named = [p["picture"] for p in result["pictures"] + result["drawings"]] + [p["rebuilt"] for p in result["pictures"]]
     assert all((out / name).is_file() for name in named)
     sheet = Image.open(out / "contact_sheet.png")
     assert sheet.width > 600 and sheet.height > 1000
     printed = capsys.readouterr().out
     assert f"{quickstart.STEPS}/{quickstart.STEPS}]" in printed and "contact_sheet.png" in printed
+
+
+def test_quickstart_keeps_the_pictures_of_a_conversation(tiny, tmp_path):
+    """The tiny model seldom draws by itself, so here every answer is made to hold a picture."""
+    from seed_multimodal.systems.seed_llama import SeedLlama
+
+    system = SeedLlama.from_pretrained(tiny, device="cpu", log=None)
+    forced = SimpleNamespace(chat=lambda messages, **options: system.chat(messages, force_image=True, **options))
+    result = quickstart.Run(forced, tmp_path, seed=0)
+    quickstart._conversation(result, IMAGES)
+    assert len(result.rows[0].cells) >= 5 and "you: What is this?" in result.rows[0].cells[0].caption
+    for turn in result.result["conversation"]:
+        assert any(Image.open(tmp_path / part["picture"]) for part in turn["answer"] if "picture" in part)
 
 
 def test_the_never_trained_drawing_is_held_out():

@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     talking = _command(commands, "chat", chat.chat, "a conversation; pictures are saved", language=True)
     talking.add_argument("--message", action="append", metavar="TEXT", help="say this and stop; repeat for more turns")
+    talking.add_argument("--force-image", action="store_true", help="every answer holds a picture")
     talking.add_argument("--image", action="append", default=[], metavar="PICTURE", help="shown with the first message")
     talking.add_argument("--out", metavar="FOLDER", default="outputs/chat",
                          help="for drawn pictures (default: %(default)s)")

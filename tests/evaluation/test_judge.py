@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,33 @@ def test_pictures_of_any_size_and_kind() -> None:
 
 def test_words() -> None:
     assert split_words("A twemoji-style Cat's face, No_1") == ["twemoji", "style", "cat", "s", "face", "no", "1"]
+
+
+def test_loss_by_hand() -> None:
+    images, texts = torch.eye(2), torch.eye(2)
+    scale, right = torch.tensor(2.0), torch.eye(2, dtype=torch.bool)
+    one = math.log(1 + math.exp(-2))  # -log(e^2 / (e^2 + e^0))
+    assert train_judge.contrastive_loss(images, texts, scale, right).item() == pytest.approx(one, rel=1e-5)
+    # Both texts right for both pictures: half of each row's weight lies on the wrong one, which costs 2 more.
+    both = torch.ones(2, 2, dtype=torch.bool)
+    assert train_judge.contrastive_loss(images, texts, scale, both).item() == pytest.approx(one + 1, rel=1e-5)
+
+
+def test_what_a_corpus_holds(toy) -> None:
+    corpus = train_judge.build_corpus(toy)
+    assert corpus.style_names == ["flat", "line"] and len(corpus.labels.unique()) == 12
+    for i, record in enumerate(toy.records):
+        assert corpus.texts[int(corpus.canonical[i])] == record.captions[0]
+        assert set(record.captions) == {corpus.texts[t] for t in corpus.captions[i]}
+    named = {corpus.texts[t]: int(s) for t, s in enumerate(corpus.text_styles)}
+    assert named["a line drawing of red disc"] == 1 and named["red disc"] == -1
+
+
+def test_every_picture_is_seen_once_an_epoch() -> None:
+    rows = [train_judge.batch_rows(24, 8, seed=1, step=step) for step in range(6)]
+    assert sorted(torch.cat(rows[:3]).tolist()) == sorted(torch.cat(rows[3:]).tolist()) == list(range(24))
+    assert torch.cat(rows[:3]).tolist() != torch.cat(rows[3:]).tolist()
+    assert train_judge.batch_rows(24, 8, seed=1, step=4).tolist() == rows[4].tolist()
 
 
 def test_augmentation_is_repeatable_and_changes_pictures(toy) -> None:

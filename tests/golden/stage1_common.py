@@ -32,7 +32,8 @@ def run(model: Stage1Model, given: Tensors) -> Stage1Output:
     return output
 
 
-def compare(output: Stage1Output, model: Stage1Model, want: Tensors, group: str, norms: dict[str, float | None]) -> None:
+def compare(output: Stage1Output, model: Stage1Model, want: Tensors, group: str,
+            norms: dict[str, float | None]) -> None:
     pairs = {"loss": output.loss, "loss_itc": output.loss_itc, "sim_i2t": output.sim_i2t, "sim_t2i": output.sim_t2i,
              "query_feats_normalized": output.query_feats, "text_feat": output.text_feats}
     for name, value in pairs.items():

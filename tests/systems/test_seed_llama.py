@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import seed_multimodal
 from seed_multimodal.errors import (
     CheckpointError,
     CodesError,
@@ -57,16 +59,16 @@ def test_reconstruct_depends_on_codes_and_seed_only(tiny, picture, other) -> Non
 
 
 def test_describe_and_ask_send_the_released_sentences(tiny, picture, monkeypatch) -> None:
-    from seed_multimodal.systems import seed_llama
+    from seed_multimodal.systems import speaker
 
     seen: list[list[int]] = []
-    generate = seed_llama.generate_ids
+    generate = speaker.generate_ids
 
     def watch(model, prompts, settings, tokenizer, streamer=None):
         seen.extend(prompts)
         return generate(model, prompts, settings, tokenizer, streamer=streamer)
 
-    monkeypatch.setattr(seed_llama, "generate_ids", watch)
+    monkeypatch.setattr(speaker, "generate_ids", watch)
     codes = tiny.tokenize(picture)[0].tolist()
     assert tiny.describe(picture) == tiny.describe(codes)
     tiny.ask(codes, "What colour is it?", max_new_tokens=3)
@@ -199,5 +201,7 @@ def test_without_decoder_it_still_talks(tiny_folder, picture) -> None:
 
 def test_importing_the_package_is_light() -> None:
     code = "import sys, seed_multimodal; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    source = Path(seed_multimodal.__file__).parents[1]  # a plain checkout need not be installed
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env={**os.environ, "PYTHONPATH": str(source)})
     assert run.stdout.strip() == "[]"

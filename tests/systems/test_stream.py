@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 
@@ -42,8 +41,9 @@ def test_events_come_with_their_tokens(words: MultimodalTokenizer) -> None:
 
 def test_the_answer_ends_where_the_user_would_speak(words: MultimodalTokenizer) -> None:
     said = words.encode("a red apple")
-    reader, events = read_all(words, [*said, *words.encode("\nUSER: What is this?"), *words.vocabulary.image_ids([0] * 32)])
-    assert "".join(event["text"] for event in events) .strip() == "a red apple"
+    beyond = [*words.encode("\nUSER: What is this?"), *words.vocabulary.image_ids([0] * 32)]
+    reader, events = read_all(words, said + beyond)
+    assert "".join(event["text"] for event in events).strip() == "a red apple"
     assert words.decode(reader.ids).strip() == "a red apple" and reader.finished
 
 

@@ -152,6 +152,18 @@ def test_sizes_are_read_off_released_weights() -> None:
     assert Seed2Config.infer(mixed, "x") == Seed2Config()
 
 
+def test_training_only_blocks_can_be_left_out(original: Seed2Tokenizer, tmp_path: Path, images: torch.Tensor) -> None:
+    lean = dataclasses.replace(original.config, recon_s=False)
+    loaded = Seed2Tokenizer.from_pretrained(_released_folder(original, tmp_path / "a"), config=lean)
+    assert not any(name.startswith(("blocks.", "pos_embed.")) for name in loaded.state_dict())
+    codes = original.encode(images)
+    assert torch.equal(loaded.encode(images), codes) and torch.equal(loaded.decode(codes), original.decode(codes))
+    with pytest.raises(ConfigError, match="recon_s=False"):
+        loaded.rebuild_queries(torch.zeros(1, 32, 24))
+    loaded.save_pretrained(tmp_path / "lean")
+    assert Seed2Tokenizer.from_pretrained(tmp_path / "lean").config == lean
+
+
 def test_small_widths_need_a_config(original: Seed2Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="number of attention heads.*config.json"):
         Seed2Tokenizer.from_pretrained(_released_folder(original, tmp_path / "a"))
@@ -242,7 +254,7 @@ def test_unsafe_pickles_are_refused_and_never_run(original: Seed2Tokenizer, tmp_
 
 
 def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match=r"there is no such tokenizer; make a folder with seed_quantizer\.pt"):
+    with pytest.raises(CheckpointError, match=r"there is no such tokenizer; put seed_quantizer\.pt"):
         Seed2Tokenizer.from_pretrained(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no tokenizer weights"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -138,14 +141,15 @@ def test_two_processes_with_gradient_equal_one_large_batch() -> None:
     model = _model()
     _run(model)
     with tempfile.TemporaryDirectory() as place:
-        context = torch.multiprocessing.get_context("fork")
-        workers = [context.Process(target=_worker, args=(rank, f"{place}/rendezvous", place)) for rank in range(2)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(100)
-            assert worker.exitcode == 0
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        workers = [subprocess.Popen([sys.executable, __file__, str(rank), f"{place}/rendezvous", place],
+                                    env=environment) for rank in range(2)]
+        assert [worker.wait(150) for worker in workers] == [0, 0]
         ranks = [torch.load(Path(place) / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close((ranks[0][name] + ranks[1][name]) / 2, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+if __name__ == "__main__":
+    _worker(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -159,10 +159,10 @@ def test_a_few_steps_learn_the_embedding(tiny: Seed2Config, images: torch.Tensor
     model.quantize.init_from(model.pre_quant(images))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(120):
         optimizer.zero_grad()
         out = model(images, target)
         out.loss.backward()
         optimizer.step()
         losses.append(out.loss_distil_image.item())
-    assert losses[-1] < 0.3 * losses[0]
+    assert sum(losses[-5:]) / 5 < 0.3 * losses[0]

@@ -24,7 +24,8 @@ from seed_multimodal.commands.common import (
 )
 from seed_multimodal.errors import RequestError
 
-HELP = "Type a message; /image FILE shows a picture with it, /reset starts over, /help says this, /quit ends."
+HELP = ("Type a message; /image FILE shows a picture with it, /picture MESSAGE asks for an answer with a picture, "
+        "/reset starts over, /help says this, /quit ends.")
 
 
 class Talk:
@@ -44,11 +45,12 @@ class Talk:
             return True
         return False
 
-    def send(self, text: str) -> None:
+    def send(self, text: str, force_image: bool = False) -> None:
         """Say `text` with the attached pictures, print the answer as it comes, save its pictures, remember both."""
         asked = {"role": "user", "content": [*self.shown, text]}
         options = {"seed": self.args.seed, **generation_settings(self.args), **drawing_settings(self.args)}
-        parts, answer = self._follow(self.system.chat([*self.messages, asked], stream=True, **options))
+        parts, answer = self._follow(self.system.chat([*self.messages, asked], stream=True, force_image=force_image,
+                                                      **options))
         self.shown = []
         self.messages += [asked, {"role": "assistant", "content": answer}]
         if self.args.json:
@@ -99,7 +101,7 @@ def chat(args: argparse.Namespace) -> int:
         return SOME_FAILED
     if args.message:
         for message in args.message:
-            talk.send(message)
+            talk.send(message, args.force_image)
         return DONE
     return _read_lines(talk)
 
@@ -125,8 +127,9 @@ def _read_lines(talk: Talk) -> int:
             if path and talk.show(path):
                 say(f"{path} goes with your next message.")
         elif line:
+            text = line.removeprefix("/picture").strip()
             try:
-                talk.send(line)
+                talk.send(text, talk.args.force_image or text != line)
             except (*OF_ONE_PICTURE, RequestError) as error:
                 if talk.args.debug:
                     raise

@@ -80,7 +80,7 @@ class UnclipDetokenizer:
         """
         place = Path(folder)
         if not (place / "model_index.json").is_file():
-            raise CheckpointError(f"{place}: there is no diffusion model in this folder (no model_index.json): {WHERE}.")
+            raise CheckpointError(f"{place}: there is no diffusion model here (no model_index.json): {WHERE}.")
         defaults = DecodeDefaults.read(place)
         pipeline = _load_pipeline(place, dtype)
         for name in ("unet", "vae", "scheduler", "image_normalizer", "image_noising_scheduler"):
@@ -165,7 +165,7 @@ class UnclipDetokenizer:
         if latents is not None:
             latents = latents.to(self.device, dtype) * pipeline.scheduler.init_noise_sigma
         elif self.layout is not None:
-            latents = self.layout.warm_latents(self._for_layout(embeds), generators, pipeline.scheduler)
+            latents = self.layout.warm_latents(_for_layout(self.layout, embeds), generators, pipeline.scheduler)
             latents = latents.to(self.device, dtype)
         pipeline.negative_image_embeds = negatives
         try:
@@ -179,7 +179,8 @@ class UnclipDetokenizer:
         """The empty prompt where there is a text encoder; else layout tokens or zeros `[B, n, d]`."""
         pipeline = self.pipeline
         if self.layout is not None:
-            tokens = self.layout.prompt_embeds(self._for_layout(embeds)).to(self.device, pipeline.unet.dtype)
+            tokens = self.layout.prompt_embeds(_for_layout(self.layout, embeds))
+            tokens = tokens.to(self.device, pipeline.unet.dtype)
         elif pipeline.text_encoder is None or pipeline.tokenizer is None:
             width = pipeline.unet.config.cross_attention_dim
             tokens = torch.zeros(len(embeds), 1, width, device=self.device, dtype=pipeline.unet.dtype)
@@ -187,17 +188,14 @@ class UnclipDetokenizer:
             return {"prompt": [""] * len(embeds)}
         return {"prompt_embeds": tokens, "negative_prompt_embeds": torch.zeros_like(tokens) if guided else None}
 
-    def _for_layout(self, embeds: Tensor) -> Tensor:
-        """The embeddings in the read-out's own precision, which may be finer than the U-Net's."""
-        return embeds.to(next(self.layout.parameters()).dtype)
 
     def _check_embeds(self, embeds: Tensor, name: str) -> Tensor:
         if not isinstance(embeds, Tensor) or embeds.ndim != 2 or not embeds.is_floating_point():
             got = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
             raise ConfigError(f"{name} must be a floating tensor [B, {self.embedding_dim}], got {got}.")
         if embeds.shape[1] != self.embedding_dim:
-            raise CheckpointError(f"{name} have width {embeds.shape[1]}, but this diffusion model renders embeddings of "
-                                  f"width {self.embedding_dim}: tokenizer and de-tokenizer do not belong together.")
+            raise CheckpointError(f"{name} have width {embeds.shape[1]}, but this diffusion model renders width "
+                                  f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together.")
         return embeds.to(self.device)
 
     @staticmethod
@@ -264,6 +262,11 @@ def _one_each(generator: Generators, count: int) -> list[torch.Generator] | None
     copy = generator.clone_state()
     seeds = [int(torch.randint(2**62, (), generator=copy, device=copy.device)) for _ in range(1, count)]
     return [generator, *(torch.Generator(copy.device).manual_seed(seed) for seed in seeds)][:count]
+
+
+def _for_layout(layout: Any, embeds: Tensor) -> Tensor:
+    """The embeddings in the read-out's own precision, which may be finer than the U-Net's."""
+    return embeds.to(next(layout.parameters()).dtype)
 
 
 def _part(values: Any, part: slice) -> Any:

@@ -61,6 +61,8 @@ def bootstrap(
     data = np.asarray(values, dtype=np.float64)
     if data.size == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
+    sums: FloatArray
+    counts: FloatArray
     if groups is None:
         sums, counts = data, np.ones_like(data)
     else:
@@ -68,7 +70,7 @@ def bootstrap(
             raise DataError(f"bootstrap: {data.size} values but {len(groups)} group names.")
         order = {name: i for i, name in enumerate(dict.fromkeys(groups))}
         index = np.fromiter((order[name] for name in groups), dtype=np.int64, count=data.size)
-        sums, counts = np.bincount(index, weights=data), np.bincount(index).astype(np.float64)
+        sums, counts = np.bincount(index, weights=data).astype(float), np.bincount(index).astype(float)
     draws = np.random.default_rng(seed).integers(0, sums.size, size=(samples, sums.size))
     means = sums[draws].sum(1) / counts[draws].sum(1)
     tail = (1.0 - level) / 2
@@ -151,7 +153,7 @@ def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
     """Entropy in nats of the distribution proportional to `counts`."""
     p = np.asarray(counts, dtype=np.float64)
     p = p[p > 0] / p.sum()
-    return float(-(p * np.log(p)).sum())
+    return float(max(-(p * np.log(p)).sum(), 0.0))
 
 
 def codebook_statistics(

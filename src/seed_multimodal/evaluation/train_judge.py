@@ -197,7 +197,7 @@ def train(corpus: Corpus, plan: Plan, work: Path, device: torch.device, log: Any
     Args:
         stop_after: leave after this step with a checkpoint, as an interruption would.
     """
-    judge = new_judge(corpus, plan.seed).to(device, memory_format=torch.channels_last).train()
+    judge = new_judge(corpus, plan.seed).to(device).to(memory_format=torch.channels_last).train()
     optimiser = optimiser_for(judge, plan.lr)
     file = work / "checkpoint.pt"
     step, before = load_checkpoint(file, judge, optimiser, plan)

@@ -40,7 +40,7 @@ AnswerPart = TextPart | ImagePart | BrokenImagePart
 
 
 def split_answer(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> list[AnswerPart]:
-    """Cut generated ids (without the prompt) into parts, up to the first `</s>`; texts of only white space are dropped."""
+    """Cut generated ids (without the prompt) into parts, up to the first `</s>`; white space alone is dropped."""
     vocabulary = tokenizer.vocabulary
     ids = [int(id) for id in ids]
     if tokenizer.eos_id in ids:

@@ -8,6 +8,7 @@ also hold rotary frequencies, which are computed here.
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,9 @@ def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
     try:
         values, _ = LlamaConfig.get_config_dict(str(source))
     except (OSError, ValueError) as error:
+        if _is_hub_id(source):
+            raise CheckpointError(f"{source}: not in the local cache of the model hub, and not fetched from it (set "
+                                  f"HF_HUB_OFFLINE=0 to allow that, or give a folder).") from error
         raise CheckpointError(f"{source}: its configuration cannot be read ({_first_line(error)}).") from error
     if values.get("model_type") != "llama":
         raise CheckpointError(f"{source}: a checkpoint of another model: model_type is {values.get('model_type')!r}, "
@@ -127,21 +131,33 @@ def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) ->
 def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: dict[str, Any]) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import LlamaForCausalLM
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of wrong tensors becomes one sentence here (_check_names)
     try:
         # Old .bin shards are read by transformers through torch.load(weights_only=True).
         return LlamaForCausalLM.from_pretrained(
-            str(source), config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False, **extra)
+            str(source), config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{source}: its weights were refused, because they hold more than tensors (unsafe pickle "
+                              f"content) or are damaged; re-save them as safetensors from a source you trust."
+                              ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise CheckpointError(f"{source}: the weights cannot be read ({_first_line(error)}).") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_names(info: Any, source: str | Path) -> None:
     missing = sorted(info["missing_keys"])
     unexpected = sorted(name for name in info["unexpected_keys"] if "rotary_emb.inv_freq" not in name)
-    for names, what in ((missing, "missing from the file"), (unexpected, "unknown to the model")):
+    resized = sorted(f"{name} (file {tuple(there)}, model {tuple(here)})"
+                     for name, there, here in info["mismatched_keys"])
+    for names, what in ((resized, "of another size"), (missing, "missing from the file"),
+                        (unexpected, "unknown to the model")):
         if names:
             shown = ", ".join(repr(name) for name in names[:3]) + (" …" if len(names) > 3 else "")
             raise CheckpointError(f"{source}: {len(names)} tensors are {what}: {shown}.")

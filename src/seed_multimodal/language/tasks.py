@@ -1,4 +1,4 @@
-"""What is said to the language model for each task, in one place: training writes these sentences, systems ask with them.
+"""What is said to the language model for each task: training writes these sentences, systems ask with them.
 
 `DESCRIBE_PROMPT` and `QA_SUFFIX` are the sentences the released models were tuned on; the others are nano's.
 """

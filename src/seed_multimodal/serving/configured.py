@@ -10,8 +10,6 @@ from seed_multimodal.errors import ConfigError
 if TYPE_CHECKING:
     from seed_multimodal.systems.seed_llama import SeedLlama
 
-LLAMA2_WIDTH = 5120  # the 14B is built on LLaMA-2-chat 13B and speaks its template
-
 
 def system_from_configs(
     *, model: str | Path, tokenizer: str | Path, image_transform: str | Path, llm_device: str = "auto",
@@ -26,7 +24,7 @@ def system_from_configs(
     from seed_multimodal.config import instantiate
     from seed_multimodal.configured import SeedLlamaTokenizer
     from seed_multimodal.language.tasks import RELEASED_TASKS
-    from seed_multimodal.systems.loading import RELEASED_GENERATION, SystemSpec
+    from seed_multimodal.systems.loading import RELEASED_GENERATION, SystemSpec, template_for
     from seed_multimodal.systems.seed_llama import SeedLlama
 
     words = instantiate(tokenizer, device=tokenizer_device)
@@ -35,7 +33,7 @@ def system_from_configs(
     words.pictures.transform = instantiate(image_transform)
     words.pictures.offload(encoder=offload_encoder, decoder=offload_decoder)
     llm = instantiate(model, device_map=llm_device)
-    template = "llama2" if llm.config.hidden_size == LLAMA2_WIDTH else "vicuna"
-    spec = SystemSpec(name=str(model), tokenizer=Path(tokenizer), llm=Path(model), detokenizer=None, template=template,
-                      generation=dict(RELEASED_GENERATION), tasks=RELEASED_TASKS)
+    spec = SystemSpec(name=str(model), tokenizer=Path(tokenizer), llm=Path(model), detokenizer=None,
+                      template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION),
+                      tasks=RELEASED_TASKS)
     return SeedLlama(spec, words.text, llm, words.pictures)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
@@ -74,7 +74,8 @@ class SystemBackend:
         return self.system.encode_pixels(pixels).tolist()
 
     def generate(self, prompt_ids: list[int], request: GenerateRequest) -> list[int]:
-        options = {"num_beams": request.num_beams, "max_new_tokens": request.max_new_tokens, "seed": request.seed}
+        options: dict[str, Any] = {
+            "num_beams": request.num_beams, "max_new_tokens": request.max_new_tokens, "seed": request.seed}
         if request.do_sample and request.top_p > 0:
             options.update(do_sample=True, temperature=request.temperature, top_p=request.top_p)
         else:  # temperature or top_p 0 mean the likeliest token
@@ -153,7 +154,7 @@ class Engine:
 
     def _codes(self, request: GenerateRequest, pictures: dict[int, Image.Image]) -> list[list[int]]:
         """Codes of every picture of the request, in order; new pictures are encoded in one batch."""
-        rows = iter(())
+        rows: Iterator[list[int]] = iter(())
         if pictures:
             import torch
 
@@ -178,7 +179,7 @@ class Engine:
             spans[-1] = spans[-1].rstrip()  # as next to every image token
             words = self.backend.forced_words(request)
             forced = [*(tokenizer.encode_parts([words]) if words else []), *forced]
-        parts: list[str | list[int]] = self.backend.spans(spans[0])
+        parts: list[str | list[int]] = [*self.backend.spans(spans[0])]
         for row, span in zip(codes, spans[1:], strict=True):
             parts += [row, *self.backend.spans(span)]
         return [*tokenizer.encode_parts([part for part in parts if part], add_bos=True), *forced], forced

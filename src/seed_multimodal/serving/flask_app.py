@@ -4,7 +4,7 @@ Every refusal is JSON with one sentence: 400 a request that cannot be answered, 
 is too large, 415 not JSON, 500 a fault of ours. Binds the loopback address unless told otherwise: there is no
 authentication, so a reverse proxy belongs in front of any other address.
 
-Run: `bash scripts/start_backend_nano.sh`, or from Python `serve(create_app(SeedLlama.from_pretrained("pretrained/nano")))`.
+Run: `bash scripts/start_backend_nano.sh`, or from Python `serve(create_app(SeedLlama.from_pretrained("nano")))`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from seed_multimodal.errors import CodesError, ConfigError, ImageError, RequestError, SeedError
+from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, RequestError, SeedError
 from seed_multimodal.serving.engine import Backend, Engine, SystemBackend
 from seed_multimodal.serving.schema import Limits, error_json, parse_request
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from seed_multimodal.systems.seed_llama import SeedLlama
 
 logger = logging.getLogger(__name__)
-ASKED_WRONGLY = (RequestError, ImageError, CodesError)
+ASKED_WRONGLY = (RequestError, ImageError, CodesError, GenerationError)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

@@ -8,10 +8,11 @@ Run: `bash scripts/start_backend_nano.sh` and `bash scripts/start_frontend_nano.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ CSS = """
 #title h1 {margin-bottom: 0}
 #status {min-height: 1.6em}
 #status p {margin: 0; color: var(--body-text-color-subdued)}
-#chat img {image-rendering: auto; border-radius: 8px; min-width: 160px}
+#chat .message img {width: 192px; height: 192px; object-fit: contain; border-radius: 8px}
+#chat button[title="Share"], #chat button[aria-label="Share"] {display: none}
 """
 
 
@@ -92,7 +94,8 @@ class ChatPage:
             if image:
                 dialogue.add_image(self._store(chat_image(open_image(image))))
             if text and text.strip():
-                dialogue.add_text(text.strip())
+                before = dialogue.pending["text"]
+                dialogue.add_text((" " if before and not before.endswith(PLACEHOLDER) else "") + text.strip())
         except SeedError as error:
             return str(error)
         return ""
@@ -112,6 +115,15 @@ class ChatPage:
         except SeedError as error:
             return str(error)
         return ""
+
+    def regenerate(self, dialogue: Dialogue, **settings: Any) -> str:
+        """Ask for the last answer again; without a new one the old one stays."""
+        before = copy.deepcopy(vars(dialogue))
+        dialogue.regenerate()
+        trouble = self.answer(dialogue, **settings)
+        if trouble:
+            vars(dialogue).update(before)
+        return trouble
 
     def messages(self, dialogue: Dialogue) -> list[dict[str, Any]]:
         """The conversation as Gradio's Chatbot shows it: texts and pictures in the order they were said."""
@@ -149,7 +161,7 @@ def build_demo(page: ChatPage) -> gr.Blocks:
     with gr.Blocks(title=page.kind.title, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         state = gr.State(page.new_dialogue())
         gr.Markdown(f"# {page.kind.title}\nShow it a picture, ask about it, let it draw. "
-                    f"A picture is read and written as a few dozen words.", elem_id="title")
+                    f"A picture is read and written as 32 words.", elem_id="title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
                 image = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=220,
@@ -157,13 +169,13 @@ def build_demo(page: ChatPage) -> gr.Blocks:
                 text = gr.Textbox(label="Message", lines=2, max_lines=6, elem_id="message", submit_btn=False,
                                   placeholder="Ask, or say what to draw (Shift+Enter sends)")
                 with gr.Row():
-                    add = gr.Button("Add to message", elem_id="add")
+                    add = gr.Button("Add", elem_id="add")
                     submit = gr.Button("Submit", variant="primary", elem_id="submit")
                 settings = _settings(page.kind)
                 if page.kind.examples:
                     gr.Examples([[example] for example in page.kind.examples], [text], label="Try")
             with gr.Column(scale=7, min_width=400):
-                chat = gr.Chatbot(height=560, label="Conversation", elem_id="chat", buttons=["copy"],
+                chat = gr.Chatbot(height=560, label="Conversation", show_label=False, elem_id="chat", buttons=["copy"],
                                   render_markdown=False, placeholder="The conversation appears here.")
                 status = gr.Markdown("", elem_id="status")
                 with gr.Row():
@@ -200,26 +212,24 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
         kept = (gr.update(), gr.update()) if trouble else (None, "")
         return (dialogue, page.messages(dialogue), trouble, *kept)
 
-    def on_ask(dialogue: Dialogue, *values: Any):  # type: ignore[no-untyped-def]
+    def asking(ask: Callable[..., str], dialogue: Dialogue, values: Sequence[Any]) -> str:
         beams, tokens, temperature, top_p, turns, force = values
-        yield dialogue, gr.update(), WRITING, *buttons(False)
-        trouble = page.answer(dialogue, max_turns=turns, force_boi=bool(force), num_beams=int(beams),
-                              max_new_tokens=int(tokens), temperature=temperature, top_p=top_p)
-        yield dialogue, page.messages(dialogue), trouble, *buttons(True)
+        return ask(dialogue, max_turns=turns, force_boi=bool(force), num_beams=int(beams),
+                   max_new_tokens=int(tokens), temperature=temperature, top_p=top_p)
 
     def on_submit(dialogue: Dialogue, path: str | None, said: str | None, *values: Any):  # type: ignore[no-untyped-def]
-        added = on_add(dialogue, path, said)
-        yield *added, *buttons(False)
-        if not added[2]:
-            for event in on_ask(dialogue, *values):
-                yield *event[:3], gr.update(), gr.update(), *event[3:]
-        else:
-            yield *added, *buttons(True)
+        *added, picture, words = on_add(dialogue, path, said)
+        if added[2]:
+            yield *added, picture, words, *buttons(True)
+            return
+        yield *added[:2], WRITING, picture, words, *buttons(False)
+        trouble = asking(page.answer, dialogue, values)
+        yield dialogue, page.messages(dialogue), trouble, gr.update(), gr.update(), *buttons(True)
 
     def on_regenerate(dialogue: Dialogue, *values: Any):  # type: ignore[no-untyped-def]
-        dialogue.regenerate()
-        yield dialogue, page.messages(dialogue), WRITING, *buttons(False)
-        yield from on_ask(dialogue, *values)
+        yield dialogue, gr.update(), WRITING, *buttons(False)
+        trouble = asking(page.regenerate, dialogue, values)
+        yield dialogue, page.messages(dialogue), trouble, *buttons(True)
 
     def on_clear(dialogue: Dialogue) -> tuple[Any, ...]:
         dialogue.clear()
@@ -230,7 +240,7 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
     gr.on([submit.click, text.submit], on_submit, [state, image, text, *settings],
           [*shown, image, text, submit, regenerate], show_progress="hidden")
     regenerate.click(on_regenerate, [state, *settings], [*shown, submit, regenerate], show_progress="hidden")
-    clear.click(on_clear, [state], [*shown, image, text, regenerate], show_progress="hidden")
+    gr.on([clear.click, chat.clear], on_clear, [state], [*shown, image, text, regenerate], show_progress="hidden")
 
 
 def launch(

@@ -1,8 +1,8 @@
 """Messages as users write them -> turns of texts and codes, ready for a prompt template.
 
 A message is `{"role": "user" | "assistant", "content": …}`. Content is one text, or a list of texts (`str`), pictures
-(PIL, `Path`, bytes) and codes (a list of ints), in any order and number. An assistant's content may be the `Answer` that
-an earlier call returned. A `str` is always text: give file names as `Path`.
+(PIL, `Path`, bytes) and codes (a list of ints), in any order and number. An assistant's content may be the `Answer`
+that an earlier call returned. A `str` is always text: give file names as `Path`.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def _content(message: Any, number: int) -> tuple[str, list[Any]]:
     try:
         items = [_item(item, number) for item in as_parts(content)]
     except TypeError as error:
-        raise RequestError(f"The content of message {number} is {type(content).__name__}; it must be text, or a list of "
-                           f"texts and pictures.") from error
+        raise RequestError(f"The content of message {number} is {type(content).__name__}; it must be text, or a "
+                           f"list of texts and pictures.") from error
     if role == "user" and not any(item.strip() if isinstance(item, str) else True for item in items):
         raise RequestError(f"Message {number} says nothing.")
     return role, items
@@ -83,8 +83,8 @@ def _item(item: Any, number: int) -> Any:
         return list(item.codes)
     if isinstance(item, (str, Image.Image, Path, bytes)) or is_codes(item):
         return item
-    raise RequestError(f"Message {number} holds a {type(item).__name__}; content is text, pictures (PIL, Path, bytes) or "
-                       f"codes (a list of whole numbers).")
+    raise RequestError(f"Message {number} holds a {type(item).__name__}; content is text, pictures (PIL, Path, bytes) "
+                       f"or codes (a list of whole numbers).")
 
 
 def turn_marker(template: PromptTemplate) -> str:

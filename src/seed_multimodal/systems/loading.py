@@ -21,6 +21,7 @@ from seed_multimodal.language.tasks import NANO_TASKS, RELEASED_TASKS, TaskPromp
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
 RELEASED_TRANSFORM = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
 NANO_RUNS = "The shipped model runs now: --model nano, or SeedLlama.from_pretrained('pretrained/nano')."
+LLAMA2_WIDTH = 5120
 _KNOWN = {"tokenizer", "llm", "detokenizer", "vision", "template", "image_size", "transform", "generation", "tasks"}
 
 
@@ -58,7 +59,7 @@ def find_system(
     """The parts of a system, checked to be there.
 
     Args:
-        name: `nano`, `8b`, `14b`, a folder with `system.json`, or a released LLaMA folder; or leave it out and give `llm`.
+        name: `nano`, `8b`, `14b`, a folder with `system.json`, or a released LLaMA folder; or give `llm`.
         llm, tokenizer, detokenizer, vision: replace single parts, or name them all.
         template: prompt template, by default the one that belongs to the weights.
 
@@ -150,7 +151,7 @@ def _released(short: str, parts: dict[str, Path], template: str | None) -> Syste
         raise CheckpointError(f"{llm}: the language model is not there. {_how_to_get(str(llm))}")
     if found["tokenizer"] is None:
         raise CheckpointError(f"{tokenizer}: the SEED tokenizer is not there (tokenizer.model, seed_quantizer.pt and "
-                              f"eva_vit_g.pth): download AILab-CVC/seed-tokenizer-2 and eva_vit_g.pth into that folder. "
+                              f"eva_vit_g.pth): download AILab-CVC/seed-tokenizer-2 and eva_vit_g.pth into it. "
                               f"{NANO_RUNS}")
     if template is None:
         template = known.template if known else _template_of(found["llm"])
@@ -160,8 +161,12 @@ def _released(short: str, parts: dict[str, Path], template: str | None) -> Syste
         vision=parts.get("vision"), template=template, generation=dict(RELEASED_GENERATION), tasks=RELEASED_TASKS)
 
 
+def template_for(hidden_size: int) -> str:
+    """LLaMA-2's template for the 14B (built on LLaMA-2-chat 13B), Vicuna's for all others."""
+    return "llama2" if hidden_size == LLAMA2_WIDTH else "vicuna"
+
+
 def _template_of(llm: Path) -> str:
-    """LLaMA-2's template for the 14B (hidden size 5120, built on LLaMA-2-chat 13B), Vicuna's for all others."""
     config = llm / "config.json"
     if not config.is_file():
         return "vicuna"
@@ -169,12 +174,13 @@ def _template_of(llm: Path) -> str:
         hidden = json.loads(config.read_text(encoding="utf-8")).get("hidden_size")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{config}: not valid JSON ({error}).") from error
-    return "llama2" if hidden == 5120 else "vicuna"
+    return template_for(hidden)
 
 
 def _is_hub_name(path: Path) -> bool:
     """`owner/name`, which the hub client may have cached; `pretrained/…` is always a folder."""
-    return len(path.parts) == 2 and path.parts[0] not in ("pretrained", ".", "..", "~", "/") and not path.parent.exists()
+    owner = path.parts[0] if len(path.parts) == 2 else ""
+    return owner not in ("", "pretrained", ".", "..", "~", "/") and not path.parent.exists()
 
 
 def _how_to_get(path: str) -> str:

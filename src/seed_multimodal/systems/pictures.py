@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, CodesError
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.open import ImageLimits, open_image
 from seed_multimodal.systems.quiet import quiet_loading
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+
+if TYPE_CHECKING:
+    from seed_multimodal.language.vocabulary import ImageVocabulary
+    from seed_multimodal.systems.loading import SystemSpec
 
 Picture = Image.Image | str | Path | bytes
 Codes = Tensor | Sequence[int]
@@ -84,7 +89,7 @@ class PictureCodec:
 
     def tokenize(self, pictures: Picture | Sequence[Picture]) -> Tensor:
         """One picture or several -> codes [B, 32] int64 on the CPU."""
-        several = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+        several: list[Any] = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
         if not several:
             return torch.empty(0, self.model.config.num_query, dtype=torch.long)
         return self.encode(torch.stack([self.transform(self.open(picture)) for picture in several]))
@@ -106,7 +111,8 @@ class PictureCodec:
             raise CodesError(f"A code is outside the codebook 0..{self.model.config.codebook_size - 1}.") from error
 
     def draw(
-        self, codes: Codes | Sequence[Sequence[int]], *, seed: int | Sequence[int] = 0, batch_size: int = 8, **decode: Any
+        self, codes: Codes | Sequence[Sequence[int]], *, seed: int | Sequence[int] = 0, batch_size: int = 8,
+        **decode: Any,
     ) -> list[Image.Image]:
         """Codes -> pictures.
 
@@ -149,3 +155,26 @@ def is_codes(value: object) -> bool:
         return not value.is_floating_point() and value.ndim == 1
     return (isinstance(value, (list, tuple)) and len(value) > 0
             and all(isinstance(code, int) and not isinstance(code, bool) for code in value))
+
+
+def load_codec(
+    spec: SystemSpec, vocabulary: ImageVocabulary, *, device: torch.device, dtype: torch.dtype, load_decoder: bool = True
+) -> PictureCodec:
+    """The picture half of a system, its de-tokenizer to be loaded on first use.
+
+    Raises:
+        CheckpointError: weights that are missing or damaged; `ConfigError`: another codebook than the vocabulary's.
+    """
+    from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
+    from seed_multimodal.images.transforms import get_transform
+
+    model = Seed2Tokenizer.from_pretrained(spec.tokenizer, vision=spec.vision, device=device, dtype=dtype)
+    has = (model.config.codebook_size, model.config.num_query)
+    if has != (vocabulary.n_codes, vocabulary.tokens_per_image):
+        raise ConfigError(f"{spec.tokenizer}: the image tokenizer has {has[0]} codes, {has[1]} to a picture, but the "
+                          f"vocabulary has {vocabulary.n_codes} and {vocabulary.tokens_per_image}.")
+    load = None
+    if load_decoder and spec.detokenizer is not None:
+        load = partial(UnclipDetokenizer.from_pretrained, spec.detokenizer, device=device, dtype=dtype)
+    transform = get_transform(**{**spec.transform, "image_size": spec.image_size})
+    return PictureCodec(model, transform, load_decoder=load, device=device)

@@ -12,10 +12,10 @@ the device, through `log`.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -24,24 +24,18 @@ from torch import Tensor
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
-from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.answer import AnswerPart, ImagePart, split_answer
-from seed_multimodal.language.generation import GenerationSettings, generate_ids
+from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.loading import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.systems.answer import Answer, DrawnPart
 from seed_multimodal.systems.chat import as_parts, to_turns, turn_marker
 from seed_multimodal.systems.loading import SystemSpec, find_system
-from seed_multimodal.systems.pictures import Picture, PictureCodec
+from seed_multimodal.systems.pictures import Picture, PictureCodec, load_codec
 from seed_multimodal.systems.quiet import quiet_loading
-from seed_multimodal.systems.stream import (
-    AnswerReader,
-    Event,
-    ReadingStreamer,
-    StopGeneration,
-    tokens_from_thread,
-)
+from seed_multimodal.systems.speaker import Speaker
+from seed_multimodal.systems.stream import Event
 
 Log = Callable[[str], None] | None
 DECODE_KEYS = ("num_inference_steps", "guidance_scale", "noise_level", "scheduler")
@@ -61,10 +55,11 @@ class SeedLlama:
         self.llm = llm
         self.pictures = pictures
         self.template = get_template(spec.template)
+        self.speaker = Speaker(llm, tokenizer, turn_marker(self.template))
         self.tasks = spec.tasks
         if llm.config.vocab_size != tokenizer.vocabulary.size:
-            raise CheckpointError(f"{spec.name}: the language model has {llm.config.vocab_size} words, but the tokenizer "
-                                  f"has {tokenizer.vocabulary.size}; they do not belong together.")
+            raise CheckpointError(f"{spec.name}: the language model has {llm.config.vocab_size} words, but the "
+                                  f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together.")
         self.settings()  # wrong defaults in system.json show now, not at the first question
 
     @classmethod
@@ -96,7 +91,8 @@ class SeedLlama:
         with quiet_loading("transformers"):
             model = load_llm(spec.llm, device=runtime.device, dtype=runtime.dtype, quantization=quantization,
                              vocabulary=words.vocabulary)
-        pictures = _load_pictures(spec, words, here, runtime.dtype, load_decoder, offload_encoder, offload_decoder)
+        pictures = load_codec(spec, words.vocabulary, device=here, dtype=runtime.dtype, load_decoder=load_decoder)
+        pictures.offload(encoder=offload_encoder, decoder=offload_decoder)
         return cls(spec, words, model, pictures)
 
     # ---- pictures ⇄ codes
@@ -115,8 +111,8 @@ class SeedLlama:
 
     def reconstruct(self, images_or_codes: Any, seed: int = 0, **decode: Any) -> list[Image.Image]:
         """Pictures, or their codes ([B, 32] or the 32 of one), drawn again; `decode` goes to the de-tokenizer."""
-        first = images_or_codes[0] if isinstance(images_or_codes, (list, tuple)) and images_or_codes else images_or_codes
-        if isinstance(first, (str, Path, bytes, Image.Image)):
+        several = isinstance(images_or_codes, (list, tuple)) and len(images_or_codes) > 0
+        if isinstance(images_or_codes[0] if several else images_or_codes, (str, Path, bytes, Image.Image)):
             images_or_codes = self.tokenize(images_or_codes)
         return self.pictures.draw(images_or_codes, seed=seed, **decode)
 
@@ -169,8 +165,8 @@ class SeedLlama:
             opening = self.tasks.edit_response if edits else self.tasks.draw_response
             settings = self._forced(settings)
         if stream:
-            return self._stream(prompt, opening, settings, decode)
-        return self._finish(self._read(prompt, opening, settings), settings, decode)
+            return self._stream(self.speaker.events(prompt, settings, opening), settings.seed, decode)
+        return self._finish(self.speaker.answer(prompt, settings, opening), settings.seed, decode)
 
     # ---- building blocks
 
@@ -198,7 +194,7 @@ class SeedLlama:
 
     def generate(self, prompt: Sequence[int], settings: GenerationSettings) -> list[int]:
         """Prompt ids -> the ids of the answer, which ends where the model ends it or begins to speak for the user."""
-        return self._read(prompt, "", settings)
+        return self.speaker.answer(prompt, settings)
 
     # ---- inside
 
@@ -214,7 +210,7 @@ class SeedLlama:
     def _say(self, content: list[Any], options: dict[str, Any]) -> str:
         """The text of an answer; pictures in it are not drawn."""
         turns = to_turns([{"role": "user", "content": content}], self.tokenize, self.pictures.check_codes)
-        ids = self._read(self.prompt_ids(turns), "", self.settings(**options))
+        ids = self.speaker.answer(self.prompt_ids(turns), self.settings(**options))
         return Answer(split_answer(ids, self.tokenizer)).text
 
     def _one_picture(self, content: list[Any], opening: str, options: dict[str, Any]) -> Image.Image:
@@ -223,78 +219,28 @@ class SeedLlama:
                            max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)
         _ = self.pictures.decoder  # a missing de-tokenizer shows before the model works
         turns = to_turns([{"role": "user", "content": content}], self.tokenize, self.pictures.check_codes)
-        answer = self._finish(self._read(self.prompt_ids(turns), opening, settings), settings, decode)
+        ids = self.speaker.answer(self.prompt_ids(turns), settings, opening)
+        answer = self._finish(ids, settings.seed, decode)
         if len(answer.images) != 1:
             raise GenerationError("The model's answer holds no whole picture"
                                   + (f": {answer.problems[0]}" if answer.problems else "."))
         return answer.images[0]
 
-    def _open(self, prompt: Sequence[int], opening: str, settings: GenerationSettings) -> tuple[list[int], list[int]]:
-        """The prompt with the words of a forced answer, and the tokens of the answer that are fixed already."""
-        words = self.tokenizer.encode_parts([opening]) if opening else []
-        forced = [self.tokenizer.vocabulary.boi_id] if settings.force_image else []
-        return [*prompt, *words], words + forced
-
-    def _read(self, prompt: Sequence[int], opening: str, settings: GenerationSettings) -> list[int]:
-        """The ids of one answer."""
-        prompt, fixed = self._open(prompt, opening, settings)
-        reader = AnswerReader(self.tokenizer, turn_marker(self.template))
-        for token in fixed:
-            reader.read(token)
-
-        def take(token: int) -> bool:
-            reader.read(token)
-            return not reader.finished
-
-        if settings.num_beams > 1:  # beams cannot be watched: read the best one afterwards
-            for token in generate_ids(self.llm, [prompt], settings, self.tokenizer)[0][int(settings.force_image):]:
-                reader.read(token)
-        else:
-            try:
-                generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=ReadingStreamer(take))
-            except StopGeneration:
-                pass
-        reader.close()
-        return reader.ids
-
-    def _stream(
-        self, prompt: Sequence[int], opening: str, settings: GenerationSettings, decode: dict[str, Any]
-    ) -> Iterator[Event]:
-        if settings.num_beams > 1:
-            raise ConfigError("An answer cannot be streamed with num_beams above 1.")
-        prompt, fixed = self._open(prompt, opening, settings)
-        return self._events(prompt, fixed, settings, decode)
-
-    def _events(
-        self, prompt: list[int], fixed: list[int], settings: GenerationSettings, decode: dict[str, Any]
-    ) -> Iterator[Event]:
-        reader = AnswerReader(self.tokenizer, turn_marker(self.template))
+    def _stream(self, events: Iterator[Event], seed: int | None, decode: dict[str, Any]) -> Iterator[Event]:
+        """A speaker's events with the pictures drawn, and the whole answer at the end."""
         images: list[Image.Image | None] = []
-
-        def shown(events: list[Event]) -> Iterator[Event]:
+        with contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
                 if event["type"] == "image":
-                    images.append(self._draw_codes([event["codes"]], settings.seed, decode)[0])
+                    images += self._draw_codes([event["codes"]], seed, decode)
                     event = {**event, "image": images[-1]}
+                elif event["type"] == "end":
+                    event = {"type": "done", "answer": self._answer(event["ids"], images)}
                 yield event
 
-        for token in fixed:
-            yield from shown(reader.read(token))
-        tokens = tokens_from_thread(
-            lambda streamer: generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=streamer))
-        try:
-            for token in tokens:
-                yield from shown(reader.read(token))
-                if reader.finished:
-                    break
-        finally:
-            tokens.close()  # type: ignore[attr-defined]  # ends the thread when the caller leaves early
-        yield from shown(reader.close())
-        yield {"type": "done", "answer": self._answer(reader.ids, images)}
-
-    def _finish(self, ids: list[int], settings: GenerationSettings, decode: dict[str, Any]) -> Answer:
+    def _finish(self, ids: list[int], seed: int | None, decode: dict[str, Any]) -> Answer:
         codes = [part.codes for part in split_answer(ids, self.tokenizer) if isinstance(part, ImagePart)]
-        return self._answer(ids, self._draw_codes(codes, settings.seed, decode))
+        return self._answer(ids, self._draw_codes(codes, seed, decode))
 
     def _draw_codes(self, codes: list[list[int]], seed: int | None, decode: dict[str, Any]) -> list[Image.Image | None]:
         if not codes or not self.pictures.can_draw:
@@ -306,26 +252,6 @@ class SeedLlama:
         parts: list[AnswerPart] = [DrawnPart(part.codes, next(rest)) if isinstance(part, ImagePart) else part
                                    for part in split_answer(ids, self.tokenizer)]
         return Answer(tuple(parts), tuple(ids))
-
-
-def _load_pictures(
-    spec: SystemSpec, words: MultimodalTokenizer, device: Any, dtype: Any, load_decoder: bool, offload_encoder: bool,
-    offload_decoder: bool,
-) -> PictureCodec:
-    from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
-    from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-
-    model = Seed2Tokenizer.from_pretrained(spec.tokenizer, vision=spec.vision, device=device, dtype=dtype)
-    has = (model.config.codebook_size, model.config.num_query)
-    if has != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
-        raise ConfigError(f"{spec.tokenizer}: the image tokenizer has {has[0]} codes, {has[1]} to a picture, but the "
-                          f"vocabulary has {words.vocabulary.n_codes} and {words.vocabulary.tokens_per_image}.")
-    load = None
-    if load_decoder and spec.detokenizer is not None:
-        load = partial(UnclipDetokenizer.from_pretrained, spec.detokenizer, device=device, dtype=dtype)
-    transform = get_transform(**{**spec.transform, "image_size": spec.image_size})
-    return PictureCodec(model, transform, load_decoder=load, device=device, offload_encoder=offload_encoder,
-                        offload_decoder=offload_decoder)
 
 
 def _take(options: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:

@@ -32,18 +32,19 @@ OURS = "model.safetensors"
 QUANTIZER_FILES = ("seed_quantizer.safetensors", "seed_quantizer.pt")
 VISION_FILES = ("eva_vit_g.safetensors", "eva_vit_g.pth")
 VISION_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
-WHERE = (f"make a folder with {QUANTIZER_FILES[-1]} (from AILab-CVC/seed-tokenizer-2 on the Hugging Face hub) and "
-         f"{VISION_FILES[-1]} (from {VISION_URL}) and give its path")
+WHERE = (f"put {QUANTIZER_FILES[-1]} (from AILab-CVC/seed-tokenizer-2 on the Hugging Face hub) and {VISION_FILES[-1]} "
+         f"(from {VISION_URL}) into a folder such as pretrained/seed_tokenizer and give its path")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOWER = "visual_encoder."
 QUERY_LAYER = "Qformer.bert.encoder.layer.*"
 # Training-only tensors that a released or training checkpoint may carry.
-IGNORED = (
+IGNORED: tuple[str, ...] = (
     "Reverse_Qformer_text.*", "reverse_tokens_text", "distill_text_proj.*", "blocks_text.*", "pos_embed_text",
     "text_proj.*", "vision_proj.*", "itm_head.*", "temp", "text_encoder.*", "clip_model.*", "embedding_head.*",
     "Qformer.cls.*", "Qformer.bert.embeddings.word_embeddings.*", "Qformer.bert.embeddings.position_embeddings.*",
     f"{QUERY_LAYER}.intermediate.*", f"{QUERY_LAYER}.output.*", "quantize.ema_*")
 IGNORED_BESIDE_IMAGE_DOWN = ("Reverse_Qformer.*", "reverse_tokens")
+IGNORED_WITHOUT_RECON = ("pos_embed", "blocks.*")
 IGNORED_IN_TOWER = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_head.*")
 
 
@@ -155,6 +156,8 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=["config.json", OURS, *QUANTIZER_FILES, *VISION_FILES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            reason = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
         raise CheckpointError(f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); "
                               f"{WHERE}.") from error
 
@@ -168,15 +171,16 @@ def _tower(state: dict[str, Tensor], files: Sources) -> tuple[dict[str, Tensor],
     if bundled:
         return bundled, files.weights
     if "patch_embed.proj.weight" in state and "query_tokens" not in state:
-        raise CheckpointError(f"{files.weights}: this is the vision tower alone; give it as vision= and the tokenizer's "
-                              f"own weights ({QUANTIZER_FILES[-1]}) as the source.")
+        raise CheckpointError(f"{files.weights}: this is the vision tower alone; give it as vision= and the "
+                              f"tokenizer's own weights ({QUANTIZER_FILES[-1]}) as the source.")
     if "query_tokens" not in state:
         raise CheckpointError(f"{files.weights}: not a SEED-2 tokenizer: it holds no 'query_tokens' "
                               f"(its first tensor is {next(iter(state))!r}).")
     if files.vision is None:
         raise CheckpointError(
-            f"{files.weights}: the vision tower (511 'visual_encoder.*' tensors at released size) is stored apart and is "
-            f"missing; download it from {VISION_URL} to {files.weights.parent / VISION_FILES[-1]}, or give vision=FILE.")
+            f"{files.weights}: the vision tower (511 'visual_encoder.*' tensors at released size) is stored apart and "
+            f"missing; download it from {VISION_URL} to {files.weights.parent / VISION_FILES[-1]}, "
+            f"or give vision=FILE.")
     tower = load_state_dict(files.vision)
     tower = {name.removeprefix(TOWER): value for name, value in tower.items()}
     if "patch_embed.proj.weight" not in tower:
@@ -208,6 +212,8 @@ def _assign(model: Seed2Tokenizer, state: dict[str, Tensor], tower: dict[str, Te
     """Fill the model and account for every name of both files."""
     unused_last_block = f"blocks.{model.config.vit.depth}.*"
     ignored = IGNORED if model.config.use_qformer_image else IGNORED + IGNORED_BESIDE_IMAGE_DOWN
+    if not model.config.recon_s:
+        ignored += IGNORED_WITHOUT_RECON
     rest = [name for name in model.state_dict() if name.startswith(TOWER)]
     report = assign_strictly(model, state, source, allow_missing=[*rest, "*position_ids"], allow_unexpected=ignored)
     seen = assign_strictly(model.visual_encoder, tower, tower_source,

@@ -117,12 +117,16 @@ class QFormerLayer(nn.Module):
             parts.append(self.output_query(self.intermediate_query(q), q))
         if x.shape[1] > queries:
             text = x[:, queries:]
+            if self.intermediate is None or self.output is None:
+                raise ConfigError("This Q-Former was built without a text path.")
             parts.append(self.output(self.intermediate(text), text))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class _Embeddings(nn.Module):
     """LayerNorm over queries followed by text words with positions that start at 0 for the text."""
+
+    position_ids: Tensor
 
     def __init__(self, config: QFormerConfig, vocab_size: int | None) -> None:
         super().__init__()
@@ -162,9 +166,8 @@ class _Predictions(nn.Module):
     def __init__(self, config: QFormerConfig, words: nn.Embedding) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
-        self.transform = nn.Module()
-        self.transform.dense = nn.Linear(config.width, config.width)
-        self.transform.LayerNorm = LayerNorm(config.width, eps=1e-12)
+        self.transform = nn.ModuleDict({"dense": nn.Linear(config.width, config.width),
+                                        "LayerNorm": LayerNorm(config.width, eps=1e-12)})
         self.decoder = nn.Linear(config.width, words.num_embeddings)
         self.decoder.weight, self.decoder.bias = words.weight, self.bias
 
@@ -182,8 +185,8 @@ class QFormer(nn.Module):
             if vocab_size is None:
                 raise ConfigError("The prediction head needs a text path: give vocab_size.")
             self.cls = nn.Module()
-            self.cls.predictions = _Predictions(config, self.bert.embeddings.word_embeddings)
-            _init_bert(self.cls.predictions.transform.dense)
+            self.cls.predictions = predictions = _Predictions(config, self.bert.embeddings.word_embeddings)
+            _init_bert(predictions.transform["dense"])
 
     def forward(self, queries: Tensor | None = None, encoded: Tensor | None = None, *,
                 input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -224,8 +227,8 @@ class QFormer(nn.Module):
     def copy_text_to_query(self) -> None:
         """Start the queries' feed-forward layers from the text's, as stage 1 does from BERT weights."""
         for layer in self.bert.encoder.layer:
-            layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
-            layer.output_query.load_state_dict(layer.output.state_dict())
+            for name in ("intermediate", "output"):
+                layer.get_submodule(f"{name}_query").load_state_dict(layer.get_submodule(name).state_dict())
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,5 +238,5 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 def _init_bert(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

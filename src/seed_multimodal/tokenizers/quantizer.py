@@ -31,13 +31,17 @@ class CodebookUsage:
 
 
 class VectorQuantizer(nn.Module):
-    """`embedding` `[K, d]` holds the codes.
+    """`embedding` `[K, d]` holds the codes; `counts` `[K]` how often each was chosen in training (not saved).
 
     Args:
         beta: weight of the codebook term; with `legacy=False` of the commitment term instead.
         normalize: compare and decode codes on the unit sphere.
         ema_decay: if set, codes follow a moving average of their features instead of the gradient.
     """
+
+    counts: Tensor
+    ema_count: Tensor
+    ema_sum: Tensor
 
     def __init__(self, size: int, dim: int, *, beta: float = 0.25, legacy: bool = True, normalize: bool = False,
                  ema_decay: float | None = None) -> None:
@@ -83,18 +87,18 @@ class VectorQuantizer(nn.Module):
         else:
             loss = commitment if self.legacy else self.beta * commitment
             if self.training:
-                self._follow(z.detach().reshape(-1, self.dim).float(), indices.flatten())
+                self._follow(z.detach().reshape(-1, self.dim).float(), indices.flatten(), self.ema_decay)
         return z + (chosen - z).detach(), loss, indices
 
     @torch.no_grad()
-    def _follow(self, points: Tensor, indices: Tensor) -> None:
+    def _follow(self, points: Tensor, indices: Tensor, decay: float) -> None:
         count = torch.bincount(indices, minlength=self.size).to(points.dtype)
         total = torch.zeros_like(self.ema_sum).index_add_(0, indices, points)
         if _is_distributed():
             dist.all_reduce(count)
             dist.all_reduce(total)
-        self.ema_count.lerp_(count, 1 - self.ema_decay)
-        self.ema_sum.lerp_(total, 1 - self.ema_decay)
+        self.ema_count.lerp_(count, 1 - decay)
+        self.ema_sum.lerp_(total, 1 - decay)
         alive = self.ema_count > 1e-3
         means = self.ema_sum / self.ema_count.clamp_min(1e-3)[:, None]
         self.embedding.weight.copy_(torch.where(alive[:, None], means.to(self.embedding.weight.dtype),

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import ConfigError, CodesError, ImageError
+from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.tokenizers.layers import Block, LayerNorm, run_blocks
 from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -108,7 +109,8 @@ class Seed2Config:
         return cls(
             vit=_infer_vit(state, shape, source), qformer=qformer, num_query=num_query,
             codebook_size=codebook[0], codebook_dim=codebook[1], decode_depth=_count(state, "blocks_image"),
-            recon_s=_count(state, "blocks") > 0, image_features_dim=shape("distill_image_proj.weight")[0], use_qformer_image=reverse,
+            recon_s=_count(state, "blocks") > 0, use_qformer_image=reverse,
+            image_features_dim=shape("distill_image_proj.weight")[0],
             reverse_depth=_count(state, "Reverse_Qformer.bert.encoder.layer") if reverse else cls.reverse_depth)
 
 
@@ -140,7 +142,7 @@ def _heads(part: str, width: int, source: str | Path) -> int:
     if width not in known:
         raise CheckpointError(
             f"{source}: weights do not show the number of attention heads, and the {part} width {width} is not the "
-            f"released one ({next(iter(known))}): give config=Seed2Config(...) or put a config.json beside the weights.")
+            f"released one ({next(iter(known))}): give config=Seed2Config(...) or put a config.json beside the file.")
     return known[width]
 
 
@@ -155,7 +157,7 @@ def _cross_freq(names: Iterable[str]) -> int:
     return layers[1] - layers[0] if len(layers) > 1 else QFormerConfig.cross_attention_freq
 
 
-def _build(kind: type, values: Mapping[str, object], source: str | Path):
+def _build(kind: type[Any], values: Mapping[str, object], source: str | Path) -> Any:
     known = [item.name for item in dataclasses.fields(kind)]
     for name in values:
         if name not in known:

@@ -83,8 +83,10 @@ class Stage1Model(nn.Module):
             self.visual_encoder.eval()
         return self
 
-    def vit_features(self, images: Tensor) -> Tensor:
+    def vit_features(self, images: Tensor | None) -> Tensor:
         """Pixels `[B, 3, S, S]` → tower output `[B, N, W]`; can be computed once and given to `forward`."""
+        if images is None:
+            raise ConfigError("Stage 1 needs images, or vit_features computed from them.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
             return self.visual_encoder(images)
 

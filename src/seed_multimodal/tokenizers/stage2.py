@@ -73,6 +73,8 @@ class Stage2Model(Seed2Tokenizer):
         ema_decay: moving-average codebook instead of the codebook loss.
     """
 
+    readout_weight: Tensor | None
+
     def __init__(self, config: Seed2Config, *, weights: Stage2Weights | None = None,
                  clip_model: nn.Module | None = None, freeze_qformer: bool = True, frozen_dropout: bool = True,
                  corrupt: float = 0.0, readout_weight: Tensor | None = None, ema_decay: float | None = None) -> None:
@@ -189,7 +191,7 @@ class Stage2Model(Seed2Tokenizer):
         wanted = tokenizer.state_dict()
         tokenizer.load_state_dict({name: value for name, value in self.state_dict().items() if name in wanted},
                                   assign=True)
-        tokenizer.quantize.counts = torch.zeros_like(self.quantize.counts)
+        tokenizer.quantize.counts = torch.zeros_like(self.quantize.counts)  # not saved, so still without memory
         return tokenizer.requires_grad_(False).eval()
 
 

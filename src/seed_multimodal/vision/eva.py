@@ -62,9 +62,9 @@ class EvaAttention(nn.Module):
     def forward(self, x_BNW: Tensor) -> Tensor:
         """`[B, N, W]` → `[B, N, W]`."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias])
-        q, k, v = F.linear(x_BNW, self.qkv.weight, bias).chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(*(heads_first(part, self.heads) for part in (q, k, v)))
-        return self.proj(heads_last(mixed))
+        fused = F.linear(x_BNW, self.qkv.weight, bias)
+        q, k, v = (heads_first(part, self.heads) for part in fused.chunk(3, dim=-1))
+        return self.proj(heads_last(F.scaled_dot_product_attention(q, k, v)))
 
 
 class EvaBlock(nn.Module):
@@ -118,8 +118,8 @@ class EvaVit(nn.Module):
                     nn.init.zeros_(module.bias)
         with torch.no_grad():
             for number, block in enumerate(self.blocks, start=1):
-                block.attn.proj.weight.div_(math.sqrt(2 * number))
-                block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+                for name in ("attn.proj", "mlp.fc2"):
+                    block.get_parameter(f"{name}.weight").div_(math.sqrt(2 * number))
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → tokens `[B, 1 + (S / patch)², W]`.

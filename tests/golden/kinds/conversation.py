@@ -1,8 +1,8 @@
 """Kind `conversation`: the chat demo's templates and turn handling, step by step.
 
 Checked: `templates.json` (every prompt), `helpers.json` (sizes, error suffix) and all `flows_*.json`: view, stored
-messages, pending message, buttons, posted bodies (pictures as pixels), the model's input ids, the server's answer to the
-stub model's ids, the final prompt and the log record.
+messages, pending message, buttons, posted bodies (pictures as pixels), the model's input ids, the server's answer to
+the stub model's ids, the final prompt and the log record.
 Not covered: request headers and addresses; picture files' md5 names (they depend on the PNG encoder: compared by
 order); generation settings the server adds (kind `flask_api`); and what the original does after it crashed on a typed
 `<image>`: here that text is refused when it is added, and the flow ends there.

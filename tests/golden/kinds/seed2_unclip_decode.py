@@ -1,6 +1,7 @@
 """unCLIP decoding: class labels, prompt embeddings, latents for every scheduler and case, and the final picture.
 
-The recorded noise tensors are replayed in the order in which they were drawn. Not checked: the reference's refusal of
+The recorded noise tensors are replayed in the order in which they were drawn. diffusers and transformers are imported
+inside functions, because every kind is read for every fixture. Not checked: the reference's refusal of
 two embeddings in one call (`batch_of_two_embeds`), which works here.
 """
 
@@ -12,15 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer, pipeline_stable_unclip_img2img
 from runner import assert_close, assert_same, read_json, read_tensors
 from seed2_common import Tensors
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
-from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
 from seed_multimodal.weights import assign_strictly
 
 KIND = "seed2_unclip_decode"
@@ -34,11 +31,15 @@ def _part(weights: Tensors, name: str) -> Tensors:
 
 
 def _scheduler(settings: dict[str, Any]) -> Any:
+    import diffusers
+
     settings = dict(settings)
     return getattr(diffusers, settings.pop("class")).from_config(settings)
 
 
-def _tokenizer(sizes: dict[str, Any]) -> CLIPTokenizer:
+def _tokenizer(sizes: dict[str, Any]) -> Any:
+    from transformers import CLIPTokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocab.write_text(json.dumps(sizes["tokenizer_vocab"]))
@@ -46,7 +47,9 @@ def _tokenizer(sizes: dict[str, Any]) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder, model_max_length=sizes["tokenizer_max_length"])
 
 
-def _text_encoder(settings: dict[str, Any], weights: Tensors) -> CLIPTextModel:
+def _text_encoder(settings: dict[str, Any], weights: Tensors) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     model = CLIPTextModel(CLIPTextConfig(**settings)).eval()
     if not any(key.startswith("text_model.") for key in model.state_dict()):  # transformers 5 dropped the prefix
         weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
@@ -55,6 +58,11 @@ def _text_encoder(settings: dict[str, Any], weights: Tensors) -> CLIPTextModel:
 
 
 def build(sizes: dict[str, Any], weights: Tensors) -> UnclipDetokenizer:
+    import diffusers
+    from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+
+    from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
+
     unet = diffusers.UNet2DConditionModel.from_config(sizes["unet"]).eval()
     vae = diffusers.AutoencoderKL.from_config(sizes["vae"]).eval()
     normalizer = StableUnCLIPImageNormalizer(sizes["embedding_dim"])
@@ -70,6 +78,8 @@ def build(sizes: dict[str, Any], weights: Tensors) -> UnclipDetokenizer:
 @contextmanager
 def replayed(noises: list[torch.Tensor]):
     """Hand out recorded noise instead of drawing it; all of it must be used."""
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_unclip_img2img
+
     original, rest = pipeline_stable_unclip_img2img.randn_tensor, list(noises)
 
     def recorded(shape: tuple[int, ...], **_: Any) -> torch.Tensor:

@@ -169,7 +169,7 @@ def _records(pictures: list[Picture], facts: dict[str, list[str]]) -> list[NanoR
         colour, share = main_colour(p.pixels)
         record = NanoRecord(
             key=p.key, style=p.drawing.style, family=families[p.key], label=p.concept.label, split=split,
-            captions=captions(p.drawing.style, p.concept.label, p.concept.subgroup, tags), qa=[],
+            captions=captions(p.drawing.style, p.concept.label, p.concept.subgroup, tags, p.concept.tone), qa=[],
             group=p.concept.group, subgroup=p.concept.subgroup, tags=tags, colour=colour, tone=p.concept.tone,
             gender=p.concept.gender, code=p.concept.code,
         )

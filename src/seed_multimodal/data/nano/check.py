@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 from seed_multimodal.data.nano.conversations import ASKS_DRAWING
@@ -73,12 +74,13 @@ def _combos(nano: NanoSet) -> Iterator[str]:
 def held_out_phrases(nano: NanoSet) -> set[str]:
     """Every text that would say the label of an unseen family, in each of the set's own wordings."""
     phrases: set[str] = set()
+    tones = {record.tone for record in nano.records}
     for label in {record.label for record in nano.records if record.split in UNSEEN}:
         thing = with_article(label)
         phrases |= {label, thing}
         phrases |= {text.format(thing=thing) for text in (*QUESTIONS["yesno"], *INSTRUCTIONS["swap"])}
-        for style in STYLE_NAMES:
-            made = captions(style, label, "", [])[:4]
+        for style, tone in product(STYLE_NAMES, tones):
+            made = captions(style, label, "", [], tone)[:4]
             phrases.update(made, (text.format(caption=made[0]) for text in ASKS_DRAWING))
     return phrases
 

@@ -25,10 +25,10 @@ QUESTIONS = {
 }
 
 
-def captions(style: str, label: str, subgroup: str, tags: list[str]) -> list[str]:
+def captions(style: str, label: str, subgroup: str, tags: list[str], tone: str | None = None) -> list[str]:
     """Captions of a picture; the first is the canonical one, naming style and thing."""
     name = STYLE_NAMES[style]
-    thing = with_article(label)
+    thing = with_article(label) + (f" with {tone} skin tone" if tone else "")
     made = [f"a {name} drawing of {thing}", label, f"{thing} in {name} style", f"a {name} picture of {thing}",
             f"{label}, {subgroup}"]
     return made + [f"{label}: {', '.join(tags[:MAX_TAGS])}"] if tags else made

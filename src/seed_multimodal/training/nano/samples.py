@@ -22,6 +22,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 IGNORED = -100
 PRETRAIN_SHARES = {"image_first": 0.5, "text_first": 0.5}
 SFT_SHARES = {"image_first": 0.05, "text_first": 0.10, "describe": 0.20, "qa": 0.25, "draw": 0.15, "edit": 0.15, "chat": 0.10}
+MAX_NOISE = 0.2
 Part = str | Sequence[int]
 
 
@@ -59,10 +60,17 @@ class SampleMaker:
         return items[int(torch.randint(len(items), (), generator=generator))]
 
     def _seen(self, picture: int, generator: torch.Generator) -> list[int]:
-        """Codes of any view of a picture the model reads; the unaugmented one half of the time."""
+        """Codes of a picture the model reads: any view (the unaugmented one half of the time), up to 20 % wrong.
+
+        There are few pictures and many passes over them; without such noise the model learns them by heart.
+        """
         views = self.codes.shape[1]
         view = int(torch.randint(2 * views, (), generator=generator))
-        return self.codes[picture, view if view < views else 0].tolist()
+        codes = self.codes[picture, view if view < views else 0]
+        share = MAX_NOISE * torch.rand((), generator=generator)
+        wrong = torch.rand(codes.shape, generator=generator) < share
+        noise = torch.randint(self.words.vocabulary.n_codes, codes.shape, generator=generator)
+        return torch.where(wrong, noise, codes).tolist()
 
     def _written(self, picture: int) -> list[int]:
         return self.codes[picture, 0].tolist()

@@ -1,0 +1,81 @@
+"""Answers cut into parts: any number of pictures in order, broken ones named, the rest kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from seed_multimodal.language.answer import (
+    BrokenImagePart,
+    ImagePart,
+    TextPart,
+    codes_before_end,
+    original_split,
+    split_answer,
+)
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+CODES = [1, 2, 3, 4, 5]
+
+
+def test_texts_and_pictures_in_order(tokenizer: MultimodalTokenizer) -> None:
+    ids = tokenizer.encode_parts(["Here is one.", CODES, "And another:", CODES[::-1], CODES]) + [2, 0, 0, 17]
+    assert split_answer(ids, tokenizer) == [
+        TextPart("Here is one."), ImagePart(CODES), TextPart("And another:"), ImagePart(CODES[::-1]), ImagePart(CODES)]
+
+
+def test_nothing_said(tokenizer: MultimodalTokenizer) -> None:
+    assert split_answer([], tokenizer) == split_answer([2], tokenizer) == []
+    assert split_answer([*tokenizer.encode(" \n "), 2], tokenizer) == []
+
+
+def test_broken_pictures_are_named_and_the_rest_goes_on(tokenizer: MultimodalTokenizer) -> None:
+    words = tokenizer.vocabulary
+    boi, eoi, code, text = words.boi_id, words.eoi_id, words.n_text, tokenizer.encode("after")
+    good = words.image_ids(CODES)
+    cases = [
+        ([boi, code, code, eoi], "2 codes instead of 5"), ([boi, eoi], "0 codes instead of 5"),
+        ([boi, *[code] * 6, eoi], "6 codes instead of 5"), ([boi, code, 17, code, code, code, eoi], "no image codes"),
+        ([code, code], "without an opening"), ([eoi], "without an opening"), ([boi], "broke off after 0 of 5"),
+        ([boi, code, code], "broke off after 2 of 5")]
+    for ids, reason in cases:
+        for before in ([], text):
+            parts = split_answer([*before, *ids, *good], tokenizer)
+            broken = [part for part in parts if isinstance(part, BrokenImagePart)]
+            assert len(broken) == 1 and broken[0].ids == ids and reason in broken[0].reason, reason
+            assert parts[-1] == ImagePart(CODES) and len(parts) == 2 + bool(before)
+    parts = split_answer([boi, code, *text], tokenizer)
+    assert isinstance(parts[0], BrokenImagePart) and parts[1] == TextPart("after")
+
+
+def test_every_id_is_accounted_for(tokenizer: MultimodalTokenizer) -> None:
+    import random
+
+    words = tokenizer.vocabulary
+    rng = random.Random(0)
+    for _ in range(300):
+        pool = [words.boi_id, words.eoi_id, words.n_text, words.n_text + 3, 300, 301]
+        ids = [rng.choice(pool) for _ in range(rng.randint(1, 25))]
+        rebuilt: list[int] = []
+        for part in split_answer(ids, tokenizer):
+            if isinstance(part, ImagePart):
+                rebuilt += words.image_ids(part.codes)
+            elif isinstance(part, BrokenImagePart):
+                rebuilt += part.ids
+            else:
+                rebuilt += tokenizer.encode(part.text)
+        decoded = tokenizer.decode([i for i in ids if i >= words.n_text])
+        assert tokenizer.decode([i for i in rebuilt if i >= words.n_text]) == decoded
+
+
+def test_the_released_scripts_keep_only_the_first_picture(tokenizer: MultimodalTokenizer) -> None:
+    ids = tokenizer.encode_parts(["Look.", CODES, "lost", CODES[::-1]])
+    answer = original_split(ids, tokenizer)
+    assert (answer.printed, answer.codes, answer.error) == ("Look.\n", CODES, None)
+    assert "IndexError" in (original_split([tokenizer.vocabulary.boi_id], tokenizer).error or "")
+
+
+@pytest.mark.parametrize("tail", [[], [2, 5]])
+def test_codes_before_the_end(tokenizer: MultimodalTokenizer, tail: list[int]) -> None:
+    words = tokenizer.vocabulary
+    assert codes_before_end([*words.code_to_id(CODES), words.eoi_id, *tail], words) == CODES
+    assert codes_before_end(words.code_to_id(CODES), words) == CODES

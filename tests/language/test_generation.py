@@ -1,0 +1,214 @@
+"""Generation with a tiny random model: pictures are well-formed in every mode, and switching the rule off is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.language.answer import BrokenImagePart, ImagePart, split_answer
+from seed_multimodal.language.generation import GenerationSettings, ImageSpanLogitsProcessor, generate_ids
+from seed_multimodal.language.loading import load_llm
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+GREEDY = GenerationSettings(max_new_tokens=40, do_sample=False)
+
+
+@pytest.fixture(scope="module")
+def model(llm_folder: Path) -> LlamaForCausalLM:
+    return load_llm(llm_folder)
+
+
+@pytest.fixture(scope="module")
+def eager(llm_folder: Path, tokenizer: MultimodalTokenizer) -> LlamaForCausalLM:
+    """The same model, very fond of image words and of the end token: it breaks pictures whenever it may."""
+    fond = load_llm(llm_folder)
+    words = tokenizer.vocabulary
+    with torch.no_grad():
+        fond.lm_head.weight[:words.n_text] *= 0.5
+        fond.lm_head.weight[2] *= 3
+        fond.lm_head.weight[words.n_text:] *= 2
+    return fond
+
+
+def prompts(tokenizer: MultimodalTokenizer) -> list[list[int]]:
+    texts = ["USER: hello\nASSISTANT:", "USER: What is this animal? It is a cat, a cat, a cat.\nASSISTANT:", "a"]
+    return [tokenizer.encode(text, add_bos=True) for text in texts]
+
+
+def assert_well_formed(ids: list[int], tokenizer: MultimodalTokenizer) -> int:
+    parts = split_answer(ids, tokenizer)
+    assert not [part for part in parts if isinstance(part, BrokenImagePart)], tokenizer.decode(ids)
+    return sum(isinstance(part, ImagePart) for part in parts)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("force", [False, True])
+def test_pictures_are_whole(
+    eager: LlamaForCausalLM, tokenizer: MultimodalTokenizer, beams: int, sample: bool, force: bool
+) -> None:
+    found = 0
+    for seed in range(3):
+        settings = GenerationSettings(max_new_tokens=45, num_beams=beams, do_sample=sample, top_p=1.0, top_k=0,
+                                      seed=seed, force_image=force)
+        answers = generate_ids(eager, prompts(tokenizer), settings, tokenizer)
+        assert len(answers) == 3
+        for ids in answers:
+            pictures = assert_well_formed(ids, tokenizer)
+            assert not force or (ids[0] == tokenizer.vocabulary.boi_id and pictures >= 1)
+            found += pictures
+    assert found > 0
+
+
+def test_without_the_rule_this_model_breaks_pictures(eager: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
+    settings = GenerationSettings(max_new_tokens=45, top_p=1.0, top_k=0, seed=0, constrain=False)
+    parts = [part for ids in generate_ids(eager, prompts(tokenizer), settings, tokenizer)
+             for part in split_answer(ids, tokenizer)]
+    assert any(isinstance(part, BrokenImagePart) for part in parts)
+
+
+@pytest.mark.parametrize("budget", range(1, 16))
+def test_a_picture_is_only_begun_when_it_can_be_finished(
+    eager: LlamaForCausalLM, tokenizer: MultimodalTokenizer, budget: int
+) -> None:
+    for seed in range(4):
+        settings = GenerationSettings(max_new_tokens=budget, top_p=1.0, top_k=0, seed=seed)
+        for ids in generate_ids(eager, prompts(tokenizer), settings, tokenizer):
+            assert len(ids) <= budget
+            assert assert_well_formed(ids, tokenizer) <= budget // tokenizer.vocabulary.image_length
+
+
+def test_a_forced_picture_needs_room(eager: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
+    enough = tokenizer.vocabulary.tokens_per_image + 1
+    with pytest.raises(GenerationError, match=f"needs {enough} new tokens, but only {enough - 1}"):
+        short = GenerationSettings(max_new_tokens=enough - 1, force_image=True)
+        generate_ids(eager, prompts(tokenizer), short, tokenizer)
+    settings = GenerationSettings(max_new_tokens=enough, force_image=True)
+    answers = generate_ids(eager, prompts(tokenizer), settings, tokenizer)
+    assert [assert_well_formed(ids, tokenizer) for ids in answers] == [1, 1, 1]
+
+
+def test_a_picture_begun_in_the_prompt_is_finished(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
+    words = tokenizer.vocabulary
+    start = [1, words.boi_id, words.n_text, words.n_text + 1]
+    ids = start[1:] + generate_ids(model, [start], GREEDY, tokenizer)[0]
+    assert_well_formed(ids, tokenizer)
+    assert all(words.is_code_id(id) for id in ids[1:6]) and ids[6] == words.eoi_id
+
+
+@pytest.mark.parametrize("kind", ["greedy", "beams", "sampled"])
+def test_switched_off_it_is_plain_generate(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer, kind: str) -> None:
+    prompt = prompts(tokenizer)[1]
+    settings = {"greedy": GenerationSettings(do_sample=False, max_new_tokens=30, constrain=False),
+                "beams": GenerationSettings(do_sample=False, num_beams=4, max_new_tokens=30, constrain=False),
+                "sampled": GenerationSettings(max_new_tokens=30, seed=5, constrain=False)}[kind]
+    config = GenerationConfig(
+        max_new_tokens=30, num_beams=settings.num_beams, do_sample=settings.do_sample, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, **({"temperature": 1.0, "top_p": 0.5, "top_k": 50} if settings.do_sample else {}))
+    torch.manual_seed(5)
+    inputs = torch.tensor([prompt])
+    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
+    plain = output[0, len(prompt):].tolist()
+    mine = generate_ids(model, [prompt], settings, tokenizer)[0]
+    assert mine == (plain[:plain.index(2) + 1] if 2 in plain else plain)
+
+
+def test_the_rule_changes_nothing_that_was_well_formed(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
+    """A model that never says image words says the same with the rule on."""
+    quiet = model
+    saved = quiet.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        quiet.lm_head.weight[tokenizer.vocabulary.n_text:] = 0
+        quiet.lm_head.weight[tokenizer.vocabulary.n_text:, :] -= 1e-3
+    free = GenerationSettings(max_new_tokens=20, do_sample=False, constrain=False)
+    answers = [generate_ids(quiet, prompts(tokenizer), settings, tokenizer)
+               for settings in (free, GenerationSettings(max_new_tokens=20, do_sample=False))]
+    with torch.no_grad():
+        quiet.lm_head.weight.copy_(saved)
+    assert all(id < tokenizer.vocabulary.n_text for ids in answers[0] for id in ids)
+    assert answers[0] == answers[1]
+
+
+def test_a_batch_says_what_single_prompts_say(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
+    together = generate_ids(model, prompts(tokenizer), GREEDY, tokenizer)
+    alone = [generate_ids(model, [prompt], GREEDY, tokenizer)[0] for prompt in prompts(tokenizer)]
+    assert together == alone
+    assert len({tuple(ids) for ids in together}) == 3
+
+
+def test_seeds(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
+    def draw(seed: int | None) -> list[list[int]]:
+        settings = GenerationSettings(max_new_tokens=20, top_p=1.0, top_k=0, seed=seed)
+        return generate_ids(model, prompts(tokenizer), settings, tokenizer)
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first, again, other = draw(3), draw(3), draw(4)
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)
+    assert draw(None) != draw(None)
+
+
+def test_temperature_zero_is_greedy(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
+    cold = GenerationSettings(max_new_tokens=15, temperature=0.0)
+    assert generate_ids(model, prompts(tokenizer), cold, tokenizer) == generate_ids(
+        model, prompts(tokenizer), GenerationSettings(max_new_tokens=15, do_sample=False), tokenizer)
+
+
+def test_the_context_is_respected(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
+    context = model.config.max_position_embeddings
+    ids = generate_ids(model, [[1] + [300] * (context - 4)], GREEDY, tokenizer)[0]
+    assert len(ids) <= 3
+    with pytest.raises(GenerationError, match=f"context ends at {context}"):
+        generate_ids(model, [[1] + [300] * (context - 1)], GREEDY, tokenizer)
+
+
+def test_bad_prompts_and_settings(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
+    assert generate_ids(model, [], GREEDY, tokenizer) == []
+    for prompt in ([], [1, len(tokenizer)], [-1]):
+        with pytest.raises(GenerationError):
+            generate_ids(model, [prompt], GREEDY, tokenizer)
+    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"num_beams": 0},
+                  {"top_k": -1}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            GenerationSettings(**wrong)
+
+
+def test_streamer_sees_every_new_id(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
+    class Collector:
+        ids: list[int] = []
+        ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.ids = [*self.ids, *value.flatten().tolist()]
+
+        def end(self) -> None:
+            self.ended = True
+
+    collector, prompt = Collector(), prompts(tokenizer)[0]
+    answer = generate_ids(model, [prompt], GREEDY, tokenizer, streamer=collector)[0]
+    assert collector.ended and collector.ids == prompt + answer
+
+
+def test_processor_table(tokenizer: MultimodalTokenizer) -> None:
+    """Which kinds of words may come next, state by state."""
+    words = tokenizer.vocabulary
+    boi, eoi, code = words.boi_id, words.eoi_id, words.n_text
+    full = [boi, *[code] * 5]
+    rows = {"text": [1, 300], "open": [300, boi], "four": [boi, *[code] * 4], "five": full, "closed": [*full, eoi]}
+    length = max(map(len, rows.values()))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows.values()])
+    rule = ImageSpanLogitsProcessor(words, max_length=length + words.image_length)
+    allowed = torch.isfinite(rule(ids, torch.zeros(5, words.size + 3)))
+    kinds = {"text": allowed[:, :words.n_text], "code": allowed[:, code:boi], "open": allowed[:, boi:eoi],
+             "close": allowed[:, eoi:words.size]}
+    table = {name: {kind for kind, block in kinds.items() if block[number].all()} for number, name in enumerate(rows)}
+    assert table == {"text": {"text", "open"}, "open": {"code"}, "four": {"code"}, "five": {"close"},
+                     "closed": {"text", "open"}}
+    assert not allowed[:, words.size:].any()
+    tight = ImageSpanLogitsProcessor(words, max_length=rule.max_length - 1)(ids, torch.zeros(5, words.size))
+    assert not torch.isfinite(tight[:, boi]).any()

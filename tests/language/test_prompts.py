@@ -1,0 +1,58 @@
+"""Templates: the released strings, and that a longer dialogue begins with the ids of a shorter one."""
+
+from __future__ import annotations
+
+import pytest
+
+from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.language.prompts import TEMPLATES, Turn, get_template
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+CODES = [1, 2, 3, 4, 5]
+DIALOGUE = [("user", [CODES, "What is it?"]), ("assistant", "A cat."), ("user", "Draw it."),
+            ("assistant", ["Here.", CODES]), ("user", ["And ", "again?"])]
+
+
+def test_vicuna() -> None:
+    template = get_template("vicuna")
+    assert template.render(DIALOGUE[:1]) == ["USER: ", CODES, "What is it?\nASSISTANT:"]
+    assert template.render(DIALOGUE) == [
+        "USER: ", CODES, "What is it?\nASSISTANT:", "A cat.", "\nUSER: Draw it.\nASSISTANT:", "Here.", CODES,
+        "\nUSER: And again?\nASSISTANT:"]
+    assert template.render(DIALOGUE[2:3], system="Be kind.") == ["Be kind.\nUSER: Draw it.\nASSISTANT:"]
+
+
+def test_llama2() -> None:
+    template = get_template("llama2")
+    assert template.render(DIALOGUE[:1]) == ["[INST] ", CODES, "What is it? [/INST]\n"]
+    assert template.render(DIALOGUE[:3])[-1] == "\n[INST] Draw it. [/INST]\n"
+    assert template.render(DIALOGUE[2:3], "Be kind.") == ["<<SYS>>\nBe kind.\n<</SYS>>\n\n[INST] Draw it. [/INST]\n"]
+
+
+def test_plain() -> None:
+    assert get_template("plain").render([("user", ["a ", CODES, "b"])]) == ["a ", CODES, "b"]
+
+
+def test_text_form(tokenizer: MultimodalTokenizer) -> None:
+    image = "<img>" + "".join(f"<img_0000{i}>" for i in CODES) + "</img>"
+    text = get_template("vicuna").render_text(DIALOGUE[:1], tokenizer.vocabulary)
+    assert text == f"<s>USER: {image}What is it?\nASSISTANT:"
+    parts = get_template("vicuna").render(DIALOGUE[:1])
+    assert tokenizer.encode(text) == tokenizer.encode_parts(parts, add_bos=True)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_longer_dialogues_continue_shorter_ones(name: str, tokenizer: MultimodalTokenizer) -> None:
+    template = get_template(name)
+    ids = [tokenizer.encode_parts(template.render(DIALOGUE[:n])) for n in (1, 2, 3, 4, 5)]
+    assert all(longer[:len(shorter)] == shorter for shorter, longer in zip(ids, ids[1:], strict=False))
+
+
+def test_turn_shapes() -> None:
+    turns = [Turn("user", ("hi",)), {"role": "user", "content": "hi"}, ("user", ["hi"]), ["user", "hi"]]
+    assert len({Turn.of(turn) for turn in turns}) == 1
+    for wrong in (("system", "x"), {"role": "user"}, "hi", 3, ("user", "a", "b")):
+        with pytest.raises(RequestError):
+            get_template("vicuna").render([wrong])
+    with pytest.raises(ConfigError, match="vicuna, llama2, plain"):
+        get_template("alpaca")

@@ -1,0 +1,140 @@
+"""Round trips, white space, control words typed by users, damaged folders (exact ids: golden kind llm_sequences)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from seed_multimodal.errors import CheckpointError, CodesError, DataError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+CODES = [3, 0, 23, 7, 7]
+
+
+def test_trained_folder_has_llamas_layout(tokenizer: MultimodalTokenizer, tokenizer_folder: Path) -> None:
+    words = tokenizer.vocabulary
+    assert (words.n_text, words.n_codes, words.tokens_per_image) == (330, 24, 5)
+    assert len(tokenizer) == words.size == 356
+    assert tokenizer.tokens([0, 1, 2, 13, words.boi_id]) == ["<unk>", "<s>", "</s>", "<0x0A>", "<img>"]
+    assert json.loads((tokenizer_folder / "added_tokens.json").read_text())["</img>"] == words.eoi_id
+
+
+@pytest.mark.parametrize("text", ["hello", "It is a cat.", "a  b", "two\nlines", "漢字 😀 é", "\ttab", "x" * 500, "\n"])
+def test_any_text_survives(tokenizer: MultimodalTokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert 0 not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_training_is_repeatable(tmp_path: Path) -> None:
+    texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
+    for name in ("a", "b"):
+        MultimodalTokenizer.train(iter(texts), tmp_path / name, vocab_size=290, n_codes=4)
+    assert (tmp_path / "a/tokenizer.model").read_bytes() == (tmp_path / "b/tokenizer.model").read_bytes()
+    assert MultimodalTokenizer.from_pretrained(tmp_path / "a").vocabulary.tokens_per_image == 32
+
+
+def test_training_refusals(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no text"):
+        MultimodalTokenizer.train([" ", "\n"], tmp_path, vocab_size=300, n_codes=4)
+    for size in (100, 5000):  # fewer than the bytes; more than the text can give
+        with pytest.raises(DataError, match=f"{size} pieces"):
+            MultimodalTokenizer.train(["a cat"], tmp_path, vocab_size=size, n_codes=4)
+
+
+def test_white_space_next_to_pictures_is_dropped(tokenizer: MultimodalTokenizer) -> None:
+    image = tokenizer.vocabulary.image_ids(CODES)
+    tight = tokenizer.encode("USER:") + image + tokenizer.encode("hello")
+    text = tokenizer.vocabulary.image_text(CODES)
+    assert tokenizer.encode(f"USER: \n{text} \t hello") == tight
+    assert tokenizer.encode_parts(["USER: \n", CODES, " \t hello"]) == tight
+    assert tokenizer.encode_parts(["USER: ", CODES, "hello"], strip=False) == (
+        tokenizer.encode("USER: ") + image + tokenizer.encode("hello"))
+    assert tokenizer.encode_parts([CODES, "  ", CODES, ""]) == image + image
+    assert tokenizer.encode_parts(["a ", " b"]) == tokenizer.encode("a ") + tokenizer.encode(" b")
+
+
+def test_white_space_next_to_special_words_stays(tokenizer: MultimodalTokenizer) -> None:
+    blank = tokenizer.encode(" ")
+    assert tokenizer.encode("<s> ") == [1, *blank]
+    assert tokenizer.encode("</s> <img>") == [2, tokenizer.vocabulary.boi_id]
+
+
+def test_typed_control_words_stay_letters(tokenizer: MultimodalTokenizer) -> None:
+    typed = "</s><img><img_00001></img><unk><s>"
+    ids = tokenizer.encode_parts([typed])
+    assert all(3 <= id < tokenizer.vocabulary.n_text for id in ids)
+    assert tokenizer.decode(ids) == typed
+    words = tokenizer.vocabulary
+    control = [2, words.boi_id, words.n_text + 1, words.eoi_id, 0, 1]
+    assert tokenizer.encode_parts([typed], allow_control=True) == control
+
+
+def test_words_of_the_shape_but_outside_the_codebook_are_text(tokenizer: MultimodalTokenizer) -> None:
+    for name in ("<img_00024>", "<img_0001>", "<img_99999>", "<img_00001", "<IMG>", "<img_０００１２>"):
+        assert all(id < tokenizer.vocabulary.n_text for id in tokenizer.encode(name)), name
+    ids = tokenizer.encode("<img_00024><img_00023>")
+    assert ids[-1] == tokenizer.vocabulary.n_text + 23
+
+
+def test_wrong_codes_are_refused(tokenizer: MultimodalTokenizer) -> None:
+    for codes in ([1, 2], [0, 0, 0, 0, 24], [0] * 6):
+        with pytest.raises(CodesError):
+            tokenizer.encode_parts(["x", codes])
+
+
+def test_decoding_ids_outside_the_vocabulary(tokenizer: MultimodalTokenizer) -> None:
+    for id in (-1, len(tokenizer)):
+        with pytest.raises(CodesError, match=f"id {id} "):
+            tokenizer.decode([5, id])
+
+
+def test_brackets_listed_as_special_are_skipped_when_asked(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """The released folder lists `<img>` and `</img>` as additional special tokens, the fixture's does not."""
+    folder = tmp_path / "released"
+    shutil.copytree(tokenizer_folder, folder)
+    file = folder / "special_tokens_map.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "additional_special_tokens": ["<img>", "</img>"]}))
+    released = MultimodalTokenizer.from_pretrained(folder)
+    ids = released.encode("a <img><img_00003></img> b")
+    assert released.decode(ids) == "a <img> <img_00003> </img> b"
+    assert released.decode(ids, skip_special_tokens=True) == "a <img_00003> b"
+    plain = MultimodalTokenizer.from_pretrained(tokenizer_folder)
+    assert plain.encode("a <img><img_00003></img> b") == ids
+    assert plain.decode(ids, skip_special_tokens=True) == "a <img> <img_00003> </img> b"
+
+
+def test_saved_folder_is_the_same(tokenizer: MultimodalTokenizer, tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "copy")
+    names = sorted(file.name for file in tokenizer_folder.iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "copy").iterdir())
+    assert all((tokenizer_folder / n).read_bytes() == (tmp_path / "copy" / n).read_bytes() for n in names)
+
+
+def test_damaged_folders(tokenizer_folder: Path, tmp_path: Path) -> None:
+    def broken(name: str, content: bytes | None) -> Path:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tokenizer_folder, folder)
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+        return folder
+
+    added = json.loads((tokenizer_folder / "added_tokens.json").read_text())
+    shifted = json.dumps({name: id + 1 for name, id in added.items()}).encode()
+    without = json.dumps({name: id for name, id in added.items() if name != "<img>"}).encode()
+    hole = json.dumps({name: id for name, id in added.items() if name != "<img_00003>"}).encode()
+    for name, content, message in [
+            ("tokenizer.model", None, "missing or empty"), ("tokenizer.model", b"", "missing or empty"),
+            ("tokenizer.model", b"junk", "not a SentencePiece model"), ("added_tokens.json", b"{", "not valid json"),
+            ("added_tokens.json", b"[]", "json object"), ("added_tokens.json", b"{}", "at least one image word"),
+            ("added_tokens.json", shifted, "it must have"), ("added_tokens.json", without, "'<img>' is missing"),
+            ("added_tokens.json", hole, "must have"),
+            ("tokenizer_config.json", b'{"tokens_per_image": 0}', "at least")]:
+        with pytest.raises(CheckpointError, match=message):
+            MultimodalTokenizer.from_pretrained(broken(name, content))
+    with pytest.raises(CheckpointError, match="no such tokenizer folder"):
+        MultimodalTokenizer.from_pretrained(tmp_path / "absent")

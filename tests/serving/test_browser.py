@@ -1,0 +1,216 @@
+"""The whole demo in a real browser: both programs as their own processes on free ports, driven by headless Chromium.
+
+`SEED_SCREENSHOTS=DIR pytest tests/serving/test_browser.py` keeps the screenshots.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 150
+INSTALL = ("The browser test needs {missing}: run scripts/test.sh as root, or install Debian's chromium and "
+           "chromium-driver (apt-get install chromium chromium-driver).")
+pytestmark = pytest.mark.timeout(900)
+
+
+class Program:
+    """A started program whose output is read line by line."""
+
+    def __init__(self, *command: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
+                       "GRADIO_ANALYTICS_ENABLED": "False"}
+        self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.lines: list[str] = []
+        self.address = ""
+        self._new: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._new.put(line)
+        self._new.put(None)
+
+    def wait_for(self, words: str) -> str:
+        """The first line that holds `words`."""
+        while True:
+            line = self._new.get(timeout=SECONDS)
+            assert line is not None, f"{self.process.args} ended early:\n{''.join(self.lines)}"
+            self.lines.append(line)
+            if words in line:
+                return line
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture()
+def backend(tiny_folder: Path) -> Iterator[Program]:
+    program = Program("gradio_demo/seed_llama_flask.py", "--system", str(tiny_folder), "--port", "0",
+                      "--llm_device", "cpu", "--tokenizer_device", "cpu")
+    yield program
+    program.stop()
+
+
+@pytest.fixture()
+def browser(tmp_path: Path) -> Iterator[Any]:
+    from selenium import webdriver
+
+    paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    missing = " and ".join(name for name, path in paths.items() if path is None)
+    if missing:
+        pytest.fail(INSTALL.format(missing=missing), pytrace=False)
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths["chromium"]
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                 "--disable-dev-shm-usage", "--window-size=1360,1000", f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths["chromedriver"]))
+    driver.set_page_load_timeout(SECONDS)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture()
+def page(backend: Program, browser: Any) -> Iterator[Page]:
+    backend.address = backend.wait_for("answering at").split("answering at ")[1].split()[0]
+    frontend = Program("gradio_demo/seed_llama_gradio.py", "--model_type", "nano", "--server_port", str(free_port()),
+                       "--request_address", backend.address)
+    browser.get(frontend.wait_for("The chat is at").split("The chat is at ")[1].split()[0])
+    yield Page(browser)
+    frontend.stop()
+
+
+class Page:
+    """What a visitor sees and does."""
+
+    def __init__(self, browser: Any) -> None:
+        from selenium.webdriver.common.by import By
+
+        self.browser = browser
+        self.css = By.CSS_SELECTOR
+        self.until(lambda: self.all("#submit"), "the page to load")
+
+    def until(self, true: Callable[[], Any], what: str) -> Any:
+        from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        try:
+            return WebDriverWait(self.browser, SECONDS, ignored_exceptions=[StaleElementReferenceException]).until(
+                lambda _: true())
+        except TimeoutException:
+            self.screenshot("failed")
+            pytest.fail(f"waited {SECONDS} s for {what}; the page says: {self.text('body')[:2000]}")
+
+    def all(self, selector: str) -> list[Any]:
+        return self.browser.find_elements(self.css, selector)
+
+    def text(self, selector: str) -> str:
+        return " ".join(element.text for element in self.all(selector))
+
+    def upload(self, file: Path) -> None:
+        self.all("#picture input[type=file]")[0].send_keys(str(file))
+        self.until(lambda: self.all("#picture img"), "the picture's preview")
+
+    def write(self, text: str) -> None:
+        box = self.all("#message textarea")[0]
+        box.clear()
+        box.send_keys(text)
+
+    def click(self, selector: str) -> None:
+        self.until(lambda: self.all(selector) and self.all(selector)[0].is_enabled(), f"{selector} to be ready")
+        self.all(selector)[0].click()
+
+    def force_picture(self) -> None:
+        self.all("#force input[type=radio]")[0].click()
+
+    def messages(self, role: str) -> list[Any]:
+        return self.all(f"#chat .{role}.message, #chat .message.{role}")
+
+    def pictures(self, role: str) -> list[tuple[int, int]]:
+        """Sizes of the pictures that the browser really decoded in messages of `role`."""
+        return [tuple(size) for size in self.browser.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].filter(i => i.complete && i.naturalWidth)"
+            ".map(i => [i.naturalWidth, i.naturalHeight])", f"#chat .{role} img")]
+
+    def answered(self) -> bool:
+        """The model's turn is over: nothing waits, and Regenerate can be pressed."""
+        return "Waiting" not in self.text("#status") and self.all("#regenerate")[0].is_enabled()
+
+    def screenshot(self, name: str) -> None:
+        folder = os.environ.get("SEED_SCREENSHOTS")
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+
+def answered(backend: Program) -> int:
+    """How many requests the backend has answered."""
+    return int(requests.get(backend.address.replace("/generate", "/health"), timeout=30).json()["answered"])
+
+
+def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, picture: Image.Image,
+                                                 tmp_path: Path) -> None:
+    page.screenshot("1_empty")
+    file = tmp_path / "stripes.png"
+    picture.save(file)
+    page.upload(file)
+    page.write("What is it?")
+    page.click("#submit")
+    page.until(lambda: page.messages("bot") and page.answered(), "the first answer")
+    assert "What is it?" in page.text("#chat .user")
+    page.until(lambda: len(page.pictures("user")) == 1, "the sent picture in the conversation")
+    page.screenshot("2_answered")
+    assert page.pictures("bot") == []
+
+    page.write("Please draw a red apple.")
+    page.force_picture()
+    page.click("#submit")
+    page.until(lambda: page.pictures("bot"), "the drawn picture")
+    assert page.pictures("bot") == [(16, 16)]
+    assert "Here is the picture." in page.text("#chat .bot")
+    page.until(page.answered, "the end of the second answer")
+    page.screenshot("3_drawn")
+
+    page.click("#regenerate")
+    page.until(lambda: answered(backend) == 3 and page.answered(), "the drawing made again")
+    assert len(page.pictures("bot")) == 1
+
+    backend.stop()
+    page.write("Are you there?")
+    page.click("#submit")
+    page.until(lambda: "start the backend" in page.text("#status"), "the sentence about the backend")
+    page.screenshot("4_backend_down")
+    page.click("#regenerate")
+    page.until(lambda: page.all("#regenerate")[0].is_enabled(), "the end of the vain attempt")
+    assert "Are you there?" in page.text("#chat .user") and "draw a red apple" in page.text("#chat .user")
+
+    page.click("#clear")
+    page.until(lambda: not page.messages("user") and not page.messages("bot"), "an empty conversation")

@@ -1,0 +1,146 @@
+"""What the page's buttons do, against the real backend over a real socket; and its sentences when there is none."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.serving.client import post_generate
+from seed_multimodal.serving.flask_app import create_app
+from seed_multimodal.serving.gradio_app import KINDS, ChatPage, build_demo, kind_of
+
+ASKED = {"max_turns": 3, "force_boi": False, "num_beams": 1, "max_new_tokens": 64, "temperature": 0.0, "top_p": 0.5}
+
+
+@pytest.fixture(scope="module")
+def address(tiny) -> Iterator[str]:
+    from werkzeug.serving import make_server
+
+    server = make_server("127.0.0.1", 0, create_app(tiny), threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/generate"
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture()
+def page(address: str, tmp_path: Path) -> ChatPage:
+    return ChatPage(address, KINDS["nano"], tmp_path)
+
+
+@pytest.fixture()
+def file(picture: Image.Image, tmp_path: Path) -> str:
+    picture.save(tmp_path / "stripes.png")
+    return str(tmp_path / "stripes.png")
+
+
+def test_a_conversation_with_pictures_both_ways(page: ChatPage, file: str) -> None:
+    dialogue = page.new_dialogue()
+    assert page.add(dialogue, file, "What is it?") == ""
+    assert page.answer(dialogue, **ASKED) == ""
+    shown = page.messages(dialogue)
+    assert [message["role"] for message in shown] == ["user", "assistant"]
+    assert Path(shown[0]["content"][0]["path"]).is_file() and shown[0]["content"][1] == "What is it?"
+    assert page.add(dialogue, None, "Make it green.") == ""
+    assert page.answer(dialogue, **{**ASKED, "force_boi": True}) == ""
+    drawn = page.messages(dialogue)[3]["content"]
+    assert Image.open(drawn[1]["path"]).size == (16, 16)
+    assert all(codes is not None for entry in dialogue.conversation.messages
+               for codes in entry["message"]["images_ids"])  # later turns send codes, not pictures
+
+
+def test_several_pictures_in_one_message(page: ChatPage, file: str) -> None:
+    dialogue = page.new_dialogue()
+    for text in ("Compare", "and"):
+        assert page.add(dialogue, file, text) == ""
+    assert page.answer(dialogue, **ASKED) == ""
+    kinds = [isinstance(part, dict) for part in page.messages(dialogue)[0]["content"]]
+    assert kinds == [True, False, True, False]
+
+
+def test_nothing_to_send_and_unreadable_pictures_are_said(page: ChatPage, tmp_path: Path) -> None:
+    dialogue = page.new_dialogue()
+    assert "Write a message" in page.answer(dialogue, **ASKED)
+    (tmp_path / "fake.png").write_bytes(b"no picture")
+    assert page.add(dialogue, str(tmp_path / "fake.png"), "x").startswith("fake.png")
+    assert "do not type" in page.add(dialogue, None, "an <image> here")
+
+
+def test_long_histories_are_refused_until_cleared(page: ChatPage) -> None:
+    dialogue = page.new_dialogue()
+    for _ in range(2):
+        page.add(dialogue, None, "again")
+        assert page.answer(dialogue, **{**ASKED, "max_turns": 1}) == ""
+    assert "clear history" in page.messages(dialogue)[-1]["content"][0]
+    dialogue.clear()
+    assert page.messages(dialogue) == []
+
+
+def test_without_backend_the_message_waits_and_can_be_sent_later(page: ChatPage, address: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        page.address = f"http://127.0.0.1:{free.getsockname()[1]}/generate"
+        dialogue = page.new_dialogue()
+        page.add(dialogue, None, "hello")
+        said = page.answer(dialogue, **ASKED)
+    assert "start the backend" in said and dialogue.waits()
+    page.add(dialogue, None, "anybody?")
+    page.address = address
+    assert page.answer(dialogue, **ASKED) == ""
+    assert [message["content"] for message in page.messages(dialogue)][0] == ["hello anybody?"]
+
+
+def test_a_failed_regeneration_keeps_the_old_answer(page: ChatPage, address: str) -> None:
+    dialogue = page.new_dialogue()
+    page.add(dialogue, None, "hello")
+    page.answer(dialogue, **ASKED)
+    before = page.messages(dialogue)
+    page.address = address.replace("generate", "elsewhere")
+    assert "nothing at this address" in page.regenerate(dialogue, **ASKED)
+    assert page.messages(dialogue) == before
+    page.address = address
+    assert page.regenerate(dialogue, **ASKED) == "" and page.messages(dialogue) == before  # greedy: the same again
+
+
+def test_the_client_names_what_is_wrong(address: str) -> None:
+    with pytest.raises(RequestError, match="lacks 'images'"):
+        post_generate(address, {"text": "x"})
+    with pytest.raises(RequestError, match="nothing at this address"):
+        post_generate(address.replace("generate", "elsewhere"), {"text": "x"})
+    with pytest.raises(RequestError, match="is not an address"):
+        post_generate("127.0.0.1", {})
+
+
+def test_a_picture_that_failed_keeps_its_place(page: ChatPage) -> None:
+    dialogue = page.new_dialogue()
+    page.add(dialogue, None, "draw")
+    page.post = lambda *a, **k: {"text": "Here <image> done", "images": [""], "images_ids": [[1, 2]],
+                                 "error_msg": ["A picture has 2 codes instead of 32."]}
+    assert page.answer(dialogue, **ASKED) == ""
+    assert page.messages(dialogue)[1]["content"] == [
+        "Here", "(a picture that could not be drawn)", "done",
+        "Some pictures failed: A picture has 2 codes instead of 32."]
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_every_kind_of_page_builds_without_the_internet(name: str, page: ChatPage, monkeypatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"building the page opened a connection: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    page.kind = kind_of(name)
+    demo = build_demo(page)
+    labels = {block.label for block in demo.blocks.values() if getattr(block, "label", None)}
+    assert {"Picture", "Message", "Conversation", "Beams", "Top P", "Force a picture"} <= labels
+
+
+def test_an_unknown_kind_of_page() -> None:
+    with pytest.raises(ConfigError, match="seed-llama-8b"):
+        kind_of("seed-llama-9b")

@@ -1,0 +1,196 @@
+"""The HTTP backend over the tiny system, through Flask's test client and over a real socket."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.serving.engine import SystemBackend
+from seed_multimodal.serving.flask_app import create_app, serve
+from seed_multimodal.serving.schema import Limits
+
+ASK = "USER: <image>What is it?\nASSISTANT:"
+
+
+@pytest.fixture(scope="module")
+def client(tiny):
+    return create_app(tiny).test_client()
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def ask(client: Any, **body: Any) -> tuple[int, dict[str, Any]]:
+    response = client.post("/generate", json=body)
+    return response.status_code, response.get_json()
+
+
+def test_a_question_about_a_picture(client, tiny, png, picture) -> None:
+    status, answer = ask(client, text=ASK, images=[b64(png)], max_new_tokens=8, temperature=0)
+    assert status == 200 and set(answer) == {"text", "images", "images_ids", "error_msg"}
+    assert answer["images_ids"] == tiny.tokenize(picture).tolist() and answer["images"] == []
+    again = ask(client, text=ASK, images=answer["images_ids"], max_new_tokens=8, temperature=0)[1]
+    assert again["text"] == answer["text"]  # codes say the same as the picture
+
+
+def test_a_forced_picture_is_drawn(client, tiny, png) -> None:
+    status, answer = ask(client, text="USER: Please draw a fish.\nASSISTANT:", images=[], force_boi=True,
+                         max_new_tokens=33, seed=1)
+    assert status == 200 and answer["text"] == "Here is the picture. <image>" and answer["error_msg"] == []
+    image = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
+    assert image.format == "PNG" and image.size == (16, 16)
+    assert np.array_equal(np.asarray(image), np.asarray(tiny.reconstruct(answer["images_ids"])[0]))
+    edited = ask(client, text="USER: <image>Make it green.\nASSISTANT:", images=[b64(png)], force_boi=True,
+                 max_new_tokens=33)[1]
+    assert edited["text"] == "Here it is. <image>" and len(edited["images_ids"]) == 2
+
+
+def test_the_prompt_is_the_one_of_tuning(tiny, png) -> None:
+    """A client's single string and the library's turns give the same ids, pictures in answers included."""
+    seen: list[list[int]] = []
+
+    class Watched(SystemBackend):
+        """The tiny system, its language model replaced by a recorder."""
+
+        def generate(self, prompt_ids: list[int], request: Any) -> list[int]:
+            seen.append(prompt_ids)
+            return [self.tokenizer.eos_id]
+
+    codes = tiny.tokenize(png)[0].tolist()
+    client = create_app(Watched(tiny)).test_client()
+    text = ("USER: <image>What is it?\nASSISTANT:  a cat.\nUSER: Draw it.\nASSISTANT:  Here it is. <image>\n"
+            "USER: Thanks\nASSISTANT:")
+    assert ask(client, text=text, images=[codes, codes])[0] == 200
+    turns = [("user", [codes, "What is it?"]), ("assistant", ["a cat."]), ("user", ["Draw it."]),
+             ("assistant", ["Here it is.", codes]), ("user", ["Thanks"])]
+    assert seen[0] == tiny.prompt_ids(turns)
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ({"images": []}, "lacks 'text'"), ({"text": "x"}, "lacks 'images'"), ({"text": 3, "images": []}, "'text' must be"),
+    ({"text": "x", "images": {}}, "'images' must be a list"), ({"text": "x", "images": [4]}, r"images\[0\]"),
+    ({"text": "<image>", "images": []}, "1 <image> placeholders"), ({"text": "x", "images": [[0] * 32]}, "0 <image>"),
+    ({"text": "<image>", "images": [[0] * 31]}, "31 codes"), ({"text": "<image>", "images": [[16] * 32]}, "code 16"),
+    ({"text": "<image>", "images": [[-1] * 32]}, "code -1"),
+    ({"text": "<image>", "images": [[True] * 32]}, "whole numbers"),
+    ({"text": "<image>", "images": [[10**30] * 32]}, "codes lie between"),
+    ({"text": "<image>", "images": ["@@@"]}, "base64"), ({"text": "<image>", "images": [""]}, r"images\[0\]"),
+    ({"text": "<image>", "images": [b64(b"not a picture at all")]}, r"images\[0\]"),
+    ({"text": "x", "images": [], "temperature": "hot"}, "'temperature'"),
+    ({"text": "x", "images": [], "temperature": -1}, "'temperature'"),
+    ({"text": "x", "images": [], "top_p": 1.5}, "'top_p'"),
+    ({"text": "x", "images": [], "num_beams": 0}, "'num_beams'"),
+    ({"text": "x", "images": [], "num_beams": 1.5}, "'num_beams'"),
+    ({"text": "x", "images": [], "max_new_tokens": 10**9}, "'max_new_tokens'"),
+    ({"text": "x", "images": [], "force_boi": "yes"}, "'force_boi'"),
+    ({"text": "x", "images": [], "seed": -3}, "'seed'"),
+    ({"text": "x" * 40_000, "images": []}, "characters"),
+    ({"text": "<image>" * 17, "images": [[0] * 32] * 17}, "17 entries"),
+])
+def test_bad_requests_get_400_and_one_sentence(client, body, words) -> None:
+    status, answer = ask(client, **body)
+    assert status == 400
+    assert answer["error_msg"] == [answer["error"]] and answer["images"] == [] and "\n" not in answer["error"]
+    assert re.search(words, answer["error"]), answer["error"]
+
+
+def test_a_body_that_is_no_object(client) -> None:
+    assert client.post("/generate", json=[1]).status_code == 400
+    assert client.post("/generate", data="{", content_type="application/json").status_code == 400
+    assert client.post("/generate", data="x").status_code == 415
+    assert client.get("/elsewhere").status_code == 404 and client.put("/generate", json={}).status_code == 405
+
+
+def test_a_body_too_large_is_refused_unread(tiny) -> None:
+    client = create_app(tiny, limits=Limits(max_body_bytes=1 << 20)).test_client()
+    response = client.post("/generate", json={"text": "x" * (2 << 20), "images": []})
+    assert response.status_code == 413 and "1 MiB" in response.get_json()["error"]
+
+
+def test_a_picture_too_large_is_refused_from_its_header(tiny) -> None:
+    client = create_app(tiny, limits=Limits(max_image_pixels=10_000)).test_client()
+    buffer = io.BytesIO()
+    Image.new("L", (200, 200)).save(buffer, format="PNG")
+    status, answer = ask(client, text=ASK, images=[b64(buffer.getvalue())])
+    assert status == 400 and "images[0]" in answer["error"]
+
+
+def test_a_conversation_too_long_for_the_model(client) -> None:
+    status, answer = ask(client, text="word " * 3000, images=[])
+    assert status == 400 and "context" in answer["error"]
+
+
+def test_a_fault_inside_is_500_without_details(tiny, caplog) -> None:
+    class Broken(SystemBackend):
+        def spans(self, text: str) -> list[str]:
+            raise RuntimeError("secret path /home/me")
+
+    status, answer = ask(create_app(Broken(tiny)).test_client(), text="x", images=[])
+    assert status == 500 and "secret" not in str(answer) and "secret" in caplog.text
+
+
+def test_zero_temperature_and_zero_top_p_mean_greedy(client) -> None:
+    bodies = [{"temperature": 0}, {"top_p": 0, "temperature": 1.0}, {"temperature": 0, "seed": 9}]
+    usual = {"text": "USER: hi\nASSISTANT:", "images": [], "max_new_tokens": 10}
+    texts = {ask(client, **usual, **body)[1]["text"] for body in bodies}
+    assert len(texts) == 1
+
+
+def test_a_seed_repeats_an_answer(client) -> None:
+    body = {"text": "USER: hi\nASSISTANT:", "images": [], "max_new_tokens": 30, "temperature": 5.0, "top_p": 1.0}
+    answers = [ask(client, seed=seed, **body)[1] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_concurrent_requests_take_turns_and_health_does_not_wait(tiny) -> None:
+    """Two requests are never inside the model together, and /health answers meanwhile."""
+    inside, most, gate = [0], [0], threading.Event()
+
+    class Slow(SystemBackend):
+        def generate(self, prompt_ids: list[int], request: Any) -> list[int]:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            gate.wait(10)
+            time.sleep(0.01)
+            inside[0] -= 1
+            return [self.tokenizer.eos_id]
+
+    app = create_app(Slow(tiny))
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(lambda: ask(app.test_client(), text="x", images=[])) for _ in range(4)]
+        while not inside[0]:
+            time.sleep(0.01)
+        health = app.test_client().get("/health").get_json()
+        gate.set()
+        assert [future.result()[0] for future in waiting] == [200] * 4
+    assert most[0] == 1 and health["busy"] is True and health["answered"] == 0
+    assert app.test_client().get("/health").get_json()["answered"] == 4
+
+
+def test_a_real_socket_on_the_loopback_address(tiny, png) -> None:
+    said: list[str] = []
+    threading.Thread(target=serve, args=(create_app(tiny),), kwargs={"port": 0, "log": said.append},
+                     daemon=True).start()
+    for _ in range(500):
+        if said:
+            break
+        time.sleep(0.02)
+    address = said[-1].split("answering at ")[1].split()[0]
+    assert address.startswith("http://127.0.0.1:")
+    answer = requests.post(address, json={"text": ASK, "images": [b64(png)], "max_new_tokens": 4}, timeout=60).json()
+    assert len(answer["images_ids"]) == 1
+    port = int(address.split(":")[2].split("/")[0])
+    with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
+        serve(create_app(tiny), port=port, log=None)
