@@ -14,9 +14,9 @@ if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; the
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "[test] installing chromium and its driver"
         { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium \
-            chromium-driver; } >/dev/null 2>&1 || echo "[test] chromium could not be installed: the browser test will be skipped"
+            chromium-driver; } >/dev/null 2>&1 || echo "[test] chromium could not be installed: the browser test will fail"
     else
-        echo "[test] no chromium and chromedriver here: the browser test will be skipped"
+        echo "[test] no chromium and chromedriver here: the browser test will fail"
     fi
 fi
 

@@ -272,6 +272,17 @@ def test_demo_pictures_are_from_the_data_set_and_were_not_trained_on():
         assert nano.records[nearest].split != "train", f"{file.name} was trained on"
 
 
+def test_links_in_documents_lead_somewhere():
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "images").glob("*.md"),
+                 *(ROOT / "pretrained").glob("*.md")]
+    broken = []
+    for document in documents:
+        for link in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
+            if "://" not in link and not (document.parent / link).exists():
+                broken.append(f"{document.name}: {link}")
+    assert not broken
+
+
 # ---- rules of the code
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from seed_multimodal.data.nano.__main__ import main
 from seed_multimodal.data.nano.build import BuildOptions, build_from, encode_webp
 from seed_multimodal.data.nano.check import check_folder
 from seed_multimodal.data.nano.concepts import Concept, fold_code, fold_label, gender_of, plain_label
@@ -20,9 +24,9 @@ from seed_multimodal.data.nano.load import load_nano
 from seed_multimodal.data.nano.near import near_pairs
 from seed_multimodal.data.nano.render import main_colour, render_svg
 from seed_multimodal.data.nano.sources import SOURCES, Drawing, fetch, plain_code
+from seed_multimodal.data.records import read_shards, write_shard
 from seed_multimodal.errors import DataError
 
-pytest.importorskip("resvg_py")
 STYLES = ("twemoji", "noto", "fluent")
 THINGS = 60
 TAGS = tuple(f"thing number {n}" for n in range(12, THINGS))
@@ -94,6 +98,22 @@ def test_tags_of_train_never_name_held_out_things(built: Path) -> None:
     assert unseen and all(r.tags == list(TAGS[:4]) or r.label in TAGS[:5] for r in unseen)
 
 
+def test_tones_of_one_thing_become_edits_captions_and_questions(tmp_path: Path) -> None:
+    concepts = {}
+    for number, tone in enumerate(("light", "medium", "dark")):
+        one = concept(33)
+        concepts[f"2021-1f3f{number}"] = replace(one, code=f"2021-1f3f{number}", tone=tone)
+    drawings = [Drawing("noto", code, svg(1, n)) for n, code in enumerate(concepts)]
+    build_from(drawings, concepts, tmp_path / "set", BuildOptions(size=16, styles=("noto",), all_tones=True))
+    nano = load_nano(tmp_path / "set")
+    assert len({r.family for r in nano.records}) == 1 and check_folder(tmp_path / "set") == []
+    assert nano.records[2].captions[0] == "a noto drawing of a thing number 33 with dark skin tone"
+    assert [(qa.kind, qa.answer) for qa in nano.records[0].qa if qa.kind == "tone"] == [("tone", "light")]
+    tones = [e for e in nano.edits if e.kind == "tone"]
+    assert len(tones) == 6
+    assert all(nano.records[nano.index[e.target]].tone in e.instruction for e in tones)
+
+
 def edit_lines(folder: Path, name: str, change) -> None:
     path = folder / name
     rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
@@ -126,10 +146,6 @@ def test_check_finds_a_planted_link(built: Path, tmp_path: Path, plant: str) -> 
 
 def repack(folder: Path, change) -> None:
     """Rewrite the shard with changed records, keeping the manifest's checksum right."""
-    import hashlib
-
-    from seed_multimodal.data.records import read_shards, write_shard
-
     shard = next(folder.glob("*.tar.gz"))
     records = [(r.key, dict(r.members)) for r in read_shards([shard])]
     change(dict(records))
@@ -178,8 +194,6 @@ def test_check_finds_a_held_out_style_in_train(built: Path, tmp_path: Path) -> N
 
 
 def test_command_exit_codes(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from seed_multimodal.data.nano.__main__ import main
-
     assert main(["check", str(built)]) == 0
     assert "sound" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "nothing")]) == 1
@@ -189,10 +203,6 @@ def test_command_exit_codes(built: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_sheet_command(built: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    from seed_multimodal.data.nano.__main__ import main
-
     assert main(["sheet", str(built), "--out", str(tmp_path / "sheet.png")]) == 0
     assert Image.open(tmp_path / "sheet.png").width > 500
 
@@ -281,8 +291,6 @@ def test_near_pairs_finds_what_brute_force_finds() -> None:
 
 
 def test_webp_quality_101_is_lossless_and_80_is_smaller() -> None:
-    from PIL import Image
-
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     exact, small = encode_webp(noise, 101), encode_webp(noise, 80)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(exact)).convert("RGB")), noise)

@@ -23,7 +23,8 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
 data = torch.randn(64, 8)
-settings = StageSettings(steps=40, batch_size=8, lr=1e-2, warmup=5, ema=0.9, precision="fp32", log_every=1, save_seconds=0)
+settings = StageSettings(steps=40, batch_size=8, lr=1e-2, warmup=5, ema=0.9, precision="fp32", log_every=1,
+                         save_seconds=0)
 def loss(step):
     time.sleep(pause)
     x = data[batch_indices(step, 8, 64, 0)] + 0.01 * torch.randn(8, 8)
@@ -31,7 +32,9 @@ def loss(step):
     with open(folder / "losses.txt", "a") as file:
         file.write(f"{step} {value.item().hex()}\\n")
     return value, {}
-run_stage("toy", model, loss, settings, folder, lambda: {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()})
+def finish():
+    return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
+run_stage("toy", model, loss, settings, folder, finish)
 """
 
 

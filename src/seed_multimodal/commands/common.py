@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -211,5 +212,6 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
         say(f"{program}: interrupted.")
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone (`seed … | head`)
+        # Whoever read our output has gone (`seed … | head`); what Python still flushes at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE

@@ -1,4 +1,6 @@
-"""The model card of a nano system: `python -m seed_multimodal.evaluation.card --model pretrained/nano --work runs/full`.
+"""The model card of a nano system.
+
+    python -m seed_multimodal.evaluation.card --model pretrained/nano --work runs/full
 
 Everything in it is read from files that the runs wrote: the stages' records and settings in the work folder, the report
 card, the data set's manifest. Nothing is typed by hand, so nothing can drift from what was measured.
@@ -16,20 +18,25 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
 
 STAGES = ("vae", "clip", "stage1", "stage2", "unet", "unet2", "vae2", "pretrain", "sft")
-HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters")
+HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "earlier")
 
 
-def write_card(model: Path, work: Path, data: Path, command: str) -> Path:
+def write_card(model: Path, work: Path, data: Path, command: str, earlier: Path | None = None) -> Path:
     """Write `model/README.md` from the records in `work`, `model/report/report.md` and `data/manifest.json`.
+
+    Args:
+        command: how the run was started, as a reader would type it.
+        earlier: work folder of a run whose weights this one started from; its records are listed first.
 
     Raises:
         DataError: a stage's record is missing or unreadable.
     """
     records = [_record(work / f"{stage}.done.json") for stage in STAGES]
+    before = [{**_record(file), "earlier": True} for file in sorted(earlier.glob("*.done.json"))] if earlier else []
     faithful = work / "stage2-faithful.done.json"
     text = "\n".join([
-        *_opening(model), *_parts_table(model), *_training(records, work, command),
-        *(_faithful(json.loads(faithful.read_text()), records[3]) if faithful.is_file() else []),
+        *_opening(model), *_parts_table(model), *_training([*before, *records], work, command),
+        *(_faithful(_record(faithful), records[3]) if faithful.is_file() else []),
         *_data(data), *_report(model), *_limits()])
     file = model / "README.md"
     file.write_text(text.rstrip() + "\n", encoding="utf-8")
@@ -47,9 +54,9 @@ def _record(file: Path) -> dict[str, Any]:
 def _opening(model: Path) -> list[str]:
     weights = sum(file.stat().st_size for file in model.rglob("*.safetensors")) / 1e6
     return ["# SEED nano", "",
-            "The smallest complete SEED system: 64 px pictures of emoji-like drawings become 32 codes, a small LLaMA reads and "
-            "writes them, and an unCLIP decoder draws them again. Trained from scratch by the script in this repository; "
-            "it knows nothing about photographs.", "",
+            "The smallest complete SEED system: 64 px pictures of emoji-like drawings become 32 codes, a small LLaMA "
+            "reads and writes them, and an unCLIP decoder draws them again. Trained from scratch by the script in this "
+            "repository; it knows nothing about photographs.", "",
             f"Weights: {weights:.1f} MB of float16 safetensors. Licence: Apache-2.0 (the pictures it learned from: "
             "`data/nano64/NOTICE.md`).", ""]
 
@@ -79,10 +86,12 @@ def _training(records: list[dict[str, Any]], work: Path, command: str) -> list[s
              f"Hardware: {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB, no GPU. "
              f"Versions: {', '.join(f'{k} {v}' for k, v in found.items())}. "
              f"Sum of the stages: {total / 60:.0f} minutes (some ran side by side, one core each).", "",
-             "| stage | steps × batch | seconds | parameters | measured at its end |", "| --- | --- | ---: | ---: | --- |"]
+             "| stage | steps × batch | seconds | parameters | measured at its end |",
+             "| --- | --- | ---: | ---: | --- |"]
     for record in records:
         measured = ", ".join(f"{key} {value}" for key, value in record.items() if key not in HIDDEN)
-        lines.append(f"| {record['stage']} | {record['steps']} × {record['batch_size']} | {record['seconds']:.0f} | "
+        name = f"{record['stage']} (first leg)" if record.get("earlier") else record["stage"]
+        lines.append(f"| {name} | {record['steps']} × {record['batch_size']} | {record['seconds']:.0f} | "
                      f"{record.get('parameters', 0):,} | {measured} |")
     settings = (work / "config.yaml").read_text(encoding="utf-8") if (work / "config.yaml").is_file() else ""
     return [*lines, "", "<details><summary>Resolved settings</summary>", "", "```yaml", settings.rstrip(), "```", "",
@@ -90,10 +99,12 @@ def _training(records: list[dict[str, Any]], work: Path, command: str) -> list[s
 
 
 def _faithful(faithful: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
-    keys = ("unexplained_embedding", "unexplained_readout", "codes_used", "codebook", "perplexity", "distinct_sequences")
+    keys = ("unexplained_embedding", "unexplained_readout", "codes_used", "codebook", "perplexity",
+            "distinct_sequences")
     rows = [f"| {key} | {shipped.get(key)} | {faithful.get(key)} |" for key in keys]
     return ["## Shipped codebook mode and SEED-2's literal recipe", "",
-            "Same stages and steps on the val pictures; literal: contrast only, frozen Q-Former, uniform start, plain VQ.", "",
+            "On the val pictures; literal: contrast only, frozen Q-Former, 8,192 codes from a uniform start, plain VQ.",
+            "",
             "| | shipped | literal SEED-2 |", "| --- | ---: | ---: |", *rows, ""]
 
 
@@ -101,8 +112,9 @@ def _data(data: Path) -> list[str]:
     manifest = _record(data / "manifest.json")
     counts = manifest["counts"]["pictures"]
     return ["## Data", "", f"`{data.name}`: {manifest['records']} drawings at {manifest['size']} px in the styles "
-            f"{', '.join(manifest['styles'])} ({', '.join(f'{k} {v}' for k, v in counts.items())}). Trained on `train` only; "
-            "the judge, a measuring instrument, saw all splits. Sources, licences and notices: `data/nano64/NOTICE.md`.", ""]
+            f"{', '.join(manifest['styles'])} ({', '.join(f'{k} {v}' for k, v in counts.items())}). Trained on `train` "
+            "only; the judge, a measuring instrument, saw all splits. Sources, licences and notices: "
+            "`data/nano64/NOTICE.md`.", ""]
 
 
 def _report(model: Path) -> list[str]:
@@ -111,12 +123,14 @@ def _report(model: Path) -> list[str]:
         return ["## Report", "", "Not measured yet.", ""]
     lines = file.read_text(encoding="utf-8").splitlines()
     shifted = [f"#{line}" if line.startswith("#") else line for line in lines]
-    return [line.replace("](", "](report/") if "](" in line and "](http" not in line else line for line in shifted] + [""]
+    local = [line.replace("](", "](report/") if "](http" not in line else line for line in shifted]
+    return [*local, ""]
 
 
 def _limits() -> list[str]:
-    return ["## Limits", "", "Knows about 1,500 things in three drawing styles; names of things it has not seen are guesses. "
-            "English only. Pictures are 64 px and blurred by the 32-code bottleneck. Not for any decision about people.", ""]
+    return ["## Limits", "", "Knows about 1,500 things in three drawing styles; names of things it has not seen are "
+            "guesses. English only. Pictures are 64 px and blurred by the 32-code bottleneck. Not for any decision "
+            "about people.", ""]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,8 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/full"), help="the work folder of the speed run")
     parser.add_argument("--data", type=Path, default=Path("data/nano64"))
     parser.add_argument("--command", default="bash scripts/nano_speedrun.sh", help="how the run was started")
+    parser.add_argument("--earlier", type=Path, default=None, help="work folder of the run this one started from")
     options = parser.parse_args(arguments)
-    print(f"Wrote {write_card(options.model, options.work, options.data, options.command)}.")
+    file = write_card(options.model, options.work, options.data, options.command, options.earlier)
+    print(f"Wrote {file}.")
     return 0
 
 

@@ -158,7 +158,8 @@ def is_codes(value: object) -> bool:
 
 
 def load_codec(
-    spec: SystemSpec, vocabulary: ImageVocabulary, *, device: torch.device, dtype: torch.dtype, load_decoder: bool = True
+    spec: SystemSpec, vocabulary: ImageVocabulary, *, device: torch.device, dtype: torch.dtype,
+    load_decoder: bool = True,
 ) -> PictureCodec:
     """The picture half of a system, its de-tokenizer to be loaded on first use.
 

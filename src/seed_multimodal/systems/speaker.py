@@ -1,7 +1,7 @@
 """The language half of a system: prompt ids in, the ids (or events) of one answer out.
 
-An answer ends at `</s>`, at the token budget, or where the model begins to speak for the user (`marker`). A forced answer
-opens with fixed words and `<img>`; they count as part of it.
+An answer ends at `</s>`, at the token budget, or where the model begins to speak for the user (`marker`). A forced
+answer opens with fixed words and `<img>`; they count as part of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GroupNorm for channels-last training on CPUs: the same numbers, a backward pass several times faster.
 
 PyTorch's CPU backward of GroupNorm was 40 % of a VAE step. Here the sums over positions are matrix products
-with a row of ones and the rest is two fused multiply-adds. Used in training only: `use_fast_group_norm(module)` swaps the
-class of every plain `nn.GroupNorm`, parameters and state-dict keys stay the same, and evaluation runs PyTorch's own.
+with a row of ones and the rest is two fused multiply-adds. Used in training only: `use_fast_group_norm(module)` swaps
+the class of every plain `nn.GroupNorm`; parameters and state-dict keys stay the same, evaluation runs PyTorch's own.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.weights import assign_strictly
 
 
 @dataclass
 class StageSettings:
-    """How long and how fast one stage trains; `steps` counts optimiser steps of `batch_size` samples."""
+    """How long and how fast one stage trains; `steps` counts optimiser steps of `batch_size` samples.
+
+    `start` is the `NAME.state.pt` of an earlier run whose weights (not its optimiser) the first step starts from.
+    """
 
     steps: int
     batch_size: int = 64
@@ -41,7 +45,7 @@ class StageSettings:
     seed: int = 0
     save_seconds: float = 60.0
     log_every: int = 50
-    extra: dict[str, float] = field(default_factory=dict)
+    start: str = ""
 
 
 def learning_rate(step: int, settings: StageSettings) -> float:
@@ -133,6 +137,8 @@ def run_stage(
         record: dict[str, Any] = json.loads(done.read_text())
         print(f"[{name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
         return record
+    if settings.start:
+        _warm_start(Path(settings.start), modules)
     optimiser = torch.optim.AdamW(parameter_groups(modules, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99))
     average = Ema(modules, settings.ema) if settings.ema else None
     state_file = home / f"{name}.state.pt"
@@ -212,6 +218,14 @@ def _restore(file: Path, modules: nn.Module, optimiser: torch.optim.Optimizer, a
     return int(state["step"]), float(state["spent"])
 
 
+def _warm_start(file: Path, modules: nn.Module) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: there is no such state to start from.")
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    assign_strictly(modules, {**state["model"], **state["ema"]}, file)
+    print(f"[{file.name}] weights taken from {file} (step {state['step']})", flush=True)
+
+
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json.dumps(value, indent=1))
@@ -242,5 +256,6 @@ class _Progress:
         print(f"[{self.name}] {bar} {step}/{self.settings.steps} {shown} | "
               f"{rate * self.settings.batch_size:.0f} samples/s, {eta / 60:.1f} min left", flush=True)
         with open(home / f"{self.name}.log.jsonl", "a") as log:
-            log.write(json.dumps({"step": step, "samples_per_s": rate * self.settings.batch_size, **self.smooth}) + "\n")
+            line = {"step": step, "samples_per_s": rate * self.settings.batch_size, **self.smooth}
+            log.write(json.dumps(line) + "\n")
         self.mark, self.mark_step = time.monotonic(), step

@@ -188,7 +188,8 @@ def _assemble(space: Workspace) -> dict[str, Any]:
 
 
 RUN: dict[str, Callable[[Workspace], dict[str, Any]]] = {
-    "vae": _vae, "clip": _clip, "stage1": _stage1, "stage2": _stage2, "codes": _cache_codes, "unet": _unet, "unet2": _unet2, "vae2": _vae2,
+    "vae": _vae, "clip": _clip, "stage1": _stage1, "stage2": _stage2, "codes": _cache_codes,
+    "unet": _unet, "unet2": _unet2, "vae2": _vae2,
     "pretrain": _pretrain, "sft": _sft, "assemble": _assemble, "faithful": _faithful,
 }
 

@@ -1,4 +1,4 @@
-"""Stage `assemble`: half-precision weights, the pipeline's index and `system.json`, so that the folder loads as a system."""
+"""Stage `assemble`: half-precision weights, the pipeline's index and `system.json`: the folder loads as a system."""
 
 from __future__ import annotations
 

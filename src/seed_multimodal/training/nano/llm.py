@@ -104,4 +104,5 @@ def held_out_losses(model: Any, maker: SampleMaker, shares: dict[str, float], fi
         values.append(value)
         targets.append(target)
     value, image = torch.cat(values), torch.cat(targets) >= first_code
-    return {"val_text_loss": round(value[~image].mean().item(), 4), "val_image_loss": round(value[image].mean().item(), 4)}
+    return {"val_text_loss": round(value[~image].mean().item(), 4),
+            "val_image_loss": round(value[image].mean().item(), 4)}

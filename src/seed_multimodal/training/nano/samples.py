@@ -21,13 +21,14 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 IGNORED = -100
 PRETRAIN_SHARES = {"image_first": 0.5, "text_first": 0.5}
-SFT_SHARES = {"image_first": 0.05, "text_first": 0.10, "describe": 0.20, "qa": 0.25, "draw": 0.15, "edit": 0.15, "chat": 0.10}
+SFT_SHARES = {"image_first": 0.05, "text_first": 0.10, "describe": 0.20, "qa": 0.25, "draw": 0.15, "edit": 0.15,
+              "chat": 0.10}
 MAX_NOISE = 0.2
 Part = str | Sequence[int]
 
 
 @dataclass
-class Sequence1:
+class TrainingSequence:
     """One training sequence: token ids and, of the same length, labels (-100: not learned)."""
 
     ids: list[int]
@@ -37,7 +38,8 @@ class Sequence1:
 class SampleMaker:
     """Draws training sequences; everything random comes from the generator given to `draw`."""
 
-    def __init__(self, nano: NanoSet, words: MultimodalTokenizer, codes: Tensor, index: Sequence[int], split: str) -> None:
+    def __init__(self, nano: NanoSet, words: MultimodalTokenizer, codes: Tensor, index: Sequence[int],
+                 split: str) -> None:
         self.nano, self.words, self.codes = nano, words, codes.long()
         self.index = list(index)
         kept = {nano.records[i].key for i in self.index}
@@ -47,13 +49,13 @@ class SampleMaker:
         self.tasks = tasks.NANO_TASKS
         self._texts: dict[str, list[int]] = {}
 
-    def draw(self, shares: dict[str, float], generator: torch.Generator) -> Sequence1:
+    def draw(self, shares: dict[str, float], generator: torch.Generator) -> TrainingSequence:
         """One sequence of a task drawn by `shares` (tasks without material fall back to describing)."""
         names = list(shares)
         task = names[int(torch.multinomial(torch.tensor([shares[n] for n in names]), 1, generator=generator))]
         if (task == "edit" and not self.edits) or (task == "chat" and not self.chats):
             task = "describe"
-        result: Sequence1 = getattr(self, f"_{task}")(generator)
+        result: TrainingSequence = getattr(self, f"_{task}")(generator)
         return result
 
     def _pick(self, items: Sequence[Any], generator: torch.Generator) -> Any:
@@ -86,41 +88,41 @@ class SampleMaker:
             return captions[0]
         return str(self._pick(captions, generator))
 
-    def _image_first(self, generator: torch.Generator) -> Sequence1:
+    def _image_first(self, generator: torch.Generator) -> TrainingSequence:
         picture, caption = self._pair(generator)
         return self._all(self.words.encode_parts([self._seen(picture, generator), caption]))
 
-    def _text_first(self, generator: torch.Generator) -> Sequence1:
+    def _text_first(self, generator: torch.Generator) -> TrainingSequence:
         picture, caption = self._pair(generator)
         return self._all(self.words.encode_parts([caption, self._written(picture)]))
 
-    def _all(self, ids: list[int]) -> Sequence1:
+    def _all(self, ids: list[int]) -> TrainingSequence:
         line = [self.words.bos_id, *ids, self.words.eos_id]
-        return Sequence1(line, list(line))
+        return TrainingSequence(line, list(line))
 
-    def _describe(self, generator: torch.Generator) -> Sequence1:
+    def _describe(self, generator: torch.Generator) -> TrainingSequence:
         picture = self._pick(self.index, generator)
         question: list[Part] = [self._seen(picture, generator), self.tasks.describe]
         return self._answered([("user", question)], [self.nano.records[picture].captions[0]])
 
-    def _qa(self, generator: torch.Generator) -> Sequence1:
+    def _qa(self, generator: torch.Generator) -> TrainingSequence:
         picture = self._pick(self.index, generator)
         qa = self._pick(self.nano.records[picture].qa, generator)
         question: list[Part] = [self._seen(picture, generator), self.tasks.question(qa.question)]
         return self._answered([("user", question)], [qa.answer])
 
-    def _draw(self, generator: torch.Generator) -> Sequence1:
+    def _draw(self, generator: torch.Generator) -> TrainingSequence:
         picture, caption = self._pair(generator)
         request = self.tasks.draw_request(caption)
         return self._answered([("user", [request])], [self.tasks.draw_response, self._written(picture)])
 
-    def _edit(self, generator: torch.Generator) -> Sequence1:
+    def _edit(self, generator: torch.Generator) -> TrainingSequence:
         edit = self._pick(self.edits, generator)
         source, target = self.nano.index[edit.source], self.nano.index[edit.target]
         question: list[Part] = [self._seen(source, generator), edit.instruction]
         return self._answered([("user", question)], [self.tasks.edit_response, self._written(target)])
 
-    def _chat(self, generator: torch.Generator) -> Sequence1:
+    def _chat(self, generator: torch.Generator) -> TrainingSequence:
         """One answer of a conversation, after everything said before it."""
         chat = self._pick(self.chats, generator)
         turns = [(m["role"], [self._content(part) for part in m["content"]]) for m in chat.messages]
@@ -131,15 +133,15 @@ class SampleMaker:
     def _content(self, part: Any) -> Part:
         return part if isinstance(part, str) else self._written(self.nano.index[part["image"]])
 
-    def _answered(self, turns: Sequence[tuple[str, list[Part]]], answer: Sequence[Part]) -> Sequence1:
+    def _answered(self, turns: Sequence[tuple[str, list[Part]]], answer: Sequence[Part]) -> TrainingSequence:
         """Prompt by the template (not learned), then the answer and the end (learned)."""
         prompt = self.words.encode_parts(self.template.render(turns))
         prompt = prompt if prompt[0] == self.words.bos_id else [self.words.bos_id, *prompt]
         reply = [*self.words.encode_parts(list(answer)), self.words.eos_id]
-        return Sequence1(prompt + reply, [IGNORED] * len(prompt) + reply)
+        return TrainingSequence(prompt + reply, [IGNORED] * len(prompt) + reply)
 
 
-def collate(sequences: Sequence[Sequence1], limit: int) -> tuple[Tensor, Tensor]:
+def collate(sequences: Sequence[TrainingSequence], limit: int) -> tuple[Tensor, Tensor]:
     """Right-padded ids and labels `[B, L]`, L the longest (cut at `limit`); padding is 0 and not learned."""
     length = min(limit, max(len(s.ids) for s in sequences))
     ids = torch.zeros(len(sequences), length, dtype=torch.long)

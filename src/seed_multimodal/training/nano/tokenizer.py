@@ -1,8 +1,9 @@
-"""Stages `stage1` and `stage2`: the causal Q-Former, then the codebook and the decode head, by the library's own losses.
+"""Stages `stage1` and `stage2`: the causal Q-Former, then codebook and decode head, by the library's own losses.
 
-Peculiar, and different from the released recipe (all measured in docs/LOG.md): stage 1 also regresses the CLIP image
-embedding from the first k queries, and trains the vision tower; stage 2 trains the Q-Former too, starts the codebook by k-means after a warm-up
-without quantiser, restarts dead codes, corrupts up to 30 % of the codes, and weighs the embedding error by a read-out of the VAE latents.
+Peculiar, and different from the released recipe: stage 1 also regresses the CLIP image embedding from the first k
+queries, and trains the vision tower; stage 2 trains the Q-Former too, starts the codebook by k-means after a warm-up
+without quantiser, restarts dead codes, corrupts up to 30 % of the codes, and weighs the embedding error by a read-out
+of the VAE latents.
 `faithful=True` is SEED-2's literal recipe: contrast only, frozen Q-Former, 8,192 codes from a uniform start, plain VQ.
 """
 
@@ -114,7 +115,7 @@ def train_stage2(
     config: NanoConfig, views: Tensor, embeddings: Tensor, latents: Tensor, train: Sequence[int],
     held_out: Sequence[int], work: Path, out: Path | None, faithful: bool = False,
 ) -> dict[str, Any]:
-    """Train codebook and decode head; save a `Seed2Tokenizer` folder to `out` and report codebook and embedding figures."""
+    """Train codebook and decode head; save a `Seed2Tokenizer` folder to `out`, report codebook and embedding."""
     name = "stage2-faithful" if faithful else "stage2"
     torch.manual_seed(config.seed + 4)
     pool = torch.tensor(list(train))

@@ -1,7 +1,7 @@
 """Stage `unet`: the unCLIP decoder of nano, a latent U-Net that stock `StableUnCLIPImg2ImgPipeline` runs.
 
-v-prediction under a cosine schedule that ends at a signal share of `FINAL_SIGNAL`: sampling starts from the latents that
-the embedding already determines (detokenizers/layout.py), so the U-Net spends its steps on what they leave open.
+v-prediction under a cosine schedule that ends at a signal share of `FINAL_SIGNAL`: sampling starts from the latents
+that the embedding already determines (detokenizers/layout.py), so the U-Net spends its steps on what they leave open.
 A tenth of the conditions are dropped for guidance. Once the tokenizer is trained, embeddings decoded from
 (partly corrupted) codes are mixed in, because those are what the decoder meets in use.
 """
@@ -79,8 +79,8 @@ class Decoder(nn.Module):
 
 
 def train_unet(
-    config: NanoConfig, settings: StageSettings, name: str, latents: Tensor, embeddings: Tensor, index: Tensor, work: Path, out: Path,
-    start: Path | None = None, decoded: Tensor | None = None,
+    config: NanoConfig, settings: StageSettings, name: str, latents: Tensor, embeddings: Tensor, index: Tensor,
+    work: Path, out: Path, start: Path | None = None, decoded: Tensor | None = None,
 ) -> dict[str, Any]:
     """Train on latents `[N, V, C, h, w]` and embeddings `[N, V, E]` of the pictures `index`.
 
@@ -166,7 +166,7 @@ def save_decoder(decoder: Decoder, scheduler: Any, noising: Any, normaliser: Any
 
 @torch.no_grad()
 def decoded_embeddings(tokenizer_folder: Path, codes: Tensor, draws: int = 2, corrupt: float = 0.15) -> Tensor:
-    """Embeddings float16 `[draws + 1, N, V, E]` of codes `[N, V, 32]`: as they are, then with up to `corrupt` replaced."""
+    """Embeddings float16 `[draws + 1, N, V, E]` of codes `[N, V, 32]`: as they are, then up to `corrupt` replaced."""
     from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
     tokenizer = Seed2Tokenizer.from_pretrained(tokenizer_folder)

@@ -1,8 +1,8 @@
 """Stage `vae`: the small autoencoder whose 8×8 latents the U-Net draws (diffusers' `AutoencoderKL`).
 
-Loss: L1 + L1 of horizontal and vertical differences + L1 of 4×4 means + 1e-6 KL. After training, every latent
-channel is normalised to zero mean and unit variance by folding the numbers into `quant_conv` and `post_quant_conv`, so that
-`scaling_factor` is 1 and the released pipeline class needs nothing special.
+Loss: L1 + L1 of horizontal and vertical differences + L1 of 4×4 means and of their colour differences + 1e-6 KL.
+After training, every latent channel is normalised to zero mean and unit variance by folding the numbers into
+`quant_conv` and `post_quant_conv`, so that `scaling_factor` is 1 and the released pipeline class needs nothing special.
 """
 
 from __future__ import annotations
@@ -35,13 +35,21 @@ def build_vae(config: NanoConfig) -> Any:
         sample_size=config.image_size, scaling_factor=1.0, mid_block_add_attention=False)
 
 
+# Rows: red against green, yellow against blue, green against magenta.
+OPPONENTS = ((1.0, -1.0, 0.0), (0.5, 0.5, -1.0), (-0.5, 1.0, -0.5))
+
+
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 of pixels, of neighbour differences and of 4×4 means; tensors `[B, 3, H, W]` in [-1, 1]."""
+    """L1 of pixels, of neighbour differences, of 4×4 means and of the 4×4 means' colour differences.
+
+    Without the last term a short training drops a whole colour axis. Tensors `[B, 3, H, W]` in [-1, 1].
+    """
     error = output - target
     pixels = error.abs().mean()
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    coarse = F.avg_pool2d(error, 4).abs().mean()
-    return pixels + edges + coarse
+    coarse = F.avg_pool2d(error, 4)
+    colours = torch.einsum("oc,bchw->bohw", torch.tensor(OPPONENTS, device=error.device), coarse)
+    return pixels + edges + coarse.abs().mean() + 2.0 * colours.abs().mean()
 
 
 def train_vae(config: NanoConfig, pictures: Tensor, held_out: Tensor, work: Path, out: Path) -> dict[str, Any]:

@@ -88,8 +88,8 @@ class Workspace:
     def _sentences(self) -> list[str]:
         from seed_multimodal.language import tasks
 
-        common = [tasks.DESCRIBE_PROMPT, tasks.QA_SUFFIX, tasks.DRAW_RESPONSE, tasks.EDIT_RESPONSE, "USER:", "ASSISTANT:"]
-        lines = common * 50
+        common = [tasks.DESCRIBE_PROMPT, tasks.QA_SUFFIX, tasks.DRAW_RESPONSE, tasks.EDIT_RESPONSE]
+        lines = [*common, "USER:", "ASSISTANT:"] * 50
         for i in self.train:
             record = self.nano.records[i]
             lines += [*record.captions, *(f"{qa.question} {qa.answer}" for qa in record.qa)]
