@@ -21,7 +21,7 @@ import requests
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 150
+SECONDS = 300
 INSTALL = ("The browser test needs {missing}: run scripts/test.sh as root, or install Debian's chromium and "
            "chromium-driver (apt-get install chromium chromium-driver).")
 pytestmark = pytest.mark.timeout(900)

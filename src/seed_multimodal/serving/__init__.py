@@ -1,1 +1,1 @@
-
+"""Room `serving`: request schema, engine, Flask backend and Gradio page. Imports `systems`; nothing imports it."""

@@ -74,8 +74,9 @@ class SystemBackend:
         return self.system.encode_pixels(pixels).tolist()
 
     def generate(self, prompt_ids: list[int], request: GenerateRequest) -> list[int]:
-        options: dict[str, Any] = {
-            "num_beams": request.num_beams, "max_new_tokens": request.max_new_tokens, "seed": request.seed}
+        needed = self.tokenizer.vocabulary.tokens_per_image + 1 if request.force_boi else 1
+        options: dict[str, Any] = {"num_beams": request.num_beams, "seed": request.seed,
+                                   "max_new_tokens": max(request.max_new_tokens, needed)}
         if request.do_sample and request.top_p > 0:
             options.update(do_sample=True, temperature=request.temperature, top_p=request.top_p)
         else:  # temperature or top_p 0 mean the likeliest token
