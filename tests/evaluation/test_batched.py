@@ -12,7 +12,7 @@ from PIL import Image
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.evaluation import report
-from seed_multimodal.evaluation.batched import BatchedSystem, codec_report
+from seed_multimodal.evaluation.batched import BatchedSystem
 from seed_multimodal.evaluation.tasks import World
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "systems"))
@@ -85,7 +85,7 @@ def test_report_over_a_real_system(toy, trained, batched: BatchedSystem) -> None
 
 def test_codec_report_is_the_picture_half(toy, trained, batched: BatchedSystem) -> None:
     world, settings = World(toy, trained), report.Settings(splits=("val",), limit=2)
-    found = codec_report(batched.inner.pictures, world, settings, batch=2)["val"]
+    found = report.codec_report(batched.inner.pictures, world, settings, batch=2)["val"]
     whole = report.evaluate(batched, world, report.Settings(("val",), 2, 1), log=lambda line: None)[0]["val"]
     assert found["codes"] == whole["codes"]
     assert found["reconstruction"]["n"] == 2

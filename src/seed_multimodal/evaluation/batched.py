@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from seed_multimodal.evaluation.report import Settings, tokenizer_report
-from seed_multimodal.evaluation.tasks import Codes, Section, World
+from seed_multimodal.evaluation.tasks import Codes
 from seed_multimodal.language.answer import ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.prompts import Turn
@@ -35,18 +34,6 @@ def encode(codec: PictureCodec, pictures: NDArray[np.uint8], batch: int) -> NDAr
              for i in range(0, len(pictures), batch)]
     return torch.cat(parts).numpy()
 
-
-def codec_report(codec: PictureCodec, world: World, settings: Settings | None = None, batch: int = 64,
-                 log: Callable[[str], None] | None = None) -> dict[str, Section]:
-    """`tokenizer_report` of a tokenizer and its decoder, for instance `SeedLlama(...).pictures` or one built by hand:
-
-        codec = PictureCodec(Seed2Tokenizer.from_pretrained(a), transform, device=device,
-                             load_decoder=lambda: UnclipDetokenizer.from_pretrained(b))
-        codec_report(codec, World(load_nano(), Judge.from_pretrained(c)))
-    """
-    return tokenizer_report(
-        lambda pictures: encode(codec, pictures, batch), lambda codes: codec.draw(list(codes), batch_size=batch),
-        codec.model.config.codebook_size, world, settings, log)
 
 
 class BatchedSystem:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.evaluation import machine
+from seed_multimodal.evaluation.batched import BatchedSystem, encode
 from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.evaluation.metrics import Estimate, codebook_statistics
 from seed_multimodal.evaluation.report_sheets import Shown, save_sheets
@@ -38,6 +39,7 @@ from seed_multimodal.evaluation.tasks import (
     qa_section,
     score_pictures,
 )
+from seed_multimodal.systems.pictures import PictureCodec
 
 SPLITS = ("val", "test_combo", "test_concept")
 MODULE = "seed_multimodal.evaluation.report"
@@ -113,6 +115,19 @@ def tokenizer_report(
         if log:
             log(f"{split}: tokenised {len(rows)} and rebuilt {len(targets)} pictures")
     return result
+
+
+def codec_report(codec: PictureCodec, world: World, settings: Settings | None = None, batch: int = 64,
+                 log: Callable[[str], None] | None = None) -> dict[str, Section]:
+    """`tokenizer_report` of a tokenizer and its decoder, for instance `SeedLlama(...).pictures` or one built by hand:
+
+        codec = PictureCodec(Seed2Tokenizer.from_pretrained(a), transform, device=device,
+                             load_decoder=lambda: UnclipDetokenizer.from_pretrained(b))
+        codec_report(codec, World(load_nano(), Judge.from_pretrained(c)))
+    """
+    return tokenizer_report(
+        lambda pictures: encode(codec, pictures, batch), lambda codes: codec.draw(list(codes), batch_size=batch),
+        codec.model.config.codebook_size, world, settings, log)
 
 
 def evaluate(
@@ -217,7 +232,6 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
     if settings.limit < 1 or settings.questions < 1:
         raise ConfigError("--limit and --questions must be at least 1.")
     from seed_multimodal.data.nano import load_nano
-    from seed_multimodal.evaluation.batched import BatchedSystem
 
     start = time.monotonic()
     system = BatchedSystem.from_pretrained(options.model, device=options.device, dtype=options.dtype,

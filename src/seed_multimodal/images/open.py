@@ -36,7 +36,7 @@ _ORIENTATIONS = {
 }
 # What Pillow's decoders raise on damaged bytes; anything else is a programming error and is not caught.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-                  AttributeError, NotImplementedError, MemoryError, struct.error, zlib.error)
+                  AttributeError, RuntimeError, MemoryError, struct.error, zlib.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image
 

@@ -73,6 +73,12 @@ def caption_ids(texts: Sequence[Sequence[int]], end: int) -> Tensor:
     return rows
 
 
+def draw_caption_ids(captions: Sequence[Sequence[Sequence[int]]], chosen: Tensor, end: int) -> Tensor:
+    """One random caption of each picture in `chosen`, as `caption_ids` rows."""
+    texts = [captions[i][int(torch.randint(len(captions[i]), ()))] for i in chosen.tolist()]
+    return caption_ids(texts, end)
+
+
 def train_clip(
     config: NanoConfig, views: Tensor, latents: Tensor, captions: Sequence[Sequence[Sequence[int]]],
     train: Sequence[int], held_out: Sequence[int], work: Path, out: Path, text_vocabulary: int,
@@ -92,8 +98,7 @@ def train_clip(
     def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
         chosen = pool[batch_indices(step, settings.batch_size, len(pool), settings.seed)]
         view = torch.randint(0, views.shape[1], (len(chosen),))
-        texts = [captions[i][int(torch.randint(len(captions[i]), ()))] for i in chosen.tolist()]
-        ids = caption_ids(texts, text_vocabulary).to(device)
+        ids = draw_caption_ids(captions, chosen, text_vocabulary).to(device)
         latent = latents[chosen, view].to(device).float()
         contrastive, error = pair(to_clip(views[chosen, view], device), ids, latent)
         return 0.2 * contrastive + 2.0 * error, {"itc": float(contrastive.detach()), "mse": float(error.detach())}

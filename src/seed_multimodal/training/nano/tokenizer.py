@@ -22,7 +22,7 @@ from seed_multimodal.tokenizers.seed2_config import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model, Stage2Weights
 from seed_multimodal.training.loop import batch_indices, run_stage
-from seed_multimodal.training.nano.clip import caption_ids
+from seed_multimodal.training.nano.clip import draw_caption_ids
 from seed_multimodal.training.nano.config import NanoConfig, training_device
 from seed_multimodal.training.nano.views import to_clip
 from seed_multimodal.vision.eva import EvaConfig
@@ -84,8 +84,7 @@ def train_stage1(
     def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
         chosen = pool[batch_indices(step, settings.batch_size, len(pool), settings.seed)]
         view = torch.randint(0, views.shape[1], (len(chosen),))
-        texts = [captions[i][int(torch.randint(len(captions[i]), ()))] for i in chosen.tolist()]
-        ids = caption_ids(texts, text_vocabulary).to(device)
+        ids = draw_caption_ids(captions, chosen, text_vocabulary).to(device)
         target = None if faithful else embeddings[chosen, view].to(device).float()
         out = model(to_clip(views[chosen, view], device), ids, (ids > 0).long(), target_embedding=target)
         parts = {"itc": float(out.loss_itc.detach())}
