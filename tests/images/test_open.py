@@ -226,3 +226,24 @@ def test_a_broken_lazy_pil_image_is_refused(tmp_path: Path) -> None:
     gradient(64, 64).save(whole, "PNG")
     lazy = Image.open(io.BytesIO(whole.getvalue()[:-60]))
     assert refusal(lazy, name="lazy").startswith("lazy: ")
+
+
+def test_damaged_bytes_never_raise_anything_else() -> None:
+    rng = np.random.default_rng(0)
+    files = []
+    for name in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"):
+        whole = io.BytesIO()
+        gradient(24, 20).save(whole, name)
+        files.append(whole.getvalue())
+    outcomes = {"opened": 0, "refused": 0}
+    for _ in range(400):
+        data = bytearray(files[rng.integers(len(files))])
+        for place in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[place] = rng.integers(256)
+        try:
+            assert open_image(bytes(data)).mode == "RGB"
+            outcomes["opened"] += 1
+        except ImageError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 20
