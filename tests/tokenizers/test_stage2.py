@@ -96,6 +96,27 @@ def test_corruption_swaps_up_to_the_given_fraction(tiny: Seed2Config) -> None:
         Stage2Model(tiny, corrupt=30)
 
 
+def test_nested_keeps_a_prefix_of_the_codes(tiny: Seed2Config) -> None:
+    model = Stage2Model(tiny, nested=0.5)
+    quant = torch.ones(2000, 32, 6)
+    shown = model._prefix(quant, torch.Generator().manual_seed(0))[..., 0].bool()
+    kept = shown.sum(1)
+    assert torch.equal(shown, torch.arange(32) < kept[:, None]), "what is kept is a prefix"
+    assert kept.min() == 1 and (kept == 32).float().mean() == pytest.approx(0.5 + 0.5 / 32, abs=0.04)
+    assert kept[kept < 32].float().mean() == pytest.approx(16, abs=1)
+    assert torch.equal(model.eval()._prefix(quant, None), quant)
+
+
+def test_no_query_reconstruction_without_its_blocks(tiny: Seed2Config, images: torch.Tensor,
+                                                    target: torch.Tensor) -> None:
+    model = Stage2Model(dataclasses.replace(tiny, recon_s=False))
+    out = model(images, target)
+    assert out.recon_s is None and float(out.loss_recon_s) == 0.0
+    assert not any(name.startswith(("blocks.", "pos_embed.")) or name == "pos_embed" for name in model.state_dict())
+    with pytest.raises(ConfigError, match="recon_s=False"):
+        model.rebuild_queries(out.query_up)
+
+
 def test_corruption_does_not_change_the_codebook_loss(tiny: Seed2Config, images: torch.Tensor,
                                                       target: torch.Tensor) -> None:
     plain = Stage2Model(tiny, frozen_dropout=False)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from seed_multimodal.training.loop import StageSettings, batch_indices, learning_rate
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.training.loop import StageSettings, batch_indices, learning_rate, run_stage
 
 RUN = """
 import sys, time, torch
@@ -80,3 +81,20 @@ def test_batches_walk_every_sample_once_an_epoch() -> None:
 def test_learning_rate(step: int, expected: float) -> None:
     settings = StageSettings(steps=110, lr=1.0, warmup=10, min_lr_ratio=0.02)
     assert learning_rate(step, settings) == pytest.approx(expected)
+
+
+def test_warm_start_takes_the_averaged_weights_and_refuses_another_model(tmp_path: Path) -> None:
+    def run(name: str, model: torch.nn.Module, **more: object) -> dict:
+        settings = StageSettings(steps=3, batch_size=2, warmup=1, precision="fp32", ema=0.5, **more)
+        return run_stage(name, model, lambda step: ((model(torch.ones(2, 3)) ** 2).mean(), {}), settings, tmp_path / name,
+                         dict)
+
+    first = torch.nn.Linear(3, 2)
+    run("first", first)
+    second = torch.nn.Linear(3, 2)
+    run("second", second, start=str(tmp_path / "first" / "first.state.pt"), lr=0.0)
+    torch.testing.assert_close(second.weight, first.weight)
+    with pytest.raises(CheckpointError, match="another size"):
+        run("third", torch.nn.Linear(3, 4), start=str(tmp_path / "first" / "first.state.pt"))
+    with pytest.raises(CheckpointError, match="no such state"):
+        run("fourth", torch.nn.Linear(3, 2), start=str(tmp_path / "none.pt"))

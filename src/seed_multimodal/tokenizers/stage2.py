@@ -69,6 +69,8 @@ class Stage2Model(Seed2Tokenizer):
         frozen_dropout: leave the frozen Q-Former in train mode, as released.
         corrupt: each sample gets a fraction of its codes, uniform in [0, corrupt], replaced by random ones before
             decoding (training mode only), so that the decoder survives a language model's errors.
+        nested: probability that a sample is decoded from its first k codes only, k uniform (training mode only), so
+            that early codes carry the most; the places after them hold zeros.
         readout_weight: `W` `[M, E]`; adds `mse(W ê, W e)`, for example a read-out of VAE latents.
         ema_decay: moving-average codebook instead of the codebook loss.
     """
@@ -77,11 +79,12 @@ class Stage2Model(Seed2Tokenizer):
 
     def __init__(self, config: Seed2Config, *, weights: Stage2Weights | None = None,
                  clip_model: nn.Module | None = None, freeze_qformer: bool = True, frozen_dropout: bool = True,
-                 corrupt: float = 0.0, readout_weight: Tensor | None = None, ema_decay: float | None = None) -> None:
+                 corrupt: float = 0.0, nested: float = 0.0,
+                 readout_weight: Tensor | None = None, ema_decay: float | None = None) -> None:
         super().__init__(config, ema_decay=ema_decay)
         if not 0.0 <= corrupt <= 1.0:
             raise ConfigError(f"corrupt must be a probability between 0 and 1, got {corrupt}.")
-        self.weights, self.corrupt = weights or Stage2Weights(), corrupt
+        self.weights, self.corrupt, self.nested = weights or Stage2Weights(), corrupt, nested
         self.freeze_qformer, self.frozen_dropout = freeze_qformer, frozen_dropout
         self.register_buffer("readout_weight", readout_weight, persistent=False)
         self.clip_model = clip_model
@@ -130,7 +133,7 @@ class Stage2Model(Seed2Tokenizer):
         pre_quant = self.pre_quant_from_features(query_features)
         if quantize:
             quant, embed_raw, indices = self.quantize(pre_quant)
-            quant = self._corrupt(quant, generator)
+            quant = self._prefix(self._corrupt(quant, generator), generator)
         else:
             quant, embed_raw, indices = self.quantize.prepare(pre_quant), pre_quant.new_zeros(()), None
         query_up = self.upsample(quant)
@@ -165,6 +168,16 @@ class Stage2Model(Seed2Tokenizer):
         swap = (torch.rand(shape, generator=generator, device=device) < fraction).to(quant.device)
         codes = torch.randint(self.quantize.size, shape, generator=generator, device=device).to(quant.device)
         return torch.where(swap[..., None], self.quantize.lookup(codes).detach().to(quant.dtype), quant)
+
+    def _prefix(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
+        if not (self.training and self.nested):
+            return quant
+        count, places = quant.shape[:2]
+        device = quant.device if generator is None else generator.device
+        keep = torch.randint(1, places + 1, (count, 1), generator=generator, device=device)
+        whole = torch.rand(count, 1, generator=generator, device=device) >= self.nested
+        shown = whole | (torch.arange(places, device=device) < keep)
+        return quant * shown.to(quant)[..., None]
 
     def _readout(self, image_embeds: Tensor, target: Tensor) -> Tensor:
         if self.readout_weight is None:

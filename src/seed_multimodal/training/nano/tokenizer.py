@@ -2,14 +2,15 @@
 
 Peculiar, and different from the released recipe: stage 1 also regresses the CLIP image embedding from the first k
 queries, and trains the vision tower; stage 2 trains the Q-Former too, starts the codebook by k-means after a warm-up
-without quantiser, restarts dead codes, corrupts up to 30 % of the codes, and weighs the embedding error by a read-out
-of the VAE latents.
+without quantiser, restarts dead codes, corrupts up to 30 % of the codes, decodes half of the samples from their first k codes only, takes
+the unshifted picture's embedding as target of every view, and weighs the error by a read-out of the VAE latents.
 `faithful=True` is SEED-2's literal recipe: contrast only, frozen Q-Former, 8,192 codes from a uniform start, plain VQ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def train_stage1(
     model.visual_encoder.load_state_dict(start)
     device = training_device(config)
     model.to(device)
-    settings = config.train_stage1
+    settings = replace(config.train_stage1, start="") if faithful else config.train_stage1
     pool = torch.tensor(list(train))
 
     def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
@@ -121,21 +122,24 @@ def train_stage2(
     readout = _latent_readout(embeddings[pool, 0].float(), latents[pool, 0].float().flatten(1))
     weights = Stage2Weights() if faithful else Stage2Weights(embed=1.0, recon_s=0.1, distil_image=1.0, readout=1.0)
     model = Stage2Model(tokenizer_config(config, faithful), weights=weights, freeze_qformer=faithful,
-                        corrupt=0.0 if faithful else 0.3, readout_weight=None if faithful else readout)
+                        corrupt=0.0 if faithful else 0.3, nested=0.0 if faithful else 0.5,
+                        readout_weight=None if faithful else readout)
     stage1 = "stage1-faithful" if faithful else "stage1"
     model.load_stage1(load_state_dict(work / f"{stage1}.safetensors"), stage1)
     model.eval()
     vision = cache_vision(model, views)
     device = training_device(config)
     model.to(device).train()
-    settings = config.train_stage2
-    warm_up = 0 if faithful else settings.steps // 5
+    settings = replace(config.train_stage2, start="") if faithful else config.train_stage2
+    warm_up = 0 if faithful or settings.start else settings.steps // 5  # a codebook to start from needs none
     state = {"recent": torch.zeros(0)}
 
     def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
         chosen = pool[batch_indices(step, settings.batch_size, len(pool), settings.seed)]
         view = torch.randint(0, views.shape[1], (len(chosen),))
-        result = model(None, embeddings[chosen, view].to(device).float(),
+        # Whatever the view, the target is the picture itself: small shifts should not change the codes.
+        seen = view if faithful else torch.zeros_like(view)
+        result = model(None, embeddings[chosen, seen].to(device).float(),
                        vit_features=vision[chosen, view].to(device).float(), quantize=step >= warm_up)
         state["recent"] = result.pre_quant.detach().float()
         return result.loss, {"embed": float(result.loss_embed_raw.detach()),
@@ -145,7 +149,7 @@ def train_stage2(
     def on_step(step: int) -> None:
         if faithful:
             return
-        if step == warm_up:
+        if step == warm_up and not settings.start:
             with torch.no_grad():
                 some = pool[torch.randperm(len(pool))[:1024]]
                 model.quantize.init_from(model.pre_quant_from_features(
