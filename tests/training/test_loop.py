@@ -86,8 +86,8 @@ def test_learning_rate(step: int, expected: float) -> None:
 def test_warm_start_takes_the_averaged_weights_and_refuses_another_model(tmp_path: Path) -> None:
     def run(name: str, model: torch.nn.Module, **more: object) -> dict:
         settings = StageSettings(steps=3, batch_size=2, warmup=1, precision="fp32", ema=0.5, **more)
-        return run_stage(name, model, lambda step: ((model(torch.ones(2, 3)) ** 2).mean(), {}), settings, tmp_path / name,
-                         dict)
+        x = torch.ones(2, 3)
+        return run_stage(name, model, lambda step: ((model(x) ** 2).mean(), {}), settings, tmp_path / name, dict)
 
     first = torch.nn.Linear(3, 2)
     run("first", first)

@@ -2,8 +2,9 @@
 
 Peculiar, and different from the released recipe: stage 1 also regresses the CLIP image embedding from the first k
 queries, and trains the vision tower; stage 2 trains the Q-Former too, starts the codebook by k-means after a warm-up
-without quantiser, restarts dead codes, corrupts up to 30 % of the codes, decodes half of the samples from their first k codes only, takes
-the unshifted picture's embedding as target of every view, and weighs the error by a read-out of the VAE latents.
+without quantiser, restarts dead codes, corrupts up to 30 % of the codes, decodes half of the samples from their first
+k codes only, takes the unshifted picture's embedding as target of every view, and weighs the error by a read-out of
+the VAE latents.
 `faithful=True` is SEED-2's literal recipe: contrast only, frozen Q-Former, 8,192 codes from a uniform start, plain VQ.
 """
 
