@@ -13,10 +13,15 @@ import importlib
 import os
 from typing import Any
 
+from seed_multimodal import torchvision_shim
+
 __version__ = "0.1.0"
 
 # Model hubs are opt-in: an unreachable name otherwise costs about 25 s of silent retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A CPU build of torch beside torchvision from PyPI: repaired just before torchvision is first imported.
+torchvision_shim.install()
 
 _LAZY = {
     "SeedLlama": "seed_multimodal.systems.seed_llama",

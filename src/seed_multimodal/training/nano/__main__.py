@@ -19,6 +19,7 @@ from torch import Tensor
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.nano.config import load_config, save_config
 from seed_multimodal.training.nano.workspace import Workspace
+from seed_multimodal.weights import load_state_dict
 
 STAGES = ("vae", "clip", "stage1", "stage2", "codes", "unet", "unet2", "vae2", "pretrain", "sft", "assemble")
 
@@ -170,8 +171,9 @@ def _vae2(space: Workspace) -> dict[str, Any]:
 def _pretrain(space: Workspace) -> dict[str, Any]:
     from seed_multimodal.training.nano.llm import train_llm
 
+    codebook = load_state_dict(space.tokenizer_folder / "model.safetensors")["quantize.embedding.weight"].float()
     return train_llm(space.config, "pretrain", space.nano, space.words, _codes(space), space.train, space.held_out,
-                     space.work, space.work / "llm-pretrained", start=None)
+                     space.work, space.work / "llm-pretrained", start=None, codebook=codebook)
 
 
 def _sft(space: Workspace) -> dict[str, Any]:

@@ -35,6 +35,20 @@ def build_llm(config: NanoConfig, vocabulary: int) -> Any:
         pad_token_id=0, tie_word_embeddings=True, rms_norm_eps=1e-5))
 
 
+@torch.no_grad()
+def start_from_codebook(model: Any, codebook: Tensor, first_code: int) -> None:
+    """Give codes that are neighbours in the codebook `[K, d]` neighbouring word embeddings.
+
+    A fixed random projection of the codebook, at the size of the random start: the model then reads a code it has
+    seldom seen as the like of others, instead of learning 512 unrelated words.
+    """
+    rows = model.model.embed_tokens.weight
+    generator = torch.Generator().manual_seed(0)
+    centred = codebook - codebook.mean(0)
+    projected = centred @ torch.randn(codebook.shape[1], rows.shape[1], generator=generator)
+    rows[first_code:first_code + len(codebook)] = projected * (rows[:first_code].std() / projected.std())
+
+
 def token_losses(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of every learned token and which of them are image codes or brackets; both `[T]`."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -46,13 +60,19 @@ def token_losses(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 
 def train_llm(
     config: NanoConfig, name: str, nano: NanoSet, words: MultimodalTokenizer, codes: Tensor, train: Sequence[int],
-    held_out: Sequence[int], work: Path, out: Path, start: Path | None,
+    held_out: Sequence[int], work: Path, out: Path, start: Path | None, codebook: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Train on the pictures `train` (codes `[N, V, 32]`), continue from the folder `start` if given, save to `out`."""
+    """Train on the pictures `train` (codes `[N, V, 32]`), continue from the folder `start` if given, save to `out`.
+
+    Args:
+        codebook: `[K, d]`; what the code words start from when there is no `start`.
+    """
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(config.seed + 5)
     model = build_llm(config, words.vocabulary.size) if start is None else LlamaForCausalLM.from_pretrained(start)
+    if start is None and codebook is not None:
+        start_from_codebook(model, codebook, words.vocabulary.n_text)
     device = training_device(config)
     model.to(device)
     if device.type == "cpu":

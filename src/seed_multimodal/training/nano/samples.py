@@ -21,9 +21,9 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 IGNORED = -100
 PRETRAIN_SHARES = {"image_first": 0.5, "text_first": 0.5}
-SFT_SHARES = {"image_first": 0.05, "text_first": 0.10, "describe": 0.20, "qa": 0.25, "draw": 0.15, "edit": 0.15,
-              "chat": 0.10}
-MAX_NOISE = 0.2
+SFT_SHARES = {"image_first": 0.05, "text_first": 0.10, "describe": 0.20, "qa": 0.25, "draw": 0.15, "edit": 0.17,
+              "chat": 0.08}
+MAX_NOISE = 0.06
 Part = str | Sequence[int]
 
 
@@ -62,7 +62,7 @@ class SampleMaker:
         return items[int(torch.randint(len(items), (), generator=generator))]
 
     def _seen(self, picture: int, generator: torch.Generator) -> list[int]:
-        """Codes of a picture the model reads: any view (the unaugmented one half of the time), up to 20 % wrong.
+        """Codes of a picture the model reads: any view (the unaugmented one half of the time), up to 6 % wrong.
 
         There are few pictures and many passes over them; without such noise the model learns them by heart.
         """
