@@ -53,11 +53,17 @@ wait "$decoder"
 stages assemble "$cores"
 
 if [ "$report" = 1 ]; then
-  if [ ! -f "$out/judge/model.safetensors" ]; then
+  judge=$out/judge
+  amount=()
+  if [ "$name" = pico ] && [ -f pretrained/nano/judge/model.safetensors ]; then
+    judge=pretrained/nano/judge  # training a judge of its own would take longer than everything before it
+    amount=(--limit 24 --questions 100)
+  elif [ ! -f "$judge/model.safetensors" ]; then
     steps=$("$python" -c "from seed_multimodal.training.nano.config import load_config as l; print(l('$config').judge_steps)")
-    "$python" -m seed_multimodal.evaluation.train_judge --data "$data" --out "$out/judge" --work "$work/judge" --steps "$steps"
+    "$python" -m seed_multimodal.evaluation.train_judge --data "$data" --out "$judge" --work "$work/judge" --steps "$steps"
   fi
-  "$python" -m seed_multimodal.evaluation.report --model "$out" --data "$data" --out "$out/report"
+  "$python" -m seed_multimodal.evaluation.report --model "$out" --data "$data" --judge "$judge" --out "$out/report" \
+    ${amount[@]+"${amount[@]}"}
   echo "The report card is $out/report/report.md."
 fi
 echo "The nano system is in $out (made in $(( (SECONDS - started) / 60 )) min $(( (SECONDS - started) % 60 )) s): seed chat --model $out"

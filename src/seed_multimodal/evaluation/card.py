@@ -113,8 +113,10 @@ def _data(data: Path) -> list[str]:
     counts = manifest["counts"]["pictures"]
     return ["## Data", "", f"`{data.name}`: {manifest['records']} drawings at {manifest['size']} px in the styles "
             f"{', '.join(manifest['styles'])} ({', '.join(f'{k} {v}' for k, v in counts.items())}). Trained on `train` "
-            "only; the judge, a measuring instrument, saw all splits. Sources, licences and notices: "
-            "`data/nano64/NOTICE.md`.", ""]
+            "only; the judge, a measuring instrument, saw all splits. "
+            "Artwork, rendered: Twemoji (© Twitter, Inc. and other contributors, CC BY 4.0), Noto Emoji (Google, "
+            "Apache-2.0), Fluent Emoji (Microsoft, MIT); words: emojibase (MIT) from Unicode CLDR (Unicode License "
+            "v3). Full notices: `data/nano64/NOTICE.md`.", ""]
 
 
 def _report(model: Path) -> list[str]:

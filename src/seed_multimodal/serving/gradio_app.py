@@ -52,7 +52,8 @@ class Kind:
 
 KINDS = {
     "nano": Kind("conv_seed_vicuna", "SEED Multimodal · nano", 0.0,
-                 ("Please draw a red apple.", "Please provide an accurate and concise description of the given image.",
+                 ("Please draw a fluent drawing of a red apple.", "Make it in noto style.",
+                  "Please provide an accurate and concise description of the given image.",
                   "What is this? Please provide an accurate answer consisting of only one word or phrase.")),
     "seed-llama-8b": Kind("conv_seed_vicuna", "SEED-LLaMA 8B", examples=(
         "What is this animal?", "Can you generate an image of a dog on the green grass?",
