@@ -10,33 +10,44 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, SeedError
 from seed_multimodal.evaluation import machine
 
 STAGES = ("vae", "clip", "stage1", "stage2", "unet", "unet2", "vae2", "pretrain", "sft")
-HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "earlier")
+HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "leg")
 
 
-def write_card(model: Path, work: Path, data: Path, command: str, earlier: Path | None = None) -> Path:
+def write_card(model: Path, work: Path, data: Path, command: str, earlier: Sequence[Path] = (),
+               note: str = "") -> Path:
     """Write `model/README.md` from the records in `work`, `model/report/report.md` and `data/manifest.json`.
 
     Args:
         command: how the run was started, as a reader would type it.
-        earlier: work folder of a run whose weights this one started from; its records are listed first.
+        note: what a reader must know about this run, in sentences.
+        earlier: work folders of the runs whose weights this one started from; their records are listed first.
 
     Raises:
         DataError: a stage's record is missing or unreadable.
     """
-    records = [_record(work / f"{stage}.done.json") for stage in STAGES]
-    before = [{**_record(file), "earlier": True} for file in sorted(earlier.glob("*.done.json"))] if earlier else []
+    run = [stage for stage in STAGES if (work / f"{stage}.done.json").is_file()]
+    if not run:
+        raise DataError(f"{work}: no stage has left a record (NAME.done.json) in this work folder.")
+    skipped = [stage for stage in STAGES if stage not in run]
+    records = [_record(work / f"{stage}.done.json") for stage in run]
+    before = [{**_record(leg / f"{stage}.done.json"), "leg": number} for number, leg in enumerate(earlier, 1)
+              for stage in STAGES if (leg / f"{stage}.done.json").is_file()]
+    records = [{**record, **({"leg": len(earlier) + 1} if earlier else {})} for record in records]
+    seen = {(r["stage"], r["steps"], r["seconds"]) for r in before}  # a later leg keeps what it did not train again
+    records = [r for r in records if (r["stage"], r["steps"], r["seconds"]) not in seen]
     faithful = work / "stage2-faithful.done.json"
     text = "\n".join([
-        *_opening(model), *_parts_table(model), *_training([*before, *records], work, command),
-        *(_faithful(_record(faithful), records[3]) if faithful.is_file() else []),
+        *_opening(model), *_parts_table(model), *_training([*before, *records], work, command, skipped), *([note, ""] if note else []),
+        *(_faithful(_record(faithful), _record(work / "stage2.done.json")) if faithful.is_file() else []),
         *_data(data), *_report(model), *_limits()])
     file = model / "README.md"
     file.write_text(text.rstrip() + "\n", encoding="utf-8")
@@ -79,7 +90,7 @@ def _numel(shape: Sequence[int]) -> int:
     return count
 
 
-def _training(records: list[dict[str, Any]], work: Path, command: str) -> list[str]:
+def _training(records: list[dict[str, Any]], work: Path, command: str, skipped: list[str]) -> list[str]:
     facts, found = machine.hardware(), machine.versions()
     total = sum(r["seconds"] for r in records)
     lines = ["## Training", "", f"Command: `{command}` (settings as resolved below). Commit: `{machine.commit()}`. "
@@ -90,10 +101,12 @@ def _training(records: list[dict[str, Any]], work: Path, command: str) -> list[s
              "| --- | --- | ---: | ---: | --- |"]
     for record in records:
         measured = ", ".join(f"{key} {value}" for key, value in record.items() if key not in HIDDEN)
-        name = f"{record['stage']} (first leg)" if record.get("earlier") else record["stage"]
+        name = f"{record['stage']} (leg {record['leg']})" if "leg" in record else record["stage"]
         lines.append(f"| {name} | {record['steps']} × {record['batch_size']} | {record['seconds']:.0f} | "
                      f"{record.get('parameters', 0):,} | {measured} |")
     settings = (work / "config.yaml").read_text(encoding="utf-8") if (work / "config.yaml").is_file() else ""
+    if skipped:
+        lines += ["", f"Not run: {', '.join(skipped)}."]
     return [*lines, "", "<details><summary>Resolved settings</summary>", "", "```yaml", settings.rstrip(), "```", "",
             "</details>", ""]
 
@@ -103,8 +116,8 @@ def _faithful(faithful: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
             "distinct_sequences")
     rows = [f"| {key} | {shipped.get(key)} | {faithful.get(key)} |" for key in keys]
     return ["## Shipped codebook mode and SEED-2's literal recipe", "",
-            "On the val pictures; literal: contrast only, frozen Q-Former, 8,192 codes from a uniform start, plain VQ.",
-            "",
+            f"On the val pictures; literal: contrast only, frozen Q-Former, 8,192 codes from a uniform start, plain VQ "
+            f"({faithful['steps']} steps × {faithful['batch_size']}).", "",
             "| | shipped | literal SEED-2 |", "| --- | ---: | ---: |", *rows, ""]
 
 
@@ -142,9 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/full"), help="the work folder of the speed run")
     parser.add_argument("--data", type=Path, default=Path("data/nano64"))
     parser.add_argument("--command", default="bash scripts/nano_speedrun.sh", help="how the run was started")
-    parser.add_argument("--earlier", type=Path, default=None, help="work folder of the run this one started from")
+    parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="work folders of the runs it started from")
+    parser.add_argument("--note", default="", help="what a reader must know about this run")
     options = parser.parse_args(arguments)
-    file = write_card(options.model, options.work, options.data, options.command, options.earlier)
+    try:
+        file = write_card(options.model, options.work, options.data, options.command, options.earlier, options.note)
+    except SeedError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
     print(f"Wrote {file}.")
     return 0
 
