@@ -46,7 +46,8 @@ def write_card(model: Path, work: Path, data: Path, command: str, earlier: Seque
     records = [r for r in records if (r["stage"], r["steps"], r["seconds"]) not in seen]
     faithful = work / "stage2-faithful.done.json"
     text = "\n".join([
-        *_opening(model), *_parts_table(model), *_training([*before, *records], work, command, skipped), *([note, ""] if note else []),
+        *_opening(model), *_parts_table(model), *_training([*before, *records], work, command, skipped),
+        *([note, ""] if note else []),
         *(_faithful(_record(faithful), _record(work / "stage2.done.json")) if faithful.is_file() else []),
         *_data(data), *_report(model), *_limits()])
     file = model / "README.md"
