@@ -1,8 +1,3 @@
 #!/usr/bin/env bash
-# The demo's web page on http://127.0.0.1:7860; start the backend first. Extra arguments go to seed_llama_gradio.py.
-set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-cd "$ROOT"
-export GRADIO_ANALYTICS_ENABLED=False
-exec "$PYTHON" gradio_demo/seed_llama_gradio.py --model_type seed-llama-14b --server_port 7860 \
-    --request_address http://127.0.0.1:7890/generate "$@"
+# The demo's web page for 14b on http://127.0.0.1:7860; start its backend first.
+exec bash "$(dirname "${BASH_SOURCE[0]}")/start_frontend.sh" seed-llama-14b "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The demo's model server on http://127.0.0.1:7890/generate for one model: start_backend.sh nano|8b|14b [more arguments].
+# More arguments go to gradio_demo/seed_llama_flask.py. 8b and 14b load in 8 bits, as the original's demo (bitsandbytes).
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$ROOT"
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+size="${1:?say which model: nano, 8b or 14b}"
+shift
+if [ "$size" = nano ]; then
+    exec "$PYTHON" gradio_demo/seed_llama_flask.py --system nano --port 7890 "$@"
+fi
+exec "$PYTHON" gradio_demo/seed_llama_flask.py \
+    --image_transform configs/transform/clip_transform.yaml \
+    --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml \
+    --model "configs/llm/seed_llama_${size}_8bit.yaml" \
+    --port 7890 --llm_device auto --tokenizer_device auto --offload_encoder --offload_decoder "$@"
