@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,16 +151,10 @@ def _codec(
     tokenizer: Path, vision: Path | None, detokenizer: str | Path | None, transform: dict[str, Any], device: str,
     dtype: str,
 ) -> PictureCodec:
-    from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
     from seed_multimodal.device import choose_device
-    from seed_multimodal.images.transforms import get_transform
-    from seed_multimodal.systems.pictures import PictureCodec
-    from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+    from seed_multimodal.systems.pictures import open_codec
 
     runtime = choose_device(device, dtype)
-    model = Seed2Tokenizer.from_pretrained(tokenizer, vision=vision, device=runtime.device, dtype=runtime.dtype)
-    load = None
-    if detokenizer is not None:
-        where = local_folder(detokenizer) or Path(detokenizer)
-        load = partial(UnclipDetokenizer.from_pretrained, where, device=runtime.device, dtype=runtime.dtype)
-    return PictureCodec(model, get_transform(**transform), load_decoder=load, device=runtime.device)
+    where = None if detokenizer is None else local_folder(detokenizer) or Path(detokenizer)
+    return open_codec(tokenizer, vision=vision, detokenizer=where, transform=transform, device=runtime.device,
+                      dtype=runtime.dtype)

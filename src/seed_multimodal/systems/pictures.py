@@ -157,6 +157,25 @@ def is_codes(value: object) -> bool:
             and all(isinstance(code, int) and not isinstance(code, bool) for code in value))
 
 
+def open_codec(
+    tokenizer: Path, *, vision: Path | None = None, detokenizer: Path | None = None, transform: dict[str, Any],
+    device: torch.device, dtype: torch.dtype,
+) -> PictureCodec:
+    """A tokenizer with the resizing it was trained on and, loaded on first use, its de-tokenizer.
+
+    Raises:
+        CheckpointError: weights that are missing or damaged.
+    """
+    from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
+    from seed_multimodal.images.transforms import get_transform
+
+    model = Seed2Tokenizer.from_pretrained(tokenizer, vision=vision, device=device, dtype=dtype)
+    load = None
+    if detokenizer is not None:
+        load = partial(UnclipDetokenizer.from_pretrained, detokenizer, device=device, dtype=dtype)
+    return PictureCodec(model, get_transform(**transform), load_decoder=load, device=device)
+
+
 def load_codec(
     spec: SystemSpec, vocabulary: ImageVocabulary, *, device: torch.device, dtype: torch.dtype,
     load_decoder: bool = True,
@@ -166,16 +185,10 @@ def load_codec(
     Raises:
         CheckpointError: weights that are missing or damaged; `ConfigError`: another codebook than the vocabulary's.
     """
-    from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
-    from seed_multimodal.images.transforms import get_transform
-
-    model = Seed2Tokenizer.from_pretrained(spec.tokenizer, vision=spec.vision, device=device, dtype=dtype)
-    has = (model.config.codebook_size, model.config.num_query)
+    codec = open_codec(spec.tokenizer, vision=spec.vision, detokenizer=spec.detokenizer if load_decoder else None,
+                       transform={**spec.transform, "image_size": spec.image_size}, device=device, dtype=dtype)
+    has = (codec.model.config.codebook_size, codec.model.config.num_query)
     if has != (vocabulary.n_codes, vocabulary.tokens_per_image):
         raise ConfigError(f"{spec.tokenizer}: the image tokenizer has {has[0]} codes, {has[1]} to a picture, but the "
                           f"vocabulary has {vocabulary.n_codes} and {vocabulary.tokens_per_image}.")
-    load = None
-    if load_decoder and spec.detokenizer is not None:
-        load = partial(UnclipDetokenizer.from_pretrained, spec.detokenizer, device=device, dtype=dtype)
-    transform = get_transform(**{**spec.transform, "image_size": spec.image_size})
-    return PictureCodec(model, transform, load_decoder=load, device=device)
+    return codec
