@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import pickle
@@ -26,16 +25,9 @@ IMAGES = ROOT / "images"
 CAT, FOX = str(IMAGES / "cat.jpg"), str(IMAGES / "fox.png")
 
 
-def _tiny_system():
-    spec = importlib.util.spec_from_file_location("tiny_system", ROOT / "tests" / "systems" / "tiny_system.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return str(_tiny_system().build(tmp_path_factory.mktemp("cli") / "tiny"))
+def tiny(tiny_folder: Path) -> str:
+    return str(tiny_folder)
 
 
 @pytest.fixture

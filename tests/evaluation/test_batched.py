@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +14,10 @@ from seed_multimodal.evaluation import report
 from seed_multimodal.evaluation.batched import BatchedSystem
 from seed_multimodal.evaluation.tasks import World
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "systems"))
-import tiny_system  # noqa: E402
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny_system.build(tmp_path_factory.mktemp("system"))
-
-
-@pytest.fixture(scope="module")
-def batched(folder: Path) -> BatchedSystem:
-    return BatchedSystem.from_pretrained(folder, device="cpu", batch=3, log=None)
+def batched(tiny_folder: Path) -> BatchedSystem:
+    return BatchedSystem.from_pretrained(tiny_folder, device="cpu", batch=3, log=None)
 
 
 def test_codes_and_pictures_are_those_of_the_system(toy, batched: BatchedSystem) -> None:
@@ -92,9 +83,9 @@ def test_codec_report_is_the_picture_half(toy, trained, batched: BatchedSystem) 
     assert found["reconstruction"]["cosine"].value == pytest.approx(whole["reconstruction"]["cosine"].value, abs=0.01)
 
 
-def test_the_command(folder: Path, trained, tmp_path: Path, capsys) -> None:
+def test_the_command(tiny_folder: Path, trained, tmp_path: Path, capsys) -> None:
     trained.save_pretrained(tmp_path / "judge")
-    arguments = ["--model", str(folder), "--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "report"),
+    arguments = ["--model", str(tiny_folder), "--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "report"),
                  "--splits", "val", "--limit", "2", "--questions", "2", "--device", "cpu"]
     assert report.main(arguments) == 0
     assert "ETA" in capsys.readouterr().out
@@ -104,7 +95,7 @@ def test_the_command(folder: Path, trained, tmp_path: Path, capsys) -> None:
     assert (tmp_path / "report" / "report.md").read_text().startswith("# Report card of ")
 
 
-def test_a_missing_judge_is_one_sentence(folder: Path, tmp_path: Path, capsys) -> None:
-    assert report.main(["--model", str(folder), "--out", str(tmp_path), "--device", "cpu"]) == 1
+def test_a_missing_judge_is_one_sentence(tiny_folder: Path, tmp_path: Path, capsys) -> None:
+    assert report.main(["--model", str(tiny_folder), "--out", str(tmp_path), "--device", "cpu"]) == 1
     error = capsys.readouterr().err
     assert "no judge in this folder" in error and "Traceback" not in error

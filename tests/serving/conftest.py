@@ -1,32 +1,12 @@
-"""The tiny random system of tests/systems, and a small picture."""
+"""A small picture, as PIL and as PNG bytes."""
 
 from __future__ import annotations
 
 import io
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-
-SYSTEMS = Path(__file__).resolve().parents[1] / "systems"
-if str(SYSTEMS) not in sys.path:
-    sys.path.insert(0, str(SYSTEMS))
-
-import tiny_system  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_system.build(tmp_path_factory.mktemp("tiny_system"))
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_folder: Path):
-    from seed_multimodal.systems.seed_llama import SeedLlama
-
-    return SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None)
 
 
 @pytest.fixture()

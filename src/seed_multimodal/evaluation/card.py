@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,16 +80,9 @@ def _parts_table(model: Path) -> list[str]:
     lines = ["| part | parameters | MB |", "| --- | ---: | ---: |"]
     for file in sorted(model.rglob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
-            count = sum(_numel(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
+            count = sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
         lines.append(f"| `{file.parent.relative_to(model)}` | {count:,} | {file.stat().st_size / 1e6:.2f} |")
     return [*lines, ""]
-
-
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _training(records: list[dict[str, Any]], work: Path, command: str, skipped: list[str]) -> list[str]:

@@ -84,19 +84,14 @@ def batch_indices(step: int, batch_size: int, total: int, seed: int) -> Tensor:
 
     Returns int64 `[batch_size]`; a pure function of its arguments, so any step can be reproduced alone.
     """
-    start = step * batch_size
+    place, end = step * batch_size, (step + 1) * batch_size
     taken: list[Tensor] = []
-    while len_taken(taken) < batch_size:
-        epoch, offset = divmod(start + len_taken(taken), total)
+    while place < end:
+        epoch, offset = divmod(place, total)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(total, generator=generator)
-        taken.append(order[offset:offset + batch_size - len_taken(taken)])
+        taken.append(torch.randperm(total, generator=generator)[offset:offset + end - place])
+        place += len(taken[-1])
     return torch.cat(taken)
-
-
-def len_taken(parts: list[Tensor]) -> int:
-    """Number of indices collected so far."""
-    return sum(int(part.numel()) for part in parts)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -150,7 +150,7 @@ def train_stage2(
     def on_step(step: int) -> None:
         if faithful:
             return
-        if step == warm_up and not settings.start:
+        if step == warm_up:
             with torch.no_grad():
                 some = pool[torch.randperm(len(pool))[:1024]]
                 model.quantize.init_from(model.pre_quant_from_features(

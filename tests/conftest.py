@@ -1,21 +1,19 @@
-"""A tiny random system, built once per session."""
+"""What several rooms' tests share: a tiny random system (tests/systems/tiny_system.py), built once per session.
+
+Tests read it; one that damages a system works on a copy.
+"""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-if str(HERE) not in sys.path:
-    sys.path.insert(0, str(HERE))
-
-import tiny_system  # noqa: E402
-
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny_system  # found through `pythonpath` in pyproject.toml; slow to import, so only where it is used
+
     return tiny_system.build(tmp_path_factory.mktemp("tiny_system"))
 
 
