@@ -48,8 +48,10 @@ stages vae,clip,stage1,stage2,codes "$cores"
 # The decoder and the language model both start from the codes and not from each other.
 OMP_NUM_THREADS=$half stages unet,unet2,vae2 "$half" &
 decoder=$!
+trap 'kill "$decoder" 2>/dev/null || true' EXIT  # if the language model fails, nothing goes on unseen
 OMP_NUM_THREADS=$half stages pretrain,sft "$half"
 wait "$decoder"
+trap - EXIT
 stages assemble "$cores"
 
 if [ "$report" = 1 ]; then

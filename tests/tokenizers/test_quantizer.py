@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
+from seed_multimodal.tokenizers.seed2_config import Seed2Config
 
 
 def _clusters(count: int, dim: int, each: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,3 +127,27 @@ def test_usage_and_perplexity() -> None:
     assert (even.used, even.size, even.fraction) == (5, 10, 0.5)
     assert even.perplexity == pytest.approx(5.0)
     assert quantizer.usage(torch.zeros(4, 3, dtype=torch.long)).perplexity == pytest.approx(1.0)
+
+
+def test_sections_give_each_position_its_own_codes() -> None:
+    torch.manual_seed(5)
+    quantizer = VectorQuantizer(24, 4, sections=6).train()
+    points = torch.randn(200, 6, 4) + 3.0 * torch.randn(6, 4)
+    quantizer.init_from(points, generator=torch.Generator().manual_seed(1))
+    _, _, codes = quantizer(points)
+    own = torch.arange(6) * 4
+    assert bool(((codes >= own) & (codes < own + 4)).all())
+    for place in range(6):  # the nearest of its own four, though another section's code may be nearer
+        rows = quantizer.embedding.weight[place * 4:place * 4 + 4]
+        assert torch.equal(codes[:, place] - place * 4, torch.cdist(points[:, place], rows).argmin(1))
+    quantizer.counts[8:12] = 0.0  # the third section's codes are dead: they restart on that position's features
+    assert quantizer.restart_dead(points) == 4
+    moved = quantizer.embedding.weight[8:12]
+    assert bool((torch.cdist(moved, points[:, 2]).min(1).values < 1e-6).all())
+
+
+def test_a_codebook_that_does_not_divide_into_sections_is_refused() -> None:
+    with pytest.raises(ConfigError, match="10 codes cannot be divided into 4"):
+        VectorQuantizer(10, 4, sections=4)
+    with pytest.raises(ConfigError, match="codebook_sections must be 1 or num_query"):
+        Seed2Config(codebook_sections=8)

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.commands.common import (
-    DONE,
     OF_ONE_PICTURE,
-    SOME_FAILED,
     Names,
     Tally,
     drawing_settings,
@@ -20,8 +18,8 @@ from seed_multimodal.commands.common import (
     load_system,
     opened,
     save_picture,
-    say,
 )
+from seed_multimodal.entry import DONE, SOME_FAILED, say
 from seed_multimodal.errors import RequestError
 
 HELP = ("Type a message; /image FILE shows a picture with it, /picture MESSAGE asks for an answer with a picture, "

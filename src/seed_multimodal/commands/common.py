@@ -8,27 +8,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from seed_multimodal.entry import DONE, SOME_FAILED, say
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, SeedError
 
-DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # One picture's trouble; anything else (weights, settings) stops the whole command.
 OF_ONE_PICTURE = (ImageError, CodesError, GenerationError)
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal (stderr)."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def add_common(parser: argparse.ArgumentParser, model: str = "nano") -> None:
@@ -197,21 +191,3 @@ def write_text(text: str, path: str | Path) -> None:
 def emit(args: argparse.Namespace, record: dict[str, Any], plain: str) -> None:
     """One result on stdout: a JSON line with `--json`, else the plain text."""
     print(json.dumps(record, ensure_ascii=False) if args.json else plain, flush=True)
-
-
-def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
-    """Run a command: a refusal is one sentence and exit code 2, never a traceback unless `debug`."""
-    try:
-        return work()
-    except SeedError as error:
-        if debug:
-            raise
-        say(f"{program}: {error}")
-        return REFUSED
-    except KeyboardInterrupt:
-        say(f"{program}: interrupted.")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone (`seed … | head`); what Python still flushes at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE

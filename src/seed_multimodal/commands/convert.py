@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from seed_multimodal.commands.common import DONE, emit
+from seed_multimodal.commands.common import emit
+from seed_multimodal.entry import DONE
 from seed_multimodal.errors import CheckpointError, ConfigError
 
 

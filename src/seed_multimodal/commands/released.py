@@ -12,17 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.commands.common import (
-    DONE,
-    SOME_FAILED,
-    add_common,
-    add_quantization,
-    guarded,
-    load_system,
-    save_picture,
-    say,
-)
+from seed_multimodal.commands.common import add_common, add_quantization, load_system, save_picture
 from seed_multimodal.config import project_root
+from seed_multimodal.entry import DONE, SOME_FAILED, guarded, say
 from seed_multimodal.errors import CheckpointError
 
 QUESTION = "What is this animal?"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.errors import DataError, SeedError
+from seed_multimodal.entry import DONE, guarded
+from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
 
 STAGES = ("vae", "clip", "stage1", "stage2", "unet", "unet2", "vae2", "pretrain", "sft")
@@ -152,14 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--command", default="bash scripts/nano_speedrun.sh", help="how the run was started")
     parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="work folders of the runs it started from")
     parser.add_argument("--note", default="", help="what a reader must know about this run")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> int:
         file = write_card(options.model, options.work, options.data, options.command, options.earlier, options.note)
-    except SeedError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    print(f"Wrote {file}.")
-    return 0
+        print(f"Wrote {file}.")
+        return DONE
+
+    return guarded("card", options.debug, work)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from seed_multimodal.errors import ConfigError, SeedError
+from seed_multimodal.entry import DONE, guarded
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.batched import BatchedSystem, encode
 from seed_multimodal.evaluation.judge import Judge
@@ -265,14 +265,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> int:
         out = build_report(options, lambda line: print(line, flush=True))
-    except SeedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"Wrote {out / 'report.md'}, report.json and the contact sheets.")
-    return 0
+        print(f"Wrote {out / 'report.md'}, report.json and the contact sheets.")
+        return DONE
+
+    return guarded("report", options.debug, work)
 
 
 if __name__ == "__main__":

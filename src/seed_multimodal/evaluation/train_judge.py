@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from seed_multimodal.device import choose_device
-from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
+from seed_multimodal.entry import DONE, guarded
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.evaluation.augment import augment
 from seed_multimodal.evaluation.judge import PAD, UNKNOWN, Judge, JudgeConfig, split_words
 from seed_multimodal.evaluation.metrics import retrieval_at_k, same_items
@@ -264,29 +264,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seed", type=int, default=77)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
+    return guarded("train judge", options.debug, lambda: _train(options))
+
+
+def _train(options: argparse.Namespace) -> int:
     from seed_multimodal.data.nano import load_nano
 
-    try:
-        if options.batch < 2 or options.minutes <= 0 or (options.steps is not None and options.steps < 1):
-            raise ConfigError("--batch must be at least 2, --minutes and --steps above 0.")
-        runtime = choose_device(options.device, "float32")
-        nano = load_nano(options.data)
-        plan = Plan(options.minutes, options.steps, options.batch, seed=options.seed)
-        judge, steps, seconds = train(build_corpus(nano), plan, Path(options.work), runtime.device,
-                                      log=lambda line: print(line, flush=True))
-        judge.config.training = {
-            "steps": steps, "seconds": round(seconds), "batch": plan.batch, "seed": plan.seed,
-            "device": str(runtime.device), "threads": torch.get_num_threads(), "splits": "all",
-            "real_pictures": real_picture_scores(judge, nano)}
-        judge.save_pretrained(options.out)
-    except SeedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if options.batch < 2 or options.minutes <= 0 or (options.steps is not None and options.steps < 1):
+        raise ConfigError("--batch must be at least 2, --minutes and --steps above 0.")
+    runtime = choose_device(options.device, "float32")
+    nano = load_nano(options.data)
+    plan = Plan(options.minutes, options.steps, options.batch, seed=options.seed)
+    judge, steps, seconds = train(build_corpus(nano), plan, Path(options.work), runtime.device,
+                                  log=lambda line: print(line, flush=True))
+    judge.config.training = {
+        "steps": steps, "seconds": round(seconds), "batch": plan.batch, "seed": plan.seed,
+        "device": str(runtime.device), "threads": torch.get_num_threads(), "splits": "all",
+        "real_pictures": real_picture_scores(judge, nano)}
+    judge.save_pretrained(options.out)
     for split, values in judge.config.training["real_pictures"].items():
         print(split, {k: round(v, 3) for k, v in values.items()})
     print(f"Saved {options.out} after {steps} steps, {seconds:.0f} s.")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

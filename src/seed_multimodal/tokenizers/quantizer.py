@@ -3,7 +3,8 @@
 Released behaviour is the default: squared Euclidean distance, gradients straight through, and the historical loss
 weights (commitment 1.0, codebook 0.25). Distances are always fp32, so codes do not depend on the model's dtype more
 than its features do. Off by default, for training small codebooks: k-means start, restart of dead codes, cosine
-codes, moving-average updates (without them a uniform start of 8192 codes collapses on small data).
+codes, moving-average updates (without them a uniform start of 8192 codes collapses on small data), and sections:
+each position chooses from its own part of the codebook, so that a code says by itself which position it fills.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from seed_multimodal.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class VectorQuantizer(nn.Module):
         beta: weight of the codebook term; with `legacy=False` of the commitment term instead.
         normalize: compare and decode codes on the unit sphere.
         ema_decay: if set, codes follow a moving average of their features instead of the gradient.
+        sections: position q of `sections` positions chooses among rows `[q · K/sections, (q + 1) · K/sections)` only.
+    Raises:
+        ConfigError: `size` does not divide into `sections`.
     """
 
     counts: Tensor
@@ -44,10 +50,12 @@ class VectorQuantizer(nn.Module):
     ema_sum: Tensor
 
     def __init__(self, size: int, dim: int, *, beta: float = 0.25, legacy: bool = True, normalize: bool = False,
-                 ema_decay: float | None = None) -> None:
+                 ema_decay: float | None = None, sections: int = 1) -> None:
         super().__init__()
+        if sections < 1 or size % sections:
+            raise ConfigError(f"A codebook of {size} codes cannot be divided into {sections} equal sections.")
         self.size, self.dim, self.beta, self.legacy = size, dim, beta, legacy
-        self.normalize, self.ema_decay = normalize, ema_decay
+        self.normalize, self.ema_decay, self.sections = normalize, ema_decay, sections
         self.embedding = nn.Embedding(size, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
         self.register_buffer("counts", torch.zeros(size), persistent=False)
@@ -66,11 +74,18 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Index of the nearest code, the first one of a tie: `[..., d]` → `[...]` int64, distances in fp32."""
+        """Index of the nearest code, the first one of a tie: `[..., d]` → `[...]` int64, distances in fp32.
+
+        With sections the axis before the last is the position: `[..., sections, d]`.
+        """
         with torch.autocast(z.device.type, enabled=False):
             points = self.prepare(z.float()).reshape(-1, self.dim)
             codes = self.prepare(self.embedding.weight.float())
             distances = points.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * points @ codes.T
+            if self.sections > 1:
+                places = torch.arange(len(points), device=z.device) % self.sections
+                own = torch.arange(self.size, device=z.device) // (self.size // self.sections)
+                distances = distances.masked_fill(places[:, None] != own, float("inf"))
             return distances.argmin(dim=1).reshape(z.shape[:-1])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,16 +122,17 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def init_from(self, data: Tensor, iterations: int = 10, generator: torch.Generator | None = None) -> None:
         """Start the codebook at the k-means centres of features `[..., d]` (the same on every process)."""
-        points = self.prepare(data.detach().float()).reshape(-1, self.dim)
-        self._set_rows(torch.ones(self.size, dtype=torch.bool), _sample_rows(points, self.size, generator))
+        points = self._by_section(data)
+        every = torch.ones(self.size, dtype=torch.bool, device=points.device)
+        self._set_rows(every, self._sample(points, every, generator))
         for _ in range(iterations):
-            indices = self.nearest(points)
+            indices = self.nearest(points).flatten()
             count = torch.bincount(indices, minlength=self.size)
-            total = torch.zeros(self.size, self.dim, device=points.device).index_add_(0, indices, points)
-            rows = total / count.clamp_min(1)[:, None]
+            total = torch.zeros(self.size, self.dim, device=points.device)
+            rows = total.index_add_(0, indices, points.flatten(0, 1)) / count.clamp_min(1)[:, None]
             empty = count == 0
-            rows[empty] = _sample_rows(points, int(empty.sum()), generator)
-            self._set_rows(torch.ones(self.size, dtype=torch.bool), rows)
+            rows[empty] = self._sample(points, empty, generator)
+            self._set_rows(every, rows)
         self.counts.zero_()
 
     @torch.no_grad()
@@ -129,11 +145,20 @@ class VectorQuantizer(nn.Module):
         if _is_distributed():
             dist.all_reduce(counts)
         dead = counts < threshold
-        points = self.prepare(data.detach().float()).reshape(-1, self.dim)
+        points = self._by_section(data)
         if int(dead.sum()):
-            self._set_rows(dead, _sample_rows(points, int(dead.sum()), generator))
+            self._set_rows(dead, self._sample(points, dead.to(points.device), generator))
         self.counts.zero_()
         return int(dead.sum())
+
+    def _by_section(self, data: Tensor) -> Tensor:
+        """Features `[..., d]` → `[N, sections, d]`, as compared."""
+        return self.prepare(data.detach().float()).reshape(-1, self.sections, self.dim)
+
+    def _sample(self, points: Tensor, which: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A random feature for each row of the codebook marked in `which` `[K]`, from its own section's features."""
+        wanted = which.reshape(self.sections, -1).sum(1).tolist()
+        return torch.cat([_sample_rows(points[:, s], int(n), generator) for s, n in enumerate(wanted)])
 
     def _set_rows(self, which: Tensor, rows: Tensor) -> None:
         rows = rows.to(self.embedding.weight.device)

@@ -47,7 +47,7 @@ class Seed2Tokenizer(nn.Module):
         self.ln_vision = LayerNorm(config.vit.width)
         self.Qformer = QFormer(config.qformer, config.vit.width)
         self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, normalize=config.normalize_codes,
-                                        ema_decay=ema_decay)
+                                        ema_decay=ema_decay, sections=config.codebook_sections)
         d = config.codebook_dim
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, d))
         self.decode_task_layer = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, width))

@@ -31,7 +31,8 @@ class Seed2Config:
     """All sizes; `use_qformer_image` picks the decode head (False: `image_down`, True: Reverse Q-Former).
 
     `recon_s`: keep `pos_embed`/`blocks`, which only stage 2's reconstruction loss uses (released: kept).
-    `normalize_codes` is ours: codes compared and decoded on the unit sphere (released: off).
+    `normalize_codes` and `codebook_sections` are ours: codes compared and decoded on the unit sphere (released: off);
+    each of the `num_query` positions chooses from its own part of the codebook (released: 1, all from all).
     """
 
     vit: EvaConfig = field(default_factory=EvaConfig)
@@ -46,6 +47,12 @@ class Seed2Config:
     reverse_depth: int = 12
     recon_s: bool = True
     normalize_codes: bool = False
+    codebook_sections: int = 1
+
+    def __post_init__(self) -> None:
+        if self.codebook_sections not in (1, self.num_query):
+            raise ConfigError(f"codebook_sections must be 1 or num_query ({self.num_query}), "
+                              f"got {self.codebook_sections}.")
 
     @property
     def reverse_qformer(self) -> QFormerConfig:

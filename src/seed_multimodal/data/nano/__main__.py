@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from seed_multimodal.entry import DONE, guarded
 from seed_multimodal.data.nano.build import BuildOptions, BuildReport, build
 from seed_multimodal.data.nano.check import check_folder, report
 from seed_multimodal.data.nano.load import load_nano
@@ -46,14 +47,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     args = parser().parse_args(arguments)
-    try:
+
+    def work() -> int:
         {"build": _build, "check": _check, "sheet": _sheet}[args.verb](args)
-    except SeedError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return DONE
+
+    return guarded("nano data", args.debug, work)
 
 
 def _build(args: argparse.Namespace) -> None:

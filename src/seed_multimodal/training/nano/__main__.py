@@ -7,7 +7,6 @@ can run side by side. At the end `--out` is a system folder that `SeedLlama.from
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seed_multimodal.entry import guarded
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.nano.config import load_config, save_config
 from seed_multimodal.training.nano.workspace import Workspace
@@ -38,13 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    try:
-        return _run(options)
-    except SeedError as error:
-        if options.debug:
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    return guarded("nano training", options.debug, lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -122,8 +116,8 @@ def _stage2(space: Workspace, faithful: bool = False) -> dict[str, Any]:
     from seed_multimodal.training.nano.tokenizer import train_stage2
 
     out = space.work / "faithful" if faithful else space.tokenizer_folder
-    return train_stage2(space.config, space.views, _embeddings(space), _latents(space), space.train, space.held_out,
-                        space.work, out, faithful)
+    return train_stage2(space.config, space.views, _embeddings(space), _latents(space), space.captions, space.train,
+                        space.held_out, space.work, out, space.words.vocabulary.n_text, faithful)
 
 
 def _faithful(space: Workspace) -> dict[str, Any]:
@@ -136,7 +130,8 @@ def _codes(space: Workspace) -> Tensor:
     from seed_multimodal.training.nano.tokenizer import encode_views
 
     return space.cached("codes", lambda: encode_views(
-        Seed2Tokenizer.from_pretrained(space.tokenizer_folder), space.views))
+        Seed2Tokenizer.from_pretrained(space.tokenizer_folder), space.views, space.config.code_views,
+        space.config.seed))
 
 
 def _cache_codes(space: Workspace) -> dict[str, Any]:
@@ -154,7 +149,7 @@ def _unet(space: Workspace) -> dict[str, Any]:
 def _unet2(space: Workspace) -> dict[str, Any]:
     from seed_multimodal.training.nano.unet import decoded_embeddings, train_unet
 
-    codes = _codes(space)
+    codes = _codes(space)[:, :space.config.views]  # those whose latents are known
     decoded = space.cached("decoded", lambda: decoded_embeddings(space.tokenizer_folder, codes))
     return train_unet(space.config, space.config.train_unet2, "unet2", _latents(space), _embeddings(space),
                       space.index_tensor(), space.work, space.decoder_folder, start=space.work / "unet",
@@ -170,10 +165,12 @@ def _vae2(space: Workspace) -> dict[str, Any]:
 
 def _pretrain(space: Workspace) -> dict[str, Any]:
     from seed_multimodal.training.nano.llm import train_llm
+    from seed_multimodal.training.nano.tokenizer import tokenizer_config
 
     codebook = load_state_dict(space.tokenizer_folder / "model.safetensors")["quantize.embedding.weight"].float()
     return train_llm(space.config, "pretrain", space.nano, space.words, _codes(space), space.train, space.held_out,
-                     space.work, space.work / "llm-pretrained", start=None, codebook=codebook)
+                     space.work, space.work / "llm-pretrained", start=None, codebook=codebook,
+                     sections=tokenizer_config(space.config).codebook_sections)
 
 
 def _sft(space: Workspace) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from seed_multimodal.training.loop import batch_indices, run_stage
 from seed_multimodal.training.nano.config import NanoConfig, training_device
 from seed_multimodal.training.nano.views import to_clip
+from seed_multimodal.weights import save_state_dict
 
 MAX_TEXT = 24
+TEXT_FILE = "clip-text.safetensors"
 
 
 class ClipPair(nn.Module):
@@ -31,22 +33,14 @@ class ClipPair(nn.Module):
 
     def __init__(self, config: NanoConfig, text_vocabulary: int, latent_size: int) -> None:
         super().__init__()
-        from transformers import (
-            CLIPTextConfig,
-            CLIPTextModelWithProjection,
-            CLIPVisionConfig,
-            CLIPVisionModelWithProjection,
-        )
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
         sizes = config.clip
         self.vision = CLIPVisionModelWithProjection(CLIPVisionConfig(
             hidden_size=sizes.width, intermediate_size=4 * sizes.width, num_hidden_layers=sizes.layers,
             num_attention_heads=sizes.heads, image_size=config.image_size, patch_size=sizes.patch,
             projection_dim=sizes.embedding, hidden_act="gelu"))
-        self.text = CLIPTextModelWithProjection(CLIPTextConfig(
-            vocab_size=text_vocabulary + 1, hidden_size=sizes.text_width, intermediate_size=4 * sizes.text_width,
-            num_hidden_layers=sizes.text_layers, num_attention_heads=4, max_position_embeddings=MAX_TEXT,
-            projection_dim=sizes.embedding, hidden_act="gelu", bos_token_id=1, eos_token_id=2, pad_token_id=0))
+        self.text = text_tower(config, text_vocabulary)
         for tower in (self.vision, self.text):
             tower.set_attn_implementation("eager")  # the fused bf16 kernel's backward is slow on CPUs
         self.readout = nn.Linear(sizes.embedding, latent_size)
@@ -62,6 +56,17 @@ class ClipPair(nn.Module):
         contrastive = (F.cross_entropy(scores, target, label_smoothing=0.1)
                        + F.cross_entropy(scores.T, target, label_smoothing=0.1)) / 2
         return contrastive, F.mse_loss(self.readout(image).float(), latents.flatten(1))
+
+
+def text_tower(config: NanoConfig, text_vocabulary: int) -> Any:
+    """The untrained text side: `CLIPTextModelWithProjection` over the word pieces and one end-of-text id."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    sizes = config.clip
+    return CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=text_vocabulary + 1, hidden_size=sizes.text_width, intermediate_size=4 * sizes.text_width,
+        num_hidden_layers=sizes.text_layers, num_attention_heads=4, max_position_embeddings=MAX_TEXT,
+        projection_dim=sizes.embedding, hidden_act="gelu", bos_token_id=1, eos_token_id=2, pad_token_id=0))
 
 
 def caption_ids(texts: Sequence[Sequence[int]], end: int) -> Tensor:
@@ -107,6 +112,7 @@ def train_clip(
         pair.cpu()
         scale = _unit_scale(pair, views[pool[:1024], 0])
         pair.vision.save_pretrained(out)
+        save_state_dict(pair.text.state_dict(), work / TEXT_FILE)
         measured = {split: r2(pair, views, latents, index, scale) for split, index in
                     (("train", list(train)[:1024]), ("held_out", list(held_out)))}
         return {"r2_train": measured["train"], "r2": measured["held_out"], "gate_r2": config.gate_r2,

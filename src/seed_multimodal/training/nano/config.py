@@ -55,8 +55,9 @@ class TokenizerSizes:
     layers: int = 3
     heads: int = 6
     decode_depth: int = 2
-    codes: int = 512
+    codes: int = 1024
     code_dim: int = 16
+    sections: bool = True
 
 
 @dataclass
@@ -87,10 +88,14 @@ def _stage(steps: int, batch: int, lr: float, **more: Any) -> Any:
 
 @dataclass
 class NanoConfig:
-    """Everything one run needs; the resolved file is saved beside its outputs."""
+    """Everything one run needs; the resolved file is saved beside its outputs.
+
+    `views` of each picture are kept with their latents and embeddings; the language model reads `code_views` of it.
+    """
 
     image_size: int = 64
     views: int = 8
+    code_views: int = 8
     limit: int = 0
     device: str = "auto"
     seed: int = 0

@@ -20,8 +20,10 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.loop import run_stage
 from seed_multimodal.training.nano.config import NanoConfig, training_device
 from seed_multimodal.training.nano.samples import IGNORED, PRETRAIN_SHARES, SFT_SHARES, SampleMaker, collate
+from seed_multimodal.training.optimizers import MuonWithAdamW
 
 GROUP = 8
+TEXT_WEIGHT = 4.0  # an answer has eight tokens where a picture has 34; equal weights would teach mostly pictures
 
 
 def build_llm(config: NanoConfig, vocabulary: int) -> Any:
@@ -36,16 +38,18 @@ def build_llm(config: NanoConfig, vocabulary: int) -> Any:
 
 
 @torch.no_grad()
-def start_from_codebook(model: Any, codebook: Tensor, first_code: int) -> None:
+def start_from_codebook(model: Any, codebook: Tensor, first_code: int, sections: int = 1) -> None:
     """Give codes that are neighbours in the codebook `[K, d]` neighbouring word embeddings.
 
     A fixed random projection of the codebook, at the size of the random start: the model then reads a code it has
-    seldom seen as the like of others, instead of learning 512 unrelated words.
+    seldom seen as the like of others, instead of learning K unrelated words. Each section has a projection of its
+    own, because what a direction means differs from position to position.
     """
     rows = model.model.embed_tokens.weight
     generator = torch.Generator().manual_seed(0)
-    centred = codebook - codebook.mean(0)
-    projected = centred @ torch.randn(codebook.shape[1], rows.shape[1], generator=generator)
+    parts = codebook.reshape(sections, -1, codebook.shape[1])
+    turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=generator)
+    projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
     rows[first_code:first_code + len(codebook)] = projected * (rows[:first_code].std() / projected.std())
 
 
@@ -61,18 +65,19 @@ def token_losses(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 def train_llm(
     config: NanoConfig, name: str, nano: NanoSet, words: MultimodalTokenizer, codes: Tensor, train: Sequence[int],
     held_out: Sequence[int], work: Path, out: Path, start: Path | None, codebook: Tensor | None = None,
+    sections: int = 1,
 ) -> dict[str, Any]:
     """Train on the pictures `train` (codes `[N, V, 32]`), continue from the folder `start` if given, save to `out`.
 
     Args:
-        codebook: `[K, d]`; what the code words start from when there is no `start`.
+        codebook: `[K, d]`, in `sections` parts; what the code words start from when there is no `start`.
     """
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(config.seed + 5)
     model = build_llm(config, words.vocabulary.size) if start is None else LlamaForCausalLM.from_pretrained(start)
     if start is None and codebook is not None:
-        start_from_codebook(model, codebook, words.vocabulary.n_text)
+        start_from_codebook(model, codebook, words.vocabulary.n_text, sections)
     device = training_device(config)
     model.to(device)
     if device.type == "cpu":
@@ -100,7 +105,8 @@ def train_llm(
         parts = {"text": float(values[~image].detach().mean()) if bool((~image).any()) else 0.0}
         if bool(image.any()):
             parts["image"] = float(values[image].detach().mean())
-        return values.mean(), parts
+        weight = torch.where(image, 1.0, TEXT_WEIGHT)
+        return (values * weight).sum() / weight.sum(), parts
 
     def finish() -> Mapping[str, Any]:
         model.cpu()
@@ -109,7 +115,8 @@ def train_llm(
         return {"parameters": sum(p.numel() for p in model.parameters()), "tokens_this_run": tokens["seen"],
                 **held_out_losses(model, SampleMaker(nano, words, codes, held_out, "val"), shares, first_code)}
 
-    return run_stage(name, model, loss, settings, work, finish)
+    optimizer = MuonWithAdamW(model, settings.lr, settings.weight_decay)
+    return run_stage(name, model, loss, settings, work, finish, optimizer=optimizer)
 
 
 @torch.no_grad()

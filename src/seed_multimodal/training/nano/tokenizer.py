@@ -4,7 +4,7 @@ Peculiar, and different from the released recipe: stage 1 also regresses the CLI
 queries, and trains the vision tower; stage 2 trains the Q-Former too, starts the codebook by k-means after a warm-up
 without quantiser, restarts dead codes, corrupts up to 30 % of the codes, decodes half of the samples from their first
 k codes only, takes the unshifted picture's embedding as target of every view, and weighs the error by a read-out of
-the VAE latents.
+the VAE latents, contrasts the decoded embedding with captions, and gives each position its own part of the codebook.
 `faithful=True` is SEED-2's literal recipe: contrast only, frozen Q-Former, 8,192 codes from a uniform start, plain VQ.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seed_multimodal.tokenizers.qformer import QFormerConfig
@@ -24,13 +25,15 @@ from seed_multimodal.tokenizers.seed2_config import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model, Stage2Weights
 from seed_multimodal.training.loop import batch_indices, run_stage
-from seed_multimodal.training.nano.clip import draw_caption_ids
+from seed_multimodal.training.nano.clip import TEXT_FILE, draw_caption_ids, text_tower
 from seed_multimodal.training.nano.config import NanoConfig, training_device
-from seed_multimodal.training.nano.views import to_clip
+from seed_multimodal.training.nano.views import augment, to_clip
 from seed_multimodal.vision.eva import EvaConfig
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 FAITHFUL_CODES = 8192
+NUM_QUERY = Seed2Config.num_query
+ITC_WEIGHT, ITC_SCALE = 0.1, 14.0
 
 
 def tokenizer_config(config: NanoConfig, faithful: bool = False) -> Seed2Config:
@@ -42,7 +45,8 @@ def tokenizer_config(config: NanoConfig, faithful: bool = False) -> Seed2Config:
         qformer=QFormerConfig(width=sizes.hidden, depth=sizes.layers, heads=sizes.heads, mlp_width=4 * sizes.hidden,
                               max_positions=64, dropout=0.1 if faithful else 0.0),
         codebook_size=FAITHFUL_CODES if faithful else sizes.codes, codebook_dim=sizes.code_dim,
-        decode_depth=sizes.decode_depth, recon_s=faithful, image_features_dim=config.clip.embedding)
+        decode_depth=sizes.decode_depth, recon_s=faithful, image_features_dim=config.clip.embedding,
+        codebook_sections=NUM_QUERY if sizes.sections and not faithful else 1)
 
 
 def eva_from_clip(clip: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
@@ -113,8 +117,9 @@ def cache_vision(model: Seed2Tokenizer, views: Tensor, batch: int = 256) -> Tens
 
 
 def train_stage2(
-    config: NanoConfig, views: Tensor, embeddings: Tensor, latents: Tensor, train: Sequence[int],
-    held_out: Sequence[int], work: Path, out: Path | None, faithful: bool = False,
+    config: NanoConfig, views: Tensor, embeddings: Tensor, latents: Tensor, captions: Sequence[Sequence[Sequence[int]]],
+    train: Sequence[int], held_out: Sequence[int], work: Path, out: Path | None, text_vocabulary: int,
+    faithful: bool = False,
 ) -> dict[str, Any]:
     """Train codebook and decode head; save a `Seed2Tokenizer` folder to `out`, report codebook and embedding."""
     name = "stage2-faithful" if faithful else "stage2"
@@ -131,6 +136,7 @@ def train_stage2(
     vision = cache_vision(model, views)
     device = training_device(config)
     model.to(device).train()
+    naming = None if faithful else _Naming(config, captions, text_vocabulary, work, device)
     settings = replace(config.train_stage2, start="") if faithful else config.train_stage2
     warm_up = 0 if faithful or settings.start else settings.steps // 5  # a codebook to start from needs none
     state = {"recent": torch.zeros(0)}
@@ -143,9 +149,12 @@ def train_stage2(
         result = model(None, embeddings[chosen, seen].to(device).float(),
                        vit_features=vision[chosen, view].to(device).float(), quantize=step >= warm_up)
         state["recent"] = result.pre_quant.detach().float()
-        return result.loss, {"embed": float(result.loss_embed_raw.detach()),
-                             "image": float(result.loss_distil_image.detach()),
-                             "readout": float(result.loss_readout.detach())}
+        parts = {"embed": float(result.loss_embed_raw.detach()), "image": float(result.loss_distil_image.detach()),
+                 "readout": float(result.loss_readout.detach())}
+        if naming is None:
+            return result.loss, parts
+        named = naming(result.image_embeds, chosen)
+        return result.loss + ITC_WEIGHT * named, {**parts, "itc": float(named.detach())}
 
     def on_step(step: int) -> None:
         if faithful:
@@ -168,6 +177,28 @@ def train_stage2(
     return run_stage(name, model, loss, settings, work, finish, on_step)
 
 
+class _Naming:
+    """Contrast of decoded image embeddings with captions under the frozen CLIP text tower.
+
+    The squared error alone spends the codes on layout; what a caption would name is a small part of the variance.
+    """
+
+    def __init__(self, config: NanoConfig, captions: Sequence[Sequence[Sequence[int]]], text_vocabulary: int,
+                 work: Path, device: torch.device) -> None:
+        self.captions, self.end, self.device = captions, text_vocabulary, device
+        self.tower = text_tower(config, text_vocabulary)
+        assign_strictly(self.tower, load_state_dict(work / TEXT_FILE), work / TEXT_FILE)
+        self.tower.requires_grad_(False).eval().to(device)
+
+    def __call__(self, image_embeds: Tensor, chosen: Tensor) -> Tensor:
+        """Loss `[]` of embeddings `[B, E]` of the pictures `chosen` `[B]` against one caption of each."""
+        ids = draw_caption_ids(self.captions, chosen, self.end).to(self.device)
+        text = self.tower(input_ids=ids).text_embeds
+        scores = ITC_SCALE * F.normalize(image_embeds.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
+        target = torch.arange(len(scores), device=self.device)
+        return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+
+
 def _latent_readout(embedding: Tensor, latent: Tensor) -> Tensor:
     """Least-squares `W [M, E]` from image embedding to latents, over the training pictures."""
     centred = embedding - embedding.mean(0)
@@ -176,12 +207,22 @@ def _latent_readout(embedding: Tensor, latent: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_views(tokenizer: Seed2Tokenizer, views: Tensor, batch: int = 256) -> Tensor:
-    """Codes int16 `[N, V, 32]` of all views."""
-    flat = views.flatten(0, 1)
-    parts = [tokenizer.encode(to_clip(flat[start:start + batch])).to(torch.int16)
-             for start in range(0, len(flat), batch)]
-    return torch.cat(parts).unflatten(0, views.shape[:2])
+def encode_views(tokenizer: Seed2Tokenizer, views: Tensor, code_views: int, seed: int) -> Tensor:
+    """Codes int16 `[N, code_views, 32]`: of the pictures themselves (view 0), the kept views, then fresh ones.
+
+    Only the pictures themselves, which the language model learns to write, are encoded in fp32 as in use.
+    """
+    kept = views[:, :code_views]
+    generator = torch.Generator().manual_seed(seed + 7)
+    rounds = [kept[:, v] for v in range(kept.shape[1])]
+    rounds += [augment(views[:, 0], generator) for _ in range(code_views - len(rounds))]
+    codes = []
+    for number, images in enumerate(rounds, 1):
+        with torch.autocast(tokenizer.device.type, dtype=torch.bfloat16, enabled=number > 1):
+            codes.append(torch.cat([tokenizer.encode(to_clip(part, tokenizer.device)).to(torch.int16).cpu()
+                                    for part in images.split(512)]))
+        print(f"[codes] view {number} of {code_views}", flush=True)
+    return torch.stack(codes, 1)
 
 
 @torch.no_grad()

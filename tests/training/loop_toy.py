@@ -1,0 +1,111 @@
+"""A tiny model for the tests of the training loop; also a program: `python loop_toy.py FOLDER '{"steps": 40}'`.
+
+Under torchrun it trains with DistributedDataParallel over gloo. Every micro-step's loss goes to FOLDER/losses.RANK.txt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from seed_multimodal.errors import SeedError
+from seed_multimodal.training.loop import StageSettings, batch_indices, run_stage
+
+
+def toy_model() -> tuple[nn.Sequential, torch.Tensor]:
+    """Model and data `[64, 8]`, the same at every call."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(64, 8)
+
+
+def toy_loss(model: nn.Module, data: torch.Tensor, chosen: torch.Tensor, noise: float) -> torch.Tensor:
+    """Squared error of the sum of eight numbers, with noise from the global generator."""
+    x = data[chosen] + noise * torch.randn(len(chosen), 8)
+    return (model(x) - x.sum(1, keepdim=True)).float().square().mean()
+
+
+def move_bias(model: nn.Sequential) -> None:
+    """Random work between steps, as restarting dead codes is."""
+    with torch.no_grad():
+        model[2].bias.add_(0.01 * torch.randn(1))
+
+
+def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float = 0.1, stop_at: int = -1,
+          status: Callable[[], dict[str, float]] | None = None, **settings: Any) -> dict[str, Any]:
+    """One stage; returns its record with the sum of the final weights as an exact number.
+
+    Each micro-step takes `pause` seconds more; in micro-step `stop_at` this process sends itself a SIGTERM.
+    """
+    model, data = toy_model()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    wrapped = DistributedDataParallel(model) if world > 1 else None
+    choices = {"steps": 12, "batch_size": 8, "lr": 1e-2, "warmup": 5, "ema": 0.9, "precision": "fp32", "log_every": 4,
+               "clip": 0.5, "seed": 3, "save_seconds": 1e9, **settings}
+    folder.mkdir(parents=True, exist_ok=True)
+    losses = folder / f"losses.{rank}.txt"
+
+    def loss(micro_step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        time.sleep(pause)
+        if micro_step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        chosen = batch_indices(micro_step * world + rank, choices["batch_size"], 64, 3)
+        value = toy_loss(wrapped or model, data, chosen, noise)
+        with open(losses, "a") as file:
+            file.write(f"{micro_step} {value.item().hex()}\n")
+        return value, {"half": value.detach() / 2}
+
+    def on_step(step: int) -> None:
+        if world == 1:
+            move_bias(model)
+
+    def finish() -> dict[str, Any]:
+        return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
+
+    return run_stage(name, model, loss, StageSettings(**choices), folder, finish, on_step if noise else None,
+                     wrapped=wrapped, status=status)
+
+
+def read_losses(folder: Path, rank: int = 0) -> dict[int, float]:
+    """The last loss of each micro-step (those of a killed run's unsaved steps are made again)."""
+    file = folder / f"losses.{rank}.txt"
+    pairs = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
+    return {int(pair[0]): float.fromhex(pair[1]) for pair in pairs if len(pair) == 2}
+
+
+def main() -> int:
+    """Run the stages given as JSON objects, one after the other."""
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        try:
+            run_stage("unwrapped", nn.Linear(1, 1), lambda step: (torch.zeros(()), {}), StageSettings(1), sys.argv[1],
+                      dict)
+        except SeedError as error:
+            print(f"refused: {error}", flush=True)
+    try:
+        for text in sys.argv[2:]:
+            train(Path(sys.argv[1]), **json.loads(text))
+    except SeedError as error:
+        state = Path(sys.argv[1]) / "toy.state.pt"
+        step = torch.load(state, weights_only=True)["step"] if state.is_file() else None
+        print(f"refused: {error}\nfiles: {sorted(os.listdir(sys.argv[1]))}\nstate of step: {step}")
+        return 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Two processes under torchrun: the numbers of one process with twice the batch, one state, one log, stops together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.training.distributed import Peers
+from seed_multimodal.training.progress import merge
+
+TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+EQUAL = {"name": "equal", "batch_size": 4, "accumulate": 2, "noise": 0, "log_every": 1}
+ENDLESS = {"name": "endless", "batch_size": 4, "steps": 100_000, "pause": 0.02, "log_every": 100_000}
+
+
+@pytest.mark.timeout(900)
+def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
+    toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path: Path
+) -> None:
+    folder = tmp_path / "two"
+    process = start_toy(folder, EQUAL, ENDLESS, before=TWO)
+    toy.train(tmp_path / "one", **{**EQUAL, "batch_size": 8})
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline and process.poll() is None and lines(folder) < 24 + 5:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on to both
+    said = process.communicate(timeout=200)[0]
+    assert said.count("refused: [unwrapped] 2 processes run this stage, but the model is not wrapped") == 2, said
+    compare_states(tmp_path, said)
+    compare_losses(toy, tmp_path)
+    compare_logs(tmp_path)
+    assert_stopped_together(folder, said)
+    assert_another_world_is_refused(toy, folder)
+
+
+def lines(folder: Path, rank: int = 0) -> int:
+    """Micro-steps that this process made, in both stages."""
+    file = folder / f"losses.{rank}.txt"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def compare_states(folder: Path, said: str) -> None:
+    assert (folder / "two" / "equal.done.json").is_file(), said
+    one, two = (torch.load(folder / run / "equal.state.pt", weights_only=True) for run in ("one", "two"))
+    for part in ("model", "ema"):
+        torch.testing.assert_close(two[part], one[part], rtol=1e-5, atol=1e-6)
+    assert (one["world"], one["batch"], two["world"], two["batch"]) == (1, 16, 2, 16)
+    record = json.loads((folder / "two" / "equal.done.json").read_text())
+    assert (record["processes"], record["accumulate"], record["steps"]) == (2, 2, 12)
+
+
+def compare_losses(toy: ModuleType, folder: Path) -> None:
+    """Each process's losses are of its own halves, and their mean is the loss of the double batch."""
+    one = toy.read_losses(folder / "one")
+    # The second stage began again at micro-step 0; its steps stand behind the first stage's.
+    texts = [(folder / "two" / f"losses.{rank}.txt").read_text().splitlines()[:24] for rank in (0, 1)]
+    first, second = ([float.fromhex(line.split()[1]) for line in text] for text in texts)
+    assert first != second
+    means = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    assert means == pytest.approx(list(one.values()), rel=1e-4)
+
+
+def compare_logs(folder: Path) -> None:
+    """One line for each step, by one process, with numbers over both."""
+    one, two = ([json.loads(line) for line in (folder / run / "equal.log.jsonl").read_text().splitlines()]
+                for run in ("one", "two"))
+    assert [line["step"] for line in two] == list(range(1, 13))
+    for a, b in zip(one, two, strict=True):
+        assert [b[key] for key in ("loss", "half", "grad")] == pytest.approx(
+            [a[key] for key in ("loss", "half", "grad")], rel=1e-4)
+        assert b["samples_per_s"] * b["seconds_per_step"] == pytest.approx(16)
+
+
+def assert_stopped_together(folder: Path, said: str) -> None:
+    assert said.count("[endless] stopped by SIGTERM after step") == 1, said
+    state = torch.load(folder / "endless.state.pt", weights_only=True)
+    made = [lines(folder, rank) - 24 for rank in (0, 1)]
+    assert made == [state["step"]] * 2 and state["step"] >= 5
+    assert not (folder / "endless.done.json").exists()
+    assert not list(folder.glob(".*tmp"))
+
+
+def assert_another_world_is_refused(toy: ModuleType, folder: Path) -> None:
+    content = (folder / "endless.state.pt").read_bytes()
+    with pytest.raises(CheckpointError, match="run with 2 processes, this one has 1, so it would not go on"):
+        toy.train(folder, **ENDLESS)
+    assert (folder / "endless.state.pt").read_bytes() == content
+
+
+def test_merged_numbers() -> None:
+    lines = [{"loss": 1.0, "bad": 2, "usage": 0.5, "wait_share": 0.1, "peak_memory_mib": 5.0},
+             {"loss": 3.0, "bad": 1, "usage": 0.7, "wait_share": 0.3, "peak_memory_mib": 4.0, "only": 7.0}]
+    merged = merge(lines)
+    assert merged == pytest.approx({"loss": 2.0, "bad": 3, "usage": 0.6, "wait_share": 0.3, "peak_memory_mib": 5.0,
+                                    "only": 7.0})
+    assert isinstance(merged["bad"], int)
+
+
+def test_alone_without_a_group() -> None:
+    with Peers("alone", nn.Linear(1, 1)) as peers:
+        assert (peers.world, peers.rank, peers.first) == (1, 0, True)
+        assert peers.agree(True, False) == [True, False] and peers.gather({"a": 1}) == [{"a": 1}]
+    assert os.environ.get("RANK") is None

@@ -1,0 +1,117 @@
+"""What a run writes: console lines in a log file and on a terminal, JSON lines, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from seed_multimodal.training.progress import duration, forget_after, peak_memory_mib
+
+
+def lines_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "toy.log.jsonl").read_text().splitlines()]
+
+
+def test_each_log_line_says_how_the_run_goes(
+    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def status() -> dict[str, float]:
+        asked.append(time.monotonic())
+        return {"wait_seconds": 0.25 * (asked[-1] - asked[0]), "bad_samples": 3, "perplexity": 12.5}
+
+    toy.train(tmp_path, status=status, pause=0.01, steps=10, accumulate=2)
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines] == [4, 8, 10]
+    assert set(lines[0]) == {"step", "samples_per_s", "seconds_per_step", "eta_seconds", "peak_memory_mib",
+                             "wait_share", "loss", "half", "grad", "lr", "bad_samples", "perplexity"}
+    for line in lines:
+        assert line["half"] == pytest.approx(line["loss"] / 2)
+        assert line["samples_per_s"] * line["seconds_per_step"] == pytest.approx(16)
+        assert line["seconds_per_step"] >= 0.02
+        assert line["wait_share"] == pytest.approx(0.25, abs=0.05)
+        assert (line["bad_samples"], line["perplexity"]) == (3, 12.5)
+    assert lines[0]["eta_seconds"] == pytest.approx(6 * lines[0]["seconds_per_step"])
+    assert lines[-1]["eta_seconds"] == 0
+    assert lines[0]["lr"] == pytest.approx(8e-3)  # of the fourth step of a warm-up over five to 1e-2
+    assert 20 < lines[0]["peak_memory_mib"] < 100_000
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4 and "\r" not in "".join(said)
+    assert said[0].startswith("[toy] ########............ 4/10 ")
+    for part in ("loss ", "half ", "grad ", "lr 0.008", "bad_samples 3", "perplexity 12.5", "samples/s", "s/step",
+                 "waited for data", " GiB, ", " left"):
+        assert part in said[0]
+
+
+def test_a_terminal_shows_every_step_in_one_line(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        toy.train(tmp_path, pause=0.2, steps=6, log_every=6)
+        monkeypatch.undo()
+        shown = ""
+        while select.select([ours], [], [], 0.2)[0]:
+            shown += os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert shown.count("\r\x1b[K[toy]") >= 2 and shown.count("\n") == 2  # steps in place; then log line and record
+    before_last = shown.split("\r\x1b[K")[1]
+    assert "/6 loss" in before_last and "left" in before_last and "\n" not in before_last
+
+
+def test_lines_of_steps_that_are_made_again_are_dropped(toy: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, stop_at=6, log_every=1)
+    log = tmp_path / "toy.log.jsonl"
+    assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 8))
+    with open(log, "a") as file:
+        file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # a run that was killed while it wrote
+    toy.train(tmp_path, log_every=1)
+    assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 13))
+    before = log.stat().st_mtime_ns
+    forget_after(12, log)
+    assert log.stat().st_mtime_ns == before
+    forget_after(3, log)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+
+
+def test_tensorboard_events_are_readable_and_hide_what_is_made_again(toy: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, tensorboard=True, log_every=2, stop_at=6)
+    toy.train(tmp_path, tensorboard=True, log_every=2)
+    board = tmp_path / "tensorboard" / "toy"
+    assert len(list(board.glob("events.out.tfevents.*"))) == 2
+    events = EventAccumulator(str(board))
+    events.Reload()
+    assert {"loss", "half", "grad", "lr", "samples_per_s", "peak_memory_mib"} <= set(events.Tags()["scalars"])
+    losses = events.Scalars("loss")
+    assert [event.step for event in losses] == [2, 4, 6, 8, 10, 12]
+    last = {line["step"]: line["loss"] for line in lines_of(tmp_path)}
+    assert [event.value for event in losses] == pytest.approx([last[event.step] for event in losses], rel=1e-6)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [
+    (0, "0 s"), (59.4, "59 s"), (61, "1.0 min"), (3590, "59.8 min"), (3600, "1 h 0 min"), (18720, "5 h 12 min"),
+    (183_600, "2 d 3 h")])
+def test_duration(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_peak_memory_grows_with_what_is_used() -> None:
+    before = peak_memory_mib(torch.device("cpu"))
+    block = torch.ones(64, 2**20)  # 256 MiB
+    assert peak_memory_mib(torch.device("cpu")) >= before and peak_memory_mib(torch.device("cpu")) > 256
+    del block

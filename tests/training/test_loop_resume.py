@@ -1,0 +1,121 @@
+"""Runs that are really killed, stopped or out of disk: what is on disk afterwards, and that they go on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from seed_multimodal.errors import CheckpointError
+
+Start = Callable[..., subprocess.Popen]
+LONG = {"steps": 40, "accumulate": 2, "log_every": 1, "save_every_steps": 3}
+
+
+@pytest.mark.timeout(600)
+def test_sigkill_at_any_step_and_resume_gives_bit_equal_losses(
+    toy: ModuleType, start_toy: Start, tmp_path: Path
+) -> None:
+    """Accumulation and EMA, fp32 and bf16; killed at a random micro-step, in a process of its own."""
+    processes = {p: start_toy(tmp_path / p, {**LONG, "precision": p, "pause": 0.1}) for p in ("fp32", "bf16")}
+    running = {precision: random.SystemRandom().randint(2, 30) for precision in processes}
+    deadline = time.monotonic() + 300
+    while running and time.monotonic() < deadline:
+        for precision in [p for p, at in running.items() if len(toy.read_losses(tmp_path / p)) >= at]:
+            processes[precision].send_signal(signal.SIGKILL)
+            del running[precision]
+        time.sleep(0.005)
+    for precision, process in processes.items():
+        assert process.wait(timeout=30) == -signal.SIGKILL, process.stdout.read()
+        assert not (tmp_path / precision / "toy.done.json").exists()
+        made = len(toy.read_losses(tmp_path / precision))
+        whole = toy.train(tmp_path / f"{precision}-whole", **LONG, precision=precision)
+        resumed = toy.train(tmp_path / precision, **LONG, precision=precision)
+        assert toy.read_losses(tmp_path / precision) == toy.read_losses(tmp_path / f"{precision}-whole"), made
+        assert resumed["sum"] == whole["sum"]
+        first, second = ([json.loads(line) for line in (tmp_path / run / "toy.log.jsonl").read_text().splitlines()]
+                         for run in (precision, f"{precision}-whole"))
+        assert [line["step"] for line in first] == list(range(1, 41))  # none twice
+        assert [line["loss"] for line in first] == [line["loss"] for line in second]
+
+
+def test_sigterm_finishes_the_step_and_saves(
+    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        toy.train(tmp_path / "stopped", stop_at=6)
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert "[toy] stopped by SIGTERM after step 7 of 12; the state is in" in capsys.readouterr().out
+    assert len(toy.read_losses(tmp_path / "stopped")) == 7
+    whole, resumed = toy.train(tmp_path / "whole"), toy.train(tmp_path / "stopped")
+    assert len((tmp_path / "stopped" / "losses.0.txt").read_text().splitlines()) == 12  # no step was made twice
+    assert toy.read_losses(tmp_path / "stopped") == toy.read_losses(tmp_path / "whole")
+    assert resumed["sum"] == whole["sum"]
+
+
+def test_sigterm_at_the_last_step_leaves_the_evaluation_for_later(toy: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, stop_at=11)
+    assert not (tmp_path / "toy.done.json").exists()
+    assert toy.train(tmp_path)["steps"] == 12 and len(toy.read_losses(tmp_path)) == 12
+
+
+@pytest.mark.timeout(400)
+def test_full_disk_leaves_the_last_state_and_ends_in_a_sentence(start_toy: Start, tmp_path: Path) -> None:
+    """A real file system that is really full: room for the state, but not for its successor beside it."""
+    unshare = shutil.which("unshare")
+    mount = f"mount -t tmpfs -o size=20k none {tmp_path}"
+    if unshare is None or subprocess.run([unshare, "-Urm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this system lets no test mount a file system of its own")
+    script = f'{mount} && exec "$@"'
+    process = start_toy(tmp_path, {"save_every_steps": 1, "log_every": 100},
+                        before=(unshare, "-Urm", "sh", "-c", script, "sh", sys.executable))
+    said = process.communicate(timeout=350)[0]
+    assert process.returncode == 2, said
+    assert ("toy.state.pt: the state of step 2 cannot be written (No space left on device); "
+            "the state saved before is intact.") in said
+    assert "files: ['losses.0.txt', 'toy.state.pt']" in said and "state of step: 1" in said
+
+
+def test_file_size_limit_is_told_for_state_log_and_record(toy: ModuleType, tmp_path: Path) -> None:
+    """The system refuses to write on (RLIMIT_FSIZE) at several sizes; each time one sentence and the last state."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(folder: Path, size: int, **settings: object) -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(CheckpointError) as refused:
+                toy.train(folder, **settings)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        return str(refused.value)
+
+    said = limited(tmp_path / "none", 4000, save_every_steps=1)
+    assert said.endswith("the state of step 1 cannot be written (File too large); nothing was saved before.")
+    assert [p.name for p in (tmp_path / "none").iterdir()] == ["losses.0.txt"]
+
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path / "some", stop_at=6)
+    content = (tmp_path / "some" / "toy.state.pt").read_bytes()
+    said = limited(tmp_path / "some", len(content) - 1000, save_every_steps=1)
+    assert said.endswith("the state of step 8 cannot be written (File too large); the state saved before is intact.")
+    assert (tmp_path / "some" / "toy.state.pt").read_bytes() == content
+
+    log = tmp_path / "log"
+    log.mkdir()
+    (log / "toy.log.jsonl").write_text(" " * 9000)  # grown large before
+    said = limited(log, 9050, log_every=4)
+    assert "the log of step 4 cannot be written (File too large)" in said and not (log / "toy.done.json").exists()
+    assert torch.load(tmp_path / "some" / "toy.state.pt", weights_only=True)["step"] == 7
