@@ -8,6 +8,8 @@
     seed edit cat.jpg "Make it in noto style."  a changed picture
     seed chat                                   a conversation with pictures in both directions
     seed convert old.pt new.safetensors         old weights, once, safely
+    seed export-tokenizer --stage1 … --stage2 … trained stages → a tokenizer
+    seed eval tokenizer --data … --out …        how good a tokenizer is
 
 Results go to stdout (one JSON object a line with `--json`), everything else to stderr. Exit codes: 0 done, 1 some
 pictures of a batch were refused, 2 refused as a whole, 130 interrupted.
@@ -19,14 +21,9 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from seed_multimodal import __version__
-from seed_multimodal.commands import chat, convert, pictures, talk
-from seed_multimodal.commands.common import (
-    add_common,
-    add_drawing,
-    add_generation,
-    add_quantization,
-    guarded,
-)
+from seed_multimodal.commands import chat, convert, eval_tokenizer, export_tokenizer, pictures, talk
+from seed_multimodal.commands.common import add_common, add_drawing, add_generation, add_quantization
+from seed_multimodal.entry import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +86,20 @@ def build_parser() -> argparse.ArgumentParser:
     converter.add_argument("--json", action="store_true", help="one JSON object on stdout")
     converter.add_argument("--debug", action="store_true", help="show the traceback of an error")
     converter.set_defaults(work=convert.convert)
+    _add_tokenizer_commands(commands)
     return parser
+
+
+def _add_tokenizer_commands(commands: argparse._SubParsersAction) -> None:
+    """What follows the training of a tokenizer."""
+    exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
+    export_tokenizer.add_arguments(exporter)
+    exporter.set_defaults(work=export_tokenizer.export)
+    measured = commands.add_parser("eval", help="measure a model").add_subparsers(dest="what", required=True,
+                                                                                    metavar="WHAT")
+    evaluator = measured.add_parser("tokenizer", help="retrieval, reconstruction, codebook, contact sheet")
+    eval_tokenizer.add_arguments(evaluator)
+    evaluator.set_defaults(work=eval_tokenizer.evaluate)
 
 
 def _command(
@@ -111,3 +121,7 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return number
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -83,22 +83,27 @@ def test_lines_of_steps_that_are_made_again_are_dropped(toy: ModuleType, tmp_pat
     assert log.stat().st_mtime_ns == before
     forget_after(3, log)
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+    forget_after(0, log)
+    assert not log.exists() and len((tmp_path / "toy.log.old.jsonl").read_text().splitlines()) == 3
 
 
 def test_tensorboard_events_are_readable_and_hide_what_is_made_again(toy: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.raises(SystemExit):
-        toy.train(tmp_path, tensorboard=True, log_every=2, stop_at=6)
+    for stop_at in (3, 6):
+        with pytest.raises(SystemExit):
+            toy.train(tmp_path, tensorboard=True, log_every=1, stop_at=stop_at)
+        if stop_at == 3:
+            (tmp_path / "toy.state.pt").unlink()  # and begin anew
     toy.train(tmp_path, tensorboard=True, log_every=2)
     board = tmp_path / "tensorboard" / "toy"
-    assert len(list(board.glob("events.out.tfevents.*"))) == 2
+    assert len(list(board.glob("events.out.tfevents.*"))) == 3
     events = EventAccumulator(str(board))
     events.Reload()
     assert {"loss", "half", "grad", "lr", "samples_per_s", "peak_memory_mib"} <= set(events.Tags()["scalars"])
     losses = events.Scalars("loss")
-    assert [event.step for event in losses] == [2, 4, 6, 8, 10, 12]
+    assert [event.step for event in losses] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
     last = {line["step"]: line["loss"] for line in lines_of(tmp_path)}
     assert [event.value for event in losses] == pytest.approx([last[event.step] for event in losses], rel=1e-6)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -16,8 +18,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.training.loop import StageSettings, run_stage
 
 Start = Callable[..., subprocess.Popen]
 LONG = {"steps": 40, "accumulate": 2, "log_every": 1, "save_every_steps": 3}
@@ -72,6 +76,38 @@ def test_sigterm_at_the_last_step_leaves_the_evaluation_for_later(toy: ModuleTyp
     assert toy.train(tmp_path)["steps"] == 12 and len(toy.read_losses(tmp_path)) == 12
 
 
+def test_sigterm_that_ends_data_workers_too_still_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As when a scheduler signals the whole process group; without the signal, lost workers stay an error."""
+    model = torch.nn.Linear(1, 1)
+    seen: list[int] = []
+
+    def run(name: str, stopped: bool) -> None:
+        batches = iter(DataLoader(range(1000), num_workers=1))
+
+        def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+            if step == 5:
+                if stopped:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                for worker in batches._workers:
+                    worker.kill()
+                    worker.join()
+            while step >= 5:
+                next(batches)
+            seen.append(step)
+            return model(next(batches).float()[:, None]).square().mean(), {}
+
+        run_stage(name, model, loss, StageSettings(9, 1, precision="fp32"), tmp_path, dict)
+
+    with pytest.raises(SystemExit) as ended:
+        run("stopped", True)
+    assert ended.value.code == 143 and seen == [0, 1, 2, 3, 4]
+    saved = torch.load(tmp_path / "stopped.state.pt", weights_only=True)
+    assert saved["step"] == 5 and torch.equal(saved["model"]["weight"], model.weight)
+    assert "step 5 was given up: DataLoader worker" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        run("lost", False)
+
+
 @pytest.mark.timeout(400)
 def test_full_disk_leaves_the_last_state_and_ends_in_a_sentence(start_toy: Start, tmp_path: Path) -> None:
     """A real file system that is really full: room for the state, but not for its successor beside it."""
@@ -114,8 +150,7 @@ def test_file_size_limit_is_told_for_state_log_and_record(toy: ModuleType, tmp_p
     assert (tmp_path / "some" / "toy.state.pt").read_bytes() == content
 
     log = tmp_path / "log"
-    log.mkdir()
-    (log / "toy.log.jsonl").write_text(" " * 9000)  # grown large before
-    said = limited(log, 9050, log_every=4)
-    assert "the log of step 4 cannot be written (File too large)" in said and not (log / "toy.done.json").exists()
+    said = limited(log, 6000, log_every=1, steps=100)
+    assert re.search(r"the log of step \d+ cannot be written \(File too large\)", said)
+    assert (log / "toy.log.jsonl").stat().st_size == 6000 and not (log / "toy.done.json").exists()
     assert torch.load(tmp_path / "some" / "toy.state.pt", weights_only=True)["step"] == 7

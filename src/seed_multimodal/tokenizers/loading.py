@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.seed2_config import MODEL_TYPE, Seed2Config
-from seed_multimodal.vision.eva import resize_positions
+from seed_multimodal.vision.eva import EvaVit, resize_positions
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
 OURS = "model.safetensors"
@@ -83,12 +83,26 @@ def load_tokenizer(source: str | Path, *, vision: str | Path | None = None, conf
             {**state, **{TOWER + name: value for name, value in tower.items()}}, files.weights)
     if image_size is not None:
         config = config.with_image_size(image_size)
+    model = build(config, state, tower, files.weights, tower_source, device=device, dtype=dtype)
+    if log is not None and model.load_report is not None:
+        log(describe(model.load_report))
+    return model
+
+
+def build(config: Seed2Config, state: Mapping[str, Tensor], tower: Mapping[str, Tensor], source: str | Path,
+          tower_source: str | Path, *, device: str | torch.device = "cpu",
+          dtype: torch.dtype = torch.float32) -> Seed2Tokenizer:
+    """A tokenizer in eval mode from tensors, every name of which is accounted for in its `load_report`.
+
+    Args:
+        state: everything but the vision tower; training-only tensors are ignored by name.
+        tower: the vision tower's tensors by their names in the tower.
+
+    Raises:
+        CheckpointError: another size, or anything else missing or unknown.
+    """
     model = _empty(config, device, dtype)
-    _fit_positions(tower, config)
-    report = _assign(model, state, tower, files.weights, tower_source)
-    if log is not None:
-        log(describe(report))
-    model.load_report = report
+    model.load_report = _assign(model, state, tower, source, tower_source)
     return model
 
 
@@ -114,7 +128,7 @@ def find_sources(source: str | Path, vision: str | Path | None = None) -> Source
     if not place.exists():
         if not HUB_ID.fullmatch(str(source)) or place.parent.exists():
             raise CheckpointError(f"{place}: there is no such tokenizer; {WHERE}.")
-        place = _download(str(source))
+        place = download(str(source), ("config.json", OURS, *QUANTIZER_FILES, *VISION_FILES), WHERE)
     folder = place if place.is_dir() else place.parent
     if place.is_file():
         weights: Path | None = place
@@ -124,14 +138,14 @@ def find_sources(source: str | Path, vision: str | Path | None = None) -> Source
         names = " or ".join((OURS, QUANTIZER_FILES[-1]))
         raise CheckpointError(f"{folder}: holds no tokenizer weights ({names}).")
     tower = Path(vision) if vision is not None else _first(folder, VISION_FILES) or _hub_cached_tower()
-    return Sources(weights, tower, _our_config(folder))
+    return Sources(weights, tower, our_config(folder))
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _our_config(folder: Path) -> Path | None:
+def our_config(folder: Path) -> Path | None:
     """`config.json` if it is ours: a released folder may hold the text tokenizer's or the LLM's."""
     file = folder / "config.json"
     if not file.is_file():
@@ -148,18 +162,23 @@ def _hub_cached_tower() -> Path | None:
     return _first(Path(torch.hub.get_dir()) / "checkpoints", VISION_FILES)
 
 
-def _download(hub_id: str) -> Path:
+def download(hub_id: str, files: Sequence[str], advice: str) -> Path:
+    """Snapshot folder of those `files` (shell patterns) of a hub repository, from the local cache when it is there.
+
+    Raises:
+        CheckpointError: not reachable, with `advice` on what to put where instead.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", OURS, *QUANTIZER_FILES, *VISION_FILES]))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             reason = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
         raise CheckpointError(f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); "
-                              f"{WHERE}.") from error
+                              f"{advice}.") from error
 
 
 # ---- which tensors
@@ -181,17 +200,34 @@ def _tower(state: dict[str, Tensor], files: Sources) -> tuple[dict[str, Tensor],
             f"{files.weights}: the vision tower (511 'visual_encoder.*' tensors at released size) is stored apart and "
             f"missing; download it from {VISION_URL} to {files.weights.parent / VISION_FILES[-1]}, "
             f"or give vision=FILE.")
-    tower = load_state_dict(files.vision)
-    tower = {name.removeprefix(TOWER): value for name, value in tower.items()}
+    return read_tower(files.vision), files.vision
+
+
+def read_tower(file: Path) -> dict[str, Tensor]:
+    """Vision-tower tensors of a file by their names in the tower; of a whole checkpoint, its `visual_encoder.*`.
+
+    Raises:
+        CheckpointError: not an EVA tower, or a damaged file.
+    """
+    state = load_state_dict(file)
+    tower = {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)} or state
     if "patch_embed.proj.weight" not in tower:
-        raise CheckpointError(f"{files.vision}: not an EVA vision tower: it holds no 'patch_embed.proj.weight' "
-                              f"(its first tensor is {next(iter(tower))!r}).")
-    return tower, files.vision
+        raise CheckpointError(f"{file}: not an EVA vision tower: it holds no 'patch_embed.proj.weight' "
+                              f"(its first tensor is {next(iter(state))!r}).")
+    return tower
 
 
-def _fit_positions(tower: dict[str, Tensor], config: Seed2Config) -> None:
-    if "pos_embed" in tower and tower["pos_embed"].ndim == 3:
-        tower["pos_embed"] = resize_positions(tower["pos_embed"], config.vit.grid)
+def fill_tower(vit: EvaVit, tower: Mapping[str, Tensor], source: str | Path) -> LoadReport:
+    """Copy tower tensors into `vit`: positions resized to its grid, a file's block after the last used one left out.
+
+    Raises:
+        CheckpointError: another size, or anything else missing or unknown.
+    """
+    fitted = dict(tower)
+    positions = fitted.get("pos_embed")
+    if positions is not None and positions.ndim == 3:
+        fitted["pos_embed"] = resize_positions(positions, vit.config.grid)
+    return assign_strictly(vit, fitted, source, allow_unexpected=[*IGNORED_IN_TOWER, f"blocks.{vit.config.depth}.*"])
 
 
 def _empty(config: Seed2Config, device: str | torch.device, dtype: torch.dtype) -> Seed2Tokenizer:
@@ -207,17 +243,15 @@ def _empty(config: Seed2Config, device: str | torch.device, dtype: torch.dtype) 
     return model.requires_grad_(False).eval()
 
 
-def _assign(model: Seed2Tokenizer, state: dict[str, Tensor], tower: dict[str, Tensor], source: Path,
-            tower_source: Path) -> LoadReport:
+def _assign(model: Seed2Tokenizer, state: Mapping[str, Tensor], tower: Mapping[str, Tensor], source: str | Path,
+            tower_source: str | Path) -> LoadReport:
     """Fill the model and account for every name of both files."""
-    unused_last_block = f"blocks.{model.config.vit.depth}.*"
     ignored = IGNORED if model.config.use_qformer_image else IGNORED + IGNORED_BESIDE_IMAGE_DOWN
     if not model.config.recon_s:
         ignored += IGNORED_WITHOUT_RECON
     rest = [name for name in model.state_dict() if name.startswith(TOWER)]
     report = assign_strictly(model, state, source, allow_missing=[*rest, "*position_ids"], allow_unexpected=ignored)
-    seen = assign_strictly(model.visual_encoder, tower, tower_source,
-                           allow_unexpected=[*IGNORED_IN_TOWER, unused_last_block])
+    seen = fill_tower(model.visual_encoder, tower, tower_source)
     report.loaded += [TOWER + name for name in seen.loaded]
     report.missing = [name for name in report.missing if not name.startswith(TOWER)]
     report.ignored += [TOWER + name for name in seen.ignored]
@@ -228,6 +262,10 @@ def _assign(model: Seed2Tokenizer, state: dict[str, Tensor], tower: dict[str, Te
 
 def describe(report: LoadReport) -> str:
     """One line: counts, and the ignored tensors grouped by their first name."""
-    groups = Counter(name.split(".")[0] for name in report.ignored)
-    ignored = ", ".join(f"{name} ({count})" for name, count in groups.items())
+    ignored = grouped(report.ignored)
     return f"{report}" + (f": {ignored}" if ignored else "") + "."
+
+
+def grouped(names: Iterable[str]) -> str:
+    """`Qformer (255), temp (1)`: how many names begin with which first part."""
+    return ", ".join(f"{name} ({count})" for name, count in Counter(name.split(".")[0] for name in names).items())

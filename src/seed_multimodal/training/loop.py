@@ -70,7 +70,8 @@ def run_stage(
         ConfigError: settings no run can follow, several processes without `wrapped`, an optimiser of other weights.
         CheckpointError: a loss or gradient that is not finite, a state of another run, a disk that cannot be written;
             the state on disk stays as it was.
-        SystemExit: 143 after SIGTERM: the step was finished and the state saved.
+        SystemExit: 143 after SIGTERM: the step was finished and the state saved. With several processes, data workers
+            must ignore the signal for that (torchrun sends it to them, too).
     """
     check_settings(name, settings)
     home = Path(folder)
@@ -113,7 +114,14 @@ def _steps(step: int, stepper: Stepper, store: StateFile, progress: Progress, st
     stopped = False
     with StopRequest() as stop:
         while step < settings.steps and not stopped:
-            numbers, problem = stepper.gradients(step)
+            try:
+                numbers, problem = stepper.gradients(step)
+            except RuntimeError as error:
+                # A signal to the whole process group ends data workers, too; the weights are still of the step before.
+                if not stop.asked or peers.world > 1:
+                    raise
+                print(f"[{progress.name}] step {step} was given up: {str(error).splitlines()[0]}", flush=True)
+                break
             due = peers.first and time.monotonic() - last_save > settings.save_seconds
             failed, stopped, save = peers.agree(bool(problem or progress.problem), stop.asked, due)
             if failed:

@@ -44,7 +44,7 @@ class Progress:
         self.waited = self._waited(self._status())
         self.alive = peers.first and sys.stdout.isatty()
         self.board: Any = None
-        if step and peers.first:
+        if peers.first:
             forget_after(step, home / f"{name}.log.jsonl")
         if settings.tensorboard and peers.first:
             # One folder per stage: what a resume hides there is its own.
@@ -132,6 +132,9 @@ class Progress:
 def forget_after(step: int, log: Path) -> None:
     """Drop log lines of steps that a killed run made after its last save (they are made again) and a torn line.
 
+    A log of which nothing would stay is another run's, or of one killed before its first save: it becomes
+    `NAME.log.old.jsonl`.
+
     Raises:
         CheckpointError: the log cannot be replaced.
     """
@@ -139,13 +142,17 @@ def forget_after(step: int, log: Path) -> None:
         return
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
-    if len(kept) < len(lines):
+    if len(kept) == len(lines):
+        return
+    try:
+        if not kept:
+            log.replace(log.with_name(f"{log.stem}.old.jsonl"))
+            return
         temporary = log.with_name(f".{log.name}.tmp")
-        try:
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(log)
-        except OSError as error:
-            raise CheckpointError(f"{log}: cannot be written ({error.strerror}).") from error
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(log)
+    except OSError as error:
+        raise CheckpointError(f"{log}: cannot be written ({error.strerror}).") from error
 
 
 def _step_of(line: str) -> float:
@@ -156,7 +163,7 @@ def _step_of(line: str) -> float:
 
 
 def open_board(folder: Path, step: int) -> Any:
-    """A TensorBoard writer (torch's `SummaryWriter`); events after `step` of an earlier, killed run are hidden.
+    """A TensorBoard writer (torch's `SummaryWriter`); events after `step` of earlier runs in the folder are hidden.
 
     Raises:
         ConfigError: the package tensorboard is not installed.
@@ -165,7 +172,7 @@ def open_board(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("`tensorboard: true` needs the package tensorboard: pip install tensorboard.") from error
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def merge(lines: list[dict[str, float]]) -> dict[str, float]:

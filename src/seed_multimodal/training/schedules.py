@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.data.steps import EpochOrder
 from seed_multimodal.training.settings import StageSettings
 
 
@@ -32,11 +34,5 @@ def batch_indices(step: int, batch_size: int, total: int, seed: int) -> Tensor:
 
     Returns int64 `[batch_size]`; a pure function of its arguments, so any step can be reproduced alone.
     """
-    place, end = step * batch_size, (step + 1) * batch_size
-    taken: list[Tensor] = []
-    while place < end:
-        epoch, offset = divmod(place, total)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        taken.append(torch.randperm(total, generator=generator)[offset:offset + end - place])
-        place += len(taken[-1])
-    return torch.cat(taken)
+    parts = EpochOrder(total, seed).parts(step * batch_size, batch_size)
+    return torch.from_numpy(np.concatenate([chosen for _, chosen in parts]))

@@ -1,0 +1,15 @@
+"""SEED-1: a picture becomes 32 codes, and the codes become pictures by Stable Diffusion (docs/seed-1.md).
+
+    python demo_recon.py                                   images/cat.jpg, weights in pretrained/
+    python demo_recon.py --image a.png b.jpg --device cpu --out outputs/recon
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.recon import recon_script  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(recon_script())

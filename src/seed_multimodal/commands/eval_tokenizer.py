@@ -1,0 +1,79 @@
+"""`seed eval tokenizer`: retrieval, reconstruction, codebook use and a contact sheet of a tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from seed_multimodal.commands.common import quiet_libraries
+from seed_multimodal.entry import DONE, say
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure and write the report; prints where it is and its headline numbers, or the whole of it with `--json`."""
+    quiet_libraries(args.debug)
+    with contextlib.redirect_stdout(sys.stderr):
+        from seed_multimodal.evaluation.tokenizer_eval import EvalSettings, evaluate_tokenizer
+        from seed_multimodal.evaluation.tokenizer_pass import data_spec
+
+        spec = data_spec(args.data, args.split, image_root=args.image_root, image_key=args.image_key,
+                         caption_key=args.caption_key)
+        settings = EvalSettings(
+            data=spec, stage1=args.stage1, clip_text=args.clip_text, text_tokenizer=args.text_tokenizer,
+            decoder=args.decoder, clip=args.clip, judge=args.judge, interpolation=args.interpolation, limit=args.limit,
+            rebuild=args.rebuild, batch=args.batch_size, k_test=args.k_test, seed=args.seed, device=args.device,
+            dtype=args.dtype)
+        report = evaluate_tokenizer(args.model, args.out, settings, log=say,
+                                    command=shlex.join(["seed", *sys.argv[1:]]))
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+        return DONE
+    for name, route in report["retrieval"]["routes"].items():
+        levels = ", ".join(f"{key} {value:.1f}" for key, value in route["lavis"].items() if key != "agg_metrics")
+        print(f"{name} (n {route['n']}, texts {route['texts']}), percent: {levels}")
+    for name in ("embedding", "picture_clip", "picture_judge"):
+        if part := report["reconstruction"].get(name):
+            print(f"{name} (n {part['n']}): cosine {part['cosine']['value']:.3f}, to others "
+                  f"{part['cosine_to_others']['value']:.3f}, right picture first {part['picture_r1']['value']:.3f}")
+    codes = report["codes"]
+    print(f"codes (n {codes['sequences']}): {codes['used']} of {codes['codebook']} used, perplexity "
+          f"{codes['perplexity']:.1f}, {codes['distinct']} distinct sequences")
+    print(Path(args.out) / "report.md")
+    return DONE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("--model", default="pretrained/nano", metavar="DIR", help="system or tokenizer folder, nano, "
+                        "or released (default: %(default)s)")
+    parser.add_argument("--data", default="nano", metavar="SPEC", help="nano, a nano folder, a .json list of picture "
+                        "and captions, a pattern of .tar shards, or a .yaml file (default: nano)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="for report.json, report.md, evaluate.txt, sheet")
+    parser.add_argument("--stage1", metavar="CKPT", help="stage-1 checkpoint: its text path for retrieval")
+    parser.add_argument("--limit", type=int, metavar="N", help="look at N pictures, drawn by --seed (default: all)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--split", help="of the nano set (default: val)")
+    data.add_argument("--image-root", metavar="DIR", help="folder of a .json list's pictures")
+    data.add_argument("--image-key", metavar="KEY")
+    data.add_argument("--caption-key", metavar="KEY")
+    data.add_argument("--k-test", type=int, default=128, metavar="N", help="scores that are kept of each query "
+                      "(default: 128, as released)")
+    parts = parser.add_argument_group("parts (none leaves one out)")
+    parts.add_argument("--clip", metavar="DIR", help="CLIP vision tower of the target embedding")
+    parts.add_argument("--clip-text", metavar="DIR", help="CLIP text tower of the same space")
+    parts.add_argument("--text-tokenizer", metavar="DIR", help="word pieces of stage 1")
+    parts.add_argument("--decoder", metavar="DIR", help="diffusers folder that rebuilds pictures")
+    parts.add_argument("--judge", metavar="DIR", help="scorer of nano pictures")
+    parts.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="how pictures are resized")
+    parts.add_argument("--rebuild", type=int, default=128, metavar="N", help="rebuild N pictures (default: 128)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=int, default=64, metavar="N")
+    machine.add_argument("--device", default="auto")
+    machine.add_argument("--dtype", default="auto")
+    machine.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="the whole report on stdout")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,0 +1,54 @@
+"""`seed export-tokenizer`: the checkpoints of the two training stages become a tokenizer folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from seed_multimodal.config import project_root
+from seed_multimodal.entry import DONE
+from seed_multimodal.errors import CheckpointError
+
+
+def export(args: argparse.Namespace) -> int:
+    """Join, write, read back, compare; print what came from where, or one JSON object with `--json`."""
+    from seed_multimodal.language.tokenizer_files import ADDED, CONFIG, MODEL, SPECIAL
+    from seed_multimodal.tokenizers.export import export_tokenizer
+
+    beside: list[Path] = []
+    if args.text_tokenizer:
+        folder = Path(args.text_tokenizer)
+        if not (folder / MODEL).is_file():
+            raise CheckpointError(f"{folder}: holds no language tokenizer ({MODEL}).")
+        beside = [folder / name for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()]
+    cat = project_root(Path(__file__).parent) / "images" / "cat.jpg"
+    picture = args.image or (cat if cat.is_file() else None)
+    report = export_tokenizer(args.stage2, args.out, stage1=args.stage1, vision=args.vision, config=args.config,
+                              released=args.released, picture=picture, beside=beside, force=args.force)
+    if args.json:
+        print(json.dumps({
+            "folder": str(report.folder), "tensors": report.tensors, "parts": report.parts, "ignored": report.ignored,
+            "picture": str(picture or "generated"), "codes": report.codes, "verified": report.verified}))
+    else:
+        print("\n".join(report.lines()))
+    return DONE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("--stage1", metavar="CKPT", help="checkpoint of stage 1 (not needed if stage 2 trained the "
+                        "Q-Former too)")
+    parser.add_argument("--stage2", metavar="CKPT", required=True, help="checkpoint of stage 2")
+    parser.add_argument("--vision", metavar="CKPT", help="vision tower (eva_vit_g.pth), unless a stage trained it")
+    parser.add_argument("--config", metavar="JSON", help="sizes (default: config.json beside a checkpoint, else read "
+                        "off the weights)")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
+    parser.add_argument("--released", action="store_true", help="also seed_quantizer.pt and eva_vit_g.pth")
+    parser.add_argument("--image", metavar="PICTURE", help="encoded to compare the result with the training modules "
+                        "(default: images/cat.jpg)")
+    parser.add_argument("--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here, so "
+                        "that the folder serves SeedLlama")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,0 +1,184 @@
+"""What `demo_recon.py` does: a picture becomes SEED-1's 32 codes, and the codes become pictures by Stable Diffusion.
+
+Flags, file names and defaults are the original demo's, so `samples/0000.png …` and `grid-000.png` go on numbering what
+is there. Other than there, the tokenizer is loaded once, several pictures are possible, sample k has the seed
+`--seed` + k whatever the device, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from seed_multimodal.commands.common import Tally, opened, quiet_libraries, save_picture
+from seed_multimodal.config import project_root
+from seed_multimodal.entry import guarded, say
+from seed_multimodal.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from seed_multimodal.systems.seed1 import Seed1
+
+GRID_BORDER = 2
+NO_EFFECT = {"prompt": "the codes take the text's place", "from_file": "the codes take the text's place",
+             "config": "the diffusion folder holds its own configuration"}
+
+
+def recon_script(argv: Sequence[str] | None = None) -> int:
+    """`demo_recon.py`: returns the exit code (0; 1 when a picture was refused; 2 when nothing could run)."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    return guarded(parser.prog, args.debug, lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="demo_recon.py", description="A picture becomes SEED-1's 32 codes, and the codes become pictures again.")
+    ours = parser.add_argument_group("pictures, model and machine")
+    ours.add_argument("--image", nargs="+", action="extend", metavar="PICTURE", help="default: images/cat.jpg")
+    ours.add_argument("--model", default="pretrained", metavar="FOLDER", help="folder with causal_qformer.pth, "
+                      "seed_tokenizer.pth and eva_vit_g.pth, or one that we saved (default: %(default)s)")
+    ours.add_argument("--out", "--outdir", dest="out", default="outputs/txt2img-samples", metavar="FOLDER",
+                      help="for samples/0000.png … and grid-000.png (default: %(default)s)")
+    ours.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    ours.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: by --precision)")
+    ours.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    drawing = parser.add_argument_group("drawing, as the original's")
+    drawing.add_argument("--ckpt", metavar="FOLDER", help="diffusers folder of Stable Diffusion 1.4 (default: beside "
+                         "the tokenizer, or pretrained/stable-diffusion-v1-4)")
+    drawing.add_argument("--ddim_steps", type=int, default=50, metavar="N", help="denoising steps (default: 50)")
+    drawing.add_argument("--scale", type=float, default=7.5, metavar="G", help="guidance (default: 7.5)")
+    drawing.add_argument("--n_samples", type=int, default=6, metavar="N", help="pictures in a batch (default: 6)")
+    drawing.add_argument("--n_iter", type=int, default=1, metavar="N", help="batches for each picture (default: 1)")
+    drawing.add_argument("--n_rows", type=int, default=0, metavar="N", help="pictures in a row of the grid (default: "
+                         "n_samples)")
+    drawing.add_argument("--seed", type=int, default=42, help="of the starting noise (default: 42)")
+    drawing.add_argument("--fixed_code", action="store_true", help="the same noise in each iteration")
+    drawing.add_argument("--H", type=int, metavar="PIXELS", help="height (default: what the model was trained on)")
+    drawing.add_argument("--W", type=int, metavar="PIXELS", help="width")
+    drawing.add_argument("--C", type=int, metavar="N", help="latent channels: must be the model's (4)")
+    drawing.add_argument("--f", type=int, metavar="N", help="pixels along a latent: must be the model's (8)")
+    drawing.add_argument("--plms", action="store_true", help="the sampler; on anyway, unless --dpm_solver")
+    drawing.add_argument("--dpm_solver", action="store_true", help="sample with the DPM solver")
+    drawing.add_argument("--ddim_eta", type=float, default=0.0, help="must be 0, as in the original")
+    drawing.add_argument("--precision", choices=("full", "autocast"), default="autocast",
+                         help="full: float32; autocast: what the device does best (default)")
+    drawing.add_argument("--skip_grid", action="store_true", help="write no grid")
+    drawing.add_argument("--skip_save", action="store_true", help="write no single pictures")
+    drawing.add_argument("--laion400m", action="store_true", help="refused: another model's")
+    for flag in ("--prompt", "--from-file", "--config"):
+        drawing.add_argument(flag, metavar="TEXT", help="accepted without effect")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    _check(args)
+    quiet_libraries(args.debug)
+    from seed_multimodal.systems.seed1 import Seed1
+
+    require(args.model, args.ckpt)
+    dtype = args.dtype or ("float32" if args.precision == "full" else "auto")
+    model = Seed1.from_pretrained(args.model, diffusion=args.ckpt, device=args.device, dtype=dtype, log=say)
+    _check_latents(model.codec.decoder, args)
+    pictures = args.image or [str(project_root(Path(__file__).parent) / "images" / "cat.jpg")]
+    tally = Tally(len(pictures))
+    for name, image in opened(pictures, tally, args.debug):
+        codes = model.tokenize(image)[0].tolist()
+        print(" ".join(map(str, codes)), flush=True)
+        with tally.one(name, args.debug):
+            for path in _draw(model, codes, args):
+                print(path, flush=True)
+    return tally.finish()
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, reason in NO_EFFECT.items():
+        if getattr(args, name) is not None:
+            say(f"demo_recon.py: --{name.replace('_', '-')} has no effect: {reason}.")
+    if args.laion400m:
+        raise ConfigError("--laion400m: that model is conditioned on text features of another width than SEED-1's.")
+    if args.ddim_eta != 0:
+        raise ConfigError(f"--ddim_eta must be 0 (PLMS and the DPM solver add no noise), got {args.ddim_eta}.")
+    for name in ("n_samples", "n_iter", "ddim_steps"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+
+
+def require(model: str, diffusion: str | None = None) -> None:
+    """Refuse in one sentence when released parts are missing: what to download and where to put it.
+
+    Raises:
+        CheckpointError: the tokenizer, the diffusion model or both are not on disk.
+    """
+    from seed_multimodal.detokenizers.stable_diffusion import WHERE
+    from seed_multimodal.systems.loading import locate
+    from seed_multimodal.systems.seed1 import find_diffusion
+    from seed_multimodal.tokenizers.seed1_loading import advice, find_seed1
+
+    place, parts = locate(model), []
+    try:
+        find_seed1(place or model)
+    except CheckpointError:
+        if place is not None and (place.is_file() or (place / "config.json").is_file()):
+            raise  # there is something, so its own sentence is the better one
+        parts.append(advice(model))
+    drawing = find_diffusion(place or Path(model), diffusion)
+    if not drawing.exists():
+        parts.append(WHERE)
+    if parts:
+        raise CheckpointError(f"the weights of SEED-1 are not on this disk: {', and '.join(parts)}.")
+
+
+def _check_latents(decoder: Any, args: argparse.Namespace) -> None:
+    own = {"C": decoder.pipeline.unet.config.in_channels, "f": decoder.factor}
+    for flag, value in own.items():
+        if getattr(args, flag) not in (None, value):
+            raise ConfigError(f"--{flag} {getattr(args, flag)}: this diffusion model has {value}.")
+
+
+def _draw(model: Seed1, codes: list[int], args: argparse.Namespace) -> list[Path]:
+    """All samples of one picture; returns the files written."""
+    size = {"height": args.H, "width": args.W}
+    if None in size.values() and any(size.values()):
+        decoder = model.codec.decoder
+        usual = decoder.pipeline.unet.config.sample_size * decoder.factor
+        size = {name: value or usual for name, value in size.items()}
+    pictures = []
+    for iteration in range(args.n_iter):
+        first = args.seed + (0 if args.fixed_code else iteration * args.n_samples)
+        pictures += model.draw([codes] * args.n_samples, seed=list(range(first, first + args.n_samples)),
+                               batch_size=args.n_samples, num_inference_steps=args.ddim_steps,
+                               guidance_scale=args.scale, **size,
+                               scheduler="DPMSolverMultistepScheduler" if args.dpm_solver else "plms")
+    written, out = [], Path(args.out)
+    if not args.skip_save:
+        written += [save_picture(picture, next_name(out / "samples", "{:04d}.png")) for picture in pictures]
+    if not args.skip_grid:
+        grid = make_grid(pictures, args.n_rows if args.n_rows > 0 else args.n_samples)
+        written.append(save_picture(grid, next_name(out, "grid-{:03d}.png")))
+    return written
+
+
+def next_name(folder: Path, pattern: str) -> Path:
+    """A free file in `folder`, numbered from how many of its kind are there."""
+    number = len(list(folder.glob(pattern.partition("{")[0] + "*.png")))
+    while (folder / pattern.format(number)).exists():
+        number += 1
+    return folder / pattern.format(number)
+
+
+def make_grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size in rows of `columns`, with black lines of 2 pixels around each; a single one stays bare."""
+    if len(pictures) == 1:
+        return pictures[0]
+    columns = min(columns, len(pictures))
+    width, height = (side + GRID_BORDER for side in pictures[0].size)
+    rows = -(-len(pictures) // columns)
+    grid = Image.new("RGB", (columns * width + GRID_BORDER, rows * height + GRID_BORDER))
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        grid.paste(picture, (column * width + GRID_BORDER, row * height + GRID_BORDER))
+    return grid

@@ -1,0 +1,134 @@
+"""From stored pairs to training samples: the picture opened and transformed, one caption chosen and cleaned.
+
+What is random about a sample (which of its captions, which crop) is a function of (seed, epoch, index), so it does not
+depend on workers, ranks or restarts. A picture that cannot be read is named once, counted, and replaced by the next
+readable sample; `max_bad_in_a_row` in a row end the run. A missing caption ends it at once (see `data.pairs`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seed_multimodal.data.pairs import PairSource
+from seed_multimodal.errors import ConfigError, DataError, ImageError
+from seed_multimodal.images.open import open_image
+
+
+class PairDataset:
+    """Training samples by (index, epoch).
+
+    Args:
+        source: stored pairs (`data.pairs`).
+        image_transform: picture -> tensor. If it has an argument named `generator` it gets the sample's
+            `torch.Generator` (`images.train_transforms.TrainTransform`); if not, the global generators of torch, numpy
+            and Python are seeded around the call and put back, so other libraries' augmentations repeat as well.
+        text_transform: caption -> caption (`data.caption_text.BlipCaption`); None keeps it. Must draw nothing.
+        log: gets one sentence for each bad sample, the first time it is met.
+
+    `bad` is the list of (key, reason) met so far, each once. Inside data workers the copies there fill their own lists;
+    `data.steps.StepBatches` brings them home.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        image_transform: Callable[..., Tensor],
+        text_transform: Callable[[str], str] | None = None,
+        *,
+        seed: int = 0,
+        max_bad_in_a_row: int = 20,
+        log: Callable[[str], None] | None = print,
+    ) -> None:
+        if max_bad_in_a_row < 1:
+            raise ConfigError(f"max_bad_in_a_row is {max_bad_in_a_row}; it must be at least 1.")
+        if seed < 0:
+            raise ConfigError(f"seed is {seed}; it must not be negative.")
+        self.source, self.seed, self.max_bad_in_a_row, self.log = source, seed, max_bad_in_a_row, log
+        self.image_transform, self.text_transform = image_transform, text_transform
+        self.bad: list[tuple[str, str]] = []
+        self._known: set[tuple[str, str]] = set()
+        self._takes_generator = _takes_generator(image_transform)
+
+    @property
+    def shard_sizes(self) -> np.ndarray | None:
+        """Samples per shard, int64 [shards], where the source has shards."""
+        return getattr(self.source, "shard_sizes", None)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """One sample: `image` (what the transform gives), `caption`, `key`, and `index` of the sample really used.
+
+        Raises:
+            DataError: a caption is missing, or `max_bad_in_a_row` samples from `index` on have no readable picture.
+        """
+        total = len(self.source)
+        if not 0 <= index < total:
+            raise IndexError(f"sample {index} of {total}")
+        reason = ""
+        tries = min(self.max_bad_in_a_row, total)
+        for place in ((index + step) % total for step in range(tries)):
+            # Seeded by the index asked for: a replacement is not the view that its own turn in this epoch gives.
+            number = sample_seed(self.seed, epoch, index)
+            generator = torch.Generator().manual_seed(number)
+            try:
+                pair = self.source.read(place)
+                chosen = int(torch.randint(len(pair.captions), (), generator=generator))
+                picture = open_image(pair.image, name=pair.name)
+                if self._takes_generator:
+                    image = self.image_transform(picture, generator=generator)
+                else:
+                    with seeded_globals(number):
+                        image = self.image_transform(picture)
+            except ImageError as error:
+                reason = str(error)
+                self.note_bad(self.source.key(place), reason)
+                continue
+            caption = pair.captions[chosen]
+            return {"image": image, "caption": self.text_transform(caption) if self.text_transform else caption,
+                    "key": pair.key, "index": place}
+        raise DataError(f"{tries} samples in a row, from number {index} on, have no readable picture; the last is "
+                        f"{reason}")
+
+    def note_bad(self, key: str, reason: str) -> None:
+        """Count and log a bad sample, unless it is known already."""
+        if (key, reason) in self._known:
+            return
+        self._known.add((key, reason))
+        self.bad.append((key, reason))
+        if self.log is not None:
+            self.log(f"skipped: {reason}")
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """A 63-bit number for one visit of one sample; neighbouring arguments give unrelated numbers."""
+    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def seeded_globals(number: int) -> Iterator[None]:
+    """Seed the global CPU generators of torch, numpy and Python, and put their states back afterwards."""
+    state, numbers, python = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(number)
+    np.random.seed(number & 0xFFFFFFFF)
+    random.seed(number)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+        np.random.set_state(numbers)
+        random.setstate(python)
+
+
+def _takes_generator(transform: Callable[..., Any]) -> bool:
+    call = transform.forward if isinstance(transform, torch.nn.Module) else transform
+    return "generator" in inspect.signature(call).parameters

@@ -1,0 +1,58 @@
+"""Lists of files by pattern: webdataset's braces (`{000..123}`, `{a,b}`) and the shell's `*`, `?`, `[...]`, `**`."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from seed_multimodal.errors import DataError
+
+_BRACE = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand_pattern(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Files behind a pattern or a list of patterns, in the order written (wildcards sorted), each file once.
+
+    Raises:
+        DataError: a pattern matches nothing, a file that braces spell out is missing, or an address is no file.
+    """
+    patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
+    found: dict[Path, None] = {}
+    for one in map(str, patterns):
+        if one.startswith("pipe:") or "://" in one:
+            raise DataError(f"{one}: only files on disk can be read at random positions; download them first.")
+        matches = {name: _files(name) for name in _braces(one)}
+        missing = [name for name, files in matches.items() if not files]
+        if len(missing) == len(matches):
+            hint = f" (it is a folder; try {one.rstrip('/')}/*)" if Path(one).is_dir() else ""
+            raise DataError(f"{one}: no file matches this pattern{hint}.")
+        if missing:
+            raise DataError(f"{one}: {len(missing)} of its {len(matches)} files are missing, first {missing[0]}.")
+        found.update(dict.fromkeys(file for files in matches.values() for file in files))
+    if not found:
+        raise DataError("The list of files is empty.")
+    return list(found)
+
+
+def _files(name: str) -> list[Path]:
+    if Path(name).is_file():  # also for names with brackets in them
+        return [Path(name)]
+    return sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    match = _BRACE.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    span = _RANGE.fullmatch(match[1])
+    if span:
+        width = len(span[1]) if span[1].startswith("0") else 0
+        choices = [f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+    else:
+        choices = match[1].split(",")
+    for choice in choices:
+        yield from _braces(pattern[:match.start()] + choice + pattern[match.end():])

@@ -1,0 +1,256 @@
+"""How good a tokenizer is: retrieval, reconstruction, codebook, contact sheet; no language model is loaded.
+
+    seed eval tokenizer --model pretrained/nano --data data/nano64 --out outputs/tokenizer_eval
+
+Image ↔ text retrieval is measured from the causal embeddings (before the codes) and from the codes, so that the
+difference is what the codebook costs. Where codes are compared with texts depends on what there is, and is said:
+
+    blocks     codes → queries rebuilt by stage 2's `blocks` → stage 1's projection against its text path
+    embedding  codes → decoded image embedding against a CLIP text tower of the same space
+    pictures   codes → rebuilt pictures, judge against texts (nano pictures only)
+
+Writes report.json, report.md, reconstructions.jpg, and a line for each retrieval into evaluate.txt (LAVIS's names).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from seed_multimodal.data.pairs import PairSource, open_pairs
+from seed_multimodal.device import choose_device
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.evaluation import machine
+from seed_multimodal.evaluation.metrics import FloatArray, bootstrap, codebook_statistics, cosine, retrieval_at_k
+from seed_multimodal.evaluation.report import plain
+from seed_multimodal.evaluation.tokenizer_eval_text import markdown, reconstruction_sheet
+from seed_multimodal.evaluation.tokenizer_open import Opened, open_tokenizer
+from seed_multimodal.evaluation.tokenizer_pass import Seen, choose_rows, clip_embeddings, look, read_picture
+from seed_multimodal.evaluation.tokenizer_retrieval import K_TEST, Captions, retrieval
+from seed_multimodal.evaluation.tokenizer_text import TextSide, clip_texts, find_words, load_stage1, stage1_texts
+
+Log = Callable[[str], None]
+Section = dict[str, Any]
+SHOWN = 24
+# Routes from the codes to a text, the nearest to the released evaluation first.
+FROM_CODES = ("codes_by_blocks", "codes_by_embedding", "codes_by_pictures")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is measured.
+
+    Attributes:
+        data: mapping for `data.pairs.open_pairs`.
+        stage1: stage-1 checkpoint with the text path; clip_text: CLIP folder with a text tower.
+        text_tokenizer: word pieces of stage 1 (default: what fits).
+        decoder, clip, judge, interpolation: see `tokenizer_open.open_tokenizer`.
+        limit: pictures, drawn by `seed` (None: all); rebuild: how many of them are rebuilt as pictures.
+    """
+
+    data: dict[str, Any] = field(default_factory=lambda: {"format": "nano", "split": "val"})
+    stage1: str | None = None
+    clip_text: str | None = None
+    text_tokenizer: str | None = None
+    decoder: str | None = None
+    clip: str | None = None
+    judge: str | None = None
+    interpolation: str | None = None
+    limit: int | None = None
+    rebuild: int = 128
+    batch: int = 64
+    k_test: int = K_TEST
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSettings, log: Log = print,
+                       command: str | None = None) -> Section:
+    """Measure, write into `out`, and return the report as plain JSON values.
+
+    Args:
+        command: how the run was started, for the report (default: the program's own line).
+
+    Raises:
+        CheckpointError, DataError, ConfigError: what cannot be loaded or does not belong together.
+    """
+    if min(settings.batch, settings.k_test) < 1 or settings.rebuild < 0 or settings.limit is not None and (
+            settings.limit < 1):
+        raise ConfigError("batch, k_test and limit must be at least 1, rebuild at least 0.")
+    start = time.monotonic()
+    with _writing(Path(out)):
+        Path(out).mkdir(parents=True, exist_ok=True)
+    source = open_pairs(settings.data)
+    runtime = choose_device(settings.device, settings.dtype, log=log)
+    opened = open_tokenizer(model, runtime, decoder=settings.decoder, clip=settings.clip, judge=settings.judge,
+                            nano=settings.data.get("format") == "nano", interpolation=settings.interpolation, log=log)
+    texts = _text_sides(opened, settings, runtime.device)
+    rows = choose_rows(len(source), settings.limit, settings.seed)
+    log(f"Looking at {len(rows)} of {len(source)} pictures.")
+    seen = look(source, rows, opened, stage1=texts.stage1, batch=settings.batch, log=log)
+    rebuilt = _rebuild(opened, seen, settings, log)
+    report: Section = {
+        "model": str(model), "data": settings.data, "n": len(seen.rows), "captions": sum(map(len, seen.captions)),
+        "left_out": [f"{name}: {reason}" for name, reason in seen.bad],
+        "retrieval": _retrieval_sections(seen, rebuilt, opened, texts, settings),
+        "reconstruction": _reconstruction(seen, rebuilt, opened), "codes": _codes(seen, opened),
+        "settings": {key: value for key, value in asdict(settings).items() if key != "data"},
+        "hardware": machine.hardware(runtime.device), "runtime": str(runtime), "versions": machine.versions(),
+        "commit": machine.commit(), "command": command or machine.script_line(), "date": machine.today()}
+    report["seconds"] = round(time.monotonic() - start, 1)
+    write(report, reconstruction_sheet(seen, rebuilt, _shown(source, seen), _nearest(source, seen)), Path(out))
+    return plain(report)
+
+
+# ---- text
+
+
+@dataclass
+class _Texts:
+    stage1: Any | None = None
+    by_stage1: TextSide | None = None
+    by_clip: TextSide | None = None
+
+
+def _text_sides(opened: Opened, settings: EvalSettings, device: torch.device) -> _Texts:
+    texts = _Texts()
+    if settings.stage1 is not None:
+        texts.stage1 = load_stage1(settings.stage1, opened.tokenizer)
+        size = texts.stage1.Qformer.bert.embeddings.word_embeddings.num_embeddings
+        texts.by_stage1 = stage1_texts(texts.stage1, find_words(size, settings.text_tokenizer, opened.folder))
+    if settings.clip_text is not None:
+        texts.by_clip = clip_texts(settings.clip_text, opened.folder, device)
+    return texts
+
+
+def _retrieval_sections(seen: Seen, rebuilt: Sequence[Image.Image], opened: Opened, texts: _Texts,
+                        settings: EvalSettings) -> Section:
+    """Retrieval by every route there is; `causal_codes` repeats the first route from the codes."""
+    captions = Captions.of(seen.captions)
+    found: Section = {}
+
+    def add(name: str, route: str, pictures: FloatArray | None, side: TextSide | None) -> None:
+        if pictures is not None and side is not None:
+            section = retrieval(pictures, side.features(captions.texts).numpy(), captions, settings.k_test)
+            found[name] = {"route": route, "text": side.name, **section}
+
+    add("causal_embeddings", "last query of the Q-Former, before the codes", seen.causal, texts.by_stage1)
+    add("codes_by_blocks", "codes, queries rebuilt by blocks", seen.rebuilt, texts.by_stage1)
+    add("codes_by_embedding", "codes, decoded image embedding", _unit(seen.decoded), texts.by_clip)
+    add("pictures_by_clip", "the pictures themselves under CLIP (what the decoded embedding aims at)",
+        None if seen.target is None else _unit(seen.target), texts.by_clip)
+    if rebuilt and opened.judge is not None and seen.judged is not None:
+        captions = Captions.of(seen.captions[:len(rebuilt)])
+        side = TextSide("judge", opened.judge.embed_texts)
+        add("codes_by_pictures", "codes, rebuilt pictures under the judge",
+            opened.judge.embed_images(list(rebuilt)).numpy(), side)
+        add("pictures_by_judge", "the same real pictures under the judge (the ceiling of the line above)",
+            seen.judged[:len(rebuilt)], side)
+    return {"causal_codes": next((name for name in FROM_CODES if name in found), None), "routes": found}
+
+
+# ---- pictures and codes
+
+
+def _rebuild(opened: Opened, seen: Seen, settings: EvalSettings, log: Log) -> list[Image.Image]:
+    if not (settings.rebuild and opened.codec.can_draw):
+        return []
+    codes = seen.codes[:settings.rebuild]
+    log(f"Rebuilding {len(codes)} pictures.")
+    return opened.codec.draw(torch.from_numpy(codes), seed=settings.seed, batch_size=min(settings.batch, 32))
+
+
+def _reconstruction(seen: Seen, rebuilt: Sequence[Image.Image], opened: Opened) -> Section:
+    """How near codes bring back the picture: as an embedding, and as a picture under CLIP and under the judge."""
+    section: Section = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
+    if seen.target is not None:
+        section["embedding"] = {**_nearness(seen.decoded, seen.target),
+                                "mse": bootstrap(np.square(seen.decoded - seen.target).mean(1))}
+        if rebuilt:
+            section["picture_clip"] = _nearness(clip_embeddings(rebuilt, opened).numpy(), seen.target)
+    if rebuilt and opened.judge is not None and seen.judged is not None:
+        section["picture_judge"] = _nearness(opened.judge.embed_images(list(rebuilt)).numpy(), seen.judged)
+    return section
+
+
+def _nearness(found: FloatArray, real: FloatArray) -> Section:
+    """Cosine of each row of `found` [Q, D] to its own picture, to the others on average, and who is nearest.
+
+    `real` [N, D] are all pictures, of which the first Q are the ones that `found` stands for.
+    """
+    left, right = _unit(found), _unit(real)
+    similarity = left @ right.T
+    own = np.eye(len(left), len(right), dtype=bool)
+    others = (similarity.sum(1) - similarity[own]) / max(len(right) - 1, 1)
+    section: Section = {"n": len(left), "gallery": len(right), "cosine": bootstrap(cosine(found, real[:len(found)])),
+                        "cosine_to_others": bootstrap(others)}
+    for k in (1, 5):
+        section[f"picture_r{k}"] = bootstrap(retrieval_at_k(similarity, own, k))
+    return section
+
+
+def _codes(seen: Seen, opened: Opened) -> Section:
+    stats = asdict(codebook_statistics(seen.codes, opened.tokenizer.config.codebook_size))
+    bits = {str(n): round(value, 3) for n, value in stats.pop("prefix_bits").items()}
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in stats.items()} | {
+        "prefix_bits": bits}
+
+
+def _unit(features: FloatArray) -> FloatArray:
+    return F.normalize(torch.from_numpy(np.asarray(features)).float(), dim=-1).numpy()
+
+
+def _shown(source: PairSource, seen: Seen) -> list[Image.Image]:
+    return [read_picture(source, row)[2] for row in seen.rows[:SHOWN]]
+
+
+def _nearest(source: PairSource, seen: Seen) -> list[Image.Image]:
+    """For each shown picture the other one whose codes decode nearest to it."""
+    decoded = _unit(seen.decoded)
+    similarity = decoded[:SHOWN] @ decoded.T
+    np.fill_diagonal(similarity, -np.inf)
+    return [read_picture(source, seen.rows[i])[2] for i in similarity.argmax(1).tolist()] if len(decoded) > 1 else []
+
+
+# ---- files
+
+
+def write(report: Section, sheet: Image.Image, out: Path) -> None:
+    """Write report.json, report.md and the sheet; append the retrieval lines to evaluate.txt.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    report["sheet"] = "reconstructions.jpg"
+    values = plain(report)
+    lines = [{"features": name, "route": route["route"], "text": route["text"], "model": values["model"],
+              "n": route["n"], **route["lavis"]} for name, route in values["retrieval"]["routes"].items()]
+    with _writing(out):
+        sheet.save(out / report["sheet"], quality=88)
+        for name, text in (("report.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n"),
+                           ("report.md", markdown(values))):
+            temporary = out / f".{name}.{os.getpid()}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, out / name)
+        with open(out / "evaluate.txt", "a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written ({error.strerror or error}).") from error

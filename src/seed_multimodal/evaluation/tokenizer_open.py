@@ -1,0 +1,171 @@
+"""What is evaluated: a tokenizer with the resizing, decoder, CLIP target and judge that belong to it.
+
+`model` is a system (`nano`, `released`, a folder with system.json) or a tokenizer alone (a folder that
+`seed export-tokenizer` made, or a file). A tokenizer alone resizes as the released evaluation does: squash, bicubic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.configured import RELEASED_NAMES, local_folder
+from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
+from seed_multimodal.device import Runtime
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.evaluation.judge import Judge
+from seed_multimodal.images.transforms import ImageTransform, get_transform
+from seed_multimodal.systems.loading import RELEASED_TRANSFORM, find_system, locate
+from seed_multimodal.systems.pictures import PictureCodec
+from seed_multimodal.tokenizers.clip_weights import CLIP_FOLDER, load_clip_vision
+from seed_multimodal.tokenizers.initial import check_unclip
+from seed_multimodal.tokenizers.loading import WHERE
+from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+
+RELEASED_TOKENIZER = "pretrained/seed_tokenizer"
+UNCLIP = "pretrained/stable-diffusion-2-1-unclip"
+BICUBIC = {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"}
+NANO_JUDGE = "pretrained/nano/judge"
+NONE = "none"
+Given = str | Path | None
+Log = Callable[[str], None] | None
+
+
+@dataclass
+class Opened:
+    """A tokenizer ready to be measured.
+
+    Attributes:
+        folder: where it lies (its language tokenizer may lie there too).
+        transform: picture → pixels the tokenizer reads.
+        clip: frozen CLIP vision tower that gives the target embedding, and `clip_transform` for it; None if there is
+            none; `clip_source` says where it came from.
+        judge: independent scorer of nano pictures, or None.
+    """
+
+    name: str
+    folder: Path
+    codec: PictureCodec
+    transform: ImageTransform
+    clip: Any | None
+    clip_transform: ImageTransform
+    clip_source: str
+    judge: Judge | None
+
+    @property
+    def tokenizer(self) -> Seed2Tokenizer:
+        """The tokenizer itself."""
+        return self.codec.model
+
+
+def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Given = None, clip: Given = None,
+                   judge: Given = None, nano: bool = False, interpolation: str | None = None,
+                   log: Log = None) -> Opened:
+    """Load what `model` names and what can be found for it.
+
+    Args:
+        decoder: diffusers folder; default: the system's, the tokenizer folder's `diffusion_model`, or the released one
+            where it is on this disk. "none": no pictures are rebuilt.
+        clip: CLIP folder of the target embedding; default: the decoder's `image_encoder`, else the released one.
+        judge: folder of the scorer; default: the system's, or the shipped one. Only with `nano` pictures: it knows no
+            others.
+        interpolation: overrides how pictures are resized.
+
+    Raises:
+        CheckpointError: no such tokenizer, or a given part that is missing or does not fit it.
+    """
+    source, vision, beside, settings = _parts(str(model))
+    tokenizer = Seed2Tokenizer.from_pretrained(source, vision=vision, device=runtime.device, dtype=runtime.dtype)
+    size = tokenizer.config.vit.image_size
+    if interpolation is not None:
+        settings = {**settings, "interpolation": interpolation}
+    transform = get_transform(**{**settings, "image_size": size})
+    drawing = _given(decoder, beside)
+    if drawing is not None:
+        guessed = decoder is None and drawing == locate(UNCLIP)
+        drawing = _fitting_decoder(drawing, tokenizer, required=not guessed, log=log)
+    load = None
+    if drawing is not None:
+        load = partial(UnclipDetokenizer.from_pretrained, drawing, device=runtime.device, dtype=runtime.dtype)
+    codec = PictureCodec(tokenizer, transform, load_decoder=load, device=runtime.device)
+    target = _given(clip, _default_clip(drawing))
+    tower = None
+    if target is not None:
+        tower = load_clip_vision(target, device=runtime.device, dtype=runtime.dtype, log=log)
+        tower = _fitting(tower, target, tokenizer, required=clip is not None, log=log)
+    clip_size = tower.config.image_size if tower is not None else size
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    return Opened(str(model), folder, codec, transform, tower, get_transform(**{**settings, "image_size": clip_size}),
+                  str(target) if tower is not None else "", _judge(model, judge, runtime) if nano else None)
+
+
+def _parts(model: str) -> tuple[str | Path, Path | None, Path | None, dict[str, Any]]:
+    """Tokenizer, vision-tower file, decoder folder and resizing of what `model` names."""
+    if model.lower() in RELEASED_NAMES:
+        folder = local_folder(RELEASED_TOKENIZER)
+        if folder is None:
+            raise CheckpointError(f"{RELEASED_TOKENIZER}: the released tokenizer is not on this disk; {WHERE}.")
+        return folder, None, _decoder_of(folder), dict(RELEASED_TRANSFORM)
+    place = locate("pretrained/nano" if model.lower() == "nano" else model)
+    if place is None:
+        return model, None, None, dict(BICUBIC)  # a hub id, or a sentence by the loader
+    if (place / "system.json").is_file():
+        spec = find_system(place)
+        return spec.tokenizer, spec.vision, spec.detokenizer, dict(spec.transform)
+    return place, None, _decoder_of(place if place.is_dir() else place.parent), dict(BICUBIC)
+
+
+def _decoder_of(folder: Path) -> Path | None:
+    inside = folder / "diffusion_model"
+    return inside if inside.is_dir() else locate(UNCLIP)
+
+
+def _given(value: Given, default: Path | None) -> Path | None:
+    if value is None:
+        return default
+    return None if str(value) == NONE else Path(value)
+
+
+def _default_clip(drawing: Path | None) -> Path | None:
+    inside = drawing / "image_encoder" if drawing is not None else None
+    if inside is not None and (inside / "config.json").is_file():
+        return inside
+    return locate(f"pretrained/{CLIP_FOLDER}")
+
+
+def _fitting_decoder(folder: Path, tokenizer: Seed2Tokenizer, required: bool, log: Log) -> Path | None:
+    """The decoder, if it draws embeddings of this tokenizer's width; told now, not after a pass over the pictures."""
+    try:
+        check_unclip(folder, tokenizer.config.image_features_dim, None)
+    except CheckpointError as error:
+        if required:
+            raise
+        if log is not None:
+            log(f"No pictures are rebuilt: {error}")
+        return None
+    return folder
+
+
+def _fitting(tower: Any, source: Path, tokenizer: Seed2Tokenizer, required: bool, log: Log) -> Any | None:
+    """The CLIP tower, if its embedding is as wide as what the tokenizer decodes to."""
+    has, needs = tower.config.projection_dim, tokenizer.config.image_features_dim
+    if has == needs:
+        return tower
+    sentence = f"{source}: gives image embeddings of width {has}, this tokenizer decodes to width {needs}"
+    if required:
+        raise CheckpointError(f"{sentence}: they do not belong together.")
+    if log is not None:
+        log(f"{sentence}, so it is not used.")
+    return None
+
+
+def _judge(model: str | Path, given: Given, runtime: Runtime) -> Judge | None:
+    if given is not None:
+        return None if str(given) == NONE else Judge.from_pretrained(given, runtime.device)
+    system = locate("pretrained/nano" if str(model).lower() == "nano" else model)
+    places = [system / "judge" if system is not None else None, locate(NANO_JUDGE)]
+    found = next((place for place in places if place is not None and (place / "config.json").is_file()), None)
+    return Judge.from_pretrained(found, runtime.device) if found is not None else None

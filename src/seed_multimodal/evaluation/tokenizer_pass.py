@@ -1,0 +1,176 @@
+"""One pass over the pictures: everything that is compared later, computed once per picture.
+
+A picture that cannot be opened is named, left out and counted; 20 of them in a row end the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.data.pairs import PairSource
+from seed_multimodal.errors import ConfigError, DataError, ImageError
+from seed_multimodal.evaluation.metrics import FloatArray
+from seed_multimodal.evaluation.tokenizer_open import Opened
+from seed_multimodal.images.open import open_image
+from seed_multimodal.tokenizers.stage1 import Stage1Model
+
+MAX_BAD_IN_A_ROW = 20
+Log = Callable[[str], None]
+
+
+@dataclass
+class Seen:
+    """What one pass found, row i of every array being picture i.
+
+    Attributes:
+        rows: number of the picture in its source.
+        codes: [N, 32]; decoded: image embeddings [N, E] from the codes.
+        target: CLIP's embedding of the picture [N, E], not normalised, or None.
+        causal: unit features of the last query under stage 1 [N, P], or None.
+        rebuilt: the same from the codes, rebuilt by `blocks` [N, P], or None.
+        judged: the judge's unit embedding of the picture [N, D], or None.
+        bad: (name, reason) of pictures that could not be read.
+    """
+
+    rows: list[int]
+    keys: list[str]
+    captions: list[list[str]]
+    codes: NDArray[np.int64]
+    decoded: FloatArray
+    target: FloatArray | None
+    causal: FloatArray | None
+    rebuilt: FloatArray | None
+    judged: FloatArray | None
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+def data_spec(text: str, split: str | None = None, **keys: Any) -> dict[str, Any]:
+    """`--data` as the mapping that `data.pairs.open_pairs` reads.
+
+    Args:
+        text: `nano`, a nano folder, a .yaml file with such a mapping, a .json list, or a pattern of .tar shards.
+        split: of the nano set (default: val).
+        keys: further keys of the mapping (`image_root`, `caption_key`, …); None means not given.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    from seed_multimodal.config import load_yaml
+
+    given = {key: value for key, value in keys.items() if value is not None}
+    suffix = Path(text).suffix
+    if suffix in (".yaml", ".yml"):
+        spec: dict[str, Any] = {str(key): value for key, value in load_yaml(text).items()}
+    elif text == "nano" or (Path(text) / "manifest.json").is_file():
+        spec = {"format": "nano", "split": split or "val", **({} if text == "nano" else {"folder": text})}
+    elif suffix == ".json":
+        spec = {"format": "json", "files": text}
+    elif suffix == ".tar":
+        spec = {"format": "webdataset", "pattern": text}
+    else:
+        raise ConfigError(f"--data {text}: not nano, a nano folder, a .json list, a .tar pattern or a .yaml file.")
+    if split is not None and spec.get("format") != "nano":
+        raise ConfigError(f"--data {text}: only the nano set has splits.")
+    return {**spec, **given}
+
+
+def choose_rows(count: int, limit: int | None, seed: int) -> list[int]:
+    """Row numbers to look at, all or `limit` of them, in an order drawn by `seed`: the first few are a fair sample."""
+    return np.random.default_rng(seed).permutation(count)[:limit].tolist()
+
+
+def read_picture(source: PairSource, row: int) -> tuple[str, list[str], Image.Image]:
+    """Name, captions and picture of a row; raises `ImageError` for one that cannot be read."""
+    pair = source.read(row)
+    name = f"{pair.name} ({pair.image})" if isinstance(pair.image, Path) else pair.name
+    return pair.key, list(pair.captions), open_image(pair.image, name=name)
+
+
+@torch.no_grad()
+def look(source: PairSource, rows: Sequence[int], opened: Opened, *, stage1: Stage1Model | None = None,
+         batch: int = 64, log: Log = print) -> Seen:
+    """Encode the pictures `rows` of `source` in batches.
+
+    Raises:
+        DataError: no picture could be read, or too many in a row could not.
+    """
+    found: dict[str, list[Tensor]] = {}
+    seen = Seen([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None, None)
+    for pictures in _batches(source, rows, batch, seen, log):
+        for name, value in _features(pictures, opened, stage1).items():
+            found.setdefault(name, []).append(value.cpu())
+    if not seen.rows:
+        raise DataError(f"none of the {len(rows)} pictures could be read.")
+    for name, parts in found.items():
+        value = torch.cat(parts)
+        setattr(seen, name, value.numpy() if name == "codes" else value.float().numpy())
+    return seen
+
+
+def _batches(source: PairSource, rows: Sequence[int], batch: int, seen: Seen, log: Log) -> Iterator[list[Image.Image]]:
+    """Pictures in batches; their names and captions, and what is bad, go to `seen`."""
+    pictures: list[Image.Image] = []
+    in_a_row = 0
+    for row in rows:
+        try:
+            key, captions, picture = read_picture(source, row)
+        except ImageError as error:
+            in_a_row += 1
+            seen.bad.append((source.key(row), str(error)))
+            log(f"left out: {error}")
+            if in_a_row >= MAX_BAD_IN_A_ROW:
+                raise DataError(f"{in_a_row} pictures in a row cannot be read, the last: {error}") from error
+            continue
+        in_a_row = 0
+        seen.rows.append(row)
+        seen.keys.append(key)
+        seen.captions.append(captions)
+        pictures.append(picture)
+        if len(pictures) == batch:
+            yield pictures
+            pictures = []
+    if pictures:
+        yield pictures
+
+
+def _features(pictures: list[Image.Image], opened: Opened, stage1: Stage1Model | None) -> Mapping[str, Tensor]:
+    tokenizer, config = opened.tokenizer, opened.tokenizer.config
+    pixels = opened.transform.batch(pictures).to(tokenizer.device, tokenizer.dtype)
+    vit = tokenizer.visual_encoder(pixels)
+    query = tokenizer.query_features_from(tokenizer.ln_vision(vit))
+    codes = tokenizer.quantize.nearest(tokenizer.pre_quant_from_features(query))
+    up = tokenizer.upsample(tokenizer.quantize.lookup(codes))
+    found = {"codes": codes, "decoded": tokenizer.project_image(tokenizer.image_tokens(up))}
+    if opened.clip is not None:
+        found["target"] = clip_embeddings(pictures, opened)
+    if stage1 is not None:
+        own = vit if stage1.visual_encoder is tokenizer.visual_encoder else stage1.visual_encoder(pixels)
+        found["causal"] = _last_query(stage1, stage1.query_features(own))
+        if config.recon_s:
+            found["rebuilt"] = _last_query(stage1, tokenizer.rebuild_queries(up))
+    if opened.judge is not None:
+        found["judged"] = opened.judge.embed_images(pictures)
+    return found
+
+
+def clip_embeddings(pictures: Sequence[Image.Image], opened: Opened) -> Tensor:
+    """CLIP image embeddings `[N, E]` of pictures, not normalised."""
+    assert opened.clip is not None
+    pixels = opened.clip_transform.batch(list(pictures)).to(opened.clip.device, opened.clip.dtype)
+    with torch.no_grad():
+        return opened.clip(pixel_values=pixels).image_embeds.float()
+
+
+def _last_query(stage1: Stage1Model, queries: Tensor) -> Tensor:
+    """The last query, which alone sees all the others, in stage 1's space: `[B, 32, D]` → unit `[B, P]`."""
+    return F.normalize(stage1.vision_proj(queries[:, -1]), dim=-1)

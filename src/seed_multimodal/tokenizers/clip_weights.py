@@ -1,0 +1,95 @@
+"""One half of a CLIP in transformers' layout, frozen: the vision tower that gives stage 2's target, or the text tower.
+
+Peculiar: the width of a whole CLIP's projection is the model's own `projection_dim`; the one inside its
+`vision_config` or `text_config` is transformers' default and is not asked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.tokenizers.sources import InitialReport, Log, find_folder, read_json, told
+from seed_multimodal.weights import assign_strictly, load_state_dict
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+CLIP_FOLDER = "CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_WHERE = f"download laion/{CLIP_FOLDER} from the Hugging Face hub and put it at pretrained/{CLIP_FOLDER}"
+SAFE, OLD = "model.safetensors", "pytorch_model.bin"
+# Half → model_type of a folder that holds it alone, and what a whole CLIP holds besides.
+KINDS = {"vision": "clip_vision_model", "text": "clip_text_model"}
+IGNORED = {"vision": ("text_model.*", "text_projection.*", "logit_scale", "*position_ids"),
+           "text": ("vision_model.*", "visual_projection.*", "logit_scale", "*position_ids")}
+
+
+def load_clip_vision(path_or_id: str | Path, *, device: str | torch.device = "cpu",
+                     dtype: torch.dtype = torch.float32, log: Log = print) -> CLIPVisionModelWithProjection:
+    """The frozen CLIP vision tower whose `.image_embeds` are stage 2's target, in eval mode.
+
+    Args:
+        path_or_id: transformers folder of a whole CLIP or of its vision half, or a hub id.
+
+    Returns:
+        The model; its `load_report` tells what was loaded and which tensors (the text tower's) were not needed.
+
+    Raises:
+        CheckpointError: not there (says what to put where), damaged, or weights of another size than its config.json.
+    """
+    return _load(path_or_id, "vision", device, dtype, log)
+
+
+def load_clip_text(path_or_id: str | Path, *, device: str | torch.device = "cpu",
+                   dtype: torch.dtype = torch.float32, log: Log = print) -> CLIPTextModelWithProjection:
+    """The frozen text tower of a CLIP folder or hub id; see `load_clip_vision`."""
+    return _load(path_or_id, "text", device, dtype, log)
+
+
+def _load(path_or_id: str | Path, half: str, device: str | torch.device, dtype: torch.dtype, log: Log) -> Any:
+    import transformers
+
+    folder = find_folder(path_or_id, ("config.json", "model*.safetensors", f"{SAFE}.index.json"), CLIP_WHERE)
+    if not any(folder.glob("model*.safetensors")):
+        folder = find_folder(path_or_id, ("config.json", OLD), CLIP_WHERE)
+    name = f"CLIP{half.capitalize()}"
+    config = getattr(transformers, f"{name}Config").from_dict(_settings(folder, half))
+    state, source = _tensors(folder)
+    with torch.device("meta"):  # random numbers for weights that are replaced anyway take long
+        model = getattr(transformers, f"{name}ModelWithProjection")(config)
+    model = model.to_empty(device="cpu")
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    report = assign_strictly(model, state, source, allow_missing=["*position_ids"], allow_unexpected=IGNORED[half])
+    model.load_report = told(InitialReport(**vars(report)), log)
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def _settings(folder: Path, half: str) -> dict[str, Any]:
+    """Sizes of one half from the folder's config.json."""
+    values = read_json(folder / "config.json", CLIP_WHERE)
+    kind = values.get("model_type")
+    if kind == "clip":
+        width = {key: values[key] for key in ("projection_dim",) if key in values}
+        return {**values.get(f"{half}_config", {}), **width}
+    if kind != KINDS[half]:
+        raise CheckpointError(f"{folder / 'config.json'}: describes a {kind!r}, not a CLIP with a {half} tower; "
+                              f"{CLIP_WHERE}.")
+    return values
+
+
+def _tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a folder and the file that stands for them (an index where they are in several)."""
+    index = folder / f"{SAFE}.index.json"
+    if index.is_file():
+        files = sorted(set(read_json(index, CLIP_WHERE).get("weight_map", {}).values()))
+        return {name: value for file in files for name, value in load_state_dict(folder / file).items()}, index
+    file = next((folder / name for name in (SAFE, OLD) if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: holds no {SAFE} or {OLD}; {CLIP_WHERE}.")
+    return load_state_dict(file), file

@@ -1,0 +1,156 @@
+"""Training samples: what is random repeats, what is broken is named, counted and replaced, and ends the run in time."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from seed_multimodal.data.caption_text import BlipCaption
+from seed_multimodal.data.pair_dataset import PairDataset, sample_seed
+from seed_multimodal.data.pairs import JsonPairs, TarPairs
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.images.open import open_image
+from seed_multimodal.images.train_transforms import TrainTransform
+from seed_multimodal.images.transforms import seed_image_processor
+
+PLAIN = seed_image_processor(16)
+
+
+@pytest.fixture
+def broken(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> Path:
+    """A shard of 12: good but for 3 (cut off), 4 (0 bytes), 5 (no picture), 8 (not a picture), 11 (cut off)."""
+    spoiled = {3: jpeg(3)[:-400], 4: b"", 8: b"<html>404 not found</html>", 11: jpeg(11)[:-400]}
+    samples = [{"__key__": f"{n:03d}", "jpg": spoiled.get(n, jpeg(n)), "json": {"caption": f"Number {n}!"}}
+               for n in range(12)]
+    del samples[5]["jpg"]
+    return write_tar(tmp_path / "broken.tar", samples)
+
+
+def test_a_sample(shards: Path, jpeg: Callable) -> None:
+    data = PairDataset(TarPairs(f"{shards}/*.tar"), PLAIN, BlipCaption("a photo of "))
+    assert len(data) == 40 and data.shard_sizes is not None and data.shard_sizes.sum() == 40
+    sample = data.get(17, 0)
+    assert sample["caption"] == "a photo of picture 17" and sample["key"] == "00017" and sample["index"] == 17
+    assert torch.equal(sample["image"], PLAIN(open_image(jpeg(17)))) and data.bad == []
+    assert PairDataset(data.source, PLAIN).get(17, 0)["caption"] == "Picture 17."
+    with pytest.raises(IndexError):
+        data.get(40, 0)
+
+
+def test_views_follow_seed_epoch_and_index(shards: Path) -> None:
+    def view(seed: int, epoch: int, index: int) -> Tensor:
+        return PairDataset(TarPairs(f"{shards}/*.tar"), TrainTransform(16), seed=seed).get(index, epoch)["image"]
+
+    first = view(0, 0, 5)
+    assert torch.equal(first, view(0, 0, 5))
+    for other in ((1, 0, 5), (0, 1, 5), (0, 0, 6)):
+        assert not torch.equal(first, view(*other))
+    assert len({sample_seed(s, e, i) for s in range(6) for e in range(6) for i in range(6)}) == 216
+
+
+def test_transforms_of_other_libraries_repeat_too(shards: Path) -> None:
+    """Without a generator argument: the global generators are seeded for the call and put back after it."""
+    theirs = transforms.Compose([transforms.RandomResizedCrop(16), transforms.ToTensor()])
+
+    def own(image: Image.Image) -> Tensor:
+        return theirs(image) + np.random.rand() + random.random()
+
+    data = PairDataset(TarPairs(f"{shards}/*.tar"), own, seed=3)
+    first = data.get(2, 0)["image"]
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    expected = torch.rand(1).item(), np.random.rand(), random.random()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    assert torch.equal(data.get(2, 0)["image"], first) and not torch.equal(data.get(2, 1)["image"], first)
+    assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
+    view = PairDataset(data.source, TrainTransform(16), seed=3)
+    state = torch.get_rng_state()
+    view.get(2, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_of_several_captions(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
+    captions = ["One", "Two", "Three"]
+    path = write_tar(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(0), "json": {"caption": captions}}])
+    data = PairDataset(TarPairs(path), PLAIN, BlipCaption())
+    chosen = [data.get(0, epoch)["caption"] for epoch in range(60)]
+    assert chosen == [data.get(0, epoch)["caption"] for epoch in range(60)]
+    assert set(chosen) == {"one", "two", "three"} and max(map(chosen.count, chosen)) < 40
+
+
+def test_broken_pictures_are_named_counted_and_replaced(broken: Path, jpeg: Callable) -> None:
+    logged: list[str] = []
+    data = PairDataset(TarPairs(broken), PLAIN, log=logged.append)
+    used = [data.get(index, 0)["index"] for index in range(12)]
+    assert used == [0, 1, 2, 6, 6, 6, 6, 7, 9, 9, 10, 0]
+    assert torch.equal(data.get(3, 0)["image"], PLAIN(open_image(jpeg(6)))) and data.get(3, 0)["key"] == "006"
+    keys = [key for key, _ in data.bad]
+    assert keys == ["003", "004", "005", "008", "011"]
+    for (key, reason), words in zip(data.bad, ["truncated", "0 bytes", "no picture", "not a picture", "truncated"],
+                                    strict=True):
+        assert reason.startswith(f"{broken}: {key}: ") and words in reason and "\n" not in reason
+    assert logged == [f"skipped: {reason}" for _, reason in data.bad]  # each once, though met several times
+    for index in range(12):
+        data.get(index, 1)
+    assert len(logged) == len(data.bad) == 5
+
+
+def test_a_replacement_is_another_view_than_its_own_turn(broken: Path) -> None:
+    data = PairDataset(TarPairs(broken), TrainTransform(16), log=None)
+    assert data.get(8, 0)["index"] == data.get(9, 0)["index"] == 9
+    assert not torch.equal(data.get(8, 0)["image"], data.get(9, 0)["image"])
+
+
+def test_too_many_in_a_row_are_fatal(broken: Path) -> None:
+    data = PairDataset(TarPairs(broken), PLAIN, max_bad_in_a_row=3, log=None)
+    assert data.get(4, 0)["index"] == 6
+    with pytest.raises(DataError, match=r"3 samples in a row, from number 3 on, .* 005: has no picture") as error:
+        data.get(3, 0)
+    assert "\n" not in str(error.value) and str(broken) in str(error.value)
+    with pytest.raises(ConfigError, match="max_bad_in_a_row"):
+        PairDataset(data.source, PLAIN, max_bad_in_a_row=0)
+
+
+def test_a_wrong_picture_folder_ends_at_once(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([{"image": f"{n}.jpg", "caption": "x"} for n in range(5)]))
+    data = PairDataset(JsonPairs(tmp_path / "x.json", image_root=tmp_path / "nowhere"), PLAIN, log=None)
+    with pytest.raises(DataError, match=r"5 samples in a row.*x\.json: item 1: there is no such file"):
+        data.get(2, 0)
+
+
+def test_a_missing_caption_is_not_replaced(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
+    path = write_tar(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(0), "json": {"caption": "x"}},
+                                          {"__key__": "b", "jpg": b"", "json": {"title": "y"}}])
+    data = PairDataset(TarPairs(path), PLAIN, log=None)
+    assert data.get(0, 0)["caption"] == "x"
+    with pytest.raises(DataError, match=r"x\.tar: b: has no caption key 'caption'"):
+        data.get(1, 0)
+    assert data.bad == []
+
+
+def test_programming_errors_pass(shards: Path) -> None:
+    def wrong(image: Image.Image) -> Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        PairDataset(TarPairs(f"{shards}/*.tar"), wrong).get(0, 0)
+
+
+def test_caption_settings() -> None:
+    assert BlipCaption()("A  *Red*  fox, (running)...\n") == "a red fox, running"
+    assert BlipCaption("this is ", max_words=2)("One two three") == "this is one two"
+    for arguments in ({"max_words": 0}, {"max_words": 2.5}, {"prompt": None}):
+        with pytest.raises(ConfigError):
+            BlipCaption(**arguments)

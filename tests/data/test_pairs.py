@@ -1,0 +1,348 @@
+"""Sources of picture-caption pairs: what they read, and the sentences for what they cannot."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from omegaconf import OmegaConf
+
+from seed_multimodal.data.packed import PackedStrings
+from seed_multimodal.data.pairs import JsonPairs, NanoPairs, TarPairs, open_pairs
+from seed_multimodal.data.patterns import expand_pattern
+from seed_multimodal.data.tar_headers import tar_members
+from seed_multimodal.data.tar_index import ShardFiles, scan_shard
+from seed_multimodal.errors import ConfigError, DataError, ImageError
+
+
+def sentence(error: pytest.ExceptionInfo[Exception]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# ---- patterns
+
+
+def test_patterns(tmp_path: Path) -> None:
+    for name in ("a-008.tar", "a-009.tar", "a-010.tar", "b.tar", "odd[1].tar"):
+        (tmp_path / name).touch()
+    names = [p.name for p in expand_pattern(f"{tmp_path}/a-{{008..010}}.tar")]
+    assert names == ["a-008.tar", "a-009.tar", "a-010.tar"]
+    assert [p.name for p in expand_pattern(f"{tmp_path}/{{b,a-0?9}}.tar")] == ["b.tar", "a-009.tar"]
+    assert [p.name for p in expand_pattern([f"{tmp_path}/b.tar", tmp_path / "*.tar"])] == [
+        "b.tar", "a-008.tar", "a-009.tar", "a-010.tar", "odd[1].tar"]
+    assert [p.name for p in expand_pattern(tmp_path / "odd[1].tar")] == ["odd[1].tar"]
+    assert [p.name for p in expand_pattern(f"{tmp_path}/a-{{8..10}}.tar".replace("a-", "a-0*"))] == [
+        "a-008.tar", "a-009.tar", "a-010.tar"]
+
+
+@pytest.mark.parametrize(("pattern", "words"), [
+    ("{0}/none-*.tar", ["none-*.tar", "matches"]),
+    ("{0}/n-{{00..02}}.tar", ["n-{00..02}.tar", "matches"]),
+    ("{0}/a-{{0..3}}.tar", ["a-{0..3}.tar", "3 of its 4", "a-1.tar"]),
+    ("{0}", ["folder", "/*"]),
+    ("pipe:aws s3 cp x -", ["pipe:", "on disk"]),
+    ("https://host/a-0.tar", ["https://", "on disk"]),
+])
+def test_patterns_that_match_nothing(tmp_path: Path, pattern: str, words: list[str]) -> None:
+    (tmp_path / "a-0.tar").touch()
+    with pytest.raises(DataError) as error:
+        TarPairs(pattern.format(tmp_path))
+    assert all(word in sentence(error) for word in words)
+    with pytest.raises(DataError, match="empty"):
+        expand_pattern([])
+
+
+def test_packed_strings() -> None:
+    strings = ["", "a", "zwölf – 十二", "odd\udcff", ""]
+    packed = PackedStrings.of(strings)
+    assert [packed[i] for i in range(len(packed))] == strings
+    assert len(PackedStrings.of([])) == 0
+
+
+# ---- shards
+
+
+@pytest.mark.parametrize("caption_file", ["json", "txt"])
+def test_shards_read_as_webdataset_reads_them(shards: Path, caption_file: str) -> None:
+    pairs = TarPairs(f"{shards}/s-{{000..003}}.tar", caption_file=caption_file)
+    files = [str(p) for p in sorted(shards.glob("*.tar"))]
+    theirs = list(webdataset.WebDataset(files, shardshuffle=False).decode())
+    assert len(pairs) == len(theirs) == 40 and pairs.shard_sizes.tolist() == [13, 7, 1, 19]
+    for index in np.random.default_rng(0).permutation(40).tolist():
+        pair = pairs.read(index)
+        assert pair.key == pairs.key(index) == theirs[index]["__key__"]
+        assert pair.captions == [theirs[index]["json"]["caption"]]
+        raw = tarfile.open(pair.origin).extractfile(f"{pair.key}.jpg")
+        assert raw is not None and pair.image == raw.read()
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_are_read_as_tarfile_reads_them(tmp_path: Path, kind: int) -> None:
+    """Long names, folders, links, empty members and names that are not ASCII, in each format of tar."""
+    path = tmp_path / "x.tar"
+    deep = "folder-of-some-length/" * (6 if kind == tarfile.USTAR_FORMAT else 20)
+    with tarfile.open(path, "w", format=kind) as archive:
+        for number, name in enumerate(["plain.jpg", "é.x.jpg", "empty.json", f"{deep}deep.jpg", "./dot.json"]):
+            info = tarfile.TarInfo(name)
+            info.size = 0 if "empty" in name else 500 + number
+            info.mtime = 1234.5 if kind == tarfile.PAX_FORMAT else 7  # a fraction needs a pax header
+            archive.addfile(info, io.BytesIO(b"z" * info.size))
+            link = tarfile.TarInfo(f"{deep}link-{number}")
+            link.type, link.linkname = tarfile.SYMTYPE, deep[:80 if kind == tarfile.USTAR_FORMAT else None] + "else"
+            archive.addfile(link)
+            folder = tarfile.TarInfo(f"{deep}sub-{number}")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+    with tarfile.open(path) as archive:
+        theirs = [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
+    assert list(tar_members(path)) == theirs and len(theirs) == 5
+
+
+def test_keys_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    names = ["a/one.JPG", "a/one.json", "b/one.seg.png", "b/one.png", "b/one.json", ".hidden", "readme", "two.x.y"]
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            archive.addfile(info, io.BytesIO(b"data"))
+    index, damage = scan_shard(path, ("jpg", "png"), "json")
+    assert damage == "" and [index.keys[i] for i in range(3)] == ["a/one", "b/one", "two"]
+    with tarfile.open(path) as archive:
+        where = {m.name: m.offset_data for m in archive}
+    assert index.spans["image"].tolist() == [where["a/one.JPG"], where["b/one.png"], -1]
+    assert index.spans["text"].tolist() == [where["a/one.json"], where["b/one.json"], -1]
+
+
+def test_preferred_picture_and_other_caption_keys(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
+    path = write_tar(tmp_path / "x.tar", [{"__key__": "0", "png": b"P", "jpg": jpeg(0),
+                                           "json": {"top_caption": ["a", "b"]}}])
+    assert TarPairs(path, ("jpg", "png"), "top_caption").read(0).image == jpeg(0)
+    assert TarPairs(path, ["png", "jpg"], "top_caption").read(0).image == b"P"
+    assert TarPairs(path, "png", "top_caption").read(0).captions == ["a", "b"]
+
+
+@pytest.mark.parametrize("cut", ["in a picture", "in a header", "between samples", "to nothing", "zeroed header"])
+def test_a_torn_shard_is_named(tmp_path: Path, shards: Path, cut: str) -> None:
+    path = tmp_path / "torn.tar"
+    shutil.copy(shards / "s-000.tar", path)
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+        seventh = next(m for m in members if m.name == "00006.jpg")
+    data = bytearray(path.read_bytes())
+    if cut == "zeroed header":
+        data[seventh.offset_data - 512:seventh.offset_data - 400] = b"\xff" * 112
+    else:
+        keep = {"in a picture": seventh.offset_data + 100, "in a header": seventh.offset + 100,
+                "between samples": seventh.offset, "to nothing": 0}[cut]
+        del data[keep:]
+    path.write_bytes(data)
+    with pytest.raises(DataError) as error:
+        TarPairs(f"{tmp_path}/*.tar")
+    assert str(path) in sentence(error) and "torn or damaged" in str(error.value)
+    if cut == "to nothing":
+        return
+    logged: list[str] = []
+    kept = TarPairs(path, keep_torn=True, log=logged.append)
+    # Nothing tells that the sixth sample has all its members, so it is left out as well.
+    assert len(kept) == 5 and kept.read(4).captions == ["Picture 4."]
+    assert str(path) in logged[0] and "after sample 00004" in logged[0]
+
+
+def test_what_is_no_plain_tar(tmp_path: Path, shards: Path) -> None:
+    import gzip
+
+    packed = tmp_path / "x.tar.gz"
+    packed.write_bytes(gzip.compress((shards / "s-001.tar").read_bytes()))
+    disguised = shutil.copy(packed, tmp_path / "x.tar")
+    for path in (packed, disguised):
+        with pytest.raises(DataError, match="compressed") as error:
+            TarPairs(path)
+        assert str(path) in sentence(error) and "gunzip" in str(error.value)
+    (tmp_path / "text.tar").write_text("not a tar " * 200)
+    with pytest.raises(DataError, match=r"text\.tar: torn or damaged in its first sample"):
+        TarPairs(tmp_path / "text.tar")
+    with tarfile.open(tmp_path / "none.tar", "w"):
+        pass
+    with pytest.raises(DataError, match=r"none\.tar: .* holds a sample"):
+        TarPairs(tmp_path / "none.tar")
+
+
+def test_missing_captions_and_pictures(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
+    good = {"jpg": jpeg(1), "json": {"caption": "fine"}}
+    path = write_tar(tmp_path / "x.tar", [
+        {"__key__": "good", **good},
+        {"__key__": "renamed", "jpg": jpeg(2), "json": {"captions": "x"}},
+        {"__key__": "no-json", "jpg": jpeg(3)},
+        {"__key__": "torn-json", "jpg": jpeg(3), "json": b'{"caption": '},
+        {"__key__": "null", "jpg": jpeg(3), "json": {"caption": None}},
+        {"__key__": "no-texts", "jpg": jpeg(3), "json": {"caption": []}},
+        {"__key__": "a-list", "jpg": jpeg(3), "json": b"[1]"},
+        {"__key__": "blind", "json": {"caption": "no picture"}},
+    ])
+    pairs = TarPairs(path)
+    assert pairs.read(0).captions == ["fine"]
+    for index in range(1, 7):
+        with pytest.raises(DataError) as error:
+            pairs.read(index)
+        assert f"{path}: {pairs.key(index)}: " in sentence(error)
+    with pytest.raises(DataError, match=r"no caption key 'caption' \(did you mean 'captions'\?\)"):
+        pairs.read(1)
+    with pytest.raises(ImageError, match=r"x\.tar: blind: has no picture"):
+        pairs.read(7)
+    with pytest.raises(DataError, match=r"x\.tar: .* extension webp"):
+        TarPairs(path, image_keys=("webp",))
+    with pytest.raises(DataError, match=r"x\.tar: .* extension txt"):
+        TarPairs(path, caption_file="txt")
+    with pytest.raises(ConfigError, match="caption_file"):
+        TarPairs(path, caption_file="yaml")
+
+
+def test_a_member_that_is_there_twice(tmp_path: Path, write_tar: Callable) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for _ in range(2):
+            archive.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(DataError, match=r"x\.tar: sample a has two \.jpg members"):
+        TarPairs(tmp_path / "x.tar")
+
+
+def test_the_index_is_kept_and_follows_the_shard(tmp_path: Path, shards: Path, jpeg: Callable,
+                                                 write_tar: Callable) -> None:
+    path, folder = Path(shutil.copy(shards / "s-001.tar", tmp_path / "x.tar")), tmp_path / "index"
+    first = TarPairs(path, index_folder=folder)
+    (kept,) = folder.iterdir()
+    stamp = kept.stat().st_mtime_ns
+    again = TarPairs(path, index_folder=folder)
+    assert kept.stat().st_mtime_ns == stamp and again.read(3) == first.read(3)
+    kept.write_bytes(kept.read_bytes()[:50])  # torn: the shard itself is read
+    assert TarPairs(path, index_folder=folder).read(6) == first.read(6)
+    write_tar(path, [{"__key__": "new", "jpg": jpeg(9), "json": {"caption": "new"}}])
+    renewed = TarPairs(path, index_folder=folder)
+    assert len(renewed) == 1 and renewed.read(0).key == "new" and len(list(folder.iterdir())) == 2
+    with pytest.raises(DataError, match="cannot be written"):
+        TarPairs(path, index_folder=path)
+
+
+def test_a_shard_cut_after_indexing(tmp_path: Path, shards: Path) -> None:
+    path = Path(shutil.copy(shards / "s-001.tar", tmp_path / "x.tar"))
+    pairs = TarPairs(path)
+    os.truncate(path, 2000)
+    with pytest.raises(DataError, match=r"x\.tar: it is shorter than when it was indexed"):
+        pairs.read(5)
+
+
+def _descriptors(pairs: TarPairs) -> tuple[str, list[int]]:
+    return pairs.read(15).key, list(pairs._files._open.values())
+
+
+def test_files_are_opened_per_process(shards: Path) -> None:
+    pairs = TarPairs(f"{shards}/*.tar")
+    pairs.read(0)
+    assert len(pairs._files._open) == 1
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        key, opened = pool.apply(_descriptors, (pairs,))  # sent pickled
+    assert key == "00015" and len(opened) == 1
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # a real fork, as data workers are: the child must have closed what it inherited
+        inherited = list(pairs._files._open.values())
+        pairs.read(15)
+        same = os.path.samestat(os.fstat(inherited[0]), os.stat(shards / "s-000.tar"))
+        os.write(writer, bytes([len(pairs._files._open), same]))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 2) == bytes([1, 0])
+    os.close(reader)
+    os.close(writer)
+    assert pairs.read(1).key == "00001"
+
+
+def test_few_files_stay_open(tmp_path: Path) -> None:
+    paths = [tmp_path / str(number) for number in range(5)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 10)
+    files = ShardFiles(limit=2)
+    for _ in range(2):
+        assert [files.read(path, 3, 2) for path in paths] == [bytes([n, n]) for n in range(5)]
+        assert len(files._open) == 2
+    files.close()
+    with pytest.raises(DataError, match="gone"):
+        files.read(tmp_path / "gone", 0, 1)
+
+
+# ---- json and nano
+
+
+def test_json(tmp_path: Path, jpeg: Callable) -> None:
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "0.jpg", "caption": "one – eins"},
+                                                 {"image": "sub/1.jpg", "caption": ["two", "deux"], "id": 3}]))
+    (tmp_path / "b.json").write_text(json.dumps([{"image": "/abs/2.jpg", "caption": "three"}]))
+    pairs = JsonPairs([tmp_path / "a.json", tmp_path / "b.json"], image_root=tmp_path)
+    assert len(pairs) == 3
+    assert [pairs.read(i).captions for i in range(3)] == [["one – eins"], ["two", "deux"], ["three"]]
+    assert [pairs.read(i).image for i in range(3)] == [tmp_path / "0.jpg", tmp_path / "sub/1.jpg", Path("/abs/2.jpg")]
+    assert pairs.read(1).name == f"{tmp_path}/a.json: item 1" and pairs.read(2).name == f"{tmp_path}/b.json: item 0"
+    assert JsonPairs(tmp_path / "a.json").read(0).image == Path("0.jpg")  # as the released code: opened as it is
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ([{"image": "0.jpg", "caption": "x"}, {"image": "1.jpg", "text": "y"}], ["item 1", "'caption'", "has image, text"]),
+    ([{"img": "0.jpg", "caption": "x"}], ["item 0", "picture path", "'image'", "did you mean 'img'?"]),
+    ([{"image": "0.jpg", "caption": 5}], ["item 0", "'caption'", "5"]),
+    (["0.jpg"], ["item 0", "a str"]),
+    ([], ["empty"]),
+    ({"image": "x"}, ["a list", "dict"]),
+])
+def test_json_that_does_not_fit(tmp_path: Path, content: object, words: list[str]) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError) as error:
+        JsonPairs(path)
+    assert sentence(error).startswith(str(path)) and all(word in str(error.value) for word in words)
+
+
+def test_json_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"image": ')
+    with pytest.raises(DataError, match=r"x\.json: not readable as json"):
+        JsonPairs(tmp_path / "x.json")
+    with pytest.raises(DataError, match=r"y\.json: no file matches"):
+        JsonPairs(tmp_path / "y.json")
+
+
+def test_nano() -> None:
+    pairs = open_pairs({"format": "nano", "split": "val"})
+    assert isinstance(pairs, NanoPairs)
+    nano, indices = pairs.nano, pairs.nano.split("val")
+    assert len(pairs) == len(indices)
+    pair = pairs.read(7)
+    assert pair.key == nano.records[indices[7]].key and pair.captions == nano.records[indices[7]].captions
+    assert isinstance(pair.image, bytes) and pair.image[8:12] == b"WEBP"
+    with pytest.raises(DataError, match="unknown split 'dev'"):
+        NanoPairs(split="dev")
+
+
+def test_open_pairs(tmp_path: Path, shards: Path) -> None:
+    pairs = open_pairs({"format": "webdataset", "pattern": f"{shards}/*.tar", "caption_file": "txt"})
+    assert isinstance(pairs, TarPairs) and pairs.read(0).captions == ["Picture 0."]
+    spec = OmegaConf.create({"format": "webdataset", "pattern": [f"{shards}/s-001.tar"], "image_keys": ["jpg"]})
+    assert len(open_pairs(spec)) == 7
+    (tmp_path / "a.json").write_text('[{"picture": "a", "caption": "b"}]')
+    spec = {"format": "json", "files": str(tmp_path / "a.json"), "image_key": "picture", "image_root": None}
+    assert isinstance(open_pairs(spec), JsonPairs)
+    for spec, words in (({"format": "tar"}, "format must be json, webdataset, nano"), ({}, "not None"),
+                        ({"format": "json", "file": "x"}, r"unknown key 'file' \(did you mean 'files'"),
+                        ({"format": "webdataset"}, "pattern is not given")):
+        with pytest.raises(ConfigError, match=words):
+            open_pairs(spec)
