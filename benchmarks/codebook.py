@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.data.nano import load_nano
 from seed_multimodal.entry import guarded
@@ -99,7 +100,8 @@ def train(variant: Variant, base: Seed2Config, data: Features, steps: int, batch
     started = time.monotonic()
     for step in range(steps):
         chosen = data.train[batch_indices(step, batch, len(data.train), 0)]
-        with torch.autocast("cpu", torch.bfloat16):
+        # The fused attention kernel's bf16 backward is slow on CPUs.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             out = model(None, data.targets[chosen], query_features=data.queries[chosen])
         out.loss.backward()
         optimizer.step()
@@ -149,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int:
         base, data = collect(options.model)
+        print(f"{len(data.queries)} pictures looked at; training {len(VARIANTS)} codebooks.", flush=True)
         records = []
         for variant in VARIANTS:
             if options.only not in variant.name:

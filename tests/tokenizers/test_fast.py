@@ -10,10 +10,12 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from seed_multimodal.errors import ConfigError, ImageError
 from seed_multimodal.tokenizers.fast import STATIC_SIZES, FastTokenizer, Levers, _compiler, optimise, plan
 from seed_multimodal.tokenizers.fast_encoder import vision_block
+from seed_multimodal.tokenizers.flops import encode_flops
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.seed2_config import Seed2Config
@@ -213,3 +215,19 @@ def test_half_precision_on_a_gpu_uses_fp16_queries(model: Seed2Tokenizer) -> Non
     fast: FastTokenizer = optimise(model, levers=Levers(dtype=torch.bfloat16, gelu="tanh"))
     assert fast.encoder.kv.dtype == torch.float16 and codes.is_cuda
     assert (fast.encode(images) == model.encode(images)).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("levers", [
+    Levers(dtype=torch.bfloat16, query_dtype=torch.float16), Levers(dtype=torch.float16, head_width=96, gelu="tanh")],
+    ids=str)
+def test_released_sizes_fit_together_without_allocating_them(levers: Levers) -> None:
+    with torch.device("meta"):
+        model, images = Seed2Tokenizer(Seed2Config()), torch.zeros(2, 3, 224, 224)
+    fast = optimise(model, levers=levers)
+    with FlopCounterMode(display=False) as counter:
+        codes = fast.encode(images)
+    assert codes.shape == (2, 32) and codes.dtype == torch.long and fast.encoder.blocks[0].fc1.dtype == levers.dtype
+    assert len(fast.encoder.blocks) == 39 and fast.encoder.kv.shape == (6 * 2 * 768, 1408)
+    assert fast.encoder.stem.patch.shape[1] % 8 == 0
+    if levers.gelu == "erf":  # another operator hides its products from the counter
+        assert counter.get_total_flops() == pytest.approx(2 * encode_flops(model.config), rel=0.005)

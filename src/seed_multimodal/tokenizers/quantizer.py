@@ -79,14 +79,12 @@ class VectorQuantizer(nn.Module):
         With sections the axis before the last is the position: `[..., sections, d]`.
         """
         with torch.autocast(z.device.type, enabled=False):
-            points = self.prepare(z.float()).reshape(-1, self.dim)
-            codes = self.prepare(self.embedding.weight.float())
-            distances = points.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * points @ codes.T
-            if self.sections > 1:
-                places = torch.arange(len(points), device=z.device) % self.sections
-                own = torch.arange(self.size, device=z.device) // (self.size // self.sections)
-                distances = distances.masked_fill(places[:, None] != own, float("inf"))
-            return distances.argmin(dim=1).reshape(z.shape[:-1])
+            points = self.prepare(z.float()).reshape(-1, self.sections, self.dim).transpose(0, 1)
+            codes = self.prepare(self.embedding.weight.float()).unflatten(0, (self.sections, -1))
+            # The squared length of a point is the same for all codes, so the order does not need it.
+            scores = torch.baddbmm(codes.square().sum(2)[:, None], points, codes.transpose(1, 2), alpha=-2.0)
+            first = torch.arange(self.sections, device=z.device)[:, None] * (self.size // self.sections)
+            return (scores.argmin(dim=2) + first).T.reshape(z.shape[:-1])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise `[B, Q, d]` → (straight-through codes `[B, Q, d]`, loss `[]`, indices `[B, Q]` int64)."""

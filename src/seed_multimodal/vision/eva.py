@@ -59,10 +59,13 @@ class EvaAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
+    def qkv_bias(self) -> Tensor:
+        """Bias of the fused projection `[3 · W]`: none on the keys."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias])
+
     def forward(self, x_BNW: Tensor) -> Tensor:
         """`[B, N, W]` → `[B, N, W]`."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias])
-        fused = F.linear(x_BNW, self.qkv.weight, bias)
+        fused = F.linear(x_BNW, self.qkv.weight, self.qkv_bias())
         q, k, v = (heads_first(part, self.heads) for part in fused.chunk(3, dim=-1))
         return self.proj(heads_last(F.scaled_dot_product_attention(q, k, v)))
 

@@ -1,0 +1,24 @@
+"""What the scripts beside this one share: the rate that utilisation is measured against, and rounding."""
+
+from __future__ import annotations
+
+import torch
+
+from seed_multimodal.evaluation.timing import measure
+
+
+def peak_tflops(asked: str | None, device: torch.device, dtype: torch.dtype) -> float | None:
+    """The number given, or for `measured` the rate of one large matrix product now; None if not asked for.
+
+    Random numbers, because products of zeros run faster than real ones.
+    """
+    if asked != "measured":
+        return float(asked) if asked else None
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / measure(lambda: a @ b, device, repeats=10, warmup=3)["seconds"] / 1e12
+
+
+def rounded(value: float) -> float:
+    """Four digits, whatever the size: nano on a CPU and the released size on a GPU are five powers of ten apart."""
+    return float(f"{value:.4g}")
