@@ -1,0 +1,15 @@
+#!/bin/sh
+# Everything that is measured of a tokenizer, on the shipped one and the held-out pictures of the repository: about ten
+# seconds of one CPU core, no downloads.
+#
+#   sh eval_scripts/nano.sh
+#   MODEL=../outputs/tokenizer STAGE1=log/nano/Causal_Qformer/checkpoint_2.pth sh eval_scripts/nano.sh \
+#       --decoder ../pretrained/nano/seed_tokenizer/diffusion_model
+#
+# SPLIT: val (default), test_combo or test_concept. The other variables are those of retrieval_coco.sh.
+set -eu
+cd "$(dirname "$0")/.."
+. train_scripts/python.sh
+export PYTHONPATH="../src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+exec "$PYTHON" -m seed_multimodal.cli eval tokenizer --model "${MODEL:-nano}" --data "${DATA:-nano}" --split "${SPLIT:-val}" \
+    --out "${OUT:-log/eval/nano}" ${STAGE1:+--stage1 "$STAGE1"} "$@"

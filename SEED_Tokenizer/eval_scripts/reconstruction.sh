@@ -1,0 +1,15 @@
+#!/bin/sh
+# How well codes bring pictures back: CLIP similarity of the decoded embedding and of rebuilt pictures, codebook use,
+# a contact sheet. One picture only: python eval/seed_inference.py.
+#
+#   MODEL=released DATA=/data/coco/annotations/coco_karpathy_test.json IMAGES=/data/coco/images \
+#       sh eval_scripts/reconstruction.sh --limit 1000
+#
+# DATA: a json list, a pattern of .tar shards, or nano. The other variables are those of retrieval_coco.sh.
+set -eu
+cd "$(dirname "$0")/.."
+. train_scripts/python.sh
+export PYTHONPATH="../src${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m seed_multimodal.cli eval tokenizer \
+    --model "${MODEL:-released}" --data "${DATA:-../data/coco/annotations/coco_karpathy_test.json}" \
+    ${IMAGES:+--image-root "$IMAGES"} --out "${OUT:-log/eval/reconstruction}" "$@"

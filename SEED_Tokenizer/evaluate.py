@@ -1,0 +1,38 @@
+"""Losses (and codebook usage) of a trained stage on held-out splits, one JSON object on stdout.
+
+    python evaluate.py --cfg-path lavis/projects/nano/pretrain_codebook.yaml \\
+        --options model.load_finetuned=True model.finetuned=log/nano/Codebook/checkpoint_1.pth run.test_splits=[val]
+
+Retrieval, reconstruction and contact sheets of an exported tokenizer: `seed eval tokenizer`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+
+from train import build, parser
+
+from seed_multimodal.entry import guarded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code (2: refused, with one sentence on stderr)."""
+    args = parser(str(__doc__)).parse_args(argv)
+
+    def work() -> int:
+        args.options = [*args.options, "run.evaluate=True"]
+        if not any(option.startswith("run.train_splits") for option in args.options):
+            args.options.append("run.train_splits=[]")
+        with contextlib.redirect_stdout(sys.stderr):  # what the loading tells
+            result = build(args).evaluate()
+        print(json.dumps(result))
+        return 0
+
+    return guarded("evaluate.py", args.debug, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""SEED-2's (and SEED-1's) tokenizer training on LAVIS: models, tasks, builders, processors and a runner, registered.
+
+`register()` fills LAVIS's registry; everything else happens through LAVIS's `Config` and a YAML file, see train.py.
+The models are those of `seed_multimodal.tokenizers`; the loop, the data and the weights are the library's too.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+PARTS = ("models", "seed1", "tasks", "processors", "builders", "runner")
+
+
+def register() -> None:
+    """Put our models, tasks, processors, builders and runner into LAVIS's registry.
+
+    Raises:
+        LavisMissing: salesforce-lavis is not installed.
+    """
+    for part in PARTS:
+        importlib.import_module(f"seed_lavis.{part}")

@@ -1,0 +1,150 @@
+"""What all our LAVIS models share: sizes from the YAML, precision of the frozen tower, placing, numbers to log.
+
+Peculiar: a model is at once LAVIS's `BaseModel` and the library's own class, so its parameter names are the released
+ones. `forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping with `loss`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from seed_lavis.compat import BaseModel
+from seed_lavis.options import APPLICATION, PRECISIONS, ModelOptions, one_of, sizes
+from seed_multimodal.device import DTYPES
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.qformer import QFormerConfig
+from seed_multimodal.vision.eva import EvaConfig
+
+MODEL_CONFIG = str(APPLICATION / "lavis" / "configs" / "models" / "blip2" / "blip2_pretrain.yaml")
+
+
+class SeedModel(BaseModel):
+    """Mixed in before the library's class. `stage` names the state and log files of its training."""
+
+    PRETRAINED_MODEL_CONFIG_DICT = {"pretrain": MODEL_CONFIG}
+    stage = ""
+    trained_text_path = False
+    options: ModelOptions
+    latest: dict[str, Tensor]
+    """Numbers of the last `forward`, detached: what the log shows."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.query_tokens.device
+
+    def place(self, device: torch.device) -> SeedModel:
+        """Move to `device` in the precisions asked for, once all weights are in; then compile if asked."""
+        self.to(device)
+        if self.options.freeze_vit:
+            low_precision(self.visual_encoder, self.tower_dtype(device))
+        if self.options.use_grad_checkpoint:
+            checkpoint_layers(self)
+        if self.options.compile:
+            for part in ("visual_encoder", "Qformer", "Reverse_Qformer"):
+                if hasattr(self, part):
+                    getattr(self, part).compile()
+        return self
+
+    def tower_dtype(self, device: torch.device) -> torch.dtype:
+        """The frozen tower's precision; fp16 means fp32 on a CPU, which computes fp16 slowly."""
+        dtype = DTYPES[one_of(self.options.vit_precision, PRECISIONS, "model.vit_precision")]
+        return torch.float32 if device.type != "cuda" and dtype == torch.float16 else dtype
+
+    def tower(self, images: Tensor) -> Tensor:
+        """Pixels `[B, 3, S, S]` → vision-tower output `[B, N, W]`, computed in `vit_precision`."""
+        dtype = self.tower_dtype(images.device)
+        if dtype == torch.float32:
+            return self.visual_encoder(images)
+        with torch.autocast(images.device.type, dtype):
+            return self.visual_encoder(images).float()
+
+    def told(self, loss: Tensor, **numbers: Tensor | None) -> dict[str, Tensor]:
+        """LAVIS's output mapping; keeps the numbers for the log."""
+        self.latest = {name: value.detach() for name, value in numbers.items() if value is not None}
+        return {"loss": loss, **self.latest}
+
+
+def target_embeddings(clip: nn.Module, images: Tensor) -> Tensor:
+    """Pixels → image embeddings `[B, E]` of the frozen CLIP, in its own precision, without gradient."""
+    dtype = next(clip.parameters()).dtype
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        return clip(images.to(dtype)).image_embeds.float()
+
+
+def low_precision(module: nn.Module, dtype: torch.dtype) -> None:
+    """Weights of matrix products in `dtype`, as LAVIS does with a frozen tower; all else stays fp32."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            part.to(dtype)
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Keep no activations inside trained layers (tower, Q-Former, decoders): they are computed again going backward."""
+    for layers in model.modules():
+        for layer in layers if isinstance(layers, nn.ModuleList) else ():
+            if any(parameter.requires_grad for parameter in layer.parameters()):
+                layer.forward = functools.partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward: Any, *args: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=_same_attention)
+
+
+def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For the pass and its repetition: the loop's choice of attention kernel has ended when that is made."""
+    cuda = torch.backends.cuda
+    plain = cuda.math_sdp_enabled() and not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled())
+    return nullcontext(), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+def vit_sizes(options: ModelOptions) -> EvaConfig:
+    """The vision tower's sizes; `vit` of the YAML overrides single ones."""
+    if options.vit_model != "eva_clip_g":
+        raise ConfigError(f"model.vit_model must be eva_clip_g (of any size: model.vit), not {options.vit_model!r}.")
+    if options.drop_path_rate:
+        raise ConfigError("model.drop_path_rate must be 0, as in the released training.")
+    return sizes(EvaConfig, EvaConfig(), {"image_size": options.image_size, **options.vit}, "model.vit")
+
+
+def qformer_sizes(options: ModelOptions) -> QFormerConfig:
+    """The Q-Former's sizes; `qformer` of the YAML overrides single ones."""
+    changes = {"cross_attention_freq": options.cross_attention_freq, **options.qformer}
+    return sizes(QFormerConfig, QFormerConfig(), changes, "model.qformer")
+
+
+def captions_of(samples: Mapping[str, Any]) -> Sequence[str]:
+    """The captions of a batch, under SEED's key or LAVIS's."""
+    for key in ("caption", "text_input"):
+        if key in samples:
+            return samples[key]
+    raise ConfigError(f"The samples hold no 'caption' (they hold {', '.join(samples)}).")
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Parameters that are not trained, so not part of a training checkpoint."""
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Any:
+    """Eval mode and no gradients inside; the mode before is restored."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+

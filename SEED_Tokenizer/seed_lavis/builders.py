@@ -1,0 +1,149 @@
+"""Dataset builders: one for each set of the YAMLs, all of which read json lists, webdataset shards or the nano set.
+
+    datasets:
+      conceptual_caption_3m:
+        vis_processor:  {train: {name: blip2_image_train, image_size: 224}}
+        text_processor: {train: {name: blip_caption}}
+        build_info:
+          annotations: {train: {storage: [cc3m.json]}}     json lists of {"image": path, "caption": text or texts}
+          images: {storage: /data/cc3m}                     folder of those paths (default: paths as they are)
+          storage: cc3m/{00000..00331}.tar                  or shards of KEY.jpg and KEY.json members
+
+Nothing is downloaded. What a split gives is a `PairDataset`, addressed by (index, epoch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from seed_lavis.compat import BaseDatasetBuilder, get_world_size, registry
+from seed_lavis.options import APPLICATION, locate, one_of
+from seed_lavis.processors import BlipImageEval
+from seed_lavis.start import say, tell
+from seed_multimodal.config import check_keys
+from seed_multimodal.data.pair_dataset import PairDataset
+from seed_multimodal.data.pairs import PairSource, open_pairs
+from seed_multimodal.errors import ConfigError, DataError
+
+FORMATS = ("json", "webdataset", "nano")
+BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", "image_key", "image_keys", "caption_key",
+              "caption_file", "index_folder", "folder")
+DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info")
+DEFAULTS = APPLICATION / "lavis" / "configs" / "datasets"
+
+
+class PairBuilder(BaseDatasetBuilder):
+    """Builds the splits that `build_info` names; random only by the run's seed."""
+
+    name = ""
+    train_dataset_cls = PairDataset
+    eval_dataset_cls = PairDataset
+    DATASET_CONFIG_DICT: dict[str, str] = {}
+
+    def _download_data(self) -> None:
+        """What LAVIS has one process do before the others go on: sets are local files, so only shards are indexed."""
+        if get_world_size() > 1:
+            for spec in self.sources().values():
+                if spec["format"] == "webdataset":
+                    self.open(spec)
+
+    def build(self) -> dict[str, PairDataset]:
+        """Split name → its samples.
+
+        Raises:
+            ConfigError: an unknown key, processor or format. DataError: what the files say, each by name.
+        """
+        run = registry.get("configuration").run_cfg
+        built = {}
+        for split, spec in self.sources().items():
+            image, text = self.processors("train" if split in (run.get("train_splits") or ()) else "eval")
+            source = self.open(spec)
+            say(f"{self.name}: {len(source):,} pictures in split {split!r}.")
+            built[split] = PairDataset(source, image, text, seed=int(run.get("seed", 42)), log=tell,
+                                       max_bad_in_a_row=int(run.get("max_bad_in_a_row", 20)))
+        return built
+
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """For each split that the run uses, what `open_pairs` takes."""
+        check_keys(map(str, self.config), DATASET_KEYS, f"datasets.{self.name}")
+        run = registry.get("configuration").run_cfg
+        wanted = {name for key in ("train_splits", "valid_splits", "test_splits") for name in run.get(key) or ()}
+        info = OmegaConf.to_container(self.config.build_info, resolve=True)
+        assert isinstance(info, dict)
+        specs = split_sources(info, f"datasets.{self.name}.build_info")
+        for spec in specs.values():
+            if spec["format"] == "webdataset":
+                kept = spec.get("index_folder") or (f"{run.output_dir}/index" if run.get("output_dir") else None)
+                spec.update({"log": say, "index_folder": kept})
+        return {split: spec for split, spec in specs.items() if split in wanted}
+
+    def open(self, spec: Mapping[str, Any]) -> PairSource:
+        """The stored pairs of one split; a refusal also says where the files are set."""
+        try:
+            return open_pairs(spec)
+        except DataError as error:
+            raise DataError(f"{str(error).rstrip('.')} (set datasets.{self.name}.build_info in the YAML or with "
+                            "--options).") from error
+
+    def processors(self, kind: str) -> tuple[Any, Any]:
+        """Picture and text processor for training or evaluation; evaluation's follow training's if not given."""
+        if (self.config.get("vis_processor") or {}).get("train") is None:
+            raise ConfigError(f"datasets.{self.name}.vis_processor.train is not given (blip2_image_train).")
+        self.build_processors()
+        image, text = self.vis_processors[kind], self.text_processors[kind]
+        if image is None:
+            image = BlipImageEval(int(self.config.vis_processor.train.get("image_size", 224)))
+        return image, text if text is not None else self.text_processors["train"]
+
+
+def split_sources(info: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """`build_info` → for each split what `open_pairs` takes."""
+    check_keys(map(str, info), BUILD_KEYS, where)
+    kind = one_of(info.get("format") or ("webdataset" if info.get("storage") else "json"), FORMATS, f"{where}.format")
+    if kind == "nano":
+        folder = info.get("folder")
+        return {split: {"format": kind, "split": own, **({"folder": locate(folder)} if folder else {})}
+                for split, own in (info.get("splits") or {"train": "train", "val": "val"}).items()}
+    if kind == "webdataset":
+        shards = info.get("splits") or {"train": info.get("storage")}
+        keys = ("image_keys", "caption_key", "caption_file", "index_folder")
+        return {split: {"format": kind, "pattern": _located(pattern, f"{where}.storage"), **_given(info, keys)}
+                for split, pattern in shards.items()}
+    root = (info.get("images") or {}).get("storage")
+    more = {**({"image_root": locate(root)} if root else {}), **_given(info, ("image_key", "caption_key"))}
+    lists = {split: (part or {}).get("storage") for split, part in (info.get("annotations") or {"train": None}).items()}
+    return {split: {"format": kind, "files": _located(files, f"{where}.annotations.{split}.storage"), **more}
+            for split, files in lists.items()}
+
+
+def _given(info: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: info[key] for key in keys if info.get(key) is not None}
+
+
+def _located(files: Any, where: str) -> list[str]:
+    if not files:
+        raise ConfigError(f"{where} names no files.")
+    return [locate(str(file)) for file in ([files] if isinstance(files, str) else files)]
+
+
+def _register(name: str, defaults: str) -> type[PairBuilder]:
+    builder = type(f"{name.title().replace('_', '')}Builder", (PairBuilder,), {
+        "name": name, "DATASET_CONFIG_DICT": {"default": str(DEFAULTS / defaults)}, "__doc__": f"The set `{name}`."})
+    return registry.register_builder(name)(builder)
+
+
+ConceptualCaption3MBuilder = _register("conceptual_caption_3m", "conceptual_caption/defaults_3m.yaml")
+UnsplashBuilder = _register("unsplash", "unsplash/defaults.yaml")
+LaionCocoBuilder = _register("laion_coco", "laion/defaults_coco.yaml")
+CocoCaptionBuilder = _register("coco_caption", "coco/defaults_cap.yaml")
+NanoBuilder = _register("nano", "nano/defaults.yaml")
+
+
+def dataset_section(section: Any) -> DictConfig:
+    """The section `datasets` of a YAML, or a `ConfigError` if there is none."""
+    if not isinstance(section, DictConfig) or not len(section):
+        raise ConfigError("The section 'datasets' names no data set.")
+    return section

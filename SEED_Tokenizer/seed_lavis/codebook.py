@@ -1,0 +1,128 @@
+"""Codebook health in training: warm-up without codes, k-means start, restart of dead codes, usage for the log.
+
+All of it is a function of (weights, step), so a killed run repeats it; the counts since the last restart are kept in
+the state (`CodeCounts`). Whatever moves codes does so on rank 0 and is broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from seed_lavis.base import evaluation_mode
+from seed_lavis.options import CodebookOptions
+from seed_multimodal.errors import ConfigError
+
+
+class CodebookMixin:
+    """What the stage-2 models add for `CodebookCare`: the codes of the last batch, and whether codes are used yet."""
+
+    options: CodebookOptions
+    use_codes = True
+    codes: Tensor | None = None
+    features: Tensor | None = None
+
+    def prepare_codebook(self) -> None:
+        """A moving-average codebook changes without gradient: it counts as trained, so that it is saved."""
+        if self.options.ema_decay is not None:
+            self.quantize.embedding.weight.requires_grad_(True)  # type: ignore[attr-defined]
+
+    @property
+    def skips_parameters(self) -> bool:
+        """Whether some trained parameters get no gradient in some steps (which DistributedDataParallel must know)."""
+        return self.options.ema_decay is not None or self.options.codebook_warmup > 0
+
+    def encoder_output(self, images: Tensor | None, vit_features: Tensor | None = None) -> Tensor:
+        """As the library's, with the tower in `vit_precision`."""
+        if vit_features is None:
+            with torch.no_grad():
+                vit_features = self.tower(images)  # type: ignore[attr-defined]
+        return super().encoder_output(None, vit_features)  # type: ignore[misc]
+
+    def note_codes(self, pre_quant: Tensor, indices: Tensor | None) -> None:
+        """Keep what the last batch looked like to the codebook."""
+        self.features, self.codes = pre_quant.detach().float(), indices
+
+
+class CodeCounts(nn.Module):
+    """The model and, beside it in the saved state, how often each code was chosen since the last restart of dead
+    codes, over all processes."""
+
+    since_restart: Tensor
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        super().__init__()
+        self.model = model
+        device = next(model.parameters()).device
+        self.register_buffer("since_restart", torch.zeros(size, dtype=torch.long, device=device))
+
+
+class CodebookCare:
+    """Does before and after each optimiser step what the options ask for.
+
+    Args:
+        batch_at: micro-step → batch on the model's device, for the k-means start.
+        steps: optimiser steps of the whole run.
+    """
+
+    def __init__(self, model: Any, batch_at: Callable[[int], Mapping[str, Any]], steps: int,
+                 images_per_batch: int) -> None:
+        self.model, self.options, self.batch_at = model, model.options, batch_at
+        self.steps, self.images_per_batch = steps, images_per_batch
+        self.counts = CodeCounts(model, model.quantize.size)
+        self.since_log = torch.zeros_like(self.counts.since_restart)
+        if self.options.codebook_warmup and not self.options.kmeans_start:
+            raise ConfigError("model.codebook_warmup trains without codes first, so it needs model.kmeans_start: true.")
+        if self.options.codebook_warmup >= steps:
+            raise ConfigError(f"model.codebook_warmup ({self.options.codebook_warmup} steps) leaves none of the run's "
+                              f"{steps} steps for training with codes.")
+
+    def before(self, step: int, first_micro_step: bool) -> None:
+        """At the start of a (micro) step: switch codes on when the warm-up is over, at their k-means start."""
+        self.model.use_codes = step >= self.options.codebook_warmup
+        if first_micro_step and step == self.options.codebook_warmup and self.options.kmeans_start:
+            self.kmeans()
+
+    def after_micro_step(self) -> None:
+        """Count the batch's codes over all processes."""
+        if self.model.codes is None:
+            return
+        count = torch.bincount(self.model.codes.flatten(), minlength=self.model.quantize.size)
+        if dist.is_initialized():
+            dist.all_reduce(count)
+        self.counts.since_restart += count
+        self.since_log += count
+
+    def after(self, step: int) -> None:
+        """After an optimiser step: move dead codes onto features of the last batch, when due."""
+        every = self.options.restart_every
+        past = step - self.options.codebook_warmup
+        if not every or past <= 0 or past % every or step > self.options.restart_until * self.steps:
+            return
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        counts = self.model.quantize.counts  # its own are lost with the process; `restart_dead` adds up all processes'
+        counts.copy_(self.counts.since_restart if first else torch.zeros_like(counts))
+        self.model.quantize.restart_dead(self.model.features)
+        self.counts.since_restart.zero_()
+
+    def kmeans(self) -> None:
+        """Start the codebook at k-means centres of the features of the run's first batches."""
+        with evaluation_mode(self.model), torch.autocast(self.model.device.type, enabled=False):
+            features = [self.model.pre_quant_from_features(self.model.encoder_output(self.batch_at(number)["image"]))
+                        for number in range(max(1, -(-self.options.kmeans_images // self.images_per_batch)))]
+            self.model.quantize.init_from(torch.cat(features).float())
+
+    def status(self) -> dict[str, float]:
+        """Codes used since the last log line, as a share, and their perplexity."""
+        share = self.since_log.double()
+        self.since_log.zero_()
+        total = float(share.sum())
+        if not total:
+            return {}
+        share = share / total
+        entropy = -(share * share.clamp_min(1e-30).log()).sum()
+        return {"codebook_used": float((share > 0).double().mean()), "perplexity": float(entropy.exp())}

@@ -1,0 +1,175 @@
+"""The only module that knows how to use salesforce-lavis 1.0.2 beside today's transformers, and without CUDA.
+
+Import LAVIS names from here, never from `lavis` directly:
+
+    from seed_lavis.compat import BaseModel, Config, RunnerBase, registry
+
+LAVIS's registry, `Config`, tasks, builders, processors, learning-rate schedules and runner are used as installed. What
+stands in the way, and what is done about it:
+
+* `import lavis` loads its whole model zoo, which needs an old transformers: five packages are put into `sys.modules`
+  bare, with LAVIS's own folders as their path, so that only the submodules asked for are read;
+* timm's hub, torchvision's and iopath's downloads, pandas (csv files) and decord (video) are imported at the top of
+  modules we need but not used by us: stand-ins take their places while LAVIS is imported, so they need not be installed
+  (and nobody waits for torchvision, which takes longer than all the rest);
+* `registry` wants paths and constants that `lavis/__init__` registers;
+* `init_distributed_mode` is NCCL and CUDA only, silences `print`, and waits for a year.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from seed_multimodal.errors import SeedError
+
+INSTALL_HINT = "sh SEED_Tokenizer/install.sh (or: bash install.sh --lavis)"
+_BARE = ("lavis", "lavis.models", "lavis.processors", "lavis.tasks", "lavis.datasets", "lavis.datasets.builders")
+_UNUSED = ("timm", "timm.models", "timm.models.hub", "torchvision", "torchvision.datasets",
+           "torchvision.datasets.utils", "decord", "decord.bridge", "iopath", "iopath.common", "iopath.common.download",
+           "iopath.common.file_io", "pandas")
+GROUP_TIMEOUT = datetime.timedelta(hours=2)  # ranks wait for rank 0 while it reads large checkpoints
+
+
+class LavisMissing(SeedError):
+    """salesforce-lavis is not installed, or is not the release this module fits."""
+
+
+class _StandIn(ModuleType):
+    """A module nobody here calls; any attribute is again a stand-in, and calling one says what is missing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _StandIn(f"{self.__name__}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.__name__ == "decord.bridge.set_bridge":
+            return None  # called when LAVIS's data_utils is imported
+        raise LavisMissing(f"{self.__name__} is needed for what LAVIS was asked to do here; this project uses LAVIS "
+                           f"without it (no downloads, no video).")
+
+
+@functools.cache
+def lavis_folder() -> Path:
+    """Where LAVIS is installed; raises `LavisMissing` with the command that installs it."""
+    if getattr(sys.modules.get("lavis"), "__file__", "") is None:
+        del sys.modules["lavis"]  # a plain folder of that name, such as our folder of YAML files
+    spec = importlib.util.find_spec("lavis")
+    if spec is None or spec.origin is None:
+        raise LavisMissing(f"LAVIS (salesforce-lavis 1.0.2) is not installed; install it with {INSTALL_HINT}.")
+    return Path(spec.origin).parent
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Stand-ins for packages that are not loaded yet, for the time of LAVIS's own imports."""
+    placed = [name for name in _UNUSED if name.partition(".")[0] not in sys.modules]
+    for name in placed:
+        sys.modules[name] = module = _StandIn(name)
+        module.__path__ = []  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name in placed:
+            sys.modules.pop(name, None)
+
+
+def _bare_packages(folder: Path) -> None:
+    for name in _BARE:
+        module = ModuleType(name)
+        place = folder.joinpath(*name.split(".")[1:])
+        module.__path__ = [str(place)]  # type: ignore[attr-defined]
+        module.__spec__ = ModuleSpec(name, None, is_package=True)
+        module.__spec__.submodule_search_locations = [str(place)]
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+
+
+def init_distributed_mode(args: Any) -> None:
+    """As LAVIS's, for any device: joins the group that torchrun's variables describe, or stays a single process.
+
+    Sets `rank`, `world_size`, `gpu` and `distributed` on `args` (LAVIS's run section).
+    """
+    import torch
+    import torch.distributed as dist
+
+    args.rank, args.world_size, args.gpu, args.distributed = 0, 1, 0, False
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return
+    args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    args.gpu, args.distributed = int(os.environ.get("LOCAL_RANK", "0")), True
+    cuda = str(args.device).startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(args.gpu)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", init_method=args.get("dist_url", "env://"),
+                                rank=args.rank, world_size=args.world_size, timeout=GROUP_TIMEOUT)
+
+
+def _load() -> None:
+    """Import the parts of LAVIS that are used, and register what its `__init__` would have registered."""
+    folder = lavis_folder()
+    import torch.distributed  # noqa: F401
+    import webdataset  # noqa: F401  (both before the stand-ins, which other packages must not meet)
+
+    _bare_packages(folder)
+    try:
+        with _stand_ins():
+            _import_parts(folder)
+    except ImportError as error:
+        raise LavisMissing(f"{folder}: this LAVIS is not the salesforce-lavis 1.0.2 that is needed ({error}); "
+                           f"install that with {INSTALL_HINT}.") from error
+
+
+def _import_parts(folder: Path) -> None:
+    from lavis.common.registry import registry
+
+    for name, path in (("library_root", folder), ("repo_root", folder.parent),
+                       ("cache_root", Path.home() / ".cache" / "lavis")):
+        registry.register_path(name, str(path))
+    registry.register("MAX_INT", sys.maxsize)
+    registry.register("SPLIT_NAMES", ["train", "val", "test"])
+
+    import lavis.common.dist_utils
+    import lavis.common.optims  # noqa: F401  (registers the schedules)
+    from lavis.models.base_model import BaseModel
+    from lavis.processors.base_processor import BaseProcessor
+    from lavis.tasks.base_task import BaseTask
+
+    # `registry.register_model` and the others look for the base classes in the packages.
+    sys.modules["lavis.models"].BaseModel = BaseModel  # type: ignore[attr-defined]
+    sys.modules["lavis.processors"].BaseProcessor = BaseProcessor  # type: ignore[attr-defined]
+    sys.modules["lavis.tasks"].BaseTask = BaseTask  # type: ignore[attr-defined]
+    import lavis.datasets.builders.base_dataset_builder
+    import lavis.runners.runner_base
+    import lavis.tasks.image_text_pretrain  # noqa: F401
+
+    lavis.common.dist_utils.init_distributed_mode = init_distributed_mode
+
+
+_load()
+
+from lavis.common.config import Config  # noqa: E402
+from lavis.common.dist_utils import get_world_size  # noqa: E402
+from lavis.common.registry import registry  # noqa: E402
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder  # noqa: E402
+from lavis.models.base_model import BaseModel  # noqa: E402
+from lavis.processors.base_processor import BaseProcessor  # noqa: E402
+from lavis.runners.runner_base import RunnerBase  # noqa: E402
+from lavis.tasks.base_task import BaseTask  # noqa: E402
+from lavis.tasks.image_text_pretrain import ImageTextPretrainTask  # noqa: E402
+
+__all__ = ["BaseDatasetBuilder", "BaseModel", "BaseProcessor", "BaseTask", "Config", "ImageTextPretrainTask",
+           "LavisMissing", "RunnerBase", "get_world_size", "init_distributed_mode", "lavis_folder", "registry"]

@@ -1,0 +1,140 @@
+"""SEED-2's two training stages as LAVIS models, `blip2_casual` (sic) and `blip2_codebook_all_image`.
+
+The models themselves, their losses included, are `seed_multimodal.tokenizers.stage1` and `stage2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from seed_lavis.base import SeedModel, captions_of, qformer_sizes, target_embeddings, vit_sizes
+from seed_lavis.codebook import CodebookMixin
+from seed_lavis.compat import registry
+from seed_lavis.options import CodebookOptions, Stage1Options, Stage2Options, read_options, sizes
+from seed_lavis.start import clip_target, readout_matrix, start_stage1, start_stage2
+from seed_lavis.text import caption_words
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.stage1 import Stage1Model
+from seed_multimodal.tokenizers.stage2 import Stage2Model, Stage2Weights
+
+
+@registry.register_model("blip2_casual")
+class Blip2Casual(SeedModel, Stage1Model):
+    """Stage 1, the causal Q-Former. `samples`: `image` `[B, 3, S, S]`, and `caption` (texts) or ready `input_ids` with
+    `attention_mask` `[B, T]`."""
+
+    stage = "stage1"
+    options: Stage1Options
+
+    def __init__(self, options: Stage1Options) -> None:
+        words = caption_words(options.text_tokenizer, options.max_txt_len) if options.text_tokenizer else None
+        clip = None
+        if options.embedding_weight:
+            clip = clip_target(options.clip_model, options.clip_precision, "model.embedding_weight")
+        config = Seed2Config(vit=vit_sizes(options), qformer=qformer_sizes(options), num_query=options.num_query_token)
+        Stage1Model.__init__(
+            self, config, vocab_size=words.size if words else options.vocab_size, embed_dim=options.embed_dim,
+            temperature=options.temperature, label_smoothing=options.label_smoothing, lm_head=options.lm_head,
+            freeze_vit=options.freeze_vit, gather_gradient=options.gather_gradient,
+            embedding_dim=clip.config.projection_dim if clip else None, embedding_weight=options.embedding_weight)
+        self.options, self.words = options, words
+        self.__dict__["clip"] = clip  # not a submodule: frozen, and no part of a stage-1 checkpoint
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> Blip2Casual:
+        """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
+        model = cls(read_options(Stage1Options, cfg, "model"))
+        start_stage1(model)
+        return model
+
+    def place(self, device: torch.device) -> SeedModel:
+        """As the base class; the target tower goes along."""
+        if self.clip is not None:
+            self.clip.to(device)
+        return super().place(device)
+
+    def vit_features(self, images: Tensor | None) -> Tensor:
+        """As the library's, with the tower in `vit_precision`."""
+        if images is None:
+            raise ConfigError("Stage 1 needs images.")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
+            return self.tower(images)
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Losses of a batch of pairs; `loss_itc` and `loss_embedding` are unweighted."""
+        images = samples["image"]
+        ids, mask = self.input_words(samples)
+        target = target_embeddings(self.clip, images) if self.clip is not None else None
+        out = Stage1Model.forward(self, images, ids, mask, target_embedding=target)
+        loss = out.loss + (self.options.itc_weight - 1.0) * out.loss_itc if self.options.itc_weight != 1.0 else out.loss
+        return self.told(loss, loss_itc=out.loss_itc, loss_embedding=out.loss_embedding, temperature=self.temp)
+
+    def input_words(self, samples: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Word pieces and mask `[B, T]` of a batch, on the model's device."""
+        if "input_ids" in samples:
+            return samples["input_ids"].to(self.device), samples["attention_mask"].to(self.device)
+        if self.words is None:
+            raise ConfigError("model.text_tokenizer is null, so the samples must hold input_ids and attention_mask.")
+        ids, mask = self.words(captions_of(samples))
+        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
+
+
+@registry.register_model("blip2_codebook_all_image")
+class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
+    """Stage 2, codebook and decode head. `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`."""
+
+    stage = "stage2"
+    options: Stage2Options
+
+    def __init__(self, options: Stage2Options) -> None:
+        refuse_trained_tower(options)
+        clip = None
+        if options.clip_model:
+            clip = clip_target(options.clip_model, options.clip_precision, "model.clip_model")
+        if clip is not None and clip.config.projection_dim != options.image_features_dim:
+            raise ConfigError(f"model.image_features_dim is {options.image_features_dim}, but the embeddings of "
+                              f"{options.clip_model} are {clip.config.projection_dim} wide.")
+        config = Seed2Config(
+            vit=vit_sizes(options), qformer=qformer_sizes(options), num_query=options.num_query_token,
+            codebook_size=options.n_embed, codebook_dim=options.codebook_embed_dim, decode_depth=options.decode_depth,
+            decode_heads=options.decode_heads, image_features_dim=options.image_features_dim,
+            use_qformer_image=options.use_qformer_image, reverse_depth=options.reverse_depth, recon_s=options.recon_s,
+            normalize_codes=options.normalize_codes, codebook_sections=options.codebook_sections)
+        readout = readout_matrix(options.readout_weight, options.image_features_dim) if options.readout_weight else None
+        Stage2Model.__init__(
+            self, config, weights=sizes(Stage2Weights, Stage2Weights(), options.loss_weights, "model.loss_weights"),
+            clip_model=clip, freeze_qformer=options.freeze_qformer, frozen_dropout=options.frozen_dropout,
+            corrupt=options.corrupt, nested=options.nested, readout_weight=readout, ema_decay=options.ema_decay)
+        self.options = options
+        self.prepare_codebook()
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> Blip2CodebookAllImage:
+        """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
+        model = cls(read_options(Stage2Options, cfg, "model"))
+        start_stage2(model)
+        return model
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Weighted losses of a batch, and the unweighted codebook loss."""
+        images = samples["image"]
+        target = samples.get("target")
+        if target is None and self.clip_model is not None:
+            target = target_embeddings(self.clip_model, images)
+        out = Stage2Model.forward(self, images, target, quantize=self.use_codes)
+        self.note_codes(out.pre_quant, out.indices)
+        return self.told(out.loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
+                         loss_distil_image=out.loss_distil_image,
+                         loss_readout=out.loss_readout if self.readout_weight is not None else None)
+
+
+def refuse_trained_tower(options: CodebookOptions) -> None:
+    """Stage 2 never trains the vision tower, whatever a YAML says."""
+    if not options.freeze_vit:
+        raise ConfigError("model.freeze_vit is false, but stage 2 never trains the vision tower: train it in stage 1.")

@@ -1,0 +1,73 @@
+"""The processors of the training YAMLs, under LAVIS's names, over the library's transforms.
+
+`blip2_image_train` (random crop, flip, CLIP normalisation), `blip_image_eval` (resize, normalise), `blip_caption`.
+The training view draws from the generator it is given, so that a sample's view is a function of (seed, epoch, index).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from seed_lavis.compat import BaseProcessor, registry
+from seed_multimodal.config import check_keys
+from seed_multimodal.data.caption_text import BlipCaption
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.train_transforms import TrainTransform
+from seed_multimodal.images.transforms import seed_image_processor
+
+
+def settings(cfg: DictConfig | None, known: tuple[str, ...], where: str) -> dict[str, Any]:
+    """A processor's keys as plain values; an unknown one is refused by name."""
+    values = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg or {})
+    assert isinstance(values, dict)
+    check_keys(map(str, values), ("name", *known), where)
+    return {str(key): value for key, value in values.items() if key != "name"}
+
+
+@registry.register_processor("blip2_image_train")
+class Blip2ImageTrain(BaseProcessor):
+    """A picture → a random view, float32 `[3, S, S]`."""
+
+    def __init__(self, **sizes: Any) -> None:
+        self.transform = TrainTransform(**sizes)  # not LAVIS's own start, a lambda: data workers may be pickled
+
+    def __call__(self, item: Image.Image, generator: torch.Generator | None = None) -> Tensor:
+        return self.transform(item, generator)
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig | None = None) -> Blip2ImageTrain:
+        """Keys `image_size` (224), `min_scale` (0.5), `max_scale` (1.0)."""
+        return cls(**settings(cfg, ("image_size", "min_scale", "max_scale"), "vis_processor blip2_image_train"))
+
+
+@registry.register_processor("blip_image_eval")
+class BlipImageEval(BaseProcessor):
+    """A picture → float32 `[3, S, S]`, the same every time."""
+
+    def __init__(self, image_size: int = 224) -> None:
+        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+            raise ConfigError(f"image_size must be a positive number of pixels, not {image_size!r}.")
+        self.transform = seed_image_processor(image_size)
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig | None = None) -> BlipImageEval:
+        """Key `image_size` (224)."""
+        return cls(**settings(cfg, ("image_size",), "vis_processor blip_image_eval"))
+
+
+@registry.register_processor("blip_caption")
+class BlipCaptionText(BaseProcessor):
+    """A caption → lower case, without punctuation, cut to `max_words`."""
+
+    def __init__(self, **rules: Any) -> None:
+        self.transform = BlipCaption(**rules)
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig | None = None) -> BlipCaptionText:
+        """Keys `prompt` ("") and `max_words` (50)."""
+        return cls(**settings(cfg, ("prompt", "max_words"), "text_processor blip_caption"))

@@ -1,0 +1,50 @@
+"""What a run says at its end: what was done, where the files are, which command comes next."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seed_multimodal.training.progress import duration
+
+if TYPE_CHECKING:
+    from seed_lavis.runner import RunnerSeed
+
+NAMES = {"stage1": "Stage 1 (causal Q-Former)", "stage2": "Stage 2 (codebook)", "seed1-stage2": "SEED-1's stage 2"}
+
+
+def shown(path: str | Path) -> str:
+    """A path as it is shortest from here."""
+    near = os.path.relpath(path)
+    return str(path) if near.startswith("..") else near
+
+
+def summary(runner: RunnerSeed, record: dict[str, Any], seconds: float) -> list[str]:
+    """Lines for the end of a run."""
+    options, model = runner.options, runner._model
+    samples = record["steps"] * options.batch_size_train * runner.accumulate * runner.world
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
+                        if name.startswith("loss") and isinstance(value, float))
+    folder = shown(runner.output_dir)
+    lines = [
+        f"{NAMES.get(runner.stage, runner.stage)}: {record['steps']:,} steps, {samples:,} pictures in "
+        f"{duration(float(record.get('seconds', seconds)))}" + (f"; at the end {numbers}." if numbers else "."),
+        f"  checkpoint  {shown(record['checkpoint'])}",
+        f"  log         {folder}/{runner.stage}.log.jsonl, {folder}/config.yaml",
+    ]
+    if record.get("bad_samples"):
+        lines.append(f"  {record['bad_samples']} unreadable pictures were replaced; the log names them.")
+    return [*lines, *_next(runner.stage, record, model)]
+
+
+def _next(stage: str, record: dict[str, Any], model: Any) -> list[str]:
+    checkpoint = shown(record["checkpoint"])
+    if stage == "stage1":
+        nano = "CONFIG=lavis/projects/nano/pretrain_codebook.yaml " if not model.options.load_pretrained else ""
+        return [f"Next: {nano}sh train_scripts/codebook.sh --options model.pretrained={checkpoint}"]
+    if stage == "stage2":
+        first = shown(model.options.pretrained) if model.options.load_pretrained else "STAGE1.pth"
+        vision = f" --vision {model.options.vit_weights}" if model.options.vit_weights else ""
+        return [f"Next: seed export-tokenizer --stage1 {first} --stage2 {checkpoint}{vision} --out tokenizer"]
+    return []

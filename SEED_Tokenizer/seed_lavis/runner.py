@@ -1,0 +1,272 @@
+"""The runner `runner_seed`: LAVIS's runner around the library's restartable loop.
+
+From LAVIS come the optimiser (AdamW and its rule of what decays), the learning-rate schedule (by epoch), log.txt and
+the checkpoints' make. From the library come the loop, its state and resume, and batches that are functions of the step.
+Peculiar: an "epoch" is `iters_per_epoch` iterations (the original: 5000) whatever the size of the set; an iteration is
+a micro-step, so with `accum_grad_iters` there are fewer optimiser steps.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from seed_lavis.base import evaluation_mode
+from seed_lavis.checkpoint import read_checkpoint, write_checkpoint, write_sizes
+from seed_lavis.codebook import CodebookCare, CodebookMixin
+from seed_lavis.compat import RunnerBase, registry
+from seed_lavis.datasets import split_of, to_device
+from seed_lavis.options import RunOptions, locate, read_options
+from seed_lavis.report import summary
+from seed_lavis.start import say
+from seed_multimodal.data.steps import StepBatches
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.training.distributed import Peers
+from seed_multimodal.training.ema import Ema
+from seed_multimodal.training.loop import StageSettings, run_stage
+from seed_multimodal.training.state import StateFile
+
+
+class Whole(nn.Module):
+    """The model as the loop's trained modules (stage 2 adds its code counts here)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+@registry.register_runner("runner_seed")
+class RunnerSeed(RunnerBase):
+    """Trains or evaluates one model; `cfg` is the checked configuration of `settings.load_config`."""
+
+    def __init__(self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str = "") -> None:
+        self.options = read_options(RunOptions, cfg.run_cfg, "run")
+        super().__init__(cfg, task, model, datasets, job_id)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.stage = model.stage
+        self.accumulate = self.options.accum_grad_iters
+        self.steps_per_epoch = self.options.iters_per_epoch // self.accumulate
+        self.steps = self.steps_per_epoch * self.options.max_epoch
+        self.care: CodebookCare | None = None
+        self._last_loss: Tensor | None = None
+
+    def setup_output_dir(self) -> None:
+        """As LAVIS's, but a second run in one process may register its own folders."""
+        for name in ("result_dir", "output_dir"):
+            registry.mapping["paths"].pop(name, None)
+        super().setup_output_dir()
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        if self._device is None:
+            self._device = torch.device(self.options.device)
+            if self._device.type == "cuda":
+                self._device = torch.device("cuda", self.config.run_cfg.get("gpu", 0))
+        return self._device
+
+    @property
+    def model(self) -> nn.Module:
+        """The model on its device, in DistributedDataParallel if several processes (or torchrun's one) train it."""
+        if self._wrapped_model is None:
+            self._wrapped_model = self._model.place(self.device)
+            if dist.is_initialized():
+                # Buffers are equal by construction, or (code counts) each process's own.
+                self._wrapped_model = DistributedDataParallel(
+                    self._model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                    broadcast_buffers=False, find_unused_parameters=getattr(self._model, "skips_parameters", False))
+        return self._wrapped_model
+
+    @property
+    def scaler(self) -> None:
+        """The loop has its own; LAVIS's would need CUDA."""
+        return None
+
+    # ---- training
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, from the state in the output folder if there is one; returns the stage's record."""
+        model = self.model
+        self.batches = StepBatches(
+            split_of(self.datasets, self.options.train_splits), self.options.batch_size_train, seed=self.options.seed,
+            rank=self.rank, world=self.world, workers=self.options.num_workers)
+        modules = self._modules()
+        settings = self._settings()
+        self._go_on(modules, settings)
+        started = time.monotonic()
+        record = run_stage(
+            self.stage, modules, self._loss, settings, self.output_dir, self._finish, self._after_step,
+            optimizer=self.optimizer, schedule=self.learning_rate, wrapped=model if dist.is_initialized() else None,
+            status=self._status)
+        self.batches.close()
+        for line in summary(self, record, time.monotonic() - started):
+            say(line)
+        return record
+
+    def learning_rate(self, step: int) -> float:
+        """LAVIS's schedule as a function of the optimiser step: that of its last iteration."""
+        iteration = (step + 1) * self.accumulate - 1
+        epoch, inside = divmod(iteration, self.options.iters_per_epoch)
+        self.lr_scheduler.step(cur_epoch=epoch, cur_step=inside)
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def batch(self, micro_step: int) -> dict[str, Any]:
+        """One batch on the device, with the places in time that LAVIS adds."""
+        samples = to_device(self.batches.at(micro_step), self.device)
+        epoch, inside = divmod(micro_step, self.options.iters_per_epoch)
+        return {**samples, "epoch": epoch, "iters": inside, "num_iters_per_epoch": self.options.iters_per_epoch}
+
+    def _modules(self) -> nn.Module:
+        if not isinstance(self._model, CodebookMixin):
+            return Whole(self._model)
+        self.care = CodebookCare(self._model, self.batch, self.steps, self.options.batch_size_train)
+        return self.care.counts
+
+    def _settings(self) -> StageSettings:
+        run = self.options
+        return StageSettings(
+            steps=self.steps, batch_size=run.batch_size_train, lr=run.init_lr, weight_decay=run.weight_decay,
+            clip=run.clip_grad, ema=run.ema, precision=self.precision(), seed=run.seed, save_seconds=run.save_seconds,
+            log_every=run.log_freq, accumulate=self.accumulate, save_every_steps=run.save_every_steps,
+            save_frozen=False, tensorboard=run.tensorboard)
+
+    def precision(self) -> str:
+        """`run.precision`, or what `run.amp` means on this device: bf16 or fp16 on a GPU, fp32 elsewhere."""
+        if self.options.precision != "auto":
+            return self.options.precision
+        if not self.options.amp or self.device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+    def _write_settings(self) -> None:
+        """What this run is, as soon as nothing refuses it any more."""
+        if self.rank == 0:
+            self.log_config()
+            OmegaConf.save(self.config.config, self.output_dir / "config.yaml")
+            write_sizes(self.output_dir, self._model.config.to_dict())
+
+    def _loss(self, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if self._last_loss is None:
+            self._write_settings()
+        step, inside = divmod(micro_step, self.accumulate)
+        if self.care is not None:
+            self.care.before(step, inside == 0)
+        loss = self.task.train_step(self.model, self.batch(micro_step))
+        if self.care is not None:
+            self.care.after_micro_step()
+        self._last_loss = loss.detach()
+        return loss, self._model.latest
+
+    def _after_step(self, step: int) -> None:
+        if self.care is not None:
+            self.care.after(step)
+        if step % self.steps_per_epoch == 0 and self.rank == 0:
+            self._save(step // self.steps_per_epoch - 1)
+
+    def _save(self, epoch: int) -> None:
+        file = write_checkpoint(self.output_dir, epoch, self._model, self.optimizer, self.config.to_dict(),
+                                self.options.keep_checkpoints)
+        say(f"[{self.stage}] epoch {epoch} is done: {file}")
+        self.log_stats({"epoch": epoch, **{name: float(value) for name, value in self._model.latest.items()}}, "train")
+
+    def _finish(self) -> dict[str, Any]:
+        if self.options.ema:  # the averaged weights are in place now
+            self._save(self.options.max_epoch - 1)
+        return {"checkpoint": str(self.output_dir / f"checkpoint_{self.options.max_epoch - 1}.pth"),
+                **{name: round(float(value), 6) for name, value in self._model.latest.items()},
+                "bad_samples": len(self.batches.bad_samples())}
+
+    def _status(self) -> dict[str, float]:
+        codes = self.care.status() if self.care is not None else {}
+        last = {} if self._last_loss is None else {"last_loss": float(self._last_loss)}  # `loss` itself is smoothed
+        bad = len(self.batches.bad_samples())
+        return {"wait_seconds": self.batches.wait_seconds, "bad_samples": bad, **last, **codes}
+
+    # ---- going on
+
+    def _go_on(self, modules: nn.Module, settings: StageSettings) -> None:
+        """Refuse, prepare or leave to the loop what earlier runs left in the output folder."""
+        state, done = (self.output_dir / f"{self.stage}.{kind}" for kind in ("state.pt", "done.json"))
+        if self.options.resume == "never" and (state.is_file() or done.is_file()):
+            raise ConfigError(f"{self.output_dir}: holds a run of {self.stage} already and run.resume is never; remove "
+                              "the folder, choose another run.output_dir, or use run.resume=auto.")
+        if done.is_file() and state.is_file() and self._can_go_further(done):
+            if self.rank == 0:
+                done.unlink()
+            if dist.is_initialized():
+                dist.barrier()
+        if not self.options.resume_ckpt_path:
+            return
+        if state.is_file():
+            say(f"{state}: this run's own state is there, so run.resume_ckpt_path is left aside.")
+            return
+        self._state_from_checkpoint(modules, settings)
+
+    def _can_go_further(self, done: Path) -> bool:
+        """Whether a finished run was asked for more epochs; refuses if it was another kind of run."""
+        record = json.loads(done.read_text(encoding="utf-8"))
+        if int(record.get("steps", 0)) >= self.steps:
+            return False
+        own = (self.world, self.options.batch_size_train, self.accumulate)
+        then = (record.get("processes", 1), record.get("batch_size"), record.get("accumulate", 1))
+        if own != then:
+            raise CheckpointError(
+                f"{done}: the run before had {then[0]} processes of {then[1]} x {then[2]} samples per step, this one "
+                f"has {own[0]} of {own[1]} x {own[2]}, so it would not go on with the same numbers; use the same "
+                "again, or another run.output_dir with run.resume_ckpt_path.")
+        return True
+
+    def _state_from_checkpoint(self, modules: nn.Module, settings: StageSettings) -> None:
+        """A LAVIS checkpoint becomes the state that the loop goes on from."""
+        file = Path(locate(str(self.options.resume_ckpt_path)))
+        epochs = read_checkpoint(file, self._model, self.optimizer)
+        with Peers(self.stage, self.model if dist.is_initialized() else None) as peers:
+            average = Ema(modules, settings.ema) if settings.ema else None
+            scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+            StateFile(self.output_dir / f"{self.stage}.state.pt", modules, self.optimizer, average, scaler, peers,
+                      settings.batch_size * settings.accumulate * peers.world, settings.save_frozen,
+                      ).save(epochs * self.steps_per_epoch, 0.0)
+        say(f"{file}: weights and optimiser taken; going on after {epochs} epochs.")
+
+    # ---- evaluation
+
+    def evaluate(self, cur_epoch: str | int = "best", skip_reload: bool = False) -> dict[str, dict[str, float]]:
+        """Mean losses over each of `run.test_splits`, one process; stage 2 also reports its codes."""
+        if self.world > 1:
+            raise ConfigError("Evaluation runs as one process.")
+        if not self.options.test_splits:
+            raise ConfigError("run.test_splits names no split to evaluate: give --options run.test_splits=[val].")
+        model, results = self._model.place(self.device), {}
+        for split in self.options.test_splits:
+            data = split_of(self.datasets, [split])
+            size = min(self.options.batch_size_eval, len(data))
+            batches = StepBatches(data, size, seed=self.options.seed, workers=self.options.num_workers, shuffle=False)
+            with evaluation_mode(model):
+                results[split] = self._mean_losses(model, batches, len(data) // size)
+            batches.close()
+        return results
+
+    def _mean_losses(self, model: Any, batches: StepBatches, count: int) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        codes = []
+        for step in range(count):
+            output = model(to_device(batches.at(step), self.device))
+            for name, value in output.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            if getattr(model, "codes", None) is not None:
+                codes.append(model.codes.cpu())
+        result = {name: total / count for name, total in sums.items()}
+        if codes:
+            usage = model.quantize.usage(torch.cat(codes))
+            result |= {"codebook_used": usage.fraction, "perplexity": usage.perplexity}
+        return {"samples": count * batches.batch_size, **result, "bad_samples": len(batches.bad_samples())}

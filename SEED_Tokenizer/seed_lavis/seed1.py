@@ -1,0 +1,108 @@
+"""SEED-1's stage 2 as the LAVIS model `seed1_codebook_text`: codes towards Stable Diffusion's text features.
+
+The model and its losses are `seed_multimodal.tokenizers.seed1_stage2`. It starts from the same stage 1 as SEED-2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from seed_lavis.base import SeedModel, captions_of, qformer_sizes, vit_sizes
+from seed_lavis.codebook import CodebookMixin
+from seed_lavis.compat import registry
+from seed_lavis.models import refuse_trained_tower
+from seed_lavis.options import PRECISIONS, Seed1Options, locate, one_of, read_options, sizes
+from seed_lavis.start import say, start_stage2
+from seed_multimodal.device import DTYPES
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.tokenizers.seed1_config import Seed1Config
+from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model, Seed1Stage2Weights
+
+TEXT_WHERE = ("download text_encoder and tokenizer of Stable Diffusion 1 (CompVis/stable-diffusion-v1-4) and put them "
+              "at pretrained/stable-diffusion-v1-4, or give their folder as model.text_encoder")
+
+
+@registry.register_model("seed1_codebook_text")
+class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
+    """Stage 2 of SEED-1. `samples`: `image` `[B, 3, S, S]`, and `caption`, ready `input_ids`, or `target`
+    `[B, text_tokens, text_features_dim]`."""
+
+    stage = "seed1-stage2"
+    options: Seed1Options
+
+    def __init__(self, options: Seed1Options) -> None:
+        refuse_trained_tower(options)
+        encoder, self_words = text_tower(options) if options.text_encoder else (None, None)
+        config = Seed1Config(
+            vit=vit_sizes(options), qformer=qformer_sizes(options), num_query=options.num_query_token,
+            codebook_size=options.n_embed, codebook_dim=options.codebook_embed_dim, decode_depth=options.decode_depth,
+            decode_heads=options.decode_heads, reverse_depth=options.reverse_depth, text_tokens=options.text_tokens,
+            text_features_dim=options.text_features_dim, normalize_codes=options.normalize_codes,
+            codebook_sections=options.codebook_sections)
+        Seed1Stage2Model.__init__(
+            self, config, weights=sizes(Seed1Stage2Weights, Seed1Stage2Weights(), options.loss_weights,
+                                        "model.loss_weights"),
+            text_encoder=encoder, freeze_qformer=options.freeze_qformer, frozen_dropout=options.frozen_dropout,
+            corrupt=options.corrupt, nested=options.nested, ema_decay=options.ema_decay)
+        self.options, self.words = options, self_words
+        self.prepare_codebook()
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> Seed1CodebookText:
+        """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
+        model = cls(read_options(Seed1Options, cfg, "model"))
+        start_stage2(model)
+        return model
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Weighted losses of a batch."""
+        target = samples.get("target")
+        if target is None:
+            ids = samples["input_ids"] if "input_ids" in samples else self._ids(samples)
+            with torch.autocast(self.device.type, enabled=False):
+                target = self.text_features(None if ids is None else ids.to(self.device)).float()
+        out = Seed1Stage2Model.forward(self, samples["image"], target, quantize=self.use_codes)
+        self.note_codes(out.pre_quant, out.indices)
+        return self.told(out.loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
+                         loss_distil_text=out.loss_distil_text)
+
+    def _ids(self, samples: Mapping[str, Any]) -> Tensor | None:
+        if self.words is None:
+            return None
+        return self.words(list(captions_of(samples)), padding="max_length", truncation=True,
+                          max_length=self.config.text_tokens, return_tensors="pt")["input_ids"]
+
+
+def text_tower(options: Seed1Options) -> tuple[Any, Any]:
+    """Stable Diffusion's frozen text encoder and its tokenizer, from a pipeline folder or a folder with both.
+
+    Raises:
+        CheckpointError: not there, or not complete.
+    """
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    place = Path(locate(str(options.text_encoder)))
+    parts = [place / name if (place / name).is_dir() else place for name in ("text_encoder", "tokenizer")]
+    if not (parts[0] / "config.json").is_file():
+        raise CheckpointError(f"{place}: holds no text encoder; {TEXT_WHERE}.")
+    dtype = DTYPES[one_of(options.clip_precision, PRECISIONS, "model.clip_precision")]
+    if dtype == torch.float16 and not torch.cuda.is_available():
+        dtype = torch.float32
+    try:
+        encoder, loaded = CLIPTextModel.from_pretrained(parts[0], dtype=dtype, output_loading_info=True)
+        words = CLIPTokenizer.from_pretrained(parts[1])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{place}: no complete text encoder and tokenizer ({str(error).splitlines()[0]}); "
+                              f"{TEXT_WHERE}.") from error
+    missing = [name for name in loaded["missing_keys"] if not name.endswith("position_ids")]
+    if missing:
+        raise CheckpointError(f"{parts[0]}: {len(missing)} tensors of the text encoder are missing, first "
+                              f"{sorted(missing)[0]!r}; {TEXT_WHERE}.")
+    say(f"{parts[0]}: text encoder loaded, its last states are the target.")
+    return encoder.eval().requires_grad_(False), words

@@ -1,0 +1,139 @@
+"""Initial weights of each stage, through the library's checked loaders; what was loaded is told in one line a file.
+
+Stage 1: BLIP-2's Q-Former (`pretrained`) and the EVA tower (`vit_weights`). Stage 2: a stage-1 checkpoint
+(`pretrained`), the tower if that left it out, and the CLIP target. `load_pretrained: False` starts at random.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_lavis.base import frozen_names
+from seed_lavis.options import PRECISIONS, locate, one_of
+from seed_multimodal.device import DTYPES
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
+from seed_multimodal.tokenizers.initial import load_blip2, load_eva
+from seed_multimodal.tokenizers.loading import TOWER, VISION_URL
+from seed_multimodal.weights import assign_strictly, load_state_dict
+
+WITHOUT_TOWER = (f"give its file as model.vit_weights (download {VISION_URL}), train it (model.freeze_vit=False), or "
+                 "start at random with model.load_pretrained=False")
+
+
+def say(text: str) -> None:
+    """A line of the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def tell(text: str) -> None:
+    """A line of any process, with its number if it is not the first."""
+    rank = os.environ.get("RANK", "0")
+    print(text if rank == "0" else f"[rank {rank}] {text}", flush=True)
+
+
+def start_stage1(model: Any) -> None:
+    """Fill a stage-1 model as its options say.
+
+    Raises:
+        CheckpointError: a file that is not there, damaged, of another model or size.
+        ConfigError: a frozen tower without weights.
+    """
+    options = model.options
+    if options.load_pretrained:
+        if options.pretrained:
+            load_blip2(model, locate(options.pretrained), say)
+        elif options.freeze_vit and not options.vit_weights:
+            raise ConfigError(f"model.freeze_vit is true, but the vision tower has no weights: {WITHOUT_TOWER}.")
+        if options.vit_weights:
+            load_tower(model.visual_encoder, options.vit_weights)
+        elif options.freeze_vit:
+            raise ConfigError(f"model.freeze_vit is true, and {options.pretrained} holds no vision tower: "
+                              f"{WITHOUT_TOWER}.")
+    else:
+        say("model.load_pretrained is false: stage 1 starts at random weights.")
+    load_finetuned(model)
+
+
+def start_stage2(model: Any) -> None:
+    """Fill a stage-2 model (SEED-2's or SEED-1's) as its options say; errors as `start_stage1`."""
+    options = model.options
+    if options.load_pretrained:
+        if not options.pretrained:
+            raise ConfigError("model.pretrained is not given: stage 2 starts from a stage-1 checkpoint "
+                              "(or at random with model.load_pretrained=False).")
+        file = locate(options.pretrained)
+        if not Path(file).is_file():
+            raise CheckpointError(f"{file}: there is no such stage-1 checkpoint; train stage 1 first "
+                                  "(sh train_scripts/causal_qformer.sh), or give model.pretrained=FILE.")
+        state = load_state_dict(file)
+        report = model.load_stage1(state, file)
+        say(f"{file}: {len(report.loaded)} tensors loaded into the encoder.")
+        if not any(name.startswith(f"{TOWER}blocks") for name in state):
+            if not options.vit_weights:
+                raise ConfigError(f"{file} holds no vision tower: {WITHOUT_TOWER}.")
+            load_tower(model.visual_encoder, options.vit_weights)
+    else:
+        say("model.load_pretrained is false: stage 2 starts at random weights.")
+    load_finetuned(model)
+
+
+def load_finetuned(model: Any) -> None:
+    """With `load_finetuned`, a checkpoint of the same stage on top of the initial weights."""
+    options = model.options
+    if not options.load_finetuned:
+        return
+    if not options.finetuned:
+        raise ConfigError("model.load_finetuned is true, but model.finetuned names no checkpoint.")
+    file = locate(options.finetuned)
+    say(str(assign_strictly(model, load_state_dict(file), file, allow_missing=sorted(frozen_names(model)))))
+
+
+def load_tower(tower: nn.Module, source: str) -> None:
+    """An EVA file, or (ours) a transformers CLIP folder of the same sizes."""
+    place = Path(locate(source))
+    if (place / "config.json").is_file() and _is_clip(place / "config.json"):
+        from seed_multimodal.training.nano.tokenizer import eva_from_clip
+
+        clip = load_clip_vision(place, log=None)
+        prefix = "" if any(name.startswith("vision_model.") for name in clip.state_dict()) else "vision_model."
+        state = {prefix + name: value for name, value in clip.state_dict().items()}
+        report = assign_strictly(tower, eva_from_clip(state, tower.config.depth), place)
+        say(f"{place}: {len(report.loaded)} tensors of a CLIP tower loaded into the vision tower.")
+        return
+    load_eva(tower, place, say)
+
+
+def _is_clip(file: Path) -> bool:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")).startswith("clip")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
+
+
+def clip_target(source: str | None, precision: str, wanted_by: str) -> Any:
+    """The frozen CLIP vision tower whose embeddings are the target; fp16 only where there is a GPU."""
+    if not source:
+        raise ConfigError(f"{wanted_by} needs the target tower: give a CLIP folder as model.clip_model.")
+    dtype = DTYPES[one_of(precision, PRECISIONS, "model.clip_precision")]
+    if dtype == torch.float16 and not torch.cuda.is_available():
+        dtype = torch.float32
+    return load_clip_vision(locate(source), dtype=dtype, log=say)
+
+
+def readout_matrix(path: str, width: int) -> Tensor:
+    """`[M, width]` from a safetensors file with one tensor: a linear read-out of image embeddings."""
+    file = locate(path)
+    tensors = load_state_dict(file)
+    matrix = next(iter(tensors.values()))
+    if len(tensors) != 1 or matrix.ndim != 2 or matrix.shape[1] != width:
+        raise CheckpointError(f"{file}: must hold one matrix with {width} columns (the embedding's width), it holds "
+                              f"{', '.join(f'{name} {tuple(value.shape)}' for name, value in tensors.items())}.")
+    return matrix.float()

@@ -1,0 +1,82 @@
+"""Train a tokenizer stage on LAVIS, as LAVIS's own train.py: one process, or one of torchrun's.
+
+    python train.py --cfg-path lavis/projects/blip2/train/pretrain_qformer.yaml --options run.max_epoch=1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+for place in (HERE, HERE.parent / "src"):  # runs from a checkout that is not installed
+    if str(place) not in sys.path:
+        sys.path.insert(0, str(place))
+
+from seed_multimodal.entry import guarded  # noqa: E402
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """LAVIS's arguments, and `--debug`."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration of the run")
+    made.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys that override the file's")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def build(args: argparse.Namespace):  # noqa: ANN201  (a LAVIS runner; its class is known only after `register`)
+    """The runner that the configuration describes, through LAVIS's registry."""
+    import numpy as np
+    import torch
+    from seed_lavis import register
+
+    register()
+    from seed_lavis.compat import init_distributed_mode, registry
+    from seed_lavis.settings import load_config
+
+    config = load_config(args.cfg_path, args.options)
+    init_distributed_mode(config.run_cfg)
+    # Equal on all ranks, so that they build the same model; the loop seeds every step itself.
+    seed = int(config.run_cfg.seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    task = registry.get_task_class(config.run_cfg.task).setup_task(cfg=config)
+    datasets = task.build_datasets(config)
+    model = task.build_model(config)
+    return registry.get_runner_class(config.run_cfg.runner)(
+        cfg=config, task=task, model=model, datasets=datasets, job_id="")
+
+
+def train(args: argparse.Namespace) -> int:
+    """Build and train (or evaluate, with `run.evaluate`); exit code 0."""
+    import torch.distributed as dist
+
+    try:
+        runner = build(args)
+        if runner.options.evaluate:
+            print(json.dumps(runner.evaluate()))
+        else:
+            runner.train()
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code (2: refused, with one sentence on stderr)."""
+    args = parser(str(__doc__)).parse_args(argv)
+    rank = os.environ.get("RANK")
+    program = "train.py" if rank in (None, "0") else f"train.py (rank {rank})"
+    return guarded(program, args.debug, lambda: train(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

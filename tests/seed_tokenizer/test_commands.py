@@ -1,0 +1,38 @@
+"""The documented commands on the nano set: stage 1, stage 2, and a tokenizer exported from both."""
+
+from __future__ import annotations
+
+import torch
+from lavis_runs import TINY, TINY_STAGE2
+
+SHORT = [*TINY, "run.iters_per_epoch=2"]
+
+
+def test_both_stages_and_export(start, tmp_path):
+    first = start("sh", "train_scripts/causal_qformer.sh", "0", "127.0.0.1", "--options", *SHORT,
+                  f"run.output_dir={tmp_path}/q", CONFIG="lavis/projects/nano/pretrain_qformer.yaml")
+    out, error = first.communicate(timeout=150)
+    assert first.returncode == 0, error
+    assert "Stage 1 (causal Q-Former): 4 steps, 32 pictures" in out and f"{tmp_path}/q/checkpoint_1.pth" in out
+    assert "Next: CONFIG=lavis/projects/nano/pretrain_codebook.yaml sh train_scripts/codebook.sh" in out
+    assert {"checkpoint_0.pth", "checkpoint_1.pth", "config.json", "config.yaml", "log.txt", "stage1.log.jsonl",
+            "stage1.done.json", "stage1.state.pt"} <= {file.name for file in (tmp_path / "q").iterdir()}
+
+    second = start("sh", "train_scripts/codebook.sh", "--options", *SHORT, *TINY_STAGE2,
+                   f"model.pretrained={tmp_path}/q/checkpoint_1.pth", f"run.output_dir={tmp_path}/c",
+                   CONFIG="lavis/projects/nano/pretrain_codebook.yaml")
+    out, error = second.communicate(timeout=150)
+    assert second.returncode == 0, error
+    assert f"Next: seed export-tokenizer --stage1 {tmp_path}/q/checkpoint_1.pth" in out
+    log = (tmp_path / "c" / "stage2.log.jsonl").read_text()
+    for key in ("samples_per_s", "loss_embed", "loss_recon_s", "loss_distil_image", "codebook_used", "perplexity",
+                "wait_share", "peak_memory_mib", "eta_seconds", "lr", "grad", "bad_samples"):
+        assert f'"{key}"' in log, key
+
+    from seed_multimodal.tokenizers.export import export_tokenizer
+    from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+
+    last = [tmp_path / stage / "checkpoint_1.pth" for stage in "qc"]
+    export_tokenizer(last[1], tmp_path / "tokenizer", stage1=last[0])
+    codes = Seed2Tokenizer.from_pretrained(tmp_path / "tokenizer").encode(torch.rand(2, 3, 64, 64))
+    assert codes.shape == (2, 32) and int(codes.max()) < 64

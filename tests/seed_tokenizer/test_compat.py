@@ -1,0 +1,49 @@
+"""LAVIS imports beside today's transformers, in a fresh process, and its absence is one sentence."""
+
+from __future__ import annotations
+
+import sys
+
+CODE = """
+import sys
+from seed_lavis import compat, register
+heavy = {"transformers", "diffusers", "timm", "pandas", "decord", "iopath", "cv2", "torchvision"} & set(sys.modules)
+print("heavy", sorted(heavy))
+register()
+import lavis
+print("bare", getattr(lavis, "__file__", None), len(list(lavis.__path__)))
+print("models", *sorted(compat.registry.list_models()))
+print("tasks", *sorted(compat.registry.list_tasks()))
+print("runners", *sorted(compat.registry.list_runners()))
+print("schedules", *sorted(compat.registry.list_lr_schedulers()))
+print("processors", *sorted(compat.registry.list_processors()))
+print("sets", *sorted(compat.registry.mapping["builder_name_mapping"]))
+print("parents", compat.RunnerBase.__module__, compat.BaseModel.__module__, compat.Config.__module__)
+import importlib.util
+print("pandas is itself again", type(sys.modules.get("pandas")).__name__)
+"""
+
+
+def test_registers_in_a_fresh_process(start):
+    out, error = (process := start(sys.executable, "-W", "error::FutureWarning", "-c", CODE)).communicate(timeout=120)
+    assert process.returncode == 0, error
+    found = {line.partition(" ")[0]: line.partition(" ")[2] for line in out.splitlines()}
+    assert found["heavy"] == "[]"
+    assert found["bare"] == "None 1"
+    assert found["models"] == "blip2_casual blip2_codebook_all_image seed1_codebook_text"
+    assert found["tasks"] == "image_gen_pretrain image_text_pretrain"
+    assert found["runners"] == "runner_base runner_iter runner_seed"
+    assert "linear_warmup_cosine_lr" in found["schedules"]
+    assert found["processors"] == "blip2_image_train blip_caption blip_image_eval"
+    assert found["sets"] == "coco_caption conceptual_caption_3m laion_coco nano unsplash"
+    assert found["parents"] == "lavis.runners.runner_base lavis.models.base_model lavis.common.config"
+    assert found["pandas"].endswith("NoneType")
+
+
+def test_without_lavis_one_sentence_says_how_to_install_it(start):
+    code = ("import sys; sys.modules['lavis'] = None\n"  # Python's own way to say that a module cannot be imported
+            "import train; sys.exit(train.main(['--cfg-path', 'lavis/projects/nano/pretrain_qformer.yaml']))")
+    out, error = (process := start(sys.executable, "-c", code)).communicate(timeout=120)
+    assert process.returncode == 2 and not out
+    assert error.strip() == ("train.py: LAVIS (salesforce-lavis 1.0.2) is not installed; install it with "
+                             "sh SEED_Tokenizer/install.sh (or: bash install.sh --lavis).")

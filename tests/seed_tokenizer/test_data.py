@@ -1,0 +1,125 @@
+"""Builders, processors and joined sets: what a YAML's section `datasets` becomes."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from seed_multimodal.errors import ConfigError, DataError
+
+PROCESSORS = {"vis_processor": {"train": {"name": "blip2_image_train", "image_size": 32}},
+              "text_processor": {"train": {"name": "blip_caption", "max_words": 3}}}
+
+
+def build(name: str, info: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The splits that LAVIS's task would build for this data set."""
+    from omegaconf import OmegaConf
+    from seed_lavis import register
+
+    register()
+    from seed_lavis.compat import registry
+
+    run = OmegaConf.create({"seed": 3, "train_splits": ["train"], "test_splits": ["val"],
+                            "output_dir": more.pop("to", None)})
+    registry.register("configuration", SimpleNamespace(run_cfg=run))
+    builder = registry.get_builder_class(name)
+    config = OmegaConf.merge(OmegaConf.load(builder.default_config_path()).datasets[name],
+                             {**PROCESSORS, **more, "build_info": info})
+    return builder(config).build_datasets()
+
+
+def shard(path: Path, samples: list[tuple[str, dict[str, Any]]]) -> None:
+    """A webdataset tar of small pictures with json."""
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(picture, "JPEG")
+    with tarfile.open(path, "w") as tar:
+        for key, item in samples:
+            for suffix, data in (("jpg", picture.getvalue()), ("json", json.dumps(item).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_json_list(pictures):
+    built = build("conceptual_caption_3m", {"annotations": {"train": {"storage": str(pictures / "pairs.json")}},
+                                            "images": {"storage": str(pictures)}})
+    assert list(built) == ["train"] and len(built["train"]) == 24
+    sample, again, other = built["train"].get(5, 0), built["train"].get(5, 0), built["train"].get(5, 1)
+    assert sample["image"].shape == (3, 32, 32) and len(sample["caption"].split()) <= 3
+    assert torch.equal(sample["image"], again["image"]) and not torch.equal(sample["image"], other["image"])
+
+
+def test_shards_with_another_caption_key(tmp_path):
+    for number in range(2):
+        shard(tmp_path / f"{number:05d}.tar", [(f"{number}{i}", {"top_caption": "A Red FIELD, far away"})
+                                               for i in range(3)])
+    built = build("laion_coco", {"storage": str(tmp_path / "{00000..00001}.tar")}, to=str(tmp_path / "run"))
+    assert len(list((tmp_path / "run" / "index").iterdir())) == 2  # kept for the next start
+    assert len(built["train"]) == 6 and built["train"].get(4)["caption"] == "a red field,"
+    with pytest.raises(DataError, match=r"00000\.tar.*'caption'"):
+        build("laion_coco", {"storage": str(tmp_path / "*.tar"), "caption_key": "caption"})["train"].get(0)
+
+
+def test_nano_has_a_split_to_evaluate_on():
+    built = build("nano", {})
+    assert set(built) == {"train", "val"} and len(built["train"]) > 10 * 8
+    first = built["val"].get(0)
+    assert first["image"].shape == (3, 32, 32) and torch.equal(first["image"], built["val"].get(0, 9)["image"])
+
+
+@pytest.mark.parametrize("name, info, error, sentence", [
+    ("unsplash", {"storage": "/nowhere/{000..003}.tar"}, DataError, "/nowhere"),
+    ("unsplash", {"annotations": {"train": {"storage": None}}}, ConfigError, "train.storage names no files"),
+    ("unsplash", {"storag": "x.tar"}, ConfigError, r"unknown key 'storag' \(did you mean 'storage'\?\)"),
+    ("unsplash", {"format": "jsonl"}, ConfigError, "json, webdataset or nano"),
+])
+def test_what_cannot_be_read_is_one_sentence(name, info, error, sentence):
+    with pytest.raises(error, match=sentence) as caught:
+        build(name, info)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_processor_that_is_missing_or_has_an_unknown_key():
+    with pytest.raises(ConfigError, match="vis_processor.train is not given"):
+        build("nano", {}, vis_processor={"train": None})
+    with pytest.raises(ConfigError, match="did you mean 'image_size'"):
+        build("nano", {}, vis_processor={"train": {"name": "blip2_image_train", "img_size": 64}})
+
+
+def test_joined_sets_keep_samples_and_count_bad_ones_once(tmp_path, pictures):
+    from seed_lavis.datasets import JoinedPairs, split_of
+
+    from seed_multimodal.data.steps import StepBatches
+
+    shard(tmp_path / "a.tar", [(f"s{i}", {"caption": "red"}) for i in range(5)])
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    listed = [{"image": str(tmp_path / "broken.png"), "caption": "broken"},
+              *({**item, "image": str(pictures / item["image"])}
+                for item in json.loads((pictures / "pairs.json").read_text()))]
+    (tmp_path / "pairs.json").write_text(json.dumps(listed))
+    sets = {"unsplash": build("unsplash", {"storage": str(tmp_path / "a.tar")}),
+            "cc3m": build("conceptual_caption_3m", {"annotations": {"train": {"storage": str(tmp_path / "pairs.json")}},
+                                           "images": {"storage": None}})}
+    joined = split_of(sets, ["train"])
+    assert isinstance(joined, JoinedPairs) and len(joined) == 5 + 25 and joined.shard_sizes.tolist() == [5, 25]
+    assert joined.get(4)["caption"] == "red" and joined.get(6)["key"] == sets["cc3m"]["train"].get(1)["key"]
+    for workers in (0, 1):
+        joined.bad.clear()
+        joined._known.clear()
+        for part in joined.parts:
+            part.bad.clear()
+            part._known.clear()
+        batches = StepBatches(joined, 10, seed=0, workers=workers)
+        keys = [key for step in range(6) for key in batches.at(step)["key"]]  # two epochs
+        batches.close()
+        assert len(keys) == 60 and len(batches.bad_samples()) == 1 and batches.bad_samples()[0][0] == "item 0"
+    with pytest.raises(ConfigError, match="has a split 'test'"):
+        split_of(sets, ["test"])

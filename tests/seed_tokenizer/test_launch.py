@@ -1,0 +1,35 @@
+"""The launcher: several processes under torchrun end with their own exit code and sentence."""
+
+from __future__ import annotations
+
+
+def test_several_processes_and_a_wrong_key(start, tmp_path):
+    process = start("sh", "train_scripts/causal_qformer.sh", "--options", "model.nonsense=1",
+                    f"run.output_dir={tmp_path}/q", CONFIG="lavis/projects/nano/pretrain_qformer.yaml",
+                    NPROC_PER_NODE="2")
+    out, error = process.communicate(timeout=150)
+    assert process.returncode == 2, error
+    assert "model: unknown key 'nonsense'" in error and "Traceback" not in out + error
+    assert all(line.startswith("train.py") for line in error.splitlines()), error
+
+
+def test_numbers_of_processes_are_checked(capsys, monkeypatch):
+    import launch
+
+    arguments = ["--config", "x.yaml", "--port", "18273"]
+    monkeypatch.setenv("NNODES", "two")
+    assert launch.main(arguments) == 2 and "NNODES must be a positive number" in capsys.readouterr().err
+    monkeypatch.setenv("NNODES", "2")
+    assert launch.main(arguments) == 2 and "first one's address" in capsys.readouterr().err
+
+
+def test_a_single_process_needs_no_torchrun(capsys, monkeypatch, tmp_path):
+    """The released configuration without its data: exit code 2 and one sentence that says what to set."""
+    import launch
+
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(["--config", "lavis/projects/blip2/train/pretrain_codebook.yaml", "--port", "18272"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "data/cc3m/cc3m.json" in error
+    assert "datasets.conceptual_caption_3m.build_info" in error and not list(tmp_path.iterdir())

@@ -1,0 +1,207 @@
+"""The runner in one process: LAVIS's optimiser and schedule, options that reach the models, accumulation, evaluation,
+what happens when a run is started again, and refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+# Recorded from the original's scheduler: [epoch, iteration, rate] of the released stage-1 and stage-2 settings.
+STAGE1_RATES = [[0, 0, 3e-07], [0, 1, 3.1485e-07], [0, 1999, 2.9985150000000002e-05], [0, 2000, 3e-05],
+                [0, 4999, 3e-05], [1, 0, 2.9339262969984572e-05], [1, 4999, 2.9339262969984572e-05], [5, 17, 1.65e-05],
+                [9, 4999, 3.6607370300154272e-06]]
+STAGE2_RATES = [[0, 0, 1e-06], [0, 1999, 9.995050000000001e-05], [1, 0, 9.999911173852618e-05],
+                [2, 0, 9.999644698917173e-05]]
+
+
+def built(arguments):
+    import train
+
+    return train.build(train.parser("").parse_args(arguments))
+
+
+@pytest.mark.parametrize("options, rates", [
+    (["run.init_lr=3e-5", "run.min_lr=3e-6", "run.warmup_lr=3e-7", "run.max_epoch=10"], STAGE1_RATES),
+    (["run.init_lr=1e-4", "run.min_lr=1e-5", "run.warmup_lr=1e-6", "run.max_epoch=500"], STAGE2_RATES)])
+def test_learning_rates_are_the_originals(yaml, options, rates):
+    options = [*options, "run.iters_per_epoch=5000", "run.warmup_steps=2000"]
+    runner = built(yaml("stage1", *options))
+    for epoch, iteration, rate in rates:
+        assert runner.learning_rate(5000 * epoch + iteration) == pytest.approx(rate, rel=1e-9)
+    halved = built(yaml("stage1", *options, "run.accum_grad_iters=2"))
+    assert halved.steps == runner.steps // 2
+    assert halved.learning_rate(999) == runner.learning_rate(1999)  # the rate of its last iteration
+
+
+def test_what_decays_is_lavis_rule(yaml):
+    runner = built(yaml("stage1"))
+    names = {id(p): name for name, p in runner._model.named_parameters()}
+    decays, rests = ({names[id(p)] for p in group["params"]} for group in runner.optimizer.param_groups)
+    assert {"query_tokens", "visual_encoder.pos_embed", "text_proj.weight"} <= decays
+    assert {"temp", "ln_vision.weight", "text_proj.bias", "visual_encoder.blocks.0.norm1.weight"} <= rests
+    assert decays | rests == {name for name, p in runner._model.named_parameters() if p.requires_grad}
+    assert [group["weight_decay"] for group in runner.optimizer.param_groups] == [0.05, 0]
+
+
+def test_options_reach_the_models(yaml):
+    first = built(yaml("stage1", "model.gather_gradient=True", "model.label_smoothing=0.2", "model.embed_dim=12",
+                       "model.use_grad_checkpoint=True"))._model
+    assert first.gather_gradient is True and first.label_smoothing == 0.2 and first.text_proj.out_features == 12
+    assert first.freeze_vit is False and first.visual_encoder.config.width == 32
+    second = built(yaml(
+        "stage2", "model.load_pretrained=False", "model.use_qformer_image=True", "model.reverse_depth=3",
+        "model.loss_weights={embed: 7}", "model.corrupt=0.1", "model.nested=0.2", "model.ema_decay=0.9",
+        "model.normalize_codes=True", "model.codebook_sections=32", "model.frozen_dropout=False"))._model
+    assert len(second.Reverse_Qformer.bert.encoder.layer) == 3 and second.quantize.sections == 32
+    assert (second.weights.embed, second.weights.recon_s, second.corrupt, second.nested) == (7, 2.0, 0.1, 0.2)
+    assert second.quantize.normalize and second.quantize.ema_decay == 0.9 and second.frozen_dropout is False
+    assert second.skips_parameters and second.quantize.embedding.weight.requires_grad  # saved, though without gradient
+
+
+def test_accumulation_and_checkpointing_change_nothing_but_memory(yaml, run, tmp_path):
+    """Stage 2 sees each picture alone, so two half batches are one whole batch."""
+    plain = ["model.load_pretrained=False", "model.kmeans_start=False", "model.restart_every=0", "run.precision=fp32"]
+    plain += ["run.max_epoch=1", "run.warmup_steps=0", "run.warmup_lr=-1"]
+    run(yaml("stage2", *plain, "run.iters_per_epoch=3", name="whole"))
+    run(yaml("stage2", *plain, "run.iters_per_epoch=6", "run.batch_size_train=4", "run.accum_grad_iters=2",
+             "model.use_grad_checkpoint=True", name="halves"))
+    logged = [[json.loads(line)["loss"] for line in (tmp_path / name / "stage2.log.jsonl").read_text().splitlines()]
+              for name in ("whole", "halves")]
+    assert len(logged[0]) == 3 and logged[0] == pytest.approx(logged[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_stay_near(yaml, run, tmp_path, precision):
+    plain = ["model.load_pretrained=False", "model.kmeans_start=False", "run.max_epoch=1"]
+    run(yaml("stage2", *plain, name="fp32"))
+    low = run(yaml("stage2", *plain, f"run.precision={precision}", "model.vit_precision=bf16", name=precision))
+    assert low._model.visual_encoder.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16  # frozen, so stored low
+    assert low._model.visual_encoder.pos_embed.dtype == low._model.Qformer.bert.embeddings.LayerNorm.weight.dtype
+    logs = [tmp_path / name / "stage2.log.jsonl" for name in ("fp32", precision)]
+    lines = [json.loads(log.read_text().splitlines()[0]) for log in logs]
+    assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], rel=0.02) and lines[1]["loss"] != lines[0]["loss"]
+    assert ("loss_scale" in lines[1]) == (precision == "fp16")
+
+
+def test_stage1_can_learn_an_image_embedding_too(yaml, run, tmp_path):
+    clip = "model.clip_model=pretrained/nano/seed_tokenizer/diffusion_model/image_encoder"
+    runner = run(yaml("stage1", clip, "model.clip_precision=fp32", "model.embedding_weight=2.0", "model.itc_weight=0.2",
+                      "model.use_grad_checkpoint=True", "run.max_epoch=1", "run.iters_per_epoch=2"))
+    line = json.loads((tmp_path / "stage1" / "stage1.log.jsonl").read_text().splitlines()[0])
+    assert line["loss"] == pytest.approx(0.2 * line["loss_itc"] + 2.0 * line["loss_embedding"], rel=1e-5)
+    saved = torch.load(tmp_path / "stage1" / "checkpoint_0.pth", weights_only=True)
+    assert not any(name.startswith("clip") for name in saved["model"]) and runner.options.max_epoch == 1
+
+
+def test_again_longer_never_and_from_a_checkpoint(yaml, run, losses, tmp_path, capsys):
+    """Started again a finished run does nothing; with more epochs it goes on; a LAVIS checkpoint starts another run."""
+    import train
+
+    run(yaml("stage1", "run.max_epoch=1"))
+    before = (tmp_path / "stage1" / "checkpoint_0.pth").stat().st_mtime_ns
+    run(yaml("stage1", "run.max_epoch=1"))
+    assert "already done" in capsys.readouterr().out
+    run(yaml("stage1", "run.max_epoch=2"))
+    assert list(losses(tmp_path / "stage1", "stage1")) == list(range(1, 9))
+    assert (tmp_path / "stage1" / "checkpoint_0.pth").stat().st_mtime_ns == before
+    assert train.main(yaml("stage1", "run.resume=never")) == 2
+    assert "holds a run of stage1 already" in capsys.readouterr().err
+    run(yaml("stage1", f"run.resume_ckpt_path={tmp_path}/stage1/checkpoint_0.pth", name="other"))
+    # The same weights, optimiser and batches: the second epoch has the same losses.
+    whole, other = losses(tmp_path / "stage1", "stage1"), losses(tmp_path / "other", "stage1")
+    assert list(other) == [5, 6, 7, 8] and all(other[step] == whole[step] for step in other)
+
+
+def test_averaged_weights_end_in_the_last_checkpoint(yaml, run, tmp_path):
+    runner = run(yaml("stage1", "run.ema=0.5", "run.keep_checkpoints=1", "run.max_epoch=3", "run.iters_per_epoch=2"))
+    folder = tmp_path / "stage1"
+    assert sorted(file.name for file in folder.glob("checkpoint_*")) == ["checkpoint_0.pth", "checkpoint_2.pth"]
+    saved = torch.load(folder / "checkpoint_2.pth", weights_only=True)
+    state = torch.load(folder / "stage1.state.pt", weights_only=True)
+    assert torch.equal(saved["model"]["text_proj.weight"], state["ema"]["model.text_proj.weight"])
+    assert not torch.equal(saved["model"]["text_proj.weight"], state["model"]["model.text_proj.weight"])
+    assert saved["epoch"] == 2 and saved["config"]["run"]["max_epoch"] == 3 and runner.steps == 6
+
+
+@pytest.mark.parametrize("health", [
+    ["model.kmeans_start=True", "model.codebook_warmup=2", "model.restart_every=2"],
+    ["model.ema_decay=0.8", "model.kmeans_start=True", "model.restart_every=2"],
+    ["model.normalize_codes=True", "model.codebook_sections=32", "model.corrupt=0.3", "model.nested=0.5"]])
+def test_codebook_health_options_run(yaml, run, tmp_path, health):
+    plain = ["model.kmeans_start=False", "model.restart_every=0"]
+    runner = run(yaml("stage2", "model.load_pretrained=False", *plain, *health))
+    line = [json.loads(line) for line in (tmp_path / "stage2" / "stage2.log.jsonl").read_text().splitlines()][-1]
+    assert 0 < line["codebook_used"] <= 1 and 1 <= line["perplexity"] <= 64
+    saved = torch.load(tmp_path / "stage2" / "checkpoint_1.pth", weights_only=True)["model"]
+    assert torch.equal(saved["quantize.embedding.weight"], runner._model.quantize.embedding.weight)
+    assert not any(name.startswith(("visual_encoder", "clip_model")) for name in saved)
+
+
+def test_kmeans_starts_the_codebook_on_the_features(yaml, tmp_path, run):
+    runner = built(yaml("stage2", "model.load_pretrained=False", "model.kmeans_images=24"))
+    runner.batches = None  # the care asks for batches only through `batch`
+    from seed_lavis.codebook import CodebookCare
+    from seed_lavis.datasets import split_of
+
+    from seed_multimodal.data.steps import StepBatches
+
+    runner.batches = StepBatches(split_of(runner.datasets, ["train"]), 8, seed=0)
+    model = runner.model
+    care = CodebookCare(model, runner.batch, steps=10, images_per_batch=8)
+    samples = runner.batch(0)
+    uniform = float(model(samples)["loss_embed"])
+    care.before(0, first_micro_step=True)
+    assert float(model(samples)["loss_embed"]) < 0.2 * uniform
+    care.after_micro_step()
+    assert int(care.counts.since_restart.sum()) == 8 * 32
+
+
+def test_evaluation_of_a_checkpoint(yaml, run, tmp_path, capsys):
+    import evaluate
+
+    run(yaml("stage2", "model.load_pretrained=False", "run.max_epoch=1"))
+    capsys.readouterr()
+    options = ("model.load_pretrained=False", "model.load_finetuned=True",
+               f"model.finetuned={tmp_path}/stage2/checkpoint_0.pth")
+    assert evaluate.main(yaml("stage2", *options, "run.test_splits=[val]", name="eval")) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["val"]
+    assert result["samples"] == 24 and result["loss"] > 0 and 0 < result["codebook_used"] <= 1
+    assert evaluate.main(yaml("stage2", *options, name="eval2")) == 2
+    assert "run.test_splits" in capsys.readouterr().err
+
+
+def test_refusals_are_one_sentence(yaml, tmp_path, pictures, capsys):
+    """Exit code 2, one line on stderr, nothing written but the output folder."""
+    import train
+
+    cases = {
+        "there is no such stage-1 checkpoint": yaml("stage2"),
+        "did you mean 'n_embed'": yaml("stage2", "model.n_embd=3", name="b"),
+        "stage 2 never trains the vision tower": yaml("stage2", "model.freeze_vit=False", name="c"),
+        "codebook_warmup": yaml("stage2", "model.load_pretrained=False", "model.codebook_warmup=99", name="d"),
+        "has no caption key 'text'": yaml(
+            "stage1", "datasets.coco_caption.build_info.caption_key=text", name="e"),
+        "/nowhere/*.tar": yaml("stage1", "datasets.coco_caption.build_info.storage=/nowhere/*.tar", name="f"),
+    }
+    for sentence, arguments in cases.items():
+        assert train.main(arguments) == 2, sentence
+        out, error = capsys.readouterr()
+        assert sentence in error and error.startswith("train.py: ") and error.count("\n") == 1, error
+    assert not list(tmp_path.glob("*/*.pt*"))
+
+
+def test_weights_of_another_size_are_refused(yaml, run, tmp_path, capsys):
+    import train
+
+    run(yaml("stage1", "run.max_epoch=1", "run.iters_per_epoch=1"))
+    checkpoint = f"{tmp_path}/stage1/checkpoint_0.pth"
+    capsys.readouterr()
+    wide = "model.qformer={width: 48, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, dropout: 0.0}"
+    assert train.main(yaml("stage2", f"model.pretrained={checkpoint}", wide)) == 2
+    error = capsys.readouterr().err
+    assert "tensors have another size" in error and "checkpoint_0.pth" in error and error.count("\n") == 1
+    assert not list((tmp_path / "stage2").glob("*")) if (tmp_path / "stage2").exists() else True
+    assert train.main(yaml("stage2", f"model.pretrained={checkpoint}", name="good")) == 0
+    assert "Next: seed export-tokenizer --stage1" in capsys.readouterr().out
