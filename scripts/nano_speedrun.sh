@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train every part of nano from scratch and report on it; each stage continues where it stopped.
 #   bash scripts/nano_speedrun.sh               full settings (one GPU)
-#   bash scripts/nano_speedrun.sh --cpu         what a 2-core machine does in about two hours
+#   bash scripts/nano_speedrun.sh --cpu         what a 2-core machine does in about three hours
 #   bash scripts/nano_speedrun.sh --pico        the same line in minutes on 2 CPU cores
 # Options: --config FILE  --data DIR  --work DIR  --out DIR  --no-report; further words are dotted settings.
 set -euo pipefail

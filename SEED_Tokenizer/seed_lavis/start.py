@@ -47,18 +47,14 @@ def start_stage1(model: Any) -> None:
         ConfigError: a frozen tower without weights.
     """
     options = model.options
-    if options.load_pretrained:
-        if options.pretrained:
-            load_blip2(model, locate(options.pretrained), say)
-        elif options.freeze_vit and not options.vit_weights:
-            raise ConfigError(f"model.freeze_vit is true, but the vision tower has no weights: {WITHOUT_TOWER}.")
-        if options.vit_weights:
-            load_tower(model.visual_encoder, options.vit_weights)
-        elif options.freeze_vit:
-            raise ConfigError(f"model.freeze_vit is true, and {options.pretrained} holds no vision tower: "
-                              f"{WITHOUT_TOWER}.")
-    else:
-        say("model.load_pretrained is false: stage 1 starts at random weights.")
+    if options.load_pretrained and options.pretrained:
+        load_blip2(model, locate(options.pretrained), say)
+    elif not options.load_pretrained:
+        say("model.load_pretrained is false: the Q-Former starts at random weights.")
+    if options.vit_weights:
+        load_tower(model.visual_encoder, options.vit_weights)
+    elif options.freeze_vit and options.load_pretrained:
+        raise ConfigError(f"model.freeze_vit is true, but the vision tower has no weights: {WITHOUT_TOWER}.")
     load_finetuned(model)
 
 
@@ -82,6 +78,8 @@ def start_stage2(model: Any) -> None:
             load_tower(model.visual_encoder, options.vit_weights)
     else:
         say("model.load_pretrained is false: stage 2 starts at random weights.")
+        if options.vit_weights:
+            load_tower(model.visual_encoder, options.vit_weights)
     load_finetuned(model)
 
 

@@ -31,7 +31,7 @@ def test_the_line_ends_in_a_system_that_answers(tmp_path: Path) -> None:
     seed = SeedLlama.from_pretrained(out)
     picture = Image.new("RGB", (80, 50), (200, 30, 30))
     codes = seed.tokenize([picture])
-    assert codes.shape == (1, 32) and int(codes.min()) >= 0 and int(codes.max()) < 32
+    assert codes.shape == (1, 32) and (codes[0] // 2).tolist() == list(range(32))  # 64 codes: two a position
     rebuilt = seed.reconstruct([picture], num_inference_steps=2)
     assert len(rebuilt) == 1 and rebuilt[0].size == (64, 64)
     assert isinstance(seed.describe(picture, max_new_tokens=8), str)
