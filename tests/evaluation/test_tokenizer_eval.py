@@ -23,7 +23,7 @@ from seed_multimodal.evaluation.tokenizer_eval import EvalSettings, evaluate_tok
 from seed_multimodal.evaluation.tokenizer_open import open_tokenizer
 from seed_multimodal.evaluation.tokenizer_pass import choose_rows, data_spec, look
 from seed_multimodal.evaluation.tokenizer_retrieval import K_TEST, Captions, retrieval, score_matrix
-from seed_multimodal.evaluation.tokenizer_text import bert_words, clip_texts, find_words, load_stage1, stage1_texts
+from seed_multimodal.evaluation.tokenizer_text import clip_texts, find_words, load_stage1, stage1_texts
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -164,7 +164,7 @@ def test_stage1_features_are_stage_1s_own(stages: tuple[Path, Path, Path], liste
     assert seen.rows == [4, 0, 1] and seen.keys == ["item 4", "item 0", "item 1"]
     pixels = torch.stack([seed_image_processor(16)(Image.open(listed.parent / f"{c}.png").convert("RGB"))
                           for c in ("grey", "red", "green")])
-    words = bert_words(bert, 13)
+    words = find_words(13, bert, bert)
     out = stage1(pixels, *words(["a square"] * 3))
     np.testing.assert_allclose(seen.causal, out.query_feats[:, -1].detach().numpy(), atol=1e-5)
     tokenizer = opened.tokenizer
@@ -198,12 +198,12 @@ def test_stage1_checkpoints_that_do_not_fit(stages: tuple[Path, Path, Path], tin
 
 def test_word_pieces_are_found_by_size(stages: tuple[Path, Path, Path], tmp_path: Path) -> None:
     bert = stages[2]
-    ids, mask = bert_words(bert, 13)(["a red square", "a " * 60])
+    ids, mask = find_words(13, bert, bert)(["a red square", "a " * 60])
     assert ids.shape == (2, 35) and ids[0, :5].tolist() == [2, 5, 6, 10, 3] and mask.sum(1).tolist() == [5, 35]
     pieces = find_words(2001, None, NANO / "seed_tokenizer")
     ids, mask = pieces(["a cat", "a twemoji style drawing of a cat"])
     assert ids[0, 0] == 1 and ids[1, -1] == 2000 and mask[0].tolist() == (ids[0] > 0).long().tolist()
-    with pytest.raises(CheckpointError, match=r"2000 text pieces.*table has 13 rows"):
+    with pytest.raises(CheckpointError, match=r"2000 word pieces.*table has 13 rows"):
         find_words(13, NANO / "seed_tokenizer", tmp_path)
     with pytest.raises(CheckpointError, match="no BERT tokenizer there"):
         find_words(13, tmp_path, tmp_path)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.captions import caption_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.word_pieces import BertWords, PieceWords, open_words
 from seed_multimodal.tokenizers.clip_weights import load_clip_text
 from seed_multimodal.tokenizers.loading import TOWER, fill_tower
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -28,8 +29,6 @@ from seed_multimodal.weights import assign_strictly, load_state_dict
 MAX_PIECES = 35
 STAGE1_IGNORED = ("Qformer.cls.*", "itm_head.*", "embedding_head.*")
 WORDS_TABLE = "Qformer.bert.embeddings.word_embeddings.weight"
-BERT_WHERE = ("put bert-base-uncased (vocab.txt, tokenizer_config.json) at pretrained/bert-base-uncased or give its "
-              "folder as the text tokenizer")
 Words = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
@@ -48,50 +47,6 @@ class TextSide:
 # ---- word pieces
 
 
-def bert_words(source: str | Path, size: int, most: int = MAX_PIECES) -> Words:
-    """BERT's word pieces, `[CLS] words [SEP]`, from a folder or hub id.
-
-    Args:
-        size: rows of the word table they are for: as many as the pieces, or one more (`[DEC]`).
-
-    Raises:
-        CheckpointError: no BERT tokenizer there, or one of another size.
-    """
-    from transformers import BertTokenizer
-
-    place = Path(source)
-    # transformers 5 makes an empty tokenizer of a folder without files.
-    if place.is_dir() and not any((place / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
-        raise CheckpointError(f"{source}: no BERT tokenizer there; {BERT_WHERE}.")
-    try:
-        tokenizer: Any = BertTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: no BERT tokenizer there; {BERT_WHERE}.") from error
-    if len(tokenizer) not in (size - 1, size):
-        raise CheckpointError(f"{source}: has {len(tokenizer)} word pieces; the stage-1 checkpoint's word table has "
-                              f"{size} rows.")
-
-    def words(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        found = tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
-        return found["input_ids"], found["attention_mask"]
-
-    return words
-
-
-def piece_words(tokenizer: MultimodalTokenizer, most: int = MAX_PIECES) -> Words:
-    """A multimodal tokenizer's text pieces, `<s> pieces END`, END being one id past the text's; 0 is padding."""
-    end = tokenizer.vocabulary.n_text
-
-    def words(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        rows = [[tokenizer.bos_id, *tokenizer.encode_parts([text])[:most - 2], end] for text in texts]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for line, row in zip(ids, rows, strict=True):
-            line[:len(row)] = torch.tensor(row)
-        return ids, (ids > 0).long()
-
-    return words
-
-
 def find_words(size: int, given: str | Path | None, tokenizer_folder: Path) -> Words:
     """The word pieces that a table of `size` rows belongs to.
 
@@ -103,17 +58,19 @@ def find_words(size: int, given: str | Path | None, tokenizer_folder: Path) -> W
         CheckpointError: a multimodal tokenizer of another size, or no BERT tokenizer.
     """
     place = Path(given) if given is not None else tokenizer_folder
-    if (place / "tokenizer.model").is_file():
-        pieces = MultimodalTokenizer.from_pretrained(place)
-        if pieces.vocabulary.n_text + 1 == size:
-            return piece_words(pieces)
-        if given is not None:
-            raise CheckpointError(f"{place}: has {pieces.vocabulary.n_text} text pieces; the stage-1 checkpoint's word "
-                                  f"table has {size} rows (one more than the pieces is right).")
-    if given is not None:
-        return bert_words(given, size)
-    local = Path("pretrained/bert-base-uncased")
-    return bert_words(local if local.is_dir() else "bert-base-uncased", size)
+    if given is None and not _fits(place, size):
+        local = Path("pretrained/bert-base-uncased")
+        place = local if local.is_dir() else Path("bert-base-uncased")
+    words = open_words(place, MAX_PIECES, full=False)
+    if size not in (words.size, words.size - isinstance(words, BertWords)):
+        raise CheckpointError(f"{place}: has {words.size - 1} word pieces; the stage-1 checkpoint's word table has "
+                              f"{size} rows (one more than the pieces is right).")
+    return words
+
+
+def _fits(folder: Path, size: int) -> bool:
+    """Whether the folder holds a multimodal tokenizer of the word table's size."""
+    return (folder / "tokenizer.model").is_file() and PieceWords(folder, MAX_PIECES).size == size
 
 
 # ---- stage 1
