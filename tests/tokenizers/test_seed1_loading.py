@@ -145,7 +145,7 @@ def test_our_folder_round_trip(original: Seed1Tokenizer, tmp_path: Path, images:
 
 def test_a_config_beside_the_released_files_gives_the_sizes(original: Seed1Tokenizer, folder: Path,
                                                             images: torch.Tensor) -> None:
-    with pytest.raises(CheckpointError, match=r"the vision width 16 is not the released one \(1408\).*Seed1Config"):
+    with pytest.raises(CheckpointError, match=r"the vit width 16 is not the released one \(1408\).*Seed1Config"):
         Seed1Tokenizer.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(original.config.to_dict()))
     _same(Seed1Tokenizer.from_pretrained(folder), original, images)

@@ -24,7 +24,8 @@ from torch import Tensor
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.tokenizers.loading import OURS, TOWER, VISION_FILES, VISION_URL, describe, fill_tower, read_tower
 from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
-from seed_multimodal.tokenizers.seed1_config import MODEL_TYPE, QUERY_LAYERS, Seed1Config
+from seed_multimodal.tokenizers.seed1_config import MODEL_TYPE, Seed1Config
+from seed_multimodal.tokenizers.sizes import QUERY_LAYERS
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
 QFORMER_FILES = ("causal_qformer.safetensors", "causal_qformer.pth")
