@@ -40,6 +40,7 @@ def torchrun(args: argparse.Namespace, nodes: int, processes: int, script: list[
             raise ConfigError("Several nodes need the first one's address: sh SCRIPT NODE_RANK MASTER_ADDR.")
         place = [f"--nnodes={nodes}", f"--node-rank={args.node_rank}", f"--master-addr={args.master_addr}",
                  f"--master-port={os.environ.get('MASTER_PORT') or args.port}"]
+    check(script)
     if not args.debug:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
@@ -50,6 +51,17 @@ def torchrun(args: argparse.Namespace, nodes: int, processes: int, script: list[
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
     return 0
+
+
+def check(script: list[str]) -> None:
+    """Refuse a wrong configuration here, once, rather than in every process."""
+    from seed_lavis import register
+
+    register()
+    from seed_lavis.settings import load_config
+
+    args = train.parser("").parse_args(script)
+    load_config(args.cfg_path, args.options)
 
 
 def launch(args: argparse.Namespace) -> int:

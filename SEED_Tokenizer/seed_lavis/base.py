@@ -32,7 +32,7 @@ class SeedModel(BaseModel):
 
     PRETRAINED_MODEL_CONFIG_DICT = {"pretrain": MODEL_CONFIG}
     stage = ""
-    trained_text_path = False
+    options_type: type[ModelOptions] = ModelOptions
     options: ModelOptions
     latest: dict[str, Tensor]
     """Numbers of the last `forward`, detached: what the log shows."""

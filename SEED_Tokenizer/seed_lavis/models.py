@@ -30,6 +30,7 @@ class Blip2Casual(SeedModel, Stage1Model):
     `attention_mask` `[B, T]`."""
 
     stage = "stage1"
+    options_type = Stage1Options
     options: Stage1Options
 
     def __init__(self, options: Stage1Options) -> None:
@@ -90,6 +91,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
     """Stage 2, codebook and decode head. `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`."""
 
     stage = "stage2"
+    options_type = Stage2Options
     options: Stage2Options
 
     def __init__(self, options: Stage2Options) -> None:

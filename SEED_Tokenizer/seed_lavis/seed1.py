@@ -34,6 +34,7 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
     `[B, text_tokens, text_features_dim]`."""
 
     stage = "seed1-stage2"
+    options_type = Seed1Options
     options: Seed1Options
 
     def __init__(self, options: Seed1Options) -> None:

@@ -45,6 +45,7 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
             raise ConfigError(f"{file}: has no section {section!r}.")
     _check_names(file, user)
     config = Config(argparse.Namespace(cfg_path=str(file), options=list(options)))
+    read_options(registry.get_model_class(config.model_cfg.arch).options_type, config.model_cfg, f"{file}: model")
     run = config.run_cfg
     checked = read_options(RunOptions, run, f"{file}: run")
     for key, value in vars(checked).items():  # defaults included, so that LAVIS's own code sees them too

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PICTURES = {"cat.jpg": "What is this animal?", "fox.png": "What is the main colour?",
             "castle.png": "What is this?", "banana.png": "Which style is this drawn in?"}
+HELD_OUT_PICTURES = ("banana.png",)  # nano was trained on this thing in other styles only
 # Keys of the nano set: two that were trained on, and one thing (dog face) trained on in two styles but not in this one.
 DRAWINGS = ("fluent-1f34e", "noto-1f680", "twemoji-1f436")
 HELD_OUT_REMARK = "this pair of thing and style was never trained on"
@@ -106,8 +107,10 @@ def _pictures(run: Run, images: Path) -> None:
             said.append(f"{question} {answer}")
         found.append({"picture": run.save(image, f"{stem}.png"), "codes": row,
                       "rebuilt": run.save(again, f"{stem}_rebuilt.png"),
-                      "description": caption, "question": question, "answer": answer})
-        cells += [Cell(image, f"{name}: “{caption}”\n{question} {answer}"), Cell(codes_picture(row), "its 32 codes"),
+                      "description": caption, "question": question, "answer": answer,
+                      "note": HELD_OUT_REMARK if name in HELD_OUT_PICTURES else ""})
+        remark = "\n(never trained on)" if name in HELD_OUT_PICTURES else ""
+        cells += [Cell(image, f"{name}: “{caption}”\n{question} {answer}{remark}"), Cell(codes_picture(row), "its 32 codes"),
                   Cell(again, "rebuilt from them")]
     run.rows.append(Row("looked at: a description, an answer, 32 codes, and the picture rebuilt from the codes", cells))
     run.result["pictures"] = found

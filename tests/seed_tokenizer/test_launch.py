@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 
-def test_several_processes_and_a_wrong_key(start, tmp_path):
-    process = start("sh", "train_scripts/causal_qformer.sh", "--options", "model.nonsense=1",
-                    f"run.output_dir={tmp_path}/q", CONFIG="lavis/projects/nano/pretrain_qformer.yaml",
+def test_a_refusal_in_several_processes(start, tmp_path):
+    process = start("sh", "train_scripts/codebook.sh", "--options", f"model.pretrained={tmp_path}/no.pth",
+                    f"run.output_dir={tmp_path}/c", CONFIG="lavis/projects/nano/pretrain_codebook.yaml",
                     NPROC_PER_NODE="2")
     out, error = process.communicate(timeout=150)
     assert process.returncode == 2, error
-    assert "model: unknown key 'nonsense'" in error and "Traceback" not in out + error
-    assert all(line.startswith("train.py") for line in error.splitlines()), error
+    assert "no.pth: there is no such stage-1 checkpoint" in error and "Traceback" not in out + error
+
+
+def test_a_wrong_configuration_is_refused_before_processes_start(capsys, monkeypatch):
+    import launch
+
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    arguments = ["--config", "lavis/projects/nano/pretrain_qformer.yaml", "--port", "18273", "--options"]
+    assert launch.main([*arguments, "model.nonsense=1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("launch.py: ") and "model: unknown key 'nonsense'" in error and error.count("\n") == 1
 
 
 def test_numbers_of_processes_are_checked(capsys, monkeypatch):
