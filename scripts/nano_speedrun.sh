@@ -35,7 +35,7 @@ out=${out:-$work/system}
 python=${PYTHON:-python}
 [ -n "${PYTHON:-}" ] || [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)  # those this process may use
 half=$(( cores > 1 ? cores / 2 : 1 ))
 started=$SECONDS
 
