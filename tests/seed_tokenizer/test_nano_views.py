@@ -138,3 +138,18 @@ def test_start_is_another_run_s_checkpoint_or_refused(tmp_path: Path) -> None:
     assert two.model.finetuned == str(earlier) and two.model.load_finetuned
     assert two.model.codebook_warmup == 0 and not two.model.kmeans_start  # its codebook is a start
     assert NanoConfig().train_stage2.start == ""
+
+
+def test_a_state_of_a_run_before_lavis_is_a_start(tmp_path: Path) -> None:
+    from seed_lavis.models import Blip2Casual
+    from seed_lavis.options import Stage1Options, read_options
+    from seed_lavis.start import load_finetuned
+
+    one = OmegaConf.load(write_recipes(space(tmp_path))[0])
+    earlier = Blip2Casual(read_options(Stage1Options, one.model, "model"))
+    torch.save({"model": earlier.state_dict(), "optimizer": {}, "ema": {}, "step": 4}, tmp_path / "stage1.state.pt")
+    one = OmegaConf.load(write_recipes(space(tmp_path, train_stage1__start=tmp_path / "stage1.state.pt"))[0])
+    model = Blip2Casual(read_options(Stage1Options, one.model, "model"))
+    assert not torch.equal(model.query_tokens, earlier.query_tokens)
+    load_finetuned(model)
+    assert all(torch.equal(value, earlier.state_dict()[name]) for name, value in model.state_dict().items())
