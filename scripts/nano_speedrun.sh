@@ -35,7 +35,7 @@ out=${out:-$work/system}
 python=${PYTHON:-python}
 [ -n "${PYTHON:-}" ] || [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)  # those this process may use
 half=$(( cores > 1 ? cores / 2 : 1 ))
 started=$SECONDS
 
@@ -44,7 +44,15 @@ stages() {  # stages NAMES THREADS
     --only "$1" --threads "$2" ${overrides[@]+"${overrides[@]}"}
 }
 
-stages vae,clip,stage1,stage2,codes "$cores"
+"$python" -c 'import importlib.util as u; s = u.find_spec("lavis"); raise SystemExit(s is None or s.origin is None)' || {
+  echo "The tokenizer is trained through LAVIS, which is not installed: bash install.sh --lavis" >&2; exit 2; }
+
+stages vae,clip,recipe "$cores"
+for stage in stage1 stage2; do
+  echo "== $stage"
+  OMP_NUM_THREADS=$cores "$python" SEED_Tokenizer/train.py --cfg-path "$work/$stage.yaml"
+done
+stages tokenizer,codes "$cores"
 # The decoder and the language model both start from the codes and not from each other.
 OMP_NUM_THREADS=$half stages unet,unet2,vae2 "$half" &
 decoder=$!

@@ -15,6 +15,7 @@ from torch import Tensor
 from seed_lavis.base import SeedModel, captions_of, qformer_sizes, target_embeddings, vit_sizes
 from seed_lavis.codebook import CodebookMixin
 from seed_lavis.compat import registry
+from seed_lavis.naming import Naming
 from seed_lavis.options import CodebookOptions, Stage1Options, Stage2Options, read_options, sizes
 from seed_lavis.start import clip_target, readout_matrix, start_stage1, start_stage2
 from seed_lavis.text import caption_words
@@ -27,7 +28,7 @@ from seed_multimodal.tokenizers.stage2 import Stage2Model, Stage2Weights
 @registry.register_model("blip2_casual")
 class Blip2Casual(SeedModel, Stage1Model):
     """Stage 1, the causal Q-Former. `samples`: `image` `[B, 3, S, S]`, and `caption` (texts) or ready `input_ids` with
-    `attention_mask` `[B, T]`."""
+    `attention_mask` `[B, T]`; `target` `[B, E]` if the image embedding is regressed and no `clip_model` is loaded."""
 
     stage = "stage1"
     options_type = Stage1Options
@@ -35,15 +36,19 @@ class Blip2Casual(SeedModel, Stage1Model):
 
     def __init__(self, options: Stage1Options) -> None:
         words = caption_words(options.text_tokenizer, options.max_txt_len) if options.text_tokenizer else None
-        clip = None
-        if options.embedding_weight:
+        clip, width = None, options.embedding_dim if options.embedding_weight else None
+        if options.embedding_weight and not (width and not options.clip_model):
             clip = clip_target(options.clip_model, options.clip_precision, "model.embedding_weight")
+            if width not in (None, clip.config.projection_dim):
+                raise ConfigError(f"model.embedding_dim is {width}, but the embeddings of {options.clip_model} are "
+                                  f"{clip.config.projection_dim} wide.")
+            width = clip.config.projection_dim
         config = Seed2Config(vit=vit_sizes(options), qformer=qformer_sizes(options), num_query=options.num_query_token)
         Stage1Model.__init__(
             self, config, vocab_size=words.size if words else options.vocab_size, embed_dim=options.embed_dim,
             temperature=options.temperature, label_smoothing=options.label_smoothing, lm_head=options.lm_head,
             freeze_vit=options.freeze_vit, gather_gradient=options.gather_gradient,
-            embedding_dim=clip.config.projection_dim if clip else None, embedding_weight=options.embedding_weight)
+            embedding_dim=width, embedding_weight=options.embedding_weight)
         self.options, self.words = options, words
         self.__dict__["clip"] = clip  # not a submodule: frozen, and no part of a stage-1 checkpoint
 
@@ -71,7 +76,11 @@ class Blip2Casual(SeedModel, Stage1Model):
         """Losses of a batch of pairs; `loss_itc` and `loss_embedding` are unweighted."""
         images = samples["image"]
         ids, mask = self.input_words(samples)
-        target = target_embeddings(self.clip, images) if self.clip is not None else None
+        target = samples.get("target") if self.embedding_head is not None else None
+        if target is None and self.clip is not None:
+            target = target_embeddings(self.clip, images)
+        if target is None and self.embedding_head is not None:
+            raise ConfigError("model.embedding_weight needs a target: a data set that gives one, or model.clip_model.")
         out = Stage1Model.forward(self, images, ids, mask, target_embedding=target)
         loss = out.loss + (self.options.itc_weight - 1.0) * out.loss_itc if self.options.itc_weight != 1.0 else out.loss
         return self.told(loss, loss_itc=out.loss_itc, loss_embedding=out.loss_embedding, temperature=self.temp)
@@ -88,7 +97,8 @@ class Blip2Casual(SeedModel, Stage1Model):
 
 @registry.register_model("blip2_codebook_all_image")
 class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
-    """Stage 2, codebook and decode head. `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`."""
+    """Stage 2, codebook and decode head. `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`, and `caption`
+    if `naming_weight` is set."""
 
     stage = "stage2"
     options_type = Stage2Options
@@ -114,6 +124,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             clip_model=clip, freeze_qformer=options.freeze_qformer, frozen_dropout=options.frozen_dropout,
             corrupt=options.corrupt, nested=options.nested, readout_weight=readout, ema_decay=options.ema_decay)
         self.options = options
+        self.__dict__["naming"] = Naming(options) if options.naming_weight else None  # frozen, no part of a checkpoint
         self.prepare_codebook()
 
     @classmethod
@@ -123,6 +134,12 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         start_stage2(model)
         return model
 
+    def place(self, device: torch.device) -> SeedModel:
+        """As the base class; the text tower goes along."""
+        if self.naming is not None:
+            self.naming.to(device)
+        return super().place(device)
+
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch, and the unweighted codebook loss."""
         images = samples["image"]
@@ -131,9 +148,12 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             target = target_embeddings(self.clip_model, images)
         out = Stage2Model.forward(self, images, target, quantize=self.use_codes)
         self.note_codes(out.pre_quant, out.indices)
-        return self.told(out.loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
+        named = self.naming(out.image_embeds, samples) if self.naming is not None else None
+        loss = out.loss if named is None else out.loss + self.options.naming_weight * named
+        return self.told(loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
                          loss_distil_image=out.loss_distil_image,
-                         loss_readout=out.loss_readout if self.readout_weight is not None else None)
+                         loss_readout=out.loss_readout if self.readout_weight is not None else None,
+                         loss_naming=named)
 
 
 def refuse_trained_tower(options: CodebookOptions) -> None:

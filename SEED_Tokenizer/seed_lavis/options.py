@@ -52,7 +52,10 @@ class ModelOptions:
 
 @dataclass
 class Stage1Options(ModelOptions):
-    """`blip2_casual`: contrast with captions, and (ours) regression of an image embedding if `embedding_weight` > 0."""
+    """`blip2_casual`: contrast with captions, and (ours) regression of an image embedding if `embedding_weight` > 0.
+
+    That target is the samples' `target` with `embedding_dim` given, else `clip_model`'s embedding of the image.
+    """
 
     embed_dim: int = 256
     # ours
@@ -64,6 +67,7 @@ class Stage1Options(ModelOptions):
     gather_gradient: bool | None = None
     itc_weight: float = 1.0
     embedding_weight: float = 0.0
+    embedding_dim: int | None = None
     clip_model: str | None = None
     clip_precision: str = "fp16"
 
@@ -105,6 +109,9 @@ class Stage2Options(CodebookOptions):
     clip_precision: str = "fp16"
     recon_s: bool = True
     readout_weight: str | None = None
+    naming_weight: float = 0.0
+    naming_tower: str | None = None
+    text_tokenizer: str | None = None
 
 
 @dataclass

@@ -35,7 +35,15 @@ def summary(runner: RunnerSeed, record: dict[str, Any], seconds: float) -> list[
     ]
     if record.get("bad_samples"):
         lines.append(f"  {record['bad_samples']} unreadable pictures were replaced; the log names them.")
-    return [*lines, *_next(runner.stage, record, model)]
+    work = (runner.config.datasets_cfg.get("nano_views") or {}).get("build_info", {}).get("work")
+    return [*lines, *(_next_of_speedrun(runner.stage, work) if work else _next(runner.stage, record, model))]
+
+
+def _next_of_speedrun(stage: str, work: str) -> list[str]:
+    if stage == "stage1":
+        return [f"Next: python SEED_Tokenizer/train.py --cfg-path {shown(work)}/stage2.yaml"]
+    return ["Next: --only tokenizer,codes of python -m seed_multimodal.training.nano (scripts/nano_speedrun.sh goes on "
+            "by itself)."]
 
 
 def _next(stage: str, record: dict[str, Any], model: Any) -> list[str]:

@@ -1,33 +1,76 @@
-"""The whole nano line at toy size, as a real second process, ending in a system that loads and answers."""
+"""The whole nano line at toy size by its own script, in real processes, ending in a system that loads and answers."""
 
+import gzip
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from seed_multimodal import SeedLlama
+from seed_multimodal.data.nano import load_nano
+from seed_multimodal.data.nano.families import SPLITS
+from seed_multimodal.training.nano.__main__ import main
+
 ROOT = Path(__file__).resolve().parents[2]
+PLAIN = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+ENVIRONMENT = {**PLAIN, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+               "PYTHON": sys.executable}
+
+
+def run(*command: str, environment: dict[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, cwd=ROOT)
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """The nano set cut to a few pictures of each split, so that little is encoded."""
+    folder, source = tmp_path / "few", ROOT / "data" / "nano64"
+    folder.mkdir()
+    whole = load_nano(source, log=None)
+    keys = {whole.records[i].key for split in SPLITS for i in whole.split(split)[:40]}
+    with tarfile.open(source / "nano64-000000.tar.gz") as old, tarfile.open(folder / "few.tar", "w") as new:
+        for member in old:
+            if member.name.rpartition(".")[0] in keys:
+                new.addfile(member, old.extractfile(member))
+    for name, kept in (("edits", {i for i, edit in enumerate(whole.edits) if {edit.source, edit.target} <= keys}),
+                       ("conversations", {i for i, c in enumerate(whole.conversations) if set(c.keys) <= keys})):
+        rows = gzip.decompress((source / f"{name}.jsonl.gz").read_bytes()).splitlines(keepends=True)
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(b"".join(rows[i] for i in sorted(kept))))
+    manifest = json.loads((source / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "records": len(keys), "files": ["few.tar"]}))
+    return folder
 
 
 @pytest.mark.timeout(400)
-def test_the_line_ends_in_a_system_that_answers(tmp_path: Path) -> None:
-    out = tmp_path / "system"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "seed_multimodal.training.nano", "--config", str(ROOT / "configs/nano/test.yaml"),
-               "--data", str(ROOT / "data/nano64"), "--work", str(tmp_path / "work"), "--out", str(out)]
-    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380)
+def test_the_line_ends_in_a_system_that_answers(
+        few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.find_spec("lavis")
+    if spec is None or spec.origin is None:  # our folder of YAML files is no LAVIS
+        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+    work, out = tmp_path / "work", tmp_path / "system"
+    first = run("bash", "scripts/nano_speedrun.sh", "--config", "configs/nano/test.yaml", "--data", str(few),
+                "--work", str(work), "--out", str(out), "--no-report")
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
     index = json.loads((out / "seed_tokenizer/diffusion_model/model_index.json").read_text())
     assert index["_class_name"] == "StableUnCLIPImg2ImgPipeline"
+    for stage, steps in (("stage1", 4), ("stage2", 10)):
+        assert json.loads((work / stage / f"{stage}.done.json").read_text())["steps"] == steps
+    assert json.loads((work / "tokenizer.done.json").read_text())["codebook"] == 32
 
-    again = subprocess.run([*command, "--only", "vae,clip,stage2,unet2,sft"], env=environment, capture_output=True,
-                           text=True, timeout=120)
-    assert again.returncode == 0 and again.stdout.count("already done") == 5, again.stdout[-2000:]
+    line = ["--config", str(ROOT / "configs/nano/test.yaml"), "--data", str(few), "--work", str(work),
+            "--out", str(out)]
+    assert main([*line, "--only", "vae,clip,tokenizer,unet2,sft"]) == 0
+    assert capsys.readouterr().out.count("already done") == 5
+    (work / "stage2" / "stage2.done.json").unlink()
+    assert main([*line, "--only", "tokenizer"]) == 2
+    assert "stage2 is not trained to its end" in capsys.readouterr().err
 
-    from seed_multimodal import SeedLlama
     seed = SeedLlama.from_pretrained(out)
     picture = Image.new("RGB", (80, 50), (200, 30, 30))
     codes = seed.tokenize([picture])
@@ -36,3 +79,12 @@ def test_the_line_ends_in_a_system_that_answers(tmp_path: Path) -> None:
     assert len(rebuilt) == 1 and rebuilt[0].size == (64, 64)
     assert isinstance(seed.describe(picture, max_new_tokens=8), str)
     assert seed.draw("a red square", num_inference_steps=2).size == (64, 64)
+
+
+def test_without_lavis_the_script_says_what_to_install(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # -S: without site-packages
+    python.chmod(0o755)
+    refused = run("bash", "scripts/nano_speedrun.sh", "--pico", "--work", str(tmp_path / "work"),
+                  environment={**ENVIRONMENT, "PYTHON": str(python)})
+    assert refused.returncode == 2 and "bash install.sh --lavis" in refused.stderr and not (tmp_path / "work").exists()

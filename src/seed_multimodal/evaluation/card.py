@@ -19,8 +19,8 @@ from seed_multimodal.entry import DONE, guarded
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
 
-STAGES = ("vae", "clip", "stage1", "stage2", "unet", "unet2", "vae2", "pretrain", "sft")
-HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "leg")
+STAGES = ("vae", "clip", "stage1", "stage2", "tokenizer", "unet", "unet2", "vae2", "pretrain", "sft")
+HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "leg", "checkpoint", "processes", "accumulate")
 
 
 def write_card(model: Path, work: Path, data: Path, command: str, earlier: Sequence[Path] = (),
@@ -35,25 +35,29 @@ def write_card(model: Path, work: Path, data: Path, command: str, earlier: Seque
     Raises:
         DataError: a stage's record is missing or unreadable.
     """
-    run = [stage for stage in STAGES if (work / f"{stage}.done.json").is_file()]
+    run = [stage for stage in STAGES if _file(work, stage).is_file()]
     if not run:
         raise DataError(f"{work}: no stage has left a record (NAME.done.json) in this work folder.")
     skipped = [stage for stage in STAGES if stage not in run]
-    records = [_record(work / f"{stage}.done.json") for stage in run]
-    before = [{**_record(leg / f"{stage}.done.json"), "leg": number} for number, leg in enumerate(earlier, 1)
-              for stage in STAGES if (leg / f"{stage}.done.json").is_file()]
+    records = [_record(_file(work, stage)) for stage in run]
+    before = [{**_record(_file(leg, stage)), "leg": number} for number, leg in enumerate(earlier, 1)
+              for stage in STAGES if _file(leg, stage).is_file()]
     records = [{**record, **({"leg": len(earlier) + 1} if earlier else {})} for record in records]
-    seen = {(r["stage"], r["steps"], r["seconds"]) for r in before}  # a later leg keeps what it did not train again
-    records = [r for r in records if (r["stage"], r["steps"], r["seconds"]) not in seen]
-    faithful = work / "stage2-faithful.done.json"
+    seen = {(r["stage"], r.get("steps"), r["seconds"]) for r in before}  # a later leg keeps what it did not do again
+    records = [r for r in records if (r["stage"], r.get("steps"), r["seconds"]) not in seen]
     text = "\n".join([
         *_opening(model), *_parts_table(model), *_training([*before, *records], work, command, skipped),
         *([note, ""] if note else []),
-        *(_faithful(_record(faithful), _record(work / "stage2.done.json")) if faithful.is_file() else []),
         *_data(data), *_report(model), *_limits()])
     file = model / "README.md"
     file.write_text(text.rstrip() + "\n", encoding="utf-8")
     return file
+
+
+def _file(work: Path, stage: str) -> Path:
+    """A stage's record; those of the LAVIS application lie in a folder of their own."""
+    own = work / stage / f"{stage}.done.json"
+    return own if own.is_file() else work / f"{stage}.done.json"
 
 
 def _record(file: Path) -> dict[str, Any]:
@@ -97,23 +101,14 @@ def _training(records: list[dict[str, Any]], work: Path, command: str, skipped: 
     for record in records:
         measured = ", ".join(f"{key} {value}" for key, value in record.items() if key not in HIDDEN)
         name = f"{record['stage']} (leg {record['leg']})" if "leg" in record else record["stage"]
-        lines.append(f"| {name} | {record['steps']} × {record['batch_size']} | {record['seconds']:.0f} | "
+        amount = f"{record['steps']} × {record['batch_size']}" if "steps" in record else "–"
+        lines.append(f"| {name} | {amount} | {record['seconds']:.0f} | "
                      f"{record.get('parameters', 0):,} | {measured} |")
     settings = (work / "config.yaml").read_text(encoding="utf-8") if (work / "config.yaml").is_file() else ""
     if skipped:
         lines += ["", f"Not run: {', '.join(skipped)}."]
     return [*lines, "", "<details><summary>Resolved settings</summary>", "", "```yaml", settings.rstrip(), "```", "",
             "</details>", ""]
-
-
-def _faithful(faithful: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
-    keys = ("unexplained_embedding", "unexplained_readout", "codes_used", "codebook", "perplexity",
-            "distinct_sequences")
-    rows = [f"| {key} | {shipped.get(key)} | {faithful.get(key)} |" for key in keys]
-    return ["## Shipped codebook mode and SEED-2's literal recipe", "",
-            f"On the val pictures; literal: contrast only, frozen Q-Former, 8,192 codes from a uniform start, plain VQ "
-            f"({faithful['steps']} steps × {faithful['batch_size']}).", "",
-            "| | shipped | literal SEED-2 |", "| --- | ---: | ---: |", *rows, ""]
 
 
 def _data(data: Path) -> list[str]:

@@ -1,7 +1,9 @@
-"""Train every part of nano from scratch: `python -m seed_multimodal.training.nano --config configs/nano/pico.yaml`.
+"""Train the parts of nano from scratch: `python -m seed_multimodal.training.nano --config configs/nano/pico.yaml`.
 
-Stages run in order and each continues where it stopped; `--only` picks some, so that independent ones (`unet`, `llm`)
-can run side by side. At the end `--out` is a system folder that `SeedLlama.from_pretrained` loads.
+The tokenizer's two training stages run through the LAVIS application, between `recipe` and `tokenizer`;
+scripts/nano_speedrun.sh does it all. Stages run in order and each continues where it stopped; `--only` picks some, so
+that independent ones (`unet`, `pretrain`) can run side by side. At the end `--out` is a system folder that
+`SeedLlama.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from seed_multimodal.entry import guarded
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.nano.config import load_config, save_config
 from seed_multimodal.training.nano.workspace import Workspace
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.weights import load_state_dict, save_state_dict
 
-STAGES = ("vae", "clip", "stage1", "stage2", "codes", "unet", "unet2", "vae2", "pretrain", "sft", "assemble")
+STAGES = ("vae", "clip", "recipe", "tokenizer", "codes", "unet", "unet2", "vae2", "pretrain", "sft", "assemble")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=None, help="nano set folder (default: the committed shard)")
     parser.add_argument("--work", type=Path, default=Path("runs/nano"), help="states, caches and logs")
     parser.add_argument("--out", type=Path, default=Path("runs/nano/system"), help="the finished system")
-    parser.add_argument("--only", default="", help=f"comma-separated stages out of {', '.join(STAGES)}, faithful")
+    parser.add_argument("--only", default="", help=f"comma-separated stages out of {', '.join(STAGES)}")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", help="dotted settings such as train_vae.steps=100")
@@ -44,9 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     wanted = [s for s in options.only.split(",") if s] or list(STAGES)
-    unknown = [s for s in wanted if s not in (*STAGES, "faithful")]
+    unknown = [s for s in wanted if s not in STAGES]
     if unknown:
-        raise SeedError(f"Unknown stage {unknown[0]!r}: use {', '.join(STAGES)} or faithful.")
+        raise SeedError(f"Unknown stage {unknown[0]!r}: use {', '.join(STAGES)}.")
     options.work.mkdir(parents=True, exist_ok=True)
     save_config(config, options.work / "config.yaml")
     space = Workspace(config, options.data, options.work, options.out)
@@ -105,24 +107,24 @@ def _embeddings(space: Workspace) -> Tensor:
     return space.cached("embeddings", make)
 
 
-def _stage1(space: Workspace, faithful: bool = False) -> dict[str, Any]:
-    from seed_multimodal.training.nano.tokenizer import train_stage1
+def _recipe(space: Workspace) -> dict[str, Any]:
+    from seed_multimodal.training.nano.recipe import READOUT_FILE, write_recipes
+    from seed_multimodal.training.nano.tokenizer import latent_readout
 
-    return train_stage1(space.config, space.views, _embeddings(space), space.captions, space.train, space.work,
-                        space.decoder_folder / "image_encoder", space.words.vocabulary.n_text, faithful)
-
-
-def _stage2(space: Workspace, faithful: bool = False) -> dict[str, Any]:
-    from seed_multimodal.training.nano.tokenizer import train_stage2
-
-    out = space.work / "faithful" if faithful else space.tokenizer_folder
-    return train_stage2(space.config, space.views, _embeddings(space), _latents(space), space.captions, space.train,
-                        space.held_out, space.work, out, space.words.vocabulary.n_text, faithful)
+    pool = space.index_tensor()
+    matrix = latent_readout(_embeddings(space)[pool, 0].float(), _latents(space)[pool, 0].float().flatten(1))
+    save_state_dict({"readout": matrix}, space.work / READOUT_FILE)
+    _ = space.words  # made here if they are not there: both stages read them
+    return {"files": " ".join(map(str, write_recipes(space)))}
 
 
-def _faithful(space: Workspace) -> dict[str, Any]:
-    _stage1(space, faithful=True)
-    return _stage2(space, faithful=True)
+def _tokenizer(space: Workspace) -> dict[str, Any]:
+    from seed_multimodal.training.nano.recipe import READOUT_FILE, join_stages
+    from seed_multimodal.training.nano.tokenizer import code_metrics
+
+    return join_stages(space, lambda tokenizer: code_metrics(
+        tokenizer, space.views, _embeddings(space), _latents(space),
+        load_state_dict(space.work / READOUT_FILE)["readout"], space.held_out))
 
 
 def _codes(space: Workspace) -> Tensor:
@@ -187,9 +189,9 @@ def _assemble(space: Workspace) -> dict[str, Any]:
 
 
 RUN: dict[str, Callable[[Workspace], dict[str, Any]]] = {
-    "vae": _vae, "clip": _clip, "stage1": _stage1, "stage2": _stage2, "codes": _cache_codes,
+    "vae": _vae, "clip": _clip, "recipe": _recipe, "tokenizer": _tokenizer, "codes": _cache_codes,
     "unet": _unet, "unet2": _unet2, "vae2": _vae2,
-    "pretrain": _pretrain, "sft": _sft, "assemble": _assemble, "faithful": _faithful,
+    "pretrain": _pretrain, "sft": _sft, "assemble": _assemble,
 }
 
 if __name__ == "__main__":

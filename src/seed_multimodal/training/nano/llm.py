@@ -50,7 +50,9 @@ def start_from_codebook(model: Any, codebook: Tensor, first_code: int, sections:
     parts = codebook.reshape(sections, -1, codebook.shape[1])
     turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=generator)
     projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
-    rows[first_code:first_code + len(codebook)] = projected * (rows[:first_code].std() / projected.std())
+    spread = projected.std()
+    if spread > 0:  # sections of a single code have nothing to say
+        rows[first_code:first_code + len(codebook)] = projected * (rows[:first_code].std() / spread)
 
 
 def token_losses(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

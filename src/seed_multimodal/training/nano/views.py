@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seed_multimodal.errors import DataError
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD
 
 
@@ -62,6 +63,18 @@ def build_views(images: np.ndarray, views: int, seed: int, file: Path) -> Tensor
                 out[start:start + len(block), view] = augment(block, generator).numpy()
         out.flush()
         temporary.replace(file)
+    return open_views(file, count, views, height)
+
+
+def open_views(file: Path, count: int, views: int, size: int) -> Tensor:
+    """The views `[count, views, 3, size, size]` uint8 that `build_views` has kept, memory-mapped.
+
+    Raises:
+        DataError: the file is of another size.
+    """
+    shape = (count, views, 3, size, size)
+    if file.stat().st_size != int(np.prod(shape)):
+        raise DataError(f"{file}: is not {count} pictures in {views} views of {size} px; remove it to make it anew.")
     return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=shape))
 
 

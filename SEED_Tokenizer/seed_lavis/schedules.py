@@ -1,0 +1,33 @@
+"""A learning-rate schedule beside LAVIS's own: linear warm-up, then cosine, by iteration and not by epoch.
+
+LAVIS's `linear_warmup_cosine_lr` steps down once an epoch and ends a warm-up that is longer than the first epoch with
+a jump; runs of a few hundred iterations, such as nano's, have no epochs to speak of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from seed_lavis.compat import registry
+from seed_multimodal.training.schedules import learning_rate
+from seed_multimodal.training.settings import StageSettings
+
+
+@registry.register_lr_scheduler("linear_warmup_cosine_steps")
+class LinearWarmupCosineSteps:
+    """`training.schedules.learning_rate` over all iterations of the run; called as LAVIS's schedules are."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_epoch: int, min_lr: float, init_lr: float,
+                 warmup_steps: int = 0, **_: Any) -> None:
+        self.optimizer = optimizer
+        self.iterations = int(registry.get("configuration").run_cfg.iters_per_epoch)
+        self.settings = StageSettings(steps=max_epoch * self.iterations, lr=init_lr, warmup=warmup_steps,
+                                      min_lr_ratio=min_lr / init_lr if init_lr else 0.0)
+
+    def step(self, cur_epoch: int, cur_step: int) -> None:
+        """Set the rate of iteration `cur_step` of epoch `cur_epoch`."""
+        rate = learning_rate(cur_epoch * self.iterations + cur_step, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate

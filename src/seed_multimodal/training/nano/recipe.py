@@ -1,0 +1,176 @@
+"""Stages `recipe` and `tokenizer`: what the LAVIS application trains as stages 1 and 2, and what becomes of it.
+
+`recipe` writes `work/stage1.yaml` and `work/stage2.yaml` from the run's settings, so that sizes stand in one place, and
+`work/readout.safetensors`. Between the two stages, from the repository's folder:
+
+    python SEED_Tokenizer/train.py --cfg-path WORK/stage1.yaml      then the same with stage2.yaml
+
+Peculiar, and different from the released recipe: stage 1 also regresses the CLIP image embedding from the first k
+queries, and trains the vision tower, from the CLIP pair's; stage 2 trains the Q-Former too, starts the codebook by
+k-means after a warm-up without quantiser, restarts dead codes, corrupts up to 30 % of the codes, decodes half of the
+samples from their first k codes only, takes the unshifted picture's embedding as target of every view, weighs the
+error by a read-out of the VAE latents, contrasts the decoded embedding with captions, and gives each position its own
+part of the codebook.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.tokenizers.export import export_tokenizer
+from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+from seed_multimodal.training.nano.clip import MAX_TEXT, TEXT_FILE
+from seed_multimodal.training.nano.config import NanoConfig
+from seed_multimodal.training.nano.tokenizer import tokenizer_config
+from seed_multimodal.training.nano.workspace import Workspace
+from seed_multimodal.training.settings import StageSettings
+from seed_multimodal.training.state import write_json
+
+READOUT_FILE = "readout.safetensors"
+STAGE1, STAGE2 = "stage1", "stage2"
+CHECKPOINT = "checkpoint_0.pth"  # a stage is one epoch, whose iterations are all its steps
+TRAIN = "python SEED_Tokenizer/train.py --cfg-path"
+
+
+def write_recipes(space: Workspace) -> list[Path]:
+    """Write both YAML files; returns their paths.
+
+    Raises:
+        ConfigError: `start` of a stage names no file.
+    """
+    work = space.work.absolute()
+    found = []
+    for name, model, canonical in ((STAGE1, stage1_model(space), False), (STAGE2, stage2_model(space), True)):
+        settings = _settings(space.config, name)
+        data = {"work": str(work), "canonical_target": canonical,
+                **({"data": str(space.data.absolute())} if space.data is not None else {})}
+        recipe = {"model": {**model, **_start(name, settings)}, "datasets": {"nano_views": {"build_info": data}},
+                  "run": _run(space.config, name, settings, work / name)}
+        file = work / f"{name}.yaml"
+        temporary = file.with_name(f".{file.name}.tmp")
+        text = f"# Written from {work}/config.yaml for: {TRAIN} {file}\n{OmegaConf.to_yaml(OmegaConf.create(recipe))}"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+        found.append(file)
+    return found
+
+
+def stage1_model(space: Workspace) -> dict[str, Any]:
+    """Section `model` of stage 1: causal Q-Former and tower, by contrast and by regression of the embedding."""
+    return {"arch": "blip2_casual", **_sizes(space.config), "freeze_vit": False, "vit_precision": "fp32",
+            "vit_weights": str((space.decoder_folder / "image_encoder").absolute()),
+            "embed_dim": 128, "lm_head": False, "text_tokenizer": str(space.tokenizer_folder.absolute()),
+            "max_txt_len": MAX_TEXT, "itc_weight": 0.2, "embedding_weight": 2.0,
+            "embedding_dim": space.config.clip.embedding}
+
+
+def stage2_model(space: Workspace) -> dict[str, Any]:
+    """Section `model` of stage 2: codebook and decode head, and the Q-Former further."""
+    config, work = space.config, space.work.absolute()
+    sizes, settings = tokenizer_config(config), config.train_stage2
+    warmup = 0 if settings.start else settings.steps // 5  # a codebook to start from needs none
+    return {"arch": "blip2_codebook_all_image", **_sizes(config), "pretrained": str(work / STAGE1 / CHECKPOINT),
+            "vit_precision": settings.precision, "clip_model": None, "image_features_dim": sizes.image_features_dim,
+            "n_embed": sizes.codebook_size, "codebook_embed_dim": sizes.codebook_dim,
+            "codebook_sections": sizes.codebook_sections, "decode_depth": sizes.decode_depth,
+            "decode_heads": sizes.decode_heads, "reverse_depth": sizes.reverse_depth,
+            "recon_s": sizes.recon_s, "freeze_qformer": False,
+            "loss_weights": {"embed": 1.0, "recon_s": 0.1, "distil_image": 1.0, "readout": 1.0},
+            "readout_weight": str(work / READOUT_FILE), "corrupt": 0.3, "nested": 0.5,
+            "codebook_warmup": warmup * settings.accumulate, "kmeans_start": not settings.start,
+            "kmeans_images": 1024, "restart_every": 100, "restart_until": 0.8,
+            "naming_weight": 0.1, "naming_tower": str(work / TEXT_FILE),
+            "text_tokenizer": str(space.tokenizer_folder.absolute())}
+
+
+def _sizes(config: NanoConfig) -> dict[str, Any]:
+    sizes = tokenizer_config(config)
+    vit = dataclasses.asdict(sizes.vit)
+    return {"model_type": "pretrain", "load_pretrained": True, "image_size": vit.pop("image_size"), "vit": vit,
+            "qformer": dataclasses.asdict(sizes.qformer), "cross_attention_freq": sizes.qformer.cross_attention_freq,
+            "num_query_token": sizes.num_query}
+
+
+def _run(config: NanoConfig, name: str, settings: StageSettings, folder: Path) -> dict[str, Any]:
+    """Section `run`: the loop's settings under LAVIS's names; one epoch of all iterations."""
+    iterations = settings.steps * settings.accumulate
+    if iterations < 1:
+        raise ConfigError(f"train_{name}.steps must be at least 1, not {settings.steps}.")
+    return {"task": "image_text_pretrain", "runner": "runner_seed", "lr_sched": "linear_warmup_cosine_steps",
+            "init_lr": settings.lr, "min_lr": settings.lr * settings.min_lr_ratio,
+            "warmup_steps": settings.warmup * settings.accumulate, "weight_decay": settings.weight_decay,
+            "beta2": 0.99, "max_epoch": 1, "iters_per_epoch": iterations, "batch_size_train": settings.batch_size,
+            "batch_size_eval": settings.batch_size, "num_workers": 0, "accum_grad_iters": settings.accumulate,
+            "log_freq": settings.log_every, "seed": config.seed + settings.seed + {STAGE1: 2, STAGE2: 4}[name],
+            "output_dir": str(folder), "device": config.device, "precision": settings.precision,
+            "clip_grad": settings.clip, "ema": settings.ema, "tensorboard": settings.tensorboard,
+            "save_seconds": settings.save_seconds, "save_every_steps": settings.save_every_steps,
+            "keep_checkpoints": 1}
+
+
+def _settings(config: NanoConfig, name: str) -> StageSettings:
+    return config.train_stage1 if name == STAGE1 else config.train_stage2
+
+
+def _start(name: str, settings: StageSettings) -> dict[str, Any]:
+    """`start` of a stage as the application's option: an earlier run's checkpoint, or a state of an old speed run."""
+    if not settings.start:
+        return {}
+    file = Path(settings.start).absolute()
+    if not file.is_file():
+        raise ConfigError(f"train_{name}.start: {file} is no file; give the {CHECKPOINT} of an earlier run's {name} "
+                          "folder.")
+    return {"load_finetuned": True, "finetuned": str(file)}
+
+
+def join_stages(space: Workspace, measure: Callable[[Seed2Tokenizer], dict[str, Any]]) -> dict[str, Any]:
+    """Stage `tokenizer`: the stages' checkpoints become the system's tokenizer; what else lies there stays.
+
+    Args:
+        measure: the finished tokenizer → numbers for the record.
+
+    Returns:
+        The record, also `work/tokenizer.done.json`; an existing one that is younger than the checkpoints is kept.
+
+    Raises:
+        CheckpointError: a stage was not trained, or its checkpoint is of other sizes.
+    """
+    done = space.work / "tokenizer.done.json"
+    files = [_checkpoint(space.work, name) for name in (STAGE1, STAGE2)]
+    if done.is_file() and all(done.stat().st_mtime_ns > file.stat().st_mtime_ns for file in files):
+        record: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        print(f"[tokenizer] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
+        return record
+    started = time.monotonic()
+    new = space.work / "tokenizer"
+    export_tokenizer(files[1], new, stage1=files[0], config=tokenizer_config(space.config), force=True)
+    space.tokenizer_folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", "config.json"):
+        temporary = space.tokenizer_folder / f".{name}.{os.getpid()}.tmp"
+        shutil.copyfile(new / name, temporary)
+        os.replace(temporary, space.tokenizer_folder / name)
+    shutil.rmtree(new)
+    tokenizer = Seed2Tokenizer.from_pretrained(space.tokenizer_folder)
+    record = {"stage": "tokenizer", "parameters": sum(p.numel() for p in tokenizer.parameters()),
+              **measure(tokenizer), "seconds": round(time.monotonic() - started, 1)}
+    write_json(done, record)
+    print(f"[tokenizer] done: {json.dumps(record)}", flush=True)
+    return record
+
+
+def _checkpoint(work: Path, name: str) -> Path:
+    file = work / name / CHECKPOINT
+    if not (work / name / f"{name}.done.json").is_file() or not file.is_file():
+        raise CheckpointError(f"{work / name}: {name} is not trained to its end; train it with: {TRAIN} "
+                              f"{work / name}.yaml (bash scripts/nano_speedrun.sh does it all).")
+    return file

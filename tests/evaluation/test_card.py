@@ -1,0 +1,40 @@
+"""The model card: every stage's record is found, in the work folder or in the application's own folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from seed_multimodal.errors import DataError
+from seed_multimodal.evaluation.card import write_card
+from seed_multimodal.weights import save_state_dict
+
+DATA = Path(__file__).resolve().parents[2] / "data" / "nano64"
+
+
+def record(work: Path, place: str, **values: object) -> None:
+    file = work / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"seconds": 7.0, **values}))
+
+
+def test_records_of_both_places_are_rows(tmp_path: Path) -> None:
+    work, model = tmp_path / "work", tmp_path / "model"
+    save_state_dict({"weight": torch.zeros(3, 4)}, model / "part" / "model.safetensors")
+    record(work, "vae.done.json", stage="vae", steps=4, batch_size=8, psnr=20.5)
+    record(work, "stage2/stage2.done.json", stage="stage2", steps=10, batch_size=16, loss_embed=0.25,
+           checkpoint="/somewhere/checkpoint_0.pth", bad_samples=0)
+    record(work, "tokenizer.done.json", stage="tokenizer", parameters=1234, codes_used=31, codebook=32)
+    text = write_card(model, work, DATA, "the command").read_text()
+    assert "| vae | 4 × 8 | 7 | 0 | psnr 20.5 |" in text
+    assert "| stage2 | 10 × 16 | 7 | 0 | loss_embed 0.25, bad_samples 0 |" in text
+    assert "| tokenizer | – | 7 | 1,234 | codes_used 31, codebook 32 |" in text
+    assert "| `part` | 12 |" in text and "Not run: clip, stage1," in text
+
+
+def test_a_work_folder_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no stage has left a record"):
+        write_card(tmp_path, tmp_path, DATA, "the command")
