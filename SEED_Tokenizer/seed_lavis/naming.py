@@ -17,8 +17,9 @@ from torch import Tensor
 from seed_lavis.base import captions_of
 from seed_lavis.options import Stage2Options, locate
 from seed_lavis.start import say
-from seed_lavis.text import NanoWords, caption_words
+from seed_lavis.text import caption_words
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.word_pieces import PieceWords
 from seed_multimodal.training.nano.clip import MAX_TEXT, text_tower
 from seed_multimodal.training.nano.config import load_config
 from seed_multimodal.weights import assign_strictly, load_state_dict
@@ -45,7 +46,7 @@ class Naming:
             raise ConfigError(f"model.image_features_dim is {options.image_features_dim}, but the embeddings of {file} "
                               f"are {config.clip.embedding} wide.")
         words = caption_words(str(options.text_tokenizer), MAX_TEXT)
-        if not isinstance(words, NanoWords):
+        if not isinstance(words, PieceWords):
             raise ConfigError("model.text_tokenizer must be a nano system's for model.naming_weight.")
         self.words = words
         self.tower = text_tower(config, words.end)

@@ -110,8 +110,8 @@ def _pictures(run: Run, images: Path) -> None:
                       "description": caption, "question": question, "answer": answer,
                       "note": HELD_OUT_REMARK if name in HELD_OUT_PICTURES else ""})
         remark = "\n(never trained on)" if name in HELD_OUT_PICTURES else ""
-        cells += [Cell(image, f"{name}: “{caption}”\n{question} {answer}{remark}"), Cell(codes_picture(row), "its 32 codes"),
-                  Cell(again, "rebuilt from them")]
+        cells += [Cell(image, f"{name}: “{caption}”\n{question} {answer}{remark}"),
+                  Cell(codes_picture(row), "its 32 codes"), Cell(again, "rebuilt from them")]
     run.rows.append(Row("looked at: a description, an answer, 32 codes, and the picture rebuilt from the codes", cells))
     run.result["pictures"] = found
 

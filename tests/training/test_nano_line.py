@@ -61,7 +61,7 @@ def test_the_line_ends_in_a_system_that_answers(
     assert index["_class_name"] == "StableUnCLIPImg2ImgPipeline"
     for stage, steps in (("stage1", 4), ("stage2", 10)):
         assert json.loads((work / stage / f"{stage}.done.json").read_text())["steps"] == steps
-    assert json.loads((work / "tokenizer.done.json").read_text())["codebook"] == 32
+    assert json.loads((work / "tokenizer.done.json").read_text())["codebook"] == 64
 
     line = ["--config", str(ROOT / "configs/nano/test.yaml"), "--data", str(few), "--work", str(work),
             "--out", str(out)]
