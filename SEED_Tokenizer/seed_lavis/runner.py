@@ -104,11 +104,13 @@ class RunnerSeed(RunnerBase):
         settings = self._settings()
         self._go_on(modules, settings)
         started = time.monotonic()
-        record = run_stage(
-            self.stage, modules, self._loss, settings, self.output_dir, self._finish, self._after_step,
-            optimizer=self.optimizer, schedule=self.learning_rate, wrapped=model if dist.is_initialized() else None,
-            status=self._status)
-        self.batches.close()
+        try:
+            record = run_stage(
+                self.stage, modules, self._loss, settings, self.output_dir, self._finish, self._after_step,
+                optimizer=self.optimizer, schedule=self.learning_rate,
+                wrapped=model if dist.is_initialized() else None, status=self._status)
+        finally:  # the loop's deaf ear for SIGTERM is its data workers' too: nothing else would end them
+            self.batches.close()
         for line in summary(self, record, time.monotonic() - started):
             say(line)
         return record

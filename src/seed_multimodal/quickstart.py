@@ -36,7 +36,7 @@ HELD_OUT_PICTURES = ("banana.png",)  # nano was trained on this thing in other s
 # Keys of the nano set: two that were trained on, and one thing (dog face) trained on in two styles but not in this one.
 DRAWINGS = ("fluent-1f34e", "noto-1f680", "twemoji-1f436")
 HELD_OUT_REMARK = "this pair of thing and style was never trained on"
-EDIT = ("fox.png", "Make it in noto style.")
+EDIT = ("fox.png", "Replace it with a hedgehog.")
 CONVERSATION: tuple[tuple[str | None, str], ...] = (
     ("whale.png", "What is this?"), (None, "Make it in fluent style."),
     (None, "Now draw a twemoji drawing of a star."), (None, "What is the main colour?"))

@@ -21,8 +21,8 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 IGNORED = -100
 PRETRAIN_SHARES = {"image_first": 0.5, "text_first": 0.5}
-SFT_SHARES = {"image_first": 0.02, "text_first": 0.05, "describe": 0.14, "qa": 0.18, "draw": 0.11, "edit": 0.45,
-              "chat": 0.05}  # edits are learned last and slowest
+SFT_SHARES = {"image_first": 0.05, "text_first": 0.10, "describe": 0.20, "qa": 0.25, "draw": 0.15, "edit": 0.17,
+              "chat": 0.08}
 MAX_NOISE = 0.35
 Part = str | Sequence[int]
 
