@@ -146,7 +146,8 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         target = samples.get("target")
         if target is None and self.clip_model is not None:
             target = target_embeddings(self.clip_model, images)
-        out = Stage2Model.forward(self, images, target, quantize=self.use_codes)
+        out = Stage2Model.forward(self, images, target, vit_features=samples.get("vit_features"),
+                                  quantize=self.use_codes)
         self.note_codes(out.pre_quant, out.indices)
         named = self.naming(out.image_embeds, samples) if self.naming is not None else None
         loss = out.loss if named is None else out.loss + self.options.naming_weight * named

@@ -13,7 +13,7 @@ choices are functions of (seed, epoch, index). Batches are gathered as a whole, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class NanoViews:
         self.index = torch.tensor(list(index), dtype=torch.long)
         self.counts = torch.tensor([len(captions[i]) for i in index], dtype=torch.long)
         self.seed, self.canonical_target = seed, canonical_target
+        self.features: Tensor | None = None
         self._epoch = -1
         self._view = self._caption = torch.zeros(0, dtype=torch.long)
 
@@ -69,8 +70,19 @@ class NanoViews:
         chosen, view = self.index[places], self._view[places]
         texts = [self.captions[i][c] for i, c in zip(chosen.tolist(), self._caption[places].tolist(), strict=True)]
         seen = torch.zeros_like(view) if self.canonical_target else view
+        known = {} if self.features is None else {"vit_features": self.features[places, view].float()}
         return {"image": to_clip(self.views[chosen, view]), "caption": texts,
-                "target": self.embeddings[chosen, seen].float()}
+                "target": self.embeddings[chosen, seen].float(), **known}
+
+    @torch.no_grad()
+    def cache_tower(self, tower: Callable[[Tensor], Tensor], device: torch.device, batch: int = 256) -> None:
+        """Run a frozen vision tower once over every view; batches then hold its output `vit_features` `[B, T, W]`.
+
+        In parts of a fixed size, so that a run that goes on sees the same numbers.
+        """
+        flat = self.views[self.index].flatten(0, 1)
+        parts = [tower(to_clip(part, device)).half().cpu() for part in flat.split(batch)]
+        self.features = torch.cat(parts).unflatten(0, (len(self), self.views.shape[1]))
 
     def _choose(self, epoch: int) -> None:
         """View and caption of every sample in an epoch, drawn at once."""

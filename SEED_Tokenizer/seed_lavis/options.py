@@ -109,6 +109,7 @@ class Stage2Options(CodebookOptions):
     clip_precision: str = "fp16"
     recon_s: bool = True
     readout_weight: str | None = None
+    cache_vision: bool = False
     naming_weight: float = 0.0
     naming_tower: str | None = None
     text_tokenizer: str | None = None

@@ -97,8 +97,13 @@ class RunnerSeed(RunnerBase):
     def train(self) -> dict[str, Any]:
         """Train to the end, from the state in the output folder if there is one; returns the stage's record."""
         model = self.model
+        data = split_of(self.datasets, self.options.train_splits)
+        if getattr(self._model.options, "cache_vision", False):
+            if not hasattr(data, "cache_tower"):
+                raise ConfigError("model.cache_vision needs the data set nano_views: others make new views each time.")
+            data.cache_tower(self._model.tower, self.device)
         self.batches = StepBatches(
-            split_of(self.datasets, self.options.train_splits), self.options.batch_size_train, seed=self.options.seed,
+            data, self.options.batch_size_train, seed=self.options.seed,
             rank=self.rank, world=self.world, workers=self.options.num_workers)
         modules = self._modules()
         settings = self._settings()

@@ -60,6 +60,15 @@ def test_canonical_target_is_the_picture_itself() -> None:
         assert canonical.get_batch(np.arange(3), epoch)["target"][:, 0].tolist() == [3.0, 9.0, 15.0]
 
 
+def test_cached_tower_output_goes_with_the_view() -> None:
+    cached, plain = views(seed=3), views(seed=3)
+    cached.cache_tower(lambda images: images.mean(3), torch.device("cpu"), batch=2)
+    for epoch in range(4):
+        batch = cached.get_batch(np.array([2, 0]), epoch)
+        expected = plain.get_batch(np.array([2, 0]), epoch)["image"].mean(3)
+        assert torch.allclose(batch["vit_features"], expected, atol=2e-3)
+
+
 def test_a_work_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     from seed_lavis.nano import read_work
 

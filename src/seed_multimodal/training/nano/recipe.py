@@ -80,7 +80,8 @@ def stage2_model(space: Workspace) -> dict[str, Any]:
     sizes, settings = tokenizer_config(config), config.train_stage2
     warmup = 0 if settings.start else settings.steps // 5  # a codebook to start from needs none
     return {"arch": "blip2_codebook_all_image", **_sizes(config), "pretrained": str(work / STAGE1 / CHECKPOINT),
-            "vit_precision": settings.precision, "clip_model": None, "image_features_dim": sizes.image_features_dim,
+            "vit_precision": settings.precision, "cache_vision": True, "clip_model": None,
+            "image_features_dim": sizes.image_features_dim,
             "n_embed": sizes.codebook_size, "codebook_embed_dim": sizes.codebook_dim,
             "codebook_sections": sizes.codebook_sections, "decode_depth": sizes.decode_depth,
             "decode_heads": sizes.decode_heads, "reverse_depth": sizes.reverse_depth,
