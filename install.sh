@@ -18,8 +18,8 @@ cd "$ROOT"
 EXTRAS="" LAVIS=0 FORCE=0
 while [ $# -gt 0 ]; do
     case "$1" in
-        --extras) EXTRAS="${2:?--extras needs a list, for example demo,dev}"; shift 2 ;;
-        --extras=*) EXTRAS="${1#*=}"; shift ;;
+        --extras) EXTRAS="${EXTRAS:+$EXTRAS,}${2:?--extras needs a list, for example demo,dev}"; shift 2 ;;
+        --extras=*) EXTRAS="${EXTRAS:+$EXTRAS,}${1#*=}"; shift ;;
         --lavis) LAVIS=1; EXTRAS="${EXTRAS:+$EXTRAS,}lavis"; shift ;;
         --force) FORCE=1; shift ;;
         -h|--help) sed -n '2,13p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'; exit 0 ;;

@@ -13,7 +13,8 @@ DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 def say(text: str) -> None:
     """A line for the person at the terminal (stderr)."""
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(text + "\n")  # one write, so that the sentences of several processes do not mix
+    sys.stderr.flush()
 
 
 def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:

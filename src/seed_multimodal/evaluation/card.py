@@ -43,10 +43,11 @@ def write_card(model: Path, work: Path, data: Path, command: str, earlier: Seque
     before = [{**_record(_file(leg, stage)), "leg": number} for number, leg in enumerate(earlier, 1)
               for stage in STAGES if _file(leg, stage).is_file()]
     records = [{**record, **({"leg": len(earlier) + 1} if earlier else {})} for record in records]
-    seen = {(r["stage"], r.get("steps"), r["seconds"]) for r in before}  # a later leg keeps what it did not do again
-    records = [r for r in records if (r["stage"], r.get("steps"), r["seconds"]) not in seen]
+    first: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in [*before, *records]:  # a later leg keeps what it did not do again: listed where it was done
+        first.setdefault((record["stage"], record.get("steps"), record["seconds"]), record)
     text = "\n".join([
-        *_opening(model), *_parts_table(model), *_training([*before, *records], work, command, skipped),
+        *_opening(model), *_parts_table(model), *_training(list(first.values()), work, command, skipped),
         *([note, ""] if note else []),
         *_data(data), *_report(model), *_limits()])
     file = model / "README.md"
