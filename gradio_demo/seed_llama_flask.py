@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.commands.common import guarded  # noqa: E402
+from seed_multimodal.entry import guarded  # noqa: E402
 from seed_multimodal.errors import ConfigError  # noqa: E402
 
 

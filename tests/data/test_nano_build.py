@@ -196,9 +196,9 @@ def test_check_finds_a_held_out_style_in_train(built: Path, tmp_path: Path) -> N
 def test_command_exit_codes(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(built)]) == 0
     assert "sound" in capsys.readouterr().out
-    assert main(["check", str(tmp_path / "nothing")]) == 1
+    assert main(["check", str(tmp_path / "nothing")]) == 2
     assert "no nano data set there" in capsys.readouterr().err
-    assert main(["build", "--out", str(tmp_path / "x"), "--styles", "crayon", "--cache", str(tmp_path)]) == 1
+    assert main(["build", "--out", str(tmp_path / "x"), "--styles", "crayon", "--cache", str(tmp_path)]) == 2
     assert "unknown style 'crayon'" in capsys.readouterr().err
 
 

@@ -163,5 +163,5 @@ def test_written_report(toy, world: World, tmp_path: Path) -> None:
 
 
 def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
-    assert report.main(["--model", str(tmp_path / "none"), "--limit", "0"]) == 1
+    assert report.main(["--model", str(tmp_path / "none"), "--limit", "0"]) == 2
     assert "--limit" in capsys.readouterr().err

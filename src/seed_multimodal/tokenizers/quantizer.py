@@ -82,7 +82,7 @@ class VectorQuantizer(nn.Module):
             points = self.prepare(z.float()).reshape(-1, self.sections, self.dim).transpose(0, 1)
             codes = self.prepare(self.embedding.weight.float()).unflatten(0, (self.sections, -1))
             # The squared length of a point is the same for all codes, so the order does not need it.
-            scores = torch.baddbmm(codes.square().sum(2)[:, None], points, codes.transpose(1, 2), alpha=-2.0)
+            scores = codes.square().sum(2)[:, None] - 2 * torch.bmm(points, codes.transpose(1, 2))
             first = torch.arange(self.sections, device=z.device)[:, None] * (self.size // self.sections)
             return (scores.argmin(dim=2) + first).T.reshape(z.shape[:-1])
 
