@@ -177,7 +177,7 @@ def test_refusals_are_one_sentence(yaml, tmp_path, pictures, capsys):
     import train
 
     cases = {
-        "there is no such stage-1 checkpoint": yaml("stage2"),
+        "there is no such stage-1 checkpoint": yaml("stage2", "model.pretrained=log/nothing/checkpoint_0.pth"),
         "did you mean 'n_embed'": yaml("stage2", "model.n_embd=3", name="b"),
         "stage 2 never trains the vision tower": yaml("stage2", "model.freeze_vit=False", name="c"),
         "codebook_warmup": yaml("stage2", "model.load_pretrained=False", "model.codebook_warmup=99", name="d"),
