@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.seed2_config import MODEL_TYPE, Seed2Config
+from seed_multimodal.tokenizers.sizes import TokenizerConfig
 from seed_multimodal.vision.eva import EvaVit, resize_positions
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
@@ -101,16 +103,16 @@ def build(config: Seed2Config, state: Mapping[str, Tensor], tower: Mapping[str, 
     Raises:
         CheckpointError: another size, or anything else missing or unknown.
     """
-    model = _empty(config, device, dtype)
-    model.load_report = _assign(model, state, tower, source, tower_source)
+    model = empty_model(Seed2Tokenizer, config, device, dtype)
+    model.load_report = assign_parts(model, state, tower, source, tower_source, _ignored(config))
     return model
 
 
-def save_folder(model: Seed2Tokenizer, folder: str | Path) -> Path:
+def save_folder(model: Any, folder: str | Path) -> Path:
     """Write `config.json` and `model.safetensors`; each file appears complete or not at all."""
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    save_state_dict(model.state_dict(), place / OURS, {"model_type": MODEL_TYPE})
+    save_state_dict(model.state_dict(), place / OURS, {"model_type": model.config.model_type})
     temporary = place / f".config.json.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, place / "config.json")
@@ -133,19 +135,20 @@ def find_sources(source: str | Path, vision: str | Path | None = None) -> Source
     if place.is_file():
         weights: Path | None = place
     else:
-        weights = _first(folder, (OURS, *QUANTIZER_FILES))
+        weights = first_file(folder, (OURS, *QUANTIZER_FILES))
     if weights is None:
         names = " or ".join((OURS, QUANTIZER_FILES[-1]))
         raise CheckpointError(f"{folder}: holds no tokenizer weights ({names}).")
-    tower = Path(vision) if vision is not None else _first(folder, VISION_FILES) or _hub_cached_tower()
+    tower = Path(vision) if vision is not None else first_file(folder, VISION_FILES) or _hub_cached_tower()
     return Sources(weights, tower, our_config(folder))
 
 
-def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
+def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of `names` that is a file in the folder."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def our_config(folder: Path) -> Path | None:
+def our_config(folder: Path, model_type: str = MODEL_TYPE) -> Path | None:
     """`config.json` if it is ours: a released folder may hold the text tokenizer's or the LLM's."""
     file = folder / "config.json"
     if not file.is_file():
@@ -154,12 +157,12 @@ def our_config(folder: Path) -> Path | None:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
-    return file if isinstance(values, dict) and values.get("model_type") == MODEL_TYPE else None
+    return file if isinstance(values, dict) and values.get("model_type") == model_type else None
 
 
 def _hub_cached_tower() -> Path | None:
     """Where the original programs cache their download of the vision tower."""
-    return _first(Path(torch.hub.get_dir()) / "checkpoints", VISION_FILES)
+    return first_file(Path(torch.hub.get_dir()) / "checkpoints", VISION_FILES)
 
 
 def download(hub_id: str, files: Sequence[str], advice: str) -> Path:
@@ -230,10 +233,10 @@ def fill_tower(vit: EvaVit, tower: Mapping[str, Tensor], source: str | Path) -> 
     return assign_strictly(vit, fitted, source, allow_unexpected=[*IGNORED_IN_TOWER, f"blocks.{vit.config.depth}.*"])
 
 
-def _empty(config: Seed2Config, device: str | torch.device, dtype: torch.dtype) -> Seed2Tokenizer:
-    """The model with memory for its weights but no start values: a billion random numbers take long."""
+def empty_model(kind: type[Any], config: TokenizerConfig, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """A `kind` with memory for its weights but no start values: a billion random numbers take long."""
     with torch.device("meta"):
-        model = Seed2Tokenizer(config)
+        model = kind(config)
     model = model.to(dtype).to_empty(device=device)
     for name, buffer in model.named_buffers():
         if name.endswith("position_ids"):
@@ -243,12 +246,19 @@ def _empty(config: Seed2Config, device: str | torch.device, dtype: torch.dtype) 
     return model.requires_grad_(False).eval()
 
 
-def _assign(model: Seed2Tokenizer, state: Mapping[str, Tensor], tower: Mapping[str, Tensor], source: str | Path,
-            tower_source: str | Path) -> LoadReport:
-    """Fill the model and account for every name of both files."""
-    ignored = IGNORED if model.config.use_qformer_image else IGNORED + IGNORED_BESIDE_IMAGE_DOWN
-    if not model.config.recon_s:
-        ignored += IGNORED_WITHOUT_RECON
+def _ignored(config: Seed2Config) -> tuple[str, ...]:
+    """Names that checkpoints hold beside this configuration's own."""
+    names = IGNORED if config.use_qformer_image else IGNORED + IGNORED_BESIDE_IMAGE_DOWN
+    return names if config.recon_s else names + IGNORED_WITHOUT_RECON
+
+
+def assign_parts(model: Any, state: Mapping[str, Tensor], tower: Mapping[str, Tensor], source: str | Path,
+                 tower_source: str | Path, ignored: Sequence[str]) -> LoadReport:
+    """Fill a tokenizer from its own tensors and its tower's, accounting for every name of all files.
+
+    Args:
+        ignored: patterns of names that the files may hold beside the model's.
+    """
     rest = [name for name in model.state_dict() if name.startswith(TOWER)]
     report = assign_strictly(model, state, source, allow_missing=[*rest, "*position_ids"], allow_unexpected=ignored)
     seen = fill_tower(model.visual_encoder, tower, tower_source)

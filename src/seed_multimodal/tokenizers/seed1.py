@@ -94,9 +94,9 @@ class Seed1Tokenizer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors` (weights in their present dtype) into `folder`."""
-        from seed_multimodal.tokenizers.seed1_loading import save_seed1
+        from seed_multimodal.tokenizers.loading import save_folder
 
-        return save_seed1(self, folder)
+        return save_folder(self, folder)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, vision: str | Path | None = None,

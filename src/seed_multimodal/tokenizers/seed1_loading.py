@@ -12,8 +12,6 @@ The published training code holds this decoder as its text branch beside SEED-2'
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,22 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.tokenizers.loading import OURS, TOWER, VISION_FILES, VISION_URL, describe, fill_tower, read_tower
+from seed_multimodal.tokenizers.loading import (
+    OURS,
+    TOWER,
+    VISION_FILES,
+    VISION_URL,
+    assign_parts,
+    describe,
+    empty_model,
+    first_file,
+    our_config,
+    read_tower,
+)
 from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
 from seed_multimodal.tokenizers.seed1_config import MODEL_TYPE, Seed1Config
 from seed_multimodal.tokenizers.sizes import QUERY_LAYERS
-from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.weights import load_state_dict
 
 QFORMER_FILES = ("causal_qformer.safetensors", "causal_qformer.pth")
 TOKENIZER_FILES = ("seed_tokenizer.safetensors", "seed_tokenizer.pth")
@@ -81,23 +90,12 @@ def load_seed1(source: str | Path, *, vision: str | Path | None = None, config: 
             {**state, **{TOWER + name: value for name, value in tower.items()}}, str(files))
     if image_size is not None:
         config = config.with_image_size(image_size)
-    model = _empty(config, device, dtype)
-    model.load_report = _assign(model, state, tower, str(files), tower_source)
+    model: Seed1Tokenizer = empty_model(Seed1Tokenizer, config, device, dtype)
+    model.load_report = assign_parts(model, state, tower, str(files), tower_source, IGNORED)
     model.load_report.ignored += left_out
     if log is not None:
         log(describe(model.load_report))
     return model
-
-
-def save_seed1(model: Seed1Tokenizer, folder: str | Path) -> Path:
-    """Write `config.json` and `model.safetensors`; each file appears complete or not at all."""
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    save_state_dict(model.state_dict(), place / OURS, {"model_type": MODEL_TYPE})
-    temporary = place / f".config.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, place / "config.json")
-    return place
 
 
 def advice(folder: str | Path) -> str:
@@ -117,41 +115,25 @@ def find_seed1(source: str | Path, vision: str | Path | None = None) -> Seed1Sou
     if not place.exists():
         raise CheckpointError(f"{place}: there is no such SEED-1 tokenizer; {advice(place)}.")
     folder = place if place.is_dir() else place.parent
-    ours = _our_config(folder)
+    ours = our_config(folder, MODEL_TYPE)
     if place.is_file():
-        first = _first(folder, QFORMER_FILES) if place.name in TOKENIZER_FILES else None
+        first = first_file(folder, QFORMER_FILES) if place.name in TOKENIZER_FILES else None
         weights: tuple[Path, ...] = (place,) if first is None else (first, place)
     elif (folder / OURS).is_file() and ours is not None:
         weights = (folder / OURS,)
     else:
         weights = _released(folder)
-    tower = Path(vision) if vision is not None else _first(folder, VISION_FILES) or _first(
+    tower = Path(vision) if vision is not None else first_file(folder, VISION_FILES) or first_file(
         Path(torch.hub.get_dir()) / "checkpoints", VISION_FILES)  # where the original programs cache it
     return Seed1Sources(weights, tower, ours)
 
 
 def _released(folder: Path) -> tuple[Path, ...]:
-    found = [(_first(folder, names), names[-1]) for names in (QFORMER_FILES, TOKENIZER_FILES)]
+    found = [(first_file(folder, names), names[-1]) for names in (QFORMER_FILES, TOKENIZER_FILES)]
     missing = " and ".join(name for file, name in found if file is None)
     if missing:
         raise CheckpointError(f"{folder}: holds no SEED-1 tokenizer ({missing} missing); {advice(folder)}.")
     return tuple(file for file, _ in found if file is not None)
-
-
-def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _our_config(folder: Path) -> Path | None:
-    """`config.json` if it describes a SEED-1 tokenizer."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
-    return file if isinstance(values, dict) and values.get("model_type") == MODEL_TYPE else None
 
 
 # ---- which tensors
@@ -208,30 +190,3 @@ def _tower(state: Mapping[str, Tensor], files: Seed1Sources) -> tuple[dict[str, 
         raise CheckpointError(f"{files}: the vision tower is stored apart and missing; download {VISION_URL} to "
                               f"{folder / VISION_FILES[-1]}, or give vision=FILE.")
     return read_tower(files.vision), str(files.vision)
-
-
-def _empty(config: Seed1Config, device: str | torch.device, dtype: torch.dtype) -> Seed1Tokenizer:
-    """The model with memory for its weights but no start values: a billion random numbers take long."""
-    with torch.device("meta"):
-        model = Seed1Tokenizer(config)
-    model = model.to(dtype).to_empty(device=device)
-    for name, buffer in model.named_buffers():
-        if name.endswith("position_ids"):
-            buffer.copy_(torch.arange(buffer.shape[1], device=buffer.device)[None])
-        else:
-            buffer.zero_()
-    return model.requires_grad_(False).eval()
-
-
-def _assign(model: Seed1Tokenizer, state: dict[str, Tensor], tower: dict[str, Tensor], source: str,
-            tower_source: str) -> LoadReport:
-    """Fill the model and account for every name of all files."""
-    rest = [name for name in model.state_dict() if name.startswith(TOWER)]
-    report = assign_strictly(model, state, source, allow_missing=[*rest, "*position_ids"], allow_unexpected=IGNORED)
-    seen = fill_tower(model.visual_encoder, tower, tower_source)
-    report.loaded += [TOWER + name for name in seen.loaded]
-    report.missing = [name for name in report.missing if not name.startswith(TOWER)]
-    report.ignored += [TOWER + name for name in seen.ignored]
-    if tower_source != source:
-        report.source = f"{source} and {tower_source}"
-    return report
