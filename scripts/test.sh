@@ -6,7 +6,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
-bash install.sh --lavis --extras demo,data,dev
+bash install.sh --lavis --extras demo,data,dev,train
 . scripts/environment.sh  # there may be a .venv now
 
 # One test drives the demo in a real browser.

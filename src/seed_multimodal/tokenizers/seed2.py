@@ -1,6 +1,6 @@
 """SEED-2: an image becomes 32 codes of a codebook, and 32 codes become one image embedding.
 
-    images ─► visual_encoder ─► ln_vision ─► Qformer(query_tokens) ─► encode_task_layer ─► quantize ─► codes
+    images ─► … ─► codes, as in `encoder.CodeTokenizer`
     codes ─► quantize rows ─► decode_task_layer ─► + pos_embed_image ─► blocks_image ─► head ─► image embedding
 
 The head is `image_down` + flatten (released weights) or the Reverse Q-Former (published training code).
@@ -11,46 +11,38 @@ Attribute names are the released ones, so the state dict is the released 881 (Re
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CodesError, ConfigError, ImageError
-from seed_multimodal.tokenizers.layers import Block, LayerNorm, run_blocks
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.encoder import CodeTokenizer, chunked, evaluating
+from seed_multimodal.tokenizers.layers import Block, run_blocks
 from seed_multimodal.tokenizers.qformer import QFormer
-from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 from seed_multimodal.tokenizers.seed2_config import Seed2Config
-from seed_multimodal.vision.eva import EvaVit
-from seed_multimodal.weights import LoadReport
 
 DOWN_WIDTHS = (256, 128, 32)
 
 
-class Seed2Tokenizer(nn.Module):
+class Seed2Tokenizer(CodeTokenizer):
     """Encoder, codebook and decoder; sizes from `config`. Construct, or load with `from_pretrained`."""
+
+    config: Seed2Config
 
     def __init__(self, config: Seed2Config, *, ema_decay: float | None = None) -> None:
         super().__init__()
         width = config.qformer.width
         self.config = config
-        self.load_report: LoadReport | None = None
+        self.load_report = None
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query, width).normal_(std=0.02))
         if config.recon_s:
             self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, width))
         self.pos_embed_image = nn.Parameter(torch.zeros(1, config.num_query, width))
         if config.use_qformer_image:
             self.reverse_tokens = nn.Parameter(torch.zeros(1, 1, width).normal_(std=0.02))
-        self.visual_encoder = EvaVit(config.vit)
-        self.ln_vision = LayerNorm(config.vit.width)
-        self.Qformer = QFormer(config.qformer, config.vit.width)
-        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, normalize=config.normalize_codes,
-                                        ema_decay=ema_decay, sections=config.codebook_sections)
-        d = config.codebook_dim
-        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, d))
-        self.decode_task_layer = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, width))
+        self.add_encoder(ema_decay)
         if config.recon_s:
             self.blocks = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
         self.blocks_image = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
@@ -60,57 +52,6 @@ class Seed2Tokenizer(nn.Module):
         else:
             self.image_down = _image_down(width)
             self.distill_image_proj = nn.Linear(config.num_query * DOWN_WIDTHS[-1], config.image_features_dim)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.query_tokens.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the weights; images are cast to it."""
-        return self.query_tokens.dtype
-
-    # ---- image → codes
-
-    def vision_features(self, images: Tensor) -> Tensor:
-        """Normalised pixels `[B, 3, S, S]` → tokens after `ln_vision` `[B, N, W]`."""
-        return self.ln_vision(self.visual_encoder(images))
-
-    def query_features_from(self, vision_BNW: Tensor) -> Tensor:
-        """Tokens after `ln_vision` `[B, N, W]` → Q-Former output `[B, 32, D]`."""
-        return self.Qformer(self.query_tokens.expand(len(vision_BNW), -1, -1), vision_BNW)
-
-    def query_features(self, images: Tensor) -> Tensor:
-        """Normalised pixels `[B, 3, S, S]` → Q-Former output `[B, 32, D]`."""
-        return self.query_features_from(self.vision_features(images))
-
-    def pre_quant_from_features(self, query_BQD: Tensor) -> Tensor:
-        """Q-Former output `[B, 32, D]` → features to quantise `[B, 32, d]`."""
-        return self.encode_task_layer(query_BQD)
-
-    def pre_quant(self, images: Tensor) -> Tensor:
-        """Normalised pixels `[B, 3, S, S]` → features to quantise `[B, 32, d]`, with gradients."""
-        return self.pre_quant_from_features(self.query_features(images))
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
-        """Images → codes.
-
-        Args:
-            images: CLIP-normalised floating pixels `[B, 3, S, S]` (or one `[3, S, S]`), on any device.
-            batch_size: images per forward pass (default: all at once).
-
-        Returns:
-            `[B, 32]` int64 on the model's device.
-
-        Raises:
-            ImageError: not a floating tensor of that shape and size.
-        """
-        images = self._check_images(images)
-        with evaluating(self):
-            return _chunked(lambda part: self.quantize.nearest(self.pre_quant(part.to(self.device, self.dtype))),
-                            images, batch_size, images.new_empty(0, self.config.num_query, dtype=torch.long))
 
     # ---- codes → embedding
 
@@ -123,12 +64,8 @@ class Seed2Tokenizer(nn.Module):
         """
         codes = self.check_codes(codes)
         with evaluating(self):
-            return _chunked(lambda part: self.decode_embedding(self.quantize.lookup(part)), codes, batch_size,
-                            torch.empty(0, self.config.image_features_dim, device=self.device, dtype=self.dtype))
-
-    def upsample(self, quant_BQd: Tensor) -> Tensor:
-        """Codebook rows (or straight-through codes) `[B, 32, d]` → `[B, 32, D]`."""
-        return self.decode_task_layer(quant_BQd)
+            return chunked(lambda part: self.decode_embedding(self.quantize.lookup(part)), codes, batch_size,
+                           torch.empty(0, self.config.image_features_dim, device=self.device, dtype=self.dtype))
 
     def rebuild_queries(self, up_BQD: Tensor) -> Tensor:
         """`upsample`d codes → the Q-Former output they stand for `[B, 32, D]` (training objective).
@@ -155,47 +92,6 @@ class Seed2Tokenizer(nn.Module):
         """Codebook rows (or straight-through codes) `[B, 32, d]` → image embedding, with gradients."""
         return self.project_image(self.image_tokens(self.upsample(quant_BQd)))
 
-    # ---- checks, files
-
-    def _check_images(self, images: Tensor) -> Tensor:
-        size = self.config.vit.image_size
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            got = f"{images.dtype} tensor" if isinstance(images, Tensor) else type(images).__name__
-            raise ImageError(f"Images must be a normalised floating tensor [B, 3, {size}, {size}], got a {got}.")
-        if images.ndim == 3:
-            images = images[None]
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise ImageError(f"Images must be [B, 3, {size}, {size}], got {list(images.shape)}.")
-        return images
-
-    def check_codes(self, codes: Tensor | Sequence) -> Tensor:
-        """Codes as `[B, 32]` int64 on the model's device; raises `CodesError` in one sentence."""
-        count, size = self.config.num_query, self.config.codebook_size
-        try:
-            codes = torch.as_tensor(codes)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise CodesError(f"Codes must be rows of {count} whole numbers ({error}).") from error
-        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-            if codes.numel():
-                raise CodesError(f"Codes must be whole numbers, got {str(codes.dtype).removeprefix('torch.')}.")
-        if codes.ndim == 1:
-            codes = codes[None]
-        if codes.ndim != 2 or codes.shape[1] != count:
-            raise CodesError(f"An image has {count} codes, got an array of shape {list(codes.shape)}.")
-        codes = codes.long()
-        outside = (codes < 0) | (codes >= size)
-        if bool(outside.any()):
-            row, column = outside.nonzero()[0].tolist()
-            raise CodesError(f"Code {int(codes[row, column])} (image {row}, position {column}) is outside the "
-                             f"codebook 0..{size - 1}.")
-        return codes.to(self.device)
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `config.json` and `model.safetensors` (weights in their present dtype) into `folder`."""
-        from seed_multimodal.tokenizers.loading import save_folder
-
-        return save_folder(self, folder)
-
     @classmethod
     def from_pretrained(cls, source: str | Path, *, vision: str | Path | None = None,
                         config: Seed2Config | None = None, image_size: int | None = None,
@@ -212,23 +108,3 @@ def _image_down(width: int) -> nn.Sequential:
     first, second, last = DOWN_WIDTHS
     return nn.Sequential(nn.Linear(width, first, bias=False), nn.ReLU(), nn.Linear(first, second, bias=False),
                          nn.ReLU(), nn.Linear(second, last, bias=False))
-
-
-def _chunked(function: Callable[[Tensor], Tensor], batch: Tensor, size: int | None, empty: Tensor) -> Tensor:
-    if not len(batch):
-        return empty
-    parts = [function(part) for part in batch.split(size or len(batch))]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout) inside, every submodule's own mode restored after."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

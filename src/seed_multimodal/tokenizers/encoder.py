@@ -1,0 +1,167 @@
+"""What SEED-1 and SEED-2 share: pixels become 32 codes of a codebook, and codes are checked before they are decoded.
+
+    images ─► visual_encoder ─► ln_vision ─► Qformer(query_tokens) ─► encode_task_layer ─► quantize ─► codes
+
+A tokenizer derives from `CodeTokenizer` and adds how codes are decoded. Attribute names are the released ones.
+Peculiar: code k depends on queries 0..k only (causal).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.errors import CodesError, ImageError
+from seed_multimodal.tokenizers.layers import LayerNorm
+from seed_multimodal.tokenizers.qformer import QFormer
+from seed_multimodal.tokenizers.quantizer import VectorQuantizer
+from seed_multimodal.vision.eva import EvaVit
+from seed_multimodal.weights import LoadReport
+
+ENCODER_PARTS = ("visual_encoder", "ln_vision", "Qformer", "query_tokens")
+
+
+class CodeTokenizer(nn.Module):
+    """The encode side. A subclass makes its parameters, calls `add_encoder`, then makes its decode side.
+
+    `config` is a `TokenizerConfig`; `load_report` says what a loader filled the model from.
+    """
+
+    config: Any
+    load_report: LoadReport | None
+    query_tokens: nn.Parameter
+
+    def add_encoder(self, ema_decay: float | None) -> None:
+        """Tower, Q-Former, codebook and the layers around it, in the released order of the state dict."""
+        config = self.config
+        width, d = config.qformer.width, config.codebook_dim
+        self.visual_encoder = EvaVit(config.vit)
+        self.ln_vision = LayerNorm(config.vit.width)
+        self.Qformer = QFormer(config.qformer, config.vit.width)
+        self.quantize = VectorQuantizer(config.codebook_size, d, normalize=config.normalize_codes,
+                                        ema_decay=ema_decay, sections=config.codebook_sections)
+        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, d))
+        self.decode_task_layer = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, width))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.query_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights; images are cast to it."""
+        return self.query_tokens.dtype
+
+    # ---- image → codes
+
+    def vision_features(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → tokens after `ln_vision` `[B, N, W]`."""
+        return self.ln_vision(self.visual_encoder(images))
+
+    def query_features_from(self, vision_BNW: Tensor) -> Tensor:
+        """Tokens after `ln_vision` `[B, N, W]` → Q-Former output `[B, 32, D]`."""
+        return self.Qformer(self.query_tokens.expand(len(vision_BNW), -1, -1), vision_BNW)
+
+    def query_features(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → Q-Former output `[B, 32, D]`."""
+        return self.query_features_from(self.vision_features(images))
+
+    def pre_quant_from_features(self, query_BQD: Tensor) -> Tensor:
+        """Q-Former output `[B, 32, D]` → features to quantise `[B, 32, d]`."""
+        return self.encode_task_layer(query_BQD)
+
+    def pre_quant(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → features to quantise `[B, 32, d]`, with gradients."""
+        return self.pre_quant_from_features(self.query_features(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """Images → codes.
+
+        Args:
+            images: CLIP-normalised floating pixels `[B, 3, S, S]` (or one `[3, S, S]`), on any device.
+            batch_size: images per forward pass (default: all at once).
+
+        Returns:
+            `[B, 32]` int64 on the model's device.
+
+        Raises:
+            ImageError: not a floating tensor of that shape and size.
+        """
+        images = self.check_images(images)
+        with evaluating(self):
+            return chunked(lambda part: self.quantize.nearest(self.pre_quant(part.to(self.device, self.dtype))),
+                           images, batch_size, images.new_empty(0, self.config.num_query, dtype=torch.long))
+
+    def upsample(self, quant_BQd: Tensor) -> Tensor:
+        """Codebook rows (or straight-through codes) `[B, 32, d]` → `[B, 32, D]`."""
+        return self.decode_task_layer(quant_BQd)
+
+    # ---- checks, files
+
+    def check_images(self, images: Tensor) -> Tensor:
+        """Pixels as `[B, 3, S, S]`; raises `ImageError` in one sentence."""
+        size = self.config.vit.image_size
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = f"{images.dtype} tensor" if isinstance(images, Tensor) else type(images).__name__
+            raise ImageError(f"Images must be a normalised floating tensor [B, 3, {size}, {size}], got a {got}.")
+        if images.ndim == 3:
+            images = images[None]
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ImageError(f"Images must be [B, 3, {size}, {size}], got {list(images.shape)}.")
+        return images
+
+    def check_codes(self, codes: Tensor | Sequence) -> Tensor:
+        """Codes as `[B, 32]` int64 on the model's device; raises `CodesError` in one sentence."""
+        count, size = self.config.num_query, self.config.codebook_size
+        try:
+            codes = torch.as_tensor(codes)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise CodesError(f"Codes must be rows of {count} whole numbers ({error}).") from error
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            if codes.numel():
+                raise CodesError(f"Codes must be whole numbers, got {str(codes.dtype).removeprefix('torch.')}.")
+        if codes.ndim == 1:
+            codes = codes[None]
+        if codes.ndim != 2 or codes.shape[1] != count:
+            raise CodesError(f"An image has {count} codes, got an array of shape {list(codes.shape)}.")
+        codes = codes.long()
+        outside = (codes < 0) | (codes >= size)
+        if bool(outside.any()):
+            row, column = outside.nonzero()[0].tolist()
+            raise CodesError(f"Code {int(codes[row, column])} (image {row}, position {column}) is outside the "
+                             f"codebook 0..{size - 1}.")
+        return codes.to(self.device)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `config.json` and `model.safetensors` (weights in their present dtype) into `folder`."""
+        from seed_multimodal.tokenizers.loading import save_folder
+
+        return save_folder(self, folder)
+
+
+def chunked(function: Callable[[Tensor], Tensor], batch: Tensor, size: int | None, empty: Tensor) -> Tensor:
+    """`function` of a batch, `size` rows at a time (None: all at once); `empty` if there are none."""
+    if not len(batch):
+        return empty
+    parts = [function(part) for part in batch.split(size or len(batch))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) inside, every submodule's own mode restored after."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

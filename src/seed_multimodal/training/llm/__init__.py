@@ -1,0 +1,1 @@
+"""The language model's training application: model, optimiser, engines, checkpoints, and the loop over packed data."""

@@ -1,0 +1,103 @@
+"""How a training run ends when the machine fails it: memory, a dead process, a disk; each as one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from seed_multimodal.errors import SeedError
+
+STOPPED = 143  # SIGTERM: the step was finished and saved
+STUCK = 75  # another process did not answer in time
+
+_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+               "timed out", "NCCL", "remote process", "no response from")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class TrainingError(SeedError):
+    """A run that cannot go on: a loss that is not finite, no memory, a process that died, a disk that is full."""
+
+
+def disk_sentence(error: OSError) -> str:
+    """Why a file could not be written, in words."""
+    reason = error.strerror or str(error)
+    return f"the disk or quota is full ({reason})" if error.errno in _FULL else reason
+
+
+@contextmanager
+def explained(where: str, saved: str) -> Iterator[None]:
+    """Turns the failures of a step into sentences.
+
+    Args:
+        where: what was being done (`"step 12"`).
+        saved: what is on the disk, as the sentence ends.
+
+    Raises:
+        TrainingError: out of GPU memory, or another process is gone. Other errors pass unchanged.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"Out of GPU memory at {where} ({_first(error)}): use fewer rows or a smaller length (data.rows, "
+            f"data.length), gradient_checkpointing, a ZeRO stage or an offload configuration; {saved}.") from error
+    except RuntimeError as error:
+        if not _is_peer_failure(error):
+            raise
+        raise TrainingError(f"Another process died or did not answer at {where} ({_first(error)}); {saved}; the same "
+                            f"command goes on from there.") from error
+
+
+def _is_peer_failure(error: RuntimeError) -> bool:
+    distributed = getattr(torch.distributed, "DistBackendError", ())
+    text = str(error)
+    return isinstance(error, distributed) or any(word in text for word in _PEER_WORDS)
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+
+
+class Watchdog:
+    """Ends this process with a sentence when a step takes longer than `seconds`: some other process hangs.
+
+    A collective that waits for a dead process does not return to Python, so a thread has to do it. A context manager;
+    `beat` says that the run is alive.
+    """
+
+    def __init__(self, seconds: float, program: str, saved: str = "nothing was saved yet") -> None:
+        self.seconds, self.program, self.saved = seconds, program, saved
+        self.what = "the start"
+        self._last = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self.seconds > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._ended.set()
+
+    def beat(self, what: str, saved: str) -> None:
+        """The run begins `what`, with `saved` on the disk."""
+        self.what, self.saved, self._last = what, saved, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(5.0, self.seconds / 4)):
+            if time.monotonic() - self._last > self.seconds:
+                sys.stderr.write(f"{self.program}: {self.what} has taken more than {self.seconds / 60:g} minutes, so "
+                                 f"another process is dead or stuck; {self.saved}; the same command goes on from "
+                                 f"there.\n")
+                sys.stderr.flush()
+                os._exit(STUCK)
