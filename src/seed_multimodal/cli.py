@@ -10,6 +10,8 @@
     seed convert old.pt new.safetensors         old weights, once, safely
     seed export-tokenizer --stage1 … --stage2 … trained stages → a tokenizer
     seed eval tokenizer --data … --out …        how good a tokenizer is
+    seed data check train.jsonl …               what is wrong with training data, and where
+    seed data convert old/*.tar --out new       the original's pickled shards, made safe
 
 Results go to stdout (one JSON object a line with `--json`), everything else to stderr. Exit codes: 0 done, 1 some
 pictures of a batch were refused, 2 refused as a whole, 130 interrupted.
@@ -21,7 +23,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from seed_multimodal import __version__
-from seed_multimodal.commands import chat, convert, eval_tokenizer, export_tokenizer, pictures, talk
+from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, talk
 from seed_multimodal.commands.common import add_common, add_drawing, add_generation, add_quantization
 from seed_multimodal.entry import guarded
 
@@ -87,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     converter.add_argument("--debug", action="store_true", help="show the traceback of an error")
     converter.set_defaults(work=convert.convert)
     _add_tokenizer_commands(commands)
+    data.add_commands(commands.add_parser("data", help="check or convert training data"))
     return parser
 
 

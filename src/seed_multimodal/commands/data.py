@@ -1,0 +1,114 @@
+"""`seed data check` and `seed data convert`: training data looked at, and old pickled shards made safe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from seed_multimodal.entry import DONE, SOME_FAILED, say
+
+
+def check(args: argparse.Namespace) -> int:
+    """Look at every record; prints what is wrong and a summary. Exit code 1 if anything is wrong."""
+    from seed_multimodal.data.llm.check import CheckSettings, check_records
+
+    report = check_records(CheckSettings(
+        files=args.files, format=args.format, tokenizer=args.tokenizer, decoder=args.decoder,
+        options=dict(args.option), images=args.images, max_errors=args.max_errors,
+        length=args.length))
+    if args.json:
+        print(json.dumps(report.as_json(), ensure_ascii=False))
+        return SOME_FAILED if report.wrong else DONE
+    for finding in report.findings:
+        print(f"{finding.kind}: {finding.sentence}")
+    if report.wrong > len(report.findings):
+        print(f"… and {report.wrong - len(report.findings):,} more (--max-errors 0 shows all)")
+    print(f"{_count(report.files, 'file')}, {_count(report.records, 'record')}, {_count(report.images, 'picture')}")
+    for kind, number in report.kinds.most_common():
+        print(f"  {kind}: {number:,}")
+    if report.lengths:
+        print(f"tokens of a record: median {report.length_at(0.5):,}, 95 % up to {report.length_at(0.95):,}, longest "
+              f"{max(report.lengths):,}")
+        most = max(number for _, _, number in report.histogram())
+        for low, high, number in report.histogram():
+            print(f"  {low:>7,} – {high:>7,}  {number:>9,}  {'#' * round(40 * number / most)}")
+    if not report.wrong:
+        print("nothing wrong")
+        return DONE
+    print(f"{_count(report.wrong, 'error')}: " + ", ".join(f"{kind} {n:,}" for kind, n in report.errors.most_common()))
+    return SOME_FAILED
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Make json shards of pickled ones; prints a summary. Exit code 1 if anything was refused."""
+    from seed_multimodal.data.llm.pickled_convert import MANIFEST, convert_shards
+
+    report = convert_shards(args.tars, args.out, skip_bad=args.skip_bad, force=args.force, workers=args.workers)
+    for sentence in report.refused:
+        say(f"seed: {sentence}")
+    for sentence in report.skipped:
+        say(f"seed: left out: {sentence}")
+    if args.json:
+        print(json.dumps({"out": args.out, "converted": report.converted, "kept": report.kept, "samples":
+                          report.samples, "refused": report.refused, "skipped": report.skipped}, ensure_ascii=False))
+    else:
+        print(f"{args.out}: {_count(report.converted, 'shard')} converted, {report.kept:,} already done, "
+              f"{len(report.refused):,} refused; {_count(report.samples, 'sample')}, {len(report.skipped):,} left out; "
+              f"see {MANIFEST}")
+    return SOME_FAILED if report.refused or report.skipped else DONE
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """`check` and `convert` with their flags."""
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    checker = commands.add_parser("check", help="look at every record before a training does")
+    checker.add_argument("files", nargs="+", metavar="FILES", help="tar, jsonl, json, parquet; patterns, folders")
+    checker.add_argument("--tokenizer", metavar="DIR", help="also check codes against it, and count tokens")
+    checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each one's keys)")
+    checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the "
+                         "decoder, as reverse_ratio=0.5; repeat for more")
+    checker.add_argument("--format", default="auto", help="tar, jsonl, json or parquet (default: by the suffix)")
+    checker.add_argument("--images", metavar="DIR", help="folder of the pictures that records name")
+    checker.add_argument("--max-errors", type=_whole, default=20, metavar="N", help="show N errors; 0: all "
+                         "(default: 20; all are counted)")
+    checker.add_argument("--length", type=_positive, metavar="N", help="tokens a record may have (needs --tokenizer)")
+    checker.set_defaults(work=check)
+    converter = commands.add_parser("convert", help="pickled shards of the original → json shards, safely")
+    converter.add_argument("tars", nargs="+", metavar="IN_TARS", help="shards, patterns, folders")
+    converter.add_argument("--out", required=True, metavar="DIR")
+    converter.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (default: 1)")
+    converter.add_argument("--skip-bad", action="store_true", help="leave out refused samples, not their whole shard")
+    converter.add_argument("--force", action="store_true", help="convert again what is done already")
+    converter.set_defaults(work=convert)
+    for each in (checker, converter):
+        each.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        each.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number

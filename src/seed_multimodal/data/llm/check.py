@@ -1,0 +1,290 @@
+"""Looks at every record of any supported file before a training does: `seed data check FILES...`.
+
+Found and named with file and line (or sample, item, row): malformed json, torn files, missing keys, wrong types, codes
+out of range, a wrong number of codes, pictures and placeholders that differ in number, empty texts, ids that are there
+twice, picture files that are not there, and records longer than a limit. Everything is counted.
+
+Without a tokenizer the codebook is unknown: codes must be whole numbers from 0, and all pictures of one length. With
+one, each record also goes through its decoder, so what passes here is what a training accepts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.data.llm.check_kinds import (
+    RAW,
+    TEXTS,
+    Kind,
+    code_lists,
+    guess_kind,
+    image_paths,
+    kind_of_decoder,
+)
+from seed_multimodal.data.llm.decoders import DECODERS, Decoder, get_decoder
+from seed_multimodal.data.llm.phrases import BLANK_CAPTION
+from seed_multimodal.data.llm.record import BadRecord, LlmRecord, find_image
+from seed_multimodal.data.llm.sequence import SeededDraws
+from seed_multimodal.data.llm.sources import FileRecords, find_files
+from seed_multimodal.errors import ConfigError, DataError, SeedError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """What to look at, and how.
+
+    Args:
+        files: as `open_records` takes them; `format` too.
+        tokenizer: folder of the tokenizer the training will use. `length`: tokens a record may have (needs it).
+        decoder: of all records; None: guessed from each record's keys. `options` go to it.
+        images: folder of pictures; None: paths count from their file's folder, or from the current one.
+        max_errors: so many findings are kept as sentences (all are counted); 0 keeps every one.
+    """
+
+    files: Sequence[str | Path]
+    format: str = "auto"
+    tokenizer: str | Path | None = None
+    decoder: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    images: str | Path | None = None
+    max_errors: int = 20
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: its kind, and a sentence with file and place."""
+
+    kind: str
+    sentence: str
+
+
+@dataclass
+class CheckReport:
+    """What was there. `kinds`: records by decoder; `lengths`: records by their number of tokens (with a tokenizer)."""
+
+    files: int = 0
+    records: int = 0
+    images: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    findings: list[Finding] = field(default_factory=list)
+    lengths: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def wrong(self) -> int:
+        """All findings, also those whose sentence was not kept."""
+        return self.errors.total()
+
+    def length_at(self, share: float) -> int:
+        """The length that `share` (0..1) of the records do not exceed."""
+        wanted, seen = share * self.lengths.total(), 0
+        for length, count in sorted(self.lengths.items()):
+            seen += count
+            if seen >= wanted:
+                return length
+        return 0
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(from, to, records) by powers of two."""
+        bins: Counter[int] = Counter()
+        for length, count in self.lengths.items():
+            bins[max(5, (length - 1).bit_length())] += count
+        return [(0 if n == 5 else 2 ** (n - 1) + 1, 2 ** n, bins[n])
+                for n in range(min(bins, default=0), max(bins, default=-1) + 1)]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for `--json`."""
+        lengths = {"median": self.length_at(0.5), "p95": self.length_at(0.95), "longest": max(self.lengths, default=0),
+                   "tokens": sum(n * count for n, count in self.lengths.items()),
+                   "histogram": [{"from": low, "to": high, "records": n} for low, high, n in self.histogram()]}
+        return {"files": self.files, "records": self.records, "images": self.images, "kinds": dict(self.kinds),
+                "errors": dict(self.errors), "wrong": self.wrong,
+                "findings": [{"kind": one.kind, "sentence": one.sentence} for one in self.findings],
+                "lengths": lengths if self.lengths else None}
+
+
+def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckReport:
+    """Read every record of the files and count what is there and what is wrong.
+
+    Raises:
+        ConfigError: settings that make no sense. DataError: nothing matches `files`. CheckpointError: no tokenizer.
+    """
+    from tqdm import tqdm
+
+    checker = _Checker(settings)
+    files = find_files(settings.files, settings.format)
+    report = checker.report
+    report.files = len(files)
+    with tqdm(total=0, unit="record", desc="check", delay=1, disable=None if progress else True) as bar:
+        for path, format in files:
+            source = FileRecords([(path, format)], str(path))
+            try:
+                count = len(source)
+            except DataError as error:
+                checker.note(getattr(error, "kind", "damaged file"), str(error))
+                continue
+            bar.total += count
+            checker.sources.append(source)
+            for index in range(count):
+                checker.read(source, index)
+                bar.update()
+            source.close()
+    return report
+
+
+class _Checker:
+    """Goes through records one by one and fills a report."""
+
+    def __init__(self, settings: CheckSettings) -> None:
+        if settings.options and settings.decoder is None:
+            raise ConfigError("--option needs --decoder.")
+        if settings.length is not None and (settings.tokenizer is None or settings.length < 1):
+            raise ConfigError("--length needs --tokenizer, and must be 1 or more.")
+        self.settings = settings
+        self.report = CheckReport()
+        self.tokenizer: MultimodalTokenizer | None = None
+        if settings.tokenizer is not None:
+            self.tokenizer = MultimodalTokenizer.from_pretrained(settings.tokenizer)
+        self._decoders: dict[str, Decoder] = {}
+        if settings.decoder is not None and settings.decoder not in DECODERS or self.tokenizer is not None:
+            self._decoder(settings.decoder or "chat")  # refuses an unknown name or option before anything is read
+        self._tokens = self.tokenizer.vocabulary.tokens_per_image if self.tokenizer is not None else 0  # not known yet
+        self._codes = self.tokenizer.vocabulary.n_codes if self.tokenizer is not None else None
+        self.sources: list[FileRecords] = []
+        self._ids: dict[bytes, int] = {}  # of each id: where it was, as (source, record) in one number
+
+    def note(self, kind: str, sentence: str) -> None:
+        """Count a finding, and keep its sentence if there is room."""
+        self.report.errors[kind] += 1
+        if not self.settings.max_errors or len(self.report.findings) < self.settings.max_errors:
+            self.report.findings.append(Finding(kind, sentence))
+
+    def read(self, source: FileRecords, index: int) -> None:
+        """Look at one record."""
+        self.report.records += 1
+        try:
+            record = source.read(index)
+        except DataError as error:
+            self.note(getattr(error, "kind", "damaged file"), str(error))
+            return
+        self._check_id(record, source, index)
+        kind = kind_of_decoder(self.settings.decoder) if self.settings.decoder else guess_kind(record.fields,
+                                                                                               self._tokens)
+        if kind is None:
+            self.report.kinds["unknown"] += 1
+            self.note("missing key", f"{record.where}: its keys ({', '.join(sorted(record.fields)) or 'none'}) are "
+                      "those of no known kind of record.")
+            return
+        paths = image_paths(record.fields)
+        kind_name = "not tokenised" if kind is RAW else kind.decoder + (" (not tokenised)" if paths else "")
+        self.report.kinds[kind_name] += 1
+        problems = [*self._problems(record, kind), *self._lost(source.files[0], paths)]
+        for problem in problems:
+            self.note(problem.kind, f"{record.where}: {problem.sentence}")
+        if not problems and self.tokenizer is not None and kind is not RAW:
+            self._decode(record, kind)
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _problems(self, record: LlmRecord, kind: Kind) -> Iterable[Finding]:
+        fields = record.fields
+        for key in kind.missing(fields):
+            yield Finding("missing key", f"has no key {key!r}, which decoder {kind.decoder} needs.")
+        for key in TEXTS:
+            if fields.get(key) is None or (key not in kind.needs and kind is not RAW):
+                continue
+            if not isinstance(fields[key], str):
+                yield Finding("wrong type", f"{key!r} is a {type(fields[key]).__name__}, not a text.")
+            elif not fields[key].strip(BLANK_CAPTION if key == "text" else None):
+                yield Finding("empty text", f"{key!r} is empty.")
+        if kind is RAW and not any(key in fields for key in TEXTS):
+            yield Finding("missing key", "has a picture but no text.")
+        for name, codes, pictures in code_lists(fields, kind):
+            yield from self._wrong_codes(name, codes, pictures)
+
+    def _wrong_codes(self, name: str, codes: Any, pictures: int) -> Iterable[Finding]:
+        if not isinstance(codes, list | tuple) or any(type(code) is not int for code in codes):
+            yield Finding("wrong type", f"{name}: is no list of whole numbers.")
+            return
+        if not self._tokens and pictures == 1 and codes:
+            self._tokens = len(codes)  # the first picture tells how long all are
+        size = self._tokens or len(codes) or 1
+        self.report.images += pictures or len(codes) // size
+        wrong = next((code for code in codes if code < 0 or (self._codes is not None and code >= self._codes)), None)
+        if wrong is not None:
+            limit = "at least 0" if self._codes is None else f"0 to {self._codes - 1}"
+            yield Finding("codes out of range", f"{name}: code {wrong} is out of range ({limit}).")
+        if not codes or (len(codes) != pictures * size if pictures else len(codes) % size):
+            told = "" if self.tokenizer is not None else " (as the first one that was read)"
+            yield Finding("number of codes", f"{name}: has {len(codes)} codes; a picture has {size}{told}"
+                          + (f", and this holds {pictures}." if pictures > 1 else "."))
+
+    def _lost(self, file: Path, paths: Sequence[str]) -> Iterable[Finding]:
+        self.report.images += len(paths)
+        for path in paths:
+            if "://" in path or path.startswith("data:"):
+                yield Finding("missing picture", f"{path[:80]}: is an address, not a file; download it first.")
+            elif find_image(path, self.settings.images, file) is None:
+                where = f"below {self.settings.images}" if self.settings.images else \
+                    "beside its list or in the current folder (--images says where pictures lie)"
+                yield Finding("missing picture", f"the picture {path} is not there, {where}.")
+
+    def _check_id(self, record: LlmRecord, source: FileRecords, index: int) -> None:
+        file = source.files[0]
+        mark = record.fields.get("id")
+        scope = ""
+        if mark is None and record.where.startswith(start := f"{file}: sample "):
+            mark, scope = record.where.removeprefix(start), str(file.parent)  # shards of one folder share no keys
+        if mark is None or isinstance(mark, dict | list):
+            return
+        short = hashlib.blake2b(f"{scope}\n{mark}".encode("utf-8", "replace"), digest_size=8).digest()
+        here = len(self.sources) - 1 << 40 | index
+        first = self._ids.setdefault(short, here)
+        if first != here:
+            other = self.sources[first >> 40]
+            self.note("duplicate id", f"{record.where}: id {mark} is there already, in "
+                      f"{other.read(first & (1 << 40) - 1).where}.")
+            if other is not source:
+                other.close()
+
+    def _decoder(self, name: str, **guessed: Any) -> Decoder:
+        options = guessed if self.settings.decoder is None else self.settings.options
+        key = f"{name} {guessed}"
+        if key not in self._decoders:
+            # Without a tokenizer this only refuses a name that there is not.
+            self._decoders[key] = get_decoder(name, self.tokenizer, options)  # type: ignore[arg-type]
+        return self._decoders[key]
+
+    def _decode(self, record: LlmRecord, kind: Kind) -> None:
+        guessed: dict[str, Any] = {}
+        if kind.decoder == "pretrain.video" and self.settings.decoder is None:  # all the frames there are
+            frames = record.fields["image_ids"]
+            guessed = {"flat": False} if isinstance(frames[0], list) else {"num_frames": len(frames) // self._tokens}
+        decoder = self._decoder(kind.decoder, **guessed)
+        try:
+            sequence = decoder(_as_tokenised(record.fields, self._tokens), SeededDraws(0, self.report.records))
+        except SeedError as error:
+            self.note(error.kind if isinstance(error, BadRecord) else "codes", f"{record.where}: {error}")
+            return
+        if sequence is None:
+            self.note("dropped", f"{record.where}: decoder {kind.decoder} leaves it out: {decoder.reason}")
+            return
+        self.report.lengths[len(sequence.ids)] += 1
+        if self.settings.length is not None and len(sequence.ids) > self.settings.length:
+            self.note("too long", f"{record.where}: has {len(sequence.ids)} tokens, more than {self.settings.length}.")
+
+
+def _as_tokenised(fields: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The fields with codes in place of pictures that are still files: enough for the length."""
+    if "messages" not in fields:
+        return fields
+    turns = [{**turn, "content": [{"codes": [0] * tokens} if isinstance(part, dict) and "image" in part else part
+                                  for part in turn["content"]]} for turn in fields["messages"]]
+    return fields | {"messages": turns}

@@ -1,0 +1,199 @@
+"""Conversations of any spelling -> `messages`: LLaVA's json, SEED-X's jsonl, chat lists with roles.
+
+    fields["messages"] = [{"role": "user" | "assistant", "content": [part, ...]}, ...]
+    part = "text" | {"codes": [12, 7, ...]} | {"codes": [[...], [...]]} (views of one picture) | {"image": "a.jpg"}
+
+| spelling | pictures | place of a picture |
+| --- | --- | --- |
+| `conversations: [{from, value}]` (LLaVA) | `image`, or `image_ids` when tokenised | each `<image>` |
+| `messages: [{role, content}]` | parts of `content`, or `images` / `image` / `image_ids` | there, or each `<image>` |
+| `data: [question, answer, ...]` (SEED-X) | `image` | each `<image>`, else before the first question |
+| `source_image`, `target_image`, `instruction` (SEED-X) | these | read first, drawn last |
+
+The other fields stay as they are; a system message goes to `fields["system"]`. Records of other kinds are untouched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.language.vocabulary import PLACEHOLDER
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+         "chatgpt": "assistant", "bot": "assistant", "system": "system"}
+NO_IMAGE = (None, "", "none", "None", "null")
+Part = str | dict[str, Any]
+
+
+def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a record, with `messages` when it is a conversation.
+
+    Raises:
+        BadRecord: naming file and place: a turn without author or text, authors out of turn, or a number of `<image>`
+            placeholders that differs from the pictures.
+    """
+    fields = dict(item)
+    for key in ("messages", "conversations", "data"):
+        if isinstance(fields.get(key), str):  # parquet tables often hold them as json text
+            fields[key] = _parsed(fields[key], key, where)
+    if "messages" in fields:
+        turns = _turns(fields["messages"], ("role", "from"), ("content", "value"), "messages", where)
+    elif "conversations" in fields:
+        turns = _turns(fields["conversations"], ("from", "role"), ("value", "content"), "conversations", where)
+    elif "data" in fields and "image_ids" not in fields and ("image" in fields or _pairs(fields["data"])):
+        turns = _alternating(fields["data"], where)  # without a picture, odd ones are left to the released decoder
+    elif {"source_image", "target_image"} <= fields.keys():
+        fields["messages"] = _edit(fields, where)
+        return fields
+    else:
+        return fields
+    placed = any(not isinstance(part, str) for _, content in turns for part in content)
+    # Pictures that stand in the turns already: what `image` says beside them is where they came from.
+    pictures = [] if placed and not _placeholders(turns) else _pictures(fields, turns, where)
+    if pictures and "data" in fields and not _placeholders(turns):
+        turns[0][1][:0] = [PLACEHOLDER] * len(pictures)
+    _put_in(turns, pictures, where)
+    if turns and turns[0][0] == "system":
+        fields["system"] = "".join(part for part in turns.pop(0)[1] if isinstance(part, str))
+    _check_order(turns, where)
+    fields["messages"] = [{"role": role, "content": content} for role, content in turns]
+    return fields
+
+
+def _turns(
+    value: Any, author: Sequence[str], said: Sequence[str], key: str, where: str
+) -> list[tuple[str, list[Part]]]:
+    if not isinstance(value, list) or not value:
+        raise BadRecord("wrong type", f"{where}: {key!r} must be a list of turns, not {_shown(value)}.")
+    turns = []
+    for number, turn in enumerate(value, 1):
+        name = f"{where}: turn {number} of {key!r}"
+        if not isinstance(turn, Mapping):
+            raise BadRecord("wrong type", f"{name}: is {_shown(turn)}, not an object.")
+        who = next((turn[k] for k in author if turn.get(k) is not None), None)
+        if who is None:
+            raise BadRecord("missing key", f"{name}: has no key {author[0]!r}.")
+        role = ROLES.get(str(who).lower())
+        if role is None:
+            raise BadRecord("wrong role", f"{name}: {author[0]!r} is {_shown(who)}, not one of {', '.join(ROLES)}.")
+        content = next((turn[k] for k in said if turn.get(k) is not None), None)
+        if content is None:
+            raise BadRecord("missing key", f"{name}: has no key {said[0]!r}.")
+        turns.append((role, [_part(part, name) for part in ([content] if isinstance(content, str) else
+                                                            _list(content, name))]))
+    return turns
+
+
+def _part(part: Any, name: str) -> Part:
+    """A part of a turn in our form, from ours or from a chat API's (`{"type": "text", "text": …}`)."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise BadRecord("wrong type", f"{name}: a part is {_shown(part)}, not a text or a picture.")
+    if part.get("codes") is not None:
+        return {"codes": _list(part["codes"], name)}
+    if part.get("text") is not None:
+        return str(part["text"])
+    image = part.get("image_url") if part.get("image") is None else part["image"]
+    image = image.get("url", image) if isinstance(image, Mapping) else image
+    if image not in NO_IMAGE:
+        return {"image": image}
+    if part.get("type") == "image":  # the picture stands in `images`
+        return PLACEHOLDER
+    raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {_shown(dict(part))}.")
+
+
+def _pairs(data: Any) -> bool:
+    return isinstance(data, list) and bool(data) and not len(data) % 2 and all(isinstance(text, str) for text in data)
+
+
+def _alternating(data: Any, where: str) -> list[tuple[str, list[Part]]]:
+    if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
+        raise BadRecord("wrong type", f"{where}: 'data' must be a list of texts, not {_shown(data)}.")
+    if not data or len(data) % 2:
+        raise BadRecord("wrong role", f"{where}: 'data' holds {len(data)} texts; questions and answers come in pairs.")
+    return [("assistant" if number % 2 else "user", [text]) for number, text in enumerate(data)]
+
+
+def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    given = fields.get("instruction_new") is not None and fields.get("response") is not None
+    instruction = fields["instruction_new"] if given else fields.get("instruction")
+    if not isinstance(instruction, str):
+        raise BadRecord("missing key", f"{where}: 'instruction' must be a text, not {_shown(instruction)}.")
+    for key in ("source_image", "target_image"):
+        if fields[key] in NO_IMAGE:
+            raise BadRecord("missing key", f"{where}: {key!r} is empty.")
+    response = [fields["response"]] if given and fields["response"] else []
+    return [{"role": "user", "content": [{"image": fields["source_image"]}, instruction]},
+            {"role": "assistant", "content": [*response, {"image": fields["target_image"]}]}]
+
+
+def _pictures(fields: Mapping[str, Any], turns: Sequence[tuple[str, list[Part]]], where: str) -> list[Part]:
+    """What the placeholders stand for, in order."""
+    codes = fields.get("image_ids")
+    if codes is not None:
+        codes = _list(codes, f"{where}: 'image_ids'")
+        if not codes or isinstance(codes[0], list):
+            return [{"codes": one} for one in codes]
+        count = max(1, _placeholders(turns))  # pictures written one after the other
+        size = -(-len(codes) // count)
+        return [{"codes": codes[start:start + size]} for start in range(0, len(codes), size)]
+    images = fields.get("images") if fields.get("images") is not None else fields.get("image")
+    several = images if isinstance(images, list) else [images]
+    return [{"image": image} for image in several if isinstance(image, Mapping | bytes) or image not in NO_IMAGE]
+
+
+def _placeholders(turns: Sequence[tuple[str, list[Part]]]) -> int:
+    return sum(part.count(PLACEHOLDER) for _, content in turns for part in content if isinstance(part, str))
+
+
+def _put_in(turns: list[tuple[str, list[Part]]], pictures: list[Part], where: str) -> None:
+    """Each placeholder becomes its picture; parts that become empty go."""
+    count = _placeholders(turns)
+    if count != len(pictures):
+        raise BadRecord("images and placeholders", f"{where}: {count} {PLACEHOLDER} placeholder{'s' * (count != 1)} "
+                        f"for {len(pictures)} picture{'s' * (len(pictures) != 1)}.")
+    left = iter(pictures)
+    for _, content in turns:
+        parts: list[Part] = []
+        for part in content:
+            if not isinstance(part, str):
+                parts.append(part)
+                continue
+            first, *others = part.split(PLACEHOLDER)
+            parts.append(first)
+            for text in others:
+                parts += [next(left), text]
+        content[:] = [part for part in parts if part != ""]
+
+
+def _check_order(turns: Sequence[tuple[str, list[Part]]], where: str) -> None:
+    for number, (role, content) in enumerate(turns):
+        expected = "assistant" if number % 2 else "user"
+        if role != expected:
+            raise BadRecord("wrong role", f"{where}: turn {number + 1} is the {role}'s, but the {expected}'s was due.")
+        if all(isinstance(part, str) and not part.strip() for part in content):
+            raise BadRecord("empty text", f"{where}: turn {number + 1} (the {role}'s) is empty.")
+    if len(turns) % 2 or not turns:
+        raise BadRecord("wrong role", f"{where}: the conversation ends without an answer.")
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise BadRecord("wrong type", f"{name}: {_shown(value)} is no list.")
+    return list(value)
+
+
+def _parsed(text: str, key: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("malformed json", f"{where}: {key!r} is a text that is not json ({error}).") from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

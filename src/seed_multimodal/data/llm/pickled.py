@@ -1,0 +1,239 @@
+"""Reads the released shards' pickles as data: nothing in them is ever run.
+
+A pickle is a program that may call any function by name. Here the names of numpy's own array pickles lead to inert
+stand-ins that only collect numbers, every other name is refused before it is looked up, and the sizes that a pickle
+claims are checked before it is read. What comes out is plain: dict, list, str, int, float, bool, None. Tuples and
+integer arrays become lists, UTF-8 bytes become texts, as json writes them.
+
+This is the one file of the project that may import `pickle`, and it takes `Unpickler` alone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickletools
+from pickle import Unpickler, UnpicklingError
+from typing import Any
+
+import numpy as np
+
+from seed_multimodal.data.llm.record import BadRecord
+
+MAX_NODES = 5_000_000  # of one record: a few bytes of pickle can describe a structure of any size
+MAX_DEPTH = 64
+_BROKEN = (UnpicklingError, AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError, OverflowError,
+           MemoryError, RecursionError)
+
+
+class _Refused(Exception):
+    """What a pickle asks for and does not get."""
+
+    def __init__(self, kind: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.kind = kind
+
+
+def read_pickle(data: bytes, where: str) -> dict[str, Any]:
+    """The dict in a released sample's .pkl member, in json's types.
+
+    Raises:
+        BadRecord: naming `where` and what is refused: a global (a function or class by name), a type, or a pickle that
+            is broken or claims more than it holds.
+    """
+    try:
+        _check_sizes(data)
+        value = _Plain(io.BytesIO(data)).load()
+    except _Refused as error:
+        raise BadRecord(error.kind, f"{where}: {error}") from None
+    except _BROKEN as error:
+        raise BadRecord("damaged pickle", f"{where}: cannot be read as a pickle ({error or type(error).__name__}).") \
+            from None
+    if not isinstance(value, dict):
+        raise BadRecord("wrong type", f"{where}: holds a {_named(value)}, not a dict.")
+    return _Json(where).convert(value, "", 0)
+
+
+def _check_sizes(data: bytes) -> None:
+    """Walk the opcodes without running them; a place in the memo far beyond their number would be allocated at once."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if "PUT" in opcode.name and int(argument or 0) > count + 256:
+            raise ValueError(f"it numbers an object {argument}")
+        if opcode.name in ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"):
+            raise ValueError(f"it uses {opcode.name}, which stands for something outside it")
+
+
+class _Plain(Unpickler):
+    """An unpickler that knows no functions but the stand-ins below."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in of a name of numpy's pickles; called for every global, before anything is imported."""
+        known = STAND_INS.get((module.replace("numpy._core.", "numpy.core."), name))
+        if known is None:
+            raise _Refused("refused global", f"asks for {module}.{name}; only plain values and integer numpy arrays "
+                           "are read, and nothing is run.")
+        return known
+
+
+class _Inert:
+    """What a pickle may hold but not change: no attributes, no state."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise UnpicklingError("it changes a function")
+
+
+class _Type(_Inert):
+    """`numpy.ndarray`, as the name alone."""
+
+    __slots__ = ()
+
+
+class _Dtype:
+    """A data type by its code ("i8") and byte order."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: Any) -> None:
+        if not isinstance(code, str) or code.lstrip("<>|=")[:1] not in ("i", "u", "b") or len(code) > 4:
+            raise _Refused("wrong type", f"holds an array of numpy type {str(code)[:20]!r}; only integers are read.")
+        self.code, self.order = code.lstrip("<>|="), "<"
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
+            raise UnpicklingError("a numpy type has another state")
+        self.order = state[1]
+
+    def numbers(self, data: Any, shape: Any, fortran: Any = False) -> Any:
+        """Raw bytes as nested lists of ints (a bare int for shape ())."""
+        if isinstance(data, str):  # pickled by python 2
+            data = data.encode("latin-1")
+        if not isinstance(data, bytes | bytearray):
+            raise UnpicklingError("an array's numbers are no bytes")
+        kind = np.dtype(self.order.replace("|", "=") + self.code)
+        flat = np.frombuffer(bytes(data), kind)
+        if not isinstance(shape, tuple) or len(shape) > 8 or math.prod(shape) != len(flat) or min(shape, default=0) < 0:
+            raise UnpicklingError("an array's shape does not fit its numbers")
+        return flat.reshape(shape, order="F" if fortran else "C").tolist()
+
+
+class _Array:
+    """An integer array while its parts arrive."""
+
+    __slots__ = ("value", "size")
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.size = 0
+
+    def fill(self, dtype: Any, data: Any, shape: Any, fortran: bool) -> None:
+        """Take the numbers that a pickle gives."""
+        if not isinstance(dtype, _Dtype):
+            raise UnpicklingError("an array has no numpy type")
+        self.value, self.size = dtype.numbers(data, shape, fortran), len(data)
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise UnpicklingError("a numpy array has another state")
+        _, shape, dtype, fortran, data = state
+        self.fill(dtype, data, shape, bool(fortran))
+
+
+class _MakeDtype(_Inert):
+    __slots__ = ()
+
+    def __call__(self, code: Any, *_: Any) -> _Dtype:
+        return _Dtype(code)
+
+
+class _Reconstruct(_Inert):
+    __slots__ = ()
+
+    def __call__(self, *_: Any) -> _Array:
+        return _Array()
+
+
+class _FromBuffer(_Inert):
+    __slots__ = ()
+
+    def __call__(self, data: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -> _Array:
+        array = _Array()
+        array.fill(dtype, data, shape, order == "F")
+        return array
+
+
+class _Scalar(_Inert):
+    __slots__ = ()
+
+    def __call__(self, dtype: Any, data: Any) -> Any:
+        array = _Array()
+        array.fill(dtype, data, (), False)
+        return array.value
+
+
+class _Encode(_Inert):
+    """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes."""
+
+    __slots__ = ()
+
+    def __call__(self, text: Any, encoding: Any) -> bytes:
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            raise UnpicklingError("it encodes something else than bytes")
+        return text.encode("latin-1")
+
+
+class _NoBytes(_Inert):
+    """`bytes()`: how protocol 2 writes no bytes at all."""
+
+    __slots__ = ()
+
+    def __call__(self) -> bytes:
+        return b""
+
+
+STAND_INS: dict[tuple[str, str], _Inert] = {
+    ("numpy", "ndarray"): _Type(), ("numpy", "dtype"): _MakeDtype(),
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(), ("numpy.core.multiarray", "scalar"): _Scalar(),
+    ("numpy.core.numeric", "_frombuffer"): _FromBuffer(), ("_codecs", "encode"): _Encode(),
+    ("__builtin__", "bytes"): _NoBytes()}
+
+
+class _Json:
+    """Turns what was read into json's types, and counts while doing so."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self.nodes = where, 0
+
+    def convert(self, value: Any, path: str, depth: int) -> Any:
+        """`value` in json's types; `path` names it in a refusal."""
+        self.nodes += 1 + (len(value) >> 8 if isinstance(value, str | bytes) else
+                           value.size if isinstance(value, _Array) else 0)
+        if self.nodes > MAX_NODES or depth > MAX_DEPTH:
+            raise BadRecord("wrong type", f"{self.where}: is larger than {MAX_NODES:,} values or nested deeper than "
+                            f"{MAX_DEPTH}.")
+        kind = type(value)
+        if kind is str or kind is bool or value is None or (kind is int and abs(value) < 1 << 64):
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else None  # json has no NaN; LAION's metadata does
+        if kind is list or kind is tuple:
+            return [self.convert(one, f"{path}[{place}]", depth + 1) for place, one in enumerate(value)]
+        if kind is dict:
+            for key in value:
+                if type(key) is not str:
+                    raise BadRecord("wrong type", f"{self.where}: a key{' of ' + path if path else ''} is the "
+                                    f"{_named(key)} {str(key)[:40]!r}, not a text.")
+            return {key: self.convert(one, f"{path}.{key}" if path else key, depth + 1) for key, one in value.items()}
+        if kind is _Array and value.value is not None:
+            return value.value
+        if kind is bytes:
+            try:
+                return value.decode("utf-8")
+            except UnicodeDecodeError:
+                raise BadRecord("wrong type", f"{self.where}: {path} holds bytes that are no text.") from None
+        raise BadRecord("wrong type", f"{self.where}: {path or 'it'} holds a {_named(value)}, which is no plain value.")
+
+
+def _named(value: Any) -> str:
+    return {_Array: "numpy array", _Dtype: "numpy type"}.get(type(value), type(value).__name__)

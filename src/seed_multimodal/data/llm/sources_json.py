@@ -1,0 +1,221 @@
+"""Where the records of a .jsonl or .json file lie, found without keeping the file in memory."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.errors import DataError
+
+BLOCK = 1 << 24
+LISTS = ("annotations",)  # keys whose list is meant, in a file that holds one object around it (COCO captions)
+BOM = b"\xef\xbb\xbf"
+_SPACE = np.zeros(256, bool)
+_SPACE[list(b" \t\r\n\v\f")] = True
+_BLANK = " \t\r\n"
+
+
+def is_lines(path: Path) -> bool:
+    """Whether a file named .json in truth holds an object per line."""
+    with _opened(path) as file:
+        start = file.read(4096).lstrip(BOM + b" \t\r\n")
+        if not start.startswith(b"{"):
+            return False
+        file.seek(0)
+        line = b""
+        while not line.strip(BOM + b" \t\r\n"):
+            line = file.readline(1 << 26)
+    try:
+        first = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False  # pretty-printed over several lines, or broken
+    return isinstance(first, dict) and not any(isinstance(first.get(key), list) for key in LISTS)
+
+
+def index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(first byte, end, line number from 1) of each line that is not blank, each int64 [N]."""
+    starts, ends, numbers = [], [], []
+    position, line_start, line, filled = 0, 0, 1, False
+    with _opened(path) as file:
+        if file.read(3) != BOM:
+            file.seek(0)
+        position = line_start = file.tell()
+        while block := file.read(BLOCK):
+            data = np.frombuffer(block, np.uint8)
+            breaks = np.flatnonzero(data == 10)
+            cuts = np.concatenate([[0], breaks + 1])  # where the pieces between line ends begin
+            whole = cuts[cuts < len(data)]
+            counts = np.logical_or.reduceat(~_SPACE[data], whole)
+            counts = counts if len(whole) == len(cuts) else np.append(counts, False)
+            counts[0] |= filled
+            first = np.concatenate([[line_start], position + breaks + 1])
+            if len(breaks):
+                good = counts[:-1]
+                starts.append(first[:-1][good])
+                ends.append((position + breaks)[good])
+                numbers.append(np.arange(line, line + len(breaks))[good])
+            filled, line_start, line = bool(counts[-1]), int(first[-1]), line + len(breaks)
+            position += len(block)
+    if filled:  # the last line has no line end
+        starts.append(np.array([line_start]))
+        ends.append(np.array([position]))
+        numbers.append(np.array([line]))
+    return _joined(starts), _joined(ends), _joined(numbers)
+
+
+def index_array(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(first byte, end) of each item of a json list, each int64 [N]; the list may stand under `annotations`.
+
+    Raises:
+        DataError: no json list; the sentence names the line and the item where it breaks off.
+    """
+    with _opened(path) as file:
+        return _Scanner(path, file).items()
+
+
+class _Scanner:
+    """Walks through the list of a json file, a window of text at a time."""
+
+    def __init__(self, path: Path, file: object) -> None:
+        self.path, self.file = path, file
+        self.decode = codecs.getincrementaldecoder("utf-8-sig")()
+        self.parse = json.JSONDecoder().raw_decode
+        self.text, self.place = "", 0  # the window, and where in it the next thing stands
+        self.byte = 0  # the byte in the file of `text[place]`
+        self.line = 1
+        self.item = -1
+        self.ended = False
+
+    def items(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `index_array`."""
+        self._more()
+        if self.file.seekable() and self._starts_with_bom():  # type: ignore[attr-defined]
+            self.byte = len(BOM)
+        opening = self._next()
+        if opening == "{":
+            opening = self._enter()
+        if opening != "[":
+            raise self._broken("must hold a list of records, or one object per line")
+        self._step(1)
+        starts, ends = array("q"), array("q")
+        if self._next() == "]":
+            self._finish()
+            return _joined([]), _joined([])
+        while True:
+            self._next()
+            self.item += 1
+            starts.append(self.byte)
+            self._value()
+            ends.append(self.byte)
+            after = self._next()
+            if after == "]":
+                self._finish()
+                return np.array(starts, np.int64), np.array(ends, np.int64)
+            if after != ",":
+                raise self._broken(f"',' or ']' is missing after item {self.item}")
+            self._step(1)
+
+    def _enter(self) -> str:
+        """Into the list under one of `LISTS` of the object that opens here; gives "[" when it is found."""
+        self._step(1)
+        while self._next() == '"':
+            key = self._value()
+            if self._next() != ":":
+                break
+            self._step(1)
+            if key in LISTS:
+                return self._next()
+            self._next()
+            self._value()
+            if self._next() != ",":
+                break
+            self._step(1)
+        return ""
+
+    def _finish(self) -> None:
+        """What follows a list under a key is not looked at; after a bare list nothing may follow."""
+        self._step(1)
+        rest = self._next()
+        if rest and rest not in ",}":
+            raise self._broken("there is more after the list's end")
+
+    def _next(self) -> str:
+        """The next character that is no blank ("" at the end); `place` stands at it."""
+        while True:
+            rest = self.text[self.place:self.place + 4096]
+            blanks = len(rest) - len(rest.lstrip(_BLANK))
+            self._step(blanks)
+            if self.place < len(self.text):
+                return self.text[self.place]
+            if not self._more():
+                return ""
+
+    def _value(self) -> object:
+        """Passes over one json value and gives it."""
+        while True:
+            problem: Exception
+            try:
+                value, end = self.parse(self.text, self.place)
+                if end < len(self.text) or self.ended or self.text[end - 1] in '"]}':
+                    self._step(end - self.place)
+                    return value  # a number at the window's end might go on
+                problem = ValueError("breaks off")
+            except json.JSONDecodeError as error:
+                problem = error
+                # Deep inside the window it is broken for good; at its end, or in an open string, there may be more.
+                if not error.msg.startswith("Unterminated string") and error.pos < len(self.text) - 16:
+                    raise self._broken(error.msg, error.pos) from None
+            except RecursionError:
+                raise self._broken("it is nested too deeply") from None
+            if not self._more():
+                raise self._broken(getattr(problem, "msg", str(problem)), getattr(problem, "pos", self.place)) from None
+
+    def _step(self, count: int) -> None:
+        if count:
+            passed = self.text[self.place:self.place + count]
+            self.byte += count if passed.isascii() else len(passed.encode())
+            self.line += passed.count("\n")
+            self.place += count
+
+    def _more(self) -> bool:
+        """Drop what was passed and read on: at least as much as is still there, so that a huge item is not read over
+        and over again; False at the end."""
+        if self.ended:
+            return False
+        data = self.file.read(max(BLOCK // 4, len(self.text) - self.place))  # type: ignore[attr-defined]
+        self.ended = not data
+        try:
+            self.text, self.place = self.text[self.place:] + self.decode.decode(data, final=self.ended), 0
+        except UnicodeDecodeError as error:
+            raise self._broken(f"it is not UTF-8: {error.reason}") from None
+        return not self.ended
+
+    def _starts_with_bom(self) -> bool:
+        with _opened(self.path) as file:
+            return bool(file.read(3) == BOM)
+
+    def _broken(self, reason: str, position: int | None = None) -> DataError:
+        line = self.line + (self.text.count("\n", self.place, position) if position is not None else 0)
+        item = f", item {self.item}" if self.item >= 0 else ""
+        return BadRecord("malformed json", f"{self.path}: line {line}{item}: is not a json list ({reason}).")
+
+
+def _opened(path: Path):  # type: ignore[no-untyped-def]  # a binary file
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}).") from None
+    if file.peek(2)[:2] == b"\x1f\x8b":
+        file.close()
+        raise BadRecord("damaged file", f"{path}: compressed files cannot be read at random positions; unpack it with "
+                        "gunzip first.")
+    return file
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
