@@ -52,15 +52,18 @@ for stage in stage1 stage2; do
   echo "== $stage"
   OMP_NUM_THREADS=$cores "$python" SEED_Tokenizer/train.py --cfg-path "$work/$stage.yaml"
 done
-stages tokenizer,codes "$cores"
+stages tokenizer,codes,records "$cores"
 # The decoder and the language model both start from the codes and not from each other.
 OMP_NUM_THREADS=$half stages unet,unet2,vae2 "$half" &
 decoder=$!
 trap 'kill "$decoder" 2>/dev/null || true' EXIT  # if the language model fails, nothing goes on unseen
-OMP_NUM_THREADS=$half stages pretrain,sft "$half"
+for stage in llm_pretrain llm_sft; do
+  echo "== $stage"
+  OMP_NUM_THREADS=$half "$python" MultiModalLLM/src/train/train.py --config-path "$work" --config-name "$stage"
+done
 wait "$decoder"
 trap - EXIT
-stages assemble "$cores"
+stages llm,assemble "$cores"
 
 if [ "$report" = 1 ]; then
   judge=$out/judge

@@ -17,12 +17,14 @@ kind `seed2_tokenizer`), a kind is one module `tests/golden/kinds/<name>.py`:
 
 A folder whose kind no module knows fails. A check derives every size from the fixture itself, because further
 fixtures of the same kind come with other sizes and seeds. Its docstring names the parts of the fixture it leaves out.
-Helpers for checks (`from runner import …`): `read_json`, `read_tensors`, `assert_close`, `assert_same`,
-`golden_tokenizer_folder`.
+Helpers for checks (`from runner import …`): `read_json`, `read_json_lines`, `files_named`, `read_tensors`,
+`assert_close`, `assert_same`, `golden_tokenizer_folder`. Large json of the kept fixtures is stored compressed
+(`x.json.gz`); checks ask for `x.json` and get either.
 """
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import sys
@@ -88,10 +90,28 @@ def run_fixture(folder: Path) -> None:
     kinds[kind_of(folder, kinds)](folder)
 
 
+def read_text(path: Path) -> str:
+    """A text file of a fixture, or what `<name>.gz` holds; a sentence instead of a traceback when neither is there."""
+    packed = path.with_name(path.name + ".gz")
+    assert path.is_file() or packed.is_file(), f"{path}: the fixture lacks this file."
+    data = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
+    return data.decode("utf-8")
+
+
 def read_json(path: Path) -> Any:
-    """A json file of a fixture, with a sentence instead of a traceback when it is not there."""
-    assert path.is_file(), f"{path}: the fixture lacks this file."
-    return json.loads(path.read_text(encoding="utf-8"))
+    """A json file of a fixture, compressed or not."""
+    return json.loads(read_text(path))
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """A file with one json value per line, compressed or not."""
+    return [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+
+
+def files_named(folder: Path, pattern: str) -> list[Path]:
+    """Files that match, sorted, by their names without `.gz`; for `read_json` and its like."""
+    plain = set(folder.glob(pattern)) | {path.with_name(path.name[:-3]) for path in folder.glob(pattern + ".gz")}
+    return sorted(plain)
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

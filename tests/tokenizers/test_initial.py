@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from seed_multimodal.tokenizers.seed2_config import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.vision.eva import EvaConfig, EvaVit
 
-KEYS = Path(__file__).parents[1] / "golden" / "data" / "seed2_keys_full" / "stage1_training_model.json"
+KEYS = Path(__file__).parents[1] / "golden" / "data" / "seed2_keys_full" / "stage1_training_model.json.gz"
 WORDS = "Qformer.bert.embeddings.word_embeddings.weight"
 HEAD = "Qformer.cls.predictions."
 # Released sizes → tiny ones: word pieces, MLP, tower, Q-Former, positions, projections.
@@ -35,7 +36,8 @@ def config() -> Seed2Config:
 @pytest.fixture(scope="module")
 def blip2() -> dict[str, Tensor]:
     """What `blip2_pretrained.pth` holds: stage 1 without the tower, and the matching head."""
-    names = {name: row for name, row in json.loads(KEYS.read_text()).items() if not name.startswith("visual_encoder.")}
+    table = json.loads(gzip.decompress(KEYS.read_bytes()))
+    names = {name: row for name, row in table.items() if not name.startswith("visual_encoder.")}
     generator = torch.Generator().manual_seed(3)
     state = {name: torch.arange(20)[None] if name.endswith("position_ids")
              else torch.randn([TINY.get(n, n) for n in row["shape"]], generator=generator)

@@ -63,11 +63,13 @@ def test_the_line_ends_in_a_system_that_answers(
     for stage, steps in (("stage1", 4), ("stage2", 10)):
         assert json.loads((work / stage / f"{stage}.done.json").read_text())["steps"] == steps
     assert json.loads((work / "tokenizer.done.json").read_text())["codebook"] == 64
+    for stage in ("llm_pretrain", "llm_sft"):
+        assert json.loads((work / stage / "summary.json").read_text())["steps"] == 4
 
     line = ["--config", str(ROOT / "configs/nano/test.yaml"), "--data", str(few), "--work", str(work),
             "--out", str(out)]
-    assert main([*line, "--only", "vae,clip,tokenizer,unet2,sft"]) == 0
-    assert capsys.readouterr().out.count("already done") == 5
+    assert main([*line, "--only", "vae,clip,tokenizer,unet2,llm"]) == 0
+    assert capsys.readouterr().out.count("already done") == 4
     (work / "stage2" / "stage2.done.json").unlink()
     assert main([*line, "--only", "tokenizer"]) == 2
     assert "stage2 is not trained to its end" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from runner import assert_same, golden_tokenizer_folder, read_json
+from runner import assert_same, files_named, golden_tokenizer_folder, read_json
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.encode import image_from_base64, image_to_base64
@@ -39,7 +39,7 @@ def check(folder: Path) -> None:
     if (folder / "helpers.json").is_file():
         check_helpers(read_json(folder / "helpers.json"))
     tokenizer = MultimodalTokenizer.from_pretrained(golden_tokenizer_folder(folder))
-    flows = sorted(folder.glob("flows_*.json"))
+    flows = files_named(folder, "flows_*.json")
     assert flows, f"{folder}: holds no flows"
     for file in flows:
         for flow in read_json(file):

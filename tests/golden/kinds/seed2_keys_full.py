@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runner import assert_same, read_json
+from runner import assert_same, files_named, read_json
 from torch import nn
 
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -46,7 +46,7 @@ def _check_model(model: nn.Module, table: dict[str, dict[str, Any]], name: str, 
 
 
 def check(folder: Path) -> None:
-    files = sorted(folder.glob("*.json"))
+    files = files_named(folder, "*.json")
     assert files, f"{folder}: no key tables"
     for file in files:
         assert file.name in BUILD, f"{file}: no model is known for this table"

@@ -1,9 +1,9 @@
 """Train the parts of nano from scratch: `python -m seed_multimodal.training.nano --config configs/nano/pico.yaml`.
 
-The tokenizer's two training stages run through the LAVIS application, between `recipe` and `tokenizer`;
-scripts/nano_speedrun.sh does it all. Stages run in order and each continues where it stopped; `--only` picks some, so
-that independent ones (`unet`, `pretrain`) can run side by side. At the end `--out` is a system folder that
-`SeedLlama.from_pretrained` loads.
+The tokenizer's two training stages run through the LAVIS application, between `recipe` and `tokenizer`; the language
+model's two through MultiModalLLM, between `records` and `llm`; scripts/nano_speedrun.sh does it all. Stages run in
+order and each continues where it stopped; `--only` picks some, so that independent ones can run side by side. At the
+end `--out` is a system folder that `SeedLlama.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from seed_multimodal.training.nano.config import load_config, save_config
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
-STAGES = ("vae", "clip", "recipe", "tokenizer", "codes", "unet", "unet2", "vae2", "pretrain", "sft", "assemble")
+STAGES = ("vae", "clip", "recipe", "tokenizer", "codes", "unet", "unet2", "vae2", "records", "llm", "assemble")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -165,21 +165,17 @@ def _vae2(space: Workspace) -> dict[str, Any]:
                          space.views[torch.tensor(space.held_out), 0], space.work, space.decoder_folder / "vae")
 
 
-def _pretrain(space: Workspace) -> dict[str, Any]:
-    from seed_multimodal.training.nano.llm import train_llm
-    from seed_multimodal.training.nano.tokenizer import tokenizer_config
+def _records(space: Workspace) -> dict[str, Any]:
+    from seed_multimodal.training.nano.llm import describe, write_llm_recipes, write_records
 
-    codebook = load_state_dict(space.tokenizer_folder / "model.safetensors")["quantize.embedding.weight"].float()
-    return train_llm(space.config, "pretrain", space.nano, space.words, _codes(space), space.train, space.held_out,
-                     space.work, space.work / "llm-pretrained", start=None, codebook=codebook,
-                     sections=tokenizer_config(space.config).codebook_sections)
+    counts = write_records(space, _codes(space))
+    return describe(write_llm_recipes(space, counts), counts)
 
 
-def _sft(space: Workspace) -> dict[str, Any]:
-    from seed_multimodal.training.nano.llm import train_llm
+def _llm(space: Workspace) -> dict[str, Any]:
+    from seed_multimodal.training.nano.llm import take_llm
 
-    return train_llm(space.config, "sft", space.nano, space.words, _codes(space), space.train, space.held_out,
-                     space.work, space.out / "seed_llama", start=space.work / "llm-pretrained")
+    return take_llm(space)
 
 
 def _assemble(space: Workspace) -> dict[str, Any]:
@@ -191,7 +187,7 @@ def _assemble(space: Workspace) -> dict[str, Any]:
 RUN: dict[str, Callable[[Workspace], dict[str, Any]]] = {
     "vae": _vae, "clip": _clip, "recipe": _recipe, "tokenizer": _tokenizer, "codes": _cache_codes,
     "unet": _unet, "unet2": _unet2, "vae2": _vae2,
-    "pretrain": _pretrain, "sft": _sft, "assemble": _assemble,
+    "records": _records, "llm": _llm, "assemble": _assemble,
 }
 
 if __name__ == "__main__":

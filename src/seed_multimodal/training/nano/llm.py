@@ -1,137 +1,222 @@
-"""Stages `pretrain` and `sft`: a small LLaMA from scratch, captions in both directions, then instructions.
+"""Stages `records` and `llm`: what the language model's application trains on, and what becomes of it.
 
-Batches of similar length: eight batches' worth of sequences are drawn together and sorted, so little is padding. Causal
-attention with right padding needs no mask. The weights are a plain `LlamaForCausalLM` folder.
+`records` writes shards of pre-tokenised records (`work/records/`) and two configurations of the application,
+`work/llm_pretrain.yaml` (captions, both ways) and `work/llm_sft.yaml` (instructions). Between the two stages, from the
+repository's folder:
+
+    python MultiModalLLM/src/train/train.py --config-path WORK --config-name llm_pretrain       then the same, llm_sft
+
+Peculiar, and different from the released recipe: every weight is trained, from a random start whose image words come
+from the codebook; matrices by Muon; a text token weighs as much as four image tokens; pictures that are read come from
+any view, and up to 35 % of their codes from another picture, because there are few pictures and many passes over them:
+without such noise the model learns them by heart, and a picture in a style it has not seen that thing in is read as
+the nearest one it knows. Pictures that are written are the unaugmented ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from seed_multimodal.data.nano import NanoSet
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.training.loop import run_stage
-from seed_multimodal.training.nano.config import NanoConfig, training_device
-from seed_multimodal.training.nano.samples import IGNORED, PRETRAIN_SHARES, SFT_SHARES, SampleMaker, collate
-from seed_multimodal.training.optimizers import MuonWithAdamW
+from seed_multimodal.data.llm.pretokenize.nano import nano_raws
+from seed_multimodal.data.llm.pretokenize.settings import InputSettings
+from seed_multimodal.data.records import write_shard
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.training.nano.config import NanoConfig
+from seed_multimodal.training.nano.workspace import Workspace
+from seed_multimodal.training.settings import StageSettings
+from seed_multimodal.training.state import write_json
 
-GROUP = 8
+PRETRAIN, SFT = "llm_pretrain", "llm_sft"
+NOISE = 0.35
 TEXT_WEIGHT = 4.0  # an answer has eight tokens where a picture has 34; equal weights would teach mostly pictures
+MEAN_LENGTH = 64  # tokens a sequence has about: turns `batch_size` sequences into packed rows
+ROW = 256
+TRAIN = "python MultiModalLLM/src/train/train.py --config-path"
+# Sources of both mixtures: name -> (shard, decoder, options, share).
+Sources = dict[str, tuple[str, str, dict[str, Any], float]]
+READ: dict[str, Any] = {"code_noise": NOISE}
+PRETRAIN_SOURCES: Sources = {
+    "image_first": ("seen", "pretrain.caption", {"reverse_ratio": 1.0, "first_text": 0.5, **READ}, 0.5),
+    "text_first": ("drawn", "pretrain.caption", {"reverse_ratio": 0.0, "first_text": 0.5}, 0.5)}
+SFT_SOURCES: Sources = {
+    "image_first": (*PRETRAIN_SOURCES["image_first"][:3], 0.05),
+    "text_first": (*PRETRAIN_SOURCES["text_first"][:3], 0.10),
+    "describe": ("describe", "chat", READ, 0.20), "qa": ("qa", "chat", READ, 0.25), "draw": ("draw", "chat", {}, 0.15),
+    "edit": ("edits", "chat", READ, 0.17), "chat": ("conversations", "chat", {"answers": "one"}, 0.08)}
 
 
-def build_llm(config: NanoConfig, vocabulary: int) -> Any:
-    """An untrained LLaMA of the configured size with tied input and output embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = config.llm
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocabulary, hidden_size=sizes.width, intermediate_size=sizes.ffn, num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads, max_position_embeddings=sizes.positions, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, tie_word_embeddings=True, rms_norm_eps=1e-5))
-
-
-@torch.no_grad()
-def start_from_codebook(model: Any, codebook: Tensor, first_code: int, sections: int = 1) -> None:
-    """Give codes that are neighbours in the codebook `[K, d]` neighbouring word embeddings.
-
-    A fixed random projection of the codebook, at the size of the random start: the model then reads a code it has
-    seldom seen as the like of others, instead of learning K unrelated words. Each section has a projection of its
-    own, because what a direction means differs from position to position.
-    """
-    rows = model.model.embed_tokens.weight
-    generator = torch.Generator().manual_seed(0)
-    parts = codebook.reshape(sections, -1, codebook.shape[1])
-    turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=generator)
-    projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
-    spread = projected.std()
-    if spread > 0:  # sections of a single code have nothing to say
-        rows[first_code:first_code + len(codebook)] = projected * (rows[:first_code].std() / spread)
-
-
-def token_losses(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of every learned token and which of them are image codes or brackets; both `[T]`."""
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    target = labels[:, 1:].flatten()
-    learned = target != IGNORED
-    logits = model.lm_head(hidden[:, :-1].flatten(0, 1)[learned])
-    return F.cross_entropy(logits.float(), target[learned], reduction="none"), target[learned]
-
-
-def train_llm(
-    config: NanoConfig, name: str, nano: NanoSet, words: MultimodalTokenizer, codes: Tensor, train: Sequence[int],
-    held_out: Sequence[int], work: Path, out: Path, start: Path | None, codebook: Tensor | None = None,
-    sections: int = 1,
-) -> dict[str, Any]:
-    """Train on the pictures `train` (codes `[N, V, 32]`), continue from the folder `start` if given, save to `out`.
+def write_records(space: Workspace, codes: Tensor) -> dict[str, int]:
+    """Write the shards of both splits; returns how many records each of the training split's holds.
 
     Args:
-        codebook: `[K, d]`, in `sections` parts; what the code words start from when there is no `start`.
+        codes: int16 [N, V, 32] of every picture of the set; view 0 is the picture itself.
     """
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(config.seed + 5)
-    model = build_llm(config, words.vocabulary.size) if start is None else LlamaForCausalLM.from_pretrained(start)
-    if start is None and codebook is not None:
-        start_from_codebook(model, codebook, words.vocabulary.n_text, sections)
-    device = training_device(config)
-    model.to(device)
-    if device.type == "cpu":
-        model.set_attn_implementation("eager")  # the fused bf16 kernel's backward is slow on CPUs
-    settings = config.train_pretrain if name == "pretrain" else config.train_sft
-    shares = PRETRAIN_SHARES if name == "pretrain" else SFT_SHARES
-    maker = SampleMaker(nano, words, codes, train, "train")
-    first_code = words.vocabulary.n_text
-    tokens = {"seen": 0}
-
-    @lru_cache(maxsize=2)
-    def group(number: int) -> list[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        drawn = [maker.draw(shares, generator) for _ in range(GROUP * settings.batch_size)]
-        drawn.sort(key=lambda s: len(s.ids))
-        batches = [collate(drawn[i:i + settings.batch_size], config.llm.positions)
-                   for i in range(0, len(drawn), settings.batch_size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-    def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
-        ids, labels = group(step // GROUP)[step % GROUP]
-        tokens["seen"] += int(ids.numel())
-        values, target = token_losses(model, ids.to(device), labels.to(device))
-        image = target >= first_code
-        parts = {"text": float(values[~image].detach().mean()) if bool((~image).any()) else 0.0}
-        if bool(image.any()):
-            parts["image"] = float(values[image].detach().mean())
-        weight = torch.where(image, 1.0, TEXT_WEIGHT)
-        return (values * weight).sum() / weight.sum(), parts
-
-    def finish() -> Mapping[str, Any]:
-        model.cpu()
-        model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        model.save_pretrained(out)
-        return {"parameters": sum(p.numel() for p in model.parameters()), "tokens_this_run": tokens["seen"],
-                **held_out_losses(model, SampleMaker(nano, words, codes, held_out, "val"), shares, first_code)}
-
-    optimizer = MuonWithAdamW(model, settings.lr, settings.weight_decay)
-    return run_stage(name, model, loss, settings, work, finish, optimizer=optimizer)
+    counts: dict[str, int] = {}
+    for split, chosen in (("train", space.train), ("val", space.held_out)):
+        keys = {space.nano.records[index].key for index in chosen}
+        for name, records in _shards(space, split, keys, codes).items():
+            written = write_shard(_shard(space, name, split), _numbered(name, records))
+            if split == "train":
+                counts[name] = written
+    return counts
 
 
-@torch.no_grad()
-def held_out_losses(model: Any, maker: SampleMaker, shares: dict[str, float], first_code: int) -> dict[str, float]:
-    """Mean loss per text token and per image token on 128 sequences of held-out pictures."""
-    generator = torch.Generator().manual_seed(0)
-    values: list[Tensor] = []
-    targets: list[Tensor] = []
-    for _ in range(4):
-        ids, labels = collate([maker.draw(shares, generator) for _ in range(32)], 512)
-        value, target = token_losses(model, ids, labels)
-        values.append(value)
-        targets.append(target)
-    value, image = torch.cat(values), torch.cat(targets) >= first_code
-    return {"val_text_loss": round(value[~image].mean().item(), 4),
-            "val_image_loss": round(value[image].mean().item(), 4)}
+def write_llm_recipes(space: Workspace, counts: Mapping[str, int]) -> list[Path]:
+    """Write both configurations; sources without records (of a small set) are left out."""
+    first = space.work / PRETRAIN / f"checkpoint-{space.config.train_pretrain.steps}"
+    files = []
+    for name, sources, settings, start in (
+            (PRETRAIN, PRETRAIN_SOURCES, space.config.train_pretrain, None),
+            (SFT, SFT_SOURCES, space.config.train_sft, first)):
+        recipe = {
+            "output_dir": str((space.work / name).absolute()),
+            "tokenizer": {"pretrained_model_name_or_path": str(space.tokenizer_folder.absolute())},
+            "model": _model(space, settings, start),
+            "data": _data(space, sources, counts, "train", settings), "optim": _optim(settings),
+            "trainer": _trainer(space.config, settings),
+            "eval_data": _data(space, sources, counts, "val", settings)}
+        file = space.work / f"{name}.yaml"
+        temporary = file.with_name(f".{file.name}.tmp")
+        temporary.write_text(f"# Written from {space.work.absolute()}/config.yaml for:\n# {TRAIN} {file.parent} "
+                             f"--config-name {name}\n{OmegaConf.to_yaml(OmegaConf.create(recipe))}", encoding="utf-8")
+        os.replace(temporary, file)
+        files.append(file)
+    return files
+
+
+def take_llm(space: Workspace) -> dict[str, Any]:
+    """Stage `llm`: the tuned model becomes the system's; returns (and writes) what its training came to.
+
+    Raises:
+        CheckpointError: a stage was not trained to its end.
+    """
+    record: dict[str, Any] = {"stage": "llm"}
+    for name, settings in ((PRETRAIN, space.config.train_pretrain), (SFT, space.config.train_sft)):
+        folder = space.work / name
+        done = folder / "summary.json"
+        summary = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+        if summary.get("steps") != settings.steps:
+            raise CheckpointError(f"{folder}: {name} is not trained to its end; train it with: {TRAIN} {space.work} "
+                                  f"--config-name {name} (bash scripts/nano_speedrun.sh does it all).")
+        record |= {f"{name}_{key}": round(float(summary["evaluation"][f"eval_{key}_loss"]), 4)
+                   for key in ("text", "image") if f"eval_{key}_loss" in summary.get("evaluation", {})}
+        record |= {f"{name}_seconds": summary["seconds"], f"{name}_tokens": summary["tokens"]}
+    target = space.out / "seed_llama"
+    target.mkdir(parents=True, exist_ok=True)
+    trained = space.work / SFT / f"checkpoint-{space.config.train_sft.steps}"
+    for file in (*trained.glob("*.safetensors"), trained / "config.json", trained / "generation_config.json"):
+        temporary = target / f".{file.name}.tmp"
+        shutil.copyfile(file, temporary)
+        os.replace(temporary, target / file.name)
+    record["seconds"] = sum(record[f"{name}_seconds"] for name in (PRETRAIN, SFT))
+    write_json(space.work / "llm.done.json", record)
+    return record
+
+
+# ------------------------------------------------------------------------------------------------------- the records
+
+
+def _shards(space: Workspace, split: str, keys: set[str], codes: Tensor) -> dict[str, Iterable[dict[str, Any]]]:
+    every = {record.key: codes[index].tolist() for index, record in enumerate(space.nano.records)
+             if record.split == split or record.key in keys}
+
+    def views(key: str) -> list[list[int]]:
+        return every[key]
+
+    def itself(key: str) -> list[int]:
+        return every[key][0]
+
+    def raws(content: str) -> Iterator[dict[str, Any]]:
+        settings = InputSettings(format="nano", split=split, content=content, captions="list")
+        for raw in nano_raws(str(space.nano.folder), settings):
+            if set(raw.pictures) <= keys:
+                yield raw.fields
+
+    captions = [{"image": fields["image"], "text": fields["caption"]} for fields in raws("captions")]
+    seen = ({"views": views(one["image"]), "text": one["text"]} for one in captions)
+    drawn = ({"image_ids": itself(one["image"]), "text": one["text"]} for one in captions)
+    return {"seen": seen, "drawn": drawn,
+            **{content: _dialogues(raws(content), views, itself, talk=content == "conversations")
+               for content in ("describe", "qa", "draw", "edits", "conversations")}}
+
+
+def _dialogues(found: Iterable[Mapping[str, Any]], views: Callable[[str], Any], itself: Callable[[str], Any],
+               talk: bool) -> Iterator[dict[str, Any]]:
+    """Pictures of the user's turns in all views (of a talk, where the model may have drawn them, themselves)."""
+    for fields in found:
+        yield {"messages": [
+            {"role": message["role"],
+             "content": [part if isinstance(part, str) else
+                         {"codes": (views if message["role"] == "user" and not talk else itself)(part["image"])}
+                         for part in message["content"]]} for message in fields["messages"]]}
+
+
+def _numbered(name: str, records: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for number, record in enumerate(records):
+        yield f"{name}-{number:06d}", {"json": json.dumps(record, separators=(",", ":")).encode()}
+
+
+def _shard(space: Workspace, name: str, split: str) -> Path:
+    return space.work.absolute() / "records" / split / f"{name}.tar"
+
+
+# ------------------------------------------------------------------------------------------------ the configurations
+
+
+def _data(space: Workspace, sources: Sources, counts: Mapping[str, int], split: str,
+          settings: StageSettings) -> dict[str, Any]:
+    rows = max(1, settings.batch_size * MEAN_LENGTH // ROW)
+    chosen = [{"name": name, "files": str(_shard(space, shard, split)), "decoder": decoder, "options": dict(options),
+               "weight": weight}
+              for name, (shard, decoder, options, weight) in sources.items()
+              if counts[shard] and (split == "train" or _holds(_shard(space, shard, split)))]
+    return {"packing": True, "length": ROW, "rows": rows, "seed": space.config.seed + settings.seed,
+            "too_long": "skip", "sources": chosen}
+
+
+def _holds(shard: Path) -> bool:
+    return shard.is_file() and shard.stat().st_size > 10240  # an empty tar is one block of zeros
+
+
+def _model(space: Workspace, settings: StageSettings, start: Path | None) -> dict[str, Any]:
+    """A random start at the configured size, or the folder of an earlier model."""
+    if settings.start:
+        start = Path(settings.start)
+        if not (start / "config.json").is_file():
+            raise ConfigError(f"{settings.start}: start of a language model's stage must be the folder of a LLaMA, "
+                              "such as the checkpoint-N of an earlier run.")
+    if start is not None:
+        return {"path": str(start.absolute()), "dtype": "fp32", "seed": space.config.seed + 5}
+    sizes = space.config.llm
+    return {"sizes": {"hidden_size": sizes.width, "intermediate_size": sizes.ffn, "num_hidden_layers": sizes.layers,
+                      "num_attention_heads": sizes.heads, "max_position_embeddings": sizes.positions,
+                      "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+            "dtype": "fp32", "seed": space.config.seed + 5, "codebook_start": str(space.tokenizer_folder.absolute())}
+
+
+def _optim(settings: StageSettings) -> dict[str, Any]:
+    return {"name": "muon", "learning_rate": settings.lr, "weight_decay": settings.weight_decay,
+            "lr_scheduler_type": "cosine", "warmup_steps": settings.warmup, "min_lr_ratio": settings.min_lr_ratio}
+
+
+def _trainer(config: NanoConfig, settings: StageSettings) -> dict[str, Any]:
+    every = max(1, settings.steps // 5)
+    return {"max_steps": settings.steps, "gradient_accumulation_steps": settings.accumulate,
+            "precision": settings.precision, "max_grad_norm": settings.clip, "seed": config.seed + settings.seed,
+            "device": config.device, "dataloader_num_workers": 0, "logging_steps": settings.log_every,
+            "text_weight": TEXT_WEIGHT, "eval_steps": settings.steps, "eval_batches": 4,
+            "save_steps": settings.save_every_steps or every, "save_total_limit": 1,
+            "report_to": ["tensorboard"] if settings.tensorboard else []}
+
+
+def describe(files: Sequence[Path], counts: Mapping[str, int]) -> dict[str, Any]:
+    """The record of stage `records`."""
+    return {"files": " ".join(map(str, files)), **counts}

@@ -1,0 +1,68 @@
+"""Records -> token sequences, by the name of the decoder.
+
+    decoder = get_decoder("sft.qa", tokenizer, {"reverse_ratio": 0.5})
+    sequence = decoder(record.fields, SeededDraws(seed, source, position))      # TokenSequence, or None: dropped
+
+`pretrain.*` and `sft.*` are the decoders of the released data modules, token for token (ids, labels and the draws they
+make, in their order); `chat` is ours. A dropped sample leaves its reason in `decoder.reason`; a broken record raises a
+`BadRecord` (a DataError) whose sentence starts with the field, ready for "FILE: sample KEY: " in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from seed_multimodal.config import nearest
+from seed_multimodal.data.llm import decoders_pretrain as pretrain
+from seed_multimodal.data.llm import decoders_sft as sft
+from seed_multimodal.data.llm import decoders_turns as turns
+from seed_multimodal.data.llm.decoders_base import Decoder
+from seed_multimodal.data.llm.decoders_chat import Chat
+from seed_multimodal.data.llm.sequence import Draws
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+__all__ = ["DECODERS", "Decoder", "get_decoder", "some_picture"]
+
+DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
+    pretrain.Caption, pretrain.Interleaved, pretrain.Video, pretrain.Text, pretrain.Edit, pretrain.Retrieval,
+    pretrain.CaptionEval, turns.VisualQuestion, turns.TextConversation,
+    sft.QuestionAnswer, sft.Edit, sft.Story, sft.Difference, sft.Conversation, sft.Video, sft.VideoConversation,
+    sft.MultiEdit, sft.Interleaved, turns.VisualQuestionTuned, turns.TextConversationTuned, Chat)}
+
+
+def get_decoder(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any] | None = None) -> Decoder:
+    """The decoder of a name; sizes (codes of a picture, codebook) are those of `tokenizer.vocabulary`.
+
+    Raises:
+        ConfigError: an unknown name or option (the nearest is named), or an option of the wrong type.
+    """
+    if name not in DECODERS:
+        raise ConfigError(f"There is no decoder {name!r}{nearest(name, DECODERS)}; use {', '.join(sorted(DECODERS))}.")
+    return DECODERS[name](tokenizer, options or {})
+
+
+def some_picture(fields: Mapping[str, Any], draws: Draws, tokens_per_image: int) -> list[int] | None:
+    """The codes of a picture of a record, one of them drawn (and one of its views); None where it has no picture.
+
+    Use: a `noise_source` draws a record and gives this.
+    """
+    names = ("source_image_ids", "target_image_ids") if fields.get("views") else (
+        "image_ids", "source_image_ids", "target_image_ids")
+    found: list[Any] = [fields["views"]] if fields.get("views") else []
+    for name in names:
+        value = fields.get(name) or []
+        if value and all(isinstance(code, int) for code in value):
+            found += [value[start:start + tokens_per_image] for start in range(0, len(value), tokens_per_image)]
+        else:
+            found += [codes for codes in value if codes]
+    for message in fields.get("messages") or []:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        found += [part["codes"] for part in content or [] if isinstance(part, Mapping) and part.get("codes")]
+    if not found:
+        return None
+    codes = draws.choice(found) if len(found) > 1 else found[0]
+    if isinstance(codes[0], list | tuple):
+        codes = draws.choice(codes) if len(codes) > 1 else codes[0]
+    return [int(code) for code in codes]

@@ -1,0 +1,294 @@
+"""What every decoder shares: options, fields read with checks, pictures, and spans put together into one sequence.
+
+A decoder says what a record's fields become (`draft`: spans of text and pictures, learned or not); this file turns the
+spans into ids and labels exactly as the released data code did. Two styles of labels existed:
+
+* whole: the sample is one string; every token is learned, but for `<unk>`, which the released code takes for padding.
+* spans: each span is encoded on its own; `<s>` and what the user says are not learned, `</s>` is.
+
+`validate: false` gives the released behaviour to the letter, defects included (pictures of any length, samples without
+content); by default such a record is refused with a sentence that starts with the field's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from seed_multimodal.config import check_keys
+from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.llm.sequence import IGNORED, Draws, TokenSequence
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.prompts import merge_text
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+Part = str | Sequence[int]  # text, or the codes of one picture
+NoiseSource = Callable[[Draws], Sequence[int]]  # -> the codes of some picture
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring texts and pictures, tokenised together."""
+
+    parts: Sequence[Part]
+    learned: bool = True
+
+
+@dataclass
+class Draft:
+    """What a record becomes. `dropped` says why the released filter leaves it out; it may still have spans."""
+
+    spans: Sequence[Span] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+    dropped: str = ""
+    whole: bool = False  # the labels' style, see above
+    end: bool = True  # closed by </s>
+    image_first: bool = False
+    unlearned: int = 0  # tokens at the start that are not learned whatever the spans say
+
+
+@dataclass(frozen=True)
+class Option:
+    """A decoder's setting: what it is when not given, and a test of what is given with the words for it."""
+
+    default: Any
+    good: Callable[[Any], bool]
+    wanted: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def ratio(default: float) -> Option:
+    """A number (below 0 means never in `sft.qa`)."""
+    return Option(default, lambda v: _is_number(v) and -1 <= v <= 1, "a number from -1 to 1")
+
+
+def share(default: float = 0.0) -> Option:
+    """A number from 0 to 1."""
+    return Option(default, lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
+
+
+def flag(default: bool) -> Option:
+    """True or false."""
+    return Option(default, lambda v: isinstance(v, bool), "true or false")
+
+
+def count(default: int | None, least: int = 1) -> Option:
+    """A whole number, or nothing where that is the default."""
+    return Option(default, lambda v: (v is None and default is None) or (
+        isinstance(v, int) and not isinstance(v, bool) and v >= least), f"a whole number from {least}")
+
+
+def string(default: str | None = "") -> Option:
+    """A text."""
+    return Option(default, lambda v: isinstance(v, str) or (v is None and default is None), "a text")
+
+
+SHARED = {
+    "code_noise": share(),
+    "noise_source": Option(None, lambda v: v is None or callable(v), "a function that gives codes of some picture"),
+    "validate": flag(True),
+}
+
+
+class Decoder:
+    """Base of all decoders; make one with `decoders.get_decoder`.
+
+    `decoder(fields, draws)` -> `TokenSequence`, or None when the released filter drops the sample; `decoder.reason`
+    then says why. `decode` gives the sequence in both cases, with `TokenSequence.dropped`.
+
+    Options of all decoders:
+        code_noise: from pictures the model reads (not learned, or before their caption), a share of codes drawn
+            uniformly from [0, code_noise] is taken from another picture, which `noise_source(draws)` gives.
+        validate: refuse pictures of another length than the tokenizer's, and samples without content (default).
+    """
+
+    name: ClassVar[str] = ""
+    options: ClassVar[Mapping[str, Option]] = {}
+    without_effect: ClassVar[Sequence[str]] = ()  # options of the released function that it never reads
+    reads_pictures: ClassVar[bool] = True
+
+    def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
+        """Raises ConfigError: an unknown option (the nearest is named), or one of the wrong type."""
+        known = {**SHARED, **self.options}
+        where = f"decoder {self.name}"
+        check_keys(options, [*known, *self.without_effect], where)
+        for key, option in known.items():
+            if key in options and not option.good(options[key]):
+                raise ConfigError(f"{where}: {key} must be {option.wanted}, not {options[key]!r}.")
+        self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
+        self.given = {key: options.get(key, option.default) for key, option in known.items()}
+        self.validate: bool = self.given["validate"]
+        self.reason = ""
+        if self.given["code_noise"] and not self.reads_pictures:
+            raise ConfigError(f"{where}: code_noise disturbs pictures the model reads; there are none here.")
+        if self.given["code_noise"] and self.given["noise_source"] is None:
+            raise ConfigError(f"{where}: code_noise needs a noise_source, which gives the codes of some picture.")
+
+    # ------------------------------------------------------------------------------------------ the sequence
+
+    def __call__(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> TokenSequence | None:
+        """The sequence of one record; None when it is dropped (see `reason`).
+
+        Args:
+            max_length: cut there on the right, as the released code does; None never cuts.
+
+        Raises:
+            BadRecord: a field is missing, of the wrong type, or holds wrong codes; the sentence starts with its name.
+        """
+        sequence = self.decode(fields, draws, max_length)
+        self.reason = sequence.dropped
+        return None if sequence.dropped else sequence
+
+    def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> TokenSequence:
+        """The sequence of one record, also when it is dropped (its ids may be empty then). Raises as `__call__`."""
+        draft = self.draft(fields, draws)
+        sequence = TokenSequence([], [], draft.extra, draft.dropped)
+        if draft.spans or not draft.dropped:
+            self._fill(sequence, draft, max_length)
+        return sequence
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """What the record becomes. Raises as `__call__`."""
+        raise NotImplementedError
+
+    def _fill(self, sequence: TokenSequence, draft: Draft, max_length: int | None) -> None:
+        words = self.tokenizer
+        ids = [words.bos_id]
+        labels = [words.bos_id if draft.whole else IGNORED]
+        for span in draft.spans:
+            piece = self.encode(span.parts)
+            ids += piece
+            labels += piece if span.learned else [IGNORED] * len(piece)
+        if draft.end:
+            ids.append(words.eos_id)
+            labels.append(words.eos_id)
+        if max_length is not None:
+            ids, labels = ids[:max_length], labels[:max_length]
+        if draft.whole:
+            labels = [IGNORED if id == words.pad_id else id for id in labels]
+        start = min(draft.unlearned, len(labels))
+        labels[:start] = [IGNORED] * start
+        sequence.ids, sequence.labels = ids, labels
+
+    def encode(self, parts: Sequence[Part]) -> list[int]:
+        """Texts and pictures -> ids, as if written out as one string: neighbouring texts are one, white space next to
+        a picture goes, and names of control words in the text become control words."""
+        merged = merge_text(parts)
+        ids: list[int] = []
+        for place, part in enumerate(merged):
+            if not isinstance(part, str):
+                ids += [self.vocabulary.boi_id, *self.vocabulary.code_to_id(part), self.vocabulary.eoi_id]
+                continue
+            if place:  # texts never neighbour each other here
+                part = part.lstrip()
+            if place + 1 < len(merged):
+                part = part.rstrip()
+            ids += self.tokenizer.encode(part)
+        return ids
+
+    def as_text(self, parts: Sequence[Part]) -> str:
+        """Texts and pictures written out, pictures by the names of their codes."""
+        return "".join(part if isinstance(part, str) else self.vocabulary.image_text(part) for part in parts)
+
+    # ------------------------------------------------------------------------------------------ fields
+
+    def text(self, fields: Mapping[str, Any], name: str) -> str:
+        """A field that must hold text."""
+        value = fields.get(name)
+        if value is None:
+            raise BadRecord("missing key", f"{name}: is missing; decoder {self.name} needs it.")
+        if not isinstance(value, str):
+            raise BadRecord("wrong type", f"{name}: must be a text, not {shown(value)}.")
+        return value
+
+    def lacking(self, names: Sequence[str], extra: dict[str, Any] | None = None) -> Draft:
+        """The released code drops a sample without one of these fields; validation refuses it."""
+        missing = f"{' or '.join(names)}: is missing; decoder {self.name} needs it."
+        if self.validate:
+            raise BadRecord("missing key", missing)
+        return Draft(dropped=missing, extra=extra or {})
+
+    def list_of(self, fields: Mapping[str, Any], name: str) -> list[Any]:
+        """A field that must hold a list."""
+        if fields.get(name) is None:
+            raise BadRecord("missing key", f"{name}: is missing; decoder {self.name} needs it.")
+        if not isinstance(fields[name], list | tuple):
+            raise BadRecord("wrong type", f"{name}: must be a list, not {shown(fields[name])}.")
+        return list(fields[name])
+
+    # ------------------------------------------------------------------------------------------ pictures
+
+    def codes(self, value: Any, name: str) -> list[int]:
+        """The codes of one picture, checked; always within the codebook, since others would be other words."""
+        if not isinstance(value, list | tuple) or any(type(code) is not int for code in value):
+            raise BadRecord("wrong type", f"{name}: must be a list of image codes, not {shown(value)}.")
+        size = self.vocabulary.n_codes
+        wrong = next((place for place, code in enumerate(value) if not 0 <= code < size), None)
+        if wrong is not None:
+            raise BadRecord("codes out of range",
+                            f"{name}: code {value[wrong]} at place {wrong} is outside 0..{size - 1}.")
+        if self.validate and len(value) != self.vocabulary.tokens_per_image:
+            raise BadRecord("number of codes", f"{name}: a picture has {self.vocabulary.tokens_per_image} codes, "
+                                               f"not {len(value)}.")
+        return list(value)
+
+    def picture(self, fields: Mapping[str, Any], draws: Draws, *, read: bool, name: str = "image_ids") -> list[int]:
+        """The picture of a field.
+
+        Args:
+            read: the model reads it: one of the record's `views` is drawn, where it has some, and noise may be put in.
+                A picture that the model writes is `image_ids` itself, and a drawn view only where there is none.
+        """
+        plain = not read and fields.get(name) is not None
+        if name == "image_ids" and fields.get("views") is not None and not plain:
+            return self.one_view(fields["views"], "views", draws, read=read)
+        if fields.get(name) is None:
+            raise BadRecord("missing key", f"{name}: is missing; decoder {self.name} needs it.")
+        return self.one_view([fields[name]], name, draws, read=read)
+
+    def one_view(self, views: Any, name: str, draws: Draws, *, read: bool) -> list[int]:
+        """One of several code lists of the same picture."""
+        if not isinstance(views, list | tuple) or not views:
+            raise BadRecord("wrong type", f"{name}: must be a list of code lists, not {shown(views)}.")
+        codes = self.codes(draws.choice(views) if len(views) > 1 else views[0], name)
+        return self.disturbed(codes, draws) if read else codes
+
+    def pictures(self, fields: Mapping[str, Any], draws: Draws, *, read: bool, name: str = "image_ids",
+                 flat: bool = True, at_most: int | None = None) -> list[list[int]]:
+        """Several pictures: one long list, tokens_per_image codes each, or a list per picture.
+
+        A remainder that is no whole picture is dropped by the released code and refused by validation.
+        """
+        value = self.list_of(fields, name)
+        size = self.vocabulary.tokens_per_image
+        if flat and not any(isinstance(item, list | tuple) for item in value):
+            if self.validate and len(value) % size:
+                raise BadRecord("number of codes", f"{name}: {len(value)} codes are not whole pictures of {size}.")
+            value = [value[start:start + size] for start in range(0, len(value) - size + 1, size)]
+        found = [self.codes(codes, f"{name}[{place}]") for place, codes in enumerate(value[:at_most])]
+        return [self.disturbed(codes, draws) for codes in found] if read else found
+
+    def disturbed(self, codes: list[int], draws: Draws) -> list[int]:
+        """A share of the codes, uniform in [0, code_noise], taken from another picture."""
+        if not self.given["code_noise"]:
+            return codes
+        level = self.given["code_noise"] * draws.uniform()
+        wrong = [draws.uniform() < level for _ in codes]
+        other = self.codes([int(code) for code in self.given["noise_source"](draws)], "noise_source")
+        return [o if w else c for c, o, w in zip(codes, other, wrong, strict=False)]
+
+
+def only_blank(value: str, blank: str) -> bool:
+    """Whether a text holds nothing but these characters."""
+    return not value.strip(blank)
+
+
+def shown(value: Any) -> str:
+    """A value for an error sentence, cut to a readable length."""
+    written = repr(value)
+    return written if len(written) <= 60 else written[:57] + "…"
+

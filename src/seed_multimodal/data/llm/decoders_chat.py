@@ -1,0 +1,155 @@
+"""Our general decoder: `messages` -> a dialogue in the words of a prompt template, as it is used at inference.
+
+    <s>USER: [picture]question\\nASSISTANT:answer[picture]\\nUSER: question\\nASSISTANT:answer</s>
+
+Names of control words in the texts are ordinary letters, as in every prompt of ours. White space next to a picture
+goes, but for the end of a prompt before a learned answer: the prompt is there before the answer is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from seed_multimodal.data.llm.decoders_base import Decoder, Draft, Option, Part, Span, shown, string
+from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.llm.sequence import IGNORED, Draws, TokenSequence
+from seed_multimodal.language.prompts import ROLES, TEMPLATES, get_template
+from seed_multimodal.language.vocabulary import PLACEHOLDER
+
+ANSWERS = ("every", "last", "one")
+Turn = tuple[str, list[Any]]
+
+
+class Chat(Decoder):
+    """A conversation of texts and pictures.
+
+    Fields: `messages` (see `data.llm.llava`); `system`, said before everything; `image_ids`, the codes of the pictures
+    that `<image>` stands for in the texts, where there are such.
+
+    Options:
+        template: vicuna, llama2 or plain.
+        answers: which are learned: "every" one; the "last" one; or "one" that is drawn, where the dialogue ends.
+        system_message: said before everything where the record says nothing.
+    """
+
+    name = "chat"
+    options: ClassVar[Mapping[str, Option]] = {
+        "template": Option("vicuna", lambda v: v in TEMPLATES, f"one of {', '.join(TEMPLATES)}"),
+        "answers": Option("every", lambda v: v in ANSWERS, f"one of {', '.join(ANSWERS)}"),
+        "system_message": string()}
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """Spans of the template, each one part. Raises as `Decoder.__call__`."""
+        turns = self._turns(fields)
+        answers = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
+        if self.given["answers"] == "one" and answers:
+            turns = turns[:draws.choice(answers) + 1]
+        learned = set(answers) if self.given["answers"] == "every" else {len(turns) - 1}
+        said: list[tuple[str, list[Part]]] = []
+        for place, (role, content) in enumerate(turns):
+            read = place not in learned
+            said.append((role, [self._part(part, f"messages[{place}].content[{number}]", draws, read)
+                                for number, part in enumerate(content)]))
+        template, system = get_template(self.given["template"]), fields.get("system") or self.given["system_message"]
+        if not isinstance(system, str):
+            raise BadRecord("wrong type", f"system: must be a text, not {shown(system)}.")
+        spans: list[Span] = []
+        for place in range(len(said)):  # a shorter dialogue's parts begin a longer one's
+            parts = template.render(said[:place + 1], system)
+            spans += [Span([part], learned=place in learned) for part in parts[len(spans):]]
+        return Draft(spans)
+
+    def _fill(self, sequence: TokenSequence, draft: Draft, max_length: int | None) -> None:
+        parts = [span.parts[0] for span in draft.spans]
+        ids, labels = [self.tokenizer.bos_id], [IGNORED]
+        for place, span in enumerate(draft.spans):
+            part = parts[place]
+            if isinstance(part, str):
+                before = place and not isinstance(parts[place - 1], str)
+                after = place + 1 < len(parts) and not isinstance(parts[place + 1], str)
+                if after and draft.spans[place + 1].learned and not span.learned:
+                    after = False
+                part = part.lstrip() if before else part
+                part = part.rstrip() if after else part
+            piece = self.tokenizer.encode_parts([part], strip=False) if isinstance(part, str) else self.encode([part])
+            ids += piece
+            labels += piece if span.learned else [IGNORED] * len(piece)
+        ids.append(self.tokenizer.eos_id)
+        labels.append(self.tokenizer.eos_id)
+        sequence.ids, sequence.labels = ids[:max_length], labels[:max_length]
+
+    # ------------------------------------------------------------------------------------------ the messages
+
+    def _turns(self, fields: Mapping[str, Any]) -> list[Turn]:
+        turns: list[Turn] = []
+        for place, message in enumerate(self.list_of(fields, "messages")):
+            name = f"messages[{place}]"
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                raise BadRecord("missing key", f"{name}: must be an object with role and content.")
+            if message["role"] not in ROLES:
+                raise BadRecord("wrong role", f"{name}: the role {shown(message['role'])} is not user or assistant.")
+            content = message["content"]
+            if not isinstance(content, str | list | tuple):
+                raise BadRecord("wrong type", f"{name}.content: must be a text or a list, not {shown(content)}.")
+            turns.append((message["role"], [content] if isinstance(content, str) else list(content)))
+        self._put_in(fields, turns)
+        if self.validate:
+            self._check(turns)
+        if not turns or turns[-1][0] != "assistant":
+            raise BadRecord("wrong role", "messages: the conversation ends without an answer.")
+        return turns
+
+    def _check(self, turns: Sequence[Turn]) -> None:
+        for place, (role, content) in enumerate(turns):
+            if role != ROLES[place % 2]:
+                raise BadRecord("wrong role", f"messages[{place}]: is the {role}'s turn, but the {ROLES[place % 2]}'s "
+                                              "was due.")
+            if not any(part.strip() if isinstance(part, str) else part for part in content):
+                raise BadRecord("empty text", f"messages[{place}].content: is empty.")
+
+    def _put_in(self, fields: Mapping[str, Any], turns: Sequence[Turn]) -> None:
+        """Each `<image>` of the texts becomes a picture of `image_ids`."""
+        texts = [part for _, content in turns for part in content if isinstance(part, str)]
+        places = sum(part.count(PLACEHOLDER) for part in texts)
+        # Pictures that stand in the messages may be listed beside them as well; then there is no placeholder.
+        inside = any(not isinstance(part, str) for _, content in turns for part in content)
+        given = [] if inside and not places else self._given(fields, places)
+        if places != len(given):
+            raise BadRecord("images and placeholders",
+                            f"messages: {places} {PLACEHOLDER} placeholders for {len(given)} pictures in image_ids.")
+        left = iter(given)
+        for _, content in turns:
+            if any(isinstance(part, str) and PLACEHOLDER in part for part in content):
+                content[:] = [piece for part in content for piece in _cut(part, left)]
+
+    def _given(self, fields: Mapping[str, Any], places: int) -> list[Any]:
+        if fields.get("image_ids") is None:
+            return []
+        value = self.list_of(fields, "image_ids")
+        if not value or isinstance(value[0], list | tuple):
+            return [{"codes": codes} for codes in value]
+        size = self.vocabulary.tokens_per_image if places != 1 else max(1, len(value))
+        return [{"codes": value[start:start + size]} for start in range(0, len(value), size)]
+
+    def _part(self, part: Any, name: str, draws: Draws, read: bool) -> Part:
+        if isinstance(part, str):
+            return part
+        if isinstance(part, Mapping) and part.get("codes") is not None:
+            codes = part["codes"]
+            several = isinstance(codes, list | tuple) and bool(codes) and isinstance(codes[0], list | tuple)
+            return self.one_view(codes if several else [codes], f"{name}.codes", draws, read=read)
+        if isinstance(part, Mapping) and part.get("image") is not None:
+            raise BadRecord("not tokenised", f"{name}: the picture {shown(part['image'])} has no codes yet; tokenise "
+                                             "the data first.")
+        raise BadRecord("wrong type", f"{name}: must be a text or a picture with codes, not {shown(part)}.")
+
+
+def _cut(part: Any, pictures: Any) -> list[Any]:
+    if not isinstance(part, str):
+        return [part]
+    first, *others = part.split(PLACEHOLDER)
+    pieces: list[Any] = [first]
+    for piece in others:
+        pieces += [next(pictures), piece]
+    return [piece for piece in pieces if piece != ""]

@@ -1,0 +1,300 @@
+"""Decoders of the pretraining data: captions, interleaved documents, clips, text, edits, retrieved neighbours.
+
+    pretrain.caption        <s>[picture]caption</s>  or  <s>caption[picture]</s>       everything learned
+    pretrain.interleaved    <s>texts and pictures in the order of the document</s>     everything learned
+    pretrain.video          <s>[frame][frame][frame][frame]caption</s>                 caption learned
+    pretrain.text           <s>text</s>                                                everything learned
+    pretrain.edit           <s>[source]instruction[target]</s>                         target learned
+    pretrain.retrieval      <s>pair pair pair</s>, the pairs all one way round         everything learned but <s>
+    pretrain.caption_eval   <s>[picture]caption[picture]caption[picture]prompt         nothing (a prompt)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from seed_multimodal.data.llm import phrases
+from seed_multimodal.data.llm.decoders_base import (
+    Decoder,
+    Draft,
+    Option,
+    Part,
+    Span,
+    count,
+    flag,
+    only_blank,
+    ratio,
+    share,
+    shown,
+    string,
+)
+from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.llm.sequence import IGNORED, Draws, TokenSequence
+from seed_multimodal.errors import ConfigError
+
+EMPTY = "the text says nothing"
+
+
+def _are_prompts(value: Any) -> bool:
+    several = [value] if isinstance(value, str) else value
+    return value is None or (isinstance(several, Sequence) and len(several) > 0
+                             and all(isinstance(prompt, str) for prompt in several))
+
+
+class Caption(Decoder):
+    """One picture and its caption.
+
+    Fields: `image_ids` (and, or, `views`: code lists of the same picture, see `Decoder.picture`), `text`; `metadata`
+    with `use_caption_in_metadata`.
+
+    Options:
+        reverse_ratio: share of samples with the picture first.
+        caption_prompt: a template with `{}` for the caption, or a list of which one is drawn.
+        mask_left_label: what stands left is not learned; a sample whose middle was cut off is dropped.
+        use_caption_in_metadata, caption_key_in_metadata: where the caption stands.
+        first_text: where `text` is a list of captions, the share of draws that take the first, else any (ours).
+    """
+
+    name = "pretrain.caption"
+    options: ClassVar[Mapping[str, Option]] = {
+        "reverse_ratio": ratio(0.5), "mask_left_label": flag(False), "use_caption_in_metadata": flag(False),
+        "caption_key_in_metadata": string(), "first_text": share(),
+        "caption_prompt": Option(None, _are_prompts, "a text with {} for the caption, or a list of such texts")}
+
+    def __init__(self, *arguments: Any) -> None:
+        """See `Decoder`. Raises ConfigError also for a prompt that is no template."""
+        super().__init__(*arguments)
+        given = self.given["caption_prompt"]
+        self.prompts = ["{}"] if given is None else [given] if isinstance(given, str) else list(given)
+        for prompt in self.prompts:
+            try:
+                prompt.format("")
+            except (IndexError, KeyError, ValueError) as error:
+                raise ConfigError(f"decoder {self.name}: caption_prompt {prompt!r} is no template with one {{}} "
+                                  f"({error}).") from error
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        prompt = draws.choice(self.prompts)
+        image_first = draws.uniform() < self.given["reverse_ratio"]
+        picture = self.picture(fields, draws, read=image_first)
+        caption = self._caption(fields, draws)
+        parts = [picture, prompt.format(caption)]
+        blank = only_blank(caption, phrases.BLANK_CAPTION)
+        return Draft([Span(parts if image_first else parts[::-1])], {"text": caption, "filter_flag": not blank},
+                     dropped=EMPTY if blank else "", whole=True, image_first=image_first)
+
+    def _caption(self, fields: Mapping[str, Any], draws: Draws) -> str:
+        if self.given["use_caption_in_metadata"]:
+            key, metadata = self.given["caption_key_in_metadata"], fields.get("metadata")
+            metadata = _parsed(metadata) if isinstance(metadata, str) else metadata
+            if not isinstance(metadata, Mapping) or not isinstance(metadata.get(key), str):
+                raise BadRecord("missing key", f"metadata: holds no caption under {key!r}.")
+            return str(metadata[key])
+        several = fields.get("text")
+        if not isinstance(several, list) or not several or not all(isinstance(one, str) for one in several):
+            return self.text(fields, "text")
+        if self.given["first_text"] and draws.uniform() < self.given["first_text"]:
+            return str(several[0])
+        return str(draws.choice(several))
+
+    def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> TokenSequence:
+        """See `Decoder`."""
+        draft = self.draft(fields, draws)
+        sequence = TokenSequence([], [], draft.extra, draft.dropped)
+        self._fill(sequence, draft, max_length)
+        if self.given["mask_left_label"]:
+            last = self.vocabulary.eoi_id if draft.image_first else self.vocabulary.boi_id
+            if last in sequence.ids:
+                end = sequence.ids.index(last) + 1
+                sequence.labels[:end] = [IGNORED] * end
+            else:
+                sequence.extra["filter_flag"] = False
+                sequence.dropped = f"what stands left does not end within {max_length} tokens"
+        return sequence
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return None
+
+
+class Interleaved(Decoder):
+    """A document of pictures and texts.
+
+    Fields: `image_ids` and `texts`, equally long; at each place one of the two is None. `metadata` (may be empty).
+
+    Options:
+        reverse_ratio: share of documents in which every picture changes places with what follows it.
+        max_images: a document ends before the next picture, or after the text that follows the last.
+    """
+
+    name = "pretrain.interleaved"
+    options: ClassVar[Mapping[str, Option]] = {"reverse_ratio": ratio(0.5), "max_images": count(None)}
+    reads_pictures = False
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        if "metadata" not in fields:
+            raise BadRecord("missing key", "metadata: is missing; an interleaved document has it (it may be {}).")
+        images, texts = self.list_of(fields, "image_ids"), self.list_of(fields, "texts")
+        if len(images) != len(texts):
+            raise BadRecord("images and placeholders",
+                            f"image_ids: {len(images)} places, but texts has {len(texts)}; each place is one of both.")
+        backwards = draws.uniform() < self.given["reverse_ratio"]
+        wrong = next((n for n in range(len(texts)) if (images[n] is None) == (texts[n] is None)), None)
+        if wrong is not None:
+            return Draft(dropped=f"place {wrong} of the document is not either a picture or a text")
+        parts: list[Part] = []
+        left = self.given["max_images"]
+        for place in _swapped(images) if backwards else range(len(texts)):
+            if images[place] is None:
+                if not isinstance(texts[place], str):
+                    raise BadRecord("wrong type", f"texts[{place}]: must be a text, not {shown(texts[place])}.")
+                parts.append(texts[place])
+                if left == 0:
+                    break
+            elif left == 0:
+                break
+            else:
+                parts.append(self.codes(images[place], f"image_ids[{place}]"))
+                left = None if left is None else left - 1
+        return Draft([Span(parts)], {"filter_flag": True}, whole=True)
+
+
+def _swapped(images: Sequence[Any]) -> list[int]:
+    """Places in the order in which each picture comes after the element that followed it."""
+    order: list[int] = []
+    place = 0
+    while place < len(images):
+        pair = images[place] is not None and place + 1 < len(images)
+        order += [place + 1, place] if pair else [place]
+        place += 2 if pair else 1
+    return order
+
+
+class Video(Decoder):
+    """The frames of a clip and what it shows.
+
+    Fields: `image_ids` (frames one after the other), `answer`.
+
+    Options:
+        num_frames: how many frames are taken; there must be as many.
+        flat: frames as one long list; false: a list per frame.
+    """
+
+    name = "pretrain.video"
+    options: ClassVar[Mapping[str, Option]] = {"num_frames": count(4), "flat": flag(True)}
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        if fields.get("answer") is None:
+            return self.lacking(["answer"])
+        number = self.given["num_frames"]
+        frames = self.pictures(fields, draws, read=True, flat=self.given["flat"], at_most=number)
+        if self.given["flat"] and len(frames) < number:
+            if self.validate:
+                raise BadRecord("number of frames",
+                                f"image_ids: holds {len(frames)} frames, but num_frames is {number}.")
+            frames += [[] for _ in range(number - len(frames))]  # as released: <img></img>
+        answer = self.text(fields, "answer")
+        return Draft([Span(frames, learned=False), Span([answer])],
+                     {"text": self.as_text([*frames, answer]), "filter_flag": True})
+
+
+class Text(Decoder):
+    """Text alone, cut where it is too long. Field: `text`."""
+
+    name = "pretrain.text"
+    reads_pictures = False
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        if fields.get("text") is None:
+            return self.lacking(["text"], {"filter_flag": False})
+        value = self.text(fields, "text")
+        blank = only_blank(value, phrases.BLANK_CAPTION)
+        return Draft([Span([value])], {"text": value, "filter_flag": not blank}, EMPTY if blank else "", whole=True)
+
+
+class Edit(Decoder):
+    """A picture, what to change, and the changed picture. Fields: `source_image_ids`, `target_image_ids`,
+    `instruction`."""
+
+    name = "pretrain.edit"
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        source = self.picture(fields, draws, read=True, name="source_image_ids")
+        target = self.picture(fields, draws, read=False, name="target_image_ids")
+        instruction = self.text(fields, "instruction").replace(phrases.EDIT_PREFIX, "")
+        # As released: counted on the instruction alone, so blanks lost next to the picture hide `<img>` too.
+        hidden = 1 + self.vocabulary.image_length + len(self.tokenizer.encode(instruction))
+        return Draft([Span([source, instruction, target])], {"filter_flag": True}, whole=True, unlearned=hidden)
+
+
+class Retrieval(Decoder):
+    """A picture-caption pair, and the pairs that were found to be like it.
+
+    Fields: `image_ids`, `text`, `context` (a list of records with `image_ids` and `text`).
+
+    Options:
+        reverse_ratio: share of samples with the pictures first.
+        max_images: pairs taken (None: all); with random_num_images, a number drawn from min_images to max_images.
+        mask_left_label: the left half of each pair is not learned.
+    """
+
+    name = "pretrain.retrieval"
+    options: ClassVar[Mapping[str, Option]] = {
+        "reverse_ratio": ratio(0.5), "mask_left_label": flag(False), "random_num_images": flag(False),
+        "min_images": count(1), "max_images": count(None)}
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        context = self.list_of(fields, "context")
+        if not all(isinstance(one, Mapping) for one in context):
+            raise BadRecord("wrong type", "context: must be a list of records with image_ids and text.")
+        number = self.given["max_images"]
+        if self.given["random_num_images"]:
+            least = self.given["min_images"]
+            number = draws.randint(least, max(least, number or 1 + len(context)))
+        if number is None or number > 1:
+            draws.shuffle(context)
+        chosen = [{key: fields.get(key) for key in ("text", "image_ids")}, *context][:number]
+        image_first = draws.uniform() < self.given["reverse_ratio"]
+        spans: list[Span] = []
+        for pair in chosen:
+            halves: list[Part] = [self.picture(pair, draws, read=image_first), self.text(pair, "text")]
+            left, right = halves if image_first else halves[::-1]
+            spans += [Span([left], learned=not self.given["mask_left_label"]), Span([right])]
+        return Draft(spans, {"text": json.dumps(chosen), "filter_flag": True})
+
+
+class CaptionEval(Decoder):
+    """The prompt of the released captioning evaluation: nothing is learned, no `</s>`.
+
+    Fields: `image_ids`, `context` (captioned pictures to imitate), `metadata.image_id`.
+    Options: num_context (how many of them), caption_prompt (what the caption is to begin with).
+    """
+
+    name = "pretrain.caption_eval"
+    options: ClassVar[Mapping[str, Option]] = {"num_context": count(2, least=0), "caption_prompt": string()}
+    reads_pictures = False
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        shots = self.list_of(fields, "context")[:self.given["num_context"]] if self.given["num_context"] else []
+        parts: list[Part] = []
+        for shot in shots:
+            if not isinstance(shot, Mapping):
+                raise BadRecord("wrong type", "context: must be a list of records with image_ids and text.")
+            parts += [self.picture(shot, draws, read=False), self.text(shot, "text")]
+        parts += [self.picture(fields, draws, read=False), self.given["caption_prompt"]]
+        metadata = fields.get("metadata")
+        if not isinstance(metadata, Mapping) or "image_id" not in metadata:
+            raise BadRecord("missing key", "metadata: holds no image_id.")
+        return Draft([Span(parts, learned=False)], {"image_id": metadata["image_id"], "filter_flag": True}, end=False)

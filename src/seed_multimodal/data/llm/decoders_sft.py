@@ -1,0 +1,288 @@
+"""Decoders of the instruction-tuning data: what the user says is not learned, answers and the final `</s>` are.
+
+    <s>USER: [picture]question\\nASSISTANT:answer</s>        further turns start with "\\nUSER: "
+
+Each turn is tokenised on its own. Sentences that the data does not bring are in `phrases`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from seed_multimodal.data.llm import phrases
+from seed_multimodal.data.llm.decoders_base import Decoder, Draft, Option, Part, Span, ratio
+from seed_multimodal.data.llm.decoders_turns import with_full_stop
+from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.llm.sequence import Draws
+from seed_multimodal.errors import ConfigError
+
+NO_DIALOGUE = "there is no dialogue in it"
+
+
+def user(*said: Part, first: bool) -> Span:
+    """A user's turn, up to where the answer begins."""
+    return Span([("" if first else "\n") + phrases.USER + " ", *said, "\n" + phrases.ASSISTANT], learned=False)
+
+
+def numbered(fields: Mapping[str, Any], prefix: str) -> list[str]:
+    """The names `prefix0`, `prefix1`, … that the record has."""
+    names: list[str] = []
+    while fields.get(f"{prefix}{len(names)}") is not None:
+        names.append(f"{prefix}{len(names)}")
+    return names
+
+
+class _Tuned(Decoder):
+    without_effect: ClassVar[Sequence[str]] = ("reverse_ratio", "caption_prompt")
+
+    def exact_pictures(self, pictures: Sequence[Any], wanted: int, what: str) -> None:
+        """Refuse another number of pictures than the texts tell of."""
+        if len(pictures) < wanted or (self.validate and len(pictures) != wanted):
+            raise BadRecord("images and placeholders",
+                            f"image_ids: holds {len(pictures)} pictures, but {what} tell of {wanted}.")
+
+
+class QuestionAnswer(_Tuned):
+    """A question about a picture, or a request to draw it.
+
+    Fields: `image_ids` (or `views`), and `question` + `answer`, or `text` alone (only to draw from).
+
+    Options:
+        reverse_ratio: share of questions; 0 means always a question (as released), below 0 always a request.
+    """
+
+    name = "sft.qa"
+    options: ClassVar[Mapping[str, Option]] = {"reverse_ratio": ratio(0.0)}
+    without_effect = ("caption_prompt",)
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        ask = self.given["reverse_ratio"] == 0 or draws.uniform() < self.given["reverse_ratio"]
+        answered = fields.get("answer") is not None or fields.get("text") is None
+        said = self.text(fields, "answer" if answered else "text").strip()
+        if ask:
+            question = self.text(fields, "question").strip()
+            picture = self.picture(fields, draws, read=True)
+            return Draft([user(picture, question, first=True), Span([with_full_stop(said)])])
+        number = draws.randint(0, len(phrases.DRAW_REQUESTS) - 1)
+        end = "?" if number >= phrases.DRAW_QUESTION else "."
+        request = f"{phrases.DRAW_REQUESTS[number]} {said.rstrip('.')}{end}"
+        picture = self.picture(fields, draws, read=False)
+        return Draft([user(request, first=True), Span([phrases.DRAW_RESPONSES[number], picture])])
+
+
+class Edit(_Tuned):
+    """A picture and what to change, answered with a sentence and the changed picture.
+
+    Fields: `source_image_ids`, `target_image_ids`, `instruction` (or `instruction_gpt`), optional `response`.
+    """
+
+    name = "sft.edit"
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        for name in ("source_image_ids", "target_image_ids"):
+            self.list_of(fields, name)
+        instruction = self.text(fields, "instruction_gpt" if fields.get("instruction_gpt") else "instruction")
+        response = fields.get("response") and self.text(fields, "response")
+        response = response or phrases.EDIT_RESPONSES[draws.randint(0, phrases.EDIT_DRAWN - 1)]
+        source = self.picture(fields, draws, read=True, name="source_image_ids")
+        target = self.picture(fields, draws, read=False, name="target_image_ids")
+        return Draft([user(source, instruction, first=True), Span([response, target])])
+
+
+class MultiEdit(_Tuned):
+    """One change after the other, all answered with the same sentence.
+
+    Fields: `image_ids` (one picture more than instructions), `instruction0`, `instruction1`, …
+    """
+
+    name = "sft.multi_edit"
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        names = numbered(fields, "instruction")
+        if not names:
+            raise BadRecord("missing key", f"instruction0: is missing; decoder {self.name} needs it.")
+        response = phrases.EDIT_RESPONSES[draws.randint(0, phrases.EDIT_DRAWN - 1)]
+        pictures = self.pictures(fields, draws, read=False)
+        self.exact_pictures(pictures, len(names) + 1, f"{len(names)} instructions")
+        spans: list[Span] = []
+        for place, name in enumerate(names):
+            seen = [self.disturbed(pictures[0], draws)] if place == 0 else []
+            spans += [user(*seen, self.text(fields, name), first=place == 0), Span([response, pictures[place + 1]])]
+        return Draft(spans)
+
+
+class Story(_Tuned):
+    """Pictures with captions that follow each other.
+
+    Fields: `image_ids` (one per caption), `caption0`, `caption1`, …
+
+    Options:
+        reverse_ratio: 0: a turn for every further picture; anything else: one request, and the rest as the answer.
+    """
+
+    name = "sft.story"
+    options: ClassVar[Mapping[str, Option]] = {"reverse_ratio": ratio(0.0)}
+    without_effect = ("caption_prompt",)
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        captions = [self.text(fields, name).strip() for name in numbered(fields, "caption")]
+        if len(captions) < 2:
+            raise BadRecord("missing key", f"caption{len(captions)}: is missing; a story has at least two captions.")
+        number = 0 if self.given["reverse_ratio"] == 0 else draws.randint(0, len(phrases.STORY_REQUESTS) - 1)
+        pictures = self.pictures(fields, draws, read=False)
+        self.exact_pictures(pictures, len(captions), f"{len(captions)} captions")
+        opening: list[Part] = [captions[0], self.disturbed(pictures[0], draws)]
+        if self.given["reverse_ratio"] != 0:
+            told = [part for place in range(1, len(captions)) for part in ("\n" + captions[place], pictures[place])]
+            return Draft([user(*opening, phrases.STORY_REQUESTS[number], first=True),
+                          Span([phrases.STORY_RESPONSES[number], *told])])
+        spans: list[Span] = []
+        for place in range(1, len(captions)):
+            request = f"{captions[place]} {phrases.NEXT_IMAGE_REQUEST}"
+            spans += [user(*(opening if place == 1 else []), request, first=place == 1),
+                      Span([phrases.NEXT_IMAGE_RESPONSE, pictures[place]])]
+        return Draft(spans)
+
+
+class Difference(_Tuned):
+    """A question about two pictures, told apart by a sentence before or after each (a coin's flip).
+
+    Fields: `image_ids` (two pictures), `question`, `answer`.
+    """
+
+    name = "sft.difference"
+    options: ClassVar[Mapping[str, Option]] = {"reverse_ratio": ratio(0.0)}
+    without_effect = ("caption_prompt",)
+
+    def __init__(self, *arguments: Any) -> None:
+        """See `Decoder`. Raises ConfigError also for a reverse_ratio: the other direction was never there."""
+        super().__init__(*arguments)
+        if self.validate and self.given["reverse_ratio"] != 0:
+            raise ConfigError(f"decoder {self.name}: reverse_ratio must be 0; two pictures are not drawn from a text.")
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        if self.given["reverse_ratio"] != 0 and not draws.uniform() < self.given["reverse_ratio"]:
+            raise ConfigError(f"decoder {self.name}: reverse_ratio must be 0; two pictures are not drawn from a text.")
+        question, answer = (self._named(self.text(fields, name).strip()) for name in ("question", "answer"))
+        after = draws.uniform() < 0.5
+        pictures = self.pictures(fields, draws, read=True)
+        self.exact_pictures(pictures, 2, "question and answer")
+        first, second = pictures[:2]
+        if after:
+            said: list[Part] = [first, phrases.FIRST_IMAGE, second, f"{phrases.SECOND_IMAGE} {question}"]
+        else:
+            said = [phrases.FIRST_IMAGE, first, phrases.SECOND_IMAGE, second, question]
+        return Draft([user(*said, first=True), Span([with_full_stop(answer)])])
+
+    def _named(self, text: str) -> str:
+        """"image a" -> "the first image"; the released code also did so inside "image and"."""
+        for letters, name in zip(("aA", "bB"), ("the first image", "the second image"), strict=True):
+            pattern = re.compile(rf"image [{letters}]" + (r"\b" if self.validate else ""))
+            text = pattern.sub(name, text)
+        return text
+
+
+class Conversation(_Tuned):
+    """Questions and answers about one picture.
+
+    Fields: `image_ids` (or `views`), `question` ("Question: … Question: …"), `answer` ("Answer: … Answer: …").
+    """
+
+    name = "sft.conversation"
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        asked, said = self.marked(fields, "question", "Question: "), self.marked(fields, "answer", "Answer: ")
+        if phrases.NO_DIALOGUE in fields["question"]:
+            return Draft(dropped=NO_DIALOGUE if self.validate else "")
+        pictures: list[Part] = self.seen(fields, draws)
+        spans: list[Span] = []
+        for question, answer in zip(asked, said, strict=False):
+            spans += [user(*pictures, question, first=not spans), Span([self.ended(answer)])]
+            pictures = []
+        return Draft(spans)
+
+    def marked(self, fields: Mapping[str, Any], name: str, marker: str) -> list[str]:
+        """What follows each marker; validation refuses a text without one."""
+        value = self.text(fields, name)
+        found = [piece.strip() for piece in value.split(marker)[1:]]
+        if self.validate and not found:
+            raise BadRecord("no markers", f"{name}: has no {marker.strip()!r} marker, so there is no turn in it.")
+        return found
+
+    def seen(self, fields: Mapping[str, Any], draws: Draws) -> list[Part]:
+        """The pictures of the first question."""
+        return [self.picture(fields, draws, read=True)]
+
+    def ended(self, answer: str) -> str:
+        """An answer as it is learned."""
+        return with_full_stop(answer)
+
+
+class VideoConversation(Conversation):
+    """Questions and answers about a clip; there must be as many of the ones as of the others.
+
+    Fields: as `Conversation`, `image_ids` being the frames one after the other.
+    """
+
+    name = "sft.video_conversation"
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        asked, said = self.marked(fields, "question", "Question: "), self.marked(fields, "answer", "Answer: ")
+        if len(asked) != len(said):
+            raise BadRecord("turns", f"answer: holds {len(said)} answers to {len(asked)} questions.")
+        return super().draft(fields, draws)
+
+    def seen(self, fields: Mapping[str, Any], draws: Draws) -> list[Part]:
+        """The frames."""
+        return [*self.pictures(fields, draws, read=True)]
+
+    def ended(self, answer: str) -> str:
+        """Answers stay as they are here."""
+        return answer
+
+
+class Video(_Tuned):
+    """A question about a clip. Fields: `image_ids` (frames one after the other), `question`, `answer`."""
+
+    name = "sft.video"
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        frames = self.pictures(fields, draws, read=True)
+        question = self.text(fields, "question").strip()
+        answer = self.text(fields, "answer").replace(phrases.VIDEO_ARTEFACT, "").strip()
+        return Draft([user(*frames, question, first=True), Span([with_full_stop(answer)])])
+
+
+class Interleaved(_Tuned):
+    """A request and a response in which pictures are written out by the names of their codes.
+
+    Fields: `instruction`, `response`.
+    """
+
+    name = "sft.interleaved"
+    reads_pictures = False
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        said = {name: self.text(fields, name) for name in ("instruction", "response")}
+        for name, value in said.items() if self.validate else ():
+            self._check(value, name)
+        return Draft([user(said["instruction"], first=True), Span([said["response"]])])
+
+    def _check(self, value: str, name: str) -> None:
+        """Every picture whole, its codes within the codebook."""
+        opened = re.findall(r"<img>((?:<img_\d+>)*)</img>", value)
+        if len(opened) != value.count("<img>") or len(opened) != value.count("</img>"):
+            raise BadRecord("images and placeholders", f"{name}: a picture in it has no <img> or no </img>.")
+        for codes in opened:
+            self.codes([int(code) for code in re.findall(r"\d+", codes)], name)

@@ -1,0 +1,124 @@
+"""Conversations stored as alternating texts; both released modules have these two, with other words around the turns.
+
+    pretrain.*   "USER: " question "\\nASSISTANT: "   (a blank at the end, which becomes a token of its own)
+    sft.*        "USER: " question "\\nASSISTANT:"
+
+Answers and the `</s>` at the very end are learned. Each turn is tokenised on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from seed_multimodal.data.llm.decoders_base import Decoder, Draft, Option, Part, Span, shown, string
+from seed_multimodal.data.llm.phrases import ASSISTANT, USER
+from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.llm.sequence import Draws
+
+_ROLES = Option((USER[:-1], ASSISTANT[:-1]),
+                lambda v: isinstance(v, Sequence) and len(v) == 2 and all(isinstance(one, str) for one in v),
+                "two names")
+
+
+def with_full_stop(answer: str) -> str:
+    """The answer, ending in a full stop."""
+    return answer if answer.endswith(".") else answer + "."
+
+
+class _Turns(Decoder):
+    """Words around turns. `sft` ignores the names of the roles, as released."""
+
+    options: ClassVar[Mapping[str, Option]] = {"roles": _ROLES, "sep": string("\n"), "system_message": string()}
+    tuned: ClassVar[bool] = False  # the instruction-tuning module's words
+
+    def _spans(self, turns: Sequence[str], first: Sequence[Part], system: str) -> list[Span]:
+        """`first`: the whole content of the first question, pictures included."""
+        user, assistant = (USER[:-1], ASSISTANT[:-1]) if self.tuned else self.given["roles"]
+        sep = self.given["sep"]
+        opening = f"{sep}{assistant}:" + ("" if self.tuned else " ")
+        spans: list[Span] = []
+        if system:
+            spans.append(Span([system if system.endswith(sep) else system + sep], learned=False))
+        for place, said in enumerate(turns):
+            if place % 2:
+                spans.append(Span([said]))
+            else:
+                content = first if place == 0 else [said]
+                spans.append(Span([f"{sep if place else ''}{user}: ", *content, opening], learned=False))
+        return spans
+
+    def _texts(self, fields: Mapping[str, Any]) -> list[str]:
+        turns = self.list_of(fields, "data")
+        wrong = next((n for n, said in enumerate(turns) if not isinstance(said, str)), None)
+        if wrong is not None:
+            raise BadRecord("wrong type", f"data[{wrong}]: must be a text, not {shown(turns[wrong])}.")
+        if self.validate and (not turns or len(turns) % 2):
+            raise BadRecord("wrong role", f"data: holds {len(turns)} texts; questions and answers come in pairs.")
+        return turns
+
+    def _all_text(self, spans: Sequence[Span]) -> str:
+        return self.as_text([part for span in spans for part in span.parts])
+
+
+class TextConversation(_Turns):
+    """A conversation without pictures. Field: `data`, question and answer in turn.
+
+    Options:
+        system_message: said before everything, not learned. sep: between turns. roles: the two names.
+    """
+
+    name = "pretrain.text_conversation"
+    reads_pictures = False
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        if fields.get("data") is None:
+            return self.lacking(["data"], {"filter_flag": False})
+        turns = self._texts(fields)
+        spans = self._spans(turns, turns[:1], self.given["system_message"])
+        return Draft(spans, {"text": self._all_text(spans), "filter_flag": True})
+
+
+class TextConversationTuned(TextConversation):
+    """The same in the words of instruction tuning; `roles` has no effect there."""
+
+    name = "sft.text_conversation"
+    tuned = True
+
+
+class VisualQuestion(_Turns):
+    """A conversation about pictures, which stand before or after the first question by a coin's flip.
+
+    Fields: `image_ids` (a list per picture), and `data` (question and answer in turn) or `instruction`, `inputs`
+    (asked instead of the instruction where it is not blank), `outputs`. Options: as `TextConversation`.
+    """
+
+    name = "pretrain.visual_question"
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        if fields.get("image_ids") is None:
+            return self.lacking(["image_ids"])
+        before = self.tuned or draws.uniform() < 0.5
+        if fields.get("data") is not None:
+            turns = self._texts(fields)
+            if self.tuned:
+                turns = [with_full_stop(said.strip()) if place % 2 else said.strip()
+                         for place, said in enumerate(turns)]
+        elif fields.get("outputs") is not None:
+            asked = "inputs" if str(fields.get("inputs") or "").strip() else "instruction"
+            turns = [self.text(fields, asked), self.text(fields, "outputs")]
+        else:
+            return self.lacking(["data", "outputs"])
+        pictures: list[Part] = [*self.pictures(fields, draws, read=True)]
+        first = [*pictures, *turns[:1]] if before else [*turns[:1], *pictures]
+        spans = self._spans(turns, first, "" if self.tuned else self.given["system_message"])
+        return Draft(spans, {"text": self._all_text(spans), "filter_flag": True})
+
+
+class VisualQuestionTuned(VisualQuestion):
+    """The same in instruction tuning: pictures always first, answers end in a full stop, no system message."""
+
+    name = "sft.visual_question"
+    tuned = True

@@ -1,0 +1,64 @@
+"""The sentences the released instruction data was written with, as far as they are known, and ours in the other places.
+
+A request and the response to it share an index, and the places of known ones are the released ones.
+"""
+
+from __future__ import annotations
+
+USER, ASSISTANT = "USER:", "ASSISTANT:"
+EDIT_PREFIX = "Edit this image with the instruction: "  # dropped from the instructions of the pretraining edit data
+NO_DIALOGUE = "Image Descriptions"  # a question holding this has no dialogue in it
+VIDEO_ARTEFACT = "\nQA_GT_caption_based_noisy"  # left in some answers of ActivityNet-QA
+FIRST_IMAGE, SECOND_IMAGE = "This is the first image.", "This is the second image."
+NEXT_IMAGE_REQUEST, NEXT_IMAGE_RESPONSE = "Please generate an image.", "Here is an image."
+BLANK_CAPTION = " ;,[]{}'\".?:"  # a caption of these characters alone says nothing
+
+# Requests for a picture of something, and the responses; from DRAW_QUESTION on they end in a question mark.
+# Of the released twenty pairs the specification and the fixtures show 0, 2, 4, 6, 8, 9, 12, 15 and 16, and two more
+# without their places (1 and 3 here); the others are ours.
+DRAW_REQUESTS = (
+    "Please show me a picture of", "Please generate an image of", "Please produce a photo of", "Generate an image of",
+    "Please draw a painting of", "Please make a drawing of", "I'd love to see an illustration of", "I need an image of",
+    "I want to see a picture of", "I would like to see a photo of", "Make a photo of", "Draw a picture of",
+    "Show me a photograph of", "Please create a picture of", "Could you make an image of",
+    "Can you draw a painting of", "Can you produce a picture of", "Could you show me a photo of",
+    "Could you draw a picture of", "Could you make an illustration of")
+DRAW_QUESTION = 14
+DRAW_RESPONSES = (
+    "Here is a picture.", "I have generated an image.", "Here is a photo.", "I have generated an image.",
+    "Here's a painting.", "Here is the drawing.", "Enjoy this illustration.", "Here is the image.",
+    "Here is a picture.", "I have created a photo.", "Here is the photo.", "Here is the picture.",
+    "Here is a photograph.", "I have made a picture.", "Yes, here is the image.",
+    "Absolutely, here is a painting.", "Sure, here is a picture.", "Yes, here is the photo.",
+    "Yes, here is the picture.", "Yes, here is the illustration.")
+
+# Responses to an editing instruction; the released decoders only ever draw the first EDIT_DRAWN of them, of which the
+# fixtures show 0 to 4; the others are ours.
+EDIT_RESPONSES = (
+    "Here is a picture.", "I have created an image.", "Enjoy this picture.", "I have generated an image.",
+    "Here's a picture.", "Here is the edited picture.", "Here is the changed image.", "Here is the new picture.")
+EDIT_DRAWN = 6
+
+# Of the released ten pairs the fixtures show 1 and 5; the others are ours.
+STORY_REQUESTS = (
+    "Please go on with the story in pictures and texts.",
+    "Would you utilize pictures and texts to show me the following story?",
+    "How does the story go on? Please use pictures and texts.",
+    "Please show me in pictures and words how this continues.",
+    "Continue this story with pictures and short texts.",
+    "Please use images and text to inform me what will happen next.",
+    "What happens afterwards? Please answer with pictures and texts.",
+    "Please draw and write the rest of the story.",
+    "I would like to know how this ends, in pictures and words.",
+    "Please write and illustrate what comes next.")
+STORY_RESPONSES = (
+    "The story goes on like this, in pictures and texts.",
+    "I would be happy to utilize pictures and texts to show you the following story.",
+    "This is how the story goes on.",
+    "These pictures and words show how it continues.",
+    "The story continues with these pictures and texts.",
+    "Here are images and text to inform you what will happen next.",
+    "This happens afterwards, in pictures and texts.",
+    "I have drawn and written the rest of the story.",
+    "This is how it ends, in pictures and words.",
+    "I have written and illustrated what comes next.")
