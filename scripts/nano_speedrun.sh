@@ -46,6 +46,8 @@ stages() {  # stages NAMES THREADS
 
 "$python" -c 'import importlib.util as u; s = u.find_spec("lavis"); raise SystemExit(s is None or s.origin is None)' || {
   echo "The tokenizer is trained through LAVIS, which is not installed: bash install.sh --lavis" >&2; exit 2; }
+"$python" -c 'import hydra' 2>/dev/null || {
+  echo "The language model is trained through Hydra, which is not installed: bash install.sh --extras train" >&2; exit 2; }
 
 stages vae,clip,recipe "$cores"
 for stage in stage1 stage2; do
