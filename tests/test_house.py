@@ -55,7 +55,8 @@ def test_requirements_agree_with_pyproject():
 def test_imports_are_declared():
     """Every third-party module the library imports is a dependency (or belongs to an extra)."""
     known = {"pil": "pillow", "yaml": "pyyaml", "google": "protobuf", "huggingface_hub": "transformers",
-             "sklearn": "scikit-learn", "werkzeug": "flask", "cv2": "opencv-python-headless"}
+             "sklearn": "scikit-learn", "werkzeug": "flask", "cv2": "opencv-python-headless",
+             "hydra": "hydra-core", "liger_kernel": "liger-kernel"}
     everything = {name_of(r) for r in project()["dependencies"]}
     everything |= {name_of(r) for extra in project()["optional-dependencies"].values() for r in extra}
     missing = {}

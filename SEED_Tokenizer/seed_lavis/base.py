@@ -7,21 +7,19 @@ ones. `forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) a
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from seed_lavis.compat import BaseModel
 from seed_lavis.options import APPLICATION, PRECISIONS, ModelOptions, one_of, sizes
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.fast_tower import FastTower
 from seed_multimodal.tokenizers.qformer import QFormerConfig
+from seed_multimodal.vision.checkpointing import checkpoint_layers
 from seed_multimodal.vision.eva import EvaConfig
 
 MODEL_CONFIG = str(APPLICATION / "lavis" / "configs" / "models" / "blip2" / "blip2_pretrain.yaml")
@@ -36,6 +34,8 @@ class SeedModel(BaseModel):
     options: ModelOptions
     latest: dict[str, Tensor]
     """Numbers of the last `forward`, detached: what the log shows."""
+    fast_tower: FastTower | None = None
+    """What computes the frozen tower instead of it, with `fast_tower` of stage 2's options."""
 
     @property
     def device(self) -> torch.device:
@@ -47,6 +47,8 @@ class SeedModel(BaseModel):
         self.to(device)
         if self.options.freeze_vit:
             low_precision(self.visual_encoder, self.tower_dtype(device))
+        if getattr(self.options, "fast_tower", False):
+            self.fast_tower = FastTower(self.visual_encoder, self.tower_dtype(device), compile=self.options.compile)
         if self.options.use_grad_checkpoint:
             checkpoint_layers(self)
         if self.options.compile:
@@ -62,6 +64,8 @@ class SeedModel(BaseModel):
 
     def tower(self, images: Tensor) -> Tensor:
         """Pixels `[B, 3, S, S]` → vision-tower output `[B, N, W]`, computed in `vit_precision`."""
+        if self.fast_tower is not None:
+            return self.fast_tower(images)
         dtype = self.tower_dtype(images.device)
         if dtype == torch.float32:
             return self.visual_encoder(images)
@@ -86,27 +90,6 @@ def low_precision(module: nn.Module, dtype: torch.dtype) -> None:
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Linear):
             part.to(dtype)
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """Keep no activations inside trained layers (tower, Q-Former, decoders): they are computed again going backward."""
-    for layers in model.modules():
-        for layer in layers if isinstance(layers, nn.ModuleList) else ():
-            if any(parameter.requires_grad for parameter in layer.parameters()):
-                layer.forward = functools.partial(_checkpointed, layer.forward)
-
-
-def _checkpointed(forward: Any, *args: Any) -> Tensor:
-    if not torch.is_grad_enabled():
-        return forward(*args)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=_same_attention)
-
-
-def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For the pass and its repetition: the loop's choice of attention kernel has ended when that is made."""
-    cuda = torch.backends.cuda
-    plain = cuda.math_sdp_enabled() and not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled())
-    return nullcontext(), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 def vit_sizes(options: ModelOptions) -> EvaConfig:

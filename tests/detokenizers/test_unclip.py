@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from seed_multimodal.detokenizers.layout import LayoutReadout
-from seed_multimodal.detokenizers.unclip import DecodeDefaults, UnclipDetokenizer
+from seed_multimodal.detokenizers.pipelines import DecodeDefaults
+from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
 
 E, CROSS = 12, 16

@@ -350,6 +350,34 @@ def test_shipped_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert "`codes_by_pictures` is the figure for the codes here." in text and not re.search(r"\bnan\b", text)
 
 
+def test_the_fast_encoder_sees_the_same(stages: tuple[Path, Path, Path], tmp_path: Path,
+                                        capsys: pytest.CaptureFixture) -> None:
+    folder, file, _ = stages
+    source = open_pairs(data_spec("nano"))
+    for model, stage1 in ((NANO, None), (folder, file)):
+        seen = []
+        for fast in (False, True):
+            opened = open_tokenizer(model, CPU, decoder="none", clip="none", fast=fast)
+            assert (opened.fast is not None) == fast
+            first = load_stage1(stage1, opened.tokenizer) if stage1 is not None else None
+            seen.append(look(source, range(48), opened, stage1=first, batch=20))
+        same = (seen[0].codes == seen[1].codes).mean()
+        assert len(np.unique(seen[0].codes)) > 20
+        if stage1 is None:
+            assert same == 1.0
+            np.testing.assert_allclose(seen[1].decoded, seen[0].decoded, atol=1e-5)
+        else:  # an untrained codebook has rows that rounding tells apart
+            assert same > 0.99
+            np.testing.assert_allclose(seen[1].causal, seen[0].causal, atol=1e-4)
+    run = ["eval", "tokenizer", "--model", str(NANO), "--decoder", "none", "--clip", "none", "--limit", "4", "--device",
+           "cpu", "--json", "--out", str(tmp_path / "out")]
+    used = []
+    for flags in ([], ["--fast"], ["--no-fast"]):
+        assert main([*run, *flags]) == 0
+        used.append(json.loads(capsys.readouterr().out)["settings"]["fast"])
+    assert used == [False, True, False]
+
+
 def test_command_refuses_in_one_sentence(stages: tuple[Path, Path, Path], listed: Path, tmp_path: Path,
                                          capsys: pytest.CaptureFixture) -> None:
     out = ["--out", str(tmp_path / "out"), "--device", "cpu"]

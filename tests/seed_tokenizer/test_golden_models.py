@@ -66,8 +66,9 @@ def test_stage1():
         assert_close(own[name.removeprefix("nodist.grad.")].grad, want[name], 1e-6, 1e-3, name)
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast_tower"])
 @pytest.mark.parametrize("kind", ["stage2_losses", "stage2_losses_image_down"])
-def test_stage2(kind, tmp_path):
+def test_stage2(kind, fast, tmp_path):
     from runner import assert_close
     from seed2_common import tokenizer_config
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -82,7 +83,9 @@ def test_stage2(kind, tmp_path):
         "clip_precision": "fp32", "n_embed": config.codebook_size, "codebook_embed_dim": config.codebook_dim,
         "decode_depth": config.decode_depth, "decode_heads": config.decode_heads, "num_query_token": config.num_query,
         "image_features_dim": config.image_features_dim, "use_qformer_image": config.use_qformer_image,
-        "reverse_depth": given["reverse_qformer_layers"] or 4, "loss_weights": given["loss_weights"]})
+        "reverse_depth": given["reverse_qformer_layers"] or 4, "loss_weights": given["loss_weights"],
+        "fast_tower": fast})
+    assert (model.fast_tower is not None) == fast
     near = given["codebook_rows_near"]
     codebook = torch.full((config.codebook_size, config.codebook_dim), given["codebook_far_value"])
     codebook[:near] = weights.pop("quantize.embedding.weight.near")

@@ -9,12 +9,14 @@ import threading
 from collections import Counter
 
 import pytest
+import tiny_seed1
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from seed_multimodal.errors import ConfigError, ImageError
-from seed_multimodal.tokenizers.fast import STATIC_SIZES, FastTokenizer, Levers, _compiler, optimise, plan
+from seed_multimodal.tokenizers.fast import STATIC_SIZES, FastTokenizer, Levers, compiler, optimise, plan
 from seed_multimodal.tokenizers.fast_encoder import vision_block
+from seed_multimodal.tokenizers.fast_tower import FastTower
 from seed_multimodal.tokenizers.flops import encode_flops
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -54,6 +56,32 @@ def test_fp32_codes_and_features_are_the_plain_ones(tiny: Seed2Config, change: d
         torch.testing.assert_close(fast.vit_features(images), model.visual_encoder(images), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(fast.query_features(images), model.query_features(images), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(fast.encoder.pre_quant(images), model.pre_quant(images), rtol=1e-4, atol=1e-4)
+
+
+def test_seed1_is_encoded_fast_too() -> None:
+    model, images = tiny_seed1.tokenizer(), torch.randn(16, 3, 16, 16)
+    fast, codes = optimise(model), model.encode(images)
+    assert torch.equal(fast.encode(images), codes) and torch.equal(fast.codes_from(fast.vit_features(images)), codes)
+    assert torch.equal(fast.decode(codes), model.decode(codes)) and len(codes.unique()) > 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_tower_under_training(model: Seed2Tokenizer, dtype: torch.dtype) -> None:
+    """As the trainer's plain tower: matrix products in `dtype` under autocast, everything else in float32."""
+    tower, images = model.visual_encoder, torch.randn(4, 3, 16, 16)
+    fast = FastTower(tower, dtype)
+    with torch.autocast("cpu", torch.bfloat16):  # the loop's, which is not the tower's
+        got = fast(images)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        want = tower(images).float()
+    assert got.dtype == torch.float32 and not got.requires_grad
+    near = 1e-4 if dtype == torch.float32 else 0.02 * float(want.abs().max())
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=near)
+    with torch.no_grad():
+        tower.blocks[0].mlp.fc2.bias += 1.0
+    assert (fast(images) - got).abs().max() > 0.5, "packed anew after a change"
+    with pytest.raises(ImageError, match=r"\[B, 3, 16, 16\]"):
+        fast(torch.zeros(1, 3, 8, 8))
 
 
 def test_bf16_keeps_99_of_100_codes() -> None:
@@ -185,9 +213,9 @@ def test_a_block_compiled_for_this_machine(model: Seed2Tokenizer) -> None:
     torch.compiler.reset()
     fast = optimise(model)
     x, h = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
-    arguments = (x, h, fast.encoder.blocks[0], 2, fast.encoder.scale, "erf")
+    arguments = (x, h, fast.encoder.vision.blocks[0], 2, fast.encoder.vision.scale, "erf")
     with torch.no_grad():
-        torch.testing.assert_close(_compiler("default")(vision_block)(*arguments), vision_block(*arguments))
+        torch.testing.assert_close(compiler("default")(vision_block)(*arguments), vision_block(*arguments))
     torch.compiler.reset()
 
 
@@ -226,8 +254,9 @@ def test_released_sizes_fit_together_without_allocating_them(levers: Levers) -> 
     fast = optimise(model, levers=levers)
     with FlopCounterMode(display=False) as counter:
         codes = fast.encode(images)
-    assert codes.shape == (2, 32) and codes.dtype == torch.long and fast.encoder.blocks[0].fc1.dtype == levers.dtype
-    assert len(fast.encoder.blocks) == 39 and fast.encoder.kv.shape == (6 * 2 * 768, 1408)
-    assert fast.encoder.stem.patch.shape[1] % 8 == 0
+    tower = fast.encoder.vision
+    assert codes.shape == (2, 32) and codes.dtype == torch.long and tower.blocks[0].fc1.dtype == levers.dtype
+    assert len(tower.blocks) == 39 and fast.encoder.kv.shape == (6 * 2 * 768, 1408)
+    assert tower.stem.patch.shape[1] % 8 == 0
     if levers.gelu == "erf":  # another operator hides its products from the counter
         assert counter.get_total_flops() == pytest.approx(2 * encode_flops(model.config), rel=0.005)

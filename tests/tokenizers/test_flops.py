@@ -10,8 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from seed_multimodal.tokenizers import flops
+from seed_multimodal.tokenizers.seed1_config import Seed1Config
+from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model
 
 BATCH = 3
@@ -45,6 +48,34 @@ def test_stage_2_step(config: Seed2Config, pixels: torch.Tensor, recon_s: bool) 
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(pixels, torch.randn(BATCH, 10)).loss.backward()
     assert counter.get_total_flops() == BATCH * flops.stage2_flops(model.config)
+
+
+def test_stage_2_with_a_trained_q_former_and_a_tower_that_ran_before(config: Seed2Config, pixels: torch.Tensor) -> None:
+    model = Stage2Model(config, freeze_qformer=False)
+    features = model.visual_encoder(pixels).detach()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(None, torch.randn(BATCH, 10), vit_features=features).loss.backward()
+    assert counter.get_total_flops() == BATCH * flops.stage2_flops(config, freeze_qformer=False, tower=False)
+
+
+@pytest.mark.parametrize("freeze_qformer", [True, False])
+def test_stage_2_of_seed_1(tiny: Seed2Config, pixels: torch.Tensor, freeze_qformer: bool) -> None:
+    config = Seed1Config(vit=tiny.vit, qformer=tiny.qformer, codebook_size=50, codebook_dim=6, decode_depth=2,
+                         reverse_depth=2, text_tokens=7, text_features_dim=10)
+    model = Seed1Stage2Model(config, freeze_qformer=freeze_qformer)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(pixels, torch.randn(BATCH, 7, 10)).loss.backward()
+    assert counter.get_total_flops() == BATCH * flops.stage2_flops(config, freeze_qformer=freeze_qformer)
+
+
+@pytest.mark.parametrize(("freeze_vit", "embedding_dim"), [(True, None), (False, 10)])
+def test_stage_1_step(tiny: Seed2Config, pixels: torch.Tensor, freeze_vit: bool, embedding_dim: int | None) -> None:
+    model = Stage1Model(tiny, vocab_size=30, embed_dim=12, freeze_vit=freeze_vit, embedding_dim=embedding_dim)
+    target = None if embedding_dim is None else torch.randn(BATCH, embedding_dim)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(pixels, torch.randint(3, 30, (BATCH, 5)), target_embedding=target).loss.backward()
+    assert counter.get_total_flops() == BATCH * flops.stage1_flops(
+        tiny, words=5, pairs=BATCH, embed_dim=12, freeze_vit=freeze_vit, embedding_dim=embedding_dim)
 
 
 def test_released_size() -> None:

@@ -103,7 +103,7 @@ def test_corruption_reaches_the_decoders_only(images: torch.Tensor, target: torc
     b = wild(images, target, generator=torch.Generator().manual_seed(0))
     assert torch.equal(a.loss_embed, b.loss_embed) and torch.equal(a.indices, b.indices)
     assert not torch.equal(a.query_up, b.query_up)
-    share = (wild._corrupt(torch.full((400, 32, 6), 7.0), torch.Generator().manual_seed(0)) != 7.0).any(-1).float()
+    share = (wild.corrupt_codes(torch.full((400, 32, 6), 7.0), torch.Generator().manual_seed(0)) != 7.0).any(-1).float()
     assert share.mean() == pytest.approx(0.5, abs=0.05)
     assert torch.equal(wild.eval()(images, target).quant, plain.eval()(images, target).quant)
     with pytest.raises(ConfigError, match="corrupt must be a probability"):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer, evaluating
+from seed_multimodal.tokenizers.encoder import evaluating
+from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.seed2_config import Seed2Config
 
 

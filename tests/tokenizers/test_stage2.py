@@ -81,17 +81,17 @@ def test_warm_up_without_quantiser(tiny: Seed2Config, images: torch.Tensor, targ
 def test_corruption_swaps_up_to_the_given_fraction(tiny: Seed2Config) -> None:
     model = Stage2Model(tiny, corrupt=0.5)
     quant = torch.full((400, 32, 6), 7.0, requires_grad=True)
-    swapped = model._corrupt(quant, torch.Generator().manual_seed(0))
+    swapped = model.corrupt_codes(quant, torch.Generator().manual_seed(0))
     share = (swapped != quant).any(-1).float().mean(1)
     assert share.max() < 0.8 and share.mean() == pytest.approx(0.25, abs=0.03)
     assert share.std() > 0.1, "the fraction differs between samples"
     rows = {tuple(row) for row in model.quantize.embedding.weight.tolist()}
     assert all(tuple(row) in rows for row in swapped[(swapped != quant).any(-1)].tolist())
-    again = model._corrupt(quant, torch.Generator().manual_seed(0))
+    again = model.corrupt_codes(quant, torch.Generator().manual_seed(0))
     assert torch.equal(again, swapped)
     swapped.sum().backward()
     assert model.quantize.embedding.weight.grad is None
-    assert torch.equal(model.eval()._corrupt(quant, None), quant)
+    assert torch.equal(model.eval().corrupt_codes(quant, None), quant)
     with pytest.raises(ConfigError, match="between 0 and 1"):
         Stage2Model(tiny, corrupt=30)
 
@@ -99,12 +99,12 @@ def test_corruption_swaps_up_to_the_given_fraction(tiny: Seed2Config) -> None:
 def test_nested_keeps_a_prefix_of_the_codes(tiny: Seed2Config) -> None:
     model = Stage2Model(tiny, nested=0.5)
     quant = torch.ones(2000, 32, 6)
-    shown = model._prefix(quant, torch.Generator().manual_seed(0))[..., 0].bool()
+    shown = model.keep_prefix(quant, torch.Generator().manual_seed(0))[..., 0].bool()
     kept = shown.sum(1)
     assert torch.equal(shown, torch.arange(32) < kept[:, None]), "what is kept is a prefix"
     assert kept.min() == 1 and (kept == 32).float().mean() == pytest.approx(0.5 + 0.5 / 32, abs=0.04)
     assert kept[kept < 32].float().mean() == pytest.approx(16, abs=1)
-    assert torch.equal(model.eval()._prefix(quant, None), quant)
+    assert torch.equal(model.eval().keep_prefix(quant, None), quant)
 
 
 def test_no_query_reconstruction_without_its_blocks(tiny: Seed2Config, images: torch.Tensor,

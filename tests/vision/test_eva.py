@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import ConfigError, ImageError
+from seed_multimodal.vision.checkpointing import checkpoint_layers, is_checkpointed
 from seed_multimodal.vision.eva import EvaConfig, EvaVit, resize_positions
 from seed_multimodal.vision.layers import LayerNorm
 
@@ -37,13 +42,34 @@ def test_output_projections_start_smaller_with_depth() -> None:
     assert spread[2] == pytest.approx(0.02 / 6**0.5, rel=0.05)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+@pytest.mark.parametrize("kernel", [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
+def test_gradient_checkpointing_changes_nothing_but_memory(kernel: SDPBackend | None) -> None:
+    """Also where the training loop's choice of attention kernel holds for the pass forward only."""
     plain, saving = EvaVit(SMALL), EvaVit(dataclasses.replace(SMALL, grad_checkpoint=True))
     saving.load_state_dict(plain.state_dict())
-    image = torch.randn(2, 3, 16, 16)
-    for vit in (plain, saving):
-        vit(image).square().mean().backward()
-    torch.testing.assert_close(saving.cls_token.grad, plain.cls_token.grad)
+    later = copy.deepcopy(plain)
+    for _ in range(2):  # a second time changes nothing
+        checkpoint_layers(later)
+    image, runs = torch.randn(2, 3, 16, 16), Counter()
+    for vit in (plain, saving, later):
+        vit.blocks[1].norm1.register_forward_hook(lambda module, *_: runs.update([module]))
+        with nullcontext() if kernel is None else sdpa_kernel(kernel):
+            loss = vit(image).square().mean()
+        loss.backward()
+    assert [runs[vit.blocks[1].norm1] for vit in (plain, saving, later)] == [1, 2, 2]
+    for vit in (saving, later):
+        for (name, got), want in zip(vit.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, want.grad, msg=name)
+    with torch.no_grad():
+        assert torch.equal(saving(image), plain(image))
+    assert runs[saving.blocks[1].norm1] == 3
+
+
+def test_layers_that_are_not_trained_are_not_checkpointed() -> None:
+    vit = EvaVit(SMALL)
+    vit.blocks[:2].requires_grad_(False)
+    checkpoint_layers(vit)
+    assert [is_checkpointed(block) for block in vit.blocks] == [False, False, True]
 
 
 def test_positions_resize_keeps_class_token_and_identity() -> None:

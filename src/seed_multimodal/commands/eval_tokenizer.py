@@ -26,7 +26,7 @@ def evaluate(args: argparse.Namespace) -> int:
             data=spec, stage1=args.stage1, clip_text=args.clip_text, text_tokenizer=args.text_tokenizer,
             decoder=args.decoder, clip=args.clip, judge=args.judge, interpolation=args.interpolation, limit=args.limit,
             rebuild=args.rebuild, batch=args.batch_size, k_test=args.k_test, seed=args.seed, device=args.device,
-            dtype=args.dtype)
+            dtype=args.dtype, fast=args.fast)
         report = evaluate_tokenizer(args.model, args.out, settings, log=say,
                                     command=shlex.join(["seed", *sys.argv[1:]]))
     if args.json:
@@ -74,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--batch-size", type=int, default=64, metavar="N")
     machine.add_argument("--device", default="auto")
     machine.add_argument("--dtype", default="auto")
+    machine.add_argument("--fast", action=argparse.BooleanOptionalAction, default=None, help="encode on packed "
+                         "weights: the same codes but for rounding (default: on CUDA)")
     machine.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="the whole report on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -25,11 +25,12 @@ def export(args: argparse.Namespace) -> int:
     cat = project_root(Path(__file__).parent) / "images" / "cat.jpg"
     picture = args.image or (cat if cat.is_file() else None)
     report = export_tokenizer(args.stage2, args.out, stage1=args.stage1, vision=args.vision, config=args.config,
-                              released=args.released, picture=picture, beside=beside, force=args.force)
+                              kind=args.kind, released=args.released, picture=picture, beside=beside, force=args.force)
     if args.json:
         print(json.dumps({
-            "folder": str(report.folder), "tensors": report.tensors, "parts": report.parts, "ignored": report.ignored,
-            "picture": str(picture or "generated"), "codes": report.codes, "verified": report.verified}))
+            "folder": str(report.folder), "kind": report.kind, "tensors": report.tensors, "parts": report.parts,
+            "ignored": report.ignored, "picture": str(picture or "generated"), "codes": report.codes,
+            "verified": report.verified}))
     else:
         print("\n".join(report.lines()))
     return DONE
@@ -41,10 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "Q-Former too)")
     parser.add_argument("--stage2", metavar="CKPT", required=True, help="checkpoint of stage 2")
     parser.add_argument("--vision", metavar="CKPT", help="vision tower (eva_vit_g.pth), unless a stage trained it")
+    parser.add_argument("--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained "
+                        "(default: by its decode side; with both, seed2)")
     parser.add_argument("--config", metavar="JSON", help="sizes (default: config.json beside a checkpoint, else read "
                         "off the weights)")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
-    parser.add_argument("--released", action="store_true", help="also seed_quantizer.pt and eva_vit_g.pth")
+    parser.add_argument("--released", action="store_true", help="also the released files: seed_quantizer.pt (SEED-1: "
+                        "causal_qformer.pth, seed_tokenizer.pth) and eva_vit_g.pth")
     parser.add_argument("--image", metavar="PICTURE", help="encoded to compare the result with the training modules "
                         "(default: images/cat.jpg)")
     parser.add_argument("--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here, so "

@@ -13,10 +13,7 @@ watermark.
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.detokenizers.unclip import DecodeDefaults, Generators, _one_each, _part, _scheduler
+from seed_multimodal.detokenizers.pipelines import (
+    DecodeDefaults,
+    Generators,
+    PipelineDetokenizer,
+    for_each,
+    load_pipeline,
+    need_folder,
+    one_each,
+)
 from seed_multimodal.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -46,13 +51,20 @@ class StableDiffusionDefaults(DecodeDefaults):
     guidance_scale: float = 7.5
 
 
-class StableDiffusionDetokenizer:
+def plms(config: Mapping[str, Any]) -> Any:
+    """The original's sampler, with the noise schedule of another one's `config`."""
+    from seed_multimodal.detokenizers.plms import PlmsScheduler
+
+    return PlmsScheduler.from_sampler(config)
+
+
+class StableDiffusionDetokenizer(PipelineDetokenizer):
     """Embeddings `[B, n, W]` in the place of a prompt's → PIL pictures, through a `StableDiffusionPipeline`."""
 
+    own_schedulers = {PLMS: plms}
+
     def __init__(self, pipeline: StableDiffusionPipeline, defaults: DecodeDefaults | None = None) -> None:
-        self.pipeline = pipeline
-        self.defaults = defaults or StableDiffusionDefaults()
-        pipeline.set_progress_bar_config(disable=True)
+        super().__init__(pipeline, defaults or StableDiffusionDefaults())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
@@ -72,24 +84,11 @@ class StableDiffusionDetokenizer:
                 f"{place}: a checkpoint in one file (CompVis' format, a pickle that could run code) is not read; "
                 f"{WHERE} and give its path, or convert a file you trust once with diffusers "
                 f"(StableDiffusionPipeline.from_single_file, then save_pretrained).")
-        if not (place / "model_index.json").is_file():
-            raise CheckpointError(f"{place}: there is no diffusion model here (no model_index.json): {WHERE}.")
+        need_folder(place, WHERE)
         defaults = StableDiffusionDefaults.read(place)
         pipeline = _load_pipeline(place, dtype, safety_checker)
-        for name in ("unet", "vae", "scheduler"):
-            if getattr(pipeline, name, None) is None:
-                raise CheckpointError(f"{place}: the diffusion folder holds no {name!r}; {WHERE}.")
+        cls.check_parts(pipeline, place, WHERE)
         return cls(pipeline, defaults).to(device, dtype)
-
-    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> StableDiffusionDetokenizer:
-        """Move every part; returns self."""
-        self.pipeline.to(device) if dtype is None else self.pipeline.to(device, dtype)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the U-Net is."""
-        return self.pipeline.unet.device
 
     @property
     def embedding_dim(self) -> int:
@@ -133,36 +132,26 @@ class StableDiffusionDetokenizer:
         embeds = self._check_embeds(embeds, "embeds")
         count = len(embeds)
         if negative_embeds is not None:
-            negative_embeds = _for_each(self._check_embeds(negative_embeds, "negative_embeds"), count,
-                                        "negative_embeds")
+            negative_embeds = for_each(self._check_embeds(negative_embeds, "negative_embeds"), count,
+                                       "negative_embeds")
         elif self.pipeline.text_encoder is None or self.pipeline.tokenizer is None:
             negative_embeds = torch.zeros_like(embeds)
-        latents = None if latents is None else _for_each(latents, count, "latents")
-        generators = _one_each(generator, count)
-        steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        guidance = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        latents = for_each(latents, count, "latents")
+        generators = one_each(generator, count)
+        steps, guidance = self.asked(num_inference_steps, guidance_scale)
         self._check_settings(steps, height, width)
-        pictures: list[Any] = []
-        with self._using(scheduler or self.defaults.scheduler):
-            for start in range(0, count, batch_size or max(count, 1)):
-                part = slice(start, start + (batch_size or count))
-                own_latents = _part(latents, part)
-                pictures.extend(self.pipeline(
-                    prompt_embeds=embeds[part], negative_prompt_embeds=_part(negative_embeds, part),
-                    num_inference_steps=steps, guidance_scale=guidance, height=height, width=width, eta=eta,
-                    generator=_part(generators, part), output_type=output_type,
-                    latents=None if own_latents is None else own_latents.to(self.device, self.pipeline.unet.dtype),
-                ).images)
-        return pictures
+
+        def render(embeds: Tensor, negatives: Tensor | None, own: Any, start: Tensor | None) -> Any:
+            return self.pipeline(
+                prompt_embeds=embeds, negative_prompt_embeds=negatives, num_inference_steps=steps,
+                guidance_scale=guidance, height=height, width=width, eta=eta, generator=own, output_type=output_type,
+                latents=None if start is None else start.to(self.device, self.pipeline.unet.dtype)).images
+
+        return self.in_batches(render, count, batch_size, scheduler, embeds, negative_embeds, generators, latents)
 
     def _check_embeds(self, embeds: Tensor, name: str) -> Tensor:
-        if not isinstance(embeds, Tensor) or embeds.ndim != 3 or not embeds.is_floating_point():
-            got = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-            raise ConfigError(f"{name} must be a floating tensor [B, n, {self.embedding_dim}], got {got}.")
-        if embeds.shape[2] != self.embedding_dim:
-            raise CheckpointError(f"{name} have width {embeds.shape[2]}, but this diffusion model is conditioned on "
-                                  f"width {self.embedding_dim}: tokenizer and de-tokenizer do not belong together.")
-        return embeds.to(self.device, self.pipeline.unet.dtype)
+        return self.checked(embeds, name, "B, n", self.embedding_dim, "is conditioned on").to(
+            self.pipeline.unet.dtype)
 
     def _check_settings(self, steps: int, height: int | None, width: int | None) -> None:
         total = self.pipeline.scheduler.config.num_train_timesteps
@@ -175,51 +164,16 @@ class StableDiffusionDetokenizer:
             if value is not None and (value < unit or value % unit):
                 raise ConfigError(f"The {name} must be a multiple of {unit} pixels, got {value}.")
 
-    @contextmanager
-    def _using(self, scheduler: Any | None) -> Iterator[None]:
-        """Run with another scheduler, built from the present one's noise schedule, and put the old one back."""
-        usual = self.pipeline.scheduler
-        if scheduler == PLMS:
-            from seed_multimodal.detokenizers.plms import PlmsScheduler
-
-            self.pipeline.scheduler = PlmsScheduler.from_sampler(usual.config)
-        elif scheduler is not None:
-            self.pipeline.scheduler = _scheduler(scheduler, usual) if isinstance(scheduler, str) else scheduler
-        try:
-            yield
-        finally:
-            self.pipeline.scheduler = usual
-
 
 def _load_pipeline(place: Path, dtype: torch.dtype, safety_checker: bool) -> StableDiffusionPipeline:
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging
-    from safetensors import SafetensorError
 
-    shows_progress, loudness = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it warns about every pipeline without a safety checker
-    try:
-        index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
-        absent = [name for name in ("tokenizer", "text_encoder", "image_encoder", *CHECKER_PARTS)
-                  if (index.get(name) or [None])[0] is None]
+    def make(absent: list[str]) -> StableDiffusionPipeline:
         if not safety_checker or not (place / "safety_checker").is_dir():
-            absent += CHECKER_PARTS
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # `torch_dtype` is the name every diffusers below 1 knows
-            return StableDiffusionPipeline.from_pretrained(
-                str(place), torch_dtype=dtype, local_files_only=True,
-                requires_safety_checker="safety_checker" not in absent, **dict.fromkeys(absent))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{place}: not a complete Stable Diffusion folder ({reason}); {WHERE}.") from error
-    finally:
-        logging.set_verbosity(loudness)
-        if shows_progress:
-            logging.enable_progress_bar()
+            absent = [*absent, *CHECKER_PARTS]
+        return StableDiffusionPipeline.from_pretrained(
+            str(place), torch_dtype=dtype, local_files_only=True,
+            requires_safety_checker="safety_checker" not in absent, **dict.fromkeys(absent))
 
-
-def _for_each(values: Tensor, count: int, name: str) -> Tensor:
-    if len(values) not in (1, count):
-        raise ConfigError(f"{name} hold {len(values)} samples for {count} pictures.")
-    return values.expand(count, *values.shape[1:])
+    optional = ("tokenizer", "text_encoder", "image_encoder", *CHECKER_PARTS)
+    return load_pipeline(place, make, optional, "Stable Diffusion", WHERE)

@@ -6,6 +6,8 @@ a noised negative embedding instead of zeros, and no image encoder is needed whe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import StableUnCLIPImg2ImgPipeline
 from torch import Tensor
@@ -16,8 +18,9 @@ class SeedUnclipPipeline(StableUnCLIPImg2ImgPipeline):
 
     negative_image_embeds: Tensor | None = None
 
-    def _encode_image(self, image, device, batch_size, num_images_per_prompt, do_classifier_free_guidance, noise_level,
-                      generator, image_embeds):
+    def _encode_image(self, image: Any, device: torch.device, batch_size: int, num_images_per_prompt: int,
+                      do_classifier_free_guidance: bool, noise_level: int,
+                      generator: torch.Generator | list[torch.Generator] | None, image_embeds: Tensor | None) -> Tensor:
         """Class labels of the U-Net `[2 · B, 2 · E]`, unconditional half first; `[B, 2 · E]` without guidance.
 
         Negatives are noised at level 0 whatever `noise_level` is, and draw their noise after the positives.

@@ -19,7 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class EvalSettings:
         text_tokenizer: word pieces of stage 1 (default: what fits).
         decoder, clip, judge, interpolation: see `tokenizer_open.open_tokenizer`.
         limit: pictures, drawn by `seed` (None: all); rebuild: how many of them are rebuilt as pictures.
+        fast: encode on packed weights (None: on CUDA); the report says what was done.
     """
 
     data: dict[str, Any] = field(default_factory=lambda: {"format": "nano", "split": "val"})
@@ -74,6 +75,7 @@ class EvalSettings:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    fast: bool | None = None
 
 
 def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSettings, log: Log = print,
@@ -94,8 +96,11 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
         Path(out).mkdir(parents=True, exist_ok=True)
     source = open_pairs(settings.data)
     runtime = choose_device(settings.device, settings.dtype, log=log)
+    if settings.fast is None:
+        settings = replace(settings, fast=runtime.device.type == "cuda")
     opened = open_tokenizer(model, runtime, decoder=settings.decoder, clip=settings.clip, judge=settings.judge,
-                            nano=settings.data.get("format") == "nano", interpolation=settings.interpolation, log=log)
+                            nano=settings.data.get("format") == "nano", interpolation=settings.interpolation,
+                            fast=bool(settings.fast), log=log)
     texts = _text_sides(opened, settings, runtime.device)
     rows = choose_rows(len(source), settings.limit, settings.seed)
     log(f"Looking at {len(rows)} of {len(source)} pictures.")

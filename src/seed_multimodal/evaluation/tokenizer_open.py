@@ -21,6 +21,7 @@ from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.systems.loading import RELEASED_TRANSFORM, find_system, locate
 from seed_multimodal.systems.pictures import PictureCodec
 from seed_multimodal.tokenizers.clip_weights import CLIP_FOLDER, load_clip_vision
+from seed_multimodal.tokenizers.fast import FastTokenizer, optimise
 from seed_multimodal.tokenizers.initial import check_unclip
 from seed_multimodal.tokenizers.loading import WHERE
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -44,6 +45,7 @@ class Opened:
         clip: frozen CLIP vision tower that gives the target embedding, and `clip_transform` for it; None if there is
             none; `clip_source` says where it came from.
         judge: independent scorer of nano pictures, or None.
+        fast: the tokenizer's encoder on packed weights, or None to encode with its own modules.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Opened:
     clip_transform: ImageTransform
     clip_source: str
     judge: Judge | None
+    fast: FastTokenizer | None = None
 
     @property
     def tokenizer(self) -> Seed2Tokenizer:
@@ -62,7 +65,7 @@ class Opened:
 
 
 def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Given = None, clip: Given = None,
-                   judge: Given = None, nano: bool = False, interpolation: str | None = None,
+                   judge: Given = None, nano: bool = False, interpolation: str | None = None, fast: bool = False,
                    log: Log = None) -> Opened:
     """Load what `model` names and what can be found for it.
 
@@ -73,6 +76,7 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Given = None
         judge: folder of the scorer; default: the system's, or the shipped one. Only with `nano` pictures: it knows no
             others.
         interpolation: overrides how pictures are resized.
+        fast: encode on packed weights; the same codes but for rounding, and the encoder's memory once more.
 
     Raises:
         CheckpointError: no such tokenizer, or a given part that is missing or does not fit it.
@@ -99,7 +103,8 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Given = None
     clip_size = tower.config.image_size if tower is not None else size
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     return Opened(str(model), folder, codec, transform, tower, get_transform(**{**settings, "image_size": clip_size}),
-                  str(target) if tower is not None else "", _judge(model, judge, runtime) if nano else None)
+                  str(target) if tower is not None else "", _judge(model, judge, runtime) if nano else None,
+                  optimise(tokenizer) if fast else None)
 
 
 def _parts(model: str) -> tuple[str | Path, Path | None, Path | None, dict[str, Any]]:

@@ -146,9 +146,14 @@ def _batches(source: PairSource, rows: Sequence[int], batch: int, seen: Seen, lo
 def _features(pictures: list[Image.Image], opened: Opened, stage1: Stage1Model | None) -> Mapping[str, Tensor]:
     tokenizer, config = opened.tokenizer, opened.tokenizer.config
     pixels = opened.transform.batch(pictures).to(tokenizer.device, tokenizer.dtype)
-    vit = tokenizer.visual_encoder(pixels)
-    query = tokenizer.query_features_from(tokenizer.ln_vision(vit))
-    codes = tokenizer.quantize.nearest(tokenizer.pre_quant_from_features(query))
+    if opened.fast is not None:
+        vit = opened.fast.vit_features(pixels)
+        codes = opened.fast.codes_from(vit)
+        vit = vit.to(tokenizer.dtype)
+    else:
+        vit = tokenizer.visual_encoder(pixels)
+        query = tokenizer.query_features_from(tokenizer.ln_vision(vit))
+        codes = tokenizer.quantize.nearest(tokenizer.pre_quant_from_features(query))
     up = tokenizer.upsample(tokenizer.quantize.lookup(codes))
     found = {"codes": codes, "decoded": tokenizer.project_image(tokenizer.image_tokens(up))}
     if opened.clip is not None:

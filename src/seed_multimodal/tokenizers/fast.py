@@ -1,4 +1,4 @@
-"""A SEED-2 tokenizer that encodes as fast as its hardware allows: the same codes, the same `encode`, packed weights.
+"""A SEED tokenizer that encodes as fast as its hardware allows: the same codes, the same `encode`, packed weights.
 
     fast = optimise(tokenizer)                                        # any device
     fast = optimise(tokenizer, compile=True, cuda_graph=True,         # a GPU
@@ -24,10 +24,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.fast_encoder import FastEncoder
+from seed_multimodal.tokenizers.encoder import CodeTokenizer, evaluating
+from seed_multimodal.tokenizers.fast_encoder import FastEncoder, Wrap
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer, evaluating
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
 
 MODES = ("default", "max-autotune", "max-autotune-tma")
 GELUS = ("erf", "tanh")
@@ -61,7 +60,7 @@ class Levers:
     gelu: str = "erf"
     attention: str = "auto"
 
-    def resolved(self, tokenizer: Seed2Tokenizer) -> dict[str, Any]:
+    def resolved(self, tokenizer: CodeTokenizer) -> dict[str, Any]:
         """Arguments of `FastEncoder`; raises `ConfigError` for a choice that is unknown or does not fit."""
         own = tokenizer.config.vit.width // tokenizer.config.vit.heads
         if self.head_width is not None and self.head_width < own:
@@ -82,7 +81,7 @@ class Levers:
                 "head_width": head_width, "gelu": self.gelu}
 
 
-def optimise(tokenizer: Seed2Tokenizer, *, compile: bool | str = False, cuda_graph: bool = False,
+def optimise(tokenizer: CodeTokenizer, *, compile: bool | str = False, cuda_graph: bool = False,
              levers: Levers | None = None) -> FastTokenizer:
     """A fast encoder beside the tokenizer's decoder, on the tokenizer's device.
 
@@ -107,17 +106,17 @@ def optimise(tokenizer: Seed2Tokenizer, *, compile: bool | str = False, cuda_gra
 class FastTokenizer:
     """What `optimise` returns: `encode` and features from the packed encoder, everything else the tokenizer's own."""
 
-    def __init__(self, tokenizer: Seed2Tokenizer, levers: Levers, mode: str | None, cuda_graph: bool) -> None:
+    def __init__(self, tokenizer: CodeTokenizer, levers: Levers, mode: str | None, cuda_graph: bool) -> None:
         self.tokenizer, self.levers = tokenizer, levers
         self.is_static = mode is not None or cuda_graph
         self._is_compiled = mode is not None
         choices = levers.resolved(tokenizer)
         with torch.no_grad(), evaluating(tokenizer), self._setting():
-            self.encoder = FastEncoder(tokenizer, wrap=_compiler(mode), **choices)
+            self.encoder = FastEncoder(tokenizer, wrap=compiler(mode), **choices)
         self._graphs = _Graphs(self.encoder, tokenizer) if cuda_graph else None
 
     @property
-    def config(self) -> Seed2Config:
+    def config(self) -> Any:
         """Sizes."""
         return self.tokenizer.config
 
@@ -152,10 +151,16 @@ class FastTokenizer:
     def vit_features(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Normalised pixels → tower output before `ln_vision` `[B, N, W]`, without gradients."""
         shape = (self.config.vit.tokens, self.config.vit.width)
-        return self._run(self.encoder.vit_features, images, batch_size, shape, self.encoder.residual_dtype)
+        return self._run(self.encoder.vision, images, batch_size, shape, self.encoder.residual_dtype)
+
+    @torch.no_grad()
+    def codes_from(self, vit_BNW: Tensor) -> Tensor:
+        """What `vit_features` gave → codes `[B, 32]` int64, as `encode` gives them."""
+        with self._setting():
+            return self.encoder.codes_from(vit_BNW)
 
     def decode(self, codes: Tensor | Sequence, *, batch_size: int | None = None) -> Tensor:
-        """Codes `[B, 32]` → image embeddings; the tokenizer's own."""
+        """Codes `[B, 32]` → embeddings; the tokenizer's own."""
         return self.tokenizer.decode(codes, batch_size=batch_size)
 
     def check_codes(self, codes: Tensor | Sequence) -> Tensor:
@@ -171,7 +176,7 @@ class FastTokenizer:
     @torch.no_grad()
     def _run(self, function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int | None,
              shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        images = self.tokenizer._check_images(images)
+        images = self.tokenizer.check_images(images)
         if not len(images):
             return torch.empty(0, *shape, dtype=dtype, device=self.device)
         parts, start = [], 0
@@ -208,7 +213,7 @@ class FastTokenizer:
 class _Graphs:
     """One captured CUDA graph per batch size; a lock, because all calls share the captured input and output."""
 
-    def __init__(self, encoder: FastEncoder, tokenizer: Seed2Tokenizer) -> None:
+    def __init__(self, encoder: FastEncoder, tokenizer: CodeTokenizer) -> None:
         self.encoder, self.device, self.size = encoder, tokenizer.device, tokenizer.config.vit.image_size
         self.lock, self.pool = threading.Lock(), torch.cuda.graph_pool_handle()
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
@@ -258,7 +263,8 @@ def plan(count: int, limit: int | None, sizes: Sequence[int]) -> list[tuple[int,
     return chunks
 
 
-def _compiler(mode: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiler(mode: str | None) -> Wrap:
+    """What a mode does to each function of the encoder: nothing for None, else compile it."""
     if mode is None:
         return lambda function: function
     # Inductor's own CUDA graphs would be recorded inside ours.

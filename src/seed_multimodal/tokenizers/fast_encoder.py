@@ -1,4 +1,4 @@
-"""The arithmetic of `fast.optimise`: SEED-2's encoder on packed weights, in a few functions that compile once each.
+"""The arithmetic of `fast.optimise`: an encoder on packed weights, in a few functions that compile once each.
 
 The vision tower computes in `dtype`, its stream in `residual_dtype`; the Q-Former's products in `query_dtype`, its
 stream and norms in float32; task layer and code search in float32. Rounding in the tower is averaged over hundreds of
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seed_multimodal.tokenizers.encoder import CodeTokenizer
 from seed_multimodal.tokenizers.fast_weights import (
     Block,
     Residual,
@@ -28,29 +29,48 @@ from seed_multimodal.tokenizers.fast_weights import (
     pack_self,
     pack_stem,
 )
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+from seed_multimodal.vision.eva import EvaVit
 from seed_multimodal.vision.layers import heads_first, heads_last
 
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 VIT_EPS, LN_VISION_EPS, QUERY_EPS = 1e-6, 1e-5, 1e-12
 
 
+class FastVision:
+    """Pixels → the tower's output on packed weights; `wrap` is applied to each function once (compiler, or nothing)."""
+
+    def __init__(self, tower: EvaVit, *, dtype: torch.dtype, residual_dtype: torch.dtype, head_width: int | None,
+                 gelu: str, wrap: Wrap) -> None:
+        sizes = tower.config
+        self.dtype, self.residual_dtype, self.gelu = dtype, residual_dtype, gelu
+        self.patch_size, self.heads, self.scale = sizes.patch_size, sizes.heads, (sizes.width // sizes.heads) ** -0.5
+        self.stem = pack_stem(tower, dtype, residual_dtype)
+        self.blocks = [pack_block(block, dtype, head_width) for block in tower.blocks]
+        self._embed, self._block = wrap(embed_patches), wrap(vision_block)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pixels `[B, 3, S, S]` in `dtype` → the stream before `ln_vision` `[B, N, W]` in `residual_dtype`."""
+        x, h = self._embed(images, self.stem, self.patch_size)
+        for block in self.blocks:
+            x, h = self._block(x, h, block, self.heads, self.scale, self.gelu)
+        return x
+
+
 class FastEncoder:
-    """Pixels → codes on packed weights; `wrap` is applied to each function once (the compiler, or nothing).
+    """Pixels → codes on packed weights; `wrap` as in `FastVision`.
 
     Weights that need no packing are the tokenizer's own; the others are copies, so optimise anew after a change.
     """
 
-    def __init__(self, model: Seed2Tokenizer, *, dtype: torch.dtype, residual_dtype: torch.dtype,
-                 query_dtype: torch.dtype, head_width: int | None, gelu: str,
-                 wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        vit, qformer = model.config.vit, model.config.qformer
-        self.dtype, self.residual_dtype, self.gelu, self.patch_size = dtype, residual_dtype, gelu, vit.patch_size
-        self.vit_heads, self.query_heads = vit.heads, qformer.heads
-        self.scale = (vit.width // vit.heads) ** -0.5
+    def __init__(self, model: CodeTokenizer, *, dtype: torch.dtype, residual_dtype: torch.dtype,
+                 query_dtype: torch.dtype, head_width: int | None, gelu: str, wrap: Wrap) -> None:
+        qformer = model.config.qformer
+        self.dtype, self.residual_dtype = dtype, residual_dtype
+        self.vision = FastVision(model.visual_encoder, dtype=dtype, residual_dtype=residual_dtype,
+                                 head_width=head_width, gelu=gelu, wrap=wrap)
+        self.query_heads = qformer.heads
         self.causal = model.config.num_query == qformer.causal_queries
         self.prepare = model.quantize.prepare
-        self.stem = pack_stem(model, dtype, residual_dtype)
-        self.blocks = [pack_block(block, dtype, head_width) for block in model.visual_encoder.blocks]
         self.kv, self.kv_bias = pack_keys_values(model, query_dtype)
         layers = model.Qformer.bert.encoder.layer
         self.layers = [(pack_self(layer, query_dtype), pack_cross(layer, query_dtype),
@@ -58,20 +78,17 @@ class FastEncoder:
         self.search = pack_search(model)
         start = model.Qformer.bert.embeddings.LayerNorm(model.query_tokens.float()).float()
         self.start = self_attend(start, self.layers[0][0], self.query_heads, self.causal)
-        self._embed, self._block, self._keys_values = wrap(embed_patches), wrap(vision_block), wrap(keys_values)
-        self._layer, self._task, self._nearest = wrap(query_layer), wrap(task_layer), wrap(nearest)
-
-    def vit_features(self, images: Tensor) -> Tensor:
-        """Pixels `[B, 3, S, S]` in the tower's dtype → its stream before `ln_vision` `[B, N, W]`."""
-        x, h = self._embed(images, self.stem, self.patch_size)
-        for block in self.blocks:
-            x, h = self._block(x, h, block, self.vit_heads, self.scale, self.gelu)
-        return x
+        self._keys_values, self._layer = wrap(keys_values), wrap(query_layer)
+        self._task, self._nearest = wrap(task_layer), wrap(nearest)
 
     def query_features(self, images: Tensor) -> Tensor:
         """Pixels → Q-Former output `[B, 32, D]` float32."""
-        sides = iter(self._keys_values(self.vit_features(images), self.kv, self.kv_bias).split(self.start.shape[2], -1))
-        x = self.start.expand(len(images), -1, -1)
+        return self.query_features_from(self.vision(images))
+
+    def query_features_from(self, vit_BNW: Tensor) -> Tensor:
+        """The tower's output `[B, N, W]` in `residual_dtype` → Q-Former output `[B, 32, D]` float32."""
+        sides = iter(self._keys_values(vit_BNW, self.kv, self.kv_bias).split(self.start.shape[2], -1))
+        x = self.start.expand(len(vit_BNW), -1, -1)
         for number, (attention, cross, forward) in enumerate(self.layers):
             k, v = (next(sides), next(sides)) if cross is not None else (None, None)
             x = self._layer(x, k, v, attention if number else None, cross, forward, self.query_heads, self.causal)
@@ -83,7 +100,12 @@ class FastEncoder:
 
     def codes(self, images: Tensor) -> Tensor:
         """Pixels → codes `[B, 32]` int64."""
-        return self._nearest(self.prepare(self.pre_quant(images)), self.search)
+        return self.codes_from(self.vision(images))
+
+    def codes_from(self, vit_BNW: Tensor) -> Tensor:
+        """The tower's output `[B, N, W]` in `residual_dtype` → codes `[B, 32]` int64."""
+        features = self._task(self.query_features_from(vit_BNW), self.search)
+        return self._nearest(self.prepare(features), self.search)
 
 
 def embed_patches(images: Tensor, stem: Stem, size: int) -> tuple[Tensor, Tensor]:

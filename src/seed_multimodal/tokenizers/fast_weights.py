@@ -1,4 +1,4 @@
-"""A SEED-2 encoder's weights as `fast.optimise` computes with them: fused, folded, padded, once and in float32.
+"""A SEED encoder's weights as `fast.optimise` computes with them: fused, folded, padded, once and in float32.
 
 * A block's norm is folded into the matrix after it, so every block is the same function of (stream, normed stream).
 * Queries, keys and values are one product with one bias; so are all keys and values of the Q-Former's
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.tokenizers.encoder import CodeTokenizer
 from seed_multimodal.tokenizers.qformer import QFormerLayer
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.vision.eva import EvaAttention, EvaBlock
+from seed_multimodal.vision.eva import EvaAttention, EvaBlock, EvaVit
 
 ALIGNMENT = 8  # matrix units want rows of a multiple of 16 bytes
 
@@ -64,9 +64,8 @@ class Search(NamedTuple):
     offset: Tensor
 
 
-def pack_stem(model: Seed2Tokenizer, dtype: torch.dtype, stream: torch.dtype) -> Stem:
+def pack_stem(tower: EvaVit, dtype: torch.dtype, stream: torch.dtype) -> Stem:
     """The patch convolution as a matrix, positions and class token in the stream's dtype."""
-    tower = model.visual_encoder
     weight, places = tower.patch_embed.proj.weight.float().flatten(1), tower.pos_embed.float()
     bias = tower.patch_embed.proj.bias.float()
     weight = F.pad(weight, (0, -weight.shape[1] % ALIGNMENT))
@@ -126,7 +125,7 @@ def _residual(first: Tensor, first_bias: Tensor, output: nn.Module, dtype: torch
                     _own(norm.weight), _own(norm.bias))
 
 
-def pack_keys_values(model: Seed2Tokenizer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def pack_keys_values(model: CodeTokenizer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values of every cross-attention, `ln_vision` folded in: `[layers · 2 · D, W]` and its bias."""
     sides = [side for layer in model.Qformer.bert.encoder.layer if layer.crossattention is not None
              for side in (layer.crossattention.self.key, layer.crossattention.self.value)]
@@ -134,7 +133,7 @@ def pack_keys_values(model: Seed2Tokenizer, dtype: torch.dtype) -> tuple[Tensor,
     return _own(torch.cat([w for w, _ in folded]), dtype), _own(torch.cat([b for _, b in folded]), dtype)
 
 
-def pack_search(model: Seed2Tokenizer) -> Search:
+def pack_search(model: CodeTokenizer) -> Search:
     """Task layer and codebook in float32, codes as they are compared."""
     first, _, second = model.encode_task_layer
     quantizer = model.quantize

@@ -1,13 +1,15 @@
-"""How much arithmetic a SEED-2 tokenizer is: floating-point operations of its matrix products, from its sizes alone.
+"""How much arithmetic a tokenizer and its training are: floating-point operations of its matrix products, by sizes.
 
 A multiply-add counts as two. Counted as dense: convolutions, linear layers, both products of attention (also where a
 mask hides half of them) and the code search. Not counted, as usual for a model-FLOP utilisation (MFU): normalisation,
-softmax, activations, biases, lookups. `torch.utils.flop_counter` gives the same numbers.
+softmax, activations, biases, lookups, and activations computed again (checkpointing). `torch.utils.flop_counter` gives
+the same numbers. Backward counts as twice the forward, less gradients that no layer before needs.
 """
 
 from __future__ import annotations
 
 from seed_multimodal.tokenizers.qformer import QFormerConfig
+from seed_multimodal.tokenizers.seed1_config import Seed1Config
 from seed_multimodal.tokenizers.seed2 import DOWN_WIDTHS
 from seed_multimodal.tokenizers.seed2_config import Seed2Config
 from seed_multimodal.vision.eva import EvaConfig
@@ -16,19 +18,16 @@ from seed_multimodal.vision.eva import EvaConfig
 def vision_flops(config: EvaConfig) -> int:
     """Pixels → tower output, one image."""
     n, width = config.tokens, config.width
-    patches = config.grid**2 * linear_flops(3 * config.patch_size**2, width)
     block = n * (linear_flops(width, 4 * width) + 2 * linear_flops(width, config.mlp_width))
-    return patches + config.depth * (block + attention_flops(n, n, width))
+    return _patch_flops(config) + config.depth * (block + attention_flops(n, n, width))
 
 
 def query_flops(config: QFormerConfig, queries: int, tokens: int, source_width: int) -> int:
     """Queries reading `tokens` features of `source_width` through a Q-Former, one image."""
     width = config.width
-    layer = queries * (linear_flops(width, 4 * width) + 2 * linear_flops(width, config.mlp_width))
-    layer += attention_flops(queries, queries, width)
     cross = queries * linear_flops(width, 2 * width) + tokens * linear_flops(source_width, 2 * width)
     cross += attention_flops(queries, tokens, width)
-    return config.depth * layer + len(range(0, config.depth, config.cross_attention_freq)) * cross
+    return text_flops(config, queries) + len(range(0, config.depth, config.cross_attention_freq)) * cross
 
 
 def encode_flops(config: Seed2Config) -> int:
@@ -36,10 +35,9 @@ def encode_flops(config: Seed2Config) -> int:
     return encoder_flops(config) + _to_codes_flops(config) + _search_flops(config)
 
 
-def encoder_flops(config: Seed2Config) -> int:
+def encoder_flops(config: Seed2Config | Seed1Config) -> int:
     """Pixels → Q-Former output, one image: what stage 2 keeps frozen."""
-    vit = config.vit
-    return vision_flops(vit) + query_flops(config.qformer, config.num_query, vit.tokens, vit.width)
+    return vision_flops(config.vit) + _reading_flops(config)
 
 
 def decode_flops(config: Seed2Config) -> int:
@@ -53,18 +51,56 @@ def decode_flops(config: Seed2Config) -> int:
     return total + linear_flops(q * last, config.image_features_dim)
 
 
-def stage2_flops(config: Seed2Config) -> int:
-    """One image through one step of stage 2: the frozen encoder forward, the trained part forward and backward.
+def seed1_decode_flops(config: Seed1Config) -> int:
+    """Codes → SEED-1's embeddings in the place of a text's, one image."""
+    q, tokens, width, d = config.num_query, config.text_tokens, config.qformer.width, config.codebook_dim
+    return (q * (linear_flops(d, d) + linear_flops(d, width)) + _blocks_flops(config)
+            + query_flops(config.reverse_qformer, tokens, q, width)
+            + tokens * linear_flops(width, config.text_features_dim))
 
-    Backward is twice the forward, less the gradient that the first trained layer need not pass on. Without the CLIP
-    model that makes the targets, and without the optimiser.
+
+def stage1_flops(config: Seed2Config, *, words: int, pairs: int, embed_dim: int = 256, freeze_vit: bool = True,
+                 embedding_dim: int | None = None) -> int:
+    """One pair through one step of stage 1, forward and backward. Without a CLIP model that makes targets.
+
+    Args:
+        words: word pieces of a caption, padding included.
+        pairs: pictures that a caption is compared with (those of all processes).
+    """
+    vit, q, width = config.vit, config.num_query, config.qformer.width
+    trained = _reading_flops(config) + text_flops(config.qformer, words)
+    trained += (q + 1) * linear_flops(width, embed_dim) + 2 * linear_flops(embed_dim, pairs)
+    if embedding_dim is not None:
+        trained += linear_flops(q * width, embedding_dim)
+    if freeze_vit:
+        return vision_flops(vit) + 3 * trained
+    return 3 * (vision_flops(vit) + trained) - _patch_flops(vit)  # pixels need no gradient
+
+
+def stage2_flops(config: Seed2Config | Seed1Config, *, freeze_qformer: bool = True, tower: bool = True) -> int:
+    """One image through one step of stage 2 (either tokenizer's): the frozen part forward, the trained part forward
+    and backward. Without the CLIP model that makes the targets, and without the optimiser.
+
+    Args:
+        freeze_qformer: the Q-Former is not trained.
+        tower: the frozen vision tower runs in each step; False: its output is kept.
     """
     width = config.qformer.width
-    trained = _to_codes_flops(config) + decode_flops(config)
-    if config.recon_s:
+    trained = _to_codes_flops(config)
+    trained += seed1_decode_flops(config) if isinstance(config, Seed1Config) else decode_flops(config)
+    if isinstance(config, Seed1Config) or config.recon_s:
         trained += _blocks_flops(config)
-    unneeded = config.num_query * linear_flops(width, width)
-    return encoder_flops(config) + _search_flops(config) + 3 * trained - unneeded
+    total = (vision_flops(config.vit) if tower else 0) + _search_flops(config) + 3 * trained
+    if freeze_qformer:
+        return total + _reading_flops(config) - config.num_query * linear_flops(width, width)
+    return total + 3 * _reading_flops(config)
+
+
+def text_flops(config: QFormerConfig, words: int) -> int:
+    """One caption of `words` word pieces through the Q-Former's text path, which has no cross-attention."""
+    width = config.width
+    layer = words * (linear_flops(width, 4 * width) + 2 * linear_flops(width, config.mlp_width))
+    return config.depth * (layer + attention_flops(words, words, width))
 
 
 def linear_flops(inputs: int, outputs: int) -> int:
@@ -77,16 +113,24 @@ def attention_flops(queries: int, keys: int, width: int) -> int:
     return 4 * queries * keys * width
 
 
-def _to_codes_flops(config: Seed2Config) -> int:
+def _patch_flops(config: EvaConfig) -> int:
+    return config.grid**2 * linear_flops(3 * config.patch_size**2, config.width)
+
+
+def _reading_flops(config: Seed2Config | Seed1Config) -> int:
+    return query_flops(config.qformer, config.num_query, config.vit.tokens, config.vit.width)
+
+
+def _to_codes_flops(config: Seed2Config | Seed1Config) -> int:
     width = config.qformer.width
     return config.num_query * (linear_flops(width, width) + linear_flops(width, config.codebook_dim))
 
 
-def _search_flops(config: Seed2Config) -> int:
+def _search_flops(config: Seed2Config | Seed1Config) -> int:
     return config.num_query * linear_flops(config.codebook_dim, config.codebook_size)
 
 
-def _blocks_flops(config: Seed2Config) -> int:
+def _blocks_flops(config: Seed2Config | Seed1Config) -> int:
     q, width = config.num_query, config.qformer.width
     block = q * (linear_flops(width, 4 * width) + 2 * linear_flops(width, 4 * width)) + attention_flops(q, q, width)
     return config.decode_depth * block

@@ -44,7 +44,7 @@ TEXT_BRANCH = {"Reverse_Qformer_text.": "Reverse_Qformer.", "reverse_tokens_text
 IMAGE_BRANCH = ("distill_image_proj.*", "image_down.*", "blocks_image.*", "pos_embed_image")
 # Tensors that only training uses: stage 1's text path and projections, stage 2's reconstruction of the queries.
 IGNORED = (*IMAGE_BRANCH, "pos_embed", "blocks.*", "text_proj.*", "vision_proj.*", "itm_head.*", "temp",
-           "text_encoder.*", "clip_model.*", "quantize.ema_*", "Qformer.cls.*",
+           "text_encoder.*", "clip_model.*", "embedding_head.*", "quantize.ema_*", "Qformer.cls.*",
            "Qformer.bert.embeddings.word_embeddings.*", "Qformer.bert.embeddings.position_embeddings.*",
            f"{QUERY_LAYERS}.*.intermediate.*", f"{QUERY_LAYERS}.*.output.*")
 
@@ -90,11 +90,20 @@ def load_seed1(source: str | Path, *, vision: str | Path | None = None, config: 
             {**state, **{TOWER + name: value for name, value in tower.items()}}, str(files))
     if image_size is not None:
         config = config.with_image_size(image_size)
-    model: Seed1Tokenizer = empty_model(Seed1Tokenizer, config, device, dtype)
-    model.load_report = assign_parts(model, state, tower, str(files), tower_source, IGNORED)
+    model = build_seed1(config, state, tower, str(files), tower_source, device=device, dtype=dtype)
+    assert model.load_report is not None
     model.load_report.ignored += left_out
     if log is not None:
         log(describe(model.load_report))
+    return model
+
+
+def build_seed1(config: Seed1Config, state: Mapping[str, Tensor], tower: Mapping[str, Tensor], source: str | Path,
+                tower_source: str | Path, *, device: str | torch.device = "cpu",
+                dtype: torch.dtype = torch.float32) -> Seed1Tokenizer:
+    """As `loading.build`, for SEED-1 and its released names."""
+    model: Seed1Tokenizer = empty_model(Seed1Tokenizer, config, device, dtype)
+    model.load_report = assign_parts(model, state, tower, source, tower_source, IGNORED)
     return model
 
 

@@ -4,63 +4,49 @@ Loss = 5 · codebook + 2 · (1 - cosine to the Q-Former's output) + 0.5 · MSE t
 77 x 768 states that Stable Diffusion 1 is conditioned on. SEED-1's own training code was never published; this is the
 text branch that its successor's code still holds, with that code's weights.
 The model is a `Seed1Tokenizer` with losses and the blocks that rebuild the queries (`pos_embed`, `blocks`: training
-only): `to_tokenizer()` hands the trained weights over. What `Stage2Model` says about dropout, corruption and the
-codebook holds here too; the code is the same.
+only): `to_tokenizer()` hands the trained weights over. What is frozen, dropout, corrupted codes and the warm-up are
+`codebook_training`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.codebook_training import CodebookOutput, CodebookTraining, CodebookWeights
+from seed_multimodal.tokenizers.encoder import ENCODER_PARTS
 from seed_multimodal.tokenizers.layers import Block, run_blocks
 from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
 from seed_multimodal.tokenizers.seed1_config import Seed1Config
 from seed_multimodal.tokenizers.seed1_loading import IGNORED, rename_training
-from seed_multimodal.tokenizers.stage2 import ENCODER_PARTS, Stage2Model, _cosine
 from seed_multimodal.weights import LoadReport, assign_strictly
 
 RECON_PARTS = ("pos_embed", "blocks")
 
 
 @dataclass(frozen=True)
-class Seed1Stage2Weights:
+class Seed1Stage2Weights(CodebookWeights):
     """Factor of each loss term."""
 
-    embed: float = 5.0
-    recon_s: float = 2.0
     distil_text: float = 0.5
 
 
-@dataclass
-class Seed1Stage2Output:
-    """Weighted losses `[]` that add up to `loss`, and the activations they came from.
+@dataclass(kw_only=True)
+class Seed1Stage2Output(CodebookOutput):
+    """The text branch's loss `[]` and activations beside the shared ones."""
 
-    `loss_embed_raw` is unweighted. `indices` is None when the quantiser was bypassed.
-    """
-
-    loss: Tensor
-    loss_embed: Tensor
-    loss_recon_s: Tensor
     loss_distil_text: Tensor
-    loss_embed_raw: Tensor
-    indices: Tensor | None
-    pre_quant: Tensor
-    quant: Tensor
-    query_output: Tensor
-    query_up: Tensor
-    recon_s: Tensor
     text_tokens: Tensor
     text_embeds: Tensor
-    target: Tensor
 
 
-class Seed1Stage2Model(Seed1Tokenizer):
+class Seed1Stage2Model(CodebookTraining, Seed1Tokenizer):
     """Codebook training towards text features.
 
     Args:
@@ -68,52 +54,37 @@ class Seed1Stage2Model(Seed1Tokenizer):
         weights: factors of the loss terms.
         text_encoder: frozen `CLIPTextModel` (Stable Diffusion's) whose `last_hidden_state` of the caption is the
             target when `forward` gets none.
-        freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision tower never).
-        frozen_dropout: leave the frozen Q-Former in train mode, as the published training code does.
-        corrupt, nested, ema_decay: as in `Stage2Model`; off by default.
+        freeze_qformer, frozen_dropout, corrupt, nested: see `CodebookTraining.start_training`.
+        ema_decay: moving-average codebook instead of the codebook loss.
+
     Raises:
         ConfigError: a probability outside 0..1, or a text encoder of another width.
     """
 
-    _corrupt, _prefix, encoder_output = Stage2Model._corrupt, Stage2Model._prefix, Stage2Model.encoder_output
-    load_stage1 = Stage2Model.load_stage1
+    tokenizer_class = Seed1Tokenizer
+    target_tower = "text_encoder"
+    weights: Seed1Stage2Weights
 
     def __init__(self, config: Seed1Config, *, weights: Seed1Stage2Weights | None = None,
                  text_encoder: nn.Module | None = None, freeze_qformer: bool = True, frozen_dropout: bool = True,
                  corrupt: float = 0.0, nested: float = 0.0, ema_decay: float | None = None) -> None:
         super().__init__(config, ema_decay=ema_decay)
-        for name, value in (("corrupt", corrupt), ("nested", nested)):
-            if not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name} must be a probability between 0 and 1, got {value}.")
         width = config.qformer.width
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, width))
         self.blocks = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
-        self.weights, self.corrupt, self.nested = weights or Seed1Stage2Weights(), corrupt, nested
-        self.freeze_qformer, self.frozen_dropout = freeze_qformer, frozen_dropout
+        self.weights = weights or Seed1Stage2Weights()
         self.text_encoder = text_encoder
         if text_encoder is not None and text_encoder.config.hidden_size != config.text_features_dim:
             raise ConfigError(f"The text encoder's features are {text_encoder.config.hidden_size} wide, the "
                               f"tokenizer's embeddings {config.text_features_dim}: they do not belong together.")
-        for part in self._frozen_parts():
-            part.requires_grad_(False)
-        self.train()
+        self.start_training(freeze_qformer=freeze_qformer, frozen_dropout=frozen_dropout, corrupt=corrupt,
+                            nested=nested)
 
-    def _frozen_parts(self) -> list[nn.Module | nn.Parameter]:
-        parts: list[nn.Module | nn.Parameter] = [self.visual_encoder]
-        if self.text_encoder is not None:
-            parts.append(self.text_encoder)
-        if self.freeze_qformer:
-            parts += [self.ln_vision, self.Qformer, self.query_tokens]
-        return parts
-
-    def train(self, mode: bool = True) -> Seed1Stage2Model:
-        """As usual, except that the frozen towers, and a frozen Q-Former if asked for, stay in eval mode."""
+    def train(self, mode: bool = True) -> Self:
+        """As the base class; the text encoder stays in eval mode too."""
         super().train(mode)
-        self.visual_encoder.eval()
         if self.text_encoder is not None:
             self.text_encoder.eval()
-        if self.freeze_qformer and not self.frozen_dropout:
-            self.Qformer.eval()
         return self
 
     def rebuild_queries(self, up_BQD: Tensor) -> Tensor:
@@ -140,22 +111,13 @@ class Seed1Stage2Model(Seed1Tokenizer):
             query_features = self.encoder_output(images, vit_features)
         target = self.text_features(input_ids) if target is None else target
         self._check_target(target, len(query_features))
-        pre_quant = self.pre_quant_from_features(query_features)
-        if quantize:
-            quant, embed_raw, indices = self.quantize(pre_quant)
-            quant = self._prefix(self._corrupt(quant, generator), generator)
-        else:
-            quant, embed_raw, indices = self.quantize.prepare(pre_quant), pre_quant.new_zeros(()), None
-        query_up = self.upsample(quant)
-        recon_s = self.rebuild_queries(query_up)
-        text_tokens = self.text_blocks(query_up)
+        coded = self.through_codes(query_features, quantize, generator)
+        recon_s = self.rebuild_queries(coded.query_up)
+        text_tokens = self.text_blocks(coded.query_up)
         text_embeds = self.distill_text_proj(self.reverse_queries(text_tokens))
-        loss_embed = self.weights.embed * embed_raw
-        loss_recon = self.weights.recon_s * (1 - _cosine(recon_s, query_features.detach())).mean()
-        loss_text = self.weights.distil_text * F.mse_loss(text_embeds.float(), target.float())
-        return Seed1Stage2Output(
-            loss_embed + loss_recon + loss_text, loss_embed, loss_recon, loss_text, embed_raw, indices, pre_quant,
-            quant, query_features, query_up, recon_s, text_tokens, text_embeds, target)
+        losses = {"loss_distil_text": self.weights.distil_text * F.mse_loss(text_embeds.float(), target.float())}
+        return self.output(Seed1Stage2Output, coded, recon_s, target, losses, text_tokens=text_tokens,
+                           text_embeds=text_embeds)
 
     @torch.no_grad()
     def text_features(self, input_ids: Tensor | None) -> Tensor:
@@ -189,13 +151,3 @@ class Seed1Stage2Model(Seed1Tokenizer):
         report = assign_strictly(self, renamed, source, allow_missing=frozen, allow_unexpected=ignored)
         report.ignored += left_out
         return report
-
-    def to_tokenizer(self) -> Seed1Tokenizer:
-        """The trained tokenizer in eval mode; its tensors are this model's own, not copies."""
-        with torch.device("meta"):
-            tokenizer = Seed1Tokenizer(self.config)
-        wanted = tokenizer.state_dict()
-        tokenizer.load_state_dict({name: value for name, value in self.state_dict().items() if name in wanted},
-                                  assign=True)
-        tokenizer.quantize.counts = torch.zeros_like(self.quantize.counts)  # not saved, so still without memory
-        return tokenizer.requires_grad_(False).eval()

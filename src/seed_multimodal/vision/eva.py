@@ -13,15 +13,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from seed_multimodal.errors import ConfigError, ImageError
+from seed_multimodal.vision.checkpointing import checkpoint_layers
 from seed_multimodal.vision.layers import LayerNorm, Mlp, heads_first, heads_last
 
 
 @dataclass(frozen=True)
 class EvaConfig:
-    """Sizes of the vision tower; the defaults are the released ones."""
+    """Sizes of the vision tower; the defaults are the released ones.
+
+    `grad_checkpoint`: computes the blocks again going backward instead of keeping their activations.
+    """
 
     image_size: int = 224
     patch_size: int = 14
@@ -109,6 +112,8 @@ class EvaVit(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(EvaBlock(config) for _ in range(config.depth))
         self.init_weights()
+        if config.grad_checkpoint:
+            checkpoint_layers(self)
 
     def init_weights(self) -> None:
         """Released start for training from scratch; output projections shrink with depth."""
@@ -130,18 +135,19 @@ class EvaVit(nn.Module):
         Raises:
             ImageError: for another image size than the tower's.
         """
-        size = self.config.image_size
-        if tuple(images.shape[1:]) != (3, size, size):
-            raise ImageError(f"Images must be [B, 3, {size}, {size}], got {list(images.shape)}.")
+        self.check_images(images)
         patches = self.patch_embed(images)
         x_BNW = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
         x_BNW = x_BNW + self.pos_embed.to(x_BNW.dtype)
         for block in self.blocks:
-            if self.config.grad_checkpoint and torch.is_grad_enabled():
-                x_BNW = checkpoint(block, x_BNW, use_reentrant=False)
-            else:
-                x_BNW = block(x_BNW)
+            x_BNW = block(x_BNW)
         return x_BNW
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises `ImageError` for pixels of another shape than `[B, 3, S, S]`."""
+        size = self.config.image_size
+        if tuple(images.shape[1:]) != (3, size, size):
+            raise ImageError(f"Images must be [B, 3, {size}, {size}], got {list(images.shape)}.")
 
 
 def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:

@@ -1,0 +1,196 @@
+"""What both stages 2 share: a frozen encoder, codes that are damaged on purpose, and the losses of the codebook.
+
+SEED-2's (`stage2.Stage2Model`) ends in an image embedding, SEED-1's (`seed1_stage2.Seed1Stage2Model`) in text features.
+Each derives from `CodebookTraining` and then from its tokenizer: it is that tokenizer with losses.
+Peculiar: as released the frozen Q-Former stays in train mode, so its dropout makes codes and targets noisy
+(`frozen_dropout=False` stops that). Unused codes receive no gradient but are weight-decayed if the optimiser does so.
+Ours, off by default: training the Q-Former too, corrupted codes, a prefix of the codes, and no quantiser (warm-up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.encoder import ENCODER_PARTS, CodeTokenizer
+from seed_multimodal.weights import LoadReport, assign_strictly
+
+
+@dataclass(frozen=True)
+class CodebookWeights:
+    """Factors of the loss terms that both stages 2 have."""
+
+    embed: float = 5.0
+    recon_s: float = 2.0
+
+
+@dataclass(kw_only=True)
+class CodebookOutput:
+    """Weighted losses `[]` that add up to `loss`, and the activations they came from.
+
+    `loss_embed_raw` is unweighted. `indices` is None when the quantiser was bypassed, `recon_s` without its blocks.
+    """
+
+    loss: Tensor
+    loss_embed: Tensor
+    loss_recon_s: Tensor
+    loss_embed_raw: Tensor
+    indices: Tensor | None
+    pre_quant: Tensor
+    quant: Tensor
+    query_output: Tensor
+    query_up: Tensor
+    recon_s: Tensor | None
+    target: Tensor
+
+
+Output = TypeVar("Output", bound=CodebookOutput)
+
+
+@dataclass
+class Coded:
+    """Q-Former output `query_output` `[B, 32, D]` on its way through the codebook: `pre_quant` and (damaged) `quant`
+    `[B, 32, d]`, `query_up` `[B, 32, D]`, the codebook's unweighted loss, and the codes if it was used."""
+
+    query_output: Tensor
+    pre_quant: Tensor
+    quant: Tensor
+    query_up: Tensor
+    loss_embed_raw: Tensor
+    indices: Tensor | None
+
+
+class CodebookTraining(CodeTokenizer):
+    """Mixed in before the tokenizer's class.
+
+    Attributes:
+        tokenizer_class: what `to_tokenizer` makes.
+        target_tower: name of the frozen model that makes the target, which may be None.
+        weights: factors of the loss terms.
+    """
+
+    tokenizer_class: ClassVar[type[CodeTokenizer]]
+    target_tower: ClassVar[str]
+    weights: CodebookWeights
+
+    def start_training(self, *, freeze_qformer: bool, frozen_dropout: bool, corrupt: float, nested: float) -> None:
+        """Once all parts are there: check and keep the choices, freeze what is frozen.
+
+        Args:
+            freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision tower never).
+            frozen_dropout: leave the frozen Q-Former in train mode, as released.
+            corrupt: each sample gets a fraction of its codes, uniform in [0, corrupt], replaced by random ones before
+                decoding (training mode only), so that the decoder survives a language model's errors.
+            nested: probability that a sample is decoded from its first k codes only, k uniform (training mode only),
+                so that early codes carry the most; the places after them hold zeros.
+
+        Raises:
+            ConfigError: a probability outside 0..1.
+        """
+        for name, value in (("corrupt", corrupt), ("nested", nested)):
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} must be a probability between 0 and 1, got {value}.")
+        self.freeze_qformer, self.frozen_dropout = freeze_qformer, frozen_dropout
+        self.corrupt, self.nested = corrupt, nested
+        parts: list[nn.Module | nn.Parameter | None] = [self.visual_encoder, getattr(self, self.target_tower)]
+        if freeze_qformer:
+            parts += [self.ln_vision, self.Qformer, self.query_tokens]
+        for part in parts:
+            if part is not None:
+                part.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual, except that the vision tower, and a frozen Q-Former if asked for, stay in eval mode."""
+        super().train(mode)
+        self.visual_encoder.eval()
+        if self.freeze_qformer and not self.frozen_dropout:
+            self.Qformer.eval()
+        return self
+
+    def encoder_output(self, images: Tensor | None, vit_features: Tensor | None = None) -> Tensor:
+        """Pixels, or tower output `[B, N, W]` before `ln_vision`, → Q-Former output `[B, 32, D]`."""
+        with torch.no_grad():
+            vit = self.visual_encoder(images) if vit_features is None else vit_features
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_qformer):
+            return self.query_features_from(self.ln_vision(vit))
+
+    def through_codes(self, query_features: Tensor, quantize: bool, generator: torch.Generator | None) -> Coded:
+        """Q-Former output `[B, 32, D]` → codes, damaged as asked for in training, → the decoders' common input.
+
+        Args:
+            quantize: False lets the features themselves through (warm-up before `quantize.init_from`).
+            generator: draws the damage.
+        """
+        pre_quant = self.pre_quant_from_features(query_features)
+        if quantize:
+            quant, embed_raw, indices = self.quantize(pre_quant)
+            quant = self.keep_prefix(self.corrupt_codes(quant, generator), generator)
+        else:
+            quant, embed_raw, indices = self.quantize.prepare(pre_quant), pre_quant.new_zeros(()), None
+        return Coded(query_features, pre_quant, quant, self.upsample(quant), embed_raw, indices)
+
+    def output(self, kind: type[Output], coded: Coded, recon_s: Tensor | None, target: Tensor,
+               losses: Mapping[str, Tensor], **activations: Tensor) -> Output:
+        """What `forward` returns, of class `kind`: the shared terms, the stage's own (weighted) `losses`, their sum."""
+        loss_embed = self.weights.embed * coded.loss_embed_raw
+        loss_recon = coded.query_up.new_zeros(())
+        if recon_s is not None:
+            loss_recon = self.weights.recon_s * (1 - cosine(recon_s, coded.query_output.detach())).mean()
+        return kind(loss=sum(losses.values(), loss_embed + loss_recon), loss_embed=loss_embed, loss_recon_s=loss_recon,
+                    recon_s=recon_s, target=target, **vars(coded), **losses, **activations)
+
+    def corrupt_codes(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Codebook rows `[B, 32, d]`, in training some of them others' (see `corrupt`)."""
+        if not (self.training and self.corrupt):
+            return quant
+        device = quant.device if generator is None else generator.device
+        shape = quant.shape[:2]
+        fraction = self.corrupt * torch.rand(shape[0], 1, generator=generator, device=device)
+        swap = (torch.rand(shape, generator=generator, device=device) < fraction).to(quant.device)
+        codes = torch.randint(self.quantize.size, shape, generator=generator, device=device).to(quant.device)
+        return torch.where(swap[..., None], self.quantize.lookup(codes).detach().to(quant.dtype), quant)
+
+    def keep_prefix(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Codebook rows `[B, 32, d]`, in training some samples' only up to a place (see `nested`)."""
+        if not (self.training and self.nested):
+            return quant
+        count, places = quant.shape[:2]
+        device = quant.device if generator is None else generator.device
+        keep = torch.randint(1, places + 1, (count, 1), generator=generator, device=device)
+        whole = torch.rand(count, 1, generator=generator, device=device) >= self.nested
+        shown = whole | (torch.arange(places, device=device) < keep)
+        return quant * shown.to(quant)[..., None]
+
+    def load_stage1(self, state: Mapping[str, Tensor], source: str = "the stage-1 model") -> LoadReport:
+        """Take the encoder side by name from a stage-1 state dict (text path and projections are left behind).
+
+        A training checkpoint without the frozen vision tower is accepted: load the tower separately.
+        """
+        own = self.state_dict()
+        state = {name: value for name, value in state.items() if name in own and name.split(".")[0] in ENCODER_PARTS}
+        rest = [name for name in own if name.split(".")[0] not in ENCODER_PARTS]
+        tower = [name for name in own if name.startswith("visual_encoder.")]
+        has_tower = any(name in state for name in tower)
+        return assign_strictly(self, state, source, allow_missing=rest if has_tower else rest + tower)
+
+    def to_tokenizer(self) -> Any:
+        """The trained `tokenizer_class` in eval mode; its tensors are this model's own, not copies."""
+        with torch.device("meta"):
+            tokenizer = self.tokenizer_class(self.config)  # type: ignore[call-arg]
+        wanted = tokenizer.state_dict()
+        tokenizer.load_state_dict({name: value for name, value in self.state_dict().items() if name in wanted},
+                                  assign=True)
+        tokenizer.quantize.counts = torch.zeros_like(self.quantize.counts)  # not saved, so still without memory
+        return tokenizer.requires_grad_(False).eval()
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine along the last axis without an epsilon, as released: `[..., D]` → `[...]`."""
+    a, b = a.float(), b.float()
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))

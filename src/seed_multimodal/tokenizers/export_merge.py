@@ -1,0 +1,119 @@
+"""Which tensor of an exported tokenizer comes from which file: each part from the latest stage that trained it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.tokenizers.encoder import ENCODER_PARTS
+from seed_multimodal.tokenizers.export_kinds import CODEBOOK, ExportKind, choose_kind
+from seed_multimodal.tokenizers.loading import TOWER, VISION_URL, our_config, read_tower
+from seed_multimodal.tokenizers.sizes import TokenizerConfig
+from seed_multimodal.weights import load_state_dict
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Merged:
+    """Tensors of the tokenizer without its tower, the tower, and where each name came from.
+
+    `files`: the names each file holds; `left_out`: names of the stage-2 file that another decode side owns.
+    """
+
+    kind: ExportKind
+    state: State
+    tower: State
+    origin: dict[str, str]
+    files: dict[str, list[str]]
+    left_out: dict[str, list[str]]
+    tower_file: Path
+
+
+def part_of(name: str) -> str:
+    """The first part of a tensor's name."""
+    return name.split(".")[0]
+
+
+def merge(stage1: Path | None, stage2: Path, vision: Path | None, asked: str) -> Merged:
+    """Read the stages and the tower, in float32.
+
+    Args:
+        asked: see `choose_kind`.
+
+    Raises:
+        CheckpointError: not the stages they should be, a part that no file holds, or another tower than was trained.
+    """
+    late = load_state_dict(stage2)
+    early = load_state_dict(stage1) if stage1 is not None else {}
+    if CODEBOOK not in late:
+        advice = "; the two stages were swapped." if CODEBOOK in early else "."
+        raise CheckpointError(f"{stage2}: not a stage-2 checkpoint: it holds no {CODEBOOK!r} (its first "
+                              f"tensor is {next(iter(late))!r}){advice}")
+    kind = choose_kind(asked, late, stage2)
+    late, left_out = kind.rename(late)
+    # Buffers survive the saving rule, so a lone position_ids does not mean that stage 2 holds the Q-Former.
+    trained = {part_of(name) for name in late if not name.endswith("position_ids")} & set(ENCODER_PARTS)
+    state, origin = {}, {}
+    for file, tensors in ((stage1, early), (stage2, late)):
+        for name, value in tensors.items():
+            part = part_of(name)
+            if part not in ENCODER_PARTS or (part in trained) == (file == stage2):
+                state[name], origin[name] = _float(value), str(file)
+    for part in ENCODER_PARTS[1:]:
+        if not any(part_of(name) == part for name in state):
+            where = f"neither {stage2.name} nor {stage1.name} holds" if stage1 else f"{stage2.name} does not hold"
+            raise CheckpointError(f"{stage2}: {where} {part!r}; give the stage-1 checkpoint that stage 2 started from.")
+    files = {str(file): list(tensors) for file, tensors in ((stage1, early), (stage2, late)) if file is not None}
+    tower = {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)}
+    state = {name: value for name, value in state.items() if not name.startswith(TOWER)}
+    holder = Path(next((file for name, file in origin.items() if name.startswith(TOWER)), ""))
+    if vision is None and not tower:
+        raise CheckpointError(f"{stage2}: no stage holds the frozen vision tower; download it from {VISION_URL} and "
+                              "give it as the vision file.")
+    if vision is not None:
+        given = {name: _float(value) for name, value in read_tower(vision).items()}
+        _same_tower(tower, given, holder, vision)
+        if not tower:
+            tower, holder = given, vision
+            origin |= dict.fromkeys((TOWER + name for name in tower), str(vision))
+        files[str(vision)] = [TOWER + name for name in given]
+    return Merged(kind, state, tower, origin, files, {str(stage2): left_out}, holder)
+
+
+def sizes_of(config: TokenizerConfig | str | Path | None, merged: Merged, files: Sequence[Path]) -> TokenizerConfig:
+    """The tokenizer's sizes: as given, from our config.json beside one of the `files`, or read off the tensors.
+
+    Raises:
+        ConfigError: of the other kind of tokenizer. CheckpointError: no tensor shows a size.
+    """
+    kind = merged.kind
+    if isinstance(config, TokenizerConfig):
+        if not isinstance(config, kind.config):
+            raise ConfigError(f"The sizes given are a {config.name} tokenizer's, {files[0]} is a {kind.name} one's.")
+        return config
+    if config is not None:
+        return kind.config.read(Path(config))
+    for file in files:
+        beside = our_config(file.parent, kind.config.model_type)
+        if beside is not None:
+            return kind.config.read(beside)
+    whole = {**merged.state, **{TOWER + name: value for name, value in merged.tower.items()}}
+    return kind.config.infer(whole, files[0])  # type: ignore[attr-defined]
+
+
+def _float(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def _same_tower(trained: Mapping[str, Tensor], given: Mapping[str, Tensor], holder: Path, vision: Path) -> None:
+    """Refuse a vision file that is not the tower a stage was trained with."""
+    for name, value in trained.items():
+        if name not in given or given[name].shape != value.shape or not torch.equal(given[name], value):
+            raise CheckpointError(f"{vision}: not the vision tower that {holder} was trained with (first other tensor: "
+                                  f"{name!r}); that file holds its own, so leave the vision file out.")
