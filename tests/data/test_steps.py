@@ -103,27 +103,36 @@ def test_millions_of_samples() -> None:
 
 def test_workers_change_nothing(shards: Path, no_workers_left: None) -> None:
     alone = StepBatches(dataset(shards), 6, seed=3)
-    pair = StepBatches(dataset(shards), 6, seed=3, workers=2)
-    for step in range(9):  # 54 samples of 40: into the second epoch
-        torch.manual_seed(step)
-        mine, theirs = alone.at(step), pair.at(step)
-        assert same(mine, theirs) and mine["image"].shape == (6, 3, 16, 16)
-        after = torch.rand(1)
-        torch.manual_seed(step)
-        assert torch.equal(torch.rand(1), after)  # loading draws nothing from the global generator
-    assert alone.wait_seconds > 0 and pair.wait_seconds > 0
-    pair.close()
+    with StepBatches(dataset(shards), 6, seed=3, workers=2) as pair:
+        for step in range(9):  # 54 samples of 40: into the second epoch
+            torch.manual_seed(step)
+            mine, theirs = alone.at(step), pair.at(step)
+            assert same(mine, theirs) and mine["image"].shape == (6, 3, 16, 16)
+            after = torch.rand(1)
+            torch.manual_seed(step)
+            assert torch.equal(torch.rand(1), after)  # loading draws nothing from the global generator
+        assert alone.wait_seconds > 0 and pair.wait_seconds > 0
+
+
+def test_workers_end_with_the_block_whatever_ends_it(shards: Path, no_workers_left: None) -> None:
+    with (pytest.raises(KeyError), StepBatches(dataset(shards), 6, seed=3, workers=2) as batches):
+        batches.at(0)
+        workers = multiprocessing.active_children()
+        raise KeyError("a training that fails")
+    assert len(workers) == 2
+    for worker in workers:
+        worker.join(10)
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 def test_a_fresh_object_continues_anywhere(shards: Path, no_workers_left: None) -> None:
     whole = StepBatches(dataset(shards), 5, seed=0)
     expected = [whole.at(step) for step in range(12)]
-    jumping = StepBatches(dataset(shards), 5, seed=0, workers=1)
-    for step in (7, 8, 9, 2, 3, 11):
-        assert same(jumping.at(step), expected[step])
-    jumping.close()
-    assert same(jumping.at(4), expected[4])
-    del jumping
+    with StepBatches(dataset(shards), 5, seed=0, workers=1) as jumping:
+        for step in (7, 8, 9, 2, 3, 11):
+            assert same(jumping.at(step), expected[step])
+        jumping.close()
+        assert same(jumping.at(4), expected[4])
 
 
 @pytest.mark.parametrize("block", [None, 0, 10])
@@ -150,9 +159,8 @@ def test_a_collate_of_ones_own(shards: Path, no_workers_left: None) -> None:
         return [sample["key"] for sample in samples]
 
     for workers in (0, 1):
-        batches = StepBatches(dataset(shards), 3, seed=0, shuffle=False, collate=keys, workers=workers)
-        assert batches.at(0) == ["00000", "00001", "00002"] and batches.at(13) == ["00039", "00000", "00001"]
-        del batches
+        with StepBatches(dataset(shards), 3, seed=0, shuffle=False, collate=keys, workers=workers) as batches:
+            assert batches.at(0) == ["00000", "00001", "00002"] and batches.at(13) == ["00039", "00000", "00001"]
 
 
 class Squares:
@@ -170,12 +178,11 @@ class Squares:
 
 def test_datasets_that_make_batches(no_workers_left: None) -> None:
     for workers in (0, 2):
-        batches = StepBatches(Squares(), 4, seed=0, shuffle=False, workers=workers)
-        batch = batches.at(2)
-        assert batch["value"].tolist() == [64, 81, 0, 1] and batch["epoch"] == [0, 0, 1, 1]
-        assert batch["pair"][0].shape == (2,) and batch["pair"][1] == [7, 7]
-        assert batches.bad_samples() == []
-        del batches
+        with StepBatches(Squares(), 4, seed=0, shuffle=False, workers=workers) as batches:
+            batch = batches.at(2)
+            assert batch["value"].tolist() == [64, 81, 0, 1] and batch["epoch"] == [0, 0, 1, 1]
+            assert batch["pair"][0].shape == (2,) and batch["pair"][1] == [7, 7]
+            assert batches.bad_samples() == []
     with pytest.raises(TypeError, match="str"):
         join_batches(["a", "b"])
 
@@ -199,13 +206,12 @@ def test_bad_samples_come_home_from_workers(damaged: Path, workers: int, no_work
         with file.open("a") as out:
             out.write(line + "\n")
 
-    batches = StepBatches(dataset(damaged, log=log), 4, seed=0, workers=workers)
-    keys = [key for step in range(12) for key in batches.at(step)["key"]]  # three epochs, both workers meet both
+    with StepBatches(dataset(damaged, log=log), 4, seed=0, workers=workers) as batches:
+        keys = [key for step in range(12) for key in batches.at(step)["key"]]  # three epochs, both workers meet both
     assert sorted(key for key, _ in batches.bad_samples()) == ["004", "009"]
     logged = file.read_text().splitlines()
     assert len(logged) == 2 and all("d.tar" in line and "truncated" in line for line in logged)
     assert keys.count("004") == keys.count("009") == 0 and keys.count("005") == keys.count("010") == 6
-    batches.close()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -214,13 +220,13 @@ def test_refusals_arrive_as_their_sentence(tmp_path: Path, jpeg: Callable, write
     samples = [{"__key__": f"{n:03d}", "jpg": jpeg(n), "json": {"title" if n == 5 else "caption": "x"}}
                for n in range(8)]
     path = write_tar(tmp_path / "x.tar", samples)
-    batches = StepBatches(dataset(tmp_path), 2, seed=0, shuffle=False, workers=workers)
-    assert batches.at(0)["key"] == ["000", "001"] and batches.at(1)["key"] == ["002", "003"]
-    with pytest.raises(DataError) as error:
-        batches.at(2)
-    assert str(error.value).startswith(f"{path}: 005: has no caption key 'caption'") and "\n" not in str(error.value)
-    assert batches.at(3)["key"] == ["006", "007"]
-    batches.close()
+    with StepBatches(dataset(tmp_path), 2, seed=0, shuffle=False, workers=workers) as batches:
+        assert batches.at(0)["key"] == ["000", "001"] and batches.at(1)["key"] == ["002", "003"]
+        with pytest.raises(DataError) as error:
+            batches.at(2)
+        said = str(error.value)
+        assert said.startswith(f"{path}: 005: has no caption key 'caption'") and "\n" not in said
+        assert batches.at(3)["key"] == ["006", "007"]
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 0}, {"rank": 2, "world": 2}, {"rank": -1}, {"workers": -1},
@@ -245,7 +251,7 @@ for step in range(100):
     batch = batches.at(step)
     print(step, hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest(), *batch["key"], flush=True)
     if step == 8:
-        print(*(worker.pid for worker in batches._iterator._workers), flush=True)
+        print(*batches.worker_pids(), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """
 

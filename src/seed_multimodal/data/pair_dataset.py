@@ -22,7 +22,32 @@ from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.images.open import open_image
 
 
-class PairDataset:
+class BadSamples:
+    """Samples that could not be read: `bad` has (key, reason) of each, once; `log` is told the first time.
+
+    Inside data workers the copies there fill their own lists; `data.steps.StepBatches` brings them home.
+    """
+
+    def __init__(self, log: Callable[[str], None] | None) -> None:
+        self.log = log
+        self.bad: list[tuple[str, str]] = []
+        self._known: set[tuple[str, str]] = set()
+
+    def note_bad(self, key: str, reason: str) -> None:
+        """Count and log a bad sample, unless it is known already."""
+        if (key, reason) in self._known:
+            return
+        self._known.add((key, reason))
+        self.bad.append((key, reason))
+        if self.log is not None:
+            self.log(f"skipped: {reason}")
+
+    def share_bad(self, other: BadSamples) -> None:
+        """Keep one account with `other`."""
+        self.bad, self._known = other.bad, other._known
+
+
+class PairDataset(BadSamples):
     """Training samples by (index, epoch).
 
     Args:
@@ -32,9 +57,6 @@ class PairDataset:
             and Python are seeded around the call and put back, so other libraries' augmentations repeat as well.
         text_transform: caption -> caption (`data.caption_text.BlipCaption`); None keeps it. Must draw nothing.
         log: gets one sentence for each bad sample, the first time it is met.
-
-    `bad` is the list of (key, reason) met so far, each once. Inside data workers the copies there fill their own lists;
-    `data.steps.StepBatches` brings them home.
     """
 
     def __init__(
@@ -51,10 +73,9 @@ class PairDataset:
             raise ConfigError(f"max_bad_in_a_row is {max_bad_in_a_row}; it must be at least 1.")
         if seed < 0:
             raise ConfigError(f"seed is {seed}; it must not be negative.")
-        self.source, self.seed, self.max_bad_in_a_row, self.log = source, seed, max_bad_in_a_row, log
+        super().__init__(log)
+        self.source, self.seed, self.max_bad_in_a_row = source, seed, max_bad_in_a_row
         self.image_transform, self.text_transform = image_transform, text_transform
-        self.bad: list[tuple[str, str]] = []
-        self._known: set[tuple[str, str]] = set()
         self._takes_generator = _takes_generator(image_transform)
 
     @property
@@ -98,15 +119,6 @@ class PairDataset:
                     "key": pair.key, "index": place}
         raise DataError(f"{tries} samples in a row, from number {index} on, have no readable picture; the last is "
                         f"{reason}")
-
-    def note_bad(self, key: str, reason: str) -> None:
-        """Count and log a bad sample, unless it is known already."""
-        if (key, reason) in self._known:
-            return
-        self._known.add((key, reason))
-        self.bad.append((key, reason))
-        if self.log is not None:
-            self.log(f"skipped: {reason}")
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

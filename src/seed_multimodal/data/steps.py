@@ -1,8 +1,8 @@
 """Batches addressed by step number: the same batch for (seed, step, rank), however the run was started or split.
 
-    batches = StepBatches(dataset, 64, seed=0, rank=rank, world=world, workers=8)
-    for step in range(start, steps):
-        batch = batches.at(step)           # consecutive steps are prefetched; a jump starts the workers anew
+    with StepBatches(dataset, 64, seed=0, rank=rank, world=world, workers=8) as batches:
+        for step in range(start, steps):
+            batch = batches.at(step)       # consecutive steps are prefetched; a jump starts the workers anew
 
 Epoch e of the order is a seeded permutation of the set, and epochs follow each other without end. Rank r of step s
 takes positions (s · world + r) · batch_size and on: two ranks together see what one process with a double batch sees.
@@ -14,17 +14,18 @@ tenth of a block are permuted over all shards, then samples inside each block. R
 from __future__ import annotations
 
 import itertools
-import signal
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data import default_collate
 
-from seed_multimodal.errors import ConfigError, DataError, SeedError
+from seed_multimodal.data.prefetch import Prefetcher
+from seed_multimodal.errors import ConfigError, DataError
 
 SHUFFLE_BLOCK = 10_000
 Part = tuple[int, np.ndarray]  # an epoch, and indices of samples int64 [n] to take of it
@@ -38,6 +39,13 @@ class StepDataset(Protocol):
 
     def get(self, index: int, epoch: int) -> Any:
         """One sample; random only by (index, epoch)."""
+
+
+class Order(Protocol):
+    """An endless order of samples (`EpochOrder`, `mixed_order.MixedOrder`)."""
+
+    def parts(self, start: int, count: int) -> list[Part]:
+        """Positions `start` .. `start + count`, in runs of one epoch each; a pure function."""
 
 
 class EpochOrder:
@@ -91,7 +99,10 @@ class EpochOrder:
 
 
 class StepBatches:
-    """Batches of one rank by step number.
+    """Batches of one rank by step number; with workers a context manager, at whose end they stop.
+
+    Workers ignore SIGTERM, so that a training process can finish its step: they end with `close`, with this object, or
+    with the process that holds it, even one that is killed.
 
     Args:
         dataset: see `StepDataset`.
@@ -99,8 +110,9 @@ class StepBatches:
         workers: data processes; 0 loads in this process when asked. Batches are the same either way.
         collate: list of samples -> batch; default: torch's (tensors stacked, texts listed).
         block: samples shuffled among each other; None: 10,000 for sets with shards, everything for others; 0: all.
+        order: another order than that of epochs (then `shuffle` and `block` do nothing).
 
-    `wait_seconds` is the time spent inside `at` so far. torch's global generator is left alone.
+    torch's global generator is left alone.
 
     Raises:
         ConfigError: settings that make no sense. DataError: an empty set.
@@ -108,7 +120,7 @@ class StepBatches:
 
     def __init__(self, dataset: StepDataset, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
                  workers: int = 0, collate: Callable[[list[Any]], Any] | None = None, shuffle: bool = True,
-                 block: int | None = None) -> None:
+                 block: int | None = None, order: Order | None = None) -> None:
         if batch_size < 1 or workers < 0 or seed < 0 or not 0 <= rank < world or (block or 0) < 0:
             raise ConfigError(f"Batches of {batch_size}, rank {rank} of {world}, workers {workers}, seed {seed}, block "
                               f"{block}: batch_size must be positive, rank below world, and nothing negative.")
@@ -119,11 +131,9 @@ class StepBatches:
             block = 0 if sizes is None else SHUFFLE_BLOCK
         self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
         self.rank, self.world = rank, world
-        self.order = EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block)
-        self.wait_seconds = 0.0
-        self._fetch = _Fetch(dataset, collate or default_collate)
-        self._next_step = -1
-        self._iterator: Iterator[Any] | None = None
+        self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block)
+        jobs = partial(_parts_from, self.order, rank * batch_size, world * batch_size, batch_size)
+        self._loader = Prefetcher(_Fetch(dataset, collate or default_collate), jobs, workers)
 
     def at(self, step: int) -> Any:
         """The batch of this rank at a (micro) step, from 0.
@@ -131,18 +141,15 @@ class StepBatches:
         Raises:
             SeedError: what the dataset says about a sample, as one sentence, from workers too.
         """
-        if step < 0:
-            raise ConfigError(f"There is no step {step}.")
-        started = time.perf_counter()
-        outcome = self._prefetched(step) if self.workers else self._fetch[self.parts(step)]
-        self.wait_seconds += time.perf_counter() - started
-        if isinstance(outcome, SeedError):
-            self.close()
-            raise outcome
-        batch, bad = outcome
+        batch, bad = self._loader.at(step)
         for key, reason in bad:
             self.dataset.note_bad(key, reason)  # type: ignore[attr-defined]  # only sets that have it report any
         return batch
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time spent waiting for batches so far."""
+        return self._loader.wait_seconds
 
     def parts(self, step: int) -> list[Part]:
         """(epoch, indices) of this rank's samples at a step; several where an epoch ends inside the batch."""
@@ -152,59 +159,47 @@ class StepBatches:
         """(key, reason) of each sample of this rank that had to be replaced so far."""
         return list(getattr(self.dataset, "bad", ()))
 
+    def __enter__(self) -> StepBatches:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
     def close(self) -> None:
         """Stop the workers; the next `at` starts new ones."""
-        self._iterator, self._next_step = None, -1
+        self._loader.close()
 
-    def _prefetched(self, step: int) -> Any:
-        if self._iterator is None or step != self._next_step:
-            self.close()
-            # A generator of its own: the loader would draw its workers' seed from the global one, and the training's
-            # random numbers would depend on when workers were started.
-            loader = DataLoader(self._fetch, batch_size=None, sampler=_Steps(self, step), num_workers=self.workers,
-                                collate_fn=_as_is, worker_init_fn=_quiet, generator=torch.Generator())
-            self._iterator = iter(loader)
-        self._next_step = step + 1
-        return next(self._iterator)
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers at work."""
+        return self._loader.worker_pids()
 
 
-class _Steps:
-    """Sampler: what each step from `start` on takes, without end.
-
-    It does not hold the `StepBatches`: in a circle with it, workers would outlive it until the garbage is collected.
-    """
-
-    def __init__(self, batches: StepBatches, start: int) -> None:
-        self.order, self.count = batches.order, batches.batch_size
-        self.stride = batches.world * batches.batch_size
-        self.first = start * self.stride + batches.rank * batches.batch_size
-
-    def __iter__(self) -> Iterator[list[Part]]:
-        return (self.order.parts(position, self.count) for position in itertools.count(self.first, self.stride))
+def _parts_from(order: Order, first: int, stride: int, count: int, step: int) -> Iterator[list[Part]]:
+    """What each step from `step` on takes, without end."""
+    return (order.parts(position, count) for position in itertools.count(step * stride + first, stride))
 
 
 class _Fetch:
-    """Loads one step's batch, in this process or a worker.
-
-    Gives (batch, samples found bad on the way), or the refusal itself: raised inside a worker it would arrive wrapped
-    in a traceback, not as its sentence.
-    """
+    """Loads one step's batch, in this process or a worker: (batch, samples found bad on the way)."""
 
     def __init__(self, dataset: StepDataset, collate: Callable[[list[Any]], Any]) -> None:
         self.dataset, self.collate = dataset, collate
 
-    def __getitem__(self, parts: list[Part]) -> tuple[Any, list[tuple[str, str]]] | SeedError:
+    def enter_worker(self) -> None:
+        """Bad samples are logged by the process that trains, once, not by each worker."""
+        if hasattr(self.dataset, "log"):
+            self.dataset.log = None
+
+    def __call__(self, parts: list[Part]) -> tuple[Any, list[tuple[str, str]]]:
         bad: list[tuple[str, str]] = getattr(self.dataset, "bad", [])
         known = len(bad)
         get_batch = getattr(self.dataset, "get_batch", None)
-        try:
-            if get_batch is not None:
-                batch = join_batches([get_batch(indices, epoch) for epoch, indices in parts])
-            else:
-                batch = self.collate([self.dataset.get(int(index), epoch) for epoch, indices in parts
-                                      for index in indices])
-        except SeedError as error:
-            return error
+        if get_batch is not None:
+            batch = join_batches([get_batch(indices, epoch) for epoch, indices in parts])
+        else:
+            batch = self.collate([self.dataset.get(int(index), epoch) for epoch, indices in parts
+                                  for index in indices])
         return batch, bad[known:]
 
 
@@ -222,18 +217,3 @@ def join_batches(batches: Sequence[Any]) -> Any:
     if isinstance(first, tuple):
         return tuple(join_batches(items) for items in zip(*batches, strict=True))
     raise TypeError(f"batches of {type(first).__name__} cannot be joined where an epoch ends")
-
-
-def _as_is(value: Any) -> Any:
-    return value
-
-
-def _quiet(worker: int) -> None:
-    """Bad samples are logged by the process that trains, once, not by each worker.
-
-    A worker outlives the SIGTERM that torchrun sends to all: the training process ends it after finishing its step.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    info = get_worker_info()
-    if info is not None and hasattr(info.dataset.dataset, "log"):
-        info.dataset.dataset.log = None

@@ -1,0 +1,199 @@
+"""Batches of an LLM's training data by micro-step: the same whatever the workers, exactly resumable, elastic.
+
+    with LlmBatches(settings, tokenizer, rank=rank, world=world, workers=2) as batches:
+        batches.restore(states)                      # of all ranks; or not at all
+        for micro_step in range(done, all):
+            batch = batches.at(micro_step)           # consecutive steps are loaded ahead
+        mine = batches.state()                       # the position after the last batch, json-able
+
+Rows are packed (`data.llm.packed_rows`), or padded micro-batches of one source (`data.llm.padded`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seed_multimodal.data.llm.lanes import Loaded
+from seed_multimodal.data.llm.mixture import Mixture
+from seed_multimodal.data.llm.packed_rows import PackedPlan
+from seed_multimodal.data.llm.padded import PaddedPlan
+from seed_multimodal.data.llm.sequence import IGNORED
+from seed_multimodal.data.llm.settings import LlmDataSettings
+from seed_multimodal.data.llm.tally import Tally
+from seed_multimodal.data.prefetch import Prefetcher
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+
+@dataclass
+class LlmBatch:
+    """A rank's micro-batch.
+
+    Attributes:
+        input_ids, labels: int64 [B, L]; label -100 is not learned. `labels` stand at their own token, as transformers'
+            models take them (they shift); packed sequences have -100 at their first token, so that none predicts the
+            next one's start.
+        position_ids: int64 [B, L], from 0 in each packed sequence; padding counts as one of its own.
+        attention_mask: int64 [B, L] 1/0, or None when packed (position ids hold the borders).
+        tokens: positions that are no padding. learned: targets after the shift.
+        sequences, images: how many of them.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    tokens: int
+    learned: int
+    sequences: int
+    images: int
+
+    def to(self, device: str | torch.device, non_blocking: bool = True) -> LlmBatch:
+        """The same batch on a device."""
+        mask = self.attention_mask
+        return replace(self, input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+                       labels=self.labels.to(device, non_blocking=non_blocking),
+                       position_ids=self.position_ids.to(device, non_blocking=non_blocking),
+                       attention_mask=None if mask is None else mask.to(device, non_blocking=non_blocking))
+
+
+class LlmBatches:
+    """Micro-batches of one rank by number.
+
+    Args:
+        workers: data processes; 0 loads in this process when asked. Batches are the same either way. With packing at
+            most `lanes / (world · rows)` of them find work.
+        log: gets one sentence for each of the first few records passed over for a reason.
+
+    Raises:
+        ConfigError: settings that make no sense. DataError: sources that cannot be opened.
+    """
+
+    def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer, *, rank: int = 0, world: int = 1,
+                 workers: int = 0, log: Callable[[str], None] | None = None) -> None:
+        if not 0 <= rank < world or workers < 0:
+            raise ConfigError(f"Rank {rank} of {world} with {workers} workers: rank must be below world, and nothing "
+                              f"negative.")
+        self.settings, self.rank, self.world, self.workers = settings, rank, world, workers
+        self.mixture = Mixture(settings, tokenizer)
+        vocabulary = tokenizer.vocabulary
+        make = PackedPlan if settings.packing else PaddedPlan
+        self.plan: PackedPlan | PaddedPlan = make(self.mixture, rank, world, tokenizer.pad_id, vocabulary.boi_id)
+        self.tally = Tally(self.mixture.names, log)
+        self._waited, self._bound, self._next_step = 0.0, True, 0
+        self._loader = self._new_loader()
+
+    def at(self, micro_step: int) -> LlmBatch:
+        """The rank's batch at a micro-step. After `restore` the first call says how the next step is called; a step
+        that does not follow the one before is reached by making all rows up to it (a while, when packed).
+
+        Raises:
+            EndOfData: every source is used up (ranks may come to it a step or two apart, so finite `cycles` are best
+            given a last step before). DataError: too many unusable records, or a worker that was killed.
+        """
+        if not self._bound:
+            self.plan.start_at(micro_step)
+            self._bound = True
+        loaded: Loaded = self._loader.at(micro_step)
+        self.plan.note(loaded)
+        self.tally.note(loaded)
+        self._next_step = micro_step + 1
+        return _as_batch(loaded)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time spent waiting for batches so far."""
+        return self._waited + self._loader.wait_seconds
+
+    @property
+    def fill(self) -> float:
+        """Share of positions that are no padding, of all batches so far (1 before the first)."""
+        return self.tally.fill
+
+    def report(self) -> dict[str, Any]:
+        """What was read and what was passed over, per source: see `tally.Tally.report`."""
+        return self.tally.report(self.mixture.sizes, self.settings.sources)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on after the last batch that `at` gave; each rank saves its own (json-able)."""
+        return {"version": 1, "rank": self.rank, "world": self.world, **self._fingerprint(),
+                **self.plan.state(self._next_step), "tally": self.tally.state()}
+
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on where a run stood.
+
+        Args:
+            states: of all ranks of that run, in any order; this run may have another number of ranks, rows or workers.
+
+        Raises:
+            ConfigError: states of different steps, not of all ranks, or of other data or settings.
+        """
+        states = sorted(states, key=lambda state: int(state["rank"]))
+        if not states or [state["rank"] for state in states] != list(range(int(states[0]["world"]))):
+            wanted = states[0]["world"] if states else "all"
+            raise ConfigError(f"The data's state needs those of {wanted} ranks, not of "
+                              f"{[state['rank'] for state in states]}.")
+        if len({state["position"] for state in states}) > 1:
+            raise ConfigError("The data's states of the ranks were saved at different steps.")
+        for key, value in self._fingerprint().items():
+            if states[0].get(key) != value:
+                raise ConfigError(f"The data's state was saved with {key} {states[0].get(key)!r}, and now it is "
+                                  f"{value!r}; the data cannot go on from there.")
+        self.close()
+        self._waited += self._loader.wait_seconds
+        self.plan.restore(list(states), next_step=0)
+        self.tally.restore([state["tally"] for state in states] if self.rank == 0 else [])
+        self._bound, self._next_step = False, 0
+        self._loader = self._new_loader()
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the data workers at work."""
+        return self._loader.worker_pids()
+
+    def close(self) -> None:
+        """Stop the workers; the next `at` starts new ones."""
+        self._loader.close()
+
+    def __enter__(self) -> LlmBatches:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def _new_loader(self) -> Prefetcher:
+        return Prefetcher(self.plan.fetch, self.plan.jobs, self.workers, self.plan.worker_of)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must not change for the data to go on: with other values it would be other data."""
+        settings = self.settings
+        sources = {source.name: {**{key: value for key, value in asdict(source).items() if key in _FIXED},
+                                 "records": size}
+                   for source, size in zip(settings.sources, self.mixture.sizes, strict=True)}
+        own = {"packing": settings.packing, "seed": settings.seed, "concat_type": settings.concat_type,
+               "sources": sources}
+        if settings.packing:
+            own.update(length=settings.length, too_long=settings.too_long, buffer=settings.buffer)
+        return own
+
+
+_FIXED = ("decoder", "cycles", "batch_size", "max_length")  # other weights are fine: draws to come follow them
+
+
+def _as_batch(loaded: Loaded) -> LlmBatch:
+    labels = torch.from_numpy(loaded.labels).long()
+    rows, length = loaded.input_ids.shape
+    places = np.arange(length)[None].repeat(rows, 0)
+    packed = loaded.position_ids is not None
+    positions = loaded.position_ids if packed else places
+    mask = None if packed else torch.from_numpy(places < loaded.lengths[:, None]).long()
+    return LlmBatch(torch.from_numpy(loaded.input_ids).long(), labels, torch.from_numpy(positions).long(), mask,
+                    tokens=int(loaded.lengths.sum()), learned=int((labels[:, 1:] != IGNORED).sum()),
+                    sequences=len(loaded.used), images=loaded.images)

@@ -1,0 +1,204 @@
+"""The sources of an LLM's training data: which one a draw takes, and the sequence at a position of one.
+
+    mixture = Mixture(settings, tokenizer)
+    mixture.sequence(source=0, position=1234, max_length=None)
+
+Positions count through a source's epochs without end: an epoch is a permutation of the source (`data.steps.EpochOrder`)
+and what is random in decoding is a function of (seed, source, position). So everything here is a pure function of its
+arguments; nothing depends on workers, ranks or restarts.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from seed_multimodal.data.llm.decoders import Decoder, get_decoder, some_picture
+from seed_multimodal.data.llm.sequence import Draws, SeededDraws, TokenSequence
+from seed_multimodal.data.llm.settings import LlmDataSettings, SourceSettings
+from seed_multimodal.data.llm.sources import FileRecords, open_records
+from seed_multimodal.data.steps import EpochOrder
+from seed_multimodal.errors import ConfigError, DataError, SeedError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
+UNUSABLE_IN_A_ROW = 1000  # dropped and over-long sequences one after another: an endless search otherwise
+_BITS = (1 << 64) - 1
+Found = tuple[TokenSequence, str]  # and where its record stands
+
+
+class EndOfData(DataError):
+    """Every source of the mixture is used up (all have finite `cycles`)."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A draw that gave no sequence (or, for over-long ones, not the whole): why, and which record."""
+
+    source: int
+    kind: str  # BROKEN, DROPPED or TOO_LONG
+    reason: str  # in a few words, the same for many records
+    where: str  # file and line or sample; for broken records the whole sentence
+
+
+class Mixture:
+    """The opened sources with their decoders and orders.
+
+    Raises:
+        ConfigError: an unknown decoder or option. DataError: no files, or files that cannot be indexed.
+    """
+
+    def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer) -> None:
+        self.settings = settings
+        self.names = [source.name for source in settings.sources]
+        self.weights = settings.draw_weights()
+        self.records = [open_records(source.files, format=source.format, name=source.name)
+                        for source in settings.sources]
+        self.decoders = [_decoder(source, records, tokenizer)
+                         for source, records in zip(settings.sources, self.records, strict=True)]
+        self.sizes = [len(records) for records in self.records]  # indexes the files, before workers are forked
+        self.limits = [None if source.cycles is None else source.cycles * size
+                       for source, size in zip(settings.sources, self.sizes, strict=True)]
+        self.seeds = [zlib.crc32(f"{settings.seed} {name}".encode()) for name in self.names]
+        self._orders: list[OrderedDict[int, EpochOrder]] = [OrderedDict() for _ in self.names]
+
+    def index(self, source: int, position: int) -> int:
+        """The record at a position of a source's endless order."""
+        epoch, offset = divmod(position, self.sizes[source])
+        orders = self._orders[source]
+        if epoch not in orders:  # lanes near an epoch's end read from two at once, those of tiny sources from more
+            while len(orders) >= (2 if self.sizes[source] > 100_000 else 16):
+                orders.popitem(last=False)
+            sizes = self.records[source].shard_sizes
+            orders[epoch] = EpochOrder(self.sizes[source], self.seeds[source], sizes=sizes,
+                                       block=self.settings.shuffle_block if len(sizes) > 1 else 0)
+        orders.move_to_end(epoch)
+        (_, indices), = orders[epoch].parts(epoch * self.sizes[source] + offset, 1)
+        return int(indices[0])
+
+    def sequence(self, source: int, position: int, max_length: int | None = None) -> Found | Dropped:
+        """(the sequence, where its record stands), or why there is none.
+
+        Args:
+            max_length: None: the whole sequence; a number: cut as the released decoder cuts.
+        """
+        index = self.index(source, position)
+        where = ""
+        try:
+            record = self.records[source].read(index)
+            where = record.where
+            draws = SeededDraws(self.settings.seed, self.seeds[source], position)
+            made = self.decoders[source].decode(record.fields, draws, max_length)
+        except ConfigError:
+            raise
+        except SeedError as error:
+            sentence = str(error)
+            if where and not sentence.startswith(where):
+                sentence = f"{where}: {sentence}"
+            return Dropped(source, BROKEN, getattr(error, "kind", "broken record"), sentence)
+        if made.dropped or not made.ids:
+            return Dropped(source, DROPPED, made.dropped or "empty", where)
+        return made, where
+
+    def end_of_data(self) -> EndOfData:
+        """The refusal for a mixture that is used up."""
+        used = ", ".join(f"{source.name} {source.cycles}x" for source in self.settings.sources)
+        return EndOfData(f"All sources are used up (cycles: {used}): ask for fewer steps, raise cycles, or leave "
+                         f"cycles out for no end.")
+
+
+class OtherPicture:
+    """The `noise_source` of a decoder's `code_noise`: a picture of another record of the same source."""
+
+    def __init__(self, records: FileRecords, tokens_per_image: int) -> None:
+        self.records, self.tokens_per_image = records, tokens_per_image
+
+    def __call__(self, draws: Draws) -> list[int]:
+        """The codes of some picture.
+
+        Raises:
+            DataError: hardly any record has one.
+        """
+        for _ in range(20):
+            fields = self.records.read(draws.randint(0, len(self.records) - 1)).fields
+            codes = some_picture(fields, draws, self.tokens_per_image)
+            if codes is not None:
+                return codes
+        raise DataError(f"{self.records.name}: code_noise takes codes from other pictures, and 20 records in a row "
+                        f"have none.")
+
+
+def _decoder(source: SourceSettings, records: FileRecords, tokenizer: MultimodalTokenizer) -> Decoder:
+    options = dict(source.options)
+    if options.get("code_noise"):
+        options.setdefault("noise_source", OtherPicture(records, tokenizer.vocabulary.tokens_per_image))
+    try:
+        return get_decoder(source.decoder, tokenizer, options)
+    except ConfigError as error:
+        raise ConfigError(f"source {source.name}: {error}") from None
+
+
+class SourceChoice:
+    """Which source a draw takes, by the mixture's `concat_type`, among those that are not used up."""
+
+    def __init__(self, weights: Sequence[float], concat_type: str, seed: int) -> None:
+        self.weights, self.concat_type, self.seed = list(weights), concat_type, seed
+
+    def __call__(self, counts: Sequence[int], alive: Sequence[bool], *numbers: int) -> int | None:
+        """The source of the draw that `numbers` name, or None when all are used up.
+
+        Args:
+            counts: earlier draws from each source. alive: whether each has something left.
+        """
+        left = [index for index, there in enumerate(alive) if there]
+        if not left:
+            return None
+        if self.concat_type == "concat":
+            return left[0]
+        if self.concat_type == "mux_longest":
+            return min(left, key=lambda index: counts[index])  # the first of those drawn least
+        place = uniform(self.seed, *numbers) * sum(self.weights[index] for index in left)
+        for index in left:
+            place -= self.weights[index]
+            if place < 0:
+                return index
+        return left[-1]
+
+
+def uniform(seed: int, *numbers: int) -> float:
+    """A number in [0, 1) that is a function of whole numbers (SplitMix64's mixing, once for each)."""
+    state = seed & _BITS
+    for number in (*numbers, 0x5EED):
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & _BITS
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _BITS
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _BITS
+        state ^= state >> 31
+    return (state >> 11) / (1 << 53)
+
+
+class Patience:
+    """Counts unusable draws one after another, and ends a search without hope."""
+
+    def __init__(self, most_broken: int, broken: int = 0) -> None:
+        self.most_broken, self.broken, self.unusable = most_broken, broken, 0
+
+    def good(self) -> None:
+        """A usable sequence was found."""
+        self.broken = self.unusable = 0
+
+    def lose(self, dropped: Dropped, name: str) -> None:
+        """A draw gave nothing.
+
+        Raises:
+            DataError: it was one too many.
+        """
+        self.unusable += 1
+        self.broken += dropped.kind == BROKEN
+        if self.broken >= self.most_broken:
+            raise DataError(f"{self.broken} records are broken without a good one between them, the last of source "
+                            f"{name}: {dropped.where}")
+        if self.unusable >= UNUSABLE_IN_A_ROW:
+            raise DataError(f"{self.unusable} draws in a row gave no sequence, the last of source {name} "
+                            f"({dropped.reason}): {dropped.where}")

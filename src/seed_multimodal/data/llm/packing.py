@@ -1,0 +1,78 @@
+"""Several sequences in one row of fixed length: which ones, and the row's arrays.
+
+The choice is a subset sum over the sequences at hand (a bit for each reachable length, so one shift per sequence): with
+a few dozen short ones a row is filled to the last position almost always. The oldest is always taken, so none waits for
+long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from seed_multimodal.data.llm.sequence import IGNORED
+
+
+@dataclass
+class Row:
+    """One packed row: int32 [length] each. Padding: `pad_id`, label -100, positions as if a sequence of its own."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
+    """Indices (rising) of the sequences that fill `capacity` best, the first always among them.
+
+    Among equally good choices the one with the oldest sequences wins.
+
+    Args:
+        lengths: tokens of each sequence, the oldest first, each from 1 to `capacity`.
+    """
+    full, mask = 1 << capacity, (1 << capacity + 1) - 1
+    reachable = [1 << lengths[0]]  # after n sequences: bit k is set when some of them make up k tokens
+    for length in lengths[1:]:
+        if reachable[-1] & full:
+            break
+        reachable.append((reachable[-1] | reachable[-1] << length) & mask)
+    left = reachable[-1].bit_length() - 1
+    chosen = []
+    for index in range(len(reachable) - 1, 0, -1):
+        if not reachable[index - 1] >> left & 1:
+            chosen.append(index)
+            left -= lengths[index]
+    return [0, *reversed(chosen)]
+
+
+def make_row(sequences: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad_id: int) -> Row:
+    """The row of (ids, labels) pairs, int32 [n] each, together at most `length` long; none: padding only.
+
+    The first label of each sequence becomes -100: models predict a token from the place before it, which here belongs
+    to another sequence.
+    """
+    input_ids = np.full(length, pad_id, np.int32)
+    labels = np.full(length, IGNORED, np.int32)
+    sizes = [len(ids) for ids, _ in sequences]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    used = int(ends[-1]) if sizes else 0
+    starts = np.concatenate([ends - sizes, [used]]).astype(np.int64)
+    if sizes:
+        input_ids[:used] = np.concatenate([ids for ids, _ in sequences])
+        labels[:used] = np.concatenate([own for _, own in sequences])
+        labels[starts[:-1]] = IGNORED
+    positions = np.arange(length, dtype=np.int32) - np.repeat(starts, [*sizes, length - used]).astype(np.int32)
+    return Row(input_ids, labels, positions)
+
+
+def split_long(ids: np.ndarray, labels: np.ndarray, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A document's tokens as pieces of at most `length`: BOS opens the first, EOS closes the last, nothing is added.
+
+    Each later piece begins with the last token of the piece before, as context for its first target (which would be
+    nobody's target otherwise); so each token is a target exactly once.
+    """
+    if len(ids) <= length:
+        return [(ids, labels)]
+    return [(ids[start:start + length], labels[start:start + length]) for start in range(0, len(ids) - 1, length - 1)]

@@ -1,0 +1,108 @@
+"""The released data files (`_target_: src.data.torchdata_train.build_...`) read as ours, without importing anything.
+
+One table leads from the released builders to decoder names. Keys that the released code accepted and never read are
+dropped. In such a file weights stand apart (`sample_weights`),
+`data_dir` is searched recursively, and `cycle_count` is the number of epochs until a source is used up. Beside the
+released keys a file may hold ours (`packing`, `length`, `rows`, `too_long`, `seed`, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from seed_multimodal.config import check_keys, nearest
+from seed_multimodal.data.llm.decoders import DECODERS
+from seed_multimodal.data.llm.decoders_base import SHARED
+from seed_multimodal.data.llm.settings import LlmDataSettings
+from seed_multimodal.errors import ConfigError
+
+_TRAIN, _SFT = "src.data.torchdata_train.build_", "src.data.torchdata_sft.build_"
+BUILDERS: dict[str, tuple[str, str]] = {  # released builder -> our decoder, and the files it reads
+    _TRAIN + "caption_datapipes_for_llm": ("pretrain.caption", "tar"),
+    _TRAIN + "mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
+    _TRAIN + "video_caption_datapipes_for_llm": ("pretrain.video", "tar"),
+    _TRAIN + "text_pretrain_datapipes_for_llm": ("pretrain.text", "jsonl"),
+    _TRAIN + "edit_datapipes_for_llm": ("pretrain.edit", "tar"),
+    _TRAIN + "visual_question_datapipes_for_llm": ("pretrain.visual_question", "tar"),
+    _TRAIN + "text_conversation_datapipes_for_llm": ("pretrain.text_conversation", "jsonl"),
+    _SFT + "qa_datapipes_for_llm": ("sft.qa", "tar"),
+    _SFT + "edit_datapipes_for_llm": ("sft.edit", "tar"),
+    _SFT + "edit_multi_datapipes_for_llm": ("sft.multi_edit", "tar"),
+    _SFT + "story_datapipes_for_llm": ("sft.story", "tar"),
+    _SFT + "difference_datapipes_for_llm": ("sft.difference", "tar"),
+    _SFT + "conversation_datapipes_for_llm": ("sft.conversation", "tar"),
+    _SFT + "video_datapipes_for_llm": ("sft.video", "tar"),
+    _SFT + "video_conversation_datapipes_for_llm": ("sft.video_conversation", "tar"),
+    _SFT + "visual_question_datapipes_for_llm": ("sft.visual_question", "tar"),
+    _SFT + "interleaved_datapipes_for_llm": ("sft.interleaved", "tar"),
+    _SFT + "text_conversation_datapipes_for_llm": ("sft.text_conversation", "jsonl"),
+}
+MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes")
+_HYDRA = ("_target_", "_recursive_", "_convert_")
+_SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive", *_HYDRA)
+_NEVER_READ = ("caption_prompt", "reverse_ratio", "tokenizer", "image_processor", "image_transform")
+
+
+def is_released(config: Mapping[str, Any]) -> bool:
+    """Whether a data configuration is in the released form: it has `datapipes` or a `_target_`."""
+    return "datapipes" in config or "_target_" in config
+
+
+def released_data_config(config: Mapping[str, Any], where: str = "data") -> dict[str, Any]:
+    """A released data file (a mixture, or one source alone) as the mapping of ours; what it holds of ours is kept.
+
+    Raises:
+        ConfigError: an unknown target (the nearest is named), an unknown key, weights that do not fit the sources.
+    """
+    own = [f.name for f in fields(LlmDataSettings) if f.name != "sources"]
+    target = config.get("_target_", MIXERS[0])
+    if target in BUILDERS:
+        alone = {key: value for key, value in config.items() if key not in own}
+        return {"sources": [_source(alone, 1.0, where)], **{key: config[key] for key in own if key in config}}
+    if target not in MIXERS:
+        raise _unknown(target, where)
+    check_keys(config, ["datapipes", "sample_weights", "tokenizer", "image_transform", *_HYDRA, *own], where)
+    pipes = config.get("datapipes")
+    if not isinstance(pipes, Sequence) or isinstance(pipes, str) or not pipes:
+        raise ConfigError(f"{where}: datapipes must list at least one source.")
+    weights = config.get("sample_weights")
+    if weights is None:
+        weights = [1.0] * len(pipes)
+    if not isinstance(weights, Sequence) or len(weights) != len(pipes):
+        raise ConfigError(f"{where}: sample_weights must be one number for each of the {len(pipes)} datapipes, not "
+                          f"{weights!r}.")
+    sources = [_source(pipe, weight, f"{where}: datapipes[{number}]")
+               for number, (pipe, weight) in enumerate(zip(pipes, weights, strict=True))]
+    return {"sources": sources, **{key: config[key] for key in own if key in config}}
+
+
+def _source(pipe: Any, weight: Any, where: str) -> dict[str, Any]:
+    if not isinstance(pipe, Mapping):
+        raise ConfigError(f"{where}: must be a mapping with a _target_, not a {type(pipe).__name__}.")
+    target = pipe.get("_target_")
+    if target not in BUILDERS:
+        raise _unknown(target, where)
+    name, format = BUILDERS[target]
+    decoder = DECODERS[name]
+    options = [*decoder.options, *SHARED]
+    dropped = [key for key in (*decoder.without_effect, *_NEVER_READ) if key not in options]
+    check_keys(pipe, [*_SOURCE_KEYS, *options, *dropped], where)
+    folders = pipe.get("data_dir")
+    if not folders:
+        raise ConfigError(f"{where}: needs a value for 'data_dir'.")
+    if not pipe.get("recursive", True):
+        folders = [folders] if isinstance(folders, str) else folders
+        folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
+    source: dict[str, Any] = {"files": folders, "decoder": name, "format": format, "weight": weight}
+    source["options"] = {key: pipe[key] for key in options if pipe.get(key) is not None}
+    for ours, theirs in (("cycles", "cycle_count"), ("max_length", "max_length"), ("batch_size", "batch_size")):
+        if pipe.get(theirs) is not None:
+            source[ours] = pipe[theirs]
+    return source
+
+
+def _unknown(target: Any, where: str) -> ConfigError:
+    return ConfigError(f"{where}: _target_ {target!r} is none of the released data builders"
+                       f"{nearest(str(target), [*BUILDERS, *MIXERS])}.")

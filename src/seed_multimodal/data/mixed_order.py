@@ -1,0 +1,75 @@
+"""Several sets as one by given weights: which set a position of the endless order draws from, and which sample of it.
+
+    order = MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)
+    batches = StepBatches(joined, 64, seed=0, order=order)       # joined: a's samples, then b's
+
+Positions are shared out by rounding, not by chance: among any n positions in a row set i has n · weight_i of them, give
+or take two, so every batch of every rank holds its share. Which one draws at position p, and how often it has drawn
+before, is arithmetic on p alone, so any step can be reached at once. Each set goes through its own endless order
+(`steps.EpochOrder`, with a seed of its own): a small one with a large weight has its next epoch sooner, in new views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from seed_multimodal.data.steps import EpochOrder, Part
+from seed_multimodal.errors import ConfigError
+
+SHARES = 1_000_000  # weights count to one part in so many
+Sizes = Sequence[int] | np.ndarray | None
+
+
+class MixedOrder:
+    """An endless order over sets that lie one after the other; a pure function of its arguments.
+
+    Args:
+        totals: samples of each set.
+        weights: how often each is drawn from; only their ratios count.
+        sizes: for each set the samples of its shards, or None; block: see `EpochOrder` (for sets with shards).
+
+    Raises:
+        ConfigError: a weight that is not positive, or another number of weights than of sets.
+    """
+
+    def __init__(self, totals: Sequence[int], weights: Sequence[float], seed: int, *,
+                 sizes: Sequence[Sizes] | None = None, block: int = 0) -> None:
+        if len(weights) != len(totals) or not all(np.isfinite(weight) and weight > 0 for weight in weights):
+            raise ConfigError(f"{len(totals)} sets need as many positive weights, not {list(weights)}.")
+        shares = np.maximum(1, np.rint(np.asarray(weights, float) / sum(weights) * SHARES)).astype(np.int64)
+        self._upto = np.cumsum(shares)
+        self._firsts = np.cumsum([0, *totals[:-1]])
+        shards = sizes or [None] * len(totals)
+        self._orders = [
+            EpochOrder(total, int(np.random.SeedSequence((seed, number)).generate_state(1)[0]), sizes=size,
+                       block=0 if size is None else block)
+            for number, (total, size) in enumerate(zip(totals, shards, strict=True))]
+
+    def drawn(self, positions: np.ndarray) -> np.ndarray:
+        """How many of the first p positions each set has: int64 `[n]` → int64 `[sets, n]`.
+
+        The first k sets together have a rounded share of what the first k + 1 have, so no count ever falls.
+        """
+        counts, rest = [], positions
+        for number in range(len(self._upto) - 1, 0, -1):
+            part, whole = self._upto[number - 1], self._upto[number]
+            before = (2 * rest * part + whole) // (2 * whole)
+            counts.append(rest - before)
+            rest = before
+        return np.stack([rest, *counts[::-1]])
+
+    def parts(self, start: int, count: int) -> list[Part]:
+        """Positions `start` .. `start + count`, cut where the set or its epoch changes."""
+        drawn = self.drawn(np.arange(start, start + count + 1, dtype=np.int64))
+        chosen = np.diff(drawn).argmax(axis=0)
+        epochs, indices = np.empty(count, np.int64), np.empty(count, np.int64)
+        for number, order in enumerate(self._orders):
+            places = np.flatnonzero(chosen == number)
+            if len(places):
+                taken = order.parts(int(drawn[number, 0]), len(places))
+                epochs[places] = np.concatenate([np.full(len(some), epoch) for epoch, some in taken])
+                indices[places] = np.concatenate([some for _, some in taken]) + self._firsts[number]
+        cuts = np.flatnonzero((np.diff(chosen) != 0) | (np.diff(epochs) != 0)) + 1
+        return [(int(epochs[run[0]]), indices[run]) for run in np.split(np.arange(count), cuts)]

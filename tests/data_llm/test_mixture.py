@@ -1,0 +1,274 @@
+"""Which source a draw takes, and which sequence: weights, epochs, cycles, what is passed over, what ends a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from seed_multimodal.data.llm.batches import LlmBatches
+from seed_multimodal.data.llm.mixture import Dropped, EndOfData, Mixture, Patience, SourceChoice, uniform
+from seed_multimodal.data.llm.settings import read_data_settings
+from seed_multimodal.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+
+
+def test_numbers_are_drawn_evenly_and_only_by_their_arguments() -> None:
+    drawn = np.array([uniform(3, lane, draw) for lane in range(50) for draw in range(200)])
+    assert 0 <= drawn.min() and drawn.max() < 1 and abs(drawn.mean() - 0.5) < 0.01
+    assert np.histogram(drawn, 10)[0].min() > 900 and len(set(drawn.tolist())) == len(drawn)
+    assert uniform(3, 0, 1) == uniform(3, 0, 1) != uniform(4, 0, 1) and uniform(3, 0, 1) != uniform(3, 1, 0)
+
+
+def test_choices_follow_the_weights_among_what_is_left() -> None:
+    choice = SourceChoice([0.5, 0.3, 0.2], "sample", seed=1)
+    drawn = Counter(choice([0, 0, 0], [True] * 3, draw) for draw in range(20_000))
+    assert [round(drawn[source] / 20_000, 2) for source in range(3)] == pytest.approx([0.5, 0.3, 0.2], abs=0.011)
+    left = Counter(choice([0, 0, 0], [False, True, True], draw) for draw in range(20_000))
+    assert left[0] == 0 and left[1] / 20_000 == pytest.approx(0.6, abs=0.011)
+    assert choice([0, 0, 0], [False] * 3, 5) is None
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("concat", [0, 0, 0, 1, 2, 2, None]),
+                                                ("mux_longest", [0, 1, 2, 0, 2, 0, None])])
+def test_other_ways_to_put_sources_together(kind: str, expected: list[int | None]) -> None:
+    choice, counts, limits, drawn = SourceChoice([1, 1, 1], kind, seed=0), [0, 0, 0], [3, 1, 2], []
+    for draw in range(7):
+        source = choice(counts, [count < limit for count, limit in zip(counts, limits, strict=True)], draw)
+        drawn.append(source)
+        if source is not None:
+            counts[source] += 1
+    assert drawn == expected
+
+
+def test_every_epoch_of_a_source_has_each_record_once(mixed: Callable, words) -> None:
+    mixture = Mixture(read_data_settings(mixed()), words)
+    assert mixture.sizes == [66, 30, 35]
+    epochs = [[mixture.index(0, epoch * 66 + place) for place in range(66)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(66)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert [mixture.index(0, place) for place in (70, 3, 131)] == [epochs[1][4], epochs[0][3], epochs[1][65]]
+    other = Mixture(read_data_settings(mixed(seed=1)), words)
+    assert [other.index(0, place) for place in range(66)] != epochs[0]
+
+
+def test_a_sequence_is_a_function_of_seed_source_and_position(mixed: Callable, words) -> None:
+    one, two = (Mixture(read_data_settings(mixed()), words) for _ in range(2))
+    places = [(source, position) for source in range(3) for position in (0, 5, 40, 71)]
+    first = [one.sequence(*place)[0].ids for place in places]
+    assert [two.sequence(*place)[0].ids for place in reversed(places)] == first[::-1]
+    views = {tuple(one.sequence(0, epoch * 66 + _place_of(one, epoch, 7))[0].ids) for epoch in range(12)}
+    assert len(views) == 2  # image first or last, drawn anew in each epoch
+
+
+def _place_of(mixture: Mixture, epoch: int, record: int) -> int:
+    return next(place for place in range(66) if mixture.index(0, epoch * 66 + place) == record)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_proportions_follow_the_weights(mixed: Callable, words, sized: bool) -> None:
+    """Weights 4 : 1 : 2; with batch sizes they count micro-batches, so sequences are weight x batch_size."""
+    config = mixed()
+    if sized:
+        for source, size in zip(config["sources"], (1, 8, 2), strict=True):
+            source["batch_size"] = size
+    batches = LlmBatches(read_data_settings(config), words)
+    for step in range(300):
+        batches.at(step)
+    drawn = np.array([one["sequences"] for one in batches.report()["sources"].values()])
+    expected = np.array([4, 8, 4]) / 16 if sized else np.array([4, 1, 2]) / 7
+    assert drawn.sum() > 800 and drawn / drawn.sum() == pytest.approx(expected, abs=0.04)
+
+
+def test_every_sample_once_per_epoch_over_all_lanes(mixed: Callable, words, numbers: Callable) -> None:
+    """All cycles of all sources, to the end: each record exactly as often as its cycles say."""
+    config = mixed(lanes=5)
+    for source, cycles in zip(config["sources"], (2, 3, 1), strict=True):
+        source["cycles"] = cycles
+    batches = LlmBatches(read_data_settings(config), words)
+    seen: Counter[int] = Counter()
+    step, ended = 0, 0
+    while ended < 5:  # lanes end at different rows; a row of a lane that has ended is refused
+        try:
+            seen.update(numbers(batches.at(step)))
+            ended = 0
+        except EndOfData:
+            ended += 1
+        step += 1
+    assert seen == {**dict.fromkeys(range(66), 2), **dict.fromkeys(range(1000, 1030), 3),
+                    **dict.fromkeys(range(2000, 2035), 1)}
+    report = batches.report()["sources"]
+    assert [one["epochs"] for one in report.values()] == [2, 3, 1]
+    assert [one["draws"] for one in report.values()] == [132, 90, 35]
+
+
+def test_a_source_that_ends_leaves_its_share_to_the_others(mixed: Callable, words) -> None:
+    config = mixed(lanes=1)
+    config["sources"][0]["cycles"] = 1
+    batches = LlmBatches(read_data_settings(config), words)
+    for step in range(250):
+        batches.at(step)
+    drawn = {name: one["sequences"] for name, one in batches.report()["sources"].items()}
+    assert drawn["captions"] == 66 and drawn["texts"] / drawn["documents"] == pytest.approx(2, rel=0.35)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_end_of_all_data_is_one_sentence(mixed: Callable, words, packing: bool, workers: int) -> None:
+    config = mixed(packing=packing)
+    config["sources"] = [{**config["sources"][0], "cycles": 1}]
+    with LlmBatches(read_data_settings(config), words, workers=workers) as batches, \
+            pytest.raises(DataError, match=r"All sources are used up \(cycles: captions 1x\).*raise cycles") as error:
+        for step in range(200):
+            batches.at(step)
+    assert isinstance(error.value, EndOfData) and "\n" not in str(error.value)
+
+
+def test_what_is_too_long_is_counted_and_named(tmp_path: Path, words, lines: Callable) -> None:
+    lines(tmp_path / "t.jsonl", [{"text": f"number {n} " + "many words follow " * (40 if n == 3 else 1)}
+                                 for n in range(8)])
+    config = {"sources": [{"name": "t", "files": str(tmp_path / "t.jsonl"), "decoder": "pretrain.text", "cycles": 1}],
+              "length": 40, "lanes": 1}
+    reports = {}
+    for kind in ("skip", "truncate", "split"):
+        batches = LlmBatches(read_data_settings({**config, "too_long": kind}), words)
+        with pytest.raises(EndOfData):
+            for step in range(100):
+                batches.at(step)
+        reports[kind] = batches.report()["sources"]["t"]
+    for kind, name in (("skip", "skipped"), ("truncate", "cut"), ("split", "split")):
+        entry = reports[kind]["too_long"][name]
+        assert entry["count"] == 1 and entry["first"][0].startswith(f"{tmp_path / 't.jsonl'}: line 4 (")
+    assert [reports[kind]["sequences"] for kind in ("skip", "truncate")] == [7, 8]
+    assert reports["split"]["sequences"] > 9
+    assert reports["split"]["tokens"] > reports["truncate"]["tokens"] > reports["skip"]["tokens"]
+
+
+def test_only_running_text_is_split(mixed: Callable, words) -> None:
+    batches = LlmBatches(read_data_settings(mixed(length=60, too_long="split")), words)
+    for step in range(40):
+        batches.at(step)
+    report = batches.report()["sources"]
+    assert set(report["texts"]["too_long"]) == {"split"} and set(report["documents"]["too_long"]) == {"skipped"}
+
+
+def test_records_left_out_by_their_decoder_are_counted(tmp_path: Path, words, codes: Callable, shard: Callable) -> None:
+    shard(tmp_path / "c.tar", [{"image_ids": codes(n), "text": " ., " if n % 4 == 1 else f"number {n}",
+                                "metadata": {}} for n in range(12)])
+    config = {"sources": [{"name": "c", "files": str(tmp_path), "decoder": "pretrain.caption", "cycles": 1}],
+              "length": 60, "lanes": 1}
+    said: list[str] = []
+    batches = LlmBatches(read_data_settings(config), words, log=said.append)
+    with pytest.raises(EndOfData):
+        for step in range(100):
+            batches.at(step)
+    (reason, entry), = batches.report()["sources"]["c"]["skipped"].items()
+    assert entry["count"] == 3 and len(said) == 3 and all(reason in line for line in said)
+    assert sorted(entry["first"]) == [f"{tmp_path / 'c.tar'}: sample {n:05d}" for n in (1, 5, 9)]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_records_are_skipped_named_and_counted(tmp_path: Path, words, codes: Callable, lines: Callable,
+                                                      numbers: Callable, packing: bool, workers: int) -> None:
+    records: list[Any] = [{"image_ids": codes(n), "text": f"number {n}", "metadata": {}} for n in range(30)]
+    records[4] = '{"image_ids": [1, 2'
+    records[9]["image_ids"][0] = 10**6
+    del records[17]["text"]
+    lines(tmp_path / "c.jsonl", records)
+    config = {"sources": [{"name": "c", "files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption", "cycles": 4,
+                           "batch_size": 5, "max_length": 60}], "length": 120, "lanes": 2, "packing": packing}
+    seen: Counter[int] = Counter()
+    with LlmBatches(read_data_settings(config), words, workers=workers) as batches, pytest.raises(EndOfData):
+        for step in range(200):
+            seen.update(numbers(batches.at(step)))
+    skipped = batches.report()["sources"]["c"]["skipped"]
+    named = sorted(where for entry in skipped.values() for where in entry["first"])
+    assert len(named) == 3 and all(f"{tmp_path / 'c.jsonl'}: line {n}:" in where for n, where in
+                                   zip((10, 18, 5), named, strict=True))
+    assert sum(entry["count"] for entry in skipped.values()) == 12 or packing  # a lane may end before the other
+    assert set(seen) == set(range(30)) - {4, 9, 17} and max(seen.values()) <= 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_broken_records_end_the_run(tmp_path: Path, words, lines: Callable, workers: int) -> None:
+    lines(tmp_path / "c.jsonl", [{"image_ids": [1, 2], "text": "x", "metadata": {}}] * 50)
+    config = {"sources": [{"name": "c", "files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption"}],
+              "length": 60, "max_bad_in_a_row": 7}
+    with LlmBatches(read_data_settings(config), words, workers=workers) as batches, \
+            pytest.raises(DataError, match=r"7 records are broken without a good one.*source c: .*c\.jsonl: line \d+"):
+        batches.at(0)
+
+
+def test_a_search_without_hope_ends() -> None:
+    patience = Patience(most_broken=3)
+    for _ in range(2):
+        patience.lose(Dropped(0, "broken", "r", "w"), "s")
+    patience.good()
+    with pytest.raises(DataError, match=r"1000 draws in a row gave no sequence, the last of source s \(empty\): w"):
+        for _ in range(1000):
+            patience.lose(Dropped(0, "dropped", "empty", "w"), "s")
+
+
+def test_noise_comes_from_other_pictures_of_the_source(tmp_path: Path, words, shard: Callable) -> None:
+    size = words.vocabulary.tokens_per_image
+    shard(tmp_path / "c.tar", [{"image_ids": [n] * size, "text": f"number {n}", "metadata": {}} for n in range(20)])
+    config = {"sources": [{"name": "c", "files": str(tmp_path), "decoder": "pretrain.caption",
+                           "options": {"reverse_ratio": 1.0, "code_noise": 0.8}}], "length": 60}
+    mixture = Mixture(read_data_settings(config), words)
+    pictures = [mixture.sequence(0, position)[0].ids[2:2 + size] for position in range(20)]
+    foreign = [len([code for code in codes if code != max(set(codes), key=codes.count)]) for codes in pictures]
+    assert max(foreign) >= size // 4 and all(len(set(codes)) <= 2 for codes in pictures)
+    assert pictures == [Mixture(read_data_settings(config), words).sequence(0, position)[0].ids[2:2 + size]
+                        for position in range(20)]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"lenght": 4}, "did you mean 'length'"),
+    ({"too_long": "splitt"}, "did you mean 'split'"),
+    ({"concat_type": "mux"}, "concat_type"),
+    ({"length": 0}, "length must be a positive whole number"),
+    ({"rows": True}, "rows must be a positive whole number"),
+    ({"seed": -1}, "seed"),
+    ({"packing": "yes"}, "packing must be true or false"),
+    ({"sources": []}, "at least one source"),
+    ({"buffer": 0}, "buffer must be a positive number"),
+])
+def test_settings_that_make_no_sense(mixed: Callable, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_data_settings(mixed(**change))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"wieght": 1}, "did you mean 'weight'"),
+    ({"weight": 0}, r"sources\[0\] \(captions\): weight must be a positive number"),
+    ({"cycles": 0}, "cycles must be a positive whole number"),
+    ({"decoder": None}, "needs a value for 'decoder'"),
+    ({"name": "texts"}, "two sources named 'texts'"),
+    ({"batch_size": 4}, "'captions' has a batch_size and 'documents' has none"),
+    ({"files": 3}, "files must be a path"),
+])
+def test_sources_that_make_no_sense(mixed: Callable, change: dict[str, Any], message: str) -> None:
+    config = mixed()
+    config["sources"][0].update(change)
+    with pytest.raises(ConfigError, match=message):
+        read_data_settings(config)
+
+
+def test_a_wrong_decoder_is_told_with_its_source(mixed: Callable, words) -> None:
+    config = mixed()
+    config["sources"][1]["decoder"] = "pretrain.interleave"
+    with pytest.raises(ConfigError, match=r"source documents: .*did you mean 'pretrain.interleaved'"):
+        LlmBatches(read_data_settings(config), words)
+
+
+def test_sources_may_be_named_in_a_mapping(mixed: Callable) -> None:
+    config = mixed()
+    config["sources"] = {one.pop("name"): one for one in config["sources"]}
+    settings = read_data_settings(config)
+    assert [source.name for source in settings.sources] == ["captions", "documents", "texts"]
+    assert settings.draw_weights() == pytest.approx([4 / 7, 1 / 7, 2 / 7])

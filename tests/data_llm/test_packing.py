@@ -1,0 +1,128 @@
+"""Rows: which sequences share one, what their arrays are, and how full they get."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from seed_multimodal.data.llm.batches import LlmBatches
+from seed_multimodal.data.llm.packing import best_fit, make_row, split_long
+from seed_multimodal.data.llm.settings import read_data_settings
+
+
+def test_the_best_of_all_choices_is_found() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        capacity = rng.randint(5, 40)
+        lengths = [rng.randint(1, capacity) for _ in range(rng.randint(1, 9))]
+        chosen = best_fit(lengths, capacity)
+        assert chosen[0] == 0 and chosen == sorted(set(chosen))
+        others = range(1, len(lengths))
+        best = max(total for size in range(len(lengths)) for some in itertools.combinations(others, size)
+                   if (total := lengths[0] + sum(lengths[one] for one in some)) <= capacity)
+        assert sum(lengths[index] for index in chosen) == best
+
+
+def test_older_sequences_win_ties() -> None:
+    assert best_fit([5, 3, 3, 3, 3], 11) == [0, 1, 2]
+    assert best_fit([10, 1, 1], 10) == [0]
+    assert best_fit([4, 9, 6, 6], 10) == [0, 2]
+
+
+def test_a_row_keeps_its_sequences_apart() -> None:
+    first = np.array([1, 50, 51, 2], np.int32), np.array([1, 50, 51, 2], np.int32)
+    second = np.array([1, 60, 2], np.int32), np.array([-100, -100, 2], np.int32)
+    row = make_row([first, second], 10, pad_id=0)
+    assert row.input_ids.tolist() == [1, 50, 51, 2, 1, 60, 2, 0, 0, 0]
+    assert row.labels.tolist() == [-100, 50, 51, 2, -100, -100, 2, -100, -100, -100]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
+    assert first[1].tolist() == [1, 50, 51, 2]  # the sequence itself is as it was
+    assert {array.dtype for array in (row.input_ids, row.labels, row.position_ids)} == {np.dtype(np.int32)}
+    full = make_row([first, second], 7, pad_id=0)
+    assert full.input_ids.tolist() == [1, 50, 51, 2, 1, 60, 2] and full.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    empty = make_row([], 4, pad_id=9)
+    assert empty.input_ids.tolist() == [9] * 4 and empty.labels.tolist() == [-100] * 4
+    assert empty.position_ids.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("total", "length"), [(10, 10), (11, 10), (19, 10), (20, 10), (57, 10), (3, 2)])
+def test_a_split_document_has_each_token_once_as_target(total: int, length: int) -> None:
+    ids = np.arange(total, dtype=np.int32)
+    pieces = split_long(ids, ids, length)
+    assert pieces[0][0][0] == 0 and all(2 <= len(piece) <= length for piece, _ in pieces)
+    targets = [label for _, labels in pieces for label in labels[1:].tolist()]
+    assert targets == list(range(1, total))
+    assert all(before[-1] == after[0] for (before, _), (after, _) in itertools.pairwise(pieces))
+
+
+def test_a_model_sees_packed_sequences_as_if_alone() -> None:
+    """Logits of a real LLaMA with our position ids and no mask are those of each sequence by itself."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                         num_attention_heads=4, attn_implementation="sdpa")).eval()
+    rng = np.random.default_rng(0)
+    pieces = [rng.integers(3, 64, size).astype(np.int32) for size in (5, 1, 7)]
+    row = make_row([(piece, piece) for piece in pieces], 16, pad_id=0)
+    with torch.no_grad():
+        packed = model(input_ids=torch.from_numpy(row.input_ids)[None].long(),
+                       position_ids=torch.from_numpy(row.position_ids)[None].long(), use_cache=False).logits[0]
+        place = 0
+        for piece in pieces:
+            alone = model(input_ids=torch.from_numpy(piece)[None].long()).logits[0]
+            assert torch.allclose(packed[place:place + len(piece)], alone, atol=1e-5)
+            place += len(piece)
+
+
+# ---- how full rows get
+
+
+def _text(rng: random.Random, tokens: float) -> str:
+    return " ".join(rng.choice(("a", "red", "house", "on", "the", "green", "hill")) for _ in range(max(1, int(tokens))))
+
+
+@pytest.fixture(scope="module")
+def released_lengths(tmp_path_factory: pytest.TempPathFactory, codes: Callable, lines: Callable) -> Path:
+    """Sources as long as those of the released pretraining mixture (pictures of the tokenizer, drawn text lengths)."""
+    folder, rng = tmp_path_factory.mktemp("released"), random.Random(0)
+    picture = codes(0)
+    for name, size, low, high in (("cc3m", 300, 6, 16), ("laion", 600, 8, 30)):
+        lines(folder / f"{name}.jsonl", [{"image_ids": picture, "text": _text(rng, rng.randint(low, high)),
+                                          "metadata": {}} for _ in range(size)])
+    for name in ("mmc4", "obelisc"):
+        documents = []
+        for _ in range(100):
+            texts = [_text(rng, min(250, rng.expovariate(1 / 60)) + 5) for _ in range(rng.randint(1, 7))]
+            documents.append({"image_ids": [part for _ in texts for part in (picture, None)], "metadata": {},
+                              "texts": [part for text in texts for part in (None, text)]})
+        lines(folder / f"{name}.jsonl", documents)
+    lines(folder / "webvid.jsonl", [{"image_ids": picture * 4, "answer": _text(rng, rng.randint(5, 25))}
+                                    for _ in range(200)])
+    lines(folder / "wiki.jsonl", [{"text": _text(rng, min(4000, rng.expovariate(1 / 400)) + 30)} for _ in range(100)])
+    return folder
+
+
+@pytest.mark.parametrize("which", ["mixture", "captions"])
+def test_rows_are_full(released_lengths: Path, words, which: str) -> None:
+    released = {"cc3m": (0.5, 116, "caption"), "laion": (5.0, 164, "caption"), "mmc4": (2.0, 26, "interleaved"),
+                "obelisc": (1.0, 26, "interleaved"), "webvid": (0.5, 116, "video"), "wiki": (1.0, 26, "text")}
+    sources = [{"name": name, "files": str(released_lengths / f"{name}.jsonl"), "decoder": f"pretrain.{decoder}",
+                "weight": weight, "batch_size": rows} for name, (weight, rows, decoder) in released.items()
+               if which == "mixture" or name == "laion"]
+    settings = read_data_settings({"sources": sources, "length": 2048, "too_long": "split", "lanes": 4})
+    batches = LlmBatches(settings, words)
+    started = time.process_time()
+    for step in range(60):
+        batches.at(step)
+    speed = batches.tally.tokens / (time.process_time() - started)
+    print(f"{which}: fill {batches.fill:.4f}, {speed:,.0f} tokens/s")
+    assert batches.fill >= 0.97
+    assert speed > 50_000  # an H200 takes 16,000 a second; on a quiet core it is near a million
