@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seed_multimodal.errors import SeedError
-from seed_multimodal.training.loop import StageSettings, batch_indices, run_stage
+from seed_multimodal.training.loop import SampleCost, StageSettings, batch_indices, run_stage
 
 
 def toy_model() -> tuple[nn.Sequential, torch.Tensor]:
@@ -42,7 +42,8 @@ def move_bias(model: nn.Sequential) -> None:
 
 
 def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float = 0.1, stop_at: int = -1,
-          status: Callable[[], dict[str, float]] | None = None, **settings: Any) -> dict[str, Any]:
+          status: Callable[[], dict[str, float]] | None = None, cost: SampleCost | None = None,
+          evaluate: Callable[[int], dict[str, float]] | None = None, **settings: Any) -> dict[str, Any]:
     """One stage; returns its record with the sum of the final weights as an exact number.
 
     Each micro-step takes `pause` seconds more; in micro-step `stop_at` this process sends itself a SIGTERM.
@@ -66,15 +67,16 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
             file.write(f"{micro_step} {value.item().hex()}\n")
         return value, {"half": value.detach() / 2}
 
-    def on_step(step: int) -> None:
+    def on_step(step: int) -> dict[str, float] | None:
         if world == 1:
             move_bias(model)
+        return evaluate(step) if evaluate else None
 
     def finish() -> dict[str, Any]:
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
 
     return run_stage(name, model, loss, StageSettings(**choices), folder, finish, on_step if noise else None,
-                     wrapped=wrapped, status=status)
+                     wrapped=wrapped, status=status, cost=cost)
 
 
 def read_losses(folder: Path, rank: int = 0) -> dict[int, float]:

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from seed_multimodal.training.loop import SampleCost
 from seed_multimodal.training.progress import duration, forget_after, peak_memory_mib
 
 
@@ -50,6 +51,41 @@ def test_each_log_line_says_how_the_run_goes(
     for part in ("loss ", "half ", "grad ", "lr 0.008", "bad_samples 3", "perplexity 12.5", "samples/s", "s/step",
                  "waited for data", " GiB, ", " left"):
         assert part in said[0]
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(
+    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy.train(tmp_path / "known", steps=8, cost=SampleCost(2e9, peak_tflops=0.5))
+    for line in lines_of(tmp_path / "known"):
+        assert line["tflops"] == pytest.approx(line["samples_per_s"] * 2e-3)
+        assert line["mfu"] == pytest.approx(line["tflops"] / 0.5)
+    said = capsys.readouterr().out
+    assert said.count(" TFLOP/s (MFU ") == 2 and "tflops" not in said and "mfu" not in said
+    toy.train(tmp_path / "unknown", steps=4, cost=SampleCost(2e9))
+    assert "tflops" in lines_of(tmp_path / "unknown")[0] and "mfu" not in lines_of(tmp_path / "unknown")[0]
+    said = capsys.readouterr().out
+    assert " TFLOP/s, " in said and "MFU" not in said
+
+
+def test_numbers_of_a_step_are_logged_at_once_and_their_time_is_no_training(toy: ModuleType, tmp_path: Path) -> None:
+    aside = [0.0]
+
+    def evaluate(step: int) -> dict[str, float]:
+        if step % 3:
+            return {}
+        time.sleep(0.5)
+        aside[0] += 0.5
+        return {"valid/loss": float(step)}
+
+    toy.train(tmp_path / "with", evaluate=evaluate, status=lambda: {"aside_seconds": aside[0]}, steps=8)
+    toy.train(tmp_path / "without", steps=8)
+    lines = {line["step"]: line for line in lines_of(tmp_path / "with")}
+    assert list(lines) == [3, 4, 6, 8]
+    assert [line.get("valid/loss") for line in lines.values()] == [3.0, None, 6.0, None]
+    assert all(line["seconds_per_step"] < 0.15 and "aside_seconds" not in line for line in lines.values())
+    for line in lines_of(tmp_path / "without"):
+        assert lines[line["step"]]["loss"] == line["loss"]
 
 
 def test_a_terminal_shows_every_step_in_one_line(

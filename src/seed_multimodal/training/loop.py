@@ -25,11 +25,14 @@ from seed_multimodal.training.distributed import Peers, StopRequest
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.progress import Progress, Status
 from seed_multimodal.training.schedules import batch_indices, learning_rate, parameter_groups
-from seed_multimodal.training.settings import StageSettings, check_settings
+from seed_multimodal.training.settings import SampleCost, StageSettings, check_settings
 from seed_multimodal.training.state import StateFile, warm_start, write_json
 from seed_multimodal.training.step import Loss, Stepper
 
-__all__ = ["Ema", "Loss", "StageSettings", "batch_indices", "learning_rate", "parameter_groups", "run_stage"]
+__all__ = ["Ema", "Loss", "SampleCost", "StageSettings", "batch_indices", "learning_rate", "parameter_groups",
+           "run_stage"]
+
+OnStep = Callable[[int], Mapping[str, float] | None]
 
 
 def run_stage(
@@ -39,12 +42,13 @@ def run_stage(
     settings: StageSettings,
     folder: str | Path,
     finish: Callable[[], Mapping[str, Any]],
-    on_step: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     schedule: Callable[[int], float] | None = None,
     wrapped: nn.Module | None = None,
     status: Status | None = None,
+    cost: SampleCost | None = None,
 ) -> dict[str, Any]:
     """Train `modules` for `settings.steps` steps, resuming from `folder/NAME.state.pt` if it is there.
 
@@ -55,12 +59,15 @@ def run_stage(
         finish: called once at the end, in the first process only (so no collective calls), with the final (EMA)
             weights in place; saves them and returns metrics that JSON can hold.
         on_step: called after each optimiser step with the number of steps made, in every process, for work such as
-            code-book restarts, which must leave all processes' weights equal.
+            code-book restarts, which must leave all processes' weights equal. Numbers that it returns (of an
+            evaluation: the same keys in every process) are logged at once, as they are, in a line of this step.
         optimizer: trains (some of) the parameters of `modules`; AdamW on all that need gradients by default.
         schedule: step → learning rate; times a group's `lr_scale` if it has one. `learning_rate` by default.
         wrapped: the DistributedDataParallel object around (a part of) `modules`; needed with several processes.
         status: asked at each log step for more numbers: counts (int, summed over processes), measures (float,
-            averaged), and `wait_seconds` (all time spent waiting for data), which is logged as the share `wait_share`.
+            averaged), `wait_seconds` (all time spent waiting for data), which is logged as the share `wait_share`, and
+            `aside_seconds` (all time spent on other things than steps), which is left out of the speed.
+        cost: of a sample, for the log's `tflops` and `mfu`.
 
     Returns:
         The stage's record: metrics, steps, seconds. It is also `folder/NAME.done.json`, whose presence makes
@@ -94,7 +101,7 @@ def run_stage(
                           settings.batch_size * settings.accumulate * peers.world, settings.save_frozen)
         step, spent = store.restore()
         started = time.monotonic() - spent
-        progress = Progress(name, settings, step, home, peers, stepper.device, store.smooth, status)
+        progress = Progress(name, settings, step, home, peers, stepper.device, store.smooth, status, cost)
         modules.train()
         try:
             step = _steps(step, stepper, store, progress, started, on_step)
@@ -107,7 +114,7 @@ def run_stage(
 
 
 def _steps(step: int, stepper: Stepper, store: StateFile, progress: Progress, started: float,
-           on_step: Callable[[int], None] | None) -> int:
+           on_step: OnStep | None) -> int:
     """Make all steps from `step` on; saves the state when it is due, at the end, and when the run is stopped."""
     settings, peers, modules, average = stepper.settings, store.peers, store.modules, store.average
     last_save = time.monotonic()
@@ -131,9 +138,7 @@ def _steps(step: int, stepper: Stepper, store: StateFile, progress: Progress, st
             if average is not None:
                 average.update(modules, step)
             step += 1
-            if on_step is not None:
-                on_step(step)
-            progress.show(step, numbers)
+            progress.show(step, numbers, on_step(step) if on_step is not None else None)
             if save or (settings.save_every_steps and step % settings.save_every_steps == 0):
                 store.save(step, time.monotonic() - started)
                 last_save = time.monotonic()

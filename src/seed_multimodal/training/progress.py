@@ -17,7 +17,7 @@ import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.distributed import Peers
-from seed_multimodal.training.settings import StageSettings
+from seed_multimodal.training.settings import SampleCost, StageSettings
 
 Status = Callable[[], Mapping[str, float]]
 
@@ -33,15 +33,16 @@ class Progress:
     """
 
     def __init__(self, name: str, settings: StageSettings, step: int, home: Path, peers: Peers, device: torch.device,
-                 smooth: dict[str, float], status: Status | None = None) -> None:
+                 smooth: dict[str, float], status: Status | None = None, cost: SampleCost | None = None) -> None:
         self.name, self.settings, self.home = name, settings, home
-        self.peers, self.device, self.status = peers, device, status
+        self.peers, self.device, self.status, self.cost = peers, device, status, cost
         self.problem: CheckpointError | None = None
         self.smooth = smooth
         self.mark_step = step
         self.mark = self.ticked = time.monotonic()
         self.pace: float | None = None  # seconds per step, smoothed over log lines
-        self.waited = self._waited(self._status())
+        status_now = self._status()
+        self.waited, self.aside = self._waited(status_now), float(status_now.get("aside_seconds", 0.0))
         self.alive = peers.first and sys.stdout.isatty()
         self.board: Any = None
         if peers.first:
@@ -50,18 +51,21 @@ class Progress:
             # One folder per stage: what a resume hides there is its own.
             self.board = open_board(home / "tensorboard" / name, step)
 
-    def show(self, step: int, parts: Mapping[str, float]) -> None:
-        """Fold in the numbers of the step that was just made; write them if a log line is due."""
+    def show(self, step: int, parts: Mapping[str, float], more: Mapping[str, float] | None = None) -> None:
+        """Fold in the numbers of the step that was just made; write them if a log line is due.
+
+        `more` stands in the line as it is, and makes one due.
+        """
         for key, value in parts.items():
             if key in _EXACT or key not in self.smooth:
                 self.smooth[key] = value
             elif math.isfinite(value):  # an fp16 step that overflowed, and was skipped, has no norm
                 self.smooth[key] = 0.95 * self.smooth[key] + 0.05 * value
-        if step % self.settings.log_every and step != self.settings.steps:
+        if step % self.settings.log_every and step != self.settings.steps and not more:
             if self.alive:
                 self._tick(step)
             return
-        line = self._line(step)
+        line = self._line(step, more or {})
         if self.peers.first:
             try:
                 self._write(step, line)
@@ -74,29 +78,31 @@ class Progress:
         if self.board is not None:
             self.board.close()
 
-    def _line(self, step: int) -> dict[str, float]:
+    def _line(self, step: int, more: Mapping[str, float]) -> dict[str, float]:
         now = time.monotonic()
-        seconds, steps = max(1e-6, now - self.mark), max(1, step - self.mark_step)
+        status = self._status()
+        waited, aside = self._waited(status), float(status.pop("aside_seconds", 0.0))
+        status.pop("wait_seconds", None)
+        seconds, steps = max(1e-6, now - self.mark - (aside - self.aside)), max(1, step - self.mark_step)
         pace = seconds / steps
         self.pace = pace if self.pace is None else 0.5 * self.pace + 0.5 * pace
-        status = self._status()
-        waited = self._waited(status)
-        status.pop("wait_seconds", None)
         own: dict[str, float] = {"peak_memory_mib": peak_memory_mib(self.device)}
         if waited is not None:
             own["wait_share"] = min(1.0, (waited - (self.waited or 0.0)) / seconds)
-        merged = merge(self.peers.gather({**own, **self.smooth, **status}))
-        self.mark, self.mark_step, self.waited = now, step, waited
-        samples = self.settings.batch_size * self.settings.accumulate * self.peers.world
-        return {"step": step, "samples_per_s": samples / pace, "seconds_per_step": pace,
-                "eta_seconds": (self.settings.steps - step) * self.pace, **merged}
+        merged = merge(self.peers.gather({**own, **self.smooth, **status, **more}))
+        self.mark, self.mark_step, self.waited, self.aside = now, step, waited, aside
+        samples = self.settings.batch_size * self.settings.accumulate
+        return {"step": step, "samples_per_s": samples * self.peers.world / pace, "seconds_per_step": pace,
+                "eta_seconds": (self.settings.steps - step) * self.pace, **utilisation(self.cost, samples / pace),
+                **merged}
 
     def _write(self, step: int, line: Mapping[str, float]) -> None:
-        own = ("step", "samples_per_s", "seconds_per_step", "eta_seconds", "peak_memory_mib", "wait_share")
+        own = ("step", "samples_per_s", "seconds_per_step", "eta_seconds", "peak_memory_mib", "wait_share", "tflops",
+               "mfu")
         numbers = " ".join(f"{key} {value:.4g}" for key, value in line.items() if key not in own)
         wait = f", waited for data {100 * line['wait_share']:.0f} %" if "wait_share" in line else ""
         print(f"{self._head(step)} {numbers} | {line['samples_per_s']:.0f} samples/s, "
-              f"{line['seconds_per_step']:.3g} s/step{wait}, {line['peak_memory_mib'] / 1024:.1f} GiB, "
+              f"{line['seconds_per_step']:.3g} s/step{said_of(line)}{wait}, {line['peak_memory_mib'] / 1024:.1f} GiB, "
               f"{duration(line['eta_seconds'])} left", flush=True)
         with open(self.home / f"{self.name}.log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
@@ -127,6 +133,22 @@ class Progress:
     @staticmethod
     def _waited(status: Mapping[str, float]) -> float | None:
         return float(status["wait_seconds"]) if "wait_seconds" in status else None
+
+
+def utilisation(cost: SampleCost | None, samples_per_s: float) -> dict[str, float]:
+    """`tflops` that one device achieves with so many samples per second, and `mfu`, their share of its peak."""
+    if cost is None:
+        return {}
+    tflops = cost.flops * samples_per_s / 1e12
+    return {"tflops": tflops} | ({"mfu": tflops / cost.peak_tflops} if cost.peak_tflops else {})
+
+
+def said_of(numbers: Mapping[str, float]) -> str:
+    """`utilisation` as the console and the end of a run say it, after a comma; "" without."""
+    if "tflops" not in numbers:
+        return ""
+    share = f" (MFU {100 * numbers['mfu']:.3g} %)" if "mfu" in numbers else ""
+    return f", {numbers['tflops']:.3g} TFLOP/s{share}"
 
 
 def forget_after(step: int, log: Path) -> None:

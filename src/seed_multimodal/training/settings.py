@@ -38,6 +38,18 @@ class StageSettings:
     tensorboard: bool = False
 
 
+@dataclass(frozen=True)
+class SampleCost:
+    """What a sample costs, for the log's `tflops` and `mfu`, both of one process's device.
+
+    `flops`: operations of one sample through one step, forward and backward. `peak_tflops`: what the device reaches at
+    most (`peaks.known_peak`), if that is known.
+    """
+
+    flops: float
+    peak_tflops: float | None = None
+
+
 def check_settings(name: str, settings: StageSettings) -> None:
     """Refuse settings that no run can follow.
 

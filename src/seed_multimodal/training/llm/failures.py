@@ -71,13 +71,13 @@ class Watchdog:
     """Ends this process with a sentence when a step takes longer than `seconds`: some other process hangs.
 
     A collective that waits for a dead process does not return to Python, so a thread has to do it. A context manager;
-    `beat` says that the run is alive.
+    `beat` says that the run is alive; before the first one (models load, kernels compile) nothing is watched.
     """
 
     def __init__(self, seconds: float, program: str, saved: str = "nothing was saved yet") -> None:
         self.seconds, self.program, self.saved = seconds, program, saved
-        self.what = "the start"
-        self._last = time.monotonic()
+        self.what = ""
+        self._last: float | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -95,7 +95,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(min(5.0, self.seconds / 4)):
-            if time.monotonic() - self._last > self.seconds:
+            if self._last is not None and time.monotonic() - self._last > self.seconds:
                 sys.stderr.write(f"{self.program}: {self.what} has taken more than {self.seconds / 60:g} minutes, so "
                                  f"another process is dead or stuck; {self.saved}; the same command goes on from "
                                  f"there.\n")

@@ -1,0 +1,31 @@
+# Sourced by the training scripts: `launch PORT ARGUMENTS…` starts src/train/train.py as one process, or as one of
+# torchrun's on any number of nodes. From the environment, torchrun's names first and the original's as defaults:
+#   NPROC (or NPROC_PER_NODE, HOST_GPU_NUM)  processes on this node; default: its GPUs, or one
+#   NNODES (HOST_NUM)                        nodes; default 1
+#   NODE_RANK (INDEX)                        this node's number; default 0
+#   MASTER_ADDR (CHIEF_IP), MASTER_PORT      node 0's address and a free port on it
+# Nothing is assumed about the network; NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the like are used if they are set.
+cd "$(dirname "$0")/.."
+for PYTHON in "${VIRTUAL_ENV:-/nowhere}/bin/python" "${CONDA_PREFIX:-/nowhere}/bin/python" ../.venv/bin/python; do
+    [ -x "$PYTHON" ] && break
+done
+[ -x "$PYTHON" ] || PYTHON=$(command -v python3 || command -v python) || {
+    echo "No Python found: run sh install.sh first." >&2
+    exit 2
+}
+
+launch() {
+    port=$1
+    shift
+    processes=${NPROC:-${NPROC_PER_NODE:-${HOST_GPU_NUM:-}}}
+    if [ -z "$processes" ]; then
+        processes=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    fi
+    nodes=${NNODES:-${HOST_NUM:-1}}
+    if [ "$nodes" = 1 ] && [ "$processes" = 1 ]; then
+        exec "$PYTHON" src/train/train.py "$@"
+    fi
+    exec "$PYTHON" -m torch.distributed.run --nnodes="$nodes" --node_rank="${NODE_RANK:-${INDEX:-0}}" \
+        --nproc_per_node="$processes" --master_addr="${MASTER_ADDR:-${CHIEF_IP:-127.0.0.1}}" \
+        --master_port="${MASTER_PORT:-$port}" src/train/train.py "$@"
+}

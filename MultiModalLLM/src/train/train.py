@@ -1,0 +1,19 @@
+"""Train the multimodal language model: Hydra overrides or the original's flags; alone or as one of torchrun's.
+
+    python src/train/train.py model=nano_lora data=nano output_dir=log/run      (`--help` lists the configurations)
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+APPLICATION = Path(__file__).resolve().parents[2]
+LIBRARY = APPLICATION.parent / "src"
+if str(LIBRARY) not in sys.path:  # runs from a checkout that is not installed
+    sys.path.insert(0, str(LIBRARY))
+
+from seed_multimodal.training.llm.app import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(configs=APPLICATION / "configs"))

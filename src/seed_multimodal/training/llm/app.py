@@ -1,0 +1,110 @@
+"""The training application: `python src/train/train.py` with Hydra overrides or the original's flags.
+
+    python src/train/train.py model=nano_lora data=nano trainer.max_steps=100 output_dir=log/run
+    python src/train/train.py --model configs/model/vicuna_7b_lora.yaml --train_data … --deepspeed … --bf16 True
+
+Beside overrides and flags: `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the resolved
+configuration and stop), `--help`, `--debug` (tracebacks). Under torchrun every process runs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from seed_multimodal.entry import guarded
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.llm.compose import GROUPS, compose
+
+PROGRAM = "train.py"
+
+
+@dataclass
+class Options:
+    """Arguments of the application itself, and what is left for the configuration."""
+
+    path: Path
+    name: str = "train"
+    show: bool = False
+    help: bool = False
+    debug: bool = False
+    rest: list[str] = field(default_factory=list)
+
+
+def main(argv: Sequence[str] | None = None, configs: str | Path = "configs") -> int:
+    """Compose and train; returns the exit code (2: refused or failed, with one sentence on stderr; 143: SIGTERM).
+
+    Args:
+        configs: folder of the configurations unless `--config-path` names another.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    rank = os.environ.get("RANK")
+    program = PROGRAM if rank in (None, "0") else f"{PROGRAM} (rank {rank})"
+    return guarded(program, "--debug" in arguments, lambda: run(arguments, Path(configs)))
+
+
+def run(arguments: Sequence[str], configs: Path) -> int:
+    """As `main`, with refusals raised."""
+    options = read_options(arguments, configs)
+    if options.help:
+        print(help_text(options.path))
+        return 0
+    composed = compose(options.rest, options.path, options.name)
+    if options.show:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(OmegaConf.create(composed.config)), end="")
+        return 0
+    from seed_multimodal.training.llm.trainer import train_llm
+
+    if os.environ.get("RANK", "0") == "0":
+        for remark in composed.remarks:
+            print(f"[train] {remark}", flush=True)
+    train_llm(composed.config)
+    return 0
+
+
+def read_options(arguments: Sequence[str], configs: Path) -> Options:
+    """Take the application's own arguments out of the list.
+
+    Raises:
+        ConfigError: an option without its value.
+    """
+    options = Options(configs)
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--config-path", "-cp", "--config-dir", "-cd", "--config-name", "-cn"):
+            taken = value if equals else next(words, None)
+            if not taken:
+                raise ConfigError(f"{name}: needs a value.")
+            if "name" in name or name == "-cn":
+                options.name = taken.removesuffix(".yaml")
+            else:
+                options.path = Path(taken)
+        elif name in ("--cfg", "-c"):
+            options.show = True
+            if not equals:  # Hydra's `--cfg job`
+                following = next(words, None)
+                if following not in (None, "job"):
+                    options.rest.append(str(following))
+        elif word in ("--help", "-h"):
+            options.help = True
+        elif word == "--debug":
+            options.debug = True
+        else:
+            options.rest.append(word)
+    return options
+
+
+def help_text(configs: Path) -> str:
+    """Usage and the groups' configurations."""
+    lines = [str(__doc__).strip(), "", f"Configurations in {configs}:"]
+    for group in GROUPS:
+        folder = configs / ("data" if group == "eval_data" else group)
+        names = sorted(path.stem for path in folder.glob("*") if path.suffix in (".yaml", ".json"))
+        lines.append(f"  {group}: {', '.join(names) or '-'}")
+    return "\n".join(lines)

@@ -1,0 +1,174 @@
+"""Checkpoint folders: written aside, complete or not there, verified before they are used, the oldest removed.
+
+A checkpoint is written to `.checkpoint-N.tmp`, every file is flushed to the disk, `manifest.json` (names, sizes,
+SHA-256) comes last, and one rename makes it `checkpoint-N`. A folder without a manifest that fits is torn and never
+resumed from. Other processes' shards are listed by all of them together, a share each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.training.llm.failures import TrainingError, disk_sentence
+from seed_multimodal.training.llm.processes import RunPeers
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_HIDDEN = re.compile(r"\.checkpoint-\d+\.(tmp|old)")
+Entry = dict[str, Any]  # {"size": bytes, "sha256": hex}
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything named like a checkpoint, the newest first."""
+    found = [(int(match[1]), path) for path in (folder.iterdir() if folder.is_dir() else ())
+             if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def temporary_folder(folder: Path, step: int) -> Path:
+    """A new empty folder to write the checkpoint of a step into."""
+    place = folder / f".checkpoint-{step}.tmp"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    return place
+
+
+def describe(folder: Path, name: str, *, flush: bool = True) -> Entry:
+    """Size and hash of a file; with `flush` it is on the disk for certain when this returns."""
+    with open(folder / name, "rb") as handle:
+        if flush:
+            os.fsync(handle.fileno())
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {"size": (folder / name).stat().st_size, "sha256": digest}
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of the files in a checkpoint, relative and sorted, without the manifest."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
+                  if path.is_file() and path.name != MANIFEST)
+
+
+def publish(temporary: Path, step: int, entries: Mapping[str, Entry]) -> Path:
+    """Write the manifest and give the folder its name, in place of what had it before."""
+    with open(temporary / MANIFEST, "w", encoding="utf-8") as handle:
+        json.dump({"step": step, "files": dict(sorted(entries.items()))}, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    for place in {temporary, *((temporary / name).parent for name in entries)}:
+        _folder_to_disk(place)
+    target = temporary.parent / f"checkpoint-{step}"
+    if target.exists():
+        _remove(target)
+    os.replace(temporary, target)
+    _folder_to_disk(target.parent)
+    return target
+
+
+def fault_of(folder: Path, *, part: int = 0, parts: int = 1, hashes: bool = True) -> str:
+    """What is wrong with a checkpoint ("": nothing).
+
+    Args:
+        part, parts: check one share of the files, so that processes can divide the work.
+        hashes: compare contents, too, not only names and sizes.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} is damaged"
+    for name in sorted(files)[part::parts]:
+        place = folder / name
+        if not place.is_file():
+            return f"{name} is missing"
+        if place.stat().st_size != files[name]["size"]:
+            return f"{name} has {place.stat().st_size} of {files[name]['size']} bytes"
+        if hashes and describe(folder, name, flush=False)["sha256"] != files[name]["sha256"]:
+            return f"{name} has another content than when it was saved"
+    return ""
+
+
+def newest(folder: Path, peers: RunPeers, log: Callable[[str], None]) -> tuple[int, Path] | None:
+    """The newest complete checkpoint; torn ones are passed over with a remark. All processes ask together.
+
+    Raises:
+        CheckpointError: the processes see different folders.
+    """
+    found = checkpoints(folder)
+    listed = [answer["steps"] for answer in peers.gather({"steps": [step for step, _ in found]})]
+    if any(steps != listed[0] for steps in listed):
+        raise CheckpointError(f"{folder}: the processes see different checkpoints in it; the output folder must be on "
+                              "a disk that all of them share.")
+    for step, path in found:
+        faults = [answer["fault"] for answer in peers.gather({"fault": fault_of(path, part=peers.rank,
+                                                                               parts=peers.world)})]
+        fault = next((fault for fault in faults if fault), "")
+        if not fault:
+            return step, path
+        log(f"{path} is passed over: {fault}.")
+    return None
+
+
+def named(path: Path, peers: RunPeers) -> tuple[int, Path]:
+    """A checkpoint that the user named.
+
+    Raises:
+        CheckpointError: it is not there, is none, or is torn.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such checkpoint folder.")
+    faults = [answer["fault"] for answer in peers.gather({"fault": fault_of(path, part=peers.rank, parts=peers.world)})]
+    fault = next((fault for fault in faults if fault), "")
+    if fault:
+        raise CheckpointError(f"{path}: cannot be resumed from: {fault}.")
+    return int(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]), path
+
+
+def prune(folder: Path, limit: int | None) -> None:
+    """Keep the `limit` newest checkpoints (None: all)."""
+    for _, path in checkpoints(folder)[limit:] if limit is not None else []:
+        _remove(path)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _HIDDEN.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def unwritable(step: int, error: Exception, saved: str) -> TrainingError:
+    """The sentence for a checkpoint that the disk did not take."""
+    reason = disk_sentence(error) if isinstance(error, OSError) else _reason(error)
+    return TrainingError(f"The checkpoint of step {step} cannot be written: {reason}; {saved}.")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0].rstrip(".") if text else type(error).__name__
+    return f"the disk or quota is full ({first})" if "No space" in first or "too large" in first else first
+
+
+def _remove(path: Path) -> None:
+    """First by name, then by content, so that nothing half removed looks like a checkpoint."""
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _folder_to_disk(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,156 @@
+"""LoRA through peft, as released: adapters on the linear layers, and whole modules trained beside them.
+
+Peculiar: adapter files keep the names of peft 0.4, which the original wrote, so both load each other's.
+A base whose input and output embeddings are one matrix (nano) keeps them one: the trained copy is shared by both ends
+and stands once in the state. Left to itself peft would train two copies that drift apart, which a merged model with
+tied embeddings could not hold. Adapter files hold it under both names, because peft reads both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.config import check_keys
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.weights import load_state_dict, save_state_dict
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
+TARGET_MODULES = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+# In this order: peft gives a name in the file to the first entry it contains, and `norm` is part of two others.
+MODULES_TO_SAVE = ("embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm")
+
+
+def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
+    """A `PeftModel` around a LLaMA, which is changed in place.
+
+    Args:
+        fields: of `peft.LoraConfig`; what is left out is as released (r 16, alpha 32, dropout 0.05, its modules).
+
+    Raises:
+        ConfigError: an unknown field, or a module the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    given = {key: list(value) if isinstance(value, list | tuple) else value for key, value in fields.items()}
+    check_keys(given, inspect.signature(LoraConfig).parameters, "lora")
+    values = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
+              "target_modules": list(TARGET_MODULES), "modules_to_save": list(MODULES_TO_SAVE), **given}
+    names = [name for name, _ in llama.named_modules()]
+    for key in ("target_modules", "modules_to_save"):
+        for wanted in values[key] if isinstance(values[key], list) else ():
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+                raise ConfigError(f"lora: {key} names {wanted!r}, which the model does not have.")
+    ends = {"embed_tokens", "lm_head"} & set(values["modules_to_save"] or ())
+    values["ensure_weight_tying"] = bool(llama.config.tie_word_embeddings and ends)
+    try:
+        config = LoraConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora: {str(error).splitlines()[0]}") from error
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated names inside transformers
+        torch.manual_seed(seed)
+        model = get_peft_model(llama, config)
+    if values["ensure_weight_tying"]:
+        config.modules_to_save = values["modules_to_save"] = list(given.get("modules_to_save", MODULES_TO_SAVE))
+        _check_tied(llama)
+    return model
+
+
+def _check_tied(llama: Any) -> None:
+    if llama.lm_head.weight is not llama.model.embed_tokens.weight:
+        raise ConfigError("The base ties its embeddings, but this version of peft trains two copies of them; leave "
+                          "embed_tokens and lm_head out of lora.modules_to_save, or untie the base.")
+
+
+def is_lora(model: Any) -> bool:
+    """Whether a model (not an engine's wrapper) is peft's."""
+    return hasattr(model, "peft_config")
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """Trained weights of a `PeftModel` by the names of peft 0.4; tensors are the model's own, tied ones once."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    base = model.get_base_model()
+    if base.config.tie_word_embeddings:
+        found = {name: value for name, value in found.items()
+                 if not (name.endswith("lm_head.weight") and base.lm_head.weight is base.model.embed_tokens.weight)}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def adapter_settings(model: Any) -> dict[str, Any]:
+    """The content of `adapter_config.json`, as any peft reads it."""
+    values = model.peft_config["default"].to_dict()
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    return {**values, "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
+
+
+def save_adapter(model: Any, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> Path:
+    """Write `adapter_model.safetensors` and `adapter_config.json`; `state`: gathered elsewhere (ZeRO-3)."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = dict(adapter_state(model) if state is None else state)
+    if EMBEDDING in tensors and model.get_base_model().config.tie_word_embeddings:
+        tensors.setdefault(HEAD, tensors[EMBEDDING])
+    save_state_dict(tensors, target / ADAPTER_FILES[0])
+    text = json.dumps(adapter_settings(model), indent=2, sort_keys=True, default=str)
+    (target / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+@torch.no_grad()
+def load_adapter(model: Any, source: str | Path | Mapping[str, Tensor]) -> None:
+    """Fill a `PeftModel` with trained weights: a folder (files of peft 0.4 too) or what `adapter_state` gave.
+
+    Raises:
+        CheckpointError: no adapter there, another rank or scale, tensors missing, unknown or of another size.
+    """
+    where, state = "The trained weights", source
+    if not isinstance(source, Mapping):
+        where, state = str(source), read_adapter(model, Path(source))
+    assert isinstance(state, Mapping)
+    own = adapter_state(model)
+    state = {name: value for name, value in state.items() if name in own or name != HEAD or not _same_ends(state)}
+    for names, what in ((own.keys() - state.keys(), "missing"), (state.keys() - own.keys(), "unknown to the model")):
+        if names:
+            raise CheckpointError(f"{where}: {len(names)} tensors of the adapter are {what}: {sorted(names)[0]!r}"
+                                  f"{' …' if len(names) > 1 else ''}.")
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise CheckpointError(f"{where}: {name!r} is {tuple(state[name].shape)}, but the model needs "
+                                  f"{tuple(value.shape)}.")
+        value.copy_(state[name])
+
+
+def _same_ends(state: Mapping[str, Tensor]) -> bool:
+    return EMBEDDING in state and torch.equal(state[EMBEDDING], state[HEAD])
+
+
+def read_adapter(model: Any, folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder, whose rank and scale must be the model's (see `load_adapter`)."""
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")
+    config = folder / ADAPTER_CONFIG
+    if config.is_file():
+        try:
+            there = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{config}: not valid json ({error}).") from error
+        here = model.peft_config["default"]
+        for key in ("r", "lora_alpha"):
+            if there.get(key) != getattr(here, key):
+                raise CheckpointError(f"{config}: {key} is {there.get(key)}, but the model is set up with "
+                                      f"{getattr(here, key)}.")
+    return load_state_dict(file)

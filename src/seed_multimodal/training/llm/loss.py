@@ -1,0 +1,188 @@
+"""The language model's loss over packed or padded batches, with the head applied to learned tokens only.
+
+Sums and counts come back, not means: the caller divides by the learned tokens of the whole optimiser step (all ranks,
+all micro-batches), or averages micro-batches' means as the original did.
+Peculiar: packed rows (`attention_mask` None) hold several sequences whose `position_ids` restart at 0. transformers
+keeps attention inside each of them for eager, sdpa and flex attention; for flash attention it does so for a single
+row only, so the rows are laid end to end there. The last token of a sequence does not predict the next one's first.
+Right padding needs no mask under causal attention, so none is made and the fast kernels stay usable.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seed_multimodal.errors import ConfigError
+
+IGNORED = -100
+KINDS = ("auto", "plain", "chunked", "liger")
+LARGEST_LOGITS = 2**26  # entries that may exist at once: 256 MiB in fp32
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of text and image tokens; ids from `first_code` on (codes and brackets) are image tokens."""
+
+    first_code: int
+    text: float = 1.0
+    image: float = 1.0
+
+
+class LossParts(NamedTuple):
+    """Sums over the learned tokens of one batch, fp32 scalars; only `sum` carries a gradient.
+
+    `sum` and `count` are weighted (`sum / count` is the mean to minimise); the parts by kind are not.
+    """
+
+    sum: Tensor
+    count: Tensor
+    text_sum: Tensor
+    text_count: Tensor
+    image_sum: Tensor
+    image_count: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Weighted mean; 0 if nothing is learned."""
+        return self.sum / self.count.clamp(min=1e-8)
+
+    @property
+    def text(self) -> Tensor:
+        """Mean loss of the text tokens; 0 if there are none."""
+        return self.text_sum / self.text_count.clamp(min=1)
+
+    @property
+    def image(self) -> Tensor:
+        """Mean loss of codes and brackets; 0 if there are none."""
+        return self.image_sum / self.image_count.clamp(min=1)
+
+
+class LossModule(nn.Module):
+    """A model whose forward is its loss, for engines that must wrap one forward pass (DDP, DeepSpeed).
+
+    Parameter names gain the prefix `llm.`.
+    """
+
+    def __init__(self, llm: nn.Module, *, kind: str = "auto", weights: LossWeights | None = None) -> None:
+        super().__init__()
+        self.llm, self.kind, self.weights = llm, kind, weights
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
+                attention_mask: Tensor | None = None) -> LossParts:
+        """As `packed_loss`, from the batch's tensors `[B, L]`."""
+        return _parts(self.llm, input_ids, labels, position_ids, attention_mask, self.kind, self.weights)
+
+
+def packed_loss(model: nn.Module, batch: Any, *, kind: str = "auto", weights: LossWeights | None = None) -> LossParts:
+    """Loss of a batch (`data.llm.batches.LlmBatch`, or anything with its four tensors).
+
+    Args:
+        model: a `LlamaForCausalLM`, or a peft model around one.
+        kind: plain (all logits at once), chunked (never more than `LARGEST_LOGITS` of them, made again in the backward
+            pass), liger (liger-kernel's fused kernel, CUDA), or auto (plain or chunked by size).
+        weights: weights by kind of token; None: all 1, and every token counts as text.
+
+    Raises:
+        ConfigError: an unknown kind, or liger where it cannot run.
+    """
+    return _parts(model, batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, kind, weights)
+
+
+def token_losses(
+    model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None, *, kind: str = "plain",
+) -> tuple[Tensor, Tensor]:
+    """Loss of every learned token, fp32, and its id; both `[T]`, in the order of the rows."""
+    llama = find_llama(model)
+    hidden, targets = _learned(llama, input_ids, labels, position_ids, attention_mask)
+    return _losses(llama, hidden, targets, kind), targets
+
+
+def find_llama(model: nn.Module) -> Any:
+    """The `LlamaForCausalLM` inside peft's, torch.compile's or an engine's wrappers (LoRA layers stay in it)."""
+    for module in model.modules():
+        # Looked up in `_modules`, because peft's wrappers hand out attributes of what they wrap.
+        if "lm_head" in module._modules and hasattr(module._modules.get("model"), "layers"):
+            return module
+    raise TypeError(f"{type(model).__name__} holds no LLaMA.")
+
+
+def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
+    """What each position but the last has to predict: `[B, L]` → `[B, L-1]`, -100 where nothing."""
+    targets = labels[:, 1:]
+    if position_ids is None:
+        return targets
+    return targets.masked_fill(position_ids.expand_as(labels)[:, 1:] == 0, IGNORED)
+
+
+def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None
+             ) -> tuple[Tensor, Tensor]:
+    """Last hidden states that have something to predict `[T, width]`, and what `[T]`."""
+    if mask is not None:
+        positions = None
+        if not bool((mask[:, 1:] > mask[:, :-1]).any()):
+            mask = None  # padded on the right: causal attention hides it
+    shape = ids.shape
+    if positions is not None and "flash" in str(llama.config._attn_implementation):
+        ids, positions = ids.reshape(1, -1), positions.expand(shape).reshape(1, -1)
+    hidden = llama.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = hidden.reshape(*shape, -1)[:, :-1].flatten(0, 1)
+    targets = learned_targets(labels, None if positions is None else positions.reshape(-1, shape[1])).flatten()
+    learned = targets != IGNORED
+    return hidden[learned], targets[learned]
+
+
+def _parts(model: nn.Module, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None, kind: str,
+           weights: LossWeights | None) -> LossParts:
+    if kind not in KINDS:
+        raise ConfigError(f"Unknown loss {kind!r}: use one of {', '.join(KINDS)}.")
+    llama = find_llama(model)
+    hidden, targets = _learned(llama, ids, labels, positions, mask)
+    image = targets >= weights.first_code if weights is not None else torch.zeros_like(targets, dtype=torch.bool)
+    text_weight, image_weight = (weights.text, weights.image) if weights is not None else (1.0, 1.0)
+    if kind == "liger":
+        text_sum = _liger(llama.lm_head, hidden[~image], targets[~image])
+        image_sum = _liger(llama.lm_head, hidden[image], targets[image])
+    else:
+        values = _losses(llama, hidden, targets, kind)
+        text_sum, image_sum = torch.where(image, 0.0, values).sum(), torch.where(image, values, 0.0).sum()
+    image_count = image.sum().float()
+    text_count = targets.numel() - image_count
+    return LossParts(
+        text_weight * text_sum + image_weight * image_sum, text_weight * text_count + image_weight * image_count,
+        text_sum.detach(), text_count, image_sum.detach(), image_count)
+
+
+def _losses(llama: Any, hidden: Tensor, targets: Tensor, kind: str) -> Tensor:
+    """Cross-entropy of every row `[T]`, fp32."""
+    head, size = llama.lm_head, max(64, LARGEST_LOGITS // int(llama.config.vocab_size))
+    if kind == "plain" or (kind == "auto" and len(targets) <= size) or not len(targets):
+        return _head_losses(head, hidden, targets)
+    return torch.cat([
+        checkpoint(_head_losses, head, hidden[at:at + size], targets[at:at + size], use_reentrant=False)
+        for at in range(0, len(targets), size)])
+
+
+def _head_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def _liger(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies by liger-kernel, which makes the gradient in the forward pass."""
+    if importlib.util.find_spec("liger_kernel") is None or hidden.device.type != "cuda":
+        raise ConfigError("The loss kernel liger needs the package liger-kernel and a CUDA device; use auto.")
+    if hasattr(head, "lora_A"):
+        raise ConfigError("The loss kernel liger needs an lm_head without LoRA; put it under modules_to_save or use "
+                          "auto.")
+    if not len(targets):
+        return head(hidden).float().sum()
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)(head.weight, hidden, targets)

@@ -1,0 +1,276 @@
+"""The language model as it is trained: base or random start, the tokenizer's words, LoRA, precision, attention.
+
+What: `build_llm(settings, tokenizer, device)` → a `LlamaForCausalLM`, or a `PeftModel` around one, in train mode.
+Peculiar: new words are drawn from N(0, initializer_range), as released, but from a seed; special ids are forced to
+bos 1, eos 2, pad 0; weights that are trained are kept in fp32 beside a base of any precision, because steps of 1e-4
+are lost in bf16 (peft itself would leave embeddings and norms in the base's precision).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.config import check_keys
+from seed_multimodal.device import DTYPES
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.loading import BOS, EOS, PAD, force_special_ids, load_llm
+from seed_multimodal.tokenizers.loading import OURS, QUANTIZER_FILES
+from seed_multimodal.training.llm.lora import adapter_state, add_lora, is_lora, load_adapter, save_adapter
+from seed_multimodal.training.llm.loss import find_llama
+from seed_multimodal.training.llm.model_settings import ATTENTIONS, LlmModelSettings, check, find_folder
+from seed_multimodal.weights import load_state_dict
+
+
+def build_llm(
+    settings: LlmModelSettings, tokenizer: Any, device: str | torch.device, *, resume: str | Path | None = None
+) -> nn.Module:
+    """The model on `device`, in train mode.
+
+    Args:
+        tokenizer: a `MultimodalTokenizer` (its `vocabulary` sets the number of words).
+        resume: folder of an adapter, or of a whole trained model, to go on from; before `settings.adapter`.
+
+    Raises:
+        ConfigError: settings that do not fit each other or the tokenizer.
+        CheckpointError: weights that are missing, damaged or of another model.
+    """
+    check(settings)
+    place = torch.device(device)
+    source = resume or settings.adapter
+    if source is not None and settings.lora is None:
+        settings = LlmModelSettings(**{**vars(settings), "path": str(source), "sizes": None, "codebook_start": None})
+    llama, rows = _base(settings, tokenizer, place)
+    force_special_ids(llama)
+    fitted = fit_vocabulary(llama, tokenizer, settings.seed) if settings.sizes is None else True
+    if settings.codebook_start is not None:
+        if not fitted:
+            raise ConfigError(f"codebook_start would overwrite the trained image words of {settings.path}.")
+        codebook, sections = read_codebook(find_folder(settings.codebook_start), tokenizer.vocabulary.n_codes)
+        start_from_codebook(llama, codebook, tokenizer.vocabulary.n_text, sections)
+    llama.set_attn_implementation(attention_kind(settings.attention, place))
+    model: Any = llama
+    if settings.lora is not None:
+        model = add_lora(llama, settings.lora, settings.seed)
+        if fitted and rows < tokenizer.vocabulary.size:
+            _check_new_words(model)
+        if source is not None:
+            load_adapter(model, find_folder(source))
+    _set_precision(model, settings)
+    set_checkpointing(llama, settings.gradient_checkpointing)
+    if settings.quantization is None:
+        model.to(place)
+    if settings.compile:
+        for layer in llama.model.layers:
+            layer.compile()
+    return model.train()
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint must hold of a model: the adapter (names of peft 0.4), or all weights, tied ones once."""
+    if is_lora(model):
+        return adapter_state(model)
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, state: Mapping[str, Tensor], where: str = "The trained weights") -> None:
+    """Inverse of `trained_state`.
+
+    Raises:
+        CheckpointError: tensors missing, unknown or of another size.
+    """
+    if is_lora(model):
+        load_adapter(model, state)
+        return
+    own = trained_state(model)
+    for name in own.keys() ^ state.keys():
+        raise CheckpointError(f"{where}: {name!r} is {'missing' if name in own else 'unknown to the model'}.")
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise CheckpointError(f"{where}: {name!r} is {tuple(state[name].shape)}, not {tuple(value.shape)}.")
+        value.copy_(state[name])
+
+
+def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> Path:
+    """Write what was trained: an adapter's folder, or a plain LLaMA folder; `state`: gathered elsewhere (ZeRO-3)."""
+    if is_lora(model):
+        return save_adapter(model, folder, state)
+    llama: Any = find_llama(model)
+    llama.save_pretrained(folder, state_dict=None if state is None else dict(state))
+    return Path(folder)
+
+
+def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> bool:
+    """Give the model the tokenizer's words; new rows of both embeddings from N(0, initializer_range).
+
+    Returns:
+        Whether rows were added.
+
+    Raises:
+        ConfigError: the model has fewer rows than the tokenizer has text pieces, or more than it has words.
+    """
+    words, rows = tokenizer.vocabulary, int(llama.config.vocab_size)
+    if rows == words.size:
+        return False
+    if not words.n_text <= rows < words.size:
+        raise ConfigError(f"The model has {rows} words, but the tokenizer has {words.n_text} text pieces and "
+                          f"{words.size} words in all; they do not belong together.")
+    llama.resize_token_embeddings(words.size, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    ends = {id(end): end for end in (llama.model.embed_tokens.weight, llama.lm_head.weight)}
+    with torch.no_grad():
+        for end in ends.values():
+            new = torch.empty(words.size - rows, end.shape[1]).normal_(
+                0.0, llama.config.initializer_range, generator=generator)
+            end[rows:] = new.to(end)
+    return True
+
+
+@torch.no_grad()
+def start_from_codebook(model: Any, codebook: Tensor, first_code: int, sections: int = 1) -> None:
+    """Give codes that are neighbours in the codebook `[K, d]` neighbouring word embeddings.
+
+    A fixed random projection of the codebook, at the size of the random start: the model then reads a code it has
+    seldom seen as the like of others, instead of learning K unrelated words. Each section has a projection of its
+    own, because what a direction means differs from position to position.
+    """
+    rows = model.model.embed_tokens.weight
+    generator = torch.Generator().manual_seed(0)
+    parts = codebook.reshape(sections, -1, codebook.shape[1])
+    turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=generator)
+    projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
+    spread = projected.std()
+    if spread > 0:  # sections of a single code have nothing to say
+        scaled = projected * (rows[:first_code].std().float().cpu() / spread)
+        rows[first_code:first_code + len(codebook)] = scaled.to(rows)
+
+
+def read_codebook(folder: Path, n_codes: int) -> tuple[Tensor, int]:
+    """The codebook `[K, d]` of a tokenizer's folder and its number of sections.
+
+    Raises:
+        CheckpointError: no weights or no codebook there, or not of `n_codes` codes.
+    """
+    file = next((folder / name for name in (OURS, *QUANTIZER_FILES) if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: holds no tokenizer weights ({OURS} or {QUANTIZER_FILES[-1]}).")
+    codebook = load_state_dict(file).get("quantize.embedding.weight")
+    if codebook is None or len(codebook) != n_codes:
+        found = "no codebook" if codebook is None else f"a codebook of {len(codebook)} codes"
+        raise CheckpointError(f"{file}: holds {found}, but the tokenizer's vocabulary has {n_codes}.")
+    config = folder / "config.json"
+    sections = json.loads(config.read_text(encoding="utf-8")).get("codebook_sections", 1) if config.is_file() else 1
+    return codebook.float(), int(sections)
+
+
+def attention_kind(name: str, device: torch.device) -> str:
+    """transformers' name of an attention implementation; see `LlmModelSettings.attention`."""
+    if name != "auto":
+        return ATTENTIONS[name]
+    if device.type != "cuda":
+        return ATTENTIONS["eager"]
+    from transformers.utils import is_flash_attn_2_available
+
+    return ATTENTIONS["flash" if is_flash_attn_2_available() else "flex"]
+
+
+def set_checkpointing(llama: Any, mode: bool | str) -> None:
+    """Make activations again in the backward pass: of no layer, all of them (True) or every other one (selective)."""
+    if not mode:
+        return
+    enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for number, layer in enumerate(llama.model.layers):
+        layer.gradient_checkpointing = mode is True or number % 2 == 0
+
+
+def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> tuple[Any, int]:
+    """The LLaMA without its adapters, and how many words it had."""
+    whole = settings.lora is None and settings.trained_dtype != "same"
+    dtype = _dtype(settings.trained_dtype if whole else settings.dtype, device)
+    if settings.sizes is not None:
+        llama = _random(settings.sizes, tokenizer.vocabulary.size, settings.seed)
+        return llama.to(dtype), tokenizer.vocabulary.size
+    folder = find_folder(str(settings.path))
+    _check_pieces(folder, tokenizer)
+    if settings.quantization is None:
+        llama = load_llm(folder, dtype=dtype)
+    elif device.type == "cuda":
+        llama = load_llm(folder, device=device, dtype=dtype, quantization=settings.quantization)
+    else:
+        llama = _quantized_on_cpu(folder, dtype, settings.quantization)
+    return llama, int(llama.config.vocab_size)
+
+
+def _random(sizes: Mapping[str, Any], words: int, seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    given = {str(key): value for key, value in sizes.items()}
+    check_keys(given, list(inspect.signature(LlamaConfig.__init__).parameters)[1:], "sizes")
+    if given.get("vocab_size", words) != words:
+        raise ConfigError(f"sizes: vocab_size is {given['vocab_size']}, but the tokenizer has {words} words; leave it "
+                          f"out.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return LlamaForCausalLM(LlamaConfig(**{**given, "vocab_size": words, "bos_token_id": BOS,
+                                                   "eos_token_id": EOS, "pad_token_id": PAD}))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"sizes: {str(error).splitlines()[0]}") from error
+
+
+def _quantized_on_cpu(folder: Path, dtype: torch.dtype, name: str) -> Any:
+    """bitsandbytes on a CPU: slow, but the same code path as on a GPU.
+
+    Read afresh for training: a 4-bit model that has generated on a CPU is packed another way and gives no gradients.
+    """
+    load_llm(folder, dtype=dtype)  # refuses a damaged folder in one sentence
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    bits = (BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else
+            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype))
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=bits, device_map={"": "cpu"})
+
+
+def _check_pieces(folder: Path, tokenizer: Any) -> None:
+    """A base that comes with its own SentencePiece model must have the tokenizer's text pieces."""
+    file = folder / "tokenizer.model"
+    if not file.is_file() or not hasattr(tokenizer, "tokens"):
+        return
+    import sentencepiece as spm
+
+    processor = spm.SentencePieceProcessor()
+    try:
+        processor.Load(str(file))
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{file}: not a SentencePiece model.") from error
+    pieces = tokenizer.tokens(range(tokenizer.vocabulary.n_text))
+    there = [processor.IdToPiece(id) for id in range(processor.GetPieceSize())]
+    if there != pieces:
+        raise ConfigError(f"{file}: the base's text pieces are not the tokenizer's; they do not belong together.")
+
+
+def _check_new_words(model: Any) -> None:
+    llama = find_llama(model)
+    for name, end in (("embed_tokens", llama.model.embed_tokens), ("lm_head", llama.lm_head)):
+        if not any(p.requires_grad for p in end.parameters()):
+            raise ConfigError(f"The base gets new words, but {name} is not trained: put it under lora.modules_to_save.")
+
+
+def _set_precision(model: Any, settings: LlmModelSettings) -> None:
+    if settings.trained_dtype == "same":
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # in place: tied embeddings stay one parameter
+            parameter.data = parameter.data.to(DTYPES[settings.trained_dtype])
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    return DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,0 +1,166 @@
+"""Which language model is trained and what of it: typed settings, from a YAML of ours or one of the original's.
+
+The original's files nest a base model and a peft configuration under `_target_` names. One table says what each name
+means; nothing is imported because a file names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.config import check_keys, nearest, project_root
+from seed_multimodal.device import DTYPES
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.loading import QUANTIZATIONS
+
+ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
+PEFT, BASE, LORA = "peft", "base", "lora"
+TARGETS = {  # the original's dotted names -> what they stand for
+    "src.model.peft_model.get_peft_model_with_resize_embedding": PEFT,
+    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained": BASE,
+    "transformers.LlamaForCausalLM.from_pretrained": BASE,
+    "transformers.AutoModelForCausalLM.from_pretrained": BASE,
+    "src.model.model_tools.get_pretrained_llama_causal_model": BASE,
+    "models.model_tools.get_pretrained_llama_causal_model": BASE,
+    "peft.LoraConfig": LORA,
+}
+_META = ("_target_", "_convert_", "_recursive_", "_partial_")
+_PEFT_KEYS = ("model", "peft_config", "model_id", "tokenizer", "torch_dtype")
+_BASE_KEYS = ("pretrained_model_name_or_path", "torch_dtype", "low_cpu_mem_usage", "load_in_8bit", "load_in_4bit")
+
+
+@dataclass
+class LlmModelSettings:
+    """A LLaMA and how it is trained.
+
+    Attributes:
+        path: folder of the base model; or
+        sizes: a `LlamaConfig` to start from random weights; its vocabulary is the tokenizer's.
+        dtype: precision of weights that stay frozen (auto: bf16 on CUDA, else fp32).
+        trained_dtype: precision of trained weights; `same` keeps them in `dtype` (for engines with fp32 copies of
+            their own).
+        quantization: None, 8bit or 4bit: the frozen base through bitsandbytes (QLoRA).
+        attention: auto (CUDA: flash if installed, else flex; elsewhere eager, whose backward is the fastest in bf16),
+            sdpa, eager, flex or flash.
+        lora: fields of `peft.LoraConfig`; None trains every weight.
+        adapter: folder of a trained adapter (or of trained weights) to go on from.
+        seed: of new weights: random start, rows of new words, LoRA.
+        gradient_checkpointing: False, True, or selective (every other layer).
+        compile: torch.compile of each layer.
+        codebook_start: tokenizer folder whose codebook the new image words start from.
+    """
+
+    path: str | None = None
+    sizes: dict[str, Any] | None = None
+    dtype: str = "bf16"
+    trained_dtype: str = "fp32"
+    quantization: str | None = None
+    attention: str = "auto"
+    lora: dict[str, Any] | None = None
+    adapter: str | None = None
+    seed: int = 0
+    gradient_checkpointing: bool | str = False
+    compile: bool = False
+    codebook_start: str | None = None
+
+
+def read_model_settings(config: Mapping[str, Any], where: str = "model") -> LlmModelSettings:
+    """Settings of a mapping: ours, or the original's with its `_target_`.
+
+    Raises:
+        ConfigError: an unknown key, value or `_target_`; neither path nor sizes; settings that exclude each other.
+    """
+    given = {str(key): value for key, value in config.items()}
+    if "_target_" not in given:
+        check_keys(given, LlmModelSettings.__dataclass_fields__, where)
+        return check(LlmModelSettings(**given), where)
+    own = {key: given.pop(key) for key in list(given) if key in LlmModelSettings.__dataclass_fields__}
+    values = _released(given, where)
+    return check(LlmModelSettings(**{**values, **own}), where)
+
+
+def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
+    """The settings, if a model can be built from them.
+
+    Raises:
+        ConfigError: as `read_model_settings`.
+    """
+    if (settings.path is None) == (settings.sizes is None):
+        raise ConfigError(f"{where}: give either path (the folder of a LLaMA) or sizes (to start from random weights).")
+    dtypes = (*DTYPES, "auto")
+    for key, options in (("attention", tuple(ATTENTIONS)), ("quantization", QUANTIZATIONS), ("dtype", dtypes),
+                         ("trained_dtype", (*DTYPES, "same")),
+                         ("gradient_checkpointing", (False, True, "selective"))):
+        value = getattr(settings, key)
+        if value not in options:
+            raise ConfigError(f"{where}: {key} is one of {', '.join(str(o) for o in options)}, not {value!r}"
+                              f"{nearest(str(value), map(str, options))}.")
+    if settings.quantization is not None and settings.lora is None:
+        raise ConfigError(f"{where}: a {settings.quantization} base cannot be trained itself; give lora.")
+    if settings.quantization is not None and settings.path is None:
+        raise ConfigError(f"{where}: quantization needs a trained base (path), not random weights.")
+    return settings
+
+
+def find_folder(path: str | Path) -> Path:
+    """A path as it is, else below the project's root or the folders around it; unchanged if nowhere."""
+    given = Path(path).expanduser()
+    if not given.exists() and not given.is_absolute():
+        root = project_root()
+        for place in (root, *root.parents):
+            if (place / given).exists():
+                return place / given
+    return given
+
+
+def _released(node: dict[str, Any], where: str) -> dict[str, Any]:
+    kind = _kind(node, where)
+    if kind == BASE:
+        return _base(node, where)
+    if kind != PEFT:
+        raise ConfigError(f"{where}: _target_ {node['_target_']!r} is not a language model.")
+    check_keys(node, (*_META, *_PEFT_KEYS), where)
+    base = node.get("model")
+    if not isinstance(base, Mapping) or _kind(base, f"{where}.model") != BASE:
+        raise ConfigError(f"{where}.model: needs the _target_ and the folder of a LLaMA.")
+    values = _base(dict(base), f"{where}.model")
+    if _set(node.get("torch_dtype")):
+        values.setdefault("dtype", str(node["torch_dtype"]))
+    peft, adapter = node.get("peft_config"), node.get("model_id")
+    if isinstance(peft, Mapping):
+        if _kind(peft, f"{where}.peft_config") != LORA:
+            raise ConfigError(f"{where}.peft_config: _target_ must be peft.LoraConfig.")
+        values["lora"] = {str(key): value for key, value in peft.items() if key not in _META}
+    elif "model_id" not in node:
+        raise ConfigError(f"{where}: needs peft_config (to train) or model_id (a trained adapter).")
+    if _set(adapter):
+        values["adapter"] = str(adapter)
+    return values
+
+
+def _base(node: dict[str, Any], where: str) -> dict[str, Any]:
+    check_keys(node, (*_META, *_BASE_KEYS), where)
+    if not _set(node.get("pretrained_model_name_or_path")):
+        raise ConfigError(f"{where}: pretrained_model_name_or_path is needed: the folder of a LLaMA.")
+    values: dict[str, Any] = {"path": str(node["pretrained_model_name_or_path"])}
+    if _set(node.get("torch_dtype")):
+        values["dtype"] = str(node["torch_dtype"])
+    if node.get("load_in_8bit") or node.get("load_in_4bit"):
+        values["quantization"] = "8bit" if node.get("load_in_8bit") else "4bit"
+    return values
+
+
+def _kind(node: Mapping[str, Any], where: str) -> str:
+    name = node.get("_target_")
+    if name not in TARGETS:
+        raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(str(name), TARGETS)}; known are "
+                          f"{', '.join(TARGETS)}.")
+    return TARGETS[name]
+
+
+def _set(value: Any) -> bool:
+    """Whether a key has a value: `???` stands for one that is still missing."""
+    return value not in (None, "", "???")

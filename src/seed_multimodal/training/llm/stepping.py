@@ -1,0 +1,136 @@
+"""One optimiser step of all processes: micro-batches, one loss, agreement, and only then new weights.
+
+With packed data each learned token of a step weighs the same wherever it lies: the processes add up their counts before
+the first backward pass. Else the micro-batches' means are averaged, as released. Nothing is moved until all processes
+know that the loss of all is finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from seed_multimodal.data.llm.batches import LlmBatch, LlmBatches
+from seed_multimodal.data.llm.mixture import EndOfData
+from seed_multimodal.training.llm.engine import PlainEngine
+from seed_multimodal.training.llm.loss import IGNORED, LossWeights, learned_targets
+from seed_multimodal.training.llm.metrics import StepNumbers
+from seed_multimodal.training.llm.optim import OptimSettings, schedule
+from seed_multimodal.training.llm.processes import Processes
+from seed_multimodal.training.llm.settings import TrainerSettings
+from seed_multimodal.training.llm.zero import ZeroEngine
+from seed_multimodal.training.step import seed_generators
+
+_LEAST = 1e-8  # of a step with nothing to learn
+
+
+@dataclass
+class Made:
+    """What came of a step: its numbers, or why there are none. `stopped`: some process was asked to stop."""
+
+    numbers: StepNumbers | None = None
+    problem: str = ""
+    stopped: bool = False
+    ended: bool = False
+
+
+class StepMaker:
+    """Makes steps by number.
+
+    Args:
+        by_tokens: one mean over the learned tokens of the step, else the mean of micro-batches' means.
+    """
+
+    def __init__(self, engine: PlainEngine | ZeroEngine, data: LlmBatches, settings: TrainerSettings,
+                 optim: OptimSettings, processes: Processes, weights: LossWeights, *, by_tokens: bool) -> None:
+        self.engine, self.data, self.settings, self.optim = engine, data, settings, optim
+        self.processes, self.weights, self.by_tokens = processes, weights, by_tokens
+
+    def make(self, step: int, *, broken: bool = False, stop: bool = False) -> Made:
+        """Step number `step`, from 0; every process calls it.
+
+        Args:
+            broken: this process cannot go on (a file that was not written): nobody moves weights.
+            stop: this process was asked to stop.
+        """
+        count = self.settings.gradient_accumulation_steps
+        batches = self._batches(step)
+        learned = [self._count(batch) for batch in batches]
+        total, ended = self.processes.peers.sum([sum(learned), float(not batches)])
+        if ended:
+            return Made(ended=True)
+        mine = self._gradients(step, batches, total)
+        norm = self.engine.gradient_norm()
+        problem = f"The loss became {mine[0]}" if not math.isfinite(mine[0]) else self.engine.problem(norm)
+        sums = self.processes.peers.sum([*mine, float(bool(problem) or broken), float(stop)])
+        if sums[-2] or not math.isfinite(sums[0]):
+            return Made(problem=problem or "Another process could not make its part")
+        rate = schedule(step, self.optim, self.settings.max_steps, count)
+        moved = self.engine.update(rate)
+        norm = moved if moved is not None else norm
+        loss = sums[0] / (max(total, _LEAST) if self.by_tokens else self.processes.world)
+        text_sum, text_count, image_sum, image_count, tokens, positions, sequences = sums[1:8]
+        numbers = StepNumbers(loss, text_sum, text_count, image_sum, image_count, tokens, positions, sequences, rate,
+                              math.nan if norm is None else norm)
+        return Made(numbers, self.engine.problem(norm), bool(sums[-1]))
+
+    def evaluate(self, batches: Sequence[LlmBatch]) -> list[float]:
+        """Sums over all processes: loss, count, then loss and count of text and of image tokens; no gradients."""
+        self.engine.model.eval()
+        sums = torch.zeros(6, dtype=torch.float64)
+        with torch.no_grad():
+            for batch in batches:
+                parts = self.engine.forward(batch.to(self.processes.device))
+                sums += torch.stack([part.float() for part in parts]).double().cpu()
+        self.engine.model.train()
+        return self.processes.peers.sum(sums.tolist())
+
+    def _batches(self, step: int) -> list[LlmBatch]:
+        """The micro-batches of a step; none when the data are used up."""
+        count = self.settings.gradient_accumulation_steps
+        try:
+            return [self.data.at(step * count + micro) for micro in range(count)]
+        except EndOfData:
+            return []
+
+    def _count(self, batch: LlmBatch) -> float:
+        """Weighted number of learned tokens."""
+        targets = learned_targets(batch.labels, None if batch.attention_mask is not None else batch.position_ids)
+        learned = int((targets != IGNORED).sum())
+        images = int((targets >= self.weights.first_code).sum())
+        return self.weights.text * (learned - images) + self.weights.image * images
+
+    def _gradients(self, step: int, batches: Sequence[LlmBatch], total: float) -> list[float]:
+        """Backward passes; sums of this process: loss, text and image parts, tokens, positions, sequences."""
+        count, device = len(batches), self.processes.device
+        share = self.processes.world / max(total, _LEAST) if self.by_tokens else 1.0 / count
+        found = []
+        for micro, batch in enumerate(batches):
+            # Processes differ by more than any number of micro-steps, so no two draw the same numbers.
+            seed_generators(self.settings.seed * 1_000_003 + step * count + micro
+                            + self.processes.rank * 1_000_003**2, device)
+            last = micro == count - 1
+            with self.engine.accumulating(last):
+                parts = self.engine.forward(batch.to(device))
+                value = parts.sum if self.by_tokens else parts.mean
+                self.engine.backward(value * (share * self.engine.loss_factor), last)
+            shown = value.detach() if self.by_tokens else value.detach() / count
+            found.append(torch.stack([shown.float(), *(part.detach().float() for part in parts[2:])]))
+        numbers = torch.stack(found).double().sum(0).tolist()  # one transfer from the device, which waits for it
+        return [*numbers, *(float(sum(values)) for values in (
+            [batch.tokens for batch in batches], [batch.input_ids.numel() for batch in batches],
+            [batch.sequences for batch in batches]))]
+
+
+def first_batches(batches: LlmBatches, count: int) -> list[LlmBatch]:
+    """The first micro-batches, fewer if the data end before."""
+    found: list[LlmBatch] = []
+    try:
+        for number in range(count):
+            found.append(batches.at(number))
+    except EndOfData:
+        pass
+    return found

@@ -1,0 +1,64 @@
+"""What a run leaves to read: its resolved configuration, and at the end what it did with which data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.training.llm.failures import disk_sentence
+
+
+def save_config(home: Path, config: Mapping[str, Any]) -> None:
+    """Write the resolved configuration into the output folder.
+
+    Raises:
+        CheckpointError: the folder cannot be made or written.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{home}: the output folder cannot be written: {disk_sentence(error)}.") from error
+
+
+def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The data reports of all processes (`LlmBatches.report`) as one: counts added, the first named records kept."""
+    joined: dict[str, Any] = {"tokens": 0, "positions": 0, "sources": {}}
+    for report in reports:
+        joined["tokens"] += report["tokens"]
+        joined["positions"] += report["positions"]
+        for name, source in report["sources"].items():
+            into = joined["sources"].setdefault(name, {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {},
+                                                       "too_long": {}})
+            for key in ("sequences", "tokens", "epochs"):
+                into[key] += source[key]
+            for group in ("skipped", "too_long"):
+                for reason, entry in source[group].items():
+                    known = into[group].setdefault(reason, {"count": 0, "first": []})
+                    known["count"] += entry["count"]
+                    known["first"] = [*known["first"], *(one for one in entry["first"]
+                                                         if one not in known["first"])][:5]
+    joined["fill"] = joined["tokens"] / joined["positions"] if joined["positions"] else 1.0
+    return joined
+
+
+def summary_lines(record: Mapping[str, Any]) -> list[str]:
+    """The end of a run in words: steps, tokens, sources, what was passed over and where everything is."""
+    data = record["data"]
+    lines = [f"{record['steps']} steps in {record['seconds']:.0f} s, {record['tokens']:,.0f} tokens in "
+             f"{data['fill'] * 100:.1f} % filled rows; the last loss was {record['loss']:.4g}."
+             if record.get("loss") is not None else f"{record['steps']} steps were made before."]
+    for name, source in data["sources"].items():
+        lines.append(f"  {name}: {source['sequences']:,} sequences, {source['tokens']:,} tokens, "
+                     f"{source['epochs']:.2f} epochs")
+        for group, words in (("skipped", "skipped"), ("too_long", "too long")):
+            for reason, entry in source[group].items():
+                where = "; ".join(entry["first"])
+                lines.append(f"    {entry['count']:,} {words} ({reason}): {where}"
+                             f"{' …' if entry['count'] > len(entry['first']) else ''}")
+    lines.append(f"  checkpoint: {record['checkpoint']}")
+    return lines

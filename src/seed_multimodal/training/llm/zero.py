@@ -1,0 +1,192 @@
+"""The DeepSpeed engine: ZeRO 1, 2 and 3, with or without offload, from the original's JSON files.
+
+What: `fill_config` puts values where the JSON says "auto" and refuses what contradicts the trainer's settings;
+`ZeroEngine` has the interface of `engine.PlainEngine`.
+Peculiar: the loop's optimiser and schedule are used also where a JSON names its own (`stage1_bf16.json`, whose linear
+schedule silently replaced the cosine); a remark says so. DeepSpeed divides each loss by the micro-steps, which the loop
+has done already, hence `loss_factor`. Its files are read back with torch's weights-only unpickler.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.data.llm.batches import LlmBatch
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.training.llm.loss import LossParts
+from seed_multimodal.training.llm.processes import Processes
+from seed_multimodal.training.llm.settings import TrainerSettings
+
+_INTEGERS = ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
+
+
+def fill_config(config: Mapping[str, Any], settings: TrainerSettings, *, world: int, rows: int, hidden_size: int
+                ) -> tuple[dict[str, Any], list[str]]:
+    """A DeepSpeed configuration without "auto", and remarks.
+
+    Args:
+        rows: sequences of a micro-batch; nominal, DeepSpeed uses it for its own log only.
+        hidden_size: of the model; buckets of ZeRO-3 follow from it, as in transformers.
+
+    Raises:
+        ConfigError: no ZeRO stage, or a value that contradicts the trainer's.
+    """
+    filled: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value
+                              for key, value in config.items()}
+    zero = filled.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        raise ConfigError("deepspeed: zero_optimization.stage must be 1, 2 or 3.")
+    remarks = [f"the {key} of the DeepSpeed configuration is left out: optim has it" for key in
+               ("optimizer", "scheduler") if filled.pop(key, None) is not None]
+    for key in _INTEGERS:
+        if isinstance(filled.get(key), float):
+            filled[key] = int(filled[key])
+    accumulate = settings.gradient_accumulation_steps
+    _agree(filled, "gradient_accumulation_steps", accumulate)
+    _agree(filled, "gradient_clipping", settings.max_grad_norm)
+    for kind in ("bf16", "fp16"):
+        block = filled.get(kind)
+        wanted = settings.precision == kind
+        if wanted and not isinstance(block, dict):
+            raise ConfigError(f"deepspeed: the configuration has no {kind} block, but trainer.precision is {kind}.")
+        if isinstance(block, dict):
+            if block.get("enabled") not in ("auto", wanted):
+                raise ConfigError(f"deepspeed: {kind} is {block.get('enabled')} there, but trainer.precision is "
+                                  f"{settings.precision!r}.")
+            block["enabled"] = wanted
+    if filled.get("train_micro_batch_size_per_gpu") in ("auto", None):
+        filled["train_micro_batch_size_per_gpu"] = rows
+    filled["train_batch_size"] = filled["train_micro_batch_size_per_gpu"] * accumulate * world
+    by_size = {"reduce_bucket_size": hidden_size**2, "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+               "stage3_param_persistence_threshold": 10 * hidden_size}
+    zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})
+    filled["zero_allow_untested_optimizer"] = True
+    filled["zero_force_ds_cpu_optimizer"] = settings.cpu_adam
+    left = [key for key, value in [*filled.items(), *zero.items()] if value == "auto"]
+    if left:
+        raise ConfigError(f"deepspeed: {left[0]} cannot be 'auto'.")
+    return filled, remarks
+
+
+def _agree(filled: dict[str, Any], key: str, value: float) -> None:
+    if filled.get(key, "auto") not in ("auto", value):
+        raise ConfigError(f"deepspeed: {key} is {filled[key]} there, but {value} in trainer; make them equal.")
+    filled[key] = value
+
+
+class ZeroEngine:
+    """`module` in DeepSpeed's engine; gradients, optimiser states and (stage 3) weights are spread over processes."""
+
+    kind = "deepspeed"
+    sharded = True
+
+    def __init__(self, module: nn.Module, optimizer: Any, settings: TrainerSettings, processes: Processes,
+                 config: Mapping[str, Any]) -> None:
+        """Wrap a module; `config` is what `fill_config` gave.
+
+        Raises:
+            ConfigError: an optimiser that DeepSpeed cannot spread, or fp16 without a GPU.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError("optim: muon runs on the plain engine only; use adamw or adamw_hf with DeepSpeed.")
+        if settings.precision == "fp16" and processes.device.type == "cpu":
+            raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
+        from accelerate import Accelerator, DeepSpeedPlugin
+
+        processes.tell_accelerate()
+        plugin = DeepSpeedPlugin(hf_ds_config=dict(config), zero3_init_flag=False)
+        self.stage = int(config["zero_optimization"]["stage"])
+        self.accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision), deepspeed_plugin=plugin,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps)
+        processes.check(self.accelerator)
+        self.module, self.settings, self.config = module, settings, config
+        self.loss_factor = float(settings.gradient_accumulation_steps)
+        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        processes.check(self.accelerator)
+
+    def forward(self, batch: LlmBatch) -> LossParts:
+        """The loss of one micro-batch."""
+        return self.model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
+
+    def accumulating(self, last: bool) -> Any:
+        """Tells DeepSpeed whether the step ends with this micro-batch."""
+        self.model.set_gradient_accumulation_boundary(is_boundary=last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a micro-batch; after the last one they are reduced."""
+        self.model.backward(loss)
+        if not last:
+            self.model.step()  # moves nothing, counts the micro-step
+
+    def gradient_norm(self) -> None:
+        """DeepSpeed clips inside its step."""
+        return
+
+    def update(self, rate: float) -> float:
+        """Move the weights with a learning rate; gives the gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.step()
+        norm = self.model.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def problem(self, norm: float | None) -> str:
+        """What is wrong with the gradients ("": nothing); fp16 steps that overflow are skipped by DeepSpeed."""
+        finite = norm is None or norm == norm and abs(norm) != float("inf")
+        return "" if finite or self.settings.precision == "fp16" else f"The gradient norm became {norm}"
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write this process's shards and `latest`; all processes call it."""
+        self.model.save_checkpoint(str(folder), tag=f"global_step{step}", client_state={}, save_latest=True,
+                                   exclude_frozen_parameters=True)
+
+    def load(self, folder: Path, step: int) -> None:
+        """Read the shards back; all processes call it.
+
+        Raises:
+            CheckpointError: shards of another model, stage or number of processes, or unsafe content.
+        """
+        with _weights_only():
+            try:
+                path, _ = self.model.load_checkpoint(str(folder), tag=f"global_step{step}", load_module_strict=False)
+            except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
+                text = str(error).strip().splitlines()
+                raise CheckpointError(f"{folder}: its ZeRO shards cannot be read ({text[0] if text else error!r}); "
+                                      "they belong to the same model, optimiser, ZeRO stage and number of processes."
+                                      ) from error
+        if path is None:
+            raise CheckpointError(f"{folder}: its ZeRO shards cannot be read: global_step{step} is not complete.")
+
+    def consolidated(self) -> dict[str, Tensor] | None:
+        """The module's trained weights in 16 (or 32) bits; with ZeRO-3 gathered, and None but in the first process."""
+        if self.stage == 3:
+            return self.model._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+        return {name: value.detach() for name, value in self.module.named_parameters() if value.requires_grad}
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch.load inside DeepSpeed refuses anything but tensors, plain containers and DeepSpeed's own loss scaler."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

@@ -1,0 +1,40 @@
+"""The helpers of `llm_runs.py` for the tests of the training application."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def runs() -> ModuleType:
+    """The module `llm_runs`."""
+    name = "llm_runs"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture
+def train(runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`train(NAME, *overrides, **groups)` trains in this process in tmp_path/NAME; returns the output folder."""
+    from seed_multimodal.training.llm.app import run
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def go(name: str, *more: str, **changes) -> Path:
+        folder = tmp_path / "files"
+        folder.mkdir(exist_ok=True)
+        files = runs.write_files(folder, **changes)
+        run(runs.overrides(files, tmp_path / name, *more), runs.APPLICATION / "configs")
+        return tmp_path / name
+
+    return go

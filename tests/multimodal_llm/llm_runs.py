@@ -1,0 +1,107 @@
+"""A tiny LLaMA and tiny shards for the tests of the training application, and how to run it as its users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+APPLICATION = ROOT / "MultiModalLLM"
+TOKENIZER = ROOT / "pretrained" / "nano" / "seed_tokenizer"
+CODES, PER_IMAGE = 1024, 32
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
+WORDS = "a red fox sits on the green hill under one small yellow moon while two birds sing".split()
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
+# Each in a file of its own: how a user's configuration looks.
+TRAINER = {"max_steps": 8, "precision": "fp32", "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "seed": 1,
+           "dataloader_num_workers": 0, "logging_steps": 1, "report_to": [], "save_steps": 100, "resume": "auto",
+           "device": "cpu", "timeout_minutes": 2}
+OPTIM = {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}
+
+
+def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) -> dict[str, Any]:
+    """Captions and conversations as jsonl; returns a data configuration over both."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    captions, chats = [], []
+    for number in range(records):
+        codes = [draw.randrange(n_codes) for _ in range(per_image)]
+        text = " ".join(draw.choices(WORDS, k=draw.randint(2, 12)))
+        captions.append({"image_ids": codes, "text": text})
+        chats.append({"messages": [{"role": "user", "content": [{"codes": codes}, "what is it?"]},
+                                   {"role": "assistant", "content": [f"{text}, number {number}"]}]})
+    for name, lines in (("captions", captions), ("chats", chats)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"sources": [
+        {"name": "captions", "files": str(folder / "captions.jsonl"), "decoder": "pretrain.caption", "weight": 2.0,
+         "options": {"reverse_ratio": 0.5}, "batch_size": 4, "max_length": 64},
+        {"name": "chats", "files": str(folder / "chats.jsonl"), "decoder": "chat", "weight": 1.0, "batch_size": 3,
+         "max_length": 96}], "packing": True, "length": 160, "rows": 2, "seed": 5}
+
+
+def write_files(folder: Path, **changes: Any) -> dict[str, Path]:
+    """YAML files of all groups in `folder`; `changes` (model, data, trainer, optim) are merged into them."""
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+    words = MultimodalTokenizer.from_pretrained(TOKENIZER).vocabulary
+    contents = {"model": {"sizes": SIZES, "dtype": "fp32", "attention": "eager"},
+                "data": write_data(folder / "data", words.n_codes, words.tokens_per_image), "trainer": TRAINER,
+                "optim": OPTIM, "tokenizer": {"pretrained_model_name_or_path": str(TOKENIZER)}}
+    files = {}
+    for group, content in contents.items():
+        files[group] = folder / f"{group}.yaml"
+        files[group].write_text(yaml.safe_dump({**content, **changes.get(group, {})}))
+    return files
+
+
+def overrides(files: dict[str, Path], output: Path, *more: str) -> list[str]:
+    """Arguments of `train.py` that use the files."""
+    return [*(f"{group}={file}" for group, file in files.items()), f"output_dir={output}", *more]
+
+
+def environment(**values: str) -> dict[str, str]:
+    """One thread, no hub, and nothing of a process group that is around this test."""
+    own = {key: value for key, value in os.environ.items() if key not in
+           ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"), **values}
+
+
+def start(arguments: Sequence[str], *, before: Sequence[str] = (sys.executable,), **env: str) -> subprocess.Popen:
+    """`train.py` as a process, in its folder."""
+    return subprocess.Popen([*before, "src/train/train.py", *arguments], cwd=APPLICATION, env=environment(**env),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def run(arguments: Sequence[str], *, code: int = 0, before: Sequence[str] = (sys.executable,), timeout: float = 240,
+        **env: str) -> tuple[str, str]:
+    """Run `train.py` to its end and return what it said; fails unless its exit code is `code`."""
+    process = start(arguments, before=before, **env)
+    said, complained = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"exit code {process.returncode}\n{said}\n{complained}"
+    return said, complained
+
+
+def log_lines(output: Path) -> list[dict[str, float]]:
+    """The JSON log."""
+    file = output / "train.log.jsonl"
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Step -> loss, exactly as it was computed."""
+    return {int(line["step"]): line["loss"] for line in log_lines(output) if "loss" in line}
+
+
+def torchrun(*more: str) -> tuple[str, ...]:
+    """Two processes on this machine."""
+    return (sys.executable, "-m", "torch.distributed.run", *(more or ("--standalone", "--nproc-per-node", "2")))

@@ -1,0 +1,115 @@
+"""Runs that are really killed go on with the same losses to the last bit; torn checkpoints are passed over."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.training.llm.folders import checkpoints, fault_of
+from seed_multimodal.training.llm.trees import flatten, read_tree
+
+# (overrides, model): all weights, padded micro-batches, accumulation; LoRA with dropout, packed, with a data worker.
+CASES = {
+    "plain": (("data.packing=false", "trainer.gradient_accumulation_steps=2"), {}),
+    "lora": (("trainer.dataloader_num_workers=1", "trainer.precision=bf16", "model.dtype=bf16"), {"lora": True}),
+}
+
+
+def arguments(runs, tmp_path: Path, case: str, output: Path, *more: str) -> list[str]:
+    changes, model = CASES[case]
+    folder = tmp_path / case
+    folder.mkdir(exist_ok=True)
+    files = runs.write_files(folder, model={"lora": runs.LORA} if model else {})
+    return runs.overrides(files, output, "trainer.save_steps=3", "trainer.max_steps=14", *changes, *more)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.timeout(600)
+def test_sigkill_and_resume_is_bit_equal(case, runs, tmp_path):
+    from seed_multimodal.training.llm.app import run
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    seed = time.time_ns()
+    wanted = random.Random(seed).randint(4, 11)
+    process = runs.start(arguments(runs, tmp_path, case, killed))
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and len(runs.losses(killed)) < wanted:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    _, complained = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, complained
+    made = len(runs.losses(killed))
+    assert wanted <= made < 14 and not (killed / "summary.json").exists(), f"seed {seed}"
+
+    run(arguments(runs, tmp_path, case, killed), runs.APPLICATION / "configs")
+    run(arguments(runs, tmp_path, case, whole), runs.APPLICATION / "configs")
+    assert list(runs.losses(whole)) == list(range(1, 15)), f"seed {seed}"
+    assert runs.losses(killed) == runs.losses(whole), f"seed {seed}"
+    ends = [folder / "checkpoint-14" for folder in (killed, whole)]
+    weights = "adapter_model.safetensors" if case == "lora" else "model.safetensors"
+    for name in ("data_state.json", weights):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+    (first, tensors), (second, others) = (flatten(read_tree(end / "optimizer.safetensors")) for end in ends)
+    assert first == second and tensors.keys() == others.keys() and len(tensors) > 10
+    assert all(torch.equal(value, others[name]) for name, value in tensors.items())
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (killed, whole))
+    assert first["data"] == second["data"] and first["tokens"] == second["tokens"]
+
+
+def test_keep_last_and_torn_checkpoints(runs, train, tmp_path, capsys):
+    out = train("out", "trainer.save_steps=2", "trainer.max_steps=8", "trainer.save_total_limit=3")
+    assert [step for step, _ in checkpoints(out)] == [8, 6, 4]
+    whole = runs.losses(out)
+    released = {path.name for path in (out / "checkpoint-8").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.model", "added_tokens.json", "special_tokens_map.json",
+            "tokenizer_config.json", "trainer_state.json", "manifest.json"} <= released
+    state = json.loads((out / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"] == 8 and len(state["log_history"]) == 8
+
+    # Torn in three ways: cut short, another content of the same size, no manifest.
+    weights = out / "checkpoint-8" / "optimizer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "bytes" in fault_of(out / "checkpoint-8")
+    content = bytearray((out / "checkpoint-6" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "checkpoint-6" / "model.safetensors").write_bytes(bytes(content))
+    assert "another content" in fault_of(out / "checkpoint-6") and not fault_of(out / "checkpoint-6", hashes=False)
+    (out / ".checkpoint-9.tmp").mkdir()
+    capsys.readouterr()
+    train("out", "trainer.save_steps=2", "trainer.max_steps=8", "trainer.save_total_limit=3")
+    said = capsys.readouterr().out
+    assert "checkpoint-8 is passed over: optimizer.safetensors has" in said and "goes on from" in said
+    assert "checkpoint-6 is passed over: model.safetensors has another content" in said and "(step 4)" in said
+    assert runs.losses(out) == whole and not (out / ".checkpoint-9.tmp").exists()
+    assert [step for step, _ in checkpoints(out)] == [8, 6, 4] and not fault_of(out / "checkpoint-8")
+
+    capsys.readouterr()
+    train("out", "trainer.max_steps=8")  # there is nothing left to do
+    assert "8 steps" in capsys.readouterr().out and runs.losses(out) == whole
+    for _, folder in checkpoints(out):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="none of its 3 checkpoints is complete"):
+        train("out")
+
+
+def test_named_and_never(runs, train, tmp_path):
+    out = train("out", "trainer.max_steps=2", "trainer.save_steps=1", "trainer.save_total_limit=2")
+    with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
+        train("out", "--resume", "never")
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        train("other", "--resume", str(tmp_path / "nowhere"))
+    other = train("other", "trainer.max_steps=2", "--resume", str(out / "checkpoint-1"))
+    assert runs.losses(other)[2] == runs.losses(out)[2]
+    with pytest.raises(ConfigError, match=r"was saved with the model .*start from its weights"):
+        train("out", model={"lora": runs.LORA})
+    with pytest.raises(ConfigError, match="was saved with the optimiser adamw, this run has adamw_hf"):
+        train("out", "optim.name=adamw_hf")
+    with pytest.raises(ConfigError, match="length 160, and now it is 128"):
+        train("out", "trainer.max_steps=3", "data.length=128")

@@ -1,0 +1,165 @@
+"""Hydra overrides and the original's command line both become one checked configuration; nothing is callable."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.llm.compose import compose
+from seed_multimodal.training.llm.flags import translate
+from seed_multimodal.training.llm.optim import read_optim
+from seed_multimodal.training.llm.settings import read_run, read_trainer
+from seed_multimodal.training.llm.zero import fill_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "MultiModalLLM" / "configs"
+JSONS = sorted((CONFIGS / "deepspeed").glob("*.json"))
+# The published pretraining command, flag by flag.
+PRETRAIN = """--model {model} --tokenizer {tokenizer} --train_data {data} --deepspeed configs/deepspeed/stage2_bf16.json
+    --output_dir log/pretrain --max_steps 30000 --save_steps 1000 --learning_rate 1.5e-4 --min_lr_ratio 0.05
+    --warmup_ratio 0.03 --lr_scheduler_type cosine --weight_decay 0.05 --adam_beta1 0.9 --adam_beta2 0.95
+    --adam_epsilon 1e-5 --max_grad_norm 1.0 --gradient_accumulation_steps 4 --per_device_train_batch_size 128
+    --per_device_eval_batch_size 1 --bf16 True --gradient_checkpointing True --dataloader_num_workers 2
+    --logging_steps 1 --report_to tensorboard --evaluation_strategy no --ignore_data_skip True
+    --logging_nan_inf_filter no --log_level info"""
+
+
+@pytest.fixture
+def files(runs, tmp_path) -> dict[str, Path]:
+    return runs.write_files(tmp_path)
+
+
+@pytest.fixture
+def published(files) -> list[str]:
+    return PRETRAIN.format(**files).split()
+
+
+def test_the_published_command_line(published, files):
+    made = compose(published, CONFIGS)
+    run = read_run(made.config)
+    assert (run.trainer.max_steps, run.trainer.save_steps, run.trainer.gradient_accumulation_steps) == (30000, 1000, 4)
+    assert (run.trainer.precision, run.trainer.gradient_checkpointing) == ("bf16", True)
+    assert run.trainer.report_to == ["tensorboard"] and run.trainer.eval_steps == 0
+    optim = read_optim(run.optim)
+    assert (optim.name, optim.learning_rate, optim.adam_epsilon, optim.adam_beta2) == ("adamw_hf", 1.5e-4, 1e-5, 0.95)
+    assert (optim.min_lr_ratio, optim.warmup_ratio, optim.weight_decay) == (0.05, 0.03, 0.05)
+    assert run.deepspeed["zero_optimization"]["stage"] == 2
+    assert run.model["sizes"]["hidden_size"] == 32 and len(run.data["sources"]) == 2
+    assert any("per_device_train_batch_size has no effect" in remark for remark in made.remarks)
+
+
+def test_what_comes_later_wins(published, files):
+    again = compose([*published, "--max_steps", "7", "optim.learning_rate=0.5", "model.sizes.hidden_size=16",
+                     "deepspeed=none"], CONFIGS).config
+    assert (again["trainer"]["max_steps"], again["optim"]["learning_rate"]) == (7, 0.5)
+    assert again["model"]["sizes"]["hidden_size"] == 16 and again.get("deepspeed") is None
+    # A group chosen after the flags replaces all of them; one before does not.
+    chosen = compose([*published, "trainer=nano"], CONFIGS).config
+    assert chosen["trainer"] == yaml.safe_load((CONFIGS / "trainer" / "nano.yaml").read_text())
+    assert compose(["trainer=nano", *published], CONFIGS).config["trainer"]["max_steps"] == 30000
+
+
+def test_booleans_as_the_original_reads_them():
+    assert translate(["--bf16"]).values["trainer.precision"] == "bf16"
+    assert translate(["--bf16", "False"]).values["trainer.precision"] == "fp32"
+    assert translate(["--no_bf16"]).values["trainer.precision"] == "fp32"
+    assert translate(["--fp16=True"]).values["trainer.precision"] == "fp16"
+    assert translate(["--gradient_checkpointing", "--max_steps", "3"]).values == {
+        "trainer.gradient_checkpointing": True, "trainer.max_steps": 3, "trainer.precision": "fp32",
+        "trainer.eval_steps": 0}
+    assert translate(["--report_to", "tensorboard", "wandb"]).values["trainer.report_to"] == ["tensorboard", "wandb"]
+    assert translate(["--report_to", "none"]).values["trainer.report_to"] == []
+    assert translate(["--resume_from_checkpoint", "log/checkpoint-3"]).values["trainer.resume"] == "log/checkpoint-3"
+    # Our own options are no flags of the original: they do not bring its defaults.
+    assert not translate(["--resume", "never"]).original
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--learning_rat", "1"], r"--learning_rat: unknown option \(did you mean 'learning_rate'\?\)"),
+    (["--max_steps", "many"], "--max_steps: needs a whole number, not 'many'"),
+    (["--bf16", "perhaps"], "--bf16: needs True or False"),
+    (["--bf16", "--fp16"], "exclude each other"),
+    (["--max_steps"], "--max_steps: needs a value"),
+    (["--num_train_epochs", "3"], "--num_train_epochs: is not built in; use --max_steps"),
+    (["--optim", "adafactor"], "'adafactor' is not built in"),
+    (["--save_strategy", "epoch"], "go by steps"),
+    (["trainr.max_steps=3"], r"unknown key \(did you mean 'trainer'\?\)"),
+    (["optim=pretrian"], r"no such configuration in .*did you mean 'pretrain'\?"),
+    (["deepspeed=stage2_bf61"], "did you mean 'stage2_bf16'"),
+    (["model=none"], "a configuration is needed"),
+    (["something"], "neither an option"),
+])
+def test_refusals_are_one_sentence(arguments, words, files):
+    with pytest.raises(ConfigError, match=words) as caught:
+        compose([*(f"{group}={file}" for group, file in files.items()), *arguments], CONFIGS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["trainer.max_stepz=3"], r"trainer: unknown key 'max_stepz' \(did you mean 'max_steps'\?\)"),
+    (["trainer.max_steps=3.5"], "max_steps must be int"),
+    (["trainer.precision=fp8"], "precision must be one of bf16, fp16, fp32"),
+    (["trainer.report_to=[mlflow]"], "report_to knows"),
+    (["trainer.gradient_accumulation_steps=0"], "at least 1"),
+    (["output_dir=null"], "output_dir is needed"),
+    (["tokenizer._target_=os.system"], "os.system"),
+    (["tokenizer._target_=models.transforms.get_transform"], "builds no tokenizer"),
+])
+def test_settings_are_checked(more, words, files, runs, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        read_run(compose(runs.overrides(files, tmp_path / "out", *more), CONFIGS).config)
+
+
+def test_models_and_data_build_nothing_that_a_file_names(files, runs, tmp_path):
+    from seed_multimodal.data.llm.settings import read_data_settings
+    from seed_multimodal.training.llm.model_settings import read_model_settings
+
+    for group, read in (("model", read_model_settings), ("data", read_data_settings)):
+        files[group].write_text("_target_: os.system\ncommand: touch /tmp/made\n")
+        config = compose(runs.overrides(files, tmp_path / "out"), CONFIGS).config
+        with pytest.raises(ConfigError, match="os.system"):
+            read(config[group])
+        assert not Path("/tmp/made").exists()
+
+
+def test_groups_of_the_application_have_their_files():
+    assert {path.stem for path in JSONS} == {
+        "stage1_bf16", "stage2_bf16", "stage2_offload_bf16", "stage2_fp16", "stage2_offload_fp16", "stage2_bf16_mefft",
+        "stage2_fp16_mefft", "stage2_fp16_offload_mefft", "stage3_fp16", "stage3_offload_fp16",
+        "stage3_offload_opt_fp16", "stage3_offload_bf16"}
+    for file in (CONFIGS / "trainer").glob("*.yaml"):
+        read_trainer(yaml.safe_load(file.read_text()))
+    for file in (CONFIGS / "optim").glob("*.yaml"):
+        read_optim(yaml.safe_load(file.read_text()))
+
+
+@pytest.mark.parametrize("file", JSONS, ids=lambda path: path.stem)
+def test_deepspeed_files_are_filled(file):
+    precision = "bf16" if "bf16" in file.stem else "fp16"
+    settings = read_trainer({"precision": precision, "gradient_accumulation_steps": 1 if "mefft" in file.stem else 4})
+    filled, remarks = fill_config(json.loads(file.read_text()), settings, world=8, rows=3, hidden_size=64)
+    assert '"auto"' not in json.dumps(filled) and filled[precision]["enabled"] is True
+    micro, count = filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]
+    assert filled["train_batch_size"] == micro * count * 8 and "optimizer" not in filled
+    assert bool(remarks) == (file.stem == "stage1_bf16")
+    stage = int(re.search(r"stage(\d)", file.stem)[1])
+    assert filled["zero_optimization"]["stage"] == stage
+    offload = filled["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    assert (offload == "cpu") == ("offload" in file.stem)
+
+
+def test_deepspeed_files_must_agree_with_the_trainer():
+    mefft = json.loads((CONFIGS / "deepspeed" / "stage2_bf16_mefft.json").read_text())
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1 there, but 4"):
+        fill_config(mefft, read_trainer({"gradient_accumulation_steps": 4}), world=1, rows=1, hidden_size=8)
+    with pytest.raises(ConfigError, match="no fp16 block"):
+        fill_config({"zero_optimization": {"stage": 2}}, read_trainer({"precision": "fp16"}), world=1, rows=1,
+                    hidden_size=8)
+    with pytest.raises(ConfigError, match="bf16 is True there"):
+        fill_config(mefft, read_trainer({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
+    with pytest.raises(ConfigError, match="stage must be 1, 2 or 3"):
+        fill_config({"zero_optimization": {"stage": 5}}, read_trainer({}), world=1, rows=1, hidden_size=8)
