@@ -103,8 +103,16 @@ def save_state_dict(
               metadata={"format": "pt", **(metadata or {})})
     with open(temporary, "rb") as handle:
         os.fsync(handle.fileno())
+    os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that nobody else may read
     os.replace(temporary, file)
     return file
+
+
+def _umask() -> int:
+    """The process's mask for new files; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def assign_strictly(

@@ -1,0 +1,22 @@
+"""Base model + trained adapter → a plain LLaMA folder (weights, configuration, tokenizer), checked by its logits.
+
+    python3 src/tools/merge_lora_weights.py \\
+        --model_cfg configs/model/vicuna_7b_lora_pretrained.yaml \\
+        --tokenizer_cfg configs/tokenizer/seed_llama_tokenizer.yaml \\
+        --base_model pretrained/vicuna-7b-v1.1 \\
+        --lora_model log/seed_vicuna-7b_lora_pretrain/checkpoint-10000 \\
+        --save_path log/seed_vicuna-7b_lora_pretrain/checkpoint-merged-10000
+
+After instruction tuning, `--base_model` is the folder that the first merge wrote. Weights stream through memory one
+tensor at a time; the comparison at the end needs room for one model in fp32 (`--no-verify` goes without).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.merge import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(Path(__file__).name, str(__doc__)))

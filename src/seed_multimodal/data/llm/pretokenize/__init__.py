@@ -1,0 +1,1 @@
+"""Pictures of a data set → codes, once: input shards in, webdataset tars of json records out (see `run.py`)."""

@@ -1,0 +1,147 @@
+"""The encoder: a tokenizer's YAML → codes of batches of bytes, on one device; and the fingerprint of its weights.
+
+On CUDA the packed encoder in half precision (`tokenizers.fast`), elsewhere the plain one in float32, unless asked
+otherwise. Weights are read in float32 either way, so that the fingerprint is the same on every device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.config import find_target, instantiate, load_yaml
+from seed_multimodal.device import DTYPES, choose_device
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
+from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.tokenizers.fast import Levers, optimise
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Where and how codes are computed.
+
+    Attributes:
+        tokenizer: its YAML (the released form) or that as a mapping.
+        fast: the packed encoder; None: on CUDA.
+        dtype: of the packed encoder, or of a plain one on CUDA; `auto`: float16 on CUDA as released, else float32.
+        compile: let torch compile the packed encoder (minutes before the first picture).
+    """
+
+    tokenizer: str | Mapping[str, Any]
+    device: str = "auto"
+    fast: bool | None = None
+    dtype: str = "auto"
+    compile: bool = False
+
+
+class Encoder:
+    """Pictures → codes; `fingerprint`: sha256 of the tokenizer's weights."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        self.device = choose_device(settings.device, "float32", log=None).device
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # else page-locked memory would be made through the first GPU
+        opened = _instantiate(settings.tokenizer, str(self.device))
+        codec = getattr(opened, "pictures", opened)
+        model = getattr(codec, "model", None)
+        if model is None or not hasattr(model, "encode"):
+            raise ConfigError("tokenizer: what its configuration builds cannot encode pictures.")
+        self.fingerprint = fingerprint(model)
+        self.image_size: int = model.config.vit.image_size
+        self.transform: ImageTransform = codec.transform
+        self.vocabulary = self._vocabulary(opened, model)
+        on_gpu = self.device.type == "cuda"
+        if settings.dtype != "auto" and settings.dtype not in DTYPES:
+            raise ConfigError(f"Unknown dtype {settings.dtype!r}: use auto, {', '.join(sorted(DTYPES))}.")
+        dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if on_gpu else torch.float32
+        self.fast = on_gpu if settings.fast is None else settings.fast
+        self.dtype = str(dtype).removeprefix("torch.")
+        self._model = optimise(model, compile=settings.compile, levers=Levers(dtype=dtype)) if self.fast \
+            else model.to(dtype)
+        self._mean = torch.tensor(CLIP_MEAN, device=self.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(CLIP_STD, device=self.device).view(1, 3, 1, 1)
+
+    def _vocabulary(self, opened: Any, model: Any) -> ImageVocabulary:
+        """The words of the codes; refused when the text tokenizer has others."""
+        text = getattr(opened, "text", None)
+        has = (model.config.codebook_size, model.config.num_query)
+        if text is None:
+            return ImageVocabulary(n_codes=has[0], tokens_per_image=has[1])
+        vocabulary: ImageVocabulary = text.vocabulary
+        if has != (vocabulary.n_codes, vocabulary.tokens_per_image):
+            raise ConfigError(f"tokenizer: its pictures have {has[1]} of {has[0]} codes, but its vocabulary has words "
+                              f"for {vocabulary.tokens_per_image} of {vocabulary.n_codes}.")
+        return vocabulary
+
+    def start(self, pixels: Tensor) -> Codes:
+        """Begin to encode uint8 [B, 3, S, S]; on a GPU this returns before it is done."""
+        normal = pixels.to(self.device, non_blocking=True).float().div_(255).sub_(self._mean).div_(self._std)
+        try:
+            codes = self._model.encode(normal).to(torch.int32)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"{len(pixels)} pictures at once do not fit into the memory of {self.device}: give a "
+                              "smaller --batch_size.") from error
+        return Codes(codes)
+
+
+class Codes:
+    """Codes on their way: `result()` waits for them, [B, tokens_per_image] on the CPU."""
+
+    def __init__(self, codes: Tensor) -> None:
+        self._codes, self._done = codes, None
+        if codes.device.type == "cuda":
+            self._codes = torch.empty(codes.shape, dtype=codes.dtype, pin_memory=True)
+            self._codes.copy_(codes, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(codes.device))
+
+    def result(self) -> Tensor:
+        """The codes."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._codes.cpu()
+
+
+def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
+    where = config if isinstance(config, str) else "tokenizer"
+    node = load_yaml(config) if isinstance(config, str) else config
+    target = find_target(str(node.get("_target_")), where)
+    offered: dict[str, Any] = {"load_diffusion": False, "device": device, "dtype": "float32"}
+    known = inspect.signature(target).parameters
+    return instantiate(dict(node), **{key: value for key, value in offered.items() if key in known})
+
+
+@torch.no_grad()
+def fingerprint(model: torch.nn.Module) -> str:
+    """sha256 over names, shapes and float32 values of a model's weights, in the order of names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        plain = value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
+        digest.update(plain.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_transform(path: str | Path | None, own: ImageTransform, image_size: int) -> ImageTransform:
+    """The picture transform of a YAML (`--image_transform`, `--image_processor`), or the tokenizer's own.
+
+    Raises:
+        ConfigError: it makes something else than the tokenizer's pictures.
+    """
+    if path is None:
+        return ImageTransform(image_size, own.keep_ratio, own.interpolation)
+    from seed_multimodal.data.llm.pretokenize.processors import build_transform
+
+    made = build_transform(path)
+    if made.image_size != image_size:
+        raise ConfigError(f"{path}: makes pictures of {made.image_size} x {made.image_size} pixels, but the tokenizer "
+                          f"reads {image_size} x {image_size}.")
+    return made

@@ -1,0 +1,104 @@
+"""What an output folder was made with (`settings.json`, at the start) and what it holds (`manifest.json`, at the end).
+
+A run that goes on in a folder must have the same tokenizer, transform, kind, fields and filters; batch size, number
+of processes and device may differ. Any number of processes may finish at once: a lock orders them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.data.llm.pretokenize.raw import Unit
+from seed_multimodal.data.llm.pretokenize.shards import MANIFEST, part_folder, read_json, write_json
+from seed_multimodal.errors import DataError
+
+SETTINGS = "settings.json"
+SUMS = ("read", "samples", "pictures", "bad")
+
+
+def agree_on_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Note what the folder is made with, or check that it is the same.
+
+    Raises:
+        DataError: another setting, named, with both values.
+    """
+    with locked(save_dir):
+        known = read_json(save_dir / SETTINGS)
+        if known is None:
+            write_json(save_dir / SETTINGS, settings)
+            return
+    for key in [*settings, *known]:
+        ours, theirs = settings.get(key), known.get(key)
+        if ours == theirs:
+            continue
+        if key == "tokenizer":
+            raise DataError(f"{save_dir}: was begun with another tokenizer (weights {str(theirs)[:12]}…, now "
+                            f"{str(ours)[:12]}…); codes of two tokenizers do not mix: choose another --save_dir.")
+        raise DataError(f"{save_dir}: was begun with {key} {theirs!r}, now it is {ours!r}; choose another --save_dir, "
+                        "or the same settings.")
+
+
+def versions() -> dict[str, str]:
+    """Of what computes codes and decodes pictures."""
+    import PIL
+    import torch
+
+    from seed_multimodal import __version__
+
+    return {"seed_multimodal": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "pillow": PIL.__version__}
+
+
+class locked:  # noqa: N801  (used as a statement)
+    """While active, no other process is inside for this folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be written to ({error.strerror}).") from None
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+
+def merge(save_dir: Path, units: Sequence[Unit]) -> dict[str, Any] | None:
+    """Write `manifest.json` when every unit's part is finished, and return it; None: some are not yet."""
+    with locked(save_dir):
+        parts = [read_json(part_folder(save_dir, unit) / MANIFEST) for unit in units]
+        finished = [part for part in parts if part is not None]
+        if len(finished) < len(units):
+            return None
+        total: dict[str, Any] = {key: sum(part[key] for part in finished) for key in SUMS}
+        dropped = Counter[str]()
+        for part in finished:
+            dropped.update(part["dropped"])
+        settings = read_json(save_dir / SETTINGS) or {}
+        manifest = {"settings": settings, **total, "dropped": dict(sorted(dropped.items())), "parts": [
+            {"folder": part_folder(save_dir, unit).name, "source": part["source"], "samples": part["samples"],
+             "tars": part["tars"], "made": part["made"]} for unit, part in zip(units, finished, strict=True)]}
+        write_json(save_dir / MANIFEST, manifest)
+        return manifest
+
+
+def summary(manifest: Mapping[str, Any], save_dir: Path) -> str:
+    """A finished folder in one sentence or two."""
+    text = (f"{save_dir}: {manifest['samples']:,} records with {manifest['pictures']:,} pictures in "
+            f"{sum(len(part['tars']) for part in manifest['parts']):,} tars, of {manifest['read']:,} samples read")
+    left_out = [f"{count:,} {reason}" for reason, count in manifest["dropped"].items()]
+    if left_out:
+        text += f"; filtered: {', '.join(left_out)}"
+    if manifest["bad"]:
+        text += f"; broken: {manifest['bad']:,} (named in the parts' {MANIFEST})"
+    return text + "."

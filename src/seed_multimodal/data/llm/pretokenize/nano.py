@@ -1,0 +1,101 @@
+"""The nano set as input: captions, questions, descriptions, drawings, edits and conversations of one split.
+
+Sentences are those the nano systems ask with (`language.tasks`), so that a model trained on these records is used as
+it was trained. Pictures stay what they are on disk; equal ones are encoded once per unit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from seed_multimodal.data.llm.pretokenize.samples import Raw
+from seed_multimodal.data.llm.pretokenize.settings import InputSettings
+from seed_multimodal.data.nano.load import NanoSet, load_nano
+from seed_multimodal.data.nano.types import NanoRecord
+from seed_multimodal.language.tasks import NANO_TASKS
+
+Made = tuple[str, dict[str, Any], list[str]]  # what a record is called, its fields, keys of its pictures
+
+
+def nano_raws(folder: str, settings: InputSettings) -> Sequence[Raw]:
+    """The records of the set that the settings describe, in the set's order.
+
+    Raises:
+        DataError: no set there, or an unknown split.
+    """
+    return _raws(folder, settings.split, settings.content, settings.captions)
+
+
+@functools.lru_cache(maxsize=2)
+def _raws(folder: str, split: str, content: str, captions: str) -> list[Raw]:
+    nano = _set(folder)
+    records = [nano.records[index] for index in nano.split(split)]
+    made = {"captions": lambda: _captions(records, captions), "qa": lambda: _questions(records),
+            "describe": lambda: _descriptions(records), "draw": lambda: _drawings(records, captions),
+            "edits": lambda: _edits(nano, split), "conversations": lambda: _conversations(nano, split)}[content]()
+    bytes_of = {record.key: nano._pictures[index] for index, record in enumerate(nano.records)}
+    return [Raw(f"{nano.folder}: {name}", str(nano.folder), fields=fields, pictures={k: bytes_of[k] for k in keys})
+            for name, fields, keys in made]
+
+
+@functools.lru_cache(maxsize=1)
+def _set(folder: str) -> NanoSet:
+    return load_nano(folder)
+
+
+def _chosen(record: NanoRecord, captions: str) -> list[str]:
+    return {"first": record.captions[:1], "others": record.captions[1:]}.get(captions, record.captions)
+
+
+def _captions(records: Sequence[NanoRecord], captions: str) -> Iterator[Made]:
+    for record in records:
+        if captions == "list":
+            yield f"{record.key} captions", {"image": record.key, "caption": record.captions}, [record.key]
+            continue
+        for number, text in enumerate(_chosen(record, captions)):
+            yield f"{record.key} caption {number}", {"image": record.key, "caption": text}, [record.key]
+
+
+def _questions(records: Sequence[NanoRecord]) -> Iterator[Made]:
+    for record in records:
+        for number, qa in enumerate(record.qa):
+            question = NANO_TASKS.question(qa.question)
+            fields = {"image": record.key, "question": question, "answer": qa.answer,
+                      "messages": _exchange([{"image": record.key}, question], [qa.answer])}
+            yield f"{record.key} question {number}", fields, [record.key]
+
+
+def _descriptions(records: Sequence[NanoRecord]) -> Iterator[Made]:
+    for record in records:
+        asked = [{"image": record.key}, NANO_TASKS.describe]
+        yield f"{record.key} description", {"messages": _exchange(asked, [record.captions[0]])}, [record.key]
+
+
+def _drawings(records: Sequence[NanoRecord], captions: str) -> Iterator[Made]:
+    for record in records:
+        for number, text in enumerate(_chosen(record, captions)):
+            answer = [NANO_TASKS.draw_response, {"image": record.key}]
+            messages = _exchange([NANO_TASKS.draw_request(text)], answer)
+            yield f"{record.key} drawing {number}", {"messages": messages}, [record.key]
+
+
+def _edits(nano: NanoSet, split: str) -> Iterator[Made]:
+    for number, edit in enumerate(nano.edits):
+        if edit.split != split:
+            continue
+        answer = [NANO_TASKS.edit_response, {"image": edit.target}]
+        fields = {"source_image": edit.source, "target_image": edit.target, "instruction": edit.instruction,
+                  "messages": _exchange([{"image": edit.source}, edit.instruction], answer)}
+        yield f"edit {number}", fields, [edit.source, edit.target]
+
+
+def _conversations(nano: NanoSet, split: str) -> Iterator[Made]:
+    for number, talk in enumerate(nano.conversations):
+        if talk.split == split:
+            yield f"conversation {number}", {"messages": talk.messages}, talk.keys
+
+
+def _exchange(user: list[Any], assistant: list[Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]

@@ -1,0 +1,262 @@
+"""Pre-tokenise a data set: input shards → codes → tars of json records, on any number of processes.
+
+    run(RunSettings(kind="caption", data="configs/data/caption_torchdata_preprocess.yaml", save_dir="dataset/cc3m",
+                    encoder=EncoderSettings("configs/tokenizer/seed_llama_tokenizer.yaml"), gpus=8))
+
+Every unit of work (an input shard, or a block of records) becomes one folder `part-XXXX`, whoever makes it, so
+processes need not know of each other: those of one machine are spawned here (`gpus`), those of several come from
+torchrun's environment or a job array (`shard`). A run that ended in any way goes on where it was.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seed_multimodal.data.llm.pretokenize.decode import Decode
+from seed_multimodal.data.llm.pretokenize.encode import Encoder, EncoderSettings, read_transform
+from seed_multimodal.data.llm.pretokenize.kinds import get_kind
+from seed_multimodal.data.llm.pretokenize.manifest import agree_on_settings, merge, summary, versions
+from seed_multimodal.data.llm.pretokenize.progress import Progress
+from seed_multimodal.data.llm.pretokenize.raw import Unit, list_units
+from seed_multimodal.data.llm.pretokenize.settings import InputSettings, read_input_settings
+from seed_multimodal.data.llm.pretokenize.shards import CHANGED, check_part, part_folder
+from seed_multimodal.data.llm.pretokenize.work import Worker
+from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, guarded, say
+from seed_multimodal.errors import ConfigError, DataError
+
+RELEASED_GPUS = 4
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything about a run.
+
+    Attributes:
+        kind: of records, see `kinds.py`.
+        data: input description: a YAML file or a mapping; `fields` and `input` (of the command line) win over it.
+        gpus: processes on this machine, one GPU each; None: as released 4, at most as many as there are GPUs. On a CPU
+            the number of processes, None: one.
+        shard: (number, count): this run makes only every count-th unit, from `number` on (job arrays).
+        image_transform: YAML of the pictures' transform; None: the tokenizer's own.
+        batch_size: pictures encoded at once.
+        workers: decode processes for each encoding process; 0: none.
+        views: of each picture (kinds caption, qa and chat); all but the first are augmented, from `seed`.
+        block: records of a unit where the input is no tar; limit: records per output tar.
+        resume: go on in a folder that exists; else it is refused.
+        max_bad: so many broken samples in a row end the run.
+    """
+
+    kind: str
+    data: str | Mapping[str, Any]
+    save_dir: str
+    encoder: EncoderSettings
+    fields: str | dict[str, str] | None = None
+    input: Mapping[str, Any] | None = None
+    gpus: int | None = None
+    shard: tuple[int, int] = (0, 1)
+    image_transform: str | None = None
+    batch_size: int = 256
+    workers: int = 4
+    views: int = 1
+    seed: int = 0
+    block: int = 10_000
+    limit: int = 10_000
+    resume: bool = True
+    max_bad: int = 20
+    log_every: float = 10.0
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process of a run (of one shard of a job array): number `rank` of `world`; `device` of this machine."""
+
+    rank: int
+    world: int
+    device: str
+
+    @property
+    def name(self) -> str:
+        """In front of its lines, when it is not alone."""
+        return f"[{self.rank} of {self.world}] " if self.world > 1 else ""
+
+    def share(self, units: Sequence[Unit], shard: tuple[int, int]) -> list[Unit]:
+        """Its units: of the job array's share, every `world`-th one."""
+        number, count = shard
+        return list(units[number::count][self.rank::self.world])
+
+
+def run(settings: RunSettings) -> int:
+    """Make this run's share; returns the exit code (0: all of it is there).
+
+    Raises:
+        ConfigError, DataError: what is refused before or, in a single process, while working.
+    """
+    kind = get_kind(settings.kind)
+    source = read_input_settings(settings.data, kind.name, fields=settings.fields, **dict(settings.input or {}))
+    kind.keys(source.fields)
+    _check(settings)
+    units = list_units(source, settings.block)
+    places = _places(settings)
+    save_dir = Path(settings.save_dir)
+    _refuse_existing(settings, units, places)
+    share = f", of which share {settings.shard[0]} of {settings.shard[1]}" if settings.shard[1] > 1 else ""
+    say(f"{len(units):,} units of {source.files or source.format} as {kind.name} records to {save_dir}{share}; "
+        f"{len(places)} of {places[0].world} process{'es' * (places[0].world > 1)} started here.")
+    if len(places) == 1:
+        work(settings, source, units, places[0])
+        code = DONE
+    else:
+        code = _spawn(settings, source, units, places)
+    manifest = merge(save_dir, units)
+    if manifest is not None:
+        say(summary(manifest, save_dir))
+    elif code == DONE:
+        say(f"{save_dir}: this share is finished; others still work or have to be run.")
+    return code
+
+
+def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], place: Place) -> None:
+    """What one process does: the units of its place that are not finished yet."""
+    save_dir = Path(settings.save_dir)
+    encoder = Encoder(replace(settings.encoder, device=place.device))
+    transform = read_transform(settings.image_transform, encoder.transform, encoder.image_size)
+    kind = get_kind(settings.kind)
+    decode = Decode(kind, source, transform, views=settings.views, seed=settings.seed)
+    vocabulary = encoder.vocabulary
+    agree_on_settings(save_dir, {
+        "format": 1, "kind": kind.name, "tokenizer": encoder.fingerprint, "codes": vocabulary.n_codes,
+        "tokens_per_image": vocabulary.tokens_per_image, "transform": asdict(transform), "views": decode.views,
+        "seed": settings.seed, "input": {**source.identity(), "fields": decode.keys}, "block": settings.block,
+        "limit": settings.limit})
+    own = place.share(units, settings.shard)
+    left = []
+    for unit in own:
+        manifest, reason = check_part(save_dir, unit)
+        if manifest is None:
+            left.append(unit)
+        if reason:
+            say(f"{place.name}{reason}; it is made again.")
+    if len(left) < len(own):
+        say(f"{place.name}{len(own) - len(left):,} of {len(own):,} units were finished and are as their manifests say.")
+    made = {"device": encoder.device.type, "dtype": encoder.dtype, "fast": encoder.fast,
+            "batch_size": settings.batch_size, **versions()}
+    progress = Progress(place.name, sum(unit.weight for unit in left), len(left), settings.log_every, say)
+    worker = Worker(encoder, decode, save_dir, batch_size=settings.batch_size, workers=settings.workers if left else 0,
+                    limit=settings.limit, max_bad=settings.max_bad, made=made, progress=progress,
+                    log=lambda sentence: say(place.name + sentence))
+    worker.run(left)
+    say(progress.last_line())
+
+
+# ---- processes
+
+
+def _places(settings: RunSettings) -> list[Place]:
+    """The processes to run here."""
+    cuda = settings.encoder.device != "cpu" and torch.cuda.is_available()
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # torchrun starts the processes
+        world = int(os.environ["WORLD_SIZE"])
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else settings.encoder.device
+        return [Place(int(os.environ["RANK"]), world, device)]
+    if not cuda or settings.encoder.device.startswith("cuda:"):
+        here = settings.gpus or 1
+        devices = [settings.encoder.device] * here
+    else:
+        there = torch.cuda.device_count()
+        here = settings.gpus or min(RELEASED_GPUS, there)
+        if here > there:
+            raise ConfigError(f"--gpus {here}: this machine has {there} GPU{'s' * (there != 1)}.")
+        devices = [f"cuda:{gpu}" for gpu in range(here)]
+    return [Place(rank, here, device) for rank, device in enumerate(devices)]
+
+
+def _spawn(settings: RunSettings, source: InputSettings, units: Sequence[Unit], places: Sequence[Place]) -> int:
+    """One process per place; each says its own refusal. Returns the exit code of them all."""
+    context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
+    children = [context.Process(target=_child, args=(settings, source, units, place, len(places)),
+                                name=f"process {place.rank}") for place in places]
+    for child in children:
+        child.start()
+    try:
+        for child in children:
+            child.join()
+    except KeyboardInterrupt:
+        for child in children:
+            child.terminate()
+        raise
+    failed = [child for child in children if child.exitcode != 0]
+    if not failed:
+        return DONE
+    codes = [(child.name, child.exitcode or 0) for child in failed]
+    reasons = ", ".join(f"{name} was killed by signal {-code}" if code < 0 else f"{name} ended with code {code}"
+                        for name, code in codes)
+    say(f"{len(failed)} of {len(children)} processes failed ({reasons}); the same command makes what is missing.")
+    return REFUSED if all(child.exitcode == REFUSED for child in failed) else SOME_FAILED
+
+
+def _child(settings: RunSettings, source: InputSettings, units: Sequence[Unit], place: Place, here: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if place.device in ("cpu", "auto") and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+
+    def job() -> int:
+        work(settings, source, units, place)
+        return DONE
+
+    sys.exit(guarded(f"process {place.rank}", settings.debug, job))
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed must not go on writing beside the next run."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(SOME_FAILED)
+
+
+# ---- refusals
+
+
+def _check(settings: RunSettings) -> None:
+    number, count = settings.shard
+    if count < 1 or not 0 <= number < count:
+        raise ConfigError(f"--shard {number}/{count}: must be I/N with I from 0 to N-1.")
+    if settings.views > 1 and not get_kind(settings.kind).views:
+        raise ConfigError(f"--views: {settings.kind} records hold one view of each picture; only caption, qa "
+                          "and chat records hold several.")
+    for name, least in (("batch_size", 1), ("workers", 0), ("views", 1), ("block", 1), ("limit", 1), ("max_bad", 1)):
+        if getattr(settings, name) < least:
+            raise ConfigError(f"{name} must be at least {least}, not {getattr(settings, name)}.")
+    if settings.gpus is not None and settings.gpus < 1:
+        raise ConfigError(f"--gpus must be at least 1, not {settings.gpus}.")
+
+
+def _refuse_existing(settings: RunSettings, units: Sequence[Unit], places: Sequence[Place]) -> None:
+    """Parts of inputs that are no longer there; and without resume anything at all, or, where other processes write
+    too, this run's own parts."""
+    save_dir = Path(settings.save_dir)
+    beyond = sorted(folder.name for folder in save_dir.glob("part-*")
+                    if folder.name[5:].isdigit() and int(folder.name[5:]) >= len(units))
+    if beyond:
+        raise DataError(f"{save_dir}: holds {beyond[0]}, but there are only {len(units)} units; {CHANGED}")
+    if settings.resume:
+        return
+    if len(places) == places[0].world and settings.shard[1] == 1:
+        taken = save_dir.is_dir() and any(save_dir.iterdir())
+    else:
+        own = [unit for place in places for unit in place.share(units, settings.shard)]
+        taken = any(part_folder(save_dir, unit).exists() for unit in own)
+    if taken:
+        raise DataError(f"{save_dir}: holds an earlier run's output; go on in it with --resume, or choose another "
+                        "--save_dir.")

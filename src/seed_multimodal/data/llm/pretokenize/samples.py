@@ -1,0 +1,155 @@
+"""One input sample: where it lies (`Raw`, small, sent to decode workers), and what is read of it there (`Sample`)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from seed_multimodal.data.llm.record import BadRecord, find_image, parse_object
+from seed_multimodal.data.tar_index import ShardFiles
+from seed_multimodal.errors import ImageError
+from seed_multimodal.images.encode import image_from_base64
+from seed_multimodal.images.open import open_image
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+
+
+class Dropped(Exception):
+    """A sample that is not wanted (a filter, nothing to learn from); `str` is the reason it is counted under."""
+
+
+@dataclass
+class Raw:
+    """A sample, unread.
+
+    Args:
+        where: as errors call it.
+        file: the file its pictures' paths may be relative to.
+        spans: member by extension: (file, byte offset, size).
+        fields: what needs no reading; `pictures`: bytes of pictures that `fields` name.
+    """
+
+    where: str
+    file: str
+    spans: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class Picture:
+    """A picture to encode.
+
+    Args:
+        name: as errors call it.
+        load: opens it; raises ImageError.
+        key: pictures of one key are the same (empty: not known).
+        read: a model reads it, so that it may be seen in several views; else it is one to be drawn.
+        optional: a sample without it is still worth keeping.
+    """
+
+    name: str
+    load: Callable[[], Image.Image]
+    key: str = ""
+    read: bool = True
+    optional: bool = False
+
+
+class Sample:
+    """A sample as read: `fields` (of its json), other members by extension, pictures by what names them."""
+
+    def __init__(self, raw: Raw, files: ShardFiles, image_root: str | None = None) -> None:
+        self.where, self._raw, self._files, self._root = raw.where, raw, files, image_root
+        self.fields: dict[str, Any] = dict(raw.fields)
+        data = self.member("json")
+        if data is not None:
+            self.fields |= parse_object(data, raw.where)
+
+    def member(self, *extensions: str) -> bytes | None:
+        """The bytes of the first of these members that the sample has."""
+        span = next((self._raw.spans[one] for one in extensions if one in self._raw.spans), None)
+        return None if span is None else self._files.read(Path(span[0]), span[1], span[2])
+
+    def text_member(self) -> str | None:
+        """The .txt member.
+
+        Raises:
+            BadRecord: it is not UTF-8.
+        """
+        data = self.member("txt")
+        try:
+            return None if data is None else data.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise BadRecord("malformed text", f"{self.where}: its .txt is not UTF-8 ({error.reason}).") from None
+
+    def text(self, key: str, *, required: bool = True) -> str | None:
+        """The text under a key; a number counts as text, of a list of texts the most frequent one.
+
+        Raises:
+            BadRecord: another type, or nothing where something is required.
+        """
+        value = self.fields.get(key)
+        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+            value = max(value, key=value.count)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        if value is None and not required:
+            return None
+        if not isinstance(value, str):
+            problem = "has no text under" if value is None else f"holds a {type(value).__name__} under"
+            have = ", ".join(sorted(map(str, self.fields))[:8]) or "no keys"
+            raise BadRecord("missing key", f"{self.where}: {problem} {key!r} (it has {have}).")
+        return value
+
+    def picture(self, value: Any, **options: Any) -> Picture:
+        """What a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the raw sample's own.
+
+        Raises:
+            BadRecord: none of these.
+        """
+        if isinstance(value, Mapping):
+            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, bytes):
+            return Picture(self.where, partial(open_image, value, name=self.where), **options)
+        if not isinstance(value, str) or not value:
+            raise BadRecord("missing key", f"{self.where}: a picture is {value!r:.60}, not a path.")
+        if value in self._raw.pictures:
+            name = f"{self._raw.file}: picture {value}"
+            return Picture(name, partial(open_image, self._raw.pictures[value], name=name), f"own:{value}", **options)
+        if value.startswith("data:"):
+            return Picture(self.where, partial(image_from_base64, value, name=self.where), **options)
+        path = self.path(value)
+        if path is not None:
+            name = f"{self.where}: {value}"
+            return Picture(name, partial(open_image, path, name=name), str(path), **options)
+        if _BASE64.fullmatch(value):
+            return Picture(self.where, partial(_open_base64, value, self.where), **options)
+        return Picture(self.where, partial(_missing, self.where, value), **options)
+
+    def path(self, value: str) -> Path | None:
+        """The file a field names, or None."""
+        try:
+            return find_image(value, self._root, self._raw.file)
+        except (OSError, ValueError):  # longer than a name may be; a null byte
+            return None
+
+
+def _open_base64(text: str, name: str) -> Image.Image:
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"{name}: neither a file nor base64 text ({error}).") from None
+    return open_image(data, name=name)
+
+
+def _missing(where: str, value: str) -> Image.Image:
+    raise ImageError(f"{where}: there is no picture {value[:200]!r}.")

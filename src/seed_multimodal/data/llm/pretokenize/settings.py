@@ -1,0 +1,158 @@
+"""What is read: an input description in our keys, or one of the released pre-tokenisation files.
+
+    files: data/unsplash/webdataset        # folders, patterns with braces, lists of them
+    format: auto                           # tar, json (lists or an object per line), folder (pictures), nano
+    fields: vqa                            # which keys hold what: a preset of the kind, or a mapping
+    min_resolution: 180                    # filters; without a key nothing is dropped for it
+
+The released files name a builder (`_target_`); one table leads from it to a kind, and nothing is imported from YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from seed_multimodal.config import check_keys, load_yaml, nearest
+from seed_multimodal.errors import ConfigError
+
+FORMATS = ("auto", "tar", "json", "folder", "nano")
+NANO_CONTENTS = ("captions", "qa", "describe", "draw", "edits", "conversations")
+NANO_CAPTIONS = ("all", "first", "others", "list")
+_HYDRA = ("_target_", "_recursive_", "_convert_")
+
+
+@dataclass
+class InputSettings:
+    """What is read, and what of it is kept.
+
+    Attributes:
+        files: folders, patterns or files; for `nano` the set's folder (None: the one in the repository).
+        recursive: folders of tars are searched at any depth, as released (json files only in the folder itself).
+        image_root: folder of the pictures that json records name; without it: beside the json file, then the current
+            folder.
+        fields: keys of the input by what they hold, merged over the kind's own (`kinds.py`); or a preset's name.
+        use_caption_in_metadata, caption_key_in_metadata: of tars, take the caption from KEY.json instead of KEY.txt.
+        similarity_thr, min_resolution, min_aspect_ratio: see `images.filters`; None: that filter is off.
+        num_frames: pictures taken from each video.
+        num_images: pictures of a story; None: any number from 2.
+        split, content, captions: of the nano set: which split, what is made of it, which captions of a picture (a
+            record for each, or with `list` one that holds all).
+    """
+
+    files: str | list[str] | None = None
+    format: str = "auto"
+    recursive: bool = True
+    image_root: str | None = None
+    fields: str | dict[str, str] = field(default_factory=dict)
+    use_caption_in_metadata: bool = False
+    caption_key_in_metadata: str = "top_caption"
+    similarity_thr: float | None = None
+    min_resolution: float | None = None
+    min_aspect_ratio: float | None = None
+    num_frames: int = 4
+    num_images: int | None = 5
+    split: str = "train"
+    content: str = "captions"
+    captions: str = "all"
+
+    def identity(self) -> dict[str, Any]:
+        """What the output depends on besides the inputs themselves, for the manifest."""
+        return {key: value for key, value in asdict(self).items() if key not in ("files", "image_root", "recursive")}
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """What stands behind a released builder: the kind of records, its defaults, keys that change nothing here."""
+
+    kind: str
+    defaults: dict[str, Any]
+    ignored: tuple[str, ...] = ("max_length",)  # only texts are written, so nothing is cut
+
+
+# The released input pipes of the two extraction tools.
+PIPES = {
+    "src.data.torchdata_preprocess.build_caption_datapipes_with_pixels": Pipe(
+        "caption", {"format": "tar", "similarity_thr": 0.2, "min_resolution": 180, "min_aspect_ratio": 0.666}),
+    "src.data.torchdata_eval.build_question_answer_datapipes": Pipe("qa", {"format": "json"}),
+}
+
+
+def read_input_settings(config: Mapping[str, Any] | str | Path, kind: str, **replaced: Any) -> InputSettings:
+    """Settings from a mapping or a YAML file, ours or released, for the tool that writes `kind` records.
+
+    Args:
+        replaced: values from the command line that win over the file's (None: not given).
+
+    Raises:
+        ConfigError: an unknown target, key or value, or a released file of another kind; the nearest key is named.
+    """
+    where = "data"
+    if isinstance(config, str | Path):
+        where, config = str(config), load_yaml(config)
+    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    assert isinstance(plain, dict)
+    given = {str(key): value for key, value in plain.items()}
+    if "_target_" in given:
+        given = _released(given, kind, where)
+    check_keys(given, [f.name for f in fields(InputSettings)], where)
+    settings = InputSettings(**{**given, **{key: value for key, value in replaced.items() if value is not None}})
+    _check(settings, where)
+    return settings
+
+
+def _released(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    target = str(given["_target_"])
+    pipe = PIPES.get(target)
+    if pipe is None:
+        raise ConfigError(f"{where}: _target_ {target!r} is none of the released input pipes{nearest(target, PIPES)}.")
+    if pipe.kind != kind:
+        raise ConfigError(f"{where}: _target_ {target!r} reads {pipe.kind} data, but this tool writes {kind} records.")
+    own = [f.name for f in fields(InputSettings) if f.name != "files"]
+    check_keys(given, [*own, "data_dir", *pipe.ignored, *_HYDRA], where)
+    files = given.get("data_dir")
+    if not files:
+        raise ConfigError(f"{where}: needs a value for 'data_dir'.")
+    return {**pipe.defaults, **{key: value for key, value in given.items() if key in own}, "files": files}
+
+
+def _check(settings: InputSettings, where: str) -> None:
+    for key, known in (("format", FORMATS), ("content", NANO_CONTENTS), ("captions", NANO_CAPTIONS)):
+        value = getattr(settings, key)
+        if value not in known:
+            raise ConfigError(f"{where}: {key} must be {', '.join(known)}, not {value!r}{nearest(str(value), known)}.")
+    if settings.format != "nano" and not settings.files:
+        raise ConfigError(f"{where}: needs a value for 'files'.")
+    if isinstance(settings.files, Sequence) and not isinstance(settings.files, str):
+        settings.files = [str(one) for one in settings.files]
+    for key in ("similarity_thr", "min_resolution", "min_aspect_ratio"):
+        value = getattr(settings, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{where}: {key} must be a number, not {value!r}.")
+    if settings.min_aspect_ratio is not None and not 0 < settings.min_aspect_ratio <= 1:
+        raise ConfigError(f"{where}: min_aspect_ratio must lie in (0, 1], not {settings.min_aspect_ratio!r}.")
+    for key in ("num_frames", "num_images"):
+        value = getattr(settings, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{where}: {key} must be a whole number from 1, not {value!r}.")
+    if not isinstance(settings.fields, str | dict):
+        raise ConfigError(f"{where}: fields must be a preset's name or a mapping, not {settings.fields!r}.")
+
+
+def parse_fields(text: str | None) -> str | dict[str, str] | None:
+    """`--fields vqa` or `--fields image=file,question=q` as the setting.
+
+    Raises:
+        ConfigError: a piece without `=` among several.
+    """
+    if text is None or "=" not in text:
+        return text
+    pairs = [piece.partition("=") for piece in text.split(",")]
+    for key, equals, value in pairs:
+        if not equals or not key.strip() or not value.strip():
+            raise ConfigError(f"--fields {text!r} must be a preset's name or NAME=KEY pairs joined by commas.")
+    return {key.strip(): value.strip() for key, _, value in pairs}

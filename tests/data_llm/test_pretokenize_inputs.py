@@ -1,0 +1,236 @@
+"""What pre-tokenisation reads: input descriptions, units, where samples lie, field mappings, filters, transforms."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seed_multimodal.data.llm.pretokenize.decode import Decode, decoded, tasks_of
+from seed_multimodal.data.llm.pretokenize.filters import drop_reason, filters_of
+from seed_multimodal.data.llm.pretokenize.kinds import KINDS, get_kind
+from seed_multimodal.data.llm.pretokenize.processors import build_transform
+from seed_multimodal.data.llm.pretokenize.raw import list_units, locate
+from seed_multimodal.data.llm.pretokenize.settings import InputSettings, parse_fields, read_input_settings
+from seed_multimodal.data.llm.pretokenize.video import middles
+from seed_multimodal.data.llm.pretokenize.views import view
+from seed_multimodal.data.records import write_shard
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.images.transforms import ImageTransform, get_transform
+from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "MultiModalLLM" / "configs"
+
+
+def jpeg(number: int, width: int = 40, height: int = 32) -> bytes:
+    """The bytes of a picture that differs for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def parse(kind: str, settings: InputSettings, workers: int = 0) -> list:
+    """The entries of all samples of the inputs, and their pixels."""
+    decode = Decode(get_kind(kind), settings, ImageTransform(16))
+    units = list_units(settings, 1000)
+    parts = list(decoded(tasks_of(units, lambda unit: locate(unit, settings), 3), decode, workers=workers))
+    return [(entry, part) for part in parts for entry in part.entries]
+
+
+# ---- descriptions
+
+
+def test_released_files_are_read():
+    caption = read_input_settings({**load("caption_torchdata_preprocess"), "data_dir": ["a", "b"]}, "caption")
+    assert (caption.similarity_thr, caption.min_resolution, caption.min_aspect_ratio) == (0.25, 180, 0.55)
+    assert caption.files == ["a", "b"] and caption.format == "tar" and not caption.use_caption_in_metadata
+    qa = read_input_settings(CONFIGS / "data" / "question_answer_torchdata_eval.yaml", "qa")
+    assert qa.files == "data/sft_data/VQAv2" and qa.format == "json"
+    target = load("caption_torchdata_preprocess")["_target_"]
+    bare = read_input_settings({"_target_": target, "data_dir": "a"}, "caption")
+    assert (bare.similarity_thr, bare.min_resolution, bare.min_aspect_ratio) == (0.2, 180, 0.666)
+
+
+def load(name: str) -> dict:
+    from omegaconf import OmegaConf
+
+    from seed_multimodal.config import load_yaml
+
+    return OmegaConf.to_container(load_yaml(CONFIGS / "data" / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "data").glob("*_preprocess.yaml")), ids=lambda path: path.stem)
+def test_shipped_descriptions_are_read(path):
+    kind = path.stem.removesuffix("_preprocess").removeprefix("nano_").removesuffix("_torchdata")
+    settings = read_input_settings(path, kind)
+    assert KINDS[kind].keys(settings.fields) is not None
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"_target_": "src.data.torchdata_preprocess.build_caption_datapipes_with_pixel", "data_dir": "a"},
+     "did you mean 'src.data.torchdata_preprocess.build_caption_datapipes_with_pixels'"),
+    ({"_target_": "src.data.torchdata_eval.build_question_answer_datapipes", "data_dir": "a"}, "reads qa data"),
+    ({"_target_": "os.system", "data_dir": "a"}, "none of the released input pipes"),
+    ({"files": "a", "min_resolutoin": 3}, "did you mean 'min_resolution'"),
+    ({"files": "a", "format": "tars"}, "format must be"),
+    ({"files": "a", "min_aspect_ratio": 2}, "min_aspect_ratio must lie in"),
+    ({"format": "tar"}, "needs a value for 'files'"),
+    ({"files": "a", "num_frames": 0}, "num_frames must be a whole number")])
+def test_wrong_descriptions_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        read_input_settings(config, "caption")
+
+
+def test_presets_and_mappings_of_fields():
+    qa = KINDS["qa"]
+    assert qa.keys({}) == {"image": "image", "question": "question", "answer": "caption", "ask": DESCRIBE_PROMPT,
+                           "suffix": ""}
+    assert qa.keys("vqa")["suffix"] == QA_SUFFIX and qa.keys("vqa")["ask"] == ""
+    assert qa.keys(parse_fields("image=file_name,answer=a"))["image"] == "file_name"
+    assert qa.keys({"image": "file_name"})["ask"] == ""  # a mapping of one's own starts from plain questions
+    with pytest.raises(ConfigError, match="did you mean 'vqa'"):
+        qa.keys("vqaa")
+    with pytest.raises(ConfigError, match="did you mean 'answer'"):
+        qa.keys({"answers": "a"})
+    with pytest.raises(ConfigError, match="NAME=KEY"):
+        parse_fields("image=a,b")
+
+
+# ---- files and units
+
+
+def test_units_of_tars_and_blocks(tmp_path):
+    for name in ("b", "a", "c.x"):
+        write_shard(tmp_path / "deep" / f"{name}.tar", [("0", {"jpg": jpeg(0), "txt": b"words"})])
+    units = list_units(InputSettings(files=str(tmp_path)), 10)
+    assert [unit.stem for unit in units] == ["a", "b", "c"] and [unit.number for unit in units] == [0, 1, 2]
+    with pytest.raises(DataError, match="holds no"):
+        list_units(InputSettings(files=str(tmp_path), recursive=False), 10)
+    rows = [{"image": "x.jpg", "n": n} for n in range(7)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "coco.json").write_text(json.dumps({"info": {"a": [1]}, "annotations": rows}))
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for name in ("rows.json", "coco.json", "lines.jsonl"):
+        settings = InputSettings(files=str(tmp_path / name))
+        units = list_units(settings, 3)
+        assert [(unit.start, unit.stop) for unit in units] == [(0, 3), (3, 6), (6, 7)]
+        places = [raw.where.rpartition(" ")[2] for unit in units for raw in locate(unit, settings).raws]
+        assert places == [str(n + (name == "lines.jsonl")) for n in range(7)]
+
+
+def test_a_folder_of_pictures_with_texts(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+        if number:
+            (tmp_path / f"{number}.txt").write_text(f"picture {number}\n")
+    entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path)))]
+    assert entries[0].dropped == "no text"
+    assert [entry.parsed["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
+
+
+def test_tar_captions_from_text_or_metadata(tmp_path):
+    samples = [("000", {"jpg": jpeg(0), "txt": b" a text \n", "json": b'{"top_caption": "a top", "n": 1}'}),
+               ("001", {"png": jpeg(1), "json": b'{"caption": "only json"}'}), ("002", {"txt": b"no picture"}),
+               ("003", {"jpg": jpeg(3)}), ("004", {"jpg": jpeg(4), "txt": b"\xff\xfe"}),
+               ("005", {"jpg": jpeg(5)[:-300], "txt": b"cut off"}), ("006", {"jpg": jpeg(6), "json": b"[1"})]
+    write_shard(tmp_path / "a.tar", samples)
+    settings = InputSettings(files=str(tmp_path / "a.tar"))
+    entries = [entry for entry, _ in parse("caption", settings)]
+    assert entries[0].parsed == {"text": "a text", "metadata": {"top_caption": "a top", "n": 1}}
+    assert entries[1].parsed["text"] == "only json"
+    assert [entry.dropped for entry in entries[2:4]] == ["no picture", "no text"]
+    for entry, words in zip(entries[4:], ("not UTF-8", "truncated or damaged", "is not json"), strict=True):
+        assert words in entry.bad and f"a.tar: sample 00{entry.number}" in entry.bad
+    settings.use_caption_in_metadata = True
+    entries = [entry for entry, _ in parse("caption", settings)]
+    assert entries[0].parsed["text"] == "a top" and entries[1].dropped == "no text"
+
+
+def test_a_torn_tar_gives_what_is_whole(tmp_path):
+    write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"words"}) for n in range(5)])
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:len(whole) // 2])
+    settings = InputSettings(files=str(tmp_path / "a.tar"))
+    found = locate(list_units(settings, 10)[0], settings)
+    assert 0 < len(found.raws) < 5 and f"after {len(found.raws)} whole samples" in found.damage
+
+
+def test_workers_give_the_same_in_the_same_order(tmp_path):
+    write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"w"}) for n in range(10)])
+    settings = InputSettings(files=str(tmp_path / "a.tar"))
+    alone, several = parse("caption", settings), parse("caption", settings, workers=2)
+    assert [entry.number for entry, _ in several] == list(range(10))
+    assert all((a.pixels == b.pixels).all() for (_, a), (_, b) in zip(alone, several, strict=True))
+
+
+def test_equal_pictures_of_a_task_are_read_once(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(jpeg(1))
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "x.jpg", "caption": str(n)} for n in range(3)]))
+    found = parse("caption", InputSettings(files=str(tmp_path / "a.json")))
+    assert [entry.rows for entry, _ in found] == [[[0]]] * 3 and len(found[0][1].pixels) == 1
+
+
+# ---- filters, transforms, views, frames
+
+
+def test_filters_name_their_reason():
+    filters = filters_of(InputSettings(files="x", similarity_thr=0.25, min_resolution=180, min_aspect_ratio=0.55))
+    assert drop_reason(filters, (179, 400), {"similarity": 0.1}) == "resolution"
+    assert drop_reason(filters, (180, 400), {"similarity": 0.1}) == "aspect ratio"
+    assert drop_reason(filters, (400, 219), {}) == "aspect ratio" and drop_reason(filters, (400, 220), {}) is None
+    assert drop_reason(filters, (200, 200), {"similarity": 0.24}) == "similarity"
+    assert drop_reason(filters, (200, 200), {"all_similarities": [0.1, 0.3], "similarity": 0.1}) is None
+    assert drop_reason(filters, (200, 200), {}) is None
+    assert drop_reason(filters_of(InputSettings(files="x")), (1, 900), {"similarity": -1}) is None
+
+
+def test_transforms_and_processors(tmp_path):
+    assert build_transform(CONFIGS / "processer" / "blip_transform.yaml") == get_transform("blip", False, 224)
+    assert build_transform(CONFIGS / "processer" / "nano_transform.yaml").interpolation == "bicubic"
+    config = tmp_path / "processor.yaml"
+    config.write_text("_target_: transformers.CLIPImageProcessor.from_pretrained\n"
+                      f"pretrained_model_name_or_path: {tmp_path}\n")
+    with pytest.raises(ConfigError, match="preprocessor_config"):
+        build_transform(config)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(
+        {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}, "resample": 3}))
+    assert build_transform(config) == ImageTransform(64, True, "bicubic")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(
+        {"size": {"height": 48, "width": 48}, "resample": 2}))
+    assert build_transform(config) == ImageTransform(48, False, "bilinear")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 64, "image_mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(ConfigError, match="CLIP's mean"):
+        build_transform(config)
+
+
+def test_a_processor_does_what_transformers_does(tmp_path):
+    from transformers import CLIPImageProcessor
+
+    settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "p.yaml").write_text("_target_: transformers.CLIPImageProcessor.from_pretrained\n"
+                                     f"pretrained_model_name_or_path: {tmp_path}\n")
+    image = Image.open(io.BytesIO(jpeg(3, 90, 60)))
+    theirs = CLIPImageProcessor(**settings)(image, return_tensors="pt").pixel_values[0]
+    assert (build_transform(tmp_path / "p.yaml")(image) - theirs).abs().max() < 0.1  # rounding of one grey level or two
+
+
+def test_views_depend_on_picture_and_number_only():
+    image = Image.open(io.BytesIO(jpeg(1, 64, 64)))
+    assert view(image, 0, 5, "a") is image
+    first, again, second, other = (view(image, n, 5, name) for n, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b")))
+    assert first.tobytes() == again.tobytes()
+    assert len({one.tobytes() for one in (image, first, second, other)}) == 4
+    plain = Image.new("RGB", (64, 64), (255, 255, 255))
+    assert view(plain, 3, 0, "x").tobytes() == plain.tobytes()  # white stays white at the borders
+
+
+def test_frames_are_the_middles_of_equal_stretches():
+    assert middles(100, 4) == [12, 37, 62, 87]
+    assert middles(8, 8) == list(range(8)) and middles(2, 4) == [0, 0, 1, 1] and middles(1, 3) == [0, 0, 0]
