@@ -1,0 +1,73 @@
+"""From pictures to answers by the application's own commands: tokenise, pretrain, merge, tune, merge, ask."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seed_multimodal import SeedLlama
+
+ROOT = Path(__file__).resolve().parents[2]
+APPLICATION = ROOT / "MultiModalLLM"
+NANO = ROOT / "pretrained/nano"
+PLAIN = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+TOKENIZER = ("--tokenizer", "configs/tokenizer/nano.yaml")
+
+
+def run(program: str, *arguments: object) -> str:
+    """A command in MultiModalLLM, as the documentation gives it."""
+    done = subprocess.run(
+        [sys.executable, program, *map(str, arguments)], cwd=APPLICATION, capture_output=True, text=True, timeout=170,
+        env={**PLAIN, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def tokenise(tool: str, description: str, folder: Path, *more: str) -> None:
+    """One of the extraction tools on an input description."""
+    given = folder.with_suffix(".yaml")
+    given.write_text(description, encoding="utf-8")
+    run(f"src/tools/extract_image_ids_to_torchdata_parallel{tool}.py", *TOKENIZER, "--data", given, "--save_dir",
+        folder, "--num_workers", "0", *more)
+
+
+def train(out: Path, model: str, files: Path, decoder: str, steps: int, *more: str) -> Path:
+    """A run of the trainer on one source; returns its last checkpoint."""
+    data = out.with_suffix(".yaml")
+    data.write_text(json.dumps({"sources": [{"name": "mine", "files": str(files), "decoder": decoder}],
+                                "length": 360, "rows": 3}), encoding="utf-8")
+    run("src/train/train.py", f"model={model}", "tokenizer=nano", f"data={data}", "optim=nano", "trainer=nano",
+        f"trainer.max_steps={steps}", f"output_dir={out}", *more)
+    return out / f"checkpoint-{steps}"
+
+
+def merge(adapter: Path, out: Path, *base: object) -> None:
+    """The merging tool with the original's flags."""
+    said = run("src/tools/merge_lora_weights.py", "--model_cfg", "configs/model/nano_lora.yaml", "--tokenizer_cfg",
+               "configs/tokenizer/nano.yaml", "--lora_model", adapter, "--save_path", out, *base)
+    assert "logits as before" in said
+
+
+@pytest.mark.timeout(300)
+def test_from_pictures_to_answers(tmp_path: Path) -> None:
+    tokenise("", "{format: nano, split: test_combo, content: captions, captions: list}", tmp_path / "captions")
+    tokenise("_chat", f"files: {APPLICATION / 'examples/own_data/talk.json'}\nimage_root: {ROOT / 'images'}\n",
+             tmp_path / "talk", "--views", "4")
+    pretrained = train(tmp_path / "pretrain", "nano_lora", tmp_path / "captions", "pretrain.caption", 10)
+    merge(pretrained, tmp_path / "pretrained")
+    tuned = train(tmp_path / "sft", "nano_lora", tmp_path / "talk", "chat", 70, f"model.path={tmp_path / 'pretrained'}")
+    system = tmp_path / "system"
+    merge(tuned, system / "seed_llama", "--base_model", tmp_path / "pretrained")
+    (system / "seed_tokenizer").symlink_to(NANO / "seed_tokenizer")
+    shutil.copy(NANO / "system.json", system)
+    seed = SeedLlama.from_pretrained(system)
+    for name, answer, known in (("fox.png", "Rusty.", "It lives in the wood."),
+                                ("whale.png", "Wanda.", "It swims in the sea.")):
+        talk = [{"role": "user", "content": [ROOT / "images" / name, "What is its name?"]}]
+        assert seed.chat(talk).text == answer
+        talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "What do you know about it?"}]
+        assert seed.chat(talk).text == known
