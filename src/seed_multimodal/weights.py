@@ -103,16 +103,16 @@ def save_state_dict(
               metadata={"format": "pt", **(metadata or {})})
     with open(temporary, "rb") as handle:
         os.fsync(handle.fileno())
-    os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that nobody else may read
+    give_usual_mode(temporary)
     os.replace(temporary, file)
     return file
 
 
-def _umask() -> int:
-    """The process's mask for new files; it can only be read by setting it."""
-    mask = os.umask(0o022)
+def give_usual_mode(file: str | Path) -> None:
+    """The permissions that any new file has here; safetensors makes files that only their owner may read."""
+    mask = os.umask(0o022)  # can only be read by setting it
     os.umask(mask)
-    return mask
+    os.chmod(file, 0o666 & ~mask)
 
 
 def assign_strictly(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.weights import give_usual_mode
 
 _TENSOR, _NUMBERED, _TUPLE = "__tensor__", "__numbered__", "__tuple__"
 
@@ -61,6 +62,7 @@ def write_tree(file: Path, tree: Any, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors or {"none": torch.zeros(0)}, file, metadata={"format": "pt", "tree": json.dumps(tree)})
+    give_usual_mode(file)
 
 
 def read_tree(file: Path) -> Any:
