@@ -1,0 +1,127 @@
+"""What an adapter's files say about each tensor of the base: W + scale · B · A, or another tensor in its place.
+
+Read are `adapter_model.safetensors` and the old `adapter_model.bin` with their `adapter_config.json`, and what
+DeepSpeed's `zero_to_fp32.py` writes of a training run (names with the engine's, the loss module's and peft's prefixes).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.language.shards import Shards
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+_OUTER = ("module.", "_orig_mod.", "llm.")
+_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias")
+
+
+@dataclass(frozen=True)
+class Low:
+    """Names of a low-rank pair."""
+
+    a: str
+    b: str
+
+
+class Trained:
+    """The trained tensors of a run by the base's names.
+
+    Attributes:
+        low: base name → its low-rank pair.
+        whole: base name → the tensor that takes its place.
+        scale: of the products B · A.
+        config: `adapter_config.json`, or the fields given.
+    """
+
+    def __init__(self, source: str | Path, lora: Mapping[str, Any] | None = None) -> None:
+        place = Path(source)
+        self.source = place
+        file = next((place / name for name in ADAPTER_FILES if (place / name).is_file()), place)
+        self.shards = Shards(file)
+        self.low: dict[str, Low] = {}
+        self.whole: dict[str, str] = {}
+        pairs: dict[str, dict[str, str]] = {}
+        for name in self.shards.entries:
+            self._sort(name, pairs)
+        self._pair(pairs)
+        self.config = self._read_config(place if place.is_dir() else place.parent, lora)
+        self.scale = self._scale() if self.low else 1.0
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor by its name in the file."""
+        return self.shards.entries[name].shape
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its name in the file."""
+        return self.shards.read(name)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, by peft's names (for a `PeftModel`)."""
+        found = {f"{PREFIX}{base}": self.read(name) for base, name in self.whole.items()}
+        for base, pair in self.low.items():
+            stem = PREFIX + base.removesuffix(".weight")
+            found[f"{stem}.lora_A.weight"], found[f"{stem}.lora_B.weight"] = self.read(pair.a), self.read(pair.b)
+        return found
+
+    def _sort(self, name: str, pairs: dict[str, dict[str, str]]) -> None:
+        plain = name
+        while any(plain.startswith(outer) for outer in _OUTER):
+            plain = plain[next(len(outer) for outer in _OUTER if plain.startswith(outer)):]
+        plain = plain.removeprefix(PREFIX)
+        if ".original_module." in plain or ".base_layer." in plain or "rotary_emb.inv_freq" in plain:
+            return  # the base's own, kept beside the adapter
+        plain = plain.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
+        for part in ("lora_A", "lora_B"):
+            if plain.endswith(f".{part}.weight"):
+                pairs.setdefault(plain.removesuffix(f".{part}.weight") + ".weight", {})[part] = name
+                return
+        if "lora_" in plain:
+            raise CheckpointError(f"{self.shards.source}: {name!r} is no part of plain LoRA and cannot be merged.")
+        self.whole[plain] = name
+
+    def _pair(self, pairs: dict[str, dict[str, str]]) -> None:
+        for base, parts in pairs.items():
+            if len(parts) < 2:
+                there, gone = next(iter(parts)), "lora_B" if "lora_A" in parts else "lora_A"
+                raise CheckpointError(f"{self.shards.source}: {base!r} has {there} but no {gone}.")
+            pair = Low(parts["lora_A"], parts["lora_B"])
+            a, b = self.shape(pair.a), self.shape(pair.b)
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+                raise CheckpointError(f"{self.shards.source}: lora_A {a} and lora_B {b} of {base!r} do not multiply.")
+            self.low[base] = pair
+
+    def _read_config(self, folder: Path, lora: Mapping[str, Any] | None) -> dict[str, Any]:
+        file = folder / ADAPTER_CONFIG
+        if not file.is_file():
+            return dict(lora or {})
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not valid json ({error}).") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{file}: must hold a json object.")
+        return values
+
+    def _scale(self) -> float:
+        rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
+        if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+            raise CheckpointError(f"{self.source}: holds LoRA matrices, but nothing says their r and lora_alpha "
+                                  f"({ADAPTER_CONFIG}, or peft_config of the model's configuration).")
+        for key in _UNSUPPORTED:
+            if self.config.get(key):
+                raise CheckpointError(f"{self.source}: an adapter with {key} cannot be merged here.")
+        name, pair = next(iter(self.low.items()))
+        if self.shape(pair.a)[0] != rank:
+            raise CheckpointError(f"{self.source}: lora_A of {name!r} has {self.shape(pair.a)[0]} rows, but r is "
+                                  f"{rank}.")
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)

@@ -1,0 +1,207 @@
+"""Tensors of a checkpoint read one at a time, and safetensors shards written one tensor at a time.
+
+A 13B model is 52 GB in fp32: nothing here holds more of it than the tensor at hand. Old `.bin` shards are mapped, not
+read (`torch.load(mmap=True, weights_only=True)`); only files of the format before torch 1.6 must be read whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import CheckpointError
+
+SINGLE = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_WRAPPERS = ("model", "state_dict", "module")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies and how large it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Shards:
+    """The tensors of a weights file, or of a folder with one or several; one file is open at a time.
+
+    Raises:
+        CheckpointError: no weights, a shard that is missing, damaged, or holds more than tensors.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = Path(source)
+        self.entries: dict[str, Entry] = {}
+        self._file: Path | None = None
+        self._handle: Any = None
+        for file in weight_files(self.source):
+            self._open(file)
+            for name in self._names():
+                self.entries[name] = Entry(file, *self._kind(name))
+        if not self.entries:
+            raise CheckpointError(f"{self.source}: holds no tensors.")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU; it may be a view of a mapped file."""
+        entry = self.entries[name]
+        if entry.file != self._file:
+            self._open(entry.file)
+        return self._handle.get_tensor(name) if entry.file.suffix == ".safetensors" else self._handle[name]
+
+    def close(self) -> None:
+        """Let go of the file that is open."""
+        self._file = self._handle = None
+
+    def _open(self, file: Path) -> None:
+        self.close()
+        self._handle = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
+        self._file = file
+
+    def _names(self) -> list[str]:
+        return list(self._handle.keys())
+
+    def _kind(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        if isinstance(self._handle, Mapping):
+            return tuple(self._handle[name].shape), self._handle[name].dtype
+        part = self._handle.get_slice(name)
+        kind = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        return tuple(part.get_shape()), kind.get(part.get_dtype(), torch.uint8)
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, by its index if it has one.
+
+    Raises:
+        CheckpointError: none, or one that the index names is not there.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: there is no such checkpoint.")
+    index = next((source / name for name in INDEXES if (source / name).is_file()), None)
+    if index is not None:
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index}: not an index of shards.") from error
+        files = [source / str(name) for name in names]
+    else:
+        files = [source / name for name in SINGLE if (source / name).is_file()][:1]
+        files = files or sorted([*source.glob("*.safetensors"), *source.glob("pytorch_model*.bin")])
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: this shard is missing, although {index} names it.")
+    if not files:
+        raise CheckpointError(f"{source}: there are no weights in it (*.safetensors or *.bin).")
+    return files
+
+
+def _open_safetensors(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
+
+
+def _open_torch(file: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is "
+                              f"damaged; re-save it as safetensors from a source you trust.") from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file}: not a complete torch checkpoint ({reason}).") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a mapping of names to tensors.")
+    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def plan_shards(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], largest: int
+                ) -> list[list[str]]:
+    """Names in their order, cut into shards of at most `largest` bytes (a tensor larger than that is one alone)."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        size = tensor_bytes(shape, dtypes[name])
+        if shards[-1] and filled + size > largest:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def tensor_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Size of a tensor on the disk."""
+    count = 1
+    for side in shape:
+        count *= side
+    return count * torch.empty((), dtype=dtype).element_size()
+
+
+def write_shards(
+    folder: Path, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype],
+    value: Callable[[str], Tensor], largest: int, log: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Write `model.safetensors`, or `model-0000k-of-0000n.safetensors` with their index, asking `value` for each
+    tensor when its turn comes."""
+    shards = plan_shards(shapes, dtypes, largest)
+    names = (["model.safetensors"] if len(shards) == 1 else
+             [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)])
+    for shard, name in zip(shards, names, strict=True):
+        _write_one(folder / name, shard, shapes, dtypes, value)
+        if log is not None:
+            log(f"{name}: {len(shard)} tensors")
+    if len(shards) > 1:
+        total = sum(tensor_bytes(shapes[name], dtypes[name]) for name in shapes)
+        index = {"metadata": {"total_size": total},
+                 "weight_map": {tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard}}
+        (folder / INDEXES[0]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [folder / name for name in names]
+
+
+def _write_one(file: Path, names: Iterable[str], shapes: Mapping[str, Sequence[int]],
+               dtypes: Mapping[str, torch.dtype], value: Callable[[str], Tensor]) -> None:
+    """The safetensors format: length of the header, the header in json, the numbers of one tensor after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in names:
+        end = at + tensor_bytes(shapes[name], dtypes[name])
+        header[name] = {"dtype": CODES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for name in header:
+            if name == "__metadata__":
+                continue
+            tensor = value(name).to(dtypes[name]).contiguous()
+            if list(tensor.shape) != header[name]["shape"]:
+                raise CheckpointError(f"{name!r} became {tuple(tensor.shape)} instead of {tuple(shapes[name])}.")
+            handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        handle.flush()
+        os.fsync(handle.fileno())

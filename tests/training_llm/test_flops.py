@@ -1,0 +1,51 @@
+"""The FLOP count agrees with what torch counts while a small model trains."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from seed_multimodal.training.llm.flops import step_flops, token_flops
+from seed_multimodal.training.llm.lora import add_lora
+from seed_multimodal.training.llm.loss import packed_loss
+
+LENGTH = 40
+
+
+def build(lora: bool) -> torch.nn.Module:
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="eager"))
+    return add_lora(model, {"r": 4, "lora_dropout": 0.0}) if lora else model
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_counted_as_torch_counts(lora: bool) -> None:
+    model = build(lora)
+    ids = torch.randint(3, 96, (2, LENGTH))
+    batch = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
+    with FlopCounterMode(display=False) as counter:
+        packed_loss(model, batch, kind="plain").sum.backward()
+    body, head, attention = token_flops(model, LENGTH)
+    tokens, learned = ids.numel(), ids.numel() - 2
+    # Eager attention computes the half that the mask hides, too; rotary frequencies are a tiny product of their own.
+    wanted = tokens * (body + 2 * attention) + learned * head
+    assert counter.get_total_flops() == pytest.approx(wanted, rel=0.005)
+    assert step_flops(model, tokens, LENGTH, learned) == pytest.approx(wanted - tokens * attention)
+
+
+def test_lora_is_near_four_a_weight_and_full_training_six() -> None:
+    weights = sum(p.numel() for name, p in build(False).named_parameters() if p.ndim == 2 and "embed" not in name)
+    assert step_flops(build(False), 10, 0) == 60 * weights
+    lora = build(True)
+    added = sum(p.numel() for name, p in lora.named_parameters() if "lora_" in name)
+    assert step_flops(lora, 1, 0) == 4 * weights + 6 * added + 2 * 96 * 32  # the head is trained whole
+
+
+def test_sequences_packed_into_a_row_attend_less() -> None:
+    model = build(False)
+    assert token_flops(model, 40)[2] == 4 * token_flops(model, 10)[2]

@@ -1,0 +1,215 @@
+"""The loss over packed and padded batches: equal to separate sequences, whole or in chunks, and weighted by kind."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.llm import loss as loss_module
+from seed_multimodal.training.llm.lora import add_lora
+from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama, packed_loss, token_losses
+
+WORDS, LENGTHS = 70, (7, 5, 9, 1, 10)
+
+
+def build(tied: bool = False, lora: bool = False) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=tied))
+    if not lora:
+        return model
+    model = add_lora(model, {"r": 4, "lora_alpha": 32, "lora_dropout": 0.0})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def sequences() -> list[SimpleNamespace]:
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for length in LENGTHS:
+        ids = torch.randint(3, WORDS, (1, length), generator=generator)
+        labels = ids.clone()
+        labels[:, 1:length // 3] = -100
+        found.append(SimpleNamespace(input_ids=ids, labels=labels, position_ids=None, attention_mask=None))
+    return found
+
+
+def packed(rows: int = 1, length: int = 36) -> SimpleNamespace:
+    """The sequences end to end, padded at the end; further rows hold them in another order."""
+    parts = []
+    for row in range(rows):
+        own = sequences()[row:] + sequences()[:row]
+        pad = length - sum(LENGTHS)
+        columns = {"input_ids": 0, "labels": -100}
+        line = {name: torch.cat([getattr(s, name) for s in own] + [torch.full((1, pad), fill)], 1)
+                for name, fill in columns.items()}
+        line["position_ids"] = torch.cat([torch.arange(s.input_ids.shape[1]) for s in own] + [torch.arange(pad)])[None]
+        parts.append(line)
+    return SimpleNamespace(attention_mask=None, **{key: torch.cat([p[key] for p in parts]) for key in parts[0]})
+
+
+def padded() -> SimpleNamespace:
+    own, length = sequences(), max(LENGTHS)
+    def column(name: str, fill: int) -> torch.Tensor:
+        return torch.cat([F.pad(getattr(s, name), (0, length - s.input_ids.shape[1]), value=fill) for s in own])
+    mask = torch.tensor([[1] * n + [0] * (length - n) for n in LENGTHS])
+    return SimpleNamespace(input_ids=column("input_ids", 0), labels=column("labels", -100), attention_mask=mask,
+                           position_ids=torch.arange(length).expand(len(LENGTHS), -1))
+
+
+def gradients(model: torch.nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
+    assert one.keys() == other.keys() and one
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=atol, rtol=1e-4,
+                                   msg=lambda text, n=name: f"{n}: {text}")
+
+
+def separate(model: torch.nn.Module, times: int = 1) -> tuple[torch.Tensor, int]:
+    parts = [packed_loss(model, s, kind="plain") for s in sequences()]
+    return times * sum(p.sum for p in parts), times * int(sum(p.count for p in parts))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_packed_equals_separate_sequences(attention: str, rows: int) -> None:
+    model = build(lora=True)
+    find_llama(model).set_attn_implementation(attention)
+    wanted, count = separate(model, rows)
+    wanted_gradients = gradients(model, wanted)
+    for kind in ("plain", "chunked"):
+        parts = packed_loss(model, packed(rows), kind=kind)
+        assert int(parts.count) == count
+        torch.testing.assert_close(parts.sum, wanted, atol=1e-4, rtol=1e-5)
+        same(gradients(model, parts.sum), wanted_gradients, 1e-4)
+    leaking = packed(rows)
+    leaking.position_ids = torch.arange(leaking.input_ids.shape[1]).expand_as(leaking.input_ids)
+    assert abs(packed_loss(model, leaking, kind="plain").mean - wanted / count) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag", "ignore:flex_attention called without torch.compile")
+def test_flex_attention_keeps_sequences_apart() -> None:
+    model = build()
+    wanted, count = separate(model)
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # the same mask, without a compiler's minute
+        parts = packed_loss(model.eval(), packed(), kind="plain")
+    assert int(parts.count) == count
+    torch.testing.assert_close(parts.sum, wanted.detach(), atol=1e-3, rtol=1e-4)
+
+
+def rows_as_flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention as the flash path of transformers does it: packed sequences are only seen in a single row."""
+    positions = kwargs["position_ids"]
+    length = query.shape[2]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()
+    if query.shape[0] == 1:
+        number = (positions[0] == 0).cumsum(0)
+        allowed = allowed & (number[:, None] == number[None])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling).transpose(1, 2), None
+
+
+def test_rows_are_laid_end_to_end_for_flash_attention() -> None:
+    AttentionInterface.register("flash_for_tests", rows_as_flash)
+    model = build()
+    wanted, _ = separate(model, 2)
+    model.config._attn_implementation = "flash_for_tests"
+    torch.testing.assert_close(packed_loss(model, packed(2), kind="plain").sum, wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunks_are_exact_and_never_hold_all_logits(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build(tied=tied, lora=True), packed(3)
+    whole = packed_loss(model, batch, kind="plain")
+    wanted = gradients(model, whole.sum)
+    assert any("lm_head" in name for name in wanted) != tied  # the tied head goes by the embedding's name
+    monkeypatch.setattr(loss_module, "LARGEST_LOGITS", 1)  # chunks of the smallest size, 64
+    seen: list[int] = []
+    find_llama(model).lm_head.register_forward_hook(lambda _m, given, _o: seen.append(len(given[0])))
+    parts = packed_loss(model, batch, kind="chunked")
+    assert len(seen) == -(-int(parts.count) // 64) > 1
+    torch.testing.assert_close(parts.sum, whole.sum, atol=1e-5, rtol=1e-6)
+    same(gradients(model, parts.sum), wanted)
+    assert len(seen) == 2 * (-(-int(parts.count) // 64)) and max(seen) <= 64
+    auto = packed_loss(model, batch)
+    assert torch.equal(auto.sum, parts.sum)
+
+
+def test_chunks_in_mixed_precision() -> None:
+    model = build(lora=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        one = packed_loss(model, packed(), kind="plain")
+        two = packed_loss(model, packed(), kind="chunked")
+    assert one.sum.dtype == two.sum.dtype == torch.float32
+    torch.testing.assert_close(one.sum, two.sum, atol=1e-3, rtol=1e-4)
+
+
+def test_padding_on_either_side_is_invisible() -> None:
+    model = build()
+    wanted, count = separate(model)
+    right = padded()
+    parts = packed_loss(model, right, kind="plain")
+    torch.testing.assert_close(parts.sum, wanted, atol=1e-4, rtol=1e-5)
+    assert int(parts.count) == count
+    stock = model(input_ids=right.input_ids, attention_mask=right.attention_mask, labels=right.labels).loss
+    torch.testing.assert_close(parts.mean, stock, atol=1e-5, rtol=1e-5)
+    left = SimpleNamespace(position_ids=None, **{
+        key: torch.stack([row.roll(max(LENGTHS) - n) for row, n in zip(getattr(right, key), LENGTHS, strict=True)])
+        for key in ("input_ids", "labels", "attention_mask")})
+    left.labels[:, 0] = left.labels[:, 0].where(left.attention_mask[:, 0] == 1, -100)
+    first = torch.tensor([[max(LENGTHS) - n] for n in LENGTHS])
+    left.labels.scatter_(1, first, -100)  # the position before it is padding
+    torch.testing.assert_close(packed_loss(model, left, kind="plain").sum, wanted, atol=2e-3, rtol=1e-4)
+
+
+def test_weights_by_kind() -> None:
+    model, batch = build(), packed()
+    values, targets = token_losses(model, batch.input_ids, batch.labels, batch.position_ids)
+    image = targets >= 50
+    parts = packed_loss(model, batch, weights=LossWeights(first_code=50, text=4.0, image=0.5))
+    weight = torch.where(image, 0.5, 4.0)
+    torch.testing.assert_close(parts.mean, (values * weight).sum() / weight.sum())
+    torch.testing.assert_close(parts.text, values[~image].mean())
+    torch.testing.assert_close(parts.image, values[image].mean())
+    assert int(parts.text_count + parts.image_count) == len(targets) == sum(
+        int((s.labels[:, 1:] != -100).sum()) for s in sequences())
+
+
+def test_a_batch_that_teaches_nothing_gives_zero_gradients() -> None:
+    module = LossModule(build(), kind="auto", weights=LossWeights(50))
+    batch = packed()
+    parts = module(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids)
+    assert float(parts.count) == 0.0 and parts.mean.item() == 0.0
+    assert all(float(g.abs().max()) == 0.0 for g in gradients(module, parts.sum).values())
+
+
+def test_kinds_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="Unknown loss 'chunky'"):
+        packed_loss(build(), packed(), kind="chunky")
+    with pytest.raises(ConfigError, match="liger needs"):
+        packed_loss(build(), packed(), kind="liger")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="liger-kernel computes on CUDA devices only")
+def test_liger_equals_plain() -> None:
+    pytest.importorskip("liger_kernel")
+    model = build(lora=True).to("cuda")
+    batch = SimpleNamespace(**{key: None if value is None else value.to("cuda")
+                               for key, value in vars(packed()).items()})
+    one, two = (packed_loss(model, batch, kind=kind, weights=LossWeights(50, 4.0)) for kind in ("plain", "liger"))
+    torch.testing.assert_close(one.sum, two.sum, atol=1e-3, rtol=1e-4)
+    same(gradients(model, one.sum), gradients(model, two.sum), 1e-3)
