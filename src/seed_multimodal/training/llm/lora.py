@@ -24,6 +24,7 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
+RECORDED = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save", "use_rslora")
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 TARGET_MODULES = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 # In this order: peft gives a name in the file to the first entry it contains, and `norm` is part of two others.
@@ -43,8 +44,9 @@ def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
 
     given = {key: list(value) if isinstance(value, list | tuple) else value for key, value in fields.items()}
     check_keys(given, inspect.signature(LoraConfig).parameters, "lora")
-    values = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
-              "target_modules": list(TARGET_MODULES), "modules_to_save": list(MODULES_TO_SAVE), **given}
+    values: dict[str, Any] = {
+        "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
+        "target_modules": list(TARGET_MODULES), "modules_to_save": list(MODULES_TO_SAVE), **given}
     names = [name for name, _ in llama.named_modules()]
     for key in ("target_modules", "modules_to_save"):
         for wanted in values[key] if isinstance(values[key], list) else ():
@@ -137,6 +139,28 @@ def _same_ends(state: Mapping[str, Tensor]) -> bool:
     return EMBEDDING in state and torch.equal(state[EMBEDDING], state[HEAD])
 
 
+def recorded_lora(folder: Path) -> dict[str, Any] | None:
+    """The LoRA fields an adapter's folder was trained with; None if it holds no adapter.
+
+    Raises:
+        CheckpointError: its `adapter_config.json` is damaged.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    values = _read_config(folder / ADAPTER_CONFIG)
+    return {key: values[key] for key in RECORDED if values.get(key) is not None}
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid json ({error}).") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: must hold a json object.")
+    return values
+
+
 def read_adapter(model: Any, folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's folder, whose rank and scale must be the model's (see `load_adapter`)."""
     file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
@@ -144,11 +168,7 @@ def read_adapter(model: Any, folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")
     config = folder / ADAPTER_CONFIG
     if config.is_file():
-        try:
-            there = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{config}: not valid json ({error}).") from error
-        here = model.peft_config["default"]
+        there, here = _read_config(config), model.peft_config["default"]
         for key in ("r", "lora_alpha"):
             if there.get(key) != getattr(here, key):
                 raise CheckpointError(f"{config}: {key} is {there.get(key)}, but the model is set up with "

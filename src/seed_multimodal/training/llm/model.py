@@ -22,7 +22,14 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.loading import BOS, EOS, PAD, force_special_ids, load_llm
 from seed_multimodal.tokenizers.loading import OURS, QUANTIZER_FILES
-from seed_multimodal.training.llm.lora import adapter_state, add_lora, is_lora, load_adapter, save_adapter
+from seed_multimodal.training.llm.lora import (
+    adapter_state,
+    add_lora,
+    is_lora,
+    load_adapter,
+    recorded_lora,
+    save_adapter,
+)
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.llm.model_settings import ATTENTIONS, LlmModelSettings, check, find_folder
 from seed_multimodal.weights import load_state_dict
@@ -45,7 +52,9 @@ def build_llm(
     place = torch.device(device)
     source = resume or settings.adapter
     if source is not None and settings.lora is None:
-        settings = LlmModelSettings(**{**vars(settings), "path": str(source), "sizes": None, "codebook_start": None})
+        fields = recorded_lora(find_folder(source))
+        other = {"lora": fields} if fields is not None else {"path": str(source), "sizes": None, "codebook_start": None}
+        settings = LlmModelSettings(**{**vars(settings), **other})
     llama, rows = _base(settings, tokenizer, place)
     force_special_ids(llama)
     fitted = fit_vocabulary(llama, tokenizer, settings.seed) if settings.sizes is None else True
