@@ -12,6 +12,10 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from seed_lavis.runner import RunnerSeed  # which needs LAVIS
 
 HERE = Path(__file__).resolve().parent
 for place in (HERE, HERE.parent / "src"):  # runs from a checkout that is not installed
@@ -30,7 +34,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def build(args: argparse.Namespace):  # noqa: ANN201  (a LAVIS runner; its class is known only after `register`)
+def build(args: argparse.Namespace) -> RunnerSeed:
     """The runner that the configuration describes, through LAVIS's registry."""
     import numpy as np
     import torch

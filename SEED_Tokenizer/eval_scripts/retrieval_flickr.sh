@@ -3,12 +3,10 @@
 #
 #   MODEL=released STAGE1=log/Causal_Qformer/checkpoint_0.pth IMAGES=/data/flickr30k sh eval_scripts/retrieval_flickr.sh
 #
-# The variables are those of retrieval_coco.sh.
+# The variables are those of retrieval_coco.sh, which does the work.
 set -eu
-cd "$(dirname "$0")/.."
-. train_scripts/python.sh
-export PYTHONPATH="../src${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m seed_multimodal.cli eval tokenizer \
-    --model "${MODEL:-released}" --data "${DATA:-../data/flickr30k/annotations/flickr30k_test.json}" \
-    --image-root "${IMAGES:-../data/flickr30k/images}" --rebuild 0 --out "${OUT:-log/eval/retrieval_flickr}" \
-    ${STAGE1:+--stage1 "$STAGE1"} "$@"
+DATA="${DATA:-../data/flickr30k/annotations/flickr30k_test.json}"
+IMAGES="${IMAGES:-../data/flickr30k/images}"
+OUT="${OUT:-log/eval/retrieval_flickr}"
+export DATA IMAGES OUT
+exec sh "$(dirname "$0")/retrieval_coco.sh" "$@"

@@ -31,7 +31,7 @@ from seed_multimodal.errors import ConfigError, DataError
 FORMATS = ("json", "webdataset", "nano")
 BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", "image_key", "image_keys", "caption_key",
               "caption_file", "index_folder", "folder")
-DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info")
+DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info", "sample_ratio")
 DEFAULTS = APPLICATION / "lavis" / "configs" / "datasets"
 
 

@@ -118,11 +118,17 @@ class CodebookCare:
 
     def status(self) -> dict[str, float]:
         """Codes used since the last log line, as a share, and their perplexity."""
-        share = self.since_log.double()
+        use = codebook_use(self.since_log)
         self.since_log.zero_()
-        total = float(share.sum())
-        if not total:
-            return {}
-        share = share / total
-        entropy = -(share * share.clamp_min(1e-30).log()).sum()
-        return {"codebook_used": float((share > 0).double().mean()), "perplexity": float(entropy.exp())}
+        return use
+
+
+def codebook_use(counts: Tensor) -> dict[str, float]:
+    """How often each code was chosen `[K]` → the share of codes that were, and their perplexity; empty if none was."""
+    share = counts.double()
+    total = float(share.sum())
+    if not total:
+        return {}
+    share = share / total
+    entropy = -(share * share.clamp_min(1e-30).log()).sum()
+    return {"codebook_used": float((share > 0).double().mean()), "perplexity": float(entropy.exp())}

@@ -1,4 +1,4 @@
-"""Several data sets as one, and the batches of a run."""
+"""Several data sets as one, in what ratio they are drawn, and the batches of a run."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from seed_multimodal.data.pair_dataset import PairDataset
+from seed_multimodal.config import check_keys
+from seed_multimodal.data.mixed_order import MixedOrder
+from seed_multimodal.data.pair_dataset import BadSamples, PairDataset
+from seed_multimodal.data.steps import SHUFFLE_BLOCK
 from seed_multimodal.errors import ConfigError
 
 
-class JoinedPairs:
+class JoinedPairs(BadSamples):
     """Data sets one after the other; a sample of the whole is a sample of one of them.
 
-    LAVIS concatenates the training sets of a run; so does this, for sets addressed by (index, epoch).
+    LAVIS concatenates the training sets of a run; so does this, for sets addressed by (index, epoch). They keep one
+    account of bad samples.
     """
 
     def __init__(self, parts: Sequence[PairDataset]) -> None:
         self.parts = list(parts)
-        self.bad: list[tuple[str, str]] = []
+        super().__init__(self.parts[0].log)
+        for part in self.parts:
+            part.share_bad(self)
         self._ends = np.cumsum([len(part) for part in self.parts])
-        self._known: set[tuple[str, str]] = set()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -30,13 +35,7 @@ class JoinedPairs:
     def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """As `PairDataset.get`."""
         number = int(np.searchsorted(self._ends, index, side="right"))
-        part = self.parts[number]
-        before = len(part.bad)
-        sample = part.get(index - (int(self._ends[number - 1]) if number else 0), epoch)
-        for key, reason in part.bad[before:]:
-            self._known.add((key, reason))
-            self.bad.append((key, reason))
-        return sample
+        return self.parts[number].get(index - (int(self._ends[number - 1]) if number else 0), epoch)
 
     @property
     def shard_sizes(self) -> np.ndarray | None:
@@ -46,15 +45,6 @@ class JoinedPairs:
             return None
         return np.concatenate([np.array([len(part)]) if size is None else np.asarray(size)
                                for part, size in zip(self.parts, sizes, strict=True)])
-
-    def note_bad(self, key: str, reason: str) -> None:
-        """Count and log a bad sample that a data worker met, unless it is known."""
-        if (key, reason) in self._known:
-            return
-        self._known.add((key, reason))
-        self.bad.append((key, reason))
-        if self.log is not None:
-            self.log(f"skipped: {reason}")
 
     @property
     def log(self) -> Callable[[str], None] | None:
@@ -71,13 +61,63 @@ def split_of(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[
     """The splits `names` of all data sets, joined.
 
     Raises:
-        ConfigError: no data set has such a split.
+        ConfigError: no data set has such a split, or one of several sets cannot be joined with others.
     """
-    found = [splits[name] for splits in datasets.values() for name in names if name in splits]
+    found = {(owner, name): splits[name] for owner, splits in datasets.items() for name in names if name in splits}
     if not found:
         wanted = " or ".join(map(repr, names)) or "(none named)"
         raise ConfigError(f"No data set of the configuration has a split {wanted}.")
-    return found[0] if len(found) == 1 else JoinedPairs(found)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    for owner, name in found:
+        if not isinstance(found[owner, name], BadSamples):
+            raise ConfigError(f"datasets.{owner} gives samples of another make than pairs: it cannot be joined with "
+                              f"{' and '.join(sorted({other for other, _ in found} - {owner})) or 'other splits'}.")
+    return JoinedPairs(list(found.values()))
+
+
+def dataset_ratios(sections: Mapping[str, Any], ratios: Mapping[str, float] | None) -> dict[str, float] | None:
+    """Weight of each data set: `run.train_dataset_ratios`, or the `sample_ratio` of the sections `datasets` (1.0 where
+    only others have one); None if neither is given.
+
+    Raises:
+        ConfigError: an unknown or missing name, both ways at once, or a weight that is not a positive number.
+    """
+    own = {name: section["sample_ratio"] for name, section in sections.items()
+           if section and section.get("sample_ratio") is not None}
+    if not ratios and not own:
+        return None
+    if ratios and own:
+        raise ConfigError(f"run.train_dataset_ratios and datasets.{next(iter(own))}.sample_ratio say the same thing: "
+                          "give one of them.")
+    if ratios:
+        check_keys(map(str, ratios), list(map(str, sections)), "run.train_dataset_ratios")
+        missing = [name for name in sections if name not in ratios]
+        if missing:
+            raise ConfigError(f"run.train_dataset_ratios has no weight for {missing[0]!r}; give every data set one, or "
+                              "remove the data set.")
+    weights = {name: (ratios or own).get(name, 1.0) for name in sections}
+    for name, weight in weights.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 < weight < float("inf"):
+            key = f"run.train_dataset_ratios.{name}" if ratios else f"datasets.{name}.sample_ratio"
+            raise ConfigError(f"{key} must be a positive number, not {weight!r}.")
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+def mixed_order(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[str],
+                ratios: Mapping[str, float] | None, seed: int) -> MixedOrder | None:
+    """The order in which `split_of(datasets, names)` is drawn with `ratios`; None without them or for a single set.
+
+    A data set's weight is shared by its splits in proportion to their sizes.
+    """
+    found = [(owner, splits[name]) for owner, splits in datasets.items() for name in names if name in splits]
+    if ratios is None or len(found) < 2:
+        return None
+    whole = {owner: sum(len(part) for other, part in found if other == owner) for owner, _ in found}
+    return MixedOrder([len(part) for _, part in found],
+                      [ratios[owner] * len(part) / whole[owner] for owner, part in found], seed,
+                      sizes=[part.shard_sizes for _, part in found], block=SHUFFLE_BLOCK)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

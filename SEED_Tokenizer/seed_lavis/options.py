@@ -87,6 +87,8 @@ class CodebookOptions(ModelOptions):
     frozen_dropout: bool = True
     corrupt: float = 0.0
     nested: float = 0.0
+    # ours: speed
+    fast_tower: bool = False
     # ours: codebook health
     ema_decay: float | None = None
     normalize_codes: bool = False
@@ -158,7 +160,11 @@ class RunOptions:
     dist_url: str = "env://"
     distributed: bool = True
     use_dist_eval_sampler: bool = False
+    train_dataset_ratios: dict[str, float] = field(default_factory=dict)
     # ours
+    valid_every_epochs: int = 1
+    valid_batches: int = 0
+    peak_tflops: float = 0.0
     iters_per_epoch: int = 5000
     resume: str = "auto"
     precision: str = "auto"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seed_multimodal.training.progress import duration
+from seed_multimodal.training.progress import duration, said_of, utilisation
 
 if TYPE_CHECKING:
     from seed_lavis.runner import RunnerSeed
@@ -23,13 +23,15 @@ def shown(path: str | Path) -> str:
 def summary(runner: RunnerSeed, record: dict[str, Any], seconds: float) -> list[str]:
     """Lines for the end of a run."""
     options, model = runner.options, runner._model
-    samples = record["steps"] * options.batch_size_train * runner.accumulate * runner.world
+    own = record["steps"] * options.batch_size_train * runner.accumulate
+    samples, spent = own * runner.world, float(record.get("seconds", seconds))
+    speed = said_of(utilisation(runner.cost, own / spent)) if spent else ""
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))
     folder = shown(runner.output_dir)
     lines = [
         f"{NAMES.get(runner.stage, runner.stage)}: {record['steps']:,} steps, {samples:,} pictures in "
-        f"{duration(float(record.get('seconds', seconds)))}" + (f"; at the end {numbers}." if numbers else "."),
+        f"{duration(spent)}{speed}" + (f"; at the end {numbers}." if numbers else "."),
         f"  checkpoint  {shown(record['checkpoint'])}",
         f"  log         {folder}/{runner.stage}.log.jsonl, {folder}/config.yaml",
     ]

@@ -20,14 +20,15 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from seed_lavis.base import evaluation_mode
 from seed_lavis.checkpoint import read_checkpoint, write_checkpoint, write_sizes
 from seed_lavis.codebook import CodebookCare, CodebookMixin
 from seed_lavis.compat import RunnerBase, registry
-from seed_lavis.datasets import split_of, to_device
+from seed_lavis.datasets import dataset_ratios, mixed_order, split_of, to_device
 from seed_lavis.options import RunOptions, locate, read_options
 from seed_lavis.report import summary
+from seed_lavis.speed import sample_cost
 from seed_lavis.start import say
+from seed_lavis.validation import mean_losses
 from seed_multimodal.data.steps import StepBatches
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.distributed import Peers
@@ -59,6 +60,7 @@ class RunnerSeed(RunnerBase):
         self.steps = self.steps_per_epoch * self.options.max_epoch
         self.care: CodebookCare | None = None
         self._last_loss: Tensor | None = None
+        self._aside = 0.0
 
     def setup_output_dir(self) -> None:
         """As LAVIS's, but a second run in one process may register its own folders."""
@@ -96,26 +98,28 @@ class RunnerSeed(RunnerBase):
 
     def train(self) -> dict[str, Any]:
         """Train to the end, from the state in the output folder if there is one; returns the stage's record."""
-        model = self.model
-        data = split_of(self.datasets, self.options.train_splits)
+        model, run = self.model, self.options
+        data = split_of(self.datasets, run.train_splits)
+        for split in run.valid_splits:
+            split_of(self.datasets, [split])  # refused now, not after the first epoch
         if getattr(self._model.options, "cache_vision", False):
             if not hasattr(data, "cache_tower"):
                 raise ConfigError("model.cache_vision needs the data set nano_views: others make new views each time.")
             data.cache_tower(self._model.tower, self.device)
-        self.batches = StepBatches(
-            data, self.options.batch_size_train, seed=self.options.seed,
-            rank=self.rank, world=self.world, workers=self.options.num_workers)
-        modules = self._modules()
-        settings = self._settings()
-        self._go_on(modules, settings)
+        ratios = dataset_ratios(self.config.datasets_cfg, run.train_dataset_ratios)
+        self.cost = sample_cost(self._model, run, self.precision(), self.device, self.world)
         started = time.monotonic()
-        try:
+        # The loop's deaf ear for SIGTERM is its data workers' too: only the end of `with` ends them.
+        with StepBatches(data, run.batch_size_train, seed=run.seed, rank=self.rank, world=self.world,
+                         workers=run.num_workers,
+                         order=mixed_order(self.datasets, run.train_splits, ratios, run.seed)) as self.batches:
+            modules = self._modules()
+            settings = self._settings()
+            self._go_on(modules, settings)
             record = run_stage(
                 self.stage, modules, self._loss, settings, self.output_dir, self._finish, self._after_step,
                 optimizer=self.optimizer, schedule=self.learning_rate,
-                wrapped=model if dist.is_initialized() else None, status=self._status)
-        finally:  # the loop's deaf ear for SIGTERM is its data workers' too: nothing else would end them
-            self.batches.close()
+                wrapped=model if dist.is_initialized() else None, status=self._status, cost=self.cost)
         for line in summary(self, record, time.monotonic() - started):
             say(line)
         return record
@@ -174,11 +178,31 @@ class RunnerSeed(RunnerBase):
         self._last_loss = loss.detach()
         return loss, self._model.latest
 
-    def _after_step(self, step: int) -> None:
+    def _after_step(self, step: int) -> dict[str, float]:
         if self.care is not None:
             self.care.after(step)
-        if step % self.steps_per_epoch == 0 and self.rank == 0:
-            self._save(step // self.steps_per_epoch - 1)
+        epochs, inside = divmod(step, self.steps_per_epoch)
+        if inside:
+            return {}
+        if self.rank == 0:
+            self._save(epochs - 1)
+        return {} if epochs % self.options.valid_every_epochs else self._validate(epochs - 1)
+
+    def _validate(self, epoch: int) -> dict[str, float]:
+        """`valid/SPLIT/NAME` of each of `run.valid_splits`, for the log; log.txt gets a line of each."""
+        started, numbers = time.monotonic(), {}
+        for split in self.options.valid_splits:
+            means = self._evaluated(split, self.options.valid_batches)
+            if self.rank == 0:
+                self.log_stats({"epoch": epoch, "split": split, **means}, "valid")
+            numbers |= {f"valid/{split}/{name}": value for name, value in means.items() if isinstance(value, float)}
+        self._aside += time.monotonic() - started
+        return numbers
+
+    def _evaluated(self, split: str, most: int = 0) -> dict[str, float]:
+        return mean_losses(
+            self._model, split_of(self.datasets, [split]), batch_size=self.options.batch_size_eval, device=self.device,
+            precision=self.precision(), workers=self.options.num_workers, most=most, where=f"Split {split!r}")
 
     def _save(self, epoch: int) -> None:
         file = write_checkpoint(self.output_dir, epoch, self._model, self.optimizer, self.config.to_dict(),
@@ -197,7 +221,8 @@ class RunnerSeed(RunnerBase):
         codes = self.care.status() if self.care is not None else {}
         last = {} if self._last_loss is None else {"last_loss": float(self._last_loss)}  # `loss` itself is smoothed
         bad = len(self.batches.bad_samples())
-        return {"wait_seconds": self.batches.wait_seconds, "bad_samples": bad, **last, **codes}
+        return {"wait_seconds": self.batches.wait_seconds, "aside_seconds": self._aside, "bad_samples": bad, **last,
+                **codes}
 
     # ---- going on
 
@@ -253,27 +278,5 @@ class RunnerSeed(RunnerBase):
             raise ConfigError("Evaluation runs as one process.")
         if not self.options.test_splits:
             raise ConfigError("run.test_splits names no split to evaluate: give --options run.test_splits=[val].")
-        model, results = self._model.place(self.device), {}
-        for split in self.options.test_splits:
-            data = split_of(self.datasets, [split])
-            size = min(self.options.batch_size_eval, len(data))
-            batches = StepBatches(data, size, seed=self.options.seed, workers=self.options.num_workers, shuffle=False)
-            with evaluation_mode(model):
-                results[split] = self._mean_losses(model, batches, len(data) // size)
-            batches.close()
-        return results
-
-    def _mean_losses(self, model: Any, batches: StepBatches, count: int) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        codes = []
-        for step in range(count):
-            output = model(to_device(batches.at(step), self.device))
-            for name, value in output.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-            if getattr(model, "codes", None) is not None:
-                codes.append(model.codes.cpu())
-        result = {name: total / count for name, total in sums.items()}
-        if codes:
-            usage = model.quantize.usage(torch.cat(codes))
-            result |= {"codebook_used": usage.fraction, "perplexity": usage.perplexity}
-        return {"samples": count * batches.batch_size, **result, "bad_samples": len(batches.bad_samples())}
+        self._model.place(self.device)
+        return {split: self._evaluated(split) for split in self.options.test_splits}

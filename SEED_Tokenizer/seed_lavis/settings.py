@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from seed_lavis.builders import dataset_section
 from seed_lavis.compat import Config, registry
+from seed_lavis.datasets import dataset_ratios
 from seed_lavis.options import APPLICATION, RunOptions, read_options
 from seed_lavis.runner import RunnerSeed
 from seed_multimodal.config import load_yaml, nearest
@@ -53,6 +54,7 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
     run.output_dir = str(Path(checked.output_dir).absolute())
     run.device = str(choose_device(checked.device, log=None).device)
     _check_run(file, checked)
+    dataset_ratios(config.datasets_cfg, checked.train_dataset_ratios)
     return config
 
 
@@ -95,16 +97,15 @@ def _known(where: str, name: Any, find: Callable[[str], Any], names: Callable[[]
 
 
 def _check_run(file: Path, run: RunOptions) -> None:
-    for key in ("max_epoch", "iters_per_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters", "log_freq"):
+    for key in ("max_epoch", "iters_per_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters", "log_freq",
+                "valid_every_epochs"):
         if getattr(run, key) < 1:
             raise ConfigError(f"{file}: run.{key} must be at least 1, not {getattr(run, key)}.")
-    for key in ("warmup_steps", "keep_checkpoints", "num_workers", "seed"):
+    for key in ("warmup_steps", "keep_checkpoints", "num_workers", "seed", "valid_batches", "peak_tflops"):
         if getattr(run, key) < 0:
             raise ConfigError(f"{file}: run.{key} must not be negative, it is {getattr(run, key)}.")
     if run.iters_per_epoch % run.accum_grad_iters:
         raise ConfigError(f"{file}: run.iters_per_epoch ({run.iters_per_epoch}) must be a multiple of "
                           f"run.accum_grad_iters ({run.accum_grad_iters}), so that epochs end after a whole step.")
-    if run.valid_splits:
-        raise ConfigError(f"{file}: run.valid_splits is not used in training; evaluate a checkpoint with evaluate.py.")
     if run.resume not in ("auto", "never"):
         raise ConfigError(f"{file}: run.resume must be auto or never, not {run.resume!r}.")

@@ -280,3 +280,39 @@ def _runs(pid: int) -> bool:
         return False
     status = Path(f"/proc/{pid}/status")
     return not (status.is_file() and "State:\tZ" in status.read_text())
+
+
+FULL = """
+import os, signal, time
+from seed_multimodal.data.steps import StepBatches
+
+class Long:
+    def __len__(self):
+        return 64
+
+    def get(self, index, epoch):
+        return "x" * 200_000
+
+batches = StepBatches(Long(), 4, seed=0, workers=2)
+batches.at(0)
+time.sleep(1)  # by now both workers wait for room in the pipe
+print(*batches.worker_pids(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker that waits to hand over is not ended")
+def test_workers_that_wait_to_hand_a_batch_over_end_with_their_trainer() -> None:
+    killed = subprocess.Popen([sys.executable, "-W", "ignore", "-c", FULL], stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert killed.stdout is not None
+    workers = killed.stdout.readline().split()
+    assert killed.wait(60) == -9 and len(workers) == 2
+    end = time.monotonic() + 20
+    while any(_runs(int(pid)) for pid in workers) and time.monotonic() < end:
+        time.sleep(0.2)
+    left = [int(pid) for pid in workers if _runs(int(pid))]
+    for pid in left:
+        os.kill(pid, 9)
+    killed.stdout.close()
+    assert not left

@@ -146,8 +146,20 @@ def test_old_torch_files_load(changed: Callable[..., Path], llm_folder: Path) ->
     assert torch.equal(load_llm(folder).lm_head.weight, state["lm_head.weight"])
 
 
-def test_quantisation_needs_a_gpu(llm_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="need a CUDA device, not cpu"):
-        load_llm(llm_folder, quantization="8bit")
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantised_weights_answer_on_a_cpu(quantization: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = Path(__file__).resolve().parents[2] / "pretrained/nano/seed_llama"
+    ids = torch.arange(300, 320)[None]
+    whole, packed = load_llm(folder), load_llm(folder, quantization=quantization)
+    assert packed.model.layers[0].mlp.up_proj.weight.dtype in (torch.int8, torch.uint8)
+    with torch.no_grad():
+        expected, found = whole(ids).logits, packed(ids).logits
+    assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.95
+
+
+def test_unknown_quantisation_or_place(llm_folder: Path) -> None:
     with pytest.raises(ConfigError, match="Unknown quantisation"):
         load_llm(llm_folder, quantization="3bit")
+    with pytest.raises(ConfigError, match="need a CUDA device or a CPU, not mps"):
+        load_llm(llm_folder, device="mps", quantization="8bit")

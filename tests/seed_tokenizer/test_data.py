@@ -114,12 +114,8 @@ def test_joined_sets_keep_samples_and_count_bad_ones_once(tmp_path, pictures):
     for workers in (0, 1):
         joined.bad.clear()
         joined._known.clear()
-        for part in joined.parts:
-            part.bad.clear()
-            part._known.clear()
-        batches = StepBatches(joined, 10, seed=0, workers=workers)
-        keys = [key for step in range(6) for key in batches.at(step)["key"]]  # two epochs
-        batches.close()
+        with StepBatches(joined, 10, seed=0, workers=workers) as batches:
+            keys = [key for step in range(6) for key in batches.at(step)["key"]]  # two epochs
         assert len(keys) == 60 and len(batches.bad_samples()) == 1 and batches.bad_samples()[0][0] == "item 0"
     with pytest.raises(ConfigError, match="has a split 'test'"):
         split_of(sets, ["test"])

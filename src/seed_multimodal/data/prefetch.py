@@ -11,9 +11,12 @@ one too.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import itertools
 import multiprocessing.util  # noqa: F401  # before our atexit function, which must run before its own
+import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -27,6 +30,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 
 Jobs = Callable[[int], Iterator[Any]]
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _FILLER = "filler"  # a place in the workers' turn that loads nothing
 
 
@@ -38,7 +42,7 @@ class Prefetcher:
             called once in each worker.
         jobs: see above. Must not hold this object: in a circle with it, workers would outlive it until the garbage is
             collected.
-        workers: processes; 0 loads in this process when asked.
+        workers: processes; 0 loads in this process when asked. On Linux they end with the thread that first asks `at`.
         worker_of: step -> number; steps of the same number (modulo `workers`) are loaded by the same worker, for
             `fetch`es that build on what they loaded before. Default: steps in turn.
 
@@ -162,10 +166,25 @@ def _as_is(value: Any) -> Any:
 def _enter(worker: int) -> None:
     """A worker outlives the SIGTERM that torchrun sends to all: the training process ends it after its step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _end_with_parent()
     info = get_worker_info()
     enter = getattr(info.dataset.fetch, "enter_worker", None) if info is not None else None
     if enter is not None:
         enter()
+
+
+def _end_with_parent() -> None:
+    """Linux ends this process as soon as the one it loads for is dead, by SIGKILL too.
+
+    torch's workers look for it themselves, but only between batches: one that waits to hand over a large batch, which
+    nobody reads any more, would wait for ever.
+    """
+    if sys.platform != "linux":
+        return
+    parent = multiprocessing.parent_process()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if parent is not None and os.getppid() != parent.pid:  # it died before
+        os._exit(1)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ also hold rotary frequencies, which are computed here.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def load_llm(
 
     Args:
         dtype: precision of the weights (with quantisation: of the rest).
-        quantization: "8bit" or "4bit" through bitsandbytes, on CUDA devices.
+        quantization: "8bit" or "4bit" through bitsandbytes, on CUDA devices and on CPUs (smaller there, not faster).
         vocabulary: the tokenizer's; the model must have exactly its words.
 
     Raises:
@@ -49,6 +50,8 @@ def load_llm(
         ConfigError: a quantisation this machine cannot do.
     """
     device = torch.device(device)
+    # It warns of every cast it makes, and of a kernel it could not download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     extra = _quantization(quantization, device, dtype)
     config = _config(folder_or_id, vocabulary)
     model, info = _read_weights(folder_or_id, config, dtype, extra)
@@ -117,24 +120,24 @@ def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) ->
         raise ConfigError(f"Unknown quantisation {name!r}: use 8bit or 4bit, or none.")
     if name is None:
         return {}
-    if device.type != "cuda":
-        raise ConfigError(f"{name} weights need a CUDA device, not {device}.")
+    if device.type not in ("cuda", "cpu"):
+        raise ConfigError(f"{name} weights need a CUDA device or a CPU, not {device}.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"{name} weights need the package bitsandbytes: pip install bitsandbytes.")
     from transformers import BitsAndBytesConfig
 
     bits = (BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype))
-    return {"quantization_config": bits, "device_map": {"": device.index or 0}}
+    return {"quantization_config": bits, "device_map": {"": "cpu" if device.type == "cpu" else device.index or 0}}
 
 
 def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: dict[str, Any]) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import LlamaForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of wrong tensors becomes one sentence here (_check_names)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of wrong tensors becomes one sentence here (_check_names)
     try:
         # Old .bin shards are read by transformers through torch.load(weights_only=True).
         return LlamaForCausalLM.from_pretrained(
@@ -148,7 +151,7 @@ def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: di
             raise
         raise CheckpointError(f"{source}: the weights cannot be read ({_first_line(error)}).") from error
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _check_names(info: Any, source: str | Path) -> None:

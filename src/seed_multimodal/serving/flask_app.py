@@ -18,7 +18,7 @@ from seed_multimodal.serving.engine import Backend, Engine, SystemBackend
 from seed_multimodal.serving.schema import Limits, error_json, parse_request
 
 if TYPE_CHECKING:
-    from flask import Flask
+    from flask import Flask, Response
     from werkzeug.exceptions import HTTPException
 
     from seed_multimodal.systems.seed_llama import SeedLlama
@@ -48,26 +48,26 @@ def create_app(
     app.extensions["seed_engine"] = engine
 
     @app.route("/generate", methods=["GET", "POST"])
-    def generate():  # type: ignore[no-untyped-def]
+    def generate() -> Response:
         parsed = parse_request(request.get_json(), limits)
         return jsonify(engine.answer(parsed).to_json())
 
     @app.route("/health", methods=["GET"])
-    def health():  # type: ignore[no-untyped-def]
+    def health() -> Response:
         return jsonify(engine.health())
 
     @app.errorhandler(SeedError)
-    def refuse(error: SeedError):  # type: ignore[no-untyped-def]
+    def refuse(error: SeedError) -> tuple[Response, int]:
         return jsonify(error_json(str(error))), 400 if isinstance(error, ASKED_WRONGLY) else 500
 
     @app.errorhandler(HTTPException)
-    def http_error(error: HTTPException):  # type: ignore[no-untyped-def]
+    def http_error(error: HTTPException) -> HTTPException | tuple[Response, int]:
         if error.code is None or error.code < 400:
             return error
         return jsonify(error_json(_sentence(error, limits))), error.code
 
     @app.errorhandler(Exception)
-    def fault(error: Exception):  # type: ignore[no-untyped-def]
+    def fault(error: Exception) -> tuple[Response, int]:
         logger.exception("A request failed inside the server")
         return jsonify(error_json("The server failed inside; its log has the details.")), 500
 

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,7 +218,7 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
         return ask(dialogue, max_turns=turns, force_boi=bool(force), num_beams=int(beams),
                    max_new_tokens=int(tokens), temperature=temperature, top_p=top_p)
 
-    def on_submit(dialogue: Dialogue, path: str | None, said: str | None, *values: Any):  # type: ignore[no-untyped-def]
+    def on_submit(dialogue: Dialogue, path: str | None, said: str | None, *values: Any) -> Iterator[tuple[Any, ...]]:
         *added, picture, words = on_add(dialogue, path, said)
         if added[2]:
             yield *added, picture, words, *buttons(True)
@@ -227,7 +227,7 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
         trouble = asking(page.answer, dialogue, values)
         yield dialogue, page.messages(dialogue), trouble, gr.update(), gr.update(), *buttons(True)
 
-    def on_regenerate(dialogue: Dialogue, *values: Any):  # type: ignore[no-untyped-def]
+    def on_regenerate(dialogue: Dialogue, *values: Any) -> Iterator[tuple[Any, ...]]:
         yield dialogue, gr.update(), WRITING, *buttons(False)
         trouble = asking(page.regenerate, dialogue, values)
         yield dialogue, page.messages(dialogue), trouble, *buttons(True)

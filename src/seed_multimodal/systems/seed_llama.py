@@ -75,7 +75,7 @@ class SeedLlama:
             name: `nano`, `8b`, `14b`, or a folder with `system.json`.
             llm, tokenizer, detokenizer, vision, template: single parts, see `loading.find_system`.
             device, dtype: see `choose_device`; the choice goes to `log`.
-            quantization: "8bit" or "4bit" for the language model, on CUDA devices.
+            quantization: "8bit" or "4bit" for the language model, on CUDA devices and CPUs.
             image_device: where pictures are read and drawn, if not on `device`.
             load_decoder: False: a system that never draws.
             offload_encoder, offload_decoder: keep that part on the CPU while it is not at work.

@@ -211,10 +211,8 @@ def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> t
     _check_pieces(folder, tokenizer)
     if settings.quantization is None:
         llama = load_llm(folder, dtype=dtype)
-    elif device.type == "cuda":
+    else:  # read afresh: a 4-bit model that has generated on a CPU is packed another way and gives no gradients
         llama = load_llm(folder, device=device, dtype=dtype, quantization=settings.quantization)
-    else:
-        llama = _quantized_on_cpu(folder, dtype, settings.quantization)
     return llama, int(llama.config.vocab_size)
 
 
@@ -233,19 +231,6 @@ def _random(sizes: Mapping[str, Any], words: int, seed: int) -> Any:
                                                    "eos_token_id": EOS, "pad_token_id": PAD}))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"sizes: {str(error).splitlines()[0]}") from error
-
-
-def _quantized_on_cpu(folder: Path, dtype: torch.dtype, name: str) -> Any:
-    """bitsandbytes on a CPU: slow, but the same code path as on a GPU.
-
-    Read afresh for training: a 4-bit model that has generated on a CPU is packed another way and gives no gradients.
-    """
-    load_llm(folder, dtype=dtype)  # refuses a damaged folder in one sentence
-    from transformers import BitsAndBytesConfig, LlamaForCausalLM
-
-    bits = (BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else
-            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype))
-    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=bits, device_map={"": "cpu"})
 
 
 def _check_pieces(folder: Path, tokenizer: Any) -> None:
