@@ -6,13 +6,7 @@
 #   MASTER_ADDR (CHIEF_IP), MASTER_PORT      node 0's address and a free port on it
 # Nothing is assumed about the network; NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the like are used if they are set.
 cd "$(dirname "$0")/.."
-for PYTHON in "${VIRTUAL_ENV:-/nowhere}/bin/python" "${CONDA_PREFIX:-/nowhere}/bin/python" ../.venv/bin/python; do
-    [ -x "$PYTHON" ] && break
-done
-[ -x "$PYTHON" ] || PYTHON=$(command -v python3 || command -v python) || {
-    echo "No Python found: run sh install.sh first." >&2
-    exit 2
-}
+. ../scripts/python.sh
 
 launch() {
     port=$1

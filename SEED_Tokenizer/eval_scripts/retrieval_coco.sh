@@ -9,7 +9,7 @@
 # seed eval tokenizer --help.
 set -eu
 cd "$(dirname "$0")/.."
-. train_scripts/python.sh
+. ../scripts/python.sh
 export PYTHONPATH="../src${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m seed_multimodal.cli eval tokenizer \
     --model "${MODEL:-released}" --data "${DATA:-../data/coco/annotations/coco_karpathy_test.json}" \

@@ -9,5 +9,5 @@
 # Environment: CONFIG, NNODES, NPROC_PER_NODE, MASTER_PORT; NCCL's own variables (NCCL_SOCKET_IFNAME …) if you need them.
 set -eu
 cd "$(dirname "$0")/.."
-. train_scripts/python.sh
+. ../scripts/python.sh
 exec "$PYTHON" launch.py --config "${CONFIG:-lavis/projects/blip2/train/pretrain_qformer.yaml}" --port 18273 "$@"

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.disk import give_usual_mode
 from seed_multimodal.errors import CheckpointError
 
 _WRAPPERS = ("model", "state_dict", "module")
@@ -106,13 +107,6 @@ def save_state_dict(
     give_usual_mode(temporary)
     os.replace(temporary, file)
     return file
-
-
-def give_usual_mode(file: str | Path) -> None:
-    """The permissions that any new file has here; safetensors makes files that only their owner may read."""
-    mask = os.umask(0o022)  # can only be read by setting it
-    os.umask(mask)
-    os.chmod(file, 0o666 & ~mask)
 
 
 def assign_strictly(

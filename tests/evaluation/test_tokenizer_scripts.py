@@ -17,7 +17,7 @@ SCRIPTS = sorted((FOLDER / "eval_scripts").glob("*.sh"))
 
 
 def _environment(**variables: str) -> dict[str, str]:
-    """`train_scripts/python.sh` takes the Python of VIRTUAL_ENV: the one that runs the tests."""
+    """`scripts/python.sh` takes the Python of VIRTUAL_ENV: the one that runs the tests."""
     return {**os.environ, "VIRTUAL_ENV": sys.prefix, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
 
 

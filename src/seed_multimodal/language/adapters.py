@@ -6,7 +6,6 @@ DeepSpeed's `zero_to_fp32.py` writes of a training run (names with the engine's,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.shards import Shards
 
@@ -104,13 +104,7 @@ class Trained:
         file = folder / ADAPTER_CONFIG
         if not file.is_file():
             return dict(lora or {})
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: not valid json ({error}).") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{file}: must hold a json object.")
-        return values
+        return read_json_object(file)
 
     def _scale(self) -> float:
         rank, alpha = self.config.get("r"), self.config.get("lora_alpha")

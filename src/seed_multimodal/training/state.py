@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from seed_multimodal.disk import flush_folder
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.distributed import Peers
 from seed_multimodal.training.ema import Ema
@@ -217,21 +218,12 @@ def _write_torch(file: Path, state: Mapping[str, Any]) -> None:
                 raise listening.failure from None
             _to_disk(handle)
         os.replace(temporary, file)
-        _folder_to_disk(file.parent)
+        flush_folder(file.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         before = "the state saved before is intact" if file.is_file() else "nothing was saved before"
         raise CheckpointError(f"{file}: the state of step {state['step']} cannot be written ({error.strerror}); "
                               f"{before}.") from error
-
-
-def _folder_to_disk(folder: Path) -> None:
-    """The new name, too, survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _to_disk(handle: IO[Any]) -> None:

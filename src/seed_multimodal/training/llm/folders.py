@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.disk import flush_folder
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.llm.failures import TrainingError, disk_sentence
 from seed_multimodal.training.llm.processes import RunPeers
@@ -63,12 +64,12 @@ def publish(temporary: Path, step: int, entries: Mapping[str, Entry]) -> Path:
         handle.flush()
         os.fsync(handle.fileno())
     for place in {temporary, *((temporary / name).parent for name in entries)}:
-        _folder_to_disk(place)
+        flush_folder(place)
     target = temporary.parent / f"checkpoint-{step}"
     if target.exists():
         _remove(target)
     os.replace(temporary, target)
-    _folder_to_disk(target.parent)
+    flush_folder(target.parent)
     return target
 
 
@@ -164,11 +165,3 @@ def _remove(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _folder_to_disk(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.config import check_keys
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -147,18 +148,8 @@ def recorded_lora(folder: Path) -> dict[str, Any] | None:
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
-    values = _read_config(folder / ADAPTER_CONFIG)
+    values = read_json_object(folder / ADAPTER_CONFIG)
     return {key: values[key] for key in RECORDED if values.get(key) is not None}
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid json ({error}).") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: must hold a json object.")
-    return values
 
 
 def read_adapter(model: Any, folder: Path) -> dict[str, Tensor]:
@@ -168,7 +159,7 @@ def read_adapter(model: Any, folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")
     config = folder / ADAPTER_CONFIG
     if config.is_file():
-        there, here = _read_config(config), model.peft_config["default"]
+        there, here = read_json_object(config), model.peft_config["default"]
         for key in ("r", "lora_alpha"):
             if there.get(key) != getattr(here, key):
                 raise CheckpointError(f"{config}: {key} is {there.get(key)}, but the model is set up with "

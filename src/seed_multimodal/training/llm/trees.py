@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seed_multimodal.disk import give_usual_mode
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.weights import give_usual_mode
 
 _TENSOR, _NUMBERED, _TUPLE = "__tensor__", "__numbered__", "__tuple__"
 

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from seed_multimodal.data.llm.pretokenize.raw import Unit
+from seed_multimodal.disk import flush_folder
 from seed_multimodal.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -44,7 +45,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}).") from None
 
@@ -121,7 +122,7 @@ class PartWriter:
             for tar, scratch in zip(self.tars, self._scratch, strict=True):
                 tar["bytes"], tar["sha256"] = scratch.stat().st_size, _sha256(scratch)
                 os.replace(scratch, self.folder / tar["file"])
-            _flush_folder(self.folder)
+            flush_folder(self.folder)
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written ({error.strerror}).") from None
         manifest = {"unit": self.unit.number, "source": self.unit.identity(), **counts, "tars": self.tars}
@@ -179,11 +180,3 @@ def check_part(save_dir: Path, unit: Unit) -> tuple[dict[str, Any] | None, str]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
