@@ -10,6 +10,7 @@ Importing this package is light (no torch). The objects below load on first use:
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from typing import Any
 
@@ -19,6 +20,9 @@ __version__ = "0.1.0"
 
 # Model hubs are opt-in: an unreachable name otherwise costs about 25 s of silent retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Where bitsandbytes is installed, transformers and diffusers import it, and it warns of a kernel it cannot download.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # A CPU build of torch beside torchvision from PyPI: repaired just before torchvision is first imported.
 torchvision_shim.install()

@@ -8,7 +8,6 @@ also hold rotary frequencies, which are computed here.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +49,6 @@ def load_llm(
         ConfigError: a quantisation this machine cannot do.
     """
     device = torch.device(device)
-    # It warns of every cast it makes, and of a kernel it could not download.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     extra = _quantization(quantization, device, dtype)
     config = _config(folder_or_id, vocabulary)
     model, info = _read_weights(folder_or_id, config, dtype, extra)
@@ -134,10 +131,10 @@ def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) ->
 def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: dict[str, Any]) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import LlamaForCausalLM
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging
 
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report of wrong tensors becomes one sentence here (_check_names)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of wrong tensors becomes one sentence here (_check_names)
     try:
         # Old .bin shards are read by transformers through torch.load(weights_only=True).
         return LlamaForCausalLM.from_pretrained(
@@ -151,7 +148,7 @@ def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: di
             raise
         raise CheckpointError(f"{source}: the weights cannot be read ({_first_line(error)}).") from error
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
 
 
 def _check_names(info: Any, source: str | Path) -> None:
