@@ -8,6 +8,8 @@ The model is trained as released: LoRA on the linear layers, embeddings, head an
 what the original runs: caption micro-batches padded to 200 tokens, transformers' loss over all positions, every
 activation made again. Each further lever keeps what the one before it did, but for what its row in LEVERS changes.
 Lines carry the ratio of useful tokens/s (no padding) to the first setting of the same run.
+The fp8 levers come last: the one model of the run loses its bf16 base for good. Their utilisation is of the same peak
+as all others', so it says how much faster they are, not how well FP8 is used.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.evaluation.timing import measure, print_line
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.flops import step_flops
+from seed_multimodal.training.llm.fp8 import freeze_in_fp8, has_fp8
 from seed_multimodal.training.llm.loss import find_llama, packed_loss
 from seed_multimodal.training.llm.model import attention_kind, build_llm, set_checkpointing
 from seed_multimodal.training.llm.model_settings import LlmModelSettings
@@ -62,6 +65,7 @@ class Lever:
     checkpointing: bool | str = True
     compile: bool = False
     optimizer: str = "adamw_hf"
+    fp8: bool = False
 
 
 ORIGINAL = Lever(packed=False, loss="transformers")
@@ -80,6 +84,8 @@ LEVERS = {
     "selective": dataclasses.replace(FUSED, compile=True, checkpointing="selective"),
     "no-checkpointing": dataclasses.replace(FUSED, compile=True, checkpointing=False),
     "no-checkpointing-liger": dataclasses.replace(FUSED, compile=True, checkpointing=False, loss="liger"),
+    "fp8-selective": dataclasses.replace(FUSED, compile=True, checkpointing="selective", fp8=True),
+    "fp8": dataclasses.replace(FUSED, compile=True, checkpointing=False, fp8=True),
 }
 
 
@@ -139,8 +145,10 @@ def model_of(options: argparse.Namespace, device: torch.device, dtype: str) -> A
 
 
 def prepare(model: Any, lever: Lever, device: torch.device) -> None:
-    """Set the model to a lever's switches, whatever it was set to before."""
+    """Set the model to a lever's switches, whatever it was set to before; only from FP8 there is no way back."""
     torch.compiler.reset()
+    if lever.fp8:
+        freeze_in_fp8(model)
     llama = find_llama(model)
     llama.set_attn_implementation(attention_kind(lever.attention, device))
     set_checkpointing(llama, True)
@@ -216,9 +224,12 @@ def main() -> None:
     runtime = choose_device(options.device, options.dtype, log=None)
     device, dtype = runtime.device, runtime.dtype
     names = options.levers.split(",") if options.levers else [
-        name for name, lever in LEVERS.items() if device.type == "cuda" or not (lever.compile or lever.loss == "liger")]
+        name for name, lever in LEVERS.items() if has_fp8(device) or not lever.fp8
+        if device.type == "cuda" or not (lever.compile or lever.loss == "liger")]
     if wrong := [name for name in names if name not in LEVERS]:
         parser.error(f"unknown lever {wrong[0]!r}: use {', '.join(LEVERS)}")
+    if [name for name in names if LEVERS[name].fp8] != names[sum(not LEVERS[name].fp8 for name in names):]:
+        parser.error("the fp8 levers must come last: they change the base for good")
     peak = peak_tflops(options.peak_tflops, device, dtype)
     model = model_of(options, device, {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, "bf16"))
     first: float | None = None

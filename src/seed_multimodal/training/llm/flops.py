@@ -2,9 +2,9 @@
 
 A multiply-add counts as two. A frozen matrix of n numbers costs 4 n a token (its product, and the gradient that goes
 on to its input), a trained one 6 n (and its own gradient); so LoRA is close to 4 N a token, full fine-tuning 6 N.
-Attention is counted as the causal half of each sequence of a packed row. Not counted, as usual for a model-FLOP
-utilisation (MFU): norms, softmax, rotary positions, lookups, and products made a second time by activation
-checkpointing or by the chunked loss.
+A matrix in FP8 counts as a frozen one of any precision, its transposed copy not at all. Attention is counted as the
+causal half of each sequence of a packed row. Not counted, as usual for a model-FLOP utilisation (MFU): norms, softmax,
+rotary positions, lookups, and products made a second time by activation checkpointing or by the chunked loss.
 """
 
 from __future__ import annotations

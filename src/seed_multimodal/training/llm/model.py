@@ -22,6 +22,7 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.loading import BOS, EOS, PAD, force_special_ids, load_llm
 from seed_multimodal.tokenizers.loading import OURS, QUANTIZER_FILES
+from seed_multimodal.training.llm.fp8 import check_fp8, freeze_in_fp8
 from seed_multimodal.training.llm.lora import (
     adapter_state,
     add_lora,
@@ -50,6 +51,8 @@ def build_llm(
     """
     check(settings)
     place = torch.device(device)
+    if settings.fp8:
+        check_fp8(place)
     source = resume or settings.adapter
     if source is not None and settings.lora is None:
         fields = recorded_lora(find_folder(source))
@@ -75,6 +78,8 @@ def build_llm(
     set_checkpointing(llama, settings.gradient_checkpointing)
     if settings.quantization is None:
         model.to(place)
+    if settings.fp8:
+        freeze_in_fp8(model)
     if settings.compile:
         for layer in llama.model.layers:
             layer.compile()

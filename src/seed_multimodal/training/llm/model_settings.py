@@ -43,6 +43,8 @@ class LlmModelSettings:
         trained_dtype: precision of trained weights; `same` keeps them in `dtype` (for engines with fp32 copies of
             their own).
         quantization: None, 8bit or 4bit: the frozen base through bitsandbytes (QLoRA).
+        fp8: the frozen matrices of the layers, and products with them, in FP8 (GPUs from Ada and Hopper on; a CPU
+            emulates it for tests).
         attention: auto (CUDA: flash if installed, else flex; elsewhere eager, whose backward is the fastest in bf16),
             sdpa, eager, flex or flash.
         lora: fields of `peft.LoraConfig`; None trains every weight.
@@ -58,6 +60,7 @@ class LlmModelSettings:
     dtype: str = "bf16"
     trained_dtype: str = "fp32"
     quantization: str | None = None
+    fp8: bool = False
     attention: str = "auto"
     lora: dict[str, Any] | None = None
     adapter: str | None = None
@@ -92,7 +95,7 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
         raise ConfigError(f"{where}: give either path (the folder of a LLaMA) or sizes (to start from random weights).")
     dtypes = (*DTYPES, "auto")
     for key, options in (("attention", tuple(ATTENTIONS)), ("quantization", QUANTIZATIONS), ("dtype", dtypes),
-                         ("trained_dtype", (*DTYPES, "same")),
+                         ("trained_dtype", (*DTYPES, "same")), ("fp8", (False, True)),
                          ("gradient_checkpointing", (False, True, "selective"))):
         value = getattr(settings, key)
         if value not in options:
@@ -102,6 +105,11 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
         raise ConfigError(f"{where}: a {settings.quantization} base cannot be trained itself; give lora.")
     if settings.quantization is not None and settings.path is None:
         raise ConfigError(f"{where}: quantization needs a trained base (path), not random weights.")
+    if settings.fp8 and settings.lora is None:
+        raise ConfigError(f"{where}: fp8 is for frozen weights, and without lora none are; give lora.")
+    if settings.fp8 and settings.quantization is not None:
+        raise ConfigError(f"{where}: fp8 and quantization exclude each other: a {settings.quantization} base has no "
+                          "weights to put into fp8.")
     return settings
 
 

@@ -30,6 +30,7 @@ from seed_multimodal.training.llm.checkpoint import (
 from seed_multimodal.training.llm.engine import PlainEngine, round_residual
 from seed_multimodal.training.llm.failures import STOPPED, TrainingError, Watchdog, explained
 from seed_multimodal.training.llm.flops import token_flops
+from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama
 from seed_multimodal.training.llm.metrics import RunProgress
 from seed_multimodal.training.llm.model import build_llm
@@ -48,7 +49,7 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    for name in ("bitsandbytes", "DeepSpeed", "accelerate"):
+    for name in ("DeepSpeed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -240,6 +241,8 @@ class Trainer:
             found = replace(found, dtype="fp32", trained_dtype="fp32")
         if self.run.deepspeed is not None and found.quantization is not None:
             raise ConfigError("A quantised base cannot be spread by DeepSpeed; use the plain engine.")
+        if self.run.deepspeed is not None and found.fp8:
+            raise ConfigError("DeepSpeed would cast fp8 weights back to the run's precision; use the plain engine.")
         return found
 
     def _engine(self, rows: int) -> Engine:
@@ -247,6 +250,7 @@ class Trainer:
         optimizer = build_optimizer(module, self.optim)
         if self.run.deepspeed is None:
             round_residual(module, self.settings.precision)
+            keep_out_of_ddp(module)
             return PlainEngine(module, optimizer, self.settings, self.processes)
         if self.optim.name == "muon":
             raise ConfigError("optim: muon runs on the plain engine only; use adamw or adamw_hf with DeepSpeed.")
