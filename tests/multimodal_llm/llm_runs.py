@@ -53,7 +53,7 @@ def write_files(folder: Path, **changes: Any) -> dict[str, Path]:
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
     words = MultimodalTokenizer.from_pretrained(TOKENIZER).vocabulary
-    contents = {"model": {"sizes": SIZES, "dtype": "fp32", "attention": "eager"},
+    contents = {"model": {"sizes": SIZES, "dtype": "fp32"},
                 "data": write_data(folder / "data", words.n_codes, words.tokens_per_image), "trainer": TRAINER,
                 "optim": OPTIM, "tokenizer": {"pretrained_model_name_or_path": str(TOKENIZER)}}
     files = {}

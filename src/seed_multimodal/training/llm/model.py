@@ -189,7 +189,7 @@ def attention_kind(name: str, device: torch.device) -> str:
     if name != "auto":
         return ATTENTIONS[name]
     if device.type != "cuda":
-        return ATTENTIONS["eager"]
+        return ATTENTIONS["sdpa"]
     from transformers.utils import is_flash_attn_2_available
 
     return ATTENTIONS["flash" if is_flash_attn_2_available() else "flex"]
