@@ -16,6 +16,7 @@ from typing import Any
 
 from seed_multimodal.data.llm.pretokenize.raw import Unit
 from seed_multimodal.data.llm.pretokenize.shards import MANIFEST, part_folder, read_json, write_json
+from seed_multimodal.data.llm.pretokenize.progress import counted
 from seed_multimodal.errors import DataError
 
 SETTINGS = "settings.json"
@@ -94,8 +95,9 @@ def merge(save_dir: Path, units: Sequence[Unit]) -> dict[str, Any] | None:
 
 def summary(manifest: Mapping[str, Any], save_dir: Path) -> str:
     """A finished folder in one sentence or two."""
-    text = (f"{save_dir}: {manifest['samples']:,} records with {manifest['pictures']:,} pictures in "
-            f"{sum(len(part['tars']) for part in manifest['parts']):,} tars, of {manifest['read']:,} samples read")
+    tars = sum(len(part["tars"]) for part in manifest["parts"])
+    text = (f"{save_dir}: {counted(manifest['samples'], 'record')} with {counted(manifest['pictures'], 'picture')} in "
+            f"{counted(tars, 'tar')}, of {counted(manifest['read'], 'sample')} read")
     left_out = [f"{count:,} {reason}" for reason, count in manifest["dropped"].items()]
     if left_out:
         text += f"; filtered: {', '.join(left_out)}"

@@ -8,6 +8,12 @@ from collections.abc import Callable
 from seed_multimodal.data.llm.pretokenize.raw import Unit
 
 
+
+def counted(number: int, noun: str) -> str:
+    """`1 unit`, `2,000 units`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Progress:
     """Counts one process's work.
 
@@ -48,7 +54,8 @@ class Progress:
 
     def last_line(self) -> str:
         """The whole, when all is done."""
-        return (f"{self.name}{self.units_done:,} units, {self.pictures:,} pictures in {self.seconds:.1f} s "
+        return (f"{self.name}{counted(self.units_done, 'unit')}, {counted(self.pictures, 'picture')} in "
+                f"{self.seconds:.1f} s "
                 f"({self.pictures / max(self.seconds, 1e-9):,.0f}/s, waited for data "
                 f"{100 * self.wait / max(self.seconds, 1e-9):.0f} % of the time).")
 

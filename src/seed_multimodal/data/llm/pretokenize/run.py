@@ -26,7 +26,7 @@ from seed_multimodal.data.llm.pretokenize.decode import Decode
 from seed_multimodal.data.llm.pretokenize.encode import Encoder, EncoderSettings, read_transform
 from seed_multimodal.data.llm.pretokenize.kinds import get_kind
 from seed_multimodal.data.llm.pretokenize.manifest import agree_on_settings, merge, summary, versions
-from seed_multimodal.data.llm.pretokenize.progress import Progress
+from seed_multimodal.data.llm.pretokenize.progress import Progress, counted
 from seed_multimodal.data.llm.pretokenize.raw import Unit, list_units
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings, read_input_settings
 from seed_multimodal.data.llm.pretokenize.shards import CHANGED, check_part, part_folder
@@ -111,7 +111,7 @@ def run(settings: RunSettings) -> int:
     save_dir = Path(settings.save_dir)
     _refuse_existing(settings, units, places)
     share = f", of which share {settings.shard[0]} of {settings.shard[1]}" if settings.shard[1] > 1 else ""
-    say(f"{len(units):,} units of {source.files or source.format} as {kind.name} records to {save_dir}{share}; "
+    say(f"{counted(len(units), 'unit')} of {source.files or source.format} as {kind.name} records to {save_dir}{share}; "
         f"{len(places)} of {places[0].world} process{'es' * (places[0].world > 1)} started here.")
     if len(places) == 1:
         work(settings, source, units, places[0])
