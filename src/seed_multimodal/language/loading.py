@@ -26,6 +26,8 @@ RELEASED = {  # folder name -> where it comes from
     "seed_llama_8b_sft": "AILab-CVC/seed-llama-8b-sft",
     "seed_llama_14b_sft": "AILab-CVC/seed-llama-14b-sft",
     "seed_llama_8b_pretrain": "AILab-CVC/seed-llama-8b-pretrain",
+    "vicuna-7b-v1.1": "lmsys/vicuna-7b-v1.1",
+    "llama-2-13b-chat": "meta-llama/Llama-2-13b-chat-hf",
 }
 
 

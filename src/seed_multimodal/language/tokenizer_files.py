@@ -54,7 +54,8 @@ def read_files(folder: Path) -> TokenizerFiles:
         CheckpointError: a file that is missing or damaged, or ids that leave the released layout.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {MODEL} and {ADDED}).")
+        raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {MODEL} and {ADDED}); "
+                              "pretrained/README.md says where the released one comes from, pretrained/nano has one.")
     raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}
     for name in (MODEL, ADDED):
         if not raw.get(name):
