@@ -11,7 +11,7 @@ import torch
 
 from seed_multimodal.data.mixed_order import MixedOrder
 from seed_multimodal.data.steps import StepBatches
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, DataError
 
 TOTALS, WEIGHTS = [30, 1000, 7], [5.0, 2.0, 1.0]
 
@@ -93,3 +93,8 @@ def test_ranks_workers_and_restarts_change_nothing() -> None:
 def test_weights_that_make_no_sense(weights: list[float]) -> None:
     with pytest.raises(ConfigError, match="as many positive weights"):
         MixedOrder(TOTALS, weights, 0)
+
+
+def test_an_empty_set_is_refused() -> None:
+    with pytest.raises(DataError, match="Set 2 of the 3 of the mixture is empty"):
+        MixedOrder([3, 0, 4], [1, 1, 1], 0)

@@ -316,3 +316,8 @@ def test_workers_that_wait_to_hand_a_batch_over_end_with_their_trainer() -> None
         os.kill(pid, 9)
     killed.stdout.close()
     assert not left
+
+
+def test_a_seed_may_be_any_whole_number() -> None:
+    (_, order), = EpochOrder(50, 10 ** 30).parts(0, 50)
+    assert sorted(order.tolist()) == list(range(50)) and order.tolist() != list(range(50))

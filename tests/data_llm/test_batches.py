@@ -211,7 +211,7 @@ def test_states_that_do_not_fit(mixed: Callable, words) -> None:
         fresh.restore(lost)
     config = mixed()
     config["sources"].pop()
-    with pytest.raises(ConfigError, match="saved with sources"):
+    with pytest.raises(ConfigError, match=r"saved with source 'texts' as \{.*, and now it is 'absent'"):
         LlmBatches(read_data_settings(config), words).restore(states)
     config = mixed()
     config["sources"][0]["weight"] = 9  # the mixture may change on the way
@@ -342,3 +342,15 @@ raise KeyError("a training that fails")
 def _runs(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status")
     return status.is_file() and "State:\tZ" not in status.read_text()
+
+
+def test_a_source_that_grew_is_named_alone(tmp_path: Path, words, lines: Callable) -> None:
+    config = {"length": 64, "sources": [
+        {"name": name, "files": str(lines(tmp_path / f"{name}.jsonl", [{"text": "some words"}] * 3)),
+         "decoder": "pretrain.text"} for name in ("a", "b")]}
+    batches = LlmBatches(read_data_settings(config), words)
+    batches.at(0)
+    lines(tmp_path / "b.jsonl", [{"text": "some words"}] * 4)
+    with pytest.raises(ConfigError, match="saved with source 'b' as .*'records': 3.* now .*'records': 4") as error:
+        LlmBatches(read_data_settings(config), words).restore([saved(batches)])
+    assert "'a'" not in str(error.value)

@@ -229,3 +229,33 @@ def test_what_cannot_be_checked_is_refused(tmp_path, tokenizer):
         check(path, tokenizer=tmp_path)
     with pytest.raises(DataError, match="no file matches"):
         check(tmp_path / "none.jsonl")
+
+
+def test_a_list_of_captions_is_good_where_its_decoder_draws_one(tmp_path, tokenizer):
+    path = jsonl(tmp_path / "a.jsonl", {"image_ids": picture(1), "text": ["a cat", "the cat"]},
+                 {"image_ids": picture(1), "text": ["a cat", " "]}, {"image_ids": picture(1), "text": ["a cat", 3]},
+                 {"image_ids": picture(1), "text": []})
+    for words in (None, tokenizer):
+        report = check(path, tokenizer=words)
+        assert report.errors == {"empty text": 1, "wrong type": 2}
+        assert all("line 1:" not in one.sentence for one in report.findings)
+
+
+@pytest.mark.parametrize("views", [[], None])
+def test_views_that_are_empty_are_no_picture(tmp_path, tokenizer, views):
+    path = jsonl(tmp_path / "a.jsonl", {"views": views, "text": "a cat"})
+    for words in (None, tokenizer):
+        assert check(path, tokenizer=words).errors == {"missing key": 1}
+
+
+@pytest.mark.parametrize("codes", [[picture(1), None], [[], [], 1.5], [None, picture(1)]])
+def test_pictures_of_mixed_types_are_told(tmp_path, tokenizer, codes):
+    path = jsonl(tmp_path / "a.jsonl", {"image_ids": codes, "question": "what", "answer": "a cat"})
+    assert check(path, tokenizer=tokenizer).wrong
+
+
+def test_a_picture_written_into_its_list_is_told_briefly(tmp_path, tokenizer):
+    path = jsonl(tmp_path / "a.jsonl", {"image": "A" * 9000, "conversations": [
+        {"from": "human", "value": "<image>what"}, {"from": "gpt", "value": "a cat"}]})
+    report = check(path, tokenizer=tokenizer)
+    assert report.errors == {"missing picture": 1} and len(report.findings[0].sentence) < 400 + len(str(path))

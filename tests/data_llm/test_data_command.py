@@ -84,10 +84,11 @@ def test_refusals_are_sentences_with_code_2(capsys, tmp_path, old):
     code, _, err = run(capsys, "convert", old, "--out", tmp_path / "file")
     assert code == 2 and err.startswith("seed: ") and len(err.splitlines()) == 1
     for wrong in (("check", "x", "--length", "0"), ("check", "x", "--max-errors", "-1"), ("convert", "x"), (),
-                  ("check", "x", "--option", "flat")):
+                  ("check", "x", "--option", "flat"), ("check", "x", "--length", "abc")):
         with pytest.raises(SystemExit) as caught:
             main(["data", *wrong])
         assert caught.value.code == 2
+    assert "argument --length: must be a whole number, 1 or more, not 'abc'" in capsys.readouterr().err
 
 
 def test_a_shard_with_code_in_it_is_told_and_the_others_are_converted(tmp_path, old):

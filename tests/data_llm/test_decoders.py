@@ -285,6 +285,12 @@ def test_a_picture_of_any_record(words, records, name) -> None:
     assert some_picture({"text": "none"}, SeededDraws(0), size) is None
 
 
+def test_a_broken_record_has_no_picture_to_give() -> None:
+    for broken in (7, "codes", ["a", None], [{"from": "human"}], [1.5], [[[]]], {"a": 1}):
+        for key in ("image_ids", "views", "target_image_ids", "messages"):
+            assert some_picture({key: broken}, SeededDraws(0), 4) is None
+
+
 # ---- draws and padding
 
 

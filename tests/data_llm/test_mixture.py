@@ -272,3 +272,42 @@ def test_sources_may_be_named_in_a_mapping(mixed: Callable) -> None:
     settings = read_data_settings(config)
     assert [source.name for source in settings.sources] == ["captions", "documents", "texts"]
     assert settings.draw_weights() == pytest.approx([4 / 7, 1 / 7, 2 / 7])
+
+
+def test_a_broken_neighbour_does_not_spoil_a_record_that_takes_its_noise(tmp_path: Path, words, codes: Callable,
+                                                                         lines: Callable) -> None:
+    good = [{"image_ids": codes(n), "text": f"number {n}"} for n in range(6)]
+    bad = ["no json", {"image_ids": [10 ** 9] * len(codes(0)), "text": "a"}, {"image_ids": codes(0)[:-1], "text": "a"},
+           {"image_ids": 7, "text": "a"}, {"image_ids": [True] * len(codes(0)), "text": "a"}]
+    path = lines(tmp_path / "a.jsonl", [*good, *bad])
+    mixture = Mixture(read_data_settings({"sources": [
+        {"name": "c", "files": str(path), "decoder": "pretrain.caption",
+         "options": {"reverse_ratio": 1.0, "code_noise": 0.9}}]}), words)
+    found = [mixture.sequence(0, position) for position in range(4 * 11)]
+    assert sum(not isinstance(one, Dropped) for one in found) == 4 * len(good)
+    assert all("noise" not in one.where for one in found if isinstance(one, Dropped))
+
+
+def test_weights_of_any_size_are_shares(mixed: Callable) -> None:
+    for size in (1e308, 1e-300):
+        config = mixed()
+        for source in config["sources"]:
+            source["weight"] = size
+        assert read_data_settings(config).draw_weights() == pytest.approx([1 / 3] * 3)
+    config["sources"][0]["weight"] = 10 ** 400
+    with pytest.raises(ConfigError, match="weight must be a positive number"):
+        read_data_settings(config)
+
+
+def test_packing_is_switched_by_on_and_off(mixed: Callable) -> None:
+    assert read_data_settings(mixed(packing="off")).packing is False
+    assert read_data_settings(mixed(packing="on")).packing is True
+
+
+def test_sources_one_after_another_must_end(mixed: Callable) -> None:
+    config = mixed(concat_type="concat")
+    config["sources"][0]["cycles"] = 2
+    with pytest.raises(ConfigError, match="source 'documents' needs cycles"):
+        read_data_settings(config)
+    config["sources"][1]["cycles"] = 1
+    assert read_data_settings(config).concat_type == "concat"

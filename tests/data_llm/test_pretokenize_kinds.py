@@ -128,6 +128,12 @@ def test_qa_of_questions(make, words):
     assert list(found[0]) == ["image_ids", "question", "answer"]
 
 
+def test_an_empty_field_of_a_table_is_no_text(make):
+    found = make("qa", [{"image": "0.png", "question": "how many?", "answer": answer} for answer in (float("nan"), 2)],
+                 fields="plain")
+    assert [record["answer"] for record in found] == ["2"]
+
+
 def test_qa_of_two_pictures_is_a_difference(make, codec, pictures, words):
     rows = [{"image": ["4.png", "5.png"], "question": "What differs in image a and image b?", "answer": "All"}]
     found = make("qa", rows, fields="plain")
@@ -151,7 +157,8 @@ def test_edit(make, codec, pictures, words):
 def test_story(make, codec, pictures, words):
     rows = [{"images": [f"{n}.png" for n in range(5)], "captions": [f"then {n}" for n in range(5)]},
             {**{f"image{n}": f"{n + 5}.png" for n in range(5)}, **{f"caption{n}": f"so {n}" for n in range(5)}},
-            {"images": ["0.png"], "captions": ["alone"]}]
+            {"images": ["0.png"], "captions": ["alone"]},
+            {f"{key}{n}": f"{n}.png" for key in ("image", "caption") for n in range(6)}]  # one too many is not cut off
     found = make("story", rows)
     assert [list(record) for record in found] == [["image_ids", *(f"caption{n}" for n in range(5))]] * 2
     assert found[0]["image_ids"] == sum(codes_of(codec, pictures, *range(5)), [])

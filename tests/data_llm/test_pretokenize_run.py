@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +196,59 @@ def test_changed_inputs(whole, start, tmp_path, data, capfd):
     write_shard(tmp_path / "in" / "a-first.tar", [("0", {"jpg": jpeg(1), "txt": b"before all"})])
     with pytest.raises(DataError, match=r"holds s-000.tar .* is a-first.tar"):
         start(tmp_path / "out", **here)
+
+
+def test_a_part_of_a_changed_input_is_not_finished(whole, start, tmp_path, data):
+    """A job array's share: the other share's part belongs to what stood there before."""
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.copytree(data["files"], tmp_path / "in")
+    (tmp_path / "out" / "manifest.json").unlink()
+    write_shard(tmp_path / "in" / "s-001.tar", [("0", {"jpg": jpeg(1), "txt": b"changed"})])
+    here = {"data": {"files": str(tmp_path / "in")}}
+    assert start(tmp_path / "out", shard=(0, 2), **here) == 0 and not (tmp_path / "out" / "manifest.json").exists()
+    assert start(tmp_path / "out", shard=(1, 2), **here) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["samples"] == SHARDS * SIZE - 3 - SIZE + 1
+
+
+def test_names_that_are_no_text(start, tmp_path):
+    """A member whose name is not UTF-8 is named in the manifest like any other, and read back the same."""
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for member, value in ((f"{name}.jpg", b"broken"), (f"{name}.txt", b"a"), ("1.jpg", jpeg(1)), ("1.txt", b"b")):
+            info = tarfile.TarInfo(member)
+            info.size = len(value)
+            tar.addfile(info, io.BytesIO(value))
+    assert start(tmp_path / "out", data={"files": str(tmp_path / "in.tar")}) == 0
+    manifest = json.loads((tmp_path / "out" / "part-0000" / "manifest.json").read_text("utf-8"))
+    assert (manifest["samples"], manifest["bad"]) == (1, 1) and f"sample {name}: " in manifest["bad_named"][0]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from seed_multimodal.data.llm.pretokenize.raw import Unit
+from seed_multimodal.data.llm.pretokenize.shards import PartWriter
+from seed_multimodal.errors import DataError
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+try:
+    with PartWriter(Path(sys.argv[1]), Unit(0, "tar", "x.tar"), 1000) as writer:
+        for number in range(int(sys.argv[2])):
+            writer.add(number, {"text": "x" * 300})
+        writer.finish({})
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("records", [19, 100])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, records):
+    """A file that may not grow stands for a disk that is full: at the end of a tar, and in its midst."""
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), str(records)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    assert "part-0000: cannot be written" in done.stdout and done.returncode == 0, done.stderr
+    assert list((tmp_path / "part-0000").iterdir()) == []
 
 
 def test_many_broken_pictures_in_a_row_end_the_run(start, tmp_path, capfd):

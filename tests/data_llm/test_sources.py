@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import tarfile
@@ -14,6 +15,7 @@ from seed_multimodal.data.llm import sources_json
 from seed_multimodal.data.llm.llava import with_messages
 from seed_multimodal.data.llm.record import BadRecord, find_image
 from seed_multimodal.data.llm.sources import FileRecords, open_records
+from seed_multimodal.data.llm.sources_parquet import RowGroups
 from seed_multimodal.data.records import write_shard
 from seed_multimodal.errors import ConfigError, DataError
 
@@ -301,3 +303,74 @@ def test_pictures_are_found(tmp_path, monkeypatch):
     assert find_image("b.jpg", tmp_path / "images") is None
     monkeypatch.chdir(tmp_path)
     assert find_image("images/a.jpg") == Path("images/a.jpg")
+
+
+def test_a_name_that_is_too_long_for_a_file_is_not_there():
+    assert find_image("A" * 5000) is None  # such as a picture written out as base64
+
+
+def test_folders_by_braces_and_wildcards(tmp_path):
+    for part in ("p1", "p2"):
+        (tmp_path / part / "deep").mkdir(parents=True)
+        written(tmp_path / part / "deep" / "a.jsonl", f'{{"text": "{part}"}}')
+    for pattern in ("p{1..2}", "p?", "{p1,p2}/deep"):
+        assert fields(open_records(str(tmp_path / pattern))) == [{"text": "p1"}, {"text": "p2"}]
+    with pytest.raises(DataError, match=r"1 of its 3 folders are missing, first .*p3"):
+        open_records(str(tmp_path / "p{1..3}"))
+
+
+def test_compressed_lists_in_a_folder_are_not_passed_over(tmp_path):
+    written(tmp_path / "a.jsonl", '{"text": "a"}')
+    packed = written(tmp_path / "b.jsonl.gz", gzip.compress(b'{"text": "b"}'))
+    for files in (tmp_path, packed):
+        with pytest.raises(DataError, match=r"b\.jsonl\.gz: compressed files .*gunzip"):
+            len(open_records(files))
+
+
+def test_half_surrogate_pairs_are_refused_however_they_are_written(tmp_path):
+    lines = (b'{"text": "a\xed\xa0\x80b"}', b'{"text": "a\\ud800b"}', '{"text": "\ud55c"}'.encode(),
+             b'{"text": "\\ud83d\\ude00"}')
+    source = open_records(written(tmp_path / "a.jsonl", b"\n".join(lines)))
+    for index in (0, 1):
+        with pytest.raises(BadRecord, match=f"line {index + 1}: a text holds half of a surrogate pair"):
+            source.read(index)
+    assert [source.read(index).fields["text"] for index in (2, 3)] == ["\ud55c", "\U0001f600"]
+    inside = json.dumps([{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}])
+    with pytest.raises(BadRecord, match="f: row 3: a text holds half of a surrogate pair"):
+        with_messages({"messages": inside}, "f: row 3")
+
+
+def test_a_data_text_that_is_no_list_is_left_alone():
+    record = {"image_ids": [1, 2], "text": "a", "data": "2020-01-01"}
+    assert with_messages(record, "f: line 1") == record
+
+
+def test_parquet_files_share_what_they_keep_in_memory(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    count = RowGroups.kept + 6
+    for number in range(count):
+        parquet.write_table(pa.table({"text": [f"t{number}"]}), tmp_path / f"{number:03d}.parquet")
+    source = open_records(tmp_path)
+    before = pa.total_allocated_bytes()
+    assert [one["text"] for one in fields(source)] == [f"t{number}" for number in range(count)]
+    assert source.read(0).fields["text"] == "t0"
+    held = pa.total_allocated_bytes() - before
+    source.close()
+    assert pa.total_allocated_bytes() == before
+    assert source.read(count - 1).fields["text"] == f"t{count - 1}"
+    assert 0 < held <= RowGroups.kept * (pa.total_allocated_bytes() - before)
+
+
+def test_parquet_texts_that_are_not_utf8_are_that_rows_fault(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    offsets, data = np.array([0, 3, 5], np.int32), b"a\xffbok"
+    texts = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(data)])
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    source = open_records(tmp_path / "a.parquet")
+    with pytest.raises(BadRecord, match=r"a\.parquet: row 0: a text is not UTF-8"):
+        source.read(0)
+    assert source.read(1).fields == {"text": "ok"}

@@ -242,6 +242,62 @@ def test_foreign_adapters_leave_nothing(made: SimpleNamespace, tokenizer: Multim
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
 
+def test_ranks_and_starts_that_a_merge_cannot_follow(made: SimpleNamespace, tmp_path: Path) -> None:
+    other = A.replace("q_proj", "v_proj")
+    adapter = spoilt(made, tmp_path / "rank", lambda s: {
+        **s, other: torch.zeros(2, 32), other.replace("lora_A", "lora_B"): torch.zeros(32, 2)})
+    with pytest.raises(CheckpointError, match=r"lora_A of '.*v_proj.weight' has 2 rows, but r is 4"):
+        merge_adapter(made.base, adapter, tmp_path / "out")
+    adapter = spoilt(made, tmp_path / "start", dict)
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**values, "init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(CheckpointError, match="init_lora_weights 'pissa_niter_4'"):
+        merge_adapter(made.base, adapter, tmp_path / "out", verify=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rank", "start"]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_merged(words: int, bias: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=words, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, attention_bias=True)).save_pretrained(tmp_path / "base")
+    model = train(tmp_path / "base", words, tmp_path / "adapter", bias=bias)
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    ids = torch.randint(3, words, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(says(tmp_path / "out", ids), model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_places_that_cannot_be_written(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--force` never takes away what is read; a file in the way is one sentence; the current folder is a place."""
+    run = tmp_path / "run"
+    shutil.copytree(made.adapter, run / "checkpoint-1")
+    for base, adapter in ((made.base, run / "checkpoint-1"), (run, None)):
+        with pytest.raises(ConfigError, match="run: holds what is to be merged"):
+            merge_adapter(base, adapter, run, force=True)
+    assert (run / "checkpoint-1" / "adapter_config.json").is_file()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        merge_adapter(made.base, made.adapter, tmp_path / "file" / "out", verify=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge_adapter(made.base, made.adapter, ".", verify=False)
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "here", "run"]
+
+
+def test_numbers_that_fp16_cannot_hold(made: SimpleNamespace, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(made.base, base)
+    state = load_file(base / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight' holds numbers that fp16 cannot hold"):
+        merge_adapter(base, made.adapter, tmp_path / "out", dtype="fp16", verify=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
 def test_wrong_bases_leave_nothing(made: SimpleNamespace, words: int, tmp_path: Path) -> None:
     wide = make(tmp_path / "wide", words, width=64)
     with pytest.raises(CheckpointError, match=r"is \(\d+, 32\), but the model needs|an adapter for another model"):

@@ -109,6 +109,35 @@ def test_evaluation_does_not_disturb_training(runs, train, tmp_path):
     assert 0 < line["useful_tokens_per_s"] <= line["tokens_per_s"] and 0.5 < line["fill"] <= 1
 
 
+def test_evaluation_that_cannot_be_is_said_before_the_first_step(runs, train, tmp_path, capsys):
+    with pytest.raises(SeedError, match="nowhere"):
+        train("out", "trainer.eval_steps=8", "++eval_data.sources=[{name: a, files: nowhere.jsonl, decoder: chat}]")
+    assert not runs.losses(tmp_path / "out")
+    train("out", "trainer.max_steps=1", "trainer.eval_steps=1")
+    assert "there is no eval_data: nothing is evaluated" in capsys.readouterr().out
+    files = runs.write_files(tmp_path)
+    train("out", "trainer.max_steps=2", f"eval_data={files['data']}")
+    assert "trainer.eval_steps is 0: nothing is evaluated" in capsys.readouterr().out
+
+
+def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
+    """An error that is not the disk's: what cannot be kept in a state."""
+    from datetime import timedelta
+
+    from seed_multimodal.training.llm.checkpoint import Checkpoints
+    from seed_multimodal.training.llm.processes import RunPeers
+
+    saver = Checkpoints(tmp_path, RunPeers(timedelta(minutes=1)), limit=None, asynchronous=True, log=print)
+
+    def fill(folder):
+        (folder / "trainer_state.json").write_text(json.dumps({"no": {1, 2}}))
+
+    saver._write(3, fill)
+    with pytest.raises(TrainingError, match="The checkpoint of step 3 cannot be written: .*not JSON serializable"):
+        saver.finish()
+    assert saver.saved is None and not list(tmp_path.iterdir())
+
+
 def test_what_machines_do_becomes_a_sentence():
     import torch
 
@@ -117,9 +146,19 @@ def test_what_machines_do_becomes_a_sentence():
         with pytest.raises(TrainingError, match=f"{words}.* at step 3.*nothing was saved yet"), \
                 explained("step 3", "nothing was saved yet"):
             raise raised
+    with pytest.raises(TrainingError, match="Out of memory at step 3.*data.rows"), explained("step 3", "x"):
+        torch.empty(2**50)
     with pytest.raises(RuntimeError, match="shapes") as caught, explained("step 3", ""):
         raise RuntimeError("shapes differ")
     assert not isinstance(caught.value, SeedError)
+
+
+def test_deepspeeds_smallest_loss_scale_becomes_a_sentence(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    scalers = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    scaler = scalers.DynamicLossScaler(1, scale_window=10, min_scale=1, delayed_shift=1, consecutive_hysteresis=False)
+    with pytest.raises(TrainingError, match="overflow at any loss scale at step 3"), explained("step 3", "x"):
+        scaler.update_scale(True)
 
 
 @pytest.mark.parametrize(("more", "words"), [
@@ -127,6 +166,7 @@ def test_what_machines_do_becomes_a_sentence():
     (("trainer.report_to=[wandb]",), "wandb, but the package is not installed"),
     (("trainer.device=cuda",), "no usable CUDA device"),
     (("data.sources=[]",), "at least one source"),
+    (("model.lora={r: 0}",), "lora: .*positive integer"),
     (("optim.learning_rat=1",), "did you mean 'learning_rate'"),
 ])
 def test_refusals_before_the_first_step(train, more, words):

@@ -27,7 +27,7 @@ SETTINGS = ["limit=60", "code_views=3"] + [
     for stage in ("pretrain", "sft")]
 
 
-def prepared(folder: Path) -> tuple[Workspace, dict[str, int]]:
+def prepared(folder: Path) -> tuple[Workspace, dict[str, dict[str, int]]]:
     """Records and configurations for 60 pictures with drawn codes, in the shipped tokenizer's words."""
     out = folder / "system"
     out.mkdir(parents=True)

@@ -107,6 +107,19 @@ def test_named_and_never(runs, train, tmp_path):
         train("other", "--resume", str(tmp_path / "nowhere"))
     other = train("other", "trainer.max_steps=2", "--resume", str(out / "checkpoint-1"))
     assert runs.losses(other)[2] == runs.losses(out)[2]
+    # Later checkpoints (of the run before, or torn) do not push out the one just written.
+    branch = train("out", "trainer.max_steps=5", "trainer.save_steps=1", "trainer.save_total_limit=2")
+    assert [step for step, _ in checkpoints(branch)] == [5, 4]
+    train("branch", "trainer.max_steps=4", "trainer.save_steps=1")
+    (tmp_path / "branch" / "checkpoint-4" / "manifest.json").unlink()
+    train("branch", "trainer.max_steps=3", "trainer.save_total_limit=1", "--resume",
+          str(tmp_path / "branch" / "checkpoint-2"))
+    assert [step for step, _ in checkpoints(tmp_path / "branch")] == [4, 3]
+    assert not fault_of(tmp_path / "branch" / "checkpoint-3")
+    # Nothing left to do, from another folder: the sentence and the summary name the folder that there is.
+    train("third", "trainer.max_steps=3", "--resume", str(tmp_path / "branch" / "checkpoint-3"))
+    summary = json.loads((tmp_path / "third" / "summary.json").read_text())
+    assert Path(summary["checkpoint"]) == tmp_path / "branch" / "checkpoint-3"
     with pytest.raises(ConfigError, match=r"was saved with the model .*start from its weights"):
         train("out", model={"lora": runs.LORA})
     with pytest.raises(ConfigError, match="was saved with the optimiser adamw, this run has adamw_hf"):

@@ -74,6 +74,12 @@ def test_booleans_as_the_original_reads_them():
     assert translate(["--report_to", "tensorboard", "wandb"]).values["trainer.report_to"] == ["tensorboard", "wandb"]
     assert translate(["--report_to", "none"]).values["trainer.report_to"] == []
     assert translate(["--resume_from_checkpoint", "log/checkpoint-3"]).values["trainer.resume"] == "log/checkpoint-3"
+    # A boolean needs no value, so what follows it may be an override; a path with `=` is another flag's value.
+    made = translate(["--bf16", "trainer.max_steps=3", "--output_dir", "log/lr=1"])
+    assert made.rest == ["trainer.max_steps=3"] and made.values["output_dir"] == "log/lr=1"
+    assert made.values["trainer.precision"] == "bf16"
+    for word in ("output_dir='log/lr=1e-4'", 'output_dir="log/lr=1e-4"'):  # as the refusal without quotes says
+        assert compose([word], CONFIGS).config["output_dir"] == "log/lr=1e-4"
     # Our own options are no flags of the original: they do not bring its defaults.
     assert not translate(["--resume", "never"]).original
 
@@ -81,6 +87,7 @@ def test_booleans_as_the_original_reads_them():
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--learning_rat", "1"], r"--learning_rat: unknown option \(did you mean 'learning_rate'\?\)"),
     (["--max_steps", "many"], "--max_steps: needs a whole number, not 'many'"),
+    (["--max_steps", "inf"], "--max_steps: needs a whole number, not 'inf'"),
     (["--bf16", "perhaps"], "--bf16: needs True or False"),
     (["--bf16", "--fp16"], "exclude each other"),
     (["--max_steps"], "--max_steps: needs a value"),
@@ -92,6 +99,7 @@ def test_booleans_as_the_original_reads_them():
     (["deepspeed=stage2_bf61"], "did you mean 'stage2_bf16'"),
     (["model=none"], "a configuration is needed"),
     (["something"], "neither an option"),
+    (["output_dir=log/lr=1e-4"], r"'output_dir=log/lr=1e-4' cannot be read .*: 'output_dir=\"log/lr=1e-4\"'"),
 ])
 def test_refusals_are_one_sentence(arguments, words, files):
     with pytest.raises(ConfigError, match=words) as caught:

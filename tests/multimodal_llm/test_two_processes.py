@@ -75,6 +75,61 @@ def test_two_nodes_are_one_process_with_twice_the_micro_batches_and_resume_as_on
     assert sums[0] == sums[1]
 
 
+def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
+    """Used-up data do not end at the same micro-batch for all; every forward pass is an exchange."""
+    import yaml
+
+    from seed_multimodal.data.llm.batches import LlmBatches
+    from seed_multimodal.data.llm.settings import read_data_settings
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.training.llm.stepping import first_batches
+
+    out, files = tmp_path / "out", runs.write_files(tmp_path)
+    data = yaml.safe_load(files["data"].read_text())
+    data["rows"] = 1
+    data["sources"] = [{**data["sources"][1], "cycles": 1}]
+    lines = Path(data["sources"][0]["files"]).read_text().splitlines(keepends=True)
+    few = tmp_path / "few.jsonl"
+    few.write_text(lines[0])
+    data["sources"][0]["files"] = str(few)
+    held_out = tmp_path / "held_out.yaml"
+    held_out.write_text(yaml.safe_dump(data))
+    tokenizer = MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
+    settings = read_data_settings(data, "data")
+    counts = [len(first_batches(LlmBatches(settings, tokenizer, rank=rank, world=2), 100)) for rank in range(2)]
+    assert counts[0] != counts[1], counts
+    arguments = runs.overrides(files, out, "trainer.max_steps=3", "trainer.eval_steps=1", f"eval_data={held_out}",
+                               "trainer.eval_batches=100", "trainer.timeout_minutes=0.5")
+    runs.run(arguments, before=runs.torchrun())
+    evaluated = [line["eval_loss"] for line in runs.log_lines(out) if "eval_loss" in line]
+    assert len(evaluated) == 3 and all(0 < loss < 20 for loss in evaluated)
+
+
+def test_an_output_folder_that_is_not_shared_is_refused(runs, tmp_path):
+    """Each process has a folder of its own, as on two nodes without a common disk."""
+    script = tmp_path / "each.py"
+    script.write_text("""
+import os, sys
+from pathlib import Path
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.training.llm.folders import check_shared
+from seed_multimodal.training.llm.processes import start_processes
+peers = start_processes("cpu", 1.0).peers
+for folder, fits in ((Path(sys.argv[1]), True), (Path(sys.argv[1]) / f"node{peers.rank}", False)):
+    folder.mkdir(exist_ok=True)
+    if peers.first:
+        (folder / "config.yaml").write_text("a: 1")
+    try:
+        check_shared(folder / "config.yaml", peers, 0.5)
+        assert fits
+    except CheckpointError as error:
+        assert not fits and "must be on a disk that all of them share" in str(error), error
+""")
+    done = subprocess.run([*runs.torchrun(), str(script), str(tmp_path)], env=runs.environment(), text=True,
+                          capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_dead_process_ends_the_other_with_a_sentence(runs, tmp_path):
     out = tmp_path / "out"
     arguments = chosen(runs, tmp_path, out, "trainer.max_steps=100000", "trainer.timeout_minutes=1",

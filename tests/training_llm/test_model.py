@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,30 @@ def test_tied_embeddings_stay_one_matrix(bases: dict[str, Path], tmp_path: Path)
             torch.testing.assert_close(other(input_ids=batch().input_ids).logits, wanted)
 
 
+def without(folder: Path, key: str) -> Path:
+    """The adapter with a key left out of its configuration."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != key}))
+    return folder
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"attention": "flex"}, "attention flex has no backward pass on a CPU"),
+    ({"lora": {"r": 0}}, "lora: `r` should be a positive"), ({"lora": {"bias": "x"}}, "lora: Requested bias"),
+    ({"lora": {"target_modules": "nothing"}}, "lora: No modules were targeted"), ({"lora": ["r"]}, "must be a mapping"),
+    ({"sizes": {**SIZES, "num_attention_heads": 5}}, "sizes: .*not a multiple of the number of attention heads"),
+    ({"sizes": {**SIZES, "hidden_size": 0}}, "sizes: ")])
+def test_what_the_libraries_refuse_is_one_sentence(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        build(None, **{"sizes": SIZES, **settings})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the package is there")
+def test_flash_attention_without_its_package() -> None:
+    with pytest.raises(ConfigError, match="attention flash: "):
+        build(None, sizes=SIZES, attention="flash")
+
+
 def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     model = build(bases["all"], lora=LORA)
     step(model)
@@ -145,6 +170,8 @@ def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp
     load_adapter(build(bases["all"], lora=LORA), old)
     with pytest.raises(CheckpointError, match="lora_alpha is 8, but the model is set up with 4"):
         build(bases["all"], lora={**LORA, "lora_alpha": 4}, resume=folder)
+    with pytest.raises(CheckpointError, match="use_rslora is None, but the model is set up with True"):
+        load_adapter(build(bases["all"], lora={**LORA, "use_rslora": True}), without(folder, "use_rslora"))
     state = dict(trained_state(model))
     name = next(iter(state))
     with pytest.raises(CheckpointError, match="1 tensors of the adapter are missing"):

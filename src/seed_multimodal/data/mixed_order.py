@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from seed_multimodal.data.steps import EpochOrder, Part
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, DataError
 
 SHARES = 1_000_000  # weights count to one part in so many
 Sizes = Sequence[int] | np.ndarray | None
@@ -31,13 +31,15 @@ class MixedOrder:
         sizes: for each set the samples of its shards, or None; block: see `EpochOrder` (for sets with shards).
 
     Raises:
-        ConfigError: a weight that is not positive, or another number of weights than of sets.
+        ConfigError: a weight that is not positive, or another number of weights than of sets. DataError: an empty set.
     """
 
     def __init__(self, totals: Sequence[int], weights: Sequence[float], seed: int, *,
                  sizes: Sequence[Sizes] | None = None, block: int = 0) -> None:
         if len(weights) != len(totals) or not all(np.isfinite(weight) and weight > 0 for weight in weights):
             raise ConfigError(f"{len(totals)} sets need as many positive weights, not {list(weights)}.")
+        if not all(totals):
+            raise DataError(f"Set {list(totals).index(0) + 1} of the {len(totals)} of the mixture is empty.")
         shares = np.maximum(1, np.rint(np.asarray(weights, float) / sum(weights) * SHARES)).astype(np.int64)
         self._upto = np.cumsum(shares)
         self._firsts = np.cumsum([0, *totals[:-1]])

@@ -24,7 +24,7 @@ def expand_pattern(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
     for one in map(str, patterns):
         if one.startswith("pipe:") or "://" in one:
             raise DataError(f"{one}: only files on disk can be read at random positions; download them first.")
-        matches = {name: _files(name) for name in _braces(one)}
+        matches = {name: _files(name) for name in expand_braces(one)}
         missing = [name for name, files in matches.items() if not files]
         if len(missing) == len(matches):
             hint = f" (it is a folder; try {one.rstrip('/')}/*)" if Path(one).is_dir() else ""
@@ -43,7 +43,8 @@ def _files(name: str) -> list[Path]:
     return sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
 
 
-def _braces(pattern: str) -> Iterator[str]:
+def expand_braces(pattern: str) -> Iterator[str]:
+    """What a pattern spells out by braces, in the order written; itself without any."""
     match = _BRACE.search(pattern)
     if match is None:
         yield pattern
@@ -55,4 +56,4 @@ def _braces(pattern: str) -> Iterator[str]:
     else:
         choices = match[1].split(",")
     for choice in choices:
-        yield from _braces(pattern[:match.start()] + choice + pattern[match.end():])
+        yield from expand_braces(pattern[:match.start()] + choice + pattern[match.end():])

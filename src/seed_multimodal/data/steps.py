@@ -80,7 +80,7 @@ class EpochOrder:
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.total)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
         if not self.block:
             return torch.randperm(self.total, generator=generator).numpy()
         piece = max(1, self.block // 10)

@@ -23,6 +23,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _OUTER = ("module.", "_orig_mod.", "llm.")
 _UNSUPPORTED = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias")
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Trained:
         for base, pair in self.low.items():
             stem = PREFIX + base.removesuffix(".weight")
             found[f"{stem}.lora_A.weight"], found[f"{stem}.lora_B.weight"] = self.read(pair.a), self.read(pair.b)
+            if f"{stem}.bias" in found:
+                found[f"{stem}.base_layer.bias"] = found.pop(f"{stem}.bias")
         return found
 
     def _sort(self, name: str, pairs: dict[str, dict[str, str]]) -> None:
@@ -78,6 +81,8 @@ class Trained:
         while any(plain.startswith(outer) for outer in _OUTER):
             plain = plain[next(len(outer) for outer in _OUTER if plain.startswith(outer)):]
         plain = plain.removeprefix(PREFIX)
+        # A bias of a layer with LoRA, trained where the adapter's `bias` says so; merged, it is the plain layer's.
+        plain = plain.replace(".base_layer.bias", ".bias")
         if ".original_module." in plain or ".base_layer." in plain or "rotary_emb.inv_freq" in plain:
             return  # the base's own, kept beside the adapter
         plain = plain.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
@@ -114,8 +119,12 @@ class Trained:
         for key in _UNSUPPORTED:
             if self.config.get(key):
                 raise CheckpointError(f"{self.source}: an adapter with {key} cannot be merged here.")
-        name, pair = next(iter(self.low.items()))
-        if self.shape(pair.a)[0] != rank:
-            raise CheckpointError(f"{self.source}: lora_A of {name!r} has {self.shape(pair.a)[0]} rows, but r is "
-                                  f"{rank}.")
+        if str(self.config.get("init_lora_weights")).startswith(_CHANGE_BASE):
+            raise CheckpointError(f"{self.source}: an adapter that began with init_lora_weights "
+                                  f"{self.config['init_lora_weights']!r} belongs to a base that was changed for it, "
+                                  "and cannot be merged here.")
+        for name, pair in self.low.items():
+            if self.shape(pair.a)[0] != rank:
+                raise CheckpointError(f"{self.source}: lora_A of {name!r} has {self.shape(pair.a)[0]} rows, but r is "
+                                      f"{rank}.")
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)

@@ -97,22 +97,24 @@ def merge_adapter(
     Raises:
         CheckpointError: missing, damaged or foreign tensors, an adapter of another width, another vocabulary, logits
             that differ, no room on the disk.
-        ConfigError: an unknown precision or size, or an `out` that is not empty.
+        ConfigError: an unknown precision or size, an `out` that is not empty, or one that holds what is read.
     """
-    target, largest = Path(out), parse_size(max_shard_size)
+    target, largest = Path(out) if Path(out).name else Path(out).resolve(), parse_size(max_shard_size)
     if dtype not in (*DTYPES, "base"):
         raise ConfigError(f"Unknown precision {dtype!r}: use fp32, bf16, fp16 or base.")
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not force):
         raise ConfigError(f"{target}: exists already and is not empty; choose another folder.")
+    if any(one is not None and Path(one).resolve().is_relative_to(target.resolve()) for one in (base, trained)):
+        raise ConfigError(f"{target}: holds what is to be merged, which would be gone; choose another folder.")
     plan = _plan(base, trained, tokenizer, lora, dtype)
     _check_room(target, plan)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
     report = MergeReport(target, tensors=len(plan.shapes), words=int(plan.config.vocab_size))
     if plan.trained is not None:
         report.merged = sum(name in plan.shapes for name in plan.trained.low)
         report.replaced = sum(name in plan.shapes for name in plan.trained.whole)
     try:
+        temporary.mkdir(parents=True)
         files = write_shards(temporary, plan.shapes, plan.dtypes, plan.value, largest, log)
         _write_settings(temporary, plan, tokenizer)
         if verify:
@@ -207,8 +209,7 @@ def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 def _words(values: Mapping[str, Any], base: Shards, trained: Trained | None, tokenizer: Any) -> int:
     """How many words the result has; all sources must agree on it."""
-    there = base.entries.get(EMBEDDING)
-    rows = there.shape[0] if there is not None else int(values.get("vocab_size", 0))
+    rows = base.entries[EMBEDDING].shape[0] if EMBEDDING in base.entries else int(values.get("vocab_size", 0))
     where = str(base.source)
     for name in (EMBEDDING, HEAD):
         if trained is not None and name in trained.whole:
@@ -235,8 +236,7 @@ def _source(plan: _Plan, name: str) -> Entry:
     """Where the whole tensor of this name comes from."""
     if plan.trained is not None and name in plan.trained.whole:
         return plan.trained.shards.entries[plan.trained.whole[name]]
-    entries = plan.base.entries
-    found = entries.get(name) or (entries.get(EMBEDDING) if name == HEAD else None)
+    found = plan.base.entries.get(name) or (plan.base.entries.get(EMBEDDING) if name == HEAD else None)
     if found is None:
         raise CheckpointError(f"{plan.base.source}: the tensor {name!r} is missing from it.")
     return found

@@ -67,8 +67,11 @@ def expected_logits(base: Path, trained: Trained) -> tuple[Tensor, Tensor]:
     values["ensure_weight_tying"] = tied
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = get_peft_model(llama, LoraConfig(**values))
-        result = set_peft_model_state_dict(model, state)
+        try:
+            model: Any = get_peft_model(llama, LoraConfig(**values))
+            result = set_peft_model_state_dict(model, state)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{trained.source}: peft cannot load it ({str(error).splitlines()[0]}).") from error
     if result.unexpected_keys:
         raise CheckpointError(f"{trained.source}: peft does not know {result.unexpected_keys[0]!r}.")
     generator = torch.Generator().manual_seed(0)

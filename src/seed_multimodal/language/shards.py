@@ -202,6 +202,8 @@ def _write_one(file: Path, names: Iterable[str], shapes: Mapping[str, Sequence[i
             tensor = value(name).to(dtypes[name]).contiguous()
             if list(tensor.shape) != header[name]["shape"]:
                 raise CheckpointError(f"{name!r} became {tuple(tensor.shape)} instead of {tuple(shapes[name])}.")
+            if tensor.dtype == torch.float16 and not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{name!r} holds numbers that fp16 cannot hold; choose bf16 or fp32.")
             handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
         handle.flush()
         os.fsync(handle.fileno())

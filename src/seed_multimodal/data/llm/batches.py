@@ -143,9 +143,14 @@ class LlmBatches:
         if len({state["position"] for state in states}) > 1:
             raise ConfigError("The data's states of the ranks were saved at different steps.")
         for key, value in self._fingerprint().items():
-            if states[0].get(key) != value:
-                raise ConfigError(f"The data's state was saved with {key} {states[0].get(key)!r}, and now it is "
-                                  f"{value!r}; the data cannot go on from there.")
+            before = states[0].get(key)
+            if before != value:
+                if key == "sources" and isinstance(before, Mapping):  # of many, only one that differs
+                    name = next((name for name in (*before, *value) if before.get(name) != value.get(name)), "")
+                    key, before, value = (f"source {name!r} as", before.get(name, "absent"), value.get(
+                        name, "absent")) if name else ("sources in the order", list(before), list(value))
+                raise ConfigError(f"The data's state was saved with {key} {before!r}, and now it is {value!r}; the "
+                                  f"data cannot go on from there.")
         self.close()
         self._waited += self._loader.wait_seconds
         self.plan.restore(list(states), next_step=0)

@@ -163,8 +163,11 @@ class _Checker:
     def note(self, kind: str, sentence: str) -> None:
         """Count a finding, and keep its sentence if there is room."""
         self.report.errors[kind] += 1
-        if not self.settings.max_errors or len(self.report.findings) < self.settings.max_errors:
+        if self._has_room():
             self.report.findings.append(Finding(kind, sentence))
+
+    def _has_room(self) -> bool:
+        return not self.settings.max_errors or len(self.report.findings) < self.settings.max_errors
 
     def read(self, source: FileRecords, index: int) -> None:
         """Look at one record."""
@@ -197,12 +200,16 @@ class _Checker:
         fields = record.fields
         for key in kind.missing(fields):
             yield Finding("missing key", f"has no key {key!r}, which decoder {kind.decoder} needs.")
+        if "image_ids" in kind.needs and "views" in fields and not fields["views"] and fields.get("image_ids") is None:
+            yield Finding("missing key", "'views' is empty, and there are no 'image_ids'.")
         for key in TEXTS:
             if fields.get(key) is None or (key not in kind.needs and kind is not RAW):
                 continue
-            if not isinstance(fields[key], str):
+            several = fields[key] if key == "text" and kind.decoder == "pretrain.caption" else None
+            texts = several if isinstance(several, list) and several else [fields[key]]  # captions, one of them drawn
+            if not all(isinstance(text, str) for text in texts):
                 yield Finding("wrong type", f"{key!r} is a {type(fields[key]).__name__}, not a text.")
-            elif not fields[key].strip(BLANK_CAPTION if key == "text" else None):
+            elif not all(text.strip(BLANK_CAPTION if key == "text" else None) for text in texts):
                 yield Finding("empty text", f"{key!r} is empty.")
         if kind is RAW and not any(key in fields for key in TEXTS):
             yield Finding("missing key", "has a picture but no text.")
@@ -234,7 +241,8 @@ class _Checker:
             elif find_image(path, self.settings.images, file) is None:
                 where = f"below {self.settings.images}" if self.settings.images else \
                     "beside its list or in the current folder (--images says where pictures lie)"
-                yield Finding("missing picture", f"the picture {path} is not there, {where}.")
+                shown = path if len(path) <= 200 else f"{path[:80]}…"  # some lists hold the picture itself, as base64
+                yield Finding("missing picture", f"the picture {shown} is not there, {where}.")
 
     def _check_id(self, record: LlmRecord, source: FileRecords, index: int) -> None:
         file = source.files[0]
@@ -249,8 +257,9 @@ class _Checker:
         first = self._ids.setdefault(short, here)
         if first != here:
             other = self.sources[first >> 40]
-            self.note("duplicate id", f"{record.where}: id {mark} is there already, in "
-                      f"{other.read(first & (1 << 40) - 1).where}.")
+            # Read again only for a sentence that is kept: it may take a whole row group.
+            before = other.read(first & (1 << 40) - 1).where if self._has_room() else ""
+            self.note("duplicate id", f"{record.where}: id {mark} is there already, in {before}.")
             if other is not source:
                 other.close()
 

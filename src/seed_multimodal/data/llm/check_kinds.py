@@ -135,4 +135,6 @@ def _marked(fields: Mapping[str, Any]) -> bool:
 def _flat(value: Any) -> list[Any]:
     if not isinstance(value, list):
         return []
-    return [code for one in value for code in one] if value and isinstance(value[0], list) else value
+    if not any(isinstance(one, list) for one in value):
+        return value
+    return [code for one in value if isinstance(one, list) for code in one]

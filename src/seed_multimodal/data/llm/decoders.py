@@ -52,17 +52,23 @@ def some_picture(fields: Mapping[str, Any], draws: Draws, tokens_per_image: int)
         "image_ids", "source_image_ids", "target_image_ids")
     found: list[Any] = [fields["views"]] if fields.get("views") else []
     for name in names:
-        value = fields.get(name) or []
+        value = fields.get(name)
+        if not isinstance(value, list | tuple):
+            continue
         if value and all(isinstance(code, int) for code in value):
             found += [value[start:start + tokens_per_image] for start in range(0, len(value), tokens_per_image)]
         else:
             found += [codes for codes in value if codes]
-    for message in fields.get("messages") or []:
+    messages = fields.get("messages")
+    for message in messages if isinstance(messages, list | tuple) else []:
         content = message.get("content") if isinstance(message, Mapping) else None
-        found += [part["codes"] for part in content or [] if isinstance(part, Mapping) and part.get("codes")]
+        parts = content if isinstance(content, list | tuple) else []
+        found += [part["codes"] for part in parts if isinstance(part, Mapping) and part.get("codes")]
     if not found:
         return None
     codes = draws.choice(found) if len(found) > 1 else found[0]
-    if isinstance(codes[0], list | tuple):
+    if isinstance(codes, list | tuple) and codes and isinstance(codes[0], list | tuple):
         codes = draws.choice(codes) if len(codes) > 1 else codes[0]
-    return [int(code) for code in codes]
+    if not isinstance(codes, list | tuple) or any(type(code) is not int for code in codes):
+        return None  # broken: that record's own reading tells
+    return list(codes) or None

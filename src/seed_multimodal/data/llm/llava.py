@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.llm.record import BadRecord, refuse_half_pairs
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -37,7 +37,8 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     fields = dict(item)
     for key in ("messages", "conversations", "data"):
-        if isinstance(fields.get(key), str):  # parquet tables often hold them as json text
+        # Parquet tables often hold them as json text; a `data` that is no list is something else, such as a date.
+        if isinstance(fields.get(key), str) and (key != "data" or fields[key].lstrip().startswith("[")):
             fields[key] = _parsed(fields[key], key, where)
     if "messages" in fields:
         turns = _turns(fields["messages"], ("role", "from"), ("content", "value"), "messages", where)
@@ -189,9 +190,11 @@ def _list(value: Any, name: str) -> list[Any]:
 
 def _parsed(text: str, key: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRecord("malformed json", f"{where}: {key!r} is a text that is not json ({error}).") from None
+    refuse_half_pairs(value, text, where)
+    return value
 
 
 def _shown(value: Any) -> str:

@@ -112,8 +112,8 @@ class Mixture:
 class OtherPicture:
     """The `noise_source` of a decoder's `code_noise`: a picture of another record of the same source."""
 
-    def __init__(self, records: FileRecords, tokens_per_image: int) -> None:
-        self.records, self.tokens_per_image = records, tokens_per_image
+    def __init__(self, records: FileRecords, tokens_per_image: int, n_codes: int) -> None:
+        self.records, self.tokens_per_image, self.n_codes = records, tokens_per_image, n_codes
 
     def __call__(self, draws: Draws) -> list[int]:
         """The codes of some picture.
@@ -122,18 +122,22 @@ class OtherPicture:
             DataError: hardly any record has one.
         """
         for _ in range(20):
-            fields = self.records.read(draws.randint(0, len(self.records) - 1)).fields
+            try:
+                fields = self.records.read(draws.randint(0, len(self.records) - 1)).fields
+            except DataError:  # broken: told when its own turn comes, and no fault of the record that is disturbed
+                continue
             codes = some_picture(fields, draws, self.tokens_per_image)
-            if codes is not None:
+            if codes and len(codes) == self.tokens_per_image and 0 <= min(codes) <= max(codes) < self.n_codes:
                 return codes
         raise DataError(f"{self.records.name}: code_noise takes codes from other pictures, and 20 records in a row "
-                        f"have none.")
+                        f"have none that is whole.")
 
 
 def _decoder(source: SourceSettings, records: FileRecords, tokenizer: MultimodalTokenizer) -> Decoder:
     options = dict(source.options)
     if options.get("code_noise"):
-        options.setdefault("noise_source", OtherPicture(records, tokenizer.vocabulary.tokens_per_image))
+        options.setdefault("noise_source", OtherPicture(records, tokenizer.vocabulary.tokens_per_image,
+                                                        tokenizer.vocabulary.n_codes))
     try:
         return get_decoder(source.decoder, tokenizer, options)
     except ConfigError as error:

@@ -54,12 +54,25 @@ def parse_object(data: bytes | str, where: str) -> dict[str, Any]:
         raise BadRecord("malformed json", f"{where}: is not json ({reason}).") from None
     if not isinstance(value, dict):
         raise BadRecord("malformed json", f"{where}: holds a {type(value).__name__}, not an object.")
-    if (b"\\ud" if isinstance(data, bytes) else "\\ud") in data.lower():  # type: ignore[operator]
+    refuse_half_pairs(value, data, where)
+    return value
+
+
+def refuse_half_pairs(value: Any, data: bytes | str, where: str) -> None:
+    """Refuse texts with half of a surrogate pair, escaped or (json's reader lets them pass) as bytes of their own.
+
+    Args:
+        value: what `data`, json, holds.
+
+    Raises:
+        BadRecord: there is one.
+    """
+    small = data.lower() if isinstance(data, bytes) else data.lower().encode("utf-8", "surrogatepass")
+    if b"\\ud" in small or b"\xed" in small:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise BadRecord("malformed json", f"{where}: a text holds half of a surrogate pair.") from None
-    return value
 
 
 def find_image(path: str, root: str | Path | None = None, beside: str | Path | None = None) -> Path | None:
@@ -72,4 +85,11 @@ def find_image(path: str, root: str | Path | None = None, beside: str | Path | N
     folders = [Path(root)] if root is not None else [Path(beside).parent if beside else Path(), Path()]
     places = [Path(path)] if Path(path).is_absolute() else []
     places += [folder / path.lstrip("/") for folder in folders]
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if _is_file(place)), None)
+
+
+def _is_file(place: Path) -> bool:
+    try:
+        return place.is_file()
+    except OSError:  # the name is too long for a file, such as a picture written out as base64; or a closed folder
+        return False

@@ -15,6 +15,7 @@ A mapping with `datapipes` or a `_target_` is one of the released data files; `d
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -89,7 +90,8 @@ class LlmDataSettings:
     def draw_weights(self) -> list[float]:
         """Weight of one draw of each source, summing to 1 (see `SourceSettings.weight`)."""
         sized = self.packing and all(source.batch_size is not None for source in self.sources)
-        weights = [source.weight * (source.batch_size or 1 if sized else 1) for source in self.sources]
+        most = max(source.weight for source in self.sources)  # sums of huge weights would be infinite
+        weights = [source.weight / most * (source.batch_size or 1 if sized else 1) for source in self.sources]
         return [weight / sum(weights) for weight in weights]
 
 
@@ -108,6 +110,8 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
     if is_released(settings):
         settings = released_data_config(settings, where)
     check_keys(settings, [f.name for f in fields(LlmDataSettings)], where)
+    if settings.get("packing") in ("on", "off"):  # YAML's words for true and false, which overrides leave as texts
+        settings["packing"] = settings["packing"] == "on"
     sources = _read_sources(settings.pop("sources", None), where)
     read = LlmDataSettings(sources=sources, **settings)
     _check(read, where)
@@ -187,6 +191,10 @@ def _check(settings: LlmDataSettings, where: str) -> None:
         _number(source.weight, f"{here}: weight")
         for name in ("cycles", "max_length", "batch_size"):
             _positive(getattr(source, name), f"{here}: {name}", optional=True)
+    endless = next((source.name for source in settings.sources[:-1] if source.cycles is None), None)
+    if settings.concat_type == "concat" and endless is not None:
+        raise ConfigError(f"{where}: with concat_type concat source {endless!r} needs cycles: without end it would "
+                          f"leave no turn to the sources after it.")
     sized = [source.name for source in settings.sources if source.batch_size is not None]
     if settings.packing and sized and len(sized) < len(settings.sources):
         other = next(source.name for source in settings.sources if source.batch_size is None)
@@ -202,5 +210,5 @@ def _positive(value: Any, where: str, optional: bool = False) -> None:
 
 
 def _number(value: Any, where: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"{where} must be a positive number, not {value!r}.")

@@ -10,6 +10,7 @@ workers (`len(source)`), so that they share it.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +22,13 @@ from seed_multimodal.config import nearest
 from seed_multimodal.data.llm.llava import with_messages
 from seed_multimodal.data.llm.record import BadRecord, LlmRecord, parse_object
 from seed_multimodal.data.llm.sources_json import index_array, index_lines, is_lines
-from seed_multimodal.data.llm.sources_parquet import ParquetFile
-from seed_multimodal.data.patterns import expand_pattern
+from seed_multimodal.data.llm.sources_parquet import ParquetFile, RowGroups
+from seed_multimodal.data.patterns import expand_braces, expand_pattern
 from seed_multimodal.data.tar_index import ShardFiles, ShardIndex, index_shards
 from seed_multimodal.errors import ConfigError, DataError
 
-SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson"), "json": (".json",),
+SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),
+            "json": (".json", ".json.gz"),  # compressed ones are found in order to be refused, not passed over
             "parquet": (".parquet",)}
 PICKLED = ("pkl", "pickle")
 
@@ -87,8 +89,10 @@ def find_files(given: Sequence[str | Path], format: str = "auto") -> list[tuple[
     if not given:
         raise DataError("The list of files is empty.")
     for one in given:
-        if Path(one).is_dir():
-            found.update(_in_folder(Path(one), format))
+        folders = _folders(str(one))
+        if folders:
+            for folder in folders:
+                found.update(_in_folder(folder, format))
         else:
             found.update((path, _format_of(path, format)) for path in expand_pattern(one))
     return list(found.items())
@@ -113,9 +117,10 @@ class FileRecords:
         self.files = [path for path, _ in files]
         self._labels = labels(self.files)
         self._handles = handles = ShardFiles()
+        self._groups = groups = RowGroups()
         self._parts: list[RecordFile] = [
             TarFile(path, handles, index_folder) if format == "tar" else
-            ParquetFile(path) if format == "parquet" else JsonFile(path, format == "jsonl", handles)
+            ParquetFile(path, groups) if format == "parquet" else JsonFile(path, format == "jsonl", handles)
             for path, format in files]
 
     @cached_property
@@ -149,8 +154,9 @@ class FileRecords:
         return LlmRecord(f"{self._labels[number]}/{place}", where, with_messages(fields, where))
 
     def close(self) -> None:
-        """Close the files this process holds open; reading opens them again."""
+        """Close the files this process holds open and forget rows kept in memory; reading opens them again."""
         self._handles.close()
+        self._groups.clear()
 
 
 class TarFile:
@@ -210,6 +216,25 @@ class JsonFile:
         where = f"{self.path}: {place}"
         data = self._handles.read(self.path, int(starts[row]), int(ends[row] - starts[row]))
         return place.replace(" ", ""), where, parse_object(data, where)
+
+
+def _folders(pattern: str) -> list[Path]:
+    """The folders that a path, or a pattern whose every match is a folder, stands for; none where it means files.
+
+    Raises:
+        DataError: some of the folders that braces spell out are missing.
+    """
+    if Path(pattern).is_dir():
+        return [Path(pattern)]
+    matches = {one: [Path(one)] if Path(one).exists() else sorted(map(Path, glob.glob(one, recursive=True)))
+               for one in expand_braces(pattern)}
+    places = [match for some in matches.values() for match in some]
+    if not places or not all(place.is_dir() for place in places):
+        return []
+    missing = [one for one, some in matches.items() if not some]
+    if missing:
+        raise DataError(f"{pattern}: {len(missing)} of its {len(matches)} folders are missing, first {missing[0]}.")
+    return places
 
 
 def _in_folder(folder: Path, format: str) -> dict[Path, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +14,40 @@ from seed_multimodal.data.llm.record import BadRecord
 from seed_multimodal.errors import DataError
 
 
+class RowGroups:
+    """The row groups last used of a source's files: together, since a source may have thousands of files.
+
+    So many are kept because the local shuffle reads from about ten places at once, twenty where two blocks meet.
+    """
+
+    kept = 24
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[tuple[Path, int], Any] = OrderedDict()
+
+    def get(self, path: Path, number: int) -> Any:
+        """A row group as arrow's table. Raises DataError when it cannot be read."""
+        key = path, number
+        if key not in self._groups:
+            while len(self._groups) >= self.kept:
+                self._groups.popitem(last=False)
+            with _parquet(path) as file:
+                # One thread: arrow's pool does not live on in forked workers.
+                self._groups[key] = file.read_row_group(number, use_threads=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._groups.clear()
+
+
 class ParquetFile:
-    """The rows of a parquet file; the row groups last used are kept in memory."""
+    """The rows of a parquet file; the row groups last used are kept in `groups`."""
 
-    kept = 2
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, groups: RowGroups | None = None) -> None:
         self.path = path
-        self._groups: dict[int, Any] = {}
+        self._groups = groups or RowGroups()
 
     @cached_property
     def sizes(self) -> Sequence[int]:
@@ -35,14 +62,11 @@ class ParquetFile:
     def read(self, row: int) -> tuple[str, str, dict[str, Any]]:
         """See `RecordFile`. Columns without a value are left out."""
         number = int(np.searchsorted(self._ends, row, side="right"))
-        if number not in self._groups:
-            while len(self._groups) >= self.kept:
-                self._groups.pop(next(iter(self._groups)))
-            with _parquet(self.path) as file:
-                # One thread: arrow's pool does not live on in forked workers.
-                self._groups[number] = file.read_row_group(number, use_threads=False)
         at = row - int(self._ends[number] - self.sizes[number])
-        fields = self._groups[number].slice(at, 1).to_pylist()[0]
+        try:
+            fields = self._groups.get(self.path, number).slice(at, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise BadRecord("wrong type", f"{self.path}: row {row}: a text is not UTF-8 ({error.reason}).") from None
         fields = {key: value for key, value in fields.items() if value is not None}
         return f"row{row}", f"{self.path}: row {row}", fields
 

@@ -53,7 +53,7 @@ class Checkpoints:
     """The checkpoints of one output folder.
 
     Attributes:
-        saved: step of the last complete one (this run's, or the one it went on from).
+        saved, place: step and folder of the last complete one (this run's, or the one it went on from).
         problem: why the last one could not be written, if so.
     """
 
@@ -61,6 +61,7 @@ class Checkpoints:
                  log: Callable[[str], None]) -> None:
         self.home, self.peers, self.limit, self.asynchronous, self.log = home, peers, limit, asynchronous, log
         self.saved: int | None = None
+        self.place: Path | None = None
         self.problem: TrainingError | None = None
         self._thread: threading.Thread | None = None
         if peers.first:
@@ -74,8 +75,8 @@ class Checkpoints:
                 torn ones in it.
         """
         if resume not in ("auto", "never"):
-            self.saved, folder = named(Path(resume), self.peers)
-            return folder
+            self.saved, self.place = named(Path(resume), self.peers)
+            return self.place
         present = checkpoints(self.home)
         if resume == "never":
             if present:
@@ -88,13 +89,13 @@ class Checkpoints:
                 raise CheckpointError(f"{self.home}: none of its {len(present)} checkpoints is complete; remove them "
                                       "to begin anew.")
             return None
-        self.saved = found[0]
-        return found[1]
+        self.saved, self.place = found
+        return self.place
 
     def left(self) -> str:
         """What a sentence about a failure says of the disk."""
         return "nothing was saved yet" if self.saved is None else (
-            f"the last checkpoint ({self.home / f'checkpoint-{self.saved}'}) is intact")
+            f"the last checkpoint ({self.place}) is intact")
 
     def save(self, step: int, engine: Engine, llm: Any, tokenizer: MultimodalTokenizer, state: Mapping[str, Any],
              place: Mapping[str, Any]) -> None:
@@ -127,7 +128,7 @@ class Checkpoints:
             self._thread = threading.Thread(target=self._write, args=(step, fill), name="checkpoint")
             self._thread.start()
         else:
-            self.saved = step
+            self._is_saved(step)
         if not self.asynchronous:
             self.finish()
 
@@ -153,9 +154,9 @@ class Checkpoints:
             folder = temporary_folder(self.home, step)
             fill(folder)
             publish(folder, step, {name: describe(folder, name) for name in files_of(folder)})
-            self.saved = step
-            prune(self.home, self.limit)
-        except (OSError, SafetensorError) as error:
+            self._is_saved(step)
+            prune(self.home, self.limit, step)
+        except Exception as error:  # noqa: BLE001 (in a thread nobody else would hear of it)
             self.problem = unwritable(step, error, self.left())
             clean(self.home)
 
@@ -177,7 +178,7 @@ class Checkpoints:
             entries = {name: entry for answer in self.peers.gather(own) for name, entry in answer.items()}
             if self.peers.first:
                 publish(folder, step, entries)
-                prune(self.home, self.limit)
+                prune(self.home, self.limit, step)
             self.peers.agree(False)  # it has its name
         except (OSError, SafetensorError) as error:
             raise unwritable(step, error, self.left()) from error
@@ -185,7 +186,10 @@ class Checkpoints:
             if "write" not in str(error) and "inline_container" not in str(error):
                 raise
             raise unwritable(step, error, self.left()) from error
-        self.saved = step
+        self._is_saved(step)
+
+    def _is_saved(self, step: int) -> None:
+        self.saved, self.place = step, self.home / f"checkpoint-{step}"
 
 
 def _write_common(folder: Path, llm: Any, tokenizer: MultimodalTokenizer, state: Mapping[str, Any],

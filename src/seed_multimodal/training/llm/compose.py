@@ -65,7 +65,7 @@ def compose(arguments: Sequence[str], folder: str | Path, name: str = "train") -
             if given.places.get(key, -1) < place:
                 choices[key] = value
         else:
-            overrides.append(word if key[0] in "+~" else f"++{word}")
+            overrides.append(_readable(word))
     if given.original:  # what the command line leaves out has transformers' defaults, as in the original
         for group in ("optim", "trainer"):
             choices.setdefault(group, "original")
@@ -79,6 +79,22 @@ def _known(key: str) -> None:
     top = key.lstrip("+~").partition(".")[0]
     if top not in (*KEYS, *GROUPS):
         raise ConfigError(f"{key}: unknown key{nearest(top, KEYS)}; an override begins with one of {', '.join(KEYS)}.")
+
+
+def _readable(word: str) -> str:
+    """An override as Hydra takes it; what its grammar cannot read is refused by name."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    override = word if word[0] in "+~" else f"++{word}"
+    try:
+        OverridesParser.create().parse_overrides([override])
+    except HydraException as error:
+        key, _, value = word.partition("=")
+        quoted = value.replace('"', '\\"')
+        raise ConfigError(f"{word!r} cannot be read as an override; a value with signs like = ( ) ' needs quotes of "
+                          f"its own, beside the shell's: '{key}=\"{quoted}\"'.") from error
+    return override
 
 
 def _composed(home: Path, name: str, choices: dict[str, str], overrides: list[str]) -> Any:

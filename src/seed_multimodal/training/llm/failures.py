@@ -41,7 +41,8 @@ def explained(where: str, saved: str) -> Iterator[None]:
         saved: what is on the disk, as the sentence ends.
 
     Raises:
-        TrainingError: out of GPU memory, or another process is gone. Other errors pass unchanged.
+        TrainingError: out of memory, another process is gone, or fp16 gradients that overflow at DeepSpeed's smallest
+            loss scale. Other errors pass unchanged.
     """
     try:
         yield
@@ -50,10 +51,18 @@ def explained(where: str, saved: str) -> Iterator[None]:
             f"Out of GPU memory at {where} ({_first(error)}): use fewer rows or a smaller length (data.rows, "
             f"data.length), gradient_checkpointing, a ZeRO stage or an offload configuration; {saved}.") from error
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise TrainingError(f"Out of memory at {where}: use fewer rows or a smaller length (data.rows, "
+                                f"data.length); {saved}.") from error
         if not _is_peer_failure(error):
             raise
         raise TrainingError(f"Another process died or did not answer at {where} ({_first(error)}); {saved}; the same "
                             f"command goes on from there.") from error
+    except Exception as error:  # DeepSpeed raises no subclass
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise TrainingError(f"The fp16 gradients overflow at any loss scale at {where} (use bf16 or fp32); {saved}."
+                            ) from error
 
 
 def _is_peer_failure(error: RuntimeError) -> bool:

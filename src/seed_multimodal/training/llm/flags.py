@@ -148,8 +148,10 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, 
     open_flag: str | None = None
     for place, word in enumerate(arguments):
         if not word.startswith("--"):
-            # A word with `=` that is no path is an override, unless a flag still waits for its value.
-            if open_flag is not None and ("=" not in word or not found[open_flag]):
+            # A word with `=` is an override, unless a flag still needs its value (booleans need none).
+            waits = open_flag is not None and not found[open_flag] and open_flag not in (*_BOOLEANS,
+                                                                                         *_IGNORED_BOOLEANS)
+            if open_flag is not None and ("=" not in word or waits):
                 found[open_flag].append(word)
                 if open_flag != "report_to":
                     open_flag = None
@@ -183,7 +185,7 @@ def _one(name: str, values: list[str]) -> str:
 def _converted(name: str, text: str, kind: Callable[[str], Any]) -> Any:
     try:
         return kind(text)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         what = {float: "a number", _whole: "a whole number", _boolean: "True or False"}.get(kind, "a text")
         raise ConfigError(f"--{name}: needs {what}, not {text!r}.") from error
 

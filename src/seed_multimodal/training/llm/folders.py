@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,24 @@ def newest(folder: Path, peers: RunPeers, log: Callable[[str], None]) -> tuple[i
     return None
 
 
+def check_shared(file: Path, peers: RunPeers, patience: float = 20.0) -> None:
+    """See that all processes have the folder in which the first one has just written `file`.
+
+    Else every checkpoint of ZeRO's shards would lie torn over the nodes' own disks. A network disk may show a new file
+    some seconds late (`patience`).
+
+    Raises:
+        CheckpointError: some process does not see it.
+    """
+    peers.agree(False)  # it is written
+    end = time.monotonic() + patience
+    while not file.is_file() and time.monotonic() < end:
+        time.sleep(0.2)
+    if peers.agree(not file.is_file())[0]:
+        raise CheckpointError(f"{file.parent}: not all processes see {file.name}, which the first one has written into "
+                              "it; the output folder must be on a disk that all of them share.")
+
+
 def named(path: Path, peers: RunPeers) -> tuple[int, Path]:
     """A checkpoint that the user named.
 
@@ -134,9 +153,14 @@ def named(path: Path, peers: RunPeers) -> tuple[int, Path]:
     return int(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]), path
 
 
-def prune(folder: Path, limit: int | None) -> None:
-    """Keep the `limit` newest checkpoints (None: all)."""
-    for _, path in checkpoints(folder)[limit:] if limit is not None else []:
+def prune(folder: Path, limit: int | None, step: int) -> None:
+    """Keep the `limit` newest checkpoints up to the one of `step`, just written (None: all).
+
+    Later ones neither count nor go: they are torn, or of a run that went on from the same earlier checkpoint, and
+    counting them would remove the one just written.
+    """
+    present = [path for number, path in checkpoints(folder) if number <= step]
+    for path in present[limit:] if limit is not None else []:
         _remove(path)
 
 

@@ -26,6 +26,7 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 RECORDED = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save", "use_rslora")
+SHAPING = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # like r and lora_alpha part of what B · A means
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 TARGET_MODULES = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 # In this order: peft gives a name in the file to the first entry it contains, and `norm` is part of two others.
@@ -57,12 +58,12 @@ def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
     values["ensure_weight_tying"] = bool(llama.config.tie_word_embeddings and ends)
     try:
         config = LoraConfig(**values)
-    except (TypeError, ValueError) as error:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecated names inside transformers
+            torch.manual_seed(seed)
+            model = get_peft_model(llama, config)
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from error
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of deprecated names inside transformers
-        torch.manual_seed(seed)
-        model = get_peft_model(llama, config)
     if values["ensure_weight_tying"]:
         config.modules_to_save = values["modules_to_save"] = list(given.get("modules_to_save", MODULES_TO_SAVE))
         _check_tied(llama)
@@ -160,8 +161,8 @@ def read_adapter(model: Any, folder: Path) -> dict[str, Tensor]:
     config = folder / ADAPTER_CONFIG
     if config.is_file():
         there, here = read_json_object(config), model.peft_config["default"]
-        for key in ("r", "lora_alpha"):
-            if there.get(key) != getattr(here, key):
+        for key in ("r", "lora_alpha", *SHAPING):
+            if (there.get(key) or None) != (getattr(here, key) or None):
                 raise CheckpointError(f"{config}: {key} is {there.get(key)}, but the model is set up with "
                                       f"{getattr(here, key)}.")
     return load_state_dict(file)

@@ -66,7 +66,12 @@ def build_llm(
             raise ConfigError(f"codebook_start would overwrite the trained image words of {settings.path}.")
         codebook, sections = read_codebook(find_folder(settings.codebook_start), tokenizer.vocabulary.n_codes)
         start_from_codebook(llama, codebook, tokenizer.vocabulary.n_text, sections)
-    llama.set_attn_implementation(attention_kind(settings.attention, place))
+    if settings.attention == "flex" and place.type == "cpu":
+        raise ConfigError("attention flex has no backward pass on a CPU; use auto, sdpa or eager.")
+    try:
+        llama.set_attn_implementation(attention_kind(settings.attention, place))
+    except (ImportError, ValueError) as error:  # flash without its package, or on hardware it is not made for
+        raise ConfigError(f"attention {settings.attention}: {str(error).splitlines()[0]}") from error
     model: Any = llama
     if settings.lora is not None:
         model = add_lora(llama, settings.lora, settings.seed)
@@ -222,6 +227,7 @@ def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> t
 
 
 def _random(sizes: Mapping[str, Any], words: int, seed: int) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig, LlamaForCausalLM
 
     given = {str(key): value for key, value in sizes.items()}
@@ -234,8 +240,8 @@ def _random(sizes: Mapping[str, Any], words: int, seed: int) -> Any:
         try:
             return LlamaForCausalLM(LlamaConfig(**{**given, "vocab_size": words, "bos_token_id": BOS,
                                                    "eos_token_id": EOS, "pad_token_id": PAD}))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"sizes: {str(error).splitlines()[0]}") from error
+        except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+            raise ConfigError(f"sizes: {' '.join(str(error).split())}") from error
 
 
 def _check_pieces(folder: Path, tokenizer: Any) -> None:

@@ -92,6 +92,9 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
     """
     if (settings.path is None) == (settings.sizes is None):
         raise ConfigError(f"{where}: give either path (the folder of a LLaMA) or sizes (to start from random weights).")
+    for key in ("sizes", "lora"):
+        if not isinstance(getattr(settings, key), Mapping | None):
+            raise ConfigError(f"{where}: {key} must be a mapping, not {getattr(settings, key)!r}.")
     dtypes = (*DTYPES, "auto")
     for key, options in (("attention", tuple(ATTENTIONS)), ("quantization", QUANTIZATIONS), ("dtype", dtypes),
                          ("trained_dtype", (*DTYPES, "same")), ("fp8", (False, True)),

@@ -8,19 +8,21 @@ know that the loss of all is finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from seed_multimodal.data.llm.batches import LlmBatch, LlmBatches
 from seed_multimodal.data.llm.mixture import EndOfData
+from seed_multimodal.data.llm.settings import read_data_settings
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.llm.engine import PlainEngine
 from seed_multimodal.training.llm.loss import IGNORED, LossWeights, learned_targets
 from seed_multimodal.training.llm.metrics import StepNumbers
 from seed_multimodal.training.llm.optim import OptimSettings, schedule
 from seed_multimodal.training.llm.processes import Processes
-from seed_multimodal.training.llm.settings import TrainerSettings
+from seed_multimodal.training.llm.settings import RunSettings, TrainerSettings
 from seed_multimodal.training.llm.zero import ZeroEngine
 from seed_multimodal.training.step import seed_generators
 
@@ -78,13 +80,20 @@ class StepMaker:
         return Made(numbers, self.engine.problem(norm), bool(sums[-1]))
 
     def evaluate(self, batches: Sequence[LlmBatch]) -> list[float]:
-        """Sums over all processes: loss, count, then loss and count of text and of image tokens; no gradients."""
+        """Sums over all processes: loss, count, then loss and count of text and of image tokens; no gradients.
+
+        Every process makes as many forward passes as the one with the most batches: under DDP and ZeRO-3 each is an
+        exchange, and data that end do not end at the same batch for all.
+        """
+        own = len(batches)
+        most = max(answer["batches"] for answer in self.processes.peers.gather({"batches": own}))
+        batches = [*batches, *[_blank()] * (most - own)]
         self.engine.model.eval()
         sums = torch.zeros(6, dtype=torch.float64)
         with torch.no_grad():
             for batch in batches:
                 parts = self.engine.forward(batch.to(self.processes.device))
-                sums += torch.stack([part.float() for part in parts]).double().cpu()
+                sums += torch.stack([part.float() for part in parts]).cpu().double()  # Apple GPUs have no fp64
         self.engine.model.train()
         return self.processes.peers.sum(sums.tolist())
 
@@ -119,10 +128,31 @@ class StepMaker:
                 self.engine.backward(value * (share * self.engine.loss_factor), last)
             shown = value.detach() if self.by_tokens else value.detach() / count
             found.append(torch.stack([shown.float(), *(part.detach().float() for part in parts[2:])]))
-        numbers = torch.stack(found).double().sum(0).tolist()  # one transfer from the device, which waits for it
+        numbers = torch.stack(found).cpu().double().sum(0).tolist()  # one transfer from the device, which waits for it
         return [*numbers, *(float(sum(values)) for values in (
             [batch.tokens for batch in batches], [batch.input_ids.numel() for batch in batches],
             [batch.sequences for batch in batches]))]
+
+
+def _blank() -> LlmBatch:
+    """A batch with nothing to learn."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], None, tokens=0, learned=0, sequences=0,
+                    images=0)
+
+
+def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, processes: Processes, log: Callable[[str], None]
+             ) -> list[LlmBatch] | None:
+    """What a run evaluates, read before its first step, so that a mistake in it shows then; None: nothing."""
+    if run.eval_data is None or not run.trainer.eval_steps:
+        if run.trainer.eval_steps:
+            log("trainer.eval_steps is set, but there is no eval_data: nothing is evaluated.")
+        elif run.eval_data is not None:
+            log("there is eval_data, but trainer.eval_steps is 0: nothing is evaluated.")
+        return None
+    settings = read_data_settings(run.eval_data, "eval_data")
+    with LlmBatches(settings, tokenizer, rank=processes.rank, world=processes.world) as batches:
+        return first_batches(batches, run.trainer.eval_batches)
 
 
 def first_batches(batches: LlmBatches, count: int) -> list[LlmBatch]:

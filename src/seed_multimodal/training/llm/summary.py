@@ -51,7 +51,8 @@ def summary_lines(record: Mapping[str, Any]) -> list[str]:
     data = record["data"]
     lines = [f"{record['steps']} steps in {record['seconds']:.0f} s, {record['tokens']:,.0f} tokens in "
              f"{data['fill'] * 100:.1f} % filled rows; the last loss was {record['loss']:.4g}."
-             if record.get("loss") is not None else f"{record['steps']} steps were made before."]
+             if record.get("loss") is not None else f"{record['steps']} steps in {record['seconds']:.0f} s; no log "
+             "line was due (trainer.logging_steps)."]
     for name, source in data["sources"].items():
         lines.append(f"  {name}: {source['sequences']:,} sequences, {source['tokens']:,} tokens, "
                      f"{source['epochs']:.2f} epochs")

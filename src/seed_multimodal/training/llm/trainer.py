@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.llm.batches import LlmBatch, LlmBatches
+from seed_multimodal.data.llm.batches import LlmBatches
 from seed_multimodal.data.llm.settings import read_data_settings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -30,6 +30,7 @@ from seed_multimodal.training.llm.checkpoint import (
 from seed_multimodal.training.llm.engine import PlainEngine, round_residual
 from seed_multimodal.training.llm.failures import STOPPED, TrainingError, Watchdog, explained
 from seed_multimodal.training.llm.flops import token_flops
+from seed_multimodal.training.llm.folders import check_shared
 from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama
 from seed_multimodal.training.llm.metrics import RunProgress
@@ -38,7 +39,7 @@ from seed_multimodal.training.llm.model_settings import LlmModelSettings, find_f
 from seed_multimodal.training.llm.optim import build_optimizer, read_optim
 from seed_multimodal.training.llm.processes import Processes, start_processes
 from seed_multimodal.training.llm.settings import RunSettings, read_run
-from seed_multimodal.training.llm.stepping import StepMaker, first_batches
+from seed_multimodal.training.llm.stepping import StepMaker, held_out
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
 from seed_multimodal.training.llm.zero import ZeroEngine, fill_config
 from seed_multimodal.training.state import write_json
@@ -70,7 +71,8 @@ def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
     clean = False
     try:
         with Watchdog(60 * run.trainer.timeout_minutes if processes.world > 1 else 0, "train.py") as watchdog:
-            trainer = Trainer(run, processes, watchdog)
+            with explained("the start", "nothing was trained yet"):
+                trainer = Trainer(run, processes, watchdog)
             try:
                 record = trainer.train()
             except SystemExit:
@@ -93,6 +95,7 @@ class Trainer:
         self.device, self.watchdog = processes.device, watchdog
         if self.peers.first:
             save_config(run.output_dir, run.plain)
+        check_shared(run.output_dir / "config.yaml", self.peers)
         self.optim = read_optim(run.optim)
         model_settings = self._model_settings()
         self.tokenizer = MultimodalTokenizer.from_pretrained(find_folder(run.tokenizer))
@@ -104,6 +107,7 @@ class Trainer:
                                workers=self.settings.dataloader_num_workers, log=self._log)
         self.checkpoints = Checkpoints(run.output_dir, self.peers, limit=self.settings.save_total_limit,
                                        asynchronous=self.settings.async_save, log=self._log)
+        self._held_out = held_out(run, self.tokenizer, processes, self._log)
         folder = self.checkpoints.find(self.settings.resume)
         self.step = 0
         self.smooth: dict[str, float] = {}
@@ -128,7 +132,6 @@ class Trainer:
         self.progress.total.update(state.get("total", {}))
         self.progress.history.extend(state.get("log_history", []))
         self.evaluation: dict[str, float] = state.get("evaluation", {})
-        self._held_out: list[LlmBatch] | None = None
         self._describe()
 
     def close(self) -> None:
@@ -153,15 +156,18 @@ class Trainer:
                 if done.numbers is None:
                     break
                 self.step += 1
-                self.progress.add(self.step, done.numbers)
+                with explained(where, self.checkpoints.left()):
+                    self.progress.add(self.step, done.numbers)
                 begun = time.monotonic()
                 if self.settings.eval_steps and self.step % self.settings.eval_steps == 0:
                     self._evaluate()
                 if self.settings.save_steps and self.step % self.settings.save_steps == 0:
                     self._save()
                 self.progress.pause(time.monotonic() - begun)
-            self._end(stopped, ended)
-        return self._record()
+            with explained(f"the end (step {self.step})", self.checkpoints.left()):
+                self._end(stopped, ended)
+        with explained(f"the end (step {self.step})", self.checkpoints.left()):
+            return self._record()
 
     def _failure(self, problem: str) -> Exception:
         """The sentence for a step that must not be made."""
@@ -176,13 +182,13 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Mean loss of the evaluation mixture's first micro-batches; training does not notice."""
-        if self.run.eval_data is None:
-            return
         if self._held_out is None:
-            settings = read_data_settings(self.run.eval_data, "eval_data")
-            with LlmBatches(settings, self.tokenizer, rank=self.processes.rank, world=self.processes.world) as batches:
-                self._held_out = first_batches(batches, self.settings.eval_batches)
-        total, count, text, text_count, image, image_count = self.maker.evaluate(self._held_out)
+            return
+        with explained(f"the evaluation after step {self.step}", self.checkpoints.left()):
+            total, count, text, text_count, image, image_count = self.maker.evaluate(self._held_out)
+        if not text_count + image_count:
+            self._log("eval_data has nothing to learn in its first micro-batches, so there is no evaluation.")
+            return
         line = {"eval_loss": total / max(count, 1e-8)}
         if image_count:
             line |= {"eval_text_loss": text / max(text_count, 1), "eval_image_loss": image / image_count}
@@ -205,7 +211,7 @@ class Trainer:
             self._log(f"every source is used up after step {self.step}; the run ends here.")
         if self.settings.eval_steps and not stopped and self.evaluation.get("step") != self.step:
             self._evaluate()
-        self.checkpoints.join()
+        self.checkpoints.finish()  # in all processes, so that they agree on what is saved
         if self.checkpoints.saved != self.step and self.step > 0:
             self._save()
         self.checkpoints.finish()
@@ -221,7 +227,7 @@ class Trainer:
                   "tokens": self.progress.total["tokens"], "positions": self.progress.total["positions"],
                   "loss": history[-1]["loss"] if history else None, "evaluation": self.evaluation, "data": data,
                   "processes": self.processes.world,
-                  "checkpoint": str(self.checkpoints.home / f"checkpoint-{self.step}")}
+                  "checkpoint": str(self.checkpoints.place)}
         if self.peers.first:
             write_json(self.run.output_dir / "summary.json", record)
             for line in summary_lines(record):

@@ -42,6 +42,7 @@ ROW = 256
 TRAIN = "python MultiModalLLM/src/train/train.py --config-path"
 # Sources of both mixtures: name -> (shard, decoder, options, share).
 Sources = dict[str, tuple[str, str, dict[str, Any], float]]
+Counts = dict[str, dict[str, int]]  # split -> shard -> records
 READ: dict[str, Any] = {"code_noise": NOISE}
 PRETRAIN_SOURCES: Sources = {
     "image_first": ("seen", "pretrain.caption", {"reverse_ratio": 1.0, "first_text": 0.5, **READ}, 0.5),
@@ -53,23 +54,21 @@ SFT_SOURCES: Sources = {
     "edit": ("edits", "chat", READ, 0.17), "chat": ("conversations", "chat", {"answers": "one"}, 0.08)}
 
 
-def write_records(space: Workspace, codes: Tensor) -> dict[str, int]:
-    """Write the shards of both splits; returns how many records each of the training split's holds.
+def write_records(space: Workspace, codes: Tensor) -> Counts:
+    """Write the shards of both splits; returns how many records each holds.
 
     Args:
         codes: int16 [N, V, 32] of every picture of the set; view 0 is the picture itself.
     """
-    counts: dict[str, int] = {}
+    counts: Counts = {}
     for split, chosen in (("train", space.train), ("val", space.held_out)):
         keys = {space.nano.records[index].key for index in chosen}
-        for name, records in _shards(space, split, keys, codes).items():
-            written = write_shard(_shard(space, name, split), _numbered(name, records))
-            if split == "train":
-                counts[name] = written
+        counts[split] = {name: write_shard(_shard(space, name, split), _numbered(name, records))
+                         for name, records in _shards(space, split, keys, codes).items()}
     return counts
 
 
-def write_llm_recipes(space: Workspace, counts: Mapping[str, int]) -> list[Path]:
+def write_llm_recipes(space: Workspace, counts: Counts) -> list[Path]:
     """Write both configurations; sources without records (of a small set) are left out."""
     first = space.work / PRETRAIN / f"checkpoint-{space.config.train_pretrain.steps}"
     files = []
@@ -171,19 +170,14 @@ def _shard(space: Workspace, name: str, split: str) -> Path:
 # ------------------------------------------------------------------------------------------------ the configurations
 
 
-def _data(space: Workspace, sources: Sources, counts: Mapping[str, int], split: str,
-          settings: StageSettings) -> dict[str, Any]:
+def _data(space: Workspace, sources: Sources, counts: Counts, split: str, settings: StageSettings) -> dict[str, Any]:
     rows = max(1, settings.batch_size * MEAN_LENGTH // ROW)
     chosen = [{"name": name, "files": str(_shard(space, shard, split)), "decoder": decoder, "options": dict(options),
                "weight": weight}
               for name, (shard, decoder, options, weight) in sources.items()
-              if counts[shard] and (split == "train" or _holds(_shard(space, shard, split)))]
+              if counts[split][shard]]
     return {"packing": True, "length": ROW, "rows": rows, "seed": space.config.seed + settings.seed,
             "too_long": "skip", "sources": chosen}
-
-
-def _holds(shard: Path) -> bool:
-    return shard.is_file() and shard.stat().st_size > 10240  # an empty tar is one block of zeros
 
 
 def _model(space: Workspace, settings: StageSettings, start: Path | None) -> dict[str, Any]:
@@ -217,6 +211,6 @@ def _trainer(config: NanoConfig, settings: StageSettings) -> dict[str, Any]:
             "report_to": ["tensorboard"] if settings.tensorboard else []}
 
 
-def describe(files: Sequence[Path], counts: Mapping[str, int]) -> dict[str, Any]:
+def describe(files: Sequence[Path], counts: Counts) -> dict[str, Any]:
     """The record of stage `records`."""
-    return {"files": " ".join(map(str, files)), **counts}
+    return {"files": " ".join(map(str, files)), **counts["train"]}

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.data.llm.pretokenize.progress import counted
 from seed_multimodal.data.llm.pretokenize.raw import Unit
 from seed_multimodal.data.llm.pretokenize.shards import MANIFEST, part_folder, read_json, write_json
-from seed_multimodal.data.llm.pretokenize.progress import counted
 from seed_multimodal.errors import DataError
 
 SETTINGS = "settings.json"
@@ -75,10 +75,12 @@ class locked:  # noqa: N801  (used as a statement)
 
 
 def merge(save_dir: Path, units: Sequence[Unit]) -> dict[str, Any] | None:
-    """Write `manifest.json` when every unit's part is finished, and return it; None: some are not yet."""
+    """Write `manifest.json` when every unit's part is finished, and return it; None: some are not yet, or were made of
+    inputs that have changed since."""
     with locked(save_dir):
         parts = [read_json(part_folder(save_dir, unit) / MANIFEST) for unit in units]
-        finished = [part for part in parts if part is not None]
+        finished = [part for unit, part in zip(units, parts, strict=True)
+                    if part is not None and part.get("source") == unit.identity()]
         if len(finished) < len(units):
             return None
         total: dict[str, Any] = {key: sum(part[key] for part in finished) for key in SUMS}

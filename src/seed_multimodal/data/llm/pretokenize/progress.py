@@ -8,7 +8,6 @@ from collections.abc import Callable
 from seed_multimodal.data.llm.pretokenize.raw import Unit
 
 
-
 def counted(number: int, noun: str) -> str:
     """`1 unit`, `2,000 units`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -111,8 +111,8 @@ def run(settings: RunSettings) -> int:
     save_dir = Path(settings.save_dir)
     _refuse_existing(settings, units, places)
     share = f", of which share {settings.shard[0]} of {settings.shard[1]}" if settings.shard[1] > 1 else ""
-    say(f"{counted(len(units), 'unit')} of {source.files or source.format} as {kind.name} records to {save_dir}{share}; "
-        f"{len(places)} of {places[0].world} process{'es' * (places[0].world > 1)} started here.")
+    say(f"{counted(len(units), 'unit')} of {source.files or source.format} as {kind.name} records to "
+        f"{save_dir}{share}; {len(places)} of {places[0].world} process{'es' * (places[0].world > 1)} started here.")
     if len(places) == 1:
         work(settings, source, units, places[0])
         code = DONE

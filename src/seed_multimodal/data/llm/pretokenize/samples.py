@@ -92,7 +92,7 @@ class Sample:
             raise BadRecord("malformed text", f"{self.where}: its .txt is not UTF-8 ({error.reason}).") from None
 
     def text(self, key: str, *, required: bool = True) -> str | None:
-        """The text under a key; a number counts as text, of a list of texts the most frequent one.
+        """The text under a key; a number counts as text (NaN as nothing), of a list of texts the most frequent one.
 
         Raises:
             BadRecord: another type, or nothing where something is required.
@@ -101,7 +101,7 @@ class Sample:
         if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
             value = max(value, key=value.count)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)
+            value = str(value) if value == value else None  # NaN: an empty field of a table
         if value is None and not required:
             return None
         if not isinstance(value, str):

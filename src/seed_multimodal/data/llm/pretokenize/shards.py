@@ -7,6 +7,7 @@ owners or random keys. A key is the unit's number, its file's name, and the samp
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -40,13 +41,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "w", encoding="utf-8") as file:
+        # Half a surrogate pair (a file name that is no UTF-8) becomes the escape that json has for it.
+        with open(scratch, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
         flush_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written ({error.strerror}).") from None
 
 
@@ -91,7 +95,8 @@ class PartWriter:
                  trace: TracebackType | None) -> None:
         if kind is not None:
             if self._file is not None:
-                self._file.close()
+                with contextlib.suppress(OSError):  # a full disk refuses once more what is still in the buffer
+                    self._file.close()
             for path in self._scratch:
                 path.unlink(missing_ok=True)
         os.close(self._lock)
