@@ -13,7 +13,7 @@ LIBRARY = APPLICATION.parent / "src"
 if str(LIBRARY) not in sys.path:  # runs from a checkout that is not installed
     sys.path.insert(0, str(LIBRARY))
 
-from seed_multimodal.training.llm.app import main  # noqa: E402
+from seed_multimodal.training.llm.app import main_process  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(configs=APPLICATION / "configs"))
+    main_process(APPLICATION / "configs")
