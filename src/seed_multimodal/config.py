@@ -58,15 +58,25 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such configuration file.")
+    config = read_yaml(file)
+    for override in overrides:
+        _override(config, override, str(file))
+    return _resolved(config, file)
+
+
+def read_yaml(file: Path) -> DictConfig:
+    """A YAML mapping as it stands, its interpolations unresolved.
+
+    Raises:
+        ConfigError: not readable, not YAML, or not a mapping.
+    """
     try:
         config = OmegaConf.load(file)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file}: not readable as YAML ({_first_line(error)}).") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{file}: must hold a mapping of keys to values.")
-    for override in overrides:
-        _override(config, override, str(file))
-    return _resolved(config, file)
+    return config
 
 
 def instantiate(config: DictConfig | Mapping[str, Any] | str | Path, **overrides: Any) -> Any:

@@ -1,9 +1,11 @@
-"""Files that last: a folder's names flushed to the disk, the usual permissions, JSON objects read with one sentence."""
+"""Files that last: replaced whole or not at all, folders' names on the disk, usual permissions, JSON objects read."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,32 @@ def flush_folder(folder: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def replace_text(file: Path, text: str, errors: str = "strict") -> None:
+    """Put a text into a file, flushed, whole or not at all; raises OSError and leaves what was there.
+
+    Args:
+        errors: what becomes of letters that UTF-8 does not have, as of `open`.
+    """
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(scratch, "w", encoding="utf-8", errors=errors) as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(scratch, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
+
+
+def replace_copy(source: Path, folder: Path) -> None:
+    """Copy a file into a folder, in place of its namesake, whole or not at all."""
+    scratch = folder / f".{source.name}.{os.getpid()}.tmp"
+    shutil.copyfile(source, scratch)
+    os.replace(scratch, folder / source.name)
 
 
 def give_usual_mode(file: str | Path) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from seed_multimodal.disk import flush_folder
+from seed_multimodal.disk import flush_folder, replace_text
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.distributed import Peers
 from seed_multimodal.training.ema import Ema
@@ -168,14 +168,9 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(json.dumps(value, indent=1))
-            _to_disk(handle)
-        os.replace(temporary, file)
+        replace_text(file, json.dumps(value, indent=1))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{file}: cannot be written ({error.strerror}).") from error
 
 

@@ -24,6 +24,7 @@ from seed_multimodal.data.llm.sources import PICKLED, find_files
 from seed_multimodal.data.records import write_shard
 from seed_multimodal.data.tar_headers import Damaged, split_name, tar_members
 from seed_multimodal.data.tar_index import ShardFiles
+from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 
 MANIFEST = "manifest.json"
@@ -240,10 +241,8 @@ def _write_manifest(out: Path, done: dict[str, dict[str, Any]]) -> None:
     shards = [done[name] for name in sorted(done)]
     content = {"shards": shards, "samples": sum(one["samples"] for one in shards),
                "skipped": sum(len(one["skipped"]) for one in shards)}
-    scratch = out / f".{MANIFEST}.{os.getpid()}.tmp"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, out / MANIFEST)
+        replace_text(out / MANIFEST, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{out / MANIFEST}: cannot be written ({error.strerror}).") from None

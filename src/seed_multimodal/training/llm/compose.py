@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.config import load_yaml, nearest, project_root
+from seed_multimodal.config import load_yaml, nearest, project_root, read_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.model_settings import find_folder
@@ -159,17 +159,9 @@ def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
 
 def _unresolved(file: Path) -> dict[str, Any]:
     """A YAML mapping with its interpolations as they are."""
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from omegaconf import OmegaConf
 
-    try:
-        node = OmegaConf.load(file)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{file}: not readable as YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{file}: must hold a mapping of keys to values.")
-    plain = OmegaConf.to_container(node, resolve=False)
+    plain = OmegaConf.to_container(read_yaml(file), resolve=False)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 

@@ -16,8 +16,6 @@ the nearest one it knows. Pictures that are written are the unaugmented ones.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from torch import Tensor
 from seed_multimodal.data.llm.pretokenize.nano import nano_raws
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings
 from seed_multimodal.data.records import write_shard
+from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.workspace import Workspace
@@ -83,10 +82,8 @@ def write_llm_recipes(space: Workspace, counts: Counts) -> list[Path]:
             "trainer": _trainer(space.config, settings),
             "eval_data": _data(space, sources, counts, "val", settings)}
         file = space.work / f"{name}.yaml"
-        temporary = file.with_name(f".{file.name}.tmp")
-        temporary.write_text(f"# Written from {space.work.absolute()}/config.yaml for:\n# {TRAIN} {file.parent} "
-                             f"--config-name {name}\n{OmegaConf.to_yaml(OmegaConf.create(recipe))}", encoding="utf-8")
-        os.replace(temporary, file)
+        replace_text(file, f"# Written from {space.work.absolute()}/config.yaml for:\n# {TRAIN} {file.parent} "
+                           f"--config-name {name}\n{OmegaConf.to_yaml(OmegaConf.create(recipe))}")
         files.append(file)
     return files
 
@@ -112,9 +109,7 @@ def take_llm(space: Workspace) -> dict[str, Any]:
     target.mkdir(parents=True, exist_ok=True)
     trained = space.work / SFT / f"checkpoint-{space.config.train_sft.steps}"
     for file in (*trained.glob("*.safetensors"), trained / "config.json", trained / "generation_config.json"):
-        temporary = target / f".{file.name}.tmp"
-        shutil.copyfile(file, temporary)
-        os.replace(temporary, target / file.name)
+        replace_copy(file, target)
     record["seconds"] = sum(record[f"{name}_seconds"] for name in (PRETRAIN, SFT))
     write_json(space.work / "llm.done.json", record)
     return record

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -57,10 +57,8 @@ def write_recipes(space: Workspace) -> list[Path]:
         recipe = {"model": {**model, **_start(name, settings)}, "datasets": {"nano_views": {"build_info": data}},
                   "run": _run(space.config, name, settings, work / name)}
         file = work / f"{name}.yaml"
-        temporary = file.with_name(f".{file.name}.tmp")
         text = f"# Written from {work}/config.yaml for: {TRAIN} {file}\n{OmegaConf.to_yaml(OmegaConf.create(recipe))}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
+        replace_text(file, text)
         found.append(file)
     return found
 
@@ -157,9 +155,7 @@ def join_stages(space: Workspace, measure: Callable[[Seed2Tokenizer], dict[str, 
     export_tokenizer(files[1], new, stage1=files[0], config=tokenizer_config(space.config), force=True)
     space.tokenizer_folder.mkdir(parents=True, exist_ok=True)
     for name in ("model.safetensors", "config.json"):
-        temporary = space.tokenizer_folder / f".{name}.{os.getpid()}.tmp"
-        shutil.copyfile(new / name, temporary)
-        os.replace(temporary, space.tokenizer_folder / name)
+        replace_copy(new / name, space.tokenizer_folder)
     shutil.rmtree(new)
     tokenizer = Seed2Tokenizer.from_pretrained(space.tokenizer_folder)
     record = {"stage": "tokenizer", "parameters": sum(p.numel() for p in tokenizer.parameters()),

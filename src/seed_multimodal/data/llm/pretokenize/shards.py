@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from seed_multimodal.data.llm.pretokenize.raw import Unit
-from seed_multimodal.disk import flush_folder
+from seed_multimodal.disk import flush_folder, replace_text
 from seed_multimodal.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -38,19 +38,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         DataError: the disk refuses.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Half a surrogate pair (a file name that is no UTF-8) becomes the escape that json has for it.
-        with open(scratch, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", errors="backslashreplace")
         flush_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written ({error.strerror}).") from None
 
 
