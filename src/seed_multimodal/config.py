@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, first_line
 
 # The original's names → ours (`module:attribute`). Their YAML files work unchanged.
 ALIASES = {
@@ -73,7 +73,7 @@ def read_yaml(file: Path) -> DictConfig:
     try:
         config = OmegaConf.load(file)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{file}: not readable as YAML ({_first_line(error)}).") from error
+        raise ConfigError(f"{file}: not readable as YAML ({first_line(error)}).") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{file}: must hold a mapping of keys to values.")
     return config
@@ -209,12 +209,8 @@ def _resolved(config: DictConfig, file: Path) -> DictConfig:
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {_first_line(error)}") from error
+        raise ConfigError(f"{file}: {first_line(error)}") from error
     finally:
         if set_by_user is None:
             del os.environ["PROJECT_ROOT"]
     return config
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

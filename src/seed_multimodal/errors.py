@@ -37,3 +37,13 @@ class RequestError(SeedError):
 
 class GenerationError(SeedError):
     """The language model's answer does not hold what was asked for (for example no picture)."""
+
+
+def first_line(error: BaseException, longest: int = 300) -> str:
+    """What another library's error says, for use inside a sentence: its first line without the full stop.
+
+    Returns:
+        At most `longest` letters; the error's type if it says nothing.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:longest] if lines else type(error).__name__

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.disk import give_usual_mode
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, first_line
 
 _WRAPPERS = ("model", "state_dict", "module")
 
@@ -36,10 +36,13 @@ class LoadReport:
                 f"{len(self.ignored)} in the file ignored")
 
 
-def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]:
     """Read a flat name → tensor mapping from `.safetensors`, `.pt`, `.pth` or `.bin`, on CPU.
 
     Wrapped checkpoints (`{"model": …}`, `{"state_dict": …}`) are unwrapped.
+
+    Args:
+        mapped: tensors of a torch file are views of the file where its format allows, not copies in memory.
 
     Raises:
         CheckpointError: missing, empty, truncated or unsafe file, or one that holds no tensors.
@@ -49,7 +52,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: there is no such weights file.")
     if file.stat().st_size == 0:
         raise CheckpointError(f"{file}: the weights file is empty.")
-    loaded = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    loaded = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file, mapped)
     return _unwrap(loaded, file)
 
 
@@ -63,17 +66,21 @@ def _read_safetensors(file: Path) -> Mapping[str, object]:
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
 
 
-def _read_torch(file: Path) -> Mapping[str, object]:
+def _read_torch(file: Path, mapped: bool) -> Mapping[str, object]:
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        except RuntimeError as error:
+            if not mapped or "mmap" not in str(error):
+                raise
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is damaged; "
             f"re-save it as safetensors from a source you trust."
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file}: not a complete torch checkpoint ({reason}).") from error
+        raise CheckpointError(f"{file}: not a complete torch checkpoint ({first_line(error)}).") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a mapping of names to tensors.")
     return loaded

@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_measure_takes_the_median() -> None:
-    naps = iter([0.03, 0.001, 0.05, 0.001])
+    naps = iter([0.3, 0.001, 0.5, 0.001])
     taken = timing.measure(lambda: time.sleep(next(naps)), torch.device("cpu"), repeats=3, warmup=1)
-    assert taken["fastest"] == taken["seconds"] or taken["seconds"] < 0.03
-    assert taken["slowest"] >= 0.05
+    assert taken["fastest"] <= taken["seconds"] < 0.15  # the mean is 0.17
+    assert taken["slowest"] >= 0.5
 
 
 def test_random_weights_replace_meta_tensors() -> None:

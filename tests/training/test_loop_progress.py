@@ -74,8 +74,8 @@ def test_numbers_of_a_step_are_logged_at_once_and_their_time_is_no_training(toy:
     def evaluate(step: int) -> dict[str, float]:
         if step % 3:
             return {}
-        time.sleep(0.5)
-        aside[0] += 0.5
+        time.sleep(1.5)
+        aside[0] += 1.5
         return {"valid/loss": float(step)}
 
     toy.train(tmp_path / "with", evaluate=evaluate, status=lambda: {"aside_seconds": aside[0]}, steps=8)
@@ -83,7 +83,7 @@ def test_numbers_of_a_step_are_logged_at_once_and_their_time_is_no_training(toy:
     lines = {line["step"]: line for line in lines_of(tmp_path / "with")}
     assert list(lines) == [3, 4, 6, 8]
     assert [line.get("valid/loss") for line in lines.values()] == [3.0, None, 6.0, None]
-    assert all(line["seconds_per_step"] < 0.15 and "aside_seconds" not in line for line in lines.values())
+    assert all(line["seconds_per_step"] < 0.35 and "aside_seconds" not in line for line in lines.values())
     for line in lines_of(tmp_path / "without"):
         assert lines[line["step"]]["loss"] == line["loss"]
 

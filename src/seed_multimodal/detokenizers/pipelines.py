@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 
 DEFAULTS_FILE = "seed_decode.json"
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -177,7 +177,7 @@ def load_pipeline(place: Path, make: Callable[[list[str]], Any], optional: Seque
             warnings.simplefilter("ignore", FutureWarning)  # `torch_dtype` is the name every diffusers below 1 knows
             return make([name for name in optional if (index.get(name) or [None])[0] is None])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise CheckpointError(f"{place}: not a complete {what} folder ({reason}); {advice}.") from error
     finally:
         logging.set_verbosity(loudness)

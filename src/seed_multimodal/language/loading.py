@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
         if _is_hub_id(source):
             raise CheckpointError(f"{source}: not in the local cache of the model hub, and not fetched from it (set "
                                   f"HF_HUB_OFFLINE=0 to allow that, or give a folder).") from error
-        raise CheckpointError(f"{source}: its configuration cannot be read ({_first_line(error)}).") from error
+        raise CheckpointError(f"{source}: its configuration cannot be read ({first_line(error)}).") from error
     if values.get("model_type") != "llama":
         raise CheckpointError(f"{source}: a checkpoint of another model: model_type is {values.get('model_type')!r}, "
                               f"not 'llama'.")
@@ -148,7 +148,7 @@ def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: di
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        raise CheckpointError(f"{source}: the weights cannot be read ({_first_line(error)}).") from error
+        raise CheckpointError(f"{source}: the weights cannot be read ({first_line(error)}).") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -163,8 +163,3 @@ def _check_names(info: Any, source: str | Path) -> None:
         if names:
             shown = ", ".join(repr(name) for name in names[:3]) + (" …" if len(names) > 3 else "")
             raise CheckpointError(f"{source}: {len(names)} tensors are {what}: {shown}.")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

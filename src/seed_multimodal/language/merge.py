@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.adapters import ADAPTER_CONFIG, Trained
 from seed_multimodal.language.loading import BOS, EOS, PAD
 from seed_multimodal.language.merge_check import compare_logits
@@ -191,7 +191,7 @@ def _llama_config(values: dict[str, Any], folder: Path) -> Any:
     try:
         config = LlamaConfig.from_dict(values)
     except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from error
     config.architectures = ["LlamaForCausalLM"]
     return config
 

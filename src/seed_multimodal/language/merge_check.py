@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.language.adapters import PREFIX, Trained
 from seed_multimodal.language.loading import BOS, load_llm
 
@@ -71,7 +71,7 @@ def expected_logits(base: Path, trained: Trained) -> tuple[Tensor, Tensor]:
             model: Any = get_peft_model(llama, LoraConfig(**values))
             result = set_peft_model_state_dict(model, state)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{trained.source}: peft cannot load it ({str(error).splitlines()[0]}).") from error
+            raise CheckpointError(f"{trained.source}: peft cannot load it ({first_line(error)}).") from error
     if result.unexpected_keys:
         raise CheckpointError(f"{trained.source}: peft does not know {result.unexpected_keys[0]!r}.")
     generator = torch.Generator().manual_seed(0)

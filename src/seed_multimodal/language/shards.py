@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.weights import load_state_dict
 
 SINGLE = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_WRAPPERS = ("model", "state_dict", "module")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,8 @@ class Shards:
 
     def _open(self, file: Path) -> None:
         self.close()
-        self._handle = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
+        self._handle = _open_safetensors(file) if file.suffix == ".safetensors" else (
+            load_state_dict(file, mapped=True))
         self._file = file
 
     def _names(self) -> list[str]:
@@ -115,28 +115,6 @@ def _open_safetensors(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
-
-
-def _open_torch(file: Path) -> dict[str, Tensor]:
-    try:
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is "
-                              f"damaged; re-save it as safetensors from a source you trust.") from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file}: not a complete torch checkpoint ({reason}).") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a mapping of names to tensors.")
-    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def plan_shards(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], largest: int

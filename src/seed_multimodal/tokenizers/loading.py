@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.seed2_config import MODEL_TYPE, Seed2Config
 from seed_multimodal.tokenizers.sizes import TokenizerConfig
@@ -177,7 +177,7 @@ def download(hub_id: str, files: Sequence[str], advice: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             reason = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
         raise CheckpointError(f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); "

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.training.distributed import Peers, StopRequest
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.progress import Progress, Status
@@ -127,7 +127,7 @@ def _steps(step: int, stepper: Stepper, store: StateFile, progress: Progress, st
                 # A signal to the whole process group ends data workers, too; the weights are still of the step before.
                 if not stop.asked or peers.world > 1:
                     raise
-                print(f"[{progress.name}] step {step} was given up: {str(error).splitlines()[0]}", flush=True)
+                print(f"[{progress.name}] step {step} was given up: {first_line(error)}", flush=True)
                 break
             due = peers.first and time.monotonic() - last_save > settings.save_seconds
             failed, stopped, save = peers.agree(bool(problem or progress.problem), stop.asked, due)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from seed_multimodal.data.llm.record import BadRecord
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, first_line
 
 
 class RowGroups:
@@ -96,4 +96,4 @@ class _parquet:
             raise self._refusal(error) from None
 
     def _refusal(self, error: BaseException) -> DataError:
-        return BadRecord("damaged file", f"{self.path}: cannot be read as parquet ({str(error).splitlines()[0]}).")
+        return BadRecord("damaged file", f"{self.path}: cannot be read as parquet ({first_line(error)}).")

@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.llm.engine import PlainEngine
 from seed_multimodal.training.llm.failures import TrainingError
@@ -46,6 +46,7 @@ from seed_multimodal.training.llm.zero import ZeroEngine
 from seed_multimodal.weights import load_state_dict
 
 Engine = PlainEngine | ZeroEngine
+_GIVEN = ("betas", "eps", "weight_decay")  # of an optimiser's group; its rate is set at each step
 TRAINER_STATE, DATA_STATE, OPTIMIZER = "trainer_state.json", "data_state.json", "optimizer.safetensors"
 
 
@@ -250,48 +251,21 @@ def load_weights(folder: Path, llm: Any) -> None:
 def load_engine(folder: Path, step: int, engine: Engine) -> None:
     """Fill an engine's optimiser (and DeepSpeed's weights); all processes call it.
 
+    Torch restores hyperparameters (weight decay, betas) with the moments; this run's settings win here.
+
     Raises:
         CheckpointError: a state of another optimiser.
     """
+    own = [{key: value for key, value in group.items() if key in _GIVEN} for group in engine.optimizer.param_groups]
     if isinstance(engine, ZeroEngine):
         engine.load(folder, step)
-        return
-    state = read_tree(folder / OPTIMIZER)
-    try:
-        engine.optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: holds the state of another optimiser ({error}).") from error
-    if state["scaler"]:
-        engine.scaler.load_state_dict(state["scaler"])
-
-
-def check_same_run(folder: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Refuse a checkpoint that this run cannot go on from; returns remarks on what differs and may.
-
-    Args:
-        now: `engine`, `zero_stage`, `world_size`, `model`, `optimizer`, `max_steps`, `rows_per_step` of this run.
-
-    Raises:
-        ConfigError: another engine, model or optimiser, or another number of processes with ZeRO.
-    """
-    for key, what in (("engine", "engine"), ("zero_stage", "ZeRO stage"), ("model", "model"),
-                      ("optimizer", "optimiser")):
-        if state.get(key) != now[key]:
-            raise ConfigError(f"{folder}: was saved with the {what} {_brief(state.get(key))}, this run has "
-                              f"{_brief(now[key])}; use the same, or start from its weights in a new folder "
-                              "(model.adapter, or model.path).")
-    if now["engine"] == "deepspeed" and state["world_size"] != now["world_size"]:
-        raise ConfigError(f"{folder}: its ZeRO shards belong to {state['world_size']} processes, this run has "
-                          f"{now['world_size']}; use {state['world_size']}, or start from its weights in a new folder "
-                          f"(model.adapter, or model.path). The plain engine may change their number.")
-    remarks = []
-    for key, what in (("world_size", "processes"), ("max_steps", "steps in all (the schedule follows)"),
-                      ("rows_per_step", "micro-batches a step")):
-        if state.get(key) != now[key]:
-            remarks.append(f"the checkpoint was saved with {state.get(key)} {what}, this run has {now[key]}")
-    return remarks
-
-
-def _brief(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    else:
+        state = read_tree(folder / OPTIMIZER)
+        try:
+            engine.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder}: holds the state of another optimiser ({error}).") from error
+        if state["scaler"]:
+            engine.scaler.load_state_dict(state["scaler"])
+    for group, given in zip(engine.optimizer.param_groups, own, strict=True):
+        group.update(given)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.config import load_yaml, nearest, project_root, read_yaml
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.llm.settings import KEYS
@@ -151,7 +151,7 @@ def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{file}: not readable as JSON ({str(error).splitlines()[0]}).") from error
+        raise ConfigError(f"{file}: not readable as JSON ({first_line(error)}).") from error
     if not isinstance(read, dict):
         raise ConfigError(f"{file}: must hold a mapping of keys to values.")
     return read

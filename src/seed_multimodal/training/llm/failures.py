@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from seed_multimodal.errors import SeedError
+from seed_multimodal.errors import SeedError, first_line
 
 STOPPED = 143  # SIGTERM: the step was finished and saved
 STUCK = 75  # another process did not answer in time
@@ -48,7 +48,7 @@ def explained(where: str, saved: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"Out of GPU memory at {where} ({_first(error)}): use fewer rows or a smaller length (data.rows, "
+            f"Out of GPU memory at {where} ({first_line(error)}): use fewer rows or a smaller length (data.rows, "
             f"data.length), gradient_checkpointing, a ZeRO stage or an offload configuration; {saved}.") from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):
@@ -56,8 +56,8 @@ def explained(where: str, saved: str) -> Iterator[None]:
                                 f"data.length); {saved}.") from error
         if not _is_peer_failure(error):
             raise
-        raise TrainingError(f"Another process died or did not answer at {where} ({_first(error)}); {saved}; the same "
-                            f"command goes on from there.") from error
+        raise TrainingError(f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; the "
+                            "same command goes on from there.") from error
     except Exception as error:  # DeepSpeed raises no subclass
         if "loss scale already at minimum" not in str(error):
             raise
@@ -69,11 +69,6 @@ def _is_peer_failure(error: RuntimeError) -> bool:
     distributed = getattr(torch.distributed, "DistBackendError", ())
     text = str(error)
     return isinstance(error, distributed) or any(word in text for word in _PEER_WORDS)
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
 
 
 class Watchdog:

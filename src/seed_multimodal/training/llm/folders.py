@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.disk import flush_folder
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.training.llm.failures import TrainingError, disk_sentence
 from seed_multimodal.training.llm.processes import RunPeers
 
@@ -178,8 +178,7 @@ def unwritable(step: int, error: Exception, saved: str) -> TrainingError:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    first = text[0].rstrip(".") if text else type(error).__name__
+    first = first_line(error)
     return f"the disk or quota is full ({first})" if "No space" in first or "too large" in first else first
 
 

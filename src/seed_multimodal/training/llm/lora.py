@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seed_multimodal.config import check_keys
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -63,7 +63,7 @@ def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
             torch.manual_seed(seed)
             model = get_peft_model(llama, config)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"lora: {first_line(error)}") from error
     if values["ensure_weight_tying"]:
         config.modules_to_save = values["modules_to_save"] = list(given.get("modules_to_save", MODULES_TO_SAVE))
         _check_tied(llama)

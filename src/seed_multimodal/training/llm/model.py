@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.config import check_keys
 from seed_multimodal.device import DTYPES
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.loading import BOS, EOS, PAD, force_special_ids, load_llm
 from seed_multimodal.tokenizers.loading import OURS, QUANTIZER_FILES
 from seed_multimodal.training.llm.fp8 import check_fp8, freeze_in_fp8
@@ -71,7 +71,7 @@ def build_llm(
     try:
         llama.set_attn_implementation(attention_kind(settings.attention, place))
     except (ImportError, ValueError) as error:  # flash without its package, or on hardware it is not made for
-        raise ConfigError(f"attention {settings.attention}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"attention {settings.attention}: {first_line(error)}") from error
     model: Any = llama
     if settings.lora is not None:
         model = add_lora(llama, settings.lora, settings.seed)

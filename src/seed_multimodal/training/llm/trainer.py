@@ -19,14 +19,8 @@ from seed_multimodal.data.llm.settings import read_data_settings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.distributed import StopRequest
-from seed_multimodal.training.llm.checkpoint import (
-    Checkpoints,
-    Engine,
-    check_same_run,
-    load_engine,
-    load_weights,
-    read_states,
-)
+from seed_multimodal.training.llm.changes import check_same_run
+from seed_multimodal.training.llm.checkpoint import Checkpoints, Engine, load_engine, load_weights, read_states
 from seed_multimodal.training.llm.engine import PlainEngine, round_residual
 from seed_multimodal.training.llm.failures import STOPPED, TrainingError, Watchdog, explained
 from seed_multimodal.training.llm.flops import token_flops
@@ -203,7 +197,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
                 "smooth": dict(self.smooth), "total": dict(self.progress.total), "evaluation": self.evaluation,
-                "log_history": self.progress.history}
+                "log_history": self.progress.history, "config": self.run.plain}
 
     def _end(self, stopped: bool, ended: bool) -> None:
         """The last checkpoint and evaluation; exits if the run was stopped."""
@@ -281,7 +275,7 @@ class Trainer:
         if folder is None:
             return {}, []
         state, places = read_states(folder)
-        for remark in check_same_run(folder, state, self.identity):
+        for remark in check_same_run(folder, state, self.identity, self.run.plain):
             self._log(f"{remark}.")
         self.step = int(state["global_step"])
         self.smooth.update(state["smooth"])

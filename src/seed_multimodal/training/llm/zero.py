@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.llm.batches import LlmBatch
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.training.llm.loss import LossParts
 from seed_multimodal.training.llm.processes import Processes
 from seed_multimodal.training.llm.settings import TrainerSettings
@@ -159,8 +159,7 @@ class ZeroEngine:
             try:
                 path, _ = self.model.load_checkpoint(str(folder), tag=f"global_step{step}", load_module_strict=False)
             except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
-                text = str(error).strip().splitlines()
-                raise CheckpointError(f"{folder}: its ZeRO shards cannot be read ({text[0] if text else error!r}); "
+                raise CheckpointError(f"{folder}: its ZeRO shards cannot be read ({first_line(error)}); "
                                       "they belong to the same model, optimiser, ZeRO stage and number of processes."
                                       ) from error
         if path is None:

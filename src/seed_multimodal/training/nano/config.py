@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from seed_multimodal.device import choose_device
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.training.loop import StageSettings
 
 
@@ -72,7 +72,7 @@ class UnetSizes:
 
 @dataclass
 class LlmSizes:
-    """LLaMA."""
+    """LLaMA, and whether its layers are compiled in training (faster; needs a C++ compiler)."""
 
     width: int = 256
     layers: int = 4
@@ -80,6 +80,7 @@ class LlmSizes:
     ffn: int = 640
     text_vocabulary: int = 2000
     positions: int = 512
+    compile: bool = False
 
 
 def _stage(steps: int, batch: int, lr: float, **more: Any) -> Any:
@@ -147,7 +148,7 @@ def training_device(config: NanoConfig) -> torch.device:
 
 
 def _explain(error: OmegaConfBaseException) -> str:
-    reason = str(error).splitlines()[0]
+    reason = first_line(error)
     key = str(getattr(error, "key", "") or "")
     near = difflib.get_close_matches(key, _all_keys(NanoConfig()), n=1)
     return f"{reason} (nearest known key: {near[0]})." if near and near[0] != key else f"{reason}."

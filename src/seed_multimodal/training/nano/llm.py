@@ -182,13 +182,14 @@ def _model(space: Workspace, settings: StageSettings, start: Path | None) -> dic
         if not (start / "config.json").is_file():
             raise ConfigError(f"{settings.start}: start of a language model's stage must be the folder of a LLaMA, "
                               "such as the checkpoint-N of an earlier run.")
-    if start is not None:
-        return {"path": str(start.absolute()), "dtype": "fp32", "seed": space.config.seed + 5}
     sizes = space.config.llm
+    common = {"dtype": "fp32", "seed": space.config.seed + 5, "compile": sizes.compile}
+    if start is not None:
+        return {"path": str(start.absolute()), **common}
     return {"sizes": {"hidden_size": sizes.width, "intermediate_size": sizes.ffn, "num_hidden_layers": sizes.layers,
                       "num_attention_heads": sizes.heads, "max_position_embeddings": sizes.positions,
                       "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
-            "dtype": "fp32", "seed": space.config.seed + 5, "codebook_start": str(space.tokenizer_folder.absolute())}
+            "codebook_start": str(space.tokenizer_folder.absolute()), **common}
 
 
 def _optim(settings: StageSettings) -> dict[str, Any]:

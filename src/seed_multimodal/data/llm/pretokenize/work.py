@@ -22,7 +22,7 @@ from seed_multimodal.data.llm.pretokenize.progress import Progress
 from seed_multimodal.data.llm.pretokenize.raw import Unit, locate
 from seed_multimodal.data.llm.pretokenize.samples import Dropped
 from seed_multimodal.data.llm.pretokenize.shards import PartWriter
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, first_line
 
 TASK = 32  # samples a worker decodes at a time
 NAMED = 100  # broken samples that a part's manifest names
@@ -103,7 +103,7 @@ class Worker:
                 part = next(parts, None)
             except RuntimeError as error:
                 if "DataLoader worker" in str(error) and "killed" in str(error):
-                    raise DataError(f"A decode worker was killed ({str(error).splitlines()[0]}); with fewer "
+                    raise DataError(f"A decode worker was killed ({first_line(error)}); with fewer "
                                     "--num_workers less memory is needed.") from None
                 raise
             self.progress.waited(time.perf_counter() - start)
