@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import train
 
-from seed_multimodal.entry import guarded
+from seed_multimodal.entry import guarded, say
 from seed_multimodal.errors import ConfigError
 
 
@@ -31,6 +31,7 @@ def count(name: str, default: int) -> int:
 
 def torchrun(args: argparse.Namespace, nodes: int, processes: int, script: list[str]) -> int:
     """Run `train.py` under torchrun; its own exit code if it fails, without torchrun's report unless `--debug`."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -50,6 +51,11 @@ def torchrun(args: argparse.Namespace, nodes: int, processes: int, script: list[
             raise
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
+    except SignalException as error:  # it has passed the signal on, and the processes have ended
+        if args.debug:
+            raise
+        say(f"launch.py: ended by {error.sigval.name}, and its {processes} processes with it.")
+        return 128 + error.sigval
     return 0
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak import batch_sizes, positive
 
 from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
 from seed_multimodal.device import choose_device
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.timing import fill_random, measure, print_line
 
 # SD-2.1-unCLIP U-Net + VAE, 768 px, 20 steps, guidance, fp16, stock diffusers on one H200 (2026-11-20).
@@ -61,7 +63,7 @@ def random_detokenizer(size: str, device: torch.device, dtype: torch.dtype) -> U
 def time_decoding(detokenizer: UnclipDetokenizer, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Seconds and pictures per second at each batch size, with the folder's (or the released) steps and guidance."""
     results: dict[str, Any] = {}
-    for batch in map(int, options.batches.split(",")):
+    for batch in options.batches:
         embeds = torch.randn(batch, detokenizer.embedding_dim, generator=torch.Generator().manual_seed(0))
         taken = measure(lambda e=embeds: detokenizer.decode(
             e, num_inference_steps=options.steps, guidance_scale=options.guidance,
@@ -76,15 +78,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the de-tokenizer and a drawing.")
     parser.add_argument("--model", help="folder of a system; without it random weights of --size are timed")
     parser.add_argument("--size", choices=("nano", "released"), default="nano")
-    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--batches", type=batch_sizes, default="1,8")
     parser.add_argument("--steps", type=int, default=None, help="diffusion steps (default: the folder's, else 20)")
     parser.add_argument("--guidance", type=float, default=None, help="guidance (default: the folder's, else 10)")
     parser.add_argument("--text", default="a twemoji drawing of cat face", help="what a whole drawing is asked for")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
-    runtime = choose_device(options.device, options.dtype, log=None)
+    try:
+        runtime = choose_device(options.device, options.dtype, log=None)
+    except ConfigError as error:
+        parser.error(str(error))
     if options.model:
         folder = Path(options.model)
         part = json.loads((folder / "system.json").read_text(encoding="utf-8")).get(

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak import batch_sizes, positive
 
 from seed_multimodal.device import choose_device
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.timing import fill_random, measure, print_line
 
 # LLaMA-7B (vocabulary 40,194), random weights, fp16, 128 + 128 tokens, transformers on one H200 (2026-11-20).
@@ -51,18 +53,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the language model.")
     parser.add_argument("--model", help="folder of a system; without it random weights of --size are timed")
     parser.add_argument("--size", choices=tuple(SIZES), default="nano")
-    parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--batches", type=batch_sizes, default="1,16")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens to generate")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
-    runtime = choose_device(options.device, options.dtype, log=None)
+    try:
+        runtime = choose_device(options.device, options.dtype, log=None)
+    except ConfigError as error:
+        parser.error(str(error))
     model, what = load(options, runtime.device, runtime.dtype)
     results: dict[str, Any] = {"tokens_per_second": {}, "seconds": {}}
     generator = torch.Generator().manual_seed(0)
-    for batch in map(int, options.batches.split(",")):
+    for batch in options.batches:
         prompt = torch.randint(3, model.config.vocab_size, (batch, options.prompt), generator=generator)
         prompt = prompt.to(runtime.device)
         taken = measure(lambda p=prompt: model.generate(

@@ -1,11 +1,36 @@
-"""What the scripts beside this one share: the rate that utilisation is measured against, and rounding."""
+"""What the scripts beside this one share: the rate that utilisation is measured against, rounding, flags."""
 
 from __future__ import annotations
+
+import argparse
+import math
 
 import torch
 
 from seed_multimodal.evaluation.timing import measure
 from seed_multimodal.peaks import known_peak
+
+
+def positive(text: str) -> int:
+    """A flag's whole number of at least 1, for argparse."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def batch_sizes(text: str) -> list[int]:
+    """`1,32,256` → the numbers, for argparse."""
+    return [positive(part) for part in text.split(",")]
+
+
+def peak(text: str) -> str:
+    """`measured`, or a number above 0, for argparse."""
+    try:
+        if text == "measured" or 0 < float(text) < math.inf:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number above 0 nor `measured`")
 
 
 def peak_tflops(asked: str | None, device: torch.device, dtype: torch.dtype) -> float | None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peak import peak_tflops, rounded
+from peak import batch_sizes, peak, peak_tflops, positive, rounded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -116,7 +116,8 @@ def pictures(count: int, size: int, model: str) -> Tensor:
         with contextlib.suppress(SeedError):  # the set is not on every machine
             nano = load_nano(log=None)
             held_out = [i for i, record in enumerate(nano.records) if record.split != "train"][:count]
-            return torch.stack([normalise(nano.image(nano.records[i].key)) for i in held_out])
+            found = torch.stack([normalise(nano.image(nano.records[i].key)) for i in held_out])
+            return found[torch.arange(count) % len(found)]  # a batch may be larger than the set
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -157,7 +158,7 @@ class Bench:
         self.device = self.runtime.device
         self.master, self.model = load(options, self.device)
         self.config = self.master.config
-        self.batches = [int(batch) for batch in options.batches.split(",")]
+        self.batches = options.batches
         self.peak = peak_tflops(options.peak_tflops, self.device, self.runtime.dtype)
         self.compared = options.images or (256 if self.device.type == "cuda" else 64)
         pixels = pictures(max(self.compared, *self.batches), self.config.vit.image_size, self.model)
@@ -280,21 +281,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the SEED-2 tokenizer.")
     parser.add_argument("--model", help="folder of a system; without it weights of --size are timed")
     parser.add_argument("--size", choices=("nano", "released"), default="nano")
-    parser.add_argument("--batches", default="1,32,256")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--images", type=int, help="pictures whose codes are compared with fp32 (256, on a CPU 64)")
+    parser.add_argument("--batches", type=batch_sizes, default="1,32,256")
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--images", type=positive,
+                        help="pictures whose codes are compared with fp32 (256, on a CPU 64)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--ladder", action="store_true", help="one line per lever and batch size")
     parser.add_argument("--levers", help=f"only these, with commas: {', '.join(RUNGS)}")
-    parser.add_argument("--peak-tflops", help="for the MFU: a number, or `measured` for one large product now")
+    parser.add_argument("--peak-tflops", type=peak,
+                        help="for the MFU: a number, or `measured` for one large product now")
     parser.add_argument("--profile", help="with --ladder: append tables of kernels to this file")
     options = parser.parse_args()
     names = options.levers.split(",") if options.levers else None
     unknown = [name for name in names or () if name not in RUNGS]
     if unknown:
         sys.exit(f"Unknown lever {unknown[0]!r}: use {', '.join(RUNGS)}.")
-    bench = Bench(options)
+    try:
+        bench = Bench(options)
+    except SeedError as error:
+        sys.exit(f"tokenizer: {error}")
     if options.ladder:
         asked = names or (RUNGS if bench.device.type == "cuda" else ON_CPU)
         ladder(bench, list(dict.fromkeys(("plain", *asked))))

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peak import peak_tflops, rounded
+from peak import batch_sizes, peak_tflops, positive, rounded
+from peak import peak as peak_given
 from torch import Tensor, nn
 
 from seed_multimodal.device import choose_device
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.timing import measure, print_line
 from seed_multimodal.tokenizers.fast import Levers, optimise
 from seed_multimodal.tokenizers.flops import stage2_flops, vision_flops
@@ -115,16 +117,20 @@ def main() -> None:
     parser.add_argument("--head", choices=("image_down", "reverse"), default="reverse",
                         help="decode head: the published training code's Reverse Q-Former of 4 layers, or image_down")
     parser.add_argument("--encoders", help=f"only these, with commas: {', '.join(ENCODERS)}")
-    parser.add_argument("--batches", default="64")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=batch_sizes, default="64")
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--clip", action="store_true", help="compute the targets with CLIP ViT-H (released size)")
-    parser.add_argument("--peak-tflops", help="for the MFU: a number, or `measured` for one large product now")
+    parser.add_argument("--peak-tflops", type=peak_given,
+                        help="for the MFU: a number, or `measured` for one large product now")
     options = parser.parse_args()
     if options.clip and options.size != "released":
         parser.error("--clip goes with --size released")
-    runtime = choose_device(options.device, options.dtype, log=None)
+    try:
+        runtime = choose_device(options.device, options.dtype, log=None)
+    except ConfigError as error:
+        parser.error(str(error))
     device, dtype = runtime.device, runtime.dtype
     sizes = (Seed2Config() if options.size == "released" else Seed2Config.read(NANO)).to_dict()
     config = Seed2Config.from_dict({**sizes, "use_qformer_image": options.head == "reverse", "reverse_depth": 4,
@@ -135,7 +141,7 @@ def main() -> None:
     peak = peak_tflops(options.peak_tflops, device, dtype)
     clip = clip_model(device, dtype) if options.clip else None
     for encoder in encoders:
-        for batch in map(int, options.batches.split(",")):
+        for batch in options.batches:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ class SeedModel(BaseModel):
     stage = ""
     options_type: type[ModelOptions] = ModelOptions
     options: ModelOptions
-    latest: dict[str, Tensor]
-    """Numbers of the last `forward`, detached: what the log shows."""
+    latest: Mapping[str, Tensor] = MappingProxyType({})
+    """Numbers of the last `forward`, detached: what the log shows; none before the first."""
     fast_tower: FastTower | None = None
     """What computes the frozen tower instead of it, with `fast_tower` of stage 2's options."""
 

@@ -18,15 +18,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from seed_lavis.compat import BaseDatasetBuilder, get_world_size, registry
-from seed_lavis.options import APPLICATION, locate, one_of
+from seed_lavis.options import APPLICATION, locate, one_of, section_at
 from seed_lavis.processors import BlipImageEval
 from seed_lavis.start import say, tell
 from seed_multimodal.config import check_keys
 from seed_multimodal.data.pair_dataset import PairDataset
 from seed_multimodal.data.pairs import PairSource, open_pairs
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import ConfigError, DataError, first_line
 
 FORMATS = ("json", "webdataset", "nano")
 BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", "image_key", "image_keys", "caption_key",
@@ -71,14 +72,29 @@ class PairBuilder(BaseDatasetBuilder):
         check_keys(map(str, self.config), DATASET_KEYS, f"datasets.{self.name}")
         run = registry.get("configuration").run_cfg
         wanted = {name for key in ("train_splits", "valid_splits", "test_splits") for name in run.get(key) or ()}
-        info = OmegaConf.to_container(self.config.build_info, resolve=True)
-        assert isinstance(info, dict)
+        info = self.build_info()
         specs = split_sources(info, f"datasets.{self.name}.build_info")
         for spec in specs.values():
             if spec["format"] == "webdataset":
                 kept = spec.get("index_folder") or (f"{run.output_dir}/index" if run.get("output_dir") else None)
                 spec.update({"log": say, "index_folder": kept})
         return {split: spec for split, spec in specs.items() if split in wanted}
+
+    def build_info(self) -> dict[str, Any]:
+        """The section `build_info` as plain values.
+
+        Raises:
+            ConfigError: it is empty or no section, or an interpolation in it fails.
+        """
+        where, section = f"datasets.{self.name}.build_info", self.config.get("build_info")
+        if not isinstance(section, DictConfig):
+            raise ConfigError(f"{where} must be a section of keys ({', '.join(BUILD_KEYS[:4])} …), it is {section!r}.")
+        try:
+            info = OmegaConf.to_container(section, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{where}: {first_line(error)}.") from error
+        assert isinstance(info, dict)
+        return info
 
     def open(self, spec: Mapping[str, Any]) -> PairSource:
         """The stored pairs of one split; a refusal also says where the files are set."""
@@ -106,15 +122,16 @@ def split_sources(info: Mapping[str, Any], where: str) -> dict[str, dict[str, An
     if kind == "nano":
         folder = info.get("folder")
         return {split: {"format": kind, "split": own, **({"folder": locate(folder)} if folder else {})}
-                for split, own in (info.get("splits") or {"train": "train", "val": "val"}).items()}
+                for split, own in (section_at(info, "splits", where) or {"train": "train", "val": "val"}).items()}
     if kind == "webdataset":
-        shards = info.get("splits") or {"train": info.get("storage")}
+        shards = section_at(info, "splits", where) or {"train": info.get("storage")}
         keys = ("image_keys", "caption_key", "caption_file", "index_folder")
         return {split: {"format": kind, "pattern": _located(pattern, f"{where}.storage"), **_given(info, keys)}
                 for split, pattern in shards.items()}
-    root = (info.get("images") or {}).get("storage")
+    root = section_at(info, "images", where).get("storage")
     more = {**({"image_root": locate(root)} if root else {}), **_given(info, ("image_key", "caption_key"))}
-    lists = {split: (part or {}).get("storage") for split, part in (info.get("annotations") or {"train": None}).items()}
+    parts = section_at(info, "annotations", where) or {"train": None}
+    lists = {split: section_at(parts, split, f"{where}.annotations").get("storage") for split in parts}
     return {split: {"format": kind, "files": _located(files, f"{where}.annotations.{split}.storage"), **more}
             for split, files in lists.items()}
 
@@ -126,6 +143,8 @@ def _given(info: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 def _located(files: Any, where: str) -> list[str]:
     if not files:
         raise ConfigError(f"{where} names no files.")
+    if not isinstance(files, str | list):
+        raise ConfigError(f"{where} must be a path, a pattern or a list of them, not {files!r}.")
     return [locate(str(file)) for file in ([files] if isinstance(files, str) else files)]
 
 

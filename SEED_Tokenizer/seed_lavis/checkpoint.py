@@ -7,10 +7,10 @@ also of the original's making, as the start of a run.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from seed_lavis.base import frozen_names
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.training.state import replace_torch
 from seed_multimodal.weights import _read_torch, assign_strictly
 
 NAME = re.compile(r"checkpoint_(\d+)\.pth")
@@ -36,16 +37,10 @@ def write_checkpoint(folder: Path, epoch: int, model: nn.Module, optimizer: torc
     content = {"model": weights, "optimizer": optimizer.state_dict(), "config": dict(config), "scaler": None,
                "epoch": epoch}
     file = folder / f"checkpoint_{epoch}.pth"
-    temporary = folder / f".{file.name}.tmp"
     try:
-        with open(temporary, "wb") as handle:
-            torch.save(content, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{file}: cannot be written ({str(error).splitlines()[0]}).") from error
+        replace_torch(file, content)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be written ({error.strerror}).") from error
     if keep:
         for number in sorted(epochs_in(folder))[1:-keep]:
             (folder / f"checkpoint_{number}.pth").unlink()
@@ -65,7 +60,7 @@ def read_checkpoint(file: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     if not file.is_file():
         raise CheckpointError(f"{file}: there is no such checkpoint (run.resume_ckpt_path).")
-    content = _read_torch(file)
+    content = _read_torch(file, mapped=False)
     state, epoch, saved = (content.get(key) for key in ("model", "epoch", "optimizer"))
     if not isinstance(state, Mapping) or not isinstance(epoch, int) or not isinstance(saved, Mapping):
         raise CheckpointError(f"{file}: not a LAVIS checkpoint: it must hold model, optimizer and epoch, it holds "
@@ -78,8 +73,10 @@ def read_checkpoint(file: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return epoch + 1
 
 
-def write_sizes(folder: Path, sizes: Mapping[str, Any]) -> None:
-    """`config.json` with the tokenizer's sizes, which `seed export-tokenizer` reads beside the checkpoints."""
-    temporary = folder / f".config.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "config.json")
+@contextlib.contextmanager
+def told_of_disk(folder: Path) -> Iterator[None]:
+    """What the system says of a file that cannot be written (a full disk) as a `CheckpointError` naming it."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be written ({error.strerror}).") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from seed_multimodal.config import check_keys
 from seed_multimodal.data.mixed_order import MixedOrder
@@ -118,6 +119,15 @@ def mixed_order(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequen
     return MixedOrder([len(part) for _, part in found],
                       [ratios[owner] * len(part) / whole[owner] for owner, part in found], seed,
                       sizes=[part.shard_sizes for _, part in found], block=SHUFFLE_BLOCK)
+
+
+def count_bad(own: Sequence[tuple[str, str]]) -> int:
+    """How many different samples were bad for any process, of (key, reason) of each; all processes must ask."""
+    if not dist.is_initialized():
+        return len(set(own))
+    lists: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, list(own))
+    return len({item for some in lists for item in some})
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from seed_lavis.builders import DATASET_KEYS, DEFAULTS, PairBuilder
@@ -113,8 +112,7 @@ class NanoViewsBuilder(PairBuilder):
             ConfigError: an unknown key or split. DataError: the work folder lacks a file, or its files disagree.
         """
         check_keys(map(str, self.config), DATASET_KEYS, f"datasets.{self.name}")
-        info = OmegaConf.to_container(self.config.build_info, resolve=True)
-        assert isinstance(info, dict)
+        info = self.build_info()
         check_keys(map(str, info), ("work", "data", "canonical_target"), f"datasets.{self.name}.build_info")
         if not info.get("work"):
             raise ConfigError(f"datasets.{self.name}.build_info.work is not given: the speed run's work folder.")

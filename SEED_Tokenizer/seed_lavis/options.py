@@ -180,25 +180,74 @@ class RunOptions:
     gpu: int = 0
 
 
+LARGEST = 3.4e38  # finite in fp32
+RANGES: tuple[tuple[tuple[str, ...], float, float], ...] = (
+    # run
+    (("max_epoch", "iters_per_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters", "log_freq",
+      "valid_every_epochs", "max_bad_in_a_row"), 1, float("inf")),
+    (("warmup_steps", "keep_checkpoints", "num_workers", "valid_batches", "save_every_steps"), 0, float("inf")),
+    (("peak_tflops", "init_lr", "min_lr", "weight_decay", "clip_grad", "save_seconds"), 0, LARGEST),
+    (("beta2", "ema"), 0, 0.999999),
+    (("seed",), 0, 2**32 - 1),  # what numpy takes
+    # model
+    (("num_query_token", "cross_attention_freq", "embed_dim", "vocab_size", "n_embed", "codebook_embed_dim",
+      "decode_heads", "kmeans_images", "text_tokens", "text_features_dim", "image_features_dim"), 1, float("inf")),
+    (("max_txt_len",), 2, float("inf")),  # the marks at both ends
+    (("codebook_warmup", "restart_every", "decode_depth", "reverse_depth"), 0, float("inf")),
+    (("label_smoothing", "restart_until", "corrupt", "nested"), 0, 1),
+    (("ema_decay",), 0, 0.999999),
+    (("temperature",), 1e-6, LARGEST),
+)
+
+
 def read_options(kind: type[Options], section: Mapping[str, Any] | DictConfig, where: str) -> Options:
     """A section of the YAML as its typed object.
 
     Raises:
         ConfigError: an unknown key (the nearest is named) or a value of the wrong type.
     """
-    values = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else dict(section)
-    assert isinstance(values, dict)
-    check_keys(map(str, values), [item.name for item in dataclasses.fields(kind)], where)  # type: ignore[arg-type]
     try:
+        values = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else dict(section)
+        assert isinstance(values, dict)
+        check_keys(map(str, values), [item.name for item in dataclasses.fields(kind)], where)  # type: ignore[arg-type]
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {str(error).splitlines()[0]} (key {getattr(error, 'full_key', '?')}).") from error
+
+
+def check_ranges(options: Any, where: str) -> None:
+    """Refuse numbers that no run can use, before anything is built; keys that `options` lacks or leaves null pass.
+
+    Raises:
+        ConfigError: naming the key, its limits and its value.
+    """
+    for keys, low, high in RANGES:
+        for key in keys:
+            value = getattr(options, key, None)
+            if value is not None and not low <= value <= high:  # also NaN
+                most = "" if high >= LARGEST else f" and at most {high}"
+                wrong = f"must be at least {low}{most}, not {value}."
+                if not abs(value) < LARGEST:
+                    wrong = f"must be a finite number, not {value}."
+                elif low == 0 > value:
+                    wrong = f"must not be negative, it is {value}."
+                raise ConfigError(f"{where}.{key} {wrong}")
 
 
 def sizes(kind: type[Options], start: Options, changes: Mapping[str, Any], where: str) -> Options:
     """`start` with some fields changed; an unknown field is refused by name."""
     check_keys(changes, [item.name for item in dataclasses.fields(kind)], where)  # type: ignore[arg-type]
     return dataclasses.replace(start, **changes)  # type: ignore[type-var]
+
+
+def section_at(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """`values[key]`, which must be a section of keys; an empty one if it is not given."""
+    section = values.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping | DictConfig):
+        raise ConfigError(f"{where}.{key} must be a section of keys, not {section!r}.")
+    return section
 
 
 def one_of(value: str, allowed: tuple[str, ...], where: str) -> str:

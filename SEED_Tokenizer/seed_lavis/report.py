@@ -23,8 +23,9 @@ def shown(path: str | Path) -> str:
 def summary(runner: RunnerSeed, record: dict[str, Any], seconds: float) -> list[str]:
     """Lines for the end of a run."""
     options, model = runner.options, runner._model
-    own = record["steps"] * options.batch_size_train * runner.accumulate
-    samples, spent = own * runner.world, float(record.get("seconds", seconds))
+    # The record's sizes, since a run that was done before may have had others.
+    own = record["steps"] * record.get("batch_size", options.batch_size_train) * record.get("accumulate", 1)
+    samples, spent = own * record.get("processes", 1), float(record.get("seconds", seconds))
     speed = said_of(utilisation(runner.cost, own / spent)) if spent else ""
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))

@@ -20,21 +20,22 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from seed_lavis.checkpoint import read_checkpoint, write_checkpoint, write_sizes
+from seed_lavis.checkpoint import read_checkpoint, told_of_disk, write_checkpoint
 from seed_lavis.codebook import CodebookCare, CodebookMixin
 from seed_lavis.compat import RunnerBase, registry
-from seed_lavis.datasets import dataset_ratios, mixed_order, split_of, to_device
+from seed_lavis.datasets import count_bad, dataset_ratios, mixed_order, split_of, to_device
 from seed_lavis.options import RunOptions, locate, read_options
 from seed_lavis.report import summary
 from seed_lavis.speed import sample_cost
 from seed_lavis.start import say
 from seed_lavis.validation import mean_losses
 from seed_multimodal.data.steps import StepBatches
+from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.distributed import Peers
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.loop import StageSettings, run_stage
-from seed_multimodal.training.state import StateFile
+from seed_multimodal.training.state import StateFile, read_record
 
 
 class Whole(nn.Module):
@@ -61,12 +62,17 @@ class RunnerSeed(RunnerBase):
         self.care: CodebookCare | None = None
         self._last_loss: Tensor | None = None
         self._aside = 0.0
+        self._bad = 0  # different bad samples of all processes, known at the end
 
     def setup_output_dir(self) -> None:
         """As LAVIS's, but a second run in one process may register its own folders."""
         for name in ("result_dir", "output_dir"):
             registry.mapping["paths"].pop(name, None)
-        super().setup_output_dir()
+        try:
+            super().setup_output_dir()
+        except OSError as error:
+            raise ConfigError(f"{error.filename or self.options.output_dir}: the folder cannot be made "
+                              f"({error.strerror}); choose another run.output_dir.") from error
 
     @property
     def device(self) -> torch.device:
@@ -161,10 +167,12 @@ class RunnerSeed(RunnerBase):
 
     def _write_settings(self) -> None:
         """What this run is, as soon as nothing refuses it any more."""
-        if self.rank == 0:
+        if self.rank:
+            return
+        with told_of_disk(self.output_dir):
             self.log_config()
-            OmegaConf.save(self.config.config, self.output_dir / "config.yaml")
-            write_sizes(self.output_dir, self._model.config.to_dict())
+            replace_text(self.output_dir / "config.yaml", OmegaConf.to_yaml(self.config.config))
+            replace_text(self.output_dir / "config.json", json.dumps(self._model.config.to_dict(), indent=2) + "\n")
 
     def _loss(self, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         if self._last_loss is None:
@@ -184,6 +192,8 @@ class RunnerSeed(RunnerBase):
         epochs, inside = divmod(step, self.steps_per_epoch)
         if inside:
             return {}
+        if step == self.steps:
+            self._bad = count_bad(self.batches.bad_samples())
         if self.rank == 0:
             self._save(epochs - 1)
         return {} if epochs % self.options.valid_every_epochs else self._validate(epochs - 1)
@@ -194,7 +204,8 @@ class RunnerSeed(RunnerBase):
         for split in self.options.valid_splits:
             means = self._evaluated(split, self.options.valid_batches)
             if self.rank == 0:
-                self.log_stats({"epoch": epoch, "split": split, **means}, "valid")
+                with told_of_disk(self.output_dir):
+                    self.log_stats({"epoch": epoch, "split": split, **means}, "valid")
             numbers |= {f"valid/{split}/{name}": value for name, value in means.items() if isinstance(value, float)}
         self._aside += time.monotonic() - started
         return numbers
@@ -208,14 +219,16 @@ class RunnerSeed(RunnerBase):
         file = write_checkpoint(self.output_dir, epoch, self._model, self.optimizer, self.config.to_dict(),
                                 self.options.keep_checkpoints)
         say(f"[{self.stage}] epoch {epoch} is done: {file}")
-        self.log_stats({"epoch": epoch, **{name: float(value) for name, value in self._model.latest.items()}}, "train")
+        with told_of_disk(self.output_dir):
+            self.log_stats({"epoch": epoch, **{name: float(value) for name, value in self._model.latest.items()}},
+                           "train")
 
     def _finish(self) -> dict[str, Any]:
         if self.options.ema:  # the averaged weights are in place now
             self._save(self.options.max_epoch - 1)
         return {"checkpoint": str(self.output_dir / f"checkpoint_{self.options.max_epoch - 1}.pth"),
                 **{name: round(float(value), 6) for name, value in self._model.latest.items()},
-                "bad_samples": len(self.batches.bad_samples())}
+                "bad_samples": self._bad}
 
     def _status(self) -> dict[str, float]:
         codes = self.care.status() if self.care is not None else {}
@@ -232,11 +245,13 @@ class RunnerSeed(RunnerBase):
         if self.options.resume == "never" and (state.is_file() or done.is_file()):
             raise ConfigError(f"{self.output_dir}: holds a run of {self.stage} already and run.resume is never; remove "
                               "the folder, choose another run.output_dir, or use run.resume=auto.")
-        if done.is_file() and state.is_file() and self._can_go_further(done):
-            if self.rank == 0:
-                done.unlink()
-            if dist.is_initialized():
-                dist.barrier()
+        further = done.is_file() and state.is_file() and self._can_go_further(done)
+        if dist.is_initialized():
+            dist.barrier()  # all have looked
+        if further and self.rank == 0:
+            done.unlink()
+        if dist.is_initialized():
+            dist.barrier()
         if not self.options.resume_ckpt_path:
             return
         if state.is_file():
@@ -246,7 +261,7 @@ class RunnerSeed(RunnerBase):
 
     def _can_go_further(self, done: Path) -> bool:
         """Whether a finished run was asked for more epochs; refuses if it was another kind of run."""
-        record = json.loads(done.read_text(encoding="utf-8"))
+        record = read_record(done)
         if int(record.get("steps", 0)) >= self.steps:
             return False
         own = (self.world, self.options.batch_size_train, self.accumulate)
@@ -262,6 +277,9 @@ class RunnerSeed(RunnerBase):
         """A LAVIS checkpoint becomes the state that the loop goes on from."""
         file = Path(locate(str(self.options.resume_ckpt_path)))
         epochs = read_checkpoint(file, self._model, self.optimizer)
+        if epochs >= self.options.max_epoch:
+            raise ConfigError(f"{file}: has {epochs} epochs behind it, so run.max_epoch={self.options.max_epoch} "
+                              f"leaves nothing to train; give run.max_epoch={epochs + 1} or more.")
         with Peers(self.stage, self.model if dist.is_initialized() else None) as peers:
             average = Ema(modules, settings.ema) if settings.ema else None
             scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from seed_lavis.builders import dataset_section
 from seed_lavis.compat import Config, registry
 from seed_lavis.datasets import dataset_ratios
-from seed_lavis.options import APPLICATION, RunOptions, read_options
+from seed_lavis.options import APPLICATION, RunOptions, check_ranges, one_of, read_options, section_at
 from seed_lavis.runner import RunnerSeed
 from seed_multimodal.config import load_yaml, nearest
 from seed_multimodal.device import choose_device
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, first_line
 
 SECTIONS = ("model", "datasets", "run", "preprocess")
 
@@ -39,14 +41,19 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
             raise ConfigError(f"--options {option}: the key must begin with {', '.join(SECTIONS[:3])}"
                               f"{nearest(option.partition('.')[0], SECTIONS)}.")
     given = load_yaml(file)
-    user = OmegaConf.merge(given, OmegaConf.from_dotlist(list(options)))
+    try:
+        user = OmegaConf.merge(given, OmegaConf.from_dotlist(list(options)))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"--options {' '.join(options)}: not KEY=VALUE in YAML ({first_line(error)}).") from error
     assert isinstance(user, DictConfig)
     for section in ("model", "datasets", "run"):
         if section not in user:
             raise ConfigError(f"{file}: has no section {section!r}.")
     _check_names(file, user)
     config = Config(argparse.Namespace(cfg_path=str(file), options=list(options)))
-    read_options(registry.get_model_class(config.model_cfg.arch).options_type, config.model_cfg, f"{file}: model")
+    where = f"{file}: model"
+    check_ranges(read_options(registry.get_model_class(config.model_cfg.arch).options_type, config.model_cfg, where),
+                 where)
     run = config.run_cfg
     checked = read_options(RunOptions, run, f"{file}: run")
     for key, value in vars(checked).items():  # defaults included, so that LAVIS's own code sees them too
@@ -75,9 +82,14 @@ def _check_names(file: Path, user: DictConfig) -> None:
     for name, section in dataset_section(user.get("datasets")).items():
         _known(f"{file}: datasets", name, registry.get_builder_class,
                lambda: list(registry.mapping["builder_name_mapping"]))
+        if not isinstance(section, DictConfig):
+            raise ConfigError(f"{file}: datasets.{name} must be a section of keys (vis_processor, build_info …), it is "
+                              f"{section!r}.")
         for key in ("vis_processor", "text_processor"):
-            for split, processor in (section.get(key) or {}).items():
-                _known(f"{file}: datasets.{name}.{key}.{split}.name", (processor or {}).get("name"),
+            processors = section_at(section, key, f"{file}: datasets.{name}")
+            for split in processors:
+                processor = section_at(processors, split, f"{file}: datasets.{name}.{key}")
+                _known(f"{file}: datasets.{name}.{key}.{split}.name", processor.get("name"),
                        registry.get_processor_class, registry.list_processors)
     _known(f"{file}: run.task", run.get("task"), registry.get_task_class, registry.list_tasks)
     _known(f"{file}: run.runner", run.get("runner", "runner_seed"), registry.get_runner_class, registry.list_runners)
@@ -97,15 +109,9 @@ def _known(where: str, name: Any, find: Callable[[str], Any], names: Callable[[]
 
 
 def _check_run(file: Path, run: RunOptions) -> None:
-    for key in ("max_epoch", "iters_per_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters", "log_freq",
-                "valid_every_epochs"):
-        if getattr(run, key) < 1:
-            raise ConfigError(f"{file}: run.{key} must be at least 1, not {getattr(run, key)}.")
-    for key in ("warmup_steps", "keep_checkpoints", "num_workers", "seed", "valid_batches", "peak_tflops"):
-        if getattr(run, key) < 0:
-            raise ConfigError(f"{file}: run.{key} must not be negative, it is {getattr(run, key)}.")
+    check_ranges(run, f"{file}: run")
     if run.iters_per_epoch % run.accum_grad_iters:
         raise ConfigError(f"{file}: run.iters_per_epoch ({run.iters_per_epoch}) must be a multiple of "
                           f"run.accum_grad_iters ({run.accum_grad_iters}), so that epochs end after a whole step.")
-    if run.resume not in ("auto", "never"):
-        raise ConfigError(f"{file}: run.resume must be auto or never, not {run.resume!r}.")
+    for key, allowed in (("resume", ("auto", "never")), ("precision", ("auto", "bf16", "fp16", "fp32"))):
+        one_of(getattr(run, key), allowed, f"{file}: run.{key}")

@@ -27,7 +27,7 @@ def share_out(total: int, batch_size: int, world: int = 1, most: int = 0) -> tup
 
     Fewer pictures are left over than there are batches. Equal, because a contrast depends on how many are compared.
     """
-    count = -(-total // (batch_size * world))
+    count = max(1, min(-(-total // (batch_size * world)), total // world))  # a batch has at least one picture
     return total // (count * world), min(count, most) if most else count
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -45,6 +46,12 @@ def replace_copy(source: Path, folder: Path) -> None:
     scratch = folder / f".{source.name}.{os.getpid()}.tmp"
     shutil.copyfile(source, scratch)
     os.replace(scratch, folder / source.name)
+
+
+def sha256_of(file: str | Path) -> str:
+    """The SHA-256 of a file's content in hex, read piece by piece; raises OSError."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def give_usual_mode(file: str | Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -68,6 +69,7 @@ def test_packed_strings() -> None:
     packed = PackedStrings.of(strings)
     assert [packed[i] for i in range(len(packed))] == strings
     assert len(PackedStrings.of([])) == 0
+    assert PackedStrings.of(["half\ud83d"])[0] == "half?"
 
 
 # ---- shards
@@ -232,6 +234,15 @@ def test_the_index_is_kept_and_follows_the_shard(tmp_path: Path, shards: Path, j
     assert len(renewed) == 1 and renewed.read(0).key == "new" and len(list(folder.iterdir())) == 2
     with pytest.raises(DataError, match="cannot be written"):
         TarPairs(path, index_folder=path)
+    # a full disk (RLIMIT_FSIZE) leaves nothing half written
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(DataError, match=r"cannot be written there \(File too large\)"):
+            TarPairs(path, index_folder=tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "full").iterdir())
 
 
 def test_a_shard_cut_after_indexing(tmp_path: Path, shards: Path) -> None:
@@ -295,6 +306,13 @@ def test_json(tmp_path: Path, jpeg: Callable) -> None:
     assert [pairs.read(i).image for i in range(3)] == [tmp_path / "0.jpg", tmp_path / "sub/1.jpg", Path("/abs/2.jpg")]
     assert pairs.read(1).name == f"{tmp_path}/a.json: item 1" and pairs.read(2).name == f"{tmp_path}/b.json: item 0"
     assert JsonPairs(tmp_path / "a.json").read(0).image == Path("0.jpg")  # as the released code: opened as it is
+
+
+def test_captions_cut_inside_an_emoji(tmp_path: Path) -> None:
+    """Half a surrogate pair, which json can spell and no tokenizer takes."""
+    (tmp_path / "a.json").write_text('[{"image": "0\\ud83d.jpg", "caption": ["cat \\ud83d", "\\ud83d\\ude00"]}]')
+    pair = JsonPairs(tmp_path / "a.json").read(0)
+    assert pair.captions == ["cat ?", "\U0001f600"] and pair.image == Path("0?.jpg")
 
 
 @pytest.mark.parametrize(("content", "words"), [

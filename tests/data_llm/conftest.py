@@ -5,6 +5,7 @@ Every record carries its number as its text `number N` (captions, documents) so 
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from seed_multimodal.data.llm.batches import LlmBatch
 from seed_multimodal.data.records import write_shard
@@ -35,6 +38,19 @@ def codes(words: MultimodalTokenizer) -> Callable[[int], list[int]]:
         vocabulary = words.vocabulary
         rng = random.Random(number)
         return [rng.randrange(vocabulary.n_codes) for _ in range(vocabulary.tokens_per_image)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def jpeg() -> Callable[..., bytes]:
+    """`jpeg(n, width=64, height=64)`: the bytes of a picture that differs for each number."""
+
+    def make(number: int, width: int = 64, height: int = 64) -> bytes:
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "JPEG", quality=90)
+        return out.getvalue()
 
     return make
 

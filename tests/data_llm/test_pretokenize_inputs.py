@@ -27,14 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 
-def jpeg(number: int, width: int = 40, height: int = 32) -> bytes:
-    """The bytes of a picture that differs for each number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=90)
-    return out.getvalue()
-
-
 def parse(kind: str, settings: InputSettings, workers: int = 0) -> list:
     """The entries of all samples of the inputs, and their pixels."""
     decode = Decode(get_kind(kind), settings, ImageTransform(16))
@@ -105,7 +97,7 @@ def test_presets_and_mappings_of_fields():
 # ---- files and units
 
 
-def test_units_of_tars_and_blocks(tmp_path):
+def test_units_of_tars_and_blocks(tmp_path, jpeg):
     for name in ("b", "a", "c.x"):
         write_shard(tmp_path / "deep" / f"{name}.tar", [("0", {"jpg": jpeg(0), "txt": b"words"})])
     units = list_units(InputSettings(files=str(tmp_path)), 10)
@@ -124,7 +116,7 @@ def test_units_of_tars_and_blocks(tmp_path):
         assert places == [str(n + (name == "lines.jsonl")) for n in range(7)]
 
 
-def test_a_folder_of_pictures_with_texts(tmp_path):
+def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
         if number:
@@ -134,7 +126,7 @@ def test_a_folder_of_pictures_with_texts(tmp_path):
     assert [entry.parsed["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
 
 
-def test_tar_captions_from_text_or_metadata(tmp_path):
+def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
     samples = [("000", {"jpg": jpeg(0), "txt": b" a text \n", "json": b'{"top_caption": "a top", "n": 1}'}),
                ("001", {"png": jpeg(1), "json": b'{"caption": "only json"}'}), ("002", {"txt": b"no picture"}),
                ("003", {"jpg": jpeg(3)}), ("004", {"jpg": jpeg(4), "txt": b"\xff\xfe"}),
@@ -152,7 +144,7 @@ def test_tar_captions_from_text_or_metadata(tmp_path):
     assert entries[0].parsed["text"] == "a top" and entries[1].dropped == "no text"
 
 
-def test_a_torn_tar_gives_what_is_whole(tmp_path):
+def test_a_torn_tar_gives_what_is_whole(tmp_path, jpeg):
     write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"words"}) for n in range(5)])
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:len(whole) // 2])
@@ -161,7 +153,7 @@ def test_a_torn_tar_gives_what_is_whole(tmp_path):
     assert 0 < len(found.raws) < 5 and f"after {len(found.raws)} whole samples" in found.damage
 
 
-def test_workers_give_the_same_in_the_same_order(tmp_path):
+def test_workers_give_the_same_in_the_same_order(tmp_path, jpeg):
     write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"w"}) for n in range(10)])
     settings = InputSettings(files=str(tmp_path / "a.tar"))
     alone, several = parse("caption", settings), parse("caption", settings, workers=2)
@@ -169,7 +161,7 @@ def test_workers_give_the_same_in_the_same_order(tmp_path):
     assert all((a.pixels == b.pixels).all() for (_, a), (_, b) in zip(alone, several, strict=True))
 
 
-def test_equal_pictures_of_a_task_are_read_once(tmp_path):
+def test_equal_pictures_of_a_task_are_read_once(tmp_path, jpeg):
     (tmp_path / "x.jpg").write_bytes(jpeg(1))
     (tmp_path / "a.json").write_text(json.dumps([{"image": "x.jpg", "caption": str(n)} for n in range(3)]))
     found = parse("caption", InputSettings(files=str(tmp_path / "a.json")))
@@ -209,7 +201,7 @@ def test_transforms_and_processors(tmp_path):
         build_transform(config)
 
 
-def test_a_processor_does_what_transformers_does(tmp_path):
+def test_a_processor_does_what_transformers_does(tmp_path, jpeg):
     from transformers import CLIPImageProcessor
 
     settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
@@ -221,7 +213,7 @@ def test_a_processor_does_what_transformers_does(tmp_path):
     assert (build_transform(tmp_path / "p.yaml")(image) - theirs).abs().max() < 0.1  # rounding of one grey level or two
 
 
-def test_views_depend_on_picture_and_number_only():
+def test_views_depend_on_picture_and_number_only(jpeg):
     image = Image.open(io.BytesIO(jpeg(1, 64, 64)))
     assert view(image, 0, 5, "a") is image
     first, again, second, other = (view(image, n, 5, name) for n, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b")))

@@ -26,15 +26,8 @@ SHARDS, SIZE = 8, 24
 pytestmark = pytest.mark.timeout(900)  # many processes are started, which takes long on a busy machine
 
 
-def jpeg(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=90)
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable) -> Path:
     """Eight tars of 24 pictures, one of them broken, and their description data.yaml."""
     folder = tmp_path_factory.mktemp("in")
     for shard in range(SHARDS):

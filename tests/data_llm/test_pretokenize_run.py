@@ -29,15 +29,8 @@ TOOLS = sorted((APP / "src" / "tools").glob("extract_image_ids_to_torchdata_para
 SHARDS, SIZE = 8, 24
 
 
-def jpeg(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=90)
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def data(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable) -> dict[str, Any]:
     """Eight tars of 24 pictures; in the fourth one is cut off, one is no picture and one has no text."""
     folder = tmp_path_factory.mktemp("in")
     for shard in range(SHARDS):
@@ -178,7 +171,7 @@ def test_another_tokenizer_or_setting_is_refused(whole, start, tmp_path):
     assert content(whole) == before
 
 
-def test_changed_inputs(whole, start, tmp_path, data, capfd):
+def test_changed_inputs(whole, start, tmp_path, data, capfd, jpeg):
     import shutil
 
     shutil.copytree(whole, tmp_path / "out")
@@ -198,7 +191,7 @@ def test_changed_inputs(whole, start, tmp_path, data, capfd):
         start(tmp_path / "out", **here)
 
 
-def test_a_part_of_a_changed_input_is_not_finished(whole, start, tmp_path, data):
+def test_a_part_of_a_changed_input_is_not_finished(whole, start, tmp_path, data, jpeg):
     """A job array's share: the other share's part belongs to what stood there before."""
     import shutil
 
@@ -212,7 +205,7 @@ def test_a_part_of_a_changed_input_is_not_finished(whole, start, tmp_path, data)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["samples"] == SHARDS * SIZE - 3 - SIZE + 1
 
 
-def test_names_that_are_no_text(start, tmp_path):
+def test_names_that_are_no_text(start, tmp_path, jpeg):
     """A member whose name is not UTF-8 is named in the manifest like any other, and read back the same."""
     name = b"caf\xe9".decode("utf-8", "surrogateescape")
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
@@ -251,7 +244,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, records):
     assert list((tmp_path / "part-0000").iterdir()) == []
 
 
-def test_many_broken_pictures_in_a_row_end_the_run(start, tmp_path, capfd):
+def test_many_broken_pictures_in_a_row_end_the_run(start, tmp_path, capfd, jpeg):
     for shard, bad in enumerate((2, 4)):
         write_shard(tmp_path / "in" / f"{shard}.tar", [
             (f"{n}", {"jpg": b"broken" if n < bad else jpeg(n), "txt": b"words"}) for n in range(6)])

@@ -33,6 +33,13 @@ def test_a_collapsed_embedding_never_wins() -> None:
     assert metrics.retrieval_at_k(np.ones((5, 5)), right, 4).sum() == 0
 
 
+def test_what_is_no_number_never_wins() -> None:
+    nan, right = np.nan, np.eye(3, dtype=bool)
+    assert metrics.retrieval_ranks(np.full((3, 3), nan), right).tolist() == [2, 2, 2]
+    one = np.array([[nan, 0.1, 0.2], [0.1, 0.9, nan], [0.1, 0.2, 0.9]])
+    assert metrics.retrieval_ranks(one, right).tolist() == [2, 1, 0]
+
+
 def test_retrieval_refuses_bad_input() -> None:
     with pytest.raises(DataError, match="query 1 has no right answer"):
         metrics.retrieval_ranks(np.ones((2, 2)), np.array([[True, False], [False, False]]))

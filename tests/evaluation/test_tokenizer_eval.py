@@ -287,6 +287,21 @@ def test_bad_pictures_in_a_row_end_the_run(stages: tuple[Path, Path, Path], tmp_
         look(source, range(3), opened)
 
 
+def test_weights_that_are_no_numbers_end_the_run(stages: tuple[Path, Path, Path], listed: Path) -> None:
+    source = open_pairs(data_spec(str(listed), image_root=str(listed.parent)))
+    opened = open_tokenizer(stages[0], CPU, decoder="none", clip="none")
+    opened.tokenizer.distill_image_proj.bias.data[3] = torch.nan
+    with pytest.raises(DataError, match="item 1: its 'decoded' holds numbers that are not finite"):
+        look(source, [1, 0], opened)
+
+
+def test_none_leaves_a_text_side_out(stages: tuple[Path, Path, Path], listed: Path, tmp_path: Path) -> None:
+    settings = EvalSettings(data=data_spec(str(listed), image_root=str(listed.parent)), stage1="none",
+                            clip_text="none", text_tokenizer="none", decoder="none", clip="none", device="cpu")
+    report = evaluate_tokenizer(stages[0], tmp_path / "out", settings, lambda line: None)
+    assert report["retrieval"] == {"causal_codes": None, "routes": {}} and report["n"] == 4
+
+
 def test_json_list_with_a_broken_picture(stages: tuple[Path, Path, Path], listed: Path, tmp_path: Path) -> None:
     folder, file, bert = stages
     lines: list[str] = []
@@ -394,6 +409,7 @@ def test_command_refuses_in_one_sentence(stages: tuple[Path, Path, Path], listed
             ([*tiny, *data, "--decoder", str(NANO / "seed_tokenizer" / "diffusion_model")],
              "'mean' has (1, 256), the tokenizer's image embeddings need (1, 10)"),
             ([*tiny, "--limit", "0", *data], "limit must be at least 1"),
+            ([*tiny, "--seed", "-1", *data], "The seed must be at least 0, got -1"),
             ([*tiny, "--caption-key", "captoin", *data], "'captoin'"),
             ([*tiny, "--split", "vla", *out], "unknown split 'vla'"),
             ([*tiny, *data, "--out", str(tmp_path / "file" / "out")], "cannot be written")):

@@ -287,6 +287,18 @@ def test_places_that_cannot_be_written(made: SimpleNamespace, tmp_path: Path, mo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "here", "run"]
 
 
+def test_a_linked_folder_stays_a_link(made: SimpleNamespace, tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    (real / "old.txt").write_text("old")
+    link.symlink_to(real)
+    merge_adapter(made.base, made.adapter, link, verify=False, force=True)
+    assert link.is_symlink() and (real / "model.safetensors").is_file() and not (real / "old.txt").exists()
+    (tmp_path / "ahead").symlink_to(tmp_path / "later")
+    merge_adapter(made.base, made.adapter, tmp_path / "ahead", verify=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ahead", "later", "link", "real"]
+
+
 def test_numbers_that_fp16_cannot_hold(made: SimpleNamespace, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(made.base, base)

@@ -79,6 +79,10 @@ def test_nano_has_a_split_to_evaluate_on():
     ("unsplash", {"storage": "/nowhere/{000..003}.tar"}, DataError, "/nowhere"),
     ("unsplash", {"annotations": {"train": {"storage": None}}}, ConfigError, "train.storage names no files"),
     ("unsplash", {"storag": "x.tar"}, ConfigError, r"unknown key 'storag' \(did you mean 'storage'\?\)"),
+    ("unsplash", {"images": 5}, ConfigError, "build_info.images must be a section of keys, not 5"),
+    ("unsplash", {"annotations": {"train": "x.json"}}, ConfigError, "annotations.train must be a section of keys"),
+    ("unsplash", {"storage": 5}, ConfigError, "storage must be a path, a pattern or a list of them, not 5"),
+    ("nano", None, ConfigError, "datasets.nano.build_info must be a section of keys"),
     ("unsplash", {"format": "jsonl"}, ConfigError, "json, webdataset or nano"),
 ])
 def test_what_cannot_be_read_is_one_sentence(name, info, error, sentence):

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import time
+
+import pytest
+
 
 def test_a_refusal_in_several_processes(start, tmp_path):
     process = start("sh", "train_scripts/codebook.sh", "--options", f"model.pretrained={tmp_path}/no.pth",
@@ -42,3 +48,27 @@ def test_a_single_process_needs_no_torchrun(capsys, monkeypatch, tmp_path):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "data/cc3m/cc3m.json" in error
     assert "datasets.conceptual_caption_3m.build_info" in error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_all_with_a_sentence(start, tmp_path, number):
+    """torchrun passes the signal on and waits; a script that notes it stands in the trainer's place."""
+    (tmp_path / "train.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "here = pathlib.Path(__file__).parent / os.environ['RANK']\n"
+        "def hear(number, frame):\n    here.write_text(str(number))\n    sys.exit(128 + number)\n"
+        "for number in (signal.SIGTERM, signal.SIGINT):\n    signal.signal(number, hear)\n"
+        "here.touch()\n"
+        "while True:\n    time.sleep(0.1)\n")
+    script = ("import sys; from argparse import Namespace; from pathlib import Path; import launch, train\n"
+              "train.HERE, launch.check = Path(sys.argv[1]), lambda script: None\n"
+              "sys.exit(launch.torchrun(Namespace(master_addr='', debug=False), 1, 2, []))")
+    process = start(sys.executable, "-c", script, str(tmp_path))
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not all((tmp_path / r).is_file() for r in "01"):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert error.splitlines()[-1] == f"launch.py: ended by {number.name}, and its 2 processes with it."
+    assert "Traceback" not in error and [(tmp_path / r).read_text() for r in "01"] == [str(int(number))] * 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
-from lavis_runs import torchrun
+from lavis_runs import APPLICATION, ROOT, torchrun
 
 
 def test_as_one_process_with_a_double_batch(yaml, run, start, losses, tmp_path, capsys):
@@ -31,3 +33,39 @@ def test_as_one_process_with_a_double_batch(yaml, run, start, losses, tmp_path, 
     error = capsys.readouterr().err
     assert "was saved by a run with 2 processes, this one has 1" in error and error.count("\n") == 1
     assert (tmp_path / "two" / "stage1.state.pt").read_bytes() == before
+
+
+TOGETHER = """
+import os, sys, time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+import torch.distributed as dist
+from seed_lavis import register
+register()
+from seed_lavis.datasets import count_bad
+from seed_lavis.runner import RunnerSeed
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+rank = dist.get_rank()
+runner = object.__new__(RunnerSeed)
+runner.options = SimpleNamespace(resume="auto", resume_ckpt_path=None, batch_size_train=8)
+runner.output_dir, runner.stage, runner.steps = Path(sys.argv[1]), "stage1", 20
+runner.rank, runner.world, runner.accumulate = rank, 2, 1
+time.sleep(rank)  # the second looks when the first has long decided
+runner._go_on(None, None)
+bad = count_bad([("a", "torn"), ("b", "torn")] if rank else [("a", "torn")])
+(runner.output_dir / str(rank)).write_text(str(bad))
+dist.destroy_process_group()
+"""
+
+
+def test_all_processes_find_a_done_run_however_late_they_look_and_count_bad_samples_once(start, tmp_path):
+    (tmp_path / "stage1.state.pt").touch()
+    done = tmp_path / "stage1.done.json"
+    done.write_text('{"steps": 10, "batch_size": 8, "processes": 2}')
+    (tmp_path / "together.py").write_text(TOGETHER)
+    process = start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                    str(tmp_path / "together.py"), str(tmp_path), PYTHONPATH=f"{ROOT / 'src'}:{APPLICATION}")
+    _, error = process.communicate(timeout=170)
+    assert process.returncode == 0, error
+    assert not done.exists() and [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]

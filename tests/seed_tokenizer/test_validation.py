@@ -83,7 +83,8 @@ def test_a_split_that_is_not_there_is_refused_at_once(yaml, tmp_path, capsys):
 
 @pytest.mark.parametrize(("total", "batch", "world", "most", "expected"), [
     (24, 16, 1, 0, (12, 2)), (1001, 64, 1, 0, (62, 16)), (1001, 64, 4, 0, (62, 4)), (1001, 64, 4, 2, (62, 2)),
-    (5, 64, 4, 0, (1, 1)), (7, 3, 1, 0, (2, 3))])
+    (5, 64, 4, 0, (1, 1)), (7, 3, 1, 0, (2, 3)),
+    (5, 1, 2, 0, (1, 2)), (1, 1, 1, 0, (1, 1))])
 def test_shares_are_equal_and_leave_little_over(total, batch, world, most, expected):
     from seed_lavis.validation import share_out
 

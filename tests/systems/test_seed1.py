@@ -159,6 +159,7 @@ def test_demo_goes_on_after_a_bad_picture(folder: Path, pictures: list[Path], tm
 @pytest.mark.parametrize(("flags", "said"), [
     (("--ddim_eta", "0.5"), "--ddim_eta must be 0"), (("--n_samples", "0"), "--n_samples must be at least 1"),
     (("--laion400m",), "--laion400m: that model"), (("--f", "8"), "--f 8: this diffusion model has 2"),
+    (("--scale", "nan"), "--scale must be a number"), (("--seed", str(2**63)), "--seed must be a number of 64 bits"),
     (("--W", "20"), "width must be a multiple of 8 pixels"), (("--dtype", "int3"), "Unknown dtype 'int3'")])
 def test_demo_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: tuple, said: str) -> None:
     assert _run(folder, tmp_path, *flags) == 2

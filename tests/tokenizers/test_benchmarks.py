@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -45,6 +46,28 @@ def test_ladder_prints_a_line_per_lever_and_batch() -> None:
 def test_unknown_levers_are_named() -> None:
     done = run("tokenizer.py", "--levers", "pakced")
     assert done.returncode == 1 and "pakced" in done.stderr and not done.stdout
+
+
+def test_a_batch_larger_than_the_set_is_a_full_one() -> None:
+    program = "import tokenizer; print(tuple(tokenizer.pictures(900, 64, 'pretrained/nano').shape))"
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=170, check=False,
+                          env={**os.environ, "PYTHONPATH": path})
+    assert done.stdout.strip() == "(900, 3, 64, 64)", done.stderr[-2000:]
+
+
+def test_flags_that_time_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import peak
+
+    assert peak.batch_sizes("1,32") == [1, 32] and peak.peak("0.5") == "0.5" and peak.peak("measured") == "measured"
+    for check, texts in ((peak.batch_sizes, ("0", "1,", "x", "-1", "")), (peak.positive, ("0", "1.5")),
+                         (peak.peak, ("0", "nan", "inf", "-1", "fast"))):
+        for text in texts:
+            with pytest.raises(argparse.ArgumentTypeError):
+                check(text)
+    done = run("tokenizer_training.py", "--batches", "1,0")
+    assert done.returncode == 2 and "'0' is not a whole number of at least 1" in done.stderr and not done.stdout
 
 
 def test_training_prints_throughput_and_memory() -> None:

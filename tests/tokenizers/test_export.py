@@ -225,6 +225,58 @@ def test_a_full_folder_needs_force(trained: Trained, tmp_path: Path) -> None:
         _export(trained, tmp_path / "file" / "out")
 
 
+def test_a_linked_folder_stays_a_link(trained: Trained, tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    assert _export(trained, link).folder == link
+    (real / "old.txt").write_text("old")
+    _export(trained, link, force=True)
+    (tmp_path / "ahead").symlink_to(tmp_path / "disk" / "later")
+    _export(trained, tmp_path / "ahead")
+    for folder in (real, tmp_path / "disk" / "later"):
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert link.is_symlink() and (tmp_path / "ahead").is_symlink()
+    assert not _leftovers(tmp_path) and not _leftovers(tmp_path / "disk")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(ConfigError, match="circle: cannot be written"):
+        _export(trained, tmp_path / "circle")
+
+
+def test_the_current_folder_and_the_stages_own_are_not_replaced(trained: Trained, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here" / "below"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    _export(trained, ".")
+    assert sorted(path.name for path in here.iterdir()) == ["config.json", "model.safetensors"]
+    monkeypatch.chdir(here)
+    for out in (".", "..", str(here)):
+        with pytest.raises(ConfigError, match="is the current folder or holds it"):
+            _export(trained, out, force=True)
+    run = trained.stage2.parent
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(ConfigError, match=r"run: holds stage1\.pth, which is read here and would be gone"):
+        _export(trained, run, force=True)
+    (tmp_path / "tower").mkdir()
+    vision = trained.vision.rename(tmp_path / "tower" / "eva_vit_g.pth")
+    with pytest.raises(ConfigError, match=r"tower: holds eva_vit_g\.pth"):
+        _export(trained, tmp_path / "tower", force=True, vision=vision)
+    assert vision.is_file() and sorted({*before} - {"eva_vit_g.pth"}) == sorted(path.name for path in run.iterdir())
+
+
+@pytest.mark.parametrize(("name", "number"), [("encode_task_layer.0.weight", float("nan")),
+                                              ("image_down.2.weight", float("inf"))])
+def test_a_diverged_training_is_not_exported(trained: Trained, tmp_path: Path, name: str, number: float) -> None:
+    state = load_state_dict(trained.stage2)
+    state[name][0, 0] = number
+    torch.save({"model": state}, tmp_path / "diverged.pth")
+    with pytest.raises(CheckpointError, match=rf"diverged\.pth: '{name}' holds numbers that are not finite"):
+        export_tokenizer(tmp_path / "diverged.pth", tmp_path / "out", stage1=trained.stage1, vision=trained.vision,
+                         config=trained.config)
+    assert not (tmp_path / "out").exists()
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

@@ -230,6 +230,30 @@ def test_clip_vision_alone_old_file_and_shards(clip_folder: Path, images: Tensor
     assert torch.equal(load_clip_vision(tmp_path / "shards", log=None)(images).image_embeds, expected)
 
 
+def test_clip_vision_in_old_shards_and_with_an_index_left_over(clip_folder: Path, images: Tensor,
+                                                              tmp_path: Path) -> None:
+    model = load_clip_vision(clip_folder, log=None)
+    expected = model(images).image_embeds
+    model.save_pretrained(tmp_path / "both")
+    index = tmp_path / "both" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))  # of shards now removed
+    assert torch.equal(load_clip_vision(tmp_path / "both", log=None)(images).image_embeds, expected)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_text((tmp_path / "both" / "config.json").read_text())
+    names = list(model.state_dict())
+    files = {name: f"pytorch_model-0000{1 + (name > names[len(names) // 2])}-of-00002.bin" for name in names}
+    for file in set(files.values()):
+        torch.save({name: value.half() for name, value in model.state_dict().items() if files[name] == file},
+                   old / file)
+    (old / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    torch.testing.assert_close(load_clip_vision(old, log=None)(images).image_embeds, expected, atol=1e-2, rtol=1e-2)
+    for damaged in ({}, {"weight_map": []}, {"weight_map": None}):
+        (old / "pytorch_model.bin.index.json").write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin\.index\.json: not an index of shards"):
+            load_clip_vision(old, log=None)
+
+
 def test_clip_vision_refusals(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=r"absent: there is no such folder; download laion/CLIP-ViT-H-14"):
         load_clip_vision(tmp_path / "absent", log=None)

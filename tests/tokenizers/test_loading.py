@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,33 @@ def test_another_size_is_refused(original: Seed2Tokenizer, tmp_path: Path) -> No
     other = dataclasses.replace(original.config, codebook_size=51)
     with pytest.raises(CheckpointError, match=r"'quantize\.embedding\.weight': the file has \(50, 6\)"):
         Seed2Tokenizer.from_pretrained(folder, config=other)
+
+
+@pytest.mark.parametrize(("part", "key", "value", "said"), [
+    (None, "codebook_size", "50", "'codebook_size' must be a positive whole number, not '50'"),
+    (None, "codebook_dim", 6.0, "'codebook_dim' must be a positive whole number, not 6.0"),
+    (None, "recon_s", "no", "'recon_s' must be true or false, not 'no'"),
+    ("vit", "patch_size", 0, "'patch_size' must be a positive whole number, not 0"),
+    ("vit", "depth", True, "'depth' must be a positive whole number, not True"),
+    ("qformer", "depth", None, "'depth' must be a positive whole number, not None"),
+    ("qformer", "heads", -2, "'heads' must be a positive whole number, not -2"),
+    ("qformer", "dropout", "0.1", "'dropout' must be a number, not '0.1'")])
+def test_sizes_that_are_none_are_refused_by_name(original: Seed2Tokenizer, tmp_path: Path, part: str | None, key: str,
+                                                 value: object, said: str) -> None:
+    sizes = original.config.to_dict()
+    (sizes if part is None else sizes[part])[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        Seed2Config.read(tmp_path / "config.json")
+    assert "config.json" in str(caught.value)
+
+
+def test_a_seed1_tokenizer_is_called_so(original: Seed2Tokenizer, tmp_path: Path) -> None:
+    state = original.state_dict() | {"distill_text_proj.weight": torch.zeros(8, 24)}
+    state.pop("distill_image_proj.weight")
+    torch.save(state, tmp_path / "seed_tokenizer.pth")
+    with pytest.raises(CheckpointError, match=r"seed_tokenizer\.pth: this is a SEED-1 tokenizer .* Seed1Tokenizer"):
+        Seed2Tokenizer.from_pretrained(tmp_path / "seed_tokenizer.pth")
 
 
 def test_other_models_are_refused(original: Seed2Tokenizer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -128,6 +129,18 @@ def test_fp16_scales_and_skips_what_overflows(tmp_path: Path) -> None:
                   StageSettings(steps=100, batch_size=2, precision="fp16"), tmp_path, dict)
 
 
+def test_an_overflow_in_the_first_fp16_step_does_not_stay_in_the_log(tmp_path: Path) -> None:
+    model = nn.Linear(4, 1)
+
+    def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        return (model(torch.ones(2, 4)).float() ** 2).mean() * (1e30 if step == 0 else 1.0), {}
+
+    settings = StageSettings(steps=3, batch_size=2, warmup=1, precision="fp16", log_every=1)
+    run_stage("half", model, loss, settings, tmp_path, dict)
+    norms = [json.loads(line)["grad"] for line in (tmp_path / "half.log.jsonl").read_text().splitlines()]
+    assert [math.isfinite(norm) for norm in norms] == [False, True, True]
+
+
 def test_given_optimiser_and_schedule(tmp_path: Path) -> None:
     model = nn.Linear(3, 2, bias=False)
     with torch.no_grad():
@@ -245,7 +258,8 @@ def test_learning_rate(step: int, expected: float) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("precision", "float32"), ("accumulate", 0), ("batch_size", 0), ("log_every", 0), ("ema", 1.0), ("ema", math.nan)])
+    ("precision", "float32"), ("accumulate", 0), ("batch_size", 0), ("log_every", 0), ("ema", 1.0), ("ema", math.nan),
+    ("clip", -1.0), ("clip", math.nan)])
 def test_settings_no_run_can_follow(tmp_path: Path, key: str, value: Any) -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(ConfigError, match=f"{key} must be"):

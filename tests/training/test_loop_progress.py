@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.loop import SampleCost
 from seed_multimodal.training.progress import duration, forget_after, peak_memory_mib
 
@@ -142,6 +143,14 @@ def test_tensorboard_events_are_readable_and_hide_what_is_made_again(toy: Module
     assert [event.step for event in losses] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
     last = {line["step"]: line["loss"] for line in lines_of(tmp_path)}
     assert [event.value for event in losses] == pytest.approx([last[event.step] for event in losses], rel=1e-6)
+
+
+def test_a_tensorboard_folder_that_cannot_be_written_is_one_sentence(toy: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(CheckpointError, match=r"tensorboard/toy: cannot be written \(Not a directory\)"):
+        toy.train(tmp_path, tensorboard=True)
+    assert not (tmp_path / "toy.state.pt").exists()
 
 
 @pytest.mark.parametrize(("seconds", "words"), [

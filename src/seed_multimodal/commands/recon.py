@@ -8,6 +8,7 @@ is there. Other than there, the tokenizer is loaded once, several pictures are p
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--laion400m: that model is conditioned on text features of another width than SEED-1's.")
     if args.ddim_eta != 0:
         raise ConfigError(f"--ddim_eta must be 0 (PLMS and the DPM solver add no noise), got {args.ddim_eta}.")
+    if not math.isfinite(args.scale):
+        raise ConfigError(f"--scale must be a number, got {args.scale}.")
+    if not -2**63 <= args.seed < 2**63:
+        raise ConfigError(f"--seed must be a number of 64 bits, got {args.seed}.")
     for name in ("n_samples", "n_iter", "ddim_steps"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}.")

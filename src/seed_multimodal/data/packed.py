@@ -19,10 +19,13 @@ class PackedStrings:
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> PackedStrings:
-        """Pack strings; undecodable file names (surrogates) survive."""
+        """Pack strings; undecodable file names survive, halves of surrogate pairs (of json) become question marks."""
         data, ends = bytearray(), []
         for string in strings:
-            data += string.encode("utf-8", "surrogateescape")
+            try:
+                data += string.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:
+                data += string.encode("utf-8", "replace")
             ends.append(len(data))
         return cls(np.frombuffer(bytes(data), np.uint8), np.array(ends, np.int64))
 

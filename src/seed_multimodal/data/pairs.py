@@ -241,7 +241,8 @@ def _captions(item: dict[str, Any], key: str, name: str) -> list[str]:
     captions = [item[key]] if isinstance(item[key], str) else item[key]
     if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
         raise DataError(f"{name}: its {key!r} is {str(item[key])[:60]!r}, not a text or a list of texts.")
-    return captions
+    # Captions cut in the midst of an emoji end in half a surrogate pair, which no tokenizer takes.
+    return [text.encode("utf-8", "replace").decode("utf-8") for text in captions]
 
 
 def _other(key: str, item: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ Peculiar: plain .tar only, since a position inside a .tar.gz cannot be read with
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import OrderedDict
@@ -151,6 +152,8 @@ def _write_kept(file: Path, part: ShardIndex) -> None:
             np.savez(handle, spans=part.spans, data=part.keys.data, ends=part.keys.ends)
         os.replace(scratch, file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise DataError(f"{file.parent}: the index of a shard cannot be written there ({error.strerror}).") from None
 
 

@@ -85,7 +85,8 @@ def retrieval_ranks(similarity: FloatArray, positives: NDArray[np.bool_]) -> NDA
         similarity: [Q, G] scores of Q queries against G gallery items.
         positives: [Q, G] true where the item is a right answer.
     Returns:
-        [Q] how many wrong items score at least as high as the best right one.
+        [Q] how many wrong items score at least as high as the best right one. A score that is not a number counts
+        against the query: as the lowest of a right item, as the highest of a wrong one.
     Raises:
         DataError: on shapes that differ, or a query without any right answer.
     """
@@ -95,8 +96,9 @@ def retrieval_ranks(similarity: FloatArray, positives: NDArray[np.bool_]) -> NDA
         raise DataError(f"retrieval: similarity {scores.shape} and positives {right.shape} must be one [Q, G] shape.")
     if not right.any(1).all():
         raise DataError(f"retrieval: query {int(np.flatnonzero(~right.any(1))[0])} has no right answer in the gallery.")
-    best = np.where(right, scores, -np.inf).max(1, keepdims=True)
-    return ((scores >= best) & ~right).sum(1)
+    broken = np.isnan(scores)
+    best = np.where(right & ~broken, scores, -np.inf).max(1, keepdims=True)
+    return (((scores >= best) | broken) & ~right).sum(1)
 
 
 def retrieval_at_k(similarity: FloatArray, positives: NDArray[np.bool_], k: int) -> FloatArray:

@@ -35,7 +35,7 @@ from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import FloatArray, bootstrap, codebook_statistics, cosine, retrieval_at_k
 from seed_multimodal.evaluation.report import plain
 from seed_multimodal.evaluation.tokenizer_eval_text import markdown, reconstruction_sheet
-from seed_multimodal.evaluation.tokenizer_open import Opened, open_tokenizer
+from seed_multimodal.evaluation.tokenizer_open import NONE, Opened, open_tokenizer
 from seed_multimodal.evaluation.tokenizer_pass import Seen, choose_rows, clip_embeddings, look, read_picture
 from seed_multimodal.evaluation.tokenizer_retrieval import K_TEST, Captions, retrieval
 from seed_multimodal.evaluation.tokenizer_text import TextSide, clip_texts, find_words, load_stage1, stage1_texts
@@ -91,6 +91,12 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
     if min(settings.batch, settings.k_test) < 1 or settings.rebuild < 0 or settings.limit is not None and (
             settings.limit < 1):
         raise ConfigError("batch, k_test and limit must be at least 1, rebuild at least 0.")
+    if settings.seed < 0:
+        raise ConfigError(f"The seed must be at least 0, got {settings.seed}.")
+    # `none` leaves a part out, as for the parts that are found without being asked for.
+    absent: dict[str, Any] = {name: None for name in ("stage1", "clip_text", "text_tokenizer")
+                              if getattr(settings, name) == NONE}
+    settings = replace(settings, **absent)
     start = time.monotonic()
     with _writing(Path(out)):
         Path(out).mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,7 @@ def look(source: PairSource, rows: Sequence[int], opened: Opened, *, stage1: Sta
     """Encode the pictures `rows` of `source` in batches.
 
     Raises:
-        DataError: no picture could be read, or too many in a row could not.
+        DataError: no picture could be read, too many in a row could not, or one became numbers that are not finite.
     """
     found: dict[str, list[Tensor]] = {}
     seen = Seen([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None, None)
@@ -113,6 +113,10 @@ def look(source: PairSource, rows: Sequence[int], opened: Opened, *, stage1: Sta
         raise DataError(f"none of the {len(rows)} pictures could be read.")
     for name, parts in found.items():
         value = torch.cat(parts)
+        finite = value.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            raise DataError(f"{seen.keys[int(finite.int().argmin())]}: its {name!r} holds numbers that are not finite; "
+                            "the weights are damaged, or need a wider --dtype.")
         setattr(seen, name, value.numpy() if name == "codes" else value.float().numpy())
     return seen
 

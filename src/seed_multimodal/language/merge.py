@@ -99,7 +99,8 @@ def merge_adapter(
             that differ, no room on the disk.
         ConfigError: an unknown precision or size, an `out` that is not empty, or one that holds what is read.
     """
-    target, largest = Path(out) if Path(out).name else Path(out).resolve(), parse_size(max_shard_size)
+    linked = Path(out).is_symlink() or not Path(out).name
+    target, largest = Path(out).resolve() if linked else Path(out), parse_size(max_shard_size)
     if dtype not in (*DTYPES, "base"):
         raise ConfigError(f"Unknown precision {dtype!r}: use fp32, bf16, fp16 or base.")
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not force):

@@ -55,7 +55,7 @@ def _load(path_or_id: str | Path, half: str, device: str | torch.device, dtype: 
 
     folder = find_folder(path_or_id, ("config.json", "model*.safetensors", f"{SAFE}.index.json"), CLIP_WHERE)
     if not any(folder.glob("model*.safetensors")):
-        folder = find_folder(path_or_id, ("config.json", OLD), CLIP_WHERE)
+        folder = find_folder(path_or_id, ("config.json", "pytorch_model*.bin", f"{OLD}.index.json"), CLIP_WHERE)
     name = f"CLIP{half.capitalize()}"
     config = getattr(transformers, f"{name}Config").from_dict(_settings(folder, half))
     state, source = _tensors(folder)
@@ -76,7 +76,7 @@ def _settings(folder: Path, half: str) -> dict[str, Any]:
     kind = values.get("model_type")
     if kind == "clip":
         width = {key: values[key] for key in ("projection_dim",) if key in values}
-        return {**values.get(f"{half}_config", {}), **width}
+        return {**(values.get(f"{half}_config") or {}), **width}
     if kind != KINDS[half]:
         raise CheckpointError(f"{folder / 'config.json'}: describes a {kind!r}, not a CLIP with a {half} tower; "
                               f"{CLIP_WHERE}.")
@@ -85,11 +85,14 @@ def _settings(folder: Path, half: str) -> dict[str, Any]:
 
 def _tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
     """All tensors of a folder and the file that stands for them (an index where they are in several)."""
-    index = folder / f"{SAFE}.index.json"
-    if index.is_file():
-        files = sorted(set(read_json(index, CLIP_WHERE).get("weight_map", {}).values()))
-        return {name: value for file in files for name, value in load_state_dict(folder / file).items()}, index
-    file = next((folder / name for name in (SAFE, OLD) if (folder / name).is_file()), None)
-    if file is None:
-        raise CheckpointError(f"{folder}: holds no {SAFE} or {OLD}; {CLIP_WHERE}.")
-    return load_state_dict(file), file
+    for name in (SAFE, OLD):
+        file, index = folder / name, folder / f"{name}.index.json"
+        if file.is_file():
+            return load_state_dict(file), file
+        if index.is_file():
+            shards = read_json(index, CLIP_WHERE).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise CheckpointError(f"{index}: not an index of shards: it holds no 'weight_map'.")
+            return {key: value for shard in sorted(set(map(str, shards.values())))
+                    for key, value in load_state_dict(folder / shard).items()}, index
+    raise CheckpointError(f"{folder}: holds no {SAFE} or {OLD}; {CLIP_WHERE}.")

@@ -83,19 +83,20 @@ def export_tokenizer(
         force: replace a folder that is not empty.
 
     Raises:
-        CheckpointError: a part that no file holds, tensors of another size or model, codes that differ.
-        ConfigError: `out` exists and is not empty, or cannot be written.
+        CheckpointError: a part that no file holds, tensors of another size or model or with numbers that are not
+            finite, codes that differ.
+        ConfigError: `out` exists and is not empty, holds what is read, or cannot be written.
     """
-    target = Path(out)
-    _check_target(target, force)
     files = [Path(file) for file in (stage2, stage1) if file is not None]
+    shown, target = Path(out), _target(Path(out), force, [stage1, stage2, vision, picture])
     merged = merge(files[1] if len(files) > 1 else None, files[0], Path(vision) if vision is not None else None, kind)
     made = merged.kind
     sizes = sizes_of(config, merged, files)
     model = made.build(sizes, merged.state, merged.tower, " and ".join(map(str, reversed(files))), merged.tower_file)
     pixels = _pixels(picture, sizes.vit.image_size)  # type: ignore[attr-defined]
+    _refuse_not_finite(model, merged.origin)
     expected = source_codes(made, sizes, merged.state, merged.tower, pixels)
-    report = _report(model, merged, target)
+    report = _report(model, merged, shown)
     report.codes = expected[0][0].tolist()
     del merged  # a billion numbers at released size
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -105,13 +106,21 @@ def export_tokenizer(
         report.verified = _verify(temporary, made, released, pixels, expected)
         _put(temporary, target)
     except OSError as error:
-        raise ConfigError(f"{target}: cannot be written ({error.strerror or error}).") from error
+        raise ConfigError(f"{shown}: cannot be written ({error.strerror or error}).") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if log is not None:
         for line in report.lines():
             log(line)
     return report
+
+
+def _refuse_not_finite(model: CodeTokenizer, origin: Mapping[str, str]) -> None:
+    """A training that diverged leaves NaN, of which every comparison of codes would hold: all of them become 0."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{origin.get(name, 'the weights')}: {name!r} holds numbers that are not finite, so "
+                                  "its training has diverged; export an earlier checkpoint.")
 
 
 def _report(model: CodeTokenizer, merged: Merged, folder: Path) -> Export:
@@ -176,11 +185,24 @@ def _pixels(picture: Image.Image | str | Path | None, size: int) -> Tensor:
 # ---- files
 
 
-def _check_target(target: Path, force: bool) -> None:
+def _target(shown: Path, force: bool, read: Sequence[Any]) -> Path:
+    """The folder to make, links followed; refused if it is in use, or if replacing it would take what is `read`."""
+    try:
+        target, here = shown.resolve(), Path.cwd()
+    except (OSError, RuntimeError) as error:  # links in a circle; the current folder was removed
+        raise ConfigError(f"{shown}: cannot be written ({error}).") from error
     if target.is_file():
-        raise ConfigError(f"{target}: is a file; the tokenizer needs a folder.")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise ConfigError(f"{target}: exists already and is not empty (--force replaces it).")
+        raise ConfigError(f"{shown}: is a file; the tokenizer needs a folder.")
+    if target.is_dir() and any(target.iterdir()):
+        if not force:
+            raise ConfigError(f"{shown}: exists already and is not empty (--force replaces it).")
+        if here.is_relative_to(target):
+            raise ConfigError(f"{shown}: is the current folder or holds it, and is not empty; choose another folder.")
+        lost = [file for file in read if isinstance(file, str | Path) and Path(file).resolve().is_relative_to(target)]
+        if lost:
+            raise ConfigError(f"{shown}: holds {Path(lost[0]).name}, which is read here and would be gone; choose "
+                              "another folder.")
+    return target
 
 
 def _write(model: CodeTokenizer, folder: Path, released: ExportKind | None, beside: Sequence[str | Path]) -> None:
@@ -201,5 +223,9 @@ def _put(temporary: Path, target: Path) -> None:
         return
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     os.replace(target, old)
-    os.replace(temporary, target)
-    shutil.rmtree(old)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

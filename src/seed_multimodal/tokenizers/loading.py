@@ -78,6 +78,9 @@ def load_tokenizer(source: str | Path, *, vision: str | Path | None = None, conf
     """
     files = find_sources(source, vision)
     state = load_state_dict(files.weights)
+    if "distill_text_proj.weight" in state and "distill_image_proj.weight" not in state:
+        raise CheckpointError(f"{files.weights}: this is a SEED-1 tokenizer (it ends in 'distill_text_proj', text-like "
+                              f"embeddings); load it with Seed1Tokenizer.")
     tower, tower_source = _tower(state, files)
     state = {name: value for name, value in state.items() if not name.startswith(TOWER)}
     if config is None:

@@ -21,6 +21,9 @@ from seed_multimodal.vision.eva import EvaConfig
 
 QUERY_LAYERS = "Qformer.bert.encoder.layer"
 RELEASED_VIT_FILE_DEPTH = 40
+# How it is said what a field of this annotation holds.
+_SAID = {"int": "a positive whole number", "float": "a number", "bool": "true or false"}
+_MAY_BE_ZERO = ("dropout", "causal_queries", "decode_depth", "reverse_depth")
 _RELEASED_HEADS = {"vit": {1408: 16}, "qformer": {768: 12}}
 
 
@@ -131,5 +134,18 @@ def _cross_frequency(names: Iterable[str]) -> int:
 
 
 def _build(kind: type[Any], values: Mapping[str, Any], where: str | Path) -> Any:
-    check_keys(values, [item.name for item in dataclasses.fields(kind)], str(where))
+    known = {item.name: str(item.type) for item in dataclasses.fields(kind)}
+    check_keys(values, known, str(where))
+    for name, value in values.items():
+        if not _holds(name, known[name], value):
+            raise ConfigError(f"{where}: {name!r} must be {_SAID[known[name]]}, not {value!r}.")
     return kind(**values)
+
+
+def _holds(name: str, annotation: str, value: Any) -> bool:
+    """Whether a field may have this value; sizes are at least 1, counts of what may be left out at least 0."""
+    if annotation not in _SAID:
+        return True
+    if annotation == "bool" or isinstance(value, bool):
+        return isinstance(value, bool) and annotation == "bool"
+    return isinstance(value, int if annotation == "int" else int | float) and value >= (name not in _MAY_BE_ZERO)

@@ -26,7 +26,7 @@ from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.progress import Progress, Status
 from seed_multimodal.training.schedules import batch_indices, learning_rate, parameter_groups
 from seed_multimodal.training.settings import SampleCost, StageSettings, check_settings
-from seed_multimodal.training.state import StateFile, warm_start, write_json
+from seed_multimodal.training.state import StateFile, read_record, warm_start, write_json
 from seed_multimodal.training.step import Loss, Stepper
 
 __all__ = ["Ema", "Loss", "SampleCost", "StageSettings", "batch_indices", "learning_rate", "parameter_groups",
@@ -107,6 +107,8 @@ def run_stage(
             step = _steps(step, stepper, store, progress, started, on_step)
         finally:
             progress.close()
+        if progress.problem is not None:
+            raise progress.problem
         if average is not None:
             average.copy_to(modules)
         modules.eval()
@@ -149,8 +151,6 @@ def _steps(step: int, stepper: Stepper, store: StateFile, progress: Progress, st
                 print(f"[{progress.name}] stopped by SIGTERM after step {step} of {settings.steps}; the state is in "
                       f"{store.file}, and the same command goes on from there.", flush=True)
             raise SystemExit(143)
-    if progress.problem is not None:
-        raise progress.problem
     return step
 
 
@@ -162,7 +162,7 @@ def _done_before(name: str, home: Path, peers: Peers) -> dict[str, Any] | None:
         raise CheckpointError(f"{done}: only some processes see it; the folder must be on a disk that all share.")
     if not here:
         return None
-    record: dict[str, Any] = json.loads(done.read_text())
+    record = read_record(done)
     if peers.first:
         print(f"[{name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
     return record

@@ -57,8 +57,8 @@ class Progress:
         `more` stands in the line as it is, and makes one due.
         """
         for key, value in parts.items():
-            if key in _EXACT or key not in self.smooth:
-                self.smooth[key] = value
+            if key in _EXACT or not math.isfinite(self.smooth.get(key, math.nan)):
+                self.smooth[key] = value  # also when all before were none: fp16 often begins with an overflow
             elif math.isfinite(value):  # an fp16 step that overflowed, and was skipped, has no norm
                 self.smooth[key] = 0.95 * self.smooth[key] + 0.05 * value
         if step % self.settings.log_every and step != self.settings.steps and not more:
@@ -74,9 +74,14 @@ class Progress:
                                                f"({error.strerror}).")
 
     def close(self) -> None:
-        """Finish the TensorBoard file."""
-        if self.board is not None:
+        """Finish the TensorBoard file; that it cannot be written is a `problem`."""
+        if self.board is None:
+            return
+        try:
             self.board.close()
+        except OSError as error:
+            self.problem = self.problem or CheckpointError(
+                f"{self.home / 'tensorboard'}: cannot be written ({error.strerror}).")
 
     def _line(self, step: int, more: Mapping[str, float]) -> dict[str, float]:
         now = time.monotonic()
@@ -188,13 +193,16 @@ def open_board(folder: Path, step: int) -> Any:
     """A TensorBoard writer (torch's `SummaryWriter`); events after `step` of earlier runs in the folder are hidden.
 
     Raises:
-        ConfigError: the package tensorboard is not installed.
+        ConfigError: the package tensorboard is not installed. CheckpointError: the folder cannot be written.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("`tensorboard: true` needs the package tensorboard: pip install tensorboard.") from error
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror}).") from error
 
 
 def merge(lines: list[dict[str, float]]) -> dict[str, float]:

@@ -61,5 +61,7 @@ def check_settings(name: str, settings: StageSettings) -> None:
     for key, least in (("steps", 0), ("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("save_every_steps", 0)):
         if getattr(settings, key) < least:
             raise ConfigError(f"[{name}] {key} must be at least {least}, not {getattr(settings, key)}.")
+    if not settings.clip >= 0.0:  # also NaN; a negative one would turn the gradients round
+        raise ConfigError(f"[{name}] clip must be at least 0 (no clipping), not {settings.clip}.")
     if not 0.0 <= settings.ema < 1.0:
         raise ConfigError(f"[{name}] ema must be at least 0 (no average) and below 1, not {settings.ema}.")

@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from seed_multimodal.disk import flush_folder, replace_text
+from seed_multimodal.disk import flush_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.distributed import Peers
 from seed_multimodal.training.ema import Ema
@@ -174,8 +174,21 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{file}: cannot be written ({error.strerror}).") from error
 
 
+def read_record(file: Path) -> dict[str, Any]:
+    """The record of a stage that is done.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        record = read_json_object(file)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{str(error).rstrip('.')}; remove it, and the stage goes on from its state.") from error
+    return record
+
+
 def _read(file: Path) -> dict[str, Any]:
-    state = dict(_read_torch(file))
+    state = dict(_read_torch(file, mapped=False))
     missing = [key for key in ("model", "optimizer", "step", "spent", "ema") if key not in state]
     if missing:
         raise CheckpointError(f"{file}: is no state of a training run (it has no {missing[0]!r}).")
@@ -200,13 +213,14 @@ class _Listening:
         self.handle.flush()
 
 
-def _write_torch(file: Path, state: Mapping[str, Any]) -> None:
+def replace_torch(file: Path, content: Mapping[str, Any]) -> None:
+    """`torch.save` into a file, flushed, whole or not at all; raises OSError and leaves what was there."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         with open(temporary, "wb") as handle:
             listening = _Listening(handle)
             try:
-                torch.save(state, listening)
+                torch.save(content, listening)
             except RuntimeError:
                 if listening.failure is None:
                     raise
@@ -214,8 +228,15 @@ def _write_torch(file: Path, state: Mapping[str, Any]) -> None:
             _to_disk(handle)
         os.replace(temporary, file)
         flush_folder(file.parent)
-    except OSError as error:
+    except OSError:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_torch(file: Path, state: Mapping[str, Any]) -> None:
+    try:
+        replace_torch(file, state)
+    except OSError as error:
         before = "the state saved before is intact" if file.is_file() else "nothing was saved before"
         raise CheckpointError(f"{file}: the state of step {state['step']} cannot be written ({error.strerror}); "
                               f"{before}.") from error

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -88,24 +88,48 @@ class LlmBatches:
         self.plan: PackedPlan | PaddedPlan = make(self.mixture, rank, world, tokenizer.pad_id, vocabulary.boi_id)
         self.tally = Tally(self.mixture.names, log)
         self._waited, self._bound, self._next_step = 0.0, True, 0
+        self._skipped, self._ended = 0, False  # micro-batches without anything, left out at the end of the data
         self._loader = self._new_loader()
 
     def at(self, micro_step: int) -> LlmBatch:
         """The rank's batch at a micro-step. After `restore` the first call says how the next step is called; a step
         that does not follow the one before is reached by making all rows up to it (a while, when packed).
 
+        With packing and finite `cycles` some lanes end before others; their rows are padding until all have ended. A
+        micro-batch of nothing else is left out in a run of one rank; of several ranks it keeps them in step.
+
         Raises:
-            EndOfData: every source is used up (ranks may come to it a step or two apart, so finite `cycles` are best
-            given a last step before). DataError: too many unusable records, or a worker that was killed.
+            EndOfData: every source is used up, as far as this rank reads it (ranks may come to it some steps apart, so
+                finite `cycles` are best given a last step before). DataError: too many unusable records, or a worker
+                that was killed.
         """
         if not self._bound:
             self.plan.start_at(micro_step)
             self._bound = True
-        loaded: Loaded = self._loader.at(micro_step)
+        if micro_step != self._next_step:
+            self._skipped = 0
+        loaded: Loaded = self._loader.at(micro_step + self._skipped)
+        while not loaded.used:
+            if self.plan.used_up(loaded):
+                self._end(loaded)
+            if self.world > 1:  # ranks must stay together, so nobody leaves out a step
+                break
+            self.plan.note(loaded)
+            self.tally.pass_over(loaded.dropped)
+            self._skipped += 1
+            loaded = self._loader.at(micro_step + self._skipped)
         self.plan.note(loaded)
         self.tally.note(loaded)
         self._next_step = micro_step + 1
         return _as_batch(loaded)
+
+    def _end(self, loaded: Loaded) -> NoReturn:
+        """Nothing is left after an empty micro-batch."""
+        self.close()
+        if not self._ended:  # told once, however often one asks again
+            self.tally.pass_over(loaded.dropped)
+        self._ended = True
+        raise self.mixture.end_of_data()
 
     @property
     def wait_seconds(self) -> float:
@@ -124,7 +148,7 @@ class LlmBatches:
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on after the last batch that `at` gave; each rank saves its own (json-able)."""
         return {"version": 1, "rank": self.rank, "world": self.world, **self._fingerprint(),
-                **self.plan.state(self._next_step), "tally": self.tally.state()}
+                **self.plan.state(self._next_step + self._skipped), "tally": self.tally.state()}
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on where a run stood.
@@ -143,8 +167,11 @@ class LlmBatches:
         if len({state["position"] for state in states}) > 1:
             raise ConfigError("The data's states of the ranks were saved at different steps.")
         for key, value in self._fingerprint().items():
+            if key in _LATER and key not in states[0]:  # a state from before it was noted
+                continue
             before = states[0].get(key)
-            if before != value:
+            # Counts are kept by a source's number, so their order belongs to what must not change.
+            if before != value or (isinstance(before, Mapping) and list(before) != list(value)):
                 if key == "sources" and isinstance(before, Mapping):  # of many, only one that differs
                     name = next((name for name in (*before, *value) if before.get(name) != value.get(name)), "")
                     key, before, value = (f"source {name!r} as", before.get(name, "absent"), value.get(
@@ -155,7 +182,7 @@ class LlmBatches:
         self._waited += self._loader.wait_seconds
         self.plan.restore(list(states), next_step=0)
         self.tally.restore([state["tally"] for state in states] if self.rank == 0 else [])
-        self._bound, self._next_step = False, 0
+        self._bound, self._next_step, self._skipped, self._ended = False, 0, 0, False
         self._loader = self._new_loader()
 
     def worker_pids(self) -> list[int]:
@@ -183,13 +210,16 @@ class LlmBatches:
                                  "records": size}
                    for source, size in zip(settings.sources, self.mixture.sizes, strict=True)}
         own = {"packing": settings.packing, "seed": settings.seed, "concat_type": settings.concat_type,
-               "sources": sources}
-        if settings.packing:
+               "sources": sources, "shuffle_block": settings.shuffle_block}
+        if isinstance(self.plan, PaddedPlan):  # a source's n-th micro-batch begins at n times its rows
+            own["rows of micro-batches"] = dict(zip(sources, self.plan.fetch.sizes, strict=True))
+        else:
             own.update(length=settings.length, too_long=settings.too_long, buffer=settings.buffer)
         return own
 
 
 _FIXED = ("decoder", "cycles", "batch_size", "max_length")  # other weights are fine: draws to come follow them
+_LATER = ("shuffle_block", "rows of micro-batches")
 
 
 def _as_batch(loaded: Loaded) -> LlmBatch:

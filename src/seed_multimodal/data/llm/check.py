@@ -250,7 +250,7 @@ class _Checker:
         scope = ""
         if mark is None and record.where.startswith(start := f"{file}: sample "):
             mark, scope = record.where.removeprefix(start), str(file.parent)  # shards of one folder share no keys
-        if mark is None or isinstance(mark, dict | list):
+        if mark in (None, "") or mark != mark or isinstance(mark, dict | list):  # NaN: an empty field of a table
             return
         short = hashlib.blake2b(f"{scope}\n{mark}".encode("utf-8", "replace"), digest_size=8).digest()
         here = len(self.sources) - 1 << 40 | index

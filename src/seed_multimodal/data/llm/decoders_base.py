@@ -148,8 +148,16 @@ class Decoder:
         draft = self.draft(fields, draws)
         sequence = TokenSequence([], [], draft.extra, draft.dropped)
         if draft.spans or not draft.dropped:
+            self._check_content(draft)
             self._fill(sequence, draft, max_length)
         return sequence
+
+    def _check_content(self, draft: Draft) -> None:
+        """Refuse a record of which `</s>` alone would be learned."""
+        said = [span for span in draft.spans if span.learned]
+        if self.validate and not draft.dropped and draft.end and not any(
+                part.strip() if isinstance(part, str) else part for span in said for part in span.parts):
+            raise BadRecord("empty text", "the record: holds nothing that could be learned.")
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """What the record becomes. Raises as `__call__`."""

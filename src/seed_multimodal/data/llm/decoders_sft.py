@@ -37,6 +37,13 @@ def numbered(fields: Mapping[str, Any], prefix: str) -> list[str]:
 class _Tuned(Decoder):
     without_effect: ClassVar[Sequence[str]] = ("reverse_ratio", "caption_prompt")
 
+    def answer(self, fields: Mapping[str, Any], name: str) -> str:
+        """A text to learn; validation refuses an empty one, of which only a full stop would be learned."""
+        said = self.text(fields, name).strip()
+        if self.validate and not said:
+            raise BadRecord("empty text", f"{name}: is empty.")
+        return said
+
     def exact_pictures(self, pictures: Sequence[Any], wanted: int, what: str) -> None:
         """Refuse another number of pictures than the texts tell of."""
         if len(pictures) < wanted or (self.validate and len(pictures) != wanted):
@@ -61,7 +68,7 @@ class QuestionAnswer(_Tuned):
         """See `Decoder`."""
         ask = self.given["reverse_ratio"] == 0 or draws.uniform() < self.given["reverse_ratio"]
         answered = fields.get("answer") is not None or fields.get("text") is None
-        said = self.text(fields, "answer" if answered else "text").strip()
+        said = self.answer(fields, "answer" if answered else "text")
         if ask:
             question = self.text(fields, "question").strip()
             picture = self.picture(fields, draws, read=True)
@@ -170,7 +177,8 @@ class Difference(_Tuned):
         """See `Decoder`."""
         if self.given["reverse_ratio"] != 0 and not draws.uniform() < self.given["reverse_ratio"]:
             raise ConfigError(f"decoder {self.name}: reverse_ratio must be 0; two pictures are not drawn from a text.")
-        question, answer = (self._named(self.text(fields, name).strip()) for name in ("question", "answer"))
+        question = self._named(self.text(fields, "question").strip())
+        answer = self._named(self.answer(fields, "answer"))
         after = draws.uniform() < 0.5
         pictures = self.pictures(fields, draws, read=True)
         self.exact_pictures(pictures, 2, "question and answer")
@@ -258,8 +266,10 @@ class Video(_Tuned):
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
         frames = self.pictures(fields, draws, read=True)
+        if self.validate and not frames:
+            raise BadRecord("number of frames", "image_ids: holds no frame.")
         question = self.text(fields, "question").strip()
-        answer = self.text(fields, "answer").replace(phrases.VIDEO_ARTEFACT, "").strip()
+        answer = self.answer(fields, "answer").replace(phrases.VIDEO_ARTEFACT, "").strip()
         return Draft([user(*frames, question, first=True), Span([with_full_stop(answer)])])
 
 

@@ -29,7 +29,8 @@ class Loaded:
     """One micro-batch as it comes out of a worker: int32 [B, L] arrays and what the main process is to note down.
 
     Attributes:
-        lengths: tokens of each row, int64 [B]. used: (source, tokens) of each sequence.
+        lengths: tokens of each row, int64 [B]. used: of each sequence its source, its tokens, and whether it is a
+            record's first piece (all are, but for those of split documents).
         states: lane -> its state after these rows. dropped: what was passed over on the way.
     """
 
@@ -37,14 +38,14 @@ class Loaded:
     labels: np.ndarray
     position_ids: np.ndarray | None
     lengths: np.ndarray
-    used: list[tuple[int, int]]
+    used: list[tuple[int, int, bool]]
     images: int
     dropped: list[Dropped] = field(default_factory=list)
     states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
-class _Waiting:
+class Waiting:
     """A sequence in the look-ahead, and the draw it came from."""
 
     source: int
@@ -65,7 +66,7 @@ class Lane:
         self.rows, self.draws, self.counts = int(state["rows"]), int(state["draws"]), list(state["counts"])
         self.patience = Patience(settings.max_bad_in_a_row, int(state["broken"]))
         self.alive = [self._has(source) for source in range(len(mixture.names))]
-        self.waiting: list[_Waiting] = []
+        self.waiting: list[Waiting] = []
         self.dropped: list[Dropped] = []
         known: dict[tuple[int, int], list[Arrays]] = {}
         for source, count, piece in state["waiting"]:
@@ -75,7 +76,7 @@ class Lane:
             if piece >= len(pieces):
                 raise ConfigError(f"Source {mixture.names[source]!r} has changed since the state was saved: its draw "
                                   f"{count} of lane {number} no longer gives a sequence.")
-            self.waiting.append(_Waiting(source, count, piece, pieces[piece]))
+            self.waiting.append(Waiting(source, count, piece, pieces[piece]))
         self.dropped.clear()  # those were told before
         self.patience = Patience(settings.max_bad_in_a_row, int(state["broken"]))
 
@@ -84,8 +85,8 @@ class Lane:
         return {"rows": self.rows, "draws": self.draws, "counts": list(self.counts), "broken": self.patience.broken,
                 "waiting": [[one.source, one.count, one.piece] for one in self.waiting]}
 
-    def next_row(self) -> list[tuple[int, Arrays]]:
-        """The (source, sequence) pairs of the next row, the oldest first; none when the lane's data is used up.
+    def next_row(self) -> list[Waiting]:
+        """The sequences of the next row, the oldest first; none when the lane's data is used up.
 
         Raises:
             DataError: too many unusable records one after another.
@@ -102,7 +103,7 @@ class Lane:
         if not self.waiting:
             return []
         chosen = best_fit([len(one.arrays[0]) for one in self.waiting], self.length)
-        row = [(self.waiting[index].source, self.waiting[index].arrays) for index in chosen]
+        row = [self.waiting[index] for index in chosen]
         taken = set(chosen)
         self.waiting = [one for index, one in enumerate(self.waiting) if index not in taken]
         return row
@@ -111,7 +112,7 @@ class Lane:
         limit = self.mixture.limits[source]
         return limit is None or self.counts[source] * self.lanes + self.number < limit
 
-    def _draw(self) -> list[_Waiting] | None:
+    def _draw(self) -> list[Waiting] | None:
         """The next draw's sequences (none when it is passed over), or None when everything is used up."""
         source = self.choice(self.counts, self.alive, self.number, self.draws)
         if source is None:
@@ -120,7 +121,7 @@ class Lane:
         self.draws += 1
         self.counts[source] += 1
         self.alive[source] = self._has(source)
-        return [_Waiting(source, count, piece, arrays) for piece, arrays in enumerate(self._pieces(source, count))]
+        return [Waiting(source, count, piece, arrays) for piece, arrays in enumerate(self._pieces(source, count))]
 
     def _pieces(self, source: int, count: int) -> list[Arrays]:
         position = count * self.lanes + self.number

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.llm.lanes import Arrays, Lane, Loaded
+from seed_multimodal.data.llm.lanes import Lane, Loaded, Waiting
 from seed_multimodal.data.llm.mixture import Mixture
 from seed_multimodal.data.llm.packing import make_row
 from seed_multimodal.errors import ConfigError
@@ -37,24 +37,22 @@ class PackedFetch:
         self._lanes: dict[int, Lane] = {}
 
     def __call__(self, first: int) -> Loaded:
-        """Rows `first` .. `first + rows`. Raises EndOfData when all of them would be empty."""
+        """Rows `first` .. `first + rows`; those of lanes that have ended are padding."""
         parts = [self._row(row) for row in range(first, first + self.rows)]
-        if not any(parts):
-            raise self.mixture.end_of_data()
         length = self.mixture.settings.length
-        rows = [make_row([arrays for _, arrays in part], length, self.pad_id) for part in parts]
-        used = [(source, len(ids)) for part in parts for source, (ids, _) in part]
+        rows = [make_row([one.arrays for one in part], length, self.pad_id) for part in parts]
+        used = [(one.source, len(one.arrays[0]), one.piece == 0) for part in parts for one in part]
         touched = {row % self.lanes: self._lanes[row % self.lanes] for row in range(first, first + self.rows)}
         dropped = [one for lane in touched.values() for one in lane.dropped]
         for lane in touched.values():
             lane.dropped = []
         input_ids = np.stack([row.input_ids for row in rows])
         return Loaded(input_ids, np.stack([row.labels for row in rows]), np.stack([row.position_ids for row in rows]),
-                      np.array([sum(len(ids) for _, (ids, _) in part) for part in parts]), used,
+                      np.array([sum(len(one.arrays[0]) for one in part) for part in parts]), used,
                       int((input_ids == self.boi_id).sum()), dropped,
                       {number: lane.state() for number, lane in touched.items()})
 
-    def _row(self, row: int) -> list[tuple[int, Arrays]]:
+    def _row(self, row: int) -> list[Waiting]:
         number, before = row % self.lanes, row // self.lanes
         lane = self._lanes.get(number)
         seen = self.states.get(number)
@@ -113,12 +111,31 @@ class PackedPlan:
         """A micro-batch was handed out."""
         self.fetch.states.update(loaded.states)
 
+    def used_up(self, loaded: Loaded) -> bool:
+        """Whether nothing is left for this rank after a micro-batch: each of its lanes has ended."""
+        limits, lanes = self.fetch.mixture.limits, self.fetch.lanes
+        if None in limits:
+            return False
+        states = {**self.fetch.states, **loaded.states}
+        return not any(self._left(states.get(number), number, limits, lanes) for number in self._own())
+
+    @staticmethod
+    def _left(state: Mapping[str, Any] | None, number: int, limits: Sequence[int | None], lanes: int) -> bool:
+        """Whether a lane in this state (None: not begun) has draws or waiting sequences."""
+        counts = state["counts"] if state is not None else [0] * len(limits)
+        return bool(state and state["waiting"]) or any(
+            limit is None or count * lanes + number < limit for count, limit in zip(counts, limits, strict=True))
+
+    def _own(self) -> set[int]:
+        """The lanes this rank takes rows of."""
+        firsts = itertools.islice(self.jobs(self._first_step), self.period)
+        return {row % self.fetch.lanes for first in firsts for row in range(first, first + self.rows)}
+
     def state(self, next_step: int) -> dict[str, Any]:
         """The position before `next_step`."""
-        firsts = itertools.islice(self.jobs(self._first_step), self.period)
-        own = {row % self.fetch.lanes for first in firsts for row in range(first, first + self.rows)}
+        own = self._own() & set(self.fetch.states)
         return {"position": self._first_row + (next_step - self._first_step) * self.stride, "lanes": self.fetch.lanes,
-                "states": {str(number): self.fetch.states[number] for number in sorted(own & set(self.fetch.states))}}
+                "states": {str(number): self.fetch.states[number] for number in sorted(own)}}
 
     def restore(self, states: list[Mapping[str, Any]], next_step: int) -> None:
         """Continue from what all ranks saved; `next_step` is what the next step will be called."""

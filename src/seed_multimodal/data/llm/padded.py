@@ -76,7 +76,7 @@ class PaddedFetch:
         for row, (sequence, used) in enumerate(zip(sequences, lengths, strict=True)):
             input_ids[row, :used] = sequence.ids[:used]
             labels[row, :used] = sequence.labels[:used]
-        used = [(source, int(count)) for count in lengths]
+        used = [(source, int(count), True) for count in lengths]
         return Loaded(input_ids, labels, None, lengths, used, int((input_ids == self.boi_id).sum()), dropped)
 
 
@@ -129,6 +129,10 @@ class PaddedPlan:
                 counts[source] += 1
 
     worker_of = None  # any worker can make any of them
+
+    def used_up(self, loaded: Loaded) -> bool:
+        """Never after a micro-batch: `fetch` refuses those past the end."""
+        return False
 
     def note(self, loaded: Loaded) -> None:
         """A micro-batch was handed out."""

@@ -136,8 +136,7 @@ def convert_shard(path: Path, target: Path, name: str, skip_bad: bool = False) -
         target.unlink()
         raise DataError(f"{path}: holds no sample that can be converted.")
     report.bytes = target.stat().st_size
-    with open(target, "rb") as file:
-        report.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    report.sha256 = _sha256(target)
     return report
 
 
@@ -222,7 +221,12 @@ def _run(
 
 def _is_done(entry: dict[str, Any], source: Path, target: Path) -> bool:
     return bool(entry["source_bytes"] == source.stat().st_size and target.is_file()
-                and entry["bytes"] == target.stat().st_size)
+                and entry["bytes"] == target.stat().st_size and entry["sha256"] == _sha256(target))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(out: Path) -> dict[str, dict[str, Any]]:

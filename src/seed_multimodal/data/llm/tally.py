@@ -19,8 +19,8 @@ class Tally:
     def __init__(self, names: Sequence[str], log: Callable[[str], None] | None = None) -> None:
         self.log = log
         self.positions = self.tokens = 0
-        self.sources: dict[str, dict[str, Any]] = {name: {"sequences": 0, "tokens": 0, "skipped": {}, "too_long": {}}
-                                                   for name in names}
+        self.sources: dict[str, dict[str, Any]] = {
+            name: {"sequences": 0, "tokens": 0, "further_pieces": 0, "skipped": {}, "too_long": {}} for name in names}
         self._names = list(names)
 
     @property
@@ -32,12 +32,17 @@ class Tally:
         """Count a micro-batch."""
         self.positions += loaded.input_ids.size
         self.tokens += int(loaded.lengths.sum())
-        for source, tokens in loaded.used:
+        for source, tokens, first in loaded.used:
             counts = self.sources[self._names[source]]
             counts["sequences"] += 1
             counts["tokens"] += tokens
-        for dropped in loaded.dropped:
-            self._pass_over(dropped)
+            counts["further_pieces"] += not first
+        self.pass_over(loaded.dropped)
+
+    def pass_over(self, dropped: Sequence[Dropped]) -> None:
+        """Count and name what was left out."""
+        for one in dropped:
+            self._pass_over(one)
 
     def _pass_over(self, dropped: Dropped) -> None:
         name = self._names[dropped.source]
@@ -53,7 +58,8 @@ class Tally:
     def report(self, sizes: Sequence[int], settings: Sequence[SourceSettings]) -> dict[str, Any]:
         """`{"fill", "positions", "tokens", "sources": {name: {...}}}` of this rank.
 
-        Of each source: `sequences` and `tokens` in batches, `draws` (skipped ones included), `share` of the tokens,
+        Of each source: `sequences` and `tokens` in batches, `further_pieces` of split documents among the sequences,
+        `draws` (skipped ones included), `share` of the tokens,
         `epochs` (this rank's draws over the source's records: add up the ranks), `records`, `cycles`, and
         `skipped` and `too_long`: reason -> {"count", "first"}, the first few named by file and line or sample.
         """
@@ -62,7 +68,7 @@ class Tally:
         for (name, counts), size, one in zip(self.sources.items(), sizes, settings, strict=True):
             lost = sum(entry["count"] for entry in counts["skipped"].values())
             lost += sum(entry["count"] for reason, entry in counts["too_long"].items() if reason == "skipped")
-            draws = counts["sequences"] + lost
+            draws = counts["sequences"] - counts["further_pieces"] + lost
             sources[name] = {**counts, "draws": draws, "share": counts["tokens"] / total, "epochs": draws / size,
                              "records": size, "cycles": one.cycles}
         return {"fill": self.fill, "positions": self.positions, "tokens": self.tokens, "sources": sources}
@@ -81,6 +87,7 @@ class Tally:
                 own = fresh.sources[name]
                 own["sequences"] += counts["sequences"]
                 own["tokens"] += counts["tokens"]
+                own["further_pieces"] += counts.get("further_pieces", 0)  # not in older states
                 for group in ("skipped", "too_long"):
                     for reason, entry in counts[group].items():
                         sum_ = own[group].setdefault(reason, {"count": 0, "first": []})

@@ -50,6 +50,7 @@ class Entry:
     number: int
     parsed: dict[str, Any] = field(default_factory=dict)
     rows: list[list[int] | None] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # optional pictures that cannot be read, and why
     bad: str = ""
     dropped: str = ""
 
@@ -97,8 +98,12 @@ class Decode:
             sample = Sample(raw, self._files, self.settings.image_root)
             parsed, pictures = self.kind.parse(sample, self.settings, self.keys)
             metadata = parsed.get("metadata", sample.fields)
-            return Entry(number, parsed, [self._add(picture, metadata, rows, f"{raw.where} {place}")
-                                          for place, picture in enumerate(pictures)])
+            lost: list[str] = []
+            found = [self._add(picture, metadata, rows, f"{raw.where} {place}", lost)
+                     for place, picture in enumerate(pictures)]
+            if lost and not any(found):
+                raise ImageError(f"{lost[0].removesuffix('.')}; none of its pictures can be read.")
+            return Entry(number, parsed, found, lost)
         except Dropped as reason:
             entry = Entry(number, dropped=str(reason))
         except (ImageError, DataError) as error:
@@ -106,16 +111,17 @@ class Decode:
         rows.cut(known)
         return entry
 
-    def _add(self, picture: Picture, metadata: Any, rows: _Rows, name: str) -> list[int] | None:
-        """The rows of a picture's views; None for an optional picture that cannot be read."""
+    def _add(self, picture: Picture, metadata: Any, rows: _Rows, name: str, lost: list[str]) -> list[int] | None:
+        """The rows of a picture's views; None for an optional picture that cannot be read, which goes to `lost`."""
         count = self.views if picture.read else 1
         names = [f"{picture.key}#{number}" if picture.key else "" for number in range(count)]
         if picture.key and not self._filters and all(one in rows.places for one in names):
             return [rows.places[one] for one in names]
         try:
             image = picture.load()
-        except ImageError:
+        except ImageError as error:
             if picture.optional:
+                lost.append(str(error))
                 return None
             raise
         self._filter(image, metadata, picture.name)

@@ -49,12 +49,10 @@ def parse(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> t
 
 
 def record(parsed: dict[str, Any], codes: list[list[list[int]] | None], vocabulary: ImageVocabulary) -> dict[str, Any]:
-    """The record of what `parse` gave; raises Dropped when no picture of a document could be read."""
+    """The record of what `parse` gave."""
     left = iter(codes)
     if "instruction" in parsed:
         return {name: _filled(parsed[name], left, vocabulary) for name in ("instruction", "response")}
-    if not any(codes):
-        raise Dropped("no readable picture")
     places = [(None, text) if text is not None else (next(left), None) for text in parsed["texts"]]
     kept = [(None if views is None else views[0], text) for views, text in places
             if views is not None or text is not None]

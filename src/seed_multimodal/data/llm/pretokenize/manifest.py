@@ -16,21 +16,24 @@ from typing import Any
 
 from seed_multimodal.data.llm.pretokenize.progress import counted
 from seed_multimodal.data.llm.pretokenize.raw import Unit
-from seed_multimodal.data.llm.pretokenize.shards import MANIFEST, part_folder, read_json, write_json
+from seed_multimodal.data.llm.pretokenize.shards import MANIFEST, is_of, part_folder, read_json, write_json
 from seed_multimodal.errors import DataError
 
 SETTINGS = "settings.json"
-SUMS = ("read", "samples", "pictures", "bad")
+SUMS = ("read", "samples", "pictures", "bad", "lost_pictures")
 
 
 def agree_on_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
     """Note what the folder is made with, or check that it is the same.
 
     Raises:
-        DataError: another setting, named, with both values.
+        DataError: another setting, named, with both values; or parts without (readable) settings.
     """
     with locked(save_dir):
         known = read_json(save_dir / SETTINGS)
+        if known is None and ((save_dir / SETTINGS).exists() or any(save_dir.glob(f"part-*/{MANIFEST}"))):
+            raise DataError(f"{save_dir / SETTINGS}: is missing or damaged, so that nobody knows what the parts beside "
+                            "it were made with; choose another --save_dir.")
         if known is None:
             write_json(save_dir / SETTINGS, settings)
             return
@@ -80,10 +83,10 @@ def merge(save_dir: Path, units: Sequence[Unit]) -> dict[str, Any] | None:
     with locked(save_dir):
         parts = [read_json(part_folder(save_dir, unit) / MANIFEST) for unit in units]
         finished = [part for unit, part in zip(units, parts, strict=True)
-                    if part is not None and part.get("source") == unit.identity()]
+                    if part is not None and is_of(part, unit)]
         if len(finished) < len(units):
             return None
-        total: dict[str, Any] = {key: sum(part[key] for part in finished) for key in SUMS}
+        total: dict[str, Any] = {key: sum(part.get(key, 0) for part in finished) for key in SUMS}
         dropped = Counter[str]()
         for part in finished:
             dropped.update(part["dropped"])
@@ -103,6 +106,8 @@ def summary(manifest: Mapping[str, Any], save_dir: Path) -> str:
     left_out = [f"{count:,} {reason}" for reason, count in manifest["dropped"].items()]
     if left_out:
         text += f"; filtered: {', '.join(left_out)}"
+    if manifest["lost_pictures"]:
+        text += f"; left out of documents: {counted(manifest['lost_pictures'], 'picture')} that cannot be read"
     if manifest["bad"]:
         text += f"; broken: {manifest['bad']:,} (named in the parts' {MANIFEST})"
     return text + "."

@@ -180,7 +180,9 @@ def _in_tar(path: Path) -> Located:
             if current is None or current.where != where:
                 current = Raw(where, str(path))
                 raws.append(current)
-            current.spans.setdefault(extension, (str(path), offset, size))
+            if extension in current.spans:  # two samples of one name, which of their members belong together?
+                current.broken = f"{where}: has two .{extension} members."
+            current.spans[extension] = (str(path), offset, size)
     except Damaged as error:  # the sample being read where the tar tears is not whole
         kept = raws[:-1]
         return Located(kept, f"{path}: torn or damaged after {len(kept)} whole samples ({error}); they are used.")

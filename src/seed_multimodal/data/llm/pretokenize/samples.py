@@ -36,6 +36,7 @@ class Raw:
         file: the file its pictures' paths may be relative to.
         spans: member by extension: (file, byte offset, size).
         fields: what needs no reading; `pictures`: bytes of pictures that `fields` name.
+        broken: why it cannot be used, where that is known before it is read.
     """
 
     where: str
@@ -43,6 +44,7 @@ class Raw:
     spans: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     pictures: Mapping[str, bytes] = field(default_factory=dict)
+    broken: str = ""
 
 
 @dataclass
@@ -65,9 +67,15 @@ class Picture:
 
 
 class Sample:
-    """A sample as read: `fields` (of its json), other members by extension, pictures by what names them."""
+    """A sample as read: `fields` (of its json), other members by extension, pictures by what names them.
+
+    Raises:
+        BadRecord: its json is none, or the raw sample is known to be broken.
+    """
 
     def __init__(self, raw: Raw, files: ShardFiles, image_root: str | None = None) -> None:
+        if raw.broken:
+            raise BadRecord("duplicate id", raw.broken)
         self.where, self._raw, self._files, self._root = raw.where, raw, files, image_root
         self.fields: dict[str, Any] = dict(raw.fields)
         data = self.member("json")
@@ -87,7 +95,7 @@ class Sample:
         """
         data = self.member("txt")
         try:
-            return None if data is None else data.decode("utf-8").strip()
+            return None if data is None else data.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise BadRecord("malformed text", f"{self.where}: its .txt is not UTF-8 ({error.reason}).") from None
 

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import tarfile
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from seed_multimodal.disk import flush_folder, replace_text
 from seed_multimodal.errors import DataError
 
 MANIFEST = "manifest.json"
+PROBES, PROBE = 32, 4096  # places of an input that are hashed, bytes at each
 CHANGED = "the inputs have changed (new ones belong at the end of the list): choose another --save_dir."
 
 
@@ -67,6 +69,7 @@ class PartWriter:
         self.folder, self.unit, self.limit = part_folder(save_dir, unit), unit, limit
         self.tars: list[dict[str, Any]] = []
         self._scratch: list[Path] = []
+        self._mark = content_mark(unit)
         self._archive: tarfile.TarFile | None = None
         self._file: BinaryIO | None = None
 
@@ -103,7 +106,7 @@ class PartWriter:
         if not self.tars or self.tars[-1]["samples"] >= self.limit:
             self._next_tar()
         assert self._archive is not None
-        data = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        data = _encoded(record)
         key = f"{self.unit.number:05d}-{self.unit.stem}-{self.unit.start + number:07d}"
         info = tarfile.TarInfo(f"{key}.json")
         info.size, info.mode = len(data), 0o644
@@ -123,7 +126,8 @@ class PartWriter:
             flush_folder(self.folder)
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written ({error.strerror}).") from None
-        manifest = {"unit": self.unit.number, "source": self.unit.identity(), **counts, "tars": self.tars}
+        source = {**self.unit.identity(), "mark": self._mark}
+        manifest = {"unit": self.unit.number, "source": source, **counts, "tars": self.tars}
         write_json(self.folder / MANIFEST, manifest)
         return manifest
 
@@ -152,6 +156,47 @@ class PartWriter:
         self._archive = self._file = None
 
 
+def is_of(manifest: Mapping[str, Any], unit: Unit) -> bool:
+    """Whether a part's manifest says that it was made of this unit, as far as names and sizes tell."""
+    source = manifest.get("source")
+    return isinstance(source, Mapping) and {key: source.get(key) for key in unit.identity()} == unit.identity()
+
+
+def content_mark(unit: Unit) -> str:
+    """A hash of the unit's file at `PROBES` places over its length ("" of a folder), which tells another file of equal
+    size (tars come in steps of 10 KiB) without reading all of it."""
+    path = Path(unit.path)
+    if not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            last = max(0, path.stat().st_size - PROBE)
+            for place in sorted({last * number // (PROBES - 1) for number in range(PROBES)}):
+                file.seek(place)
+                digest.update(file.read(PROBE))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    return digest.hexdigest()[:16]
+
+
+def _encoded(record: Mapping[str, Any]) -> bytes:
+    """A record as json; what json has no word for (NaN, as in LAION's metadata) becomes null."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def check_part(save_dir: Path, unit: Unit) -> tuple[dict[str, Any] | None, str]:
     """A finished part's manifest, or None and why the part must be made (again); "" when there is none at all.
 
@@ -166,7 +211,7 @@ def check_part(save_dir: Path, unit: Unit) -> tuple[dict[str, Any] | None, str]:
     if (source.get("file"), source.get("start")) != (wanted["file"], wanted["start"]):
         raise DataError(f"{folder}: holds {source.get('file')} from record {source.get('start')} on, but now the unit "
                         f"of this number is {wanted['file']} from {wanted['start']} on; {CHANGED}")
-    if source != wanted:
+    if not is_of(manifest, unit) or source.get("mark", "") not in ("", content_mark(unit)):
         return None, f"{unit.path} has changed since {folder} was made"
     for tar in manifest.get("tars", []):
         path = folder / str(tar.get("file"))

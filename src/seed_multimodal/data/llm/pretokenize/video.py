@@ -56,7 +56,10 @@ class _Frames:
             total = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 0
             if total < 1:
                 raise ImageError(f"{self.name}: not a video in a known format, or without frames.")
-            return [self._frame(video, cv2, place) for place in middles(total, self.count)]
+            places = middles(total, self.count)
+            # Each once: after the only frame of a video, going back to it gives nothing.
+            read = {place: self._frame(video, cv2, place) for place in dict.fromkeys(places)}
+            return [read[place] for place in places]
         finally:
             video.release()
 

@@ -20,12 +20,11 @@ from seed_multimodal.data.llm.pretokenize.decode import Decode, Decoded, Entry, 
 from seed_multimodal.data.llm.pretokenize.encode import Codes, Encoder
 from seed_multimodal.data.llm.pretokenize.progress import Progress
 from seed_multimodal.data.llm.pretokenize.raw import Unit, locate
-from seed_multimodal.data.llm.pretokenize.samples import Dropped
 from seed_multimodal.data.llm.pretokenize.shards import PartWriter
 from seed_multimodal.errors import DataError, first_line
 
 TASK = 32  # samples a worker decodes at a time
-NAMED = 100  # broken samples that a part's manifest names
+NAMED = 100  # broken samples and pictures that a part's manifest names
 
 
 @dataclass
@@ -60,6 +59,7 @@ class _Unit:
     samples: int = 0
     bad: list[str] = field(default_factory=list)
     bad_count: int = 0
+    lost: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
 
@@ -124,7 +124,7 @@ class Worker:
             self._bad(state, part.task.damage)
         state.writer.finish({
             "read": state.read, "samples": state.samples, "pictures": pictures, "bad": state.bad_count,
-            "bad_named": state.bad, "dropped": dict(sorted(state.dropped.items())), "made": self.made})
+            "lost_pictures": state.lost, "bad_named": state.bad, "dropped": dict(sorted(state.dropped.items())), "made": self.made})
 
     def _take(self, state: _Unit, part: Decoded) -> None:
         """Add a task's rows that are new, and its entries."""
@@ -144,6 +144,9 @@ class Worker:
                 self._bad(state, entry.bad)
                 continue
             self._in_a_row.good()
+            for sentence in entry.lost:
+                state.lost += 1
+                self._name(state, sentence, "left out of its document")
             if entry.dropped:
                 state.dropped[entry.dropped] += 1
                 continue
@@ -157,10 +160,13 @@ class Worker:
 
     def _bad(self, state: _Unit, sentence: str) -> None:
         state.bad_count += 1
+        self._name(state, sentence, "skipped")
+        self._in_a_row.bad(sentence)
+
+    def _name(self, state: _Unit, sentence: str, what: str) -> None:
         if len(state.bad) < NAMED:
             state.bad.append(sentence)
-        self.log(f"skipped: {sentence}")
-        self._in_a_row.bad(sentence)
+        self.log(f"{what}: {sentence}")
 
     def _encode(self, state: _Unit, flush: bool = False) -> None:
         """Start whole batches (with `flush` the rest too); keep one on its way, fetch the codes of those before."""
@@ -186,11 +192,7 @@ class Worker:
             if any(row is None for views in codes for row in views or ()):
                 return
             state.waiting.popleft()
-            try:
-                record = self.decode.kind.record(entry.parsed, codes, self.encoder.vocabulary)  # type: ignore[arg-type]
-            except Dropped as reason:
-                state.dropped[str(reason)] += 1
-                continue
+            record = self.decode.kind.record(entry.parsed, codes, self.encoder.vocabulary)  # type: ignore[arg-type]
             state.writer.add(entry.number, record)
             state.samples += 1
 

@@ -1,0 +1,21 @@
+"""Files that last: the SHA-256 of one."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from seed_multimodal.disk import sha256_of
+
+
+def test_sha256_of_files_of_any_size(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for content in (b"", b"abc", bytes(range(256)) * 5000):
+        file.write_bytes(content)
+        assert sha256_of(file) == sha256_of(str(file)) == hashlib.sha256(content).hexdigest()
+    file.write_bytes(b"abc")  # the standard's own example
+    assert sha256_of(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(FileNotFoundError):
+        sha256_of(tmp_path / "absent")
