@@ -6,12 +6,35 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
+from seed_lavis.start import say
+from seed_multimodal.config import read_yaml
+from seed_multimodal.training.changes import settings_remark
 from seed_multimodal.training.progress import duration, said_of, utilisation
 
 if TYPE_CHECKING:
     from seed_lavis.runner import RunnerSeed
 
 NAMES = {"stage1": "Stage 1 (causal Q-Former)", "stage2": "Stage 2 (codebook)", "seed1-stage2": "SEED-1's stage 2"}
+
+# What changes no number of the training.
+SILENT = tuple(f"run.{key}" for key in (
+    "output_dir", "resume", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps", "keep_checkpoints",
+    "num_workers", "tensorboard", "valid_splits", "valid_every_epochs", "valid_batches", "test_splits", "evaluate",
+    "batch_size_eval", "peak_tflops", "device", "gpu", "rank", "world_size", "distributed", "dist_url"))
+
+
+def say_changes(runner: RunnerSeed) -> None:
+    """Name the settings in which a run that goes on differs from the one before in its folder."""
+    folder, state = Path(runner.output_dir), f"{runner.stage}.state.pt"
+    before, done = folder / "config.yaml", folder / f"{runner.stage}.done.json"
+    if runner.options.resume_ckpt_path or not before.is_file() or not (folder / state).is_file() or done.is_file():
+        return
+    plain = [OmegaConf.to_container(one) for one in (read_yaml(before), runner.config.config)]
+    remark = settings_remark(plain[0], plain[1], SILENT)
+    if remark:
+        say(f"[{state}] {remark}.")
 
 
 def shown(path: str | Path) -> str:

@@ -25,7 +25,7 @@ from seed_lavis.codebook import CodebookCare, CodebookMixin
 from seed_lavis.compat import RunnerBase, registry
 from seed_lavis.datasets import count_bad, dataset_ratios, mixed_order, split_of, to_device
 from seed_lavis.options import RunOptions, locate, read_options
-from seed_lavis.report import summary
+from seed_lavis.report import say_changes, summary
 from seed_lavis.speed import sample_cost
 from seed_lavis.start import say
 from seed_lavis.validation import mean_losses
@@ -122,6 +122,7 @@ class RunnerSeed(RunnerBase):
             modules = self._modules()
             settings = self._settings()
             self._go_on(modules, settings)
+            say_changes(self)
             record = run_stage(
                 self.stage, modules, self._loss, settings, self.output_dir, self._finish, self._after_step,
                 optimizer=self.optimizer, schedule=self.learning_rate,
@@ -233,9 +234,8 @@ class RunnerSeed(RunnerBase):
     def _status(self) -> dict[str, float]:
         codes = self.care.status() if self.care is not None else {}
         last = {} if self._last_loss is None else {"last_loss": float(self._last_loss)}  # `loss` itself is smoothed
-        bad = len(self.batches.bad_samples())
-        return {"wait_seconds": self.batches.wait_seconds, "aside_seconds": self._aside, "bad_samples": bad, **last,
-                **codes}
+        return {"wait_seconds": self.batches.wait_seconds, "aside_seconds": self._aside,
+                "bad_samples": len(self.batches.bad_samples()), **last, **codes}
 
     # ---- going on
 

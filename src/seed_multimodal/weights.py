@@ -52,7 +52,7 @@ def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tens
         raise CheckpointError(f"{file}: there is no such weights file.")
     if file.stat().st_size == 0:
         raise CheckpointError(f"{file}: the weights file is empty.")
-    loaded = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file, mapped)
+    loaded = _read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file, mapped)
     return _unwrap(loaded, file)
 
 
@@ -66,7 +66,12 @@ def _read_safetensors(file: Path) -> Mapping[str, object]:
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
 
 
-def _read_torch(file: Path, mapped: bool) -> Mapping[str, object]:
+def read_torch(file: Path, mapped: bool = False) -> Mapping[str, object]:
+    """The mapping in a torch file, tensors on the CPU; `mapped` as of `load_state_dict`.
+
+    Raises:
+        CheckpointError: a truncated or unsafe file, or no mapping in it.
+    """
     try:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)

@@ -103,7 +103,9 @@ def test_again_longer_never_and_from_a_checkpoint(yaml, run, losses, tmp_path, c
     before = (tmp_path / "stage1" / "checkpoint_0.pth").stat().st_mtime_ns
     run(yaml("stage1", "run.max_epoch=1"))
     assert "already done" in capsys.readouterr().out
-    run(yaml("stage1", "run.max_epoch=2"))
+    run(yaml("stage1", "run.max_epoch=2", "run.log_freq=1", "run.num_workers=0"))
+    said = capsys.readouterr().out
+    assert "[stage1.state.pt] other settings than in the run that saved its state: run.max_epoch: 1 -> 2.\n" in said
     assert list(losses(tmp_path / "stage1", "stage1")) == list(range(1, 9))
     assert (tmp_path / "stage1" / "checkpoint_0.pth").stat().st_mtime_ns == before
     assert train.main(yaml("stage1", "run.resume=never")) == 2

@@ -23,7 +23,7 @@ from seed_multimodal.disk import flush_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.distributed import Peers
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.weights import _read_torch, assign_strictly
+from seed_multimodal.weights import assign_strictly, read_torch
 
 
 @dataclass
@@ -188,7 +188,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    state = dict(_read_torch(file, mapped=False))
+    state = dict(read_torch(file))
     missing = [key for key in ("model", "optimizer", "step", "spent", "ema") if key not in state]
     if missing:
         raise CheckpointError(f"{file}: is no state of a training run (it has no {missing[0]!r}).")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.changes import settings_remark
 
 # What changes no number of the training, or is said elsewhere (`checkpoint.check_same_run`).
 _SILENT = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max_steps", "trainer.logging_steps",
@@ -15,7 +16,6 @@ _SILENT = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.ma
            "trainer.eval_batches", "trainer.report_to", "trainer.dataloader_num_workers", "trainer.device",
            "trainer.timeout_minutes", "trainer.gradient_accumulation_steps", "trainer.gradient_checkpointing",
            "trainer.compile", "model.compile", "model.gradient_checkpointing")
-_SHOWN = 8
 
 
 def check_same_run(folder: Path, state: Mapping[str, Any], now: Mapping[str, Any], config: Mapping[str, Any]
@@ -44,42 +44,8 @@ def check_same_run(folder: Path, state: Mapping[str, Any], now: Mapping[str, Any
                       ("rows_per_step", "micro-batches a step")):
         if state.get(key) != now[key]:
             remarks.append(f"the checkpoint was saved with {state.get(key)} {what}, this run has {now[key]}")
-    changes = changed_settings(state["config"], config) if "config" in state else []
-    if changes:
-        remarks.append(f"other settings than in the run that saved the checkpoint: {'; '.join(changes)}")
-    return remarks
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Settings of two resolved configurations that differ and change the numbers of a training.
-
-    Returns:
-        `key: before -> now` for each, dotted keys in alphabetical order; at most eight, then how many more.
-    """
-    old, new = dict(_flat(before)), dict(_flat(now))
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _silent(key)]
-    lines = [f"{key}: {_word(old, key)} -> {_word(new, key)}" for key in keys[:_SHOWN]]
-    return lines + ([f"{len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else [])
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with its dotted key; sources go by their names, so that one more does not move the others."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-        for number, inner in enumerate(value):
-            yield from _flat(inner, f"{key}.{inner.get('name', number)}")
-    else:
-        yield key, value
-
-
-def _silent(key: str) -> bool:
-    return any(key == silent or key.startswith(f"{silent}.") for silent in _SILENT)
-
-
-def _word(values: Mapping[str, Any], key: str) -> str:
-    return str(values[key]) if key in values else "not given"
+    remark = settings_remark(state["config"], config, _SILENT) if "config" in state else ""
+    return [*remarks, remark] if remark else remarks
 
 
 def _brief(value: Any) -> str:

@@ -1,0 +1,24 @@
+"""What a resumed run says of settings that are not those of the run before."""
+
+from __future__ import annotations
+
+from seed_multimodal.training.changes import changed_settings, settings_remark
+
+BEFORE = {"data": {"sources": [{"name": "a", "weight": 1}, {"name": "b", "weight": 2}]}, "optim": {"rate": 1},
+          "trainer": {"resume": "auto", "resumed": 0}, **{f"k{number}": 0 for number in range(9)}}
+
+
+def test_every_difference_by_its_key() -> None:
+    now = {**BEFORE, "data": {"sources": [{"name": "b", "weight": 3}]}, "optim": {},
+           "trainer": {"resume": "never", "resumed": 1}}
+    assert changed_settings(BEFORE, BEFORE) == []
+    assert changed_settings(BEFORE, now, ["trainer.resume", "optim"]) == [
+        "data.sources.a.name: a -> not given", "data.sources.a.weight: 1 -> not given",
+        "data.sources.b.weight: 2 -> 3", "trainer.resumed: 0 -> 1"]
+
+
+def test_many_are_counted() -> None:
+    assert settings_remark(BEFORE, BEFORE, ()) == ""
+    said = settings_remark(BEFORE, {**BEFORE, **{f"k{number}": 1 for number in range(9)}}, ())
+    assert said.startswith("other settings than in the run that saved its state: k0: 0 -> 1; k1: 0 -> 1; ")
+    assert said.endswith("; k7: 0 -> 1; 1 more")
