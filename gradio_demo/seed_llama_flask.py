@@ -46,10 +46,13 @@ def arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Load the system and serve it."""
+    from seed_multimodal.commands.common import quiet_libraries
     from seed_multimodal.serving.configured import system_from_configs
-    from seed_multimodal.serving.flask_app import create_app, serve
+    from seed_multimodal.serving.flask_app import check_address, create_app, serve
     from seed_multimodal.systems.seed_llama import SeedLlama
 
+    check_address(args.host, args.port)
+    quiet_libraries(args.debug)
     files = {"model": args.model, "tokenizer": args.tokenizer, "image_transform": args.image_transform}
     placement = {"offload_encoder": args.offload_encoder, "offload_decoder": args.offload_decoder}
     if args.system:

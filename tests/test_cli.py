@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from seed_multimodal import quickstart
-from seed_multimodal.cli import main
+from seed_multimodal.cli import build_parser, main
+from seed_multimodal.commands.chat import Talk
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights import load_state_dict
 
@@ -114,6 +115,17 @@ def test_results_never_share_a_name(capsys, tiny, tmp_path):
     assert code == 2 and "one file for 2 pictures" in errors
 
 
+@pytest.mark.parametrize("name", ["apple.gif", "apple.pgn"])
+def test_a_file_of_no_picture_format_is_refused_before_drawing(capsys, tiny, tmp_path, name):
+    out = tmp_path / name
+    code, lines, errors = run(capsys, "draw", "a cat", "--model", tiny, "--out", str(out))
+    assert code == 2 and not lines and not out.exists()
+    assert f"{out.suffix} is no picture format" in errors and f"{out}/ for a folder" in errors
+    for folder in (f"{out}/", str(out), str(tmp_path / "drawn.v2")):  # said to be one; is one by now; not like a file
+        code, lines, _ = run(capsys, "draw", "a cat", "--model", tiny, "--out", folder)
+        assert code == 0 and (Path(folder) / "a_cat.png").is_file()
+
+
 # ---- words and pictures
 
 
@@ -172,6 +184,24 @@ def test_chat_saves_the_pictures_of_its_answers(capsys, tiny, tmp_path):
     assert code == 0 and "[picture: " in "\n".join(lines)
 
 
+def test_chat_puts_one_blank_between_words_and_pictures(capsys, tiny, tmp_path):
+    events = [{"type": "image", "codes": [1], "image": None}, {"type": "text", "text": "Here"},
+              {"type": "text", "text": " it is."}, {"type": "image", "codes": [1], "image": None},
+              {"type": "image_broken", "reason": "31 codes"}, {"type": "done", "answer": None}]
+    talk = Talk(None, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
+    for _ in range(2):
+        talk._follow(iter(events))
+    assert capsys.readouterr().out == 2 * "[picture: not drawn] Here it is. [picture: not drawn] [31 codes]\n"
+
+
+def test_chat_says_what_it_does_not_know(capsys, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/imgae a.png\n/image\n/images\n/usr/bin is a folder.\n"))
+    code, lines, errors = run(capsys, "chat", "--model", tiny, "--out", str(tmp_path), "--json")
+    assert code == 0 and [json.loads(line)["message"] for line in lines] == ["/usr/bin is a folder."]
+    assert "There is no command /imgae. Type a message;" in errors and "no command /images." in errors
+    assert "/image needs a file" in errors
+
+
 def test_chat_reads_lines_and_survives_a_bad_picture(capsys, tiny, tmp_path, monkeypatch, bad):
     typed = f"/image {bad}\n/image {CAT}\nWhat is this?\n/reset\n\nHello\n/quit\nnever said\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
@@ -188,6 +218,27 @@ def test_chat_prints_plainly(capsys, tiny, tmp_path):
 
 
 # ---- refusals
+
+
+@pytest.mark.parametrize(("words", "program", "hint"), [
+    (["reconstruct", CAT, "--output", "x"], "seed reconstruct", "--output x (did you mean '--out'?)"),
+    (["draw", "a cat", "--modle=nano"], "seed draw", "--modle=nano (did you mean '--model'?)"),
+    (["data", "check", "x.json", "--imgs", "."], "seed data check", "--imgs . (did you mean '--images'?)"),
+    (["convert", "a.pt", "b.safetensors", "c"], "seed convert", "unrecognized arguments: c\n"),
+])
+def test_an_unknown_option_ends_with_the_usage_of_its_command(capsys, words, program, hint):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert errors.startswith(f"usage: {program} ") and f"{program}: error: " in errors and hint in errors
+
+
+def test_a_folder_of_pictures_that_is_not_there_is_one_sentence(capsys, tmp_path):
+    records = tmp_path / "talk.json"
+    records.write_text('[{"image": "a.png", "conversations": []}]')
+    code, lines, errors = run(capsys, "data", "check", str(records), "--images", str(tmp_path / "nowhere"))
+    assert (code, lines) == (2, []) and errors == f"seed: --images {tmp_path}/nowhere: there is no such folder.\n"
 
 
 def test_an_unknown_model_is_one_sentence(capsys):

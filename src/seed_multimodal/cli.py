@@ -21,16 +21,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from seed_multimodal import __version__
 from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, talk
 from seed_multimodal.commands.common import add_common, add_drawing, add_generation, add_quantization
+from seed_multimodal.config import nearest
 from seed_multimodal.entry import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (argparse's own errors exit with 2)."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse_unknown(parser, args, unknown)
     return guarded("seed", args.debug, lambda: args.work(args))
 
 
@@ -91,6 +96,19 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenizer_commands(commands)
     data.add_commands(commands.add_parser("data", help="check or convert training data"))
     return parser
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, args: argparse.Namespace, unknown: list[str]) -> NoReturn:
+    """End with the usage of the command that was meant, and the option nearest to an unknown one."""
+    for name in ("command", "what"):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) and action.dest == name:
+                parser = action.choices[getattr(args, name)]
+                break
+    known = [option for action in parser._actions for option in action.option_strings]
+    options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    hint = nearest(options[0], known) if options else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def _add_tokenizer_commands(commands: argparse._SubParsersAction) -> None:

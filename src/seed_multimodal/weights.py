@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import pickle
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from seed_multimodal.disk import give_usual_mode
 from seed_multimodal.errors import CheckpointError, first_line
 
 _WRAPPERS = ("model", "state_dict", "module")
+# What torch's reader raises for a file with some wrong bytes.
+_DAMAGES = (RuntimeError, EOFError, ValueError, OSError, LookupError, AssertionError, TypeError, AttributeError,
+            struct.error)
 
 
 @dataclass
@@ -84,7 +88,7 @@ def read_torch(file: Path, mapped: bool = False) -> Mapping[str, object]:
             f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is damaged; "
             f"re-save it as safetensors from a source you trust."
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except _DAMAGES as error:
         raise CheckpointError(f"{file}: not a complete torch checkpoint ({first_line(error)}).") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a mapping of names to tensors.")

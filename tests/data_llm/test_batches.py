@@ -354,3 +354,28 @@ def test_a_source_that_grew_is_named_alone(tmp_path: Path, words, lines: Callabl
     with pytest.raises(ConfigError, match="saved with source 'b' as .*'records': 3.* now .*'records': 4") as error:
         LlmBatches(read_data_settings(config), words).restore([saved(batches)])
     assert "'a'" not in str(error.value)
+
+
+@pytest.mark.parametrize(("packing", "change", "sentence"), [
+    (True, {"sources": "turned round"}, r"sources in the order \['captions', 'documents', 'texts'\], and now it is "
+                                        r"\['texts', 'documents', 'captions'\]"),
+    (False, {"sources": "turned round"}, r"sources in the order"),
+    (True, {"shuffle_block": 10}, "shuffle_block 10000, and now it is 10;"),
+    (False, {"rows": 2}, "rows of micro-batches {'captions': 1, .*, and now it is {'captions': 2, ")])
+def test_what_would_silently_be_other_data_is_refused(mixed: Callable, words, packing: bool, change: dict[str, Any],
+                                                      sentence: str) -> None:
+    """Counts belong to sources by their number, and positions to an order and to a number of rows."""
+    config = mixed(packing=packing)
+    batches = LlmBatches(read_data_settings(config), words)
+    batches.at(0)
+    state = saved(batches)
+    other = config | change
+    if isinstance(other["sources"], str):
+        other["sources"] = config["sources"][::-1]
+    with pytest.raises(ConfigError, match=sentence):
+        LlmBatches(read_data_settings(other), words).restore([state])
+    for key in ("shuffle_block", "rows of micro-batches"):  # states from before these were noted go on
+        state.pop(key, None)
+    again = LlmBatches(read_data_settings(config), words)
+    again.restore([state])
+    assert same(again.at(1), batches.at(1))

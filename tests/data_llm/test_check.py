@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -259,3 +260,10 @@ def test_a_picture_written_into_its_list_is_told_briefly(tmp_path, tokenizer):
         {"from": "human", "value": "<image>what"}, {"from": "gpt", "value": "a cat"}]})
     report = check(path, tokenizer=tokenizer)
     assert report.errors == {"missing picture": 1} and len(report.findings[0].sentence) < 400 + len(str(path))
+
+
+def test_an_empty_id_is_none(tmp_path: Path, lines: Callable) -> None:
+    lines(tmp_path / "a.jsonl", ['{"id": "", "text": "a"}', '{"id": "", "text": "b"}', '{"id": NaN, "text": "c"}',
+                                 '{"id": NaN, "text": "d"}', '{"id": 0, "text": "e"}', '{"id": 0, "text": "f"}'])
+    report = check_records(CheckSettings([tmp_path / "a.jsonl"]), progress=False)
+    assert report.errors == {"duplicate id": 1} and "line 6: id 0" in report.findings[0].sentence

@@ -314,3 +314,20 @@ def test_padding_fills_and_cuts() -> None:
     assert pad(sequence, 5, 0) == {"input_ids": [1, 5, 2, 0, 0], "attention_mask": [1, 1, 1, 0, 0],
                                    "labels": [IGNORED, 5, 2, IGNORED, IGNORED]}
     assert pad(sequence, 2, 0) == {"input_ids": [1, 5], "attention_mask": [1, 1], "labels": [IGNORED, 5]}
+
+
+@pytest.mark.parametrize(("name", "change", "sentence"), [
+    ("pretrain.interleaved", {"image_ids": [], "texts": []}, "the record: holds nothing"),
+    ("pretrain.interleaved", {"image_ids": [None], "texts": [" "]}, "the record: holds nothing"),
+    ("pretrain.video", {"answer": " "}, "the record: holds nothing"),
+    ("sft.interleaved", {"response": ""}, "the record: holds nothing"),
+    ("sft.qa", {"answer": " "}, "answer: is empty"),
+    ("sft.difference", {"answer": ""}, "answer: is empty"),
+    ("sft.video", {"answer": ""}, "answer: is empty"),
+    ("sft.video", {"image_ids": []}, "image_ids: holds no frame")])
+def test_records_that_say_nothing_are_refused(words, records, name, change, sentence) -> None:
+    """Of them only `</s>` or a full stop would be learned. To the letter as released they are taken."""
+    fields = records[name] | change
+    with pytest.raises(BadRecord, match=sentence):
+        get_decoder(name, words)(fields, SeededDraws(0))
+    assert get_decoder(name, words, {"validate": False})(fields, SeededDraws(0)) is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -84,26 +86,53 @@ def test_proportions_follow_the_weights(mixed: Callable, words, sized: bool) -> 
     assert drawn.sum() > 800 and drawn / drawn.sum() == pytest.approx(expected, abs=0.04)
 
 
-def test_every_sample_once_per_epoch_over_all_lanes(mixed: Callable, words, numbers: Callable) -> None:
-    """All cycles of all sources, to the end: each record exactly as often as its cycles say."""
-    config = mixed(lanes=5)
+@pytest.mark.parametrize(("world", "rows", "lanes", "workers"), [
+    (1, 1, 5, 0), (1, 1, None, 0), (1, 2, 6, 2), (2, 1, 6, 0), (3, 2, None, 0)])
+def test_every_sample_once_per_epoch_over_all_lanes(mixed: Callable, words, numbers: Callable, world: int, rows: int,
+                                                    lanes: int | None, workers: int) -> None:
+    """All cycles of all sources, up to the first refusal: each record exactly as often as its cycles say, though lanes
+    end at different rows."""
+    config = mixed(lanes=lanes, rows=rows)
     for source, cycles in zip(config["sources"], (2, 3, 1), strict=True):
         source["cycles"] = cycles
-    batches = LlmBatches(read_data_settings(config), words)
     seen: Counter[int] = Counter()
-    step, ended = 0, 0
-    while ended < 5:  # lanes end at different rows; a row of a lane that has ended is refused
-        try:
-            seen.update(numbers(batches.at(step)))
-            ended = 0
-        except EndOfData:
-            ended += 1
-        step += 1
+    draws: Counter[str] = Counter()
+    for rank in range(world):
+        with LlmBatches(read_data_settings(config), words, rank=rank, world=world, workers=workers) as batches:
+            for step in itertools.count():
+                try:
+                    batch = batches.at(step)
+                except EndOfData:
+                    break
+                seen.update(numbers(batch))
+                assert batch.sequences or world > 1  # ranks stay together by empty batches; one alone needs none
+            draws.update({name: one["draws"] for name, one in batches.report()["sources"].items()})
     assert seen == {**dict.fromkeys(range(66), 2), **dict.fromkeys(range(1000, 1030), 3),
                     **dict.fromkeys(range(2000, 2035), 1)}
-    report = batches.report()["sources"]
-    assert [one["epochs"] for one in report.values()] == [2, 3, 1]
-    assert [one["draws"] for one in report.values()] == [132, 90, 35]
+    assert draws == {"captions": 132, "documents": 90, "texts": 35}
+
+
+def test_near_the_end_a_run_goes_on_too(mixed: Callable, words, numbers: Callable) -> None:
+    """Lanes have ended and their empty micro-batches were left out; the state still says what is next."""
+    config = mixed(length=96)
+    config["sources"] = [{**config["sources"][2], "cycles": 7}]
+
+    def rest(batches: LlmBatches, first: int) -> list[list[int]]:
+        found = []
+        for step in itertools.count(first):
+            try:
+                found.append(numbers(batches.at(step)))
+            except EndOfData:
+                return found
+        raise AssertionError
+
+    whole = rest(LlmBatches(read_data_settings(config), words), 0)
+    for stop in range(len(whole) - 12, len(whole) + 1):
+        first, second = (LlmBatches(read_data_settings(config), words) for _ in range(2))
+        assert [numbers(first.at(step)) for step in range(stop)] == whole[:stop]
+        second.restore([json.loads(json.dumps(first.state()))])
+        assert rest(second, stop) == whole[stop:]
+        assert second.report()["sources"]["texts"]["draws"] == 7 * 35
 
 
 def test_a_source_that_ends_leaves_its_share_to_the_others(mixed: Callable, words) -> None:
@@ -145,6 +174,7 @@ def test_what_is_too_long_is_counted_and_named(tmp_path: Path, words, lines: Cal
         assert entry["count"] == 1 and entry["first"][0].startswith(f"{tmp_path / 't.jsonl'}: line 4 (")
     assert [reports[kind]["sequences"] for kind in ("skip", "truncate")] == [7, 8]
     assert reports["split"]["sequences"] > 9
+    assert [(one["draws"], one["epochs"]) for one in reports.values()] == [(8, 1)] * 3  # pieces are no draws
     assert reports["split"]["tokens"] > reports["truncate"]["tokens"] > reports["skip"]["tokens"]
 
 

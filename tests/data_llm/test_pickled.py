@@ -206,7 +206,9 @@ def test_a_second_run_converts_only_what_is_new_or_changed(tmp_path, old):
     times = {path: path.stat().st_mtime_ns for path in new.rglob("*.tar")}
     old_shard(old / "part-0001" / "0000000.tar", 500, 40)
     old_shard(old / "part-0003" / "0000000.tar", 600, 2)
-    (new / "part-0002" / "0000000.tar").write_bytes(b"cut off")
+    damaged = bytearray((new / "part-0002" / "0000000.tar").read_bytes())
+    damaged[700] ^= 1  # as long as before
+    (new / "part-0002" / "0000000.tar").write_bytes(damaged)
     report = convert_shards([old], new, progress=False)
     assert (report.converted, report.kept, report.samples) == (3, 1, 4 + 40 + 6 + 2)
     assert (new / "part-0000" / "0000000.tar").stat().st_mtime_ns == times[new / "part-0000" / "0000000.tar"]

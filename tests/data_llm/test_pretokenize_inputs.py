@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -151,6 +151,25 @@ def test_a_torn_tar_gives_what_is_whole(tmp_path, jpeg):
     settings = InputSettings(files=str(tmp_path / "a.tar"))
     found = locate(list_units(settings, 10)[0], settings)
     assert 0 < len(found.raws) < 5 and f"after {len(found.raws)} whole samples" in found.damage
+
+
+def test_two_samples_of_one_name_are_named_not_merged(tmp_path, jpeg):
+    """Side by side in a tar; which picture belongs to which text cannot be told."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, value in [("0.jpg", jpeg(0)), ("0.txt", b"zero"), ("1.jpg", jpeg(1)), ("1.txt", b"one"),
+                            ("1.jpg", jpeg(2)), ("1.txt", b"two"), ("2.jpg", jpeg(3)), ("2.txt", b"three")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(value)
+            tar.addfile(info, io.BytesIO(value))
+    entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path / "a.tar")))]
+    assert [entry.parsed.get("text") for entry in entries] == ["zero", None, "three"]
+    assert "a.tar: sample 1: has two .txt members." in entries[1].bad
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, jpeg):
+    write_shard(tmp_path / "a.tar", [("0", {"jpg": jpeg(0), "txt": b"\xef\xbb\xbfwords\r\n"})])
+    (entry, _), = parse("caption", InputSettings(files=str(tmp_path / "a.tar")))
+    assert entry.parsed["text"] == "words"
 
 
 def test_workers_give_the_same_in_the_same_order(tmp_path, jpeg):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -12,9 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from seed_multimodal.data.llm.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.llm.pretokenize.run import RunSettings, run

@@ -22,7 +22,7 @@ from seed_multimodal.data.llm.sequence import SeededDraws
 from seed_multimodal.data.llm.sources import open_records
 from seed_multimodal.data.nano.load import NanoSet, load_nano
 from seed_multimodal.data.records import write_shard
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -166,7 +166,7 @@ def test_story(make, codec, pictures, words):
     assert decode(words, "sft.story", found[0], reverse_ratio=0.0).count("Here is an image.") == 4
 
 
-def test_interleaved_documents(make, codec, pictures, words):
+def test_interleaved_documents(make, codec, pictures, words, tmp_path, capfd):
     inline = base64.b64encode((pictures / "6.png").read_bytes()).decode()
     rows = [{"images": ["5.png", None, None, inline, "gone.png"], "texts": [None, "one", "two", None, None],
              "metadata": {"url": "u"}}, {"images": ["gone.png"], "texts": [None]},
@@ -177,6 +177,17 @@ def test_interleaved_documents(make, codec, pictures, words):
                       "metadata": {"url": "u"}}]
     said = decode(words, "pretrain.interleaved", found[0], reverse_ratio=0.0)
     assert said.split() == f"<s> {shown(words, first)} onetwo {shown(words, second)} </s>".split()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["lost_pictures"], manifest["bad"], manifest["dropped"]) == (1, 1, {"no picture": 1})
+    told = capfd.readouterr().err
+    assert "left out of its document: " in told and "item 0: there is no picture 'gone.png'." in told
+    assert "item 1: there is no picture 'gone.png'; none of its pictures can be read." in told
+
+
+def test_documents_whose_pictures_lie_elsewhere_end_the_run(make):
+    with pytest.raises(DataError, match="item 1: there is no picture .* none of its .* .2 broken samples in a row"):
+        make("interleaved", [{"images": [f"elsewhere/{n}.png", None], "texts": [None, "text"]} for n in range(5)],
+             max_bad=2)
 
 
 def test_interleaved_instructions(make, codec, pictures, words):
@@ -229,6 +240,19 @@ def test_video(make, codec, words, tmp_path, frames, preset, keys):
     assert decode(words, name, found[0]).count("<img>") == (4 if name == "pretrain.video" else frames)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["bad"] == 2
+
+
+@pytest.mark.parametrize("length, wanted", [(1, [0, 0, 0, 0]), (2, [0, 0, 1, 1]), (3, [0, 1, 1, 2])])
+def test_short_videos_repeat_frames(make, words, tmp_path, length, wanted):
+    movie = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 64))
+    for number in range(length):
+        movie.write(np.full((64, 64, 3), [(0, 0, 255), (0, 255, 0), (255, 0, 0)][number], np.uint8))
+    movie.release()
+    (record,) = make("video", [{"video": "v.avi", "question": "q", "answer": "a"}], {"image_root": str(tmp_path)},
+                     fields="plain")
+    size = words.vocabulary.tokens_per_image
+    frames = [tuple(record["image_ids"][start:start + size]) for start in range(0, 4 * size, size)]
+    assert [list(dict.fromkeys(frames)).index(frame) for frame in frames] == wanted
 
 
 @pytest.mark.parametrize("kind, content, name", [

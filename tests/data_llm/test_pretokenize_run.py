@@ -12,9 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from seed_multimodal.commands.pretokenize import build_parser, main
 from seed_multimodal.data.llm.pretokenize.encode import EncoderSettings
@@ -189,6 +187,50 @@ def test_changed_inputs(whole, start, tmp_path, data, capfd, jpeg):
     write_shard(tmp_path / "in" / "a-first.tar", [("0", {"jpg": jpeg(1), "txt": b"before all"})])
     with pytest.raises(DataError, match=r"holds s-000.tar .* is a-first.tar"):
         start(tmp_path / "out", **here)
+
+
+def test_another_input_of_equal_size_is_made_again(start, tmp_path, capfd, jpeg):
+    """Tars are padded to steps of 10 KiB, so that a new shard is easily as long as the old one."""
+    for text in (b"before", b"behind"):
+        write_shard(tmp_path / "in" / "s.tar", [("0", {"jpg": jpeg(1), "txt": text})])
+        assert start(tmp_path / "out", data={"files": str(tmp_path / "in")}) == 0
+    assert "s.tar has changed" in capfd.readouterr().err
+    assert open_records(tmp_path / "out").read(0).fields["text"] == "behind"
+    manifest = tmp_path / "out" / "part-0000" / "manifest.json"
+    older = json.loads(manifest.read_text())
+    del older["source"]["mark"]  # from before it was noted
+    manifest.write_text(json.dumps(older))
+    assert start(tmp_path / "out", data={"files": str(tmp_path / "in")}) == 0
+    assert "1 of 1 units were finished" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ['{"tok', None])
+def test_parts_of_unknown_settings_are_refused(whole, start, tmp_path, damage):
+    """Else codes of two tokenizers, or of two transforms, would stand side by side."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "settings.json").unlink()
+    if damage is not None:
+        (copy / "settings.json").write_text(damage)
+    before = content(copy)
+    with pytest.raises(DataError, match="settings.json: is missing or damaged, so that nobody knows"):
+        start(copy, seed=1)
+    assert content(copy) == before
+
+
+def test_written_records_are_strict_json(start, tmp_path, jpeg):
+    """Python writes NaN, which no other reader takes; LAION's metadata has it."""
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    write_shard(tmp_path / "in.tar", [("0", {"jpg": jpeg(1), "txt": b"words", "json":
+                                             b'{"similarity": NaN, "deep": [{"a": Infinity}], "n": 1.5}'})])
+    assert start(tmp_path / "out", data={"files": str(tmp_path / "in.tar")}) == 0
+    with tarfile.open(tmp_path / "out" / "part-0000" / "0000000.tar") as tar:
+        data = tar.extractfile(tar.getmembers()[0]).read()
+    assert json.loads(data, parse_constant=refuse)["metadata"] == {"similarity": None, "deep": [{"a": None}], "n": 1.5}
 
 
 def test_a_part_of_a_changed_input_is_not_finished(whole, start, tmp_path, data, jpeg):

@@ -94,6 +94,26 @@ def test_used_up_data_end_the_run_and_bad_records_are_in_the_summary(runs, tmp_p
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_last_step_takes_what_is_left(packing, runs, train, tmp_path):
+    """Data that end inside a step are learned all the same, with the weight of a step of that size."""
+    data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, records=7)
+    data["packing"] = packing
+    for source in data["sources"]:
+        source["cycles"] = 1
+    more = ("trainer.max_steps=50", "optim.learning_rate=0.0")
+    whole = train("one", *more, data=data)
+    steps = len(runs.losses(whole))
+    assert steps > 3
+    for count in (2, steps - 1, steps + 2):
+        some = train(f"of{count}", *more, f"trainer.gradient_accumulation_steps={count}", data=data)
+        record = json.loads((some / "summary.json").read_text())
+        assert record["steps"] == -(-steps // count)
+        assert record["tokens"] == json.loads((whole / "summary.json").read_text())["tokens"]
+        if not packing and count == steps - 1:  # one micro-batch is left, and its mean is the step's
+            assert runs.losses(some)[2] == pytest.approx(runs.losses(whole)[steps], rel=1e-5)
+
+
 def test_evaluation_does_not_disturb_training(runs, train, tmp_path):
     files = runs.write_files(tmp_path)
     lora = {"model": {"lora": runs.LORA}}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import re
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,10 @@ from PIL import Image
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.serving.engine import SystemBackend
-from seed_multimodal.serving.flask_app import create_app, serve
+from seed_multimodal.serving.flask_app import check_address, create_app, serve
 from seed_multimodal.serving.schema import Limits
+
+ROOT = Path(__file__).resolve().parents[2]
 
 ASK = "USER: <image>What is it?\nASSISTANT:"
 
@@ -194,3 +199,15 @@ def test_a_real_socket_on_the_loopback_address(tiny, png) -> None:
     port = int(address.split(":")[2].split("/")[0])
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
         serve(create_app(tiny), port=port, log=None)
+    started = subprocess.run(
+        [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--system", "/no/such/model", "--port",
+         str(port)], capture_output=True, text=True, timeout=120)
+    assert started.returncode == 2  # the port is looked at before the model, which is not there either
+    assert started.stderr == (f"seed_llama_flask: Cannot listen on 127.0.0.1:{port}: the port is taken or not allowed; "
+                              "choose another with --port.\n")
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 65536), ("192.0.2.1", 0), ("no.such.host.invalid", 0)])
+def test_an_address_where_nothing_can_listen_is_refused(host, port) -> None:
+    with pytest.raises(ConfigError, match=f"{host}:{port}"):
+        check_address(host, port)

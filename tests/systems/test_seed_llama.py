@@ -56,6 +56,8 @@ def test_reconstruct_depends_on_codes_and_seed_only(tiny, picture, other) -> Non
     assert same(tiny.reconstruct(codes[1].tolist(), seed=3)[0], both[1])
     assert not same(tiny.reconstruct(picture, seed=4)[0], both[0])
     assert not same(tiny.reconstruct(picture, seed=3, num_inference_steps=5)[0], both[0])
+    with pytest.raises(ConfigError, match="must be a number of 64 bits"):
+        tiny.reconstruct(picture, seed=2**63)
 
 
 def test_describe_and_ask_send_the_released_sentences(tiny, picture, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ class Talk:
         self.messages: list[dict[str, Any]] = []
         self.shown: list[Any] = []
         self.names = Names(None, args.out, 0)
+        self._at_start, self._after_aside = True, False  # where printing stands: no blank needed; one needed
 
     def show(self, path: str) -> bool:
         """Attach a picture to the next message; False (and a sentence) if it cannot be read."""
@@ -75,18 +77,27 @@ class Talk:
                     path = save_picture(event["image"], self.names.next(f"turn_{len(self.messages) // 2 + 1}"))
                     part["picture"] = str(path)
                 parts.append(part)
-                self._print(f" [picture: {part.get('picture', 'not drawn')}] ")
+                self._print_aside(f"picture: {part.get('picture', 'not drawn')}")
             elif event["type"] == "image_broken":
                 parts.append({"broken": event["reason"]})
-                self._print(f" [{event['reason']}] ")
+                self._print_aside(event["reason"])
             elif event["type"] == "done":
                 answer = event["answer"]
         self._print("\n")
         return parts, answer
 
     def _print(self, text: str) -> None:
-        if not self.args.json:
-            print(text, end="", flush=True)
+        """Print words of the answer, a blank between them and what stands in brackets before."""
+        if self.args.json or not text:
+            return
+        blank = " " if self._after_aside and not text[0].isspace() else ""
+        print(blank + text, end="", flush=True)
+        self._after_aside, self._at_start = False, text[-1].isspace()
+
+    def _print_aside(self, text: str) -> None:
+        """Print what is no word of the answer, in brackets."""
+        self._print(f"[{text}]" if self._at_start else f" [{text}]")
+        self._after_aside = True
 
 
 def chat(args: argparse.Namespace) -> int:
@@ -115,17 +126,22 @@ def _read_lines(talk: Talk) -> int:
         if not line or line.strip() in ("/quit", "/exit"):
             return DONE
         line = line.strip()
+        word, _, rest = line.partition(" ")
+        rest = rest.strip()
         if line == "/help":
             say(HELP)
         elif line == "/reset":
             talk.reset()
             say("A new conversation.")
-        elif line.startswith("/image"):
-            path = line.removeprefix("/image").strip()
-            if path and talk.show(path):
-                say(f"{path} goes with your next message.")
+        elif word == "/image":
+            if not rest:
+                say("/image needs a file: /image FILE.")
+            elif talk.show(rest):
+                say(f"{rest} goes with your next message.")
+        elif re.fullmatch(r"/[a-z]+", word) and word != "/picture":
+            say(f"There is no command {word}. {HELP}")
         elif line:
-            text = line.removeprefix("/picture").strip()
+            text = rest if word == "/picture" else line
             try:
                 talk.send(text, talk.args.force_image or text != line)
             except (*OF_ONE_PICTURE, RequestError) as error:

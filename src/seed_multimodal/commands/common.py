@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -144,6 +146,11 @@ class Names:
         self._single = Path(out) if out and Path(out).suffix.lower() in PICTURE_SUFFIXES else None
         if self._single is not None and count > 1:
             raise ConfigError(f"{out}: one file for {count} pictures; give --out a folder.")
+        if out and self._single is None and not out.endswith(os.sep) and not Path(out).is_dir():
+            ending = Path(out).suffix
+            if re.fullmatch(r"\.[A-Za-z]{3,4}", ending):  # a file was meant, as in apple.gif
+                raise ConfigError(f"{out}: {ending} is no picture format that can be written; use one of "
+                                  f"{', '.join(PICTURE_SUFFIXES)}, or {out}{os.sep} for a folder.")
         self._folder = Path(out) if out else Path(default_folder)
         self._used: set[str] = set()
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from seed_multimodal.entry import DONE, SOME_FAILED, say
+from seed_multimodal.errors import ConfigError
 
 
 def check(args: argparse.Namespace) -> int:
     """Look at every record; prints what is wrong and a summary. Exit code 1 if anything is wrong."""
     from seed_multimodal.data.llm.check import CheckSettings, check_records
 
+    if args.images is not None and not Path(args.images).is_dir():
+        raise ConfigError(f"--images {args.images}: there is no such folder.")
     report = check_records(CheckSettings(
         files=args.files, format=args.format, tokenizer=args.tokenizer, decoder=args.decoder,
         options=dict(args.option), images=args.images, max_errors=args.max_errors,

@@ -33,8 +33,10 @@ def main(program: str, description: str, arguments: Sequence[str] | None = None)
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from seed_multimodal.commands.common import quiet_libraries
     from seed_multimodal.language.merge import merge_adapter
 
+    quiet_libraries(options.debug)
     base, lora = _model(Path(options.model_cfg), options.base_model)
     report = merge_adapter(
         _folder(base) if base else None, _folder(options.lora_model), options.save_path,

@@ -99,8 +99,8 @@ def merge_adapter(
             that differ, no room on the disk.
         ConfigError: an unknown precision or size, an `out` that is not empty, or one that holds what is read.
     """
-    linked = Path(out).is_symlink() or not Path(out).name
-    target, largest = Path(out).resolve() if linked else Path(out), parse_size(max_shard_size)
+    place, largest = Path(out), parse_size(max_shard_size)
+    target = place.resolve() if place.is_symlink() or not place.name else place
     if dtype not in (*DTYPES, "base"):
         raise ConfigError(f"Unknown precision {dtype!r}: use fp32, bf16, fp16 or base.")
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not force):
@@ -262,9 +262,8 @@ def _check_shapes(plan: _Plan) -> None:
 
 
 def _check_room(target: Path, plan: _Plan) -> None:
-    place = next((p for p in (target, *target.parents) if p.is_dir()), Path())
     needed = sum(tensor_bytes(shape, plan.dtypes[name]) for name, shape in plan.shapes.items())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(next((p for p in (target, *target.parents) if p.is_dir()), Path())).free
     if needed > free:
         raise CheckpointError(f"{target}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left.")
 

@@ -10,6 +10,7 @@ Run: `bash scripts/start_backend_nano.sh`, or from Python `serve(create_app(Seed
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ASKED_WRONGLY = (RequestError, ImageError, CodesError, GenerationError)
+CANNOT_LISTEN = "Cannot listen on {host}:{port}: the port is taken or not allowed; choose another with --port."
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -85,6 +87,18 @@ def _sentence(error: HTTPException, limits: Limits) -> str:
     return known.get(error.code or 500, error.description or error.name)
 
 
+def check_address(host: str, port: int) -> None:
+    """See whether a server can listen there, before a model is loaded for it.
+
+    Raises:
+        ConfigError: the port is taken or not allowed.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:  # a port above 65535 overflows
+        raise ConfigError(CANNOT_LISTEN.format(host=host, port=port)) from error
+
+
 def serve(
     app: Flask, *, host: str = "127.0.0.1", port: int = 7890, log: Callable[[str], None] | None = print
 ) -> None:
@@ -95,11 +109,11 @@ def serve(
     """
     from werkzeug.serving import make_server
 
+    check_address(host, port)
     try:
         server = make_server(host, port, app, threaded=True)
     except (OSError, SystemExit) as error:  # werkzeug exits by itself when the port is taken
-        raise ConfigError(f"Cannot listen on {host}:{port}: the port is taken or not allowed; choose another "
-                          f"with --port.") from error
+        raise ConfigError(CANNOT_LISTEN.format(host=host, port=port)) from error
     if log is not None:
         if host not in LOOPBACK:
             log(f"Warning: {host} is reachable from other machines and this server asks for no password.")

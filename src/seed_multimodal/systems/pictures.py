@@ -121,11 +121,18 @@ class PictureCodec:
             seed: one for all pictures, or one each.
             batch_size: pictures per pass through the U-Net.
             decode: passed to the de-tokenizer (`num_inference_steps`, `guidance_scale`, `noise_level`, `scheduler`).
+
+        Raises:
+            CodesError: codes outside the codebook, or not as many seeds as pictures.
+            ConfigError: a seed of more than 64 bits.
         """
         rows = self.check_codes(codes)
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(rows):
             raise CodesError(f"{len(rows)} pictures were given with {len(seeds)} seeds.")
+        outside = [one for one in seeds if not -2**63 <= one < 2**63]
+        if outside:
+            raise ConfigError(f"The seed of a drawing must be a number of 64 bits, not {outside[0]}.")
         decoder, pictures = self.decoder, []
         with self._resident(decoder, self.offload_decoder):
             for start in range(0, len(rows), batch_size):

@@ -152,11 +152,10 @@ class Decoder:
             self._fill(sequence, draft, max_length)
         return sequence
 
-    def _check_content(self, draft: Draft) -> None:
-        """Refuse a record of which `</s>` alone would be learned."""
-        said = [span for span in draft.spans if span.learned]
-        if self.validate and not draft.dropped and draft.end and not any(
-                part.strip() if isinstance(part, str) else part for span in said for part in span.parts):
+    def _check_content(self, draft: Draft) -> None:  # else `</s>` alone would be learned
+        said = [part for span in draft.spans if span.learned for part in span.parts]
+        blank = all(not part.strip() if isinstance(part, str) else not part for part in said)
+        if self.validate and draft.end and not draft.dropped and blank:
             raise BadRecord("empty text", "the record: holds nothing that could be learned.")
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
@@ -299,4 +298,3 @@ def shown(value: Any) -> str:
     """A value for an error sentence, cut to a readable length."""
     written = repr(value)
     return written if len(written) <= 60 else written[:57] + "…"
-

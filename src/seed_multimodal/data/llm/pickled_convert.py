@@ -7,7 +7,6 @@ was stopped. A shard with a sample that is refused is left out, unless `skip_bad
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from seed_multimodal.data.llm.sources import PICKLED, find_files
 from seed_multimodal.data.records import write_shard
 from seed_multimodal.data.tar_headers import Damaged, split_name, tar_members
 from seed_multimodal.data.tar_index import ShardFiles
-from seed_multimodal.disk import replace_text
+from seed_multimodal.disk import replace_text, sha256_of
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 
 MANIFEST = "manifest.json"
@@ -136,7 +135,7 @@ def convert_shard(path: Path, target: Path, name: str, skip_bad: bool = False) -
         target.unlink()
         raise DataError(f"{path}: holds no sample that can be converted.")
     report.bytes = target.stat().st_size
-    report.sha256 = _sha256(target)
+    report.sha256 = sha256_of(target)
     return report
 
 
@@ -221,12 +220,7 @@ def _run(
 
 def _is_done(entry: dict[str, Any], source: Path, target: Path) -> bool:
     return bool(entry["source_bytes"] == source.stat().st_size and target.is_file()
-                and entry["bytes"] == target.stat().st_size and entry["sha256"] == _sha256(target))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+                and entry["bytes"] == target.stat().st_size and entry["sha256"] == sha256_of(target))
 
 
 def _read_manifest(out: Path) -> dict[str, dict[str, Any]]:

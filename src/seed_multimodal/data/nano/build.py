@@ -32,6 +32,7 @@ from seed_multimodal.data.nano.sources import SHARE_ALIKE, SOURCES, Drawing, dra
 from seed_multimodal.data.nano.types import NanoRecord
 from seed_multimodal.data.nano.words import MAX_TAGS, captions, questions
 from seed_multimodal.data.records import write_shard
+from seed_multimodal.disk import sha256_of
 from seed_multimodal.errors import DataError
 
 FORMAT = 1
@@ -229,8 +230,7 @@ def _write_manifest(out: Path, files: list[Path], options: BuildOptions, report:
         "format": FORMAT, "size": options.size, "styles": list(options.styles), "all_tones": options.all_tones,
         "webp_quality": options.quality, "records": report.kept, "counts": report.counts,
         "skipped": dict(report.skipped),
-        "files": {p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
-                  for p in files},
+        "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files},
         # Other versions of these may round a pixel differently; the same ones give the same bytes.
         "libraries": {"resvg_py": version("resvg_py"), "pillow": version("pillow")},
         "sources": [{"name": s.name, "package": f"{s.package}@{s.version}", "integrity": s.integrity,

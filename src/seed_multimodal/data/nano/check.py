@@ -22,6 +22,7 @@ from seed_multimodal.data.nano.load import NanoSet, load_nano
 from seed_multimodal.data.nano.near import near_pairs
 from seed_multimodal.data.nano.types import STYLE_NAMES, NanoRecord
 from seed_multimodal.data.nano.words import QUESTIONS, captions
+from seed_multimodal.disk import sha256_of
 from seed_multimodal.errors import DataError
 
 UNSEEN = ("val", "test_concept")
@@ -41,8 +42,7 @@ def check_set(nano: NanoSet) -> list[str]:
 
 def _files(nano: NanoSet) -> Iterator[str]:
     for name, wanted in nano.manifest["files"].items():
-        digest = hashlib.sha256((nano.folder / name).read_bytes()).hexdigest()
-        if digest != wanted["sha256"]:
+        if sha256_of(nano.folder / name) != wanted["sha256"]:
             yield f"{name}: its sha256 is not the manifest's."
     for split, wanted in nano.manifest.get("counts", {}).get("pictures", {}).items():
         if len(nano.split(split)) != wanted:

@@ -7,7 +7,6 @@ resumed from. Other processes' shards are listed by all of them together, a shar
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.disk import flush_folder
+from seed_multimodal.disk import flush_folder, sha256_of
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.training.llm.failures import TrainingError, disk_sentence
 from seed_multimodal.training.llm.processes import RunPeers
@@ -45,11 +44,10 @@ def temporary_folder(folder: Path, step: int) -> Path:
 
 def describe(folder: Path, name: str, *, flush: bool = True) -> Entry:
     """Size and hash of a file; with `flush` it is on the disk for certain when this returns."""
-    with open(folder / name, "rb") as handle:
-        if flush:
+    if flush:
+        with open(folder / name, "rb") as handle:
             os.fsync(handle.fileno())
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return {"size": (folder / name).stat().st_size, "sha256": digest}
+    return {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
 
 
 def files_of(folder: Path) -> list[str]:

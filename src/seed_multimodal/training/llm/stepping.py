@@ -61,10 +61,10 @@ class StepMaker:
         count = self.settings.gradient_accumulation_steps
         batches = self._batches(step)
         learned = [self._count(batch) for batch in batches]
-        total, ended = self.processes.peers.sum([sum(learned), float(not batches)])
-        if ended:
+        total, left = self.processes.peers.sum([sum(learned), float(len(batches))])
+        if not left:
             return Made(ended=True)
-        mine = self._gradients(step, batches, total)
+        mine = self._gradients(step, batches, total, left / self.processes.world)
         norm = self.engine.gradient_norm()
         problem = f"The loss became {mine[0]}" if not math.isfinite(mine[0]) else self.engine.problem(norm)
         sums = self.processes.peers.sum([*mine, float(bool(problem) or broken), float(stop)])
@@ -98,12 +98,14 @@ class StepMaker:
         return self.processes.peers.sum(sums.tolist())
 
     def _batches(self, step: int) -> list[LlmBatch]:
-        """The micro-batches of a step; none when the data are used up."""
-        count = self.settings.gradient_accumulation_steps
+        """The micro-batches of a step: fewer in the one in which this process's data end, none after it."""
+        count, found = self.settings.gradient_accumulation_steps, []
         try:
-            return [self.data.at(step * count + micro) for micro in range(count)]
+            for micro in range(count):
+                found.append(self.data.at(step * count + micro))
         except EndOfData:
-            return []
+            pass
+        return found
 
     def _count(self, batch: LlmBatch) -> float:
         """Weighted number of learned tokens."""
@@ -112,12 +114,18 @@ class StepMaker:
         images = int((targets >= self.weights.first_code).sum())
         return self.weights.text * (learned - images) + self.weights.image * images
 
-    def _gradients(self, step: int, batches: Sequence[LlmBatch], total: float) -> list[float]:
-        """Backward passes; sums of this process: loss, text and image parts, tokens, positions, sequences."""
-        count, device = len(batches), self.processes.device
-        share = self.processes.world / max(total, _LEAST) if self.by_tokens else 1.0 / count
+    def _gradients(self, step: int, batches: Sequence[LlmBatch], total: float, each: float) -> list[float]:
+        """Backward passes; sums of this process: loss, text and image parts, tokens, positions, sequences.
+
+        Args:
+            total: learned tokens of all processes.
+            each: micro-batches that a process has, on average. One that has fewer than the others fills up with blank
+                ones, since each pass may be an exchange.
+        """
+        count, device = self.settings.gradient_accumulation_steps, self.processes.device
+        share = self.processes.world / max(total, _LEAST) if self.by_tokens else 1.0 / each
         found = []
-        for micro, batch in enumerate(batches):
+        for micro, batch in enumerate([*batches, *[_blank()] * (count - len(batches))]):
             # Processes differ by more than any number of micro-steps, so no two draw the same numbers.
             seed_generators(self.settings.seed * 1_000_003 + step * count + micro
                             + self.processes.rank * 1_000_003**2, device)
@@ -126,7 +134,7 @@ class StepMaker:
                 parts = self.engine.forward(batch.to(device))
                 value = parts.sum if self.by_tokens else parts.mean
                 self.engine.backward(value * (share * self.engine.loss_factor), last)
-            shown = value.detach() if self.by_tokens else value.detach() / count
+            shown = value.detach() if self.by_tokens else value.detach() / each
             found.append(torch.stack([shown.float(), *(part.detach().float() for part in parts[2:])]))
         numbers = torch.stack(found).cpu().double().sum(0).tolist()  # one transfer from the device, which waits for it
         return [*numbers, *(float(sum(values)) for values in (

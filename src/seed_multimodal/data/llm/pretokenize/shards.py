@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from seed_multimodal.data.llm.pretokenize.raw import Unit
-from seed_multimodal.disk import flush_folder, replace_text
+from seed_multimodal.disk import flush_folder, replace_text, sha256_of
 from seed_multimodal.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -121,7 +121,7 @@ class PartWriter:
         self._close_tar()
         try:
             for tar, scratch in zip(self.tars, self._scratch, strict=True):
-                tar["bytes"], tar["sha256"] = scratch.stat().st_size, _sha256(scratch)
+                tar["bytes"], tar["sha256"] = scratch.stat().st_size, sha256_of(scratch)
                 os.replace(scratch, self.folder / tar["file"])
             flush_folder(self.folder)
         except OSError as error:
@@ -215,11 +215,6 @@ def check_part(save_dir: Path, unit: Unit) -> tuple[dict[str, Any] | None, str]:
         return None, f"{unit.path} has changed since {folder} was made"
     for tar in manifest.get("tars", []):
         path = folder / str(tar.get("file"))
-        if not path.is_file() or path.stat().st_size != tar.get("bytes") or _sha256(path) != tar.get("sha256"):
+        if not path.is_file() or path.stat().st_size != tar.get("bytes") or sha256_of(path) != tar.get("sha256"):
             return None, f"{path} differs from its manifest"
     return manifest, ""
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -124,7 +124,8 @@ class Worker:
             self._bad(state, part.task.damage)
         state.writer.finish({
             "read": state.read, "samples": state.samples, "pictures": pictures, "bad": state.bad_count,
-            "lost_pictures": state.lost, "bad_named": state.bad, "dropped": dict(sorted(state.dropped.items())), "made": self.made})
+            "lost_pictures": state.lost, "bad_named": state.bad, "dropped": dict(sorted(state.dropped.items())),
+            "made": self.made})
 
     def _take(self, state: _Unit, part: Decoded) -> None:
         """Add a task's rows that are new, and its entries."""
