@@ -7,15 +7,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from peak import batch_sizes, positive
+from peak import batch_sizes, guidance, part_of, positive
 
 from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
-from seed_multimodal.device import choose_device
+from seed_multimodal.device import Runtime, choose_device
+from seed_multimodal.entry import DONE, guarded
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.timing import fill_random, measure, print_line
 
@@ -45,18 +44,20 @@ def random_detokenizer(size: str, device: torch.device, dtype: torch.dtype) -> U
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
+    from seed_multimodal.detokenizers.pipelines import quiet_diffusers
     from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
 
     unet_config, vae_config = (RELEASED_UNET, RELEASED_VAE) if size == "released" else (NANO_UNET, NANO_VAE)
     width = unet_config["projection_class_embeddings_input_dim"] // 2
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**unet_config), AutoencoderKL(**vae_config)
+    with quiet_diffusers():
+        unet, vae = fill_random(unet, device, dtype), fill_random(vae, device, dtype)
     pipeline = SeedUnclipPipeline(
         feature_extractor=None, image_encoder=None,
         image_normalizer=StableUnCLIPImageNormalizer(width).to(device, dtype),
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"), tokenizer=None, text_encoder=None,
-        unet=fill_random(unet, device, dtype), vae=fill_random(vae, device, dtype),
-        scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False))
+        unet=unet, vae=vae, scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False))
     return UnclipDetokenizer(pipeline)
 
 
@@ -73,28 +74,15 @@ def time_decoding(detokenizer: UnclipDetokenizer, options: argparse.Namespace, d
     return results
 
 
-def main() -> None:
-    """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Time the de-tokenizer and a drawing.")
-    parser.add_argument("--model", help="folder of a system; without it random weights of --size are timed")
-    parser.add_argument("--size", choices=("nano", "released"), default="nano")
-    parser.add_argument("--batches", type=batch_sizes, default="1,8")
-    parser.add_argument("--steps", type=int, default=None, help="diffusion steps (default: the folder's, else 20)")
-    parser.add_argument("--guidance", type=float, default=None, help="guidance (default: the folder's, else 10)")
-    parser.add_argument("--text", default="a twemoji drawing of cat face", help="what a whole drawing is asked for")
-    parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    options = parser.parse_args()
-    try:
-        runtime = choose_device(options.device, options.dtype, log=None)
-    except ConfigError as error:
-        parser.error(str(error))
+def timed(options: argparse.Namespace, runtime: Runtime) -> int:
+    """Time and print the line; returns the exit code.
+
+    Raises:
+        CheckpointError, ConfigError: a folder that is no system, or incomplete.
+    """
     if options.model:
-        folder = Path(options.model)
-        part = json.loads((folder / "system.json").read_text(encoding="utf-8")).get(
-            "detokenizer", "seed_tokenizer/diffusion_model")
-        detokenizer = UnclipDetokenizer.from_pretrained(folder / part, device=runtime.device, dtype=runtime.dtype)
+        part = part_of(options.model, "detokenizer", "seed_tokenizer/diffusion_model")
+        detokenizer = UnclipDetokenizer.from_pretrained(part, device=runtime.device, dtype=runtime.dtype)
     else:
         detokenizer = random_detokenizer(options.size, runtime.device, runtime.dtype)
     results = time_decoding(detokenizer, options, runtime.device)
@@ -111,7 +99,28 @@ def main() -> None:
                 "steps": options.steps or detokenizer.defaults.num_inference_steps,
                 "guidance": detokenizer.defaults.guidance_scale if options.guidance is None else options.guidance}
     print_line("draw", runtime.device, settings, results, REFERENCES if options.size == "released" else None)
+    return DONE
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Time the de-tokenizer and a drawing.")
+    parser.add_argument("--model", help="folder of a system; without it random weights of --size are timed")
+    parser.add_argument("--size", choices=("nano", "released"), default="nano")
+    parser.add_argument("--batches", type=batch_sizes, default="1,8")
+    parser.add_argument("--steps", type=positive, default=None, help="diffusion steps (default: the folder's, else 20)")
+    parser.add_argument("--guidance", type=guidance, default=None, help="guidance (default: the folder's, else 10)")
+    parser.add_argument("--text", default="a twemoji drawing of cat face", help="what a whole drawing is asked for")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    options = parser.parse_args()
+    try:
+        runtime = choose_device(options.device, options.dtype, log=None)
+    except ConfigError as error:
+        parser.error(str(error))
+    return guarded("draw", False, lambda: timed(options, runtime))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

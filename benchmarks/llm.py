@@ -8,14 +8,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from peak import batch_sizes, positive
+from peak import batch_sizes, part_of, positive
 
-from seed_multimodal.device import choose_device
+from seed_multimodal.device import Runtime, choose_device
+from seed_multimodal.entry import DONE, guarded
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.timing import fill_random, measure, print_line
 
@@ -35,10 +34,11 @@ def load(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
 
     if options.model:
         from seed_multimodal.language.loading import load_llm
+        from seed_multimodal.systems.quiet import quiet_loading
 
-        folder = Path(options.model)
-        part = json.loads((folder / "system.json").read_text(encoding="utf-8")).get("llm", "seed_llama")
-        return load_llm(folder / part, device=device, dtype=dtype), str(folder)
+        part = part_of(options.model, "llm", "seed_llama")
+        with quiet_loading("transformers"):
+            return load_llm(part, device=device, dtype=dtype), options.model
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SIZES[options.size]))
     # The rotary table is a buffer that is computed, not learned: it must not be random.
@@ -48,22 +48,12 @@ def load(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
     return model, f"random weights, {options.size} size"
 
 
-def main() -> None:
-    """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Time the language model.")
-    parser.add_argument("--model", help="folder of a system; without it random weights of --size are timed")
-    parser.add_argument("--size", choices=tuple(SIZES), default="nano")
-    parser.add_argument("--batches", type=batch_sizes, default="1,16")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
-    parser.add_argument("--new", type=int, default=128, help="tokens to generate")
-    parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    options = parser.parse_args()
-    try:
-        runtime = choose_device(options.device, options.dtype, log=None)
-    except ConfigError as error:
-        parser.error(str(error))
+def timed(options: argparse.Namespace, runtime: Runtime) -> int:
+    """Time and print the line; returns the exit code.
+
+    Raises:
+        CheckpointError, ConfigError: a folder that is no system, or incomplete.
+    """
     model, what = load(options, runtime.device, runtime.dtype)
     results: dict[str, Any] = {"tokens_per_second": {}, "seconds": {}}
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +68,27 @@ def main() -> None:
     settings = {"model": what, "runtime": str(runtime), "parameters": sum(p.numel() for p in model.parameters()),
                 "prompt_tokens": options.prompt, "new_tokens": options.new, "repeats": options.repeats}
     print_line("llm", runtime.device, settings, results, REFERENCES if options.size == "released" else None)
+    return DONE
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Time the language model.")
+    parser.add_argument("--model", help="folder of a system; without it random weights of --size are timed")
+    parser.add_argument("--size", choices=tuple(SIZES), default="nano")
+    parser.add_argument("--batches", type=batch_sizes, default="1,16")
+    parser.add_argument("--prompt", type=positive, default=128, help="tokens of each prompt")
+    parser.add_argument("--new", type=positive, default=128, help="tokens to generate")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    options = parser.parse_args()
+    try:
+        runtime = choose_device(options.device, options.dtype, log=None)
+    except ConfigError as error:
+        parser.error(str(error))
+    return guarded("llm", False, lambda: timed(options, runtime))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

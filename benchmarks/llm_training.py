@@ -25,12 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peak import peak_tflops, rounded
+from peak import peak as peak_given
+from peak import peak_tflops, positive, rounded
 from torch import Tensor
 
 from seed_multimodal.data.llm.batches import LlmBatch
 from seed_multimodal.data.llm.packing import best_fit, make_row
 from seed_multimodal.device import choose_device
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.timing import measure, print_line
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.flops import step_flops
@@ -50,6 +52,8 @@ SIZES: dict[str, dict[str, Any]] = {
 VOCABULARIES = {"nano": ImageVocabulary(2000, 1024, 32), "7b": ImageVocabulary(), "13b": ImageVocabulary()}
 # rows x length: of the padded caption batch (released: 116 x 200) and of the packed one
 SHAPES = {"nano": ((16, 200), (16, 256)), "7b": ((116, 200), (8, 2048)), "13b": ((116, 200), (4, 2048))}
+MOST_WORDS = 40  # text tokens of a caption
+LONGEST = 2 + 32 + 2 + MOST_WORDS  # tokens of a caption with its picture: a row must hold one
 # Useful tokens/s of plain transformers + peft on one H200 (7B, LoRA as released, bf16, 2026-11-20).
 REFERENCES = {"checkpointing_8x2048": 6257, "without_4x2048": 8749, "limit_at_789_tflops": 29200,
               "h100_fp8_anchor": 24824}
@@ -89,12 +93,19 @@ LEVERS = {
 }
 
 
+def row_length(text: str) -> int:
+    """Positions of a packed row, for argparse."""
+    if positive(text) < LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than a picture with its caption can have ({LONGEST})")
+    return int(text)
+
+
 def captions(vocabulary: ImageVocabulary, seed: int = 0) -> Callable[[], np.ndarray]:
     """Draws of `<s>[picture]caption</s>` with 6 to 40 text tokens (COCO's and CC3M's captions have about 12)."""
     generator = np.random.default_rng(seed)
 
     def draw() -> np.ndarray:
-        words = int(np.clip(generator.lognormal(2.5, 0.4), 6, 40))
+        words = int(np.clip(generator.lognormal(2.5, 0.4), 6, MOST_WORDS))
         text = generator.integers(3, vocabulary.n_text, words)
         codes = generator.integers(vocabulary.n_text, vocabulary.boi_id, vocabulary.tokens_per_image)
         return np.concatenate([[1, vocabulary.boi_id], codes, [vocabulary.eoi_id], text, [2]]).astype(np.int32)
@@ -214,14 +225,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the language model's training, lever by lever.")
     parser.add_argument("--size", choices=tuple(SIZES), default="nano")
     parser.add_argument("--levers", help=f"only these, with commas: {', '.join(LEVERS)}")
-    parser.add_argument("--rows", type=int, help="packed rows of a step")
-    parser.add_argument("--length", type=int, help="positions of a packed row")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=positive, help="packed rows of a step")
+    parser.add_argument("--length", type=row_length, help="positions of a packed row")
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--peak-tflops", help="for the MFU: a number, or `measured` for one large product now")
+    parser.add_argument("--peak-tflops", type=peak_given,
+                        help="for the MFU: a number, or `measured` for one large product now")
     options = parser.parse_args()
-    runtime = choose_device(options.device, options.dtype, log=None)
+    try:
+        runtime = choose_device(options.device, options.dtype, log=None)
+    except ConfigError as error:
+        parser.error(str(error))
     device, dtype = runtime.device, runtime.dtype
     names = options.levers.split(",") if options.levers else [
         name for name, lever in LEVERS.items() if has_fp8(device) or not lever.fp8

@@ -1,14 +1,16 @@
-"""What the scripts beside this one share: the rate that utilisation is measured against, rounding, flags."""
+"""What the scripts beside this one share: the rate that utilisation is measured against, rounding, flags, folders."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 
 from seed_multimodal.evaluation.timing import measure
 from seed_multimodal.peaks import known_peak
+from seed_multimodal.systems.loading import read_system_json
 
 
 def positive(text: str) -> int:
@@ -31,6 +33,26 @@ def peak(text: str) -> str:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number above 0 nor `measured`")
+
+
+def guidance(text: str) -> float:
+    """A finite number, for argparse."""
+    try:
+        if math.isfinite(float(text)):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+
+
+def part_of(model: str | Path, part: str, usual: str) -> Path:
+    """A part (`llm`, `tokenizer`, `detokenizer`) of a system's folder; `usual` where its `system.json` names none.
+
+    Raises:
+        CheckpointError: no such folder, or one without `system.json`. ConfigError: a damaged one.
+    """
+    folder = Path(model)
+    return folder / read_system_json(folder).get(part, usual)
 
 
 def peak_tflops(asked: str | None, device: torch.device, dtype: torch.dtype) -> float | None:

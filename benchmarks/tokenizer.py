@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peak import batch_sizes, peak, peak_tflops, positive, rounded
+from peak import batch_sizes, part_of, peak, peak_tflops, positive, rounded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -97,9 +96,8 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Seed2Tokeni
     """The tokenizer in float32 (weights are rounded once, by the lever) and what it is."""
     folder = Path(options.model) if options.model else SHIPPED if options.size == "nano" else None
     if folder is not None and (options.model or (folder / "system.json").is_file()):
-        settings = json.loads((folder / "system.json").read_text(encoding="utf-8"))
-        part = folder / settings.get("tokenizer", "seed_tokenizer")
         name = folder.relative_to(ROOT) if folder == SHIPPED else folder
+        part = part_of(folder, "tokenizer", "seed_tokenizer")
         return Seed2Tokenizer.from_pretrained(part, device=device), str(name)
     with torch.device("meta"):
         model = Seed2Tokenizer(Seed2Config() if options.size == "released" else nano_config())

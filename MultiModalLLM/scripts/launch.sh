@@ -8,6 +8,16 @@
 cd "$(dirname "$0")/.."
 . ../scripts/python.sh
 
+counted() { # NAME VALUE
+    case $2 in
+        auto | gpu | cpu) [ "$1" != NPROC ] || return 0 ;;
+        '' | 0* | *[!0-9]*) ;;
+        *) return 0 ;;
+    esac
+    echo "$0: $1 must be a number from 1 on, not '$2'." >&2
+    exit 2
+}
+
 launch() {
     port=$1
     shift
@@ -16,6 +26,8 @@ launch() {
         processes=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
     fi
     nodes=${NNODES:-${HOST_NUM:-1}}
+    counted NPROC "$processes"
+    counted NNODES "$nodes"
     if [ "$nodes" = 1 ] && [ "$processes" = 1 ]; then
         exec "$PYTHON" src/train/train.py "$@"
     fi

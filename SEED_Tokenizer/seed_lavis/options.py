@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from seed_multimodal.config import check_keys
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.sizes import check_sizes
 
 APPLICATION = Path(__file__).resolve().parents[1]
 REPOSITORY = APPLICATION.parent
@@ -235,8 +236,8 @@ def check_ranges(options: Any, where: str) -> None:
 
 
 def sizes(kind: type[Options], start: Options, changes: Mapping[str, Any], where: str) -> Options:
-    """`start` with some fields changed; an unknown field is refused by name."""
-    check_keys(changes, [item.name for item in dataclasses.fields(kind)], where)  # type: ignore[arg-type]
+    """`start` with some fields changed; an unknown field or a value it cannot hold is refused by name."""
+    check_sizes(kind, changes, where)  # type: ignore[arg-type]
     return dataclasses.replace(start, **changes)  # type: ignore[type-var]
 
 

@@ -26,15 +26,14 @@ SILENT = tuple(f"run.{key}" for key in (
 
 
 def say_changes(runner: RunnerSeed) -> None:
-    """Name the settings in which a run that goes on differs from the one before in its folder."""
-    folder, state = Path(runner.output_dir), f"{runner.stage}.state.pt"
-    before, done = folder / "config.yaml", folder / f"{runner.stage}.done.json"
-    if runner.options.resume_ckpt_path or not before.is_file() or not (folder / state).is_file() or done.is_file():
+    """Name the settings in which a run that goes on from its state differs from the one before in its folder."""
+    before = Path(runner.output_dir) / "config.yaml"
+    if not before.is_file():
         return
     plain = [OmegaConf.to_container(one) for one in (read_yaml(before), runner.config.config)]
     remark = settings_remark(plain[0], plain[1], SILENT)
     if remark:
-        say(f"[{state}] {remark}.")
+        say(f"[{runner.stage}.state.pt] {remark}.")
 
 
 def shown(path: str | Path) -> str:
@@ -47,15 +46,17 @@ def summary(runner: RunnerSeed, record: dict[str, Any], seconds: float) -> list[
     """Lines for the end of a run."""
     options, model = runner.options, runner._model
     # The record's sizes, since a run that was done before may have had others.
-    own = record["steps"] * record.get("batch_size", options.batch_size_train) * record.get("accumulate", 1)
+    earlier = record.get("begun", 0)  # steps that another run made, before its checkpoint
+    own = (record["steps"] - earlier) * record.get("batch_size", options.batch_size_train) * record.get("accumulate", 1)
     samples, spent = own * record.get("processes", 1), float(record.get("seconds", seconds))
     speed = said_of(utilisation(runner.cost, own / spent)) if spent else ""
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))
     folder = shown(runner.output_dir)
     lines = [
-        f"{NAMES.get(runner.stage, runner.stage)}: {record['steps']:,} steps, {samples:,} pictures in "
-        f"{duration(spent)}{speed}" + (f"; at the end {numbers}." if numbers else "."),
+        f"{NAMES.get(runner.stage, runner.stage)}: {record['steps']:,} steps"
+        + (f" ({earlier:,} of them before run.resume_ckpt_path)" if earlier else "")
+        + f", {samples:,} pictures in {duration(spent)}{speed}" + (f"; at the end {numbers}." if numbers else "."),
         f"  checkpoint  {shown(record['checkpoint'])}",
         f"  log         {folder}/{runner.stage}.log.jsonl, {folder}/config.yaml",
     ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,22 +19,21 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from seed_lavis.checkpoint import read_checkpoint, told_of_disk, write_checkpoint
+from seed_lavis.checkpoint import told_of_disk, write_checkpoint
 from seed_lavis.codebook import CodebookCare, CodebookMixin
 from seed_lavis.compat import RunnerBase, registry
 from seed_lavis.datasets import count_bad, dataset_ratios, mixed_order, split_of, to_device
-from seed_lavis.options import RunOptions, locate, read_options
-from seed_lavis.report import say_changes, summary
+from seed_lavis.options import RunOptions, read_options
+from seed_lavis.report import summary
+from seed_lavis.resume import go_on
 from seed_lavis.speed import sample_cost
 from seed_lavis.start import say
 from seed_lavis.validation import mean_losses
+from seed_multimodal.data.pair_dataset import BadSamples
 from seed_multimodal.data.steps import StepBatches
 from seed_multimodal.disk import replace_text
-from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.training.distributed import Peers
-from seed_multimodal.training.ema import Ema
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.loop import StageSettings, run_stage
-from seed_multimodal.training.state import StateFile, read_record
 
 
 class Whole(nn.Module):
@@ -121,12 +119,12 @@ class RunnerSeed(RunnerBase):
                          order=mixed_order(self.datasets, run.train_splits, ratios, run.seed)) as self.batches:
             modules = self._modules()
             settings = self._settings()
-            self._go_on(modules, settings)
-            say_changes(self)
+            go_on(self, modules, settings)
             record = run_stage(
                 self.stage, modules, self._loss, settings, self.output_dir, self._finish, self._after_step,
                 optimizer=self.optimizer, schedule=self.learning_rate,
-                wrapped=model if dist.is_initialized() else None, status=self._status, cost=self.cost)
+                wrapped=model if dist.is_initialized() else None, status=self._status, cost=self.cost,
+                own=data if isinstance(data, BadSamples) else None)
         for line in summary(self, record, time.monotonic() - started):
             say(line)
         return record
@@ -156,7 +154,7 @@ class RunnerSeed(RunnerBase):
             steps=self.steps, batch_size=run.batch_size_train, lr=run.init_lr, weight_decay=run.weight_decay,
             clip=run.clip_grad, ema=run.ema, precision=self.precision(), seed=run.seed, save_seconds=run.save_seconds,
             log_every=run.log_freq, accumulate=self.accumulate, save_every_steps=run.save_every_steps,
-            save_frozen=False, tensorboard=run.tensorboard)
+            save_frozen=False, tensorboard=run.tensorboard, further=True)
 
     def precision(self) -> str:
         """`run.precision`, or what `run.amp` means on this device: bf16 or fp16 on a GPU, fp32 elsewhere."""
@@ -229,64 +227,13 @@ class RunnerSeed(RunnerBase):
             self._save(self.options.max_epoch - 1)
         return {"checkpoint": str(self.output_dir / f"checkpoint_{self.options.max_epoch - 1}.pth"),
                 **{name: round(float(value), 6) for name, value in self._model.latest.items()},
-                "bad_samples": self._bad}
+                "bad_samples": max(self._bad, len(self.batches.bad_samples()))}  # no step may have been left to make
 
     def _status(self) -> dict[str, float]:
         codes = self.care.status() if self.care is not None else {}
         last = {} if self._last_loss is None else {"last_loss": float(self._last_loss)}  # `loss` itself is smoothed
         return {"wait_seconds": self.batches.wait_seconds, "aside_seconds": self._aside,
                 "bad_samples": len(self.batches.bad_samples()), **last, **codes}
-
-    # ---- going on
-
-    def _go_on(self, modules: nn.Module, settings: StageSettings) -> None:
-        """Refuse, prepare or leave to the loop what earlier runs left in the output folder."""
-        state, done = (self.output_dir / f"{self.stage}.{kind}" for kind in ("state.pt", "done.json"))
-        if self.options.resume == "never" and (state.is_file() or done.is_file()):
-            raise ConfigError(f"{self.output_dir}: holds a run of {self.stage} already and run.resume is never; remove "
-                              "the folder, choose another run.output_dir, or use run.resume=auto.")
-        further = done.is_file() and state.is_file() and self._can_go_further(done)
-        if dist.is_initialized():
-            dist.barrier()  # all have looked
-        if further and self.rank == 0:
-            done.unlink()
-        if dist.is_initialized():
-            dist.barrier()
-        if not self.options.resume_ckpt_path:
-            return
-        if state.is_file():
-            say(f"{state}: this run's own state is there, so run.resume_ckpt_path is left aside.")
-            return
-        self._state_from_checkpoint(modules, settings)
-
-    def _can_go_further(self, done: Path) -> bool:
-        """Whether a finished run was asked for more epochs; refuses if it was another kind of run."""
-        record = read_record(done)
-        if int(record.get("steps", 0)) >= self.steps:
-            return False
-        own = (self.world, self.options.batch_size_train, self.accumulate)
-        then = (record.get("processes", 1), record.get("batch_size"), record.get("accumulate", 1))
-        if own != then:
-            raise CheckpointError(
-                f"{done}: the run before had {then[0]} processes of {then[1]} x {then[2]} samples per step, this one "
-                f"has {own[0]} of {own[1]} x {own[2]}, so it would not go on with the same numbers; use the same "
-                "again, or another run.output_dir with run.resume_ckpt_path.")
-        return True
-
-    def _state_from_checkpoint(self, modules: nn.Module, settings: StageSettings) -> None:
-        """A LAVIS checkpoint becomes the state that the loop goes on from."""
-        file = Path(locate(str(self.options.resume_ckpt_path)))
-        epochs = read_checkpoint(file, self._model, self.optimizer)
-        if epochs >= self.options.max_epoch:
-            raise ConfigError(f"{file}: has {epochs} epochs behind it, so run.max_epoch={self.options.max_epoch} "
-                              f"leaves nothing to train; give run.max_epoch={epochs + 1} or more.")
-        with Peers(self.stage, self.model if dist.is_initialized() else None) as peers:
-            average = Ema(modules, settings.ema) if settings.ema else None
-            scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-            StateFile(self.output_dir / f"{self.stage}.state.pt", modules, self.optimizer, average, scaler, peers,
-                      settings.batch_size * settings.accumulate * peers.world, settings.save_frozen,
-                      ).save(epochs * self.steps_per_epoch, 0.0)
-        say(f"{file}: weights and optimiser taken; going on after {epochs} epochs.")
 
     # ---- evaluation
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from seed_multimodal.systems.pictures import PictureCodec
 
 RELEASED_NAMES = ("released", "8b", "14b")
-NANO_RUNS = "`--model nano` runs now"
+YAML_RUNS = "of the shipped ones `--tokenizer configs/tokenizer/nano.yaml`, in MultiModalLLM, runs now"
 
 
 @dataclass
@@ -63,6 +63,7 @@ def language_model(
     """
     from seed_multimodal.device import choose_device
     from seed_multimodal.language.loading import load_llm
+    from seed_multimodal.systems.loading import locate, released_folder
 
     if load_in_8bit and load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other.")
@@ -70,7 +71,9 @@ def language_model(
         raise ConfigError("device_map must be the name of one device here, for example 'cuda:0'.")
     runtime = choose_device(device_map if device_map not in (None, "auto") else device, torch_dtype)
     quantization = "8bit" if load_in_8bit else "4bit" if load_in_4bit else None
-    return load_llm(pretrained_model_name_or_path, device=runtime.device, dtype=runtime.dtype,
+    name, released = pretrained_model_name_or_path, released_folder(pretrained_model_name_or_path)
+    place = locate(released) if released != name else None  # named as on the hub, but downloaded into pretrained/
+    return load_llm(name if place is None else place, device=runtime.device, dtype=runtime.dtype,
                     quantization=quantization)
 
 
@@ -96,13 +99,11 @@ def seed_llama_tokenizer(
         CheckpointError: a part that is not there: what to download and where to put it.
     """
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.systems.loading import not_on_disk
 
     folder = local_folder(pretrained_model_name_or_path)
     if folder is None:
-        raise CheckpointError(
-            f"{pretrained_model_name_or_path}: the released SEED-2 tokenizer is not on this disk: download "
-            f"AILab-CVC/seed-tokenizer-2 and eva_vit_g.pth into pretrained/seed_tokenizer (see pretrained/README.md); "
-            f"{NANO_RUNS}.")
+        raise CheckpointError(f"{not_on_disk([('tokenizer', pretrained_model_name_or_path)])}; {YAML_RUNS}.")
     inside = folder / "diffusion_model"
     drawing = diffusion_path or (inside if inside.is_dir() else "pretrained/stable-diffusion-2-1-unclip")
     codec = _codec(folder, None, drawing, {"type": "clip", "keep_ratio": False, "image_size": 224}, device, dtype)
@@ -120,23 +121,34 @@ def picture_codec(model: str, *, device: str = "auto", dtype: str = "auto") -> P
     Raises:
         CheckpointError: a part that is not there.
     """
-    if model.lower() in RELEASED_NAMES:
-        return seed_llama_tokenizer("pretrained/seed_tokenizer", device=device, dtype=dtype).pictures
-    from seed_multimodal.systems.loading import find_system
+    from seed_multimodal.systems.loading import PARTS, find_system, not_on_disk
 
+    if model.lower() in RELEASED_NAMES:
+        name = PARTS["tokenizer"][0]
+        if local_folder(name) is None:
+            raise CheckpointError(f"{not_on_disk([('tokenizer', name)])}; `--model nano` runs now.")
+        return seed_llama_tokenizer(name, device=device, dtype=dtype).pictures
     spec = find_system(model)
     transform = {**spec.transform, "image_size": spec.image_size}
     return _codec(spec.tokenizer, spec.vision, spec.detokenizer, transform, device, dtype)
 
 
-def local_folder(name: str | Path) -> Path | None:
-    """`name` as a folder here or below the repository root, else its snapshot in the local hub cache, else None."""
-    from seed_multimodal.systems.loading import locate
+def is_hub_name(name: str | Path) -> bool:
+    """Whether `name` has the form `owner/name`; `pretrained/…` is always a folder."""
+    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "pretrained/"))
 
-    found = locate(name)
+
+def local_folder(name: str | Path) -> Path | None:
+    """`name` as a folder here or below the repository root, else its snapshot in the local hub cache, else None.
+
+    What the released files name as on the hub is looked for in its folder of `pretrained/`, too.
+    """
+    from seed_multimodal.systems.loading import locate, released_folder
+
+    found = locate(name) or locate(released_folder(name))
     if found is not None:
         return found
-    if str(name).count("/") != 1 or str(name).startswith((".", "/", "pretrained/")):
+    if not is_hub_name(name):
         return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -7,6 +7,7 @@ and refuses when anything outside the allowed lists differs (DESIGN.md, decision
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 import pickle
 import struct
@@ -68,6 +69,14 @@ def _read_safetensors(file: Path) -> Mapping[str, object]:
         return load_file(file)
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
+
+
+def count_parameters(file: str | Path) -> int:
+    """Numbers in a safetensors file, from its header."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as handle:
+        return sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
 
 
 def read_torch(file: Path, mapped: bool = False) -> Mapping[str, object]:

@@ -64,6 +64,16 @@ def test_patterns_that_match_nothing(tmp_path: Path, pattern: str, words: list[s
         expand_pattern([])
 
 
+def test_a_plain_path_with_a_typo_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "train-000.tar").touch()
+    for typed, told in (("shards/train-0000.tar", f" (did you mean {tmp_path}/shards/train-000.tar?)"),
+                        ("shard/train-000.tar", f" (did you mean {tmp_path}/shards?)"), ("zzz/q", "")):
+        with pytest.raises(DataError) as error:
+            expand_pattern(tmp_path / typed)
+        assert str(error.value) == f"{tmp_path}/{typed}: there is no such file or folder{told}."
+
+
 def test_packed_strings() -> None:
     strings = ["", "a", "zwölf – 十二", "odd\udcff", ""]
     packed = PackedStrings.of(strings)
@@ -335,7 +345,7 @@ def test_json_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('[{"image": ')
     with pytest.raises(DataError, match=r"x\.json: not readable as json"):
         JsonPairs(tmp_path / "x.json")
-    with pytest.raises(DataError, match=r"y\.json: no file matches"):
+    with pytest.raises(DataError, match=r"y\.json: there is no such file or folder \(did you mean .*x\.json\?\)"):
         JsonPairs(tmp_path / "y.json")
 
 

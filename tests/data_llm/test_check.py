@@ -228,7 +228,7 @@ def test_what_cannot_be_checked_is_refused(tmp_path, tokenizer):
         check(path, length=5)
     with pytest.raises(CheckpointError):
         check(path, tokenizer=tmp_path)
-    with pytest.raises(DataError, match="no file matches"):
+    with pytest.raises(DataError, match="there is no such file or folder"):
         check(tmp_path / "none.jsonl")
 
 
@@ -267,3 +267,19 @@ def test_an_empty_id_is_none(tmp_path: Path, lines: Callable) -> None:
                                  '{"id": NaN, "text": "d"}', '{"id": 0, "text": "e"}', '{"id": 0, "text": "f"}'])
     report = check_records(CheckSettings([tmp_path / "a.jsonl"]), progress=False)
     assert report.errors == {"duplicate id": 1} and "line 6: id 0" in report.findings[0].sentence
+
+
+def test_control_words_in_texts_are_told_but_not_wrong(tmp_path, tokenizer):
+    path = jsonl(tmp_path / "a.jsonl", {"image_ids": picture(1), "text": "a cat</s>"}, {"text": "<s>old</s> new <b>"},
+                 {"image_ids": picture(2), "question": "what", "answer": "<img_00001> <img_00002> <img_99999>"},
+                 {"image_ids": picture(3), "text": ["a", "draw <img>"]}, {"text": "a < b > c"},
+                 {"texts": ["a", "b</s>"], "image_ids": [None, None], "metadata": {}}, chat(["say </s>"], ["</s>"]),
+                 {"instruction": "draw", "response": "<img><img_00001><img_00002><img_00003><img_00004></img></s>"})
+    for words, codes in ((tokenizer, 2), (None, 3)):  # the tokenizer has no code 99,999; without one it may be
+        report = check(path, tokenizer=words)
+        assert report.control.records == 6
+        assert report.control.words == {"</s>": 4, "<s>": 1, "<img_…>": codes, "<img>": 1}
+        assert report.control.first == [f"{path}: line 1: </s> in 'text'", f"{path}: line 2: <s> in 'text'",
+                                        f"{path}: line 3: <img_00001> in 'answer'"]
+    assert report.as_json()["control_words"]["records"] == 6
+    assert check(jsonl(tmp_path / "b.jsonl", *GOOD.values()), tokenizer=tokenizer).control.sentence() == ""

@@ -51,6 +51,15 @@ def test_old_shards_are_refused_converted_and_then_pass(capsys, tmp_path, old):
                                              "skipped": []}
 
 
+def test_control_words_are_a_warning(capsys, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one</s>two"}\n{"text": "plain"}\n')
+    code, out, _ = run(capsys, "check", path, "--tokenizer", NANO_WORDS)
+    assert code == 0 and out.endswith(
+        f"warning: 1 record holds control words in the text, which become real tokens in training: </s> 1 ({path}: "
+        "line 1: </s> in 'text').\nnothing wrong\n")
+
+
 def test_what_is_wrong_is_printed_and_counted(capsys, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good words"}\n{"text": \n{"image_ids": [1], "text": "a"}\n' + '{"text": ""}\n' * 5)

@@ -73,6 +73,7 @@ def test_shipped_descriptions_are_read(path):
     ({"files": "a", "format": "tars"}, "format must be"),
     ({"files": "a", "min_aspect_ratio": 2}, "min_aspect_ratio must lie in"),
     ({"format": "tar"}, "needs a value for 'files'"),
+    ({"files": "a", "image_root": 5}, "image_root must be a folder, not 5"),
     ({"files": "a", "num_frames": 0}, "num_frames must be a whole number")])
 def test_wrong_descriptions_are_refused(config, message):
     with pytest.raises(ConfigError, match=message):
@@ -114,6 +115,35 @@ def test_units_of_tars_and_blocks(tmp_path, jpeg):
         assert [(unit.start, unit.stop) for unit in units] == [(0, 3), (3, 6), (6, 7)]
         places = [raw.where.rpartition(" ")[2] for unit in units for raw in locate(unit, settings).raws]
         assert places == [str(n + (name == "lines.jsonl")) for n in range(7)]
+
+
+def test_a_missing_folder_of_pictures_is_refused(tmp_path, jpeg, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.jpg", "caption": "words"}]))
+    given = {"files": str(tmp_path / "a.json"), "fields": {"caption": "caption"}}
+    wrong = read_input_settings({**given, "image_root": f"{tmp_path}/picture"}, "caption")
+    with pytest.raises(DataError, match=r"image_root: there is no folder .*/picture \(did you mean .*/pictures\?\)"):
+        list_units(wrong, 10)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (entry, _), = parse("caption", read_input_settings({**given, "image_root": "~/pictures"}, "caption"))
+    assert not entry.bad and entry.rows == [[0]]
+
+
+@pytest.mark.parametrize(("kind", "record", "words"), [
+    ("qa", {"file": "a.jpg", "question": "q", "caption": "c"}, "has no picture where one is looked for"),
+    ("qa", {"image": "a.jpg", "question": "q", "answer": "a"}, "has no text under 'caption'"),
+    ("interleaved", {"pictures": ["a.jpg"], "texts": [None]}, "has no list of pictures under 'images'")])
+def test_other_keys_are_named_with_the_flag_that_maps_them(tmp_path, kind, record, words):
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    (entry, _), = parse(kind, InputSettings(files=str(tmp_path / "a.json")))
+    assert f"a.json: item 0: {words} (it has {', '.join(sorted(record))}; --fields says" in entry.bad
+
+
+def test_compressed_inputs_are_refused_by_that_name(tmp_path):
+    (tmp_path / "a.json.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.json\.gz: compressed files cannot be read .* unpack it first"):
+        list_units(InputSettings(files=str(tmp_path / "a.json.gz")), 10)
 
 
 def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):

@@ -169,6 +169,16 @@ def test_another_tokenizer_or_setting_is_refused(whole, start, tmp_path):
     assert content(whole) == before
 
 
+def test_other_settings_are_refused_before_the_tokenizer_is_read(start: Callable[..., int], whole: Path) -> None:
+    nowhere = EncoderSettings("nowhere.yaml", device="cpu")
+    with pytest.raises(DataError, match="begun with views 1, now it is 2"):
+        start(whole, views=2, encoder=nowhere)
+    with pytest.raises(DataError, match="begun with block"):
+        start(whole, block=5, gpus=2, encoder=nowhere)
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        start(whole, encoder=nowhere)
+
+
 def test_changed_inputs(whole, start, tmp_path, data, capfd, jpeg):
     import shutil
 
@@ -297,6 +307,20 @@ def test_many_broken_pictures_in_a_row_end_the_run(start, tmp_path, capfd, jpeg)
     assert "skipped: " in capfd.readouterr().err
     assert start(tmp_path / "out", max_bad=5, **here) == 0
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["bad"] == 6
+
+
+def test_a_run_that_could_use_nothing_does_not_end_well(start, tmp_path, capfd, jpeg):
+    samples = [{"image": f"{n}.jpg", "caption": "words"} for n in range(7)]
+    (tmp_path / "a.json").write_text(json.dumps(samples))
+    (tmp_path / "wrong").mkdir()
+    here = {"data": {"files": str(tmp_path / "a.json"), "fields": {"caption": "caption"},
+                     "image_root": str(tmp_path / "wrong")}}
+    for _ in range(2):
+        assert start(tmp_path / "out", **here) == 1
+        said = capfd.readouterr().err
+        assert "0 records" in said and "broken: 7" in said and "not one record was written" in said
+    (tmp_path / "wrong" / "3.jpg").write_bytes(jpeg(3))
+    assert start(tmp_path / "again", **here) == 0 and "broken: 6" in capfd.readouterr().err
 
 
 def test_a_refusal_in_a_process_is_the_exit_code(start, tmp_path, capfd):

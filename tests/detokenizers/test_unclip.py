@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -217,6 +218,21 @@ def test_missing_and_damaged_folders(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "json" / "seed_decode.json").write_text('{"guidance": 3}')
     with pytest.raises(ConfigError, match="unknown setting 'guidance'"):
         UnclipDetokenizer.from_pretrained(tmp_path / "json")
+
+
+def test_loading_and_casting_bring_no_remarks_of_the_library(folder: Path) -> None:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    library = logging.getLogger("diffusers")
+    library.addHandler(handler)
+    try:
+        logging.getLogger("diffusers.models.modeling_utils").warning("heard")
+        UnclipDetokenizer.from_pretrained(folder).to("cpu", torch.float64).to("cpu")
+        logging.getLogger("diffusers.models.modeling_utils").warning("heard again")
+    finally:
+        library.removeHandler(handler)
+    assert told == ["heard", "heard again"]
 
 
 def test_another_kind_of_pipeline_is_refused(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_the_command(tiny_folder: Path, trained, tmp_path: Path, capsys) -> None
 
 
 def test_a_missing_judge_is_one_sentence(tiny_folder: Path, tmp_path: Path, capsys) -> None:
-    assert report.main(["--model", str(tiny_folder), "--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert report.main(["--model", str(tiny_folder), "--judge", str(tmp_path / "none"), "--out", str(tmp_path),
+                        "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert "no judge in this folder" in error and "Traceback" not in error

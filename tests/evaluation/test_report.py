@@ -165,3 +165,17 @@ def test_written_report(toy, world: World, tmp_path: Path) -> None:
 def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert report.main(["--model", str(tmp_path / "none"), "--limit", "0"]) == 2
     assert "--limit" in capsys.readouterr().err
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    assert report.main(["--model", "nano", "--out", str(taken), "--limit", "1"]) == 2
+    assert f"--out {taken}: no folder that can be written" in capsys.readouterr().err
+    assert taken.read_text() == "a file"
+
+
+def test_which_judge_scores(tmp_path: Path) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "pretrained" / "nano" / "judge"
+    assert report.find_judge("nano", None).resolve() == shipped
+    assert report.find_judge(tmp_path, None).resolve() == shipped  # a system of one's own has none
+    assert report.find_judge(tmp_path, tmp_path / "other") == tmp_path / "other"
+    (tmp_path / "judge").mkdir()
+    assert report.find_judge(tmp_path, None) == tmp_path / "judge"

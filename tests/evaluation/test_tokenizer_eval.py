@@ -393,6 +393,16 @@ def test_the_fast_encoder_sees_the_same(stages: tuple[Path, Path, Path], tmp_pat
     assert used == [False, True, False]
 
 
+def test_one_picture_has_no_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["eval", "tokenizer", "--model", str(NANO), "--rebuild", "0", "--limit", "1", "--device", "cpu",
+                 "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "embedding (n 1): cosine" in out and "no others to compare with" in out and "to others" not in out
+    part = json.loads((tmp_path / "report.json").read_text())["reconstruction"]["embedding"]
+    assert part["cosine_to_others"]["value"] is None and part["cosine_to_others"]["n"] == 0
+    assert "| – |" in (tmp_path / "report.md").read_text()
+
+
 def test_command_refuses_in_one_sentence(stages: tuple[Path, Path, Path], listed: Path, tmp_path: Path,
                                          capsys: pytest.CaptureFixture) -> None:
     out = ["--out", str(tmp_path / "out"), "--device", "cpu"]

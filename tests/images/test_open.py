@@ -78,7 +78,9 @@ def test_empty_missing_folder_and_odd_paths(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     assert refusal(tmp_path / "empty.png") == "empty.png: the file is empty (0 bytes)."
     assert refusal(b"", name="upload 1") == "upload 1: the file is empty (0 bytes)."
-    assert "there is no such file" in refusal(tmp_path / "nowhere.png")
+    assert refusal(tmp_path / "nowhere.png") == f"nowhere.png: there is no such file ({tmp_path}/nowhere.png)."
+    assert refusal("nowhere.png") == "nowhere.png: there is no such file."
+    assert refusal("a/b.png", name="list.json: item 1: a/b.png") == "list.json: item 1: a/b.png: there is no such file."
     assert "this is a folder" in refusal(tmp_path)
     assert refusal("with a null\0byte.png")
 

@@ -20,8 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.adapters import Trained
 from seed_multimodal.language.loading import load_llm
-from seed_multimodal.language.merge import merge_adapter, parse_size
+from seed_multimodal.language.merge import merge_adapter
 from seed_multimodal.language.merge_check import compare_logits
+from seed_multimodal.language.shards import parse_size
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -278,6 +279,8 @@ def test_places_that_cannot_be_written(made: SimpleNamespace, tmp_path: Path, mo
             merge_adapter(base, adapter, run, force=True)
     assert (run / "checkpoint-1" / "adapter_config.json").is_file()
     (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file: is a file; the merged model needs a folder"):
+        merge_adapter(made.base, made.adapter, tmp_path / "file", force=True)
     with pytest.raises(CheckpointError, match="cannot be written"):
         merge_adapter(made.base, made.adapter, tmp_path / "file" / "out", verify=False)
     (tmp_path / "here").mkdir()
@@ -351,7 +354,8 @@ def test_command_line(made: SimpleNamespace, tokenizer_folder: Path, tmp_path: P
                "--base_model", str(made.base), "--lora_model", str(made.adapter)]
     done = subprocess.run([*command, "--save_path", str(tmp_path / "merged")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "14 with LoRA merged in" in done.stderr and "logits as before" in done.stderr
+    assert "tensors in 1 file, 14 with LoRA merged in" in done.stderr and "logits as before" in done.stderr
     torch.testing.assert_close(says(tmp_path / "merged", made.ids), made.logits, atol=1e-4, rtol=1e-4)
     again = subprocess.run([*command, "--save_path", str(tmp_path / "merged")], capture_output=True, text=True)
-    assert again.returncode == 2 and "not empty" in again.stderr and "Traceback" not in again.stderr
+    assert again.returncode == 2 and "Traceback" not in again.stderr
+    assert "not empty (--force replaces it)." in again.stderr

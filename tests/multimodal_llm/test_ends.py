@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from seed_multimodal.errors import ConfigError, SeedError
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 from seed_multimodal.training.llm.failures import TrainingError, explained
 from seed_multimodal.training.llm.folders import checkpoints, fault_of
 
@@ -105,13 +107,134 @@ def test_the_last_step_takes_what_is_left(packing, runs, train, tmp_path):
     whole = train("one", *more, data=data)
     steps = len(runs.losses(whole))
     assert steps > 3
+    few = train("few", *more, f"trainer.logging_steps={steps - 1}", data=data)
+    assert list(runs.losses(few)) == [steps - 1, steps]  # the last line is not lost
     for count in (2, steps - 1, steps + 2):
         some = train(f"of{count}", *more, f"trainer.gradient_accumulation_steps={count}", data=data)
         record = json.loads((some / "summary.json").read_text())
         assert record["steps"] == -(-steps // count)
+        assert max(runs.losses(some)) == record["steps"]
         assert record["tokens"] == json.loads((whole / "summary.json").read_text())["tokens"]
         if not packing and count == steps - 1:  # one micro-batch is left, and its mean is the step's
             assert runs.losses(some)[2] == pytest.approx(runs.losses(whole)[steps], rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("world", "count"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+def test_every_step_up_to_the_end_of_data_can_be_resumed_from(packing, world, count, runs, tmp_path):
+    """Processes come to the end of their data at unlike micro-steps, and still save one common place."""
+    from seed_multimodal.data.llm.batches import LlmBatches
+    from seed_multimodal.data.llm.mixture import EndOfData
+    from seed_multimodal.data.llm.settings import read_data_settings
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+    content = runs.write_data(tmp_path, runs.CODES, runs.PER_IMAGE, records=7)
+    content |= {"packing": packing, "rows": 1}
+    for source in content["sources"]:
+        source["cycles"] = 1
+    broken = tmp_path / "chats.jsonl"  # the last draws of some lanes give nothing
+    broken.write_text(broken.read_text().replace('"role": "user"', '"role": "nobody"', 3))
+    settings, tokenizer = read_data_settings(content), MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
+
+    def rest(step, states):
+        """Tokens of each step from one on, the states after each, and what was passed over, in all processes."""
+        ranks = [LlmBatches(settings, tokenizer, rank=rank, world=world) for rank in range(world)]
+        if states is not None:
+            for one in ranks:
+                one.restore(states)
+        tokens, after = [], []
+        while True:
+            found = []
+            for one in ranks:
+                try:
+                    found += [one.at(step * count + micro).tokens for micro in range(count)]
+                except EndOfData:
+                    found += []
+            step += 1
+            sources = [source for one in ranks for source in one.report()["sources"].values()]
+            lost = sum(entry["count"] for source in sources for entry in source["skipped"].values())
+            if not any(found):
+                return tokens, after, lost
+            tokens.append(sum(found))
+            after.append(json.loads(json.dumps([one.state(step * count) for one in ranks])))
+
+    tokens, after, lost = rest(0, None)
+    assert len(tokens) >= 1 and lost == 3
+    for step, states in enumerate(after, 1):
+        assert len({state["position"] for state in states}) == 1
+        again, _, told = rest(step, states)
+        assert (again, told) == (tokens[step:], 3), f"after step {step} of {len(tokens)}"
+
+
+def test_a_finished_run_says_its_last_evaluation_once(runs, train, tmp_path):
+    """The evaluation of the end comes after the checkpoint of its step; the same command again finds it in the log."""
+    files = runs.write_files(tmp_path)
+    for _ in range(2):
+        out = train("out", "trainer.max_steps=4", "trainer.save_steps=2", "trainer.eval_steps=3",
+                    "trainer.eval_batches=1", f"eval_data={files['data']}")
+        assert [line["step"] for line in runs.log_lines(out) if "eval_loss" in line] == [3, 4]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["evaluation"] == runs.log_lines(out)[-1] and summary["evaluation"]["step"] == 4
+
+
+def test_a_second_run_is_kept_out_of_the_output_folder(runs, train, tmp_path):
+    """It would remove what the first is writing, and mix their logs."""
+    from datetime import timedelta
+
+    from seed_multimodal.training.llm.folders import only_run
+    from seed_multimodal.training.llm.processes import RunPeers
+
+    peers = RunPeers(timedelta(minutes=1))
+    with only_run(tmp_path / "out", peers):
+        with pytest.raises(CheckpointError, match="out: another run is at work in this output folder"):
+            train("out", "trainer.max_steps=1")
+        assert not list((tmp_path / "out").iterdir())
+    train("out", "trainer.max_steps=1")
+    with only_run(tmp_path / "out", peers, patience=0.0):  # the run has let go
+        pass
+
+
+def test_data_without_a_usable_record_are_no_success(runs, train, tmp_path):
+    data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, records=2)
+    for source in data["sources"]:
+        source["cycles"] = 1
+    with pytest.raises(TrainingError, match="No source gave a single sequence to learn from"):
+        train("out", "data.length=20", data=data)
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("NPROC", "0"), ("NPROC", "two"), ("HOST_NUM", "x"), ("NNODES", "-1")])
+def test_the_scripts_name_the_variable_that_is_no_count(name, value, runs):
+    env = runs.environment(**{"NPROC": "1", name: value, "VIRTUAL_ENV": sys.prefix})
+    done = subprocess.run(["sh", "scripts/train_a100_lora_multi_node_sft.sh"], cwd=runs.APPLICATION, env=env, text=True,
+                          capture_output=True, timeout=60)
+    wanted = "NPROC" if name == "NPROC" else "NNODES"
+    assert done.returncode == 2 and f"{wanted} must be a number from 1 on, not '{value}'." in done.stderr
+
+
+@pytest.mark.parametrize(("values", "error", "words"), [
+    ({}, TrainingError, r"Process 0 of 2 did not meet the others at MASTER_ADDR 127.0.0.1, MASTER_PORT \d+ \(.*1/2"),
+    ({"RANK": "1"}, TrainingError, "Process 1 of 2 did not meet the others .*; start all processes within"),
+    ({"RANK": "x"}, ConfigError, "RANK must be a number, not 'x'"),
+    ({"RANK": "2"}, ConfigError, "RANK must be below WORLD_SIZE, but is 2 of 2"),
+    ({"WORLD_SIZE": "0"}, ConfigError, "RANK must be below WORLD_SIZE, but is 0 of 0"),
+    ({"MASTER_PORT": "any"}, ConfigError, "MASTER_PORT must be a number, not 'any'"),
+    ({"MASTER_ADDR": ""}, ConfigError, "MASTER_ADDR is not set"),
+])
+def test_processes_that_never_meet_end_with_a_sentence(values, error, words, monkeypatch):
+    """As started by hand, without torchrun."""
+    import socket
+
+    from seed_multimodal.training.llm.processes import start_processes
+
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = str(place.getsockname()[1])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": port, **values}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=words):
+        start_processes("cpu", 0.005)
 
 
 def test_evaluation_does_not_disturb_training(runs, train, tmp_path):

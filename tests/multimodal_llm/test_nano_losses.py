@@ -79,7 +79,12 @@ def test_losses_are_those_written_down(line: tuple[Workspace, dict[str, dict[str
 def test_the_tuned_model_becomes_the_systems(line: tuple[Workspace, dict[str, dict[str, list[float]]]]) -> None:
     space = line[0]
     record = take_llm(space)
-    assert record["llm_sft_text"] == pytest.approx(line[1][SFT]["held_out"][0], abs=1e-3)
+    assert record["sft_val_text_loss"] == pytest.approx(line[1][SFT]["held_out"][0], abs=1e-3)
+    assert {file.name for file in (space.out / "seed_llama").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors"}
+    written = json.loads((space.work / "sft.done.json").read_text())
+    assert written["val_text_loss"] == record["sft_val_text_loss"] and written["steps"] == 30
+    assert written["parameters"] > 10_000 and written["batch_size"].endswith(" rows of 256")
     with safe_open(space.out / "seed_llama/model.safetensors", "pt") as handle:
         assert handle.get_slice("model.embed_tokens.weight").get_shape()[0] == space.words.vocabulary.size
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.optim import read_optim
@@ -85,7 +86,7 @@ def test_booleans_as_the_original_reads_them():
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--learning_rat", "1"], r"--learning_rat: unknown option \(did you mean 'learning_rate'\?\)"),
+    (["--learning_rat", "1"], r"--learning_rat: unknown option \(did you mean '--learning_rate'\?\)"),
     (["--max_steps", "many"], "--max_steps: needs a whole number, not 'many'"),
     (["--max_steps", "inf"], "--max_steps: needs a whole number, not 'inf'"),
     (["--bf16", "perhaps"], "--bf16: needs True or False"),
@@ -105,6 +106,17 @@ def test_refusals_are_one_sentence(arguments, words, files):
     with pytest.raises(ConfigError, match=words) as caught:
         compose([*(f"{group}={file}" for group, file in files.items()), *arguments], CONFIGS)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_only_printed_needs_no_output_folder(files, capsys):
+    chosen = [f"{group}={file}" for group, file in files.items()]
+    assert main([*chosen, "trainer.max_steps=7", "--cfg", "job"], configs=CONFIGS) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["output_dir"] == "???" and shown["trainer"]["max_steps"] == 7
+    assert main([*chosen, "--cfg", "job", "output_dir=log/x"], configs=CONFIGS) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "log/x"
+    with pytest.raises(ConfigError, match="output_dir is needed"):
+        compose(chosen, CONFIGS)
 
 
 @pytest.mark.parametrize(("more", "words"), [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -95,3 +96,62 @@ def test_a_disk_that_takes_nothing_is_one_sentence(yaml, tmp_path, capsys):
     assert train.main(yaml("stage1", *SHORT, f"run.output_dir={tmp_path}/file/x")) == 2
     error = capsys.readouterr().err
     assert "file/x: the folder cannot be made (Not a directory)" in error and error.count("\n") == 1
+
+
+def test_other_batches_with_as_many_samples_per_step_are_told(yaml, run, tmp_path, capsys):
+    """8 x 1 and 4 x 2 samples pass the state's check, but a loss over a batch is another one."""
+    whole, split = ("run.iters_per_epoch=1",), ("run.iters_per_epoch=2", "run.accum_grad_iters=2")
+    run(yaml("stage1", "run.max_epoch=1", "run.batch_size_train=8", *whole))
+    (tmp_path / "stage1" / "stage1.done.json").unlink()  # as a kill leaves it
+    capsys.readouterr()
+    run(yaml("stage1", "run.max_epoch=2", "run.batch_size_train=4", *split,
+             f"run.resume_ckpt_path={tmp_path}/stage1/checkpoint_0.pth"))
+    out = capsys.readouterr().out
+    assert "run.accum_grad_iters: 1 -> 2; run.batch_size_train: 8 -> 4; run.iters_per_epoch: 1 -> 2" in out
+    assert "so run.resume_ckpt_path is left aside" in out
+
+
+def test_a_refused_start_keeps_the_record(yaml, run, tmp_path, capsys):
+    import train
+
+    run(yaml("stage1", *SHORT))
+    done = tmp_path / "stage1" / "stage1.done.json"
+    before = done.read_bytes()
+    state = tmp_path / "stage1" / "stage1.state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    capsys.readouterr()
+    assert train.main(yaml("stage1", *SHORT, "run.max_epoch=2")) == 2
+    assert "stage1.state.pt" in capsys.readouterr().err and done.read_bytes() == before
+
+
+def test_speed_after_a_checkpoint_counts_this_runs_steps_only(yaml, run, tmp_path, capsys):
+    two = ("run.iters_per_epoch=2", "run.batch_size_train=4")
+    run(yaml("stage1", *two, "run.max_epoch=1"))
+    file = tmp_path / "stage1" / "checkpoint_0.pth"
+    capsys.readouterr()
+    run(yaml("stage1", *two, "run.max_epoch=2", f"run.resume_ckpt_path={file}", name="other"))
+    said = "4 steps (2 of them before run.resume_ckpt_path), 8 pictures in"
+    assert said in capsys.readouterr().out
+    record = json.loads((tmp_path / "other" / "stage1.done.json").read_text())
+    assert (record["steps"], record["begun"]) == (4, 2)
+    run(yaml("stage1", *two, "run.max_epoch=3", name="other"))  # from its own state, which knows it, too
+    assert "6 steps (2 of them before run.resume_ckpt_path), 16 pictures in" in capsys.readouterr().out
+
+
+def test_bad_samples_of_the_time_before_a_resume_count(yaml, run, pictures, tmp_path):
+    """The first leg sees a torn picture, the second only the other half of the set."""
+    from seed_multimodal.data.steps import EpochOrder
+
+    own = tmp_path / "own"
+    shutil.copytree(pictures, own)
+    items = json.loads((own / "pairs.json").read_text())
+    torn = items[int(EpochOrder(24, 42).parts(0, 12)[0][1][0])]["image"]
+    (own / torn).write_bytes(b"not a picture")
+    pairs = f"{{train: {{storage: [{own}/pairs.json]}}, val: {{storage: [{own}/pairs.json]}}}}"
+    info = f"datasets.coco_caption.build_info={{annotations: {pairs}, images: {{storage: {own}}}}}"
+    half = (info, "run.iters_per_epoch=1", "run.batch_size_train=12", "run.seed=42")
+    for epochs in (1, 2):
+        run(yaml("stage1", *half, f"run.max_epoch={epochs}"))
+        record = json.loads((tmp_path / "stage1" / "stage1.done.json").read_text())
+        log = [json.loads(line) for line in (tmp_path / "stage1" / "stage1.log.jsonl").read_text().splitlines()]
+        assert record["bad_samples"] == 1 and [line["bad_samples"] for line in log] == [1] * epochs

@@ -44,6 +44,7 @@ import torch.distributed as dist
 from seed_lavis import register
 register()
 from seed_lavis.datasets import count_bad
+from seed_lavis.resume import go_on
 from seed_lavis.runner import RunnerSeed
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank = dist.get_rank()
@@ -52,7 +53,7 @@ runner.options = SimpleNamespace(resume="auto", resume_ckpt_path=None, batch_siz
 runner.output_dir, runner.stage, runner.steps = Path(sys.argv[1]), "stage1", 20
 runner.rank, runner.world, runner.accumulate = rank, 2, 1
 time.sleep(rank)  # the second looks when the first has long decided
-runner._go_on(None, None)
+go_on(runner, None, None)
 bad = count_bad([("a", "torn"), ("b", "torn")] if rank else [("a", "torn")])
 (runner.output_dir / str(rank)).write_text(str(bad))
 dist.destroy_process_group()
@@ -68,4 +69,4 @@ def test_all_processes_find_a_done_run_however_late_they_look_and_count_bad_samp
                     str(tmp_path / "together.py"), str(tmp_path), PYTHONPATH=f"{ROOT / 'src'}:{APPLICATION}")
     _, error = process.communicate(timeout=170)
     assert process.returncode == 0, error
-    assert not done.exists() and [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
+    assert done.exists() and [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]

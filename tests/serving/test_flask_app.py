@@ -18,7 +18,8 @@ import pytest
 import requests
 from PIL import Image
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.serving.configured import system_from_configs
 from seed_multimodal.serving.engine import SystemBackend
 from seed_multimodal.serving.flask_app import check_address, create_app, serve
 from seed_multimodal.serving.schema import Limits
@@ -211,3 +212,23 @@ def test_a_real_socket_on_the_loopback_address(tiny, png) -> None:
 def test_an_address_where_nothing_can_listen_is_refused(host, port) -> None:
     with pytest.raises(ConfigError, match=f"{host}:{port}"):
         check_address(host, port)
+
+
+def test_a_server_of_three_files_names_every_missing_part_at_once(tmp_path) -> None:
+    (tmp_path / "words.yaml").write_text(
+        "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
+        f"pretrained_model_name_or_path: {tmp_path}/words\ndiffusion_path: {tmp_path}/drawing\n")
+    (tmp_path / "llm.yaml").write_text("_target_: transformers.LlamaForCausalLM.from_pretrained\n"
+                                       f"pretrained_model_name_or_path: {tmp_path}/llama_14b\n")
+    (tmp_path / "drawing").mkdir()
+    files = {"model": tmp_path / "llm.yaml", "tokenizer": tmp_path / "words.yaml",
+             "image_transform": ROOT / "configs" / "transform" / "clip_transform.yaml"}
+    with pytest.raises(CheckpointError) as caught:
+        system_from_configs(**files)
+    said = str(caught.value)
+    assert f"seed-tokenizer-2 and eva_vit_g.pth into {tmp_path}/words, AILab-CVC/seed-llama-14b-sft into " in said
+    assert said.endswith("or start scripts/start_backend_nano.sh (--system nano), which runs now.")
+    assert "--model" not in said and "unclip" not in said
+    (tmp_path / "drawing").rmdir()
+    with pytest.raises(CheckpointError, match=f"unclip .* into {tmp_path}/drawing"):
+        system_from_configs(**files)

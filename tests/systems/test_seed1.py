@@ -168,6 +168,17 @@ def test_demo_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("blocked", ["file", "file/x", "out/samples"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_drawn(
+        folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, blocked: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / blocked.removesuffix("/x")).write_text("in the way")
+    out = tmp_path / blocked.removesuffix("/samples")
+    assert _run(folder, out, "--ddim_steps", 10**9, "--n_samples", 1) == 2
+    shown, told = capsys.readouterr()
+    assert not shown and told.endswith("cannot be written (Not a directory).\n") and told.count("\n") == 1
+
+
 def test_without_weights_one_sentence_says_what_to_get(tmp_path: Path, folder: Path) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "demo_recon.py"), "--model", "nothing-here"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from seed_multimodal.configured import language_model, local_folder, picture_codec, seed_llama_tokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.systems.loading import find_system
 from seed_multimodal.systems.seed_llama import SeedLlama
@@ -43,6 +44,54 @@ def test_missing_systems_say_what_to_do(name: str, words: str, tmp_path: Path, m
     with pytest.raises(CheckpointError, match=words) as caught:
         find_system(name)
     assert "\n" not in str(caught.value) and "nano" in str(caught.value)
+
+
+@pytest.fixture
+def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder, and a repository, without any weights; `pretrained/` is looked for here."""
+    from seed_multimodal.systems import loading
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "__file__", str(tmp_path / "src" / "seed_multimodal" / "systems" / "loading.py"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "near"), [("8c", "'8b'"), ("nanno", "'nano'"), ("weights/min", "weights/mine")])
+def test_a_misspelt_system_offers_the_names(name: str, near: str, no_weights: Path) -> None:
+    (no_weights / "weights" / "mine").mkdir(parents=True)
+    with pytest.raises(CheckpointError) as caught:
+        find_system(name)
+    assert str(caught.value).startswith(f"{name}: there is no such folder (did you mean {near}?); give nano, 8b, 14b ")
+
+
+def test_every_missing_part_of_a_released_system_is_named_at_once(no_weights: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        find_system("14b")
+    said = str(caught.value)
+    assert all(f"into pretrained/{part}" in said for part in (
+        "seed_tokenizer", "seed_llama_14b_sft", "stable-diffusion-2-1-unclip")) and said.startswith("14b: ")
+    (no_weights / "pretrained" / "seed_tokenizer").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="seed-llama-14b-sft") as caught:
+        find_system("14b")
+    assert "seed-tokenizer-2" not in str(caught.value)
+
+
+def test_a_missing_tokenizer_belongs_where_it_is_looked_for_and_what_runs_fits_the_command(no_weights: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        seed_llama_tokenizer("pretrained/seed_llama_tokenizer", device="cpu")
+    said = str(caught.value)
+    assert "eva_vit_g.pth into pretrained/seed_llama_tokenizer" in said and "pretrained/seed_tokenizer" not in said
+    assert "--tokenizer configs/tokenizer/nano.yaml" in said and "--model" not in said
+    with pytest.raises(CheckpointError, match=r"into pretrained/seed_tokenizer .*`--model nano` runs now\."):
+        picture_codec("released", device="cpu")
+
+
+def test_what_is_named_as_on_the_hub_is_found_in_pretrained(no_weights: Path, tiny_folder: Path) -> None:
+    assert local_folder("AILab-CVC/seed-tokenizer-2") is None
+    (no_weights / "pretrained" / "seed_tokenizer").mkdir(parents=True)
+    assert local_folder("AILab-CVC/seed-tokenizer-2") == Path("pretrained/seed_tokenizer")
+    shutil.copytree(tiny_folder / "seed_llama", no_weights / "pretrained" / "seed_llama_8b_sft")
+    assert language_model("AILab-CVC/seed-llama-8b-sft", device="cpu").config.model_type == "llama"
 
 
 def test_a_folder_without_system_json(tmp_path: Path) -> None:

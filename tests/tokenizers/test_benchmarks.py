@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +71,54 @@ def test_flags_that_time_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) ->
                 check(text)
     done = run("tokenizer_training.py", "--batches", "1,0")
     assert done.returncode == 2 and "'0' is not a whole number of at least 1" in done.stderr and not done.stdout
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> str:
+    """What a script says, in this process, before it ends with code 2."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(importlib.import_module(script).main())
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and not said.out
+    return said.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("script", "flag", "text", "sentence"), [
+    ("llm_training", "--repeats", "0", "'0' is not a whole number"),
+    ("llm_training", "--rows", "-1", "'-1' is not a whole number"),
+    ("llm_training", "--length", "x", "'x' is not a whole number"),
+    ("llm_training", "--length", "75", "'75' is less than a picture with its caption can have (76)"),
+    ("llm_training", "--peak-tflops", "abc", "'abc' is neither a number above 0 nor `measured`"),
+    ("llm_training", "--dtype", "fp7", "Unknown dtype 'fp7'"),
+    ("llm", "--prompt", "0", "'0' is not a whole number"), ("llm", "--new", "-3", "'-3' is not a whole number"),
+    ("draw", "--steps", "0", "'0' is not a whole number"), ("draw", "--guidance", "nan", "'nan' is not a number"),
+    ("llm", "--model", "pretrained/nan", "llm: pretrained/nan/system.json: there is no such file"),
+    ("draw", "--model", "pretrained/nan", "draw: pretrained/nan/system.json: there is no such file")])
+def test_wrong_flags_and_folders_are_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                  script: str, flag: str, text: str, sentence: str) -> None:
+    assert sentence in refused(monkeypatch, capsys, script, flag, text)
+
+
+def test_the_shortest_row_holds_every_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("llm_training")
+    batch = module.packed_batch(module.VOCABULARIES["nano"], 16, module.LONGEST)
+    assert batch.input_ids.shape == (16, 76) and batch.sequences >= 16
+    assert max(len(draw()) for draw in [module.captions(module.VOCABULARIES["nano"])] for _ in range(3000)) == 76
+
+
+def test_a_random_decoder_is_made_without_remarks_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        made = importlib.import_module("draw").random_detokenizer("nano", torch.device("cpu"), torch.float64)
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert told == [] and made.pipeline.vae.dtype == made.pipeline.unet.dtype == torch.float64
 
 
 def test_training_prints_throughput_and_memory() -> None:

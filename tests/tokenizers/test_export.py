@@ -133,6 +133,7 @@ def test_every_name_of_every_file_is_accounted_for(trained: Trained, tmp_path: P
     # Frozen parts are not in the stage-2 file, but their buffers are.
     assert report.ignored[str(trained.stage2)] == ["Qformer.bert.embeddings.position_ids"]
     assert {name.rpartition(".blocks.2.")[0] for name in report.ignored[str(trained.vision)]} == {"visual_encoder"}
+    assert f"{trained.stage2}: 1 tensor left out: Qformer (1)." in report.lines()
     assert "Qformer (" in "\n".join(report.lines()) and "temp (1)" in "\n".join(report.lines())
 
 

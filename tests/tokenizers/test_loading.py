@@ -212,7 +212,7 @@ def test_another_size_is_refused(original: Seed2Tokenizer, tmp_path: Path) -> No
     ("vit", "depth", True, "'depth' must be a positive whole number, not True"),
     ("qformer", "depth", None, "'depth' must be a positive whole number, not None"),
     ("qformer", "heads", -2, "'heads' must be a positive whole number, not -2"),
-    ("qformer", "dropout", "0.1", "'dropout' must be a number, not '0.1'")])
+    ("qformer", "dropout", "0.1", "'dropout' must be a number from 0, not '0.1'")])
 def test_sizes_that_are_none_are_refused_by_name(original: Seed2Tokenizer, tmp_path: Path, part: str | None, key: str,
                                                  value: object, said: str) -> None:
     sizes = original.config.to_dict()

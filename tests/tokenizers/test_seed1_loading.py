@@ -169,6 +169,12 @@ def test_another_model_is_refused(original: Seed1Tokenizer, folder: Path, tmp_pa
         Seed1Tokenizer.from_pretrained(folder, vision=folder / "causal_qformer.pth", config=config)
 
 
+def test_the_released_folder_is_told_when_seed_2_is_asked_for(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"pretrained: this is a SEED-1 tokenizer \(causal_qformer\.pth and "
+                                              r"seed_tokenizer\.pth\); load it with Seed1Tokenizer"):
+        Seed2Tokenizer.from_pretrained(folder)
+
+
 def test_missing_files_are_named_with_their_place(original: Seed1Tokenizer, folder: Path, tmp_path: Path,
                                                   images: torch.Tensor) -> None:
     with pytest.raises(CheckpointError, match=r"absent: there is no such SEED-1 tokenizer; put causal_qformer\.pth"):

@@ -9,6 +9,7 @@ import torch
 
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.tokenizers.encoder import evaluating
+from seed_multimodal.tokenizers.fast import optimise
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.seed2_config import Seed2Config
 
@@ -40,6 +41,16 @@ def test_encode_and_decode_do_not_depend_on_chunks(model: Seed2Tokenizer, images
     assert codes.dtype == torch.int64 and codes.shape == (5, 32) and torch.equal(codes, whole)
     torch.testing.assert_close(model.decode(codes, batch_size=batch_size), model.decode(whole), rtol=1e-4, atol=1e-6)
     assert len(codes.unique()) > 5, "the fixture must use several codes"
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_below_one_is_refused(model: Seed2Tokenizer, images: torch.Tensor, batch_size: int) -> None:
+    codes = model.encode(images)
+    for call in (lambda: model.encode(images, batch_size=batch_size),
+                 lambda: model.decode(codes, batch_size=batch_size),
+                 lambda: optimise(model, compile=False).encode(images, batch_size=batch_size)):
+        with pytest.raises(ConfigError, match=f"batch_size must be at least 1, not {batch_size}"):
+            call()
 
 
 def test_one_image_one_row_and_none(model: Seed2Tokenizer, images: torch.Tensor) -> None:

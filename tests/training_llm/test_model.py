@@ -184,6 +184,19 @@ def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp
         load_adapter(model, tmp_path)
 
 
+@pytest.mark.parametrize("fields", [
+    {"modules_to_save": None}, {"modules_to_save": [], "layers_to_transform": [1, 3]}, {"use_dora": True},
+    {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 3}}, {"target_modules": ["q_proj", "up_proj"]}])
+def test_an_adapters_folder_alone_says_how_it_was_trained(bases: dict[str, Path], tmp_path: Path, fields: dict) -> None:
+    model = build(bases["tied"], lora={**LORA, **fields})
+    step(model)
+    again = build(bases["tied"], adapter=str(save_trained(model, tmp_path)))
+    expected, found = trained_state(model), trained_state(again)
+    assert expected.keys() == found.keys() and all(torch.equal(value, found[name]) for name, value in expected.items())
+    with torch.no_grad():
+        assert torch.equal(packed_loss(model.eval(), batch()).sum, packed_loss(again.eval(), batch()).sum)
+
+
 def test_full_fine_tuning_saves_a_plain_model(bases: dict[str, Path], tmp_path: Path) -> None:
     model = build(bases["tied"])
     step(model)
@@ -213,7 +226,7 @@ def test_checkpointing_changes_no_gradient(bases: dict[str, Path], mode: bool | 
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_adapters_learn_on_a_quantised_base(bases: dict[str, Path], quantization: str) -> None:
+def test_adapters_learn_on_a_quantised_base(bases: dict[str, Path], tmp_path: Path, quantization: str) -> None:
     model = build(bases["all"], quantization=quantization, lora=LORA)
     packed = find_llama(model).model.layers[0].mlp.up_proj.base_layer.weight
     assert packed.dtype in (torch.uint8, torch.int8)
@@ -223,6 +236,11 @@ def test_adapters_learn_on_a_quantised_base(bases: dict[str, Path], quantization
     assert all(float(g.abs().max()) > 0 for name, g in grads.items() if "lora_B" in name)
     with pytest.raises(ConfigError, match="cannot be trained itself"):
         build(bases["all"], quantization=quantization)
+    # A trained adapter brings its own LoRA; trained whole weights do not.
+    again = build(bases["all"], quantization=quantization, adapter=str(save_trained(model, tmp_path)))
+    assert trained_state(again).keys() == trained_state(model).keys()
+    with pytest.raises(ConfigError, match="cannot be trained itself"):
+        build(bases["all"], quantization=quantization, adapter=str(bases["all"]))
 
 
 def test_image_words_start_as_the_codebook_lies(bases: dict[str, Path], tmp_path: Path) -> None:

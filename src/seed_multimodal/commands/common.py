@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -180,6 +181,20 @@ def save_picture(image: Image.Image, path: Path) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{path}: cannot be written ({reason}).") from error
     return path
+
+
+def require_room(folder: Path) -> None:
+    """Refuse a folder that could not be written, before long work is done for it; nothing is left there.
+
+    Raises:
+        ConfigError: the place is no folder, or cannot be written.
+    """
+    try:
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}).") from error
 
 
 def write_text(text: str, path: str | Path) -> None:

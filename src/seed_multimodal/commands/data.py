@@ -37,6 +37,8 @@ def check(args: argparse.Namespace) -> int:
         most = max(number for _, _, number in report.histogram())
         for low, high, number in report.histogram():
             print(f"  {low:>7,} – {high:>7,}  {number:>9,}  {'#' * round(40 * number / most)}")
+    if report.control.records:
+        print(f"warning: {report.control.sentence()}")
     if not report.wrong:
         print("nothing wrong")
         return DONE

@@ -37,8 +37,10 @@ def evaluate(args: argparse.Namespace) -> int:
         print(f"{name} (n {route['n']}, texts {route['texts']}), percent: {levels}")
     for name in ("embedding", "picture_clip", "picture_judge"):
         if part := report["reconstruction"].get(name):
-            print(f"{name} (n {part['n']}): cosine {part['cosine']['value']:.3f}, to others "
-                  f"{part['cosine_to_others']['value']:.3f}, right picture first {part['picture_r1']['value']:.3f}")
+            others = part["cosine_to_others"]["value"]
+            print(f"{name} (n {part['n']}): cosine {part['cosine']['value']:.3f}"
+                  + (f", to others {others:.3f}, right picture first {part['picture_r1']['value']:.3f}"
+                     if others is not None else ", no others to compare with"))
     codes = report["codes"]
     print(f"codes (n {codes['sequences']}): {codes['used']} of {codes['codebook']} used, perplexity "
           f"{codes['perplexity']:.1f}, {codes['distinct']} distinct sequences")

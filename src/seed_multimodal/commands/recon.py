@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from seed_multimodal.commands.common import Tally, opened, quiet_libraries, save_picture
+from seed_multimodal.commands.common import Tally, opened, quiet_libraries, require_room, save_picture
 from seed_multimodal.config import project_root
 from seed_multimodal.entry import guarded, say
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -81,6 +81,9 @@ def _run(args: argparse.Namespace) -> int:
     from seed_multimodal.systems.seed1 import Seed1
 
     require(args.model, args.ckpt)
+    out = Path(args.out)
+    for folder in [*([] if args.skip_grid else [out]), *([] if args.skip_save else [out / "samples"])]:
+        require_room(folder)
     dtype = args.dtype or ("float32" if args.precision == "full" else "auto")
     model = Seed1.from_pretrained(args.model, diffusion=args.ckpt, device=args.device, dtype=dtype, log=say)
     _check_latents(model.codec.decoder, args)

@@ -21,13 +21,6 @@ QUESTION = "What is this animal?"
 DRAWING = "Can you generate an image of a dog on the green grass?"
 DRAWING_WORDS = "a dog on the green grass"
 EDITING = "Can you make the cat wear sunglasses?"
-# Where each released part belongs, and its name on the hub.
-PARTS = {
-    "tokenizer": ("pretrained/seed_tokenizer", "AILab-CVC/seed-tokenizer-2 and eva_vit_g.pth"),
-    "8b": ("pretrained/seed_llama_8b_sft", "AILab-CVC/seed-llama-8b-sft"),
-    "14b": ("pretrained/seed_llama_14b_sft", "AILab-CVC/seed-llama-14b-sft"),
-    "unclip": ("pretrained/stable-diffusion-2-1-unclip", "stabilityai/stable-diffusion-2-1-unclip (or a mirror)"),
-}
 
 
 def tokenizer_script(argv: Sequence[str] | None = None) -> int:
@@ -56,15 +49,14 @@ def require(names: Sequence[str]) -> None:
     """Refuse in one sentence when released parts are missing: what to download, where to put it, what runs now.
 
     Raises:
-        CheckpointError: at least one of `names` (keys of `PARTS`) is not on disk.
+        CheckpointError: at least one of `names` (keys of `systems.loading.PARTS`) is not on disk.
     """
     from seed_multimodal.configured import local_folder
+    from seed_multimodal.systems.loading import PARTS, not_on_disk
 
-    missing = [PARTS[name] for name in names if local_folder(PARTS[name][0]) is None]
+    missing = [(name, PARTS[name][0]) for name in names if local_folder(PARTS[name][0]) is None]
     if missing:
-        advice = ", ".join(f"{hub} into {folder}" for folder, hub in missing)
-        raise CheckpointError(f"the released weights are not on this disk: download {advice} (details in "
-                              "pretrained/README.md), or use `--model nano`, which runs now.")
+        raise CheckpointError(f"{not_on_disk(missing)}, or use `--model nano`, which runs now.")
 
 
 def _parser(program: str, text: str, out: str) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,17 @@ class BadSamples:
         self.bad.append((key, reason))
         if self.log is not None:
             self.log(f"skipped: {reason}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known so far, for JSON."""
+        return {"bad": [list(pair) for pair in self.bad]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Know what an earlier run knew, too, without logging it again."""
+        for key, reason in state["bad"]:
+            if (key, reason) not in self._known:
+                self._known.add((key, reason))
+                self.bad.append((key, reason))
 
     def share_bad(self, other: BadSamples) -> None:
         """Keep one account with `other`."""

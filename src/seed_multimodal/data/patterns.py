@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import re
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from seed_multimodal.errors import DataError
 
 _BRACE = re.compile(r"\{([^{}]*)\}")
+_WILD = re.compile(r"[*?\[{]")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -27,8 +29,11 @@ def expand_pattern(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
         matches = {name: _files(name) for name in expand_braces(one)}
         missing = [name for name, files in matches.items() if not files]
         if len(missing) == len(matches):
-            hint = f" (it is a folder; try {one.rstrip('/')}/*)" if Path(one).is_dir() else ""
-            raise DataError(f"{one}: no file matches this pattern{hint}.")
+            if Path(one).is_dir():
+                raise DataError(f"{one}: no file matches this pattern (it is a folder; try {one.rstrip('/')}/*).")
+            if not _WILD.search(one):
+                raise DataError(f"{one}: there is no such file or folder{nearest_path(one)}.")
+            raise DataError(f"{one}: no file matches this pattern.")
         if missing:
             raise DataError(f"{one}: {len(missing)} of its {len(matches)} files are missing, first {missing[0]}.")
         found.update(dict.fromkeys(file for files in matches.values() for file in files))
@@ -41,6 +46,20 @@ def _files(name: str) -> list[Path]:
     if Path(name).is_file():  # also for names with brackets in them
         return [Path(name)]
     return sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
+
+
+def nearest_path(path: str | Path) -> str:
+    """` (did you mean data/nano64?)` for a path that is not there: what lies beside its first part that is missing and
+    has almost its name; an empty string where there is nothing."""
+    place = Path(path)
+    while not place.parent.is_dir() and place.parent != place:
+        place = place.parent
+    try:
+        names = [one.name for one in place.parent.iterdir()]
+    except OSError:  # a folder that may not be listed
+        return ""
+    close = difflib.get_close_matches(place.name, names, n=1)
+    return f" (did you mean {place.with_name(close[0])}?)" if close else ""
 
 
 def expand_braces(pattern: str) -> Iterator[str]:

@@ -66,7 +66,8 @@ class PipelineDetokenizer:
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         """Move every part; returns self."""
-        self.pipeline.to(device) if dtype is None else self.pipeline.to(device, dtype)
+        with quiet_diffusers():  # it warns about every cast, even to the precision that the parts have
+            self.pipeline.to(device) if dtype is None else self.pipeline.to(device, dtype)
         return self
 
     @property
@@ -165,20 +166,28 @@ def load_pipeline(place: Path, make: Callable[[list[str]], Any], optional: Seque
     Raises:
         CheckpointError: not complete, or damaged.
     """
-    from diffusers.utils import logging
     from safetensors import SafetensorError
 
-    shows_progress, loudness = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it warns about every pipeline without a safety checker
     try:
         index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
-        with warnings.catch_warnings():
+        with quiet_diffusers(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # `torch_dtype` is the name every diffusers below 1 knows
             return make([name for name in optional if (index.get(name) or [None])[0] is None])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
         raise CheckpointError(f"{place}: not a complete {what} folder ({reason}); {advice}.") from error
+
+
+@contextlib.contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Inside, diffusers shows no progress bars and warns about nothing (no safety checker, a cast); errors it tells."""
+    from diffusers.utils import logging
+
+    shows_progress, loudness = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
         logging.set_verbosity(loudness)
         if shows_progress:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from seed_multimodal.entry import DONE, guarded
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
+from seed_multimodal.weights import count_parameters
 
 STAGES = ("vae", "clip", "stage1", "stage2", "tokenizer", "unet", "unet2", "vae2", "pretrain", "sft")
-HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "leg", "checkpoint", "processes", "accumulate")
+HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "leg", "checkpoint", "processes", "accumulate",
+          "begun")
 
 
 def write_card(model: Path, work: Path, data: Path, command: str, earlier: Sequence[Path] = (),
@@ -80,22 +83,20 @@ def _opening(model: Path) -> list[str]:
 
 
 def _parts_table(model: Path) -> list[str]:
-    from safetensors import safe_open
-
     lines = ["| part | parameters | MB |", "| --- | ---: | ---: |"]
     for file in sorted(model.rglob("*.safetensors")):
-        with safe_open(file, framework="pt") as handle:
-            count = sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
-        lines.append(f"| `{file.parent.relative_to(model)}` | {count:,} | {file.stat().st_size / 1e6:.2f} |")
+        size = file.stat().st_size / 1e6
+        lines.append(f"| `{file.parent.relative_to(model)}` | {count_parameters(file):,} | {size:.2f} |")
     return [*lines, ""]
 
 
 def _training(records: list[dict[str, Any]], work: Path, command: str, skipped: list[str]) -> list[str]:
-    facts, found = machine.hardware(), machine.versions()
+    facts = machine.hardware("cuda" if torch.cuda.is_available() else "cpu")
+    found = machine.versions()
     total = sum(r["seconds"] for r in records)
     lines = ["## Training", "", f"Command: `{command}` (settings as resolved below). Commit: `{machine.commit()}`. "
-             f"Hardware: {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB, no GPU. "
-             f"Versions: {', '.join(f'{k} {v}' for k, v in found.items())}. "
+             f"Hardware: {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB, "
+             f"{facts.get('gpu', 'no GPU')}. Versions: {', '.join(f'{k} {v}' for k, v in found.items())}. "
              f"Sum of the stages: {total / 60:.0f} minutes (some ran side by side, one core each).", "",
              "| stage | steps × batch | seconds | parameters | measured at its end |",
              "| --- | --- | ---: | ---: | --- |"]

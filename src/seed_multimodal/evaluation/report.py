@@ -39,6 +39,8 @@ from seed_multimodal.evaluation.tasks import (
     qa_section,
     score_pictures,
 )
+from seed_multimodal.evaluation.tokenizer_open import NANO_JUDGE
+from seed_multimodal.systems.loading import locate
 from seed_multimodal.systems.pictures import PictureCodec
 
 SPLITS = ("val", "test_combo", "test_concept")
@@ -234,12 +236,13 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
     from seed_multimodal.data.nano import load_nano
 
     start = time.monotonic()
+    judge_folder = find_judge(options.model, options.judge)
+    out = _folder_for(Path(options.out))
     system = BatchedSystem.from_pretrained(options.model, device=options.device, dtype=options.dtype,
                                            batch=options.batch, seed=settings.seed, log=log)
-    judge_folder = options.judge or Path(options.model) / "judge"
     judge = Judge.from_pretrained(judge_folder, device=system.device)
     world = World(load_nano(options.data), judge)
-    log(f"Loaded in {time.monotonic() - start:.0f} s; measuring {', '.join(settings.splits)}.")
+    log(f"Loaded in {time.monotonic() - start:.0f} s; measuring {', '.join(settings.splits)} by {judge_folder}.")
     splits, shown, answers = evaluate(system, world, settings, log)
     report: dict[str, Any] = {
         "model": str(options.model), "data": str(options.data or "data/nano64"),
@@ -247,8 +250,25 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
         "seconds": round(time.monotonic() - start, 1),
         "hardware": machine.hardware(system.device), "versions": machine.versions(), "system": system.facts(),
         "settings": asdict(settings), "judge": judge.config.training, "aims": aims(splits), "splits": splits}
-    write_report(report, shown, answers, world, Path(options.out))
-    return Path(options.out)
+    write_report(report, shown, answers, world, out)
+    return out
+
+
+def find_judge(model: str | Path, given: str | Path | None) -> Path:
+    """Folder of the scorer: `given`, or the system's own, or the shipped one (it is independent of every system)."""
+    if given is not None:
+        return Path(given)
+    own = (locate("pretrained/nano" if str(model).lower() == "nano" else model) or Path(model)) / "judge"
+    return own if own.is_dir() else locate(NANO_JUDGE) or own
+
+
+def _folder_for(out: Path) -> Path:
+    """`out` as a folder that can be written, made now: a report takes minutes."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: no folder that can be written ({error.strerror}).") from error
+    return out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -256,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure a system and write its report card.")
     parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
     parser.add_argument("--data", default=None, help="folder of the nano data set (default: the committed one)")
-    parser.add_argument("--judge", default=None, help="folder of the independent scorer (default: MODEL/judge)")
+    parser.add_argument("--judge", default=None, help="the scorer's folder (default: MODEL/judge, or the shipped one)")
     parser.add_argument("--out", default="pretrained/nano/report", help="folder to write into")
     parser.add_argument("--splits", default=",".join(SPLITS))
     parser.add_argument("--limit", type=int, default=Settings.limit, help="pictures a split that are made or described")

@@ -197,14 +197,14 @@ def _reconstruction(seen: Seen, rebuilt: Sequence[Image.Image], opened: Opened) 
 
 
 def _nearness(found: FloatArray, real: FloatArray) -> Section:
-    """Cosine of each row of `found` [Q, D] to its own picture, to the others on average, and who is nearest.
+    """Cosine of each row of `found` [Q, D] to its own picture, to the others (if any) on average, and who is nearest.
 
     `real` [N, D] are all pictures, of which the first Q are the ones that `found` stands for.
     """
     left, right = _unit(found), _unit(real)
     similarity = left @ right.T
     own = np.eye(len(left), len(right), dtype=bool)
-    others = (similarity.sum(1) - similarity[own]) / max(len(right) - 1, 1)
+    others = (similarity.sum(1) - similarity[own]) / (len(right) - 1) if len(right) > 1 else []
     section: Section = {"n": len(left), "gallery": len(right), "cosine": bootstrap(cosine(found, real[:len(found)])),
                         "cosine_to_others": bootstrap(others)}
     for k in (1, 5):

@@ -132,7 +132,8 @@ def _read(path: Path, name: str, limits: ImageLimits) -> bytes:
         if path.is_dir():
             raise ImageError(f"{name}: this is a folder, not a picture.")
         if not path.exists():
-            raise ImageError(f"{name}: there is no such file ({path}).")
+            where = "" if name.endswith(str(path)) else f" ({path})"
+            raise ImageError(f"{name}: there is no such file{where}.")
         if not path.is_file():
             raise ImageError(f"{name}: this is not an ordinary file.")
         limits.check_bytes(path.stat().st_size, name)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -28,10 +27,9 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.adapters import ADAPTER_CONFIG, Trained
 from seed_multimodal.language.loading import BOS, EOS, PAD
 from seed_multimodal.language.merge_check import compare_logits
-from seed_multimodal.language.shards import CODES, Entry, Shards, tensor_bytes, write_shards
+from seed_multimodal.language.shards import CODES, Entry, Shards, parse_size, tensor_bytes, write_shards
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Log = Callable[[str], None] | None
 
 
@@ -50,8 +48,9 @@ class MergeReport:
     def __str__(self) -> str:
         checked = ("logits not compared" if self.difference is None else
                    f"logits as before (relative difference {self.difference:.1e})")
-        return (f"{self.folder}: {self.tensors} tensors in {len(self.files)} files, {self.merged} with LoRA merged in, "
-                f"{self.replaced} replaced by trained ones, {self.words} words; {checked}.")
+        return (f"{self.folder}: {self.tensors} tensors in {len(self.files)} file{'s' * (len(self.files) != 1)}, "
+                f"{self.merged} with LoRA merged in, {self.replaced} replaced by trained ones, "
+                f"{self.words} words; {checked}.")
 
 
 @dataclass
@@ -103,8 +102,10 @@ def merge_adapter(
     target = place.resolve() if place.is_symlink() or not place.name else place
     if dtype not in (*DTYPES, "base"):
         raise ConfigError(f"Unknown precision {dtype!r}: use fp32, bf16, fp16 or base.")
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not force):
-        raise ConfigError(f"{target}: exists already and is not empty; choose another folder.")
+    if target.is_file():
+        raise ConfigError(f"{target}: is a file; the merged model needs a folder.")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise ConfigError(f"{target}: exists already and is not empty (--force replaces it).")
     if any(one is not None and Path(one).resolve().is_relative_to(target.resolve()) for one in (base, trained)):
         raise ConfigError(f"{target}: holds what is to be merged, which would be gone; choose another folder.")
     plan = _plan(base, trained, tokenizer, lora, dtype)
@@ -128,23 +129,6 @@ def merge_adapter(
         shutil.rmtree(temporary, ignore_errors=True)
     report.files = [target / file.name for file in files]
     return report
-
-
-def parse_size(size: str | int) -> int:
-    """`5GB`, `500MiB` or a number of bytes → bytes.
-
-    Raises:
-        ConfigError: neither, or less than one.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(size))
-    unit = UNITS.get(match[2].upper()) if match else None
-    try:
-        count = int(float(match[1]) * unit) if match is not None and unit is not None else 0
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise ConfigError(f"max_shard_size {size!r} is not a size: write for example 5GB or 500MiB.")
-    return count
 
 
 def _plan(base: str | Path | None, trained: str | Path | None, tokenizer: Any, lora: Mapping[str, Any] | None,

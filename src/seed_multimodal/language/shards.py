@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.weights import load_state_dict
 
 SINGLE = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def write_shards(
     for shard, name in zip(shards, names, strict=True):
         _write_one(folder / name, shard, shapes, dtypes, value)
         if log is not None:
-            log(f"{name}: {len(shard)} tensors")
+            log(f"{name}: {len(shard)} tensor{'s' * (len(shard) != 1)}")
     if len(shards) > 1:
         total = sum(tensor_bytes(shapes[name], dtypes[name]) for name in shapes)
         index = {"metadata": {"total_size": total},
@@ -185,3 +187,20 @@ def _write_one(file: Path, names: Iterable[str], shapes: Mapping[str, Sequence[i
             handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
         handle.flush()
         os.fsync(handle.fileno())
+
+
+def parse_size(size: str | int) -> int:
+    """`5GB`, `500MiB` or a number of bytes → bytes.
+
+    Raises:
+        ConfigError: neither, or less than one.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(size))
+    unit = UNITS.get(match[2].upper()) if match else None
+    try:
+        count = int(float(match[1]) * unit) if match is not None and unit is not None else 0
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ConfigError(f"max_shard_size {size!r} is not a size: write for example 5GB or 500MiB.")
+    return count

@@ -115,6 +115,10 @@ class MultimodalTokenizer:
                 ids.extend(self._sp.EncodeAsIds(piece))
         return ids
 
+    def control_words(self, text: str) -> list[str]:
+        """Names of control words that `encode` would read in a text, in their order."""
+        return self._cut(text)[1::2]
+
     def _cut(self, text: str) -> list[str]:
         """Stretches of text and control words in turn, a stretch (possibly empty) first and last."""
         pieces: list[str] = []

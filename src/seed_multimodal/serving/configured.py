@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from seed_multimodal.systems.seed_llama import SeedLlama
@@ -27,6 +27,7 @@ def system_from_configs(
     from seed_multimodal.systems.loading import RELEASED_GENERATION, SystemSpec, template_for
     from seed_multimodal.systems.seed_llama import SeedLlama
 
+    _refuse_missing(model, tokenizer)
     words = instantiate(tokenizer, device=tokenizer_device)
     if not isinstance(words, SeedLlamaTokenizer):
         raise ConfigError(f"{tokenizer}: describes a {type(words).__name__}, not a SEED tokenizer.")
@@ -37,3 +38,37 @@ def system_from_configs(
                       template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION),
                       tasks=RELEASED_TASKS)
     return SeedLlama(spec, words.text, llm, words.pictures)
+
+
+def _refuse_missing(model: str | Path, tokenizer: str | Path) -> None:
+    """Name every released part that is missing, at once: the server needs them all before it can start.
+
+    Raises:
+        CheckpointError: what to download and where to put it, and what runs now; `ConfigError`: as `load_yaml`.
+    """
+    from huggingface_hub import constants
+
+    from seed_multimodal.config import find_target, load_yaml
+    from seed_multimodal.configured import is_hub_name, language_model, local_folder, seed_llama_tokenizer
+    from seed_multimodal.systems.loading import PARTS, llm_kind, not_on_disk
+
+    fetched = not constants.HF_HUB_OFFLINE  # then what is named as on the hub comes when it is needed
+    named: list[tuple[str, str]] = []
+    for file in (tokenizer, model):
+        node = load_yaml(file)
+        builder, name = find_target(str(node.get("_target_")), str(file)), node.get("pretrained_model_name_or_path")
+        if not isinstance(name, str):
+            continue  # refused when it is built, by key
+        if builder is language_model:
+            named.append((llm_kind(name), name))
+        elif builder is seed_llama_tokenizer:
+            named.append(("tokenizer", name))
+            folder = None if fetched and is_hub_name(name) else local_folder(name)
+            drawing = node.get("diffusion_path")
+            if drawing or folder is None or not (folder / "diffusion_model").is_dir():
+                named.append(("unclip", str(drawing or PARTS["unclip"][0])))
+    missing = [(kind, name) for kind, name in named
+               if not (fetched and is_hub_name(name)) and local_folder(name) is None]
+    if missing:
+        raise CheckpointError(f"{not_on_disk(missing)}, or start scripts/start_backend_nano.sh (--system nano), which "
+                              "runs now.")

@@ -10,17 +10,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.config import nearest
+from seed_multimodal.data.patterns import nearest_path
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.tasks import NANO_TASKS, RELEASED_TASKS, TaskPrompts
 
 # The released inference scripts' settings (top_k 50 is the library default they run under).
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
 RELEASED_TRANSFORM = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
-NANO_RUNS = "The shipped model runs now: --model nano, or SeedLlama.from_pretrained('pretrained/nano')."
+NANO_RUNS = "The shipped model runs now, under the name nano."
 LLAMA2_WIDTH = 5120
 _KNOWN = {"tokenizer", "llm", "detokenizer", "vision", "template", "image_size", "transform", "generation", "tasks"}
 
@@ -34,6 +37,15 @@ class Released:
 
 
 RELEASED = {"8b": Released("seed_llama_8b_sft", "vicuna"), "14b": Released("seed_llama_14b_sft", "llama2")}
+NAMES = ("nano", *RELEASED)
+# Where each released part belongs, and what to download.
+PARTS = {
+    "tokenizer": ("pretrained/seed_tokenizer", "AILab-CVC/seed-tokenizer-2 and eva_vit_g.pth"),
+    "8b": ("pretrained/seed_llama_8b_sft", "AILab-CVC/seed-llama-8b-sft"),
+    "14b": ("pretrained/seed_llama_14b_sft", "AILab-CVC/seed-llama-14b-sft"),
+    "unclip": ("pretrained/stable-diffusion-2-1-unclip", "stabilityai/stable-diffusion-2-1-unclip (or a mirror)"),
+}
+_HUB_FOLDERS = {download.split()[0]: folder for folder, download in PARTS.values()}
 
 
 @dataclass(frozen=True)
@@ -76,8 +88,9 @@ def find_system(
         return _released(short, parts, template)
     folder = locate("pretrained/nano" if short == "nano" else str(name))
     if folder is None:
-        raise CheckpointError(f"{name}: there is no such folder; a system is a folder with system.json. "
-                              f"{_how_to_get(str(name))}")
+        near = nearest_path(str(name)) if "/" in str(name) else nearest(short, NAMES)
+        raise CheckpointError(f"{name}: there is no such folder{near}; give {', '.join(NAMES)} or a folder with "
+                              f"system.json. {_how_to_get(str(name))}")
     if not (folder / "system.json").is_file() and (folder / "config.json").is_file():
         return _released("", {"llm": folder, **parts}, template)  # a released LLaMA folder by itself
     return _from_folder(folder, parts, template)
@@ -146,19 +159,39 @@ def _released(short: str, parts: dict[str, Path], template: str | None) -> Syste
     llm = parts.get("llm") or Path("pretrained") / (known.llm if known else "")
     tokenizer = parts.get("tokenizer") or Path("pretrained/seed_tokenizer")
     detokenizer = parts.get("detokenizer") or Path("pretrained/stable-diffusion-2-1-unclip")
-    found = {"llm": locate(llm) or (llm if _is_hub_name(llm) else None), "tokenizer": locate(tokenizer)}
-    if found["llm"] is None:
-        raise CheckpointError(f"{llm}: the language model is not there. {_how_to_get(str(llm))}")
-    if found["tokenizer"] is None:
-        raise CheckpointError(f"{tokenizer}: the SEED tokenizer is not there (tokenizer.model, seed_quantizer.pt and "
-                              f"eva_vit_g.pth): download AILab-CVC/seed-tokenizer-2 and eva_vit_g.pth into it. "
-                              f"{NANO_RUNS}")
+    model, words = locate(llm) or (llm if _is_hub_name(llm) else None), locate(tokenizer)
+    if model is None or words is None:
+        missing = [(kind, where) for kind, where, there in (
+            ("tokenizer", tokenizer, words), (llm_kind(llm), llm, model), ("unclip", detokenizer, locate(detokenizer)))
+            if there is None]
+        raise CheckpointError(f"{short or missing[0][1]}: {not_on_disk(missing)}. {NANO_RUNS}")
     if template is None:
-        template = known.template if known else _template_of(found["llm"])
+        template = known.template if known else _template_of(model)
     return SystemSpec(
-        name=short or str(llm), tokenizer=found["tokenizer"], llm=found["llm"],
+        name=short or str(llm), tokenizer=words, llm=model,
         detokenizer=locate(detokenizer) or detokenizer,  # read later, and only when a picture is drawn
         vision=parts.get("vision"), template=template, generation=dict(RELEASED_GENERATION), tasks=RELEASED_TASKS)
+
+
+def released_folder(name: str | Path) -> str:
+    """Where a released part belongs that is named as on the hub; other names as they are."""
+    return _HUB_FOLDERS.get(str(name), str(name))
+
+
+def llm_kind(name: str | Path) -> str:
+    """Key of `PARTS` for a language model's folder or hub name; `llm` for one of neither size."""
+    return next((size for size in ("14b", "8b") if size in str(name).lower()), "llm")
+
+
+def not_on_disk(missing: Iterable[tuple[str, str | Path]]) -> str:
+    """The sentence, without its end, for parts that are not there: what to download and where to put it.
+
+    Args:
+        missing: of each part its key in `PARTS` (`llm`: some language model) and its folder or hub name.
+    """
+    advice = ", ".join(f"{PARTS[kind][1] if kind in PARTS else 'a LLaMA folder'} into {released_folder(where)}"
+                       for kind, where in missing)
+    return f"the released weights are not on this disk: download {advice} (details in pretrained/README.md)"
 
 
 def template_for(hidden_size: int) -> str:
@@ -186,7 +219,6 @@ def _is_hub_name(path: Path) -> bool:
 def _how_to_get(path: str) -> str:
     if path.rstrip("/").endswith("nano"):
         return "The nano weights ship with the repository: run from its root, or give the path to pretrained/nano."
-    name = next((hub for key, hub in (("14b", "seed-llama-14b-sft"), ("8b", "seed-llama-8b-sft"))
-                 if key in path.lower()), None)
-    advice = f"Download huggingface.co/AILab-CVC/{name} into it. " if name else ""
+    kind = llm_kind(path)
+    advice = f"Download huggingface.co/{PARTS[kind][1]} into it. " if kind in PARTS else ""
     return f"{advice}{NANO_RUNS}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.open import ImageLimits, open_image
 from seed_multimodal.systems.quiet import quiet_loading
+from seed_multimodal.tokenizers.encoder import check_batch_size
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 if TYPE_CHECKING:
@@ -124,8 +125,9 @@ class PictureCodec:
 
         Raises:
             CodesError: codes outside the codebook, or not as many seeds as pictures.
-            ConfigError: a seed of more than 64 bits.
+            ConfigError: a seed of more than 64 bits, a batch size below 1.
         """
+        check_batch_size(batch_size)
         rows = self.check_codes(codes)
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(rows):

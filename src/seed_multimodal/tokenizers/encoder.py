@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CodesError, ImageError
+from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.tokenizers.layers import LayerNorm
 from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
@@ -92,7 +92,7 @@ class CodeTokenizer(nn.Module):
             `[B, 32]` int64 on the model's device.
 
         Raises:
-            ImageError: not a floating tensor of that shape and size.
+            ImageError: not a floating tensor of that shape and size. ConfigError: a batch size below 1.
         """
         images = self.check_images(images)
         with evaluating(self):
@@ -148,10 +148,17 @@ class CodeTokenizer(nn.Module):
 
 def chunked(function: Callable[[Tensor], Tensor], batch: Tensor, size: int | None, empty: Tensor) -> Tensor:
     """`function` of a batch, `size` rows at a time (None: all at once); `empty` if there are none."""
+    check_batch_size(size)
     if not len(batch):
         return empty
-    parts = [function(part) for part in batch.split(size or len(batch))]
+    parts = [function(part) for part in batch.split(len(batch) if size is None else size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def check_batch_size(size: int | None) -> None:
+    """Refuse a number that no batch can have; raises `ConfigError`."""
+    if size is not None and size < 1:
+        raise ConfigError(f"batch_size must be at least 1, not {size}.")
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ class Export:
         for part, file in self.parts.items():
             sources.setdefault(file, []).append(part)
         found = [f"{file}: gave {', '.join(parts)}." for file, parts in sources.items()]
-        found += [f"{file}: {len(names)} tensors left out: {grouped(names)}."
+        found += [f"{file}: {len(names)} tensor{'s' * (len(names) != 1)} left out: {grouped(names)}."
                   for file, names in self.ignored.items() if names]
         return [*found, f"{self.folder}: {self.tensors} tensors; same codes as the training modules from "
                         f"{' and '.join(self.verified)}: {' '.join(map(str, self.codes))}"]

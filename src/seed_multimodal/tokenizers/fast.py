@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.encoder import CodeTokenizer, evaluating
+from seed_multimodal.tokenizers.encoder import CodeTokenizer, check_batch_size, evaluating
 from seed_multimodal.tokenizers.fast_encoder import FastEncoder, Wrap
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 
@@ -177,6 +177,7 @@ class FastTokenizer:
     def _run(self, function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int | None,
              shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         images = self.tokenizer.check_images(images)
+        check_batch_size(batch_size)
         if not len(images):
             return torch.empty(0, *shape, dtype=dtype, device=self.device)
         parts, start = [], 0

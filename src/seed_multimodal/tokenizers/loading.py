@@ -33,6 +33,8 @@ from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 OURS = "model.safetensors"
 QUANTIZER_FILES = ("seed_quantizer.safetensors", "seed_quantizer.pt")
 VISION_FILES = ("eva_vit_g.safetensors", "eva_vit_g.pth")
+SEED1_FILES = (("causal_qformer.safetensors", "causal_qformer.pth"),
+               ("seed_tokenizer.safetensors", "seed_tokenizer.pth"))  # of the layout that seed1_loading reads
 VISION_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 WHERE = (f"put {QUANTIZER_FILES[-1]} (from AILab-CVC/seed-tokenizer-2 on the Hugging Face hub) and {VISION_FILES[-1]} "
          f"(from {VISION_URL}) into a folder such as pretrained/seed_tokenizer and give its path")
@@ -140,6 +142,10 @@ def find_sources(source: str | Path, vision: str | Path | None = None) -> Source
     else:
         weights = first_file(folder, (OURS, *QUANTIZER_FILES))
     if weights is None:
+        other = [file.name for names in SEED1_FILES if (file := first_file(folder, names)) is not None]
+        if other:
+            raise CheckpointError(f"{folder}: this is a SEED-1 tokenizer ({' and '.join(other)}); load it with "
+                                  f"Seed1Tokenizer, or draw with it: python demo_recon.py --model {folder}.")
         names = " or ".join((OURS, QUANTIZER_FILES[-1]))
         raise CheckpointError(f"{folder}: holds no tokenizer weights ({names}).")
     tower = Path(vision) if vision is not None else first_file(folder, VISION_FILES) or _hub_cached_tower()

@@ -39,6 +39,8 @@ class QFormerConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ConfigError(f"The Q-Former width {self.width} does not divide into {self.heads} heads.")
+        if self.dropout > 1:
+            raise ConfigError(f"The Q-Former's dropout must be at most 1, not {self.dropout}.")
 
 
 class _Projections(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.tokenizers.loading import (
     OURS,
+    SEED1_FILES,
     TOWER,
     VISION_FILES,
     VISION_URL,
@@ -37,8 +38,7 @@ from seed_multimodal.tokenizers.seed1_config import MODEL_TYPE, Seed1Config
 from seed_multimodal.tokenizers.sizes import QUERY_LAYERS
 from seed_multimodal.weights import load_state_dict
 
-QFORMER_FILES = ("causal_qformer.safetensors", "causal_qformer.pth")
-TOKENIZER_FILES = ("seed_tokenizer.safetensors", "seed_tokenizer.pth")
+QFORMER_FILES, TOKENIZER_FILES = SEED1_FILES
 # The training code's names of the text branch → the released ones.
 TEXT_BRANCH = {"Reverse_Qformer_text.": "Reverse_Qformer.", "reverse_tokens_text": "reverse_tokens"}
 IMAGE_BRANCH = ("distill_image_proj.*", "image_down.*", "blocks_image.*", "pos_embed_image")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,8 +23,8 @@ from seed_multimodal.vision.eva import EvaConfig
 QUERY_LAYERS = "Qformer.bert.encoder.layer"
 RELEASED_VIT_FILE_DEPTH = 40
 # How it is said what a field of this annotation holds.
-_SAID = {"int": "a positive whole number", "float": "a number", "bool": "true or false"}
-_MAY_BE_ZERO = ("dropout", "causal_queries", "decode_depth", "reverse_depth")
+_SAID = {"int": "a positive whole number", "float": "a number from 0", "bool": "true or false"}
+_MAY_BE_ZERO = ("causal_queries", "decode_depth", "reverse_depth")
 _RELEASED_HEADS = {"vit": {1408: 16}, "qformer": {768: 12}}
 
 
@@ -58,8 +59,10 @@ class TokenizerConfig:
             inner = values.get(part, {})
             if not isinstance(inner, Mapping):
                 raise ConfigError(f"{source}: {part!r} must hold a mapping of sizes.")
-            values[part] = _build(kind, inner, f"{source}: in {part!r}")
-        return _build(cls, values, source)
+            check_sizes(kind, inner, f"{source}: in {part!r}")
+            values[part] = kind(**inner)
+        check_sizes(cls, values, source)
+        return cls(**values)
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -133,13 +136,17 @@ def _cross_frequency(names: Iterable[str]) -> int:
     return layers[1] - layers[0] if len(layers) > 1 else QFormerConfig.cross_attention_freq
 
 
-def _build(kind: type[Any], values: Mapping[str, Any], where: str | Path) -> Any:
+def check_sizes(kind: type[Any], values: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse what no field of the dataclass `kind` may hold.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named), or a value of the wrong type or range.
+    """
     known = {item.name: str(item.type) for item in dataclasses.fields(kind)}
     check_keys(values, known, str(where))
     for name, value in values.items():
         if not _holds(name, known[name], value):
             raise ConfigError(f"{where}: {name!r} must be {_SAID[known[name]]}, not {value!r}.")
-    return kind(**values)
 
 
 def _holds(name: str, annotation: str, value: Any) -> bool:
@@ -148,4 +155,6 @@ def _holds(name: str, annotation: str, value: Any) -> bool:
         return True
     if annotation == "bool" or isinstance(value, bool):
         return isinstance(value, bool) and annotation == "bool"
-    return isinstance(value, int if annotation == "int" else int | float) and value >= (name not in _MAY_BE_ZERO)
+    if annotation == "float":
+        return isinstance(value, int | float) and 0 <= value < math.inf
+    return isinstance(value, int) and value >= (name not in _MAY_BE_ZERO)

@@ -26,7 +26,7 @@ from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.progress import Progress, Status
 from seed_multimodal.training.schedules import batch_indices, learning_rate, parameter_groups
 from seed_multimodal.training.settings import SampleCost, StageSettings, check_settings
-from seed_multimodal.training.state import StateFile, read_record, warm_start, write_json
+from seed_multimodal.training.state import Own, StateFile, read_record, warm_start, write_json
 from seed_multimodal.training.step import Loss, Stepper
 
 __all__ = ["Ema", "Loss", "SampleCost", "StageSettings", "batch_indices", "learning_rate", "parameter_groups",
@@ -49,6 +49,7 @@ def run_stage(
     wrapped: nn.Module | None = None,
     status: Status | None = None,
     cost: SampleCost | None = None,
+    own: Own | None = None,
 ) -> dict[str, Any]:
     """Train `modules` for `settings.steps` steps, resuming from `folder/NAME.state.pt` if it is there.
 
@@ -68,10 +69,11 @@ def run_stage(
             averaged), `wait_seconds` (all time spent waiting for data), which is logged as the share `wait_share`, and
             `aside_seconds` (all time spent on other things than steps), which is left out of the speed.
         cost: of a sample, for the log's `tflops` and `mfu`.
+        own: what each process keeps for itself; saved and restored with the state.
 
     Returns:
         The stage's record: metrics, steps, seconds. It is also `folder/NAME.done.json`, whose presence makes
-        later calls return at once.
+        later calls return at once (but see `settings.further`).
 
     Raises:
         ConfigError: settings no run can follow, several processes without `wrapped`, an optimiser of other weights.
@@ -84,7 +86,7 @@ def run_stage(
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
     with Peers(name, wrapped) as peers:
-        record = _done_before(name, home, peers)
+        record = _done_before(name, home, peers, settings)
         if record is not None:
             return record
         optimiser = optimizer or torch.optim.AdamW(
@@ -93,12 +95,10 @@ def run_stage(
                           schedule or (lambda step: learning_rate(step, settings)), wrapped, peers.rank)
         file = home / f"{name}.state.pt"
         if settings.start and not file.is_file():
-            earlier = warm_start(Path(settings.start), modules)
-            if peers.first:
-                print(f"[{name}] weights taken from {settings.start} (step {earlier})", flush=True)
+            _start_warm(name, settings, modules, peers)
         average = Ema(modules, settings.ema) if settings.ema else None
         store = StateFile(file, modules, optimiser, average, stepper.scaler, peers,
-                          settings.batch_size * settings.accumulate * peers.world, settings.save_frozen)
+                          settings.batch_size * settings.accumulate * peers.world, settings.save_frozen, own=own)
         step, spent = store.restore()
         started = time.monotonic() - spent
         progress = Progress(name, settings, step, home, peers, stepper.device, store.smooth, status, cost)
@@ -112,7 +112,7 @@ def run_stage(
         if average is not None:
             average.copy_to(modules)
         modules.eval()
-        return _finish(name, step, settings, home, peers, started, finish)
+        return _finish(name, step, settings, home, store, started, finish)
 
 
 def _steps(step: int, stepper: Stepper, store: StateFile, progress: Progress, started: float,
@@ -154,7 +154,13 @@ def _steps(step: int, stepper: Stepper, store: StateFile, progress: Progress, st
     return step
 
 
-def _done_before(name: str, home: Path, peers: Peers) -> dict[str, Any] | None:
+def _start_warm(name: str, settings: StageSettings, modules: nn.Module, peers: Peers) -> None:
+    earlier = warm_start(Path(settings.start), modules)
+    if peers.first:
+        print(f"[{name}] weights taken from {settings.start} (step {earlier})", flush=True)
+
+
+def _done_before(name: str, home: Path, peers: Peers, settings: StageSettings) -> dict[str, Any] | None:
     done = home / f"{name}.done.json"
     here = done.is_file()
     someone, someone_not = peers.agree(here, not here)
@@ -163,20 +169,23 @@ def _done_before(name: str, home: Path, peers: Peers) -> dict[str, Any] | None:
     if not here:
         return None
     record = read_record(done)
+    if settings.further and int(record.get("steps", 0)) < settings.steps and (home / f"{name}.state.pt").is_file():
+        return None
     if peers.first:
         print(f"[{name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
     return record
 
 
-def _finish(name: str, step: int, settings: StageSettings, home: Path, peers: Peers, started: float,
+def _finish(name: str, step: int, settings: StageSettings, home: Path, store: StateFile, started: float,
             finish: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Rank 0 evaluates and writes the record; every process returns it."""
     record: dict[str, Any] = {}
-    if peers.first:
-        shared = {"accumulate": settings.accumulate, "processes": peers.world}
+    if store.peers.first:
+        shared = {"accumulate": settings.accumulate, "processes": store.peers.world}
         record = {"stage": name, "steps": step, "batch_size": settings.batch_size,
                   **{key: count for key, count in shared.items() if count > 1},
+                  **({"begun": store.begun} if store.begun else {}),
                   "seconds": round(time.monotonic() - started, 1), **finish()}
         write_json(home / f"{name}.done.json", record)
         print(f"[{name}] done: {json.dumps(record)}", flush=True)
-    return peers.gather(record)[0]
+    return store.peers.gather(record)[0]

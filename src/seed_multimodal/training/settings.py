@@ -16,7 +16,8 @@ class StageSettings:
     The state is saved every `save_seconds` seconds, every `save_every_steps` steps (0: by seconds only) and at the
     end. `clip` is the largest gradient norm (0: measured, not clipped). `start` is the `NAME.state.pt` of an earlier
     run whose weights (not its optimiser) the first step starts from. With `save_frozen=False` the state leaves out
-    parameters that are not trained; the caller then builds them again, from the same files, before a resume.
+    parameters that are not trained; the caller then builds them again, from the same files, before a resume. With
+    `further` a stage that is done, with fewer steps and its state still there, goes on from that state.
     """
 
     steps: int
@@ -36,6 +37,7 @@ class StageSettings:
     save_every_steps: int = 0
     save_frozen: bool = True
     tensorboard: bool = False
+    further: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The state a run goes on from: one file, replaced atomically, that also says which kind of run may read it.
 
 `NAME.state.pt` holds model, optimizer, ema, scaler, step, spent (seconds), world (processes), batch (samples per
-optimiser step, over all processes), smooth (numbers as logged) and frozen (a check sum of weights that were left out).
-States written before scaler, world, batch, smooth and frozen were kept are read as those of one process.
+optimiser step, over all processes), smooth (numbers as logged), frozen (a check sum of weights that were left out),
+begun (the step at which `spent` was 0) and own (what each process keeps of its own, in the order of ranks).
+States written before scaler, world, batch, smooth, frozen, begun and own were kept are read as those of one process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch import nn
@@ -26,9 +27,18 @@ from seed_multimodal.training.ema import Ema
 from seed_multimodal.weights import assign_strictly, read_torch
 
 
+class Own(Protocol):
+    """What a process keeps for itself, such as the samples it found unreadable; `state_dict` is for JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 @dataclass
 class StateFile:
-    """Everything that a state is made of, and the file it goes to."""
+    """Everything that a state is made of, and the file it goes to. `begun`: steps that an earlier run, of which this
+    one knows no time, has made; `own`: see `Own`."""
 
     file: Path
     modules: nn.Module
@@ -39,6 +49,8 @@ class StateFile:
     batch: int
     keep_frozen: bool = True
     saved_step: int | None = None
+    begun: int = 0
+    own: Own | None = None
     smooth: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,9 +78,10 @@ class StateFile:
             CheckpointError: the file cannot be written, for example because the disk is full; the one before stays.
         """
         problem = None
+        shares = self.peers.gather(self.own.state_dict()) if self.own is not None else []
         if self.peers.first:
             try:
-                _write_torch(self.file, self._state(step, spent))
+                _write_torch(self.file, {**self._state(step, spent), "own": shares})
             except CheckpointError as error:
                 problem = error
         if self.peers.agree(problem is not None)[0]:
@@ -87,7 +100,7 @@ class StateFile:
             model = {name: value for name, value in model.items() if name not in left_out}
         return {"model": model, "optimizer": self.optimiser.state_dict(), "step": step, "spent": spent,
                 "ema": self.average.shadow if self.average is not None else {}, "scaler": self.scaler.state_dict(),
-                "world": self.peers.world, "batch": self.batch, "smooth": dict(self.smooth),
+                "world": self.peers.world, "batch": self.batch, "smooth": dict(self.smooth), "begun": self.begun,
                 "frozen": None if self.keep_frozen else self._frozen_check_sum()}
 
     def _load(self) -> tuple[int, float]:
@@ -108,7 +121,10 @@ class StateFile:
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         self.saved_step = int(state["step"])
+        self.begun = int(state.get("begun", 0))
         self.smooth.update(state.get("smooth", {}))
+        if self.own is not None and state.get("own"):
+            self.own.load_state_dict(state["own"][self.peers.rank])
         if self.peers.first:
             print(f"[{self.file.name}] resumed at step {state['step']}", flush=True)
         return int(state["step"]), float(state["spent"])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.data.llm.lanes import Loaded
-from seed_multimodal.data.llm.mixture import Mixture
+from seed_multimodal.data.llm.mixture import EndOfData, Mixture
 from seed_multimodal.data.llm.packed_rows import PackedPlan
 from seed_multimodal.data.llm.padded import PaddedPlan
 from seed_multimodal.data.llm.sequence import IGNORED
@@ -88,7 +88,8 @@ class LlmBatches:
         self.plan: PackedPlan | PaddedPlan = make(self.mixture, rank, world, tokenizer.pad_id, vocabulary.boi_id)
         self.tally = Tally(self.mixture.names, log)
         self._waited, self._bound, self._next_step = 0.0, True, 0
-        self._skipped, self._ended = 0, False  # micro-batches without anything, left out at the end of the data
+        self._skipped = 0  # micro-batches without anything, left out at the end of the data
+        self._end_step: int | None = None  # the first step for which nothing was left
         self._loader = self._new_loader()
 
     def at(self, micro_step: int) -> LlmBatch:
@@ -105,30 +106,38 @@ class LlmBatches:
         """
         if not self._bound:
             self.plan.start_at(micro_step)
-            self._bound = True
+            self._bound, self._next_step = True, micro_step
+        if self._end_step is not None and micro_step >= self._end_step:
+            self._end(micro_step)
         if micro_step != self._next_step:
             self._skipped = 0
-        loaded: Loaded = self._loader.at(micro_step + self._skipped)
+        loaded = self._load(micro_step)
         while not loaded.used:
-            if self.plan.used_up(loaded):
-                self._end(loaded)
-            if self.world > 1:  # ranks must stay together, so nobody leaves out a step
+            ended = self.plan.used_up(loaded)
+            if self.world > 1 and not ended:  # ranks must stay together, so nobody leaves out a step
                 break
             self.plan.note(loaded)
             self.tally.pass_over(loaded.dropped)
+            if ended:
+                self._end(micro_step)
             self._skipped += 1
-            loaded = self._loader.at(micro_step + self._skipped)
+            loaded = self._load(micro_step)
         self.plan.note(loaded)
         self.tally.note(loaded)
         self._next_step = micro_step + 1
         return _as_batch(loaded)
 
-    def _end(self, loaded: Loaded) -> NoReturn:
-        """Nothing is left after an empty micro-batch."""
+    def _load(self, micro_step: int) -> Loaded:
+        try:
+            return self._loader.at(micro_step + self._skipped)
+        except EndOfData:
+            self._end(micro_step)
+
+    def _end(self, micro_step: int) -> NoReturn:
+        """Nothing is left for a step, nor for any after it."""
         self.close()
-        if not self._ended:  # told once, however often one asks again
-            self.tally.pass_over(loaded.dropped)
-        self._ended = True
+        self._end_step = micro_step if self._end_step is None else min(self._end_step, micro_step)
+        self._next_step = micro_step + 1
         raise self.mixture.end_of_data()
 
     @property
@@ -145,10 +154,16 @@ class LlmBatches:
         """What was read and what was passed over, per source: see `tally.Tally.report`."""
         return self.tally.report(self.mixture.sizes, self.settings.sources)
 
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on after the last batch that `at` gave; each rank saves its own (json-able)."""
+    def state(self, micro_steps: int = 0) -> dict[str, Any]:
+        """What `restore` needs to go on after the last batch that `at` gave; each rank saves its own (json-able).
+
+        Args:
+            micro_steps: steps that all ranks have behind them. A rank whose data ended before says that it is there,
+                too, since only states of one step go together.
+        """
+        done = max(self._next_step, micro_steps if self._end_step is not None else 0)
         return {"version": 1, "rank": self.rank, "world": self.world, **self._fingerprint(),
-                **self.plan.state(self._next_step + self._skipped), "tally": self.tally.state()}
+                **self.plan.state(done + self._skipped), "tally": self.tally.state()}
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on where a run stood.
@@ -182,7 +197,7 @@ class LlmBatches:
         self._waited += self._loader.wait_seconds
         self.plan.restore(list(states), next_step=0)
         self.tally.restore([state["tally"] for state in states] if self.rank == 0 else [])
-        self._bound, self._next_step, self._skipped, self._ended = False, 0, 0, False
+        self._bound, self._next_step, self._skipped, self._end_step = False, 0, 0, None
         self._loader = self._new_loader()
 
     def worker_pids(self) -> list[int]:

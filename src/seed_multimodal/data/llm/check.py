@@ -21,11 +21,13 @@ from seed_multimodal.data.llm.check_kinds import (
     RAW,
     TEXTS,
     Kind,
+    as_tokenised,
     code_lists,
     guess_kind,
     image_paths,
     kind_of_decoder,
 )
+from seed_multimodal.data.llm.check_words import ControlWords
 from seed_multimodal.data.llm.decoders import DECODERS, Decoder, get_decoder
 from seed_multimodal.data.llm.phrases import BLANK_CAPTION
 from seed_multimodal.data.llm.record import BadRecord, LlmRecord, find_image
@@ -67,7 +69,8 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What was there. `kinds`: records by decoder; `lengths`: records by their number of tokens (with a tokenizer)."""
+    """What was there. `kinds`: records by decoder; `lengths`: records by their number of tokens (with a tokenizer);
+    `control`: names of control words in texts, which are told but not wrong."""
 
     files: int = 0
     records: int = 0
@@ -76,6 +79,7 @@ class CheckReport:
     errors: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
     lengths: Counter[int] = field(default_factory=Counter)
+    control: ControlWords = field(default_factory=ControlWords)
 
     @property
     def wrong(self) -> int:
@@ -107,7 +111,7 @@ class CheckReport:
         return {"files": self.files, "records": self.records, "images": self.images, "kinds": dict(self.kinds),
                 "errors": dict(self.errors), "wrong": self.wrong,
                 "findings": [{"kind": one.kind, "sentence": one.sentence} for one in self.findings],
-                "lengths": lengths if self.lengths else None}
+                "control_words": self.control.as_json(), "lengths": lengths if self.lengths else None}
 
 
 def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckReport:
@@ -185,6 +189,7 @@ class _Checker:
             self.note("missing key", f"{record.where}: its keys ({', '.join(sorted(record.fields)) or 'none'}) are "
                       "those of no known kind of record.")
             return
+        self.report.control.look(record, kind, self.tokenizer)
         paths = image_paths(record.fields)
         kind_name = "not tokenised" if kind is RAW else kind.decoder + (" (not tokenised)" if paths else "")
         self.report.kinds[kind_name] += 1
@@ -278,7 +283,7 @@ class _Checker:
             guessed = {"flat": False} if isinstance(frames[0], list) else {"num_frames": len(frames) // self._tokens}
         decoder = self._decoder(kind.decoder, **guessed)
         try:
-            sequence = decoder(_as_tokenised(record.fields, self._tokens), SeededDraws(0, self.report.records))
+            sequence = decoder(as_tokenised(record.fields, self._tokens), SeededDraws(0, self.report.records))
         except SeedError as error:
             self.note(error.kind if isinstance(error, BadRecord) else "codes", f"{record.where}: {error}")
             return
@@ -288,12 +293,3 @@ class _Checker:
         self.report.lengths[len(sequence.ids)] += 1
         if self.settings.length is not None and len(sequence.ids) > self.settings.length:
             self.note("too long", f"{record.where}: has {len(sequence.ids)} tokens, more than {self.settings.length}.")
-
-
-def _as_tokenised(fields: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The fields with codes in place of pictures that are still files: enough for the length."""
-    if "messages" not in fields:
-        return fields
-    turns = [{**turn, "content": [{"codes": [0] * tokens} if isinstance(part, dict) and "image" in part else part
-                                  for part in turn["content"]]} for turn in fields["messages"]]
-    return fields | {"messages": turns}

@@ -124,6 +124,15 @@ def image_paths(fields: Mapping[str, Any]) -> list[str]:
     return [path for path in found if isinstance(path, str) and path]
 
 
+def as_tokenised(fields: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The fields with codes in place of pictures that are still files: enough for the length."""
+    if "messages" not in fields:
+        return fields
+    turns = [{**turn, "content": [{"codes": [0] * tokens} if isinstance(part, dict) and "image" in part else part
+                                  for part in turn["content"]]} for turn in fields["messages"]]
+    return fields | {"messages": turns}
+
+
 def _raw(fields: Mapping[str, Any]) -> bool:
     return not any(key in fields for key in (*CODES, "views")) and any(fields.get(key) for key in PATHS)
 

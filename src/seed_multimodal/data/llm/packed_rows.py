@@ -132,10 +132,16 @@ class PackedPlan:
         return {row % self.fetch.lanes for first in firsts for row in range(first, first + self.rows)}
 
     def state(self, next_step: int) -> dict[str, Any]:
-        """The position before `next_step`."""
-        own = self._own() & set(self.fetch.states)
-        return {"position": self._first_row + (next_step - self._first_step) * self.stride, "lanes": self.fetch.lanes,
-                "states": {str(number): self.fetch.states[number] for number in sorted(own)}}
+        """The position before `next_step`; lanes that have ended are there, too, however far behind they were left."""
+        position, limits = self._first_row + (next_step - self._first_step) * self.stride, self.fetch.mixture.limits
+        states = {}
+        for number in sorted(self._own()):
+            known, rows = self.fetch.states.get(number), -(-(position - number) // self.fetch.lanes)
+            if rows > (known["rows"] if known else 0) and not self._left(known, number, limits, self.fetch.lanes):
+                known = {**(known or Lane(self.fetch.mixture, number, self.fetch.lanes).state()), "rows": rows}
+            if known is not None:
+                states[str(number)] = known
+        return {"position": position, "lanes": self.fetch.lanes, "states": states}
 
     def restore(self, states: list[Mapping[str, Any]], next_step: int) -> None:
         """Continue from what all ranks saved; `next_step` is what the next step will be called."""

@@ -62,7 +62,7 @@ def main_process(configs: str | Path) -> NoReturn:
     except SystemExit as stopped:
         code = stopped.code
     finally:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE") not in (None, "", "0", "1"):
             if sys.exc_info()[0] is not None:  # a bug: Python would show it after this
                 traceback.print_exc()
             logging.shutdown()
@@ -78,7 +78,7 @@ def run(arguments: Sequence[str], configs: Path) -> int:
     if options.help:
         print(help_text(options.path))
         return 0
-    composed = compose(options.rest, options.path, options.name)
+    composed = compose(options.rest, options.path, options.name, whole=not options.show)
     if options.show:
         from omegaconf import OmegaConf
 

@@ -36,12 +36,13 @@ class Composed:
     remarks: list[str] = field(default_factory=list)
 
 
-def compose(arguments: Sequence[str], folder: str | Path, name: str = "train") -> Composed:
+def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *, whole: bool = True) -> Composed:
     """Flags and overrides → the resolved configuration.
 
     Args:
         arguments: overrides (`trainer.max_steps=10`, `model=NAME|FILE`) and flags of the original command line.
         folder: holds `NAME.yaml` and a folder per group.
+        whole: every value must be there; else one that is needed and not given stays `???`.
 
     Raises:
         ConfigError: an unknown flag, group, configuration or override, or a file that cannot be read.
@@ -72,7 +73,7 @@ def compose(arguments: Sequence[str], folder: str | Path, name: str = "train") -
     config = _composed(home, name, choices, overrides)
     for key, value in values.items():
         _set(config, key, value)
-    return Composed(_resolved(config, home), given.remarks)
+    return Composed(_resolved(config, home, whole), given.remarks)
 
 
 def _known(key: str) -> None:
@@ -172,14 +173,14 @@ def _set(config: Any, key: str, value: Any) -> None:
     OmegaConf.update(config, key, value, force_add=True)
 
 
-def _resolved(config: Any, home: Path) -> dict[str, Any]:
+def _resolved(config: Any, home: Path, whole: bool) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     set_by_user = os.environ.get("PROJECT_ROOT")
     os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(home))
     try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=whole)
     except OmegaConfBaseException as error:
         raise ConfigError(f"configuration: {_sentence(error)}") from error
     finally:

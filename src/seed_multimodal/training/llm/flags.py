@@ -164,7 +164,8 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, 
         if name not in ALL and name.startswith("no_") and name[3:] in (*_BOOLEANS, *_IGNORED_BOOLEANS):
             name, equals, value = name[3:], "=", "False"
         if name not in ALL:
-            raise ConfigError(f"--{name}: unknown option{nearest(name, ALL)}.")
+            near = nearest(name, ALL).replace("mean '", "mean '--")
+            raise ConfigError(f"--{name}: unknown option{near}.")
         found[name], at[name] = [value] if equals else [], place
         made.original = made.original or name not in ("resume", "device")
         open_flag = None if equals else name

@@ -7,12 +7,14 @@ resumed from. Other processes' shards are listed by all of them together, a shar
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,43 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _HIDDEN = re.compile(r"\.checkpoint-\d+\.(tmp|old)")
 Entry = dict[str, Any]  # {"size": bytes, "sha256": hex}
+
+
+@contextlib.contextmanager
+def only_run(folder: Path, peers: RunPeers, patience: float = 3.0) -> Iterator[None]:
+    """Keep a second run out of an output folder: it would remove what this one is writing, and mix their logs.
+
+    The lock is the first process's, on the folder itself, and ends with it however it ends; disks that know no locks
+    have none. A run that is just ending is waited for some seconds (`patience`).
+
+    Raises:
+        CheckpointError: another run is at work there.
+    """
+    handle, taken = None, False
+    if peers.first:
+        with contextlib.suppress(OSError):  # whoever writes there first says what is wrong with the folder
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            taken = _is_taken(handle, time.monotonic() + patience)
+    try:
+        if peers.agree(taken)[0]:
+            raise CheckpointError(f"{folder}: another run is at work in this output folder; let it end first, or use "
+                                  "another folder.")
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _is_taken(handle: int, end: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return True
+        time.sleep(0.1)
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

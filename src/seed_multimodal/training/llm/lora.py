@@ -25,8 +25,9 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
-RECORDED = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save", "use_rslora")
 SHAPING = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # like r and lora_alpha part of what B · A means
+RECORDED = ("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "target_modules", "exclude_modules",
+            "layers_to_transform", "layers_pattern", *SHAPING)
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 TARGET_MODULES = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 # In this order: peft gives a name in the file to the first entry it contains, and `norm` is part of two others.
@@ -150,7 +151,8 @@ def recorded_lora(folder: Path) -> dict[str, Any] | None:
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     values = read_json_object(folder / ADAPTER_CONFIG)
-    return {key: values[key] for key in RECORDED if values.get(key) is not None}
+    found = {key: values[key] for key in RECORDED if values.get(key) is not None}
+    return {**found, "modules_to_save": values.get("modules_to_save") or []}  # none is not the same as left out
 
 
 def read_adapter(model: Any, folder: Path) -> dict[str, Tensor]:

@@ -77,6 +77,7 @@ class RunProgress(Progress):
         self.history: list[dict[str, float]] = []
         self.total = {"tokens": 0.0, "positions": 0.0}
         self.timed = {"tokens": 0.0, "positions": 0.0, "sequences": 0.0, "learned": 0.0}  # since the line before
+        self._waiting: StepNumbers | None = None  # the last step, if its line is not due
         self.wandb = _wandb(settings, home) if peers.first and "wandb" in settings.report_to else None
 
     def add(self, step: int, numbers: StepNumbers) -> None:
@@ -93,8 +94,18 @@ class RunProgress(Progress):
         if step % self.settings.log_every and step != self.settings.steps:
             if self.alive:
                 self._tick(step)
+            self._waiting = numbers
             return
+        self._line(step, numbers)
+
+    def finish(self, step: int) -> None:
+        """The run ends here, perhaps between two lines: write that of the steps since the last one."""
+        if self._waiting is not None:
+            self._line(step, self._waiting)
+
+    def _line(self, step: int, numbers: StepNumbers) -> None:
         line = self._numbers(step, numbers)
+        self._waiting = None
         self.smooth.clear()
         self.history = [*self.history[-999:], {key: line[key] for key in
                                                ("step", "loss", "learning_rate", "grad_norm") if key in line}]
@@ -113,6 +124,12 @@ class RunProgress(Progress):
     def pause(self, seconds: float) -> None:
         """Time that went into something else than steps (evaluation, saving): rates leave it out."""
         self.mark += seconds
+
+    def evaluated(self) -> dict[str, float]:
+        """The last evaluation in the log, which may be younger than the checkpoint of its step; the first process's."""
+        log = self.home / f"{self.name}.log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if self.peers.first and log.is_file() else []
+        return next((json.loads(line) for line in reversed(lines) if '"eval_loss"' in line), {})
 
     def close(self) -> None:
         """Finish TensorBoard's and wandb's files."""

@@ -56,8 +56,9 @@ def build_llm(
     source = resume or settings.adapter
     if source is not None and settings.lora is None:
         fields = recorded_lora(find_folder(source))
-        other = {"lora": fields} if fields is not None else {"path": str(source), "sizes": None, "codebook_start": None}
-        settings = LlmModelSettings(**{**vars(settings), **other})
+        other = {"lora": fields} if fields is not None else {"path": str(source), "sizes": None, "codebook_start": None,
+                                                              "adapter": None}
+        settings = check(LlmModelSettings(**{**vars(settings), **other}))
     llama, rows = _base(settings, tokenizer, place)
     force_special_ids(llama)
     fitted = fit_vocabulary(llama, tokenizer, settings.seed) if settings.sizes is None else True

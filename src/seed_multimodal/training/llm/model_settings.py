@@ -103,11 +103,12 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
         if value not in options:
             raise ConfigError(f"{where}: {key} is one of {', '.join(str(o) for o in options)}, not {value!r}"
                               f"{nearest(str(value), map(str, options))}.")
-    if settings.quantization is not None and settings.lora is None:
+    whole = settings.lora is None and settings.adapter is None  # an adapter's folder says what LoRA it is
+    if settings.quantization is not None and whole:
         raise ConfigError(f"{where}: a {settings.quantization} base cannot be trained itself; give lora.")
     if settings.quantization is not None and settings.path is None:
         raise ConfigError(f"{where}: quantization needs a trained base (path), not random weights.")
-    if settings.fp8 and settings.lora is None:
+    if settings.fp8 and whole:
         raise ConfigError(f"{where}: fp8 is for frozen weights, and without lora none are; give lora.")
     if settings.fp8 and settings.quantization is not None:
         raise ConfigError(f"{where}: fp8 and quantization exclude each other: a {settings.quantization} base has no "

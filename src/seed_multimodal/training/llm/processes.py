@@ -8,6 +8,7 @@ number 0 of 1 and trains as many separate models; its state is therefore written
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from seed_multimodal.device import choose_device
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.training.distributed import Peers
 from seed_multimodal.training.llm.failures import TrainingError
 
@@ -82,7 +83,7 @@ class Processes:
 
     def check(self, accelerator: Any) -> None:
         """Refuse to train where accelerate did not count all processes."""
-        expected = int(os.environ.get("WORLD_SIZE", "1"))
+        expected = _number("WORLD_SIZE", 1)
         if (accelerator.num_processes, accelerator.process_index) != (expected, self.rank):
             raise TrainingError(f"accelerate sees process {accelerator.process_index} of {accelerator.num_processes}, "
                                 f"but this is process {self.rank} of {expected} (WORLD_SIZE).")
@@ -99,6 +100,15 @@ class Processes:
             dist.destroy_process_group()
 
 
+def quiet_libraries() -> None:
+    """Libraries' bars and remarks would stand between the lines of the log."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("DeepSpeed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False) -> Processes:
     """Join the process group that torchrun's environment describes.
 
@@ -109,8 +119,11 @@ def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool =
 
     Raises:
         ConfigError: more processes on this node than GPUs, or an incomplete environment.
+        TrainingError: the others did not come in time.
     """
     world, local = _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+    if world < 1 or _number("RANK", 0) >= max(world, 1):
+        raise ConfigError(f"RANK must be below WORLD_SIZE, but is {_number('RANK', 0)} of {world}.")
     place = choose_device(device, log=None).device
     if place.type == "cuda":
         if local >= torch.cuda.device_count():
@@ -131,12 +144,28 @@ def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool =
                 if not os.environ.get(name):
                     raise ConfigError(f"WORLD_SIZE is {world}, but {name} is not set: start several processes with "
                                       f"torchrun.")
-            dist.init_process_group(backend, timeout=timeout)
+            _number("MASTER_PORT", 0)
+            _join(backend, timeout)
         elif group_of_one:
             store = tempfile.NamedTemporaryFile(prefix="seed-group-", delete=False).name
             os.unlink(store)
             dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
     return Processes(RunPeers(timeout), place, local, timeout, added)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Meet the others.
+
+    Raises:
+        TrainingError: they did not come in time, or their address leads nowhere.
+    """
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistError as error:
+        raise TrainingError(
+            f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at MASTER_ADDR "
+            f"{os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']} ({first_line(error)}); start all "
+            f"processes within trainer.timeout_minutes of each other.") from error
 
 
 def _number(name: str, default: int) -> int:

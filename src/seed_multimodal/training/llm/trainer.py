@@ -7,7 +7,6 @@ micro-step. A run killed at any step and started again goes on with the same los
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,28 +23,19 @@ from seed_multimodal.training.llm.checkpoint import Checkpoints, Engine, load_en
 from seed_multimodal.training.llm.engine import PlainEngine, round_residual
 from seed_multimodal.training.llm.failures import STOPPED, TrainingError, Watchdog, explained
 from seed_multimodal.training.llm.flops import token_flops
-from seed_multimodal.training.llm.folders import check_shared
+from seed_multimodal.training.llm.folders import check_shared, only_run
 from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama
 from seed_multimodal.training.llm.metrics import RunProgress
 from seed_multimodal.training.llm.model import build_llm
 from seed_multimodal.training.llm.model_settings import LlmModelSettings, find_folder, read_model_settings
 from seed_multimodal.training.llm.optim import build_optimizer, read_optim
-from seed_multimodal.training.llm.processes import Processes, start_processes
+from seed_multimodal.training.llm.processes import Processes, quiet_libraries, start_processes
 from seed_multimodal.training.llm.settings import RunSettings, read_run
 from seed_multimodal.training.llm.stepping import StepMaker, held_out
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
 from seed_multimodal.training.llm.zero import ZeroEngine, fill_config
 from seed_multimodal.training.state import write_json
-
-
-def _quiet() -> None:
-    """Libraries' bars and remarks would stand between the lines of the log."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    for name in ("DeepSpeed", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,12 +49,14 @@ def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
         SystemExit: 143 after SIGTERM; the step was finished and saved.
     """
     run = read_run(config)
-    _quiet()
-    processes = start_processes(run.trainer.device, run.trainer.timeout_minutes,
-                                group_of_one=run.deepspeed is not None)
+    quiet_libraries()
+    with explained("the start", "nothing was trained yet"):
+        processes = start_processes(run.trainer.device, run.trainer.timeout_minutes,
+                                    group_of_one=run.deepspeed is not None)
     clean = False
     try:
-        with Watchdog(60 * run.trainer.timeout_minutes if processes.world > 1 else 0, "train.py") as watchdog:
+        with (only_run(run.output_dir, processes.peers),
+              Watchdog(60 * run.trainer.timeout_minutes if processes.world > 1 else 0, "train.py") as watchdog):
             with explained("the start", "nothing was trained yet"):
                 trainer = Trainer(run, processes, watchdog)
             try:
@@ -125,7 +117,8 @@ class Trainer:
                                     lambda: self.data.wait_seconds, flops)
         self.progress.total.update(state.get("total", {}))
         self.progress.history.extend(state.get("log_history", []))
-        self.evaluation: dict[str, float] = state.get("evaluation", {})
+        self.evaluation: dict[str, float] = self.peers.gather(self.progress.evaluated())[0] or state.get(
+            "evaluation", {})
         self._describe()
 
     def close(self) -> None:
@@ -192,7 +185,8 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.beat(f"saving step {self.step}", self.checkpoints.left())
         with explained(f"saving step {self.step}", self.checkpoints.left()):
-            self.checkpoints.save(self.step, self.engine, self.llm, self.tokenizer, self._state(), self.data.state())
+            place = self.data.state(self.step * self.settings.gradient_accumulation_steps)
+            self.checkpoints.save(self.step, self.engine, self.llm, self.tokenizer, self._state(), place)
 
     def _state(self) -> dict[str, Any]:
         return {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
@@ -200,8 +194,16 @@ class Trainer:
                 "log_history": self.progress.history, "config": self.run.plain}
 
     def _end(self, stopped: bool, ended: bool) -> None:
-        """The last checkpoint and evaluation; exits if the run was stopped."""
+        """The last checkpoint and evaluation; exits if the run was stopped.
+
+        Raises:
+            TrainingError: the data ended before the first step, so there is nothing to save.
+        """
+        if ended and not self.step:
+            raise TrainingError("No source gave a single sequence to learn from (what was passed over is named above), "
+                                "so nothing was trained; `seed data check` says more.")
         if ended:
+            self.progress.finish(self.step)
             self._log(f"every source is used up after step {self.step}; the run ends here.")
         if self.settings.eval_steps and not stopped and self.evaluation.get("step") != self.step:
             self._evaluate()

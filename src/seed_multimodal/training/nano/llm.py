@@ -32,6 +32,7 @@ from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.training.settings import StageSettings
 from seed_multimodal.training.state import write_json
+from seed_multimodal.weights import count_parameters
 
 PRETRAIN, SFT = "llm_pretrain", "llm_sft"
 NOISE = 0.35
@@ -89,30 +90,40 @@ def write_llm_recipes(space: Workspace, counts: Counts) -> list[Path]:
 
 
 def take_llm(space: Workspace) -> dict[str, Any]:
-    """Stage `llm`: the tuned model becomes the system's; returns (and writes) what its training came to.
+    """Stage `llm`: the tuned model becomes the system's; returns what its training came to.
+
+    Writes `pretrain.done.json` and `sft.done.json` beside the other stages' records.
 
     Raises:
         CheckpointError: a stage was not trained to its end.
     """
-    record: dict[str, Any] = {"stage": "llm"}
-    for name, settings in ((PRETRAIN, space.config.train_pretrain), (SFT, space.config.train_sft)):
-        folder = space.work / name
-        done = folder / "summary.json"
-        summary = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
-        if summary.get("steps") != settings.steps:
-            raise CheckpointError(f"{folder}: {name} is not trained to its end; train it with: {TRAIN} {space.work} "
-                                  f"--config-name {name} (bash scripts/nano_speedrun.sh does it all).")
-        record |= {f"{name}_{key}": round(float(summary["evaluation"][f"eval_{key}_loss"]), 4)
-                   for key in ("text", "image") if f"eval_{key}_loss" in summary.get("evaluation", {})}
-        record |= {f"{name}_seconds": summary["seconds"], f"{name}_tokens": summary["tokens"]}
+    records = [_trained(space, "pretrain", PRETRAIN, space.config.train_pretrain),
+               _trained(space, "sft", SFT, space.config.train_sft)]
     target = space.out / "seed_llama"
     target.mkdir(parents=True, exist_ok=True)
     trained = space.work / SFT / f"checkpoint-{space.config.train_sft.steps}"
-    for file in (*trained.glob("*.safetensors"), trained / "config.json", trained / "generation_config.json"):
+    for file in (*trained.glob("model*.safetensors"), trained / "config.json", trained / "generation_config.json"):
         replace_copy(file, target)
-    record["seconds"] = sum(record[f"{name}_seconds"] for name in (PRETRAIN, SFT))
-    write_json(space.work / "llm.done.json", record)
-    return record
+    for record in records:
+        record["parameters"] = sum(map(count_parameters, target.glob("model*.safetensors")))
+        write_json(space.work / f"{record['stage']}.done.json", record)
+    told = {f"{record['stage']}_{key}": value for record in records for key, value in record.items()
+            if key.startswith("val_")}
+    return {"stage": "llm", "seconds": sum(record["seconds"] for record in records), **told}
+
+
+def _trained(space: Workspace, stage: str, name: str, settings: StageSettings) -> dict[str, Any]:
+    """The record of one of the application's stages."""
+    folder = space.work / name
+    done = folder / "summary.json"
+    summary = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    if summary.get("steps") != settings.steps:
+        raise CheckpointError(f"{folder}: {name} is not trained to its end; train it with: {TRAIN} {space.work} "
+                              f"--config-name {name} (bash scripts/nano_speedrun.sh does it all).")
+    held_out = {f"val_{key}_loss": round(float(summary["evaluation"][f"eval_{key}_loss"]), 4)
+                for key in ("text", "image") if f"eval_{key}_loss" in summary.get("evaluation", {})}
+    return {"stage": stage, "steps": settings.steps, "batch_size": f"{_rows(settings)} rows of {ROW}",
+            "seconds": summary["seconds"], "tokens": int(summary["tokens"]), **held_out}
 
 
 # ------------------------------------------------------------------------------------------------------- the records
@@ -166,13 +177,16 @@ def _shard(space: Workspace, name: str, split: str) -> Path:
 
 
 def _data(space: Workspace, sources: Sources, counts: Counts, split: str, settings: StageSettings) -> dict[str, Any]:
-    rows = max(1, settings.batch_size * MEAN_LENGTH // ROW)
     chosen = [{"name": name, "files": str(_shard(space, shard, split)), "decoder": decoder, "options": dict(options),
                "weight": weight}
               for name, (shard, decoder, options, weight) in sources.items()
               if counts[split][shard]]
-    return {"packing": True, "length": ROW, "rows": rows, "seed": space.config.seed + settings.seed,
+    return {"packing": True, "length": ROW, "rows": _rows(settings), "seed": space.config.seed + settings.seed,
             "too_long": "skip", "sources": chosen}
+
+
+def _rows(settings: StageSettings) -> int:
+    return max(1, settings.batch_size * MEAN_LENGTH // ROW)
 
 
 def _model(space: Workspace, settings: StageSettings, start: Path | None) -> dict[str, Any]:

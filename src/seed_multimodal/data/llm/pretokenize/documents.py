@@ -26,7 +26,8 @@ def parse(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> t
     """
     images = sample.fields.get(keys["images"])
     if not isinstance(images, list):
-        raise BadRecord("missing key", f"{sample.where}: has no list of pictures under {keys['images']!r}.")
+        raise BadRecord("missing key", f"{sample.where}: has no list of pictures under {keys['images']!r} "
+                        f"({sample.keys()}).")
     if keys["instruction"] in sample.fields:
         texts = {name: str(sample.text(keys[name])) for name in ("instruction", "response")}
         count = sum(text.count(PLACEHOLDER) for text in texts.values())

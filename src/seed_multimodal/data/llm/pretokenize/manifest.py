@@ -37,7 +37,22 @@ def agree_on_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
         if known is None:
             write_json(save_dir / SETTINGS, settings)
             return
-    for key in [*settings, *known]:
+    _compare(save_dir, settings, known, [*settings, *known])
+
+
+def refuse_other_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder that was begun with another of these settings, before anything large is loaded.
+
+    Raises:
+        DataError: another setting, named, with both values.
+    """
+    known = read_json(save_dir / SETTINGS)
+    if known is not None:
+        _compare(save_dir, settings, known, list(settings))
+
+
+def _compare(save_dir: Path, settings: Mapping[str, Any], known: Mapping[str, Any], keys: Sequence[str]) -> None:
+    for key in keys:
         ours, theirs = settings.get(key), known.get(key)
         if ours == theirs:
             continue

@@ -18,12 +18,13 @@ from seed_multimodal.data.llm.pretokenize.nano import nano_raws
 from seed_multimodal.data.llm.pretokenize.samples import IMAGE_KEYS, Raw
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings
 from seed_multimodal.data.llm.sources_json import index_array, index_lines, is_lines
-from seed_multimodal.data.patterns import expand_pattern
+from seed_multimodal.data.patterns import expand_pattern, nearest_path
 from seed_multimodal.data.tar_headers import Damaged, split_name, tar_members
 from seed_multimodal.errors import DataError
 
 JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
 PICTURE_ENDINGS = (*(f".{key}" for key in IMAGE_KEYS), ".bmp", ".gif", ".tif", ".tiff", ".avif")
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 TEXT_MEMBERS = ("txt", "json")
 
 
@@ -72,8 +73,11 @@ def list_units(settings: InputSettings, block: int) -> list[Unit]:
         block: records of a unit where the input is no tar.
 
     Raises:
-        DataError: nothing matches, files of several formats, or a file that is no json list.
+        DataError: nothing matches, files of several formats, a file that is no json list, or no folder of pictures.
     """
+    root = settings.image_root
+    if root is not None and not Path(root).is_dir():
+        raise DataError(f"image_root: there is no folder {root}{nearest_path(root)}.")
     units: list[Unit] = []
     for path, format in _inputs(settings):
         if format == "tar":
@@ -148,6 +152,8 @@ def _format_of(path: Path, format: str) -> str:
         return "json"
     if path.suffix.lower() == ".tar":
         return "tar"
+    if path.suffix.lower() in COMPRESSED:
+        raise DataError(f"{path}: compressed files cannot be read at random positions; unpack it first.")
     raise DataError(f"{path}: neither a .tar nor a json file; say what it is by format.")
 
 

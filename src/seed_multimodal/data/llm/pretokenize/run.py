@@ -25,7 +25,13 @@ import torch
 from seed_multimodal.data.llm.pretokenize.decode import Decode
 from seed_multimodal.data.llm.pretokenize.encode import Encoder, EncoderSettings, read_transform
 from seed_multimodal.data.llm.pretokenize.kinds import get_kind
-from seed_multimodal.data.llm.pretokenize.manifest import agree_on_settings, merge, summary, versions
+from seed_multimodal.data.llm.pretokenize.manifest import (
+    agree_on_settings,
+    merge,
+    refuse_other_settings,
+    summary,
+    versions,
+)
 from seed_multimodal.data.llm.pretokenize.progress import Progress, counted
 from seed_multimodal.data.llm.pretokenize.raw import Unit, list_units
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings, read_input_settings
@@ -97,7 +103,7 @@ class Place:
 
 
 def run(settings: RunSettings) -> int:
-    """Make this run's share; returns the exit code (0: all of it is there).
+    """Make this run's share; returns the exit code (0: all of it is there; 1: nothing could be used).
 
     Raises:
         ConfigError, DataError: what is refused before or, in a single process, while working.
@@ -110,6 +116,7 @@ def run(settings: RunSettings) -> int:
     places = _places(settings)
     save_dir = Path(settings.save_dir)
     _refuse_existing(settings, units, places)
+    refuse_other_settings(save_dir, _of_folder(settings, source))
     share = f", of which share {settings.shard[0]} of {settings.shard[1]}" if settings.shard[1] > 1 else ""
     say(f"{counted(len(units), 'unit')} of {source.files or source.format} as {kind.name} records to "
         f"{save_dir}{share}; {len(places)} of {places[0].world} process{'es' * (places[0].world > 1)} started here.")
@@ -121,6 +128,10 @@ def run(settings: RunSettings) -> int:
     manifest = merge(save_dir, units)
     if manifest is not None:
         say(summary(manifest, save_dir))
+        if not manifest["samples"] and (manifest["read"] or manifest["bad"]):
+            say(f"{save_dir}: not one record was written. Delete this folder before the next run, which would take its "
+                "parts as finished.")
+            return code or SOME_FAILED
     elif code == DONE:
         say(f"{save_dir}: this share is finished; others still work or have to be run.")
     return code
@@ -135,10 +146,8 @@ def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], pl
     decode = Decode(kind, source, transform, views=settings.views, seed=settings.seed)
     vocabulary = encoder.vocabulary
     agree_on_settings(save_dir, {
-        "format": 1, "kind": kind.name, "tokenizer": encoder.fingerprint, "codes": vocabulary.n_codes,
-        "tokens_per_image": vocabulary.tokens_per_image, "transform": asdict(transform), "views": decode.views,
-        "seed": settings.seed, "input": {**source.identity(), "fields": decode.keys}, "block": settings.block,
-        "limit": settings.limit})
+        **_of_folder(settings, source), "tokenizer": encoder.fingerprint, "codes": vocabulary.n_codes,
+        "tokens_per_image": vocabulary.tokens_per_image, "transform": asdict(transform)})
     own = place.share(units, settings.shard)
     left = []
     for unit in own:
@@ -157,6 +166,14 @@ def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], pl
                     log=lambda sentence: say(place.name + sentence))
     worker.run(left)
     say(progress.last_line())
+
+
+def _of_folder(settings: RunSettings, source: InputSettings) -> dict[str, Any]:
+    """What an output folder is made with, as far as it is known before the tokenizer is loaded."""
+    kind = get_kind(settings.kind)
+    return {"format": 1, "kind": kind.name, "views": settings.views if kind.views else 1, "seed": settings.seed,
+            "input": {**source.identity(), "fields": kind.keys(source.fields)}, "block": settings.block,
+            "limit": settings.limit}
 
 
 # ---- processes

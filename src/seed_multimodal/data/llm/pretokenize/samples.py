@@ -114,9 +114,13 @@ class Sample:
             return None
         if not isinstance(value, str):
             problem = "has no text under" if value is None else f"holds a {type(value).__name__} under"
-            have = ", ".join(sorted(map(str, self.fields))[:8]) or "no keys"
-            raise BadRecord("missing key", f"{self.where}: {problem} {key!r} (it has {have}).")
+            raise BadRecord("missing key", f"{self.where}: {problem} {key!r} ({self.keys()}).")
         return value
+
+    def keys(self) -> str:
+        """What the sample has, for an error, and where to say which of it holds what."""
+        have = ", ".join(sorted(map(str, self.fields))[:8]) or "no keys"
+        return f"it has {have}; --fields says which holds what"
 
     def picture(self, value: Any, **options: Any) -> Picture:
         """What a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the raw sample's own.
@@ -128,6 +132,8 @@ class Sample:
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if isinstance(value, bytes):
             return Picture(self.where, partial(open_image, value, name=self.where), **options)
+        if value is None:
+            raise BadRecord("missing key", f"{self.where}: has no picture where one is looked for ({self.keys()}).")
         if not isinstance(value, str) or not value:
             raise BadRecord("missing key", f"{self.where}: a picture is {value!r:.60}, not a path.")
         if value in self._raw.pictures:

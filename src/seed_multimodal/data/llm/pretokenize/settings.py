@@ -129,6 +129,10 @@ def _check(settings: InputSettings, where: str) -> None:
         raise ConfigError(f"{where}: needs a value for 'files'.")
     if isinstance(settings.files, Sequence) and not isinstance(settings.files, str):
         settings.files = [str(one) for one in settings.files]
+    if settings.image_root is not None:
+        if not isinstance(settings.image_root, str) or not settings.image_root:
+            raise ConfigError(f"{where}: image_root must be a folder, not {settings.image_root!r}.")
+        settings.image_root = str(Path(settings.image_root).expanduser())
     for key in ("similarity_thr", "min_resolution", "min_aspect_ratio"):
         value = getattr(settings, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
