@@ -96,14 +96,14 @@ class RunProgress(Progress):
                 self._tick(step)
             self._waiting = numbers
             return
-        self._line(step, numbers)
+        self._show(step, numbers)
 
     def finish(self, step: int) -> None:
         """The run ends here, perhaps between two lines: write that of the steps since the last one."""
         if self._waiting is not None:
-            self._line(step, self._waiting)
+            self._show(step, self._waiting)
 
-    def _line(self, step: int, numbers: StepNumbers) -> None:
+    def _show(self, step: int, numbers: StepNumbers) -> None:
         line = self._numbers(step, numbers)
         self._waiting = None
         self.smooth.clear()
