@@ -4,7 +4,7 @@
 #
 #   sh eval_scripts/nano.sh
 #   MODEL=../outputs/tokenizer STAGE1=log/nano/Causal_Qformer/checkpoint_2.pth sh eval_scripts/nano.sh \
-#       --decoder ../pretrained/nano/seed_tokenizer/diffusion_model
+#       --text-tokenizer ../pretrained/nano/seed_tokenizer --decoder ../pretrained/nano/seed_tokenizer/diffusion_model
 #
 # SPLIT: val (default), test_combo or test_concept. The other variables are those of retrieval_coco.sh.
 set -eu

@@ -13,7 +13,7 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,17 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str] = ()) -> list[str]:
+    """`key: before -> now` for each setting in which two resolved configurations differ, in alphabetical order.
+
+    Args:
+        silent: dotted keys that may differ; all below such a key is silent, too.
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return [f"{key}: {_shown(old, key)} -> {_shown(new, key)}" for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not any(key == one or key.startswith(f"{one}.") for one in silent)]
+
+
 def _build(node: dict[str, Any], where: str) -> Any:
     target_name = node["_target_"]
     if not isinstance(target_name, str):
@@ -214,3 +225,19 @@ def _resolved(config: DictConfig, file: Path) -> DictConfig:
         if set_by_user is None:
             del os.environ["PROJECT_ROOT"]
     return config
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf with its dotted key; sources go by their names, so that one more does not move the others."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, f"{key}.{inner.get('name', number)}")
+    else:
+        yield key, value
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return str(values[key]) if key in values else "not given"

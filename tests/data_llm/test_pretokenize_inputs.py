@@ -140,6 +140,17 @@ def test_other_keys_are_named_with_the_flag_that_maps_them(tmp_path, kind, recor
     assert f"a.json: item 0: {words} (it has {', '.join(sorted(record))}; --fields says" in entry.bad
 
 
+@pytest.mark.parametrize(("record", "words"), [
+    ({"pictures": ["a.jpg"] * 2, "captions": ["a"]}, "0 pictures under 'images' and 1 caption under 'captions' where 2 "
+     "of each belong (it has captions, pictures; --fields says which holds what)."),
+    ({"images": ["a.jpg"], "captions": ["a", "b"]}, "1 picture under 'images' and 2 captions under 'captions' where 2 "
+     "of each belong.")])
+def test_stories_of_the_wrong_length_name_their_keys(tmp_path, record, words):
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    (entry, _), = parse("story", InputSettings(files=str(tmp_path / "a.json"), num_images=2))
+    assert entry.bad.endswith(f"a.json: item 0: {words}")
+
+
 def test_compressed_inputs_are_refused_by_that_name(tmp_path):
     (tmp_path / "a.json.gz").write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.json\.gz: compressed files cannot be read .* unpack it first"):

@@ -160,20 +160,20 @@ def test_another_tokenizer_or_setting_is_refused(whole, start, tmp_path):
     before = content(whole)
     with pytest.raises(DataError, match="begun with another tokenizer"):
         start(whole, encoder=EncoderSettings(node, device="cpu"))
-    with pytest.raises(DataError, match="begun with transform"):
+    with pytest.raises(DataError, match=r"begun with other settings \(transform.interpolation: bilinear -> bicubic\);"):
         start(whole, image_transform=str(APP / "configs" / "processer" / "nano_transform.yaml"))
     with pytest.raises(ConfigError, match="224 x 224 pixels, but the tokenizer reads 64 x 64"):
         start(whole, image_transform=str(APP / "configs" / "processer" / "blip_transform.yaml"))
-    with pytest.raises(DataError, match="begun with kind"):
+    with pytest.raises(DataError, match=r"begun with other settings \(kind: caption -> chat\);"):
         start(whole, kind="chat")
     assert content(whole) == before
 
 
 def test_other_settings_are_refused_before_the_tokenizer_is_read(start: Callable[..., int], whole: Path) -> None:
     nowhere = EncoderSettings("nowhere.yaml", device="cpu")
-    with pytest.raises(DataError, match="begun with views 1, now it is 2"):
-        start(whole, views=2, encoder=nowhere)
-    with pytest.raises(DataError, match="begun with block"):
+    with pytest.raises(DataError, match=r"begun with other settings \(input.similarity_thr: None -> 0.3; views: 1 -> 2\);"):
+        start(whole, views=2, encoder=nowhere, input={"similarity_thr": 0.3})
+    with pytest.raises(DataError, match=r"settings \(block: 10000 -> 5\); choose"):
         start(whole, block=5, gpus=2, encoder=nowhere)
     with pytest.raises(ConfigError, match="nowhere.yaml"):
         start(whole, encoder=nowhere)
@@ -319,8 +319,15 @@ def test_a_run_that_could_use_nothing_does_not_end_well(start, tmp_path, capfd, 
         assert start(tmp_path / "out", **here) == 1
         said = capfd.readouterr().err
         assert "0 records" in said and "broken: 7" in said and "not one record was written" in said
+    with pytest.raises(DataError, match="out: there are no records in it, only manifest.json and settings.json"):
+        open_records(tmp_path / "out")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "manifest.json").write_text('[{"text": "of one\'s own"}]')
+    assert len(open_records(tmp_path / "list")) == 1
     (tmp_path / "wrong" / "3.jpg").write_bytes(jpeg(3))
-    assert start(tmp_path / "again", **here) == 0 and "broken: 6" in capfd.readouterr().err
+    assert start(tmp_path / "again", gpus=8, **here) == 0  # one unit of work: seven more would load a tokenizer each
+    said = capfd.readouterr().err
+    assert "broken: 6" in said and "; 1 of 1 process started here." in said
 
 
 def test_a_refusal_in_a_process_is_the_exit_code(start, tmp_path, capfd):
@@ -355,6 +362,7 @@ def test_released_flags_and_defaults():
     released = {"image_processor": None, "image_transform": None, "tokenizer": None, "data": None, "save_dir": None,
                 "gpus": 4, "batch_size": 256, "num_workers": 4}
     assert {name: getattr(args, name) for name in released} == released
+    assert "default: squashed bilinearly to the tokenizer's size" in " ".join(parser.format_help().split())
     assert args.resume is True and parser.parse_args(["--no-resume"]).resume is False
 
 

@@ -157,6 +157,7 @@ def test_runs_of_zero_to_fp32_and_whole_models(made: SimpleNamespace, words: int
     torch.testing.assert_close(says(tmp_path / "out", made.ids), wanted, atol=1e-4, rtol=1e-4)
     passed = merge_adapter(None, tmp_path / "out", tmp_path / "passed", dtype="bf16")  # a whole model
     assert passed.merged == passed.replaced == 0 and passed.difference == 0.0
+    assert "There was nothing to merge" in str(passed) and "nothing to merge" not in str(report)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "passed"))
     assert all(torch.equal(one[name].bfloat16(), two[name]) for name in one)
     whole = tmp_path / "whole"

@@ -14,6 +14,7 @@ import pytest
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 from seed_multimodal.training.llm.failures import TrainingError, explained
 from seed_multimodal.training.llm.folders import checkpoints, fault_of
+from seed_multimodal.training.llm.summary import summary_lines
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(runs, train, tmp_path):
@@ -94,6 +95,16 @@ def test_used_up_data_end_the_run_and_bad_records_are_in_the_summary(runs, tmp_p
     assert [line["step"] for line in evaluated] == [*range(10, summary["steps"] + 1, 10), summary["steps"]][
         :len(evaluated)]
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
+
+
+def test_a_source_that_gave_nothing_is_a_warning():
+    source = {"sequences": 0, "tokens": 0, "epochs": 1.0, "skipped": {}, "too_long": {}}
+    lost = {**source, "skipped": {"missing key": {"count": 2, "first": ["a.jsonl: line 1", "a.jsonl: line 2"]}}}
+    lines = summary_lines({"steps": 2, "seconds": 1, "checkpoint": "out", "data": {"fill": 1.0, "sources": {
+        "lost": lost, "rare": source, "good": {**lost, "sequences": 1}}}})
+    assert [line for line in lines if "nothing of it was used" in line] == [lines[3], lines[5]]
+    assert lines[2].startswith("    2 skipped (missing key)") and lines[3].endswith("see the records above")
+    assert lines[5].endswith("its turn never came") and lines[6].startswith("  good: 1 sequences")
 
 
 @pytest.mark.parametrize("packing", [True, False])

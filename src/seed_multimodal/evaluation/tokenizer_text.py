@@ -64,7 +64,7 @@ def find_words(size: int, given: str | Path | None, tokenizer_folder: Path) -> W
     words = open_words(place, MAX_PIECES, full=False)
     if size not in (words.size, words.size - isinstance(words, BertWords)):
         raise CheckpointError(f"{place}: has {words.size - 1} word pieces; the stage-1 checkpoint's word table has "
-                              f"{size} rows (one more than the pieces is right).")
+                              f"{size} rows (one more than the pieces is right); name stage 1's by --text-tokenizer.")
     return words
 
 

@@ -48,9 +48,11 @@ class MergeReport:
     def __str__(self) -> str:
         checked = ("logits not compared" if self.difference is None else
                    f"logits as before (relative difference {self.difference:.1e})")
+        nothing = "" if self.merged or self.replaced else (
+            " There was nothing to merge (a whole model, no adapter): it was copied as it is.")
         return (f"{self.folder}: {self.tensors} tensors in {len(self.files)} file{'s' * (len(self.files) != 1)}, "
                 f"{self.merged} with LoRA merged in, {self.replaced} replaced by trained ones, "
-                f"{self.words} words; {checked}.")
+                f"{self.words} words; {checked}.{nothing}")
 
 
 @dataclass

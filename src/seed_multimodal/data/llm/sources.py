@@ -31,6 +31,7 @@ SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", "
             "json": (".json", ".json.gz"),  # compressed ones are found in order to be refused, not passed over
             "parquet": (".parquet",)}
 PICKLED = ("pkl", "pickle")
+OF_EXTRACTIONS = ("manifest.json", "settings.json")  # what pre-tokenisation writes beside its shards
 
 
 class RecordSource(Protocol):
@@ -239,12 +240,16 @@ def _folders(pattern: str) -> list[Path]:
 
 def _in_folder(folder: Path, format: str) -> dict[Path, str]:
     kinds: dict[str, list[Path]] = {}
+    notes: list[Path] = []
     for path in sorted(folder.rglob("*")):
         kind = next((kind for kind, endings in SUFFIXES.items() if path.name.lower().endswith(endings)), "")
         if kind and format in ("auto", kind) and path.is_file() and not path.name.startswith("."):
-            kinds.setdefault(kind, []).append(path)
+            (notes if _is_note(path) else kinds.setdefault(kind, [])).append(path)
     if "tar" in kinds:
         kinds.pop("json", None)  # beside shards these are manifests and statistics
+    if not kinds and notes:
+        raise DataError(f"{folder}: there are no records in it, only {' and '.join(sorted({p.name for p in notes}))}: "
+                        "the extraction that made it wrote none.")
     if not kinds:
         wanted = ", ".join(SUFFIXES if format == "auto" else (format,))
         raise DataError(f"{folder}: this folder holds no {wanted} files, at any depth.")
@@ -252,6 +257,17 @@ def _in_folder(folder: Path, format: str) -> dict[Path, str]:
         raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; say which by format, or name "
                         "files.")
     return {path: kind for kind, paths in kinds.items() for path in paths}
+
+
+def _is_note(path: Path) -> bool:
+    """Whether a file of a folder says how an extraction went; a list of records may have the same name."""
+    if path.name not in OF_EXTRACTIONS:
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) == b"{\n"
+    except OSError:
+        return False
 
 
 def _format_of(path: Path, format: str) -> str:

@@ -61,5 +61,8 @@ def summary_lines(record: Mapping[str, Any]) -> list[str]:
                 where = "; ".join(entry["first"])
                 lines.append(f"    {entry['count']:,} {words} ({reason}): {where}"
                              f"{' …' if entry['count'] > len(entry['first']) else ''}")
+        if not source["sequences"]:
+            lines.append("    warning: nothing of it was used; " + (
+                "see the records above" if source["skipped"] or source["too_long"] else "its turn never came"))
     lines.append(f"  checkpoint: {record['checkpoint']}")
     return lines

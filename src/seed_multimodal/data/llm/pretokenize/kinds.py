@@ -24,6 +24,7 @@ from typing import Any
 
 from seed_multimodal.config import check_keys, nearest
 from seed_multimodal.data.llm.pretokenize import chat, documents, video
+from seed_multimodal.data.llm.pretokenize.progress import counted
 from seed_multimodal.data.llm.pretokenize.samples import IMAGE_KEYS, Dropped, Picture, Sample
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings
 from seed_multimodal.data.llm.record import BadRecord
@@ -179,8 +180,10 @@ def _parse_story(sample: Sample, settings: InputSettings, keys: Mapping[str, str
     pictures, captions = (_listed(sample, keys[name], settings.num_images) for name in ("images", "captions"))
     wanted = settings.num_images if settings.num_images is not None else max(2, len(pictures))
     if len(pictures) != wanted or len(captions) != wanted:
-        raise BadRecord("images and captions", f"{sample.where}: {len(pictures)} pictures and {len(captions)} captions "
-                        f"where {wanted} of each belong.")
+        keys_there = "" if pictures and captions else f" ({sample.keys()})"
+        raise BadRecord("images and captions", f"{sample.where}: {counted(len(pictures), 'picture')} under "
+                        f"{keys['images']!r} and {counted(len(captions), 'caption')} under {keys['captions']!r} "
+                        f"where {wanted} of each belong{keys_there}.")
     if not all(isinstance(text, str) for text in captions):
         raise BadRecord("wrong type", f"{sample.where}: one of its {keys['captions']!r} is no text.")
     return {"captions": captions}, [sample.picture(picture) for picture in pictures]

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.config import changed_settings
 from seed_multimodal.data.llm.pretokenize.progress import counted
 from seed_multimodal.data.llm.pretokenize.raw import Unit
 from seed_multimodal.data.llm.pretokenize.shards import MANIFEST, is_of, part_folder, read_json, write_json
@@ -52,15 +53,18 @@ def refuse_other_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _compare(save_dir: Path, settings: Mapping[str, Any], known: Mapping[str, Any], keys: Sequence[str]) -> None:
-    for key in keys:
-        ours, theirs = settings.get(key), known.get(key)
-        if ours == theirs:
-            continue
-        if key == "tokenizer":
-            raise DataError(f"{save_dir}: was begun with another tokenizer (weights {str(theirs)[:12]}…, now "
-                            f"{str(ours)[:12]}…); codes of two tokenizers do not mix: choose another --save_dir.")
-        raise DataError(f"{save_dir}: was begun with {key} {theirs!r}, now it is {ours!r}; choose another --save_dir, "
-                        "or the same settings.")
+    differ = [key for key in dict.fromkeys(keys) if settings.get(key) != known.get(key)]
+    if "tokenizer" in differ:
+        theirs, ours = (str(one.get("tokenizer"))[:12] for one in (known, settings))
+        raise DataError(f"{save_dir}: was begun with another tokenizer (weights {theirs}…, now {ours}…); codes of two "
+                        "tokenizers do not mix: choose another --save_dir.")
+    if "kind" in differ:  # other fields follow from it
+        differ = ["kind"]
+    changes = changed_settings({key: known[key] for key in differ if key in known},
+                               {key: settings[key] for key in differ if key in settings})
+    if differ:
+        raise DataError(f"{save_dir}: was begun with other settings ({'; '.join(changes or differ)}); choose another "
+                        "--save_dir, or the same settings.")
 
 
 def versions() -> dict[str, str]:

@@ -51,9 +51,9 @@ class RunSettings:
         kind: of records, see `kinds.py`.
         data: input description: a YAML file or a mapping; `fields` and `input` (of the command line) win over it.
         gpus: processes on this machine, one GPU each; None: as released 4, at most as many as there are GPUs. On a CPU
-            the number of processes, None: one.
+            the number of processes, None: one. Never more than units of work.
         shard: (number, count): this run makes only every count-th unit, from `number` on (job arrays).
-        image_transform: YAML of the pictures' transform; None: the tokenizer's own.
+        image_transform: YAML of the pictures' transform; None: squashed bilinearly to the tokenizer's size.
         batch_size: pictures encoded at once.
         workers: decode processes for each encoding process; 0: none.
         views: of each picture (kinds caption, qa and chat); all but the first are augmented, from `seed`.
@@ -113,7 +113,7 @@ def run(settings: RunSettings) -> int:
     kind.keys(source.fields)
     _check(settings)
     units = list_units(source, settings.block)
-    places = _places(settings)
+    places = _places(settings, len(units[settings.shard[0]::settings.shard[1]]))
     save_dir = Path(settings.save_dir)
     _refuse_existing(settings, units, places)
     refuse_other_settings(save_dir, _of_folder(settings, source))
@@ -179,8 +179,8 @@ def _of_folder(settings: RunSettings, source: InputSettings) -> dict[str, Any]:
 # ---- processes
 
 
-def _places(settings: RunSettings) -> list[Place]:
-    """The processes to run here."""
+def _places(settings: RunSettings, units: int) -> list[Place]:
+    """The processes to run here; one without a unit to make would only load a tokenizer."""
     cuda = settings.encoder.device != "cpu" and torch.cuda.is_available()
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # torchrun starts the processes
         world = int(os.environ["WORLD_SIZE"])
@@ -188,14 +188,14 @@ def _places(settings: RunSettings) -> list[Place]:
         return [Place(int(os.environ["RANK"]), world, device)]
     if not cuda or settings.encoder.device.startswith("cuda:"):
         here = settings.gpus or 1
-        devices = [settings.encoder.device] * here
+        devices = [settings.encoder.device] * min(here, max(units, 1))
     else:
         there = torch.cuda.device_count()
         here = settings.gpus or min(RELEASED_GPUS, there)
         if here > there:
             raise ConfigError(f"--gpus {here}: this machine has {there} GPU{'s' * (there != 1)}.")
-        devices = [f"cuda:{gpu}" for gpu in range(here)]
-    return [Place(rank, here, device) for rank, device in enumerate(devices)]
+        devices = [f"cuda:{gpu}" for gpu in range(min(here, max(units, 1)))]
+    return [Place(rank, len(devices), device) for rank, device in enumerate(devices)]
 
 
 def _spawn(settings: RunSettings, source: InputSettings, units: Sequence[Unit], places: Sequence[Place]) -> int:
