@@ -10,7 +10,7 @@ import argparse
 from typing import Any
 
 import torch
-from peak import batch_sizes, guidance, part_of, positive
+from shared import batch_sizes, guidance, part_of, positive
 
 from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
 from seed_multimodal.device import Runtime, choose_device

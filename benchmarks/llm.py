@@ -11,7 +11,7 @@ import argparse
 from typing import Any
 
 import torch
-from peak import batch_sizes, part_of, positive
+from shared import batch_sizes, part_of, positive
 
 from seed_multimodal.device import Runtime, choose_device
 from seed_multimodal.entry import DONE, guarded

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from peak import peak as peak_given
-from peak import peak_tflops, positive, rounded
+from shared import peak as peak_given
+from shared import peak_tflops, positive, rounded
 from torch import Tensor
 
 from seed_multimodal.data.llm.batches import LlmBatch

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peak import batch_sizes, part_of, peak, peak_tflops, positive, rounded
+from shared import batch_sizes, part_of, peak, peak_tflops, positive, rounded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peak import batch_sizes, peak_tflops, positive, rounded
-from peak import peak as peak_given
+from shared import batch_sizes, peak_tflops, positive, rounded
+from shared import peak as peak_given
 from torch import Tensor, nn
 
 from seed_multimodal.device import choose_device

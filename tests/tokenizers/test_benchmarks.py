@@ -61,11 +61,12 @@ def test_a_batch_larger_than_the_set_is_a_full_one() -> None:
 
 def test_flags_that_time_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import peak
+    import shared
 
-    assert peak.batch_sizes("1,32") == [1, 32] and peak.peak("0.5") == "0.5" and peak.peak("measured") == "measured"
-    for check, texts in ((peak.batch_sizes, ("0", "1,", "x", "-1", "")), (peak.positive, ("0", "1.5")),
-                         (peak.peak, ("0", "nan", "inf", "-1", "fast"))):
+    assert shared.batch_sizes("1,32") == [1, 32]
+    assert shared.peak("0.5") == "0.5" and shared.peak("measured") == "measured"
+    for check, texts in ((shared.batch_sizes, ("0", "1,", "x", "-1", "")), (shared.positive, ("0", "1.5")),
+                         (shared.peak, ("0", "nan", "inf", "-1", "fast"))):
         for text in texts:
             with pytest.raises(argparse.ArgumentTypeError):
                 check(text)
