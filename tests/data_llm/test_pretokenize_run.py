@@ -171,7 +171,7 @@ def test_another_tokenizer_or_setting_is_refused(whole, start, tmp_path):
 
 def test_other_settings_are_refused_before_the_tokenizer_is_read(start: Callable[..., int], whole: Path) -> None:
     nowhere = EncoderSettings("nowhere.yaml", device="cpu")
-    with pytest.raises(DataError, match=r"begun with other settings \(input.similarity_thr: None -> 0.3; views: 1 -> 2\);"):
+    with pytest.raises(DataError, match=r"other settings \(input.similarity_thr: None -> 0.3; views: 1 -> 2\); choose"):
         start(whole, views=2, encoder=nowhere, input={"similarity_thr": 0.3})
     with pytest.raises(DataError, match=r"settings \(block: 10000 -> 5\); choose"):
         start(whole, block=5, gpus=2, encoder=nowhere)

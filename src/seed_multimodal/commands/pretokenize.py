@@ -30,13 +30,14 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_processor", metavar="YAML", help="pictures as a processor of transformers makes them")
     parser.add_argument("--image_transform", metavar="YAML",
-                        help="the pictures' transform (default: squashed bilinearly to the tokenizer's size)")
+                        help="the pictures' transform (default: squashed bilinearly to the tokenizer's size, nano's as "
+                             "well; where --tokenizer names a system, the system's)")
     parser.add_argument("--tokenizer", metavar="YAML")
     parser.add_argument("--data", metavar="YAML", help="what is read")
     parser.add_argument("--save_dir", metavar="FOLDER")
     parser.add_argument("--gpus", type=int, default=Given(RELEASED_GPUS), metavar="N",
-                        help="processes, one per GPU, at most one per unit of work (default: 4, or as many as there are "
-                             "GPUs; on a CPU 1)")
+                        help="processes, one per GPU, never more than units of work (default: 4, or as many as there "
+                             "are GPUs; on a CPU 1)")
     parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="pictures at once (default: 256)")
     parser.add_argument("--num_workers", type=int, default=4, metavar="N",
                         help="decode workers of each process (default: 4)")

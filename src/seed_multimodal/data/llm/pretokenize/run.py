@@ -53,7 +53,8 @@ class RunSettings:
         gpus: processes on this machine, one GPU each; None: as released 4, at most as many as there are GPUs. On a CPU
             the number of processes, None: one. Never more than units of work.
         shard: (number, count): this run makes only every count-th unit, from `number` on (job arrays).
-        image_transform: YAML of the pictures' transform; None: squashed bilinearly to the tokenizer's size.
+        image_transform: YAML of the pictures' transform; None: squashed bilinearly to the tokenizer's size (of a
+            system's tokenizer: the system's own).
         batch_size: pictures encoded at once.
         workers: decode processes for each encoding process; 0: none.
         views: of each picture (kinds caption, qa and chat); all but the first are augmented, from `seed`.
