@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.timing import measure
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.systems.loading import read_system_json
@@ -49,10 +50,13 @@ def part_of(model: str | Path, part: str, usual: str) -> Path:
     """A part (`llm`, `tokenizer`, `detokenizer`) of a system's folder; `usual` where its `system.json` names none.
 
     Raises:
-        CheckpointError: no such folder, or one without `system.json`. ConfigError: a damaged one.
+        CheckpointError: no such folder, one without `system.json` or without the part. ConfigError: a damaged one.
     """
     folder = Path(model)
-    return folder / read_system_json(folder).get(part, usual)
+    name = read_system_json(folder).get(part, usual)
+    if name is None:
+        raise CheckpointError(f"{folder / 'system.json'}: this system has no {part}.")
+    return folder / name
 
 
 def peak_tflops(asked: str | None, device: torch.device, dtype: torch.dtype) -> float | None:

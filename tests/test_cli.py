@@ -18,6 +18,7 @@ from PIL import Image
 from seed_multimodal import quickstart
 from seed_multimodal.cli import build_parser, main
 from seed_multimodal.commands.chat import Talk
+from seed_multimodal.commands.common import Names
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights import load_state_dict
 
@@ -115,7 +116,7 @@ def test_results_never_share_a_name(capsys, tiny, tmp_path):
     assert code == 2 and "one file for 2 pictures" in errors
 
 
-@pytest.mark.parametrize("name", ["apple.gif", "apple.pgn"])
+@pytest.mark.parametrize("name", ["apple.gif", "apple.pgn", "apple.SVG"])
 def test_a_file_of_no_picture_format_is_refused_before_drawing(capsys, tiny, tmp_path, name):
     out = tmp_path / name
     code, lines, errors = run(capsys, "draw", "a cat", "--model", tiny, "--out", str(out))
@@ -124,6 +125,11 @@ def test_a_file_of_no_picture_format_is_refused_before_drawing(capsys, tiny, tmp
     for folder in (f"{out}/", str(out), str(tmp_path / "drawn.v2")):  # said to be one; is one by now; not like a file
         code, lines, _ = run(capsys, "draw", "a cat", "--model", tiny, "--out", folder)
         assert code == 0 and (Path(folder) / "a_cat.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["trial.run", "drawn.v2", "results.old", "a.exp", "2026.nov", "night.log"])
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path, name):
+    assert Names(str(tmp_path / name), "", 2).next("a cat") == tmp_path / name / "a_cat.png"
 
 
 # ---- words and pictures
@@ -195,11 +201,12 @@ def test_chat_puts_one_blank_between_words_and_pictures(capsys, tiny, tmp_path):
 
 
 def test_chat_says_what_it_does_not_know(capsys, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("/imgae a.png\n/image\n/images\n/usr/bin is a folder.\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/imgae a.png\n/image\n/images\n/reset now\n/usr/bin is a folder.\n"))
     code, lines, errors = run(capsys, "chat", "--model", tiny, "--out", str(tmp_path), "--json")
     assert code == 0 and [json.loads(line)["message"] for line in lines] == ["/usr/bin is a folder."]
     assert "There is no command /imgae. Type a message;" in errors and "no command /images." in errors
-    assert "/image needs a file" in errors
+    assert "/image needs a file" in errors and "/reset stands alone on its line." in errors
+    assert "no command /reset" not in errors and "A new conversation" not in errors
 
 
 def test_chat_reads_lines_and_survives_a_bad_picture(capsys, tiny, tmp_path, monkeypatch, bad):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,38 @@ def test_wrong_bytes_are_refused_or_read_but_never_break(zipped: bool, tmp_path:
             assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
             refused += 1
     assert refused > 300
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.weights import load_state_dict
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
+try:
+    load_state_dict(sys.argv[1])
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+def test_bytes_that_ask_for_more_memory_than_there_is_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.pt"
+    file.write_bytes(b"\x80\x02X\xff\xff\xff\xff and no 4 GB of text")
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, str(file)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "src")})
+    assert done.stdout.startswith(f"{file}: reading it takes more memory than there is"), done.stderr
+
+
+@pytest.mark.parametrize("wrappers", [("model",), ("module", "model"), ("module", "state_dict")])
+def test_wrapped_states_are_unwrapped(wrappers: tuple[str, ...], tmp_path: Path) -> None:
+    wrapped: dict[str, object] = {"a": torch.ones(2)}
+    for wrapper in wrappers:
+        wrapped = {wrapper: wrapped, "epoch": 3}
+    torch.save(wrapped, tmp_path / "a.pt")
+    for mapped in (True, False):
+        assert list(load_state_dict(tmp_path / "a.pt", mapped=mapped)) == ["a"]
 
 
 def test_mapped_tensors_are_the_same(tmp_path: Path) -> None:

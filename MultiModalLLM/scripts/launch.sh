@@ -8,9 +8,11 @@
 cd "$(dirname "$0")/.."
 . ../scripts/python.sh
 
-counted() { # NAME VALUE
+counted() { # NAMES VALUE
+    case $1:$2 in
+        NPROC*:auto | NPROC*:gpu | NPROC*:cpu) return 0 ;;
+    esac
     case $2 in
-        auto | gpu | cpu) [ "$1" != NPROC ] || return 0 ;;
         '' | 0* | *[!0-9]*) ;;
         *) return 0 ;;
     esac
@@ -26,8 +28,8 @@ launch() {
         processes=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
     fi
     nodes=${NNODES:-${HOST_NUM:-1}}
-    counted NPROC "$processes"
-    counted NNODES "$nodes"
+    counted "NPROC (NPROC_PER_NODE, HOST_GPU_NUM)" "$processes"
+    counted "NNODES (HOST_NUM)" "$nodes"
     if [ "$nodes" = 1 ] && [ "$processes" = 1 ]; then
         exec "$PYTHON" src/train/train.py "$@"
     fi

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from seed_multimodal.config import check_keys
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.tokenizers.sizes import check_sizes
 
 APPLICATION = Path(__file__).resolve().parents[1]
@@ -187,7 +187,8 @@ RANGES: tuple[tuple[tuple[str, ...], float, float], ...] = (
     (("max_epoch", "iters_per_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters", "log_freq",
       "valid_every_epochs", "max_bad_in_a_row"), 1, float("inf")),
     (("warmup_steps", "keep_checkpoints", "num_workers", "valid_batches", "save_every_steps"), 0, float("inf")),
-    (("peak_tflops", "init_lr", "min_lr", "weight_decay", "clip_grad", "save_seconds"), 0, LARGEST),
+    (("peak_tflops", "init_lr", "min_lr", "weight_decay"), 0, LARGEST),
+    (("clip_grad", "save_seconds"), 0, float("inf")),  # infinity: no clipping, no saving by time
     (("beta2", "ema"), 0, 0.999999),
     (("seed",), 0, 2**32 - 1),  # what numpy takes
     # model
@@ -213,7 +214,7 @@ def read_options(kind: type[Options], section: Mapping[str, Any] | DictConfig, w
         check_keys(map(str, values), [item.name for item in dataclasses.fields(kind)], where)  # type: ignore[arg-type]
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]} (key {getattr(error, 'full_key', '?')}).") from error
+        raise ConfigError(f"{where}: {first_line(error)} (key {getattr(error, 'full_key', '?')}).") from error
 
 
 def check_ranges(options: Any, where: str) -> None:

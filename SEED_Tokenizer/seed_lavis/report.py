@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from seed_lavis.start import say
 from seed_multimodal.config import read_yaml
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.changes import settings_remark
 from seed_multimodal.training.progress import duration, said_of, utilisation
 
@@ -30,7 +31,11 @@ def say_changes(runner: RunnerSeed) -> None:
     before = Path(runner.output_dir) / "config.yaml"
     if not before.is_file():
         return
-    plain = [OmegaConf.to_container(one) for one in (read_yaml(before), runner.config.config)]
+    try:
+        plain = [OmegaConf.to_container(one) for one in (read_yaml(before), runner.config.config)]
+    except ConfigError as error:  # torn when that run was killed; its state says all that is needed
+        say(f"[{runner.stage}.state.pt] which settings have changed is not known: {error}")
+        return
     remark = settings_remark(plain[0], plain[1], SILENT)
     if remark:
         say(f"[{runner.stage}.state.pt] {remark}.")

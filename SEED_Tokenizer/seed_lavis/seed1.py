@@ -20,7 +20,7 @@ from seed_lavis.models import refuse_trained_tower
 from seed_lavis.options import PRECISIONS, Seed1Options, locate, one_of, read_options, sizes
 from seed_lavis.start import say, start_stage2
 from seed_multimodal.device import DTYPES
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.tokenizers.seed1_config import Seed1Config
 from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model, Seed1Stage2Weights
 
@@ -99,7 +99,7 @@ def text_tower(options: Seed1Options) -> tuple[Any, Any]:
         encoder, loaded = CLIPTextModel.from_pretrained(parts[0], dtype=dtype, output_loading_info=True)
         words = CLIPTokenizer.from_pretrained(parts[1])
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{place}: no complete text encoder and tokenizer ({str(error).splitlines()[0]}); "
+        raise CheckpointError(f"{place}: no complete text encoder and tokenizer ({first_line(error)}); "
                               f"{TEXT_WHERE}.") from error
     missing = [name for name in loaded["missing_keys"] if not name.endswith("position_ids")]
     if missing:

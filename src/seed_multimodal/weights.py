@@ -97,6 +97,9 @@ def read_torch(file: Path, mapped: bool = False) -> Mapping[str, object]:
             f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is damaged; "
             f"re-save it as safetensors from a source you trust."
         ) from error
+    except MemoryError as error:  # wrong bytes may also say that the next word has 4 GB
+        raise CheckpointError(f"{file}: reading it takes more memory than there is; it is damaged, or too large for "
+                              f"this machine.") from error
     except _DAMAGES as error:
         raise CheckpointError(f"{file}: not a complete torch checkpoint ({first_line(error)}).") from error
     if not isinstance(loaded, Mapping):
@@ -108,8 +111,7 @@ def _unwrap(loaded: Mapping[str, object], file: Path) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
         inner = loaded.get(wrapper)
         if isinstance(inner, Mapping):
-            loaded = inner
-            break
+            loaded = inner  # and on: one may be wrapped in the next
     tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors.")

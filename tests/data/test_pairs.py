@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.data.packed import PackedStrings
 from seed_multimodal.data.pairs import JsonPairs, NanoPairs, TarPairs, open_pairs
-from seed_multimodal.data.patterns import expand_pattern
+from seed_multimodal.data.patterns import expand_pattern, nearest_path
 from seed_multimodal.data.tar_headers import tar_members
 from seed_multimodal.data.tar_index import ShardFiles, scan_shard
 from seed_multimodal.errors import ConfigError, DataError, ImageError
@@ -72,6 +72,9 @@ def test_a_plain_path_with_a_typo_is_told_as_one(tmp_path: Path) -> None:
         with pytest.raises(DataError) as error:
             expand_pattern(tmp_path / typed)
         assert str(error.value) == f"{tmp_path}/{typed}: there is no such file or folder{told}."
+    for number in range(2000):  # of a million pictures, comparing all names would take minutes
+        (tmp_path / "shards" / f"{number}.tar").touch()
+    assert nearest_path(tmp_path / "shards" / "train-0000.tar") == ""
 
 
 def test_packed_strings() -> None:

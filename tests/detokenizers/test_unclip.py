@@ -221,16 +221,20 @@ def test_missing_and_damaged_folders(folder: Path, tmp_path: Path) -> None:
 
 
 def test_loading_and_casting_bring_no_remarks_of_the_library(folder: Path) -> None:
+    from diffusers.utils import logging as loudness
+
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    library = logging.getLogger("diffusers")
+    library, before = logging.getLogger("diffusers"), loudness.get_verbosity()
     library.addHandler(handler)
+    loudness.set_verbosity_warning()  # a command that ran before in this process may have silenced it
     try:
         logging.getLogger("diffusers.models.modeling_utils").warning("heard")
         UnclipDetokenizer.from_pretrained(folder).to("cpu", torch.float64).to("cpu")
         logging.getLogger("diffusers.models.modeling_utils").warning("heard again")
     finally:
+        loudness.set_verbosity(before)
         library.removeHandler(handler)
     assert told == ["heard", "heard again"]
 

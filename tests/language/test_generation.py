@@ -173,9 +173,10 @@ def test_bad_prompts_and_settings(model: LlamaForCausalLM, tokenizer: Multimodal
         with pytest.raises(GenerationError):
             generate_ids(model, [prompt], GREEDY, tokenizer)
     for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"num_beams": 0},
-                  {"top_k": -1}, {"seed": 2**63}):
+                  {"top_k": -1}, {"seed": 2**64}, {"seed": -2**63 - 1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             GenerationSettings(**wrong)
+    assert GenerationSettings(seed=2**64 - 1).seed == 2**64 - 1  # half of what torch.seed() returns is above 2**63
 
 
 def test_streamer_sees_every_new_id(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:

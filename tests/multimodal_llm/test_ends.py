@@ -219,12 +219,12 @@ def test_the_scripts_name_the_variable_that_is_no_count(name, value, runs):
     env = runs.environment(**{"NPROC": "1", name: value, "VIRTUAL_ENV": sys.prefix})
     done = subprocess.run(["sh", "scripts/train_a100_lora_multi_node_sft.sh"], cwd=runs.APPLICATION, env=env, text=True,
                           capture_output=True, timeout=60)
-    wanted = "NPROC" if name == "NPROC" else "NNODES"
+    wanted = "NPROC (NPROC_PER_NODE, HOST_GPU_NUM)" if name == "NPROC" else "NNODES (HOST_NUM)"
     assert done.returncode == 2 and f"{wanted} must be a number from 1 on, not '{value}'." in done.stderr
 
 
 @pytest.mark.parametrize(("values", "error", "words"), [
-    ({}, TrainingError, r"Process 0 of 2 did not meet the others at MASTER_ADDR 127.0.0.1, MASTER_PORT \d+ \(.*1/2"),
+    ({}, TrainingError, r"Process 0 of 2 did not meet .* at MASTER_ADDR 127.0.0.1, MASTER_PORT \d+ \(.+\); start all"),
     ({"RANK": "1"}, TrainingError, "Process 1 of 2 did not meet the others .*; start all processes within"),
     ({"RANK": "x"}, ConfigError, "RANK must be a number, not 'x'"),
     ({"RANK": "2"}, ConfigError, "RANK must be below WORLD_SIZE, but is 2 of 2"),

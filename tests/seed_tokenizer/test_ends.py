@@ -111,6 +111,15 @@ def test_other_batches_with_as_many_samples_per_step_are_told(yaml, run, tmp_pat
     assert "so run.resume_ckpt_path is left aside" in out
 
 
+def test_torn_settings_of_the_run_before_do_not_keep_a_run_from_going_on(yaml, run, tmp_path, capsys):
+    run(yaml("stage1", *SHORT))
+    (tmp_path / "stage1" / "config.yaml").write_text("run:\n  train_splits: [tra")
+    run(yaml("stage1", *SHORT, "run.max_epoch=2", "run.save_seconds=.inf", "run.clip_grad=.inf"))
+    out = capsys.readouterr().out
+    assert "which settings have changed is not known: " in out and "resumed at step 1" in out
+    assert json.loads((tmp_path / "stage1" / "stage1.done.json").read_text())["steps"] == 2
+
+
 def test_a_refused_start_keeps_the_record(yaml, run, tmp_path, capsys):
     import train
 

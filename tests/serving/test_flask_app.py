@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -214,6 +216,21 @@ def test_an_address_where_nothing_can_listen_is_refused(host, port) -> None:
         check_address(host, port)
 
 
+def test_a_socket_file_is_an_address(tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # such names may have about 100 letters
+    host, lines = "unix://server.sock", []
+    thread = threading.Thread(target=lambda: serve(create_app(tiny), host=host, port=0, log=lines.append), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while thread.is_alive() and not (lines and Path("server.sock").is_socket()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect("server.sock")
+        client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert b" 200 " in client.makefile("rb").readline()
+    assert lines == ["Init Done... answering at unix://server.sock (Ctrl-C stops)."]
+
+
 def test_a_server_of_three_files_names_every_missing_part_at_once(tmp_path) -> None:
     (tmp_path / "words.yaml").write_text(
         "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
@@ -232,3 +249,26 @@ def test_a_server_of_three_files_names_every_missing_part_at_once(tmp_path) -> N
     (tmp_path / "drawing").rmdir()
     with pytest.raises(CheckpointError, match=f"unclip .* into {tmp_path}/drawing"):
         system_from_configs(**files)
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_folders_named_like_those_of_the_hub_are_looked_into(tmp_path, offline) -> None:
+    (tmp_path / "mine" / "words" / "diffusion_model").mkdir(parents=True)
+    (tmp_path / "mine" / "llama").mkdir()
+    (tmp_path / "words.yaml").write_text(
+        "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
+        "pretrained_model_name_or_path: mine/words\n")
+    (tmp_path / "llm.yaml").write_text("_target_: transformers.LlamaForCausalLM.from_pretrained\n"
+                                       "pretrained_model_name_or_path: mine/llama\n")
+    started = subprocess.run(
+        [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--port", "0", "--model", "llm.yaml",
+         "--tokenizer", "words.yaml", "--image_transform", str(ROOT / "configs" / "transform" / "clip_transform.yaml")],
+        cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": offline}, capture_output=True, text=True, timeout=120)
+    assert started.returncode == 2 and "mine/words: holds no tokenizer weights" in started.stderr
+
+
+def test_a_file_that_names_nothing_to_build_is_refused(tmp_path) -> None:
+    (tmp_path / "words.yaml").write_text("pretrained_model_name_or_path: mine/words\n")
+    with pytest.raises(ConfigError, match=r"words\.yaml: must name what to build by '_target_'\."):
+        system_from_configs(model=tmp_path / "words.yaml", tokenizer=tmp_path / "words.yaml",
+                            image_transform=tmp_path / "words.yaml")

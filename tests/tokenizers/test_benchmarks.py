@@ -101,6 +101,13 @@ def test_wrong_flags_and_folders_are_one_sentence(monkeypatch: pytest.MonkeyPatc
     assert sentence in refused(monkeypatch, capsys, script, flag, text)
 
 
+def test_a_system_that_draws_nothing_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "system.json").write_text('{"detokenizer": null}')
+    said = refused(monkeypatch, capsys, "draw", "--model", str(tmp_path))
+    assert said == f"draw: {tmp_path}/system.json: this system has no detokenizer."
+
+
 def test_the_shortest_row_holds_every_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("llm_training")
@@ -111,13 +118,17 @@ def test_the_shortest_row_holds_every_caption(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_random_decoder_is_made_without_remarks_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from diffusers.utils import logging as loudness
+
     told: list[str] = []
-    handler = logging.Handler()
+    handler, before = logging.Handler(), loudness.get_verbosity()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("diffusers").addHandler(handler)
+    loudness.set_verbosity_warning()  # or a command that ran before in this process has silenced it
     try:
         made = importlib.import_module("draw").random_detokenizer("nano", torch.device("cpu"), torch.float64)
     finally:
+        loudness.set_verbosity(before)
         logging.getLogger("diffusers").removeHandler(handler)
     assert told == [] and made.pipeline.vae.dtype == made.pipeline.unet.dtype == torch.float64
 

@@ -23,6 +23,7 @@ from seed_multimodal.commands.common import (
 from seed_multimodal.entry import DONE, SOME_FAILED, say
 from seed_multimodal.errors import RequestError
 
+ALONE = ("/help", "/reset", "/quit", "/exit")
 HELP = ("Type a message; /image FILE shows a picture with it, /picture MESSAGE asks for an answer with a picture, "
         "/reset starts over, /help says this, /quit ends.")
 
@@ -138,6 +139,8 @@ def _read_lines(talk: Talk) -> int:
                 say("/image needs a file: /image FILE.")
             elif talk.show(rest):
                 say(f"{rest} goes with your next message.")
+        elif word in ALONE:
+            say(f"{word} stands alone on its line.")
         elif re.fullmatch(r"/[a-z]+", word) and word != "/picture":
             say(f"There is no command {word}. {HELP}")
         elif line:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
+import mimetypes
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -140,6 +141,12 @@ def opened(pictures: Iterable[str], tally: Tally, debug: bool = False) -> Iterat
             yield name, image
 
 
+def _of_a_picture(ending: str) -> bool:
+    """Whether an ending is that of pictures that are not written here, or one that is written, misspelt (`.pgn`)."""
+    other = str(mimetypes.types_map.get(ending)).startswith("image/") or ending in Image.registered_extensions()
+    return other or (len(ending) > 3 and bool(difflib.get_close_matches(ending, PICTURE_SUFFIXES, n=1, cutoff=0.7)))
+
+
 class Names:
     """File names for results: into a folder, or the one file that was asked for; never one name for two results."""
 
@@ -149,7 +156,7 @@ class Names:
             raise ConfigError(f"{out}: one file for {count} pictures; give --out a folder.")
         if out and self._single is None and not out.endswith(os.sep) and not Path(out).is_dir():
             ending = Path(out).suffix
-            if re.fullmatch(r"\.[A-Za-z]{3,4}", ending):  # a file was meant, as in apple.gif
+            if _of_a_picture(ending.lower()):  # a file was meant, as in apple.gif; folders may have dots, too
                 raise ConfigError(f"{out}: {ending} is no picture format that can be written; use one of "
                                   f"{', '.join(PICTURE_SUFFIXES)}, or {out}{os.sep} for a folder.")
         self._folder = Path(out) if out else Path(default_folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from seed_multimodal.errors import DataError
 _BRACE = re.compile(r"\{([^{}]*)\}")
 _WILD = re.compile(r"[*?\[{]")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_COMPARED = 2000  # names: a folder of pictures may hold a million, to compare which would take minutes
 
 
 def expand_pattern(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -50,15 +53,16 @@ def _files(name: str) -> list[Path]:
 
 def nearest_path(path: str | Path) -> str:
     """` (did you mean data/nano64?)` for a path that is not there: what lies beside its first part that is missing and
-    has almost its name; an empty string where there is nothing."""
+    has almost its name; an empty string where there is nothing, or too much to compare it all."""
     place = Path(path)
     while not place.parent.is_dir() and place.parent != place:
         place = place.parent
     try:
-        names = [one.name for one in place.parent.iterdir()]
+        with os.scandir(place.parent) as entries:  # `iterdir` would read all of them first
+            names = [one.name for one in itertools.islice(entries, _COMPARED + 1)]
     except OSError:  # a folder that may not be listed
         return ""
-    close = difflib.get_close_matches(place.name, names, n=1)
+    close = difflib.get_close_matches(place.name, names, n=1) if len(names) <= _COMPARED else []
     return f" (did you mean {place.with_name(close[0])}?)" if close else ""
 
 

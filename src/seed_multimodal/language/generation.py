@@ -49,7 +49,7 @@ class GenerationSettings:
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 or more"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("seed", self.seed is None or -2**63 <= self.seed < 2**63, "a number of 64 bits"))
+            ("seed", self.seed is None or -2**63 <= self.seed < 2**64, "a number of 64 bits"))
         for name, good, wanted in checks:
             if not good:
                 raise ConfigError(f"Generation setting {name} must be {wanted}, not {getattr(self, name)!r}.")

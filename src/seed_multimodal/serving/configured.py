@@ -50,20 +50,23 @@ def _refuse_missing(model: str | Path, tokenizer: str | Path) -> None:
 
     from seed_multimodal.config import find_target, load_yaml
     from seed_multimodal.configured import is_hub_name, language_model, local_folder, seed_llama_tokenizer
-    from seed_multimodal.systems.loading import PARTS, llm_kind, not_on_disk
+    from seed_multimodal.systems.loading import PARTS, llm_kind, locate, not_on_disk, released_folder
 
     fetched = not constants.HF_HUB_OFFLINE  # then what is named as on the hub comes when it is needed
     named: list[tuple[str, str]] = []
     for file in (tokenizer, model):
         node = load_yaml(file)
-        builder, name = find_target(str(node.get("_target_")), str(file)), node.get("pretrained_model_name_or_path")
+        if not isinstance(node.get("_target_"), str):
+            raise ConfigError(f"{file}: must name what to build by '_target_'.")
+        builder, name = find_target(node["_target_"], str(file)), node.get("pretrained_model_name_or_path")
         if not isinstance(name, str):
             continue  # refused when it is built, by key
         if builder is language_model:
             named.append((llm_kind(name), name))
         elif builder is seed_llama_tokenizer:
             named.append(("tokenizer", name))
-            folder = None if fetched and is_hub_name(name) else local_folder(name)
+            folder = locate(name) or locate(released_folder(name)) if fetched and is_hub_name(name) else (
+                local_folder(name))
             drawing = node.get("diffusion_path")
             if drawing or folder is None or not (folder / "diffusion_model").is_dir():
                 named.append(("unclip", str(drawing or PARTS["unclip"][0])))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 ASKED_WRONGLY = (RequestError, ImageError, CodesError, GenerationError)
 CANNOT_LISTEN = "Cannot listen on {host}:{port}: the port is taken or not allowed; choose another with --port."
+SOCKET_FILE = "unix://"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -93,6 +94,8 @@ def check_address(host: str, port: int) -> None:
     Raises:
         ConfigError: the port is taken or not allowed.
     """
+    if host.startswith(SOCKET_FILE):
+        return  # werkzeug makes it
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:  # a port above 65535 overflows
@@ -114,7 +117,9 @@ def serve(
         server = make_server(host, port, app, threaded=True)
     except (OSError, SystemExit) as error:  # werkzeug exits by itself when the port is taken
         raise ConfigError(CANNOT_LISTEN.format(host=host, port=port)) from error
-    if log is not None:
+    if log is not None and host.startswith(SOCKET_FILE):
+        log(f"Init Done... answering at {host} (Ctrl-C stops).")
+    elif log is not None:
         if host not in LOOPBACK:
             log(f"Warning: {host} is reachable from other machines and this server asks for no password.")
         log(f"Init Done... answering at http://{host}:{server.server_port}/generate (Ctrl-C stops).")

@@ -132,7 +132,7 @@ class PictureCodec:
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(rows):
             raise CodesError(f"{len(rows)} pictures were given with {len(seeds)} seeds.")
-        outside = [one for one in seeds if not -2**63 <= one < 2**63]
+        outside = [one for one in seeds if not -2**63 <= one < 2**64]  # what torch's generators take
         if outside:
             raise ConfigError(f"The seed of a drawing must be a number of 64 bits, not {outside[0]}.")
         decoder, pictures = self.decoder, []
