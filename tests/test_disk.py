@@ -1,4 +1,4 @@
-"""Files that last: the SHA-256 of one."""
+"""Files that last: the SHA-256 of one, folders replaced whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.disk import sha256_of
+from seed_multimodal.disk import replace_folder, sha256_of
 
 
 def test_sha256_of_files_of_any_size(tmp_path: Path) -> None:
@@ -19,3 +19,16 @@ def test_sha256_of_files_of_any_size(tmp_path: Path) -> None:
     assert sha256_of(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(FileNotFoundError):
         sha256_of(tmp_path / "absent")
+
+
+def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    new, target = tmp_path / "new", tmp_path / "target"
+    for text in ("first", "second"):
+        new.mkdir()
+        (new / "a.txt").write_text(text)
+        replace_folder(new, target)
+        assert (target / "a.txt").read_text() == text
+    with pytest.raises(FileNotFoundError):  # there is nothing to take its place
+        replace_folder(new, target)
+    assert (target / "a.txt").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

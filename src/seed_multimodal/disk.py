@@ -48,6 +48,24 @@ def replace_copy(source: Path, folder: Path) -> None:
     os.replace(scratch, folder / source.name)
 
 
+def replace_folder(temporary: Path, target: Path) -> None:
+    """A finished folder gets its name; what stood there is removed last, and put back if the renaming fails.
+
+    Raises OSError.
+    """
+    if not (target.is_dir() and any(target.iterdir())):
+        os.replace(temporary, target)
+        return
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def sha256_of(file: str | Path) -> str:
     """The SHA-256 of a file's content in hex, read piece by piece; raises OSError."""
     with open(file, "rb") as handle:

@@ -11,7 +11,6 @@ appears by one rename, complete or not at all. A base with tied embeddings stays
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.device import DTYPES
+from seed_multimodal.disk import replace_folder
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.adapters import ADAPTER_CONFIG, Trained
 from seed_multimodal.language.loading import BOS, EOS, PAD
@@ -123,7 +123,7 @@ def merge_adapter(
         _write_settings(temporary, plan, tokenizer)
         if verify:
             report.difference = _verify(plan, base, temporary, log)
-        _put(temporary, target)
+        replace_folder(temporary, target)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}).") from error
     finally:
@@ -252,15 +252,6 @@ def _check_room(target: Path, plan: _Plan) -> None:
     free = shutil.disk_usage(next((p for p in (target, *target.parents) if p.is_dir()), Path())).free
     if needed > free:
         raise CheckpointError(f"{target}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left.")
-
-
-def _put(temporary: Path, target: Path) -> None:
-    """One rename; what stood there before is removed after it."""
-    old = temporary.with_suffix(".old")
-    if target.is_dir():
-        os.rename(target, old)
-    os.rename(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_settings(folder: Path, plan: _Plan, tokenizer: Any) -> None:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seed_multimodal.disk import replace_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import seed_image_processor
@@ -104,7 +105,7 @@ def export_tokenizer(
         _write(model, temporary, made if released else None, beside)
         del model
         report.verified = _verify(temporary, made, released, pixels, expected)
-        _put(temporary, target)
+        replace_folder(temporary, target)
     except OSError as error:
         raise ConfigError(f"{shown}: cannot be written ({error.strerror or error}).") from error
     finally:
@@ -214,18 +215,3 @@ def _write(model: CodeTokenizer, folder: Path, released: ExportKind | None, besi
             os.fsync(handle.fileno())
     for file in beside:
         shutil.copyfile(file, folder / Path(file).name)
-
-
-def _put(temporary: Path, target: Path) -> None:
-    """`temporary` becomes `target` by renaming; a folder that was there is removed last."""
-    if not (target.is_dir() and any(target.iterdir())):
-        os.replace(temporary, target)
-        return
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    os.replace(target, old)
-    try:
-        os.replace(temporary, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
