@@ -10,12 +10,11 @@ import argparse
 from typing import Any
 
 import torch
-from shared import batch_sizes, guidance, part_of, positive
+from shared import batch_sizes, guidance, part_of, positive, runtime_of
 
 from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
-from seed_multimodal.device import Runtime, choose_device
+from seed_multimodal.device import Runtime
 from seed_multimodal.entry import DONE, guarded
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.timing import fill_random, measure, print_line
 
 # SD-2.1-unCLIP U-Net + VAE, 768 px, 20 steps, guidance, fp16, stock diffusers on one H200 (2026-11-20).
@@ -115,10 +114,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
-    try:
-        runtime = choose_device(options.device, options.dtype, log=None)
-    except ConfigError as error:
-        parser.error(str(error))
+    runtime = runtime_of(parser, options)
     return guarded("draw", False, lambda: timed(options, runtime))
 
 

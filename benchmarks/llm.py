@@ -11,11 +11,10 @@ import argparse
 from typing import Any
 
 import torch
-from shared import batch_sizes, part_of, positive
+from shared import batch_sizes, part_of, positive, runtime_of
 
-from seed_multimodal.device import Runtime, choose_device
+from seed_multimodal.device import Runtime
 from seed_multimodal.entry import DONE, guarded
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.timing import fill_random, measure, print_line
 
 # LLaMA-7B (vocabulary 40,194), random weights, fp16, 128 + 128 tokens, transformers on one H200 (2026-11-20).
@@ -83,10 +82,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
-    try:
-        runtime = choose_device(options.device, options.dtype, log=None)
-    except ConfigError as error:
-        parser.error(str(error))
+    runtime = runtime_of(parser, options)
     return guarded("llm", False, lambda: timed(options, runtime))
 
 

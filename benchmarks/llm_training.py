@@ -26,13 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 from shared import peak as peak_given
-from shared import peak_tflops, positive, rounded
+from shared import peak_tflops, positive, rounded, runtime_of
 from torch import Tensor
 
 from seed_multimodal.data.llm.batches import LlmBatch
 from seed_multimodal.data.llm.packing import best_fit, make_row
-from seed_multimodal.device import choose_device
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.timing import measure, print_line
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.flops import step_flops
@@ -233,10 +231,7 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=peak_given,
                         help="for the MFU: a number, or `measured` for one large product now")
     options = parser.parse_args()
-    try:
-        runtime = choose_device(options.device, options.dtype, log=None)
-    except ConfigError as error:
-        parser.error(str(error))
+    runtime = runtime_of(parser, options)
     device, dtype = runtime.device, runtime.dtype
     names = options.levers.split(",") if options.levers else [
         name for name, lever in LEVERS.items() if has_fp8(device) or not lever.fp8

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.device import Runtime, choose_device
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.evaluation.timing import measure
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.systems.loading import read_system_json
@@ -44,6 +45,14 @@ def guidance(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+
+
+def runtime_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Runtime:
+    """Where `--device` and `--dtype` say that the script computes; ends as argparse does where that cannot be."""
+    try:
+        return choose_device(options.device, options.dtype, log=None)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 def part_of(model: str | Path, part: str, usual: str) -> Path:

@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import batch_sizes, peak_tflops, positive, rounded
+from shared import batch_sizes, peak_tflops, positive, rounded, runtime_of
 from shared import peak as peak_given
 from torch import Tensor, nn
 
-from seed_multimodal.device import choose_device
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.timing import measure, print_line
 from seed_multimodal.tokenizers.fast import Levers, optimise
 from seed_multimodal.tokenizers.flops import stage2_flops, vision_flops
@@ -127,10 +125,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.clip and options.size != "released":
         parser.error("--clip goes with --size released")
-    try:
-        runtime = choose_device(options.device, options.dtype, log=None)
-    except ConfigError as error:
-        parser.error(str(error))
+    runtime = runtime_of(parser, options)
     device, dtype = runtime.device, runtime.dtype
     sizes = (Seed2Config() if options.size == "released" else Seed2Config.read(NANO)).to_dict()
     config = Seed2Config.from_dict({**sizes, "use_qformer_image": options.head == "reverse", "reverse_depth": 4,
