@@ -47,3 +47,8 @@ def first_line(error: BaseException, longest: int = 300) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".")[:longest] if lines else type(error).__name__
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 unit`, `2,000 units`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

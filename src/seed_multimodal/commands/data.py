@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.entry import DONE, SOME_FAILED, say
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, counted
 
 
 def check(args: argparse.Namespace) -> int:
@@ -28,7 +28,7 @@ def check(args: argparse.Namespace) -> int:
         print(f"{finding.kind}: {finding.sentence}")
     if report.wrong > len(report.findings):
         print(f"… and {report.wrong - len(report.findings):,} more (--max-errors 0 shows all)")
-    print(f"{_count(report.files, 'file')}, {_count(report.records, 'record')}, {_count(report.images, 'picture')}")
+    print(f"{counted(report.files, 'file')}, {counted(report.records, 'record')}, {counted(report.images, 'picture')}")
     for kind, number in report.kinds.most_common():
         print(f"  {kind}: {number:,}")
     if report.lengths:
@@ -42,7 +42,7 @@ def check(args: argparse.Namespace) -> int:
     if not report.wrong:
         print("nothing wrong")
         return DONE
-    print(f"{_count(report.wrong, 'error')}: " + ", ".join(f"{kind} {n:,}" for kind, n in report.errors.most_common()))
+    print(f"{counted(report.wrong, 'error')}: " + ", ".join(f"{kind} {n:,}" for kind, n in report.errors.most_common()))
     return SOME_FAILED
 
 
@@ -59,9 +59,9 @@ def convert(args: argparse.Namespace) -> int:
         print(json.dumps({"out": args.out, "converted": report.converted, "kept": report.kept, "samples":
                           report.samples, "refused": report.refused, "skipped": report.skipped}, ensure_ascii=False))
     else:
-        print(f"{args.out}: {_count(report.converted, 'shard')} converted, {report.kept:,} already done, "
-              f"{len(report.refused):,} refused; {_count(report.samples, 'sample')}, {len(report.skipped):,} left out; "
-              f"see {MANIFEST}")
+        print(f"{args.out}: {counted(report.converted, 'shard')} converted, {report.kept:,} already done, "
+              f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left "
+              f"out; see {MANIFEST}")
     return SOME_FAILED if report.refused or report.skipped else DONE
 
 
@@ -90,10 +90,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     for each in (checker, converter):
         each.add_argument("--json", action="store_true", help="one JSON object on stdout")
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -187,12 +187,8 @@ class LlmBatches:
             before = states[0].get(key)
             # Counts are kept by a source's number, so their order belongs to what must not change.
             if before != value or (isinstance(before, Mapping) and list(before) != list(value)):
-                if key == "sources" and isinstance(before, Mapping):  # of many, only one that differs
-                    name = next((name for name in (*before, *value) if before.get(name) != value.get(name)), "")
-                    key, before, value = (f"source {name!r} as", before.get(name, "absent"), value.get(
-                        name, "absent")) if name else ("sources in the order", list(before), list(value))
-                raise ConfigError(f"The data's state was saved with {key} {before!r}, and now it is {value!r}; the "
-                                  f"data cannot go on from there.")
+                raise ConfigError(f"The data's state was saved with {_difference(key, before, value)}; the data cannot "
+                                  f"go on from there.")
         self.close()
         self._waited += self._loader.wait_seconds
         self.plan.restore(list(states), next_step=0)
@@ -235,6 +231,17 @@ class LlmBatches:
 
 _FIXED = ("decoder", "cycles", "batch_size", "max_length")  # other weights are fine: draws to come follow them
 _LATER = ("shuffle_block", "rows of micro-batches")
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """What a state was saved with and what is there now; of many sources only one that differs, else their order."""
+    if key == "sources" and isinstance(before, Mapping):
+        name = next((name for name in (*before, *now) if before.get(name) != now.get(name)), None)
+        if name is None:
+            key, before, now = "sources in the order", list(before), list(now)
+        else:
+            key, before, now = f"source {name!r} as", before.get(name, "absent"), now.get(name, "absent")
+    return f"{key} {before!r}, and now it is {now!r}"
 
 
 def _as_batch(loaded: Loaded) -> LlmBatch:

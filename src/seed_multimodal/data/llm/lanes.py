@@ -44,6 +44,11 @@ class Loaded:
     states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
+def has_draws(limit: int | None, count: int, number: int, lanes: int) -> bool:
+    """Whether a source with `limit` draws (None: without end) has one left for lane `number`, which has made `count`."""
+    return limit is None or count * lanes + number < limit
+
+
 @dataclass
 class Waiting:
     """A sequence in the look-ahead, and the draw it came from."""
@@ -109,8 +114,7 @@ class Lane:
         return row
 
     def _has(self, source: int) -> bool:
-        limit = self.mixture.limits[source]
-        return limit is None or self.counts[source] * self.lanes + self.number < limit
+        return has_draws(self.mixture.limits[source], self.counts[source], self.number, self.lanes)
 
     def _draw(self) -> list[Waiting] | None:
         """The next draw's sequences (none when it is passed over), or None when everything is used up."""

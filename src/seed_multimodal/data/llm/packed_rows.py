@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.llm.lanes import Lane, Loaded, Waiting
+from seed_multimodal.data.llm.lanes import Lane, Loaded, Waiting, has_draws
 from seed_multimodal.data.llm.mixture import Mixture
 from seed_multimodal.data.llm.packing import make_row
 from seed_multimodal.errors import ConfigError
@@ -124,7 +124,7 @@ class PackedPlan:
         """Whether a lane in this state (None: not begun) has draws or waiting sequences."""
         counts = state["counts"] if state is not None else [0] * len(limits)
         return bool(state and state["waiting"]) or any(
-            limit is None or count * lanes + number < limit for count, limit in zip(counts, limits, strict=True))
+            has_draws(limit, count, number, lanes) for count, limit in zip(counts, limits, strict=True))
 
     def _own(self) -> set[int]:
         """The lanes this rank takes rows of."""

@@ -104,9 +104,9 @@ def take_llm(space: Workspace) -> dict[str, Any]:
     trained = space.work / SFT / f"checkpoint-{space.config.train_sft.steps}"
     for file in (*trained.glob("model*.safetensors"), trained / "config.json", trained / "generation_config.json"):
         replace_copy(file, target)
+    parameters = sum(map(count_parameters, target.glob("model*.safetensors")))
     for record in records:
-        record["parameters"] = sum(map(count_parameters, target.glob("model*.safetensors")))
-        write_json(space.work / f"{record['stage']}.done.json", record)
+        write_json(space.work / f"{record['stage']}.done.json", {**record, "parameters": parameters})
     told = {f"{record['stage']}_{key}": value for record in records for key, value in record.items()
             if key.startswith("val_")}
     return {"stage": "llm", "seconds": sum(record["seconds"] for record in records), **told}

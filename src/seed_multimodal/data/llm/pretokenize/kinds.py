@@ -24,11 +24,10 @@ from typing import Any
 
 from seed_multimodal.config import check_keys, nearest
 from seed_multimodal.data.llm.pretokenize import chat, documents, video
-from seed_multimodal.data.llm.pretokenize.progress import counted
 from seed_multimodal.data.llm.pretokenize.samples import IMAGE_KEYS, Dropped, Picture, Sample
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings
 from seed_multimodal.data.llm.record import BadRecord
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.prompts import DESCRIBE_VIDEO_PROMPT
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.vocabulary import ImageVocabulary

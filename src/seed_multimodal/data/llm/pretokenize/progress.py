@@ -6,11 +6,7 @@ import time
 from collections.abc import Callable
 
 from seed_multimodal.data.llm.pretokenize.raw import Unit
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 unit`, `2,000 units`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+from seed_multimodal.errors import counted
 
 
 class Progress:

@@ -32,13 +32,13 @@ from seed_multimodal.data.llm.pretokenize.manifest import (
     summary,
     versions,
 )
-from seed_multimodal.data.llm.pretokenize.progress import Progress, counted
+from seed_multimodal.data.llm.pretokenize.progress import Progress
 from seed_multimodal.data.llm.pretokenize.raw import Unit, list_units
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings, read_input_settings
 from seed_multimodal.data.llm.pretokenize.shards import CHANGED, check_part, part_folder
 from seed_multimodal.data.llm.pretokenize.work import Worker
 from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, guarded, say
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import ConfigError, DataError, counted
 
 RELEASED_GPUS = 4
 
