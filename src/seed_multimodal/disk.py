@@ -1,20 +1,100 @@
-"""Files that last: replaced whole or not at all, folders' names on the disk, usual permissions, JSON objects read."""
+"""Files on disk: replaced whole or not at all, locks between processes, hashes, permissions, error translation.
+
+Every file that a run may be killed beside is written through `replacing`; every lock between processes is `lock`;
+every refusal of the disk becomes a sentence through `writing`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from seed_multimodal.errors import CheckpointError
+import filelock
+
+from seed_multimodal.errors import CheckpointError, SeedError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)
+
+
+@contextlib.contextmanager
+def lock(file: str | Path, timeout: float = -1.0) -> Iterator[None]:
+    """Hold an exclusive lock between processes, in the (new, hidden) file named; it ends with the process, too.
+
+    Disks that know no locks, or are read-only, have none.
+
+    Args:
+        timeout: seconds to wait for another process; negative: without end.
+
+    Raises:
+        TimeoutError: another process holds it. OSError: the file cannot be made.
+    """
+    held = filelock.FileLock(str(file))
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held.acquire(timeout=timeout))
+        except NotImplementedError:
+            pass
+        except OSError as error:  # filelock.Timeout is one, without errno
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+
+
+def disk_reason(error: OSError) -> str:
+    """Why a file could not be written, in words."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"the disk or quota is full ({reason})" if error.errno in _FULL else reason
+
+
+@contextlib.contextmanager
+def writing(place: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[None]:
+    """An `OSError` inside becomes `kind`: "FILE: cannot be written (reason).", naming the system's file if it names
+    one, else `place`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{error.filename or place}: cannot be written ({disk_reason(error)}).") from error
+
+
+@contextlib.contextmanager
+def replacing(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+    """A handle whose content takes the name of `file` at the end, flushed to the disk, whole or not at all.
+
+    Args:
+        mode, options: as of `open`; texts are UTF-8.
+
+    Raises:
+        OSError: the disk refuses; what was there stays, and nothing else is left behind.
+    """
+    file = Path(file)
+    if "b" not in mode:
+        options = {"encoding": "utf-8", **options}
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(scratch, mode, **options) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(scratch, file)
+        flush_folder(file.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
 
 
 def flush_folder(folder: str | Path) -> None:
     """Make the names in a folder survive a power cut (a file's own `fsync` covers its content only)."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -28,24 +108,14 @@ def replace_text(file: Path, text: str, errors: str = "strict") -> None:
     Args:
         errors: what becomes of letters that UTF-8 does not have, as of `open`.
     """
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(scratch, "w", encoding="utf-8", errors=errors) as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(scratch, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
-        raise
+    with replacing(file, "w", errors=errors) as handle:
+        handle.write(text)
 
 
 def replace_copy(source: Path, folder: Path) -> None:
     """Copy a file into a folder, in place of its namesake, whole or not at all."""
-    scratch = folder / f".{source.name}.{os.getpid()}.tmp"
-    shutil.copyfile(source, scratch)
-    os.replace(scratch, folder / source.name)
+    with open(source, "rb") as original, replacing(folder / source.name) as handle:
+        shutil.copyfileobj(original, handle, 1 << 20)
 
 
 def replace_folder(temporary: Path, target: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.progress import duration
 from seed_multimodal.training import progress
 from seed_multimodal.training.loop import SampleCost
-from seed_multimodal.training.progress import duration, forget_after, peak_memory_mib
+from seed_multimodal.training.progress import forget_after, peak_memory_mib
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:

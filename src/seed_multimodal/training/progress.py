@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.progress import duration
 from seed_multimodal.training.distributed import Peers
 from seed_multimodal.training.settings import SampleCost, StageSettings
 
@@ -226,15 +227,3 @@ def peak_memory_mib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words of two units at most: `45 s`, `3.2 min`, `5 h 12 min`, `2 d 3 h`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} min"
-    minutes = round(seconds / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"

@@ -19,10 +19,11 @@ import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.peaks import known_peak
+from seed_multimodal.progress import duration
 from seed_multimodal.training.distributed import Peers
 from seed_multimodal.training.llm.failures import disk_sentence
 from seed_multimodal.training.llm.settings import TrainerSettings
-from seed_multimodal.training.progress import Progress, duration, merge, peak_memory_mib
+from seed_multimodal.training.progress import Progress, merge, peak_memory_mib
 from seed_multimodal.training.settings import StageSettings
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

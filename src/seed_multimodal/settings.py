@@ -1,0 +1,169 @@
+"""Typed settings: a dataclass filled from a mapping (YAML, JSON, keyword arguments), every value checked.
+
+    @dataclass
+    class Example:
+        steps: int = setting(least=1)                       # needed, at least 1
+        lr: float = setting(1e-4, above=0)
+        precision: str = setting("bf16", choices=("bf16", "fp16", "fp32"))
+        files: list[str] = setting(factory=list)
+
+    read_settings(Example, {"steps": 100, "lr": 3e-4}, "trainer")
+
+An unknown key is an error that names the nearest one; so is a value of another type or outside its range. The ranges
+stand at the fields, so a class states all that its values must be; what concerns several fields together is checked by
+the class's own `__post_init__` or its reader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from seed_multimodal.config import check_keys, nearest
+from seed_multimodal.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | None = None, least: float | None = None,
+            above: float | None = None, most: float | None = None, below: float | None = None,
+            choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field with limits: `least <= value <= most`, `above < value < below`, one of `choices`.
+
+    Limits hold for each item of a list; None is never compared.
+    """
+    limits = {name: limit for name, limit in (("least", least), ("above", above), ("most", most), ("below", below),
+                                              ("choices", choices)) if limit is not None}
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=limits)
+    return dataclasses.field(default=default, metadata=limits)
+
+
+def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: str) -> T:
+    """An instance of the dataclass `kind` out of a mapping.
+
+    An int serves as a float, a str as a Path, a mapping as a nested dataclass; no other conversion is made.
+
+    Args:
+        where: what the mapping is, as errors begin: `trainer`, `configs/x.yaml`.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named), a missing one, a value of another type or out of range.
+    """
+    plain = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{where}: must be a mapping of keys to values, not {plain!r}.")
+    known = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
+    check_keys([str(key) for key in plain], known, where)
+    hints = _hints(kind)
+    typed = {str(key): _typed(hints[str(key)], value, f"{where}: {key}") for key, value in plain.items()}
+    for name, entry in known.items():
+        if name in typed:
+            _check_limits(entry.metadata, typed[name], f"{where}: {name}")
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: {name} is needed.")
+    return kind(**typed)
+
+
+def check_settings(settings: Any, where: str) -> None:
+    """Refuse a dataclass made in code whose values `read_settings` would refuse.
+
+    Raises:
+        ConfigError: as `read_settings`.
+    """
+    hints = _hints(type(settings))
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if dataclasses.is_dataclass(value):
+            check_settings(value, f"{where}: {entry.name}")
+            continue
+        _typed(hints[entry.name], value, f"{where}: {entry.name}")
+        _check_limits(entry.metadata, value, f"{where}: {entry.name}")
+
+
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type says, or a ConfigError."""
+    union = get_origin(hint) in (Union, types.UnionType)
+    options = get_args(hint) if union else (hint,)
+    if hint is Any or (value is None and type(None) in options):
+        return value
+    for option in options:
+        found, made = _as_one(option, value, where)
+        if found:
+            return made
+    names = " or ".join(dict.fromkeys(_name(option) for option in options if option is not type(None)))
+    raise ConfigError(f"{where} must be {names}, not {value!r}.")
+
+
+def _as_one(option: Any, value: Any, where: str) -> tuple[bool, Any]:
+    """(whether `value` fits this type, the value in it)."""
+    origin, inner = get_origin(option), get_args(option)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if option is Any:
+        return True, value
+    if origin is Literal:
+        return value in inner, value
+    if origin in (list, Sequence, tuple):
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            return False, None
+        open_end = origin is not tuple or inner[-1] is Ellipsis
+        if not open_end and len(value) != len(inner):
+            return False, None
+        items = [_typed(inner[0 if open_end else i], one, f"{where}[{i}]") for i, one in enumerate(value)]
+        return True, tuple(items) if origin is tuple else items
+    if origin in (dict, Mapping) or option in (dict, Mapping):
+        fits = isinstance(value, Mapping)
+        return fits, {str(key): _typed(inner[1] if inner else Any, one, f"{where}.{key}")
+                      for key, one in value.items()} if fits else None
+    if dataclasses.is_dataclass(option):
+        if isinstance(value, Mapping):
+            return True, read_settings(option, value, where)  # type: ignore[arg-type]
+        return isinstance(value, option), value  # type: ignore[arg-type]
+    if option is float:
+        return number, float(value) if number else None
+    if option is int:
+        return number and isinstance(value, int), value
+    if option is Path:
+        return isinstance(value, str | Path) and bool(str(value)), Path(value) if isinstance(value, str) else value
+    return isinstance(option, type) and isinstance(value, option), value
+
+
+def _check_limits(limits: Mapping[str, Any], value: Any, where: str) -> None:
+    for one in value if isinstance(value, list | tuple) else (value,):
+        if one is None:
+            continue
+        if "choices" in limits and one not in limits["choices"]:
+            options = [str(option) for option in limits["choices"] if option is not None]
+            raise ConfigError(f"{where} must be one of {', '.join(options)}, not {one!r}{nearest(str(one), options)}.")
+        if not isinstance(one, int | float) or isinstance(one, bool):
+            continue
+        if isinstance(one, float) and not math.isfinite(one):
+            raise ConfigError(f"{where} must be a finite number, not {one}.")
+        for name, words, fits in (("least", "at least", one >= limits.get("least", one)),
+                                  ("most", "at most", one <= limits.get("most", one)),
+                                  ("above", "above", "above" not in limits or one > limits["above"]),
+                                  ("below", "below", "below" not in limits or one < limits["below"])):
+            if not fits:
+                raise ConfigError(f"{where} must be {words} {limits[name]}, not {one}.")
+
+
+def _name(option: Any) -> str:
+    origin = get_origin(option)
+    if origin is Literal:
+        return " or ".join(map(repr, get_args(option)))
+    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    if origin in (list, tuple, Sequence):
+        return "a list"
+    if origin in (dict, Mapping) or option in (dict, Mapping) or dataclasses.is_dataclass(option):
+        return "a mapping of keys to values"
+    return plain.get(option, getattr(option, "__name__", str(option)))

@@ -1,0 +1,106 @@
+"""One reader fills dataclasses from mappings, and names what does not fit; one lock; one way to replace a file."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from seed_multimodal.disk import lock, replacing, writing
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.settings import check_settings, read_settings, setting
+
+
+@dataclass
+class Inner:
+    width: int = setting(8, least=1)
+
+
+@dataclass
+class Example:
+    steps: int = setting(least=1)
+    lr: float = setting(1e-4, above=0, below=1)
+    precision: str = setting("bf16", choices=("bf16", "fp32"))
+    folder: Path | None = None
+    files: list[str] = field(default_factory=list)
+    betas: tuple[float, float] = (0.9, 0.99)
+    checkpointing: bool | str = False
+    options: dict[str, float] | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+def read(**values: object) -> Example:
+    return read_settings(Example, {"steps": 3, **values}, "trainer")
+
+
+def test_values_arrive_as_the_types_say():
+    made = read(lr=0.5, folder="a/b", files=["x"], betas=[0, 1], options={"a": 1}, inner={"width": 2},
+                checkpointing="selective")
+    assert made == Example(3, 0.5, "bf16", Path("a/b"), ["x"], (0.0, 1.0), "selective", {"a": 1.0}, Inner(2))
+    assert isinstance(made.betas[0], float) and isinstance(made.options["a"], float)
+
+
+@pytest.mark.parametrize(("values", "sentence"), [
+    ({"stepps": 3}, "trainer: unknown key 'stepps' (did you mean 'steps'?)"),
+    ({"steps": 0}, "trainer: steps must be at least 1, not 0."),
+    ({"steps": True}, "trainer: steps must be a whole number, not True."),
+    ({"steps": 2.0}, "trainer: steps must be a whole number, not 2.0."),
+    ({"lr": 0}, "trainer: lr must be above 0, not 0.0."),
+    ({"lr": 1}, "trainer: lr must be below 1, not 1.0."),
+    ({"lr": math.nan}, "trainer: lr must be a finite number, not nan."),
+    ({"precision": "bf61"}, "trainer: precision must be one of bf16, fp32, not 'bf61' (did you mean 'bf16'?)."),
+    ({"files": "x"}, "trainer: files must be a list, not 'x'."),
+    ({"betas": [1.0]}, "trainer: betas must be a list, not [1.0]."),
+    ({"inner": {"width": 0}}, "trainer: inner: width must be at least 1, not 0."),
+    ({"inner": 3}, "trainer: inner must be a mapping of keys to values, not 3."),
+])
+def test_what_does_not_fit_is_named(values: dict, sentence: str):
+    with pytest.raises(ConfigError) as caught:
+        read(**values)
+    assert str(caught.value).startswith(sentence)
+    if "stepps" not in values:
+        made = Example(3)
+        for key, value in values.items():
+            setattr(made, key, Inner(**value) if key == "inner" and isinstance(value, dict) else value)
+        with pytest.raises(ConfigError) as caught:
+            check_settings(made, "trainer")
+        assert str(caught.value).startswith(sentence[:20])
+
+
+def test_a_needed_key_is_named():
+    with pytest.raises(ConfigError, match="trainer: steps is needed"):
+        read_settings(Example, {}, "trainer")
+
+
+def test_a_lock_keeps_a_second_process_out_and_ends_with_its_holder(tmp_path: Path):
+    file = tmp_path / ".lock"
+    code = (f"import sys; from seed_multimodal.disk import lock\nwith lock({str(file)!r}):\n"
+            "    print('held', flush=True); sys.stdin.read()")
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(TimeoutError), lock(file, timeout=0.1):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with lock(file, timeout=5):
+        pass
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
+    file = tmp_path / "a.txt"
+    file.write_text("before")
+    with pytest.raises(RuntimeError), replacing(file, "w") as handle:
+        handle.write("half")
+        raise RuntimeError
+    assert file.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    with replacing(file) as handle:
+        handle.write(b"after")
+    assert file.read_text() == "after"
+    with pytest.raises(DataError, match=r"none/a: cannot be written \(No such file"), writing(tmp_path, DataError):
+        (tmp_path / "none" / "a").write_text("x")
