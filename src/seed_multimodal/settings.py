@@ -56,7 +56,7 @@ def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: 
     Raises:
         ConfigError: an unknown key (the nearest is named), a missing one, a value of another type or out of range.
     """
-    plain = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+    plain: Any = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
     if not isinstance(plain, Mapping):
         raise ConfigError(f"{where}: must be a mapping of keys to values, not {plain!r}.")
     known = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
