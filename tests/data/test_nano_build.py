@@ -24,7 +24,7 @@ from seed_multimodal.data.nano.load import load_nano
 from seed_multimodal.data.nano.near import near_pairs
 from seed_multimodal.data.nano.render import main_colour, render_svg
 from seed_multimodal.data.nano.sources import SOURCES, Drawing, fetch, plain_code
-from seed_multimodal.data.records import read_shards, write_shard
+from seed_multimodal.data.formats.writer import read_shards, write_shard
 from seed_multimodal.errors import DataError
 
 STYLES = ("twemoji", "noto", "fluent")

@@ -13,7 +13,7 @@ import pytest
 
 from seed_multimodal.data.nano import NanoSet, load_nano
 from seed_multimodal.data.nano.check import check_folder
-from seed_multimodal.data.records import ReadCount, read_shards, write_shard
+from seed_multimodal.data.formats.writer import ReadCount, read_shards, write_shard
 from seed_multimodal.errors import DataError
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "nano64"

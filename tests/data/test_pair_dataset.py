@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from seed_multimodal.data.caption_text import BlipCaption
 from seed_multimodal.data.pair_dataset import PairDataset, sample_seed
-from seed_multimodal.data.pairs import JsonPairs, TarPairs
+from seed_multimodal.data.formats.pairs import JsonPairs, TarPairs
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.train_transforms import TrainTransform

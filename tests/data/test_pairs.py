@@ -17,11 +17,11 @@ import pytest
 import webdataset
 from omegaconf import OmegaConf
 
-from seed_multimodal.data.packed import PackedStrings
-from seed_multimodal.data.pairs import JsonPairs, NanoPairs, TarPairs, open_pairs
-from seed_multimodal.data.patterns import expand_pattern, nearest_path
-from seed_multimodal.data.tar_headers import tar_members
-from seed_multimodal.data.tar_index import ShardFiles, scan_shard
+from seed_multimodal.data.formats.packed import PackedStrings
+from seed_multimodal.data.formats.pairs import JsonPairs, NanoPairs, TarPairs, open_pairs
+from seed_multimodal.data.formats.files import expand_pattern, nearest_path
+from seed_multimodal.data.formats.tar_headers import tar_members
+from seed_multimodal.data.formats.tar import ShardFiles, scan_shard
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 
 

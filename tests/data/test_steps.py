@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seed_multimodal.data.caption_text import BlipCaption
 from seed_multimodal.data.pair_dataset import PairDataset
-from seed_multimodal.data.pairs import TarPairs
+from seed_multimodal.data.formats.pairs import TarPairs
 from seed_multimodal.data.steps import EpochOrder, StepBatches, join_batches
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.train_transforms import TrainTransform
@@ -241,7 +241,7 @@ def test_settings_that_make_no_sense(settings: dict[str, int]) -> None:
 SCRIPT = """
 import hashlib, os, signal, sys
 from seed_multimodal.data.pair_dataset import PairDataset
-from seed_multimodal.data.pairs import TarPairs
+from seed_multimodal.data.formats.pairs import TarPairs
 from seed_multimodal.data.steps import StepBatches
 from seed_multimodal.images.train_transforms import TrainTransform
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.llm.batches import LlmBatch
-from seed_multimodal.data.records import write_shard
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

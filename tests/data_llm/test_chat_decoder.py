@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.data.llm.decoders import get_decoder
-from seed_multimodal.data.llm.record import BadRecord
-from seed_multimodal.data.llm.sequence import IGNORED, SeededDraws, TokenSequence
+from seed_multimodal.data.decoders.registry import get_decoder
+from seed_multimodal.data.decoders.sequence import IGNORED, SeededDraws, TokenSequence
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.data.llm.check import CheckReport, CheckSettings, check_records
-from seed_multimodal.data.records import write_shard
+from seed_multimodal.data.check.run import CheckReport, CheckSettings, check_records
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 

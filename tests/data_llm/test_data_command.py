@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from seed_multimodal.cli import main
-from seed_multimodal.data.records import write_shard
+from seed_multimodal.data.formats.writer import write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO_WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.data.llm import phrases
-from seed_multimodal.data.llm.decoders import DECODERS, get_decoder, some_picture
-from seed_multimodal.data.llm.record import BadRecord
-from seed_multimodal.data.llm.sequence import IGNORED, SeededDraws, TokenSequence, pad
+from seed_multimodal.data.decoders import phrases
+from seed_multimodal.data.decoders.registry import DECODERS, get_decoder, some_picture
+from seed_multimodal.data.decoders.sequence import IGNORED, SeededDraws, TokenSequence, pad
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from seed_multimodal.data.decoders.sequence import pad
 from seed_multimodal.data.llm.batches import LlmBatches
 from seed_multimodal.data.llm.mixture import EndOfData, Mixture
-from seed_multimodal.data.llm.sequence import pad
 from seed_multimodal.data.llm.settings import read_data_settings
 from seed_multimodal.errors import DataError
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seed_multimodal.data.llm import pickled
-from seed_multimodal.data.llm.pickled import STAND_INS, read_pickle
-from seed_multimodal.data.llm.pickled_convert import convert_shard, convert_shards
-from seed_multimodal.data.llm.record import BadRecord
-from seed_multimodal.data.llm.sources import open_records
-from seed_multimodal.data.records import write_shard
+from seed_multimodal.data.formats import pickled
+from seed_multimodal.data.formats.convert import convert_shard, convert_shards
+from seed_multimodal.data.formats.pickled import STAND_INS, read_pickle
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,7 +221,7 @@ def test_a_second_run_converts_only_what_is_new_or_changed(tmp_path, old):
 def test_a_killed_conversion_goes_on(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     expected = [item for part in range(4) for item in old_shard(old / f"{part}.tar", 1000 * part, 400)]
-    code = ("import sys; from seed_multimodal.data.llm.pickled_convert import convert_shards;"
+    code = ("import sys; from seed_multimodal.data.formats.convert import convert_shards;"
             "convert_shards([sys.argv[1]], sys.argv[2], progress=False)")
     process = subprocess.Popen([sys.executable, "-c", code, str(old), str(new)],
                                env={**os.environ, "PYTHONPATH": str(ROOT / "src")})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.llm.pretokenize.decode import Decode, decoded, tasks_of
 from seed_multimodal.data.llm.pretokenize.filters import drop_reason, filters_of
 from seed_multimodal.data.llm.pretokenize.kinds import KINDS, get_kind
@@ -18,7 +19,6 @@ from seed_multimodal.data.llm.pretokenize.raw import list_units, locate
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings, parse_fields, read_input_settings
 from seed_multimodal.data.llm.pretokenize.video import middles
 from seed_multimodal.data.llm.pretokenize.views import view
-from seed_multimodal.data.records import write_shard
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX

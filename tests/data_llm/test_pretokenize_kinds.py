@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.configured import picture_codec
-from seed_multimodal.data.llm.decoders import get_decoder
+from seed_multimodal.data.decoders.registry import get_decoder
+from seed_multimodal.data.decoders.sequence import SeededDraws
+from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.llm.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.llm.pretokenize.run import RunSettings, run
-from seed_multimodal.data.llm.sequence import SeededDraws
-from seed_multimodal.data.llm.sources import open_records
 from seed_multimodal.data.nano.load import NanoSet, load_nano
-from seed_multimodal.data.records import write_shard
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX

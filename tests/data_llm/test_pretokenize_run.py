@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from seed_multimodal.commands.pretokenize import build_parser, main
+from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.llm.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.llm.pretokenize.run import RunSettings, run
-from seed_multimodal.data.llm.sources import open_records
-from seed_multimodal.data.records import write_shard
 from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from seed_multimodal.config import load_yaml
+from seed_multimodal.data.decoders.registry import DECODERS
 from seed_multimodal.data.llm.batches import LlmBatches
-from seed_multimodal.data.llm.decoders import DECODERS
 from seed_multimodal.data.llm.released import BUILDERS, is_released
 from seed_multimodal.data.llm.settings import LlmDataSettings, read_data_settings
 from seed_multimodal.errors import ConfigError, DataError

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seed_multimodal.data.llm import sources_json
-from seed_multimodal.data.llm.llava import with_messages
-from seed_multimodal.data.llm.record import BadRecord, find_image
-from seed_multimodal.data.llm.sources import FileRecords, open_records
-from seed_multimodal.data.llm.sources_parquet import RowGroups
-from seed_multimodal.data.records import write_shard
+from seed_multimodal.data.formats import json_lines
+from seed_multimodal.data.formats.conversations import with_messages
+from seed_multimodal.data.formats.parquet import RowGroups
+from seed_multimodal.data.formats.record import BadRecord, find_image
+from seed_multimodal.data.formats.records import FileRecords, open_records
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.errors import ConfigError, DataError
 
 
@@ -103,7 +103,7 @@ def test_a_sample_without_json_among_others_is_that_samples_fault(tmp_path):
 
 @pytest.mark.parametrize("block", [7, 64, 1 << 24])
 def test_jsonl_lines_have_their_numbers_whatever_the_block(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(sources_json, "BLOCK", block)
+    monkeypatch.setattr(json_lines, "BLOCK", block)
     lines = ["", '{"text": "ä"}', "   \t ", '{"text": "b"}\r', '{"text": ', "", '{"text": "c"}']
     for end in ("", "\n", "\n \n"):
         source = open_records(written(tmp_path / "t.jsonl", "\n".join(lines) + end))
@@ -118,13 +118,13 @@ def test_jsonl_lines_have_their_numbers_whatever_the_block(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("seed", range(4))
 def test_jsonl_index_equals_a_plain_reading(tmp_path, monkeypatch, seed):
-    monkeypatch.setattr(sources_json, "BLOCK", 97)
+    monkeypatch.setattr(json_lines, "BLOCK", 97)
     rng = np.random.default_rng(seed)
     lines = [b" " * int(rng.integers(0, 150)) if rng.random() < 0.3 else b'{"a":%d}' % n + b" " * int(rng.integers(200))
              for n in range(200)]
     path = written(tmp_path / "r.jsonl", b"\n".join(lines))
     expected = [(n + 1, line) for n, line in enumerate(path.read_bytes().split(b"\n")) if line.strip()]
-    starts, ends, numbers = sources_json.index_lines(path)
+    starts, ends, numbers = json_lines.index_lines(path)
     raw = path.read_bytes()
     assert [(int(n), raw[a:b]) for n, a, b in zip(numbers, starts, ends, strict=True)] == expected
 
@@ -135,7 +135,7 @@ ITEMS = [{"text": "ä\n\"]},{[", "n": -12.5e3}, {"nested": [[1, 2], {"a": None}]
 @pytest.mark.parametrize("window", [4, 40, 1 << 22])
 @pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
 def test_json_lists_are_indexed_by_windows(tmp_path, monkeypatch, window, style):
-    monkeypatch.setattr(sources_json, "BLOCK", 4 * window)
+    monkeypatch.setattr(json_lines, "BLOCK", 4 * window)
     path = written(tmp_path / "a.json", json.dumps(ITEMS, **style))
     assert fields(open_records(path)) == ITEMS
     assert open_records(path).read(2).where == f"{path}: item 2"
@@ -152,7 +152,7 @@ def test_json_lists_are_indexed_by_windows(tmp_path, monkeypatch, window, style)
     ('[{"a": tru', "item 0"), ("[" * 200_000, "nested too deeply")])
 @pytest.mark.parametrize("window", [8, 1 << 22])
 def test_broken_json_lists_name_line_and_item(tmp_path, monkeypatch, content, words, window):
-    monkeypatch.setattr(sources_json, "BLOCK", 4 * window)
+    monkeypatch.setattr(json_lines, "BLOCK", 4 * window)
     path = written(tmp_path / "b.json", content)
     with pytest.raises(DataError, match=rf"b\.json: {words if words.startswith('line') else '.*' + words}"):
         len(open_records(path))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from seed_multimodal.cli import main
-from seed_multimodal.data.pairs import open_pairs
+from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.evaluation.tokenizer_eval import EvalSettings, evaluate_tokenizer

@@ -2,7 +2,7 @@
 
 What is random about a sample (which of its captions, which crop) is a function of (seed, epoch, index), so it does not
 depend on workers, ranks or restarts. A picture that cannot be read is named once, counted, and replaced by the next
-readable sample; `max_bad_in_a_row` in a row end the run. A missing caption ends it at once (see `data.pairs`).
+readable sample; `max_bad_in_a_row` in a row end the run. A missing caption ends it at once (see `data.formats.pairs`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.pairs import PairSource
+from seed_multimodal.data.formats.pairs import PairSource
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.images.open import open_image
 
@@ -62,7 +62,7 @@ class PairDataset(BadSamples):
     """Training samples by (index, epoch).
 
     Args:
-        source: stored pairs (`data.pairs`).
+        source: stored pairs (`data.formats.pairs`).
         image_transform: picture -> tensor. If it has an argument named `generator` it gets the sample's
             `torch.Generator` (`images.train_transforms.TrainTransform`); if not, the global generators of torch, numpy
             and Python are seeded around the call and put back, so other libraries' augmentations repeat as well.

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from seed_multimodal.data.pairs import PairSource, open_pairs
+from seed_multimodal.data.formats.pairs import PairSource, open_pairs
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
@@ -52,7 +52,7 @@ class EvalSettings:
     """What is measured.
 
     Attributes:
-        data: mapping for `data.pairs.open_pairs`.
+        data: mapping for `data.formats.pairs.open_pairs`.
         stage1: stage-1 checkpoint with the text path; clip_text: CLIP folder with a text tower.
         text_tokenizer: word pieces of stage 1 (default: what fits).
         decoder, clip, judge, interpolation: see `tokenizer_open.open_tokenizer`.

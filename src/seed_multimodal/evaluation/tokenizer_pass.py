@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.data.pairs import PairSource
+from seed_multimodal.data.formats.pairs import PairSource
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.evaluation.metrics import FloatArray
 from seed_multimodal.evaluation.tokenizer_open import Opened
@@ -55,7 +55,7 @@ class Seen:
 
 
 def data_spec(text: str, split: str | None = None, **keys: Any) -> dict[str, Any]:
-    """`--data` as the mapping that `data.pairs.open_pairs` reads.
+    """`--data` as the mapping that `data.formats.pairs.open_pairs` reads.
 
     Args:
         text: `nano`, a nano folder, a .yaml file with such a mapping, a .json list, or a pattern of .tar shards.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.config import nearest
-from seed_multimodal.data.patterns import nearest_path
+from seed_multimodal.data.formats.files import nearest_path
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.tasks import NANO_TASKS, RELEASED_TASKS, TaskPrompts
 

@@ -23,13 +23,13 @@ from typing import Any
 
 from runner import assert_same, read_json, read_json_lines
 
+from seed_multimodal.data.decoders.registry import get_decoder
+from seed_multimodal.data.decoders.sequence import IGNORED, pad
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.llm.batches import LlmBatches
-from seed_multimodal.data.llm.decoders import get_decoder
 from seed_multimodal.data.llm.mixture import EndOfData
-from seed_multimodal.data.llm.record import BadRecord
-from seed_multimodal.data.llm.sequence import IGNORED, pad
 from seed_multimodal.data.llm.settings import read_data_settings
-from seed_multimodal.data.llm.sources import open_records
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 

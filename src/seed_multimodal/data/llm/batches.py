@@ -24,7 +24,7 @@ from seed_multimodal.data.llm.lanes import Loaded
 from seed_multimodal.data.llm.mixture import EndOfData, Mixture
 from seed_multimodal.data.llm.packed_rows import PackedPlan
 from seed_multimodal.data.llm.padded import PaddedPlan
-from seed_multimodal.data.llm.sequence import IGNORED
+from seed_multimodal.data.decoders.sequence import IGNORED
 from seed_multimodal.data.llm.settings import LlmDataSettings
 from seed_multimodal.data.llm.tally import Tally
 from seed_multimodal.data.prefetch import Prefetcher

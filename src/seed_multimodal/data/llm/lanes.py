@@ -17,7 +17,7 @@ import numpy as np
 
 from seed_multimodal.data.llm.mixture import DROPPED, TOO_LONG, Dropped, Mixture, Patience, SourceChoice
 from seed_multimodal.data.llm.packing import best_fit, split_long
-from seed_multimodal.data.llm.sequence import IGNORED, TokenSequence
+from seed_multimodal.data.decoders.sequence import IGNORED, TokenSequence
 from seed_multimodal.errors import ConfigError
 
 SPLIT_DECODERS = ("pretrain.text",)

@@ -15,10 +15,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from seed_multimodal.data.llm.decoders import Decoder, get_decoder, some_picture
-from seed_multimodal.data.llm.sequence import Draws, SeededDraws, TokenSequence
+from seed_multimodal.data.decoders.registry import Decoder, get_decoder, some_picture
+from seed_multimodal.data.decoders.sequence import Draws, SeededDraws, TokenSequence
 from seed_multimodal.data.llm.settings import LlmDataSettings, SourceSettings
-from seed_multimodal.data.llm.sources import FileRecords, open_records
+from seed_multimodal.data.formats.records import FileRecords, open_records
 from seed_multimodal.data.steps import EpochOrder
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seed_multimodal.data.llm.sequence import IGNORED
+from seed_multimodal.data.decoders.sequence import IGNORED
 
 
 @dataclass

@@ -18,7 +18,7 @@ import numpy as np
 
 from seed_multimodal.data.llm.lanes import Loaded
 from seed_multimodal.data.llm.mixture import TOO_LONG, Dropped, EndOfData, Mixture, Patience, SourceChoice
-from seed_multimodal.data.llm.sequence import IGNORED, TokenSequence
+from seed_multimodal.data.decoders.sequence import IGNORED, TokenSequence
 from seed_multimodal.errors import ConfigError
 
 Job = tuple[int, int] | EndOfData  # source and number of its batch

@@ -13,8 +13,8 @@ from dataclasses import fields
 from typing import Any
 
 from seed_multimodal.config import check_keys, nearest
-from seed_multimodal.data.llm.decoders import DECODERS
-from seed_multimodal.data.llm.decoders_base import SHARED
+from seed_multimodal.data.decoders.registry import DECODERS
+from seed_multimodal.data.decoders.base import SHARED
 from seed_multimodal.data.llm.settings import LlmDataSettings
 from seed_multimodal.errors import ConfigError
 

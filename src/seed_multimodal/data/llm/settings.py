@@ -36,8 +36,8 @@ class SourceSettings:
     """One source of sequences.
 
     Attributes:
-        files: as `data.llm.sources.open_records` takes them; `format` too.
-        decoder: a name of `data.llm.decoders.get_decoder`; `options` go to it.
+        files: as `data.formats.records.open_records` takes them; `format` too.
+        decoder: a name of `data.decoders.registry.get_decoder`; `options` go to it.
         weight: share of the draws, relative to the other sources'. A draw is one micro-batch of `batch_size` sequences
             without packing, as released. With packing it is one sequence, and the weight counts `batch_size`-fold if
             the sources have batch sizes: so the numbers of sequences per source are the released ones either way.

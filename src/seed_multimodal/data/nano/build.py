@@ -31,7 +31,7 @@ from seed_multimodal.data.nano.render import main_colour, render_svg
 from seed_multimodal.data.nano.sources import SHARE_ALIKE, SOURCES, Drawing, drawings, fetch
 from seed_multimodal.data.nano.types import NanoRecord
 from seed_multimodal.data.nano.words import MAX_TAGS, captions, questions
-from seed_multimodal.data.records import write_shard
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.disk import sha256_of
 from seed_multimodal.errors import DataError
 

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from seed_multimodal.data.nano.families import SPLITS
 from seed_multimodal.data.nano.types import QA, Edit, NanoConversation, NanoRecord
-from seed_multimodal.data.records import Record, read_shards
+from seed_multimodal.data.formats.writer import Record, read_shards
 from seed_multimodal.errors import DataError
 
 KEYS = ("style", "family", "label", "split", "captions", "qa", "group", "subgroup", "tags", "colour")

@@ -23,9 +23,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.llm.pretokenize.nano import nano_raws
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings
-from seed_multimodal.data.records import write_shard
 from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.nano.config import NanoConfig

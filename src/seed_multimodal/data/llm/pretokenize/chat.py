@@ -1,4 +1,4 @@
-"""Conversations of any spelling (`data.llm.llava`) as `messages` whose pictures are codes.
+"""Conversations of any spelling (`data.formats.conversations`) as `messages` whose pictures are codes.
 
 With several views, pictures of the user get all of them (a decoder draws one); pictures of the assistant, which the
 model learns to draw, stay as they are.
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from seed_multimodal.data.llm.llava import with_messages
+from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.llm.pretokenize.samples import IMAGE_KEYS, Picture, Sample
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings
-from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
 

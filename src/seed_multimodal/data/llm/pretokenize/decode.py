@@ -25,7 +25,7 @@ from seed_multimodal.data.llm.pretokenize.kinds import Kind
 from seed_multimodal.data.llm.pretokenize.samples import Dropped, Picture, Raw, Sample
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings
 from seed_multimodal.data.llm.pretokenize.views import view
-from seed_multimodal.data.tar_index import ShardFiles
+from seed_multimodal.data.formats.tar import ShardFiles
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.images.transforms import ImageTransform
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from seed_multimodal.data.llm.pretokenize.samples import Dropped, Picture, Sample
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings
-from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageVocabulary
 
 FIELDS = {"images": "images", "texts": "texts", "instruction": "instruction", "response": "response"}

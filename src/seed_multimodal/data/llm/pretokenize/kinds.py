@@ -1,4 +1,4 @@
-"""The kinds of records that are written, each with exactly the keys its decoder reads (`data.llm.decoders`).
+"""The kinds of records that are written, each with exactly the keys its decoder reads (`data.decoders.registry`).
 
 | kind | record |
 | --- | --- |
@@ -26,7 +26,7 @@ from seed_multimodal.config import check_keys, nearest
 from seed_multimodal.data.llm.pretokenize import chat, documents, video
 from seed_multimodal.data.llm.pretokenize.samples import IMAGE_KEYS, Dropped, Picture, Sample
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings
-from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.prompts import DESCRIBE_VIDEO_PROMPT
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX

@@ -17,9 +17,9 @@ import numpy as np
 from seed_multimodal.data.llm.pretokenize.nano import nano_raws
 from seed_multimodal.data.llm.pretokenize.samples import IMAGE_KEYS, Raw
 from seed_multimodal.data.llm.pretokenize.settings import InputSettings
-from seed_multimodal.data.llm.sources_json import index_array, index_lines, is_lines
-from seed_multimodal.data.patterns import expand_pattern, nearest_path
-from seed_multimodal.data.tar_headers import Damaged, split_name, tar_members
+from seed_multimodal.data.formats.json_lines import index_array, index_lines, is_lines
+from seed_multimodal.data.formats.files import expand_pattern, nearest_path
+from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members
 from seed_multimodal.errors import DataError
 
 JSON_ENDINGS = (".json", ".jsonl", ".ndjson")

@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.data.llm.record import BadRecord, find_image, parse_object
-from seed_multimodal.data.tar_index import ShardFiles
+from seed_multimodal.data.formats.record import BadRecord, find_image, parse_object
+from seed_multimodal.data.formats.tar import ShardFiles
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.encode import image_from_base64
 from seed_multimodal.images.open import open_image

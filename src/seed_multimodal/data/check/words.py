@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from seed_multimodal.data.llm.check_kinds import TEXTS, Kind
-from seed_multimodal.data.llm.record import LlmRecord
+from seed_multimodal.data.check.kinds import TEXTS, Kind
+from seed_multimodal.data.formats.record import LlmRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 SHOWN = 3  # places that are named

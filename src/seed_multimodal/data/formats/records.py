@@ -19,12 +19,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from seed_multimodal.config import nearest
-from seed_multimodal.data.llm.llava import with_messages
-from seed_multimodal.data.llm.record import BadRecord, LlmRecord, parse_object
-from seed_multimodal.data.llm.sources_json import index_array, index_lines, is_lines
-from seed_multimodal.data.llm.sources_parquet import ParquetFile, RowGroups
-from seed_multimodal.data.patterns import expand_braces, expand_pattern
-from seed_multimodal.data.tar_index import ShardFiles, ShardIndex, index_shards
+from seed_multimodal.data.formats.conversations import with_messages
+from seed_multimodal.data.formats.record import BadRecord, LlmRecord, parse_object
+from seed_multimodal.data.formats.json_lines import index_array, index_lines, is_lines
+from seed_multimodal.data.formats.parquet import ParquetFile, RowGroups
+from seed_multimodal.data.formats.files import expand_braces, expand_pattern
+from seed_multimodal.data.formats.tar import ShardFiles, ShardIndex, index_shards
 from seed_multimodal.errors import ConfigError, DataError
 
 SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),

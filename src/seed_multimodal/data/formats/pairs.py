@@ -23,9 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.config import check_keys, nearest
 from seed_multimodal.data.nano.load import load_nano
-from seed_multimodal.data.packed import PackedStrings
-from seed_multimodal.data.patterns import expand_pattern
-from seed_multimodal.data.tar_index import ShardFiles, index_shards
+from seed_multimodal.data.formats.packed import PackedStrings
+from seed_multimodal.data.formats.files import expand_pattern
+from seed_multimodal.data.formats.tar import ShardFiles, index_shards
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
@@ -121,7 +121,7 @@ class TarPairs:
         image_keys: extensions of the picture, the preferred first.
         caption_key: key of the caption inside the .json member (`top_caption` for LAION-COCO).
         caption_file: the member that holds the caption: "json", or "txt", which is the caption itself.
-        keep_torn, index_folder, log: see `data.tar_index.index_shards`.
+        keep_torn, index_folder, log: see `data.formats.tar.index_shards`.
 
     `shard_sizes` (samples per shard) lets the training order keep reads near each other.
     """

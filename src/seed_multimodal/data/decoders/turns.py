@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from seed_multimodal.data.llm.decoders_base import Decoder, Draft, Option, Part, Span, shown, string
-from seed_multimodal.data.llm.phrases import ASSISTANT, USER
-from seed_multimodal.data.llm.record import BadRecord
-from seed_multimodal.data.llm.sequence import Draws
+from seed_multimodal.data.decoders.base import Decoder, Draft, Option, Part, Span, shown, string
+from seed_multimodal.data.decoders.phrases import ASSISTANT, USER
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.decoders.sequence import Draws
 
 _ROLES = Option((USER[:-1], ASSISTANT[:-1]),
                 lambda v: isinstance(v, Sequence) and len(v) == 2 and all(isinstance(one, str) for one in v),

@@ -22,7 +22,7 @@ class LlmRecord:
             such as `part-0000/0000007/3f2a…`, `train/line12`.
         where: `FILE: line 12`, `FILE: sample KEY`, `FILE: item 3` or `FILE: row 3`, as errors show it.
         fields: names of the released shards (`image_ids`, `text`, `question`, …), and `messages` for conversations
-            (see `data.llm.llava`).
+            (see `data.formats.conversations`).
     """
 
     key: str

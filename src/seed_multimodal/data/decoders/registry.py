@@ -14,12 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from seed_multimodal.config import nearest
-from seed_multimodal.data.llm import decoders_pretrain as pretrain
-from seed_multimodal.data.llm import decoders_sft as sft
-from seed_multimodal.data.llm import decoders_turns as turns
-from seed_multimodal.data.llm.decoders_base import Decoder
-from seed_multimodal.data.llm.decoders_chat import Chat
-from seed_multimodal.data.llm.sequence import Draws
+from seed_multimodal.data.decoders import pretrain, sft, turns
+from seed_multimodal.data.decoders.base import Decoder
+from seed_multimodal.data.decoders.chat import Chat
+from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 

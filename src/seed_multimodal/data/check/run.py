@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.llm.check_kinds import (
+from seed_multimodal.data.check.kinds import (
     RAW,
     TEXTS,
     Kind,
@@ -27,12 +27,12 @@ from seed_multimodal.data.llm.check_kinds import (
     image_paths,
     kind_of_decoder,
 )
-from seed_multimodal.data.llm.check_words import ControlWords
-from seed_multimodal.data.llm.decoders import DECODERS, Decoder, get_decoder
-from seed_multimodal.data.llm.phrases import BLANK_CAPTION
-from seed_multimodal.data.llm.record import BadRecord, LlmRecord, find_image
-from seed_multimodal.data.llm.sequence import SeededDraws
-from seed_multimodal.data.llm.sources import FileRecords, find_files
+from seed_multimodal.data.check.words import ControlWords
+from seed_multimodal.data.decoders.registry import DECODERS, Decoder, get_decoder
+from seed_multimodal.data.decoders.phrases import BLANK_CAPTION
+from seed_multimodal.data.formats.record import BadRecord, LlmRecord, find_image
+from seed_multimodal.data.decoders.sequence import SeededDraws
+from seed_multimodal.data.formats.records import FileRecords, find_files
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 

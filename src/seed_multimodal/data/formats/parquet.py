@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import DataError, first_line
 
 

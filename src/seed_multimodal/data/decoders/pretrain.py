@@ -15,8 +15,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from seed_multimodal.data.llm import phrases
-from seed_multimodal.data.llm.decoders_base import (
+from seed_multimodal.data.decoders import phrases
+from seed_multimodal.data.decoders.base import (
     Decoder,
     Draft,
     Option,
@@ -30,8 +30,8 @@ from seed_multimodal.data.llm.decoders_base import (
     shown,
     string,
 )
-from seed_multimodal.data.llm.record import BadRecord
-from seed_multimodal.data.llm.sequence import IGNORED, Draws, TokenSequence
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.errors import ConfigError
 
 EMPTY = "the text says nothing"

@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from seed_multimodal.data.llm import phrases
-from seed_multimodal.data.llm.decoders_base import Decoder, Draft, Option, Part, Span, ratio
-from seed_multimodal.data.llm.decoders_turns import with_full_stop
-from seed_multimodal.data.llm.record import BadRecord
-from seed_multimodal.data.llm.sequence import Draws
+from seed_multimodal.data.decoders import phrases
+from seed_multimodal.data.decoders.base import Decoder, Draft, Option, Part, Span, ratio
+from seed_multimodal.data.decoders.turns import with_full_stop
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.errors import ConfigError
 
 NO_DIALOGUE = "there is no dialogue in it"

@@ -20,8 +20,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from seed_multimodal.data.packed import PackedStrings
-from seed_multimodal.data.tar_headers import Damaged, split_name, tar_members
+from seed_multimodal.data.formats.packed import PackedStrings
+from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members
 from seed_multimodal.errors import DataError
 
 # Byte offset and size of the picture and of the caption's member; offset -1: the sample has none.

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.llm.pickled import read_pickle
-from seed_multimodal.data.llm.record import BadRecord, parse_object
-from seed_multimodal.data.llm.sources import PICKLED, find_files
-from seed_multimodal.data.records import write_shard
-from seed_multimodal.data.tar_headers import Damaged, split_name, tar_members
-from seed_multimodal.data.tar_index import ShardFiles
+from seed_multimodal.data.formats.pickled import read_pickle
+from seed_multimodal.data.formats.record import BadRecord, parse_object
+from seed_multimodal.data.formats.records import PICKLED, find_files
+from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members
+from seed_multimodal.data.formats.tar import ShardFiles
 from seed_multimodal.disk import replace_text, sha256_of
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import DataError
 
 BLOCK = 1 << 24

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from seed_multimodal.data.llm.decoders_base import Decoder, Draft, Option, Part, Span, shown, string
-from seed_multimodal.data.llm.record import BadRecord
-from seed_multimodal.data.llm.sequence import IGNORED, Draws, TokenSequence
+from seed_multimodal.data.decoders.base import Decoder, Draft, Option, Part, Span, shown, string
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.language.prompts import ROLES, TEMPLATES, get_template
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
@@ -24,7 +24,7 @@ Turn = tuple[str, list[Any]]
 class Chat(Decoder):
     """A conversation of texts and pictures.
 
-    Fields: `messages` (see `data.llm.llava`); `system`, said before everything; `image_ids`, the codes of the pictures
+    Fields: `messages` (see `data.formats.conversations`); `system`, said before everything; `image_ids`, the codes of the pictures
     that `<image>` stands for in the texts, where there are such.
 
     Options:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.llm.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord
 
 MAX_NODES = 5_000_000  # of one record: a few bytes of pickle can describe a structure of any size
 MAX_DEPTH = 64

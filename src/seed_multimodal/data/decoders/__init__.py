@@ -1,0 +1,1 @@
+"""Records -> token sequences of the language model, by the name of the decoder."""

@@ -1,0 +1,1 @@
+"""Records on disk, read into one type whatever the format, and written as webdataset tars."""
