@@ -12,9 +12,16 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal import torchvision_shim
+
+if TYPE_CHECKING:  # for type checkers and editors
+    from seed_multimodal.detokenizers.unclip import UnclipDetokenizer as UnclipDetokenizer
+    from seed_multimodal.images.open import open_image as open_image
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer as MultimodalTokenizer
+    from seed_multimodal.systems.seed_llama import SeedLlama as SeedLlama
+    from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer as Seed2Tokenizer
 
 __version__ = "0.1.0"
 
