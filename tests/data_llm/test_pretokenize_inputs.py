@@ -11,14 +11,12 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.llm.pretokenize.decode import Decode, decoded, tasks_of
-from seed_multimodal.data.llm.pretokenize.filters import drop_reason, filters_of
-from seed_multimodal.data.llm.pretokenize.kinds import KINDS, get_kind
-from seed_multimodal.data.llm.pretokenize.processors import build_transform
-from seed_multimodal.data.llm.pretokenize.raw import list_units, locate
-from seed_multimodal.data.llm.pretokenize.settings import InputSettings, parse_fields, read_input_settings
-from seed_multimodal.data.llm.pretokenize.video import middles
-from seed_multimodal.data.llm.pretokenize.views import view
+from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoded, tasks_of
+from seed_multimodal.data.pretokenize.encode import build_transform
+from seed_multimodal.data.pretokenize.input_settings import InputSettings, parse_fields, read_input_settings
+from seed_multimodal.data.pretokenize.kinds import KINDS, get_kind
+from seed_multimodal.data.pretokenize.pictures import drop_reason, filters_of, middles, view
+from seed_multimodal.data.pretokenize.units import list_units, locate
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
@@ -29,7 +27,7 @@ CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 def parse(kind: str, settings: InputSettings, workers: int = 0) -> list:
     """The entries of all samples of the inputs, and their pixels."""
-    decode = Decode(get_kind(kind), settings, ImageTransform(16))
+    decode = TaskDecoder(get_kind(kind), settings, ImageTransform(16))
     units = list_units(settings, 1000)
     parts = list(decoded(tasks_of(units, lambda unit: locate(unit, settings), 3), decode, workers=workers))
     return [(entry, part) for part in parts for entry in part.entries]
@@ -113,7 +111,7 @@ def test_units_of_tars_and_blocks(tmp_path, jpeg):
         settings = InputSettings(files=str(tmp_path / name))
         units = list_units(settings, 3)
         assert [(unit.start, unit.stop) for unit in units] == [(0, 3), (3, 6), (6, 7)]
-        places = [raw.where.rpartition(" ")[2] for unit in units for raw in locate(unit, settings).raws]
+        places = [raw.where.rpartition(" ")[2] for unit in units for raw in locate(unit, settings).references]
         assert places == [str(n + (name == "lines.jsonl")) for n in range(7)]
 
 
@@ -191,7 +189,7 @@ def test_a_torn_tar_gives_what_is_whole(tmp_path, jpeg):
     (tmp_path / "a.tar").write_bytes(whole[:len(whole) // 2])
     settings = InputSettings(files=str(tmp_path / "a.tar"))
     found = locate(list_units(settings, 10)[0], settings)
-    assert 0 < len(found.raws) < 5 and f"after {len(found.raws)} whole samples" in found.damage
+    assert 0 < len(found.references) < 5 and f"after {len(found.references)} whole samples" in found.damage
 
 
 def test_two_samples_of_one_name_are_named_not_merged(tmp_path, jpeg):

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.llm.pretokenize.encode import EncoderSettings
-from seed_multimodal.data.llm.pretokenize.run import RunSettings, run
+from seed_multimodal.data.pretokenize.encode import EncoderSettings
+from seed_multimodal.data.pretokenize.run import RunSettings, run
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = ROOT / "MultiModalLLM"

@@ -19,9 +19,9 @@ from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.llm.pretokenize.encode import EncoderSettings
-from seed_multimodal.data.llm.pretokenize.run import RunSettings, run
 from seed_multimodal.data.nano.load import NanoSet, load_nano
+from seed_multimodal.data.pretokenize.encode import EncoderSettings
+from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX

@@ -17,8 +17,8 @@ import pytest
 from seed_multimodal.commands.pretokenize import build_parser, main
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.llm.pretokenize.encode import EncoderSettings
-from seed_multimodal.data.llm.pretokenize.run import RunSettings, run
+from seed_multimodal.data.pretokenize.encode import EncoderSettings
+from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,8 +273,8 @@ def test_names_that_are_no_text(start, tmp_path, jpeg):
 FULL = """
 import resource, sys
 from pathlib import Path
-from seed_multimodal.data.llm.pretokenize.raw import Unit
-from seed_multimodal.data.llm.pretokenize.shards import PartWriter
+from seed_multimodal.data.pretokenize.units import Unit
+from seed_multimodal.data.pretokenize.shards import PartWriter
 from seed_multimodal.errors import DataError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 try:

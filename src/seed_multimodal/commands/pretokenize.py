@@ -65,9 +65,9 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def _run(kind: str, args: argparse.Namespace) -> int:
-    from seed_multimodal.data.llm.pretokenize.encode import EncoderSettings
-    from seed_multimodal.data.llm.pretokenize.run import RunSettings, run
-    from seed_multimodal.data.llm.pretokenize.settings import parse_fields
+    from seed_multimodal.data.pretokenize.encode import EncoderSettings
+    from seed_multimodal.data.pretokenize.input_settings import parse_fields
+    from seed_multimodal.data.pretokenize.run import RunSettings, run
 
     for name in ("tokenizer", "data", "save_dir"):
         if getattr(args, name) is None:

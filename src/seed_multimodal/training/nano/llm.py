@@ -24,8 +24,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.llm.pretokenize.nano import nano_raws
-from seed_multimodal.data.llm.pretokenize.settings import InputSettings
+from seed_multimodal.data.pretokenize.input_settings import InputSettings
+from seed_multimodal.data.pretokenize.nano import nano_references
 from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.nano.config import NanoConfig
@@ -139,17 +139,17 @@ def _shards(space: Workspace, split: str, keys: set[str], codes: Tensor) -> dict
     def itself(key: str) -> list[int]:
         return every[key][0]
 
-    def raws(content: str) -> Iterator[dict[str, Any]]:
+    def references(content: str) -> Iterator[dict[str, Any]]:
         settings = InputSettings(format="nano", split=split, content=content, captions="list")
-        for raw in nano_raws(str(space.nano.folder), settings):
+        for raw in nano_references(str(space.nano.folder), settings):
             if set(raw.pictures) <= keys:
                 yield raw.fields
 
-    captions = [{"image": fields["image"], "text": fields["caption"]} for fields in raws("captions")]
+    captions = [{"image": fields["image"], "text": fields["caption"]} for fields in references("captions")]
     seen = ({"views": views(one["image"]), "text": one["text"]} for one in captions)
     drawn = ({"image_ids": itself(one["image"]), "text": one["text"]} for one in captions)
     return {"seen": seen, "drawn": drawn,
-            **{content: _dialogues(raws(content), views, itself, talk=content == "conversations")
+            **{content: _dialogues(references(content), views, itself, talk=content == "conversations")
                for content in ("describe", "qa", "draw", "edits", "conversations")}}
 
 

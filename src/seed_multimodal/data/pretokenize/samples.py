@@ -1,4 +1,4 @@
-"""One input sample: where it lies (`Raw`, small, sent to decode workers), and what is read of it there (`Sample`)."""
+"""One input sample: where it lies (`SampleReference`, small, sent to decode workers), and what is read of it there (`Sample`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Dropped(Exception):
 
 
 @dataclass
-class Raw:
+class SampleReference:
     """A sample, unread.
 
     Args:
@@ -73,7 +73,7 @@ class Sample:
         BadRecord: its json is none, or the raw sample is known to be broken.
     """
 
-    def __init__(self, raw: Raw, files: ShardFiles, image_root: str | None = None) -> None:
+    def __init__(self, raw: SampleReference, files: ShardFiles, image_root: str | None = None) -> None:
         if raw.broken:
             raise BadRecord("duplicate id", raw.broken)
         self.where, self._raw, self._files, self._root = raw.where, raw, files, image_root

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.llm.pretokenize.decode import Decode, Decoded, Entry, decoded, tasks_of
-from seed_multimodal.data.llm.pretokenize.encode import Codes, Encoder
-from seed_multimodal.data.llm.pretokenize.progress import Progress
-from seed_multimodal.data.llm.pretokenize.raw import Unit, locate
-from seed_multimodal.data.llm.pretokenize.shards import PartWriter
+from seed_multimodal.data.pretokenize.decode import TaskDecoder, DecodedTask, DecodedSample, decoded, tasks_of
+from seed_multimodal.data.pretokenize.encode import Codes, Encoder
+from seed_multimodal.data.pretokenize.progress import Progress
+from seed_multimodal.data.pretokenize.units import Unit, locate
+from seed_multimodal.data.pretokenize.shards import PartWriter
 from seed_multimodal.errors import DataError, first_line
 
 TASK = 32  # samples a worker decodes at a time
@@ -28,7 +28,7 @@ NAMED = 100  # broken samples and pictures that a part's manifest names
 
 
 @dataclass
-class BadInARow:
+class SkipBudget:
     """Counts broken samples one after the other, across units."""
 
     limit: int
@@ -52,7 +52,7 @@ class _Unit:
     writer: PartWriter
     codes: list[list[int] | None] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
-    waiting: deque[Entry] = field(default_factory=deque)
+    waiting: deque[DecodedSample] = field(default_factory=deque)
     buffer: list[tuple[Tensor, list[int]]] = field(default_factory=list)
     flying: deque[tuple[Codes, list[int]]] = field(default_factory=deque)
     read: int = 0
@@ -72,12 +72,12 @@ class Worker:
         log: gets one sentence per broken sample.
     """
 
-    def __init__(self, encoder: Encoder, decode: Decode, save_dir: Path, *, batch_size: int, workers: int, limit: int,
+    def __init__(self, encoder: Encoder, decode: TaskDecoder, save_dir: Path, *, batch_size: int, workers: int, limit: int,
                  max_bad: int, made: dict[str, Any], progress: Progress, log: Callable[[str], None]) -> None:
         self.encoder, self.decode, self.save_dir = encoder, decode, save_dir
         self.batch_size, self.workers, self.limit = batch_size, workers, limit
         self.made, self.progress, self.log = made, progress, log
-        self._in_a_row = BadInARow(max_bad)
+        self._in_a_row = SkipBudget(max_bad)
 
     def run(self, units: Sequence[Unit]) -> None:
         """Encode the units in their order.
@@ -95,7 +95,7 @@ class Worker:
                 self._unit(_Unit(writer), first, parts)
             self.progress.unit_done(unit.weight)
 
-    def _timed(self, parts: Iterator[Decoded]) -> Iterator[Decoded]:
+    def _timed(self, parts: Iterator[DecodedTask]) -> Iterator[DecodedTask]:
         """The same, with the time that is spent waiting for the decode workers."""
         while True:
             start = time.perf_counter()
@@ -111,7 +111,7 @@ class Worker:
                 return
             yield part
 
-    def _unit(self, state: _Unit, part: Decoded, parts: Iterator[Decoded]) -> None:
+    def _unit(self, state: _Unit, part: DecodedTask, parts: Iterator[DecodedTask]) -> None:
         while True:
             self._take(state, part)
             if part.task.last:
@@ -127,7 +127,7 @@ class Worker:
             "lost_pictures": state.lost, "bad_named": state.bad, "dropped": dict(sorted(state.dropped.items())),
             "made": self.made})
 
-    def _take(self, state: _Unit, part: Decoded) -> None:
+    def _take(self, state: _Unit, part: DecodedTask) -> None:
         """Add a task's rows that are new, and its entries."""
         rows, new = [], []
         for row, name in enumerate(part.names):

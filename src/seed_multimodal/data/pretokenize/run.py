@@ -22,21 +22,21 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.data.llm.pretokenize.decode import Decode
-from seed_multimodal.data.llm.pretokenize.encode import Encoder, EncoderSettings, read_transform
-from seed_multimodal.data.llm.pretokenize.kinds import get_kind
-from seed_multimodal.data.llm.pretokenize.manifest import (
+from seed_multimodal.data.pretokenize.decode import TaskDecoder
+from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, read_transform
+from seed_multimodal.data.pretokenize.kinds import get_kind
+from seed_multimodal.data.pretokenize.manifest import (
     agree_on_settings,
     merge,
     refuse_other_settings,
     summary,
     versions,
 )
-from seed_multimodal.data.llm.pretokenize.progress import Progress
-from seed_multimodal.data.llm.pretokenize.raw import Unit, list_units
-from seed_multimodal.data.llm.pretokenize.settings import InputSettings, read_input_settings
-from seed_multimodal.data.llm.pretokenize.shards import CHANGED, check_part, part_folder
-from seed_multimodal.data.llm.pretokenize.work import Worker
+from seed_multimodal.data.pretokenize.progress import Progress
+from seed_multimodal.data.pretokenize.units import Unit, list_units
+from seed_multimodal.data.pretokenize.input_settings import InputSettings, read_input_settings
+from seed_multimodal.data.pretokenize.shards import CHANGED, check_part, part_folder
+from seed_multimodal.data.pretokenize.work import Worker
 from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, guarded, say
 from seed_multimodal.errors import ConfigError, DataError, counted
 
@@ -144,7 +144,7 @@ def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], pl
     encoder = Encoder(replace(settings.encoder, device=place.device))
     transform = read_transform(settings.image_transform, encoder.transform, encoder.image_size)
     kind = get_kind(settings.kind)
-    decode = Decode(kind, source, transform, views=settings.views, seed=settings.seed)
+    decode = TaskDecoder(kind, source, transform, views=settings.views, seed=settings.seed)
     vocabulary = encoder.vocabulary
     agree_on_settings(save_dir, {
         **_of_folder(settings, source), "tokenizer": encoder.fingerprint, "codes": vocabulary.n_codes,

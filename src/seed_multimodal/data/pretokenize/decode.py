@@ -1,6 +1,6 @@
-"""Decode workers: samples of a task → resized pictures as bytes (uint8), in worker processes that keep a GPU fed.
+"""TaskDecoder workers: samples of a task → resized pictures as bytes (uint8), in worker processes that keep a GPU fed.
 
-    for part in decoded(tasks, Decode(...), workers=8): ...      # in the order of the tasks, whatever the workers
+    for part in decoded(tasks, TaskDecoder(...), workers=8): ...      # in the order of the tasks, whatever the workers
 
 A task carries where its samples lie, so workers know nothing of units. Pictures travel as uint8 [n, 3, S, S], a
 quarter of their normalised size. What is wrong with a sample travels as a sentence; programming errors are raised.
@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from seed_multimodal.data.llm.pretokenize.filters import drop_reason, filters_of
-from seed_multimodal.data.llm.pretokenize.kinds import Kind
-from seed_multimodal.data.llm.pretokenize.samples import Dropped, Picture, Raw, Sample
-from seed_multimodal.data.llm.pretokenize.settings import InputSettings
-from seed_multimodal.data.llm.pretokenize.views import view
+from seed_multimodal.data.pretokenize.pictures import drop_reason, filters_of
+from seed_multimodal.data.pretokenize.kinds import Kind
+from seed_multimodal.data.pretokenize.samples import Dropped, Picture, SampleReference, Sample
+from seed_multimodal.data.pretokenize.input_settings import InputSettings
+from seed_multimodal.data.pretokenize.pictures import view
 from seed_multimodal.data.formats.tar import ShardFiles
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.images.transforms import ImageTransform
@@ -38,13 +38,13 @@ class Task:
 
     unit: int
     first: int
-    raws: list[Raw]
+    references: list[SampleReference]
     last: bool
     damage: str = ""
 
 
 @dataclass
-class Entry:
+class DecodedSample:
     """A sample as decoded: what its kind parsed and the rows of its pictures' views; or why there is nothing of it."""
 
     number: int
@@ -56,21 +56,21 @@ class Entry:
 
 
 @dataclass
-class Decoded:
+class DecodedTask:
     """A task's result: `pixels` uint8 [rows, 3, S, S], `names` of the rows (equal names: equal pixels; "": unknown)."""
 
     task: Task
-    entries: list[Entry]
+    entries: list[DecodedSample]
     pixels: Tensor
     names: list[str]
 
-    def pin_memory(self, *_: Any) -> Decoded:
+    def pin_memory(self, *_: Any) -> DecodedTask:
         """For the loader: pixels in memory that a GPU copies from at once."""
         self.pixels = self.pixels.pin_memory()
         return self
 
 
-class Decode:
+class TaskDecoder:
     """Decodes one task; used inside workers.
 
     Args:
@@ -86,13 +86,13 @@ class Decode:
         self._filters = filters_of(settings)
         self._files = ShardFiles()
 
-    def __getitem__(self, task: Task) -> Decoded:
+    def __getitem__(self, task: Task) -> DecodedTask:
         rows = _Rows(self.transform.image_size)
-        entries = [self._entry(task.first + place, raw, rows) for place, raw in enumerate(task.raws)]
+        entries = [self._entry(task.first + place, raw, rows) for place, raw in enumerate(task.references)]
         light = Task(task.unit, task.first, [], task.last, task.damage)  # no need to send the samples back
-        return Decoded(light, entries, rows.pixels(), rows.names)
+        return DecodedTask(light, entries, rows.pixels(), rows.names)
 
-    def _entry(self, number: int, raw: Raw, rows: _Rows) -> Entry:
+    def _entry(self, number: int, raw: SampleReference, rows: _Rows) -> DecodedSample:
         known = len(rows.names)
         try:
             sample = Sample(raw, self._files, self.settings.image_root)
@@ -103,11 +103,11 @@ class Decode:
                      for place, picture in enumerate(pictures)]
             if lost and not any(found):
                 raise ImageError(f"{lost[0].removesuffix('.')}; none of its pictures can be read.")
-            return Entry(number, parsed, found, lost)
+            return DecodedSample(number, parsed, found, lost)
         except Dropped as reason:
-            entry = Entry(number, dropped=str(reason))
+            entry = DecodedSample(number, dropped=str(reason))
         except (ImageError, DataError) as error:
-            entry = Entry(number, bad=str(error))
+            entry = DecodedSample(number, bad=str(error))
         rows.cut(known)
         return entry
 
@@ -169,7 +169,7 @@ class _Rows:
         return torch.from_numpy(np.stack(self._pixels))
 
 
-def decoded(tasks: Iterable[Task], decode: Decode, *, workers: int, pin: bool = False) -> Iterator[Decoded]:
+def decoded(tasks: Iterable[Task], decode: TaskDecoder, *, workers: int, pin: bool = False) -> Iterator[DecodedTask]:
     """The tasks' results in their order; with `workers` they are made ahead, in that many processes."""
     if workers < 1:
         return map(decode.__getitem__, tasks)
@@ -192,11 +192,11 @@ def tasks_of(units: Iterable[Any], locate: Callable[[Any], Any], size: int) -> I
             assert next_one is not None
             found = next_one.result()
             next_one = ahead.submit(locate, units[place + 1]) if place + 1 < len(units) else None
-            raws = list(found.raws)
-            starts = range(0, len(raws), size) or range(1)
+            references = list(found.references)
+            starts = range(0, len(references), size) or range(1)
             for start in starts:
                 last = start == starts[-1]
-                yield Task(unit.number, start, raws[start:start + size], last, found.damage if last else "")
+                yield Task(unit.number, start, references[start:start + size], last, found.damage if last else "")
 
 
 def _as_is(value: Any) -> Any:

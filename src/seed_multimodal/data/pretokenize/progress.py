@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from seed_multimodal.data.llm.pretokenize.raw import Unit
+from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.errors import counted
 
 

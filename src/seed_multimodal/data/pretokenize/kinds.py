@@ -23,9 +23,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from seed_multimodal.config import check_keys, nearest
-from seed_multimodal.data.llm.pretokenize import chat, documents, video
-from seed_multimodal.data.llm.pretokenize.samples import IMAGE_KEYS, Dropped, Picture, Sample
-from seed_multimodal.data.llm.pretokenize.settings import InputSettings
+from seed_multimodal.data.pretokenize.documents import FIELDS as DOCUMENT_FIELDS
+from seed_multimodal.data.pretokenize.documents import (
+    conversation_record,
+    document_record,
+    parse_conversation,
+    parse_document,
+)
+from seed_multimodal.data.pretokenize.pictures import frames
+from seed_multimodal.data.pretokenize.samples import IMAGE_KEYS, Dropped, Picture, Sample
+from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.prompts import DESCRIBE_VIDEO_PROMPT
@@ -151,7 +158,7 @@ def _parse_qa(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) 
 def _parse_video(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
     answer, question = sample.text(keys["answer"]), _question(sample, keys, required=False)
     texts = {"answer": answer} if question is None else {"question": question, "answer": answer}
-    return texts, video.frames(sample, str(sample.text(keys["video"])), settings.num_frames)
+    return texts, frames(sample, str(sample.text(keys["video"])), settings.num_frames)
 
 
 def _flat(parsed: dict[str, Any], codes: Codes, vocabulary: ImageVocabulary) -> dict[str, Any]:
@@ -220,6 +227,6 @@ KINDS = {kind.name: kind for kind in (
         "source": "source_image", "target": "target_image", "instruction": "instruction",
         "instruction_gpt": "instruction_gpt", "response": "response"}),
     Kind("story", _parse_story, _story, {"images": "images", "captions": "captions"}),
-    Kind("interleaved", documents.parse, documents.record, documents.FIELDS),
-    Kind("chat", chat.parse, chat.record, {}, views=True),
+    Kind("interleaved", parse_document, document_record, DOCUMENT_FIELDS),
+    Kind("chat", parse_conversation, conversation_record, {}, views=True),
 )}

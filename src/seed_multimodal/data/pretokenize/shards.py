@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from seed_multimodal.data.llm.pretokenize.raw import Unit
+from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.disk import flush_folder, replace_text, sha256_of
 from seed_multimodal.errors import DataError
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.config import changed_settings
-from seed_multimodal.data.llm.pretokenize.raw import Unit
-from seed_multimodal.data.llm.pretokenize.shards import MANIFEST, is_of, part_folder, read_json, write_json
+from seed_multimodal.data.pretokenize.units import Unit
+from seed_multimodal.data.pretokenize.shards import MANIFEST, is_of, part_folder, read_json, write_json
 from seed_multimodal.errors import DataError, counted
 
 SETTINGS = "settings.json"

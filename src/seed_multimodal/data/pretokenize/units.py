@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.llm.pretokenize.nano import nano_raws
-from seed_multimodal.data.llm.pretokenize.samples import IMAGE_KEYS, Raw
-from seed_multimodal.data.llm.pretokenize.settings import InputSettings
+from seed_multimodal.data.pretokenize.nano import nano_references
+from seed_multimodal.data.pretokenize.samples import IMAGE_KEYS, SampleReference
+from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.formats.json_lines import index_array, index_lines, is_lines
 from seed_multimodal.data.formats.files import expand_pattern, nearest_path
 from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members
@@ -59,10 +59,10 @@ class Unit:
 
 
 @dataclass
-class Located:
+class UnitSamples:
     """The samples of a unit, unread, and a sentence about damage of its file (empty: none)."""
 
-    raws: Sequence[Raw]
+    references: Sequence[SampleReference]
     damage: str = field(default="")
 
 
@@ -92,7 +92,7 @@ def list_units(settings: InputSettings, block: int) -> list[Unit]:
     return units
 
 
-def locate(unit: Unit, settings: InputSettings) -> Located:
+def locate(unit: Unit, settings: InputSettings) -> UnitSamples:
     """Where the unit's samples lie; nothing of a picture is read yet.
 
     Raises:
@@ -105,12 +105,12 @@ def locate(unit: Unit, settings: InputSettings) -> Located:
         starts, ends, numbers = _json_index(Path(unit.path))
         name = "item" if numbers is None else "line"
         places = range(len(starts)) if numbers is None else numbers
-        return Located([Raw(f"{unit.path}: {name} {places[i]}", unit.path,
+        return UnitSamples([SampleReference(f"{unit.path}: {name} {places[i]}", unit.path,
                             {"json": (unit.path, int(starts[i]), int(ends[i] - starts[i]))})
                         for i in range(len(starts))[part]])
     if unit.format == "folder":
-        return Located([_of_picture(path) for path in _pictures_in(Path(unit.path))[part]])
-    return Located(nano_raws(unit.path, settings)[part])
+        return UnitSamples([_of_picture(path) for path in _pictures_in(Path(unit.path))[part]])
+    return UnitSamples(nano_references(unit.path, settings)[part])
 
 
 # ---- which files
@@ -160,7 +160,7 @@ def _format_of(path: Path, format: str) -> str:
 def _count(path: Path, format: str, settings: InputSettings) -> int:
     if format == "json":
         return len(_json_index(path)[0])
-    return len(_pictures_in(path)) if format == "folder" else len(nano_raws(str(path), settings))
+    return len(_pictures_in(path)) if format == "folder" else len(nano_references(str(path), settings))
 
 
 @functools.lru_cache(maxsize=2)
@@ -173,9 +173,9 @@ def _json_index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 # ---- where samples lie
 
 
-def _in_tar(path: Path) -> Located:
-    raws: list[Raw] = []
-    current: Raw | None = None
+def _in_tar(path: Path) -> UnitSamples:
+    references: list[SampleReference] = []
+    current: SampleReference | None = None
     wanted = {*IMAGE_KEYS, *TEXT_MEMBERS}
     try:
         for name, offset, size in tar_members(path):
@@ -184,15 +184,15 @@ def _in_tar(path: Path) -> Located:
                 continue
             where = f"{path}: sample {key}"
             if current is None or current.where != where:
-                current = Raw(where, str(path))
-                raws.append(current)
+                current = SampleReference(where, str(path))
+                references.append(current)
             if extension in current.spans:  # two samples of one name, which of their members belong together?
                 current.broken = f"{where}: has two .{extension} members."
             current.spans[extension] = (str(path), offset, size)
     except Damaged as error:  # the sample being read where the tar tears is not whole
-        kept = raws[:-1]
-        return Located(kept, f"{path}: torn or damaged after {len(kept)} whole samples ({error}); they are used.")
-    return Located(raws)
+        kept = references[:-1]
+        return UnitSamples(kept, f"{path}: torn or damaged after {len(kept)} whole samples ({error}); they are used.")
+    return UnitSamples(references)
 
 
 @functools.lru_cache(maxsize=2)
@@ -201,9 +201,9 @@ def _pictures_in(folder: Path) -> list[Path]:
                   and path.is_file() and not path.name.startswith("."))
 
 
-def _of_picture(path: Path) -> Raw:
+def _of_picture(path: Path) -> SampleReference:
     """A picture with its caption in a .txt file of the same name."""
-    raw = Raw(str(path), str(path), fields={"image": str(path.resolve())})
+    raw = SampleReference(str(path), str(path), fields={"image": str(path.resolve())})
     text = path.with_suffix(".txt")
     if text.is_file():
         raw.spans["txt"] = (str(text), 0, text.stat().st_size)

@@ -1,0 +1,129 @@
+"""Pictures on their way to a tokenizer: frames of videos, filters, and several views of a picture.
+
+Frames are read by OpenCV, from the middles of `num_frames` equal stretches, as the released pipe took them. (It gave its
+transform a tensor, which the transform cannot take, so that every video was dropped; here frames are ordinary pictures.)
+
+Views are small scalings and shifts over white, which keep labels, colours and left/right true. A view depends on the
+seed, the picture and the view's number only, so it is the same whatever else is encoded with it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from seed_multimodal.data.pretokenize.input_settings import InputSettings
+from seed_multimodal.data.pretokenize.samples import Picture, Sample
+from seed_multimodal.errors import ImageError
+from seed_multimodal.images.filters import ImageTextFilter
+
+SCALE = (1 / 1.08, 1 / 0.88)  # of the window: below 1 the picture grows
+SHIFT = 0.04  # of a side
+ANY = ImageTextFilter(similarity=float("-inf"), min_resolution=0, min_aspect=1e-9)
+
+
+# ---- frames of videos
+
+
+def frames(sample: Sample, value: str, count: int) -> list[Picture]:
+    """The pictures of `count` frames of the video that a field names; the file is opened when the first is loaded."""
+    path = sample.path(value)
+    name = f"{sample.where}: {value}"
+    reader = _Frames(path, name, count)
+    key = "" if path is None else f"{path}@{count}:"
+    return [Picture(f"{name} frame {number}", partial(reader.frame, number), key and f"{key}{number}")
+            for number in range(count)]
+
+
+def middles(total: int, count: int) -> list[int]:
+    """Numbers of the frames in the middle of `count` equal stretches of `total` frames (short videos repeat some)."""
+    return [min(total - 1, int((number + 0.5) * total / count)) for number in range(count)]
+
+
+class _Frames:
+    def __init__(self, path: Path | None, name: str, count: int) -> None:
+        self.path, self.name, self.count = path, name, count
+        self._read: list[Image.Image] = []
+
+    def frame(self, number: int) -> Image.Image:
+        """One of the frames, RGB.
+
+        Raises:
+            ImageError: no such file, no video, or a frame that cannot be decoded.
+        """
+        if not self._read:
+            self._read = self._load()
+        return self._read[number]
+
+    def _load(self) -> list[Image.Image]:
+        import cv2
+
+        if self.path is None:
+            raise ImageError(f"{self.name}: there is no such video.")
+        video = cv2.VideoCapture(str(self.path))
+        try:
+            total = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 0
+            if total < 1:
+                raise ImageError(f"{self.name}: not a video in a known format, or without frames.")
+            places = middles(total, self.count)
+            # Each once: after the only frame of a video, going back to it gives nothing.
+            read = {place: self._frame(video, cv2, place) for place in dict.fromkeys(places)}
+            return [read[place] for place in places]
+        finally:
+            video.release()
+
+    def _frame(self, video: Any, cv2: Any, place: int) -> Image.Image:
+        video.set(cv2.CAP_PROP_POS_FRAMES, place)
+        good, pixels = video.read()
+        if not good:
+            raise ImageError(f"{self.name}: frame {place} cannot be decoded; the video is cut off or damaged.")
+        return Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+
+
+# ---- filters
+
+
+def filters_of(settings: InputSettings) -> dict[str, ImageTextFilter]:
+    """The filters that are on, each alone, by the reason it drops a sample for, in the released order."""
+    found = {}
+    if settings.min_resolution is not None:
+        found["resolution"] = replace(ANY, min_resolution=settings.min_resolution)  # type: ignore[arg-type]
+    if settings.min_aspect_ratio is not None:
+        found["aspect ratio"] = replace(ANY, min_aspect=settings.min_aspect_ratio)
+    if settings.similarity_thr is not None:
+        found["similarity"] = replace(ANY, similarity=settings.similarity_thr)
+    return found
+
+
+def drop_reason(
+    filters: Mapping[str, ImageTextFilter], size: tuple[int, int], metadata: Mapping[str, Any]
+) -> str | None:
+    """Why a picture of `size` (width, height) with this metadata is not wanted, or None."""
+    item = {"pixel_values": True, "text": "", "width": size[0], "height": size[1]}
+    return next((reason for reason, one in filters.items() if not one.keeps(item, metadata)), None)
+
+
+# ---- views
+
+
+def view(image: Image.Image, number: int, seed: int, name: str) -> Image.Image:
+    """View `number` of an RGB picture, of its size.
+
+    Args:
+        name: the picture's; pictures of one name get equal views.
+    """
+    if number == 0:
+        return image
+    draw = random.Random(f"{seed} {name} {number}")
+    scale = draw.uniform(*SCALE)
+    width, height = image.size
+    left = width * ((1 - scale) / 2 + draw.uniform(-SHIFT, SHIFT))
+    top = height * ((1 - scale) / 2 + draw.uniform(-SHIFT, SHIFT))
+    return image.transform(image.size, Image.Transform.AFFINE, (scale, 0, left, 0, scale, top),
+                           resample=Image.Resampling.BILINEAR, fillcolor=(255, 255, 255))
