@@ -29,8 +29,8 @@ from shared import peak as peak_given
 from shared import peak_tflops, positive, rounded, runtime_of
 from torch import Tensor
 
-from seed_multimodal.data.llm.batches import LlmBatch
-from seed_multimodal.data.llm.packing import best_fit, make_row
+from seed_multimodal.data.stream.llm_batches import LlmBatch
+from seed_multimodal.data.stream.packing import best_fit, make_row
 from seed_multimodal.evaluation.timing import measure, print_line
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.flops import step_flops

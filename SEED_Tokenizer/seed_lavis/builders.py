@@ -26,7 +26,7 @@ from seed_lavis.processors import BlipImageEval
 from seed_lavis.start import say, tell
 from seed_multimodal.config import check_keys
 from seed_multimodal.data.formats.pairs import PairSource, open_pairs
-from seed_multimodal.data.pair_dataset import PairDataset
+from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.errors import ConfigError, DataError, first_line
 
 FORMATS = ("json", "webdataset", "nano")

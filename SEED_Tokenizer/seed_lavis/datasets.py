@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from seed_multimodal.config import check_keys
-from seed_multimodal.data.mixed_order import MixedOrder
-from seed_multimodal.data.pair_dataset import BadSamples, PairDataset
-from seed_multimodal.data.steps import SHUFFLE_BLOCK
+from seed_multimodal.data.stream.order import SHUFFLE_BLOCK, MixedOrder
+from seed_multimodal.data.stream.pair_dataset import PairDataset
+from seed_multimodal.data.stream.skip_budget import BadSamples
 from seed_multimodal.errors import ConfigError
 
 

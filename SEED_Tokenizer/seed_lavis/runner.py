@@ -29,8 +29,8 @@ from seed_lavis.resume import go_on
 from seed_lavis.speed import sample_cost
 from seed_lavis.start import say
 from seed_lavis.validation import mean_losses
-from seed_multimodal.data.pair_dataset import BadSamples
-from seed_multimodal.data.steps import StepBatches
+from seed_multimodal.data.stream.skip_budget import BadSamples
+from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.loop import StageSettings, run_stage

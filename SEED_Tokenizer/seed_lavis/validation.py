@@ -16,7 +16,7 @@ import torch.distributed as dist
 from seed_lavis.base import evaluation_mode
 from seed_lavis.codebook import codebook_use
 from seed_lavis.datasets import to_device
-from seed_multimodal.data.steps import StepBatches
+from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.errors import ConfigError
 
 REMEMBERED = ("latest", "codes", "features")  # attributes that `forward` leaves on our models

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from seed_multimodal.data.caption_text import BlipCaption
-from seed_multimodal.data.pair_dataset import PairDataset, sample_seed
+from seed_multimodal.data.stream.pair_dataset import PairDataset, sample_seed
 from seed_multimodal.data.formats.pairs import JsonPairs, TarPairs
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.open import open_image

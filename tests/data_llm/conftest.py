@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.llm.batches import LlmBatch
+from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

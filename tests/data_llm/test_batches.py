@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from seed_multimodal.data.llm.batches import LlmBatch, LlmBatches
-from seed_multimodal.data.llm.settings import read_data_settings
-from seed_multimodal.data.prefetch import Prefetcher
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
+from seed_multimodal.data.stream.loader import StepLoader
 from seed_multimodal.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -261,27 +261,27 @@ def count(step: int) -> Iterator[int]:
 
 
 def test_a_worker_that_ends_by_itself_is_told(no_workers_left: None) -> None:
-    loader = Prefetcher(Exits(), count, workers=1)
+    loader = StepLoader(Exits(), count, workers=1)
     with pytest.raises(DataError, match="ended with exit code 7"):
         [loader.at(step) for step in range(5)]
 
 
 def test_steps_of_the_same_number_meet_the_same_worker(no_workers_left: None) -> None:
-    loader = Prefetcher(lambda job: (job, os.getpid()), count, workers=2, worker_of=lambda step: step % 3)
+    loader = StepLoader(lambda job: (job, os.getpid()), count, workers=2, worker_of=lambda step: step % 3)
     found = [loader.at(step) for step in range(12)]
     assert [job for job, _ in found] == list(range(12))
     assert len({process for _, process in found}) == 2
     assert all(len({process for job, process in found if job % 3 == phase}) == 1 for phase in range(3))
     loader.close()
     with pytest.raises(ConfigError, match="-1 data workers"):
-        Prefetcher(Exits(), count, workers=-1)
+        StepLoader(Exits(), count, workers=-1)
 
 
 SCRIPT = """
 import hashlib, json, os, signal, sys
 from pathlib import Path
-from seed_multimodal.data.llm.batches import LlmBatches
-from seed_multimodal.data.llm.settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 words = MultimodalTokenizer.from_pretrained(sys.argv[1])
@@ -326,9 +326,9 @@ def test_after_sigkill_a_run_goes_on_to_the_sample(mixed: Callable, words, tmp_p
 def test_a_program_that_fails_with_workers_at_work_ends() -> None:
     code = """
 import itertools
-from seed_multimodal.data.prefetch import Prefetcher
+from seed_multimodal.data.stream.loader import StepLoader
 
-loader = Prefetcher(lambda job: job, itertools.count, workers=2)
+loader = StepLoader(lambda job: job, itertools.count, workers=2)
 print(loader.at(0), loader.at(1), *loader.worker_pids(), flush=True)
 raise KeyError("a training that fails")
 """

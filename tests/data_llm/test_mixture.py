@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from seed_multimodal.data.llm.batches import LlmBatches
-from seed_multimodal.data.llm.mixture import Dropped, EndOfData, Mixture, Patience, SourceChoice, uniform
-from seed_multimodal.data.llm.settings import read_data_settings
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.mixture import EndOfData, Mixture, SourceChoice, uniform
+from seed_multimodal.data.stream.skip_budget import SkipBudget, SkippedSample
 from seed_multimodal.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -235,13 +236,13 @@ def test_too_many_broken_records_end_the_run(tmp_path: Path, words, lines: Calla
 
 
 def test_a_search_without_hope_ends() -> None:
-    patience = Patience(most_broken=3)
+    patience = SkipBudget(most_broken=3)
     for _ in range(2):
-        patience.lose(Dropped(0, "broken", "r", "w"), "s")
+        patience.lose(SkippedSample(0, "broken", "r", "w"), "s")
     patience.good()
     with pytest.raises(DataError, match=r"1000 draws in a row gave no sequence, the last of source s \(empty\): w"):
         for _ in range(1000):
-            patience.lose(Dropped(0, "dropped", "empty", "w"), "s")
+            patience.lose(SkippedSample(0, "dropped", "empty", "w"), "s")
 
 
 def test_noise_comes_from_other_pictures_of_the_source(tmp_path: Path, words, shard: Callable) -> None:
@@ -314,8 +315,8 @@ def test_a_broken_neighbour_does_not_spoil_a_record_that_takes_its_noise(tmp_pat
         {"name": "c", "files": str(path), "decoder": "pretrain.caption",
          "options": {"reverse_ratio": 1.0, "code_noise": 0.9}}]}), words)
     found = [mixture.sequence(0, position) for position in range(4 * 11)]
-    assert sum(not isinstance(one, Dropped) for one in found) == 4 * len(good)
-    assert all("noise" not in one.where for one in found if isinstance(one, Dropped))
+    assert sum(not isinstance(one, SkippedSample) for one in found) == 4 * len(good)
+    assert all("noise" not in one.where for one in found if isinstance(one, SkippedSample))
 
 
 def test_weights_of_any_size_are_shares(mixed: Callable) -> None:

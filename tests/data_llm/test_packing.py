@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from seed_multimodal.data.llm.batches import LlmBatches
-from seed_multimodal.data.llm.packing import best_fit, make_row, split_long
-from seed_multimodal.data.llm.settings import read_data_settings
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.packing import best_fit, make_row, split_long
 
 
 def test_the_best_of_all_choices_is_found() -> None:
@@ -122,7 +122,7 @@ def test_rows_are_full(released_lengths: Path, words, which: str) -> None:
     started = time.process_time()
     for step in range(60):
         batches.at(step)
-    speed = batches.tally.tokens / (time.process_time() - started)
+    speed = batches.statistics.tokens / (time.process_time() - started)
     print(f"{which}: fill {batches.fill:.4f}, {speed:,.0f} tokens/s")
     assert batches.fill >= 0.97
     assert speed > 50_000  # an H200 takes 16,000 a second; on a quiet core it is near a million

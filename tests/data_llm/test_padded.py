@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from seed_multimodal.data.decoders.sequence import pad
-from seed_multimodal.data.llm.batches import LlmBatches
-from seed_multimodal.data.llm.mixture import EndOfData, Mixture
-from seed_multimodal.data.llm.settings import read_data_settings
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.mixture import EndOfData, Mixture
 from seed_multimodal.errors import DataError
 
 SIZES = {"captions": (48, 6), "documents": (80, 3), "texts": (70, 5)}  # max_length, batch_size

@@ -11,9 +11,9 @@ import yaml
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders.registry import DECODERS
-from seed_multimodal.data.llm.batches import LlmBatches
-from seed_multimodal.data.llm.released import BUILDERS, is_released
-from seed_multimodal.data.llm.settings import LlmDataSettings, read_data_settings
+from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.released_settings import BUILDERS, is_released
 from seed_multimodal.errors import ConfigError, DataError
 
 DATA = Path(__file__).resolve().parents[2] / "MultiModalLLM" / "configs" / "data"

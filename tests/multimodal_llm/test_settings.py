@@ -135,7 +135,7 @@ def test_settings_are_checked(more, words, files, runs, tmp_path):
 
 
 def test_models_and_data_build_nothing_that_a_file_names(files, runs, tmp_path):
-    from seed_multimodal.data.llm.settings import read_data_settings
+    from seed_multimodal.data.stream.data_settings import read_data_settings
     from seed_multimodal.training.llm.model_settings import read_model_settings
 
     for group, read in (("model", read_model_settings), ("data", read_data_settings)):

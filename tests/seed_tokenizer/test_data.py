@@ -101,7 +101,7 @@ def test_a_processor_that_is_missing_or_has_an_unknown_key():
 def test_joined_sets_keep_samples_and_count_bad_ones_once(tmp_path, pictures):
     from seed_lavis.datasets import JoinedPairs, split_of
 
-    from seed_multimodal.data.steps import StepBatches
+    from seed_multimodal.data.stream.step_batches import StepBatches
 
     shard(tmp_path / "a.tar", [(f"s{i}", {"caption": "red"}) for i in range(5)])
     (tmp_path / "broken.png").write_bytes(b"no picture")

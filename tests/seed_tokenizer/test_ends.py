@@ -149,7 +149,7 @@ def test_speed_after_a_checkpoint_counts_this_runs_steps_only(yaml, run, tmp_pat
 
 def test_bad_samples_of_the_time_before_a_resume_count(yaml, run, pictures, tmp_path):
     """The first leg sees a torn picture, the second only the other half of the set."""
-    from seed_multimodal.data.steps import EpochOrder
+    from seed_multimodal.data.stream.order import EpochOrder
 
     own = tmp_path / "own"
     shutil.copytree(pictures, own)

@@ -70,7 +70,7 @@ def test_sets_of_another_make_are_not_joined():
     from seed_lavis.datasets import split_of
     from seed_lavis.nano import NanoViews
 
-    from seed_multimodal.data.pair_dataset import PairDataset
+    from seed_multimodal.data.stream.pair_dataset import PairDataset
     from seed_multimodal.errors import ConfigError
 
     views = NanoViews(torch.zeros(2, 1, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 1, 5), [["a"], ["b"]], [0, 1])

@@ -147,7 +147,7 @@ def test_kmeans_starts_the_codebook_on_the_features(yaml, tmp_path, run):
     from seed_lavis.codebook import CodebookCare
     from seed_lavis.datasets import split_of
 
-    from seed_multimodal.data.steps import StepBatches
+    from seed_multimodal.data.stream.step_batches import StepBatches
 
     runner.batches = StepBatches(split_of(runner.datasets, ["train"]), 8, seed=0)
     model = runner.model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.config import nearest
-from seed_multimodal.data.steps import EpochOrder
+from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.settings import StageSettings
 

@@ -27,9 +27,9 @@ from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import IGNORED, pad
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.records import open_records
-from seed_multimodal.data.llm.batches import LlmBatches
-from seed_multimodal.data.llm.mixture import EndOfData
-from seed_multimodal.data.llm.settings import read_data_settings
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 

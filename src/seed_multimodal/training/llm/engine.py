@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.llm.batches import LlmBatch
+from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.llm.loss import LossParts
 from seed_multimodal.training.llm.processes import Processes

@@ -81,7 +81,7 @@ class LossModule(nn.Module):
 
 
 def packed_loss(model: nn.Module, batch: Any, *, kind: str = "auto", weights: LossWeights | None = None) -> LossParts:
-    """Loss of a batch (`data.llm.batches.LlmBatch`, or anything with its four tensors).
+    """Loss of a batch (`data.stream.llm_batches.LlmBatch`, or anything with its four tensors).
 
     Args:
         model: a `LlamaForCausalLM`, or a peft model around one.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from seed_multimodal.data.llm.batches import LlmBatch, LlmBatches
-from seed_multimodal.data.llm.mixture import EndOfData
-from seed_multimodal.data.llm.settings import read_data_settings
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
+from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.llm.engine import PlainEngine
 from seed_multimodal.training.llm.loss import IGNORED, LossWeights, learned_targets

@@ -6,14 +6,14 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.llm.lanes import Loaded
-from seed_multimodal.data.llm.mixture import TOO_LONG, Dropped
-from seed_multimodal.data.llm.settings import SourceSettings
+from seed_multimodal.data.stream.packing import MicroBatch
+from seed_multimodal.data.stream.skip_budget import TOO_LONG, SkippedSample
+from seed_multimodal.data.stream.data_settings import SourceSettings
 
 NAMED = 5  # of the records passed over for one reason, so many are named
 
 
-class Tally:
+class DataStatistics:
     """Counts of one rank, of the batches handed out (look-ahead not included)."""
 
     def __init__(self, names: Sequence[str], log: Callable[[str], None] | None = None) -> None:
@@ -28,7 +28,7 @@ class Tally:
         """Share of positions that are no padding."""
         return self.tokens / self.positions if self.positions else 1.0
 
-    def note(self, loaded: Loaded) -> None:
+    def note(self, loaded: MicroBatch) -> None:
         """Count a micro-batch."""
         self.positions += loaded.input_ids.size
         self.tokens += int(loaded.lengths.sum())
@@ -39,12 +39,12 @@ class Tally:
             counts["further_pieces"] += not first
         self.pass_over(loaded.dropped)
 
-    def pass_over(self, dropped: Sequence[Dropped]) -> None:
+    def pass_over(self, dropped: Sequence[SkippedSample]) -> None:
         """Count and name what was left out."""
         for one in dropped:
             self._pass_over(one)
 
-    def _pass_over(self, dropped: Dropped) -> None:
+    def _pass_over(self, dropped: SkippedSample) -> None:
         name = self._names[dropped.source]
         group = self.sources[name]["too_long" if dropped.kind == TOO_LONG else "skipped"]
         entry = group.setdefault(dropped.reason, {"count": 0, "first": []})
@@ -79,7 +79,7 @@ class Tally:
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take over the sum of saved counts (one rank takes those of all, the others none)."""
-        fresh = Tally(self._names)
+        fresh = DataStatistics(self._names)
         self.positions = sum(state["positions"] for state in states)
         self.tokens = sum(state["tokens"] for state in states)
         for state in states:

@@ -15,7 +15,7 @@ from typing import Any
 from seed_multimodal.config import check_keys, nearest
 from seed_multimodal.data.decoders.registry import DECODERS
 from seed_multimodal.data.decoders.base import SHARED
-from seed_multimodal.data.llm.settings import LlmDataSettings
+from seed_multimodal.data.stream.data_settings import LlmDataSettings
 from seed_multimodal.errors import ConfigError
 
 _TRAIN, _SFT = "src.data.torchdata_train.build_", "src.data.torchdata_sft.build_"

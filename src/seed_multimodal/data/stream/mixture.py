@@ -3,7 +3,7 @@
     mixture = Mixture(settings, tokenizer)
     mixture.sequence(source=0, position=1234, max_length=None)
 
-Positions count through a source's epochs without end: an epoch is a permutation of the source (`data.steps.EpochOrder`)
+Positions count through a source's epochs without end: an epoch is a permutation of the source (`order.EpochOrder`)
 and what is random in decoding is a function of (seed, source, position). So everything here is a pure function of its
 arguments; nothing depends on workers, ranks or restarts.
 """
@@ -13,34 +13,22 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from seed_multimodal.data.decoders.registry import Decoder, get_decoder, some_picture
 from seed_multimodal.data.decoders.sequence import Draws, SeededDraws, TokenSequence
-from seed_multimodal.data.llm.settings import LlmDataSettings, SourceSettings
+from seed_multimodal.data.stream.data_settings import LlmDataSettings, SourceSettings
 from seed_multimodal.data.formats.records import FileRecords, open_records
-from seed_multimodal.data.steps import EpochOrder
+from seed_multimodal.data.stream.order import EpochOrder
+from seed_multimodal.data.stream.skip_budget import BROKEN, DROPPED, SkippedSample
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
-UNUSABLE_IN_A_ROW = 1000  # dropped and over-long sequences one after another: an endless search otherwise
 _BITS = (1 << 64) - 1
 Found = tuple[TokenSequence, str]  # and where its record stands
 
 
 class EndOfData(DataError):
     """Every source of the mixture is used up (all have finite `cycles`)."""
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A draw that gave no sequence (or, for over-long ones, not the whole): why, and which record."""
-
-    source: int
-    kind: str  # BROKEN, DROPPED or TOO_LONG
-    reason: str  # in a few words, the same for many records
-    where: str  # file and line or sample; for broken records the whole sentence
 
 
 class Mixture:
@@ -78,7 +66,7 @@ class Mixture:
         (_, indices), = orders[epoch].parts(epoch * self.sizes[source] + offset, 1)
         return int(indices[0])
 
-    def sequence(self, source: int, position: int, max_length: int | None = None) -> Found | Dropped:
+    def sequence(self, source: int, position: int, max_length: int | None = None) -> Found | SkippedSample:
         """(the sequence, where its record stands), or why there is none.
 
         Args:
@@ -97,9 +85,9 @@ class Mixture:
             sentence = str(error)
             if where and not sentence.startswith(where):
                 sentence = f"{where}: {sentence}"
-            return Dropped(source, BROKEN, getattr(error, "kind", "broken record"), sentence)
+            return SkippedSample(source, BROKEN, getattr(error, "kind", "broken record"), sentence)
         if made.dropped or not made.ids:
-            return Dropped(source, DROPPED, made.dropped or "empty", where)
+            return SkippedSample(source, DROPPED, made.dropped or "empty", where)
         return made, where
 
     def end_of_data(self) -> EndOfData:
@@ -180,29 +168,3 @@ def uniform(seed: int, *numbers: int) -> float:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _BITS
         state ^= state >> 31
     return (state >> 11) / (1 << 53)
-
-
-class Patience:
-    """Counts unusable draws one after another, and ends a search without hope."""
-
-    def __init__(self, most_broken: int, broken: int = 0) -> None:
-        self.most_broken, self.broken, self.unusable = most_broken, broken, 0
-
-    def good(self) -> None:
-        """A usable sequence was found."""
-        self.broken = self.unusable = 0
-
-    def lose(self, dropped: Dropped, name: str) -> None:
-        """A draw gave nothing.
-
-        Raises:
-            DataError: it was one too many.
-        """
-        self.unusable += 1
-        self.broken += dropped.kind == BROKEN
-        if self.broken >= self.most_broken:
-            raise DataError(f"{self.broken} records are broken without a good one between them, the last of source "
-                            f"{name}: {dropped.where}")
-        if self.unusable >= UNUSABLE_IN_A_ROW:
-            raise DataError(f"{self.unusable} draws in a row gave no sequence, the last of source {name} "
-                            f"({dropped.reason}): {dropped.where}")

@@ -24,78 +24,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from seed_multimodal.data.prefetch import Prefetcher
+from seed_multimodal.data.stream.loader import StepLoader
+from seed_multimodal.data.stream.order import SHUFFLE_BLOCK, EpochOrder, Order, Part
 from seed_multimodal.errors import ConfigError, DataError
-
-SHUFFLE_BLOCK = 10_000
-Part = tuple[int, np.ndarray]  # an epoch, and indices of samples int64 [n] to take of it
-
 
 class StepDataset(Protocol):
     """What can be batched. Optional: `get_batch(indices, epoch) -> batch`, used instead of `get` and collating;
-    `shard_sizes`, `bad` and `note_bad` as of `data.pair_dataset.PairDataset`."""
+    `shard_sizes`, `bad` and `note_bad` as of `data.stream.pair_dataset.PairDataset`."""
 
     def __len__(self) -> int: ...
 
     def get(self, index: int, epoch: int) -> Any:
         """One sample; random only by (index, epoch)."""
-
-
-class Order(Protocol):
-    """An endless order of samples (`EpochOrder`, `mixed_order.MixedOrder`)."""
-
-    def parts(self, start: int, count: int) -> list[Part]:
-        """Positions `start` .. `start + count`, in runs of one epoch each; a pure function."""
-
-
-class EpochOrder:
-    """An endless order of `range(total)`, epoch after epoch; a pure function of its arguments.
-
-    Args:
-        sizes: samples per shard, int64 [shards]; with them and `block` the shuffle is local, else over everything.
-        block: samples that are shuffled among each other.
-    """
-
-    def __init__(self, total: int, seed: int, *, shuffle: bool = True, sizes: Sequence[int] | np.ndarray | None = None,
-                 block: int = 0) -> None:
-        self.total, self.seed, self.shuffle, self.block = total, seed, shuffle, block
-        self.sizes = np.asarray([total] if sizes is None else sizes, np.int64)
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def parts(self, start: int, count: int) -> list[Part]:
-        """Positions `start` .. `start + count` of the order, cut where an epoch ends."""
-        taken: list[Part] = []
-        end = start + count
-        while start < end:
-            epoch, offset = divmod(start, self.total)
-            taken.append((epoch, self._of(epoch)[offset:offset + end - start]))
-            start += len(taken[-1][1])
-        return taken
-
-    def _of(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._permutation(epoch)
-        return self._order
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.total)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
-        if not self.block:
-            return torch.randperm(self.total, generator=generator).numpy()
-        piece = max(1, self.block // 10)
-        counts = -(-self.sizes // piece)
-        shard = np.repeat(np.arange(len(self.sizes)), counts)
-        within = (np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)) * piece
-        mixed = torch.randperm(len(shard), generator=generator).numpy()
-        shard, within = shard[mixed], within[mixed]
-        firsts = (np.cumsum(self.sizes) - self.sizes)[shard] + within
-        lengths = np.minimum(piece, self.sizes[shard] - within)
-        order = np.arange(self.total) + np.repeat(firsts - (np.cumsum(lengths) - lengths), lengths)
-        for start in range(0, self.total, self.block):
-            run = order[start:start + self.block]
-            order[start:start + self.block] = run[torch.randperm(len(run), generator=generator).numpy()]
-        return order
 
 
 class StepBatches:
@@ -133,7 +73,7 @@ class StepBatches:
         self.rank, self.world = rank, world
         self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block)
         jobs = partial(_parts_from, self.order, rank * batch_size, world * batch_size, batch_size)
-        self._loader = Prefetcher(_Fetch(dataset, collate or default_collate), jobs, workers)
+        self._loader = StepLoader(_Fetch(dataset, collate or default_collate), jobs, workers)
 
     def at(self, step: int) -> Any:
         """The batch of this rank at a (micro) step, from 0.

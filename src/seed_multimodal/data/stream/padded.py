@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.llm.lanes import Loaded
-from seed_multimodal.data.llm.mixture import TOO_LONG, Dropped, EndOfData, Mixture, Patience, SourceChoice
+from seed_multimodal.data.stream.packing import MicroBatch
+from seed_multimodal.data.stream.mixture import EndOfData, Mixture, SourceChoice
+from seed_multimodal.data.stream.skip_budget import TOO_LONG, SkipBudget, SkippedSample
 from seed_multimodal.data.decoders.sequence import IGNORED, TokenSequence
 from seed_multimodal.errors import ConfigError
 
@@ -39,36 +40,38 @@ class PaddedFetch:
         limit = self.mixture.limits[source]
         return None if limit is None else -(-limit // self.sizes[source])
 
-    def __call__(self, job: Job) -> Loaded:
+    def __call__(self, job: Job) -> MicroBatch:
         """Raises DataError: too many unusable records one after another; EndOfData: nothing is left."""
         if isinstance(job, EndOfData):
             raise job
         source, number = job
-        patience = Patience(self.mixture.settings.max_bad_in_a_row)
-        dropped: list[Dropped] = []
+        budget = SkipBudget(self.mixture.settings.max_bad_in_a_row)
+        dropped: list[SkippedSample] = []
         sequences: list[TokenSequence] = []
         start, limit = number * self.sizes[source], self.mixture.limits[source]
         while not sequences:
             end = start + self.sizes[source]
             for position in range(start, end if limit is None else min(end, limit)):
-                sequences += self._sequence(source, position, patience, dropped)
+                sequences += self._sequence(source, position, budget, dropped)
             start = end % limit if limit is not None else end
         return self._batch(source, sequences, dropped)
 
-    def _sequence(self, source: int, position: int, patience: Patience, dropped: list[Dropped]) -> list[TokenSequence]:
+    def _sequence(self, source: int, position: int, budget: SkipBudget,
+                  dropped: list[SkippedSample]) -> list[TokenSequence]:
         length = self.lengths[source]
         found = self.mixture.sequence(source, position)
-        if not isinstance(found, Dropped) and len(found[0]) > length:
-            dropped.append(Dropped(source, TOO_LONG, "cut", f"{found[1]} ({len(found[0])} tokens, rows have {length})"))
+        if not isinstance(found, SkippedSample) and len(found[0]) > length:
+            where = f"{found[1]} ({len(found[0])} tokens, rows have {length})"
+            dropped.append(SkippedSample(source, TOO_LONG, "cut", where))
             found = self.mixture.sequence(source, position, length)
-        if isinstance(found, Dropped):
+        if isinstance(found, SkippedSample):
             dropped.append(found)
-            patience.lose(found, self.mixture.names[source])
+            budget.lose(found, self.mixture.names[source])
             return []
-        patience.good()
+        budget.good()
         return [found[0]]
 
-    def _batch(self, source: int, sequences: list[TokenSequence], dropped: list[Dropped]) -> Loaded:
+    def _batch(self, source: int, sequences: list[TokenSequence], dropped: list[SkippedSample]) -> MicroBatch:
         length = self.lengths[source]
         input_ids = np.full((len(sequences), length), self.pad_id, np.int32)
         labels = np.full((len(sequences), length), IGNORED, np.int32)
@@ -77,11 +80,11 @@ class PaddedFetch:
             input_ids[row, :used] = sequence.ids[:used]
             labels[row, :used] = sequence.labels[:used]
         used = [(source, int(count), True) for count in lengths]
-        return Loaded(input_ids, labels, None, lengths, used, int((input_ids == self.boi_id).sum()), dropped)
+        return MicroBatch(input_ids, labels, None, lengths, used, int((input_ids == self.boi_id).sum()), dropped)
 
 
 class PaddedPlan:
-    """Which micro-batch each step takes, and the state that continues them (see `packed_rows.PackedPlan`)."""
+    """Which micro-batch each step takes, and the state that continues them (see `packed.PackedPlan`)."""
 
     def __init__(self, mixture: Mixture, rank: int, world: int, pad_id: int, boi_id: int) -> None:
         self.rank, self.world = rank, world
@@ -130,11 +133,11 @@ class PaddedPlan:
 
     worker_of = None  # any worker can make any of them
 
-    def used_up(self, loaded: Loaded) -> bool:
+    def used_up(self, loaded: MicroBatch) -> bool:
         """Never after a micro-batch: `fetch` refuses those past the end."""
         return False
 
-    def note(self, loaded: Loaded) -> None:
+    def note(self, loaded: MicroBatch) -> None:
         """A micro-batch was handed out."""
 
     def state(self, next_step: int) -> dict[str, Any]:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.data.caption_text import BlipCaption
-from seed_multimodal.data.pair_dataset import PairDataset
+from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.formats.pairs import TarPairs
-from seed_multimodal.data.steps import EpochOrder, StepBatches, join_batches
+from seed_multimodal.data.stream.order import EpochOrder
+from seed_multimodal.data.stream.step_batches import StepBatches, join_batches
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.train_transforms import TrainTransform
 from seed_multimodal.training.loop import batch_indices
@@ -240,9 +241,9 @@ def test_settings_that_make_no_sense(settings: dict[str, int]) -> None:
 
 SCRIPT = """
 import hashlib, os, signal, sys
-from seed_multimodal.data.pair_dataset import PairDataset
+from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.formats.pairs import TarPairs
-from seed_multimodal.data.steps import StepBatches
+from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.images.train_transforms import TrainTransform
 
 data = PairDataset(TarPairs(f"{sys.argv[1]}/*.tar"), TrainTransform(16), seed=1)
@@ -284,7 +285,7 @@ def _runs(pid: int) -> bool:
 
 FULL = """
 import os, signal, time
-from seed_multimodal.data.steps import StepBatches
+from seed_multimodal.data.stream.step_batches import StepBatches
 
 class Long:
     def __len__(self):

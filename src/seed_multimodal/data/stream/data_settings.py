@@ -10,7 +10,7 @@
     length: 2048
     rows: 4
 
-A mapping with `datapipes` or a `_target_` is one of the released data files; `data.llm.released` reads it.
+A mapping with `datapipes` or a `_target_` is one of the released data files; `data.stream.released_settings` reads it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class LlmDataSettings:
             skipped). Each is counted and named. Without packing sequences are cut, as released, and counted.
         max_bad_in_a_row: so many broken records one after another end the run.
         concat_type: `sample` (weighted draws), `concat` (one source after the other), `mux_longest` (in turn).
-        lanes: independent streams of draws, see `data.llm.packed_rows`; None: a number chosen at the first start.
+        lanes: independent streams of draws, see `data.stream.packed`; None: a number chosen at the first start.
         shuffle_block: samples of a source with several files that are shuffled among each other (reads stay near).
         buffer: tokens of sequences, in rows of `length`, that a lane looks ahead for packing.
     """
@@ -101,7 +101,7 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
     Raises:
         ConfigError: unknown, missing or contradictory keys; it names the key, and the nearest known one.
     """
-    from seed_multimodal.data.llm.released import is_released, released_data_config
+    from seed_multimodal.data.stream.released_settings import is_released, released_data_config
 
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     if not isinstance(plain, Mapping):

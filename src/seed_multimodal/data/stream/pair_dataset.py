@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,44 +18,9 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.data.formats.pairs import PairSource
+from seed_multimodal.data.stream.skip_budget import BadSamples
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.images.open import open_image
-
-
-class BadSamples:
-    """Samples that could not be read: `bad` has (key, reason) of each, once; `log` is told the first time.
-
-    Inside data workers the copies there fill their own lists; `data.steps.StepBatches` brings them home.
-    """
-
-    def __init__(self, log: Callable[[str], None] | None) -> None:
-        self.log = log
-        self.bad: list[tuple[str, str]] = []
-        self._known: set[tuple[str, str]] = set()
-
-    def note_bad(self, key: str, reason: str) -> None:
-        """Count and log a bad sample, unless it is known already."""
-        if (key, reason) in self._known:
-            return
-        self._known.add((key, reason))
-        self.bad.append((key, reason))
-        if self.log is not None:
-            self.log(f"skipped: {reason}")
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is known so far, for JSON."""
-        return {"bad": [list(pair) for pair in self.bad]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Know what an earlier run knew, too, without logging it again."""
-        for key, reason in state["bad"]:
-            if (key, reason) not in self._known:
-                self._known.add((key, reason))
-                self.bad.append((key, reason))
-
-    def share_bad(self, other: BadSamples) -> None:
-        """Keep one account with `other`."""
-        self.bad, self._known = other.bad, other._known
 
 
 class PairDataset(BadSamples):

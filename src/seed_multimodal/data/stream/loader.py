@@ -1,6 +1,6 @@
 """Results for consecutive steps, loaded ahead by worker processes: the part that all kinds of batches share.
 
-    loader = Prefetcher(fetch, jobs, workers=4)
+    loader = StepLoader(fetch, jobs, workers=4)
     loader.at(7); loader.at(8)         # consecutive steps are loaded ahead; a jump starts the workers anew
 
 `jobs(start)` yields what is to be loaded for step `start`, `start + 1`, ...; `fetch(job)` loads it, in this process or
@@ -34,7 +34,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _FILLER = "filler"  # a place in the workers' turn that loads nothing
 
 
-class Prefetcher:
+class StepLoader:
     """What `fetch` gives for a step, with the next steps under way.
 
     Args:
@@ -117,7 +117,7 @@ class Prefetcher:
         return outcome
 
 
-_AT_WORK: weakref.WeakSet[Prefetcher] = weakref.WeakSet()
+_AT_WORK: weakref.WeakSet[StepLoader] = weakref.WeakSet()
 
 
 @atexit.register

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from seed_multimodal.data.mixed_order import MixedOrder
-from seed_multimodal.data.steps import StepBatches
+from seed_multimodal.data.stream.order import MixedOrder
+from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.errors import ConfigError, DataError
 
 TOTALS, WEIGHTS = [30, 1000, 7], [5.0, 2.0, 1.0]

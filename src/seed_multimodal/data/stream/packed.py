@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.llm.lanes import Lane, Loaded, Waiting, has_draws
-from seed_multimodal.data.llm.mixture import Mixture
-from seed_multimodal.data.llm.packing import make_row
+from seed_multimodal.data.stream.packing import PackingStream, MicroBatch, Waiting, has_draws
+from seed_multimodal.data.stream.mixture import Mixture
+from seed_multimodal.data.stream.packing import make_row
 from seed_multimodal.errors import ConfigError
 
 LANES = 48
@@ -34,9 +34,9 @@ class PackedFetch:
     def __init__(self, mixture: Mixture, lanes: int, rows: int, pad_id: int, boi_id: int) -> None:
         self.mixture, self.lanes, self.rows, self.pad_id, self.boi_id = mixture, lanes, rows, pad_id, boi_id
         self.states: dict[int, dict[str, Any]] = {}
-        self._lanes: dict[int, Lane] = {}
+        self._lanes: dict[int, PackingStream] = {}
 
-    def __call__(self, first: int) -> Loaded:
+    def __call__(self, first: int) -> MicroBatch:
         """Rows `first` .. `first + rows`; those of lanes that have ended are padding."""
         parts = [self._row(row) for row in range(first, first + self.rows)]
         length = self.mixture.settings.length
@@ -47,7 +47,7 @@ class PackedFetch:
         for lane in touched.values():
             lane.dropped = []
         input_ids = np.stack([row.input_ids for row in rows])
-        return Loaded(input_ids, np.stack([row.labels for row in rows]), np.stack([row.position_ids for row in rows]),
+        return MicroBatch(input_ids, np.stack([row.labels for row in rows]), np.stack([row.position_ids for row in rows]),
                       np.array([sum(len(one.arrays[0]) for one in part) for part in parts]), used,
                       int((input_ids == self.boi_id).sum()), dropped,
                       {number: lane.state() for number, lane in touched.items()})
@@ -57,9 +57,9 @@ class PackedFetch:
         lane = self._lanes.get(number)
         seen = self.states.get(number)
         if seen is not None and seen["rows"] <= before and (lane is None or not seen["rows"] <= lane.rows <= before):
-            lane = Lane(self.mixture, number, self.lanes, seen)
+            lane = PackingStream(self.mixture, number, self.lanes, seen)
         elif lane is None or lane.rows > before:
-            lane = Lane(self.mixture, number, self.lanes)
+            lane = PackingStream(self.mixture, number, self.lanes)
         self._lanes[number] = lane
         while lane.rows < before:
             lane.next_row()
@@ -107,11 +107,11 @@ class PackedPlan:
         """Steps that use the same lanes have the same number."""
         return (step - self._first_step) % self.period
 
-    def note(self, loaded: Loaded) -> None:
+    def note(self, loaded: MicroBatch) -> None:
         """A micro-batch was handed out."""
         self.fetch.states.update(loaded.states)
 
-    def used_up(self, loaded: Loaded) -> bool:
+    def used_up(self, loaded: MicroBatch) -> bool:
         """Whether nothing is left for this rank after a micro-batch: each of its lanes has ended."""
         limits, lanes = self.fetch.mixture.limits, self.fetch.lanes
         if None in limits:
@@ -138,7 +138,7 @@ class PackedPlan:
         for number in sorted(self._own()):
             known, rows = self.fetch.states.get(number), -(-(position - number) // self.fetch.lanes)
             if rows > (known["rows"] if known else 0) and not self._left(known, number, limits, self.fetch.lanes):
-                known = {**(known or Lane(self.fetch.mixture, number, self.fetch.lanes).state()), "rows": rows}
+                known = {**(known or PackingStream(self.fetch.mixture, number, self.fetch.lanes).state()), "rows": rows}
             if known is not None:
                 states[str(number)] = known
         return {"position": position, "lanes": self.fetch.lanes, "states": states}

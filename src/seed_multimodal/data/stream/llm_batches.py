@@ -6,7 +6,7 @@
             batch = batches.at(micro_step)           # consecutive steps are loaded ahead
         mine = batches.state()                       # the position after the last batch, json-able
 
-Rows are packed (`data.llm.packed_rows`), or padded micro-batches of one source (`data.llm.padded`).
+Rows are packed (`data.stream.packed`), or padded micro-batches of one source (`data.stream.padded`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.llm.lanes import Loaded
-from seed_multimodal.data.llm.mixture import EndOfData, Mixture
-from seed_multimodal.data.llm.packed_rows import PackedPlan
-from seed_multimodal.data.llm.padded import PaddedPlan
+from seed_multimodal.data.stream.packing import MicroBatch
+from seed_multimodal.data.stream.mixture import EndOfData, Mixture
+from seed_multimodal.data.stream.packed import PackedPlan
+from seed_multimodal.data.stream.padded import PaddedPlan
 from seed_multimodal.data.decoders.sequence import IGNORED
-from seed_multimodal.data.llm.settings import LlmDataSettings
-from seed_multimodal.data.llm.tally import Tally
-from seed_multimodal.data.prefetch import Prefetcher
+from seed_multimodal.data.stream.data_settings import LlmDataSettings
+from seed_multimodal.data.stream.statistics import DataStatistics
+from seed_multimodal.data.stream.loader import StepLoader
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -86,7 +86,7 @@ class LlmBatches:
         vocabulary = tokenizer.vocabulary
         make = PackedPlan if settings.packing else PaddedPlan
         self.plan: PackedPlan | PaddedPlan = make(self.mixture, rank, world, tokenizer.pad_id, vocabulary.boi_id)
-        self.tally = Tally(self.mixture.names, log)
+        self.statistics = DataStatistics(self.mixture.names, log)
         self._waited, self._bound, self._next_step = 0.0, True, 0
         self._skipped = 0  # micro-batches without anything, left out at the end of the data
         self._end_step: int | None = None  # the first step for which nothing was left
@@ -117,17 +117,17 @@ class LlmBatches:
             if self.world > 1 and not ended:  # ranks must stay together, so nobody leaves out a step
                 break
             self.plan.note(loaded)
-            self.tally.pass_over(loaded.dropped)
+            self.statistics.pass_over(loaded.dropped)
             if ended:
                 self._end(micro_step)
             self._skipped += 1
             loaded = self._load(micro_step)
         self.plan.note(loaded)
-        self.tally.note(loaded)
+        self.statistics.note(loaded)
         self._next_step = micro_step + 1
         return _as_batch(loaded)
 
-    def _load(self, micro_step: int) -> Loaded:
+    def _load(self, micro_step: int) -> MicroBatch:
         try:
             return self._loader.at(micro_step + self._skipped)
         except EndOfData:
@@ -148,11 +148,11 @@ class LlmBatches:
     @property
     def fill(self) -> float:
         """Share of positions that are no padding, of all batches so far (1 before the first)."""
-        return self.tally.fill
+        return self.statistics.fill
 
     def report(self) -> dict[str, Any]:
-        """What was read and what was passed over, per source: see `tally.Tally.report`."""
-        return self.tally.report(self.mixture.sizes, self.settings.sources)
+        """What was read and what was passed over, per source: see `statistics.DataStatistics.report`."""
+        return self.statistics.report(self.mixture.sizes, self.settings.sources)
 
     def state(self, micro_steps: int = 0) -> dict[str, Any]:
         """What `restore` needs to go on after the last batch that `at` gave; each rank saves its own (json-able).
@@ -163,7 +163,7 @@ class LlmBatches:
         """
         done = max(self._next_step, micro_steps if self._end_step is not None else 0)
         return {"version": 1, "rank": self.rank, "world": self.world, **self._fingerprint(),
-                **self.plan.state(done + self._skipped), "tally": self.tally.state()}
+                **self.plan.state(done + self._skipped), "statistics": self.statistics.state()}
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on where a run stood.
@@ -192,7 +192,7 @@ class LlmBatches:
         self.close()
         self._waited += self._loader.wait_seconds
         self.plan.restore(list(states), next_step=0)
-        self.tally.restore([state["tally"] for state in states] if self.rank == 0 else [])
+        self.statistics.restore([state["statistics"] for state in states] if self.rank == 0 else [])
         self._bound, self._next_step, self._skipped, self._end_step = False, 0, 0, None
         self._loader = self._new_loader()
 
@@ -211,8 +211,8 @@ class LlmBatches:
                  trace: TracebackType | None) -> None:
         self.close()
 
-    def _new_loader(self) -> Prefetcher:
-        return Prefetcher(self.plan.fetch, self.plan.jobs, self.workers, self.plan.worker_of)
+    def _new_loader(self) -> StepLoader:
+        return StepLoader(self.plan.fetch, self.plan.jobs, self.workers, self.plan.worker_of)
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must not change for the data to go on: with other values it would be other data."""
@@ -244,7 +244,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return f"{key} {before!r}, and now it is {now!r}"
 
 
-def _as_batch(loaded: Loaded) -> LlmBatch:
+def _as_batch(loaded: MicroBatch) -> LlmBatch:
     labels = torch.from_numpy(loaded.labels).long()
     rows, length = loaded.input_ids.shape
     places = np.arange(length)[None].repeat(rows, 0)

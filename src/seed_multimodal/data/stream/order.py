@@ -6,20 +6,80 @@
 Positions are shared out by rounding, not by chance: among any n positions in a row set i has n · weight_i of them, give
 or take two, so every batch of every rank holds its share. Which one draws at position p, and how often it has drawn
 before, is arithmetic on p alone, so any step can be reached at once. Each set goes through its own endless order
-(`steps.EpochOrder`, with a seed of its own): a small one with a large weight has its next epoch sooner, in new views.
+(`EpochOrder`, with a seed of its own): a small one with a large weight has its next epoch sooner, in new views.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
+import torch
 
-from seed_multimodal.data.steps import EpochOrder, Part
 from seed_multimodal.errors import ConfigError, DataError
 
+SHUFFLE_BLOCK = 10_000
 SHARES = 1_000_000  # weights count to one part in so many
 Sizes = Sequence[int] | np.ndarray | None
+Part = tuple[int, np.ndarray]  # an epoch, and indices of samples int64 [n] to take of it
+
+
+class Order(Protocol):
+    """An endless order of samples (`EpochOrder`, `MixedOrder`)."""
+
+    def parts(self, start: int, count: int) -> list[Part]:
+        """Positions `start` .. `start + count`, in runs of one epoch each; a pure function."""
+
+
+class EpochOrder:
+    """An endless order of `range(total)`, epoch after epoch; a pure function of its arguments.
+
+    Args:
+        sizes: samples per shard, int64 [shards]; with them and `block` the shuffle is local, else over everything.
+        block: samples that are shuffled among each other.
+    """
+
+    def __init__(self, total: int, seed: int, *, shuffle: bool = True, sizes: Sequence[int] | np.ndarray | None = None,
+                 block: int = 0) -> None:
+        self.total, self.seed, self.shuffle, self.block = total, seed, shuffle, block
+        self.sizes = np.asarray([total] if sizes is None else sizes, np.int64)
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def parts(self, start: int, count: int) -> list[Part]:
+        """Positions `start` .. `start + count` of the order, cut where an epoch ends."""
+        taken: list[Part] = []
+        end = start + count
+        while start < end:
+            epoch, offset = divmod(start, self.total)
+            taken.append((epoch, self._of(epoch)[offset:offset + end - start]))
+            start += len(taken[-1][1])
+        return taken
+
+    def _of(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._permutation(epoch)
+        return self._order
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.total)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
+        if not self.block:
+            return torch.randperm(self.total, generator=generator).numpy()
+        piece = max(1, self.block // 10)
+        counts = -(-self.sizes // piece)
+        shard = np.repeat(np.arange(len(self.sizes)), counts)
+        within = (np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)) * piece
+        mixed = torch.randperm(len(shard), generator=generator).numpy()
+        shard, within = shard[mixed], within[mixed]
+        firsts = (np.cumsum(self.sizes) - self.sizes)[shard] + within
+        lengths = np.minimum(piece, self.sizes[shard] - within)
+        order = np.arange(self.total) + np.repeat(firsts - (np.cumsum(lengths) - lengths), lengths)
+        for start in range(0, self.total, self.block):
+            run = order[start:start + self.block]
+            order[start:start + self.block] = run[torch.randperm(len(run), generator=generator).numpy()]
+        return order
 
 
 class MixedOrder:

@@ -1,1 +1,0 @@
-"""Room `data.llm`: records of text and pictures -> token sequences -> packed or padded batches for the LLM."""
