@@ -43,14 +43,14 @@ def random_detokenizer(size: str, device: torch.device, dtype: torch.dtype) -> U
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
-    from seed_multimodal.detokenizers.pipelines import quiet_diffusers
     from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
+    from seed_multimodal.quiet import quiet_loading
 
     unet_config, vae_config = (RELEASED_UNET, RELEASED_VAE) if size == "released" else (NANO_UNET, NANO_VAE)
     width = unet_config["projection_class_embeddings_input_dim"] // 2
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**unet_config), AutoencoderKL(**vae_config)
-    with quiet_diffusers():
+    with quiet_loading("diffusers"):
         unet, vae = fill_random(unet, device, dtype), fill_random(vae, device, dtype)
     pipeline = SeedUnclipPipeline(
         feature_extractor=None, image_encoder=None,

@@ -32,8 +32,8 @@ def load(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if options.model:
-        from seed_multimodal.language.loading import load_llm
-        from seed_multimodal.systems.quiet import quiet_loading
+        from seed_multimodal.language.llama import load_llm
+        from seed_multimodal.quiet import quiet_loading
 
         part = part_of(options.model, "llm", "seed_llama")
         with quiet_loading("transformers"):

@@ -12,7 +12,7 @@ from seed_multimodal.device import Runtime, choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.evaluation.timing import measure
 from seed_multimodal.peaks import known_peak
-from seed_multimodal.systems.loading import read_system_json
+from seed_multimodal.systems.system_spec import read_system_json
 
 
 def positive(text: str) -> int:

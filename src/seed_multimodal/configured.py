@@ -59,11 +59,11 @@ def language_model(
         low_cpu_mem_usage: always on here.
 
     Raises:
-        CheckpointError, ConfigError: as `language.loading.load_llm` and `device.choose_device`.
+        CheckpointError, ConfigError: as `language.llama.load_llm` and `device.choose_device`.
     """
     from seed_multimodal.device import choose_device
-    from seed_multimodal.language.loading import load_llm
-    from seed_multimodal.systems.loading import locate, released_folder
+    from seed_multimodal.language.llama import load_llm
+    from seed_multimodal.systems.system_spec import locate, released_folder
 
     if load_in_8bit and load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other.")
@@ -99,7 +99,7 @@ def seed_llama_tokenizer(
         CheckpointError: a part that is not there: what to download and where to put it.
     """
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
-    from seed_multimodal.systems.loading import not_on_disk
+    from seed_multimodal.systems.system_spec import not_on_disk
 
     folder = local_folder(pretrained_model_name_or_path)
     if folder is None:
@@ -121,7 +121,7 @@ def picture_codec(model: str, *, device: str = "auto", dtype: str = "auto") -> P
     Raises:
         CheckpointError: a part that is not there.
     """
-    from seed_multimodal.systems.loading import PARTS, find_system, not_on_disk
+    from seed_multimodal.systems.system_spec import PARTS, find_system, not_on_disk
 
     if model.lower() in RELEASED_NAMES:
         name = PARTS["tokenizer"][0]
@@ -143,7 +143,7 @@ def local_folder(name: str | Path) -> Path | None:
 
     What the released files name as on the hub is looked for in its folder of `pretrained/`, too.
     """
-    from seed_multimodal.systems.loading import locate, released_folder
+    from seed_multimodal.systems.system_spec import locate, released_folder
 
     found = locate(name) or locate(released_folder(name))
     if found is not None:

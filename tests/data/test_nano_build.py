@@ -23,7 +23,7 @@ from seed_multimodal.data.nano.grammar import with_article
 from seed_multimodal.data.nano.load import load_nano
 from seed_multimodal.data.nano.near import near_pairs
 from seed_multimodal.data.nano.render import main_colour, render_svg
-from seed_multimodal.data.nano.sources import SOURCES, Drawing, fetch, plain_code
+from seed_multimodal.data.nano.packages import SOURCES, Drawing, fetch, plain_code
 from seed_multimodal.data.formats.writer import read_shards, write_shard
 from seed_multimodal.errors import DataError
 

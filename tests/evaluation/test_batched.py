@@ -66,7 +66,7 @@ def test_vae_round_trip_has_the_pictures_sizes(toy, batched: BatchedSystem) -> N
 
 
 def test_report_over_a_real_system(toy, trained, batched: BatchedSystem) -> None:
-    splits, shown, answers = report.evaluate(batched, World(toy, trained), report.Settings(limit=2, questions=2),
+    splits, shown, answers = report.evaluate(batched, World(toy, trained), report.ReportSettings(limit=2, questions=2),
                                              log=lambda line: None)
     assert splits["val"]["drawing"]["n"] == 2 and splits["val"]["codes"]["sequences"] == 4
     assert splits["val"]["ceilings"]["vae"]["n"] == 2
@@ -75,9 +75,9 @@ def test_report_over_a_real_system(toy, trained, batched: BatchedSystem) -> None
 
 
 def test_codec_report_is_the_picture_half(toy, trained, batched: BatchedSystem) -> None:
-    world, settings = World(toy, trained), report.Settings(splits=("val",), limit=2)
+    world, settings = World(toy, trained), report.ReportSettings(splits=("val",), limit=2)
     found = report.codec_report(batched.inner.pictures, world, settings, batch=2)["val"]
-    whole = report.evaluate(batched, world, report.Settings(("val",), 2, 1), log=lambda line: None)[0]["val"]
+    whole = report.evaluate(batched, world, report.ReportSettings(("val",), 2, 1), log=lambda line: None)[0]["val"]
     assert found["codes"] == whole["codes"]
     assert found["reconstruction"]["n"] == 2
     assert found["reconstruction"]["cosine"].value == pytest.approx(whole["reconstruction"]["cosine"].value, abs=0.01)

@@ -76,7 +76,7 @@ def world(toy, trained) -> World:
 
 
 def measure(system, world: World, **settings):
-    return report.evaluate(system, world, report.Settings(**settings), log=lambda line: None)
+    return report.evaluate(system, world, report.ReportSettings(**settings), log=lambda line: None)
 
 
 def test_a_perfect_system_scores_one(toy, world: World) -> None:
@@ -138,7 +138,7 @@ def test_missing_pictures_are_wrong_not_left_out(toy, world: World) -> None:
 
 def test_tokenizer_report(toy, world: World) -> None:
     oracle = Oracle(toy)
-    result = report.tokenizer_report(oracle.codes, oracle.pictures, 8, world, report.Settings(splits=("val",)))
+    result = report.tokenizer_report(oracle.codes, oracle.pictures, 8, world, report.ReportSettings(splits=("val",)))
     assert result["val"]["reconstruction"]["picture_r1"].value == 1.0
     assert result["val"]["codes"]["usage"] == 0.25  # pictures 0, 1, 20, 21: two digits of 8
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.language.answer import BrokenImagePart, ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, ImageSpanLogitsProcessor, generate_ids
-from seed_multimodal.language.loading import load_llm
+from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 GREEDY = GenerationSettings(max_new_tokens=40, do_sample=False)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.adapters import Trained
-from seed_multimodal.language.loading import load_llm
+from seed_multimodal.language.adapters import TrainedTensors
+from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.merge import merge_adapter
 from seed_multimodal.language.merge_check import compare_logits
 from seed_multimodal.language.shards import parse_size
@@ -170,13 +170,13 @@ def test_runs_of_zero_to_fp32_and_whole_models(made: SimpleNamespace, words: int
 
 def test_the_comparison_sees_a_wrong_merge(made: SimpleNamespace, tmp_path: Path) -> None:
     merge_adapter(made.base, made.adapter, tmp_path / "out", verify=False)
-    assert compare_logits(made.base, Trained(made.adapter), tmp_path / "out") < 1e-5
+    assert compare_logits(made.base, TrainedTensors(made.adapter), tmp_path / "out") < 1e-5
     file = tmp_path / "out" / "model.safetensors"
     state = load_file(file)
     state["model.layers.1.self_attn.v_proj.weight"] *= 1.01
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="does not say what base and adapter said"):
-        compare_logits(made.base, Trained(made.adapter), tmp_path / "out")
+        compare_logits(made.base, TrainedTensors(made.adapter), tmp_path / "out")
 
 
 MEASURE = """

@@ -12,7 +12,7 @@ from typing import Any
 from seed_multimodal.commands.common import (
     OF_ONE_PICTURE,
     Names,
-    Tally,
+    Outcomes,
     drawing_settings,
     emit,
     generation_settings,
@@ -41,7 +41,7 @@ class Talk:
 
     def show(self, path: str) -> bool:
         """Attach a picture to the next message; False (and a sentence) if it cannot be read."""
-        for _, image in opened([path], Tally(1), self.args.debug):
+        for _, image in opened([path], Outcomes(1), self.args.debug):
             self.shown.append(image)
             return True
         return False

@@ -13,7 +13,6 @@ import mimetypes
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from PIL import Image
 
 from seed_multimodal.entry import DONE, SOME_FAILED, say
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, SeedError
+from seed_multimodal.quiet import quiet_libraries
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # One picture's trouble; anything else (weights, settings) stops the whole command.
@@ -73,19 +73,6 @@ def drawing_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {ours: getattr(args, flag) for flag, ours in names.items() if getattr(args, flag, None) is not None}
 
 
-def quiet_libraries(debug: bool = False) -> None:
-    """No loading bars and no advice to developers from transformers and diffusers, unless `debug`."""
-    if debug:
-        return
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers)\..*")
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for library in (transformers.utils.logging, diffusers.utils.logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-
-
 def load_system(args: argparse.Namespace) -> Any:
     """The `SeedLlama` that the flags describe; what loading prints goes to stderr."""
     quiet_libraries(args.debug)
@@ -97,7 +84,7 @@ def load_system(args: argparse.Namespace) -> Any:
 
 
 @dataclass
-class Tally:
+class Outcomes:
     """Counts what worked; prints one sentence for what did not, and a summary."""
 
     total: int
@@ -129,13 +116,13 @@ def sentence(error: SeedError, name: str) -> str:
     return text if Path(name).name in text else f"{name}: {text}"
 
 
-def opened(pictures: Iterable[str], tally: Tally, debug: bool = False) -> Iterator[tuple[str, Image.Image]]:
+def opened(pictures: Iterable[str], outcomes: Outcomes, debug: bool = False) -> Iterator[tuple[str, Image.Image]]:
     """Each readable picture with its name; unreadable ones are told and skipped."""
     from seed_multimodal.images.open import open_image
 
     for name in pictures:
         image = None
-        with tally.one(name, debug):
+        with outcomes.one(name, debug):
             image = open_image(name)
         if image is not None:
             yield name, image

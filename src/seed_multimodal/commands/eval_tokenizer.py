@@ -9,8 +9,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from seed_multimodal.commands.common import quiet_libraries
 from seed_multimodal.entry import DONE, say
+from seed_multimodal.quiet import quiet_libraries
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -33,8 +33,8 @@ def main(program: str, description: str, arguments: Sequence[str] | None = None)
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from seed_multimodal.commands.common import quiet_libraries
     from seed_multimodal.language.merge import merge_adapter
+    from seed_multimodal.quiet import quiet_libraries
 
     quiet_libraries(options.debug)
     base, lora = _model(Path(options.model_cfg), options.base_model)
@@ -48,7 +48,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _folder(path: str) -> Path:
     """A path as it is, or below the repository's root."""
-    from seed_multimodal.systems.loading import locate
+    from seed_multimodal.systems.system_spec import locate
 
     return locate(path) or Path(path)
 

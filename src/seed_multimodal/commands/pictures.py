@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from seed_multimodal.commands.common import (
     Names,
-    Tally,
+    Outcomes,
     drawing_settings,
     emit,
     opened,
-    quiet_libraries,
     save_picture,
     write_text,
 )
 from seed_multimodal.errors import CodesError, ConfigError, DataError
+from seed_multimodal.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from seed_multimodal.systems.pictures import PictureCodec
@@ -32,16 +32,16 @@ T = TypeVar("T")
 def tokenize(args: argparse.Namespace) -> int:
     """Print (and with `--out` write) the codes of each picture."""
     codec = load_codec(args)
-    tally = Tally(len(args.pictures))
+    outcomes = Outcomes(len(args.pictures))
     lines = []
-    for batch in batched(opened(args.pictures, tally, args.debug), args.batch_size):
+    for batch in batched(opened(args.pictures, outcomes, args.debug), args.batch_size):
         for (name, _), codes in zip(batch, codec.tokenize([image for _, image in batch]).tolist(), strict=True):
             record = {"picture": name, "codes": codes}
             lines.append(json.dumps(record, ensure_ascii=False))
             emit(args, record, f"{name}: {' '.join(map(str, codes))}")
     if args.out:
         write_text("".join(line + "\n" for line in lines), args.out)
-    return tally.finish()
+    return outcomes.finish()
 
 
 def reconstruct(args: argparse.Namespace) -> int:
@@ -50,20 +50,21 @@ def reconstruct(args: argparse.Namespace) -> int:
         raise ConfigError("seed reconstruct: give either pictures or --codes FILE.")
     stored = read_codes(args.codes) if args.codes else []
     total = len(stored) if args.codes else len(args.pictures)
-    names, tally = Names(args.out, "outputs", total), Tally(total)
+    names, outcomes = Names(args.out, "outputs", total), Outcomes(total)
     codec = load_codec(args)
     named: Iterable[tuple[str, list[int]]]
     if args.codes:
-        named = _checked(codec, stored, tally, args.debug)
+        named = _checked(codec, stored, outcomes, args.debug)
     else:
-        named = ((name, codec.tokenize(image)[0].tolist()) for name, image in opened(args.pictures, tally, args.debug))
+        named = ((name, codec.tokenize(image)[0].tolist())
+                 for name, image in opened(args.pictures, outcomes, args.debug))
     for batch in batched(named, args.batch_size):
         images = codec.draw([codes for _, codes in batch], seed=args.seed, **drawing_settings(args))
         for (name, codes), image in zip(batch, images, strict=True):
-            with tally.one(name, args.debug):
+            with outcomes.one(name, args.debug):
                 path = save_picture(image, names.next(Path(name).stem, "_rebuilt"))
                 emit(args, {"picture": name, "codes": codes, "rebuilt": str(path)}, f"{name}: {path}")
-    return tally.finish()
+    return outcomes.finish()
 
 
 def load_codec(args: argparse.Namespace) -> PictureCodec:
@@ -111,11 +112,11 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _checked(
-    codec: PictureCodec, stored: list[tuple[str, Any]], tally: Tally, debug: bool
+    codec: PictureCodec, stored: list[tuple[str, Any]], outcomes: Outcomes, debug: bool
 ) -> Iterator[tuple[str, list[int]]]:
     for name, codes in stored:
         row = None
-        with tally.one(name, debug):
+        with outcomes.one(name, debug):
             if not all(isinstance(code, int) and not isinstance(code, bool) for code in codes):
                 raise CodesError(f"{name}: codes must be whole numbers.")
             row = codec.check_codes(codes)[0].tolist()

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from seed_multimodal.commands.common import Tally, opened, quiet_libraries, require_room, save_picture
+from seed_multimodal.commands.common import Outcomes, opened, require_room, save_picture
 from seed_multimodal.config import project_root
 from seed_multimodal.entry import guarded, say
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from seed_multimodal.systems.seed1 import Seed1
@@ -88,14 +89,14 @@ def _run(args: argparse.Namespace) -> int:
     model = Seed1.from_pretrained(args.model, diffusion=args.ckpt, device=args.device, dtype=dtype, log=say)
     _check_latents(model.codec.decoder, args)
     pictures = args.image or [str(project_root(Path(__file__).parent) / "images" / "cat.jpg")]
-    tally = Tally(len(pictures))
-    for name, image in opened(pictures, tally, args.debug):
+    outcomes = Outcomes(len(pictures))
+    for name, image in opened(pictures, outcomes, args.debug):
         codes = model.tokenize(image)[0].tolist()
         print(" ".join(map(str, codes)), flush=True)
-        with tally.one(name, args.debug):
+        with outcomes.one(name, args.debug):
             for path in _draw(model, codes, args):
                 print(path, flush=True)
-    return tally.finish()
+    return outcomes.finish()
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -122,8 +123,8 @@ def require(model: str, diffusion: str | None = None) -> None:
         CheckpointError: the tokenizer, the diffusion model or both are not on disk.
     """
     from seed_multimodal.detokenizers.stable_diffusion import WHERE
-    from seed_multimodal.systems.loading import locate
     from seed_multimodal.systems.seed1 import find_diffusion
+    from seed_multimodal.systems.system_spec import locate
     from seed_multimodal.tokenizers.seed1_loading import advice, find_seed1
 
     place, parts = locate(model), []

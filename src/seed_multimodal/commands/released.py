@@ -49,10 +49,10 @@ def require(names: Sequence[str]) -> None:
     """Refuse in one sentence when released parts are missing: what to download, where to put it, what runs now.
 
     Raises:
-        CheckpointError: at least one of `names` (keys of `systems.loading.PARTS`) is not on disk.
+        CheckpointError: at least one of `names` (keys of `systems.system_spec.PARTS`) is not on disk.
     """
     from seed_multimodal.configured import local_folder
-    from seed_multimodal.systems.loading import PARTS, not_on_disk
+    from seed_multimodal.systems.system_spec import PARTS, not_on_disk
 
     missing = [(name, PARTS[name][0]) for name in names if local_folder(PARTS[name][0]) is None]
     if missing:

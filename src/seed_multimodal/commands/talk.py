@@ -7,7 +7,7 @@ from pathlib import Path
 
 from seed_multimodal.commands.common import (
     Names,
-    Tally,
+    Outcomes,
     drawing_settings,
     emit,
     generation_settings,
@@ -20,47 +20,47 @@ from seed_multimodal.commands.common import (
 def describe(args: argparse.Namespace) -> int:
     """Print a caption for each picture."""
     system = load_system(args)
-    tally = Tally(len(args.pictures))
-    for name, image in opened(args.pictures, tally, args.debug):
-        with tally.one(name, args.debug):
+    outcomes = Outcomes(len(args.pictures))
+    for name, image in opened(args.pictures, outcomes, args.debug):
+        with outcomes.one(name, args.debug):
             text = system.describe(image, args.prompt, seed=args.seed, **generation_settings(args))
             emit(args, {"picture": name, "description": text}, f"{name}: {text}")
-    return tally.finish()
+    return outcomes.finish()
 
 
 def ask(args: argparse.Namespace) -> int:
     """Print the answer to one question about each picture."""
     system = load_system(args)
-    tally = Tally(len(args.pictures))
-    for name, image in opened(args.pictures, tally, args.debug):
-        with tally.one(name, args.debug):
+    outcomes = Outcomes(len(args.pictures))
+    for name, image in opened(args.pictures, outcomes, args.debug):
+        with outcomes.one(name, args.debug):
             text = system.ask(image, args.question, seed=args.seed, **generation_settings(args))
             emit(args, {"picture": name, "question": args.question, "answer": text}, f"{name}: {text}")
-    return tally.finish()
+    return outcomes.finish()
 
 
 def draw(args: argparse.Namespace) -> int:
     """Draw each text and save the pictures."""
     names = Names(args.out, "outputs", len(args.texts))
     system = load_system(args)
-    tally = Tally(len(args.texts))
+    outcomes = Outcomes(len(args.texts))
     for text in args.texts:
-        with tally.one(text, args.debug):
+        with outcomes.one(text, args.debug):
             image = system.draw(text, seed=args.seed, **generation_settings(args), **drawing_settings(args))
             path = save_picture(image, names.next(text))
             emit(args, {"text": text, "picture": str(path)}, f"{text}: {path}")
-    return tally.finish()
+    return outcomes.finish()
 
 
 def edit(args: argparse.Namespace) -> int:
     """Change each picture as told and save the results."""
     names = Names(args.out, "outputs", len(args.pictures))
     system = load_system(args)
-    tally = Tally(len(args.pictures))
-    for name, image in opened(args.pictures, tally, args.debug):
-        with tally.one(name, args.debug):
+    outcomes = Outcomes(len(args.pictures))
+    for name, image in opened(args.pictures, outcomes, args.debug):
+        with outcomes.one(name, args.debug):
             changed = system.edit(image, args.instruction, seed=args.seed, **generation_settings(args),
                                   **drawing_settings(args))
             path = save_picture(changed, names.next(Path(name).stem, "_edited"))
             emit(args, {"picture": name, "instruction": args.instruction, "edited": str(path)}, f"{name}: {path}")
-    return tally.finish()
+    return outcomes.finish()

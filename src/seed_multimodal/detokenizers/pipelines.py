@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.quiet import quiet_loading
 
 DEFAULTS_FILE = "seed_decode.json"
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -66,7 +67,7 @@ class PipelineDetokenizer:
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         """Move every part; returns self."""
-        with quiet_diffusers():  # it warns about every cast, even to the precision that the parts have
+        with quiet_loading("diffusers"):  # it warns about every cast, even to the precision that the parts have
             self.pipeline.to(device) if dtype is None else self.pipeline.to(device, dtype)
         return self
 
@@ -170,28 +171,12 @@ def load_pipeline(place: Path, make: Callable[[list[str]], Any], optional: Seque
 
     try:
         index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
-        with quiet_diffusers(), warnings.catch_warnings():
+        with quiet_loading("diffusers"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # `torch_dtype` is the name every diffusers below 1 knows
             return make([name for name in optional if (index.get(name) or [None])[0] is None])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
         raise CheckpointError(f"{place}: not a complete {what} folder ({reason}); {advice}.") from error
-
-
-@contextlib.contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Inside, diffusers shows no progress bars and warns about nothing (no safety checker, a cast); errors it tells."""
-    from diffusers.utils import logging
-
-    shows_progress, loudness = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(loudness)
-        if shows_progress:
-            logging.enable_progress_bar()
 
 
 def one_each(generator: Generators, count: int) -> list[torch.Generator] | None:

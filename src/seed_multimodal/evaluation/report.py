@@ -40,8 +40,8 @@ from seed_multimodal.evaluation.tasks import (
     score_pictures,
 )
 from seed_multimodal.evaluation.tokenizer_open import NANO_JUDGE
-from seed_multimodal.systems.loading import locate
 from seed_multimodal.systems.pictures import PictureCodec
+from seed_multimodal.systems.system_spec import locate
 
 SPLITS = ("val", "test_combo", "test_concept")
 MODULE = "seed_multimodal.evaluation.report"
@@ -49,7 +49,7 @@ Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReportSettings:
     """What a report measures; `limit` pictures a split are rebuilt, drawn, described and edited."""
 
     splits: tuple[str, ...] = SPLITS
@@ -92,7 +92,7 @@ def tokenizer_report(
     decode: Callable[[Sequence[list[int]]], list[Image.Image]],
     codebook_size: int,
     world: World,
-    settings: Settings | None = None,
+    settings: ReportSettings | None = None,
     log: Log | None = None,
 ) -> dict[str, Section]:
     """What a tokenizer and its decoder do without a language model, per split.
@@ -104,7 +104,7 @@ def tokenizer_report(
     Returns:
         split → {"codes": ..., "reconstruction": ...}, as in report.json (`Estimate` objects inside).
     """
-    settings = settings or Settings()
+    settings = settings or ReportSettings()
     result = {}
     for split in settings.splits:
         rows = _rows(world, split)
@@ -119,7 +119,7 @@ def tokenizer_report(
     return result
 
 
-def codec_report(codec: PictureCodec, world: World, settings: Settings | None = None, batch: int = 64,
+def codec_report(codec: PictureCodec, world: World, settings: ReportSettings | None = None, batch: int = 64,
                  log: Callable[[str], None] | None = None) -> dict[str, Section]:
     """`tokenizer_report` of a tokenizer and its decoder, for instance `SeedLlama(...).pictures` or one built by hand:
 
@@ -133,7 +133,7 @@ def codec_report(codec: PictureCodec, world: World, settings: Settings | None = 
 
 
 def evaluate(
-    system: System, world: World, settings: Settings, log: Log = print
+    system: System, world: World, settings: ReportSettings, log: Log = print
 ) -> tuple[Section, list[Shown], Section]:
     """All sections of all splits.
 
@@ -148,7 +148,7 @@ def evaluate(
     return splits, shown, answers
 
 
-def _evaluate_split(system: System, world: World, split: str, settings: Settings,
+def _evaluate_split(system: System, world: World, split: str, settings: ReportSettings,
                     progress: Progress) -> tuple[Section, Shown, Section]:
     rows, nano = _rows(world, split), world.nano
     targets = sample(rows, settings.limit, settings.seed)
@@ -230,7 +230,7 @@ def write_report(report: dict[str, Any], shown: Sequence[Shown], answers: Sectio
 
 def build_report(options: argparse.Namespace, log: Log) -> Path:
     """Load everything, measure, write; returns the folder."""
-    settings = Settings(tuple(options.splits.split(",")), options.limit, options.questions, options.seed)
+    settings = ReportSettings(tuple(options.splits.split(",")), options.limit, options.questions, options.seed)
     if settings.limit < 1 or settings.questions < 1:
         raise ConfigError("--limit and --questions must be at least 1.")
     from seed_multimodal.data.nano import load_nano
@@ -279,8 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--judge", default=None, help="the scorer's folder (default: MODEL/judge, or the shipped one)")
     parser.add_argument("--out", default="pretrained/nano/report", help="folder to write into")
     parser.add_argument("--splits", default=",".join(SPLITS))
-    parser.add_argument("--limit", type=int, default=Settings.limit, help="pictures a split that are made or described")
-    parser.add_argument("--questions", type=int, default=Settings.questions, help="questions a split")
+    parser.add_argument("--limit", type=int, default=ReportSettings.limit,
+                        help="pictures a split that are made or described")
+    parser.add_argument("--questions", type=int, default=ReportSettings.questions, help="questions a split")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")

@@ -27,14 +27,14 @@ _CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
-class Low:
+class LowRankPair:
     """Names of a low-rank pair."""
 
     a: str
     b: str
 
 
-class Trained:
+class TrainedTensors:
     """The trained tensors of a run by the base's names.
 
     Attributes:
@@ -49,7 +49,7 @@ class Trained:
         self.source = place
         file = next((place / name for name in ADAPTER_FILES if (place / name).is_file()), place)
         self.shards = Shards(file)
-        self.low: dict[str, Low] = {}
+        self.low: dict[str, LowRankPair] = {}
         self.whole: dict[str, str] = {}
         pairs: dict[str, dict[str, str]] = {}
         for name in self.shards.entries:
@@ -99,7 +99,7 @@ class Trained:
             if len(parts) < 2:
                 there, gone = next(iter(parts)), "lora_B" if "lora_A" in parts else "lora_A"
                 raise CheckpointError(f"{self.shards.source}: {base!r} has {there} but no {gone}.")
-            pair = Low(parts["lora_A"], parts["lora_B"])
+            pair = LowRankPair(parts["lora_A"], parts["lora_B"])
             a, b = self.shape(pair.a), self.shape(pair.b)
             if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
                 raise CheckpointError(f"{self.shards.source}: lora_A {a} and lora_B {b} of {base!r} do not multiply.")

@@ -24,10 +24,10 @@ from torch import Tensor
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import replace_folder
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.language.adapters import ADAPTER_CONFIG, Trained
-from seed_multimodal.language.loading import BOS, EOS, PAD
+from seed_multimodal.language.adapters import ADAPTER_CONFIG, TrainedTensors
+from seed_multimodal.language.llama import BOS, EOS, PAD
 from seed_multimodal.language.merge_check import compare_logits
-from seed_multimodal.language.shards import CODES, Entry, Shards, parse_size, tensor_bytes, write_shards
+from seed_multimodal.language.shards import CODES, Shards, TensorEntry, parse_size, tensor_bytes, write_shards
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Log = Callable[[str], None] | None
@@ -61,7 +61,7 @@ class _Plan:
 
     config: Any
     base: Shards
-    trained: Trained | None
+    trained: TrainedTensors | None
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
 
@@ -142,7 +142,7 @@ def _plan(base: str | Path | None, trained: str | Path | None, tokenizer: Any, l
     if base is None:
         raise ConfigError("A base model is needed: the LLaMA folder that the adapter was trained on.")
     values = _read_config(Path(base))
-    shards, adapter = Shards(base), Trained(trained, lora) if trained is not None else None
+    shards, adapter = Shards(base), TrainedTensors(trained, lora) if trained is not None else None
     rows = _words(values, shards, adapter, tokenizer)
     values.update(vocab_size=rows, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, use_cache=True)
     values["tie_word_embeddings"] = bool(values.get("tie_word_embeddings")) and _still_tied(adapter)
@@ -194,7 +194,7 @@ def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def _words(values: Mapping[str, Any], base: Shards, trained: Trained | None, tokenizer: Any) -> int:
+def _words(values: Mapping[str, Any], base: Shards, trained: TrainedTensors | None, tokenizer: Any) -> int:
     """How many words the result has; all sources must agree on it."""
     rows = base.entries[EMBEDDING].shape[0] if EMBEDDING in base.entries else int(values.get("vocab_size", 0))
     where = str(base.source)
@@ -207,7 +207,7 @@ def _words(values: Mapping[str, Any], base: Shards, trained: Trained | None, tok
     return rows
 
 
-def _still_tied(trained: Trained | None) -> bool:
+def _still_tied(trained: TrainedTensors | None) -> bool:
     """Whether one matrix can still serve as both embeddings."""
     if trained is None:
         return True
@@ -219,7 +219,7 @@ def _still_tied(trained: Trained | None) -> bool:
         trained.read(trained.whole[EMBEDDING]), trained.read(trained.whole[HEAD]))
 
 
-def _source(plan: _Plan, name: str) -> Entry:
+def _source(plan: _Plan, name: str) -> TensorEntry:
     """Where the whole tensor of this name comes from."""
     if plan.trained is not None and name in plan.trained.whole:
         return plan.trained.shards.entries[plan.trained.whole[name]]

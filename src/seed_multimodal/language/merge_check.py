@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.language.adapters import PREFIX, Trained
-from seed_multimodal.language.loading import BOS, load_llm
+from seed_multimodal.language.adapters import PREFIX, TrainedTensors
+from seed_multimodal.language.llama import BOS, load_llm
 
 SEQUENCES, LENGTH = 3, 24
 EMBEDDING, HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"
@@ -25,7 +25,7 @@ EMBEDDING, HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
-def compare_logits(base: Path, trained: Trained, folder: Path) -> float:
+def compare_logits(base: Path, trained: TrainedTensors, folder: Path) -> float:
     """Relative difference of the logits of base + adapter and of `folder`, both computed in fp32.
 
     Raises:
@@ -46,7 +46,7 @@ def compare_logits(base: Path, trained: Trained, folder: Path) -> float:
 
 
 @torch.no_grad()
-def expected_logits(base: Path, trained: Trained) -> tuple[Tensor, Tensor]:
+def expected_logits(base: Path, trained: TrainedTensors) -> tuple[Tensor, Tensor]:
     """Logits `[S, L, words]` of base and adapter through peft, and the seeded ids `[S, L]`."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 

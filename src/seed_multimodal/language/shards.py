@@ -27,7 +27,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where a tensor lies and how large it is."""
 
     file: Path
@@ -44,13 +44,13 @@ class Shards:
 
     def __init__(self, source: str | Path) -> None:
         self.source = Path(source)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         self._file: Path | None = None
         self._handle: Any = None
         for file in weight_files(self.source):
             self._open(file)
             for name in self._names():
-                self.entries[name] = Entry(file, *self._kind(name))
+                self.entries[name] = TensorEntry(file, *self._kind(name))
         if not self.entries:
             raise CheckpointError(f"{self.source}: holds no tensors.")
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.open import ImageLimits, open_image
-from seed_multimodal.systems.quiet import quiet_loading
+from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.tokenizers.encoder import check_batch_size
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 if TYPE_CHECKING:
     from seed_multimodal.language.vocabulary import ImageVocabulary
-    from seed_multimodal.systems.loading import SystemSpec
+    from seed_multimodal.systems.system_spec import SystemSpec
 
 Picture = Image.Image | str | Path | bytes
 Codes = Tensor | Sequence[int]

@@ -26,16 +26,16 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
 from seed_multimodal.language.answer import AnswerPart, ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings
-from seed_multimodal.language.loading import load_llm
+from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.systems.answer import Answer, DrawnPart
 from seed_multimodal.systems.chat import as_parts, to_turns, turn_marker
-from seed_multimodal.systems.loading import SystemSpec, find_system
 from seed_multimodal.systems.pictures import Picture, PictureCodec, load_codec
-from seed_multimodal.systems.quiet import quiet_loading
 from seed_multimodal.systems.speaker import Speaker
 from seed_multimodal.systems.stream import Event
+from seed_multimodal.systems.system_spec import SystemSpec, find_system
 
 Log = Callable[[str], None] | None
 DECODE_KEYS = ("num_inference_steps", "guidance_scale", "noise_level", "scheduler")
@@ -73,7 +73,7 @@ class SeedLlama:
 
         Args:
             name: `nano`, `8b`, `14b`, or a folder with `system.json`.
-            llm, tokenizer, detokenizer, vision, template: single parts, see `loading.find_system`.
+            llm, tokenizer, detokenizer, vision, template: single parts, see `system_spec.find_system`.
             device, dtype: see `choose_device`; the choice goes to `log`.
             quantization: "8bit" or "4bit" for the language model, on CUDA devices and CPUs.
             image_device: where pictures are read and drawn, if not on `device`.

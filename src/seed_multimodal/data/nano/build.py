@@ -28,7 +28,7 @@ from seed_multimodal.data.nano.edits import make_edits
 from seed_multimodal.data.nano.families import SPLITS, assign_splits, name_families
 from seed_multimodal.data.nano.near import near_pairs
 from seed_multimodal.data.nano.render import main_colour, render_svg
-from seed_multimodal.data.nano.sources import SHARE_ALIKE, SOURCES, Drawing, drawings, fetch
+from seed_multimodal.data.nano.packages import SHARE_ALIKE, SOURCES, Drawing, drawings, fetch
 from seed_multimodal.data.nano.types import NanoRecord
 from seed_multimodal.data.nano.words import MAX_TAGS, captions, questions
 from seed_multimodal.data.formats.writer import write_shard

@@ -8,7 +8,6 @@ number 0 of 1 and trains as many separate models; its state is therefore written
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -98,15 +97,6 @@ class Processes:
             os.environ.pop(name, None)
         if (clean or self.world == 1) and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def quiet_libraries() -> None:
-    """Libraries' bars and remarks would stand between the lines of the log."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    for name in ("DeepSpeed", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False) -> Processes:

@@ -17,6 +17,7 @@ from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.quiet import quiet_libraries
 from seed_multimodal.training.distributed import StopRequest
 from seed_multimodal.training.llm.changes import check_same_run
 from seed_multimodal.training.llm.checkpoint import Checkpoints, Engine, load_engine, load_weights, read_states
@@ -30,7 +31,7 @@ from seed_multimodal.training.llm.metrics import RunProgress
 from seed_multimodal.training.llm.model import build_llm
 from seed_multimodal.training.llm.model_settings import LlmModelSettings, find_folder, read_model_settings
 from seed_multimodal.training.llm.optim import build_optimizer, read_optim
-from seed_multimodal.training.llm.processes import Processes, quiet_libraries, start_processes
+from seed_multimodal.training.llm.processes import Processes, start_processes
 from seed_multimodal.training.llm.settings import RunSettings, read_run
 from seed_multimodal.training.llm.stepping import StepMaker, held_out
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
@@ -49,7 +50,7 @@ def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
         SystemExit: 143 after SIGTERM; the step was finished and saved.
     """
     run = read_run(config)
-    quiet_libraries()
+    quiet_libraries(libraries=("transformers", "DeepSpeed", "accelerate"))
     with explained("the start", "nothing was trained yet"):
         processes = start_processes(run.trainer.device, run.trainer.timeout_minutes,
                                     group_of_one=run.deepspeed is not None)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.loading import load_llm
+from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 

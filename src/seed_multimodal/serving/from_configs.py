@@ -24,8 +24,8 @@ def system_from_configs(
     from seed_multimodal.config import instantiate
     from seed_multimodal.configured import SeedLlamaTokenizer
     from seed_multimodal.language.tasks import RELEASED_TASKS
-    from seed_multimodal.systems.loading import RELEASED_GENERATION, SystemSpec, template_for
     from seed_multimodal.systems.seed_llama import SeedLlama
+    from seed_multimodal.systems.system_spec import RELEASED_GENERATION, SystemSpec, template_for
 
     _refuse_missing(model, tokenizer)
     words = instantiate(tokenizer, device=tokenizer_device)
@@ -50,7 +50,7 @@ def _refuse_missing(model: str | Path, tokenizer: str | Path) -> None:
 
     from seed_multimodal.config import find_target, load_yaml
     from seed_multimodal.configured import is_hub_name, language_model, local_folder, seed_llama_tokenizer
-    from seed_multimodal.systems.loading import PARTS, llm_kind, locate, not_on_disk, released_folder
+    from seed_multimodal.systems.system_spec import PARTS, llm_kind, locate, not_on_disk, released_folder
 
     fetched = not constants.HF_HUB_OFFLINE  # then what is named as on the hub comes when it is needed
     named: list[tuple[str, str]] = []
