@@ -17,9 +17,9 @@ from seed_lavis.options import locate
 from seed_lavis.report import say_changes
 from seed_lavis.start import say
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.training.distributed import Peers
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.settings import StageSettings
+from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.state import StateFile, read_record
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _state_from_checkpoint(runner: RunnerSeed, modules: nn.Module, settings: Sta
         raise ConfigError(f"{file}: has {epochs} epochs behind it, so run.max_epoch={runner.options.max_epoch} "
                           f"leaves nothing to train; give run.max_epoch={epochs + 1} or more.")
     step = epochs * runner.steps_per_epoch
-    with Peers(runner.stage, runner.model if dist.is_initialized() else None) as peers:
+    with ProcessGroup(runner.stage, runner.model if dist.is_initialized() else None) as peers:
         average = Ema(modules, settings.ema) if settings.ema else None
         scaler = torch.amp.GradScaler(runner.device.type, enabled=settings.precision == "fp16")
         StateFile(runner.output_dir / f"{runner.stage}.state.pt", modules, runner.optimizer, average, scaler, peers,

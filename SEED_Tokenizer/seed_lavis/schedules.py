@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from seed_lavis.compat import registry
+from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.schedules import learning_rate
-from seed_multimodal.training.settings import StageSettings
 
 
 @registry.register_lr_scheduler("linear_warmup_cosine_steps")

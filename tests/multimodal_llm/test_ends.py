@@ -12,8 +12,8 @@ import time
 import pytest
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
-from seed_multimodal.training.llm.failures import TrainingError, explained
-from seed_multimodal.training.llm.folders import checkpoints, fault_of
+from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
+from seed_multimodal.training.failures import TrainingError, translate_errors
 from seed_multimodal.training.llm.summary import summary_lines
 
 
@@ -192,16 +192,16 @@ def test_a_second_run_is_kept_out_of_the_output_folder(runs, train, tmp_path):
     """It would remove what the first is writing, and mix their logs."""
     from datetime import timedelta
 
-    from seed_multimodal.training.llm.folders import only_run
-    from seed_multimodal.training.llm.processes import RunPeers
+    from seed_multimodal.training.checkpoint_folders import output_folder_lock
+    from seed_multimodal.training.llm.processes import RunProcessGroup
 
-    peers = RunPeers(timedelta(minutes=1))
-    with only_run(tmp_path / "out", peers):
+    peers = RunProcessGroup(timedelta(minutes=1))
+    with output_folder_lock(tmp_path / "out", peers):
         with pytest.raises(CheckpointError, match="out: another run is at work in this output folder"):
             train("out", "trainer.max_steps=1")
         assert not list((tmp_path / "out").iterdir())
     train("out", "trainer.max_steps=1")
-    with only_run(tmp_path / "out", peers, patience=0.0):  # the run has let go
+    with output_folder_lock(tmp_path / "out", peers, patience=0.0):  # the run has let go
         pass
 
 
@@ -279,9 +279,9 @@ def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
     from datetime import timedelta
 
     from seed_multimodal.training.llm.checkpoint import Checkpoints
-    from seed_multimodal.training.llm.processes import RunPeers
+    from seed_multimodal.training.llm.processes import RunProcessGroup
 
-    saver = Checkpoints(tmp_path, RunPeers(timedelta(minutes=1)), limit=None, asynchronous=True, log=print)
+    saver = Checkpoints(tmp_path, RunProcessGroup(timedelta(minutes=1)), limit=None, asynchronous=True, log=print)
 
     def fill(folder):
         (folder / "trainer_state.json").write_text(json.dumps({"no": {1, 2}}))
@@ -298,11 +298,11 @@ def test_what_machines_do_becomes_a_sentence():
     for raised, words in ((torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "Out of GPU memory"),
                           (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:9"), "Another process died")):
         with pytest.raises(TrainingError, match=f"{words}.* at step 3.*nothing was saved yet"), \
-                explained("step 3", "nothing was saved yet"):
+                translate_errors("step 3", "nothing was saved yet"):
             raise raised
-    with pytest.raises(TrainingError, match="Out of memory at step 3.*data.rows"), explained("step 3", "x"):
+    with pytest.raises(TrainingError, match="Out of memory at step 3.*data.rows"), translate_errors("step 3", "x"):
         torch.empty(2**50)
-    with pytest.raises(RuntimeError, match="shapes") as caught, explained("step 3", ""):
+    with pytest.raises(RuntimeError, match="shapes") as caught, translate_errors("step 3", ""):
         raise RuntimeError("shapes differ")
     assert not isinstance(caught.value, SeedError)
 
@@ -311,7 +311,7 @@ def test_deepspeeds_smallest_loss_scale_becomes_a_sentence(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     scalers = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
     scaler = scalers.DynamicLossScaler(1, scale_window=10, min_scale=1, delayed_shift=1, consecutive_hysteresis=False)
-    with pytest.raises(TrainingError, match="overflow at any loss scale at step 3"), explained("step 3", "x"):
+    with pytest.raises(TrainingError, match="overflow at any loss scale at step 3"), translate_errors("step 3", "x"):
         scaler.update_scale(True)
 
 

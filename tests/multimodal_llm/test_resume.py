@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.training.llm.folders import checkpoints, fault_of
-from seed_multimodal.training.llm.trees import flatten, read_tree
+from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
+from seed_multimodal.training.state_tree import flatten, read_tree
 
 # (overrides, model): all weights, padded micro-batches, accumulation; LoRA with dropout, packed, with a data worker.
 CASES = {

@@ -14,7 +14,7 @@ from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.optim import read_optim
-from seed_multimodal.training.llm.settings import read_run, read_trainer
+from seed_multimodal.training.llm.trainer_settings import read_run, read_trainer
 from seed_multimodal.training.llm.zero import fill_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "MultiModalLLM" / "configs"

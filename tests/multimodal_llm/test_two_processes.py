@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.training.llm.folders import checkpoints, fault_of
+from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
 
 pytestmark = pytest.mark.timeout(600)
 STARTED: list[subprocess.Popen] = []
@@ -112,7 +112,7 @@ def test_an_output_folder_that_is_not_shared_is_refused(runs, tmp_path):
 import os, sys
 from pathlib import Path
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.llm.folders import check_shared
+from seed_multimodal.training.checkpoint_folders import check_shared
 from seed_multimodal.training.llm.processes import start_processes
 peers = start_processes("cpu", 1.0).peers
 for folder, fits in ((Path(sys.argv[1]), True), (Path(sys.argv[1]) / f"node{peers.rank}", False)):

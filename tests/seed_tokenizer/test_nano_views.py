@@ -12,13 +12,13 @@ import torch
 from omegaconf import OmegaConf
 
 from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.config import NanoConfig, load_config, save_config
 from seed_multimodal.training.nano.recipe import write_recipes
 from seed_multimodal.training.nano.tokenizer import tokenizer_config
 from seed_multimodal.training.nano.views import to_clip
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.training.schedules import learning_rate
-from seed_multimodal.training.settings import StageSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"

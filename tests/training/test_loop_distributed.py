@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.distributed import Peers
-from seed_multimodal.training.progress import merge
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.run_log import merge
 
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 EQUAL = {"name": "equal", "batch_size": 4, "accumulate": 2, "noise": 0, "log_every": 1}
@@ -109,7 +109,7 @@ def test_merged_numbers() -> None:
 
 
 def test_alone_without_a_group() -> None:
-    with Peers("alone", nn.Linear(1, 1)) as peers:
+    with ProcessGroup("alone", nn.Linear(1, 1)) as peers:
         assert (peers.world, peers.rank, peers.first) == (1, 0, True)
         assert peers.agree(True, False) == [True, False] and peers.gather({"a": 1}) == [{"a": 1}]
     assert os.environ.get("RANK") is None

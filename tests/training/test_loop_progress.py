@@ -15,9 +15,9 @@ import torch
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.progress import duration
-from seed_multimodal.training import progress
+from seed_multimodal.training import run_log
 from seed_multimodal.training.loop import SampleCost
-from seed_multimodal.training.progress import forget_after, peak_memory_mib
+from seed_multimodal.training.run_log import forget_after, peak_memory_mib
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:
@@ -75,7 +75,7 @@ def test_numbers_of_a_step_are_logged_at_once_and_their_time_is_no_training(
     toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, aside = [100.0], [0.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))  # a real one depends on load
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: clock[0]))  # a real one depends on load
 
     def evaluate(step: int) -> dict[str, float]:
         clock[0] += 0.1

@@ -25,7 +25,7 @@ from seed_multimodal.errors import ConfigError
 _PATIENCE = timedelta(hours=6)
 
 
-class Peers:
+class ProcessGroup:
     """The processes that run a stage together; without a process group this one is alone. A context manager."""
 
     def __init__(self, name: str, wrapped: nn.Module | None) -> None:
@@ -37,7 +37,7 @@ class Peers:
                               "DistributedDataParallel (`wrapped`), so each would train its own.")
         self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world > 1 else None
 
-    def __enter__(self) -> Peers:
+    def __enter__(self) -> ProcessGroup:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.training.distributed import Peers, StopRequest
+from seed_multimodal.training.distributed import ProcessGroup, StopRequest
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.progress import Progress, Status
+from seed_multimodal.training.loop_settings import SampleCost, StageSettings, check_settings
+from seed_multimodal.training.run_log import Progress, Status
 from seed_multimodal.training.schedules import batch_indices, learning_rate, parameter_groups
-from seed_multimodal.training.settings import SampleCost, StageSettings, check_settings
 from seed_multimodal.training.state import Own, StateFile, read_record, warm_start, write_json
 from seed_multimodal.training.step import Loss, Stepper
 
@@ -85,7 +85,7 @@ def run_stage(
     check_settings(name, settings)
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
-    with Peers(name, wrapped) as peers:
+    with ProcessGroup(name, wrapped) as peers:
         record = _done_before(name, home, peers, settings)
         if record is not None:
             return record
@@ -154,13 +154,13 @@ def _steps(step: int, stepper: Stepper, store: StateFile, progress: Progress, st
     return step
 
 
-def _start_warm(name: str, settings: StageSettings, modules: nn.Module, peers: Peers) -> None:
+def _start_warm(name: str, settings: StageSettings, modules: nn.Module, peers: ProcessGroup) -> None:
     earlier = warm_start(Path(settings.start), modules)
     if peers.first:
         print(f"[{name}] weights taken from {settings.start} (step {earlier})", flush=True)
 
 
-def _done_before(name: str, home: Path, peers: Peers, settings: StageSettings) -> dict[str, Any] | None:
+def _done_before(name: str, home: Path, peers: ProcessGroup, settings: StageSettings) -> dict[str, Any] | None:
     done = home / f"{name}.done.json"
     here = done.is_file()
     someone, someone_not = peers.agree(here, not here)

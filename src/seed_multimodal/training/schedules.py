@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from seed_multimodal.config import nearest
 from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.settings import StageSettings
+from seed_multimodal.training.loop_settings import StageSettings
 
 KINDS = ("cosine", "linear", "constant", "constant_with_warmup")
 

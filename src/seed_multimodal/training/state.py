@@ -22,7 +22,7 @@ from torch import nn
 
 from seed_multimodal.disk import flush_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.distributed import Peers
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.weights import assign_strictly, read_torch
 
@@ -45,7 +45,7 @@ class StateFile:
     optimiser: torch.optim.Optimizer
     average: Ema | None
     scaler: torch.amp.GradScaler
-    peers: Peers
+    peers: ProcessGroup
     batch: int
     keep_frozen: bool = True
     saved_step: int | None = None

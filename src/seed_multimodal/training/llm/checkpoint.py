@@ -24,9 +24,7 @@ from safetensors import SafetensorError
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.training.llm.engine import PlainEngine
-from seed_multimodal.training.llm.failures import TrainingError
-from seed_multimodal.training.llm.folders import (
+from seed_multimodal.training.checkpoint_folders import (
     checkpoints,
     clean,
     describe,
@@ -38,11 +36,13 @@ from seed_multimodal.training.llm.folders import (
     temporary_folder,
     unwritable,
 )
+from seed_multimodal.training.failures import TrainingError
+from seed_multimodal.training.llm.engine import PlainEngine
 from seed_multimodal.training.llm.lora import is_lora, load_adapter
 from seed_multimodal.training.llm.model import load_trained, save_trained, trained_state
-from seed_multimodal.training.llm.processes import RunPeers
-from seed_multimodal.training.llm.trees import flatten, read_tree, write_tree
+from seed_multimodal.training.llm.processes import RunProcessGroup
 from seed_multimodal.training.llm.zero import ZeroEngine
+from seed_multimodal.training.state_tree import flatten, read_tree, write_tree
 from seed_multimodal.weights import load_state_dict
 
 Engine = PlainEngine | ZeroEngine
@@ -58,7 +58,7 @@ class Checkpoints:
         problem: why the last one could not be written, if so.
     """
 
-    def __init__(self, home: Path, peers: RunPeers, *, limit: int | None, asynchronous: bool,
+    def __init__(self, home: Path, peers: RunProcessGroup, *, limit: int | None, asynchronous: bool,
                  log: Callable[[str], None]) -> None:
         self.home, self.peers, self.limit, self.asynchronous, self.log = home, peers, limit, asynchronous, log
         self.saved: int | None = None

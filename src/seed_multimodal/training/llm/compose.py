@@ -21,7 +21,7 @@ from seed_multimodal.config import load_yaml, nearest, project_root, read_yaml
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.model_settings import find_folder
-from seed_multimodal.training.llm.settings import KEYS
+from seed_multimodal.training.llm.trainer_settings import KEYS
 
 GROUPS = ("model", "data", "optim", "trainer", "tokenizer", "deepspeed", "eval_data")
 _FOLDERS = {"eval_data": "data"}  # a group's files lie in another's folder

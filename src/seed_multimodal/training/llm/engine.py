@@ -18,7 +18,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.llm.loss import LossParts
 from seed_multimodal.training.llm.processes import Processes
-from seed_multimodal.training.llm.settings import TrainerSettings
+from seed_multimodal.training.llm.trainer_settings import TrainerSettings
 
 _MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 _SMALLEST_SCALE = 2.0**-20  # so many overflows in a row are no passing ones

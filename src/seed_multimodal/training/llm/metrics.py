@@ -20,11 +20,11 @@ import torch
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.progress import duration
-from seed_multimodal.training.distributed import Peers
-from seed_multimodal.training.llm.failures import disk_sentence
-from seed_multimodal.training.llm.settings import TrainerSettings
-from seed_multimodal.training.progress import Progress, merge, peak_memory_mib
-from seed_multimodal.training.settings import StageSettings
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.failures import disk_sentence
+from seed_multimodal.training.llm.trainer_settings import TrainerSettings
+from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.run_log import Progress, merge, peak_memory_mib
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -57,7 +57,7 @@ class RunProgress(Progress):
     lines. Every process must call `add` for every step.
     """
 
-    def __init__(self, settings: TrainerSettings, step: int, home: Path, peers: Peers, device: torch.device,
+    def __init__(self, settings: TrainerSettings, step: int, home: Path, peers: ProcessGroup, device: torch.device,
                  smooth: dict[str, float], waited: Callable[[], float], flops: tuple[float, float, float],
                  name: str = "train") -> None:
         """Open the logs.

@@ -58,7 +58,7 @@ def read_optim(config: Mapping[str, Any], where: str = "optim") -> OptimSettings
     Raises:
         ConfigError: a key that is unknown (the nearest is named), of the wrong type or out of range.
     """
-    from seed_multimodal.training.llm.settings import from_mapping
+    from seed_multimodal.training.llm.trainer_settings import from_mapping
 
     settings = from_mapping(OptimSettings, config, where)
     for key, options in (("name", NAMES), ("decay", DECAYS), ("lr_scheduler_type", KINDS)):

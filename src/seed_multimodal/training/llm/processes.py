@@ -20,13 +20,13 @@ import torch.distributed as dist
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.training.distributed import Peers
-from seed_multimodal.training.llm.failures import TrainingError
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.failures import TrainingError
 
 _FOR_EVER = timedelta(days=30)
 
 
-class RunPeers(Peers):
+class RunProcessGroup(ProcessGroup):
     """The run's processes; questions between them have the run's patience, not hours."""
 
     def __init__(self, timeout: timedelta) -> None:
@@ -48,7 +48,7 @@ class RunPeers(Peers):
 class Processes:
     """This process among the others. `local_rank` counts on its node."""
 
-    peers: RunPeers
+    peers: RunProcessGroup
     device: torch.device
     local_rank: int
     timeout: timedelta
@@ -140,7 +140,7 @@ def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool =
             store = tempfile.NamedTemporaryFile(prefix="seed-group-", delete=False).name
             os.unlink(store)
             dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
-    return Processes(RunPeers(timeout), place, local, timeout, added)
+    return Processes(RunProcessGroup(timeout), place, local, timeout, added)
 
 
 def _join(backend: str, timeout: timedelta) -> None:

@@ -22,7 +22,7 @@ from seed_multimodal.training.llm.loss import IGNORED, LossWeights, learned_targ
 from seed_multimodal.training.llm.metrics import StepNumbers
 from seed_multimodal.training.llm.optim import OptimSettings, schedule
 from seed_multimodal.training.llm.processes import Processes
-from seed_multimodal.training.llm.settings import RunSettings, TrainerSettings
+from seed_multimodal.training.llm.trainer_settings import RunSettings, TrainerSettings
 from seed_multimodal.training.llm.zero import ZeroEngine
 from seed_multimodal.training.step import seed_generators
 
@@ -30,7 +30,7 @@ _LEAST = 1e-8  # of a step with nothing to learn
 
 
 @dataclass
-class Made:
+class StepResult:
     """What came of a step: its numbers, or why there are none. `stopped`: some process was asked to stop."""
 
     numbers: StepNumbers | None = None
@@ -39,7 +39,7 @@ class Made:
     ended: bool = False
 
 
-class StepMaker:
+class OptimizerStep:
     """Makes steps by number.
 
     Args:
@@ -51,7 +51,7 @@ class StepMaker:
         self.engine, self.data, self.settings, self.optim = engine, data, settings, optim
         self.processes, self.weights, self.by_tokens = processes, weights, by_tokens
 
-    def make(self, step: int, *, broken: bool = False, stop: bool = False) -> Made:
+    def make(self, step: int, *, broken: bool = False, stop: bool = False) -> StepResult:
         """Step number `step`, from 0; every process calls it.
 
         Args:
@@ -63,13 +63,13 @@ class StepMaker:
         learned = [self._count(batch) for batch in batches]
         total, left = self.processes.peers.sum([sum(learned), float(len(batches))])
         if not left:
-            return Made(ended=True)
+            return StepResult(ended=True)
         mine = self._gradients(step, batches, total, left / self.processes.world)
         norm = self.engine.gradient_norm()
         problem = f"The loss became {mine[0]}" if not math.isfinite(mine[0]) else self.engine.problem(norm)
         sums = self.processes.peers.sum([*mine, float(bool(problem) or broken), float(stop)])
         if sums[-2] or not math.isfinite(sums[0]):
-            return Made(problem=problem or "Another process could not make its part")
+            return StepResult(problem=problem or "Another process could not make its part")
         rate = schedule(step, self.optim, self.settings.max_steps, count)
         moved = self.engine.update(rate)
         norm = moved if moved is not None else norm
@@ -77,7 +77,7 @@ class StepMaker:
         text_sum, text_count, image_sum, image_count, tokens, positions, sequences = sums[1:8]
         numbers = StepNumbers(loss, text_sum, text_count, image_sum, image_count, tokens, positions, sequences, rate,
                               math.nan if norm is None else norm)
-        return Made(numbers, self.engine.problem(norm), bool(sums[-1]))
+        return StepResult(numbers, self.engine.problem(norm), bool(sums[-1]))
 
     def evaluate(self, batches: Sequence[LlmBatch]) -> list[float]:
         """Sums over all processes: loss, count, then loss and count of text and of image tokens; no gradients.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.llm.failures import disk_sentence
+from seed_multimodal.training.failures import disk_sentence
 
 
 def save_config(home: Path, config: Mapping[str, Any]) -> None:

@@ -18,13 +18,12 @@ from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.quiet import quiet_libraries
+from seed_multimodal.training.checkpoint_folders import check_shared, output_folder_lock
 from seed_multimodal.training.distributed import StopRequest
-from seed_multimodal.training.llm.changes import check_same_run
+from seed_multimodal.training.failures import STOPPED, TrainingError, Watchdog, translate_errors
 from seed_multimodal.training.llm.checkpoint import Checkpoints, Engine, load_engine, load_weights, read_states
 from seed_multimodal.training.llm.engine import PlainEngine, round_residual
-from seed_multimodal.training.llm.failures import STOPPED, TrainingError, Watchdog, explained
 from seed_multimodal.training.llm.flops import token_flops
-from seed_multimodal.training.llm.folders import check_shared, only_run
 from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama
 from seed_multimodal.training.llm.metrics import RunProgress
@@ -32,9 +31,10 @@ from seed_multimodal.training.llm.model import build_llm
 from seed_multimodal.training.llm.model_settings import LlmModelSettings, find_folder, read_model_settings
 from seed_multimodal.training.llm.optim import build_optimizer, read_optim
 from seed_multimodal.training.llm.processes import Processes, start_processes
-from seed_multimodal.training.llm.settings import RunSettings, read_run
-from seed_multimodal.training.llm.stepping import StepMaker, held_out
+from seed_multimodal.training.llm.same_run import check_same_run
+from seed_multimodal.training.llm.stepping import OptimizerStep, held_out
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
+from seed_multimodal.training.llm.trainer_settings import RunSettings, read_run
 from seed_multimodal.training.llm.zero import ZeroEngine, fill_config
 from seed_multimodal.training.state import write_json
 
@@ -51,14 +51,14 @@ def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     run = read_run(config)
     quiet_libraries(libraries=("transformers", "DeepSpeed", "accelerate"))
-    with explained("the start", "nothing was trained yet"):
+    with translate_errors("the start", "nothing was trained yet"):
         processes = start_processes(run.trainer.device, run.trainer.timeout_minutes,
                                     group_of_one=run.deepspeed is not None)
     clean = False
     try:
-        with (only_run(run.output_dir, processes.peers),
+        with (output_folder_lock(run.output_dir, processes.peers),
               Watchdog(60 * run.trainer.timeout_minutes if processes.world > 1 else 0, "train.py") as watchdog):
-            with explained("the start", "nothing was trained yet"):
+            with translate_errors("the start", "nothing was trained yet"):
                 trainer = Trainer(run, processes, watchdog)
             try:
                 record = trainer.train()
@@ -100,7 +100,7 @@ class Trainer:
         self.smooth: dict[str, float] = {}
         self.identity = self._identity(model_settings)
         state, places = self._found(folder)
-        with explained("the start", self.checkpoints.left()):
+        with translate_errors("the start", self.checkpoints.left()):
             self.llm = build_llm(model_settings, self.tokenizer, self.device)
             if folder is not None:
                 load_weights(folder, self.llm)
@@ -108,7 +108,7 @@ class Trainer:
             self.engine = self._engine(data_settings.rows)
             if folder is not None:
                 load_engine(folder, self.step, self.engine)
-        self.maker = StepMaker(self.engine, self.data, self.settings, self.optim, processes, self.weights,
+        self.maker = OptimizerStep(self.engine, self.data, self.settings, self.optim, processes, self.weights,
                                by_tokens=by_tokens)
         if places:
             self.data.restore(places)
@@ -135,7 +135,7 @@ class Trainer:
             while self.step < self.settings.max_steps and not stopped and not ended:
                 where = f"step {self.step + 1}"
                 self.watchdog.beat(where, self.checkpoints.left())
-                with explained(where, self.checkpoints.left()):
+                with translate_errors(where, self.checkpoints.left()):
                     waiting = self.checkpoints.problem or self.progress.problem
                     done = self.maker.make(self.step, broken=waiting is not None, stop=stop.asked)
                 if done.problem:
@@ -144,7 +144,7 @@ class Trainer:
                 if done.numbers is None:
                     break
                 self.step += 1
-                with explained(where, self.checkpoints.left()):
+                with translate_errors(where, self.checkpoints.left()):
                     self.progress.add(self.step, done.numbers)
                 begun = time.monotonic()
                 if self.settings.eval_steps and self.step % self.settings.eval_steps == 0:
@@ -152,9 +152,9 @@ class Trainer:
                 if self.settings.save_steps and self.step % self.settings.save_steps == 0:
                     self._save()
                 self.progress.pause(time.monotonic() - begun)
-            with explained(f"the end (step {self.step})", self.checkpoints.left()):
+            with translate_errors(f"the end (step {self.step})", self.checkpoints.left()):
                 self._end(stopped, ended)
-        with explained(f"the end (step {self.step})", self.checkpoints.left()):
+        with translate_errors(f"the end (step {self.step})", self.checkpoints.left()):
             return self._record()
 
     def _failure(self, problem: str) -> Exception:
@@ -172,7 +172,7 @@ class Trainer:
         """Mean loss of the evaluation mixture's first micro-batches; training does not notice."""
         if self._held_out is None:
             return
-        with explained(f"the evaluation after step {self.step}", self.checkpoints.left()):
+        with translate_errors(f"the evaluation after step {self.step}", self.checkpoints.left()):
             total, count, text, text_count, image, image_count = self.maker.evaluate(self._held_out)
         if not text_count + image_count:
             self._log("eval_data has nothing to learn in its first micro-batches, so there is no evaluation.")
@@ -185,7 +185,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.watchdog.beat(f"saving step {self.step}", self.checkpoints.left())
-        with explained(f"saving step {self.step}", self.checkpoints.left()):
+        with translate_errors(f"saving step {self.step}", self.checkpoints.left()):
             place = self.data.state(self.step * self.settings.gradient_accumulation_steps)
             self.checkpoints.save(self.step, self.engine, self.llm, self.tokenizer, self._state(), place)
 

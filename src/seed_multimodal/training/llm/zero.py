@@ -22,7 +22,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.training.llm.loss import LossParts
 from seed_multimodal.training.llm.processes import Processes
-from seed_multimodal.training.llm.settings import TrainerSettings
+from seed_multimodal.training.llm.trainer_settings import TrainerSettings
 
 _INTEGERS = ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
 

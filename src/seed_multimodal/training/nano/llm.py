@@ -28,9 +28,9 @@ from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.nano import nano_references
 from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.workspace import Workspace
-from seed_multimodal.training.settings import StageSettings
 from seed_multimodal.training.state import write_json
 from seed_multimodal.weights import count_parameters
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from seed_multimodal.disk import flush_folder, sha256_of
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.training.llm.failures import TrainingError, disk_sentence
-from seed_multimodal.training.llm.processes import RunPeers
+from seed_multimodal.training.failures import TrainingError, disk_sentence
+from seed_multimodal.training.llm.processes import RunProcessGroup
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -30,7 +30,7 @@ Entry = dict[str, Any]  # {"size": bytes, "sha256": hex}
 
 
 @contextlib.contextmanager
-def only_run(folder: Path, peers: RunPeers, patience: float = 3.0) -> Iterator[None]:
+def output_folder_lock(folder: Path, peers: RunProcessGroup, patience: float = 3.0) -> Iterator[None]:
     """Keep a second run out of an output folder: it would remove what this one is writing, and mix their logs.
 
     The lock is the first process's, on the folder itself, and ends with it however it ends; disks that know no locks
@@ -136,7 +136,7 @@ def fault_of(folder: Path, *, part: int = 0, parts: int = 1, hashes: bool = True
     return ""
 
 
-def newest(folder: Path, peers: RunPeers, log: Callable[[str], None]) -> tuple[int, Path] | None:
+def newest(folder: Path, peers: RunProcessGroup, log: Callable[[str], None]) -> tuple[int, Path] | None:
     """The newest complete checkpoint; torn ones are passed over with a remark. All processes ask together.
 
     Raises:
@@ -157,7 +157,7 @@ def newest(folder: Path, peers: RunPeers, log: Callable[[str], None]) -> tuple[i
     return None
 
 
-def check_shared(file: Path, peers: RunPeers, patience: float = 20.0) -> None:
+def check_shared(file: Path, peers: RunProcessGroup, patience: float = 20.0) -> None:
     """See that all processes have the folder in which the first one has just written `file`.
 
     Else every checkpoint of ZeRO's shards would lie torn over the nodes' own disks. A network disk may show a new file
@@ -175,7 +175,7 @@ def check_shared(file: Path, peers: RunPeers, patience: float = 20.0) -> None:
                               "it; the output folder must be on a disk that all of them share.")
 
 
-def named(path: Path, peers: RunPeers) -> tuple[int, Path]:
+def named(path: Path, peers: RunProcessGroup) -> tuple[int, Path]:
     """A checkpoint that the user named.
 
     Raises:

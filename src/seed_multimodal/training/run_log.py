@@ -17,8 +17,8 @@ import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.progress import duration
-from seed_multimodal.training.distributed import Peers
-from seed_multimodal.training.settings import SampleCost, StageSettings
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.loop_settings import SampleCost, StageSettings
 
 Status = Callable[[], Mapping[str, float]]
 
@@ -33,8 +33,9 @@ class Progress:
     is the sentence for a log that could not be written (a full disk).
     """
 
-    def __init__(self, name: str, settings: StageSettings, step: int, home: Path, peers: Peers, device: torch.device,
-                 smooth: dict[str, float], status: Status | None = None, cost: SampleCost | None = None) -> None:
+    def __init__(self, name: str, settings: StageSettings, step: int, home: Path, peers: ProcessGroup,
+                 device: torch.device, smooth: dict[str, float], status: Status | None = None,
+                 cost: SampleCost | None = None) -> None:
         self.name, self.settings, self.home = name, settings, home
         self.peers, self.device, self.status, self.cost = peers, device, status, cost
         self.problem: CheckpointError | None = None

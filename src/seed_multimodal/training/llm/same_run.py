@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.changes import settings_remark
+from seed_multimodal.training.resume import settings_remark
 
 # What changes no number of the training, or is said elsewhere (`checkpoint.check_same_run`).
 _SILENT = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max_steps", "trainer.logging_steps",

@@ -33,7 +33,7 @@ def disk_sentence(error: OSError) -> str:
 
 
 @contextmanager
-def explained(where: str, saved: str) -> Iterator[None]:
+def translate_errors(where: str, saved: str) -> Iterator[None]:
     """Turns the failures of a step into sentences.
 
     Args:
