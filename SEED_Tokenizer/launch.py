@@ -64,7 +64,7 @@ def check(script: list[str]) -> None:
     from seed_lavis import register
 
     register()
-    from seed_lavis.settings import load_config
+    from seed_lavis.run_config import load_config
 
     args = train.parser("").parse_args(script)
     load_config(args.cfg_path, args.options)

@@ -42,7 +42,7 @@ def build(args: argparse.Namespace) -> RunnerSeed:
 
     register()
     from seed_lavis.compat import init_distributed_mode, registry
-    from seed_lavis.settings import load_config
+    from seed_lavis.run_config import load_config
 
     config = load_config(args.cfg_path, args.options)
     init_distributed_mode(config.run_cfg)

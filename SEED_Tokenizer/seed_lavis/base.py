@@ -73,7 +73,7 @@ class SeedModel(BaseModel):
         with torch.autocast(images.device.type, dtype):
             return self.visual_encoder(images).float()
 
-    def told(self, loss: Tensor, **numbers: Tensor | None) -> dict[str, Tensor]:
+    def with_log(self, loss: Tensor, **numbers: Tensor | None) -> dict[str, Tensor]:
         """LAVIS's output mapping; keeps the numbers for the log."""
         self.latest = {name: value.detach() for name, value in numbers.items() if value is not None}
         return {"loss": loss, **self.latest}

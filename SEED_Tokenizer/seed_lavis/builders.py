@@ -21,9 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from seed_lavis.compat import BaseDatasetBuilder, get_world_size, registry
+from seed_lavis.log import log, log_rank
 from seed_lavis.options import APPLICATION, locate, one_of, section_at
 from seed_lavis.processors import BlipImageEval
-from seed_lavis.start import say, tell
 from seed_multimodal.config import check_keys
 from seed_multimodal.data.formats.pairs import PairSource, open_pairs
 from seed_multimodal.data.stream.pair_dataset import PairDataset
@@ -62,8 +62,8 @@ class PairBuilder(BaseDatasetBuilder):
         for split, spec in self.sources().items():
             image, text = self.processors("train" if split in (run.get("train_splits") or ()) else "eval")
             source = self.open(spec)
-            say(f"{self.name}: {len(source):,} pictures in split {split!r}.")
-            built[split] = PairDataset(source, image, text, seed=int(run.get("seed", 42)), log=tell,
+            log(f"{self.name}: {len(source):,} pictures in split {split!r}.")
+            built[split] = PairDataset(source, image, text, seed=int(run.get("seed", 42)), log=log_rank,
                                        max_bad_in_a_row=int(run.get("max_bad_in_a_row", 20)))
         return built
 
@@ -77,7 +77,7 @@ class PairBuilder(BaseDatasetBuilder):
         for spec in specs.values():
             if spec["format"] == "webdataset":
                 kept = spec.get("index_folder") or (f"{run.output_dir}/index" if run.get("output_dir") else None)
-                spec.update({"log": say, "index_folder": kept})
+                spec.update({"log": log, "index_folder": kept})
         return {split: spec for split, spec in specs.items() if split in wanted}
 
     def build_info(self) -> dict[str, Any]:

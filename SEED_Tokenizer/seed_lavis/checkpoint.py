@@ -7,10 +7,9 @@ also of the original's making, as the start of a run.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +70,3 @@ def read_checkpoint(file: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{file}: holds the state of another optimiser ({error}).") from error
     return epoch + 1
-
-
-@contextlib.contextmanager
-def told_of_disk(folder: Path) -> Iterator[None]:
-    """What the system says of a file that cannot be written (a full disk) as a `CheckpointError` naming it."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or folder}: cannot be written ({error.strerror}).") from error

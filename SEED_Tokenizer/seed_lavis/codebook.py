@@ -19,7 +19,7 @@ from seed_multimodal.errors import ConfigError
 
 
 class CodebookMixin:
-    """What the stage-2 models add for `CodebookCare`: the codes of the last batch, and whether codes are used yet."""
+    """What stage-2 models add for `CodebookMaintenance`: the codes of the last batch, whether codes are used yet."""
 
     options: CodebookOptions
     use_codes = True
@@ -61,7 +61,7 @@ class CodeCounts(nn.Module):
         self.register_buffer("since_restart", torch.zeros(size, dtype=torch.long, device=device))
 
 
-class CodebookCare:
+class CodebookMaintenance:
     """Does before and after each optimiser step what the options ask for.
 
     Args:

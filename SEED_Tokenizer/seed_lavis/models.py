@@ -15,9 +15,9 @@ from torch import Tensor
 from seed_lavis.base import SeedModel, captions_of, qformer_sizes, target_embeddings, vit_sizes
 from seed_lavis.codebook import CodebookMixin
 from seed_lavis.compat import registry
+from seed_lavis.initial_weights import clip_target, readout_matrix, start_stage1, start_stage2
 from seed_lavis.naming import Naming
 from seed_lavis.options import CodebookOptions, Stage1Options, Stage2Options, read_options, sizes
-from seed_lavis.start import clip_target, readout_matrix, start_stage1, start_stage2
 from seed_lavis.text import caption_words
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.seed2_config import Seed2Config
@@ -83,7 +83,7 @@ class Blip2Casual(SeedModel, Stage1Model):
             raise ConfigError("model.embedding_weight needs a target: a data set that gives one, or model.clip_model.")
         out = Stage1Model.forward(self, images, ids, mask, target_embedding=target)
         loss = out.loss + (self.options.itc_weight - 1.0) * out.loss_itc if self.options.itc_weight != 1.0 else out.loss
-        return self.told(loss, loss_itc=out.loss_itc, loss_embedding=out.loss_embedding, temperature=self.temp)
+        return self.with_log(loss, loss_itc=out.loss_itc, loss_embedding=out.loss_embedding, temperature=self.temp)
 
     def input_words(self, samples: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Word pieces and mask `[B, T]` of a batch, on the model's device."""
@@ -151,7 +151,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         self.note_codes(out.pre_quant, out.indices)
         named = self.naming(out.image_embeds, samples) if self.naming is not None else None
         loss = out.loss if named is None else out.loss + self.options.naming_weight * named
-        return self.told(loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
+        return self.with_log(loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
                          loss_distil_image=out.loss_distil_image,
                          loss_readout=out.loss_readout if self.readout_weight is not None else None,
                          loss_naming=named)

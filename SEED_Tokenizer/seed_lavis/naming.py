@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seed_lavis.base import captions_of
+from seed_lavis.log import log
 from seed_lavis.options import Stage2Options, locate
-from seed_lavis.start import say
 from seed_lavis.text import caption_words
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.word_pieces import PieceWords
-from seed_multimodal.training.nano.clip import MAX_TEXT, text_tower
-from seed_multimodal.training.nano.config import load_config
-from seed_multimodal.weights import assign_strictly, load_state_dict
+from seed_multimodal.vision.clip_towers import MAX_TEXT, load_text_tower
 
 SCALE = 14.0  # inverse temperature
 
@@ -39,19 +37,15 @@ class Naming:
             if not getattr(options, name):
                 raise ConfigError(f"model.naming_weight needs model.{name}.")
         file = Path(locate(str(options.naming_tower)))
-        if not (file.parent / "config.yaml").is_file():
-            raise CheckpointError(f"{file}: there is no config.yaml of a nano run beside it to tell its sizes.")
-        config = load_config(file.parent / "config.yaml")
-        if config.clip.embedding != options.image_features_dim:
-            raise ConfigError(f"model.image_features_dim is {options.image_features_dim}, but the embeddings of {file} "
-                              f"are {config.clip.embedding} wide.")
         words = caption_words(str(options.text_tokenizer), MAX_TEXT)
         if not isinstance(words, PieceWords):
             raise ConfigError("model.text_tokenizer must be a nano system's for model.naming_weight.")
         self.words = words
-        self.tower = text_tower(config, words.end)
-        say(str(assign_strictly(self.tower, load_state_dict(file), file)))
-        self.tower.requires_grad_(False).eval()
+        self.tower = load_text_tower(file, words.end)
+        log(f"{file}: text tower of model.naming_weight loaded.")
+        if self.tower.config.projection_dim != options.image_features_dim:
+            raise ConfigError(f"model.image_features_dim is {options.image_features_dim}, but the embeddings of {file} "
+                              f"are {self.tower.config.projection_dim} wide.")
 
     def to(self, device: torch.device) -> Naming:
         """Move the tower."""

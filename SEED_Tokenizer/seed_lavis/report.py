@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from seed_lavis.start import say
+from seed_lavis.log import log
 from seed_multimodal.config import read_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import duration
@@ -27,7 +27,7 @@ SILENT = tuple(f"run.{key}" for key in (
     "batch_size_eval", "peak_tflops", "device", "gpu", "rank", "world_size", "distributed", "dist_url"))
 
 
-def say_changes(runner: RunnerSeed) -> None:
+def log_changes(runner: RunnerSeed) -> None:
     """Name the settings in which a run that goes on from its state differs from the one before in its folder."""
     before = Path(runner.output_dir) / "config.yaml"
     if not before.is_file():
@@ -35,11 +35,11 @@ def say_changes(runner: RunnerSeed) -> None:
     try:
         plain = [OmegaConf.to_container(one) for one in (read_yaml(before), runner.config.config)]
     except ConfigError as error:  # torn when that run was killed; its state says all that is needed
-        say(f"[{runner.stage}.state.pt] which settings have changed is not known: {error}")
+        log(f"[{runner.stage}.state.pt] which settings have changed is not known: {error}")
         return
     remark = settings_remark(plain[0], plain[1], SILENT)
     if remark:
-        say(f"[{runner.stage}.state.pt] {remark}.")
+        log(f"[{runner.stage}.state.pt] {remark}.")
 
 
 def shown(path: str | Path) -> str:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from seed_lavis.checkpoint import read_checkpoint
+from seed_lavis.log import log
 from seed_lavis.options import locate
-from seed_lavis.report import say_changes
-from seed_lavis.start import say
+from seed_lavis.report import log_changes
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.ema import Ema
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from seed_lavis.runner import RunnerSeed
 
 
-def go_on(runner: RunnerSeed, modules: nn.Module, settings: StageSettings) -> None:
+def prepare_resume(runner: RunnerSeed, modules: nn.Module, settings: StageSettings) -> None:
     """Refuse, prepare or leave to the loop what earlier runs left in the output folder; all processes must call.
 
     Raises:
@@ -41,11 +41,11 @@ def go_on(runner: RunnerSeed, modules: nn.Module, settings: StageSettings) -> No
     if dist.is_initialized():
         dist.barrier()  # all have looked, before the first may write a state
     if there and (further or not finished):
-        say_changes(runner)
+        log_changes(runner)
     if not runner.options.resume_ckpt_path:
         return
     if there:
-        say(f"{state}: this run's own state is there, so run.resume_ckpt_path is left aside.")
+        log(f"{state}: this run's own state is there, so run.resume_ckpt_path is left aside.")
         return
     _state_from_checkpoint(runner, modules, settings)
 
@@ -79,4 +79,4 @@ def _state_from_checkpoint(runner: RunnerSeed, modules: nn.Module, settings: Sta
         StateFile(runner.output_dir / f"{runner.stage}.state.pt", modules, runner.optimizer, average, scaler, peers,
                   settings.batch_size * settings.accumulate * peers.world, settings.save_frozen, begun=step,
                   ).save(step, 0.0)
-    say(f"{file}: weights and optimiser taken; going on after {epochs} epochs.")
+    log(f"{file}: weights and optimiser taken; going on after {epochs} epochs.")

@@ -19,19 +19,19 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from seed_lavis.checkpoint import told_of_disk, write_checkpoint
-from seed_lavis.codebook import CodebookCare, CodebookMixin
+from seed_lavis.checkpoint import write_checkpoint
+from seed_lavis.codebook import CodebookMaintenance, CodebookMixin
 from seed_lavis.compat import RunnerBase, registry
+from seed_lavis.cost import sample_cost
 from seed_lavis.datasets import count_bad, dataset_ratios, mixed_order, split_of, to_device
+from seed_lavis.log import log
 from seed_lavis.options import RunOptions, read_options
 from seed_lavis.report import summary
-from seed_lavis.resume import go_on
-from seed_lavis.speed import sample_cost
-from seed_lavis.start import say
+from seed_lavis.resume import prepare_resume
 from seed_lavis.validation import mean_losses
 from seed_multimodal.data.stream.skip_budget import BadSamples
 from seed_multimodal.data.stream.step_batches import StepBatches
-from seed_multimodal.disk import replace_text
+from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.loop import StageSettings, run_stage
 
@@ -57,7 +57,7 @@ class RunnerSeed(RunnerBase):
         self.accumulate = self.options.accum_grad_iters
         self.steps_per_epoch = self.options.iters_per_epoch // self.accumulate
         self.steps = self.steps_per_epoch * self.options.max_epoch
-        self.care: CodebookCare | None = None
+        self.care: CodebookMaintenance | None = None
         self._last_loss: Tensor | None = None
         self._aside = 0.0
         self._bad = 0  # different bad samples of all processes, known at the end
@@ -119,14 +119,14 @@ class RunnerSeed(RunnerBase):
                          order=mixed_order(self.datasets, run.train_splits, ratios, run.seed)) as self.batches:
             modules = self._modules()
             settings = self._settings()
-            go_on(self, modules, settings)
+            prepare_resume(self, modules, settings)
             record = run_stage(
                 self.stage, modules, self._loss, settings, self.output_dir, self._finish, self._after_step,
                 optimizer=self.optimizer, schedule=self.learning_rate,
                 wrapped=model if dist.is_initialized() else None, status=self._status, cost=self.cost,
                 own=data if isinstance(data, BadSamples) else None)
         for line in summary(self, record, time.monotonic() - started):
-            say(line)
+            log(line)
         return record
 
     def learning_rate(self, step: int) -> float:
@@ -145,7 +145,7 @@ class RunnerSeed(RunnerBase):
     def _modules(self) -> nn.Module:
         if not isinstance(self._model, CodebookMixin):
             return Whole(self._model)
-        self.care = CodebookCare(self._model, self.batch, self.steps, self.options.batch_size_train)
+        self.care = CodebookMaintenance(self._model, self.batch, self.steps, self.options.batch_size_train)
         return self.care.counts
 
     def _settings(self) -> StageSettings:
@@ -168,7 +168,7 @@ class RunnerSeed(RunnerBase):
         """What this run is, as soon as nothing refuses it any more."""
         if self.rank:
             return
-        with told_of_disk(self.output_dir):
+        with writing(self.output_dir):
             self.log_config()
             replace_text(self.output_dir / "config.yaml", OmegaConf.to_yaml(self.config.config))
             replace_text(self.output_dir / "config.json", json.dumps(self._model.config.to_dict(), indent=2) + "\n")
@@ -203,7 +203,7 @@ class RunnerSeed(RunnerBase):
         for split in self.options.valid_splits:
             means = self._evaluated(split, self.options.valid_batches)
             if self.rank == 0:
-                with told_of_disk(self.output_dir):
+                with writing(self.output_dir):
                     self.log_stats({"epoch": epoch, "split": split, **means}, "valid")
             numbers |= {f"valid/{split}/{name}": value for name, value in means.items() if isinstance(value, float)}
         self._aside += time.monotonic() - started
@@ -217,8 +217,8 @@ class RunnerSeed(RunnerBase):
     def _save(self, epoch: int) -> None:
         file = write_checkpoint(self.output_dir, epoch, self._model, self.optimizer, self.config.to_dict(),
                                 self.options.keep_checkpoints)
-        say(f"[{self.stage}] epoch {epoch} is done: {file}")
-        with told_of_disk(self.output_dir):
+        log(f"[{self.stage}] epoch {epoch} is done: {file}")
+        with writing(self.output_dir):
             self.log_stats({"epoch": epoch, **{name: float(value) for name, value in self._model.latest.items()}},
                            "train")
 

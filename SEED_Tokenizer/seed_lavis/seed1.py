@@ -16,9 +16,10 @@ from torch import Tensor
 from seed_lavis.base import SeedModel, captions_of, qformer_sizes, vit_sizes
 from seed_lavis.codebook import CodebookMixin
 from seed_lavis.compat import registry
+from seed_lavis.initial_weights import start_stage2
+from seed_lavis.log import log
 from seed_lavis.models import refuse_trained_tower
 from seed_lavis.options import PRECISIONS, Seed1Options, locate, one_of, read_options, sizes
-from seed_lavis.start import say, start_stage2
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.tokenizers.seed1_config import Seed1Config
@@ -70,7 +71,7 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
                 target = self.text_features(None if ids is None else ids.to(self.device)).float()
         out = Seed1Stage2Model.forward(self, samples["image"], target, quantize=self.use_codes)
         self.note_codes(out.pre_quant, out.indices)
-        return self.told(out.loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
+        return self.with_log(out.loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
                          loss_distil_text=out.loss_distil_text)
 
     def _ids(self, samples: Mapping[str, Any]) -> Tensor | None:
@@ -105,5 +106,5 @@ def text_tower(options: Seed1Options) -> tuple[Any, Any]:
     if missing:
         raise CheckpointError(f"{parts[0]}: {len(missing)} tensors of the text encoder are missing, first "
                               f"{sorted(missing)[0]!r}; {TEXT_WHERE}.")
-    say(f"{parts[0]}: text encoder loaded, its last states are the target.")
+    log(f"{parts[0]}: text encoder loaded, its last states are the target.")
     return encoder.eval().requires_grad_(False), words

@@ -245,11 +245,13 @@ def test_clip_text_tower(tmp_path: Path) -> None:
 
 
 def test_text_tower_of_a_nano_run(tmp_path: Path) -> None:
-    from seed_multimodal.training.nano.clip import text_tower
     from seed_multimodal.training.nano.config import NanoConfig, save_config
+    from seed_multimodal.vision.clip_towers import text_tower
     from seed_multimodal.weights import save_state_dict
 
-    file = save_state_dict(text_tower(NanoConfig(), 2000).state_dict(), tmp_path / "clip-text.safetensors")
+    sizes = NanoConfig().clip
+    tower = text_tower(2000, width=sizes.text_width, layers=sizes.text_layers, embedding=sizes.embedding)
+    file = save_state_dict(tower.state_dict(), tmp_path / "clip-text.safetensors")
     with pytest.raises(CheckpointError, match="has no config.yaml beside it"):
         clip_texts(file, NANO / "seed_tokenizer", CPU.device)
     save_config(NanoConfig(), tmp_path / "config.yaml")

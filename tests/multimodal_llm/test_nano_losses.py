@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.nano.config import load_config
-from seed_multimodal.training.nano.llm import PRETRAIN, SFT, take_llm, write_llm_recipes, write_records
+from seed_multimodal.training.nano.llm_recipe import PRETRAIN, SFT, install_llm, write_llm_recipes, write_records
 from seed_multimodal.training.nano.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def test_losses_are_those_written_down(line: tuple[Workspace, dict[str, dict[str
 
 def test_the_tuned_model_becomes_the_systems(line: tuple[Workspace, dict[str, dict[str, list[float]]]]) -> None:
     space = line[0]
-    record = take_llm(space)
+    record = install_llm(space)
     assert record["sft_val_text_loss"] == pytest.approx(line[1][SFT]["held_out"][0], abs=1e-3)
     assert {file.name for file in (space.out / "seed_llama").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors"}
@@ -92,7 +92,7 @@ def test_the_tuned_model_becomes_the_systems(line: tuple[Workspace, dict[str, di
 def test_a_stage_that_is_not_trained_is_named(tmp_path: Path) -> None:
     space, counts = prepared(tmp_path / "work")
     with pytest.raises(CheckpointError, match="llm_pretrain is not trained to its end; train it with: python Multi"):
-        take_llm(space)
+        install_llm(space)
     space.config.train_sft.start = str(tmp_path)
     with pytest.raises(ConfigError, match="must be the folder of a LLaMA"):
         write_llm_recipes(space, counts)

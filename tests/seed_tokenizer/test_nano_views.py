@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.config import NanoConfig, load_config, save_config
-from seed_multimodal.training.nano.recipe import write_recipes
 from seed_multimodal.training.nano.tokenizer import tokenizer_config
+from seed_multimodal.training.nano.tokenizer_recipe import write_recipes
 from seed_multimodal.training.nano.views import to_clip
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.training.schedules import learning_rate
@@ -25,7 +25,7 @@ WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 
 
 def views(**more: Any) -> Any:
-    from seed_lavis.nano import NanoViews
+    from seed_lavis.nano_views import NanoViews
 
     pictures = torch.arange(6 * 3).view(6, 3, 1, 1, 1).expand(6, 3, 3, 4, 4).to(torch.uint8)
     embeddings = torch.arange(6 * 3, dtype=torch.float16).view(6, 3, 1).expand(6, 3, 5)
@@ -70,7 +70,7 @@ def test_cached_tower_output_goes_with_the_view() -> None:
 
 
 def test_a_work_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
-    from seed_lavis.nano import read_work
+    from seed_lavis.nano_views import read_work
 
     save_config(load_config(ROOT / "configs" / "nano" / "test.yaml"), tmp_path / "config.yaml")
     with pytest.raises(DataError, match="holds no views.u8"):
@@ -105,14 +105,17 @@ def test_the_recipes_hold_the_run_s_sizes(tmp_path: Path) -> None:
     from seed_lavis.models import Blip2Casual, Blip2CodebookAllImage
     from seed_lavis.options import RunOptions, Stage1Options, Stage2Options, read_options
 
-    from seed_multimodal.training.nano.clip import TEXT_FILE, text_tower
+    from seed_multimodal.training.nano.clip import TEXT_FILE
+    from seed_multimodal.vision.clip_towers import text_tower
     from seed_multimodal.weights import save_state_dict
 
     place = space(tmp_path, train_stage1__accumulate=3, clip__embedding=32)
     words = 2000
     save_config(place.config, tmp_path / "config.yaml")
     save_state_dict({"readout": torch.randn(7, 32)}, tmp_path / "readout.safetensors")
-    save_state_dict(text_tower(place.config, words).state_dict(), tmp_path / TEXT_FILE)
+    sizes = place.config.clip
+    tower = text_tower(words, width=sizes.text_width, layers=sizes.text_layers, embedding=sizes.embedding)
+    save_state_dict(tower.state_dict(), tmp_path / TEXT_FILE)
     one, two = (OmegaConf.load(file) for file in write_recipes(place))
     first = Blip2Casual(read_options(Stage1Options, one.model, "model"))
     second = Blip2CodebookAllImage(read_options(Stage2Options, two.model, "model"))
@@ -150,9 +153,9 @@ def test_start_is_another_run_s_checkpoint_or_refused(tmp_path: Path) -> None:
 
 
 def test_a_state_of_a_run_before_lavis_is_a_start(tmp_path: Path) -> None:
+    from seed_lavis.initial_weights import load_finetuned
     from seed_lavis.models import Blip2Casual
     from seed_lavis.options import Stage1Options, read_options
-    from seed_lavis.start import load_finetuned
 
     one = OmegaConf.load(write_recipes(space(tmp_path))[0])
     earlier = Blip2Casual(read_options(Stage1Options, one.model, "model"))

@@ -68,7 +68,7 @@ def test_sets_of_another_make_are_not_joined():
 
     register()
     from seed_lavis.datasets import split_of
-    from seed_lavis.nano import NanoViews
+    from seed_lavis.nano_views import NanoViews
 
     from seed_multimodal.data.stream.pair_dataset import PairDataset
     from seed_multimodal.errors import ConfigError

@@ -144,14 +144,14 @@ def test_codebook_health_options_run(yaml, run, tmp_path, health):
 def test_kmeans_starts_the_codebook_on_the_features(yaml, tmp_path, run):
     runner = built(yaml("stage2", "model.load_pretrained=False", "model.kmeans_images=24"))
     runner.batches = None  # the care asks for batches only through `batch`
-    from seed_lavis.codebook import CodebookCare
+    from seed_lavis.codebook import CodebookMaintenance
     from seed_lavis.datasets import split_of
 
     from seed_multimodal.data.stream.step_batches import StepBatches
 
     runner.batches = StepBatches(split_of(runner.datasets, ["train"]), 8, seed=0)
     model = runner.model
-    care = CodebookCare(model, runner.batch, steps=10, images_per_batch=8)
+    care = CodebookMaintenance(model, runner.batch, steps=10, images_per_batch=8)
     samples = runner.batch(0)
     uniform = float(model(samples)["loss_embed"])
     care.before(0, first_micro_step=True)

@@ -19,7 +19,7 @@ CLIP = "model.clip_model=pretrained/nano/seed_tokenizer/diffusion_model/image_en
     ("stage2", ["model.load_pretrained=False", "model.freeze_qformer=False", "model.use_qformer_image=True"])])
 def test_a_picture_costs_what_torch_counts(yaml, stage, options):
     import train
-    from seed_lavis.speed import step_flops
+    from seed_lavis.cost import step_flops
 
     runner = train.build(train.parser("").parse_args(yaml(stage, *options)))
     model, pairs = runner._model, 4

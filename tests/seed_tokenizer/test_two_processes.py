@@ -44,7 +44,7 @@ import torch.distributed as dist
 from seed_lavis import register
 register()
 from seed_lavis.datasets import count_bad
-from seed_lavis.resume import go_on
+from seed_lavis.resume import prepare_resume
 from seed_lavis.runner import RunnerSeed
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank = dist.get_rank()
@@ -53,7 +53,7 @@ runner.options = SimpleNamespace(resume="auto", resume_ckpt_path=None, batch_siz
 runner.output_dir, runner.stage, runner.steps = Path(sys.argv[1]), "stage1", 20
 runner.rank, runner.world, runner.accumulate = rank, 2, 1
 time.sleep(rank)  # the second looks when the first has long decided
-go_on(runner, None, None)
+prepare_resume(runner, None, None)
 bad = count_bad([("a", "torn"), ("b", "torn")] if rank else [("a", "torn")])
 (runner.output_dir / str(rank)).write_text(str(bad))
 dist.destroy_process_group()

@@ -23,6 +23,7 @@ from seed_multimodal.tokenizers.clip_weights import load_clip_text
 from seed_multimodal.tokenizers.loading import TOWER, fill_tower
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
+from seed_multimodal.vision.clip_towers import caption_ids, load_text_tower
 from seed_multimodal.vision.eva import EvaVit
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
@@ -156,17 +157,9 @@ def clip_texts(source: str | Path, tokenizer_folder: Path, device: torch.device)
 
 
 def _nano_clip_texts(file: Path, tokenizer_folder: Path, device: torch.device) -> TextSide:
-    from seed_multimodal.training.nano.clip import caption_ids, text_tower
-    from seed_multimodal.training.nano.config import load_config
-
-    settings = file.parent / "config.yaml"
-    if not settings.is_file():
-        raise CheckpointError(f"{file}: has no config.yaml beside it, which says how large the tower is.")
     pieces = MultimodalTokenizer.from_pretrained(tokenizer_folder)
     end = pieces.vocabulary.n_text
-    tower = text_tower(load_config(settings), end)
-    assign_strictly(tower, load_state_dict(file), file)
-    tower.requires_grad_(False).eval().to(device)
+    tower = load_text_tower(file, end).to(device)
 
     @torch.no_grad()
     def embed(texts: Sequence[str]) -> Tensor:

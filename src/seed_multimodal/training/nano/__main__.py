@@ -108,8 +108,8 @@ def _embeddings(space: Workspace) -> Tensor:
 
 
 def _recipe(space: Workspace) -> dict[str, Any]:
-    from seed_multimodal.training.nano.recipe import READOUT_FILE, write_recipes
     from seed_multimodal.training.nano.tokenizer import latent_readout
+    from seed_multimodal.training.nano.tokenizer_recipe import READOUT_FILE, write_recipes
 
     pool = space.index_tensor()
     matrix = latent_readout(_embeddings(space)[pool, 0].float(), _latents(space)[pool, 0].float().flatten(1))
@@ -119,8 +119,8 @@ def _recipe(space: Workspace) -> dict[str, Any]:
 
 
 def _tokenizer(space: Workspace) -> dict[str, Any]:
-    from seed_multimodal.training.nano.recipe import READOUT_FILE, join_stages
     from seed_multimodal.training.nano.tokenizer import code_metrics
+    from seed_multimodal.training.nano.tokenizer_recipe import READOUT_FILE, join_stages
 
     return join_stages(space, lambda tokenizer: code_metrics(
         tokenizer, space.views, _embeddings(space), _latents(space),
@@ -166,16 +166,16 @@ def _vae2(space: Workspace) -> dict[str, Any]:
 
 
 def _records(space: Workspace) -> dict[str, Any]:
-    from seed_multimodal.training.nano.llm import describe, write_llm_recipes, write_records
+    from seed_multimodal.training.nano.llm_recipe import describe, write_llm_recipes, write_records
 
     counts = write_records(space, _codes(space))
     return describe(write_llm_recipes(space, counts), counts)
 
 
 def _llm(space: Workspace) -> dict[str, Any]:
-    from seed_multimodal.training.nano.llm import take_llm
+    from seed_multimodal.training.nano.llm_recipe import install_llm
 
-    return take_llm(space)
+    return install_llm(space)
 
 
 def _assemble(space: Workspace) -> dict[str, Any]:

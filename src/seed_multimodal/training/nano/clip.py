@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from seed_multimodal.training.loop import batch_indices, run_stage
 from seed_multimodal.training.nano.config import NanoConfig, training_device
 from seed_multimodal.training.nano.views import to_clip
+from seed_multimodal.vision.clip_towers import caption_ids, text_tower
 from seed_multimodal.weights import save_state_dict
 
-MAX_TEXT = 24
 TEXT_FILE = "clip-text.safetensors"
 
 
@@ -40,7 +40,8 @@ class ClipPair(nn.Module):
             hidden_size=sizes.width, intermediate_size=4 * sizes.width, num_hidden_layers=sizes.layers,
             num_attention_heads=sizes.heads, image_size=config.image_size, patch_size=sizes.patch,
             projection_dim=sizes.embedding, hidden_act="gelu"))
-        self.text = text_tower(config, text_vocabulary)
+        self.text = text_tower(text_vocabulary, width=sizes.text_width, layers=sizes.text_layers,
+                               embedding=sizes.embedding)
         for tower in (self.vision, self.text):
             tower.set_attn_implementation("eager")  # the fused bf16 kernel's backward is slow on CPUs
         self.readout = nn.Linear(sizes.embedding, latent_size)
@@ -57,25 +58,6 @@ class ClipPair(nn.Module):
                        + F.cross_entropy(scores.T, target, label_smoothing=0.1)) / 2
         return contrastive, F.mse_loss(self.readout(image).float(), latents.flatten(1))
 
-
-def text_tower(config: NanoConfig, text_vocabulary: int) -> Any:
-    """The untrained text side: `CLIPTextModelWithProjection` over the word pieces and one end-of-text id."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    sizes = config.clip
-    return CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=text_vocabulary + 1, hidden_size=sizes.text_width, intermediate_size=4 * sizes.text_width,
-        num_hidden_layers=sizes.text_layers, num_attention_heads=4, max_position_embeddings=MAX_TEXT,
-        projection_dim=sizes.embedding, hidden_act="gelu", bos_token_id=1, eos_token_id=2, pad_token_id=0))
-
-
-def caption_ids(texts: Sequence[Sequence[int]], end: int) -> Tensor:
-    """Token id lists → int64 `[B, 24]`: bos, text cut to fit, end-of-text, padding 0."""
-    rows = torch.zeros(len(texts), MAX_TEXT, dtype=torch.long)
-    for row, ids in zip(rows, texts, strict=True):
-        line = [1, *list(ids)[:MAX_TEXT - 2], end]
-        row[:len(line)] = torch.tensor(line)
-    return rows
 
 
 def draw_caption_ids(captions: Sequence[Sequence[Sequence[int]]], chosen: Tensor, end: int) -> Tensor:

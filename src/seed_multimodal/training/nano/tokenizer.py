@@ -5,7 +5,7 @@ Its two training stages run through the LAVIS application, see recipe.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,27 +30,6 @@ def tokenizer_config(config: NanoConfig) -> Seed2Config:
         codebook_size=sizes.codes, codebook_dim=sizes.code_dim, decode_depth=sizes.decode_depth, recon_s=False,
         image_features_dim=config.clip.embedding,
         codebook_sections=Seed2Config.num_query if sizes.sections else 1)
-
-
-def eva_from_clip(clip: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Start the EVA tower from transformers' CLIP vision weights (whose key bias softmax ignores anyway)."""
-    prefix = "vision_model."
-    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
-             "attn.proj": "self_attn.out_proj"}
-    patch = clip[prefix + "embeddings.patch_embedding.weight"]
-    state = {"cls_token": clip[prefix + "embeddings.class_embedding"].view(1, 1, -1),
-             "pos_embed": clip[prefix + "embeddings.position_embedding.weight"][None],
-             "patch_embed.proj.weight": patch, "patch_embed.proj.bias": torch.zeros(len(patch))}
-    for i in range(depth):
-        layer = f"{prefix}encoder.layers.{i}."
-        for ours, theirs in names.items():
-            for part in ("weight", "bias"):
-                state[f"blocks.{i}.{ours}.{part}"] = clip[f"{layer}{theirs}.{part}"]
-        attention = layer + "self_attn."
-        state[f"blocks.{i}.attn.qkv.weight"] = torch.cat([clip[f"{attention}{p}_proj.weight"] for p in "qkv"])
-        state[f"blocks.{i}.attn.q_bias"] = clip[attention + "q_proj.bias"]
-        state[f"blocks.{i}.attn.v_bias"] = clip[attention + "v_proj.bias"]
-    return state
 
 
 def latent_readout(embedding: Tensor, latent: Tensor) -> Tensor:

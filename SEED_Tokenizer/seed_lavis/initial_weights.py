@@ -1,4 +1,4 @@
-"""Initial weights of each stage, through the library's checked loaders; what was loaded is told in one line a file.
+"""Initial weights of each stage, through the library's checked loaders; one log line for each file.
 
 Stage 1: BLIP-2's Q-Former (`pretrained`) and the EVA tower (`vit_weights`). Stage 2: a stage-1 checkpoint
 (`pretrained`), the tower if that left it out, and the CLIP target. `load_pretrained: False` starts at random.
@@ -7,7 +7,6 @@ Stage 1: BLIP-2's Q-Former (`pretrained`) and the EVA tower (`vit_weights`). Sta
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from seed_lavis.base import frozen_names
+from seed_lavis.log import log
 from seed_lavis.options import PRECISIONS, locate, one_of
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.initial import load_blip2, load_eva
 from seed_multimodal.tokenizers.loading import TOWER, VISION_URL
+from seed_multimodal.vision.clip_towers import eva_from_clip
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 WITHOUT_TOWER = (f"give its file as model.vit_weights (download {VISION_URL}), train it (model.freeze_vit=False), or "
                  "start at random with model.load_pretrained=False")
-
-
-def say(text: str) -> None:
-    """A line of the first process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
-
-
-def tell(text: str) -> None:
-    """A line of any process, with its number if it is not the first."""
-    rank = os.environ.get("RANK", "0")
-    print(text if rank == "0" else f"[rank {rank}] {text}", flush=True)
 
 
 def start_stage1(model: Any) -> None:
@@ -48,9 +37,9 @@ def start_stage1(model: Any) -> None:
     """
     options = model.options
     if options.load_pretrained and options.pretrained:
-        load_blip2(model, locate(options.pretrained), say)
+        load_blip2(model, locate(options.pretrained), log)
     elif not options.load_pretrained:
-        say("model.load_pretrained is false: the Q-Former starts at random weights.")
+        log("model.load_pretrained is false: the Q-Former starts at random weights.")
     if options.vit_weights:
         load_tower(model.visual_encoder, options.vit_weights)
     elif options.freeze_vit and options.load_pretrained:
@@ -71,13 +60,13 @@ def start_stage2(model: Any) -> None:
                                   "(sh train_scripts/causal_qformer.sh), or give model.pretrained=FILE.")
         state = load_state_dict(file)
         report = model.load_stage1(state, file)
-        say(f"{file}: {len(report.loaded)} tensors loaded into the encoder.")
+        log(f"{file}: {len(report.loaded)} tensors loaded into the encoder.")
         if not any(name.startswith(f"{TOWER}blocks") for name in state):
             if not options.vit_weights:
                 raise ConfigError(f"{file} holds no vision tower: {WITHOUT_TOWER}.")
             load_tower(model.visual_encoder, options.vit_weights)
     else:
-        say("model.load_pretrained is false: stage 2 starts at random weights.")
+        log("model.load_pretrained is false: stage 2 starts at random weights.")
         if options.vit_weights:
             load_tower(model.visual_encoder, options.vit_weights)
     load_finetuned(model)
@@ -91,22 +80,18 @@ def load_finetuned(model: Any) -> None:
     if not options.finetuned:
         raise ConfigError("model.load_finetuned is true, but model.finetuned names no checkpoint.")
     file = locate(options.finetuned)
-    say(str(assign_strictly(model, load_state_dict(file), file, allow_missing=sorted(frozen_names(model)))))
+    log(str(assign_strictly(model, load_state_dict(file), file, allow_missing=sorted(frozen_names(model)))))
 
 
 def load_tower(tower: nn.Module, source: str) -> None:
     """An EVA file, or (ours) a transformers CLIP folder of the same sizes."""
     place = Path(locate(source))
     if (place / "config.json").is_file() and _is_clip(place / "config.json"):
-        from seed_multimodal.training.nano.tokenizer import eva_from_clip
-
         clip = load_clip_vision(place, log=None)
-        prefix = "" if any(name.startswith("vision_model.") for name in clip.state_dict()) else "vision_model."
-        state = {prefix + name: value for name, value in clip.state_dict().items()}
-        report = assign_strictly(tower, eva_from_clip(state, tower.config.depth), place)
-        say(f"{place}: {len(report.loaded)} tensors of a CLIP tower loaded into the vision tower.")
+        report = assign_strictly(tower, eva_from_clip(clip.state_dict(), tower.config.depth), place)
+        log(f"{place}: {len(report.loaded)} tensors of a CLIP tower loaded into the vision tower.")
         return
-    load_eva(tower, place, say)
+    load_eva(tower, place, log)
 
 
 def _is_clip(file: Path) -> bool:
@@ -123,7 +108,7 @@ def clip_target(source: str | None, precision: str, wanted_by: str) -> Any:
     dtype = DTYPES[one_of(precision, PRECISIONS, "model.clip_precision")]
     if dtype == torch.float16 and not torch.cuda.is_available():
         dtype = torch.float32
-    return load_clip_vision(locate(source), dtype=dtype, log=say)
+    return load_clip_vision(locate(source), dtype=dtype, log=log)
 
 
 def readout_matrix(path: str, width: int) -> Tensor:

@@ -11,7 +11,7 @@ from seed_multimodal.peaks import known_peak
 from seed_multimodal.tokenizers.flops import stage1_flops, stage2_flops, text_flops, vision_flops
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.training.loop_settings import SampleCost
-from seed_multimodal.training.nano.clip import MAX_TEXT
+from seed_multimodal.vision.clip_towers import MAX_TEXT
 from seed_multimodal.vision.eva import EvaConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from seed_lavis.builders import DATASET_KEYS, DEFAULTS, PairBuilder
 from seed_lavis.compat import registry
+from seed_lavis.log import log
 from seed_lavis.options import locate
-from seed_lavis.start import say
 from seed_multimodal.config import check_keys
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.training.nano.config import load_config
@@ -127,7 +127,7 @@ class NanoViewsBuilder(PairBuilder):
             index = parts["space"].train if split == "train" else parts["space"].held_out
             built[split] = NanoViews(parts["views"], parts["embeddings"], parts["captions"], index,
                                      seed=int(run.get("seed", 42)), canonical_target=bool(info["canonical_target"]))
-            say(f"{self.name}: {len(index):,} pictures in split {split!r}, {parts['views'].shape[1]} views of each.")
+            log(f"{self.name}: {len(index):,} pictures in split {split!r}, {parts['views'].shape[1]} views of each.")
         return built
 
 

@@ -30,11 +30,12 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.training.loop_settings import StageSettings
-from seed_multimodal.training.nano.clip import MAX_TEXT, TEXT_FILE
+from seed_multimodal.training.nano.clip import TEXT_FILE
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.tokenizer import tokenizer_config
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.training.state import write_json
+from seed_multimodal.vision.clip_towers import MAX_TEXT
 
 READOUT_FILE = "readout.safetensors"
 STAGE1, STAGE2 = "stage1", "stage2"

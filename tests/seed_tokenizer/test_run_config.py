@@ -20,7 +20,7 @@ def registered():
 
 def test_stage1_yaml_has_the_released_values():
     from seed_lavis.options import Stage1Options, read_options
-    from seed_lavis.settings import load_config
+    from seed_lavis.run_config import load_config
 
     config = load_config(str(BLIP2 / "pretrain_qformer.yaml"), [])
     run, model = config.run_cfg, read_options(Stage1Options, config.model_cfg, "model")
@@ -39,7 +39,7 @@ def test_stage1_yaml_has_the_released_values():
 
 def test_stage2_yaml_has_the_released_values():
     from seed_lavis.options import Stage2Options, read_options
-    from seed_lavis.settings import load_config
+    from seed_lavis.run_config import load_config
 
     config = load_config(str(BLIP2 / "pretrain_codebook.yaml"), ["run.batch_size_train=2", "model.n_embed=64"])
     run, model = config.run_cfg, read_options(Stage2Options, config.model_cfg, "model")
@@ -52,7 +52,7 @@ def test_stage2_yaml_has_the_released_values():
 
 def test_every_project_and_data_set_yaml_is_readable():
     from seed_lavis.compat import registry
-    from seed_lavis.settings import load_config
+    from seed_lavis.run_config import load_config
 
     for file in sorted((APPLICATION / "lavis" / "projects").rglob("*/pretrain_*.yaml")):
         assert load_config(str(file), []).model_cfg.arch in registry.list_models()
@@ -102,7 +102,7 @@ def test_every_project_and_data_set_yaml_is_readable():
 ])
 def test_a_wrong_key_or_name_is_one_sentence(options, sentence, monkeypatch):
     import torch
-    from seed_lavis.settings import load_config
+    from seed_lavis.run_config import load_config
 
     from seed_multimodal.errors import ConfigError
 
@@ -114,7 +114,7 @@ def test_a_wrong_key_or_name_is_one_sentence(options, sentence, monkeypatch):
 
 
 def test_a_missing_file_or_section_is_named(tmp_path):
-    from seed_lavis.settings import load_config
+    from seed_lavis.run_config import load_config
 
     from seed_multimodal.errors import ConfigError
 

@@ -89,7 +89,7 @@ def write_llm_recipes(space: Workspace, counts: Counts) -> list[Path]:
     return files
 
 
-def take_llm(space: Workspace) -> dict[str, Any]:
+def install_llm(space: Workspace) -> dict[str, Any]:
     """Stage `llm`: the tuned model becomes the system's; returns what its training came to.
 
     Writes `pretrain.done.json` and `sft.done.json` beside the other stages' records.
