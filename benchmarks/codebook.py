@@ -25,8 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seed_multimodal.data.nano import load_nano
 from seed_multimodal.entry import guarded
 from seed_multimodal.evaluation.machine import hardware, today, versions
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage2 import Stage2Model
 from seed_multimodal.training.loop import batch_indices
 from seed_multimodal.training.nano.clip import embed_images

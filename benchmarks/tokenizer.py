@@ -33,8 +33,7 @@ from seed_multimodal.evaluation.timing import fill_random, measure, print_line
 from seed_multimodal.tokenizers.fast import GRAPH_SIZES, Levers, optimise
 from seed_multimodal.tokenizers.flops import encode_flops
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.vision.eva import EvaConfig
 
 ROOT = Path(__file__).resolve().parents[1]

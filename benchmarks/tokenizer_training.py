@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from seed_multimodal.evaluation.timing import measure, print_line
 from seed_multimodal.tokenizers.fast import Levers, optimise
 from seed_multimodal.tokenizers.flops import stage2_flops, vision_flops
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage2 import Stage2Model
 from seed_multimodal.vision.eva import EvaConfig
 

@@ -18,7 +18,7 @@ from seed_lavis.compat import BaseModel
 from seed_lavis.options import APPLICATION, PRECISIONS, ModelOptions, one_of, sizes
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.fast_tower import FastTower
+from seed_multimodal.tokenizers.fast import FastTower
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.vision.checkpointing import checkpoint_layers
 from seed_multimodal.vision.eva import EvaConfig

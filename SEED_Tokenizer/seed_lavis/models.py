@@ -20,7 +20,7 @@ from seed_lavis.naming import Naming
 from seed_lavis.options import CodebookOptions, Stage1Options, Stage2Options, read_options, sizes
 from seed_lavis.text import caption_words
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model, Stage2Weights
 

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from seed_multimodal.config import check_keys
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.tokenizers.sizes import check_sizes
+from seed_multimodal.tokenizers.tokenizer_config import check_sizes
 
 APPLICATION = Path(__file__).resolve().parents[1]
 REPOSITORY = APPLICATION.parent

@@ -22,7 +22,7 @@ from seed_lavis.models import refuse_trained_tower
 from seed_lavis.options import PRECISIONS, Seed1Options, locate, one_of, read_options, sizes
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.tokenizers.seed1_config import Seed1Config
+from seed_multimodal.tokenizers.seed1 import Seed1Config
 from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model, Seed1Stage2Weights
 
 TEXT_WHERE = ("download text_encoder and tokenizer of Stable Diffusion 1 (CompVis/stable-diffusion-v1-4) and put them "

@@ -26,8 +26,7 @@ from seed_multimodal.evaluation.tokenizer_retrieval import K_TEST, Captions, ret
 from seed_multimodal.evaluation.tokenizer_text import clip_texts, find_words, load_stage1, stage1_texts
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.vision.eva import EvaConfig
 

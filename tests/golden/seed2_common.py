@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.vision.eva import EvaConfig
 
 Tensors = dict[str, torch.Tensor]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from runner import assert_close, assert_same, read_json, read_tensors
 from seed2_common import Tensors, qformer_config, vit_config
 
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model, Stage1Output
 from seed_multimodal.weights import assign_strictly
 

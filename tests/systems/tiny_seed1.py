@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.tokenizers.qformer import QFormer, QFormerConfig
-from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
-from seed_multimodal.tokenizers.seed1_config import Seed1Config
+from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
 from seed_multimodal.vision.eva import EvaConfig, EvaVit
 
 TEXT_TOKENS, TEXT_WIDTH = 7, 16

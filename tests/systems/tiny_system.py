@@ -47,8 +47,7 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
 
 def _write_image_tokenizer(folder: Path) -> None:
     from seed_multimodal.tokenizers.qformer import QFormerConfig
-    from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-    from seed_multimodal.tokenizers.seed2_config import Seed2Config
+    from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
     from seed_multimodal.vision.eva import EvaConfig
 
     config = Seed2Config(

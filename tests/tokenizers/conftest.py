@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.vision.eva import EvaConfig
 
 

@@ -21,8 +21,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.tokenizers import export as export_module
 from seed_multimodal.tokenizers.export import export_tokenizer
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model
 from seed_multimodal.vision.eva import EvaVit

@@ -10,10 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from seed_multimodal.tokenizers import flops
-from seed_multimodal.tokenizers.seed1_config import Seed1Config
+from seed_multimodal.tokenizers.seed1 import Seed1Config
 from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model
 

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.tokenizers import loading
+from seed_multimodal.tokenizers import checkpoints
 from seed_multimodal.tokenizers.layers import Block
 from seed_multimodal.tokenizers.qformer import QFormer
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.vision.eva import EvaVit
 
 State = dict[str, torch.Tensor]
@@ -298,5 +297,5 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_description_names_every_group(original: Seed2Tokenizer, tmp_path: Path) -> None:
     loaded = Seed2Tokenizer.from_pretrained(_released_folder(original, tmp_path / "a"), config=original.config)
     assert loaded.load_report is not None
-    line = loading.describe(loaded.load_report)
+    line = checkpoints.describe(loaded.load_report)
     assert "blocks_text (48)" in line and "visual_encoder (13)" in line and "\n" not in line

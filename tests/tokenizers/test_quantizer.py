@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 
 
 def _clusters(count: int, dim: int, each: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,7 @@ import tiny_seed1
 import torch
 
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
-from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
-from seed_multimodal.tokenizers.seed1_config import Seed1Config
+from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
 
 
 @pytest.fixture(scope="module")

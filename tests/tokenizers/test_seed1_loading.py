@@ -14,8 +14,7 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
 from seed_multimodal.tokenizers.seed1_loading import find_seed1, rename_training
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
 from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model, Seed1Stage2Weights
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 
 DECODER = {"pos_embed", "blocks", "pos_embed_text", "blocks_text", "quantize", "encode_task_layer",

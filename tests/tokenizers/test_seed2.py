@@ -10,8 +10,7 @@ import torch
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.tokenizers.encoder import evaluating
 from seed_multimodal.tokenizers.fast import optimise
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 
 
 @pytest.fixture

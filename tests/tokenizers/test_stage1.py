@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model, Stage1Output
 from seed_multimodal.vision.eva import EvaConfig
 

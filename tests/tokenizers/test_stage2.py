@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model, Stage2Weights
 

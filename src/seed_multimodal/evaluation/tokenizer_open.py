@@ -20,10 +20,10 @@ from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.systems.pictures import PictureCodec
 from seed_multimodal.systems.system_spec import RELEASED_TRANSFORM, find_system, locate
+from seed_multimodal.tokenizers.checkpoints import WHERE
 from seed_multimodal.tokenizers.clip_weights import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.tokenizers.fast import FastTokenizer, optimise
 from seed_multimodal.tokenizers.initial import check_unclip
-from seed_multimodal.tokenizers.loading import WHERE
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 RELEASED_TOKENIZER = "pretrained/seed_tokenizer"

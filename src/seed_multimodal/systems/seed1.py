@@ -29,7 +29,7 @@ from seed_multimodal.tokenizers.seed1_loading import advice
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from seed_multimodal.tokenizers.seed1_config import Seed1Config
+    from seed_multimodal.tokenizers.seed1 import Seed1Config
 
 DEFAULT_FOLDER = "pretrained"
 # Where a tokenizer folder's own diffusion model may lie; the last is the original's single file.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.tokenizers.sources import InitialReport, Log, find_folder, read_json, told
+from seed_multimodal.tokenizers.pretrained_files import InitialReport, Log, find_folder, read_json, told
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:

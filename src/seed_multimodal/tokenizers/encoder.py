@@ -141,7 +141,7 @@ class CodeTokenizer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors` (weights in their present dtype) into `folder`."""
-        from seed_multimodal.tokenizers.loading import save_folder
+        from seed_multimodal.tokenizers.checkpoints import save_folder
 
         return save_folder(self, folder)
 

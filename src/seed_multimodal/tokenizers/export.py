@@ -28,12 +28,12 @@ from seed_multimodal.disk import replace_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.tokenizers.checkpoints import OURS, TOWER, VISION_FILES, grouped, save_folder
 from seed_multimodal.tokenizers.encoder import CodeTokenizer
 from seed_multimodal.tokenizers.export_kinds import AUTO, ExportKind
 from seed_multimodal.tokenizers.export_merge import Merged, merge, part_of, sizes_of
-from seed_multimodal.tokenizers.loading import OURS, TOWER, VISION_FILES, grouped, save_folder
-from seed_multimodal.tokenizers.sizes import TokenizerConfig
 from seed_multimodal.tokenizers.stage1 import Stage1Model
+from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
 from seed_multimodal.vision.eva import resize_positions
 
 Log = Callable[[str], None] | None

@@ -16,15 +16,15 @@ from typing import Any
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.tokenizers.checkpoints import QUANTIZER_FILES, TOWER, VISION_FILES, build
 from seed_multimodal.tokenizers.codebook_training import CodebookTraining
 from seed_multimodal.tokenizers.encoder import ENCODER_PARTS, CodeTokenizer
-from seed_multimodal.tokenizers.loading import QUANTIZER_FILES, TOWER, VISION_FILES, build
-from seed_multimodal.tokenizers.seed1_config import Seed1Config
+from seed_multimodal.tokenizers.seed1 import Seed1Config
 from seed_multimodal.tokenizers.seed1_loading import QFORMER_FILES, TOKENIZER_FILES, build_seed1, rename_training
 from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
-from seed_multimodal.tokenizers.sizes import TokenizerConfig
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage2 import Stage2Model
+from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
 
 AUTO = "auto"
 CODEBOOK = "quantize.embedding.weight"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.tokenizers.checkpoints import TOWER, VISION_URL, our_config, read_tower
 from seed_multimodal.tokenizers.encoder import ENCODER_PARTS
 from seed_multimodal.tokenizers.export_kinds import CODEBOOK, ExportKind, choose_kind
-from seed_multimodal.tokenizers.loading import TOWER, VISION_URL, our_config, read_tower
-from seed_multimodal.tokenizers.sizes import TokenizerConfig
+from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
 from seed_multimodal.weights import load_state_dict
 
 State = dict[str, Tensor]

@@ -25,8 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.encoder import CodeTokenizer, check_batch_size, evaluating
-from seed_multimodal.tokenizers.fast_encoder import FastEncoder, Wrap
+from seed_multimodal.tokenizers.fast_encoder import FastEncoder, FastVision, Wrap
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
+from seed_multimodal.vision.eva import EvaVit
 
 MODES = ("default", "max-autotune", "max-autotune-tma")
 GELUS = ("erf", "tanh")
@@ -209,6 +210,43 @@ class FastTokenizer:
             if self._is_compiled:
                 stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILES))
             yield
+
+
+class FastTower:
+    """Pixels → tower output.
+
+    Args:
+        tower: stays as it is.
+        dtype: of the matrix products; the residual stream is float32, as under autocast.
+        compile: compile each function once per batch size (seconds, at first use).
+    """
+
+    def __init__(self, tower: EvaVit, dtype: torch.dtype, *, compile: bool = False) -> None:
+        self.tower, self.dtype, self.is_compiled = tower, dtype, compile
+        self._packed: FastVision | None = None
+        self._packed_from: list[tuple[int, int]] = []
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → tower output before `ln_vision` `[B, N, W]` float32, without gradients.
+
+        Raises:
+            ImageError: another image size than the tower's.
+        """
+        self.tower.check_images(images)
+        # Packing and computing both in their own precision, whatever the caller's autocast.
+        with torch.autocast(images.device.type, enabled=False), contextlib.ExitStack() as stack:
+            if self.is_compiled:
+                stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILES))
+            return self._vision()(images.to(self.dtype))
+
+    def _vision(self) -> FastVision:
+        present = [(parameter.data_ptr(), parameter._version) for parameter in self.tower.parameters()]
+        if self._packed is None or present != self._packed_from:
+            self._packed = FastVision(self.tower, dtype=self.dtype, residual_dtype=torch.float32, head_width=None,
+                                      gelu="erf", wrap=compiler("default" if self.is_compiled else None))
+            self._packed_from = present
+        return self._packed
 
 
 class _Graphs:

@@ -9,9 +9,8 @@ the same numbers. Backward counts as twice the forward, less gradients that no l
 from __future__ import annotations
 
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed1_config import Seed1Config
-from seed_multimodal.tokenizers.seed2 import DOWN_WIDTHS
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed1 import Seed1Config
+from seed_multimodal.tokenizers.seed2 import DOWN_WIDTHS, Seed2Config
 from seed_multimodal.vision.eva import EvaConfig
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.tokenizers.checkpoints import TOWER, VISION_FILES, VISION_URL, fill_tower, read_tower
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
-from seed_multimodal.tokenizers.loading import TOWER, VISION_FILES, VISION_URL, fill_tower, read_tower
-from seed_multimodal.tokenizers.sources import InitialReport, Log, find_file, find_folder, read_json, told
+from seed_multimodal.tokenizers.pretrained_files import InitialReport, Log, find_file, find_folder, read_json, told
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.vision.eva import EvaVit
 from seed_multimodal.weights import assign_strictly, load_state_dict

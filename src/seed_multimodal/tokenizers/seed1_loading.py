@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.tokenizers.loading import (
+from seed_multimodal.tokenizers.checkpoints import (
     OURS,
     SEED1_FILES,
     TOWER,
@@ -33,9 +33,8 @@ from seed_multimodal.tokenizers.loading import (
     our_config,
     read_tower,
 )
-from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
-from seed_multimodal.tokenizers.seed1_config import MODEL_TYPE, Seed1Config
-from seed_multimodal.tokenizers.sizes import QUERY_LAYERS
+from seed_multimodal.tokenizers.seed1 import MODEL_TYPE, Seed1Config, Seed1Tokenizer
+from seed_multimodal.tokenizers.tokenizer_config import QUERY_LAYERS
 from seed_multimodal.weights import load_state_dict
 
 QFORMER_FILES, TOKENIZER_FILES = SEED1_FILES
@@ -101,7 +100,7 @@ def load_seed1(source: str | Path, *, vision: str | Path | None = None, config: 
 def build_seed1(config: Seed1Config, state: Mapping[str, Tensor], tower: Mapping[str, Tensor], source: str | Path,
                 tower_source: str | Path, *, device: str | torch.device = "cpu",
                 dtype: torch.dtype = torch.float32) -> Seed1Tokenizer:
-    """As `loading.build`, for SEED-1 and its released names."""
+    """As `checkpoints.build`, for SEED-1 and its released names."""
     model: Seed1Tokenizer = empty_model(Seed1Tokenizer, config, device, dtype)
     model.load_report = assign_parts(model, state, tower, source, tower_source, IGNORED)
     return model

@@ -22,8 +22,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.codebook_training import CodebookOutput, CodebookTraining, CodebookWeights
 from seed_multimodal.tokenizers.encoder import ENCODER_PARTS
 from seed_multimodal.tokenizers.layers import Block, run_blocks
-from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
-from seed_multimodal.tokenizers.seed1_config import Seed1Config
+from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
 from seed_multimodal.tokenizers.seed1_loading import IGNORED, rename_training
 from seed_multimodal.weights import LoadReport, assign_strictly
 

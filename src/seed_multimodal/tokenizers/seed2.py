@@ -11,8 +11,11 @@ Attribute names are the released ones, so the state dict is the released 881 (Re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +23,64 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.encoder import CodeTokenizer, chunked, evaluating
 from seed_multimodal.tokenizers.layers import Block, run_blocks
-from seed_multimodal.tokenizers.qformer import QFormer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.qformer import QFormer, QFormerConfig
+from seed_multimodal.tokenizers.tokenizer_config import Shapes, TokenizerConfig, count_layers
+from seed_multimodal.vision.eva import EvaConfig
 
 DOWN_WIDTHS = (256, 128, 32)
+MODEL_TYPE = "seed2_tokenizer"
+
+
+@dataclass(frozen=True)
+class Seed2Config(TokenizerConfig):
+    """All sizes; `use_qformer_image` picks the decode head (False: `image_down`, True: Reverse Q-Former).
+
+    `recon_s`: keep `pos_embed`/`blocks`, which only stage 2's reconstruction loss uses (released: kept).
+    `normalize_codes` and `codebook_sections` are ours: codes compared and decoded on the unit sphere (released: off);
+    each of the `num_query` positions chooses from its own part of the codebook (released: 1, all from all).
+    """
+
+    model_type: ClassVar[str] = MODEL_TYPE
+    name: ClassVar[str] = "SEED-2"
+
+    vit: EvaConfig = field(default_factory=EvaConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    num_query: int = 32
+    codebook_size: int = 8192
+    codebook_dim: int = 32
+    decode_depth: int = 4
+    decode_heads: int = 12
+    image_features_dim: int = 1024
+    use_qformer_image: bool = False
+    reverse_depth: int = 12
+    recon_s: bool = True
+    normalize_codes: bool = False
+    codebook_sections: int = 1
+
+    @property
+    def reverse_qformer(self) -> QFormerConfig:
+        """The Reverse Q-Former differs from the Q-Former in depth only."""
+        return dataclasses.replace(self.qformer, depth=self.reverse_depth)
+
+    @classmethod
+    def infer(cls, state: Mapping[str, Tensor], source: str | Path) -> Seed2Config:
+        """Sizes from the shapes in a flat checkpoint that holds `visual_encoder.*` too.
+
+        `image_down` decides the decode head even when `Reverse_Qformer` keys are present, because the released file
+        may carry those of a training-only branch.
+
+        Raises:
+            CheckpointError: a tensor that shows a size is missing, or the heads are not known for a width.
+        """
+        shape = Shapes(state, source, cls)
+        reverse = "image_down.0.weight" not in state
+        codebook = shape("quantize.embedding.weight")
+        return cls(
+            vit=shape.vit(), qformer=shape.qformer(), num_query=shape("query_tokens")[1],
+            codebook_size=codebook[0], codebook_dim=codebook[1], decode_depth=count_layers(state, "blocks_image"),
+            recon_s=count_layers(state, "blocks") > 0, use_qformer_image=reverse,
+            image_features_dim=shape("distill_image_proj.weight")[0],
+            reverse_depth=count_layers(state, "Reverse_Qformer.bert.encoder.layer") if reverse else cls.reverse_depth)
 
 
 class Seed2Tokenizer(CodeTokenizer):
@@ -97,8 +154,8 @@ class Seed2Tokenizer(CodeTokenizer):
                         config: Seed2Config | None = None, image_size: int | None = None,
                         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
                         log: Callable[[str], None] | None = None) -> Seed2Tokenizer:
-        """Load our folder, the released layout or a single file, in eval mode; see `loading.load_tokenizer`."""
-        from seed_multimodal.tokenizers.loading import load_tokenizer
+        """Load our folder, the released layout or a single file, in eval mode; see `checkpoints.load_tokenizer`."""
+        from seed_multimodal.tokenizers.checkpoints import load_tokenizer
 
         return load_tokenizer(source, vision=vision, config=config, image_size=image_size, device=device,
                               dtype=dtype, log=log)

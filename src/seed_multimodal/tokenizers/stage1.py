@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.layers import LayerNorm
 from seed_multimodal.tokenizers.qformer import QFormer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.vision.eva import EvaVit
 
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.codebook_training import CodebookOutput, CodebookTraining, CodebookWeights
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from runner import assert_same, read_json
 
-from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
-from seed_multimodal.tokenizers.seed1_config import Seed1Config
+from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
 
 KIND = "seed1_keys_full"
 

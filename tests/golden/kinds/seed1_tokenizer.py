@@ -15,8 +15,7 @@ from seed2_common import Tensors, vit_config
 
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
-from seed_multimodal.tokenizers.seed1_config import Seed1Config
+from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
 from seed_multimodal.weights import assign_strictly
 
 KIND = "seed1_tokenizer"

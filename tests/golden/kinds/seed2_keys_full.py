@@ -15,8 +15,7 @@ import torch
 from runner import assert_same, files_named, read_json
 from torch import nn
 
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model
 

@@ -21,7 +21,7 @@ from seed_multimodal.config import check_keys
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
-from seed_multimodal.tokenizers.loading import OURS, QUANTIZER_FILES
+from seed_multimodal.tokenizers.checkpoints import OURS, QUANTIZER_FILES
 from seed_multimodal.training.llm.fp8 import check_fp8, freeze_in_fp8
 from seed_multimodal.training.llm.lora import (
     adapter_state,

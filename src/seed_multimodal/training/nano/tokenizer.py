@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import Seed2Config
+from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.views import augment, to_clip
 from seed_multimodal.vision.eva import EvaConfig

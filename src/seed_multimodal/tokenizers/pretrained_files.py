@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.tokenizers.loading import HUB_ID, download, grouped
+from seed_multimodal.tokenizers.checkpoints import HUB_ID, download, grouped
 from seed_multimodal.weights import LoadReport
 
 Log = Callable[[str], None] | None

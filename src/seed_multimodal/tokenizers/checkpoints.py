@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.seed2_config import MODEL_TYPE, Seed2Config
-from seed_multimodal.tokenizers.sizes import TokenizerConfig
+from seed_multimodal.tokenizers.seed2 import MODEL_TYPE, Seed2Config, Seed2Tokenizer
+from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
 from seed_multimodal.vision.eva import EvaVit, resize_positions
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
