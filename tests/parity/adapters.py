@@ -1,0 +1,103 @@
+"""What the parity tests call of the library: the only file here that changes when an interface does.
+
+The batches come from the data interfaces, the losses from what a run of each application or command leaves in its log.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO_TOKENIZER = ROOT / "pretrained" / "nano" / "seed_tokenizer"
+
+
+@contextmanager
+def pair_batches(spec: dict[str, Any], seed: int, batch_size: int, world: int, workers: int = 0) -> Iterator[list[Any]]:
+    """One object per rank; `.at(step)` gives a dictionary with `image`, `caption`, `key` and `index`.
+
+    `spec` is the description of a pair source as the YAML files have it.
+    """
+    from seed_multimodal.data.caption_text import BlipCaption
+    from seed_multimodal.data.pair_dataset import PairDataset
+    from seed_multimodal.data.pairs import open_pairs
+    from seed_multimodal.data.steps import StepBatches
+    from seed_multimodal.images.train_transforms import TrainTransform
+
+    with ExitStack() as stack:
+        source = open_pairs(spec)
+        yield [stack.enter_context(StepBatches(
+            PairDataset(source, TrainTransform(16), BlipCaption(), seed=seed, log=None), batch_size, seed=seed,
+            rank=rank, world=world, workers=workers)) for rank in range(world)]
+
+
+@contextmanager
+def llm_batches(config: dict[str, Any], world: int, workers: int = 0) -> Iterator[list[Any]]:
+    """One object per rank; `.at(step)` gives an object with `input_ids`, `labels`, `position_ids`, `attention_mask`."""
+    from seed_multimodal.data.llm.batches import LlmBatches
+    from seed_multimodal.data.llm.settings import read_data_settings
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+    words = MultimodalTokenizer.from_pretrained(NANO_TOKENIZER)
+    with ExitStack() as stack:
+        yield [stack.enter_context(LlmBatches(read_data_settings(config), words, rank=rank, world=world,
+                                              workers=workers)) for rank in range(world)]
+
+
+def train_language_model(arguments: Sequence[str]) -> None:
+    """MultiModalLLM's `train.py` with these arguments, in this process."""
+    from seed_multimodal.training.llm.app import run
+
+    run(list(arguments), ROOT / "MultiModalLLM" / "configs")
+
+
+def train_tokenizer(arguments: Sequence[str]) -> None:
+    """SEED_Tokenizer's `train.py` with these arguments, in this process."""
+    place = str(ROOT / "SEED_Tokenizer")
+    if place not in sys.path:
+        sys.path.append(place)
+    import train
+
+    runner = train.build(train.parser("").parse_args(list(arguments)))
+    runner.train()
+
+
+def train_nano(arguments: Sequence[str]) -> None:
+    """`python -m seed_multimodal.training.nano` with these arguments, in this process."""
+    from seed_multimodal.training.nano.__main__ import main
+
+    assert main(list(arguments)) == 0
+
+
+def train_judge(pictures: Any, steps: int, work: Path) -> None:
+    """Train the judge for `steps` steps on `pictures` (with the attributes of a NanoSet)."""
+    from seed_multimodal.evaluation import train_judge as module
+
+    plan = module.Plan(steps=steps, batch=24, seed=5)
+    module.train(module.build_corpus(pictures), plan, work, torch.device("cpu"), log=lambda line: None)
+
+
+def module_of(path: str) -> ModuleType:
+    """A helper module of another room's tests, by its path below tests/."""
+    file = ROOT / "tests" / path
+    name = f"parity_{file.parent.name}_{file.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def leave_process_group() -> None:
+    """Forget what a launcher around this process told."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)

@@ -1,0 +1,63 @@
+"""Batches and losses are those recorded before the library was consolidated (`recorded.json`, written by `record.py`).
+
+What is drawn is compared bit for bit everywhere, pixels and losses where processor and torch are those of the record;
+elsewhere losses within 1e-4, by which other machines' rounding differs after 30 steps of such small models.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+
+RECORDED = json.loads(Path(__file__).with_name("recorded.json").read_text())
+SAME_MACHINE = RECORDED["environment"] == cases.environment()
+pytestmark = [pytest.mark.filterwarnings("ignore:This DataLoader will create"), pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", cases.PAIRS)
+def test_pairs(case: str, tmp_path: Path) -> None:
+    expected, found = RECORDED["pairs"][case], cases.pair_digests(case, tmp_path)
+    assert found["drawn"] == expected["drawn"]
+    if SAME_MACHINE:
+        assert found["pixels"] == expected["pixels"]
+
+
+@pytest.mark.parametrize("case", cases.ROWS)
+def test_rows(case: str, tmp_path: Path) -> None:
+    assert cases.row_digests(case, tmp_path) == RECORDED["rows"][case]
+
+
+def test_workers_change_nothing() -> None:
+    for group, case in (("pairs", "tar, 1 process"), ("rows", "packed, 1 process")):
+        assert RECORDED[group][case] == RECORDED[group][f"{case}, 2 workers"]
+
+
+@pytest.mark.parametrize("case", cases.LOSSES)
+def test_losses(case: str, tmp_path: Path) -> None:
+    if "tokenizer" in case and importlib.util.find_spec("lavis") is None:
+        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+    if "ZeRO" in case and (importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None):
+        pytest.skip("DeepSpeed on a CPU needs the package and g++")
+    expected, found = RECORDED["losses"][case], cases.LOSSES[case](tmp_path)
+    stages = found if isinstance(found, dict) else {"": found}
+    for stage, losses in stages.items():
+        recorded = expected[stage] if stage else expected
+        assert len(losses) == cases.STEPS
+        assert losses == (recorded if SAME_MACHINE else pytest.approx(recorded, rel=1e-4)), f"{case} {stage}"
