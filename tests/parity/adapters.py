@@ -29,8 +29,8 @@ def pair_batches(spec: dict[str, Any], seed: int, batch_size: int, world: int, w
     `spec` is the description of a pair source as the YAML files have it.
     """
     from seed_multimodal.data.caption_text import BlipCaption
-    from seed_multimodal.data.stream.pair_dataset import PairDataset
     from seed_multimodal.data.formats.pairs import open_pairs
+    from seed_multimodal.data.stream.pair_dataset import PairDataset
     from seed_multimodal.data.stream.step_batches import StepBatches
     from seed_multimodal.images.train_transforms import TrainTransform
 
@@ -44,8 +44,8 @@ def pair_batches(spec: dict[str, Any], seed: int, batch_size: int, world: int, w
 @contextmanager
 def llm_batches(config: dict[str, Any], world: int, workers: int = 0) -> Iterator[list[Any]]:
     """One object per rank; `.at(step)` gives an object with `input_ids`, `labels`, `position_ids`, `attention_mask`."""
-    from seed_multimodal.data.stream.llm_batches import LlmBatches
     from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.llm_batches import LlmBatches
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
     words = MultimodalTokenizer.from_pretrained(NANO_TOKENIZER)

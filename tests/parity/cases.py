@@ -141,8 +141,8 @@ def rows(batch: Any) -> dict[str, bytes]:
                              for name, tensor in tensors.items() if tensor is not None)}
 
 
-PAIRS = {"tar, 1 process": ("tar", 1, 0), "tar, 1 process, 2 workers": ("tar", 1, 2), "json, 2 processes": ("json", 2, 0),
-         "nano, 3 processes": ("nano", 3, 0)}
+PAIRS = {"tar, 1 process": ("tar", 1, 0), "tar, 1 process, 2 workers": ("tar", 1, 2),
+         "json, 2 processes": ("json", 2, 0), "nano, 3 processes": ("nano", 3, 0)}
 ROWS = {"packed, 1 process": (True, 1, 0), "packed, 1 process, 2 workers": (True, 1, 2),
         "packed, 2 processes": (True, 2, 0), "packed, 3 processes": (True, 3, 0), "padded, 1 process": (False, 1, 0),
         "padded, 2 processes": (False, 2, 0), "padded, 3 processes": (False, 3, 0)}

@@ -1,4 +1,4 @@
-"""Write recorded.json anew: `python tests/parity/record.py [CASE …]`. Only for a change that is meant to move numbers."""
+"""Write recorded.json anew (`python tests/parity/record.py [CASE …]`): only for a change that is meant to move numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 start = time.monotonic(), time.process_time()
                 found[group][case] = make(Path(folder))
-                print(f"{group}: {case}: {time.monotonic() - start[0]:.1f} s, {time.process_time() - start[1]:.1f} s of a core", file=sys.stderr)
+                spent = time.monotonic() - start[0], time.process_time() - start[1]
+                print(f"{group}: {case}: {spent[0]:.1f} s, {spent[1]:.1f} s of a core", file=sys.stderr)
     FILE.write_text(lines(found) + "\n")
 
 
