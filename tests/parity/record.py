@@ -1,4 +1,4 @@
-"""Write recorded.json anew (`python tests/parity/record.py [CASE …]`): only for a change that is meant to move numbers."""
+"""Write recorded.json anew: `python tests/parity/record.py [CASE …]`. Only for a change that is to move numbers."""
 
 from __future__ import annotations
 
