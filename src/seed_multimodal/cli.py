@@ -10,6 +10,7 @@
     seed convert old.pt new.safetensors         old weights, once, safely
     seed export-tokenizer --stage1 … --stage2 … trained stages → a tokenizer
     seed eval tokenizer --data … --out …        how good a tokenizer is
+    seed plot runs/a runs/b                     curves of training runs
     seed data check train.jsonl …               what is wrong with training data, and where
     seed data convert old/*.tar --out new       the original's pickled shards, made safe
 
@@ -24,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from seed_multimodal import __version__
-from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, talk
+from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, plot, talk
 from seed_multimodal.commands.common import add_common, add_drawing, add_generation, add_quantization
 from seed_multimodal.config import nearest
 from seed_multimodal.entry import guarded
@@ -94,6 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     converter.add_argument("--debug", action="store_true", help="show the traceback of an error")
     converter.set_defaults(work=convert.convert)
     _add_tokenizer_commands(commands)
+    plotter = commands.add_parser("plot", help="curves of training runs, over each other")
+    plot.add_arguments(plotter)
+    plotter.set_defaults(work=plot.plot)
     data.add_commands(commands.add_parser("data", help="check or convert training data"))
     return parser
 

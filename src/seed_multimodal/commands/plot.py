@@ -1,0 +1,28 @@
+"""`seed plot`: the curves of training runs, drawn over each other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from seed_multimodal.entry import DONE, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training run, or its NAME.log.jsonl")
+    parser.add_argument("--out", default="curves.png", metavar="FILE",
+                        help="figure to write, .png, .pdf or .svg (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def plot(args: argparse.Namespace) -> int:
+    """Draw; the figure's name goes to stdout."""
+    from seed_multimodal.training.plots import draw_runs
+
+    logs = draw_runs(args.runs, args.out)
+    for log in logs:
+        say(f"{log}: drawn.")
+    print(json.dumps({"figure": args.out, "logs": [str(log) for log in logs]}) if args.json else args.out)
+    return DONE
