@@ -80,7 +80,7 @@ def timed(options: argparse.Namespace, runtime: Runtime) -> int:
         CheckpointError, ConfigError: a folder that is no system, or incomplete.
     """
     if options.model:
-        part = part_of(options.model, "detokenizer", "seed_tokenizer/diffusion_model")
+        part = part_of(options.model, "detokenizer")
         detokenizer = UnclipDetokenizer.from_pretrained(part, device=runtime.device, dtype=runtime.dtype)
     else:
         detokenizer = random_detokenizer(options.size, runtime.device, runtime.dtype)

@@ -33,11 +33,8 @@ def load(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
 
     if options.model:
         from seed_multimodal.language.llama import load_llm
-        from seed_multimodal.quiet import quiet_loading
 
-        part = part_of(options.model, "llm", "seed_llama")
-        with quiet_loading("transformers"):
-            return load_llm(part, device=device, dtype=dtype), options.model
+        return load_llm(part_of(options.model, "llm"), device=device, dtype=dtype), options.model
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SIZES[options.size]))
     # The rotary table is a buffer that is computed, not learned: it must not be random.

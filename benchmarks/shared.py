@@ -55,14 +55,14 @@ def runtime_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         parser.error(str(error))
 
 
-def part_of(model: str | Path, part: str, usual: str) -> Path:
-    """A part (`llm`, `tokenizer`, `detokenizer`) of a system's folder; `usual` where its `system.json` names none.
+def part_of(model: str | Path, part: str) -> Path:
+    """A part (`llm`, `tokenizer`, `detokenizer`) of a system's folder.
 
     Raises:
         CheckpointError: no such folder, one without `system.json` or without the part. ConfigError: a damaged one.
     """
     folder = Path(model)
-    name = read_system_json(folder).get(part, usual)
+    name = getattr(read_system_json(folder), part)
     if name is None:
         raise CheckpointError(f"{folder / 'system.json'}: this system has no {part}.")
     return folder / name

@@ -96,7 +96,7 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Seed2Tokeni
     folder = Path(options.model) if options.model else SHIPPED if options.size == "nano" else None
     if folder is not None and (options.model or (folder / "system.json").is_file()):
         name = folder.relative_to(ROOT) if folder == SHIPPED else folder
-        part = part_of(folder, "tokenizer", "seed_tokenizer")
+        part = part_of(folder, "tokenizer")
         return Seed2Tokenizer.from_pretrained(part, device=device), str(name)
     with torch.device("meta"):
         model = Seed2Tokenizer(Seed2Config() if options.size == "released" else nano_config())

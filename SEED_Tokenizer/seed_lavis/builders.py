@@ -24,10 +24,10 @@ from seed_lavis.compat import BaseDatasetBuilder, get_world_size, registry
 from seed_lavis.log import log, log_rank
 from seed_lavis.options import APPLICATION, locate, one_of, section_at
 from seed_lavis.processors import BlipImageEval
-from seed_multimodal.config import check_keys
 from seed_multimodal.data.formats.pairs import PairSource, open_pairs
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.errors import ConfigError, DataError, first_line
+from seed_multimodal.settings import check_keys
 
 FORMATS = ("json", "webdataset", "nano")
 BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", "image_key", "image_keys", "caption_key",

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from seed_multimodal.config import check_keys
 from seed_multimodal.data.stream.order import SHUFFLE_BLOCK, MixedOrder
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.stream.skip_budget import BadSamples
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import check_keys
 
 
 class JoinedPairs(BadSamples):

@@ -25,8 +25,8 @@ from seed_lavis.builders import DATASET_KEYS, DEFAULTS, PairBuilder
 from seed_lavis.compat import registry
 from seed_lavis.log import log
 from seed_lavis.options import locate
-from seed_multimodal.config import check_keys
 from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.settings import check_keys
 from seed_multimodal.training.nano.config import load_config
 from seed_multimodal.training.nano.views import open_views, to_clip
 from seed_multimodal.training.nano.workspace import Workspace

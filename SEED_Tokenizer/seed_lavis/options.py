@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from seed_multimodal.config import check_keys
 from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.settings import check_keys
 from seed_multimodal.tokenizers.tokenizer_config import check_sizes
 
 APPLICATION = Path(__file__).resolve().parents[1]

@@ -20,9 +20,10 @@ from seed_lavis.compat import Config, registry
 from seed_lavis.datasets import dataset_ratios
 from seed_lavis.options import APPLICATION, RunOptions, check_ranges, one_of, read_options, section_at
 from seed_lavis.runner import RunnerSeed
-from seed_multimodal.config import load_yaml, nearest
+from seed_multimodal.config import load_yaml
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.settings import nearest
 
 SECTIONS = ("model", "datasets", "run", "preprocess")
 

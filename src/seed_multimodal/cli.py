@@ -27,8 +27,8 @@ from typing import NoReturn
 from seed_multimodal import __version__
 from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, plot, talk
 from seed_multimodal.commands.common import add_common, add_drawing, add_generation, add_quantization
-from seed_multimodal.config import nearest
 from seed_multimodal.entry import guarded
+from seed_multimodal.settings import nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

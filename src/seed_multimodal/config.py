@@ -8,12 +8,11 @@ working) or must name a public function or class of this package. Unknown keys a
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.settings import check_keys, nearest
 
 # The original's names → ours (`module:attribute`). Their YAML files work unchanged.
 ALIASES = {
@@ -121,36 +121,6 @@ def find_target(name: str, where: str = "configuration") -> Callable[..., Any]:
     return found
 
 
-def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse the first key of `given` that is not in `known`, naming the nearest that is.
-
-    Raises:
-        ConfigError: an unknown key.
-    """
-    options = list(known)
-    for key in given:
-        if key not in options:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(key, options)}; "
-                              f"known keys are {', '.join(sorted(options)) or 'none'}.")
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest known key, or an empty string."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str] = ()) -> list[str]:
-    """`key: before -> now` for each setting in which two resolved configurations differ, in alphabetical order.
-
-    Args:
-        silent: dotted keys that may differ; all below such a key is silent, too.
-    """
-    old, new = dict(_leaves(before)), dict(_leaves(now))
-    return [f"{key}: {_shown(old, key)} -> {_shown(new, key)}" for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not any(key == one or key.startswith(f"{one}.") for one in silent)]
-
-
 def _build(node: dict[str, Any], where: str) -> Any:
     target_name = node["_target_"]
     if not isinstance(target_name, str):
@@ -225,19 +195,3 @@ def _resolved(config: DictConfig, file: Path) -> DictConfig:
         if set_by_user is None:
             del os.environ["PROJECT_ROOT"]
     return config
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with its dotted key; sources go by their names, so that one more does not move the others."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-        for number, inner in enumerate(value):
-            yield from _leaves(inner, f"{key}.{inner.get('name', number)}")
-    else:
-        yield key, value
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return str(values[key]) if key in values else "not given"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import PARTS, local_folder, locate, not_on_disk, released_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.systems.pictures import PictureCodec
 
-RELEASED_NAMES = ("released", "8b", "14b")
 YAML_RUNS = "of the shipped ones `--tokenizer configs/tokenizer/nano.yaml`, in MultiModalLLM, runs now"
 
 
@@ -63,7 +63,6 @@ def language_model(
     """
     from seed_multimodal.device import choose_device
     from seed_multimodal.language.llama import load_llm
-    from seed_multimodal.systems.system_spec import locate, released_folder
 
     if load_in_8bit and load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other.")
@@ -99,13 +98,12 @@ def seed_llama_tokenizer(
         CheckpointError: a part that is not there: what to download and where to put it.
     """
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
-    from seed_multimodal.systems.system_spec import not_on_disk
 
     folder = local_folder(pretrained_model_name_or_path)
     if folder is None:
         raise CheckpointError(f"{not_on_disk([('tokenizer', pretrained_model_name_or_path)])}; {YAML_RUNS}.")
     inside = folder / "diffusion_model"
-    drawing = diffusion_path or (inside if inside.is_dir() else "pretrained/stable-diffusion-2-1-unclip")
+    drawing = diffusion_path or (inside if inside.is_dir() else PARTS["unclip"].folder)
     codec = _codec(folder, None, drawing, {"type": "clip", "keep_ratio": False, "image_size": 224}, device, dtype)
     if load_diffusion:
         _ = codec.decoder
@@ -121,42 +119,16 @@ def picture_codec(model: str, *, device: str = "auto", dtype: str = "auto") -> P
     Raises:
         CheckpointError: a part that is not there.
     """
-    from seed_multimodal.systems.system_spec import PARTS, find_system, not_on_disk
+    from seed_multimodal.systems.system_spec import RELEASED_NAMES, find_system
 
     if model.lower() in RELEASED_NAMES:
-        name = PARTS["tokenizer"][0]
+        name = PARTS["tokenizer"].folder
         if local_folder(name) is None:
             raise CheckpointError(f"{not_on_disk([('tokenizer', name)])}; `--model nano` runs now.")
         return seed_llama_tokenizer(name, device=device, dtype=dtype).pictures
     spec = find_system(model)
     transform = {**spec.transform, "image_size": spec.image_size}
     return _codec(spec.tokenizer, spec.vision, spec.detokenizer, transform, device, dtype)
-
-
-def is_hub_name(name: str | Path) -> bool:
-    """Whether `name` has the form `owner/name`; `pretrained/…` is always a folder."""
-    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "pretrained/"))
-
-
-def local_folder(name: str | Path) -> Path | None:
-    """`name` as a folder here or below the repository root, else its snapshot in the local hub cache, else None.
-
-    What the released files name as on the hub is looked for in its folder of `pretrained/`, too.
-    """
-    from seed_multimodal.systems.system_spec import locate, released_folder
-
-    found = locate(name) or locate(released_folder(name))
-    if found is not None:
-        return found
-    if not is_hub_name(name):
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(name)))  # the local cache only, unless HF_HUB_OFFLINE=0
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
-        return None
 
 
 def _codec(

@@ -149,16 +149,12 @@ def give_usual_mode(file: str | Path) -> None:
     os.chmod(file, 0o666 & ~mask)
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        CheckpointError: it is not JSON, or holds something else.
-    """
+def read_json_object(file: Path, kind: type[SeedError] = CheckpointError) -> dict[str, Any]:
+    """A JSON file that holds an object; raises `kind` if it is not JSON, or holds something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{file}: not valid json ({error}).") from error
+        raise kind(f"{file}: not valid json ({error}).") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: must hold a json object.")
+        raise kind(f"{file}: must hold a json object.")
     return values

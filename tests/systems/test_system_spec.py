@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.configured import language_model, local_folder, picture_codec, seed_llama_tokenizer
+from seed_multimodal import hub
+from seed_multimodal.configured import language_model, picture_codec, seed_llama_tokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import local_folder
 from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.systems.system_spec import find_system
 
@@ -37,10 +39,8 @@ def test_parts_given_apart_load(tiny_folder: Path) -> None:
     ("no/such/folder", "no such folder"), ("8b", "seed-llama-8b-sft"), ("14b", "seed-llama-14b-sft"),
     ("pretrained/no_nano", "pretrained/nano")])
 def test_missing_systems_say_what_to_do(name: str, words: str, tmp_path: Path, monkeypatch) -> None:
-    from seed_multimodal.systems import system_spec
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(system_spec, "__file__", str(tmp_path / "src" / "seed_multimodal" / "systems" / "x.py"))
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "src" / "seed_multimodal" / "hub.py"))
     with pytest.raises(CheckpointError, match=words) as caught:
         find_system(name)
     assert "\n" not in str(caught.value) and "nano" in str(caught.value)
@@ -49,10 +49,8 @@ def test_missing_systems_say_what_to_do(name: str, words: str, tmp_path: Path, m
 @pytest.fixture
 def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder, and a repository, without any weights; `pretrained/` is looked for here."""
-    from seed_multimodal.systems import system_spec
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(system_spec, "__file__", str(tmp_path / "src" / "seed_multimodal" / "systems" / "x.py"))
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "src" / "seed_multimodal" / "hub.py"))
     return tmp_path
 
 
@@ -102,7 +100,7 @@ def test_a_folder_without_system_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("{", "not valid JSON"), ("[]", "JSON object"), ('{"tokeniser": "x"}', "unknown key 'tokeniser'"),
+    ("{", "not valid json"), ("[]", "json object"), ('{"tokeniser": "x"}', "unknown key 'tokeniser'"),
     ('{"tasks": {"paint": "x"}}', "'paint'"), ('{"tasks": {"draw": "no place"}}', "caption")])
 def test_damaged_system_json(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "system.json").write_text(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from seed_multimodal.config import changed_settings
+from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.resume import settings_remark
 
 BEFORE = {"data": {"sources": [{"name": "a", "weight": 1}, {"name": "b", "weight": 2}]}, "optim": {"rate": 1},

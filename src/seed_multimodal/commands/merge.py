@@ -48,7 +48,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _folder(path: str) -> Path:
     """A path as it is, or below the repository's root."""
-    from seed_multimodal.systems.system_spec import locate
+    from seed_multimodal.hub import locate
 
     return locate(path) or Path(path)
 

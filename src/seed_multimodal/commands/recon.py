@@ -123,8 +123,8 @@ def require(model: str, diffusion: str | None = None) -> None:
         CheckpointError: the tokenizer, the diffusion model or both are not on disk.
     """
     from seed_multimodal.detokenizers.stable_diffusion import WHERE
+    from seed_multimodal.hub import locate
     from seed_multimodal.systems.seed1 import find_diffusion
-    from seed_multimodal.systems.system_spec import locate
     from seed_multimodal.tokenizers.seed1_loading import advice, find_seed1
 
     place, parts = locate(model), []

@@ -49,12 +49,11 @@ def require(names: Sequence[str]) -> None:
     """Refuse in one sentence when released parts are missing: what to download, where to put it, what runs now.
 
     Raises:
-        CheckpointError: at least one of `names` (keys of `systems.system_spec.PARTS`) is not on disk.
+        CheckpointError: at least one of `names` (keys of `hub.PARTS`) is not on disk.
     """
-    from seed_multimodal.configured import local_folder
-    from seed_multimodal.systems.system_spec import PARTS, not_on_disk
+    from seed_multimodal.hub import PARTS, local_folder, not_on_disk
 
-    missing = [(name, PARTS[name][0]) for name in names if local_folder(PARTS[name][0]) is None]
+    missing = [(name, PARTS[name].folder) for name in names if local_folder(PARTS[name].folder) is None]
     if missing:
         raise CheckpointError(f"{not_on_disk(missing)}, or use `--model nano`, which runs now.")
 
@@ -74,7 +73,7 @@ def _cat() -> str:
 
 def _round_trip(args: argparse.Namespace) -> int:
     from seed_multimodal.commands.pictures import load_codec
-    from seed_multimodal.configured import RELEASED_NAMES
+    from seed_multimodal.systems.system_spec import RELEASED_NAMES
 
     if args.model in RELEASED_NAMES:
         require(["tokenizer", "unclip"])

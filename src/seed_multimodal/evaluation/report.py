@@ -40,8 +40,8 @@ from seed_multimodal.evaluation.tasks import (
     score_pictures,
 )
 from seed_multimodal.evaluation.tokenizer_open import NANO_JUDGE
+from seed_multimodal.hub import locate, locate_system
 from seed_multimodal.systems.pictures import PictureCodec
-from seed_multimodal.systems.system_spec import locate
 
 SPLITS = ("val", "test_combo", "test_concept")
 MODULE = "seed_multimodal.evaluation.report"
@@ -258,7 +258,7 @@ def find_judge(model: str | Path, given: str | Path | None) -> Path:
     """Folder of the scorer: `given`, or the system's own, or the shipped one (it is independent of every system)."""
     if given is not None:
         return Path(given)
-    own = (locate("pretrained/nano" if str(model).lower() == "nano" else model) or Path(model)) / "judge"
+    own = (locate_system(model) or Path(model)) / "judge"
     return own if own.is_dir() else locate(NANO_JUDGE) or own
 
 

@@ -12,22 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.configured import RELEASED_NAMES, local_folder
 from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.judge import Judge
+from seed_multimodal.hub import PARTS, local_folder, locate, locate_system
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.systems.pictures import PictureCodec
-from seed_multimodal.systems.system_spec import RELEASED_TRANSFORM, find_system, locate
+from seed_multimodal.systems.system_spec import RELEASED_NAMES, RELEASED_TRANSFORM, find_system
 from seed_multimodal.tokenizers.checkpoints import WHERE
 from seed_multimodal.tokenizers.clip_weights import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.tokenizers.fast import FastTokenizer, optimise
 from seed_multimodal.tokenizers.initial import check_unclip
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
-RELEASED_TOKENIZER = "pretrained/seed_tokenizer"
-UNCLIP = "pretrained/stable-diffusion-2-1-unclip"
+RELEASED_TOKENIZER, UNCLIP = PARTS["tokenizer"].folder, PARTS["unclip"].folder
 BICUBIC = {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"}
 NANO_JUDGE = "pretrained/nano/judge"
 NONE = "none"
@@ -114,7 +113,7 @@ def _parts(model: str) -> tuple[str | Path, Path | None, Path | None, dict[str, 
         if folder is None:
             raise CheckpointError(f"{RELEASED_TOKENIZER}: the released tokenizer is not on this disk; {WHERE}.")
         return folder, None, _decoder_of(folder), dict(RELEASED_TRANSFORM)
-    place = locate("pretrained/nano" if model.lower() == "nano" else model)
+    place = locate_system(model)
     if place is None:
         return model, None, None, dict(BICUBIC)  # a hub id, or a sentence by the loader
     if (place / "system.json").is_file():
@@ -170,7 +169,7 @@ def _fitting(tower: Any, source: Path, tokenizer: Seed2Tokenizer, required: bool
 def _judge(model: str | Path, given: Given, runtime: Runtime) -> Judge | None:
     if given is not None:
         return None if str(given) == NONE else Judge.from_pretrained(given, runtime.device)
-    system = locate("pretrained/nano" if str(model).lower() == "nano" else model)
+    system = locate_system(model)
     places = [system / "judge" if system is not None else None, locate(NANO_JUDGE)]
     found = next((place for place in places if place is not None and (place / "config.json").is_file()), None)
     return Judge.from_pretrained(found, runtime.device) if found is not None else None

@@ -15,20 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.hub import PARTS, is_hub_name
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.quiet import quiet_loading
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 BOS, EOS, PAD = 1, 2, 0
 QUANTIZATIONS = (None, "8bit", "4bit")
-RELEASED = {  # folder name -> where it comes from
-    "seed_llama_8b_sft": "AILab-CVC/seed-llama-8b-sft",
-    "seed_llama_14b_sft": "AILab-CVC/seed-llama-14b-sft",
-    "seed_llama_8b_pretrain": "AILab-CVC/seed-llama-8b-pretrain",
-    "vicuna-7b-v1.1": "lmsys/vicuna-7b-v1.1",
-    "llama-2-13b-chat": "meta-llama/Llama-2-13b-chat-hf",
-}
 
 
 def load_llm(
@@ -70,19 +65,11 @@ def force_special_ids(model: Any) -> None:
     model.generation_config.temperature = model.generation_config.top_p = 1.0
 
 
-def _is_hub_id(source: str | Path) -> bool:
-    """`owner/name` whose owner is no folder here; `pretrained/…` is always a folder."""
-    text = str(source)
-    pieces = text.split("/")
-    local = text.startswith((".", "~", "pretrained/")) or Path(pieces[0]).exists()
-    return isinstance(source, str) and len(pieces) == 2 and all(pieces) and not local
-
-
 def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
     from transformers import LlamaConfig
 
     folder = Path(source)
-    if not _is_hub_id(source):
+    if not _on_hub(source):
         if not folder.is_dir():
             raise CheckpointError(_missing(folder))
         if not (folder / "config.json").is_file():
@@ -92,7 +79,7 @@ def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
     try:
         values, _ = LlamaConfig.get_config_dict(str(source))
     except (OSError, ValueError) as error:
-        if _is_hub_id(source):
+        if _on_hub(source):
             raise CheckpointError(f"{source}: not in the local cache of the model hub, and not fetched from it (set "
                                   f"HF_HUB_OFFLINE=0 to allow that, or give a folder).") from error
         raise CheckpointError(f"{source}: its configuration cannot be read ({first_line(error)}).") from error
@@ -106,8 +93,13 @@ def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
     return LlamaConfig.from_dict(values)
 
 
+def _on_hub(source: str | Path) -> bool:
+    """Whether a source is a hub name; a `Path` is always a folder."""
+    return isinstance(source, str) and is_hub_name(source)
+
+
 def _missing(folder: Path) -> str:
-    origin = RELEASED.get(folder.name)
+    origin = next((part.hub for part in PARTS.values() if Path(part.folder).name == folder.name), None)
     if origin is None:
         return f"{folder}: there is no such folder; put a LLaMA folder (config.json and *.safetensors) there."
     return (f"{folder}: the weights are not there; download huggingface.co/{origin} into {folder} "
@@ -133,14 +125,13 @@ def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) ->
 def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: dict[str, Any]) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import LlamaForCausalLM
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of wrong tensors becomes one sentence here (_check_names)
     try:
-        # Old .bin shards are read by transformers through torch.load(weights_only=True).
-        return LlamaForCausalLM.from_pretrained(
-            str(source), config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
+        # Old .bin shards are read by transformers through torch.load(weights_only=True). Its own report of wrong
+        # tensors becomes one sentence in `_check_names`.
+        with quiet_loading("transformers"):
+            return LlamaForCausalLM.from_pretrained(str(source), config=config, dtype=dtype, output_loading_info=True,
+                                                    ignore_mismatched_sizes=True, **extra)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{source}: its weights were refused, because they hold more than tensors (unsafe pickle "
                               f"content) or are damaged; re-save them as safetensors from a source you trust."
@@ -149,8 +140,6 @@ def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: di
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise CheckpointError(f"{source}: the weights cannot be read ({first_line(error)}).") from error
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _check_names(info: Any, source: str | Path) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from seed_multimodal.errors import ConfigError
 
@@ -46,20 +46,6 @@ class TaskPrompts:
         """`question` with the one-word suffix, unless it already ends in it."""
         question = question.strip()
         return question if question.endswith(self.qa_suffix.strip()) else question + self.qa_suffix
-
-    @classmethod
-    def from_dict(cls, values: dict[str, str], base: TaskPrompts | None = None) -> TaskPrompts:
-        """`base` with some sentences replaced.
-
-        Raises:
-            ConfigError: a key that is no task sentence.
-        """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(f"Unknown task sentence {unknown[0]!r}: use {', '.join(sorted(known))}.")
-        merged = {name: getattr(base or cls(), name) for name in known}
-        return cls(**{**merged, **values})
 
 
 NANO_TASKS = TaskPrompts()

@@ -49,8 +49,8 @@ def _refuse_missing(model: str | Path, tokenizer: str | Path) -> None:
     from huggingface_hub import constants
 
     from seed_multimodal.config import find_target, load_yaml
-    from seed_multimodal.configured import is_hub_name, language_model, local_folder, seed_llama_tokenizer
-    from seed_multimodal.systems.system_spec import PARTS, llm_kind, locate, not_on_disk, released_folder
+    from seed_multimodal.configured import language_model, seed_llama_tokenizer
+    from seed_multimodal.hub import PARTS, is_hub_name, llm_kind, local_folder, locate, not_on_disk, released_folder
 
     fetched = not constants.HF_HUB_OFFLINE  # then what is named as on the hub comes when it is needed
     named: list[tuple[str, str]] = []
@@ -69,7 +69,7 @@ def _refuse_missing(model: str | Path, tokenizer: str | Path) -> None:
                 local_folder(name))
             drawing = node.get("diffusion_path")
             if drawing or folder is None or not (folder / "diffusion_model").is_dir():
-                named.append(("unclip", str(drawing or PARTS["unclip"][0])))
+                named.append(("unclip", str(drawing or PARTS["unclip"].folder)))
     missing = [(kind, name) for kind, name in named
                if not (fetched and is_hub_name(name)) and local_folder(name) is None]
     if missing:

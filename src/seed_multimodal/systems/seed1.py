@@ -20,9 +20,9 @@ from torch import Tensor
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.systems.pictures import Codes, Picture, PictureCodec
-from seed_multimodal.systems.system_spec import locate
 from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
 from seed_multimodal.tokenizers.seed1_loading import advice
 

@@ -29,7 +29,6 @@ from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.systems.answer import Answer, DrawnPart
 from seed_multimodal.systems.chat import as_parts, to_turns, turn_marker
 from seed_multimodal.systems.pictures import Picture, PictureCodec, load_codec
@@ -88,9 +87,8 @@ class SeedLlama:
         runtime = choose_device(device, dtype, log=log)
         here = runtime.device if image_device is None else choose_device(image_device, runtime.dtype, log=log).device
         words = MultimodalTokenizer.from_pretrained(spec.tokenizer)
-        with quiet_loading("transformers"):
-            model = load_llm(spec.llm, device=runtime.device, dtype=runtime.dtype, quantization=quantization,
-                             vocabulary=words.vocabulary)
+        model = load_llm(spec.llm, device=runtime.device, dtype=runtime.dtype, quantization=quantization,
+                         vocabulary=words.vocabulary)
         pictures = load_codec(spec, words.vocabulary, device=here, dtype=runtime.dtype, load_decoder=load_decoder)
         pictures.offload(encoder=offload_encoder, decoder=offload_decoder)
         return cls(spec, words, model, pictures)

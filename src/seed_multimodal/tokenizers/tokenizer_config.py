@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from seed_multimodal.config import check_keys
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.settings import check_keys
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.vision.eva import EvaConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.config import changed_settings
+from seed_multimodal.settings import changed_settings
 
 _SHOWN = 8
 

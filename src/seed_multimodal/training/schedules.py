@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.config import nearest
 from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import nearest
 from seed_multimodal.training.loop_settings import StageSettings
 
 KINDS = ("cosine", "linear", "constant", "constant_with_warmup")

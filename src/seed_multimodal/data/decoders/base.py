@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from seed_multimodal.config import check_keys
+from seed_multimodal.settings import check_keys
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.errors import ConfigError

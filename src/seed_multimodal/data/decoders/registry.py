@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from seed_multimodal.config import nearest
+from seed_multimodal.settings import nearest
 from seed_multimodal.data.decoders import pretrain, sft, turns
 from seed_multimodal.data.decoders.base import Decoder
 from seed_multimodal.data.decoders.chat import Chat

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.config import check_keys, nearest
+from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.data.nano.load import load_nano
 from seed_multimodal.data.formats.packed import PackedStrings
 from seed_multimodal.data.formats.files import expand_pattern

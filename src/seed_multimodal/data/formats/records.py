@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from seed_multimodal.config import nearest
+from seed_multimodal.settings import nearest
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.record import BadRecord, LlmRecord, parse_object
 from seed_multimodal.data.formats.json_lines import index_array, index_lines, is_lines

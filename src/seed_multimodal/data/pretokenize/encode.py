@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.config import check_keys, find_target, instantiate, load_yaml
+from seed_multimodal.config import find_target, instantiate, load_yaml
+from seed_multimodal.settings import check_keys
 from seed_multimodal.device import DTYPES, choose_device
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform

@@ -17,7 +17,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.config import check_keys, load_yaml, nearest
+from seed_multimodal.config import load_yaml
+from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.errors import ConfigError
 
 FORMATS = ("auto", "tar", "json", "folder", "nano")

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from seed_multimodal.config import check_keys, nearest
+from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.data.pretokenize.documents import FIELDS as DOCUMENT_FIELDS
 from seed_multimodal.data.pretokenize.documents import (
     conversation_record,

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.config import changed_settings
+from seed_multimodal.settings import changed_settings
 from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.data.pretokenize.shards import MANIFEST, is_of, part_folder, read_json, write_json
 from seed_multimodal.errors import DataError, counted

@@ -23,7 +23,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.config import check_keys, nearest
+from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.errors import ConfigError
 
 TOO_LONG = ("skip", "truncate", "split")

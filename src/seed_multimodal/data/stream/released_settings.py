@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from seed_multimodal.config import check_keys, nearest
+from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.data.decoders.registry import DECODERS
 from seed_multimodal.data.decoders.base import SHARED
 from seed_multimodal.data.stream.data_settings import LlmDataSettings

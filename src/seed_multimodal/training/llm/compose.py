@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.config import load_yaml, nearest, project_root, read_yaml
+from seed_multimodal.config import load_yaml, project_root, read_yaml
 from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.settings import nearest
 from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.llm.trainer_settings import KEYS

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from seed_multimodal.config import nearest
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import nearest
 
 # Flags that name a file (or one of the group's configurations) -> the group.
 GROUPS = {"model": "model", "tokenizer": "tokenizer", "train_data": "data", "eval_data": "eval_data",

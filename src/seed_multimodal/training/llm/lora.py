@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.config import check_keys
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.settings import check_keys
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

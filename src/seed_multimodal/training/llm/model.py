@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.config import check_keys
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
+from seed_multimodal.settings import check_keys
 from seed_multimodal.tokenizers.checkpoints import OURS, QUANTIZER_FILES
 from seed_multimodal.training.llm.fp8 import check_fp8, freeze_in_fp8
 from seed_multimodal.training.llm.lora import (

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.config import check_keys, nearest, project_root
+from seed_multimodal.config import project_root
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.llama import QUANTIZATIONS
+from seed_multimodal.settings import check_keys, nearest
 
 ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
 PEFT, BASE, LORA = "peft", "base", "lora"

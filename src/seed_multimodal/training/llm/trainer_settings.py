@@ -11,8 +11,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from seed_multimodal.config import check_keys, find_target
+from seed_multimodal.config import find_target
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import check_keys
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 AVERAGES = (None, "tokens", "batch")

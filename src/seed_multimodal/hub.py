@@ -1,0 +1,96 @@
+"""The released weights by name: their folder below `pretrained/`, their name on the hub, their place on this disk.
+
+Nothing is downloaded here while `HF_HUB_OFFLINE` is set (the default): a hub name stands for its folder below
+`pretrained/`, or for its snapshot in the hub client's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+NANO = "pretrained/nano"
+
+
+@dataclass(frozen=True)
+class ReleasedPart:
+    """Folder below the repository, name on the hub, and what else belongs into the folder."""
+
+    folder: str
+    hub: str
+    remark: str = ""
+
+
+PARTS = {
+    "tokenizer": ReleasedPart("pretrained/seed_tokenizer", "AILab-CVC/seed-tokenizer-2", " and eva_vit_g.pth"),
+    "8b": ReleasedPart("pretrained/seed_llama_8b_sft", "AILab-CVC/seed-llama-8b-sft"),
+    "14b": ReleasedPart("pretrained/seed_llama_14b_sft", "AILab-CVC/seed-llama-14b-sft"),
+    "unclip": ReleasedPart("pretrained/stable-diffusion-2-1-unclip", "stabilityai/stable-diffusion-2-1-unclip",
+                           " (or a mirror)"),
+    "8b-pretrain": ReleasedPart("pretrained/seed_llama_8b_pretrain", "AILab-CVC/seed-llama-8b-pretrain"),
+    "vicuna": ReleasedPart("pretrained/vicuna-7b-v1.1", "lmsys/vicuna-7b-v1.1"),
+    "llama2": ReleasedPart("pretrained/llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
+}
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether `name` has the form `owner/name` and `owner` is no folder here; `pretrained/…` is always a folder."""
+    owner, _, rest = str(name).partition("/")
+    local = owner in ("", ".", "..", "~", "pretrained") or Path(owner).exists()
+    return bool(rest) and "/" not in rest and not owner.startswith(".") and not local
+
+
+def locate(path: str | Path) -> Path | None:
+    """`path` as it is, or relative to the repository root when that is where this code runs from; None: neither."""
+    plain = Path(path).expanduser()
+    root = Path(__file__).resolve().parents[2]
+    return next((place for place in (plain, root / plain) if place.exists()), None)
+
+
+def locate_system(name: str | Path) -> Path | None:
+    """As `locate`; `nano` is the shipped system."""
+    return locate(NANO if str(name).lower() == "nano" else name)
+
+
+def released_folder(name: str | Path) -> str:
+    """Where a released part belongs that is named as on the hub; other names as they are."""
+    return next((part.folder for part in PARTS.values() if part.hub == str(name)), str(name))
+
+
+def local_folder(name: str | Path) -> Path | None:
+    """`name` as a folder here or below the repository root, else its snapshot in the local hub cache, else None.
+
+    What the released files name as on the hub is looked for in its folder of `pretrained/`, too.
+    """
+    found = locate(name) or locate(released_folder(name))
+    if found is not None or not is_hub_name(name):
+        return found
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name)))  # the local cache only, unless HF_HUB_OFFLINE=0
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
+        return None
+
+
+def llm_kind(name: str | Path) -> str:
+    """Key of `PARTS` for a language model's folder or hub name; `llm` for one of neither size."""
+    return next((size for size in ("14b", "8b") if size in str(name).lower()), "llm")
+
+
+def download(kind: str) -> str:
+    """What to download for a part, in words; `llm` stands for some language model."""
+    part = PARTS.get(kind)
+    return "a LLaMA folder" if part is None else f"{part.hub}{part.remark}"
+
+
+def not_on_disk(missing: Iterable[tuple[str, str | Path]]) -> str:
+    """The sentence, without its end, for parts that are not there: what to download and where to put it.
+
+    Args:
+        missing: of each part its key in `PARTS` (`llm`: some language model) and its folder or hub name.
+    """
+    advice = ", ".join(f"{download(kind)} into {released_folder(where)}" for kind, where in missing)
+    return f"the released weights are not on this disk: download {advice} (details in pretrained/README.md)"
