@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from seed_lavis.compat import BaseModel
-from seed_lavis.options import APPLICATION, PRECISIONS, ModelOptions, one_of, sizes
+from seed_lavis.options import APPLICATION, ModelOptions
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import read_settings
 from seed_multimodal.tokenizers.fast import FastTower
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.vision.checkpointing import checkpoint_layers
@@ -60,7 +61,7 @@ class SeedModel(BaseModel):
 
     def tower_dtype(self, device: torch.device) -> torch.dtype:
         """The frozen tower's precision; fp16 means fp32 on a CPU, which computes fp16 slowly."""
-        dtype = DTYPES[one_of(self.options.vit_precision, PRECISIONS, "model.vit_precision")]
+        dtype = DTYPES[self.options.vit_precision]
         return torch.float32 if device.type != "cuda" and dtype == torch.float16 else dtype
 
     def tower(self, images: Tensor) -> Tensor:
@@ -95,17 +96,15 @@ def low_precision(module: nn.Module, dtype: torch.dtype) -> None:
 
 def vit_sizes(options: ModelOptions) -> EvaConfig:
     """The vision tower's sizes; `vit` of the YAML overrides single ones."""
-    if options.vit_model != "eva_clip_g":
-        raise ConfigError(f"model.vit_model must be eva_clip_g (of any size: model.vit), not {options.vit_model!r}.")
     if options.drop_path_rate:
         raise ConfigError("model.drop_path_rate must be 0, as in the released training.")
-    return sizes(EvaConfig, EvaConfig(), {"image_size": options.image_size, **options.vit}, "model.vit")
+    return read_settings(EvaConfig, {"image_size": options.image_size, **options.vit}, "model.vit")
 
 
 def qformer_sizes(options: ModelOptions) -> QFormerConfig:
     """The Q-Former's sizes; `qformer` of the YAML overrides single ones."""
     changes = {"cross_attention_freq": options.cross_attention_freq, **options.qformer}
-    return sizes(QFormerConfig, QFormerConfig(), changes, "model.qformer")
+    return read_settings(QFormerConfig, changes, "model.qformer")
 
 
 def captions_of(samples: Mapping[str, Any]) -> Sequence[str]:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from seed_lavis.compat import BaseDatasetBuilder, get_world_size, registry
 from seed_lavis.log import log, log_rank
-from seed_lavis.options import APPLICATION, locate, one_of, section_at
+from seed_lavis.options import APPLICATION, locate, section_at
 from seed_lavis.processors import BlipImageEval
 from seed_multimodal.data.formats.pairs import PairSource, open_pairs
 from seed_multimodal.data.stream.pair_dataset import PairDataset
@@ -118,7 +118,9 @@ class PairBuilder(BaseDatasetBuilder):
 def split_sources(info: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
     """`build_info` → for each split what `open_pairs` takes."""
     check_keys(map(str, info), BUILD_KEYS, where)
-    kind = one_of(info.get("format") or ("webdataset" if info.get("storage") else "json"), FORMATS, f"{where}.format")
+    kind = info.get("format") or ("webdataset" if info.get("storage") else "json")
+    if kind not in FORMATS:
+        raise ConfigError(f"{where}.format must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, not {kind!r}.")
     if kind == "nano":
         folder = info.get("folder")
         return {split: {"format": kind, "split": own, **({"folder": locate(folder)} if folder else {})}

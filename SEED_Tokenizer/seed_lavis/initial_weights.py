@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seed_lavis.base import frozen_names
 from seed_lavis.log import log
-from seed_lavis.options import PRECISIONS, locate, one_of
+from seed_lavis.options import locate
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.checkpoints import TOWER, VISION_URL
@@ -105,7 +105,7 @@ def clip_target(source: str | None, precision: str, wanted_by: str) -> Any:
     """The frozen CLIP vision tower whose embeddings are the target; fp16 only where there is a GPU."""
     if not source:
         raise ConfigError(f"{wanted_by} needs the target tower: give a CLIP folder as model.clip_model.")
-    dtype = DTYPES[one_of(precision, PRECISIONS, "model.clip_precision")]
+    dtype = DTYPES[precision]
     if dtype == torch.float16 and not torch.cuda.is_available():
         dtype = torch.float32
     return load_clip_vision(locate(source), dtype=dtype, log=log)

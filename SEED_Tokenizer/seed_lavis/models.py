@@ -17,9 +17,10 @@ from seed_lavis.codebook import CodebookMixin
 from seed_lavis.compat import registry
 from seed_lavis.initial_weights import clip_target, readout_matrix, start_stage1, start_stage2
 from seed_lavis.naming import Naming
-from seed_lavis.options import CodebookOptions, Stage1Options, Stage2Options, read_options, sizes
+from seed_lavis.options import CodebookOptions, Stage1Options, Stage2Options
 from seed_lavis.text import caption_words
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import read_settings
 from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model, Stage2Weights
@@ -55,7 +56,7 @@ class Blip2Casual(SeedModel, Stage1Model):
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> Blip2Casual:
         """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
-        model = cls(read_options(Stage1Options, cfg, "model"))
+        model = cls(read_settings(Stage1Options, cfg, "model"))
         start_stage1(model)
         return model
 
@@ -120,7 +121,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             normalize_codes=options.normalize_codes, codebook_sections=options.codebook_sections)
         readout = readout_matrix(options.readout_weight, options.image_features_dim) if options.readout_weight else None
         Stage2Model.__init__(
-            self, config, weights=sizes(Stage2Weights, Stage2Weights(), options.loss_weights, "model.loss_weights"),
+            self, config, weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
             clip_model=clip, freeze_qformer=options.freeze_qformer, frozen_dropout=options.frozen_dropout,
             corrupt=options.corrupt, nested=options.nested, readout_weight=readout, ema_decay=options.ema_decay)
         self.options = options
@@ -130,7 +131,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> Blip2CodebookAllImage:
         """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
-        model = cls(read_options(Stage2Options, cfg, "model"))
+        model = cls(read_settings(Stage2Options, cfg, "model"))
         start_stage2(model)
         return model
 

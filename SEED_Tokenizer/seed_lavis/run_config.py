@@ -18,12 +18,12 @@ from yaml import YAMLError
 from seed_lavis.builders import dataset_section
 from seed_lavis.compat import Config, registry
 from seed_lavis.datasets import dataset_ratios
-from seed_lavis.options import APPLICATION, RunOptions, check_ranges, one_of, read_options, section_at
+from seed_lavis.options import APPLICATION, RunOptions, section_at
 from seed_lavis.runner import RunnerSeed
 from seed_multimodal.config import load_yaml
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.settings import nearest
+from seed_multimodal.settings import nearest, read_settings
 
 SECTIONS = ("model", "datasets", "run", "preprocess")
 
@@ -52,11 +52,9 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
             raise ConfigError(f"{file}: has no section {section!r}.")
     _check_names(file, user)
     config = Config(argparse.Namespace(cfg_path=str(file), options=list(options)))
-    where = f"{file}: model"
-    check_ranges(read_options(registry.get_model_class(config.model_cfg.arch).options_type, config.model_cfg, where),
-                 where)
+    read_settings(registry.get_model_class(config.model_cfg.arch).options_type, config.model_cfg, f"{file}: model")
     run = config.run_cfg
-    checked = read_options(RunOptions, run, f"{file}: run")
+    checked = read_settings(RunOptions, run, f"{file}: run")
     for key, value in vars(checked).items():  # defaults included, so that LAVIS's own code sees them too
         run[key] = value
     run.output_dir = str(Path(checked.output_dir).absolute())
@@ -110,9 +108,6 @@ def _known(where: str, name: Any, find: Callable[[str], Any], names: Callable[[]
 
 
 def _check_run(file: Path, run: RunOptions) -> None:
-    check_ranges(run, f"{file}: run")
     if run.iters_per_epoch % run.accum_grad_iters:
         raise ConfigError(f"{file}: run.iters_per_epoch ({run.iters_per_epoch}) must be a multiple of "
                           f"run.accum_grad_iters ({run.accum_grad_iters}), so that epochs end after a whole step.")
-    for key, allowed in (("resume", ("auto", "never")), ("precision", ("auto", "bf16", "fp16", "fp32"))):
-        one_of(getattr(run, key), allowed, f"{file}: run.{key}")

@@ -25,7 +25,7 @@ from seed_lavis.compat import RunnerBase, registry
 from seed_lavis.cost import sample_cost
 from seed_lavis.datasets import count_bad, dataset_ratios, mixed_order, split_of, to_device
 from seed_lavis.log import log
-from seed_lavis.options import RunOptions, read_options
+from seed_lavis.options import RunOptions
 from seed_lavis.report import summary
 from seed_lavis.resume import prepare_resume
 from seed_lavis.validation import mean_losses
@@ -33,6 +33,7 @@ from seed_multimodal.data.stream.skip_budget import BadSamples
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import read_settings
 from seed_multimodal.training.loop import StageSettings, run_stage
 
 
@@ -49,7 +50,7 @@ class RunnerSeed(RunnerBase):
     """Trains or evaluates one model; `cfg` is the checked configuration of `settings.load_config`."""
 
     def __init__(self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str = "") -> None:
-        self.options = read_options(RunOptions, cfg.run_cfg, "run")
+        self.options = read_settings(RunOptions, cfg.run_cfg, "run")
         super().__init__(cfg, task, model, datasets, job_id)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1

@@ -19,9 +19,10 @@ from seed_lavis.compat import registry
 from seed_lavis.initial_weights import start_stage2
 from seed_lavis.log import log
 from seed_lavis.models import refuse_trained_tower
-from seed_lavis.options import PRECISIONS, Seed1Options, locate, one_of, read_options, sizes
+from seed_lavis.options import Seed1Options, locate
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.settings import read_settings
 from seed_multimodal.tokenizers.seed1 import Seed1Config
 from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model, Seed1Stage2Weights
 
@@ -48,8 +49,7 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
             text_features_dim=options.text_features_dim, normalize_codes=options.normalize_codes,
             codebook_sections=options.codebook_sections)
         Seed1Stage2Model.__init__(
-            self, config, weights=sizes(Seed1Stage2Weights, Seed1Stage2Weights(), options.loss_weights,
-                                        "model.loss_weights"),
+            self, config, weights=read_settings(Seed1Stage2Weights, options.loss_weights, "model.loss_weights"),
             text_encoder=encoder, freeze_qformer=options.freeze_qformer, frozen_dropout=options.frozen_dropout,
             corrupt=options.corrupt, nested=options.nested, ema_decay=options.ema_decay)
         self.options, self.words = options, self_words
@@ -58,7 +58,7 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> Seed1CodebookText:
         """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
-        model = cls(read_options(Seed1Options, cfg, "model"))
+        model = cls(read_settings(Seed1Options, cfg, "model"))
         start_stage2(model)
         return model
 
@@ -93,7 +93,7 @@ def text_tower(options: Seed1Options) -> tuple[Any, Any]:
     parts = [place / name if (place / name).is_dir() else place for name in ("text_encoder", "tokenizer")]
     if not (parts[0] / "config.json").is_file():
         raise CheckpointError(f"{place}: holds no text encoder; {TEXT_WHERE}.")
-    dtype = DTYPES[one_of(options.clip_precision, PRECISIONS, "model.clip_precision")]
+    dtype = DTYPES[options.clip_precision]
     if dtype == torch.float16 and not torch.cuda.is_available():
         dtype = torch.float32
     try:

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, first_line
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | 
             choices: Sequence[Any] | None = None) -> Any:
     """A dataclass field with limits: `least <= value <= most`, `above < value < below`, one of `choices`.
 
-    Limits hold for each item of a list; None is never compared.
+    Limits hold for each item of a list; None is never compared. Infinity is refused, but with `most=math.inf`.
     """
     limits = {name: limit for name, limit in (("least", least), ("above", above), ("most", most), ("below", below),
                                               ("choices", choices)) if limit is not None}
@@ -54,9 +55,13 @@ def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: 
         where: what the mapping is, as errors begin: `trainer`, `configs/x.yaml`.
 
     Raises:
-        ConfigError: an unknown key (the nearest is named), a missing one, a value of another type or out of range.
+        ConfigError: an unknown key (the nearest is named), a missing one, a value of another type or out of range, an
+            interpolation that fails.
     """
-    plain: Any = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+    try:
+        plain: Any = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {first_line(error)} (key {getattr(error, 'full_key', '?')}).") from error
     if not isinstance(plain, Mapping):
         raise ConfigError(f"{where}: must be a mapping of keys to values, not {plain!r}.")
     known = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
@@ -177,7 +182,7 @@ def _check_limits(limits: Mapping[str, Any], value: Any, where: str) -> None:
             raise ConfigError(f"{where} must be one of {', '.join(options)}, not {one!r}{nearest(str(one), options)}.")
         if not isinstance(one, int | float) or isinstance(one, bool):
             continue
-        if isinstance(one, float) and not math.isfinite(one):
+        if isinstance(one, float) and not math.isfinite(one) and not one <= limits.get("most", 0.0) == math.inf:
             raise ConfigError(f"{where} must be a finite number, not {one}.")
         for name, words, fits in (("least", "at least", one >= limits.get("least", one)),
                                   ("most", "at most", one <= limits.get("most", one)),

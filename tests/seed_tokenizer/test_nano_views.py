@@ -103,8 +103,9 @@ def space(folder: Path, **changes: Any) -> Workspace:
 
 def test_the_recipes_hold_the_run_s_sizes(tmp_path: Path) -> None:
     from seed_lavis.models import Blip2Casual, Blip2CodebookAllImage
-    from seed_lavis.options import RunOptions, Stage1Options, Stage2Options, read_options
+    from seed_lavis.options import RunOptions, Stage1Options, Stage2Options
 
+    from seed_multimodal.settings import read_settings
     from seed_multimodal.training.nano.clip import TEXT_FILE
     from seed_multimodal.vision.clip_towers import text_tower
     from seed_multimodal.weights import save_state_dict
@@ -117,11 +118,11 @@ def test_the_recipes_hold_the_run_s_sizes(tmp_path: Path) -> None:
     tower = text_tower(words, width=sizes.text_width, layers=sizes.text_layers, embedding=sizes.embedding)
     save_state_dict(tower.state_dict(), tmp_path / TEXT_FILE)
     one, two = (OmegaConf.load(file) for file in write_recipes(place))
-    first = Blip2Casual(read_options(Stage1Options, one.model, "model"))
-    second = Blip2CodebookAllImage(read_options(Stage2Options, two.model, "model"))
+    first = Blip2Casual(read_settings(Stage1Options, one.model, "model"))
+    second = Blip2CodebookAllImage(read_settings(Stage2Options, two.model, "model"))
     wanted = tokenizer_config(place.config)
     assert second.config == wanted and (first.config.vit, first.config.qformer) == (wanted.vit, wanted.qformer)
-    run = read_options(RunOptions, one.run, "run")
+    run = read_settings(RunOptions, one.run, "run")
     assert (run.iters_per_epoch * run.max_epoch, run.accum_grad_iters, run.warmup_steps) == (12, 3, 6)
 
     torch.manual_seed(0)
@@ -155,13 +156,15 @@ def test_start_is_another_run_s_checkpoint_or_refused(tmp_path: Path) -> None:
 def test_a_state_of_a_run_before_lavis_is_a_start(tmp_path: Path) -> None:
     from seed_lavis.initial_weights import load_finetuned
     from seed_lavis.models import Blip2Casual
-    from seed_lavis.options import Stage1Options, read_options
+    from seed_lavis.options import Stage1Options
+
+    from seed_multimodal.settings import read_settings
 
     one = OmegaConf.load(write_recipes(space(tmp_path))[0])
-    earlier = Blip2Casual(read_options(Stage1Options, one.model, "model"))
+    earlier = Blip2Casual(read_settings(Stage1Options, one.model, "model"))
     torch.save({"model": earlier.state_dict(), "optimizer": {}, "ema": {}, "step": 4}, tmp_path / "stage1.state.pt")
     one = OmegaConf.load(write_recipes(space(tmp_path, train_stage1__start=tmp_path / "stage1.state.pt"))[0])
-    model = Blip2Casual(read_options(Stage1Options, one.model, "model"))
+    model = Blip2Casual(read_settings(Stage1Options, one.model, "model"))
     assert not torch.equal(model.query_tokens, earlier.query_tokens)
     load_finetuned(model)
     assert all(torch.equal(value, earlier.state_dict()[name]) for name, value in model.state_dict().items())
