@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import filelock
 
-from seed_multimodal.errors import CheckpointError, SeedError
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)
@@ -134,6 +134,54 @@ def replace_folder(temporary: Path, target: Path) -> None:
         os.replace(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str | Path | None] = (),
+                  called: str | None = None) -> Path:
+    """The folder that `--out` names for a result, links followed, refused before long work is done for it.
+
+    Args:
+        force: it may hold something, which will be replaced.
+        what: the result, as in "the tokenizer".
+        read: files and folders that the work reads; `called` stands for them in the sentence (default: their names).
+
+    Raises:
+        ConfigError: it is a file, is not empty, or replacing it would take away what is read.
+    """
+    try:
+        target, here = Path(out).resolve(), Path.cwd()
+    except (OSError, RuntimeError) as error:  # links in a circle; the current folder was removed
+        raise ConfigError(f"{out}: cannot be written ({error}).") from error
+    if target.is_file():
+        raise ConfigError(f"{out}: is a file; {what} needs a folder.")
+    if target.is_dir() and any(target.iterdir()):
+        lost = next((Path(one) for one in read if one and Path(one).resolve().is_relative_to(target)), None)
+        if not force:
+            raise ConfigError(f"{out}: exists already and is not empty (--force replaces it).")
+        if here.is_relative_to(target):
+            raise ConfigError(f"{out}: is the current folder or holds it, and is not empty; choose another folder.")
+        if lost is not None:
+            raise ConfigError(f"{out}: holds {called or lost.name}, which is read here and would be gone; choose "
+                              "another folder.")
+    return target
+
+
+@contextlib.contextmanager
+def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[Path]:
+    """A new folder that takes the name of `target` at the end, complete or not at all.
+
+    Args:
+        shown: the folder's name in the sentence if the disk refuses, which is raised as `kind`.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        replace_folder(temporary, target)
+    except OSError as error:
+        raise kind(f"{shown}: cannot be written ({disk_reason(error)}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256_of(file: str | Path) -> str:

@@ -10,9 +10,7 @@ appears by one rename, complete or not at all. A base with tied embeddings stays
 
 from __future__ import annotations
 
-import json
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +20,12 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.disk import replace_folder
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.disk import making_folder, output_folder, read_json_object
+from seed_multimodal.errors import CheckpointError, ConfigError, counted, first_line
 from seed_multimodal.language.adapters import ADAPTER_CONFIG, TrainedTensors
 from seed_multimodal.language.llama import BOS, EOS, PAD
 from seed_multimodal.language.merge_check import compare_logits
-from seed_multimodal.language.shards import CODES, Shards, TensorEntry, parse_size, tensor_bytes, write_shards
+from seed_multimodal.language.shards import CODES, Shards, TensorEntry, parse_size, write_shards
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Log = Callable[[str], None] | None
@@ -50,20 +48,19 @@ class MergeReport:
                    f"logits as before (relative difference {self.difference:.1e})")
         nothing = "" if self.merged or self.replaced else (
             " There was nothing to merge (a whole model, no adapter): it was copied as it is.")
-        return (f"{self.folder}: {self.tensors} tensors in {len(self.files)} file{'s' * (len(self.files) != 1)}, "
+        return (f"{self.folder}: {self.tensors} tensors in {counted(len(self.files), 'file')}, "
                 f"{self.merged} with LoRA merged in, {self.replaced} replaced by trained ones, "
                 f"{self.words} words; {checked}.{nothing}")
 
 
 @dataclass
 class _Plan:
-    """Names, shapes and precisions of the result, and where its values come from."""
+    """What the result holds (`tensors`: shape and precision, on the meta device), and where its values come from."""
 
     config: Any
     base: Shards
     trained: TrainedTensors | None
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]
+    tensors: dict[str, Tensor]
 
     def value(self, name: str) -> Tensor:
         """One tensor of the result."""
@@ -100,35 +97,25 @@ def merge_adapter(
             that differ, no room on the disk.
         ConfigError: an unknown precision or size, an `out` that is not empty, or one that holds what is read.
     """
-    place, largest = Path(out), parse_size(max_shard_size)
-    target = place.resolve() if place.is_symlink() or not place.name else place
+    largest = parse_size(max_shard_size)
     if dtype not in (*DTYPES, "base"):
         raise ConfigError(f"Unknown precision {dtype!r}: use fp32, bf16, fp16 or base.")
-    if target.is_file():
-        raise ConfigError(f"{target}: is a file; the merged model needs a folder.")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise ConfigError(f"{target}: exists already and is not empty (--force replaces it).")
-    if any(one is not None and Path(one).resolve().is_relative_to(target.resolve()) for one in (base, trained)):
-        raise ConfigError(f"{target}: holds what is to be merged, which would be gone; choose another folder.")
+    target = output_folder(out, force=force, what="the merged model", read=(base, trained),
+                           called="what is to be merged")
     plan = _plan(base, trained, tokenizer, lora, dtype)
     _check_room(target, plan)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    report = MergeReport(target, tensors=len(plan.shapes), words=int(plan.config.vocab_size))
+    report = MergeReport(Path(out), tensors=len(plan.tensors), words=int(plan.config.vocab_size))
     if plan.trained is not None:
-        report.merged = sum(name in plan.shapes for name in plan.trained.low)
-        report.replaced = sum(name in plan.shapes for name in plan.trained.whole)
+        report.merged = sum(name in plan.tensors for name in plan.trained.low)
+        report.replaced = sum(name in plan.tensors for name in plan.trained.whole)
     try:
-        temporary.mkdir(parents=True)
-        files = write_shards(temporary, plan.shapes, plan.dtypes, plan.value, largest, log)
-        _write_settings(temporary, plan, tokenizer)
-        if verify:
-            report.difference = _verify(plan, base, temporary, log)
-        replace_folder(temporary, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}).") from error
+        with making_folder(target, out) as folder:
+            files = write_shards(folder, plan.tensors, plan.value, largest, log)
+            _write_settings(folder, plan, tokenizer)
+            if verify:
+                report.difference = _verify(plan, base, folder, log)
     finally:
         plan.base.close()
-        shutil.rmtree(temporary, ignore_errors=True)
     report.files = [target / file.name for file in files]
     return report
 
@@ -141,57 +128,42 @@ def _plan(base: str | Path | None, trained: str | Path | None, tokenizer: Any, l
         base, trained = trained, None
     if base is None:
         raise ConfigError("A base model is needed: the LLaMA folder that the adapter was trained on.")
-    values = _read_config(Path(base))
+    config_file = Path(base) / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{base}: there is no config.json in it, so this is not a language model's folder.")
+    values = read_json_object(config_file)
+    if values.get("model_type") != "llama":
+        raise CheckpointError(f"{config_file}: a checkpoint of another model: model_type is not 'llama'.")
     shards, adapter = Shards(base), TrainedTensors(trained, lora) if trained is not None else None
     rows = _words(values, shards, adapter, tokenizer)
     values.update(vocab_size=rows, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, use_cache=True)
     values["tie_word_embeddings"] = bool(values.get("tie_word_embeddings")) and _still_tied(adapter)
     for stale in ("torch_dtype", "dtype", "max_sequence_length", "_name_or_path", "quantization_config"):
         values.pop(stale, None)
-    config = _llama_config(values, Path(base))
-    shapes = _shapes(config)
-    plan = _Plan(config, shards, adapter, shapes, {})
-    for name in shapes:
+    config, tensors = _llama(values, config_file)
+    plan = _Plan(config, shards, adapter, tensors)
+    for name, tensor in tensors.items():
         own = _source(plan, name).dtype
-        plan.dtypes[name] = DTYPES[dtype] if dtype != "base" else own if own in CODES else torch.float32
+        tensors[name] = tensor.to(DTYPES[dtype] if dtype != "base" else own if own in CODES else torch.float32)
     _check_shapes(plan)
-    config.dtype = plan.dtypes["model.norm.weight"] if dtype == "base" else DTYPES[dtype]
+    config.dtype = tensors["model.norm.weight"].dtype if dtype == "base" else DTYPES[dtype]
     return plan
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: there is no config.json in it, so this is not a language model's folder.")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid json ({error}).") from error
-    if not isinstance(values, dict) or values.get("model_type") != "llama":
-        raise CheckpointError(f"{file}: a checkpoint of another model: model_type is not 'llama'.")
-    return values
-
-
-def _llama_config(values: dict[str, Any], folder: Path) -> Any:
-    from transformers import LlamaConfig
+def _llama(values: dict[str, Any], file: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The configuration, and a stock LLaMA's tensors on the meta device; tied embeddings stand once."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     try:
         config = LlamaConfig.from_dict(values)
     except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from error
+        raise CheckpointError(f"{file}: {first_line(error)}") from error
     config.architectures = ["LlamaForCausalLM"]
-    return config
-
-
-def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a stock LLaMA's tensors; tied embeddings stand once."""
-    from transformers import LlamaForCausalLM
-
     with torch.device("meta"):
         state = LlamaForCausalLM(config).state_dict()
     if config.tie_word_embeddings:
         state.pop(HEAD, None)
-    return {name: tuple(value.shape) for name, value in state.items()}
+    return config, dict(state)
 
 
 def _words(values: Mapping[str, Any], base: Shards, trained: TrainedTensors | None, tokenizer: Any) -> int:
@@ -230,7 +202,8 @@ def _source(plan: _Plan, name: str) -> TensorEntry:
 
 
 def _check_shapes(plan: _Plan) -> None:
-    for name, shape in plan.shapes.items():
+    shapes = {name: tuple(tensor.shape) for name, tensor in plan.tensors.items()}
+    for name, shape in shapes.items():
         found = _source(plan, name)
         if found.shape != shape:
             raise CheckpointError(f"{found.file}: {name!r} is {found.shape}, but the model needs {shape}.")
@@ -238,17 +211,17 @@ def _check_shapes(plan: _Plan) -> None:
     if trained is None:
         return
     for name in (*trained.low, *trained.whole):
-        if name not in plan.shapes and not (name == HEAD and plan.config.tie_word_embeddings):
+        if name not in shapes and not (name == HEAD and plan.config.tie_word_embeddings):
             raise CheckpointError(f"{trained.source}: {name!r} belongs to no tensor of {plan.base.source}.")
     for name, pair in trained.low.items():
         product = (trained.shape(pair.b)[0], trained.shape(pair.a)[1])
-        if product != plan.shapes[name]:
-            raise CheckpointError(f"{trained.source}: an adapter for another model: {name!r} is {plan.shapes[name]} in "
+        if product != shapes[name]:
+            raise CheckpointError(f"{trained.source}: an adapter for another model: {name!r} is {shapes[name]} in "
                                   f"the base, but lora_B · lora_A is {product}.")
 
 
 def _check_room(target: Path, plan: _Plan) -> None:
-    needed = sum(tensor_bytes(shape, plan.dtypes[name]) for name, shape in plan.shapes.items())
+    needed = sum(tensor.nbytes for tensor in plan.tensors.values())
     free = shutil.disk_usage(next((p for p in (target, *target.parents) if p.is_dir()), Path())).free
     if needed > free:
         raise CheckpointError(f"{target}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left.")
@@ -270,8 +243,8 @@ def _verify(plan: _Plan, base: str | Path | None, folder: Path, log: Log) -> flo
     if plan.trained is not None and base is not None and (plan.trained.low or plan.trained.config):
         return compare_logits(Path(base), plan.trained, folder)
     written = Shards(folder)
-    for name in plan.shapes:
-        if not torch.equal(written.read(name), plan.value(name).to(plan.dtypes[name])):
+    for name, tensor in plan.tensors.items():
+        if not torch.equal(written.read(name), plan.value(name).to(tensor.dtype)):
             raise CheckpointError(f"{folder}: {name!r} was not written as it was read.")
     written.close()
     return 0.0

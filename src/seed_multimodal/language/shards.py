@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.weights import load_state_dict
 
 SINGLE = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
@@ -49,7 +49,7 @@ class Shards:
         self._handle: Any = None
         for file in weight_files(self.source):
             self._open(file)
-            for name in self._names():
+            for name in self._handle.keys():  # noqa: SIM118 (safetensors' handle is no mapping)
                 self.entries[name] = TensorEntry(file, *self._kind(name))
         if not self.entries:
             raise CheckpointError(f"{self.source}: holds no tensors.")
@@ -70,9 +70,6 @@ class Shards:
         self._handle = _open_safetensors(file) if file.suffix == ".safetensors" else (
             load_state_dict(file, mapped=True))
         self._file = file
-
-    def _names(self) -> list[str]:
-        return list(self._handle.keys())
 
     def _kind(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         if isinstance(self._handle, Mapping):
@@ -119,69 +116,44 @@ def _open_safetensors(file: Path) -> Any:
         raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
 
 
-def plan_shards(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], largest: int
-                ) -> list[list[str]]:
-    """Names in their order, cut into shards of at most `largest` bytes (a tensor larger than that is one alone)."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, shape in shapes.items():
-        size = tensor_bytes(shape, dtypes[name])
-        if shards[-1] and filled + size > largest:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], value: Callable[[str], Tensor], largest: int,
+                 log: Callable[[str], None] | None = None) -> list[Path]:
+    """Write `model.safetensors`, or `model-0000k-of-0000n.safetensors` with their index, cut as transformers cuts them.
 
+    Args:
+        tensors: name → a tensor on the meta device with the shape and precision to write.
+        value: gives each tensor when it is written; only one is held at a time.
+        largest: bytes of a file (a tensor larger than that is in one of its own).
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
 
-def tensor_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Size of a tensor on the disk."""
-    count = 1
-    for side in shape:
-        count *= side
-    return count * torch.empty((), dtype=dtype).element_size()
-
-
-def write_shards(
-    folder: Path, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype],
-    value: Callable[[str], Tensor], largest: int, log: Callable[[str], None] | None = None,
-) -> list[Path]:
-    """Write `model.safetensors`, or `model-0000k-of-0000n.safetensors` with their index, asking `value` for each
-    tensor when its turn comes."""
-    shards = plan_shards(shapes, dtypes, largest)
-    names = (["model.safetensors"] if len(shards) == 1 else
-             [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)])
-    for shard, name in zip(shards, names, strict=True):
-        _write_one(folder / name, shard, shapes, dtypes, value)
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=largest)
+    for file, names in split.filename_to_tensors.items():
+        _write_one(folder / file, {name: tensors[name] for name in names}, value)
         if log is not None:
-            log(f"{name}: {len(shard)} tensor{'s' * (len(shard) != 1)}")
-    if len(shards) > 1:
-        total = sum(tensor_bytes(shapes[name], dtypes[name]) for name in shapes)
-        index = {"metadata": {"total_size": total},
-                 "weight_map": {tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard}}
+            log(f"{file}: {counted(len(names), 'tensor')}")
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEXES[0]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [folder / name for name in names]
+    return [folder / file for file in split.filename_to_tensors]
 
 
-def _write_one(file: Path, names: Iterable[str], shapes: Mapping[str, Sequence[int]],
-               dtypes: Mapping[str, torch.dtype], value: Callable[[str], Tensor]) -> None:
+def _write_one(file: Path, tensors: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> None:
     """The safetensors format: length of the header, the header in json, the numbers of one tensor after the other."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name in names:
-        end = at + tensor_bytes(shapes[name], dtypes[name])
-        header[name] = {"dtype": CODES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [at, end]}
+    for name, tensor in tensors.items():
+        end = at + tensor.nbytes
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
-        for name in header:
-            if name == "__metadata__":
-                continue
-            tensor = value(name).to(dtypes[name]).contiguous()
-            if list(tensor.shape) != header[name]["shape"]:
-                raise CheckpointError(f"{name!r} became {tuple(tensor.shape)} instead of {tuple(shapes[name])}.")
+        for name, wanted in tensors.items():
+            tensor = value(name).to(wanted.dtype).contiguous()
+            if tensor.shape != wanted.shape:
+                raise CheckpointError(f"{name!r} became {tuple(tensor.shape)} instead of {tuple(wanted.shape)}.")
             if tensor.dtype == torch.float16 and not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{name!r} holds numbers that fp16 cannot hold; choose bf16 or fp32.")
             handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.disk import replace_folder
+from seed_multimodal.disk import making_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import seed_image_processor
@@ -89,7 +89,8 @@ def export_tokenizer(
         ConfigError: `out` exists and is not empty, holds what is read, or cannot be written.
     """
     files = [Path(file) for file in (stage2, stage1) if file is not None]
-    shown, target = Path(out), _target(Path(out), force, [stage1, stage2, vision, picture])
+    read = [stage1, stage2, vision, picture if isinstance(picture, str | Path) else None]
+    shown, target = Path(out), output_folder(out, force=force, what="the tokenizer", read=read)
     merged = merge(files[1] if len(files) > 1 else None, files[0], Path(vision) if vision is not None else None, kind)
     made = merged.kind
     sizes = sizes_of(config, merged, files)
@@ -100,16 +101,10 @@ def export_tokenizer(
     report = _report(model, merged, shown)
     report.codes = expected[0][0].tolist()
     del merged  # a billion numbers at released size
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        _write(model, temporary, made if released else None, beside)
+    with making_folder(target, shown, ConfigError) as folder:
+        _write(model, folder, made if released else None, beside)
         del model
-        report.verified = _verify(temporary, made, released, pixels, expected)
-        replace_folder(temporary, target)
-    except OSError as error:
-        raise ConfigError(f"{shown}: cannot be written ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        report.verified = _verify(folder, made, released, pixels, expected)
     if log is not None:
         for line in report.lines():
             log(line)
@@ -184,26 +179,6 @@ def _pixels(picture: Image.Image | str | Path | None, size: int) -> Tensor:
 
 
 # ---- files
-
-
-def _target(shown: Path, force: bool, read: Sequence[Any]) -> Path:
-    """The folder to make, links followed; refused if it is in use, or if replacing it would take what is `read`."""
-    try:
-        target, here = shown.resolve(), Path.cwd()
-    except (OSError, RuntimeError) as error:  # links in a circle; the current folder was removed
-        raise ConfigError(f"{shown}: cannot be written ({error}).") from error
-    if target.is_file():
-        raise ConfigError(f"{shown}: is a file; the tokenizer needs a folder.")
-    if target.is_dir() and any(target.iterdir()):
-        if not force:
-            raise ConfigError(f"{shown}: exists already and is not empty (--force replaces it).")
-        if here.is_relative_to(target):
-            raise ConfigError(f"{shown}: is the current folder or holds it, and is not empty; choose another folder.")
-        lost = [file for file in read if isinstance(file, str | Path) and Path(file).resolve().is_relative_to(target)]
-        if lost:
-            raise ConfigError(f"{shown}: holds {Path(lost[0]).name}, which is read here and would be gone; choose "
-                              "another folder.")
-    return target
 
 
 def _write(model: CodeTokenizer, folder: Path, released: ExportKind | None, beside: Sequence[str | Path]) -> None:
