@@ -181,7 +181,7 @@ def drawing_requests() -> list[tuple[str, str]]:
     from seed_multimodal.data.nano import load_nano
 
     try:
-        nano = load_nano(log=None)
+        nano = load_nano()
     except DataError:  # installed without the data set: nothing to confirm it with
         return [(f"a {style} drawing of {thing}", "") for style, thing in
                 (("fluent", "a red apple"), ("noto", "a rocket"), ("twemoji", "a dog face"))]

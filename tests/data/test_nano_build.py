@@ -24,7 +24,8 @@ from seed_multimodal.data.nano.load import load_nano
 from seed_multimodal.data.nano.near import near_pairs
 from seed_multimodal.data.nano.render import main_colour, render_svg
 from seed_multimodal.data.nano.packages import SOURCES, Drawing, fetch, plain_code
-from seed_multimodal.data.formats.writer import read_shards, write_shard
+from seed_multimodal.data.formats.tar import tar_records
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.errors import DataError
 
 STYLES = ("twemoji", "noto", "fluent")
@@ -147,7 +148,7 @@ def test_check_finds_a_planted_link(built: Path, tmp_path: Path, plant: str) -> 
 def repack(folder: Path, change) -> None:
     """Rewrite the shard with changed records, keeping the manifest's checksum right."""
     shard = next(folder.glob("*.tar.gz"))
-    records = [(r.key, dict(r.members)) for r in read_shards([shard])]
+    records = [(r.key, dict(r.members)) for r in tar_records(shard, unpack=True)]
     change(dict(records))
     write_shard(shard, records)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -17,11 +17,12 @@ import pytest
 import webdataset
 from omegaconf import OmegaConf
 
+from seed_multimodal.data.nano import load_nano
 from seed_multimodal.data.formats.packed import PackedStrings
 from seed_multimodal.data.formats.pairs import JsonPairs, NanoPairs, TarPairs, open_pairs
 from seed_multimodal.data.formats.files import expand_pattern, nearest_path
 from seed_multimodal.data.formats.tar_headers import tar_members
-from seed_multimodal.data.formats.tar import ShardFiles, scan_shard
+from seed_multimodal.data.formats.tar import OpenFiles, scan_tar
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 
 
@@ -98,7 +99,7 @@ def test_shards_read_as_webdataset_reads_them(shards: Path, caption_file: str) -
         pair = pairs.read(index)
         assert pair.key == pairs.key(index) == theirs[index]["__key__"]
         assert pair.captions == [theirs[index]["json"]["caption"]]
-        raw = tarfile.open(pair.origin).extractfile(f"{pair.key}.jpg")
+        raw = tarfile.open(pair.name.rpartition(": ")[0]).extractfile(f"{pair.key}.jpg")
         assert raw is not None and pair.image == raw.read()
 
 
@@ -132,12 +133,12 @@ def test_keys_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = 4
             archive.addfile(info, io.BytesIO(b"data"))
-    index, damage = scan_shard(path, ("jpg", "png"), "json")
-    assert damage == "" and [index.keys[i] for i in range(3)] == ["a/one", "b/one", "two"]
+    spans, keys, damage = scan_tar(path, {"image": ("jpg", "png"), "text": ("json",)})
+    assert damage == "" and [keys[i] for i in range(3)] == ["a/one", "b/one", "two"]
     with tarfile.open(path) as archive:
         where = {m.name: m.offset_data for m in archive}
-    assert index.spans["image"].tolist() == [where["a/one.JPG"], where["b/one.png"], -1]
-    assert index.spans["text"].tolist() == [where["a/one.json"], where["b/one.json"], -1]
+    assert spans["offset"].tolist() == [[where["a/one.JPG"], where["a/one.json"]],
+                                        [where["b/one.png"], where["b/one.json"]], [-1, -1]]
 
 
 def test_preferred_picture_and_other_caption_keys(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
@@ -190,7 +191,7 @@ def test_what_is_no_plain_tar(tmp_path: Path, shards: Path) -> None:
         TarPairs(tmp_path / "text.tar")
     with tarfile.open(tmp_path / "none.tar", "w"):
         pass
-    with pytest.raises(DataError, match=r"none\.tar: .* holds a sample"):
+    with pytest.raises(DataError, match=r"none\.tar: holds no record"):
         TarPairs(tmp_path / "none.tar")
 
 
@@ -267,23 +268,23 @@ def test_a_shard_cut_after_indexing(tmp_path: Path, shards: Path) -> None:
 
 
 def _descriptors(pairs: TarPairs) -> tuple[str, list[int]]:
-    return pairs.read(15).key, list(pairs._files._open.values())
+    return pairs.read(15).key, list(pairs._records.open_files._open.values())
 
 
 def test_files_are_opened_per_process(shards: Path) -> None:
     pairs = TarPairs(f"{shards}/*.tar")
     pairs.read(0)
-    assert len(pairs._files._open) == 1
+    assert len(pairs._records.open_files._open) == 1
     with multiprocessing.get_context("fork").Pool(1) as pool:
         key, opened = pool.apply(_descriptors, (pairs,))  # sent pickled
     assert key == "00015" and len(opened) == 1
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:  # a real fork, as data workers are: the child must have closed what it inherited
-        inherited = list(pairs._files._open.values())
+        inherited = list(pairs._records.open_files._open.values())
         pairs.read(15)
         same = os.path.samestat(os.fstat(inherited[0]), os.stat(shards / "s-000.tar"))
-        os.write(writer, bytes([len(pairs._files._open), same]))
+        os.write(writer, bytes([len(pairs._records.open_files._open), same]))
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reader, 2) == bytes([1, 0])
@@ -296,7 +297,7 @@ def test_few_files_stay_open(tmp_path: Path) -> None:
     paths = [tmp_path / str(number) for number in range(5)]
     for number, path in enumerate(paths):
         path.write_bytes(bytes([number]) * 10)
-    files = ShardFiles(limit=2)
+    files = OpenFiles(limit=2)
     for _ in range(2):
         assert [files.read(path, 3, 2) for path in paths] == [bytes([n, n]) for n in range(5)]
         assert len(files._open) == 2
@@ -333,8 +334,8 @@ def test_captions_cut_inside_an_emoji(tmp_path: Path) -> None:
     ([{"img": "0.jpg", "caption": "x"}], ["item 0", "picture path", "'image'", "did you mean 'img'?"]),
     ([{"image": "0.jpg", "caption": 5}], ["item 0", "'caption'", "5"]),
     (["0.jpg"], ["item 0", "a str"]),
-    ([], ["empty"]),
-    ({"image": "x"}, ["a list", "dict"]),
+    ([], ["holds no record"]),
+    ({"image": "x"}, ["must hold a list"]),
 ])
 def test_json_that_does_not_fit(tmp_path: Path, content: object, words: list[str]) -> None:
     path = tmp_path / "x.json"
@@ -346,7 +347,7 @@ def test_json_that_does_not_fit(tmp_path: Path, content: object, words: list[str
 
 def test_json_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('[{"image": ')
-    with pytest.raises(DataError, match=r"x\.json: not readable as json"):
+    with pytest.raises(DataError, match=r"x\.json: line 1, item 0: is not a json list"):
         JsonPairs(tmp_path / "x.json")
     with pytest.raises(DataError, match=r"y\.json: there is no such file or folder \(did you mean .*x\.json\?\)"):
         JsonPairs(tmp_path / "y.json")
@@ -355,7 +356,8 @@ def test_json_that_is_none(tmp_path: Path) -> None:
 def test_nano() -> None:
     pairs = open_pairs({"format": "nano", "split": "val"})
     assert isinstance(pairs, NanoPairs)
-    nano, indices = pairs.nano, pairs.nano.split("val")
+    nano = load_nano()
+    indices = nano.split("val")
     assert len(pairs) == len(indices)
     pair = pairs.read(7)
     assert pair.key == nano.records[indices[7]].key and pair.captions == nano.records[indices[7]].captions

@@ -40,7 +40,7 @@ def codec() -> PictureCodec:
 
 @pytest.fixture(scope="module")
 def nano() -> NanoSet:
-    return load_nano(log=None)
+    return load_nano()
 
 
 @pytest.fixture(scope="module")

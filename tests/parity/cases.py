@@ -248,7 +248,7 @@ def few_pictures(folder: Path) -> Path:
 
     folder.mkdir(parents=True)
     source = adapters.ROOT / "data" / "nano64"
-    whole = load_nano(source, log=None)
+    whole = load_nano(source)
     keys: set[str] = set()
     for split in sorted({record.split for record in whole.records}):
         keys |= {whole.records[i].key for i in whole.split(split)[:10]}

@@ -40,7 +40,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pictures of the nano set and `pairs.json` beside them."""
     from seed_multimodal.data.nano import load_nano
 
-    folder, nano = tmp_path_factory.mktemp("pictures"), load_nano(log=None)
+    folder, nano = tmp_path_factory.mktemp("pictures"), load_nano()
     items = []
     for index in nano.split("train")[:24]:
         record = nano.records[index]

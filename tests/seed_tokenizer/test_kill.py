@@ -49,7 +49,7 @@ def views(tmp_path: Path) -> str:
     work.mkdir()
     config = load_config(ROOT / "configs" / "nano" / "test.yaml")
     save_config(config, work / "config.yaml")
-    nano = load_nano(log=None)
+    nano = load_nano()
     count, few = len(nano.records), [*nano.split("train")[:config.limit], *nano.split("val")[:config.limit]]
     pixels = np.memmap(work / "views.u8", np.uint8, "w+", shape=(count, config.views, 3, 64, 64))
     for index in few:

@@ -32,7 +32,7 @@ def few(tmp_path: Path) -> Path:
     """The nano set cut to a few pictures of each split, so that little is encoded."""
     folder, source = tmp_path / "few", ROOT / "data" / "nano64"
     folder.mkdir()
-    whole = load_nano(source, log=None)
+    whole = load_nano(source)
     keys = {whole.records[i].key for split in SPLITS for i in whole.split(split)[:40]}
     with tarfile.open(source / "nano64-000000.tar.gz") as old, tarfile.open(folder / "few.tar", "w") as new:
         for member in old:

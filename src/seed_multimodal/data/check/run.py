@@ -30,9 +30,10 @@ from seed_multimodal.data.check.kinds import (
 from seed_multimodal.data.check.words import ControlWords
 from seed_multimodal.data.decoders.registry import DECODERS, Decoder, get_decoder
 from seed_multimodal.data.decoders.phrases import BLANK_CAPTION
-from seed_multimodal.data.formats.record import BadRecord, LlmRecord, find_image
+from seed_multimodal.data.formats.record import BadRecord, Record, find_image
 from seed_multimodal.data.decoders.sequence import SeededDraws
-from seed_multimodal.data.formats.records import FileRecords, find_files
+from seed_multimodal.data.formats.files import find_files
+from seed_multimodal.data.formats.records import FileRecords, open_file
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -128,7 +129,7 @@ def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckRep
     report.files = len(files)
     with tqdm(total=0, unit="record", desc="check", delay=1, disable=None if progress else True) as bar:
         for path, format in files:
-            source = FileRecords([(path, format)], str(path))
+            source = FileRecords([open_file(path, format)], str(path))
             try:
                 count = len(source)
             except DataError as error:
@@ -201,7 +202,7 @@ class _Checker:
 
     # ------------------------------------------------------------------------------------------ parts
 
-    def _problems(self, record: LlmRecord, kind: Kind) -> Iterable[Finding]:
+    def _problems(self, record: Record, kind: Kind) -> Iterable[Finding]:
         fields = record.fields
         for key in kind.missing(fields):
             yield Finding("missing key", f"has no key {key!r}, which decoder {kind.decoder} needs.")
@@ -249,7 +250,7 @@ class _Checker:
                 shown = path if len(path) <= 200 else f"{path[:80]}…"  # some lists hold the picture itself, as base64
                 yield Finding("missing picture", f"the picture {shown} is not there, {where}.")
 
-    def _check_id(self, record: LlmRecord, source: FileRecords, index: int) -> None:
+    def _check_id(self, record: Record, source: FileRecords, index: int) -> None:
         file = source.files[0]
         mark = record.fields.get("id")
         scope = ""
@@ -276,7 +277,7 @@ class _Checker:
             self._decoders[key] = get_decoder(name, self.tokenizer, options)  # type: ignore[arg-type]
         return self._decoders[key]
 
-    def _decode(self, record: LlmRecord, kind: Kind) -> None:
+    def _decode(self, record: Record, kind: Kind) -> None:
         guessed: dict[str, Any] = {}
         if kind.decoder == "pretrain.video" and self.settings.decoder is None:  # all the frames there are
             frames = record.fields["image_ids"]

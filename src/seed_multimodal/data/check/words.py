@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from seed_multimodal.data.check.kinds import TEXTS, Kind
-from seed_multimodal.data.formats.record import LlmRecord
+from seed_multimodal.data.formats.record import Record
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 SHOWN = 3  # places that are named
@@ -32,7 +32,7 @@ class ControlWords:
     words: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
 
-    def look(self, record: LlmRecord, kind: Kind, tokenizer: MultimodalTokenizer | None) -> None:
+    def look(self, record: Record, kind: Kind, tokenizer: MultimodalTokenizer | None) -> None:
         """Count those of one record; without a tokenizer, the released one's are looked for."""
         if kind.decoder == ORDINARY:
             return

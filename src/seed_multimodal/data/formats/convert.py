@@ -7,6 +7,7 @@ was stopped. A shard with a sample that is refused is left out, unless `skip_bad
 
 from __future__ import annotations
 
+import glob
 import json
 import multiprocessing
 import os
@@ -19,10 +20,11 @@ from typing import Any
 
 from seed_multimodal.data.formats.pickled import read_pickle
 from seed_multimodal.data.formats.record import BadRecord, parse_object
-from seed_multimodal.data.formats.records import PICKLED, find_files
+from seed_multimodal.data.formats.files import find_files
+from seed_multimodal.data.formats.records import PICKLED
+from seed_multimodal.data.formats.tar import OpenFiles, tar_records
+from seed_multimodal.data.formats.tar_headers import Damaged
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members
-from seed_multimodal.data.formats.tar import ShardFiles
 from seed_multimodal.disk import replace_text, sha256_of
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 
@@ -125,12 +127,12 @@ def convert_shard(path: Path, target: Path, name: str, skip_bad: bool = False) -
         DataError: naming the shard and the sample that is refused, or where the tar is torn.
     """
     report = ShardReport(name, str(path), path.stat().st_size)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a run that was killed
+        left.unlink()
     try:
         report.samples = write_shard(target, _samples(path, report, skip_bad))
     except (OSError, ValueError) as error:  # ValueError: a name that does not fit a tar's header
         raise DataError(f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}).") from None
-    finally:
-        target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
     if not report.samples:
         target.unlink()
         raise DataError(f"{path}: holds no sample that can be converted.")
@@ -141,38 +143,25 @@ def convert_shard(path: Path, target: Path, name: str, skip_bad: bool = False) -
 
 def _samples(path: Path, report: ShardReport, skip_bad: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {"json": bytes}) of each sample; other members (pictures) are carried along as they are."""
-    files = ShardFiles(limit=1)
+    files = OpenFiles(limit=1)
+    key = ""
     try:
-        for key, members in _grouped(path, files):
+        for record in tar_records(path):
+            if record.problem:
+                raise DataError(record.problem)
+            key = record.key
             try:
-                yield key, _converted(members, f"{path}: sample {key}")
+                yield key, _converted({extension: record.member(extension, files=files) or b""
+                                       for extension in record.members}, record.where)
             except BadRecord as error:
                 if not skip_bad:
                     raise
                 report.skipped.append(str(error))
+    except Damaged as error:
+        raise DataError(f"{path}: torn or damaged {f'after sample {key}' if key else 'in its first sample'} ({error}).") \
+            from None
     finally:
         files.close()
-
-
-def _grouped(path: Path, files: ShardFiles) -> Iterator[tuple[str, dict[str, bytes]]]:
-    current = ""
-    members: dict[str, bytes] = {}
-    try:
-        for name, offset, size in tar_members(path):
-            key, extension = split_name(name)
-            if not key:
-                continue
-            if key != current and members:
-                yield current, members
-                members = {}
-            current = key
-            if extension in members:
-                raise DataError(f"{path}: sample {key} has two .{extension} members.")
-            members[extension] = files.read(path, offset, size)
-    except Damaged as error:
-        raise DataError(f"{path}: torn or damaged at sample {current or 'one'} ({error}).") from None
-    if members:
-        yield current, members
 
 
 def _converted(members: dict[str, bytes], where: str) -> dict[str, bytes]:

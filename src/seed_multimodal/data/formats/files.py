@@ -1,4 +1,4 @@
-"""Lists of files by pattern: webdataset's braces (`{000..123}`, `{a,b}`) and the shell's `*`, `?`, `[...]`, `**`."""
+"""Which files are meant: patterns with webdataset's braces (`{000..123}`, `{a,b}`) and wildcards, folders, formats."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from seed_multimodal.errors import DataError
+from braceexpand import braceexpand
 
-_BRACE = re.compile(r"\{([^{}]*)\}")
+from seed_multimodal.settings import nearest
+from seed_multimodal.errors import ConfigError, DataError
+
+SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),
+            "json": (".json", ".json.gz"),  # compressed ones are found in order to be refused, not passed over
+            "parquet": (".parquet",)}
+OF_EXTRACTIONS = ("manifest.json", "settings.json")  # what pre-tokenisation writes beside its shards
 _WILD = re.compile(r"[*?\[{]")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _COMPARED = 2000  # names: a folder of pictures may hold a million, to compare which would take minutes
 
 
@@ -29,7 +34,7 @@ def expand_pattern(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
     for one in map(str, patterns):
         if one.startswith("pipe:") or "://" in one:
             raise DataError(f"{one}: only files on disk can be read at random positions; download them first.")
-        matches = {name: _files(name) for name in expand_braces(one)}
+        matches = {name: [path for path in _matches(name) if path.is_file()] for name in expand_braces(one)}
         missing = [name for name, files in matches.items() if not files]
         if len(missing) == len(matches):
             if Path(one).is_dir():
@@ -45,10 +50,25 @@ def expand_pattern(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
-def _files(name: str) -> list[Path]:
-    if Path(name).is_file():  # also for names with brackets in them
-        return [Path(name)]
-    return sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
+def find_files(given: Sequence[str | Path], format: str = "auto") -> list[tuple[Path, str]]:
+    """(file, its format) of each file behind the patterns and folders, each once.
+
+    Raises:
+        ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
+    """
+    if format not in ("auto", *SUFFIXES):
+        raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(SUFFIXES)}, not {format!r}"
+                          f"{nearest(format, SUFFIXES)}.")
+    found: dict[Path, str] = {}
+    if not given:
+        raise DataError("The list of files is empty.")
+    for one in given:
+        folders = _folders(str(one))
+        for folder in folders:
+            found.update(_in_folder(folder, format))
+        if not folders:
+            found.update((path, _format_of(path, format)) for path in expand_pattern(one))
+    return list(found.items())
 
 
 def nearest_path(path: str | Path) -> str:
@@ -68,15 +88,80 @@ def nearest_path(path: str | Path) -> str:
 
 def expand_braces(pattern: str) -> Iterator[str]:
     """What a pattern spells out by braces, in the order written; itself without any."""
-    match = _BRACE.search(pattern)
-    if match is None:
+    try:
+        yield from braceexpand(pattern, escape=False)
+    except ValueError:  # unbalanced: the name of a file may hold one
         yield pattern
-        return
-    span = _RANGE.fullmatch(match[1])
-    if span:
-        width = len(span[1]) if span[1].startswith("0") else 0
-        choices = [f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
-        yield from expand_braces(pattern[:match.start()] + choice + pattern[match.end():])
+
+
+def _matches(name: str) -> Iterable[Path]:
+    """What is there of this name (also one with brackets in it), or of this pattern of wildcards."""
+    return [Path(name)] if Path(name).exists() else sorted(map(Path, glob.glob(name, recursive=True)))
+
+
+def _folders(pattern: str) -> list[Path]:
+    """The folders that a path, or a pattern whose every match is a folder, stands for; none where it means files.
+
+    Raises:
+        DataError: some of the folders that braces spell out are missing.
+    """
+    if Path(pattern).is_dir():
+        return [Path(pattern)]
+    matches = {one: list(_matches(one)) for one in expand_braces(pattern)}
+    places = [match for some in matches.values() for match in some]
+    if not places or not all(place.is_dir() for place in places):
+        return []
+    missing = [one for one, some in matches.items() if not some]
+    if missing:
+        raise DataError(f"{pattern}: {len(missing)} of its {len(matches)} folders are missing, first {missing[0]}.")
+    return places
+
+
+def _in_folder(folder: Path, format: str) -> dict[Path, str]:
+    kinds: dict[str, list[Path]] = {}
+    notes: set[str] = set()
+    for path in sorted(folder.rglob("*")):
+        kind = _suffix_format(path)
+        if kind and format in ("auto", kind) and path.is_file() and not path.name.startswith("."):
+            if _is_note(path):
+                notes.add(path.name)
+            else:
+                kinds.setdefault(kind, []).append(path)
+    if "tar" in kinds:
+        kinds.pop("json", None)  # beside shards these are manifests and statistics
+    if not kinds and notes:
+        raise DataError(f"{folder}: there are no records in it, only {' and '.join(sorted(notes))}: "
+                        "the extraction that made it wrote none.")
+    if not kinds:
+        wanted = ", ".join(SUFFIXES if format == "auto" else (format,))
+        raise DataError(f"{folder}: this folder holds no {wanted} files, at any depth.")
+    if len(kinds) > 1:
+        raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; say which by format, or name "
+                        "files.")
+    return {path: kind for kind, paths in kinds.items() for path in paths}
+
+
+def _is_note(path: Path) -> bool:
+    """Whether a file of a folder says how an extraction went; a list of records may have the same name."""
+    if path.name not in OF_EXTRACTIONS:
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) == b"{\n"
+    except OSError:
+        return False
+
+
+def _format_of(path: Path, format: str) -> str:
+    if format != "auto":
+        return format
+    kind = _suffix_format(path)
+    if not kind:
+        known = ", ".join(ending for endings in SUFFIXES.values() for ending in endings)
+        raise DataError(f"{path}: its suffix tells no format (known: {known}); say it by format.")
+    return kind
+
+
+def _suffix_format(path: Path) -> str:
+    name = path.name.lower()
+    return next((kind for kind, endings in SUFFIXES.items() if name.endswith(endings)), "")

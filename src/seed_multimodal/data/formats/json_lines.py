@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 from array import array
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord, Place, Record
 from seed_multimodal.errors import DataError
 
 BLOCK = 1 << 24
@@ -18,6 +22,37 @@ BOM = b"\xef\xbb\xbf"
 _SPACE = np.zeros(256, bool)
 _SPACE[list(b" \t\r\n\v\f")] = True
 _BLANK = " \t\r\n"
+
+
+class JsonFile:
+    """The lines of a .jsonl (blank ones passed over), or the items of a .json list, by number.
+
+    Args:
+        lines: it is a .jsonl; else the content decides.
+        visit: must be a list, of which each item is looked at while it is indexed: `visit(item, where)` may refuse it.
+    """
+
+    def __init__(self, path: Path, lines: bool = False, visit: Callable[[Any, str], object] | None = None) -> None:
+        self.path, self._lines, self._visit = path, lines, visit
+
+    @cached_property
+    def index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """(first byte, end, line number; None of a list) of each record, each int64 [N]."""
+        if self._visit is None and (self._lines or is_lines(self.path)):
+            return index_lines(self.path)
+        return (*index_array(self.path, self._visit), None)
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """All records are one piece."""
+        return [len(self.index[0])]
+
+    def locate(self, row: int) -> Record:
+        """A record, unread; its key is the line or item."""
+        starts, ends, numbers = self.index
+        place = f"item {row}" if numbers is None else f"line {numbers[row]}"
+        data = Place(str(self.path), int(starts[row]), int(ends[row] - starts[row]))
+        return Record(place.replace(" ", ""), f"{self.path}: {place}", members={"json": data}, file=str(self.path))
 
 
 def is_lines(path: Path) -> bool:
@@ -68,21 +103,25 @@ def index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return _joined(starts), _joined(ends), _joined(numbers)
 
 
-def index_array(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def index_array(path: Path, visit: Callable[[Any, str], object] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(first byte, end) of each item of a json list, each int64 [N]; the list may stand under `annotations`.
+
+    Args:
+        visit: is called with each item and `FILE: item N`.
 
     Raises:
         DataError: no json list; the sentence names the line and the item where it breaks off.
     """
     with _opened(path) as file:
-        return _Scanner(path, file).items()
+        return _Scanner(path, file).items(visit)
 
 
 class _Scanner:
     """Walks through the list of a json file, a window of text at a time."""
 
-    def __init__(self, path: Path, file: object) -> None:
+    def __init__(self, path: Path, file: io.BufferedReader) -> None:
         self.path, self.file = path, file
+        self.bom = file.peek(3).startswith(BOM)
         self.decode = codecs.getincrementaldecoder("utf-8-sig")()
         self.parse = json.JSONDecoder().raw_decode
         self.text, self.place = "", 0  # the window, and where in it the next thing stands
@@ -91,10 +130,10 @@ class _Scanner:
         self.item = -1
         self.ended = False
 
-    def items(self) -> tuple[np.ndarray, np.ndarray]:
+    def items(self, visit: Callable[[Any, str], object] | None) -> tuple[np.ndarray, np.ndarray]:
         """See `index_array`."""
         self._more()
-        if self.file.seekable() and self._starts_with_bom():  # type: ignore[attr-defined]
+        if self.bom:
             self.byte = len(BOM)
         opening = self._next()
         if opening == "{":
@@ -110,8 +149,10 @@ class _Scanner:
             self._next()
             self.item += 1
             starts.append(self.byte)
-            self._value()
+            value = self._value()
             ends.append(self.byte)
+            if visit is not None:
+                visit(value, f"{self.path}: item {self.item}")
             after = self._next()
             if after == "]":
                 self._finish()
@@ -155,7 +196,7 @@ class _Scanner:
             if not self._more():
                 return ""
 
-    def _value(self) -> object:
+    def _value(self) -> Any:
         """Passes over one json value and gives it."""
         while True:
             problem: Exception
@@ -187,7 +228,7 @@ class _Scanner:
         and over again; False at the end."""
         if self.ended:
             return False
-        data = self.file.read(max(BLOCK // 4, len(self.text) - self.place))  # type: ignore[attr-defined]
+        data = self.file.read(max(BLOCK // 4, len(self.text) - self.place))
         self.ended = not data
         try:
             self.text, self.place = self.text[self.place:] + self.decode.decode(data, final=self.ended), 0
@@ -195,17 +236,13 @@ class _Scanner:
             raise self._broken(f"it is not UTF-8: {error.reason}") from None
         return not self.ended
 
-    def _starts_with_bom(self) -> bool:
-        with _opened(self.path) as file:
-            return bool(file.read(3) == BOM)
-
     def _broken(self, reason: str, position: int | None = None) -> DataError:
         line = self.line + (self.text.count("\n", self.place, position) if position is not None else 0)
         item = f", item {self.item}" if self.item >= 0 else ""
         return BadRecord("malformed json", f"{self.path}: line {line}{item}: is not a json list ({reason}).")
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]  # a binary file
+def _opened(path: Path) -> io.BufferedReader:
     try:
         file = open(path, "rb")
     except OSError as error:

@@ -1,12 +1,10 @@
-"""Picture-caption pairs by number: image-caption json, webdataset shards, the nano set.
+"""Picture-caption pairs by number, as a view of records: image-caption json, webdataset shards, the nano set.
 
     source = open_pairs({"format": "webdataset", "pattern": "cc3m/{00000..00331}.tar"})
-    source.read(17)                # RawPair(key, image, captions, origin)
+    source.read(17)                # Pair(key, name, image, captions)
 
-Every source is map-style, so that the order of training samples can be a function of (seed, step), and holds its
-millions of entries in arrays. Nothing is decoded here. A missing picture is an ImageError (the training set replaces
-the sample); a missing or unusable caption is a DataError naming file and sample, since then the set is not the one
-that was meant.
+Nothing is decoded here. A missing picture is an ImageError (the training set replaces the sample); a missing or
+unusable caption is a DataError naming file and sample, since then the set is not the one that was meant.
 """
 
 from __future__ import annotations
@@ -18,35 +16,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.settings import check_keys, nearest
-from seed_multimodal.data.nano.load import load_nano
-from seed_multimodal.data.formats.packed import PackedStrings
 from seed_multimodal.data.formats.files import expand_pattern
-from seed_multimodal.data.formats.tar import ShardFiles, index_shards
+from seed_multimodal.data.formats.json_lines import JsonFile
+from seed_multimodal.data.formats.nano import NanoFile, find_nano
+from seed_multimodal.data.formats.pictures import IMAGE_KEYS
+from seed_multimodal.data.formats.record import Place, Record, parse_json
+from seed_multimodal.data.formats.records import FileRecords
+from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError, ImageError
-
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
-class RawPair:
-    """One sample as stored: the picture's file (bytes, or where it lies), its captions (at least one).
+class Pair:
+    """The picture's file (bytes, or where it lies) and the captions (at least one) of a record.
 
-    `origin` is the file that holds the sample; `name` is how errors and logs call it.
+    `name` is how errors and logs call it: `file: sample`.
     """
 
     key: str
+    name: str
     image: bytes | Path
     captions: list[str]
-    origin: str = ""
-
-    @property
-    def name(self) -> str:
-        """`file: sample`."""
-        return f"{self.origin}: {self.key}" if self.origin else self.key
 
 
 class PairSource(Protocol):
@@ -57,7 +50,7 @@ class PairSource(Protocol):
     def key(self, index: int) -> str:
         """The sample's key, without reading it."""
 
-    def read(self, index: int) -> RawPair:
+    def read(self, index: int) -> Pair:
         """One sample."""
 
 
@@ -75,42 +68,33 @@ class JsonPairs:
 
     def __init__(self, files: str | Path | Sequence[str | Path], image_root: str | Path | None = None,
                  image_key: str = "image", caption_key: str = "caption") -> None:
-        self.files = expand_pattern(files)
         self.image_root = Path(image_root) if image_root else Path()
-        paths: list[str] = []
-        texts: list[str] = []
-        starts = [0]
-        for file in self.files:
-            for number, item in enumerate(_json_list(file)):
-                name = f"{file}: item {number}"
-                if not isinstance(item, dict):
-                    raise DataError(f"{name}: a {type(item).__name__}, not an object with {image_key!r} and "
-                                    f"{caption_key!r}.")
-                if not isinstance(item.get(image_key), str) or not item[image_key]:
-                    raise DataError(f"{name}: has no picture path under key {image_key!r}{_other(image_key, item)}.")
-                paths.append(item[image_key])
-                texts.append(json.dumps(_captions(item, caption_key, name)))
-            starts.append(len(paths))
-        self._paths, self._texts = PackedStrings.of(paths), PackedStrings.of(texts)
-        self._starts = np.array(starts, np.int64)
-        if not paths:
-            raise DataError(f"{self.files[0]}: the list is empty.")
+        self.image_key, self.caption_key = image_key, caption_key
+        self._records = FileRecords([JsonFile(path, visit=self._pair) for path in expand_pattern(files)])
+        self._length = len(self._records)
 
     def __len__(self) -> int:
-        return len(self._paths)
-
-    def _place(self, index: int) -> tuple[Path, int]:
-        file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.files[file], index - int(self._starts[file])
+        return self._length
 
     def key(self, index: int) -> str:
         """`item N` of its file."""
-        return f"item {self._place(index)[1]}"
+        return _place(self._records.locate(index))
 
-    def read(self, index: int) -> RawPair:
+    def read(self, index: int) -> Pair:
         """One sample; the picture is a path, not yet opened."""
-        return RawPair(self.key(index), self.image_root / self._paths[index], json.loads(self._texts[index]),
-                       str(self._place(index)[0]))
+        record = self._records.locate(index)
+        item = parse_json(record.member("json", files=self._records.open_files) or b"", record.where)
+        image, captions = self._pair(item, record.where)
+        return Pair(_place(record), record.where, self.image_root / image, captions)
+
+    def _pair(self, item: Any, where: str) -> tuple[str, list[str]]:
+        if not isinstance(item, dict):
+            raise DataError(f"{where}: a {type(item).__name__}, not an object with {self.image_key!r} and "
+                            f"{self.caption_key!r}.")
+        path = item.get(self.image_key)
+        if not isinstance(path, str) or not path:
+            raise DataError(f"{where}: has no picture path under key {self.image_key!r}{_other(self.image_key, item)}.")
+        return _file_name(path), _captions(item, self.caption_key, where)
 
 
 class TarPairs:
@@ -121,7 +105,7 @@ class TarPairs:
         image_keys: extensions of the picture, the preferred first.
         caption_key: key of the caption inside the .json member (`top_caption` for LAION-COCO).
         caption_file: the member that holds the caption: "json", or "txt", which is the caption itself.
-        keep_torn, index_folder, log: see `data.formats.tar.index_shards`.
+        keep_torn, index_folder, log: see `tar.TarFile`.
 
     `shard_sizes` (samples per shard) lets the training order keep reads near each other.
     """
@@ -134,38 +118,36 @@ class TarPairs:
         image_keys = (image_keys,) if isinstance(image_keys, str) else tuple(image_keys)
         self.image_keys = tuple(key.lower().lstrip(".") for key in image_keys)
         self.caption_key, self.caption_file = caption_key, caption_file
-        self._index = index_shards(expand_pattern(pattern), self.image_keys, caption_file, keep_torn=keep_torn,
-                                   index_folder=index_folder, log=log)
-        self.shard_sizes = self._index.sizes
-        self._files = ShardFiles()
-        first = self._index.shards[0]
-        if not len(self):
-            raise DataError(f"{first}: neither this nor any other shard of {pattern} holds a sample.")
-        for field, wanted in (("image", self.image_keys), ("text", (caption_file,))):
-            if all((part.spans[field] < 0).all() for part in self._index.parts):
-                raise DataError(f"{first}: neither this nor any other shard of {pattern} has a member with extension "
-                                f"{' or '.join(wanted)}.")
+        columns = {"image": self.image_keys, "text": (caption_file,)}
+        shards = [TarFile(path, columns, keep_torn=keep_torn, index_folder=index_folder, log=log)
+                  for path in expand_pattern(pattern)]
+        self._records = FileRecords(shards)
+        self._length = len(self._records)
+        self.shard_sizes = self._records.shard_sizes
+        for column, wanted in columns.items():
+            if not any(shard.has(column).any() for shard in shards):
+                raise DataError(f"{shards[0].path}: neither this nor any other shard of {pattern} has a member with "
+                                f"extension {' or '.join(wanted)}.")
 
     def __len__(self) -> int:
-        return len(self._index)
+        return self._length
 
     def key(self, index: int) -> str:
         """The sample's key in its shard."""
-        shard, row = self._index.locate(index)
-        return self._index.parts[shard].keys[row]
+        return self._records.locate(index).key
 
-    def read(self, index: int) -> RawPair:
+    def read(self, index: int) -> Pair:
         """One sample, read by seek."""
-        shard, row = self._index.locate(index)
-        path, part = self._index.shards[shard], self._index.parts[shard]
-        key, span = part.keys[row], part.spans[row]
-        name = f"{path}: {key}"
-        if span["text"] < 0:
+        record, files = self._records.locate(index), self._records.open_files
+        name = f"{record.file}: {record.key}"
+        text = record.member("text", files=files)
+        if text is None:
             raise DataError(f"{name}: has no .{self.caption_file} member with its caption.")
-        captions = self._read_captions(self._files.read(path, int(span["text"]), int(span["text_size"])), name)
-        if span["image"] < 0:
+        captions = self._read_captions(text, name)
+        image = record.member("image", files=files)
+        if image is None:
             raise ImageError(f"{name}: has no picture (no .{', .'.join(self.image_keys)} member).")
-        return RawPair(key, self._files.read(path, int(span["image"]), int(span["image_size"])), captions, str(path))
+        return Pair(record.key, name, image, captions)
 
     def _read_captions(self, data: bytes, name: str) -> list[str]:
         try:
@@ -183,21 +165,26 @@ class NanoPairs:
     """One split of the nano set (`data.nano`), every picture with all its captions; `folder`: see `find_nano`."""
 
     def __init__(self, folder: str | Path | None = None, split: str = "train") -> None:
-        self.nano = load_nano(folder)
-        self.indices = self.nano.split(split)
+        self.folder = find_nano(folder)
+        records = NanoFile(self.folder).records
+        self._records = [record for record in records if record.fields.get("split") == split]
+        if not self._records:
+            known = sorted({str(record.fields.get("split")) for record in records})
+            raise DataError(f"{self.folder}: unknown split {split!r}; the splits are {', '.join(known)}.")
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self._records)
 
     def key(self, index: int) -> str:
         """The picture's key in the set."""
-        return self.nano.records[self.indices[index]].key
+        return self._records[index].key
 
-    def read(self, index: int) -> RawPair:
+    def read(self, index: int) -> Pair:
         """One sample."""
-        place = self.indices[index]
-        record = self.nano.records[place]
-        return RawPair(record.key, self.nano._pictures[place], list(record.captions), str(self.nano.folder))
+        record = self._records[index]
+        image = record.members["webp"]
+        assert not isinstance(image, Place)
+        return Pair(record.key, f"{self.folder}: {record.key}", image, _captions(record.fields, "captions", record.where))
 
 
 FORMATS: dict[str, Callable[..., PairSource]] = {"json": JsonPairs, "webdataset": TarPairs, "nano": NanoPairs}
@@ -224,25 +211,32 @@ def open_pairs(spec: Mapping[str, Any]) -> PairSource:
     return FORMATS[kind](**options)
 
 
-def _json_list(file: Path) -> list[Any]:
-    try:
-        items = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not readable as json ({error}).") from None
-    if not isinstance(items, list):
-        raise DataError(f"{file}: must hold a list of picture-caption objects, not a {type(items).__name__}.")
-    return items
+def _place(record: Record) -> str:
+    return record.where.removeprefix(f"{record.file}: ")
 
 
-def _captions(item: dict[str, Any], key: str, name: str) -> list[str]:
+def _captions(item: Mapping[str, Any], key: str, where: str) -> list[str]:
     """The captions under `key`: a text or a list of texts."""
     if key not in item:
-        raise DataError(f"{name}: has no caption key {key!r}{_other(key, item)}.")
+        raise DataError(f"{where}: has no caption key {key!r}{_other(key, item)}.")
     captions = [item[key]] if isinstance(item[key], str) else item[key]
     if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-        raise DataError(f"{name}: its {key!r} is {str(item[key])[:60]!r}, not a text or a list of texts.")
-    # Captions cut in the midst of an emoji end in half a surrogate pair, which no tokenizer takes.
-    return [text.encode("utf-8", "replace").decode("utf-8") for text in captions]
+        raise DataError(f"{where}: its {key!r} is {str(item[key])[:60]!r}, not a text or a list of texts.")
+    return [_whole_letters(text) for text in captions]
+
+
+def _whole_letters(text: str) -> str:
+    """The text with `?` for half a surrogate pair, in which captions cut in an emoji end and which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _file_name(text: str) -> str:
+    """The same for a file's name, which may hold bytes that are no letters."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return _whole_letters(text)
+    return text
 
 
 def _other(key: str, item: Mapping[str, Any]) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord, Record
 from seed_multimodal.errors import DataError, first_line
 
 
@@ -31,7 +32,7 @@ class RowGroups:
         if key not in self._groups:
             while len(self._groups) >= self.kept:
                 self._groups.popitem(last=False)
-            with _parquet(path) as file:
+            with _opened(path) as file:
                 # One thread: arrow's pool does not live on in forked workers.
                 self._groups[key] = file.read_row_group(number, use_threads=False)
         self._groups.move_to_end(key)
@@ -43,7 +44,7 @@ class RowGroups:
 
 
 class ParquetFile:
-    """The rows of a parquet file; the row groups last used are kept in `groups`."""
+    """The rows of a parquet file by number; the row groups last used are kept in `groups`."""
 
     def __init__(self, path: Path, groups: RowGroups | None = None) -> None:
         self.path = path
@@ -52,15 +53,15 @@ class ParquetFile:
     @cached_property
     def sizes(self) -> Sequence[int]:
         """Rows of each row group."""
-        with _parquet(self.path) as file:
+        with _opened(self.path) as file:
             return [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
 
     @cached_property
     def _ends(self) -> np.ndarray:
         return np.cumsum(self.sizes, dtype=np.int64)
 
-    def read(self, row: int) -> tuple[str, str, dict[str, Any]]:
-        """See `RecordFile`. Columns without a value are left out."""
+    def locate(self, row: int) -> Record:
+        """A record, read: columns without a value are left out; its key is `rowN`."""
         number = int(np.searchsorted(self._ends, row, side="right"))
         at = row - int(self._ends[number] - self.sizes[number])
         try:
@@ -68,32 +69,19 @@ class ParquetFile:
         except UnicodeDecodeError as error:
             raise BadRecord("wrong type", f"{self.path}: row {row}: a text is not UTF-8 ({error.reason}).") from None
         fields = {key: value for key, value in fields.items() if value is not None}
-        return f"row{row}", f"{self.path}: row {row}", fields
+        return Record(f"row{row}", f"{self.path}: row {row}", fields, file=str(self.path))
 
 
-class _parquet:
-    """Opens a parquet file for one reading; what arrow says becomes a sentence."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise DataError(f"{self.path}: reading parquet needs pyarrow (pip install pyarrow).") from None
-        self._errors = (pyarrow.ArrowException, OSError)
-        try:
-            self._file = pyarrow.parquet.ParquetFile(self.path)
-        except self._errors as error:
-            raise self._refusal(error) from None
-        return self._file
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._file.close()
-        if isinstance(error, self._errors):
-            raise self._refusal(error) from None
-
-    def _refusal(self, error: BaseException) -> DataError:
-        return BadRecord("damaged file", f"{self.path}: cannot be read as parquet ({first_line(error)}).")
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A parquet file for one reading; what arrow says becomes a sentence."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: reading parquet needs pyarrow (pip install pyarrow).") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadRecord("damaged file", f"{path}: cannot be read as parquet ({first_line(error)}).") from None

@@ -1,33 +1,73 @@
-"""One training record of the language model, and json read so that what is broken is named.
+"""The one record of all data: what a reader gives, what a decoder, a picture–text pair or an extraction is made of.
 
-Every source (tar, jsonl, json, parquet) gives `LlmRecord`s; decoders turn their `fields` into token sequences.
+Every format (tar, jsonl, json, parquet, a folder of pictures, the nano set) is read into it by `records.open_records`.
+A record that is not read yet knows where its parts lie and is small, so that it can be sent to a worker process.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from seed_multimodal.errors import DataError
 
 
-@dataclass(frozen=True)
-class LlmRecord:
-    """One record as stored.
+class Place(NamedTuple):
+    """Bytes of a file that are not read yet."""
+
+    file: str
+    offset: int
+    size: int
+
+
+class FileReader(Protocol):
+    """What reads a `Place`; `tar.OpenFiles` does."""
+
+    def read(self, path: str | Path, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`."""
+
+
+@dataclass
+class Record:
+    """One record.
 
     Args:
-        key: unique within its source: the file (relative to the source's folder, without suffix) and the place in it,
-            such as `part-0000/0000007/3f2a…`, `train/line12`.
+        key: its place in its file: the key of a sample, `line12`, `item3`, `row3`.
         where: `FILE: line 12`, `FILE: sample KEY`, `FILE: item 3` or `FILE: row 3`, as errors show it.
-        fields: names of the released shards (`image_ids`, `text`, `question`, …), and `messages` for conversations
-            (see `data.formats.conversations`).
+        fields: of its json or table row: names of the released shards (`image_ids`, `text`, `question`, …), and
+            `messages` for conversations (see `conversations`).
+        members: other parts by lower-case extension (`jpg`, `txt`, and `json` until it is parsed), read or not.
+        file: the file it stands in, which paths of pictures may be relative to.
+        problem: a sentence if the record cannot be used and that is known before it is read.
     """
 
     key: str
     where: str
-    fields: dict[str, Any]
+    fields: dict[str, Any] = field(default_factory=dict)
+    members: dict[str, bytes | Place] = field(default_factory=dict)
+    file: str = ""
+    problem: str = ""
+
+    def member(self, *extensions: str, files: FileReader) -> bytes | None:
+        """The bytes of the first of these members that the record has; None without any."""
+        found = next((self.members[one] for one in extensions if one in self.members), None)
+        return files.read(*found) if isinstance(found, Place) else found
+
+    def parsed(self, files: FileReader) -> Record:
+        """The record with its json member among `fields`.
+
+        Raises:
+            BadRecord: its `problem`, or a json member that holds no object.
+        """
+        if self.problem:
+            raise BadRecord("duplicate id", self.problem)
+        data = self.member("json", files=files)
+        if data is None:
+            return self
+        others = {extension: part for extension, part in self.members.items() if extension != "json"}
+        return replace(self, fields=self.fields | parse_object(data, self.where), members=others)
 
 
 class BadRecord(DataError):
@@ -47,15 +87,20 @@ def parse_object(data: bytes | str, where: str) -> dict[str, Any]:
     Raises:
         BadRecord: no json, no object, or text with half of a surrogate pair (which no tokenizer can encode).
     """
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # also undecodable bytes
-        reason = f"{error.msg}, at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise BadRecord("malformed json", f"{where}: is not json ({reason}).") from None
+    value = parse_json(data, where)
     if not isinstance(value, dict):
         raise BadRecord("malformed json", f"{where}: holds a {type(value).__name__}, not an object.")
     refuse_half_pairs(value, data, where)
     return value
+
+
+def parse_json(data: bytes | str, where: str) -> Any:
+    """Any json value from its bytes. Raises BadRecord when it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # also undecodable bytes
+        reason = f"{error.msg}, at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise BadRecord("malformed json", f"{where}: is not json ({reason}).") from None
 
 
 def refuse_half_pairs(value: Any, data: bytes | str, where: str) -> None:
@@ -91,5 +136,5 @@ def find_image(path: str, root: str | Path | None = None, beside: str | Path | N
 def _is_file(place: Path) -> bool:
     try:
         return place.is_file()
-    except OSError:  # the name is too long for a file, such as a picture written out as base64; or a closed folder
+    except (OSError, ValueError):  # a name too long for a file, such as a picture as base64; a closed folder; a null byte
         return False

@@ -1,172 +1,175 @@
-"""Random access to webdataset shards: where each sample of a .tar lies, found by reading its headers once.
+"""Webdataset shards: members grouped into samples, and random access by an index of the headers, read once.
 
-Why: sample order must be a function of (seed, step), which a stream cannot give. About 41 bytes per sample are kept, in
-arrays. Neighbouring members with the same key are one sample, as for the webdataset library.
-
-Peculiar: plain .tar only, since a position inside a .tar.gz cannot be read without unpacking all before it. With an
-`index_folder` the index of a shard is kept between runs; a shard that changed is indexed again.
+Why an index: the order of samples must be a function of (seed, step), which a stream cannot give. About 41 bytes per
+sample are kept, in arrays; with an `index_folder` they are kept on disk between runs, and a shard that changed is
+indexed again. Plain .tar only, since a position inside a .tar.gz cannot be read without unpacking all before it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
 from seed_multimodal.data.formats.packed import PackedStrings
-from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members
+from seed_multimodal.data.formats.record import Place, Record
+from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members, unpacked
+from seed_multimodal.disk import replacing
 from seed_multimodal.errors import DataError
 
-# Byte offset and size of the picture and of the caption's member; offset -1: the sample has none.
-SPAN = np.dtype([("image", "<i8"), ("image_size", "<u4"), ("text", "<i8"), ("text_size", "<u4")])
+Columns = Mapping[str, Sequence[str]]  # a part of a sample -> the extensions of its member, the preferred first
+SPAN = np.dtype([("offset", "<i8"), ("size", "<u4")])  # of one member in bytes; offset -1: the sample has none
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """The samples of one shard in the order on disk: `spans` of type SPAN [N] and their keys."""
-
-    spans: np.ndarray
-    keys: PackedStrings
-
-
-class TarIndex:
-    """The samples of many shards, numbered through; `sizes`: samples per shard, int64 [shards]."""
-
-    def __init__(self, shards: Sequence[Path], parts: Sequence[ShardIndex]) -> None:
-        self.shards, self.parts = list(shards), list(parts)
-        self.sizes = np.array([len(part.spans) for part in parts], np.int64)
-        self._ends = np.cumsum(self.sizes)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """(shard number, sample number inside it) of a sample."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return shard, index - int(self._ends[shard] - self.sizes[shard])
-
-
-def index_shards(
-    shards: Sequence[Path],
-    image_keys: Sequence[str],
-    text_key: str,
-    *,
-    keep_torn: bool = False,
-    index_folder: str | Path | None = None,
-    log: Callable[[str], None] | None = print,
-) -> TarIndex:
-    """Index shards in the order given.
+def tar_records(path: Path, wanted: Collection[str] | None = None, *, unpack: bool = False) -> Iterator[Record]:
+    """The samples of a tar, unread, in the order on disk: neighbouring members with the same key are one sample.
 
     Args:
-        image_keys: extensions of a picture, the preferred first; `text_key`: the extension of the caption's member.
-        keep_torn: use the whole samples before the damage of a torn shard, and `log` its sentence.
-        index_folder: where indexes of earlier runs are found and new ones written (each whole or not at all).
+        wanted: extensions that become `members`; None: all. A sample with two members of one extension has a `problem`.
+        unpack: read a .tar.gz as well; its members are read at once.
 
     Raises:
-        DataError: naming the tar that cannot be opened, is compressed, torn or no tar, or names a member twice.
+        DataError: the file cannot be opened, or is compressed.
+        Damaged: where the tar tears; the sample being read there is not whole and is left out.
     """
-    parts = []
-    for shard in shards:
-        kept = _kept_file(shard, (*image_keys, text_key), Path(index_folder)) if index_folder else None
-        part = _read_kept(kept) if kept else None
-        if part is None:
-            part, damage = scan_shard(shard, image_keys, text_key)
-            if damage and not keep_torn:
-                raise DataError(damage)
-            if damage and log is not None:
-                log(f"{damage} The {len(part.keys)} whole samples before that are used.")
-            if kept and not damage:
-                _write_kept(kept, part)
-        parts.append(part)
-    return TarIndex(shards, parts)
+    content = unpacked(path) if unpack and path.suffix in (".gz", ".tgz") else None
+    current: Record | None = None
+    for name, offset, size in tar_members(path if content is None else content):
+        key, extension = split_name(name)
+        if not key:
+            continue
+        if current is None or current.key != key:
+            if current is not None:
+                yield current
+            current = Record(key, f"{path}: sample {key}", file=str(path))
+        if wanted is None or extension in wanted:
+            if extension in current.members:
+                current.problem = f"{path}: sample {key} has two .{extension} members."
+            current.members[extension] = (Place(str(path), offset, size) if content is None else
+                                          content[offset:offset + size])
+    if current is not None:
+        yield current
 
 
-def scan_shard(path: Path, image_keys: Sequence[str], text_key: str) -> tuple[ShardIndex, str]:
-    """Index one shard. Returns what is whole, and a sentence about its damage (empty: none).
+class TarFile:
+    """The samples of a plain tar by number.
+
+    Args:
+        columns: the parts of a sample; a record's members have these names.
+        index_folder: where indexes of earlier runs are found and new ones written (each whole or not at all).
+        keep_torn: use the whole samples before the damage of a torn shard, and `log` its sentence.
+    """
+
+    def __init__(self, path: Path, columns: Columns, *, index_folder: str | Path | None = None,
+                 keep_torn: bool = False, log: Callable[[str], None] | None = print) -> None:
+        self.path, self.columns = path, {name: tuple(extensions) for name, extensions in columns.items()}
+        self._index_folder, self._keep_torn, self._log = index_folder, keep_torn, log
+
+    @cached_property
+    def index(self) -> tuple[np.ndarray, PackedStrings]:
+        """(spans of type SPAN [N, columns], keys).
+
+        Raises:
+            DataError: naming the tar that cannot be opened, is compressed, torn or no tar, or names a member twice.
+        """
+        kept = _kept_file(self.path, self.columns, Path(self._index_folder)) if self._index_folder else None
+        found = _read_kept(kept) if kept else None
+        if found is not None:
+            return found
+        spans, keys, damage = scan_tar(self.path, self.columns)
+        if damage and not self._keep_torn:
+            raise DataError(damage)
+        if damage and self._log is not None:
+            self._log(f"{damage} The {len(keys)} whole samples before that are used.")
+        if kept and not damage:
+            _write_kept(kept, spans, keys)
+        return spans, keys
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """All samples are one piece."""
+        return [len(self.index[0])]
+
+    def has(self, column: str) -> np.ndarray:
+        """Which samples have this part, bool [N]."""
+        return np.asarray(self.index[0]["offset"][:, list(self.columns).index(column)] >= 0)
+
+    def locate(self, row: int) -> Record:
+        """A sample, unread; its key is that in the shard."""
+        spans, keys = self.index
+        members: dict[str, bytes | Place] = {
+            name: Place(str(self.path), int(span["offset"]), int(span["size"]))
+            for name, span in zip(self.columns, spans[row], strict=True) if span["offset"] >= 0}
+        return Record(keys[row], f"{self.path}: sample {keys[row]}", members=members, file=str(self.path))
+
+
+def scan_tar(path: Path, columns: Columns) -> tuple[np.ndarray, PackedStrings, str]:
+    """Index one tar: (spans, keys) of the whole samples, and a sentence about its damage (empty: none).
 
     Raises:
         DataError: it cannot be opened, is compressed, or a sample has two members of one extension.
     """
-    wanted = {*image_keys, text_key}
     keys: list[str] = []
-    spans: list[tuple[int, int, int, int]] = []
-    current = ""
-    found: dict[str, tuple[int, int]] = {}
+    spans: list[tuple[int, int]] = []
     damage = ""
     try:
-        for name, offset, size in tar_members(path):
-            key, extension = split_name(name)
-            if key and key != current:
-                if current:
-                    keys.append(current)
-                    spans.append(_span(found, image_keys, text_key))
-                current, found = key, {}
-            if extension in wanted:
-                if extension in found:
-                    raise DataError(f"{path}: sample {key} has two .{extension} members.")
-                found[extension] = (offset, size)
-    except Damaged as error:  # the sample being read where the tar tears is not whole: it is dropped
+        for record in tar_records(path, {extension for several in columns.values() for extension in several}):
+            if record.problem:
+                raise DataError(record.problem)
+            keys.append(record.key)
+            for extensions in columns.values():
+                found = next((record.members[one] for one in extensions if one in record.members), None)
+                spans.append((found.offset, found.size) if isinstance(found, Place) else (-1, 0))
+    except Damaged as error:
         after = f"after sample {keys[-1]}" if keys else "in its first sample"
-        damage, current = f"{path}: torn or damaged {after} ({error}).", ""
-    if current:
-        keys.append(current)
-        spans.append(_span(found, image_keys, text_key))
-    return ShardIndex(np.array(spans, SPAN), PackedStrings.of(keys)), damage
+        damage = f"{path}: torn or damaged {after} ({error})."
+    return np.array(spans, SPAN).reshape(-1, len(columns)), PackedStrings.of(keys), damage
 
 
-def _span(found: dict[str, tuple[int, int]], image_keys: Sequence[str], text_key: str) -> tuple[int, int, int, int]:
-    image = next((found[key] for key in image_keys if key in found), (-1, 0))
-    return (*image, *found.get(text_key, (-1, 0)))
-
-
-def _kept_file(shard: Path, extensions: Sequence[str], folder: Path) -> Path:
+def _kept_file(shard: Path, columns: Columns, folder: Path) -> Path:
     """The file of a shard's index; its name changes with the shard's place, size and time."""
     try:
         about = shard.stat()
     except OSError as error:
         raise DataError(f"{shard}: cannot be opened ({error.strerror}).") from None
-    mark = repr((str(shard.resolve()), about.st_size, about.st_mtime_ns, tuple(extensions)))
+    mark = repr((str(shard.resolve()), about.st_size, about.st_mtime_ns, columns))
     return folder / f"{shard.name}.{hashlib.sha256(mark.encode()).hexdigest()[:16]}.npz"
 
 
-def _read_kept(file: Path) -> ShardIndex | None:
+def _read_kept(file: Path) -> tuple[np.ndarray, PackedStrings] | None:
     try:
         with np.load(file, allow_pickle=False) as kept:
-            return ShardIndex(kept["spans"], PackedStrings(kept["data"], kept["ends"]))
+            return kept["spans"], PackedStrings(kept["data"], kept["ends"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none yet, or damaged: the shard is read instead
         return None
 
 
-def _write_kept(file: Path, part: ShardIndex) -> None:
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def _write_kept(file: Path, spans: np.ndarray, keys: PackedStrings) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "wb") as handle:
-            np.savez(handle, spans=part.spans, data=part.keys.data, ends=part.keys.ends)
-        os.replace(scratch, file)
+        with replacing(file) as handle:
+            np.savez(handle, spans=spans, data=keys.data, ends=keys.ends)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
         raise DataError(f"{file.parent}: the index of a shard cannot be written there ({error.strerror}).") from None
 
 
-class ShardFiles:
-    """Reads pieces of shards; at most `limit` files stay open, and each process (a forked worker) opens its own."""
+class OpenFiles:
+    """Reads pieces of files; at most `limit` files stay open, and each process (a forked worker) opens its own."""
 
     def __init__(self, limit: int = 64) -> None:
         self.limit = limit
         self._owner = os.getpid()
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, path: Path, offset: int, size: int) -> bytes:
+    def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """`size` bytes of a file from `offset`. Raises DataError when they are no longer there."""
+        path = str(path)
         if self._owner != os.getpid():
             self.close()
             self._owner = os.getpid()
@@ -194,5 +197,5 @@ class ShardFiles:
     def __del__(self) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type[ShardFiles], tuple[int]]:
-        return ShardFiles, (self.limit,)  # open files stay behind when a worker is spawned
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[int]]:
+        return OpenFiles, (self.limit,)  # open files stay behind when a worker is spawned

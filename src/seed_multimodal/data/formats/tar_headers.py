@@ -7,8 +7,11 @@ core). Formats: ustar, GNU long names, pax; a test compares with `tarfile`.
 
 from __future__ import annotations
 
+import functools
+import gzip
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from seed_multimodal.errors import DataError
@@ -20,24 +23,44 @@ class Damaged(Exception):
     """Why a tar cannot be read further; the caller knows the sample and makes the sentence."""
 
 
-def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
+def tar_members(tar: Path | bytes) -> Iterator[tuple[str, int, int]]:
     """(name, byte offset, size) of each regular file; stops at the first end mark, as `tar` and `tarfile` do.
+
+    Args:
+        tar: a file, or its content.
 
     Raises:
         DataError: the file cannot be opened, or is compressed.
         Damaged: it is cut off, has no end mark, or a header is none.
     """
+    if isinstance(tar, bytes):
+        yield from _walk(lambda size, offset: tar[offset:offset + size], len(tar))
+        return
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(tar, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}).") from None
+        raise DataError(f"{tar}: cannot be opened ({error.strerror}).") from None
     try:
-        if os.pread(file, 2, 0) == b"\x1f\x8b" or path.suffix == ".gz":
-            raise DataError(f"{path}: compressed shards cannot be read at random positions (only plain .tar can); "
+        if os.pread(file, 2, 0) == b"\x1f\x8b" or tar.suffix == ".gz":
+            raise DataError(f"{tar}: compressed shards cannot be read at random positions (only plain .tar can); "
                             "unpack it with gunzip first.")
-        yield from _walk(file, os.fstat(file).st_size)
+        yield from _walk(functools.partial(os.pread, file), os.fstat(file).st_size)
     finally:
         os.close(file)
+
+
+def unpacked(path: Path) -> bytes:
+    """The content of a .tar.gz.
+
+    Raises:
+        DataError: it cannot be opened. Damaged: it is cut off, or what is packed is not right.
+    """
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Damaged(str(error)) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}).") from None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -50,11 +73,11 @@ def split_name(name: str) -> tuple[str, str]:
     return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")
 
 
-def _walk(file: int, total: int) -> Iterator[tuple[str, int, int]]:
+def _walk(read: Callable[[int, int], bytes], total: int) -> Iterator[tuple[str, int, int]]:
     position = 0
-    told: dict[str, bytes] = {}  # what an extra header says about the next member
+    extra: dict[str, bytes] = {}  # what an extra header says about the next member
     while True:
-        header = os.pread(file, BLOCK, position)
+        header = read(BLOCK, position)
         if len(header) < BLOCK:
             raise Damaged("its end is missing")
         if not header.strip(b"\0"):
@@ -62,19 +85,19 @@ def _walk(file: int, total: int) -> Iterator[tuple[str, int, int]]:
         name, size, kind = _header(header)
         start = position + BLOCK
         if kind in (b"0", b"\0", b"7"):
-            size = int(told.get("size", size))
+            size = int(extra.get("size", size))
             if start + size > total:
                 raise Damaged("its end is missing")
-            yield told.get("path", name).decode("utf-8", "surrogateescape"), start, size
-            told = {}
+            yield extra.get("path", name).decode("utf-8", "surrogateescape"), start, size
+            extra = {}
         elif kind == b"L":  # GNU: the next name in full
-            told["path"] = os.pread(file, size, start).rstrip(b"\0")
+            extra["path"] = read(size, start).rstrip(b"\0")
         elif kind == b"x":  # pax: keywords for the next member
-            told |= _pax(os.pread(file, size, start))
+            extra |= _pax(read(size, start))
         elif kind == b"S":
             raise Damaged("it has a sparse member, which has no single position")
-        elif kind not in (b"g", b"K"):  # folders, links, devices: passed over, with what was told about them
-            told = {}
+        elif kind not in (b"g", b"K"):  # folders, links, devices: passed over, with what was said about them
+            extra = {}
         position = start + -(-size // BLOCK) * BLOCK
 
 

@@ -25,7 +25,7 @@ from seed_multimodal.data.pretokenize.kinds import Kind
 from seed_multimodal.data.pretokenize.samples import Dropped, Picture, SampleReference, Sample
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.pictures import view
-from seed_multimodal.data.formats.tar import ShardFiles
+from seed_multimodal.data.formats.tar import OpenFiles
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.images.transforms import ImageTransform
 
@@ -84,7 +84,7 @@ class TaskDecoder:
         self.keys = kind.keys(settings.fields)
         self.views, self.seed = views if kind.views else 1, seed
         self._filters = filters_of(settings)
-        self._files = ShardFiles()
+        self._files = OpenFiles()
 
     def __getitem__(self, task: Task) -> DecodedTask:
         rows = _Rows(self.transform.image_size)

@@ -35,7 +35,7 @@ def _references(folder: str, split: str, content: str, captions: str) -> list[Sa
     made = {"captions": lambda: _captions(records, captions), "qa": lambda: _questions(records),
             "describe": lambda: _descriptions(records), "draw": lambda: _drawings(records, captions),
             "edits": lambda: _edits(nano, split), "conversations": lambda: _conversations(nano, split)}[content]()
-    bytes_of = {record.key: nano._pictures[index] for index, record in enumerate(nano.records)}
+    bytes_of = {record.key: nano.picture(index) for index, record in enumerate(nano.records)}
     return [SampleReference(f"{nano.folder}: {name}", str(nano.folder), fields=fields, pictures={k: bytes_of[k] for k in keys})
             for name, fields, keys in made]
 

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal.data.formats.record import BadRecord, find_image, parse_object
-from seed_multimodal.data.formats.tar import ShardFiles
+from seed_multimodal.data.formats.tar import OpenFiles
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.encode import image_from_base64
 from seed_multimodal.images.open import open_image
@@ -73,7 +73,7 @@ class Sample:
         BadRecord: its json is none, or the raw sample is known to be broken.
     """
 
-    def __init__(self, raw: SampleReference, files: ShardFiles, image_root: str | None = None) -> None:
+    def __init__(self, raw: SampleReference, files: OpenFiles, image_root: str | None = None) -> None:
         if raw.broken:
             raise BadRecord("duplicate id", raw.broken)
         self.where, self._raw, self._files, self._root = raw.where, raw, files, image_root

@@ -119,7 +119,7 @@ def locate(unit: Unit, settings: InputSettings) -> UnitSamples:
 def _inputs(settings: InputSettings) -> list[tuple[Path, str]]:
     """Files (folders of pictures, the nano set) with their format, in the order written."""
     if settings.format == "nano":
-        from seed_multimodal.data.nano.load import find_nano
+        from seed_multimodal.data.formats.nano import find_nano
 
         return [(find_nano(settings.files if isinstance(settings.files, str) else None), "nano")]
     wanted = [settings.files] if isinstance(settings.files, str) else list(settings.files or ())
