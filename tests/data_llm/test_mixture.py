@@ -235,14 +235,15 @@ def test_too_many_broken_records_end_the_run(tmp_path: Path, words, lines: Calla
         batches.at(0)
 
 
-def test_a_search_without_hope_ends() -> None:
-    patience = SkipBudget(most_broken=3)
-    for _ in range(2):
-        patience.lose(SkippedSample(0, "broken", "r", "w"), "s")
-    patience.good()
-    with pytest.raises(DataError, match=r"1000 draws in a row gave no sequence, the last of source s \(empty\): w"):
-        for _ in range(1000):
-            patience.lose(SkippedSample(0, "dropped", "empty", "w"), "s")
+def test_a_search_without_hope_ends(tmp_path: Path, words, lines: Callable) -> None:
+    budget = SkipBudget(3)
+    assert not budget.spend() and not budget.spend("dropped") and not budget.spend()
+    budget.good()
+    assert [budget.spend("dropped") for _ in range(1000)] == [False] * 999 + [True]
+    lines(tmp_path / "t.jsonl", [{"text": "many words " * 50}] * 3)
+    config = {"sources": [{"name": "s", "files": str(tmp_path / "t.jsonl"), "decoder": "pretrain.text"}], "length": 20}
+    with pytest.raises(DataError, match=r"1000 draws in a row gave no sequence, the last of source s \(skipped\)"):
+        LlmBatches(read_data_settings(config), words).at(0)
 
 
 def test_noise_comes_from_other_pictures_of_the_source(tmp_path: Path, words, shard: Callable) -> None:

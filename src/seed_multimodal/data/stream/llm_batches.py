@@ -6,28 +6,25 @@
             batch = batches.at(micro_step)           # consecutive steps are loaded ahead
         mine = batches.state()                       # the position after the last batch, json-able
 
-Rows are packed (`data.stream.packed`), or padded micro-batches of one source (`data.stream.padded`).
+Rows are packed (`stream.packed`), or padded micro-batches of one source (`stream.padded`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.stream.packing import MicroBatch
-from seed_multimodal.data.stream.mixture import EndOfData, Mixture
-from seed_multimodal.data.stream.packed import PackedPlan
-from seed_multimodal.data.stream.padded import PaddedPlan
 from seed_multimodal.data.decoders.sequence import IGNORED
 from seed_multimodal.data.stream.data_settings import LlmDataSettings
-from seed_multimodal.data.stream.statistics import DataStatistics
 from seed_multimodal.data.stream.loader import StepLoader
+from seed_multimodal.data.stream.mixture import EndOfData, Mixture
+from seed_multimodal.data.stream.statistics import DataStatistics
+from seed_multimodal.data.stream.stream_plan import MicroBatch, StreamPlan
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -64,7 +61,7 @@ class LlmBatch:
                        attention_mask=None if mask is None else mask.to(device, non_blocking=non_blocking))
 
 
-class LlmBatches:
+class LlmBatches(StepLoader):
     """Micro-batches of one rank by number.
 
     Args:
@@ -81,22 +78,21 @@ class LlmBatches:
         if not 0 <= rank < world or workers < 0:
             raise ConfigError(f"Rank {rank} of {world} with {workers} workers: rank must be below world, and nothing "
                               f"negative.")
-        self.settings, self.rank, self.world, self.workers = settings, rank, world, workers
+        self.settings, self.rank, self.world = settings, rank, world
         self.mixture = Mixture(settings, tokenizer)
-        vocabulary = tokenizer.vocabulary
-        make = PackedPlan if settings.packing else PaddedPlan
-        self.plan: PackedPlan | PaddedPlan = make(self.mixture, rank, world, tokenizer.pad_id, vocabulary.boi_id)
+        self.plan = StreamPlan(self.mixture, rank, world, tokenizer.pad_id, tokenizer.vocabulary.boi_id)
         self.statistics = DataStatistics(self.mixture.names, log)
-        self._waited, self._bound, self._next_step = 0.0, True, 0
-        self._skipped = 0  # micro-batches without anything, left out at the end of the data
+        self._restored = False  # and no batch asked for since
+        self._next_step = 0
+        self._empty = 0  # micro-batches without anything, left out at the end of the data
         self._end_step: int | None = None  # the first step for which nothing was left
-        self._loader = self._new_loader()
+        super().__init__(self.plan.fetch, self.plan.job, workers, self.plan.worker_of)
 
-    def at(self, micro_step: int) -> LlmBatch:
+    def at(self, step: int) -> LlmBatch:
         """The rank's batch at a micro-step. After `restore` the first call says how the next step is called; a step
         that does not follow the one before is reached by making all rows up to it (a while, when packed).
 
-        With packing and finite `cycles` some lanes end before others; their rows are padding until all have ended. A
+        With packing and finite `cycles` some streams end before others; their rows are padding until all have ended. A
         micro-batch of nothing else is left out in a run of one rank; of several ranks it keeps them in step.
 
         Raises:
@@ -104,46 +100,33 @@ class LlmBatches:
                 finite `cycles` are best given a last step before). DataError: too many unusable records, or a worker
                 that was killed.
         """
-        if not self._bound:
-            self.plan.start_at(micro_step)
-            self._bound, self._next_step = True, micro_step
-        if self._end_step is not None and micro_step >= self._end_step:
-            self._end(micro_step)
-        if micro_step != self._next_step:
-            self._skipped = 0
-        loaded = self._load(micro_step)
-        while not loaded.used:
-            ended = self.plan.used_up(loaded)
-            if self.world > 1 and not ended:  # ranks must stay together, so nobody leaves out a step
+        if self._restored:
+            self.plan.start_at(step)
+            self._restored, self._next_step = False, step
+        if self._end_step is not None and step >= self._end_step:
+            raise self._end(step)
+        if step != self._next_step:
+            self._empty = 0
+        while True:
+            batch: MicroBatch = super().at(step + self._empty)
+            self.plan.note(batch)
+            ended = not batch.used and self.plan.used_up()
+            if batch.used or (self.world > 1 and not ended):  # ranks must stay together, so nobody leaves out a step
                 break
-            self.plan.note(loaded)
-            self.statistics.pass_over(loaded.dropped)
+            self.statistics.note_skipped(batch.skipped)
             if ended:
-                self._end(micro_step)
-            self._skipped += 1
-            loaded = self._load(micro_step)
-        self.plan.note(loaded)
-        self.statistics.note(loaded)
-        self._next_step = micro_step + 1
-        return _as_batch(loaded)
+                raise self._end(step)
+            self._empty += 1
+        self.statistics.note(batch)
+        self._next_step = step + 1
+        return _as_batch(batch)
 
-    def _load(self, micro_step: int) -> MicroBatch:
-        try:
-            return self._loader.at(micro_step + self._skipped)
-        except EndOfData:
-            self._end(micro_step)
-
-    def _end(self, micro_step: int) -> NoReturn:
+    def _end(self, step: int) -> EndOfData:
         """Nothing is left for a step, nor for any after it."""
         self.close()
-        self._end_step = micro_step if self._end_step is None else min(self._end_step, micro_step)
-        self._next_step = micro_step + 1
-        raise self.mixture.end_of_data()
-
-    @property
-    def wait_seconds(self) -> float:
-        """Time spent waiting for batches so far."""
-        return self._waited + self._loader.wait_seconds
+        self._end_step = step if self._end_step is None else min(self._end_step, step)
+        self._next_step = step + 1
+        return self.mixture.end_of_data()
 
     @property
     def fill(self) -> float:
@@ -162,8 +145,8 @@ class LlmBatches:
                 too, since only states of one step go together.
         """
         done = max(self._next_step, micro_steps if self._end_step is not None else 0)
-        return {"version": 1, "rank": self.rank, "world": self.world, **self._fingerprint(),
-                **self.plan.state(done + self._skipped), "statistics": self.statistics.state()}
+        return {"rank": self.rank, "world": self.world, **self._fingerprint(),
+                **self.plan.state(done + self._empty), "statistics": self.statistics.state()}
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on where a run stood.
@@ -182,37 +165,15 @@ class LlmBatches:
         if len({state["position"] for state in states}) > 1:
             raise ConfigError("The data's states of the ranks were saved at different steps.")
         for key, value in self._fingerprint().items():
-            if key in _LATER and key not in states[0]:  # a state from before it was noted
-                continue
             before = states[0].get(key)
             # Counts are kept by a source's number, so their order belongs to what must not change.
             if before != value or (isinstance(before, Mapping) and list(before) != list(value)):
                 raise ConfigError(f"The data's state was saved with {_difference(key, before, value)}; the data cannot "
                                   f"go on from there.")
         self.close()
-        self._waited += self._loader.wait_seconds
-        self.plan.restore(list(states), next_step=0)
+        self.plan.restore(states)
         self.statistics.restore([state["statistics"] for state in states] if self.rank == 0 else [])
-        self._bound, self._next_step, self._skipped, self._end_step = False, 0, 0, None
-        self._loader = self._new_loader()
-
-    def worker_pids(self) -> list[int]:
-        """Process ids of the data workers at work."""
-        return self._loader.worker_pids()
-
-    def close(self) -> None:
-        """Stop the workers; the next `at` starts new ones."""
-        self._loader.close()
-
-    def __enter__(self) -> LlmBatches:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.close()
-
-    def _new_loader(self) -> StepLoader:
-        return StepLoader(self.plan.fetch, self.plan.jobs, self.workers, self.plan.worker_of)
+        self._restored, self._next_step, self._empty, self._end_step = True, 0, 0, None
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must not change for the data to go on: with other values it would be other data."""
@@ -222,15 +183,13 @@ class LlmBatches:
                    for source, size in zip(settings.sources, self.mixture.sizes, strict=True)}
         own = {"packing": settings.packing, "seed": settings.seed, "concat_type": settings.concat_type,
                "sources": sources, "shuffle_block": settings.shuffle_block}
-        if isinstance(self.plan, PaddedPlan):  # a source's n-th micro-batch begins at n times its rows
-            own["rows of micro-batches"] = dict(zip(sources, self.plan.fetch.sizes, strict=True))
-        else:
-            own.update(length=settings.length, too_long=settings.too_long, buffer=settings.buffer)
-        return own
+        if settings.packing:
+            return {**own, "length": settings.length, "too_long": settings.too_long, "buffer": settings.buffer}
+        # a source's n-th micro-batch begins at n times its rows
+        return {**own, "rows of micro-batches": dict(zip(sources, self.plan.fetch.steps, strict=True))}
 
 
 _FIXED = ("decoder", "cycles", "batch_size", "max_length")  # other weights are fine: draws to come follow them
-_LATER = ("shuffle_block", "rows of micro-batches")
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
@@ -244,13 +203,13 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return f"{key} {before!r}, and now it is {now!r}"
 
 
-def _as_batch(loaded: MicroBatch) -> LlmBatch:
-    labels = torch.from_numpy(loaded.labels).long()
-    rows, length = loaded.input_ids.shape
-    places = np.arange(length)[None].repeat(rows, 0)
-    packed = loaded.position_ids is not None
-    positions = loaded.position_ids if packed else places
-    mask = None if packed else torch.from_numpy(places < loaded.lengths[:, None]).long()
-    return LlmBatch(torch.from_numpy(loaded.input_ids).long(), labels, torch.from_numpy(positions).long(), mask,
-                    tokens=int(loaded.lengths.sum()), learned=int((labels[:, 1:] != IGNORED).sum()),
-                    sequences=len(loaded.used), images=loaded.images)
+def _as_batch(batch: MicroBatch) -> LlmBatch:
+    labels = torch.from_numpy(batch.labels).long()
+    rows, length = batch.input_ids.shape
+    positions, mask = batch.position_ids, None
+    if positions is None:
+        positions = np.arange(length)[None].repeat(rows, 0)
+        mask = torch.from_numpy(positions < batch.lengths[:, None]).long()
+    return LlmBatch(torch.from_numpy(batch.input_ids).long(), labels, torch.from_numpy(positions).long(), mask,
+                    tokens=int(batch.lengths.sum()), learned=int((labels[:, 1:] != IGNORED).sum()),
+                    sequences=len(batch.used), images=batch.images)

@@ -1,11 +1,11 @@
-"""Results for consecutive steps, loaded ahead by worker processes: the part that all kinds of batches share.
+"""Results for consecutive steps, loaded ahead by worker processes: the one loader of all training data.
 
-    loader = StepLoader(fetch, jobs, workers=4)
+    loader = StepLoader(fetch, job, workers=4)
     loader.at(7); loader.at(8)         # consecutive steps are loaded ahead; a jump starts the workers anew
 
-`jobs(start)` yields what is to be loaded for step `start`, `start + 1`, ...; `fetch(job)` loads it, in this process or
-a worker. Workers are torch's DataLoader's. A refusal inside one comes home as its sentence, a worker that is killed as
-one too.
+`job(step)` says what is to be loaded for a step; `fetch(job)` loads it, in this process or in a worker. The workers are
+those of torchdata's `StatefulDataLoader`; order and state are ours, because its own state does not survive a change of
+the number of workers. A refusal (`SeedError`) inside a worker is raised here as its sentence, and so is a killed worker.
 """
 
 from __future__ import annotations
@@ -19,45 +19,49 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from seed_multimodal.errors import ConfigError, DataError, SeedError
+from seed_multimodal.errors import ConfigError, DataError, SeedError, first_line
 
-Jobs = Callable[[int], Iterator[Any]]
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _FILLER = "filler"  # a place in the workers' turn that loads nothing
 
 
 class StepLoader:
-    """What `fetch` gives for a step, with the next steps under way.
+    """What `fetch` gives for a step, with the next steps under way; a context manager, at whose end the workers stop.
+
+    Workers ignore SIGTERM, so that a training process can finish its step. They end with `close`, with this object, or
+    with the process that holds it, even one that is killed. torch's global generator is left alone.
 
     Args:
         fetch: job -> result; must survive pickling where workers are spawned. Its optional method `enter_worker()` is
             called once in each worker.
-        jobs: see above. Must not hold this object: in a circle with it, workers would outlive it until the garbage is
-            collected.
+        job: step -> job, called in this process. Must not hold this object: in a circle with it, workers would outlive
+            it until the garbage is collected.
         workers: processes; 0 loads in this process when asked. On Linux they end with the thread that first asks `at`.
         worker_of: step -> number; steps of the same number (modulo `workers`) are loaded by the same worker, for
             `fetch`es that build on what they loaded before. Default: steps in turn.
 
-    `wait_seconds` is the time spent inside `at` so far. torch's global generator is left alone.
+    `wait_seconds` is the time spent inside `at` so far.
     """
 
-    def __init__(self, fetch: Callable[[Any], Any], jobs: Jobs, workers: int = 0,
+    def __init__(self, fetch: Callable[[Any], Any], job: Callable[[int], Any], workers: int = 0,
                  worker_of: Callable[[int], int] | None = None) -> None:
         if workers < 0:
             raise ConfigError(f"There cannot be {workers} data workers.")
         self.workers, self.wait_seconds = workers, 0.0
-        self._fetch, self._jobs, self._worker_of = _Fetch(fetch), jobs, worker_of
+        self._fetch, self._job, self._worker_of = _Fetch(fetch), job, worker_of
         self._iterator: Any = None
-        self._local: Iterator[Any] | None = None
-        self._next_step = -1
+        self._following = -1  # the step that the workers give next
 
     def at(self, step: int) -> Any:
         """The result for a step, from 0.
@@ -68,19 +72,16 @@ class StepLoader:
         if step < 0:
             raise ConfigError(f"There is no step {step}.")
         started = time.perf_counter()
-        if step != self._next_step:
-            self.close()
-        self._next_step = step + 1
-        outcome = self._from_workers(step) if self.workers else self._here(step)
+        result = self._from_workers(step) if self.workers else self._fetch[self._job(step)]
         self.wait_seconds += time.perf_counter() - started
-        if isinstance(outcome, SeedError):
+        if isinstance(result, SeedError):
             self.close()
-            raise outcome
-        return outcome
+            raise result
+        return result
 
     def close(self) -> None:
         """Stop the workers; the next `at` starts new ones."""
-        iterator, self._iterator, self._local, self._next_step = self._iterator, None, None, -1
+        iterator, self._iterator, self._following = self._iterator, None, -1
         if iterator is not None:  # not left to its end of life: a traceback may hold it
             iterator._shutdown_workers()
 
@@ -88,75 +89,96 @@ class StepLoader:
         """Process ids of the workers at work."""
         return [worker.pid for worker in getattr(self._iterator, "_workers", ())]
 
-    def _here(self, step: int) -> Any:
-        if self._local is None:
-            self._local = self._jobs(step)
-        return self._fetch[next(self._local)]
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
 
     def _from_workers(self, step: int) -> Any:
-        if self._iterator is None:
-            turn = _Turn(self._jobs, step, self.workers, self._worker_of)
-            # A generator of its own: the loader would draw its workers' seed from the global one, and the training's
-            # random numbers would depend on when workers were started.
-            loader = DataLoader(self._fetch, batch_size=None, sampler=turn, num_workers=self.workers,
-                                collate_fn=_as_is, worker_init_fn=_enter, generator=torch.Generator())
-            with _quiet_deaths():
-                self._iterator = iter(loader)
-            _AT_WORK.add(self)
-        outcome: Any = _FILLER
-        while isinstance(outcome, str) and outcome == _FILLER:
+        if step != self._following:
+            self.close()
+        self._following = step + 1
+        try:
+            if self._iterator is None:
+                self._iterator = self._start(step)
+            return next(result for result in self._iterator if not _is_filler(result))
+        except (RuntimeError, OSError, EOFError) as error:
+            ended = [worker for worker in getattr(self._iterator, "_workers", ()) if worker.exitcode is not None]
+            sentence = _how_it_ended(ended[0]) if ended else ""  # before all are stopped
+            starting = self._iterator is None and "DataLoader worker" in str(error)
+            self.close()
+            if starting:
+                sentence = f"A data worker process ended while it was starting ({first_line(error)})."
+            if not sentence:
+                raise
+            raise DataError(sentence) from error
+
+    def _start(self, step: int) -> Any:
+        # A generator of its own: the loader would draw its workers' seed from the global one, and the training's random
+        # numbers would depend on when workers were started. No snapshots: the state is ours.
+        turns = _Turns(self._job, step, self.workers, self._worker_of)
+        others = set(multiprocessing.active_children())
+        _WITH_WORKERS.add(self)
+        with _no_sigchld_handler(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with newer torch
+            loader = StatefulDataLoader(self._fetch, batch_size=None, sampler=turns, num_workers=self.workers,
+                                        collate_fn=_as_is, worker_init_fn=_enter, generator=torch.Generator(),
+                                        snapshot_every_n_steps=None)
             try:
-                outcome = next(self._iterator)
-            except (RuntimeError, OSError, EOFError) as error:
-                ended = [worker for worker in self._iterator._workers if worker.exitcode is not None]
-                sentence = _how_it_ended(ended[0]) if ended else ""  # before all are stopped
-                self.close()
-                if not ended:
-                    raise
-                raise DataError(sentence) from error
-        return outcome
+                return iter(loader)  # waits until each worker has answered
+            except RuntimeError:
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.kill()  # they ignore SIGTERM, and nobody else knows them
+                raise
 
 
-_AT_WORK: weakref.WeakSet[StepLoader] = weakref.WeakSet()
+_WITH_WORKERS: weakref.WeakSet[StepLoader] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
     """A process that ends by an exception still ends: it would wait for ever for workers that ignore SIGTERM."""
-    for loader in list(_AT_WORK):
+    for loader in list(_WITH_WORKERS):
         loader.close()
 
 
-class _Turn:
-    """Sampler: the jobs from `start` on, with fillers where the next job is another worker's."""
+class _Turns:
+    """Sampler: the jobs of the steps from `start` on, with fillers where the next job is another worker's."""
 
-    def __init__(self, jobs: Jobs, start: int, workers: int, worker_of: Callable[[int], int] | None) -> None:
-        self.jobs, self.start, self.workers, self.worker_of = jobs, start, workers, worker_of
+    def __init__(self, job: Callable[[int], Any], start: int, workers: int,
+                 worker_of: Callable[[int], int] | None) -> None:
+        self.job, self.start, self.workers, self.worker_of = job, start, workers, worker_of
 
     def __iter__(self) -> Iterator[Any]:
         place = 0
-        for step, job in zip(itertools.count(self.start), self.jobs(self.start)):  # noqa: B905  # both without end
+        for step in itertools.count(self.start):
             while self.worker_of is not None and self.worker_of(step) % self.workers != place % self.workers:
                 yield _FILLER
                 place += 1
-            yield job
+            yield self.job(step)
             place += 1
 
 
 class _Fetch:
-    """The data set that DataLoader sees. A refusal is given back as a value: raised inside a worker it would arrive
+    """The data set that the workers see. A refusal is given back as a value: raised inside a worker it would arrive
     wrapped in a traceback, not as its sentence."""
 
     def __init__(self, fetch: Callable[[Any], Any]) -> None:
         self.fetch = fetch
 
     def __getitem__(self, job: Any) -> Any:
-        if isinstance(job, str) and job == _FILLER:
+        if _is_filler(job):
             return _FILLER
         try:
             return self.fetch(job)
         except SeedError as error:
             return error
+
+
+def _is_filler(value: Any) -> bool:
+    return isinstance(value, str) and value == _FILLER
 
 
 def _as_is(value: Any) -> Any:
@@ -176,7 +198,7 @@ def _enter(worker: int) -> None:
 def _end_with_parent() -> None:
     """Linux ends this process as soon as the one it loads for is dead, by SIGKILL too.
 
-    torch's workers look for it themselves, but only between batches: one that waits to hand over a large batch, which
+    The workers look for it themselves, but only between batches: one that waits to hand over a large batch, which
     nobody reads any more, would wait for ever.
     """
     if sys.platform != "linux":
@@ -188,9 +210,9 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _quiet_deaths() -> Iterator[None]:
-    """Undo the SIGCHLD handler that DataLoader's start installs: it would raise wherever the training just is, while
-    a dead worker is to be told where its batch is missing (DataLoader looks every 5 seconds)."""
+def _no_sigchld_handler() -> Iterator[None]:
+    """Undo the SIGCHLD handler that the start of workers installs: it would raise wherever the training just is. A dead
+    worker is reported where its batch is missing (the loader looks every 5 seconds)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -41,7 +41,7 @@ class Mixture:
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer) -> None:
         self.settings = settings
         self.names = [source.name for source in settings.sources]
-        self.weights = settings.draw_weights()
+        self.choice = SourceChoice(settings.draw_weights(), settings.concat_type, settings.seed)
         self.records = [open_records(source.files, format=source.format, name=source.name)
                         for source in settings.sources]
         self.decoders = [_decoder(source, records, tokenizer)
@@ -56,7 +56,7 @@ class Mixture:
         """The record at a position of a source's endless order."""
         epoch, offset = divmod(position, self.sizes[source])
         orders = self._orders[source]
-        if epoch not in orders:  # lanes near an epoch's end read from two at once, those of tiny sources from more
+        if epoch not in orders:  # streams near an epoch's end read from two at once, those of tiny sources from more
             while len(orders) >= (2 if self.sizes[source] > 100_000 else 16):
                 orders.popitem(last=False)
             sizes = self.records[source].shard_sizes
@@ -112,7 +112,7 @@ class OtherPicture:
         for _ in range(20):
             try:
                 fields = self.records.read(draws.randint(0, len(self.records) - 1)).fields
-            except DataError:  # broken: told when its own turn comes, and no fault of the record that is disturbed
+            except DataError:  # broken: counted at its own draw, not at that of the record that is disturbed
                 continue
             codes = some_picture(fields, draws, self.tokens_per_image)
             if codes and len(codes) == self.tokens_per_image and 0 <= min(codes) <= max(codes) < self.n_codes:

@@ -1,12 +1,17 @@
-"""Several sets as one by given weights: which set a position of the endless order draws from, and which sample of it.
+"""The endless order of training samples: pure functions of a seed and a position.
 
-    order = MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)
-    batches = StepBatches(joined, 64, seed=0, order=order)       # joined: a's samples, then b's
+    order = EpochOrder(len(dataset), seed=0)                           # one set, epoch after epoch
+    order = MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)           # several sets by weights
+    order.parts(start=1000, count=64)                                  # [(epoch, indices), ...]
 
-Positions are shared out by rounding, not by chance: among any n positions in a row set i has n · weight_i of them, give
-or take two, so every batch of every rank holds its share. Which one draws at position p, and how often it has drawn
-before, is arithmetic on p alone, so any step can be reached at once. Each set goes through its own endless order
-(`EpochOrder`, with a seed of its own): a small one with a large weight has its next epoch sooner, in new views.
+Epoch e of a set is a seeded permutation of it. Sets of shards are shuffled in blocks (default 10,000 samples, the
+shuffle buffer of the released loader): pieces of a tenth of a block are permuted over all shards, then samples inside
+each block, so reads stay near each other on disk.
+
+A mixture shares positions out by rounding, not by chance: among any n positions in a row set i has n · weight_i of
+them, give or take two, so every batch of every rank holds its share. Which set draws at position p, and how often it
+has drawn before, is arithmetic on p alone, so any step can be reached at once. Each set goes through its own endless
+order (with a seed of its own): a small one with a large weight has its next epoch sooner, in new views.
 """
 
 from __future__ import annotations

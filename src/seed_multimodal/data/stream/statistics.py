@@ -6,9 +6,9 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.stream.packing import MicroBatch
-from seed_multimodal.data.stream.skip_budget import TOO_LONG, SkippedSample
 from seed_multimodal.data.stream.data_settings import SourceSettings
+from seed_multimodal.data.stream.skip_budget import TOO_LONG, SkippedSample
+from seed_multimodal.data.stream.stream_plan import MicroBatch
 
 NAMED = 5  # of the records passed over for one reason, so many are named
 
@@ -17,43 +17,36 @@ class DataStatistics:
     """Counts of one rank, of the batches handed out (look-ahead not included)."""
 
     def __init__(self, names: Sequence[str], log: Callable[[str], None] | None = None) -> None:
-        self.log = log
-        self.positions = self.tokens = 0
-        self.sources: dict[str, dict[str, Any]] = {
-            name: {"sequences": 0, "tokens": 0, "further_pieces": 0, "skipped": {}, "too_long": {}} for name in names}
-        self._names = list(names)
+        self.log, self._names = log, list(names)
+        self.restore([])
 
     @property
     def fill(self) -> float:
         """Share of positions that are no padding."""
         return self.tokens / self.positions if self.positions else 1.0
 
-    def note(self, loaded: MicroBatch) -> None:
+    def note(self, batch: MicroBatch) -> None:
         """Count a micro-batch."""
-        self.positions += loaded.input_ids.size
-        self.tokens += int(loaded.lengths.sum())
-        for source, tokens, first in loaded.used:
+        self.positions += batch.input_ids.size
+        self.tokens += int(batch.lengths.sum())
+        for source, tokens, first in batch.used:
             counts = self.sources[self._names[source]]
             counts["sequences"] += 1
             counts["tokens"] += tokens
             counts["further_pieces"] += not first
-        self.pass_over(loaded.dropped)
+        self.note_skipped(batch.skipped)
 
-    def pass_over(self, dropped: Sequence[SkippedSample]) -> None:
+    def note_skipped(self, samples: Sequence[SkippedSample]) -> None:
         """Count and name what was left out."""
-        for one in dropped:
-            self._pass_over(one)
-
-    def _pass_over(self, dropped: SkippedSample) -> None:
-        name = self._names[dropped.source]
-        group = self.sources[name]["too_long" if dropped.kind == TOO_LONG else "skipped"]
-        entry = group.setdefault(dropped.reason, {"count": 0, "first": []})
-        entry["count"] += 1
-        if dropped.where not in entry["first"] and len(entry["first"]) < NAMED:
-            entry["first"].append(dropped.where)
-            if self.log is not None:
-                what = f"too long, {dropped.reason}" if dropped.kind == TOO_LONG else f"skipped ({dropped.reason})"
-                self.log(f"{name}: {what}: {dropped.where}")
+        for sample in samples:
+            name = self._names[sample.source]
+            entry = self._entry(name, "too_long" if sample.kind == TOO_LONG else "skipped", sample.reason)
+            entry["count"] += 1
+            if sample.where not in entry["first"] and len(entry["first"]) < NAMED:
+                entry["first"].append(sample.where)
+                if self.log is not None:
+                    what = f"too long, {sample.reason}" if sample.kind == TOO_LONG else f"skipped ({sample.reason})"
+                    self.log(f"{name}: {what}: {sample.where}")
 
     def report(self, sizes: Sequence[int], settings: Sequence[SourceSettings]) -> dict[str, Any]:
         """`{"fill", "positions", "tokens", "sources": {name: {...}}}` of this rank.
@@ -67,7 +60,7 @@ class DataStatistics:
         sources = {}
         for (name, counts), size, one in zip(self.sources.items(), sizes, settings, strict=True):
             lost = sum(entry["count"] for entry in counts["skipped"].values())
-            lost += sum(entry["count"] for reason, entry in counts["too_long"].items() if reason == "skipped")
+            lost += counts["too_long"].get("skipped", {"count": 0})["count"]
             draws = counts["sequences"] - counts["further_pieces"] + lost
             sources[name] = {**counts, "draws": draws, "share": counts["tokens"] / total, "epochs": draws / size,
                              "records": size, "cycles": one.cycles}
@@ -79,18 +72,20 @@ class DataStatistics:
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take over the sum of saved counts (one rank takes those of all, the others none)."""
-        fresh = DataStatistics(self._names)
         self.positions = sum(state["positions"] for state in states)
         self.tokens = sum(state["tokens"] for state in states)
+        self.sources: dict[str, dict[str, Any]] = {
+            name: {"sequences": 0, "tokens": 0, "further_pieces": 0, "skipped": {}, "too_long": {}}
+            for name in self._names}
         for state in states:
             for name, counts in state["sources"].items():
-                own = fresh.sources[name]
-                own["sequences"] += counts["sequences"]
-                own["tokens"] += counts["tokens"]
-                own["further_pieces"] += counts.get("further_pieces", 0)  # not in older states
+                for key in ("sequences", "tokens", "further_pieces"):
+                    self.sources[name][key] += counts[key]
                 for group in ("skipped", "too_long"):
-                    for reason, entry in counts[group].items():
-                        sum_ = own[group].setdefault(reason, {"count": 0, "first": []})
-                        sum_["count"] += entry["count"]
-                        sum_["first"] = [*dict.fromkeys([*sum_["first"], *entry["first"]])][:NAMED]
-        self.sources = fresh.sources
+                    for reason, saved in counts[group].items():
+                        entry = self._entry(name, group, reason)
+                        entry["count"] += saved["count"]
+                        entry["first"] = [*dict.fromkeys([*entry["first"], *saved["first"]])][:NAMED]
+
+    def _entry(self, name: str, group: str, reason: str) -> dict[str, Any]:
+        return self.sources[name][group].setdefault(reason, {"count": 0, "first": []})

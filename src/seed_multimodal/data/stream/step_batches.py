@@ -4,19 +4,13 @@
         for step in range(start, steps):
             batch = batches.at(step)       # consecutive steps are prefetched; a jump starts the workers anew
 
-Epoch e of the order is a seeded permutation of the set, and epochs follow each other without end. Rank r of step s
-takes positions (s · world + r) · batch_size and on: two ranks together see what one process with a double batch sees.
-
-Sets of shards are shuffled in blocks (default 10,000 samples, the shuffle buffer of the released loader): pieces of a
-tenth of a block are permuted over all shards, then samples inside each block. Reads stay near each other on disk.
+Rank r of step s takes positions (s · world + r) · batch_size and on of the order (`stream.order`): two ranks together
+see what one process with a double batch sees.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,9 +22,10 @@ from seed_multimodal.data.stream.loader import StepLoader
 from seed_multimodal.data.stream.order import SHUFFLE_BLOCK, EpochOrder, Order, Part
 from seed_multimodal.errors import ConfigError, DataError
 
+
 class StepDataset(Protocol):
     """What can be batched. Optional: `get_batch(indices, epoch) -> batch`, used instead of `get` and collating;
-    `shard_sizes`, `bad` and `note_bad` as of `data.stream.pair_dataset.PairDataset`."""
+    `shard_sizes`, `bad` and `note_bad` as of `pair_dataset.PairDataset`."""
 
     def __len__(self) -> int: ...
 
@@ -38,11 +33,8 @@ class StepDataset(Protocol):
         """One sample; random only by (index, epoch)."""
 
 
-class StepBatches:
-    """Batches of one rank by step number; with workers a context manager, at whose end they stop.
-
-    Workers ignore SIGTERM, so that a training process can finish its step: they end with `close`, with this object, or
-    with the process that holds it, even one that is killed.
+class StepBatches(StepLoader):
+    """Batches of one rank by step number.
 
     Args:
         dataset: see `StepDataset`.
@@ -51,8 +43,6 @@ class StepBatches:
         collate: list of samples -> batch; default: torch's (tensors stacked, texts listed).
         block: samples shuffled among each other; None: 10,000 for sets with shards, everything for others; 0: all.
         order: another order than that of epochs (then `shuffle` and `block` do nothing).
-
-    torch's global generator is left alone.
 
     Raises:
         ConfigError: settings that make no sense. DataError: an empty set.
@@ -69,11 +59,11 @@ class StepBatches:
         sizes = getattr(dataset, "shard_sizes", None)
         if block is None:
             block = 0 if sizes is None else SHUFFLE_BLOCK
-        self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
-        self.rank, self.world = rank, world
-        self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block)
-        jobs = partial(_parts_from, self.order, rank * batch_size, world * batch_size, batch_size)
-        self._loader = StepLoader(_Fetch(dataset, collate or default_collate), jobs, workers)
+        self.dataset = dataset
+        shares = _Shares(order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block),
+                         batch_size, rank, world)
+        self.parts: Callable[[int], list[Part]] = shares  # (epoch, indices) of this rank's samples at a step
+        super().__init__(_Fetch(dataset, collate or default_collate), shares, workers)
 
     def at(self, step: int) -> Any:
         """The batch of this rank at a (micro) step, from 0.
@@ -81,43 +71,24 @@ class StepBatches:
         Raises:
             SeedError: what the dataset says about a sample, as one sentence, from workers too.
         """
-        batch, bad = self._loader.at(step)
+        batch, bad = super().at(step)
         for key, reason in bad:
             self.dataset.note_bad(key, reason)  # type: ignore[attr-defined]  # only sets that have it report any
         return batch
-
-    @property
-    def wait_seconds(self) -> float:
-        """Time spent waiting for batches so far."""
-        return self._loader.wait_seconds
-
-    def parts(self, step: int) -> list[Part]:
-        """(epoch, indices) of this rank's samples at a step; several where an epoch ends inside the batch."""
-        return self.order.parts((step * self.world + self.rank) * self.batch_size, self.batch_size)
 
     def bad_samples(self) -> list[tuple[str, str]]:
         """(key, reason) of each sample of this rank that had to be replaced so far."""
         return list(getattr(self.dataset, "bad", ()))
 
-    def __enter__(self) -> StepBatches:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.close()
+class _Shares:
+    """The samples of one rank at a step: (epoch, indices), several where an epoch ends inside the batch."""
 
-    def close(self) -> None:
-        """Stop the workers; the next `at` starts new ones."""
-        self._loader.close()
+    def __init__(self, order: Order, batch_size: int, rank: int, world: int) -> None:
+        self.order, self.batch_size, self.rank, self.world = order, batch_size, rank, world
 
-    def worker_pids(self) -> list[int]:
-        """Process ids of the workers at work."""
-        return self._loader.worker_pids()
-
-
-def _parts_from(order: Order, first: int, stride: int, count: int, step: int) -> Iterator[list[Part]]:
-    """What each step from `step` on takes, without end."""
-    return (order.parts(position, count) for position in itertools.count(step * stride + first, stride))
+    def __call__(self, step: int) -> list[Part]:
+        return self.order.parts((step * self.world + self.rank) * self.batch_size, self.batch_size)
 
 
 class _Fetch:
