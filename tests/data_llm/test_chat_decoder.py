@@ -178,7 +178,7 @@ def test_wrong_codes_name_the_field(words, picture) -> None:
 def test_unknown_options(words) -> None:
     with pytest.raises(ConfigError, match=r"decoder chat: unknown key 'tempalte' \(did you mean 'template'\?\)"):
         get_decoder("chat", words, {"tempalte": "vicuna"})
-    with pytest.raises(ConfigError, match=r"template must be one of vicuna, llama2, plain, not 'alpaca'\."):
+    with pytest.raises(ConfigError, match=r"template must be one of vicuna, llama2, plain, not 'alpaca'"):
         get_decoder("chat", words, {"template": "alpaca"})
     with pytest.raises(ConfigError, match=r"answers must be one of every, last, one"):
         get_decoder("chat", words, {"answers": "first"})

@@ -131,15 +131,15 @@ def test_unknown_decoder_names_the_nearest(words) -> None:
 
 
 @pytest.mark.parametrize("name, options, sentence", [
-    ("pretrain.caption", {"reverse_ratio": "half"}, "reverse_ratio must be a number from -1 to 1, not 'half'"),
+    ("pretrain.caption", {"reverse_ratio": "half"}, "reverse_ratio must be a number, not 'half'"),
     ("pretrain.caption", {"mask_left_label": 1}, "mask_left_label must be true or false, not 1"),
     ("pretrain.caption", {"caption_prompt": "{0} {1}"}, r"caption_prompt '\{0\} \{1\}' is no template"),
     ("pretrain.caption", {"caption_prompt": []}, "caption_prompt must be a text with"),
-    ("pretrain.interleaved", {"max_images": 0}, "max_images must be a whole number from 1, not 0"),
-    ("pretrain.caption", {"code_noise": 1.5}, "code_noise must be a number from 0 to 1, not 1.5"),
+    ("pretrain.interleaved", {"max_images": 0}, "max_images must be at least 1, not 0"),
+    ("pretrain.caption", {"code_noise": 1.5}, "code_noise must be at most 1, not 1.5"),
     ("pretrain.caption", {"code_noise": 0.5}, "code_noise needs a noise_source"),
     ("pretrain.text", {"code_noise": 0.5, "noise_source": min}, "there are none here"),
-    ("sft.text_conversation", {"roles": "USER"}, "roles must be two names"),
+    ("sft.text_conversation", {"roles": "USER"}, "roles must be a list, not 'USER'"),
     ("sft.difference", {"reverse_ratio": 0.5}, "reverse_ratio must be 0"),
 ])
 def test_wrong_options_are_sentences(words, name, options, sentence) -> None:

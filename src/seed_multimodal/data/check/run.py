@@ -11,31 +11,23 @@ one, each record also goes through its decoder, so what passes here is what a tr
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.check.kinds import (
-    RAW,
-    TEXTS,
-    Kind,
-    as_tokenised,
-    code_lists,
-    guess_kind,
-    image_paths,
-    kind_of_decoder,
-)
-from seed_multimodal.data.check.words import ControlWords
-from seed_multimodal.data.decoders.registry import DECODERS, Decoder, get_decoder
+from seed_multimodal.data.check.fields import RAW_TEXTS, as_tokenised, code_lists, image_paths, is_raw
+from seed_multimodal.data.check.report import CheckReport, Finding
+from seed_multimodal.data.decoders.base import TEXT, TEXTS
 from seed_multimodal.data.decoders.phrases import BLANK_CAPTION
-from seed_multimodal.data.formats.record import BadRecord, Record, find_image
+from seed_multimodal.data.decoders.registry import DECODERS, Decoder, get_decoder, guess_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.files import find_files
+from seed_multimodal.data.formats.record import BadRecord, Record, find_image
 from seed_multimodal.data.formats.records import FileRecords, open_file
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -60,74 +52,16 @@ class CheckSettings:
     length: int | None = None
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong: its kind, and a sentence with file and place."""
-
-    kind: str
-    sentence: str
-
-
-@dataclass
-class CheckReport:
-    """What was there. `kinds`: records by decoder; `lengths`: records by their number of tokens (with a tokenizer);
-    `control`: names of control words in texts, which are told but not wrong."""
-
-    files: int = 0
-    records: int = 0
-    images: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-    findings: list[Finding] = field(default_factory=list)
-    lengths: Counter[int] = field(default_factory=Counter)
-    control: ControlWords = field(default_factory=ControlWords)
-
-    @property
-    def wrong(self) -> int:
-        """All findings, also those whose sentence was not kept."""
-        return self.errors.total()
-
-    def length_at(self, share: float) -> int:
-        """The length that `share` (0..1) of the records do not exceed."""
-        wanted, seen = share * self.lengths.total(), 0
-        for length, count in sorted(self.lengths.items()):
-            seen += count
-            if seen >= wanted:
-                return length
-        return 0
-
-    def histogram(self) -> list[tuple[int, int, int]]:
-        """(from, to, records) by powers of two."""
-        bins: Counter[int] = Counter()
-        for length, count in self.lengths.items():
-            bins[max(5, (length - 1).bit_length())] += count
-        return [(0 if n == 5 else 2 ** (n - 1) + 1, 2 ** n, bins[n])
-                for n in range(min(bins, default=0), max(bins, default=-1) + 1)]
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, for `--json`."""
-        lengths = {"median": self.length_at(0.5), "p95": self.length_at(0.95), "longest": max(self.lengths, default=0),
-                   "tokens": sum(n * count for n, count in self.lengths.items()),
-                   "histogram": [{"from": low, "to": high, "records": n} for low, high, n in self.histogram()]}
-        return {"files": self.files, "records": self.records, "images": self.images, "kinds": dict(self.kinds),
-                "errors": dict(self.errors), "wrong": self.wrong,
-                "findings": [{"kind": one.kind, "sentence": one.sentence} for one in self.findings],
-                "control_words": self.control.as_json(), "lengths": lengths if self.lengths else None}
-
-
 def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckReport:
     """Read every record of the files and count what is there and what is wrong.
 
     Raises:
         ConfigError: settings that make no sense. DataError: nothing matches `files`. CheckpointError: no tokenizer.
     """
-    from tqdm import tqdm
-
     checker = _Checker(settings)
     files = find_files(settings.files, settings.format)
-    report = checker.report
-    report.files = len(files)
-    with tqdm(total=0, unit="record", desc="check", delay=1, disable=None if progress else True) as bar:
+    checker.report.files = len(files)
+    with Progress("check", None, "record", delay=1, **({} if progress else {"log": None})) as bar:
         for path, format in files:
             source = FileRecords([open_file(path, format)], str(path))
             try:
@@ -135,13 +69,12 @@ def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckRep
             except DataError as error:
                 checker.note(getattr(error, "kind", "damaged file"), str(error))
                 continue
-            bar.total += count
             checker.sources.append(source)
             for index in range(count):
                 checker.read(source, index)
                 bar.update()
             source.close()
-    return report
+    return checker.report
 
 
 class _Checker:
@@ -183,43 +116,45 @@ class _Checker:
             self.note(getattr(error, "kind", "damaged file"), str(error))
             return
         self._check_id(record, source, index)
-        kind = kind_of_decoder(self.settings.decoder) if self.settings.decoder else guess_kind(record.fields,
-                                                                                               self._tokens)
-        if kind is None:
+        raw = is_raw(record.fields) and self.settings.decoder is None
+        decoder = None if raw else (DECODERS[self.settings.decoder] if self.settings.decoder else
+                                    guess_decoder(record.fields, self._tokens))
+        if decoder is None and not raw:
             self.report.kinds["unknown"] += 1
             self.note("missing key", f"{record.where}: its keys ({', '.join(sorted(record.fields)) or 'none'}) are "
                       "those of no known kind of record.")
             return
-        self.report.control.look(record, kind, self.tokenizer)
+        self.report.control.look(record, decoder.name if decoder else "", self.tokenizer)
         paths = image_paths(record.fields)
-        kind_name = "not tokenised" if kind is RAW else kind.decoder + (" (not tokenised)" if paths else "")
-        self.report.kinds[kind_name] += 1
-        problems = [*self._problems(record, kind), *self._lost(source.files[0], paths)]
+        self.report.kinds[decoder.name + (" (not tokenised)" if paths else "") if decoder else "not tokenised"] += 1
+        problems = [*self._problems(record.fields, decoder), *self._lost(source.files[0], paths)]
         for problem in problems:
             self.note(problem.kind, f"{record.where}: {problem.sentence}")
-        if not problems and self.tokenizer is not None and kind is not RAW:
-            self._decode(record, kind)
+        if not problems and self.tokenizer is not None and decoder is not None:
+            self._decode(record, decoder)
 
     # ------------------------------------------------------------------------------------------ parts
 
-    def _problems(self, record: Record, kind: Kind) -> Iterable[Finding]:
-        fields = record.fields
-        for key in kind.missing(fields):
-            yield Finding("missing key", f"has no key {key!r}, which decoder {kind.decoder} needs.")
-        if "image_ids" in kind.needs and "views" in fields and not fields["views"] and fields.get("image_ids") is None:
+    def _problems(self, fields: Mapping[str, Any], decoder: type[Decoder] | None) -> Iterable[Finding]:
+        """What is wrong by the fields that the decoder needs; None: with pictures that are not tokenised yet."""
+        needs = decoder.needs if decoder else dict.fromkeys(RAW_TEXTS, TEXT)
+        for key in decoder.missing(fields) if decoder else ():
+            yield Finding("missing key", f"has no key {key!r}, which decoder {decoder.name} needs.")
+        if decoder and "image_ids" in needs and "views" in fields and not fields["views"] and \
+                fields.get("image_ids") is None:
             yield Finding("missing key", "'views' is empty, and there are no 'image_ids'.")
-        for key in TEXTS:
-            if fields.get(key) is None or (key not in kind.needs and kind is not RAW):
+        for key, kind in needs.items():
+            if kind not in (TEXT, TEXTS) or fields.get(key) is None:
                 continue
-            several = fields[key] if key == "text" and kind.decoder == "pretrain.caption" else None
-            texts = several if isinstance(several, list) and several else [fields[key]]  # captions, one of them drawn
+            several = kind == TEXTS and isinstance(fields[key], list) and fields[key]
+            texts = fields[key] if several else [fields[key]]
             if not all(isinstance(text, str) for text in texts):
                 yield Finding("wrong type", f"{key!r} is a {type(fields[key]).__name__}, not a text.")
             elif not all(text.strip(BLANK_CAPTION if key == "text" else None) for text in texts):
                 yield Finding("empty text", f"{key!r} is empty.")
-        if kind is RAW and not any(key in fields for key in TEXTS):
+        if decoder is None and not any(key in fields for key in RAW_TEXTS):
             yield Finding("missing key", "has a picture but no text.")
-        for name, codes, pictures in code_lists(fields, kind):
+        for name, codes, pictures in code_lists(fields, decoder):
             yield from self._wrong_codes(name, codes, pictures)
 
     def _wrong_codes(self, name: str, codes: Any, pictures: int) -> Iterable[Finding]:
@@ -277,19 +212,19 @@ class _Checker:
             self._decoders[key] = get_decoder(name, self.tokenizer, options)  # type: ignore[arg-type]
         return self._decoders[key]
 
-    def _decode(self, record: Record, kind: Kind) -> None:
+    def _decode(self, record: Record, kind: type[Decoder]) -> None:
         guessed: dict[str, Any] = {}
-        if kind.decoder == "pretrain.video" and self.settings.decoder is None:  # all the frames there are
+        if kind.name == "pretrain.video" and self.settings.decoder is None:  # all the frames there are
             frames = record.fields["image_ids"]
             guessed = {"flat": False} if isinstance(frames[0], list) else {"num_frames": len(frames) // self._tokens}
-        decoder = self._decoder(kind.decoder, **guessed)
+        decoder = self._decoder(kind.name, **guessed)
         try:
             sequence = decoder(as_tokenised(record.fields, self._tokens), SeededDraws(0, self.report.records))
         except SeedError as error:
             self.note(error.kind if isinstance(error, BadRecord) else "codes", f"{record.where}: {error}")
             return
         if sequence is None:
-            self.note("dropped", f"{record.where}: decoder {kind.decoder} leaves it out: {decoder.reason}")
+            self.note("dropped", f"{record.where}: decoder {kind.name} leaves it out: {decoder.reason}")
             return
         self.report.lengths[len(sequence.ids)] += 1
         if self.settings.length is not None and len(sequence.ids) > self.settings.length:

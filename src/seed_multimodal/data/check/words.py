@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from seed_multimodal.data.check.kinds import TEXTS, Kind
+from seed_multimodal.data.check.fields import RAW_TEXTS
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 SHOWN = 3  # places that are named
-KEYS = re.compile("|".join([*TEXTS, "texts", "data", "inputs", "response", "context", r"(caption|instruction)\d+"]))
+KEYS = re.compile("|".join([*RAW_TEXTS, "texts", "data", "inputs", "response", "context", r"(caption|instruction)\d+"]))
 RELEASED = re.compile(r"<img_[0-9]{5,}>|</?img>|</?s>|<unk>")
 PICTURE = re.compile(r"</?img>|<img_[0-9]+>")
 ORDINARY = "chat"  # there they are letters
@@ -32,15 +32,15 @@ class ControlWords:
     words: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
 
-    def look(self, record: Record, kind: Kind, tokenizer: MultimodalTokenizer | None) -> None:
-        """Count those of one record; without a tokenizer, the released one's are looked for."""
-        if kind.decoder == ORDINARY:
+    def look(self, record: Record, decoder: str, tokenizer: MultimodalTokenizer | None) -> None:
+        """Count those of one record of this decoder; without a tokenizer, the released one's are looked for."""
+        if decoder == ORDINARY:
             return
         found: Counter[str] = Counter()
         place = ""
         for key, text in _texts(record.fields):
             words = RELEASED.findall(text) if tokenizer is None else tokenizer.control_words(text)
-            words = [word for word in words if kind.decoder != WRITTEN_OUT or not PICTURE.fullmatch(word)]
+            words = [word for word in words if decoder != WRITTEN_OUT or not PICTURE.fullmatch(word)]
             found.update("<img_…>" if word.startswith("<img_") else word for word in words)
             place = place or (f"{record.where}: {words[0]} in {key!r}" if words else "")
         if not found:

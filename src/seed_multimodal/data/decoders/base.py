@@ -12,16 +12,17 @@ content); by default such a record is refused with a sentence that starts with t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from seed_multimodal.settings import check_keys
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.settings import read_settings, setting
 
 Part = str | Sequence[int]  # text, or the codes of one picture
 NoiseSource = Callable[[Draws], Sequence[int]]  # -> the codes of some picture
@@ -48,85 +49,76 @@ class Draft:
     unlearned: int = 0  # tokens at the start that are not learned whatever the spans say
 
 
+# What a decoder needs of a field: a text, a text or a list of which one is drawn, one picture's codes (or, of several
+# pictures, one long list or a list each), a list, an object.
+TEXT, TEXTS, PICTURE, PICTURES, LIST, OBJECT = "text", "texts", "picture", "pictures", "list", "object"
+
+
 @dataclass(frozen=True)
-class Option:
-    """A decoder's setting: what it is when not given, and a test of what is given with the words for it."""
+class DecoderOptions:
+    """Settings of all decoders; those of one stand in its `Options`.
 
-    default: Any
-    good: Callable[[Any], bool]
-    wanted: str
+    Args:
+        code_noise: from pictures the model reads (not learned, or before their caption), a share of codes drawn
+            uniformly from [0, code_noise] is taken from another picture, which `noise_source(draws)` gives.
+        validate: refuse pictures of another length than the tokenizer's, and samples without content.
+    """
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def ratio(default: float) -> Option:
-    """A number (below 0 means never in `sft.qa`)."""
-    return Option(default, lambda v: _is_number(v) and -1 <= v <= 1, "a number from -1 to 1")
-
-
-def share(default: float = 0.0) -> Option:
-    """A number from 0 to 1."""
-    return Option(default, lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
-
-
-def flag(default: bool) -> Option:
-    """True or false."""
-    return Option(default, lambda v: isinstance(v, bool), "true or false")
-
-
-def count(default: int | None, least: int = 1) -> Option:
-    """A whole number, or nothing where that is the default."""
-    return Option(default, lambda v: (v is None and default is None) or (
-        isinstance(v, int) and not isinstance(v, bool) and v >= least), f"a whole number from {least}")
-
-
-def string(default: str | None = "") -> Option:
-    """A text."""
-    return Option(default, lambda v: isinstance(v, str) or (v is None and default is None), "a text")
-
-
-SHARED = {
-    "code_noise": share(),
-    "noise_source": Option(None, lambda v: v is None or callable(v), "a function that gives codes of some picture"),
-    "validate": flag(True),
-}
+    code_noise: float = setting(0.0, least=0, most=1)
+    noise_source: Any = None
+    validate: bool = True
 
 
 class Decoder:
-    """Base of all decoders; make one with `decoders.get_decoder`.
+    """Base of all decoders; make one with `registry.get_decoder`.
 
     `decoder(fields, draws)` -> `TokenSequence`, or None when the released filter drops the sample; `decoder.reason`
     then says why. `decode` gives the sequence in both cases, with `TokenSequence.dropped`.
-
-    Options of all decoders:
-        code_noise: from pictures the model reads (not learned, or before their caption), a share of codes drawn
-            uniformly from [0, code_noise] is taken from another picture, which `noise_source(draws)` gives.
-        validate: refuse pictures of another length than the tokenizer's, and samples without content (default).
     """
 
     name: ClassVar[str] = ""
-    options: ClassVar[Mapping[str, Option]] = {}
+    needs: ClassVar[Mapping[str, str]] = {}  # field -> its kind
+    instead: ClassVar[Mapping[str, str]] = {"image_ids": "views"}  # field -> another that may stand for it
+    Options: ClassVar[type[DecoderOptions]] = DecoderOptions
     without_effect: ClassVar[Sequence[str]] = ()  # options of the released function that it never reads
     reads_pictures: ClassVar[bool] = True
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
         """Raises ConfigError: an unknown option (the nearest is named), or one of the wrong type."""
-        known = {**SHARED, **self.options}
         where = f"decoder {self.name}"
-        check_keys(options, [*known, *self.without_effect], where)
-        for key, option in known.items():
-            if key in options and not option.good(options[key]):
-                raise ConfigError(f"{where}: {key} must be {option.wanted}, not {options[key]!r}.")
+        given = {key: value for key, value in options.items() if key not in self.without_effect}
+        self.options: Any = read_settings(self.Options, given, where)
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
-        self.given = {key: options.get(key, option.default) for key, option in known.items()}
-        self.validate: bool = self.given["validate"]
+        self.validate: bool = self.options.validate
         self.reason = ""
-        if self.given["code_noise"] and not self.reads_pictures:
+        if self.options.code_noise and not self.reads_pictures:
             raise ConfigError(f"{where}: code_noise disturbs pictures the model reads; there are none here.")
-        if self.given["code_noise"] and self.given["noise_source"] is None:
+        if self.options.code_noise and not callable(self.options.noise_source):
             raise ConfigError(f"{where}: code_noise needs a noise_source, which gives the codes of some picture.")
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """All options that have an effect."""
+        return [option.name for option in dataclasses.fields(cls.Options)]
+
+    @classmethod
+    def missing(cls, fields: Mapping[str, Any]) -> list[str]:
+        """The needed fields that a record has not."""
+        return [name for name in cls.needs if fields.get(name) is None and cls.instead.get(name) not in fields]
+
+    @classmethod
+    def fits(cls, fields: Mapping[str, Any], several: bool | None) -> bool:
+        """Whether a record looks like one of this decoder.
+
+        Args:
+            several: whether its `image_ids` are several pictures; None: not known.
+        """
+        return not cls.missing(fields)
+
+    @classmethod
+    def pictures_in(cls, fields: Mapping[str, Any]) -> int:
+        """How many pictures a record must have in `image_ids`, written one after the other; 0: any number."""
+        return 1 if cls.needs.get("image_ids") == PICTURE else 0
 
     # ------------------------------------------------------------------------------------------ the sequence
 
@@ -281,11 +273,11 @@ class Decoder:
 
     def disturbed(self, codes: list[int], draws: Draws) -> list[int]:
         """A share of the codes, uniform in [0, code_noise], taken from another picture."""
-        if not self.given["code_noise"]:
+        if not self.options.code_noise:
             return codes
-        level = self.given["code_noise"] * draws.uniform()
+        level = self.options.code_noise * draws.uniform()
         wrong = [draws.uniform() < level for _ in codes]
-        other = self.codes([int(code) for code in self.given["noise_source"](draws)], "noise_source")
+        other = self.codes([int(code) for code in self.options.noise_source(draws)], "noise_source")
         return [o if w else c for c, o, w in zip(codes, other, wrong, strict=False)]
 
 

@@ -9,13 +9,15 @@ goes, but for the end of a prompt before a learned answer: the prompt is there b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
-from seed_multimodal.data.decoders.base import Decoder, Draft, Option, Part, Span, shown, string
+from seed_multimodal.data.decoders.base import LIST, Decoder, DecoderOptions, Draft, Part, Span, shown
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.language.prompts import ROLES, TEMPLATES, get_template
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.settings import setting
 
 ANSWERS = ("every", "last", "one")
 Turn = tuple[str, list[Any]]
@@ -24,8 +26,8 @@ Turn = tuple[str, list[Any]]
 class Chat(Decoder):
     """A conversation of texts and pictures.
 
-    Fields: `messages` (see `data.formats.conversations`); `system`, said before everything; `image_ids`, the codes of the pictures
-    that `<image>` stands for in the texts, where there are such.
+    Fields: `messages` (see `data.formats.conversations`); `system`, said before everything; `image_ids`, the codes of
+    the pictures that `<image>` stands for in the texts, where there are such.
 
     Options:
         template: vicuna, llama2 or plain.
@@ -34,24 +36,29 @@ class Chat(Decoder):
     """
 
     name = "chat"
-    options: ClassVar[Mapping[str, Option]] = {
-        "template": Option("vicuna", lambda v: v in TEMPLATES, f"one of {', '.join(TEMPLATES)}"),
-        "answers": Option("every", lambda v: v in ANSWERS, f"one of {', '.join(ANSWERS)}"),
-        "system_message": string()}
+    needs = {"messages": LIST}
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        """See `Chat`."""
+
+        template: str = setting("vicuna", choices=tuple(TEMPLATES))
+        answers: str = setting("every", choices=ANSWERS)
+        system_message: str = ""
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """Spans of the template, each one part. Raises as `Decoder.__call__`."""
         turns = self._turns(fields)
         answers = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
-        if self.given["answers"] == "one" and answers:
+        if self.options.answers == "one" and answers:
             turns = turns[:draws.choice(answers) + 1]
-        learned = set(answers) if self.given["answers"] == "every" else {len(turns) - 1}
+        learned = set(answers) if self.options.answers == "every" else {len(turns) - 1}
         said: list[tuple[str, list[Part]]] = []
         for place, (role, content) in enumerate(turns):
             read = place not in learned
             said.append((role, [self._part(part, f"messages[{place}].content[{number}]", draws, read)
                                 for number, part in enumerate(content)]))
-        template, system = get_template(self.given["template"]), fields.get("system") or self.given["system_message"]
+        template, system = get_template(self.options.template), fields.get("system") or self.options.system_message
         if not isinstance(system, str):
             raise BadRecord("wrong type", f"system: must be a text, not {shown(system)}.")
         spans: list[Span] = []

@@ -13,34 +13,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import (
+    LIST,
+    OBJECT,
+    PICTURE,
+    PICTURES,
+    TEXT,
+    TEXTS,
     Decoder,
+    DecoderOptions,
     Draft,
-    Option,
     Part,
     Span,
-    count,
-    flag,
     only_blank,
-    ratio,
-    share,
     shown,
-    string,
 )
-from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import setting
 
 EMPTY = "the text says nothing"
-
-
-def _are_prompts(value: Any) -> bool:
-    several = [value] if isinstance(value, str) else value
-    return value is None or (isinstance(several, Sequence) and len(several) > 0
-                             and all(isinstance(prompt, str) for prompt in several))
 
 
 class Caption(Decoder):
@@ -58,16 +55,27 @@ class Caption(Decoder):
     """
 
     name = "pretrain.caption"
-    options: ClassVar[Mapping[str, Option]] = {
-        "reverse_ratio": ratio(0.5), "mask_left_label": flag(False), "use_caption_in_metadata": flag(False),
-        "caption_key_in_metadata": string(), "first_text": share(),
-        "caption_prompt": Option(None, _are_prompts, "a text with {} for the caption, or a list of such texts")}
+    needs = {"image_ids": PICTURE, "text": TEXTS}
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        """See `Caption`."""
+
+        reverse_ratio: float = setting(0.5, least=-1, most=1)
+        mask_left_label: bool = False
+        use_caption_in_metadata: bool = False
+        caption_key_in_metadata: str = ""
+        first_text: float = setting(0.0, least=0, most=1)
+        caption_prompt: str | list[str] | None = None
 
     def __init__(self, *arguments: Any) -> None:
         """See `Decoder`. Raises ConfigError also for a prompt that is no template."""
         super().__init__(*arguments)
-        given = self.given["caption_prompt"]
+        given = self.options.caption_prompt
         self.prompts = ["{}"] if given is None else [given] if isinstance(given, str) else list(given)
+        if not self.prompts:
+            raise ConfigError(f"decoder {self.name}: caption_prompt must be a text with {{}} for the caption, or a "
+                              "list of such texts.")
         for prompt in self.prompts:
             try:
                 prompt.format("")
@@ -78,7 +86,7 @@ class Caption(Decoder):
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
         prompt = draws.choice(self.prompts)
-        image_first = draws.uniform() < self.given["reverse_ratio"]
+        image_first = draws.uniform() < self.options.reverse_ratio
         picture = self.picture(fields, draws, read=image_first)
         caption = self._caption(fields, draws)
         parts = [picture, prompt.format(caption)]
@@ -87,8 +95,8 @@ class Caption(Decoder):
                      dropped=EMPTY if blank else "", whole=True, image_first=image_first)
 
     def _caption(self, fields: Mapping[str, Any], draws: Draws) -> str:
-        if self.given["use_caption_in_metadata"]:
-            key, metadata = self.given["caption_key_in_metadata"], fields.get("metadata")
+        if self.options.use_caption_in_metadata:
+            key, metadata = self.options.caption_key_in_metadata, fields.get("metadata")
             metadata = _parsed(metadata) if isinstance(metadata, str) else metadata
             if not isinstance(metadata, Mapping) or not isinstance(metadata.get(key), str):
                 raise BadRecord("missing key", f"metadata: holds no caption under {key!r}.")
@@ -96,7 +104,7 @@ class Caption(Decoder):
         several = fields.get("text")
         if not isinstance(several, list) or not several or not all(isinstance(one, str) for one in several):
             return self.text(fields, "text")
-        if self.given["first_text"] and draws.uniform() < self.given["first_text"]:
+        if self.options.first_text and draws.uniform() < self.options.first_text:
             return str(several[0])
         return str(draws.choice(several))
 
@@ -105,7 +113,7 @@ class Caption(Decoder):
         draft = self.draft(fields, draws)
         sequence = TokenSequence([], [], draft.extra, draft.dropped)
         self._fill(sequence, draft, max_length)
-        if self.given["mask_left_label"]:
+        if self.options.mask_left_label:
             last = self.vocabulary.eoi_id if draft.image_first else self.vocabulary.boi_id
             if last in sequence.ids:
                 end = sequence.ids.index(last) + 1
@@ -134,8 +142,15 @@ class Interleaved(Decoder):
     """
 
     name = "pretrain.interleaved"
-    options: ClassVar[Mapping[str, Option]] = {"reverse_ratio": ratio(0.5), "max_images": count(None)}
+    needs = {"image_ids": PICTURES, "texts": LIST}
     reads_pictures = False
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        """See `Interleaved`."""
+
+        reverse_ratio: float = setting(0.5, least=-1, most=1)
+        max_images: int | None = setting(None, least=1)
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
@@ -145,12 +160,12 @@ class Interleaved(Decoder):
         if len(images) != len(texts):
             raise BadRecord("images and placeholders",
                             f"image_ids: {len(images)} places, but texts has {len(texts)}; each place is one of both.")
-        backwards = draws.uniform() < self.given["reverse_ratio"]
+        backwards = draws.uniform() < self.options.reverse_ratio
         wrong = next((n for n in range(len(texts)) if (images[n] is None) == (texts[n] is None)), None)
         if wrong is not None:
             return Draft(dropped=f"place {wrong} of the document is not either a picture or a text")
         parts: list[Part] = []
-        left = self.given["max_images"]
+        left = self.options.max_images
         for place in _swapped(images) if backwards else range(len(texts)):
             if images[place] is None:
                 if not isinstance(texts[place], str):
@@ -188,15 +203,22 @@ class Video(Decoder):
     """
 
     name = "pretrain.video"
-    options: ClassVar[Mapping[str, Option]] = {"num_frames": count(4), "flat": flag(True)}
+    needs = {"image_ids": PICTURES, "answer": TEXT}
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        """See `Video`."""
+
+        num_frames: int = setting(4, least=1)
+        flat: bool = True
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
         if fields.get("answer") is None:
             return self.lacking(["answer"])
-        number = self.given["num_frames"]
-        frames = self.pictures(fields, draws, read=True, flat=self.given["flat"], at_most=number)
-        if self.given["flat"] and len(frames) < number:
+        number = self.options.num_frames
+        frames = self.pictures(fields, draws, read=True, flat=self.options.flat, at_most=number)
+        if self.options.flat and len(frames) < number:
             if self.validate:
                 raise BadRecord("number of frames",
                                 f"image_ids: holds {len(frames)} frames, but num_frames is {number}.")
@@ -210,6 +232,7 @@ class Text(Decoder):
     """Text alone, cut where it is too long. Field: `text`."""
 
     name = "pretrain.text"
+    needs = {"text": TEXT}
     reads_pictures = False
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
@@ -226,6 +249,7 @@ class Edit(Decoder):
     `instruction`."""
 
     name = "pretrain.edit"
+    needs = {"source_image_ids": PICTURE, "target_image_ids": PICTURE, "instruction": TEXT}
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
@@ -249,28 +273,36 @@ class Retrieval(Decoder):
     """
 
     name = "pretrain.retrieval"
-    options: ClassVar[Mapping[str, Option]] = {
-        "reverse_ratio": ratio(0.5), "mask_left_label": flag(False), "random_num_images": flag(False),
-        "min_images": count(1), "max_images": count(None)}
+    needs = {"image_ids": PICTURE, "text": TEXT, "context": LIST}
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        """See `Retrieval`."""
+
+        reverse_ratio: float = setting(0.5, least=-1, most=1)
+        mask_left_label: bool = False
+        random_num_images: bool = False
+        min_images: int = setting(1, least=1)
+        max_images: int | None = setting(None, least=1)
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
         context = self.list_of(fields, "context")
         if not all(isinstance(one, Mapping) for one in context):
             raise BadRecord("wrong type", "context: must be a list of records with image_ids and text.")
-        number = self.given["max_images"]
-        if self.given["random_num_images"]:
-            least = self.given["min_images"]
+        number = self.options.max_images
+        if self.options.random_num_images:
+            least = self.options.min_images
             number = draws.randint(least, max(least, number or 1 + len(context)))
         if number is None or number > 1:
             draws.shuffle(context)
         chosen = [{key: fields.get(key) for key in ("text", "image_ids")}, *context][:number]
-        image_first = draws.uniform() < self.given["reverse_ratio"]
+        image_first = draws.uniform() < self.options.reverse_ratio
         spans: list[Span] = []
         for pair in chosen:
             halves: list[Part] = [self.picture(pair, draws, read=image_first), self.text(pair, "text")]
             left, right = halves if image_first else halves[::-1]
-            spans += [Span([left], learned=not self.given["mask_left_label"]), Span([right])]
+            spans += [Span([left], learned=not self.options.mask_left_label), Span([right])]
         return Draft(spans, {"text": json.dumps(chosen), "filter_flag": True})
 
 
@@ -282,18 +314,25 @@ class CaptionEval(Decoder):
     """
 
     name = "pretrain.caption_eval"
-    options: ClassVar[Mapping[str, Option]] = {"num_context": count(2, least=0), "caption_prompt": string()}
+    needs = {"image_ids": PICTURE, "context": LIST, "metadata": OBJECT}
     reads_pictures = False
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        """See `CaptionEval`."""
+
+        num_context: int = setting(2, least=0)
+        caption_prompt: str = ""
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
-        shots = self.list_of(fields, "context")[:self.given["num_context"]] if self.given["num_context"] else []
+        shots = self.list_of(fields, "context")[:self.options.num_context] if self.options.num_context else []
         parts: list[Part] = []
         for shot in shots:
             if not isinstance(shot, Mapping):
                 raise BadRecord("wrong type", "context: must be a list of records with image_ids and text.")
             parts += [self.picture(shot, draws, read=False), self.text(shot, "text")]
-        parts += [self.picture(fields, draws, read=False), self.given["caption_prompt"]]
+        parts += [self.picture(fields, draws, read=False), self.options.caption_prompt]
         metadata = fields.get("metadata")
         if not isinstance(metadata, Mapping) or "image_id" not in metadata:
             raise BadRecord("missing key", "metadata: holds no image_id.")

@@ -21,13 +21,33 @@ from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-__all__ = ["DECODERS", "Decoder", "get_decoder", "some_picture"]
+__all__ = ["DECODERS", "Decoder", "get_decoder", "guess_decoder", "some_picture"]
 
 DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
     pretrain.Caption, pretrain.Interleaved, pretrain.Video, pretrain.Text, pretrain.Edit, pretrain.Retrieval,
     pretrain.CaptionEval, turns.VisualQuestion, turns.TextConversation,
     sft.QuestionAnswer, sft.Edit, sft.Story, sft.Difference, sft.Conversation, sft.Video, sft.VideoConversation,
     sft.MultiEdit, sft.Interleaved, turns.VisualQuestionTuned, turns.TextConversationTuned, Chat)}
+
+
+# In the order of guessing: the first that fits. The others need the same fields as one of these.
+GUESSED = ("chat", "sft.edit", "sft.story", "sft.multi_edit", "pretrain.retrieval", "pretrain.interleaved",
+           "sft.visual_question", "sft.conversation", "sft.video", "sft.qa", "pretrain.video", "pretrain.caption",
+           "sft.interleaved", "sft.text_conversation", "pretrain.text")
+
+
+def guess_decoder(fields: Mapping[str, Any], tokens_per_image: int = 0) -> type[Decoder] | None:
+    """The decoder whose fields a record has, None for unknown ones; `tokens_per_image` 0: not known."""
+    several = len(_flat(fields.get("image_ids"))) > tokens_per_image if tokens_per_image else None
+    return next((DECODERS[name] for name in GUESSED if DECODERS[name].fits(fields, several)), None)
+
+
+def _flat(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        return []
+    if not any(isinstance(one, list) for one in value):
+        return value
+    return [code for one in value if isinstance(one, list) for code in one]
 
 
 def get_decoder(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any] | None = None) -> Decoder:

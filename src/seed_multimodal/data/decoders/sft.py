@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from seed_multimodal.data.decoders import phrases
-from seed_multimodal.data.decoders.base import Decoder, Draft, Option, Part, Span, ratio
+from seed_multimodal.data.decoders.base import PICTURE, PICTURES, TEXT, Decoder, DecoderOptions, Draft, Part, Span
 from seed_multimodal.data.decoders.turns import with_full_stop
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import setting
 
 NO_DIALOGUE = "there is no dialogue in it"
 
@@ -32,6 +34,13 @@ def numbered(fields: Mapping[str, Any], prefix: str) -> list[str]:
     while fields.get(f"{prefix}{len(names)}") is not None:
         names.append(f"{prefix}{len(names)}")
     return names
+
+
+@dataclass(frozen=True)
+class Reversible(DecoderOptions):
+    """Options of decoders that have two directions."""
+
+    reverse_ratio: float = setting(0.0, least=-1, most=1)
 
 
 class _Tuned(Decoder):
@@ -61,12 +70,13 @@ class QuestionAnswer(_Tuned):
     """
 
     name = "sft.qa"
-    options: ClassVar[Mapping[str, Option]] = {"reverse_ratio": ratio(0.0)}
+    needs = {"image_ids": PICTURE, "question": TEXT, "answer": TEXT}
+    Options = Reversible
     without_effect = ("caption_prompt",)
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
-        ask = self.given["reverse_ratio"] == 0 or draws.uniform() < self.given["reverse_ratio"]
+        ask = self.options.reverse_ratio == 0 or draws.uniform() < self.options.reverse_ratio
         answered = fields.get("answer") is not None or fields.get("text") is None
         said = self.answer(fields, "answer" if answered else "text")
         if ask:
@@ -87,6 +97,8 @@ class Edit(_Tuned):
     """
 
     name = "sft.edit"
+    needs = {"source_image_ids": PICTURE, "target_image_ids": PICTURE, "instruction": TEXT}
+    instead = {**Decoder.instead, "instruction": "instruction_gpt"}
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
@@ -107,6 +119,12 @@ class MultiEdit(_Tuned):
     """
 
     name = "sft.multi_edit"
+    needs = {"image_ids": PICTURES, "instruction0": TEXT}
+
+    @classmethod
+    def pictures_in(cls, fields: Mapping[str, Any]) -> int:
+        """See `Decoder`."""
+        return len(numbered(fields, "instruction")) + 1
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
@@ -133,19 +151,25 @@ class Story(_Tuned):
     """
 
     name = "sft.story"
-    options: ClassVar[Mapping[str, Option]] = {"reverse_ratio": ratio(0.0)}
+    needs = {"image_ids": PICTURES, "caption0": TEXT, "caption1": TEXT}
+    Options = Reversible
     without_effect = ("caption_prompt",)
+
+    @classmethod
+    def pictures_in(cls, fields: Mapping[str, Any]) -> int:
+        """See `Decoder`."""
+        return len(numbered(fields, "caption"))
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
         captions = [self.text(fields, name).strip() for name in numbered(fields, "caption")]
         if len(captions) < 2:
             raise BadRecord("missing key", f"caption{len(captions)}: is missing; a story has at least two captions.")
-        number = 0 if self.given["reverse_ratio"] == 0 else draws.randint(0, len(phrases.STORY_REQUESTS) - 1)
+        number = 0 if self.options.reverse_ratio == 0 else draws.randint(0, len(phrases.STORY_REQUESTS) - 1)
         pictures = self.pictures(fields, draws, read=False)
         self.exact_pictures(pictures, len(captions), f"{len(captions)} captions")
         opening: list[Part] = [captions[0], self.disturbed(pictures[0], draws)]
-        if self.given["reverse_ratio"] != 0:
+        if self.options.reverse_ratio != 0:
             told = [part for place in range(1, len(captions)) for part in ("\n" + captions[place], pictures[place])]
             return Draft([user(*opening, phrases.STORY_REQUESTS[number], first=True),
                           Span([phrases.STORY_RESPONSES[number], *told])])
@@ -164,18 +188,24 @@ class Difference(_Tuned):
     """
 
     name = "sft.difference"
-    options: ClassVar[Mapping[str, Option]] = {"reverse_ratio": ratio(0.0)}
+    needs = {"image_ids": PICTURES, "question": TEXT, "answer": TEXT}
+    Options = Reversible
     without_effect = ("caption_prompt",)
 
     def __init__(self, *arguments: Any) -> None:
         """See `Decoder`. Raises ConfigError also for a reverse_ratio: the other direction was never there."""
         super().__init__(*arguments)
-        if self.validate and self.given["reverse_ratio"] != 0:
+        if self.validate and self.options.reverse_ratio != 0:
             raise ConfigError(f"decoder {self.name}: reverse_ratio must be 0; two pictures are not drawn from a text.")
+
+    @classmethod
+    def pictures_in(cls, fields: Mapping[str, Any]) -> int:
+        """See `Decoder`."""
+        return 2
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
-        if self.given["reverse_ratio"] != 0 and not draws.uniform() < self.given["reverse_ratio"]:
+        if self.options.reverse_ratio != 0 and not draws.uniform() < self.options.reverse_ratio:
             raise ConfigError(f"decoder {self.name}: reverse_ratio must be 0; two pictures are not drawn from a text.")
         question = self._named(self.text(fields, "question").strip())
         answer = self._named(self.answer(fields, "answer"))
@@ -204,6 +234,13 @@ class Conversation(_Tuned):
     """
 
     name = "sft.conversation"
+    needs = {"image_ids": PICTURE, "question": TEXT, "answer": TEXT}
+
+    @classmethod
+    def fits(cls, fields: Mapping[str, Any], several: bool | None) -> bool:
+        """See `Decoder`: texts with the markers, about one picture."""
+        return (not cls.missing(fields) and not several and "Question: " in str(fields["question"])
+                and "Answer: " in str(fields["answer"]))
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
@@ -241,6 +278,7 @@ class VideoConversation(Conversation):
     """
 
     name = "sft.video_conversation"
+    needs = {"image_ids": PICTURES, "question": TEXT, "answer": TEXT}
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
@@ -262,6 +300,12 @@ class Video(_Tuned):
     """A question about a clip. Fields: `image_ids` (frames one after the other), `question`, `answer`."""
 
     name = "sft.video"
+    needs = {"image_ids": PICTURES, "question": TEXT, "answer": TEXT}
+
+    @classmethod
+    def fits(cls, fields: Mapping[str, Any], several: bool | None) -> bool:
+        """See `Decoder`: several pictures."""
+        return not cls.missing(fields) and several is True
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
@@ -280,6 +324,7 @@ class Interleaved(_Tuned):
     """
 
     name = "sft.interleaved"
+    needs = {"instruction": TEXT, "response": TEXT}
     reads_pictures = False
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:

@@ -9,17 +9,13 @@ Answers and the `</s>` at the very end are learned. Each turn is tokenised on it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from seed_multimodal.data.decoders.base import Decoder, Draft, Option, Part, Span, shown, string
+from seed_multimodal.data.decoders.base import LIST, PICTURES, Decoder, DecoderOptions, Draft, Part, Span, shown
 from seed_multimodal.data.decoders.phrases import ASSISTANT, USER
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.decoders.sequence import Draws
-
-_ROLES = Option((USER[:-1], ASSISTANT[:-1]),
-                lambda v: isinstance(v, Sequence) and len(v) == 2 and all(isinstance(one, str) for one in v),
-                "two names")
-
 
 def with_full_stop(answer: str) -> str:
     """The answer, ending in a full stop."""
@@ -29,13 +25,20 @@ def with_full_stop(answer: str) -> str:
 class _Turns(Decoder):
     """Words around turns. `sft` ignores the names of the roles, as released."""
 
-    options: ClassVar[Mapping[str, Option]] = {"roles": _ROLES, "sep": string("\n"), "system_message": string()}
     tuned: ClassVar[bool] = False  # the instruction-tuning module's words
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        """See `TextConversation`."""
+
+        roles: tuple[str, str] = (USER[:-1], ASSISTANT[:-1])
+        sep: str = "\n"
+        system_message: str = ""
 
     def _spans(self, turns: Sequence[str], first: Sequence[Part], system: str) -> list[Span]:
         """`first`: the whole content of the first question, pictures included."""
-        user, assistant = (USER[:-1], ASSISTANT[:-1]) if self.tuned else self.given["roles"]
-        sep = self.given["sep"]
+        user, assistant = (USER[:-1], ASSISTANT[:-1]) if self.tuned else self.options.roles
+        sep = self.options.sep
         opening = f"{sep}{assistant}:" + ("" if self.tuned else " ")
         spans: list[Span] = []
         if system:
@@ -69,6 +72,7 @@ class TextConversation(_Turns):
     """
 
     name = "pretrain.text_conversation"
+    needs = {"data": LIST}
     reads_pictures = False
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
@@ -76,7 +80,7 @@ class TextConversation(_Turns):
         if fields.get("data") is None:
             return self.lacking(["data"], {"filter_flag": False})
         turns = self._texts(fields)
-        spans = self._spans(turns, turns[:1], self.given["system_message"])
+        spans = self._spans(turns, turns[:1], self.options.system_message)
         return Draft(spans, {"text": self._all_text(spans), "filter_flag": True})
 
 
@@ -95,6 +99,8 @@ class VisualQuestion(_Turns):
     """
 
     name = "pretrain.visual_question"
+    needs = {"image_ids": PICTURES, "data": LIST}
+    instead = {"data": "outputs"}
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
@@ -113,7 +119,7 @@ class VisualQuestion(_Turns):
             return self.lacking(["data", "outputs"])
         pictures: list[Part] = [*self.pictures(fields, draws, read=True)]
         first = [*pictures, *turns[:1]] if before else [*turns[:1], *pictures]
-        spans = self._spans(turns, first, "" if self.tuned else self.given["system_message"])
+        spans = self._spans(turns, first, "" if self.tuned else self.options.system_message)
         return Draft(spans, {"text": self._all_text(spans), "filter_flag": True})
 
 

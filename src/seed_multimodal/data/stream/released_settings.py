@@ -14,7 +14,6 @@ from typing import Any
 
 from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.data.decoders.registry import DECODERS
-from seed_multimodal.data.decoders.base import SHARED
 from seed_multimodal.data.stream.data_settings import LlmDataSettings
 from seed_multimodal.errors import ConfigError
 
@@ -86,7 +85,7 @@ def _source(pipe: Any, weight: Any, where: str) -> dict[str, Any]:
         raise _unknown(target, where)
     name, format = BUILDERS[target]
     decoder = DECODERS[name]
-    options = [*decoder.options, *SHARED]
+    options = decoder.option_names()
     dropped = [key for key in (*decoder.without_effect, *_NEVER_READ) if key not in options]
     check_keys(pipe, [*_SOURCE_KEYS, *options, *dropped], where)
     folders = pipe.get("data_dir")

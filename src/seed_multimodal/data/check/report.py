@@ -1,0 +1,64 @@
+"""What `seed data check` found: counts of records, kinds and errors, lengths, control words in texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from seed_multimodal.data.check.words import ControlWords
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: its kind, and a sentence with file and place."""
+
+    kind: str
+    sentence: str
+
+
+@dataclass
+class CheckReport:
+    """What was there. `kinds`: records by decoder; `lengths`: records by their number of tokens (with a tokenizer);
+    `control`: names of control words in texts, which are told but not wrong."""
+
+    files: int = 0
+    records: int = 0
+    images: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    findings: list[Finding] = field(default_factory=list)
+    lengths: Counter[int] = field(default_factory=Counter)
+    control: ControlWords = field(default_factory=ControlWords)
+
+    @property
+    def wrong(self) -> int:
+        """All findings, also those whose sentence was not kept."""
+        return self.errors.total()
+
+    def length_at(self, share: float) -> int:
+        """The length that `share` (0..1) of the records do not exceed."""
+        wanted, seen = share * self.lengths.total(), 0
+        for length, count in sorted(self.lengths.items()):
+            seen += count
+            if seen >= wanted:
+                return length
+        return 0
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(from, to, records) by powers of two."""
+        bins: Counter[int] = Counter()
+        for length, count in self.lengths.items():
+            bins[max(5, (length - 1).bit_length())] += count
+        return [(0 if n == 5 else 2 ** (n - 1) + 1, 2 ** n, bins[n])
+                for n in range(min(bins, default=0), max(bins, default=-1) + 1)]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for `--json`."""
+        lengths = {"median": self.length_at(0.5), "p95": self.length_at(0.95), "longest": max(self.lengths, default=0),
+                   "tokens": sum(n * count for n, count in self.lengths.items()),
+                   "histogram": [{"from": low, "to": high, "records": n} for low, high, n in self.histogram()]}
+        return {"files": self.files, "records": self.records, "images": self.images, "kinds": dict(self.kinds),
+                "errors": dict(self.errors), "wrong": self.wrong,
+                "findings": [{"kind": one.kind, "sentence": one.sentence} for one in self.findings],
+                "control_words": self.control.as_json(), "lengths": lengths if self.lengths else None}
