@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,16 +30,30 @@ _DAMAGES = (RuntimeError, EOFError, ValueError, OSError, LookupError, AssertionE
 
 @dataclass
 class LoadReport:
-    """What a load did: names of parameters filled, left as they were, and ignored in the file."""
+    """What a load did: names of parameters filled, left as they were, ignored in the file, and of tensors that were
+    fitted to the model's size (name → what was done)."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    fitted: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return (f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.missing)} not in the file, "
                 f"{len(self.ignored)} in the file ignored")
+
+    def describe(self) -> str:
+        """One line: counts, then the names grouped by their first part, then what was fitted."""
+        parts = [str(self)]
+        for what, names in (("not in the file", self.missing), ("ignored", self.ignored)):
+            parts += [f"{what}: {grouped(names)}"] if names else []
+        return "; ".join([*parts, *(f"{name} {what}" for name, what in self.fitted.items())]) + "."
+
+
+def grouped(names: Iterable[str]) -> str:
+    """`Qformer (255), temp (1)`: how many names begin with which first part."""
+    return ", ".join(f"{name} ({count})" for name, count in Counter(name.split(".")[0] for name in names).items())
 
 
 def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]:

@@ -214,7 +214,7 @@ def test_word_pieces_are_found_by_size(stages: tuple[Path, Path, Path], tmp_path
 def test_clip_text_tower(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
-    from seed_multimodal.tokenizers.initial import load_clip_vision
+    from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     letters = sorted("abdequrs")

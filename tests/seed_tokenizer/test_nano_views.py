@@ -137,7 +137,7 @@ def test_the_recipes_hold_the_run_s_sizes(tmp_path: Path) -> None:
     parts = sum(float(told[name]) for name in ("loss_embed", "loss_distil_image", "loss_readout"))
     assert float(told["loss"]) == pytest.approx(parts + 0.1 * float(told["loss_naming"]), rel=1e-5)
     second.zero_grad()  # what the naming term alone teaches:
-    second.naming(second.decode_embedding(second.quantize.lookup(second.codes)), samples).backward()
+    second.naming(second.decode_embeddings(second.quantize.lookup(second.codes)), samples).backward()
     assert float(second.distill_image_proj.weight.grad.abs().sum()) > 0
     assert not any("naming" in name for name in second.state_dict())
 

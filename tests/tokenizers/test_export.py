@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from seed_multimodal.cli import main
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.tokenizers import export as export_module
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
@@ -196,13 +195,13 @@ def test_missing_parts_are_named(trained: Trained, tmp_path: Path) -> None:
 
 def test_what_reads_back_differently_is_not_kept(trained: Trained, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    save = export_module.save_folder
+    save = Seed2Tokenizer.save_pretrained
 
     def damaged(model: Seed2Tokenizer, folder: Path) -> Path:
         model.quantize.embedding.weight.data = model.quantize.embedding.weight.data.flip(0)
         return save(model, folder)
 
-    monkeypatch.setattr(export_module, "save_folder", damaged)
+    monkeypatch.setattr(Seed2Tokenizer, "save_pretrained", damaged)
     with pytest.raises(CheckpointError, match="codes differ from the training modules'; nothing was kept"):
         _export(trained, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not _leftovers(tmp_path)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from seed_multimodal.cli import main
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.tokenizers import export as export_module
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
 from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model
@@ -144,13 +143,13 @@ def test_refusals_leave_nothing(trained: Trained, tmp_path: Path, monkeypatch: p
     with pytest.raises(CheckpointError, match="missing from the file: 'pos_embed_text'"):
         export_tokenizer(tmp_path / "less.pth", out, stage1=trained.stage1, vision=trained.vision,
                          config=trained.config)
-    save = export_module.save_folder
+    save = Seed1Tokenizer.save_pretrained
 
     def damaged(model: Seed1Tokenizer, folder: Path) -> Path:
         model.quantize.embedding.weight.data = model.quantize.embedding.weight.data.flip(0)
         return save(model, folder)
 
-    monkeypatch.setattr(export_module, "save_folder", damaged)
+    monkeypatch.setattr(Seed1Tokenizer, "save_pretrained", damaged)
     with pytest.raises(CheckpointError, match="codes differ from the training modules'; nothing was kept"):
         _export(trained, out, released=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["less.pth", "run"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.tokenizers.initial import check_unclip, load_blip2, load_clip_vision, load_eva
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
+from seed_multimodal.tokenizers.initial import check_unclip, load_blip2, load_eva
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model

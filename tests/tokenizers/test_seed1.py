@@ -107,7 +107,7 @@ def test_config_as_a_dictionary() -> None:
     assert config.with_image_size(32).vit.grid == 4
     with pytest.raises(ConfigError, match="did you mean 'codebook_size'"):
         Seed1Config.from_dict({"codebok_size": 3})
-    with pytest.raises(ConfigError, match="in 'vit': unknown key 'widht'"):
+    with pytest.raises(ConfigError, match="vit: unknown key 'widht'"):
         Seed1Config.from_dict({"vit": {"widht": 3}})
     with pytest.raises(ConfigError, match="not the configuration of a SEED-1"):
         Seed1Config.from_dict({"model_type": "seed2_tokenizer"})

@@ -11,9 +11,9 @@ import tiny_seed1
 import torch
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.tokenizers.checkpoints import find_files
 from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
-from seed_multimodal.tokenizers.seed1_loading import find_seed1, rename_training
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 
 
@@ -127,7 +127,7 @@ def test_training_names_of_the_text_branch(original: Seed1Tokenizer, folder: Pat
 
 def test_names_are_left_alone_without_a_text_branch(original: Seed1Tokenizer) -> None:
     state = original.state_dict()
-    renamed, left_out = rename_training(state)
+    renamed, left_out = Seed1Tokenizer.released_names(state)
     assert list(renamed) == list(state) and left_out == []
 
 
@@ -188,7 +188,7 @@ def test_missing_files_are_named_with_their_place(original: Seed1Tokenizer, fold
     cached = Path(torch.hub.get_dir()) / "checkpoints"
     cached.mkdir(parents=True)
     tower.rename(cached / "eva_vit_g.pth")
-    assert find_seed1(folder).vision == cached / "eva_vit_g.pth"
+    assert find_files(folder, Seed1Tokenizer.layout, "seed1_tokenizer").vision == cached / "eva_vit_g.pth"
     (folder / "causal_qformer.pth").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no SEED-1 tokenizer \(causal_qformer\.pth missing\)"):
+    with pytest.raises(CheckpointError, match=r"holds no SEED-1 tokenizer weights \(causal_qformer\.pth missing\)"):
         Seed1Tokenizer.from_pretrained(folder)

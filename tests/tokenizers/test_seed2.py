@@ -82,7 +82,7 @@ def test_lower_methods_carry_gradients_to_every_part(tiny: Seed2Config, images: 
         model = Seed2Tokenizer(dataclasses.replace(tiny, use_qformer_image=reverse))
         quant, loss, _ = model.quantize(model.pre_quant(images))
         rebuilt = model.rebuild_queries(model.upsample(quant))
-        (model.decode_embedding(quant).square().mean() + rebuilt.square().mean() + loss).backward()
+        (model.decode_embeddings(quant).square().mean() + rebuilt.square().mean() + loss).backward()
         without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
         assert not without
 
@@ -152,7 +152,7 @@ def test_config_round_trip_and_refusals(tiny: Seed2Config) -> None:
     assert Seed2Config.from_dict(tiny.to_dict()) == tiny
     with pytest.raises(ConfigError, match=r"unknown key 'codebok_size' \(did you mean 'codebook_size'"):
         Seed2Config.from_dict({"codebok_size": 3})
-    with pytest.raises(ConfigError, match=r"in 'vit': unknown key 'witdh' \(did you mean 'width'"):
+    with pytest.raises(ConfigError, match=r"vit: unknown key 'witdh' \(did you mean 'width'"):
         Seed2Config.from_dict({"vit": {"witdh": 3}})
     with pytest.raises(ConfigError, match="not the configuration"):
         Seed2Config.from_dict({"model_type": "llama"})

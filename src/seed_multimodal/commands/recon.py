@@ -125,15 +125,16 @@ def require(model: str, diffusion: str | None = None) -> None:
     from seed_multimodal.detokenizers.stable_diffusion import WHERE
     from seed_multimodal.hub import locate
     from seed_multimodal.systems.seed1 import find_diffusion
-    from seed_multimodal.tokenizers.seed1_loading import advice, find_seed1
+    from seed_multimodal.tokenizers.checkpoints import find_files
+    from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
 
     place, parts = locate(model), []
     try:
-        find_seed1(place or model)
+        find_files(place or model, Seed1Tokenizer.layout, Seed1Config.model_type)
     except CheckpointError:
         if place is not None and (place.is_file() or (place / "config.json").is_file()):
             raise  # there is something, so its own sentence is the better one
-        parts.append(advice(model))
+        parts.append(Seed1Tokenizer.layout.advice(model))
     drawing = find_diffusion(place or Path(model), diffusion)
     if not drawing.exists():
         parts.append(WHERE)

@@ -20,10 +20,10 @@ from seed_multimodal.hub import PARTS, local_folder, locate, locate_system
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.systems.pictures import PictureCodec
 from seed_multimodal.systems.system_spec import RELEASED_NAMES, RELEASED_TRANSFORM, find_system
-from seed_multimodal.tokenizers.checkpoints import WHERE
 from seed_multimodal.tokenizers.clip_weights import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.tokenizers.fast import FastTokenizer, optimise
 from seed_multimodal.tokenizers.initial import check_unclip
+from seed_multimodal.tokenizers.released import SEED2_WHERE
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 RELEASED_TOKENIZER, UNCLIP = PARTS["tokenizer"].folder, PARTS["unclip"].folder
@@ -111,7 +111,7 @@ def _parts(model: str) -> tuple[str | Path, Path | None, Path | None, dict[str, 
     if model.lower() in RELEASED_NAMES:
         folder = local_folder(RELEASED_TOKENIZER)
         if folder is None:
-            raise CheckpointError(f"{RELEASED_TOKENIZER}: the released tokenizer is not on this disk; {WHERE}.")
+            raise CheckpointError(f"{RELEASED_TOKENIZER}: the released tokenizer is not on this disk; {SEED2_WHERE}.")
         return folder, None, _decoder_of(folder), dict(RELEASED_TRANSFORM)
     place = locate_system(model)
     if place is None:

@@ -19,8 +19,9 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.captions import caption_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.word_pieces import BertWords, PieceWords, open_words
-from seed_multimodal.tokenizers.checkpoints import TOWER, fill_tower
+from seed_multimodal.tokenizers.checkpoints import fill_tower
 from seed_multimodal.tokenizers.clip_weights import load_clip_text
+from seed_multimodal.tokenizers.released import TOWER
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.vision.clip_towers import caption_ids, load_text_tower

@@ -23,8 +23,8 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.systems.pictures import Codes, Picture, PictureCodec
+from seed_multimodal.tokenizers.released import SEED1
 from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
-from seed_multimodal.tokenizers.seed1_loading import advice
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,7 +54,7 @@ class Seed1:
         """Load the tokenizer now and the de-tokenizer when the first picture is drawn.
 
         Args:
-            folder: tokenizer folder or file, see `tokenizers.seed1_loading`.
+            folder: tokenizer folder or file, see `tokenizers.checkpoints`.
             diffusion: diffusers folder of Stable Diffusion 1; default: `diffusion_model` or `stable-diffusion-v1-4`
                 in `folder`, else `pretrained/stable-diffusion-v1-4`.
             vision: file of the vision tower, if it is not in or beside `folder`.
@@ -67,7 +67,7 @@ class Seed1:
         """
         place = locate(folder)
         if place is None:
-            raise CheckpointError(f"{folder}: there is no such SEED-1 tokenizer; {advice(folder)}.")
+            raise CheckpointError(f"{folder}: there is no such SEED-1 tokenizer; {SEED1.advice(folder)}.")
         runtime = choose_device(device, dtype, log)
         tokenizer = Seed1Tokenizer.from_pretrained(place, vision=vision, config=config, device=runtime.device,
                                                    dtype=runtime.dtype, log=log)

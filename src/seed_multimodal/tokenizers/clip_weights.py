@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.tokenizers.pretrained_files import InitialReport, Log, find_folder, read_json, told
+from seed_multimodal.tokenizers.pretrained_files import Log, find_folder, read_json
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ def _load(path_or_id: str | Path, half: str, device: str | torch.device, dtype: 
         if buffer_name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
     report = assign_strictly(model, state, source, allow_missing=["*position_ids"], allow_unexpected=IGNORED[half])
-    model.load_report = told(InitialReport(**vars(report)), log)
+    model.load_report = report
+    if log is not None:
+        log(report.describe())
     return model.to(device, dtype).eval().requires_grad_(False)
 
 

@@ -10,30 +10,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
-from seed_multimodal.tokenizers.layers import LayerNorm
+from seed_multimodal.tokenizers.checkpoints import PretrainedTokenizer
+from seed_multimodal.tokenizers.layers import LayerNorm, run_blocks
 from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 from seed_multimodal.vision.eva import EvaVit
-from seed_multimodal.weights import LoadReport
-
-ENCODER_PARTS = ("visual_encoder", "ln_vision", "Qformer", "query_tokens")
 
 
-class CodeTokenizer(nn.Module):
-    """The encode side. A subclass makes its parameters, calls `add_encoder`, then makes its decode side.
+class CodeTokenizer(PretrainedTokenizer, nn.Module):
+    """The encode side. A subclass makes its parameters, calls `add_encoder`, then makes its decode side, of which
+    `decode_embeddings` is the whole; `config` is a `TokenizerConfig`."""
 
-    `config` is a `TokenizerConfig`; `load_report` says what a loader filled the model from.
-    """
-
-    config: Any
-    load_report: LoadReport | None
     query_tokens: nn.Parameter
 
     def add_encoder(self, ema_decay: float | None) -> None:
@@ -103,7 +95,35 @@ class CodeTokenizer(nn.Module):
         """Codebook rows (or straight-through codes) `[B, 32, d]` → `[B, 32, D]`."""
         return self.decode_task_layer(quant_BQd)
 
-    # ---- checks, files
+    # ---- codes → embedding
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor | Sequence, *, batch_size: int | None = None) -> Tensor:
+        """Codes `[B, 32]` (or one row of 32) → embeddings `[B, *config.embedding_shape]`.
+
+        Raises:
+            CodesError: wrong number of codes, or one outside the codebook.
+        """
+        codes = self.check_codes(codes)
+        empty = torch.empty(0, *self.config.embedding_shape, device=self.device, dtype=self.dtype)
+        with evaluating(self):
+            return chunked(lambda part: self.decode_embeddings(self.quantize.lookup(part)), codes, batch_size, empty)
+
+    def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
+        """Codebook rows (or straight-through codes) `[B, 32, d]` → embeddings, with gradients."""
+        raise NotImplementedError
+
+    def rebuild_queries(self, up_BQD: Tensor) -> Tensor:
+        """`upsample`d codes → the Q-Former output they stand for `[B, 32, D]` (training objective).
+
+        Raises:
+            ConfigError: a model built with `recon_s=False` has no such blocks.
+        """
+        if not hasattr(self, "blocks"):
+            raise ConfigError("This tokenizer was built with recon_s=False: it has no blocks that rebuild the queries.")
+        return run_blocks(up_BQD + self.pos_embed, self.blocks)
+
+    # ---- checks
 
     def check_images(self, images: Tensor) -> Tensor:
         """Pixels as `[B, 3, S, S]`; raises `ImageError` in one sentence."""
@@ -138,12 +158,6 @@ class CodeTokenizer(nn.Module):
             raise CodesError(f"Code {int(codes[row, column])} (image {row}, position {column}) is outside the "
                              f"codebook 0..{size - 1}.")
         return codes.to(self.device)
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `config.json` and `model.safetensors` (weights in their present dtype) into `folder`."""
-        from seed_multimodal.tokenizers.checkpoints import save_folder
-
-        return save_folder(self, folder)
 
 
 def chunked(function: Callable[[Tensor], Tensor], batch: Tensor, size: int | None, empty: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ read back; other codes, and nothing is kept. The folder appears by one rename, c
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,17 +23,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.disk import making_folder, output_folder
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.disk import making_folder, output_folder, replacing
+from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.tokenizers.checkpoints import OURS, TOWER, VISION_FILES, grouped, save_folder
 from seed_multimodal.tokenizers.encoder import CodeTokenizer
-from seed_multimodal.tokenizers.export_kinds import AUTO, ExportKind
-from seed_multimodal.tokenizers.export_merge import Merged, merge, part_of, sizes_of
+from seed_multimodal.tokenizers.export_merge import AUTO, Merged, merge, part_of, sizes_of
+from seed_multimodal.tokenizers.released import ENCODER_PARTS, OURS, TOWER, VISION_FILES, ReleasedLayout
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
 from seed_multimodal.vision.eva import resize_positions
+from seed_multimodal.weights import grouped
 
 Log = Callable[[str], None] | None
 
@@ -59,7 +58,7 @@ class Export:
         for part, file in self.parts.items():
             sources.setdefault(file, []).append(part)
         found = [f"{file}: gave {', '.join(parts)}." for file, parts in sources.items()]
-        found += [f"{file}: {len(names)} tensor{'s' * (len(names) != 1)} left out: {grouped(names)}."
+        found += [f"{file}: {counted(len(names), 'tensor')} left out: {grouped(names)}."
                   for file, names in self.ignored.items() if names]
         return [*found, f"{self.folder}: {self.tensors} tensors; same codes as the training modules from "
                         f"{' and '.join(self.verified)}: {' '.join(map(str, self.codes))}"]
@@ -77,7 +76,7 @@ def export_tokenizer(
         stage2, stage1, vision: checkpoint files; `stage1` may be left out if stage 2 trained (and holds) the encoder,
             `vision` if a stage holds the tower.
         config: sizes, or a config.json; default: ours beside a checkpoint, else read off tensors of released widths.
-        kind: `seed2`, `seed1`, or `auto`: what stage 2's decode side is (see `export_kinds`).
+        kind: `seed2`, `seed1`, or `auto`: what stage 2's decode side is (see `export_merge`).
         released: also write the files of that kind's released layout.
         picture: what is encoded to compare (default: a generated one).
         beside: further files to copy into the folder, for example a language tokenizer's.
@@ -92,19 +91,20 @@ def export_tokenizer(
     read = [stage1, stage2, vision, picture if isinstance(picture, str | Path) else None]
     shown, target = Path(out), output_folder(out, force=force, what="the tokenizer", read=read)
     merged = merge(files[1] if len(files) > 1 else None, files[0], Path(vision) if vision is not None else None, kind)
-    made = merged.kind
     sizes = sizes_of(config, merged, files)
-    model = made.build(sizes, merged.state, merged.tower, " and ".join(map(str, reversed(files))), merged.tower_file)
-    pixels = _pixels(picture, sizes.vit.image_size)  # type: ignore[attr-defined]
+    model = merged.tokenizer.from_tensors(sizes, merged.state, merged.tower, " and ".join(map(str, reversed(files))),
+                                          merged.tower_file)
+    pixels = _pixels(picture, sizes.vit.image_size)
     _refuse_not_finite(model, merged.origin)
-    expected = source_codes(made, sizes, merged.state, merged.tower, pixels)
+    expected = source_codes(merged, sizes, pixels)
     report = _report(model, merged, shown)
     report.codes = expected[0][0].tolist()
+    tokenizer = merged.tokenizer
     del merged  # a billion numbers at released size
     with making_folder(target, shown, ConfigError) as folder:
-        _write(model, folder, made if released else None, beside)
+        _write(model, folder, released, beside)
         del model
-        report.verified = _verify(folder, made, released, pixels, expected)
+        report.verified = _verify(folder, tokenizer, released, pixels, expected)
     if log is not None:
         for line in report.lines():
             log(line)
@@ -126,20 +126,20 @@ def _report(model: CodeTokenizer, merged: Merged, folder: Path) -> Export:
     parts = {part_of(name): file for name, file in origin.items()}
     ignored = {file: [name for name in names if origin.get(name) != file] + merged.left_out.get(file, [])
                for file, names in merged.files.items()}
-    return Export(folder, merged.kind.flag, model.config, parts, ignored, len(used))
+    return Export(folder, merged.kind, model.config, parts, ignored, len(used))
 
 
 # ---- proof
 
 
-def source_codes(kind: ExportKind, config: Any, state: Mapping[str, Tensor], tower: Mapping[str, Tensor],
-                 pixels: Tensor) -> tuple[Tensor, Tensor]:
+def source_codes(merged: Merged, config: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Codes `[B, 32]` and decoded embeddings `[B, …]` of pixels `[B, 3, S, S]` by the training modules themselves."""
-    fitted = {TOWER + name: value for name, value in tower.items()}
-    fitted[f"{TOWER}pos_embed"] = resize_positions(tower["pos_embed"], config.vit.grid)
+    state = merged.state
+    fitted = {TOWER + name: value for name, value in merged.tower.items()}
+    fitted[f"{TOWER}pos_embed"] = resize_positions(merged.tower["pos_embed"], config.vit.grid)
     with torch.device("meta"):
         first = Stage1Model(config, vocab_size=1, embed_dim=1, lm_head=False)
-        second = kind.stage2(config)
+        second: Any = merged.stage2(config)  # type: ignore[call-arg]
     for model, tensors in ((first, {**state, **fitted}), (second, state)):
         own = model.state_dict()
         model.load_state_dict({name: value for name, value in tensors.items()
@@ -151,13 +151,13 @@ def source_codes(kind: ExportKind, config: Any, state: Mapping[str, Tensor], tow
         return codes, second.decode(codes)
 
 
-def _verify(folder: Path, kind: ExportKind, released: bool, pixels: Tensor,
+def _verify(folder: Path, tokenizer: type[CodeTokenizer], released: bool, pixels: Tensor,
             expected: tuple[Tensor, Tensor]) -> list[str]:
     """Read back what was written; the layouts that gave the expected codes."""
     layouts: dict[str, tuple[Path, Path | None]] = {OURS: (folder, None)}
     if released:
-        layouts[kind.main] = (folder / kind.main, folder / VISION_FILES[-1])
-    tokenizer: Any = kind.stage2.tokenizer_class
+        main = tokenizer.layout.main
+        layouts[main] = (folder / main, folder / VISION_FILES[-1])
     for name, (source, vision) in layouts.items():
         model = tokenizer.from_pretrained(source, vision=vision)
         codes = model.encode(pixels)
@@ -181,12 +181,23 @@ def _pixels(picture: Image.Image | str | Path | None, size: int) -> Tensor:
 # ---- files
 
 
-def _write(model: CodeTokenizer, folder: Path, released: ExportKind | None, beside: Sequence[str | Path]) -> None:
-    save_folder(model, folder)
-    for name, content in (released.release(model.state_dict()) if released is not None else {}).items():
-        with open(folder / name, "wb") as handle:
+def _write(model: CodeTokenizer, folder: Path, released: bool, beside: Sequence[str | Path]) -> None:
+    model.save_pretrained(folder)
+    for name, content in released_files(model.layout, model.state_dict()).items() if released else ():
+        with replacing(folder / name) as handle:
             torch.save(content, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
     for file in beside:
         shutil.copyfile(file, folder / Path(file).name)
+
+
+def released_files(layout: ReleasedLayout, state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """A tokenizer's tensors → the content of each file of its released layout, the vision tower's last."""
+    files: dict[str, dict[str, Tensor]] = {names[-1]: {} for names in (*layout.files, VISION_FILES)}
+    first, last = layout.files[0][-1], layout.main
+    for name, value in state.items():
+        if name.startswith(TOWER):
+            files[VISION_FILES[-1]][name.removeprefix(TOWER)] = value.clone()
+        else:
+            files[first if part_of(name) in ENCODER_PARTS else last][name] = value.clone()
+    return {name: {"model": tensors} if layout.wrapped and name not in VISION_FILES else tensors
+            for name, tensors in files.items()}

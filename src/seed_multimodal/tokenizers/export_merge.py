@@ -1,4 +1,9 @@
-"""Which tensor of an exported tokenizer comes from which file: each part from the latest stage that trained it."""
+"""Which tensor of an exported tokenizer comes from which file: each part from the latest stage that trained it.
+
+Stage 2's decode side says what the stages become: a SEED-2 tokenizer (it ends in one image embedding) or a SEED-1
+tokenizer (77 text-like embeddings). The published training code's checkpoints hold both decode sides: such a file is
+SEED-2's unless `seed1` is asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +15,30 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.tokenizers.checkpoints import TOWER, VISION_URL, our_config, read_tower
-from seed_multimodal.tokenizers.encoder import ENCODER_PARTS
-from seed_multimodal.tokenizers.export_kinds import CODEBOOK, ExportKind, choose_kind
+from seed_multimodal.tokenizers.checkpoints import State, our_config, read_tower
+from seed_multimodal.tokenizers.encoder import CodeTokenizer
+from seed_multimodal.tokenizers.released import ENCODER_PARTS, TOWER, VISION_URL
+from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model
+from seed_multimodal.tokenizers.stage2 import Stage2Model
+from seed_multimodal.tokenizers.stage2_base import Stage2Base
 from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
 from seed_multimodal.weights import load_state_dict
 
-State = dict[str, Tensor]
+AUTO = "auto"
+CODEBOOK = "quantize.embedding.weight"
+KINDS: dict[str, type[Stage2Base]] = {"seed2": Stage2Model, "seed1": Seed1Stage2Model}
 
 
 @dataclass
 class Merged:
     """Tensors of the tokenizer without its tower, the tower, and where each name came from.
 
-    `files`: the names each file holds; `left_out`: names of the stage-2 file that another decode side owns.
+    Attributes:
+        kind: a key of `KINDS`.
+        files: the names each file holds; `left_out`: names of the stage-2 file that another decode side owns.
     """
 
-    kind: ExportKind
+    kind: str
     state: State
     tower: State
     origin: dict[str, str]
@@ -34,10 +46,41 @@ class Merged:
     left_out: dict[str, list[str]]
     tower_file: Path
 
+    @property
+    def stage2(self) -> type[Stage2Base]:
+        """The training module of stage 2."""
+        return KINDS[self.kind]
+
+    @property
+    def tokenizer(self) -> type[CodeTokenizer]:
+        """What the stages become."""
+        return self.stage2.tokenizer_class
+
 
 def part_of(name: str) -> str:
     """The first part of a tensor's name."""
     return name.split(".")[0]
+
+
+def choose_kind(asked: str, state: Mapping[str, Tensor], file: Path) -> str:
+    """The kind of a stage-2 checkpoint.
+
+    Args:
+        asked: `auto`, or a kind, which the checkpoint must then hold.
+
+    Raises:
+        ConfigError: no such kind. CheckpointError: the checkpoint is another kind's.
+    """
+    layouts = {kind: stage2.tokenizer_class.layout for kind, stage2 in KINDS.items()}
+    held = [kind for kind, layout in layouts.items() if layout.needed[0] in state]
+    if asked == AUTO:
+        return next(iter(held or KINDS))
+    if asked not in KINDS:
+        raise ConfigError(f"Unknown kind of tokenizer {asked!r}: use {', '.join((AUTO, *KINDS))}.")
+    if held and asked not in held:
+        raise CheckpointError(f"{file}: stage 2 of {layouts[held[0]].name} (it holds {layouts[held[0]].needed[0]!r}, "
+                              f"not {layouts[asked].needed[0]!r}); export it as {held[0]} or {AUTO}.")
+    return asked
 
 
 def merge(stage1: Path | None, stage2: Path, vision: Path | None, asked: str) -> Merged:
@@ -56,7 +99,7 @@ def merge(stage1: Path | None, stage2: Path, vision: Path | None, asked: str) ->
         raise CheckpointError(f"{stage2}: not a stage-2 checkpoint: it holds no {CODEBOOK!r} (its first "
                               f"tensor is {next(iter(late))!r}){advice}")
     kind = choose_kind(asked, late, stage2)
-    late, left_out = kind.rename(late)
+    late, left_out = KINDS[kind].tokenizer_class.released_names(late)
     # Buffers survive the saving rule, so a lone position_ids does not mean that stage 2 holds the Q-Former.
     trained = {part_of(name) for name in late if not name.endswith("position_ids")} & set(ENCODER_PARTS)
     state, origin = {}, {}
@@ -92,19 +135,16 @@ def sizes_of(config: TokenizerConfig | str | Path | None, merged: Merged, files:
     Raises:
         ConfigError: of the other kind of tokenizer. CheckpointError: no tensor shows a size.
     """
-    kind = merged.kind
+    kind = merged.tokenizer.config_class
     if isinstance(config, TokenizerConfig):
-        if not isinstance(config, kind.config):
+        if not isinstance(config, kind):
             raise ConfigError(f"The sizes given are a {config.name} tokenizer's, {files[0]} is a {kind.name} one's.")
         return config
-    if config is not None:
-        return kind.config.read(Path(config))
-    for file in files:
-        beside = our_config(file.parent, kind.config.model_type)
-        if beside is not None:
-            return kind.config.read(beside)
-    whole = {**merged.state, **{TOWER + name: value for name, value in merged.tower.items()}}
-    return kind.config.infer(whole, files[0])  # type: ignore[attr-defined]
+    beside = (found for file in files if (found := our_config(file.parent, kind.model_type)) is not None)
+    file = Path(config) if config is not None else next(beside, None)
+    if file is not None:
+        return kind.read(file)
+    return kind.infer({**merged.state, **{TOWER + name: value for name, value in merged.tower.items()}}, files[0])
 
 
 def _float(value: Tensor) -> Tensor:

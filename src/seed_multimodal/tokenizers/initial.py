@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.tokenizers.checkpoints import TOWER, VISION_FILES, VISION_URL, fill_tower, read_tower
-from seed_multimodal.tokenizers.clip_weights import load_clip_vision
-from seed_multimodal.tokenizers.pretrained_files import InitialReport, Log, find_file, find_folder, read_json, told
+from seed_multimodal.tokenizers.checkpoints import fill_tower, read_tower
+from seed_multimodal.tokenizers.pretrained_files import Log, find_file, find_folder, read_json
+from seed_multimodal.tokenizers.released import TOWER, VISION_FILES, VISION_URL
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.vision.eva import EvaVit
-from seed_multimodal.weights import assign_strictly, load_state_dict
+from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
-__all__ = ["InitialReport", "check_unclip", "load_blip2", "load_clip_vision", "load_eva"]
 BLIP2_FILES = ("blip2_pretrained.safetensors", "blip2_pretrained.pth")
 BLIP2_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/blip2_pretrained.pth"
 BLIP2_WHERE = f"download {BLIP2_URL} and give its path, for example pretrained/{BLIP2_FILES[-1]}"
@@ -39,7 +38,7 @@ WORDS = "Qformer.bert.embeddings.word_embeddings.weight"
 HEAD = "Qformer.cls.predictions."
 
 
-def load_blip2(model: Stage1Model, path_or_id: str | Path, log: Log = print) -> InitialReport:
+def load_blip2(model: Stage1Model, path_or_id: str | Path, log: Log = print) -> LoadReport:
     """Start stage 1 from BLIP-2: Q-Former (queries and text), `ln_vision`, projections and temperature.
 
     Args:
@@ -60,27 +59,30 @@ def load_blip2(model: Stage1Model, path_or_id: str | Path, log: Log = print) -> 
     state = {name: value for name, value in state.items() if not name.startswith(TOWER)}
     ignored = BLIP2_IGNORED if hasattr(model.Qformer, "cls") else (*BLIP2_IGNORED, "Qformer.cls.*")
     fitted = _fit_words(state, own)
-    loaded = assign_strictly(
+    report = assign_strictly(
         model, state, file, allow_unexpected=ignored,
         allow_missing=("visual_encoder.*", "embedding_head.*", "*position_ids", "Qformer.cls.*"))
-    return told(InitialReport(loaded.source, loaded.loaded, loaded.missing, [*loaded.ignored, *tower], fitted), log)
+    report.ignored += tower
+    report.fitted = fitted
+    if log is not None:
+        log(report.describe())
+    return report
 
 
-def load_eva(vit: EvaVit, path_or_id: str | Path, log: Log = print) -> InitialReport:
+def load_eva(vit: EvaVit, path_or_id: str | Path, log: Log = print) -> LoadReport:
     """Start the vision tower from `eva_vit_g.pth`: all blocks but the file's last, positions resized to the grid.
 
     Raises:
         CheckpointError: not there (says what to download), damaged, another model's, or of another size.
     """
     file = find_file(path_or_id, VISION_FILES, EVA_WHERE)
-    tower = read_tower(file)
-    report = InitialReport(**vars(fill_tower(vit, tower, file)))
-    if tower["pos_embed"].shape != vit.pos_embed.shape:
-        report.fitted["pos_embed"] = f"resized from {tuple(tower['pos_embed'].shape)} to {tuple(vit.pos_embed.shape)}"
-    return told(report, log)
+    report = fill_tower(vit, read_tower(file), file)
+    if log is not None:
+        log(report.describe())
+    return report
 
 
-def check_unclip(path_or_id: str | Path, embedding_dim: int, log: Log = print) -> InitialReport:
+def check_unclip(path_or_id: str | Path, embedding_dim: int, log: Log = print) -> LoadReport:
     """Whether a diffusers folder can draw image embeddings of width `embedding_dim`; reads sizes, loads no network.
 
     Returns:
@@ -102,7 +104,7 @@ def check_unclip(path_or_id: str | Path, embedding_dim: int, log: Log = print) -
     if wide != 2 * embedding_dim:
         raise CheckpointError(f"{folder / 'unet'}: its class embedding takes {wide} numbers, image embeddings of "
                               f"width {embedding_dim} with their noise level are {2 * embedding_dim}.")
-    report = InitialReport(str(folder), sorted(parts & {*UNCLIP_PARTS, *UNCLIP_OPTIONAL}),
+    report = LoadReport(str(folder), sorted(parts & {*UNCLIP_PARTS, *UNCLIP_OPTIONAL}),
                            [name for name in UNCLIP_OPTIONAL if name not in parts],
                            sorted(parts - {*UNCLIP_PARTS, *UNCLIP_OPTIONAL}))
     if log is not None:

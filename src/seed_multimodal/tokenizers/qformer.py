@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import setting
 from seed_multimodal.vision.layers import LayerNorm, heads_first, heads_last
 
 MASKED = -10000.0
@@ -27,20 +28,18 @@ class QFormerConfig:
     `causal_queries`: the number of queries at which their self-attention becomes causal (released: exactly 32).
     """
 
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_width: int = 3072
-    cross_attention_freq: int = 2
-    max_positions: int = 512
-    dropout: float = 0.1
-    causal_queries: int = 32
+    width: int = setting(768, least=1)
+    depth: int = setting(12, least=1)
+    heads: int = setting(12, least=1)
+    mlp_width: int = setting(3072, least=1)
+    cross_attention_freq: int = setting(2, least=1)
+    max_positions: int = setting(512, least=1)
+    dropout: float = setting(0.1, least=0, most=1)
+    causal_queries: int = setting(32, least=0)
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ConfigError(f"The Q-Former width {self.width} does not divide into {self.heads} heads.")
-        if self.dropout > 1:
-            raise ConfigError(f"The Q-Former's dropout must be at most 1, not {self.dropout}.")
 
 
 class _Projections(nn.Module):

@@ -12,72 +12,59 @@ Attribute names are the released ones, so the state dict is the released 917 key
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.tokenizers.encoder import CodeTokenizer, chunked, evaluating
+from seed_multimodal.settings import setting
+from seed_multimodal.tokenizers.encoder import CodeTokenizer
 from seed_multimodal.tokenizers.layers import Block, run_blocks
 from seed_multimodal.tokenizers.qformer import QFormer, QFormerConfig
-from seed_multimodal.tokenizers.tokenizer_config import Shapes, TokenizerConfig, count_layers
-from seed_multimodal.vision.eva import EvaConfig
+from seed_multimodal.tokenizers.released import IMAGE_BRANCH, REBUILDING, SEED1, TRAINING_ONLY
+from seed_multimodal.tokenizers.tokenizer_config import REVERSE_LAYERS, Shapes, TokenizerConfig
 
-MODEL_TYPE = "seed1_tokenizer"
-REVERSE_LAYERS = "Reverse_Qformer.bert.encoder.layer"
+# The training code's names of the text branch → the released ones.
+TEXT_NAMES = {"Reverse_Qformer_text.": "Reverse_Qformer.", "reverse_tokens_text": "reverse_tokens"}
 
 
 @dataclass(frozen=True)
 class Seed1Config(TokenizerConfig):
     """All sizes: `text_tokens` embeddings of `text_features_dim` come out (77 of 768: what SD 1's text encoder gives).
 
-    `normalize_codes` and `codebook_sections` are ours, as in `Seed2Config`: codes on the unit sphere (released: off),
-    a part of the codebook for each position (released: 1, all from all).
+    What the original decided by magic numbers stands here: the Q-Former is causal at `qformer.causal_queries` queries,
+    the Reverse Q-Former never is, and its depth is `reverse_depth`.
     """
 
-    model_type: ClassVar[str] = MODEL_TYPE
-    name: ClassVar[str] = "SEED-1"
+    model_type: ClassVar[str] = "seed1_tokenizer"
+    name: ClassVar[str] = SEED1.name
 
-    vit: EvaConfig = field(default_factory=EvaConfig)
-    qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    num_query: int = 32
-    codebook_size: int = 8192
-    codebook_dim: int = 32
-    decode_depth: int = 4
-    decode_heads: int = 12
-    reverse_depth: int = 4
-    text_tokens: int = 77
-    text_features_dim: int = 768
-    normalize_codes: bool = False
-    codebook_sections: int = 1
+    text_tokens: int = setting(77, least=1)
+    text_features_dim: int = setting(768, least=1)
 
     @property
     def reverse_qformer(self) -> QFormerConfig:
         """The Reverse Q-Former: as the Q-Former, but shallower and with full attention among its queries."""
         return dataclasses.replace(self.qformer, depth=self.reverse_depth, causal_queries=0)
 
-    @classmethod
-    def infer(cls, state: Mapping[str, Tensor], source: str | Path) -> Seed1Config:
-        """Sizes from the shapes in a flat checkpoint that holds `visual_encoder.*` too.
+    @property
+    def embedding_shape(self) -> tuple[int, ...]:
+        """One embedding per text token."""
+        return (self.text_tokens, self.text_features_dim)
 
-        Raises:
-            CheckpointError: a tensor that shows a size is missing, or a width is not the released one (weights do not
-                show the number of attention heads).
-        """
-        shape = Shapes(state, source, cls)
-        codebook = shape("quantize.embedding.weight")
-        return cls(vit=shape.vit(), qformer=shape.qformer(), num_query=shape("query_tokens")[1],
-                   codebook_size=codebook[0], codebook_dim=codebook[1], decode_depth=count_layers(state, "blocks_text"),
-                   reverse_depth=count_layers(state, REVERSE_LAYERS), text_tokens=shape("reverse_tokens")[1],
-                   text_features_dim=shape("distill_text_proj.weight")[0])
+    @classmethod
+    def own_sizes(cls, shape: Shapes) -> dict[str, Any]:
+        """Sizes of the text decoder."""
+        return {"decode_depth": shape.layers("blocks_text"), "reverse_depth": shape.layers(REVERSE_LAYERS),
+                "text_tokens": shape("reverse_tokens")[1], "text_features_dim": shape("distill_text_proj.weight")[0]}
 
 
 class Seed1Tokenizer(CodeTokenizer):
     """Encoder, codebook and decoder; sizes from `config`. Construct, or load with `from_pretrained`."""
 
+    layout, config_class = SEED1, Seed1Config
     config: Seed1Config
 
     def __init__(self, config: Seed1Config, *, ema_decay: float | None = None) -> None:
@@ -92,19 +79,6 @@ class Seed1Tokenizer(CodeTokenizer):
         self.blocks_text = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
         self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
         self.distill_text_proj = nn.Linear(width, config.text_features_dim)
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor | Sequence, *, batch_size: int | None = None) -> Tensor:
-        """Codes `[B, 32]` (or one row of 32) → embeddings `[B, text_tokens, text_features_dim]`.
-
-        Raises:
-            CodesError: wrong number of codes, or one outside the codebook.
-        """
-        codes = self.check_codes(codes)
-        with evaluating(self):
-            return chunked(lambda part: self.decode_embeddings(self.quantize.lookup(part)), codes, batch_size,
-                           torch.empty(0, self.config.text_tokens, self.config.text_features_dim, device=self.device,
-                                       dtype=self.dtype))
 
     def predict(self, images: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """The original's one method: images `[B, 3, S, S]` → (codes `[B, 32]`, embeddings of those codes).
@@ -128,12 +102,26 @@ class Seed1Tokenizer(CodeTokenizer):
         return self.distill_text_proj(self.reverse_queries(self.text_blocks(self.upsample(quant_BQd))))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, vision: str | Path | None = None,
-                        config: Seed1Config | None = None, image_size: int | None = None,
-                        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-                        log: Callable[[str], None] | None = None) -> Seed1Tokenizer:
-        """Load our folder or the released layout, in eval mode; see `seed1_loading.load_seed1`."""
-        from seed_multimodal.tokenizers.seed1_loading import load_seed1
+    def ignored_names(cls, config: Seed1Config) -> Sequence[str]:
+        """Training-only names, the image branch's among them."""
+        return (*TRAINING_ONLY, *IMAGE_BRANCH, *REBUILDING)
 
-        return load_seed1(source, vision=vision, config=config, image_size=image_size, device=device, dtype=dtype,
-                          log=log)
+    @classmethod
+    def released_names(cls, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """The published training code's names → the released ones, and the names left out.
+
+        That code holds this decoder as its text branch (`_text`) beside SEED-2's image branch; with a text branch
+        present, unsuffixed `Reverse_Qformer`/`reverse_tokens` belong to the image branch.
+        """
+        if not any(name.startswith(tuple(TEXT_NAMES)) for name in state):
+            return dict(state), []
+        renamed, left_out = {}, []
+        for name, value in state.items():
+            own = next((prefix for prefix in TEXT_NAMES if name.startswith(prefix)), None)
+            if own is not None:
+                renamed[TEXT_NAMES[own] + name.removeprefix(own)] = value
+            elif name.startswith(tuple(TEXT_NAMES.values())):
+                left_out.append(name)
+            else:
+                renamed[name] = value
+        return renamed, left_out

@@ -1,16 +1,13 @@
 """SEED-1's stage 2: codes between the frozen Q-Former and two decoders, one back to its queries, one to text features.
 
-Loss = 5 · codebook + 2 · (1 - cosine to the Q-Former's output) + 0.5 · MSE to the text features of the caption, the
-77 x 768 states that Stable Diffusion 1 is conditioned on. SEED-1's own training code was never published; this is the
-text branch that its successor's code still holds, with that code's weights.
-The model is a `Seed1Tokenizer` with losses and the blocks that rebuild the queries (`pos_embed`, `blocks`: training
-only): `to_tokenizer()` hands the trained weights over. What is frozen, dropout, corrupted codes and the warm-up are
-`codebook_training`'s.
+The decode side's loss is 0.5 · MSE to the text features of the caption, the 77 x 768 states that Stable Diffusion 1 is
+conditioned on; the rest is `stage2_base`'s. SEED-1's own training code was never published; this is the text branch
+that its successor's code still holds, with that code's weights. The blocks that rebuild the queries (`pos_embed`,
+`blocks`) exist in training only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,21 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.codebook_training import CodebookOutput, CodebookTraining, CodebookWeights
-from seed_multimodal.tokenizers.encoder import ENCODER_PARTS
-from seed_multimodal.tokenizers.layers import Block, run_blocks
+from seed_multimodal.settings import setting
+from seed_multimodal.tokenizers.layers import Block
 from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
-from seed_multimodal.tokenizers.seed1_loading import IGNORED, rename_training
-from seed_multimodal.weights import LoadReport, assign_strictly
-
-RECON_PARTS = ("pos_embed", "blocks")
+from seed_multimodal.tokenizers.stage2_base import CodebookOutput, CodebookWeights, Stage2Base
 
 
 @dataclass(frozen=True)
 class Seed1Stage2Weights(CodebookWeights):
     """Factor of each loss term."""
 
-    distil_text: float = 0.5
+    distil_text: float = setting(0.5, least=0)
 
 
 @dataclass(kw_only=True)
@@ -45,7 +38,7 @@ class Seed1Stage2Output(CodebookOutput):
     text_embeds: Tensor
 
 
-class Seed1Stage2Model(CodebookTraining, Seed1Tokenizer):
+class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
     """Codebook training towards text features.
 
     Args:
@@ -53,15 +46,14 @@ class Seed1Stage2Model(CodebookTraining, Seed1Tokenizer):
         weights: factors of the loss terms.
         text_encoder: frozen `CLIPTextModel` (Stable Diffusion's) whose `last_hidden_state` of the caption is the
             target when `forward` gets none.
-        freeze_qformer, frozen_dropout, corrupt, nested: see `CodebookTraining.start_training`.
+        freeze_qformer, frozen_dropout, corrupt, nested: see `Stage2Base.start_training`.
         ema_decay: moving-average codebook instead of the codebook loss.
 
     Raises:
         ConfigError: a probability outside 0..1, or a text encoder of another width.
     """
 
-    tokenizer_class = Seed1Tokenizer
-    target_tower = "text_encoder"
+    tokenizer_class, output_class, target_tower = Seed1Tokenizer, Seed1Stage2Output, "text_encoder"
     weights: Seed1Stage2Weights
 
     def __init__(self, config: Seed1Config, *, weights: Seed1Stage2Weights | None = None,
@@ -80,15 +72,11 @@ class Seed1Stage2Model(CodebookTraining, Seed1Tokenizer):
                             nested=nested)
 
     def train(self, mode: bool = True) -> Self:
-        """As the base class; the text encoder stays in eval mode too."""
+        """As the base class; the text encoder stays in eval mode too (SEED-2's CLIP does not, as released)."""
         super().train(mode)
         if self.text_encoder is not None:
             self.text_encoder.eval()
         return self
-
-    def rebuild_queries(self, up_BQD: Tensor) -> Tensor:
-        """`upsample`d codes → the Q-Former output they stand for `[B, 32, D]` (training objective)."""
-        return run_blocks(up_BQD + self.pos_embed, self.blocks)
 
     def forward(self, images: Tensor | None, target: Tensor | None = None, *, input_ids: Tensor | None = None,
                 vit_features: Tensor | None = None, query_features: Tensor | None = None, quantize: bool = True,
@@ -109,14 +97,17 @@ class Seed1Stage2Model(CodebookTraining, Seed1Tokenizer):
         if query_features is None:
             query_features = self.encoder_output(images, vit_features)
         target = self.text_features(input_ids) if target is None else target
-        self._check_target(target, len(query_features))
-        coded = self.through_codes(query_features, quantize, generator)
-        recon_s = self.rebuild_queries(coded.query_up)
-        text_tokens = self.text_blocks(coded.query_up)
-        text_embeds = self.distill_text_proj(self.reverse_queries(text_tokens))
-        losses = {"loss_distil_text": self.weights.distil_text * F.mse_loss(text_embeds.float(), target.float())}
-        return self.output(Seed1Stage2Output, coded, recon_s, target, losses, text_tokens=text_tokens,
-                           text_embeds=text_embeds)
+        wanted = [len(query_features), *self.config.embedding_shape]
+        if list(target.shape) != wanted:
+            raise ConfigError(f"The target text features must be {wanted}, got {list(target.shape)}.")
+        return self.through_codes(query_features, target, quantize, generator)
+
+    def distil(self, query_up: Tensor, target: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Upsampled codes `[B, 32, D]` → distillation loss; the text branch's activations."""
+        tokens = self.text_blocks(query_up)
+        embeds = self.distill_text_proj(self.reverse_queries(tokens))
+        losses = {"loss_distil_text": self.weights.distil_text * F.mse_loss(embeds.float(), target.float())}
+        return losses, {"text_tokens": tokens, "text_embeds": embeds}
 
     @torch.no_grad()
     def text_features(self, input_ids: Tensor | None) -> Tensor:
@@ -129,24 +120,3 @@ class Seed1Stage2Model(CodebookTraining, Seed1Tokenizer):
             raise ConfigError("Stage 2 of SEED-1 needs target text features: give target, or text_encoder and "
                               "input_ids.")
         return self.text_encoder(input_ids=input_ids).last_hidden_state
-
-    def _check_target(self, target: Tensor, count: int) -> None:
-        wanted = [count, self.config.text_tokens, self.config.text_features_dim]
-        if list(target.shape) != wanted:
-            raise ConfigError(f"The target text features must be {wanted}, got {list(target.shape)}.")
-
-    def load_training(self, state: Mapping[str, Tensor], source: str = "the stage-2 checkpoint") -> LoadReport:
-        """Go on from a stage-2 checkpoint, ours or the published training code's (text branch, `_text` names).
-
-        What training freezes (tower, Q-Former) may be missing and stays as it is; a whole encoder is taken too.
-
-        Raises:
-            CheckpointError: anything of the decode side missing, or tensors that belong to neither.
-        """
-        renamed, left_out = rename_training(state)
-        own = self.state_dict()
-        frozen = [name for name in own if name.split(".")[0] in (*ENCODER_PARTS, "text_encoder")]
-        ignored = [pattern for pattern in IGNORED if pattern.split(".")[0] not in RECON_PARTS]
-        report = assign_strictly(self, renamed, source, allow_missing=frozen, allow_unexpected=ignored)
-        report.ignored += left_out
-        return report

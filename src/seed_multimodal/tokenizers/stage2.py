@@ -1,9 +1,7 @@
-"""Stage 2: a codebook between the frozen Q-Former and two decoders, one back to its queries, one to an image embedding.
+"""SEED-2's stage 2: a codebook between the frozen Q-Former and two decoders, to its queries and to an image embedding.
 
-Loss = 5 · codebook + 2 · (1 - cosine to the Q-Former's output) + 0.5 · MSE to the target image embedding.
-The model is a `Seed2Tokenizer` with losses: `to_tokenizer()` hands the trained weights over without copying names.
-What is frozen, dropout, corrupted codes and the warm-up are `codebook_training`'s.
-Ours, off by default: a read-out loss.
+The decode side's loss is 0.5 · MSE to the target image embedding; the rest is `stage2_base`'s. Ours, off by default: a
+read-out loss.
 """
 
 from __future__ import annotations
@@ -15,16 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.codebook_training import CodebookOutput, CodebookTraining, CodebookWeights
+from seed_multimodal.settings import setting
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
+from seed_multimodal.tokenizers.stage2_base import CodebookOutput, CodebookWeights, Stage2Base
 
 
 @dataclass(frozen=True)
 class Stage2Weights(CodebookWeights):
     """Factor of each loss term; `readout` multiplies the read-out loss if a read-out matrix is given."""
 
-    distil_image: float = 0.5
-    readout: float = 1.0
+    distil_image: float = setting(0.5, least=0)
+    readout: float = setting(1.0, least=0)
 
 
 @dataclass(kw_only=True)
@@ -37,20 +36,19 @@ class Stage2Output(CodebookOutput):
     image_embeds: Tensor
 
 
-class Stage2Model(CodebookTraining, Seed2Tokenizer):
+class Stage2Model(Stage2Base, Seed2Tokenizer):
     """Codebook training.
 
     Args:
         config: sizes; the published training code used `use_qformer_image=True, reverse_depth=4`.
         weights: factors of the loss terms.
         clip_model: frozen model whose output's `.image_embeds` is the target when `forward` gets none.
-        freeze_qformer, frozen_dropout, corrupt, nested: see `CodebookTraining.start_training`.
+        freeze_qformer, frozen_dropout, corrupt, nested: see `Stage2Base.start_training`.
         readout_weight: `W` `[M, E]`; adds `mse(W ê, W e)`, for example a read-out of VAE latents.
         ema_decay: moving-average codebook instead of the codebook loss.
     """
 
-    tokenizer_class = Seed2Tokenizer
-    target_tower = "clip_model"
+    tokenizer_class, output_class, target_tower = Seed2Tokenizer, Stage2Output, "clip_model"
     weights: Stage2Weights
     readout_weight: Tensor | None
 
@@ -79,15 +77,15 @@ class Stage2Model(CodebookTraining, Seed2Tokenizer):
         """
         if query_features is None:
             query_features = self.encoder_output(images, vit_features)
-        target = self._target(images, target)
-        coded = self.through_codes(query_features, quantize, generator)
-        recon_s = self.rebuild_queries(coded.query_up) if self.config.recon_s else None
-        image_tokens = self.image_tokens(coded.query_up)
-        image_embeds = self.project_image(image_tokens)
-        losses = {"loss_distil_image": self.weights.distil_image * F.mse_loss(image_embeds.float(), target.float()),
-                  "loss_readout": self._readout(image_embeds, target)}
-        return self.output(Stage2Output, coded, recon_s, target, losses, image_tokens=image_tokens,
-                           image_embeds=image_embeds)
+        return self.through_codes(query_features, self._target(images, target), quantize, generator)
+
+    def distil(self, query_up: Tensor, target: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Upsampled codes `[B, 32, D]` → distillation and read-out loss; the image branch's activations."""
+        tokens = self.image_tokens(query_up)
+        embeds = self.project_image(tokens)
+        losses = {"loss_distil_image": self.weights.distil_image * F.mse_loss(embeds.float(), target.float()),
+                  "loss_readout": self._readout(embeds, target)}
+        return losses, {"image_tokens": tokens, "image_embeds": embeds}
 
     def _target(self, images: Tensor | None, target: Tensor | None) -> Tensor:
         if target is not None:

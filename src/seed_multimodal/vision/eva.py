@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError, ImageError
+from seed_multimodal.settings import setting
 from seed_multimodal.vision.checkpointing import checkpoint_layers
 from seed_multimodal.vision.layers import LayerNorm, Mlp, heads_first, heads_last
 
@@ -26,12 +27,12 @@ class EvaConfig:
     `grad_checkpoint`: computes the blocks again going backward instead of keeping their activations.
     """
 
-    image_size: int = 224
-    patch_size: int = 14
-    width: int = 1408
-    depth: int = 39
-    heads: int = 16
-    mlp_width: int = 6144
+    image_size: int = setting(224, least=1)
+    patch_size: int = setting(14, least=1)
+    width: int = setting(1408, least=1)
+    depth: int = setting(39, least=1)
+    heads: int = setting(16, least=1)
+    mlp_width: int = setting(6144, least=1)
     grad_checkpoint: bool = False
 
     def __post_init__(self) -> None:

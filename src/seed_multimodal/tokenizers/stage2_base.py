@@ -1,8 +1,11 @@
 """What both stages 2 share: a frozen encoder, codes that are damaged on purpose, and the losses of the codebook.
 
+    Loss = 5 · codebook + 2 · (1 - cosine to the Q-Former's output) + the decode side's own distillation loss
+
 SEED-2's (`stage2.Stage2Model`) ends in an image embedding, SEED-1's (`seed1_stage2.Seed1Stage2Model`) in text features.
-Each derives from `CodebookTraining` and then from its tokenizer: it is that tokenizer with losses.
-Peculiar: as released the frozen Q-Former stays in train mode, so its dropout makes codes and targets noisy
+Each derives from `Stage2Base` and then from its tokenizer: it is that tokenizer with losses, and `to_tokenizer()` hands
+the trained weights over without copying names.
+As released the frozen Q-Former stays in train mode, so its dropout makes codes and targets noisy
 (`frozen_dropout=False` stops that). Unused codes receive no gradient but are weight-decayed if the optimiser does so.
 Ours, off by default: training the Q-Former too, corrupted codes, a prefix of the codes, and no quantiser (warm-up).
 """
@@ -11,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.encoder import ENCODER_PARTS, CodeTokenizer
+from seed_multimodal.settings import setting
+from seed_multimodal.tokenizers.encoder import CodeTokenizer
+from seed_multimodal.tokenizers.released import ENCODER_PARTS, TOWER
 from seed_multimodal.weights import LoadReport, assign_strictly
 
 
@@ -25,8 +30,8 @@ from seed_multimodal.weights import LoadReport, assign_strictly
 class CodebookWeights:
     """Factors of the loss terms that both stages 2 have."""
 
-    embed: float = 5.0
-    recon_s: float = 2.0
+    embed: float = setting(5.0, least=0)
+    recon_s: float = setting(2.0, least=0)
 
 
 @dataclass(kw_only=True)
@@ -49,32 +54,17 @@ class CodebookOutput:
     target: Tensor
 
 
-Output = TypeVar("Output", bound=CodebookOutput)
-
-
-@dataclass
-class Coded:
-    """Q-Former output `query_output` `[B, 32, D]` on its way through the codebook: `pre_quant` and (damaged) `quant`
-    `[B, 32, d]`, `query_up` `[B, 32, D]`, the codebook's unweighted loss, and the codes if it was used."""
-
-    query_output: Tensor
-    pre_quant: Tensor
-    quant: Tensor
-    query_up: Tensor
-    loss_embed_raw: Tensor
-    indices: Tensor | None
-
-
-class CodebookTraining(CodeTokenizer):
+class Stage2Base(CodeTokenizer):
     """Mixed in before the tokenizer's class.
 
     Attributes:
-        tokenizer_class: what `to_tokenizer` makes.
+        tokenizer_class: what `to_tokenizer` makes. output_class: what `forward` returns.
         target_tower: name of the frozen model that makes the target, which may be None.
         weights: factors of the loss terms.
     """
 
     tokenizer_class: ClassVar[type[CodeTokenizer]]
+    output_class: ClassVar[type[CodebookOutput]]
     target_tower: ClassVar[str]
     weights: CodebookWeights
 
@@ -120,10 +110,12 @@ class CodebookTraining(CodeTokenizer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_qformer):
             return self.query_features_from(self.ln_vision(vit))
 
-    def through_codes(self, query_features: Tensor, quantize: bool, generator: torch.Generator | None) -> Coded:
-        """Q-Former output `[B, 32, D]` → codes, damaged as asked for in training, → the decoders' common input.
+    def through_codes(self, query_features: Tensor, target: Tensor, quantize: bool,
+                      generator: torch.Generator | None) -> Any:
+        """Q-Former output `[B, 32, D]` → codes, damaged as asked for in training, → both decoders: the output.
 
         Args:
+            target: what the decode side should make of the codes.
             quantize: False lets the features themselves through (warm-up before `quantize.init_from`).
             generator: draws the damage.
         """
@@ -133,17 +125,21 @@ class CodebookTraining(CodeTokenizer):
             quant = self.keep_prefix(self.corrupt_codes(quant, generator), generator)
         else:
             quant, embed_raw, indices = self.quantize.prepare(pre_quant), pre_quant.new_zeros(()), None
-        return Coded(query_features, pre_quant, quant, self.upsample(quant), embed_raw, indices)
+        query_up = self.upsample(quant)
+        loss_embed, loss_recon, recon_s = self.weights.embed * embed_raw, query_up.new_zeros(()), None
+        if hasattr(self, "blocks"):
+            recon_s = self.rebuild_queries(query_up)
+            loss_recon = self.weights.recon_s * (1 - cosine(recon_s, query_features.detach())).mean()
+        losses, activations = self.distil(query_up, target)
+        return self.output_class(
+            loss=sum(losses.values(), loss_embed + loss_recon), loss_embed=loss_embed, loss_recon_s=loss_recon,
+            loss_embed_raw=embed_raw, indices=indices, pre_quant=pre_quant, quant=quant, query_output=query_features,
+            query_up=query_up, recon_s=recon_s, target=target, **losses, **activations)
 
-    def output(self, kind: type[Output], coded: Coded, recon_s: Tensor | None, target: Tensor,
-               losses: Mapping[str, Tensor], **activations: Tensor) -> Output:
-        """What `forward` returns, of class `kind`: the shared terms, the stage's own (weighted) `losses`, their sum."""
-        loss_embed = self.weights.embed * coded.loss_embed_raw
-        loss_recon = coded.query_up.new_zeros(())
-        if recon_s is not None:
-            loss_recon = self.weights.recon_s * (1 - cosine(recon_s, coded.query_output.detach())).mean()
-        return kind(loss=sum(losses.values(), loss_embed + loss_recon), loss_embed=loss_embed, loss_recon_s=loss_recon,
-                    recon_s=recon_s, target=target, **vars(coded), **losses, **activations)
+    def distil(self, query_up: Tensor, target: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The decode side: `upsample`d codes `[B, 32, D]` → its weighted losses and its activations, by the names in
+        `output_class`."""
+        raise NotImplementedError
 
     def corrupt_codes(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
         """Codebook rows `[B, 32, d]`, in training some of them others' (see `corrupt`)."""
@@ -175,9 +171,9 @@ class CodebookTraining(CodeTokenizer):
         own = self.state_dict()
         state = {name: value for name, value in state.items() if name in own and name.split(".")[0] in ENCODER_PARTS}
         rest = [name for name in own if name.split(".")[0] not in ENCODER_PARTS]
-        tower = [name for name in own if name.startswith("visual_encoder.")]
-        has_tower = any(name in state for name in tower)
-        return assign_strictly(self, state, source, allow_missing=rest if has_tower else rest + tower)
+        if not any(name.startswith(TOWER) for name in state):
+            rest += [name for name in own if name.startswith(TOWER)]
+        return assign_strictly(self, state, source, allow_missing=rest)
 
     def to_tokenizer(self) -> Any:
         """The trained `tokenizer_class` in eval mode; its tensors are this model's own, not copies."""
