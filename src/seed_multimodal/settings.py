@@ -165,7 +165,10 @@ def _as_one(option: Any, value: Any, where: str) -> tuple[bool, Any]:
             return True, read_settings(option, value, where)  # type: ignore[arg-type]
         return isinstance(value, option), value  # type: ignore[arg-type]
     if option is float:
-        return number, float(value) if number else None
+        try:
+            return number, float(value) if number else None
+        except OverflowError:  # a whole number beyond all floats
+            return True, math.inf
     if option is int:
         return number and isinstance(value, int), value
     if option is Path:

@@ -263,12 +263,12 @@ def test_noise_comes_from_other_pictures_of_the_source(tmp_path: Path, words, sh
     ({"lenght": 4}, "did you mean 'length'"),
     ({"too_long": "splitt"}, "did you mean 'split'"),
     ({"concat_type": "mux"}, "concat_type"),
-    ({"length": 0}, "length must be a positive whole number"),
-    ({"rows": True}, "rows must be a positive whole number"),
-    ({"seed": -1}, "seed"),
+    ({"length": 0}, "data: length must be at least 2, not 0"),
+    ({"rows": True}, "data: rows must be a whole number, not True"),
+    ({"seed": -1}, "data: seed must be at least 0, not -1"),
     ({"packing": "yes"}, "packing must be true or false"),
     ({"sources": []}, "at least one source"),
-    ({"buffer": 0}, "buffer must be a positive number"),
+    ({"buffer": 0}, "data: buffer must be above 0, not 0"),
 ])
 def test_settings_that_make_no_sense(mixed: Callable, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -277,12 +277,12 @@ def test_settings_that_make_no_sense(mixed: Callable, change: dict[str, Any], me
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"wieght": 1}, "did you mean 'weight'"),
-    ({"weight": 0}, r"sources\[0\] \(captions\): weight must be a positive number"),
-    ({"cycles": 0}, "cycles must be a positive whole number"),
-    ({"decoder": None}, "needs a value for 'decoder'"),
+    ({"weight": 0}, r"sources\[0\] \(captions\): weight must be above 0, not 0"),
+    ({"cycles": 0}, "cycles must be at least 1, not 0"),
+    ({"decoder": None}, "decoder is needed"),
     ({"name": "texts"}, "two sources named 'texts'"),
     ({"batch_size": 4}, "'captions' has a batch_size and 'documents' has none"),
-    ({"files": 3}, "files must be a path"),
+    ({"files": 3}, "files must be a text or a list, not 3"),
 ])
 def test_sources_that_make_no_sense(mixed: Callable, change: dict[str, Any], message: str) -> None:
     config = mixed()
@@ -327,7 +327,7 @@ def test_weights_of_any_size_are_shares(mixed: Callable) -> None:
             source["weight"] = size
         assert read_data_settings(config).draw_weights() == pytest.approx([1 / 3] * 3)
     config["sources"][0]["weight"] = 10 ** 400
-    with pytest.raises(ConfigError, match="weight must be a positive number"):
+    with pytest.raises(ConfigError, match="weight must be a finite number"):
         read_data_settings(config)
 
 

@@ -119,7 +119,7 @@ def test_released_files_may_hold_settings_of_ours() -> None:
     ({"sample_weight": [1.0]}, "did you mean 'sample_weights'"),
     ({"datapipes": []}, "at least one source"),
     ({"datapipes": ["x"]}, r"datapipes\[0\]: must be a mapping"),
-    ({"sample_weights": [0]}, "weight must be a positive number"),
+    ({"sample_weights": [0]}, "weight must be above 0, not 0"),
 ])
 def test_mixtures_that_make_no_sense(change: dict[str, Any], message: str) -> None:
     config = {"_target_": "src.data.torchdata_train.build_multi_datapipes",
@@ -134,7 +134,7 @@ def test_mixtures_that_make_no_sense(change: dict[str, Any], message: str) -> No
     ({"_target_": "src.data.torchdata_train.build_caption_datapipes"}, "is none of the released"),
     ({"reverse_ration": 0.5}, r"datapipes\[0\]: unknown key 'reverse_ration' \(did you mean 'reverse_ratio'"),
     ({"data_dir": None}, "needs a value for 'data_dir'"),
-    ({"cycle_count": 0}, "cycles must be a positive"),
+    ({"cycle_count": 0}, "cycles must be at least 1, not 0"),
 ])
 def test_sources_that_make_no_sense(change: dict[str, Any], message: str) -> None:
     pipe = {"_target_": CAPTION, "data_dir": "a", **change}

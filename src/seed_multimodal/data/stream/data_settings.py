@@ -10,24 +10,22 @@
     length: 2048
     rows: 4
 
-A mapping with `datapipes` or a `_target_` is one of the released data files; `data.stream.released_settings` reads it.
+A mapping with `datapipes` or a `_target_` is one of the released data files; `stream.released_settings` reads it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.settings import check_keys, nearest
+from seed_multimodal.data.stream.released_settings import is_released, released_data_config
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import read_settings, setting
 
-TOO_LONG = ("skip", "truncate", "split")
-CONCAT_TYPES = ("sample", "concat", "mux_longest")
 Files = str | list[str]
 
 
@@ -36,8 +34,8 @@ class SourceSettings:
     """One source of sequences.
 
     Attributes:
-        files: as `data.formats.records.open_records` takes them; `format` too.
-        decoder: a name of `data.decoders.registry.get_decoder`; `options` go to it.
+        files: as `formats.records.open_records` takes them; `format` too.
+        decoder: a name of `decoders.registry.get_decoder`; `options` go to it.
         weight: share of the draws, relative to the other sources'. A draw is one micro-batch of `batch_size` sequences
             without packing, as released. With packing it is one sequence, and the weight counts `batch_size`-fold if
             the sources have batch sizes: so the numbers of sequences per source are the released ones either way.
@@ -50,11 +48,11 @@ class SourceSettings:
     files: Files
     decoder: str
     format: str = "auto"
-    options: dict[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-    cycles: int | None = None
-    max_length: int | None = None
-    batch_size: int | None = None
+    options: dict[str, Any] = setting(factory=dict)
+    weight: float = setting(1.0, above=0)
+    cycles: int | None = setting(None, least=1)
+    max_length: int | None = setting(None, least=1)
+    batch_size: int | None = setting(None, least=1)
 
 
 @dataclass
@@ -70,22 +68,22 @@ class LlmDataSettings:
             skipped). Each is counted and named. Without packing sequences are cut, as released, and counted.
         max_bad_in_a_row: so many broken records one after another end the run.
         concat_type: `sample` (weighted draws), `concat` (one source after the other), `mux_longest` (in turn).
-        lanes: independent streams of draws, see `data.stream.packed`; None: a number chosen at the first start.
+        lanes: independent streams of draws, see `stream.stream_plan`; None: a number chosen at the first start.
         shuffle_block: samples of a source with several files that are shuffled among each other (reads stay near).
-        buffer: tokens of sequences, in rows of `length`, that a lane looks ahead for packing.
+        buffer: tokens of sequences, in rows of `length`, that a stream looks ahead for packing.
     """
 
     sources: list[SourceSettings]
     packing: bool = True
-    length: int = 2048
-    rows: int = 1
-    too_long: str = "skip"
-    max_bad_in_a_row: int = 20
-    seed: int = 0
-    concat_type: str = "sample"
-    lanes: int | None = None
-    shuffle_block: int = 10_000
-    buffer: float = 2.0
+    length: int = setting(2048, least=2)
+    rows: int = setting(1, least=1)
+    too_long: str = setting("skip", choices=("skip", "truncate", "split"))
+    max_bad_in_a_row: int = setting(20, least=1)
+    seed: int = setting(0, least=0)
+    concat_type: str = setting("sample", choices=("sample", "concat", "mux_longest"))
+    lanes: int | None = setting(None, least=1)
+    shuffle_block: int = setting(10_000, least=1)
+    buffer: float = setting(2.0, above=0)
 
     def draw_weights(self) -> list[float]:
         """Weight of one draw of each source, summing to 1 (see `SourceSettings.weight`)."""
@@ -101,21 +99,15 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
     Raises:
         ConfigError: unknown, missing or contradictory keys; it names the key, and the nearest known one.
     """
-    from seed_multimodal.data.stream.released_settings import is_released, released_data_config
-
-    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
-    if not isinstance(plain, Mapping):
-        raise ConfigError(f"{where}: must be a mapping of keys to values.")
-    settings = {str(key): value for key, value in plain.items()}
-    if is_released(settings):
-        settings = released_data_config(settings, where)
-    check_keys(settings, [f.name for f in fields(LlmDataSettings)], where)
-    if settings.get("packing") in ("on", "off"):  # YAML's words for true and false, which overrides leave as texts
-        settings["packing"] = settings["packing"] == "on"
-    sources = _read_sources(settings.pop("sources", None), where)
-    read = LlmDataSettings(sources=sources, **settings)
-    _check(read, where)
-    return read
+    plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    given = _mapping(plain, where)
+    if is_released(given):
+        given = released_data_config(given, [one.name for one in fields(LlmDataSettings)], where)
+    if given.get("packing") in ("on", "off"):  # YAML's words for true and false, which overrides leave as texts
+        given["packing"] = given["packing"] == "on"
+    settings = read_settings(LlmDataSettings, {**given, "sources": _read_sources(given.get("sources"), where)}, where)
+    _check_sources(settings, where)
+    return settings
 
 
 def _read_sources(given: Any, where: str) -> list[SourceSettings]:
@@ -127,15 +119,16 @@ def _read_sources(given: Any, where: str) -> list[SourceSettings]:
     sources: list[SourceSettings] = []
     for number, one in enumerate(given):
         here = f"{where}: sources[{number}]"
-        one = _mapping(one, here)
-        check_keys(one, [f.name for f in fields(SourceSettings)], here)
-        for key in ("files", "decoder"):
-            if not one.get(key):
-                raise ConfigError(f"{here}: needs a value for {key!r}.")
-        one["files"] = _files(one["files"], here)
-        one["name"] = _unique(str(one.get("name") or _name(one["files"])), sources, explicit=bool(one.get("name")),
-                              where=here)
-        sources.append(SourceSettings(**one))
+        source = {key: value for key, value in _mapping(one, here).items()
+                  if value or key not in ("name", "files", "decoder")}  # what is empty is not given
+        files = source.get("files", "")
+        if isinstance(files, list | tuple | Path):
+            source["files"] = files = [str(file) for file in files] if isinstance(files, list | tuple) else str(files)
+        taken = {other.name for other in sources}
+        if source.get("name") in taken:
+            raise ConfigError(f"{here}: there are two sources named {source['name']!r}.")
+        source["name"] = str(source.get("name") or _free_name(files, taken))
+        sources.append(read_settings(SourceSettings, source, f"{here} ({source['name']})"))
     return sources
 
 
@@ -145,52 +138,18 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return {str(key): item for key, item in value.items()}
 
 
-def _files(given: Any, where: str) -> Files:
-    if isinstance(given, str | Path):
-        return str(given)
-    if isinstance(given, Sequence) and given and all(isinstance(item, str | Path) for item in given):
-        return [str(item) for item in given]
-    raise ConfigError(f"{where}: files must be a path, a pattern or a list of them, not {given!r}.")
-
-
-def _name(files: Files) -> str:
-    return Path(files if isinstance(files, str) else files[0]).name or "source"
-
-
-def _unique(name: str, sources: list[SourceSettings], explicit: bool, where: str) -> str:
-    """The name, numbered if it is taken; a name that the user wrote twice is an error."""
-    taken = {source.name for source in sources}
-    if name in taken and explicit:
-        raise ConfigError(f"{where}: there are two sources named {name!r}.")
+def _free_name(files: Any, taken: set[str]) -> str:
+    """A name after the first file or folder, numbered if it is taken."""
+    first = files[0] if isinstance(files, list) and files else files
+    name = Path(str(first)).name or "source"
     number, free = 2, name
     while free in taken:
         free, number = f"{name}-{number}", number + 1
     return free
 
 
-def _check(settings: LlmDataSettings, where: str) -> None:
-    for name, options in (("too_long", TOO_LONG), ("concat_type", CONCAT_TYPES)):
-        value = getattr(settings, name)
-        if value not in options:
-            raise ConfigError(f"{where}: {name} is {value!r}{nearest(str(value), options)}; "
-                              f"use {', '.join(options)}.")
-    if not isinstance(settings.packing, bool):
-        raise ConfigError(f"{where}: packing must be true or false, not {settings.packing!r}.")
-    for name in ("length", "rows", "max_bad_in_a_row", "lanes", "shuffle_block"):
-        _positive(getattr(settings, name), f"{where}: {name}", optional=name == "lanes")
-    if not isinstance(settings.seed, int) or isinstance(settings.seed, bool) or settings.seed < 0:
-        raise ConfigError(f"{where}: seed must be a whole number, not negative, not {settings.seed!r}.")
-    if settings.length < 2:
-        raise ConfigError(f"{where}: length must be at least 2.")
-    _number(settings.buffer, f"{where}: buffer")
-    for number, source in enumerate(settings.sources):
-        here = f"{where}: sources[{number}] ({source.name})"
-        if not isinstance(source.options, Mapping):
-            raise ConfigError(f"{here}: options must be a mapping of keys to values.")
-        source.options = dict(source.options)
-        _number(source.weight, f"{here}: weight")
-        for name in ("cycles", "max_length", "batch_size"):
-            _positive(getattr(source, name), f"{here}: {name}", optional=True)
+def _check_sources(settings: LlmDataSettings, where: str) -> None:
+    """What concerns several settings together."""
     endless = next((source.name for source in settings.sources[:-1] if source.cycles is None), None)
     if settings.concat_type == "concat" and endless is not None:
         raise ConfigError(f"{where}: with concat_type concat source {endless!r} needs cycles: without end it would "
@@ -200,15 +159,3 @@ def _check(settings: LlmDataSettings, where: str) -> None:
         other = next(source.name for source in settings.sources if source.batch_size is None)
         raise ConfigError(f"{where}: source {sized[0]!r} has a batch_size and {other!r} has none; with packing the "
                           f"weights count batch sizes, so give all or none.")
-
-
-def _positive(value: Any, where: str, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{where} must be a positive whole number, not {value!r}.")
-
-
-def _number(value: Any, where: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"{where} must be a positive number, not {value!r}.")

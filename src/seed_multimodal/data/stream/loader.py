@@ -50,15 +50,16 @@ class StepLoader:
         workers: processes; 0 loads in this process when asked. On Linux they end with the thread that first asks `at`.
         worker_of: step -> number; steps of the same number (modulo `workers`) are loaded by the same worker, for
             `fetch`es that build on what they loaded before. Default: steps in turn.
+        ahead: steps that each worker loads ahead.
 
     `wait_seconds` is the time spent inside `at` so far.
     """
 
     def __init__(self, fetch: Callable[[Any], Any], job: Callable[[int], Any], workers: int = 0,
-                 worker_of: Callable[[int], int] | None = None) -> None:
+                 worker_of: Callable[[int], int] | None = None, ahead: int = 2) -> None:
         if workers < 0:
             raise ConfigError(f"There cannot be {workers} data workers.")
-        self.workers, self.wait_seconds = workers, 0.0
+        self.workers, self.ahead, self.wait_seconds = workers, ahead, 0.0
         self._fetch, self._job, self._worker_of = _Fetch(fetch), job, worker_of
         self._iterator: Any = None
         self._following = -1  # the step that the workers give next
@@ -125,7 +126,7 @@ class StepLoader:
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with newer torch
             loader = StatefulDataLoader(self._fetch, batch_size=None, sampler=turns, num_workers=self.workers,
                                         collate_fn=_as_is, worker_init_fn=_enter, generator=torch.Generator(),
-                                        snapshot_every_n_steps=None)
+                                        prefetch_factor=self.ahead, snapshot_every_n_steps=None)
             try:
                 return iter(loader)  # waits until each worker has answered
             except RuntimeError:

@@ -9,12 +9,10 @@ released keys a file may hold ours (`packing`, `length`, `rows`, `too_long`, `se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.data.decoders.registry import DECODERS
-from seed_multimodal.data.stream.data_settings import LlmDataSettings
 from seed_multimodal.errors import ConfigError
 
 _TRAIN, _SFT = "src.data.torchdata_train.build_", "src.data.torchdata_sft.build_"
@@ -49,13 +47,16 @@ def is_released(config: Mapping[str, Any]) -> bool:
     return "datapipes" in config or "_target_" in config
 
 
-def released_data_config(config: Mapping[str, Any], where: str = "data") -> dict[str, Any]:
+def released_data_config(config: Mapping[str, Any], settings: Sequence[str], where: str = "data") -> dict[str, Any]:
     """A released data file (a mixture, or one source alone) as the mapping of ours; what it holds of ours is kept.
+
+    Args:
+        settings: the keys of ours.
 
     Raises:
         ConfigError: an unknown target (the nearest is named), an unknown key, weights that do not fit the sources.
     """
-    own = [f.name for f in fields(LlmDataSettings) if f.name != "sources"]
+    own = [key for key in settings if key != "sources"]
     target = config.get("_target_", MIXERS[0])
     if target in BUILDERS:
         alone = {key: value for key, value in config.items() if key not in own}

@@ -36,10 +36,10 @@ class SkipBudget:
         self.broken = self.unusable = 0
 
     def spend(self, kind: str = BROKEN) -> bool:
-        """Count a sample that is skipped; True when it was one too many."""
+        """Count a sample that is skipped; True when it was one too many (unbroken ones have a limit of their own)."""
         self.unusable += 1
         self.broken += kind == BROKEN
-        return self.broken >= self.most or self.unusable >= UNUSABLE_IN_A_ROW
+        return self.broken >= self.most or (kind != BROKEN and self.unusable >= UNUSABLE_IN_A_ROW)
 
 
 class BadSamples:
