@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from seed_multimodal.data.decoders.registry import Decoder, get_decoder, some_picture
 from seed_multimodal.data.decoders.sequence import Draws, SeededDraws, TokenSequence
-from seed_multimodal.data.stream.data_settings import LlmDataSettings, SourceSettings
 from seed_multimodal.data.formats.records import FileRecords, open_records
+from seed_multimodal.data.stream.data_settings import LlmDataSettings, SourceSettings
 from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.data.stream.skip_budget import BROKEN, DROPPED, SkippedSample
 from seed_multimodal.errors import ConfigError, DataError, SeedError

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.data.decoders.registry import DECODERS
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import check_keys, nearest
 
 _TRAIN, _SFT = "src.data.torchdata_train.build_", "src.data.torchdata_sft.build_"
 BUILDERS: dict[str, tuple[str, str]] = {  # released builder -> our decoder, and the files it reads
