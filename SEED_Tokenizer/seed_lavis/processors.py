@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from seed_lavis.compat import BaseProcessor, registry
-from seed_multimodal.data.caption_text import BlipCaption
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.train_transforms import TrainTransform
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.captions import BlipCaption
 from seed_multimodal.settings import check_keys
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from seed_multimodal.data.caption_text import BlipCaption
+from seed_multimodal.language.captions import BlipCaption
 from seed_multimodal.data.stream.pair_dataset import PairDataset, sample_seed
 from seed_multimodal.data.formats.pairs import JsonPairs, TarPairs
 from seed_multimodal.errors import ConfigError, DataError

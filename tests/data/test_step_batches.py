@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.caption_text import BlipCaption
+from seed_multimodal.language.captions import BlipCaption
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.formats.pairs import TarPairs
 from seed_multimodal.data.stream.order import EpochOrder

@@ -28,11 +28,11 @@ def pair_batches(spec: dict[str, Any], seed: int, batch_size: int, world: int, w
 
     `spec` is the description of a pair source as the YAML files have it.
     """
-    from seed_multimodal.data.caption_text import BlipCaption
     from seed_multimodal.data.formats.pairs import open_pairs
     from seed_multimodal.data.stream.pair_dataset import PairDataset
     from seed_multimodal.data.stream.step_batches import StepBatches
     from seed_multimodal.images.train_transforms import TrainTransform
+    from seed_multimodal.language.captions import BlipCaption
 
     with ExitStack() as stack:
         source = open_pairs(spec)

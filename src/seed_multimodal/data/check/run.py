@@ -25,6 +25,7 @@ from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.record import BadRecord, Record, find_image
 from seed_multimodal.data.formats.records import FileRecords, open_file
+from seed_multimodal.entry import say
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
@@ -61,7 +62,7 @@ def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckRep
     checker = _Checker(settings)
     files = find_files(settings.files, settings.format)
     checker.report.files = len(files)
-    with Progress("check", None, "record", delay=1, **({} if progress else {"log": None})) as bar:
+    with Progress("check", None, "record", delay=1, log=say if progress else None) as bar:
         for path, format in files:
             source = FileRecords([open_file(path, format)], str(path))
             try:
@@ -137,12 +138,13 @@ class _Checker:
 
     def _problems(self, fields: Mapping[str, Any], decoder: type[Decoder] | None) -> Iterable[Finding]:
         """What is wrong by the fields that the decoder needs; None: with pictures that are not tokenised yet."""
-        needs = decoder.needs if decoder else dict.fromkeys(RAW_TEXTS, TEXT)
-        for key in decoder.missing(fields) if decoder else ():
-            yield Finding("missing key", f"has no key {key!r}, which decoder {decoder.name} needs.")
-        if decoder and "image_ids" in needs and "views" in fields and not fields["views"] and \
-                fields.get("image_ids") is None:
-            yield Finding("missing key", "'views' is empty, and there are no 'image_ids'.")
+        needs: Mapping[str, str] = dict.fromkeys(RAW_TEXTS, TEXT)
+        if decoder is not None:
+            needs = decoder.needs
+            for key in decoder.missing(fields):
+                yield Finding("missing key", f"has no key {key!r}, which decoder {decoder.name} needs.")
+            if "image_ids" in needs and "views" in fields and not fields["views"] and fields.get("image_ids") is None:
+                yield Finding("missing key", "'views' is empty, and there are no 'image_ids'.")
         for key, kind in needs.items():
             if kind not in (TEXT, TEXTS) or fields.get(key) is None:
                 continue

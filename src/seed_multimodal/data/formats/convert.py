@@ -25,8 +25,10 @@ from seed_multimodal.data.formats.records import PICKLED
 from seed_multimodal.data.formats.tar import OpenFiles, tar_records
 from seed_multimodal.data.formats.tar_headers import Damaged
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.disk import replace_text, sha256_of
+from seed_multimodal.disk import replace_text, sha256_of, writing
+from seed_multimodal.entry import say
 from seed_multimodal.errors import ConfigError, DataError, SeedError
+from seed_multimodal.progress import Progress
 
 MANIFEST = "manifest.json"
 
@@ -130,9 +132,10 @@ def convert_shard(path: Path, target: Path, name: str, skip_bad: bool = False) -
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a run that was killed
         left.unlink()
     try:
-        report.samples = write_shard(target, _samples(path, report, skip_bad))
-    except (OSError, ValueError) as error:  # ValueError: a name that does not fit a tar's header
-        raise DataError(f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}).") from None
+        with writing(target, DataError):
+            report.samples = write_shard(target, _samples(path, report, skip_bad))
+    except ValueError as error:  # a name that does not fit a tar's header
+        raise DataError(f"{target}: cannot be written ({error}).") from None
     if not report.samples:
         target.unlink()
         raise DataError(f"{path}: holds no sample that can be converted.")
@@ -187,12 +190,9 @@ def _one(path: Path, target: Path, name: str, skip_bad: bool) -> ShardReport | s
         return str(error)
 
 
-def _run(
-    jobs: dict[str, Path], out: Path, skip_bad: bool, workers: int, progress: bool
-) -> Iterator[tuple[str, ShardReport | str]]:
-    from tqdm import tqdm
-
-    with tqdm(total=len(jobs), unit="shard", desc="convert", disable=None if progress else True) as bar:
+def _run(jobs: dict[str, Path], out: Path, skip_bad: bool, workers: int,
+         progress: bool) -> Iterator[tuple[str, ShardReport | str]]:
+    with Progress("convert", len(jobs), "shard", log=say if progress else None) as bar:
         if workers <= 1 or len(jobs) <= 1:
             for name, path in jobs.items():
                 yield name, _one(path, out / name, name, skip_bad)
@@ -228,8 +228,6 @@ def _write_manifest(out: Path, done: dict[str, dict[str, Any]]) -> None:
     shards = [done[name] for name in sorted(done)]
     content = {"shards": shards, "samples": sum(one["samples"] for one in shards),
                "skipped": sum(len(one["skipped"]) for one in shards)}
-    try:
+    with writing(out / MANIFEST, DataError):
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / MANIFEST, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-    except OSError as error:
-        raise DataError(f"{out / MANIFEST}: cannot be written ({error.strerror}).") from None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import math
 import pickletools
+from collections.abc import Callable
 from pickle import Unpickler, UnpicklingError
 from typing import Any
 
@@ -76,18 +77,20 @@ class _Plain(Unpickler):
 
 
 class _Inert:
-    """What a pickle may hold but not change: no attributes, no state."""
+    """What a name stands for: something to call at most, that a pickle can neither change nor give a state."""
 
-    __slots__ = ()
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._call is None:
+            raise UnpicklingError("it calls a type")
+        return self._call(*arguments)
 
     def __setstate__(self, state: Any) -> None:
         raise UnpicklingError("it changes a function")
-
-
-class _Type(_Inert):
-    """`numpy.ndarray`, as the name alone."""
-
-    __slots__ = ()
 
 
 class _Dtype:
@@ -140,63 +143,27 @@ class _Array:
         self.fill(dtype, data, shape, bool(fortran))
 
 
-class _MakeDtype(_Inert):
-    __slots__ = ()
-
-    def __call__(self, code: Any, *_: Any) -> _Dtype:
-        return _Dtype(code)
-
-
-class _Reconstruct(_Inert):
-    __slots__ = ()
-
-    def __call__(self, *_: Any) -> _Array:
-        return _Array()
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -> _Array:
+    array = _Array()
+    array.fill(dtype, data, shape, order == "F")
+    return array
 
 
-class _FromBuffer(_Inert):
-    __slots__ = ()
-
-    def __call__(self, data: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -> _Array:
-        array = _Array()
-        array.fill(dtype, data, shape, order == "F")
-        return array
-
-
-class _Scalar(_Inert):
-    __slots__ = ()
-
-    def __call__(self, dtype: Any, data: Any) -> Any:
-        array = _Array()
-        array.fill(dtype, data, (), False)
-        return array.value
-
-
-class _Encode(_Inert):
+def _encode(text: Any, encoding: Any) -> bytes:
     """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes."""
-
-    __slots__ = ()
-
-    def __call__(self, text: Any, encoding: Any) -> bytes:
-        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-            raise UnpicklingError("it encodes something else than bytes")
-        return text.encode("latin-1")
-
-
-class _NoBytes(_Inert):
-    """`bytes()`: how protocol 2 writes no bytes at all."""
-
-    __slots__ = ()
-
-    def __call__(self) -> bytes:
-        return b""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise UnpicklingError("it encodes something else than bytes")
+    return text.encode("latin-1")
 
 
 STAND_INS: dict[tuple[str, str], _Inert] = {
-    ("numpy", "ndarray"): _Type(), ("numpy", "dtype"): _MakeDtype(),
-    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(), ("numpy.core.multiarray", "scalar"): _Scalar(),
-    ("numpy.core.numeric", "_frombuffer"): _FromBuffer(), ("_codecs", "encode"): _Encode(),
-    ("__builtin__", "bytes"): _NoBytes()}
+    ("numpy", "ndarray"): _Inert(),
+    ("numpy", "dtype"): _Inert(lambda code, *_: _Dtype(code)),
+    ("numpy.core.multiarray", "_reconstruct"): _Inert(lambda *_: _Array()),
+    ("numpy.core.multiarray", "scalar"): _Inert(lambda dtype, data: _from_buffer(data, dtype, ()).value),
+    ("numpy.core.numeric", "_frombuffer"): _Inert(_from_buffer),
+    ("_codecs", "encode"): _Inert(_encode),
+    ("__builtin__", "bytes"): _Inert(lambda: b"")}  # how protocol 2 writes no bytes at all
 
 
 class _Json:

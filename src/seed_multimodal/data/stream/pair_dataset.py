@@ -31,7 +31,7 @@ class PairDataset(BadSamples):
         image_transform: picture -> tensor. If it has an argument named `generator` it gets the sample's
             `torch.Generator` (`images.train_transforms.TrainTransform`); if not, the global generators of torch, numpy
             and Python are seeded around the call and put back, so other libraries' augmentations repeat as well.
-        text_transform: caption -> caption (`data.caption_text.BlipCaption`); None keeps it. Must draw nothing.
+        text_transform: caption -> caption (`language.captions.BlipCaption`); None keeps it. Must draw nothing.
         log: gets one sentence for each bad sample, the first time it is met.
     """
 
