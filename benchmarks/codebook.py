@@ -27,9 +27,9 @@ from seed_multimodal.entry import guarded
 from seed_multimodal.evaluation.machine import hardware, today, versions
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage2 import Stage2Model
-from seed_multimodal.training.loop import batch_indices
 from seed_multimodal.training.nano.clip import embed_images
 from seed_multimodal.training.nano.views import to_clip
+from seed_multimodal.training.old.loop import batch_indices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ from seed_multimodal.training.llm.fp8 import freeze_in_fp8, has_fp8
 from seed_multimodal.training.llm.loss import find_llama, packed_loss
 from seed_multimodal.training.llm.model import attention_kind, build_llm, set_checkpointing
 from seed_multimodal.training.llm.model_settings import LlmModelSettings
-from seed_multimodal.training.llm.optim import OptimSettings, build_optimizer
+from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
 
 SIZES: dict[str, dict[str, Any]] = {
     "nano": {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 8,

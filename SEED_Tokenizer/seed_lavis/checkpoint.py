@@ -18,7 +18,7 @@ from torch import nn
 
 from seed_lavis.base import frozen_names
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.state import replace_torch
+from seed_multimodal.training.old.state import replace_torch
 from seed_multimodal.weights import assign_strictly, read_torch
 
 NAME = re.compile(r"checkpoint_(\d+)\.pth")

@@ -12,8 +12,8 @@ from seed_lavis.log import log
 from seed_multimodal.config import read_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import duration
+from seed_multimodal.training.old.run_log import said_of, utilisation
 from seed_multimodal.training.resume import settings_remark
-from seed_multimodal.training.run_log import said_of, utilisation
 
 if TYPE_CHECKING:
     from seed_lavis.runner import RunnerSeed

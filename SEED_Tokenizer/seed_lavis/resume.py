@@ -17,10 +17,10 @@ from seed_lavis.log import log
 from seed_lavis.options import locate
 from seed_lavis.report import log_changes
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.loop_settings import StageSettings
-from seed_multimodal.training.state import StateFile, read_record
+from seed_multimodal.training.old.distributed import ProcessGroup
+from seed_multimodal.training.old.state import StateFile, read_record
 
 if TYPE_CHECKING:
     from seed_lavis.runner import RunnerSeed

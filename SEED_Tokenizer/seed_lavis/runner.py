@@ -34,7 +34,7 @@ from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.loop import StageSettings, run_stage
+from seed_multimodal.training.old.loop import StageSettings, run_stage
 
 
 class Whole(nn.Module):

@@ -193,15 +193,15 @@ def test_a_second_run_is_kept_out_of_the_output_folder(runs, train, tmp_path):
     from datetime import timedelta
 
     from seed_multimodal.training.checkpoint_folders import output_folder_lock
-    from seed_multimodal.training.llm.processes import RunProcessGroup
+    from seed_multimodal.training.distributed import ProcessGroup
 
-    peers = RunProcessGroup(timedelta(minutes=1))
-    with output_folder_lock(tmp_path / "out", peers):
+    group = ProcessGroup(timedelta(minutes=1))
+    with output_folder_lock(tmp_path / "out", group):
         with pytest.raises(CheckpointError, match="out: another run is at work in this output folder"):
             train("out", "trainer.max_steps=1")
-        assert not list((tmp_path / "out").iterdir())
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".run.lock"]
     train("out", "trainer.max_steps=1")
-    with output_folder_lock(tmp_path / "out", peers, patience=0.0):  # the run has let go
+    with output_folder_lock(tmp_path / "out", group, timeout=0.0):  # the run has let go
         pass
 
 
@@ -236,7 +236,7 @@ def test_processes_that_never_meet_end_with_a_sentence(values, error, words, mon
     """As started by hand, without torchrun."""
     import socket
 
-    from seed_multimodal.training.llm.processes import start_processes
+    from seed_multimodal.training.distributed import start_processes
 
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
@@ -278,10 +278,10 @@ def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
     """An error that is not the disk's: what cannot be kept in a state."""
     from datetime import timedelta
 
-    from seed_multimodal.training.llm.checkpoint import Checkpoints
-    from seed_multimodal.training.llm.processes import RunProcessGroup
+    from seed_multimodal.training.checkpoint import CheckpointStore
+    from seed_multimodal.training.distributed import ProcessGroup
 
-    saver = Checkpoints(tmp_path, RunProcessGroup(timedelta(minutes=1)), limit=None, asynchronous=True, log=print)
+    saver = CheckpointStore(tmp_path, ProcessGroup(timedelta(minutes=1)), limit=None, asynchronous=True, log=print)
 
     def fill(folder):
         (folder / "trainer_state.json").write_text(json.dumps({"no": {1, 2}}))

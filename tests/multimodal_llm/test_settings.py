@@ -10,12 +10,14 @@ import pytest
 import yaml
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import read_settings
 from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.llm.flags import translate
-from seed_multimodal.training.llm.optim import read_optim
-from seed_multimodal.training.llm.trainer_settings import read_run, read_trainer
-from seed_multimodal.training.llm.zero import fill_config
+from seed_multimodal.training.llm.trainer_settings import TrainerSettings, read_run
+from seed_multimodal.training.loop_settings import LoopSettings
+from seed_multimodal.training.optimizers import OptimSettings
+from seed_multimodal.training.zero import fill_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "MultiModalLLM" / "configs"
 JSONS = sorted((CONFIGS / "deepspeed").glob("*.json"))
@@ -27,6 +29,10 @@ PRETRAIN = """--model {model} --tokenizer {tokenizer} --train_data {data} --deep
     --per_device_eval_batch_size 1 --bf16 True --gradient_checkpointing True --dataloader_num_workers 2
     --logging_steps 1 --report_to tensorboard --evaluation_strategy no --ignore_data_skip True
     --logging_nan_inf_filter no --log_level info"""
+
+
+def loop_settings(trainer: dict) -> LoopSettings:
+    return read_settings(TrainerSettings, trainer, "trainer").loop_settings()
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def test_the_published_command_line(published, files):
     assert (run.trainer.max_steps, run.trainer.save_steps, run.trainer.gradient_accumulation_steps) == (30000, 1000, 4)
     assert (run.trainer.precision, run.trainer.gradient_checkpointing) == ("bf16", True)
     assert run.trainer.report_to == ["tensorboard"] and run.trainer.eval_steps == 0
-    optim = read_optim(run.optim)
+    optim = read_settings(OptimSettings, run.optim, "optim")
     assert (optim.name, optim.learning_rate, optim.adam_epsilon, optim.adam_beta2) == ("adamw_hf", 1.5e-4, 1e-5, 0.95)
     assert (optim.min_lr_ratio, optim.warmup_ratio, optim.weight_decay) == (0.05, 0.03, 0.05)
     assert run.deepspeed["zero_optimization"]["stage"] == 2
@@ -121,9 +127,9 @@ def test_what_is_only_printed_needs_no_output_folder(files, capsys):
 
 @pytest.mark.parametrize(("more", "words"), [
     (["trainer.max_stepz=3"], r"trainer: unknown key 'max_stepz' \(did you mean 'max_steps'\?\)"),
-    (["trainer.max_steps=3.5"], "max_steps must be int"),
+    (["trainer.max_steps=3.5"], "max_steps must be a whole number"),
     (["trainer.precision=fp8"], "precision must be one of bf16, fp16, fp32"),
-    (["trainer.report_to=[mlflow]"], "report_to knows"),
+    (["trainer.report_to=[mlflow]"], "report_to must be one of tensorboard, wandb, not 'mlflow'"),
     (["trainer.gradient_accumulation_steps=0"], "at least 1"),
     (["output_dir=null"], "output_dir is needed"),
     (["tokenizer._target_=os.system"], "os.system"),
@@ -152,15 +158,15 @@ def test_groups_of_the_application_have_their_files():
         "stage2_fp16_mefft", "stage2_fp16_offload_mefft", "stage3_fp16", "stage3_offload_fp16",
         "stage3_offload_opt_fp16", "stage3_offload_bf16"}
     for file in (CONFIGS / "trainer").glob("*.yaml"):
-        read_trainer(yaml.safe_load(file.read_text()))
+        read_settings(TrainerSettings, yaml.safe_load(file.read_text()), "trainer")
     for file in (CONFIGS / "optim").glob("*.yaml"):
-        read_optim(yaml.safe_load(file.read_text()))
+        read_settings(OptimSettings, yaml.safe_load(file.read_text()), "optim")
 
 
 @pytest.mark.parametrize("file", JSONS, ids=lambda path: path.stem)
 def test_deepspeed_files_are_filled(file):
     precision = "bf16" if "bf16" in file.stem else "fp16"
-    settings = read_trainer({"precision": precision, "gradient_accumulation_steps": 1 if "mefft" in file.stem else 4})
+    settings = loop_settings({"precision": precision, "gradient_accumulation_steps": 1 if "mefft" in file.stem else 4})
     filled, remarks = fill_config(json.loads(file.read_text()), settings, world=8, rows=3, hidden_size=64)
     assert '"auto"' not in json.dumps(filled) and filled[precision]["enabled"] is True
     micro, count = filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]
@@ -175,11 +181,11 @@ def test_deepspeed_files_are_filled(file):
 def test_deepspeed_files_must_agree_with_the_trainer():
     mefft = json.loads((CONFIGS / "deepspeed" / "stage2_bf16_mefft.json").read_text())
     with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1 there, but 4"):
-        fill_config(mefft, read_trainer({"gradient_accumulation_steps": 4}), world=1, rows=1, hidden_size=8)
+        fill_config(mefft, loop_settings({"gradient_accumulation_steps": 4}), world=1, rows=1, hidden_size=8)
     with pytest.raises(ConfigError, match="no fp16 block"):
-        fill_config({"zero_optimization": {"stage": 2}}, read_trainer({"precision": "fp16"}), world=1, rows=1,
+        fill_config({"zero_optimization": {"stage": 2}}, loop_settings({"precision": "fp16"}), world=1, rows=1,
                     hidden_size=8)
     with pytest.raises(ConfigError, match="bf16 is True there"):
-        fill_config(mefft, read_trainer({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
+        fill_config(mefft, loop_settings({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
     with pytest.raises(ConfigError, match="stage must be 1, 2 or 3"):
-        fill_config({"zero_optimization": {"stage": 5}}, read_trainer({}), world=1, rows=1, hidden_size=8)
+        fill_config({"zero_optimization": {"stage": 5}}, loop_settings({}), world=1, rows=1, hidden_size=8)

@@ -82,7 +82,7 @@ def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
     from seed_multimodal.data.stream.data_settings import read_data_settings
     from seed_multimodal.data.stream.llm_batches import LlmBatches
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
-    from seed_multimodal.training.llm.stepping import first_batches
+    from seed_multimodal.training.llm.held_out import first_batches
 
     out, files = tmp_path / "out", runs.write_files(tmp_path)
     data = yaml.safe_load(files["data"].read_text())
@@ -113,14 +113,14 @@ import os, sys
 from pathlib import Path
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.checkpoint_folders import check_shared
-from seed_multimodal.training.llm.processes import start_processes
-peers = start_processes("cpu", 1.0).peers
-for folder, fits in ((Path(sys.argv[1]), True), (Path(sys.argv[1]) / f"node{peers.rank}", False)):
+from seed_multimodal.training.distributed import start_processes
+group, _ = start_processes("cpu", 1.0)
+for folder, fits in ((Path(sys.argv[1]), True), (Path(sys.argv[1]) / f"node{group.rank}", False)):
     folder.mkdir(exist_ok=True)
-    if peers.first:
+    if group.first:
         (folder / "config.yaml").write_text("a: 1")
     try:
-        check_shared(folder / "config.yaml", peers, 0.5)
+        check_shared(folder / "config.yaml", group, 0.5)
         assert fits
     except CheckpointError as error:
         assert not fits and "must be on a disk that all of them share" in str(error), error

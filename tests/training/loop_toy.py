@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from seed_multimodal.errors import SeedError
-from seed_multimodal.training.loop import SampleCost, StageSettings, batch_indices, run_stage
+from seed_multimodal.training.checkpoint import last_step
+from seed_multimodal.training.loop_settings import SampleCost, StageSettings
+from seed_multimodal.training.schedules import batch_indices
+from seed_multimodal.training.stage import StageTask, train_stage
 
 
 def toy_model() -> tuple[nn.Sequential, torch.Tensor]:
@@ -51,18 +53,17 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
     model, data = toy_model()
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    wrapped = DistributedDataParallel(model) if world > 1 else None
     choices = {"steps": 12, "batch_size": 8, "lr": 1e-2, "warmup": 5, "ema": 0.9, "precision": "fp32", "log_every": 4,
                "clip": 0.5, "seed": 3, "save_seconds": 1e9, **settings}
     folder.mkdir(parents=True, exist_ok=True)
     losses = folder / f"losses.{rank}.txt"
 
-    def loss(micro_step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    def loss(model: nn.Module, micro_step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         time.sleep(pause)
         if micro_step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         chosen = batch_indices(micro_step * world + rank, choices["batch_size"], 64, 3)
-        value = toy_loss(wrapped or model, data, chosen, noise)
+        value = toy_loss(model, data, chosen, noise)
         with open(losses, "a") as file:
             file.write(f"{micro_step} {value.item().hex()}\n")
         return value, {"half": value.detach() / 2}
@@ -75,8 +76,8 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
     def finish() -> dict[str, Any]:
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
 
-    return run_stage(name, model, loss, StageSettings(**choices), folder, finish, on_step if noise else None,
-                     wrapped=wrapped, status=status, cost=cost)
+    return train_stage(StageTask(name, model, loss, StageSettings(**choices), finish=finish,
+                                 after_step=on_step if noise else None, status=status or dict, cost=cost), folder)
 
 
 def read_losses(folder: Path, rank: int = 0) -> dict[int, float]:
@@ -92,16 +93,15 @@ def main() -> int:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
         try:
-            run_stage("unwrapped", nn.Linear(1, 1), lambda step: (torch.zeros(()), {}), StageSettings(1), sys.argv[1],
-                      dict)
+            train_stage(StageTask("single", nn.Linear(1, 1), lambda model, step: (torch.zeros(()), {}),
+                                  StageSettings(steps=1), parallel=False), sys.argv[1])
         except SeedError as error:
             print(f"refused: {error}", flush=True)
     try:
         for text in sys.argv[2:]:
             train(Path(sys.argv[1]), **json.loads(text))
     except SeedError as error:
-        state = Path(sys.argv[1]) / "toy.state.pt"
-        step = torch.load(state, weights_only=True)["step"] if state.is_file() else None
+        step = last_step(Path(sys.argv[1]) / "toy.checkpoints")
         print(f"refused: {error}\nfiles: {sorted(os.listdir(sys.argv[1]))}\nstate of step: {step}")
         return 2
     if dist.is_initialized():

@@ -14,7 +14,7 @@ from torch import nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.loop import (
+from seed_multimodal.training.old.loop import (
     StageSettings,
     batch_indices,
     learning_rate,

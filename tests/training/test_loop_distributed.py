@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.run_log import merge
+from seed_multimodal.training.old.distributed import ProcessGroup
+from seed_multimodal.training.old.run_log import merge
 
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 EQUAL = {"name": "equal", "batch_size": 4, "accumulate": 2, "noise": 0, "log_every": 1}

@@ -15,9 +15,9 @@ import torch
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.progress import duration
-from seed_multimodal.training import run_log
-from seed_multimodal.training.loop import SampleCost
-from seed_multimodal.training.run_log import forget_after, peak_memory_mib
+from seed_multimodal.training.old import run_log
+from seed_multimodal.training.old.loop import SampleCost
+from seed_multimodal.training.old.run_log import forget_after, peak_memory_mib
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:

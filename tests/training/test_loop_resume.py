@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.loop import StageSettings, run_stage
+from seed_multimodal.training.old.loop import StageSettings, run_stage
 
 Start = Callable[..., subprocess.Popen]
 LONG = {"steps": 40, "accumulate": 2, "log_every": 1, "save_every_steps": 3}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.llm.optim import AdamWHf, OptimSettings, build_optimizer, read_optim, schedule
-from seed_multimodal.training.optimizers import MuonWithAdamW
+from seed_multimodal.settings import read_settings
+from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.schedules import scheduled_rate
 
 
@@ -101,16 +101,16 @@ def test_decay_reaches_norms_as_released_unless_told() -> None:
     ({"learning_rat": 1.0}, "did you mean 'learning_rate'"),
     ({"name": "adam"}, "name must be one of adamw, adamw_hf, muon"),
     ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type must be one of cosine"),
-    ({"min_lr_ratio": 1.5}, "min_lr_ratio must be between 0 and 1, not 1.5"),
-    ({"warmup_steps": 1.5}, "warmup_steps must be int"),
-    ({"adam_beta1": 1.0}, "adam_beta1 must be between")])
+    ({"min_lr_ratio": 1.5}, "min_lr_ratio must be at most 1, not 1.5"),
+    ({"warmup_steps": 1.5}, "warmup_steps must be a whole number"),
+    ({"adam_beta1": 1.0}, "adam_beta1 must be below 1")])
 def test_wrong_settings_are_refused(config: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        read_optim(config)
+        read_settings(OptimSettings, config, "optim")
 
 
 def test_read_settings() -> None:
-    settings = read_optim({"name": "adamw_hf", "learning_rate": 1, "warmup_steps": 3})
+    settings = read_settings(OptimSettings, {"name": "adamw_hf", "learning_rate": 1, "warmup_steps": 3}, "optim")
     assert settings.learning_rate == 1.0 and schedule(1, settings, 10) == pytest.approx(1 / 3)
 
 

@@ -8,7 +8,6 @@ resumed from. Other processes' shards are listed by all of them together, a shar
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -18,10 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.disk import flush_folder, sha256_of
+from seed_multimodal.disk import disk_reason, flush_folder, lock, sha256_of, writing
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.training.failures import TrainingError, disk_sentence
-from seed_multimodal.training.llm.processes import RunProcessGroup
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.failures import TrainingError
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -30,40 +29,28 @@ Entry = dict[str, Any]  # {"size": bytes, "sha256": hex}
 
 
 @contextlib.contextmanager
-def output_folder_lock(folder: Path, peers: RunProcessGroup, patience: float = 3.0) -> Iterator[None]:
+def output_folder_lock(folder: Path, group: ProcessGroup, timeout: float = 3.0) -> Iterator[None]:
     """Keep a second run out of an output folder: it would remove what this one is writing, and mix their logs.
 
-    The lock is the first process's, on the folder itself, and ends with it however it ends; disks that know no locks
-    have none. A run that is just ending is waited for some seconds (`patience`).
+    The lock is the first process's and ends with it however it ends. A run that is just ending is waited for some
+    seconds (`timeout`).
 
     Raises:
-        CheckpointError: another run is at work there.
+        CheckpointError: another run is at work there, or the folder cannot be made.
     """
-    handle, taken = None, False
-    if peers.first:
-        with contextlib.suppress(OSError):  # whoever writes there first says what is wrong with the folder
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder, os.O_RDONLY)
-            taken = _is_taken(handle, time.monotonic() + patience)
-    try:
-        if peers.agree(taken)[0]:
+    with contextlib.ExitStack() as held:
+        taken = False
+        if group.first:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    held.enter_context(lock(folder / ".run.lock", timeout))
+                except TimeoutError:
+                    taken = True
+        if group.agree(taken)[0]:
             raise CheckpointError(f"{folder}: another run is at work in this output folder; let it end first, or use "
                                   "another folder.")
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _is_taken(handle: int, end: float) -> bool:
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return True
-        time.sleep(0.1)
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -136,20 +123,20 @@ def fault_of(folder: Path, *, part: int = 0, parts: int = 1, hashes: bool = True
     return ""
 
 
-def newest(folder: Path, peers: RunProcessGroup, log: Callable[[str], None]) -> tuple[int, Path] | None:
+def newest(folder: Path, group: ProcessGroup, log: Callable[[str], None]) -> tuple[int, Path] | None:
     """The newest complete checkpoint; torn ones are passed over with a remark. All processes ask together.
 
     Raises:
         CheckpointError: the processes see different folders.
     """
     found = checkpoints(folder)
-    listed = [answer["steps"] for answer in peers.gather({"steps": [step for step, _ in found]})]
+    listed = [answer["steps"] for answer in group.gather({"steps": [step for step, _ in found]})]
     if any(steps != listed[0] for steps in listed):
         raise CheckpointError(f"{folder}: the processes see different checkpoints in it; the output folder must be on "
                               "a disk that all of them share.")
     for step, path in found:
-        faults = [answer["fault"] for answer in peers.gather({"fault": fault_of(path, part=peers.rank,
-                                                                               parts=peers.world)})]
+        faults = [answer["fault"] for answer in group.gather({"fault": fault_of(path, part=group.rank,
+                                                                               parts=group.world)})]
         fault = next((fault for fault in faults if fault), "")
         if not fault:
             return step, path
@@ -157,25 +144,25 @@ def newest(folder: Path, peers: RunProcessGroup, log: Callable[[str], None]) -> 
     return None
 
 
-def check_shared(file: Path, peers: RunProcessGroup, patience: float = 20.0) -> None:
+def check_shared(file: Path, group: ProcessGroup, timeout: float = 20.0) -> None:
     """See that all processes have the folder in which the first one has just written `file`.
 
     Else every checkpoint of ZeRO's shards would lie torn over the nodes' own disks. A network disk may show a new file
-    some seconds late (`patience`).
+    some seconds late (`timeout`).
 
     Raises:
         CheckpointError: some process does not see it.
     """
-    peers.agree(False)  # it is written
-    end = time.monotonic() + patience
+    group.agree(False)  # it is written
+    end = time.monotonic() + timeout
     while not file.is_file() and time.monotonic() < end:
         time.sleep(0.2)
-    if peers.agree(not file.is_file())[0]:
+    if group.agree(not file.is_file())[0]:
         raise CheckpointError(f"{file.parent}: not all processes see {file.name}, which the first one has written into "
                               "it; the output folder must be on a disk that all of them share.")
 
 
-def named(path: Path, peers: RunProcessGroup) -> tuple[int, Path]:
+def named(path: Path, group: ProcessGroup) -> tuple[int, Path]:
     """A checkpoint that the user named.
 
     Raises:
@@ -183,7 +170,7 @@ def named(path: Path, peers: RunProcessGroup) -> tuple[int, Path]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such checkpoint folder.")
-    faults = [answer["fault"] for answer in peers.gather({"fault": fault_of(path, part=peers.rank, parts=peers.world)})]
+    faults = [answer["fault"] for answer in group.gather({"fault": fault_of(path, part=group.rank, parts=group.world)})]
     fault = next((fault for fault in faults if fault), "")
     if fault:
         raise CheckpointError(f"{path}: cannot be resumed from: {fault}.")
@@ -210,7 +197,7 @@ def clean(folder: Path) -> None:
 
 def unwritable(step: int, error: Exception, saved: str) -> TrainingError:
     """The sentence for a checkpoint that the disk did not take."""
-    reason = disk_sentence(error) if isinstance(error, OSError) else _reason(error)
+    reason = disk_reason(error) if isinstance(error, OSError) else _reason(error)
     return TrainingError(f"The checkpoint of step {step} cannot be written: {reason}; {saved}.")
 
 

@@ -1,68 +1,74 @@
-"""What the processes of one training stage tell each other, and how a stop request is heard.
+"""The processes of a run: how they meet, what they tell each other, and how a request to stop is heard.
 
-Gradients travel through DistributedDataParallel. Everything else (did anyone see a NaN, shall we save, shall we stop,
-numbers for the log) goes over a gloo group of its own, so that no such question waits for a GPU.
+Gradients travel through the engine. Everything else (did a loss become NaN, is a checkpoint due, numbers for the log)
+goes over a gloo group of its own, so that no such question waits for a GPU.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
+import tempfile
 import threading
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.device import choose_device
+from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.training.failures import TrainingError
 
-# Rank 0 may write a large state or evaluate while the others wait.
-_PATIENCE = timedelta(hours=6)
+_FOR_EVER = timedelta(days=30)
 
 
 class ProcessGroup:
-    """The processes that run a stage together; without a process group this one is alone. A context manager."""
+    """All processes of a run, over torch.distributed's default group; without one this process is alone.
 
-    def __init__(self, name: str, wrapped: nn.Module | None) -> None:
+    Every process must call the methods at the same place. A context manager.
+
+    Attributes:
+        world, rank: number of processes and the own number; first: whether this one writes files and prints.
+        timeout: how long a question waits for the other processes.
+    """
+
+    def __init__(self, timeout: timedelta = timedelta(hours=6)) -> None:
         ready = dist.is_available() and dist.is_initialized()
+        self.timeout = timeout
         self.world = dist.get_world_size() if ready else 1
         self.rank = dist.get_rank() if self.world > 1 else 0
-        if self.world > 1 and wrapped is None:
-            raise ConfigError(f"[{name}] {self.world} processes run this stage, but the model is not wrapped in "
-                              "DistributedDataParallel (`wrapped`), so each would train its own.")
-        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world > 1 else None
+        self.first = self.rank == 0
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
 
     def __enter__(self) -> ProcessGroup:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After a failure the others may never come to close the group with this process; its end closes it.
         if self._group is not None and kind is None:
             dist.destroy_process_group(self._group)
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes files and prints."""
-        return self.rank == 0
-
     def agree(self, *flags: bool) -> list[bool]:
-        """For each flag: has any process raised it? Every process must ask at the same place."""
+        """For each flag: has any process raised it?"""
+        return [total > 0 for total in self.sum(flags)]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all processes, in fp64."""
         if self.world == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(raised, dist.ReduceOp.MAX, self._group)
-        return [bool(flag) for flag in raised.tolist()]
+            return [float(value) for value in values]
+        total = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        dist.all_reduce(total, dist.ReduceOp.SUM, self._group)
+        return [float(value) for value in total.tolist()]
 
     def gather(self, value: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Every process's (JSON) value, in the order of ranks; every process must ask at the same place."""
+        """Every process's (JSON) value, in the order of ranks."""
         if self.world == 1:
             return [dict(value)]
+        # torch's own `all_gather_object` pickles; what comes over the network is read as JSON only.
         own = torch.frombuffer(bytearray(json.dumps(dict(value)).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([len(own)]), self._group)
@@ -72,10 +78,78 @@ class ProcessGroup:
         return [json.loads(bytes(text[:int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]
 
 
-def micro_step_sync(wrapped: nn.Module | None, last: bool) -> AbstractContextManager[Any]:
-    """Processes average their gradients only after the last micro-step of a step."""
-    no_sync = getattr(wrapped, "no_sync", None)
-    return nullcontext() if last or no_sync is None else no_sync()
+def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False
+                    ) -> tuple[ProcessGroup, torch.device]:
+    """Join the process group that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes.
+
+    Args:
+        device: as `device.choose_device`; `auto` takes each node's GPUs by local rank.
+        timeout_minutes: how long a collective waits; 0: for ever.
+        group_of_one: make a process group for a single process, too (DeepSpeed and FSDP need one).
+
+    Raises:
+        ConfigError: more processes on this node than GPUs, or an incomplete environment.
+        TrainingError: the others did not come in time.
+    """
+    world, local = environment_number("WORLD_SIZE", 1), environment_number("LOCAL_RANK", 0)
+    rank = environment_number("RANK", 0)
+    if world < 1 or rank >= max(world, 1):
+        raise ConfigError(f"RANK must be below WORLD_SIZE, but is {rank} of {world}.")
+    place = choose_device(device, log=None).device
+    if place.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ConfigError(f"Local process {local} has no GPU: this node has {torch.cuda.device_count()}; start no "
+                              "more processes per node than that.")
+        place = torch.device("cuda", place.index if place.index is not None and world == 1 else local)
+        torch.cuda.set_device(place)
+    timeout = timedelta(minutes=timeout_minutes) if timeout_minutes else _FOR_EVER
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        if world > 1:
+            _join(backend, timeout)
+        elif group_of_one:
+            with tempfile.TemporaryDirectory(prefix="seed-group-") as folder:
+                dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1,
+                                        timeout=timeout)
+    return ProcessGroup(timeout), place
+
+
+def leave_processes(clean: bool) -> None:
+    """End the process group; after a failure the others may never come to do it together, so nothing is waited for."""
+    if dist.is_available() and dist.is_initialized() and (clean or dist.get_world_size() == 1):
+        dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Meet the other processes.
+
+    Raises:
+        ConfigError: an incomplete environment. TrainingError: they did not come in time, or nobody is at the address.
+    """
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set: start several "
+                              "processes with torchrun.")
+    environment_number("MASTER_PORT", 0)
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistError as error:
+        raise TrainingError(
+            f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at MASTER_ADDR "
+            f"{os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']} ({first_line(error)}); start all "
+            "processes within trainer.timeout_minutes of each other.") from error
+
+
+def environment_number(name: str, default: int) -> int:
+    """A whole number from an environment variable.
+
+    Raises:
+        ConfigError: it is set to something else.
+    """
+    text = os.environ.get(name) or str(default)
+    if not text.isdigit():
+        raise ConfigError(f"{name} must be a number, not {text!r}.")
+    return int(text)
 
 
 class StopRequest:
@@ -92,8 +166,7 @@ class StopRequest:
             self._active = True
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._active:
             signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
@@ -19,17 +18,10 @@ STUCK = 75  # another process did not answer in time
 
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
                "timed out", "NCCL", "remote process", "no response from")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TrainingError(SeedError):
     """A run that cannot go on: a loss that is not finite, no memory, a process that died, a disk that is full."""
-
-
-def disk_sentence(error: OSError) -> str:
-    """Why a file could not be written, in words."""
-    reason = error.strerror or str(error)
-    return f"the disk or quota is full ({reason})" if error.errno in _FULL else reason
 
 
 @contextmanager

@@ -1,191 +1,325 @@
-"""The restartable training loop that every stage runs through, from nano on one core to many processes.
+"""The one restartable training loop: from a nano stage on one core to a language model on many nodes.
 
-A stage is modules, a loss of (micro-step) and an evaluation. Sample order and augmentation are functions of (seed,
-step), so a run killed at any step and started again continues with the same numbers; the state on disk (state.py) is
-replaced atomically. Peculiar: with bf16, the default, losses are computed under autocast with fp32 master weights on
-every device, which on recent CPUs is about twice as fast as fp32.
-
-With `torchrun`, all processes call `run_stage` with a model wrapped in DistributedDataParallel and a folder that all
-of them see; the first writes, the others wait. A stage goes on only with as many processes and samples per step.
+Every number of a step follows from (seed, step, process): sample order from the task, dropout and augmentation from a
+seed per micro-step. A run killed at any step and started again goes on with the same losses to the last bit (on a
+CPU). With bf16, the default, products are computed under autocast with fp32 master weights on every device, which on
+recent CPUs is about twice as fast as fp32.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.errors import first_line
+from seed_multimodal.settings import check_settings
+from seed_multimodal.training.checkpoint import (
+    CheckpointStore,
+    SavedState,
+    frozen_check_sum,
+    load_average,
+    load_engine,
+    load_task,
+    read_states,
+    warm_start,
+)
+from seed_multimodal.training.checkpoint_folders import output_folder_lock
 from seed_multimodal.training.distributed import ProcessGroup, StopRequest
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.loop_settings import SampleCost, StageSettings, check_settings
-from seed_multimodal.training.run_log import Progress, Status
-from seed_multimodal.training.schedules import batch_indices, learning_rate, parameter_groups
-from seed_multimodal.training.state import Own, StateFile, read_record, warm_start, write_json
-from seed_multimodal.training.step import Loss, Stepper
-
-__all__ = ["Ema", "Loss", "SampleCost", "StageSettings", "batch_indices", "learning_rate", "parameter_groups",
-           "run_stage"]
-
-OnStep = Callable[[int], Mapping[str, float] | None]
+from seed_multimodal.training.engine import Engine, seed_generators
+from seed_multimodal.training.failures import STOPPED, TrainingError, Watchdog, translate_errors
+from seed_multimodal.training.loop_settings import LoopSettings
+from seed_multimodal.training.resume import settings_remark
+from seed_multimodal.training.run_log import RunLog
+from seed_multimodal.training.task import Task
+from seed_multimodal.training.zero import ZeroEngine
 
 
-def run_stage(
-    name: str,
-    modules: nn.Module,
-    loss: Loss,
-    settings: StageSettings,
-    folder: str | Path,
-    finish: Callable[[], Mapping[str, Any]],
-    on_step: OnStep | None = None,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    schedule: Callable[[int], float] | None = None,
-    wrapped: nn.Module | None = None,
-    status: Status | None = None,
-    cost: SampleCost | None = None,
-    own: Own | None = None,
-) -> dict[str, Any]:
-    """Train `modules` for `settings.steps` steps, resuming from `folder/NAME.state.pt` if it is there.
+@dataclass
+class StepResult:
+    """What came of a step. `made`: weights have moved; `stopped`, `save`: some process was asked to stop, or a
+    checkpoint is due by time; `ended`: the data of all processes have ended; `problem`: why nobody may go on."""
+
+    made: bool = False
+    problem: str = ""
+    stopped: bool = False
+    save: bool = False
+    ended: bool = False
+
+
+def train(task: Task, settings: LoopSettings, folder: str | Path, *, group: ProcessGroup | None = None,
+          device: torch.device | None = None) -> dict[str, Any]:
+    """Train a task for `settings.steps` steps, from its newest checkpoint in `folder` if there is one.
+
+    Under torchrun every process calls it, with a folder that all of them see.
 
     Args:
-        loss: micro-step (`step · accumulate + m`; the step itself without accumulation) → (scalar mean loss, parts
-            to log: floats or scalar tensors); draws its randomness from torch's global generator, which is seeded
-            from (seed, micro-step, rank) before every call. Calls `wrapped`, not `modules`, if there is one.
-        finish: called once at the end, in the first process only (so no collective calls), with the final (EMA)
-            weights in place; saves them and returns metrics that JSON can hold.
-        on_step: called after each optimiser step with the number of steps made, in every process, for work such as
-            code-book restarts, which must leave all processes' weights equal. Numbers that it returns (of an
-            evaluation: the same keys in every process) are logged at once, as they are, in a line of this step.
-        optimizer: trains (some of) the parameters of `modules`; AdamW on all that need gradients by default.
-        schedule: step → learning rate; times a group's `lr_scale` if it has one. `learning_rate` by default.
-        wrapped: the DistributedDataParallel object around (a part of) `modules`; needed with several processes.
-        status: asked at each log step for more numbers: counts (int, summed over processes), measures (float,
-            averaged), `wait_seconds` (all time spent waiting for data), which is logged as the share `wait_share`, and
-            `aside_seconds` (all time spent on other things than steps), which is left out of the speed.
-        cost: of a sample, for the log's `tflops` and `mfu`.
-        own: what each process keeps for itself; saved and restored with the state.
+        group: the processes; by default those of torch.distributed's default group, or this one alone.
+        device: by default that of the task's module.
 
     Returns:
-        The stage's record: metrics, steps, seconds. It is also `folder/NAME.done.json`, whose presence makes
-        later calls return at once (but see `settings.further`).
+        The run's record, also `folder/task.record_file`: steps, seconds and the task's own measures.
 
     Raises:
-        ConfigError: settings no run can follow, several processes without `wrapped`, an optimiser of other weights.
-        CheckpointError: a loss or gradient that is not finite, a state of another run, a disk that cannot be written;
-            the state on disk stays as it was.
-        SystemExit: 143 after SIGTERM: the step was finished and the state saved. With several processes, data workers
-            must ignore the signal for that (torchrun sends it to them, too).
+        ConfigError: settings no run can follow. CheckpointError: a checkpoint of another run, or none that is complete.
+        TrainingError: a loss or gradient that is not finite, a disk that cannot be written, a process that died.
+            Checkpoints stay as they were.
+        SystemExit: 143 after SIGTERM: the step was finished and saved. With several processes, data workers must
+            ignore the signal for that (torchrun sends it to them, too).
     """
-    check_settings(name, settings)
-    home = Path(folder)
-    home.mkdir(parents=True, exist_ok=True)
-    with ProcessGroup(name, wrapped) as peers:
-        record = _done_before(name, home, peers, settings)
-        if record is not None:
-            return record
-        optimiser = optimizer or torch.optim.AdamW(
-            parameter_groups(modules, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99))
-        stepper = Stepper(name, modules, loss, optimiser, settings,
-                          schedule or (lambda step: learning_rate(step, settings)), wrapped, peers.rank)
-        file = home / f"{name}.state.pt"
-        if settings.start and not file.is_file():
-            _start_warm(name, settings, modules, peers)
-        average = Ema(modules, settings.ema) if settings.ema else None
-        store = StateFile(file, modules, optimiser, average, stepper.scaler, peers,
-                          settings.batch_size * settings.accumulate * peers.world, settings.save_frozen, own=own)
-        step, spent = store.restore()
-        started = time.monotonic() - spent
-        progress = Progress(name, settings, step, home, peers, stepper.device, store.smooth, status, cost)
-        modules.train()
+    with contextlib.ExitStack() as stack:
+        processes = group or stack.enter_context(ProcessGroup())
+        stack.enter_context(output_folder_lock(Path(folder) / task.checkpoint_folder, processes))
+        return run_task(task, settings, Path(folder), processes, device)
+
+
+def run_task(task: Task, settings: LoopSettings, home: Path, group: ProcessGroup, device: torch.device | None = None
+             ) -> dict[str, Any]:
+    """As `train`, by a caller that holds the folder's lock."""
+    check_settings(settings, task.name)
+    with Watchdog(60 * settings.timeout_minutes if group.world > 1 else 0, task.name) as watchdog:
+        run = Run(task, settings, home, group, watchdog, device)
         try:
-            step = _steps(step, stepper, store, progress, started, on_step)
+            return run.train()
         finally:
-            progress.close()
-        if progress.problem is not None:
-            raise progress.problem
-        if average is not None:
-            average.copy_to(modules)
-        modules.eval()
-        return _finish(name, step, settings, home, store, started, finish)
+            run.close()
 
 
-def _steps(step: int, stepper: Stepper, store: StateFile, progress: Progress, started: float,
-           on_step: OnStep | None) -> int:
-    """Make all steps from `step` on; saves the state when it is due, at the end, and when the run is stopped."""
-    settings, peers, modules, average = stepper.settings, store.peers, store.modules, store.average
-    last_save = time.monotonic()
-    stopped = False
-    with StopRequest() as stop:
-        while step < settings.steps and not stopped:
-            try:
-                numbers, problem = stepper.gradients(step)
-            except RuntimeError as error:
-                # A signal to the whole process group ends data workers, too; the weights are still of the step before.
-                if not stop.asked or peers.world > 1:
-                    raise
-                print(f"[{progress.name}] step {step} was given up: {first_line(error)}", flush=True)
-                break
-            due = peers.first and time.monotonic() - last_save > settings.save_seconds
-            failed, stopped, save = peers.agree(bool(problem or progress.problem), stop.asked, due)
-            if failed:
-                raise progress.problem or CheckpointError(
-                    f"{problem or 'Another process failed'} at step {step}; {store.left()}.")
-            stepper.update()
-            if average is not None:
-                average.update(modules, step)
-            step += 1
-            progress.show(step, numbers, on_step(step) if on_step is not None else None)
-            if save or (settings.save_every_steps and step % settings.save_every_steps == 0):
-                store.save(step, time.monotonic() - started)
-                last_save = time.monotonic()
-        if store.saved_step != step:
-            store.save(step, time.monotonic() - started)
-        if peers.agree(stopped or stop.asked)[0]:
-            if peers.first:
-                print(f"[{progress.name}] stopped by SIGTERM after step {step} of {settings.steps}; the state is in "
-                      f"{store.file}, and the same command goes on from there.", flush=True)
-            raise SystemExit(143)
-    return step
+class Run:
+    """One task on its way through the loop, in one process."""
+
+    def __init__(self, task: Task, settings: LoopSettings, home: Path, group: ProcessGroup, watchdog: Watchdog,
+                 device: torch.device | None) -> None:
+        """Find the checkpoint to go on from, let the task build its module, restore. Raises as `train`."""
+        self.task, self.settings, self.home, self.group, self.watchdog = task, settings, home, group, watchdog
+        self.store = CheckpointStore(home / task.checkpoint_folder, group, limit=settings.keep,
+                                     asynchronous=settings.async_save, save_frozen=settings.save_frozen, log=self.say)
+        folder = self.store.find(settings.resume)
+        self.identity = task.identity(group.world)
+        saved = self._saved(folder)
+        self.step, self.begun = saved.step, int(saved.trainer.get("begun", 0))
+        with translate_errors("the start", self.store.description()):
+            task.prepare()
+            if folder is not None:
+                load_task(folder, saved, task)
+            elif settings.start:
+                self.say(f"weights taken from {settings.start} (step {warm_start(Path(settings.start), task)}).")
+            self._check_sum = None if settings.save_frozen else frozen_check_sum(task.module)
+            self.average = Ema(task.module, settings.ema) if settings.ema else None
+            self.device = device or next(task.module.parameters()).device
+            deepspeed = task.deepspeed_config(group.world)
+            self.engine = Engine(task, settings, group, self.device) if deepspeed is None else ZeroEngine(
+                task, settings, group, self.device, deepspeed)
+            if folder is not None:
+                load_engine(folder, self.step, self.engine)
+                if self.average is not None:
+                    load_average(folder, self.average)
+        task.meter.load_state_dict(saved.trainer)
+        if saved.states:
+            task.load_state_dict(saved.states, group.rank)
+        if folder is not None:
+            self.say(f"goes on from {folder} (step {self.step}).")
+        self.started = time.monotonic() - saved.trainer.get("seconds", 0.0)
+        self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status)
+        self.evaluation: dict[str, float] = saved.trainer.get("evaluation", {})
+        task.prepared(self)
+
+    def close(self) -> None:
+        """Finish logs; a checkpoint under way is completed."""
+        self.store.join()
+        self.log.close()
+        self.engine.close()
+
+    def train(self) -> dict[str, Any]:
+        """Make the steps that are left; returns the record."""
+        task, settings = self.task, self.settings
+        self.engine.model.train()
+        task.module.train()
+        self.last_save = time.monotonic()
+        stopped = ended = False
+        with StopRequest() as stop:
+            while self.step < settings.steps and not stopped and not ended:
+                where = f"step {self.step + 1}"
+                self.watchdog.beat(where, self.store.description())
+                with translate_errors(where, self.store.description()):
+                    try:
+                        result = self._step(stop)
+                    except RuntimeError as error:
+                        # A signal to the whole process group ends data workers, too; the weights have not moved.
+                        if not stop.asked or self.group.world > 1:
+                            raise
+                        self.say(f"step {self.step} was given up: {first_line(error)}")
+                        stopped = True
+                        break
+                if result.problem:
+                    raise self._failure(result.problem)
+                stopped, ended = result.stopped, result.ended
+                if result.made:
+                    with translate_errors(where, self.store.description()):
+                        self._after_step(result.save)
+            with translate_errors(f"the end (step {self.step})", self.store.description()):
+                self._end(stopped, ended, stop)
+                return self._record()
+
+    # ------------------------------------------------------------------------------------------------------- a step
+
+    def _step(self, stop: StopRequest) -> StepResult:
+        """Micro-steps, agreement of all processes, and only then new weights."""
+        task, engine, group = self.task, self.engine, self.group
+        rate = task.learning_rate(self.step)
+        engine.set_rate(rate)
+        if not task.begin_step(self.step):
+            return StepResult(ended=True)
+        found = [self._micro_step(micro) for micro in range(self.settings.accumulate)]
+        norm = engine.clip()
+        numbers = task.meter.combine(found, norm, rate)
+        if engine.loss_scale() is not None:
+            numbers["loss_scale"] = float(engine.loss_scale() or 0.0)
+        problem = "" if math.isfinite(numbers["loss"]) else f"The loss became {numbers['loss']}"
+        problem = problem or engine.problem(numbers.get("grad"))
+        broken = self.store.problem is not None or self.log.problem is not None
+        due = group.first and 0 < self.settings.save_seconds < time.monotonic() - self.last_save
+        flags = [bool(problem) or broken, stop.asked, due]
+        failed, stopped, save, *sums = group.sum([*flags, *task.meter.shared(numbers)])
+        if failed:
+            return StepResult(problem=problem or "Another process could not make its part")
+        moved = engine.update(rate)
+        if moved is not None:
+            numbers["grad"] = moved
+            if problem := engine.problem(moved):
+                return StepResult(problem=problem)
+        if self.average is not None:
+            self.average.update(task.module, self.step)
+        task.meter.add(numbers, sums)
+        return StepResult(made=True, stopped=stopped > 0, save=save > 0)
+
+    def _micro_step(self, micro: int) -> dict[str, Any]:
+        task, engine, count = self.task, self.engine, self.settings.accumulate
+        number = self.step * count + micro
+        # Processes differ by more than any number of micro-steps, so no two draw the same numbers.
+        seed_generators(self.settings.seed * 1_000_003 + number + self.group.rank * 1_000_003**2, self.device)
+        last = micro == count - 1
+        with engine.accumulating(last):
+            with engine.autocast():
+                loss, numbers = task.micro_step(engine.model, number)
+            engine.backward(loss / count if task.averages and count > 1 else loss, last)
+        return {"loss": loss.detach(), **numbers}
+
+    def _after_step(self, save: bool) -> None:
+        self.step += 1
+        numbers = self.task.after_step(self.step)
+        self._log_step(numbers)
+        begun = time.monotonic()
+        every = self.settings.save_every_steps
+        if save or (every and self.step % every == 0):
+            self._save()
+        self.log.pause(time.monotonic() - begun)
+
+    def _log_step(self, numbers: Mapping[str, float] | None) -> None:
+        if numbers:
+            self.evaluation = {"step": self.step, **numbers}
+        self.log.add(self.step, numbers)
+
+    def _failure(self, problem: str) -> Exception:
+        """The sentence for a step that must not be made."""
+        self.store.join()
+        own = self.store.problem or self.log.problem
+        return own or TrainingError(f"{problem} at step {self.step + 1}; {self.store.description()}.")
+
+    # ---------------------------------------------------------------------------------------------- saving, the end
+
+    def _save(self) -> None:
+        self.watchdog.beat(f"saving step {self.step}", self.store.description())
+        with translate_errors(f"saving step {self.step}", self.store.description()):
+            self.store.save(self.step, self.task, self.engine, self.average, self._state(),
+                            self.task.state_dict(self.step))
+        self.last_save = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        return {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
+                "begun": self.begun, "frozen": self._check_sum, "evaluation": self.evaluation,
+                **self.task.meter.state_dict(), "config": self.task.config}
+
+    def _end(self, stopped: bool, ended: bool, stop: StopRequest) -> None:
+        """The last evaluation and checkpoint; exits if the run was stopped.
+
+        Raises:
+            TrainingError: the data ended before the first step, so there is nothing to save.
+        """
+        log = self.log
+        if ended and not self.step:
+            raise TrainingError("No source gave a single sequence to learn from (what was passed over is named above), "
+                                "so nothing was trained; `seed data check` says more.")
+        if ended:
+            log.finish(self.step)
+            self.say(f"every source is used up after step {self.step}; the run ends here.")
+        if not stopped:
+            numbers = self.task.after_last_step(self.step)
+            if numbers:
+                self.evaluation = {"step": self.step, **numbers}
+                log.write(self.step, self.evaluation)
+        self.store.finish()  # in all processes, so that they agree on what is saved
+        if self.store.saved != self.step and (self.step or stopped):
+            self._save()
+        self.store.finish()
+        if self.group.agree(stopped or stop.asked)[0]:
+            self.say(f"stopped by SIGTERM after step {self.step} of {self.settings.steps}; the same command goes on "
+                      f"from {self.store.home / f'checkpoint-{self.step}'}.")
+            raise SystemExit(STOPPED)
+        log.close()
+        if log.problem is not None:
+            raise log.problem
+
+    def _record(self) -> dict[str, Any]:
+        """The first process finishes the task and writes the record; every process returns it."""
+        if self.average is not None:
+            self.average.copy_to(self.task.module)
+        self.task.module.eval()
+        report = dict(self.task.gather_report(self.group))
+        record: dict[str, Any] = {}
+        if self.group.first:
+            record = {"steps": self.step, **({"begun": self.begun} if self.begun else {}),
+                      "seconds": round(time.monotonic() - self.started, 1), **report,
+                      **self.task.finish()}
+            write_json(self.home / self.task.record_file, record)
+            for line in self.task.summary(record):
+                self.say(line)
+        return self.group.gather(record)[0]
+
+    # ---------------------------------------------------------------------------------------------------- the start
+
+    def _saved(self, folder: Path | None) -> SavedState:
+        """What the checkpoint to go on from says, if this run can go on from it."""
+        if folder is None:
+            return SavedState()
+        saved = read_states(folder)
+        remarks = self.task.check_resume(folder, saved.trainer, self.identity)
+        if saved.trainer.get("config") and self.task.config:
+            remarks.append(settings_remark(saved.trainer["config"], self.task.config, self.task.quiet_keys))
+        for remark in filter(None, remarks):
+            self.say(f"{remark}.")
+        return saved
+
+    def say(self, text: str) -> None:
+        """A line of the first process that is no numbers."""
+        if self.group.first:
+            print(f"[{self.task.name}] {text}", flush=True)
 
 
-def _start_warm(name: str, settings: StageSettings, modules: nn.Module, peers: ProcessGroup) -> None:
-    earlier = warm_start(Path(settings.start), modules)
-    if peers.first:
-        print(f"[{name}] weights taken from {settings.start} (step {earlier})", flush=True)
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file whole.
 
-
-def _done_before(name: str, home: Path, peers: ProcessGroup, settings: StageSettings) -> dict[str, Any] | None:
-    done = home / f"{name}.done.json"
-    here = done.is_file()
-    someone, someone_not = peers.agree(here, not here)
-    if someone and someone_not:
-        raise CheckpointError(f"{done}: only some processes see it; the folder must be on a disk that all share.")
-    if not here:
-        return None
-    record = read_record(done)
-    if settings.further and int(record.get("steps", 0)) < settings.steps and (home / f"{name}.state.pt").is_file():
-        return None
-    if peers.first:
-        print(f"[{name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
-    return record
-
-
-def _finish(name: str, step: int, settings: StageSettings, home: Path, store: StateFile, started: float,
-            finish: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Rank 0 evaluates and writes the record; every process returns it."""
-    record: dict[str, Any] = {}
-    if store.peers.first:
-        shared = {"accumulate": settings.accumulate, "processes": store.peers.world}
-        record = {"stage": name, "steps": step, "batch_size": settings.batch_size,
-                  **{key: count for key, count in shared.items() if count > 1},
-                  **({"begun": store.begun} if store.begun else {}),
-                  "seconds": round(time.monotonic() - started, 1), **finish()}
-        write_json(home / f"{name}.done.json", record)
-        print(f"[{name}] done: {json.dumps(record)}", flush=True)
-    return store.peers.gather(record)[0]
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with writing(file):
+        replace_text(file, json.dumps(value, indent=1))

@@ -1,43 +1,67 @@
-"""How long, how fast and how exactly one stage trains: the typed settings of the training loop."""
+"""How long, how fast and how exactly a task trains: the typed settings of the training loop."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import setting
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 
 
-@dataclass
-class StageSettings:
-    """Settings of one stage; `steps` counts optimiser steps of `batch_size · accumulate · processes` samples.
+@dataclass(kw_only=True)
+class LoopSettings:
+    """What the loop reads; `steps` counts optimiser steps of `accumulate` micro-steps in each process.
 
-    The state is saved every `save_seconds` seconds, every `save_every_steps` steps (0: by seconds only) and at the
-    end. `clip` is the largest gradient norm (0: measured, not clipped). `start` is the `NAME.state.pt` of an earlier
-    run whose weights (not its optimiser) the first step starts from. With `save_frozen=False` the state leaves out
-    parameters that are not trained; the caller then builds them again, from the same files, before a resume. With
-    `further` a stage that is done, with fewer steps and its state still there, goes on from that state.
+    Attributes:
+        precision: what products are computed in; trained weights are kept in fp32 beside it.
+        clip: the largest gradient norm (0: measured, not clipped).
+        ema: decay of the averaged weights, which are the result (0: none).
+        save_seconds, save_every_steps: when a checkpoint is due (0: not by that), beside the one at the end.
+        keep: checkpoints kept, the newest first; None deletes nothing.
+        async_save: write checkpoints beside the training (not with DeepSpeed).
+        save_frozen: whether checkpoints hold parameters that are not trained, too. Without, the caller builds them
+            again, from the same files, before a resume.
+        resume: `auto` (from the newest complete checkpoint of the folder), `never`, or a checkpoint's folder.
+        start: a checkpoint, or a folder of them, whose weights (not the optimiser) the first step starts from.
+        further: a completed run goes on if it is asked for more steps.
+        timeout_minutes: how long one step may wait for another process; 0 waits for ever.
+        fsdp: spread weights, gradients and optimiser states over the processes with FSDP2.
     """
 
-    steps: int
-    batch_size: int = 64
-    lr: float = 1e-3
-    warmup: int = 100
-    min_lr_ratio: float = 0.02
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.0
-    precision: str = "bf16"
-    seed: int = 0
-    save_seconds: float = 60.0
-    log_every: int = 50
-    start: str = ""
-    accumulate: int = 1
-    save_every_steps: int = 0
+    steps: int = setting(1000, least=0)
+    accumulate: int = setting(1, least=1)
+    precision: str = setting("bf16", choices=PRECISIONS)
+    clip: float = setting(1.0, least=0)
+    ema: float = setting(0.0, least=0, below=1)
+    seed: int = setting(0, least=0)
+    log_every: int = setting(50, least=1)
+    save_seconds: float = setting(60.0, least=0)
+    save_every_steps: int = setting(0, least=0)
     save_frozen: bool = True
+    keep: int | None = setting(1, least=1)
+    async_save: bool = False
+    resume: str = "auto"
+    start: str = ""
     tensorboard: bool = False
+    wandb: bool = False
+    run_name: str | None = None
     further: bool = False
+    timeout_minutes: float = setting(360.0, least=0)
+    fsdp: bool = False
+
+
+@dataclass(kw_only=True)
+class StageSettings(LoopSettings):
+    """Settings of one stage whose optimiser and schedule are the usual ones; a step takes `batch_size · accumulate ·
+    processes` samples, and the rate rises for `warmup` steps to `lr` and falls to `lr · min_lr_ratio`."""
+
+    steps: int = setting(least=0)
+    batch_size: int = setting(64, least=1)
+    lr: float = setting(1e-3, least=0)
+    warmup: int = setting(100, least=0)
+    min_lr_ratio: float = setting(0.02, least=0)
+    weight_decay: float = setting(0.01, least=0)
 
 
 @dataclass(frozen=True)
@@ -50,20 +74,3 @@ class SampleCost:
 
     flops: float
     peak_tflops: float | None = None
-
-
-def check_settings(name: str, settings: StageSettings) -> None:
-    """Refuse settings that no run can follow.
-
-    Raises:
-        ConfigError: an unknown precision, or a count below its smallest value.
-    """
-    if settings.precision not in PRECISIONS:
-        raise ConfigError(f"[{name}] precision must be one of {', '.join(PRECISIONS)}, not {settings.precision!r}.")
-    for key, least in (("steps", 0), ("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("save_every_steps", 0)):
-        if getattr(settings, key) < least:
-            raise ConfigError(f"[{name}] {key} must be at least {least}, not {getattr(settings, key)}.")
-    if not settings.clip >= 0.0:  # also NaN; a negative one would turn the gradients round
-        raise ConfigError(f"[{name}] clip must be at least 0 (no clipping), not {settings.clip}.")
-    if not 0.0 <= settings.ema < 1.0:
-        raise ConfigError(f"[{name}] ema must be at least 0 (no average) and below 1, not {settings.ema}.")

@@ -1,10 +1,11 @@
-"""What a run says of itself: a line on the console, a line of JSON and TensorBoard scalars at every log step.
+"""The one step log of a run: a console line, a line of JSON, TensorBoard scalars and, if asked, wandb.
 
 On a terminal the line under way is rewritten in place; in a log file only whole lines appear.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -15,109 +16,136 @@ from typing import Any
 
 import torch
 
+from seed_multimodal.disk import disk_reason, replace_text, writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.progress import duration
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.loop_settings import SampleCost, StageSettings
+from seed_multimodal.training.failures import TrainingError
+from seed_multimodal.training.loop_settings import LoopSettings
+from seed_multimodal.training.meter import Meter, utilisation_text
 
 Status = Callable[[], Mapping[str, float]]
 
-_EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
 
+class RunLog:
+    """Writes the numbers of steps every `log_every` steps; every process calls it for every step.
 
-class Progress:
-    """Smooths the numbers of each step and writes them every `log_every` steps.
+    Numbers of a meter and of `status` are averaged over processes, except whole numbers (counts: summed) and data-wait
+    share and peak memory (the largest).
 
-    Numbers are averaged over processes, except whole numbers of `status` (counts: summed) and data-wait share and
-    peak memory (the largest). `smooth` is shared with the state, so that a resume does not begin it anew; `problem`
-    is the sentence for a log that could not be written (a full disk).
+    Attributes:
+        problem: the sentence for a log that could not be written (a full disk).
     """
 
-    def __init__(self, name: str, settings: StageSettings, step: int, home: Path, peers: ProcessGroup,
-                 device: torch.device, smooth: dict[str, float], status: Status | None = None,
-                 cost: SampleCost | None = None) -> None:
+    def __init__(self, name: str, settings: LoopSettings, step: int, home: Path, group: ProcessGroup,
+                 device: torch.device, meter: Meter, status: Status = dict) -> None:
+        """Open the logs; lines of steps after `step` (of a killed run) are dropped.
+
+        Raises:
+            ConfigError: tensorboard or wandb is asked for and not installed. CheckpointError: the disk.
+        """
         self.name, self.settings, self.home = name, settings, home
-        self.peers, self.device, self.status, self.cost = peers, device, status, cost
-        self.problem: CheckpointError | None = None
-        self.smooth = smooth
-        self.mark_step = step
+        self.group, self.device, self.meter, self.status = group, device, meter, status
+        self.problem: TrainingError | None = None
+        self.mark_step, self.waiting = step, False
         self.mark = self.ticked = time.monotonic()
         self.pace: float | None = None  # seconds per step, smoothed over log lines
-        status_now = self._status()
-        self.waited, self.aside = self._waited(status_now), float(status_now.get("aside_seconds", 0.0))
-        self.alive = peers.first and sys.stdout.isatty()
+        now = dict(status())
+        self.waited, self.aside = now.get("wait_seconds"), float(now.get("aside_seconds", 0.0))
+        self.alive = group.first and sys.stdout.isatty()
         self.board: Any = None
-        if peers.first:
-            forget_after(step, home / f"{name}.log.jsonl")
-        if settings.tensorboard and peers.first:
-            # One folder per stage: what a resume hides there is its own.
-            self.board = open_board(home / "tensorboard" / name, step)
+        self.wandb: Any = None
+        if group.first:
+            drop_lines_after(step, self.file)
+            # One folder per task: what a resume hides there is its own.
+            self.board = open_board(home / "tensorboard" / name, step) if settings.tensorboard else None
+            self.wandb = _open_wandb(settings, home) if settings.wandb else None
 
-    def show(self, step: int, parts: Mapping[str, float], more: Mapping[str, float] | None = None) -> None:
-        """Fold in the numbers of the step that was just made; write them if a log line is due.
+    @property
+    def file(self) -> Path:
+        """The JSON lines."""
+        return self.home / f"{self.name}.log.jsonl"
 
-        `more` stands in the line as it is, and makes one due.
-        """
-        for key, value in parts.items():
-            if key in _EXACT or not math.isfinite(self.smooth.get(key, math.nan)):
-                self.smooth[key] = value  # also when all before were none: fp16 often begins with an overflow
-            elif math.isfinite(value):  # an fp16 step that overflowed, and was skipped, has no norm
-                self.smooth[key] = 0.95 * self.smooth[key] + 0.05 * value
-        if step % self.settings.log_every and step != self.settings.steps and not more:
-            if self.alive:
-                self._tick(step)
-            return
-        line = self._line(step, more or {})
-        if self.peers.first:
-            try:
-                self._write(step, line)
-            except OSError as error:
-                self.problem = CheckpointError(f"{self.home}: the log of step {step} cannot be written "
-                                               f"({error.strerror}).")
+    def add(self, step: int, more: Mapping[str, float] | None = None) -> None:
+        """A step was made and is in the meter; write a line if one is due. `more` (of an evaluation) stands in the
+        line as it is, or in one of its own, and makes one due."""
+        merged = {} if self.meter.own_evaluation_line else dict(more or {})
+        self.waiting = bool(step % self.settings.log_every and step != self.settings.steps and not merged)
+        if not self.waiting:
+            self._write_line(step, merged)
+        elif self.alive:
+            self._tick(step)
+        if more and self.meter.own_evaluation_line:
+            self.write(step, {"step": step, **more})
 
-    def close(self) -> None:
-        """Finish the TensorBoard file; that it cannot be written is a `problem`."""
-        if self.board is None:
+    def finish(self, step: int) -> None:
+        """The run ends here, perhaps between two lines: write that of the steps since the last one."""
+        if self.waiting:
+            self.waiting = False
+            self._write_line(step, {})
+
+    def write(self, step: int, line: Mapping[str, float]) -> None:
+        """Put a line into all logs; a full disk becomes `problem`."""
+        if not self.group.first:
             return
         try:
-            self.board.close()
+            print(f"{self._head(step)} {self._text(line)}", flush=True)
+            with open(self.file, "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            values = {key: value for key, value in line.items() if key != "step"}
+            if self.board is not None:
+                for key, value in values.items():
+                    self.board.add_scalar(key, value, step)
+                self.board.flush()
+            if self.wandb is not None:
+                self.wandb.log(values, step=step)
         except OSError as error:
-            self.problem = self.problem or CheckpointError(
-                f"{self.home / 'tensorboard'}: cannot be written ({error.strerror}).")
+            self.problem = TrainingError(f"{self.home}: the log of step {step} cannot be written: "
+                                         f"{disk_reason(error)}.")
 
-    def _line(self, step: int, more: Mapping[str, float]) -> dict[str, float]:
+    def pause(self, seconds: float) -> None:
+        """Time that went into something else than steps (saving): rates leave it out."""
+        self.mark += seconds
+
+    def last_line_with(self, key: str) -> dict[str, float]:
+        """The last line of the log that has a key; the first process's, in all processes."""
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.group.first and self.file.is_file() else []
+        found: dict[str, float] = next((json.loads(line) for line in reversed(lines) if f'"{key}"' in line), {})
+        return self.group.gather(found)[0]
+
+    def close(self) -> None:
+        """Finish TensorBoard's and wandb's files; that one cannot be written is a `problem`."""
+        try:
+            if self.board is not None:
+                self.board.close()
+        except OSError as error:
+            self.problem = self.problem or TrainingError(
+                f"{self.home / 'tensorboard'}: cannot be written ({disk_reason(error)}).")
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _write_line(self, step: int, more: Mapping[str, float]) -> None:
         now = time.monotonic()
-        status = self._status()
-        waited, aside = self._waited(status), float(status.pop("aside_seconds", 0.0))
-        status.pop("wait_seconds", None)
+        status = dict(self.status())
+        waited, aside = status.pop("wait_seconds", None), float(status.pop("aside_seconds", 0.0))
         seconds, steps = max(1e-6, now - self.mark - (aside - self.aside)), max(1, step - self.mark_step)
         pace = seconds / steps
         self.pace = pace if self.pace is None else 0.5 * self.pace + 0.5 * pace
         own: dict[str, float] = {"peak_memory_mib": peak_memory_mib(self.device)}
         if waited is not None:
-            own["wait_share"] = min(1.0, (waited - (self.waited or 0.0)) / seconds)
-        merged = merge(self.peers.gather({**own, **self.smooth, **status, **more}))
+            own["wait_share"] = min(1.0, max(0.0, waited - (self.waited or 0.0)) / seconds)
+        merged = merge(self.group.gather({**own, **self.meter.numbers(), **status, **more}))
         self.mark, self.mark_step, self.waited, self.aside = now, step, waited, aside
-        samples = self.settings.batch_size * self.settings.accumulate
-        return {"step": step, "samples_per_s": samples * self.peers.world / pace, "seconds_per_step": pace,
-                "eta_seconds": (self.settings.steps - step) * self.pace, **utilisation(self.cost, samples / pace),
-                **merged}
+        self.write(step, {"step": step, **self.meter.rates(step, steps, seconds, self.group.world),
+                          "seconds_per_step": pace, "eta_seconds": (self.settings.steps - step) * self.pace, **merged})
 
-    def _write(self, step: int, line: Mapping[str, float]) -> None:
-        own = ("step", "samples_per_s", "seconds_per_step", "eta_seconds", "peak_memory_mib", "wait_share", "tflops",
-               "mfu")
-        numbers = " ".join(f"{key} {value:.4g}" for key, value in line.items() if key not in own)
+    def _text(self, line: Mapping[str, float]) -> str:
+        if "seconds_per_step" not in line:
+            return " ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step")
+        numbers, speed = self.meter.text(line)
         wait = f", waited for data {100 * line['wait_share']:.0f} %" if "wait_share" in line else ""
-        print(f"{self._head(step)} {numbers} | {line['samples_per_s']:.0f} samples/s, "
-              f"{line['seconds_per_step']:.3g} s/step{said_of(line)}{wait}, {line['peak_memory_mib'] / 1024:.1f} GiB, "
-              f"{duration(line['eta_seconds'])} left", flush=True)
-        with open(self.home / f"{self.name}.log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
-        if self.board is not None:
-            for key, value in line.items():
-                if key != "step":
-                    self.board.add_scalar(key, value, step)
-            self.board.flush()
+        return (f"{numbers} | {speed}, {line['seconds_per_step']:.3g} s/step{utilisation_text(line)}{wait}, "
+                f"{line['peak_memory_mib'] / 1024:.1f} GiB, {duration(line['eta_seconds'])} left")
 
     def _head(self, step: int) -> str:
         filled = int(20 * step / max(1, self.settings.steps))
@@ -131,34 +159,12 @@ class Progress:
             return
         self.ticked = now
         pace = self.pace or (now - self.mark) / max(1, step - self.mark_step)
-        print(f"{self._head(step)} loss {self.smooth.get('loss', float('nan')):.4g} | "
+        loss = self.meter.numbers().get("loss")
+        print(f"{self._head(step)} {'' if loss is None else f'loss {loss:.4g} | '}"
               f"{duration((self.settings.steps - step) * pace)} left", end="", flush=True)
 
-    def _status(self) -> dict[str, float]:
-        return dict(self.status()) if self.status is not None else {}
 
-    @staticmethod
-    def _waited(status: Mapping[str, float]) -> float | None:
-        return float(status["wait_seconds"]) if "wait_seconds" in status else None
-
-
-def utilisation(cost: SampleCost | None, samples_per_s: float) -> dict[str, float]:
-    """`tflops` that one device achieves with so many samples per second, and `mfu`, their share of its peak."""
-    if cost is None:
-        return {}
-    tflops = cost.flops * samples_per_s / 1e12
-    return {"tflops": tflops} | ({"mfu": tflops / cost.peak_tflops} if cost.peak_tflops else {})
-
-
-def said_of(numbers: Mapping[str, float]) -> str:
-    """`utilisation` as the console and the end of a run say it, after a comma; "" without."""
-    if "tflops" not in numbers:
-        return ""
-    share = f" (MFU {100 * numbers['mfu']:.3g} %)" if "mfu" in numbers else ""
-    return f", {numbers['tflops']:.3g} TFLOP/s{share}"
-
-
-def forget_after(step: int, log: Path) -> None:
+def drop_lines_after(step: int, log: Path) -> None:
     """Drop log lines of steps that a killed run made after its last save (they are made again) and a torn line.
 
     A log of which nothing would stay is another run's, or of one killed before its first save: it becomes
@@ -173,15 +179,11 @@ def forget_after(step: int, log: Path) -> None:
     kept = [line for line in lines if _step_of(line) <= step]
     if len(kept) == len(lines):
         return
-    try:
-        if not kept:
+    with writing(log):
+        if kept:
+            replace_text(log, "".join(kept))
+        else:
             log.replace(log.with_name(f"{log.stem}.old.jsonl"))
-            return
-        temporary = log.with_name(f".{log.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(log)
-    except OSError as error:
-        raise CheckpointError(f"{log}: cannot be written ({error.strerror}).") from error
 
 
 def _step_of(line: str) -> float:
@@ -205,6 +207,15 @@ def open_board(folder: Path, step: int) -> Any:
         return SummaryWriter(str(folder), purge_step=step + 1)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror}).") from error
+
+
+def _open_wandb(settings: LoopSettings, home: Path) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")  # not a dependency: used only where someone has it
+    except ImportError as error:
+        raise ConfigError("trainer: report_to has wandb, but the package is not installed: pip install wandb."
+                          ) from error
+    return wandb.init(project="seed-multimodal", name=settings.run_name or home.name, dir=str(home), resume="allow")
 
 
 def merge(lines: list[dict[str, float]]) -> dict[str, float]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.errors import ConfigError
@@ -85,13 +84,6 @@ def epoch_rate(
     if decay_rate is not None:
         return max(min_lr, lr * decay_rate**epoch)
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * epoch / max_epoch))
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: matrices decay, vectors (biases, norms) do not; frozen parameters are left out."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
 
 
 def batch_indices(step: int, batch_size: int, total: int, seed: int) -> Tensor:

@@ -30,7 +30,7 @@ from seed_multimodal.training.llm.lora import MODULES_TO_SAVE, TARGET_MODULES, a
 from seed_multimodal.training.llm.loss import LossModule, packed_loss
 from seed_multimodal.training.llm.model import build_llm
 from seed_multimodal.training.llm.model_settings import LlmModelSettings
-from seed_multimodal.training.llm.optim import OptimSettings, build_optimizer
+from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
 
 KIND = "llm_lora_training"
 LOGITS, GRADIENTS, STEPS = (1e-4, 1e-4), (1e-6, 1e-3), (2e-5, 0.0)  # atol, rtol

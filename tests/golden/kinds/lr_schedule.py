@@ -11,7 +11,7 @@ from typing import Any
 
 from runner import read_json
 
-from seed_multimodal.training.llm.optim import OptimSettings, schedule
+from seed_multimodal.training.optimizers import OptimSettings, schedule
 from seed_multimodal.training.schedules import epoch_rate, scheduled_rate, warmup_count
 
 KIND = "lr_schedule"

@@ -80,6 +80,24 @@ class LossModule(nn.Module):
         return _parts(self.llm, input_ids, labels, position_ids, attention_mask, self.kind, self.weights)
 
 
+def round_residual(module: nn.Module, precision: str) -> None:
+    """Keep the residual stream of a half-precision base in half precision, as in a model that is so throughout.
+
+    Embeddings trained in fp32 would otherwise make every activation between layers fp32, twice the memory: they are
+    rounded where they leave their table. Models of fp32 weights stay as they are.
+    """
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if half is None or not any(p.dtype == half and not p.requires_grad for p in module.parameters()):
+        return
+
+    def rounded(table: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.to(half)
+
+    for part in module.modules():
+        if isinstance(part, nn.Embedding) and part.weight.requires_grad:
+            part.register_forward_hook(rounded)
+
+
 def packed_loss(model: nn.Module, batch: Any, *, kind: str = "auto", weights: LossWeights | None = None) -> LossParts:
     """Loss of a batch (`data.stream.llm_batches.LlmBatch`, or anything with its four tensors).
 

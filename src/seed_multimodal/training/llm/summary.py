@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.disk import disk_reason
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.failures import disk_sentence
 
 
 def save_config(home: Path, config: Mapping[str, Any]) -> None:
@@ -22,7 +22,7 @@ def save_config(home: Path, config: Mapping[str, Any]) -> None:
         home.mkdir(parents=True, exist_ok=True)
         (home / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"{home}: the output folder cannot be written: {disk_sentence(error)}.") from error
+        raise CheckpointError(f"{home}: the output folder cannot be written: {disk_reason(error)}.") from error
 
 
 def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

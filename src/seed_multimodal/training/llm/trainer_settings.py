@@ -7,17 +7,15 @@ are refused with the nearest known one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal
 
 from seed_multimodal.config import find_target
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import check_keys
+from seed_multimodal.settings import check_keys, read_settings, setting
+from seed_multimodal.training.loop_settings import PRECISIONS, LoopSettings
 
-PRECISIONS = ("bf16", "fp16", "fp32")
-AVERAGES = (None, "tokens", "batch")
-REPORTS = ("tensorboard", "wandb")
 TOKENIZER_TARGET = "seed_multimodal.configured"
 KEYS = ("output_dir", "model", "data", "optim", "trainer", "deepspeed", "tokenizer", "eval_data")
 
@@ -43,34 +41,46 @@ class TrainerSettings:
         timeout_minutes: how long one step may wait for another process; 0 waits for ever.
         peak_tflops: of one device at this precision, for the MFU; known devices need none.
         gradient_checkpointing, compile: override the model's settings if given.
+        fsdp: spread weights, gradients and optimiser states over the processes with FSDP2 (plain engine; whole models
+            of one dtype, so not beside a half-precision base with LoRA).
         cpu_adam: DeepSpeed's own CPU optimiser for offloaded states (compiles for a minute at its first use).
     """
 
-    max_steps: int = 1000
-    gradient_accumulation_steps: int = 1
-    precision: str = "bf16"
-    max_grad_norm: float = 1.0
-    loss_average: str | None = None
+    max_steps: int = setting(1000, least=1)
+    gradient_accumulation_steps: int = setting(1, least=1)
+    precision: str = setting("bf16", choices=PRECISIONS)
+    max_grad_norm: float = setting(1.0, least=0)
+    loss_average: str | None = setting(None, choices=("tokens", "batch"))
     loss_kernel: str = "auto"
-    text_weight: float = 1.0
-    image_weight: float = 1.0
-    seed: int = 42
+    text_weight: float = setting(1.0, least=0)
+    image_weight: float = setting(1.0, least=0)
+    seed: int = setting(42, least=0)
     device: str = "auto"
-    dataloader_num_workers: int = 2
-    logging_steps: int = 1
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    dataloader_num_workers: int = setting(2, least=0)
+    logging_steps: int = setting(1, least=1)
+    report_to: list[str] = setting(factory=lambda: ["tensorboard"], choices=("tensorboard", "wandb"))
     run_name: str | None = None
-    save_steps: int = 1000
-    save_total_limit: int | None = None
+    save_steps: int = setting(1000, least=0)
+    save_total_limit: int | None = setting(None, least=1)
     async_save: bool = True
     resume: str = "auto"
-    eval_steps: int = 0
-    eval_batches: int = 16
-    timeout_minutes: float = 30.0
+    eval_steps: int = setting(0, least=0)
+    eval_batches: int = setting(16, least=1)
+    timeout_minutes: float = setting(30.0, least=0)
     peak_tflops: float | None = None
-    gradient_checkpointing: bool | str | None = None
+    gradient_checkpointing: bool | Literal["selective"] | None = None
     compile: bool | None = None
+    fsdp: bool = False
     cpu_adam: bool = False
+
+    def loop_settings(self) -> LoopSettings:
+        """The same for the loop."""
+        return LoopSettings(
+            steps=self.max_steps, accumulate=self.gradient_accumulation_steps, precision=self.precision,
+            clip=self.max_grad_norm, seed=self.seed, log_every=self.logging_steps, save_seconds=0.0,
+            save_every_steps=self.save_steps, keep=self.save_total_limit, async_save=self.async_save,
+            resume=self.resume, tensorboard="tensorboard" in self.report_to, wandb="wandb" in self.report_to,
+            run_name=self.run_name, timeout_minutes=self.timeout_minutes, fsdp=self.fsdp)
 
 
 @dataclass
@@ -103,69 +113,8 @@ def read_run(config: Mapping[str, Any]) -> RunSettings:
     return RunSettings(
         output_dir=Path(str(config["output_dir"])), tokenizer=_tokenizer_folder(config.get("tokenizer")),
         model=dict(config["model"]), data=dict(config["data"]), optim=dict(config["optim"]),
-        trainer=read_trainer(config.get("trainer") or {}), deepspeed=_mapping(config, "deepspeed"),
-        eval_data=_mapping(config, "eval_data"), plain=dict(config))
-
-
-def read_trainer(config: Mapping[str, Any]) -> TrainerSettings:
-    """`TrainerSettings` of a mapping.
-
-    Raises:
-        ConfigError: as `read_run`.
-    """
-    settings = from_mapping(TrainerSettings, config, "trainer")
-    if isinstance(settings.gradient_checkpointing, str) and settings.gradient_checkpointing != "selective":
-        raise ConfigError("trainer: gradient_checkpointing is true, false or selective, not "
-                          f"{settings.gradient_checkpointing!r}.")
-    for key, options in (("precision", PRECISIONS), ("loss_average", AVERAGES)):
-        if getattr(settings, key) not in options:
-            raise ConfigError(f"trainer: {key} must be one of {', '.join(str(o) for o in options if o)}, not "
-                              f"{getattr(settings, key)!r}.")
-    for report in settings.report_to:
-        if report not in REPORTS:
-            raise ConfigError(f"trainer: report_to knows {', '.join(REPORTS)} (and none), not {report!r}.")
-    least = {"max_steps": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 0, "eval_steps": 0,
-             "eval_batches": 1, "dataloader_num_workers": 0, "max_grad_norm": 0, "timeout_minutes": 0,
-             "text_weight": 0, "image_weight": 0, "seed": 0, "save_total_limit": 1}
-    for key, smallest in least.items():
-        value = getattr(settings, key)
-        if value is not None and value < smallest:
-            raise ConfigError(f"trainer: {key} must be at least {smallest}, not {value}.")
-    return settings
-
-
-def from_mapping(kind: type[Any], config: Mapping[str, Any], where: str) -> Any:
-    """An instance of a dataclass out of a mapping, with its scalar types checked (an int will do for a float).
-
-    Raises:
-        ConfigError: an unknown key or a value of another type.
-    """
-    known = {entry.name: entry for entry in fields(kind)}
-    check_keys(config, known, where)
-    hints = get_type_hints(kind)
-    values = {key: _typed(hints[key], value, f"{where}: {key}") for key, value in config.items()}
-    missing = [name for name, entry in known.items()
-               if entry.default is MISSING and entry.default_factory is MISSING and name not in values]
-    if missing:
-        raise ConfigError(f"{where}: {missing[0]} is needed.")
-    return kind(**values)
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    options = getattr(hint, "__args__", (hint,)) if getattr(hint, "__origin__", None) is not list else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if getattr(option, "__origin__", None) is list and isinstance(value, list):
-            return [str(item) for item in value]
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option in (str, bool) and isinstance(value, option):
-            return value
-    names = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
-    raise ConfigError(f"{where} must be {names}, not {value!r}.")
+        trainer=read_settings(TrainerSettings, config.get("trainer") or {}, "trainer"),
+        deepspeed=_mapping(config, "deepspeed"), eval_data=_mapping(config, "eval_data"), plain=dict(config))
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> dict[str, Any] | None:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.training.loop import batch_indices, run_stage
 from seed_multimodal.training.nano.config import NanoConfig, training_device
 from seed_multimodal.training.nano.views import to_clip
+from seed_multimodal.training.old.loop import batch_indices, run_stage
 from seed_multimodal.vision.clip_towers import caption_ids, text_tower
 from seed_multimodal.weights import save_state_dict
 

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.training.loop import StageSettings
+from seed_multimodal.training.old.loop import StageSettings
 
 
 @dataclass

@@ -31,7 +31,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.workspace import Workspace
-from seed_multimodal.training.state import write_json
+from seed_multimodal.training.old.state import write_json
 from seed_multimodal.weights import count_parameters
 
 PRETRAIN, SFT = "llm_pretrain", "llm_sft"

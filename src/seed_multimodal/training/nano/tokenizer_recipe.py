@@ -34,7 +34,7 @@ from seed_multimodal.training.nano.clip import TEXT_FILE
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.tokenizer import tokenizer_config
 from seed_multimodal.training.nano.workspace import Workspace
-from seed_multimodal.training.state import write_json
+from seed_multimodal.training.old.state import write_json
 from seed_multimodal.vision.clip_towers import MAX_TEXT
 
 READOUT_FILE = "readout.safetensors"

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from seed_multimodal.detokenizers.layout import LayoutReadout
 from seed_multimodal.training.group_norm import restore_group_norm, use_fast_group_norm
-from seed_multimodal.training.loop import StageSettings, batch_indices, run_stage
 from seed_multimodal.training.nano.config import NanoConfig, training_device
+from seed_multimodal.training.old.loop import StageSettings, batch_indices, run_stage
 
 TRAIN_STEPS = 1000
 FINAL_SIGNAL = 0.15

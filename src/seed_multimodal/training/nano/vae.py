@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.training.group_norm import restore_group_norm, use_fast_group_norm
-from seed_multimodal.training.loop import batch_indices, run_stage
 from seed_multimodal.training.nano.config import NanoConfig, training_device
 from seed_multimodal.training.nano.views import augment, to_signed
+from seed_multimodal.training.old.loop import batch_indices, run_stage
 
 
 def build_vae(config: NanoConfig) -> Any:

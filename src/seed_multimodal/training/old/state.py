@@ -22,8 +22,8 @@ from torch import nn
 
 from seed_multimodal.disk import flush_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.ema import Ema
+from seed_multimodal.training.old.distributed import ProcessGroup
 from seed_multimodal.weights import assign_strictly, read_torch
 
 

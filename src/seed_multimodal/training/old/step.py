@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.distributed import micro_step_sync
 from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.old.distributed import micro_step_sync
 
 Loss = Callable[[int], tuple[Tensor, Mapping[str, Any]]]
 

@@ -1,42 +1,46 @@
 """The DeepSpeed engine: ZeRO 1, 2 and 3, with or without offload, from the original's JSON files.
 
-What: `fill_config` puts values where the JSON says "auto" and refuses what contradicts the trainer's settings;
-`ZeroEngine` has the interface of `engine.PlainEngine`.
-Peculiar: the loop's optimiser and schedule are used also where a JSON names its own (`stage1_bf16.json`, whose linear
-schedule silently replaced the cosine); a remark says so. DeepSpeed divides each loss by the micro-steps, which the loop
-has done already, hence `loss_factor`. Its files are read back with torch's weights-only unpickler.
+`fill_config` puts values where the JSON says "auto" and refuses what contradicts the run's settings; `ZeroEngine` has
+the interface of `engine.Engine`. The loop's optimiser and schedule are used also where a JSON names its own
+(`stage1_bf16.json`, whose linear schedule silently replaced the cosine); a remark says so. DeepSpeed's files are read
+back with torch's weights-only unpickler.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.training.llm.loss import LossParts
-from seed_multimodal.training.llm.processes import Processes
-from seed_multimodal.training.llm.trainer_settings import TrainerSettings
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.engine import Engine, keeping_hyperparameters, start_accelerate
+from seed_multimodal.training.loop_settings import LoopSettings
+from seed_multimodal.training.task import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _INTEGERS = ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
 
 
-def fill_config(config: Mapping[str, Any], settings: TrainerSettings, *, world: int, rows: int, hidden_size: int
-                ) -> tuple[dict[str, Any], list[str]]:
+def fill_config(config: Mapping[str, Any], settings: LoopSettings, *, world: int, rows: int, hidden_size: int,
+                cpu_adam: bool = False) -> tuple[dict[str, Any], list[str]]:
     """A DeepSpeed configuration without "auto", and remarks.
 
     Args:
         rows: sequences of a micro-batch; nominal, DeepSpeed uses it for its own log only.
         hidden_size: of the model; buckets of ZeRO-3 follow from it, as in transformers.
+        cpu_adam: DeepSpeed's own CPU optimiser for offloaded states.
 
     Raises:
-        ConfigError: no ZeRO stage, or a value that contradicts the trainer's.
+        ConfigError: no ZeRO stage, or a value that contradicts the run's.
     """
     filled: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value
                               for key, value in config.items()}
@@ -48,9 +52,9 @@ def fill_config(config: Mapping[str, Any], settings: TrainerSettings, *, world: 
     for key in _INTEGERS:
         if isinstance(filled.get(key), float):
             filled[key] = int(filled[key])
-    accumulate = settings.gradient_accumulation_steps
+    accumulate = settings.accumulate
     _agree(filled, "gradient_accumulation_steps", accumulate)
-    _agree(filled, "gradient_clipping", settings.max_grad_norm)
+    _agree(filled, "gradient_clipping", settings.clip)
     for kind in ("bf16", "fp16"):
         block = filled.get(kind)
         wanted = settings.precision == kind
@@ -68,7 +72,7 @@ def fill_config(config: Mapping[str, Any], settings: TrainerSettings, *, world: 
                "stage3_param_persistence_threshold": 10 * hidden_size}
     zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})
     filled["zero_allow_untested_optimizer"] = True
-    filled["zero_force_ds_cpu_optimizer"] = settings.cpu_adam
+    filled["zero_force_ds_cpu_optimizer"] = cpu_adam
     left = [key for key, value in [*filled.items(), *zero.items()] if value == "auto"]
     if left:
         raise ConfigError(f"deepspeed: {left[0]} cannot be 'auto'.")
@@ -81,81 +85,103 @@ def _agree(filled: dict[str, Any], key: str, value: float) -> None:
     filled[key] = value
 
 
-class ZeroEngine:
-    """`module` in DeepSpeed's engine; gradients, optimiser states and (stage 3) weights are spread over processes."""
+class ZeroEngine(Engine):
+    """A task's module in DeepSpeed's engine; gradients, optimiser states and (stage 3) weights are spread over
+    processes."""
 
     kind = "deepspeed"
     sharded = True
 
-    def __init__(self, module: nn.Module, optimizer: Any, settings: TrainerSettings, processes: Processes,
+    def __init__(self, task: Task, settings: LoopSettings, group: ProcessGroup, device: torch.device,
                  config: Mapping[str, Any]) -> None:
-        """Wrap a module; `config` is what `fill_config` gave.
+        """Wrap a task's module; `config` is what `fill_config` gave.
 
         Raises:
             ConfigError: an optimiser that DeepSpeed cannot spread, or fp16 without a GPU.
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not isinstance(task.optimizer, torch.optim.Optimizer):
             raise ConfigError("optim: muon runs on the plain engine only; use adamw or adamw_hf with DeepSpeed.")
-        if settings.precision == "fp16" and processes.device.type == "cpu":
-            raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
-        from accelerate import Accelerator, DeepSpeedPlugin
+        self.config, self.stage = config, int(config["zero_optimization"]["stage"])
+        super().__init__(task, settings, group, device)
+        self.gathered = True
 
-        processes.tell_accelerate()
-        plugin = DeepSpeedPlugin(hf_ds_config=dict(config), zero3_init_flag=False)
-        self.stage = int(config["zero_optimization"]["stage"])
-        self.accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision), deepspeed_plugin=plugin,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps)
-        processes.check(self.accelerator)
-        self.module, self.settings, self.config = module, settings, config
-        self.loss_factor = float(settings.gradient_accumulation_steps)
-        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
-        processes.check(self.accelerator)
+    def _accelerator(self) -> Accelerator:
+        from accelerate import DeepSpeedPlugin
 
-    def forward(self, batch: LlmBatch) -> LossParts:
-        """The loss of one micro-batch."""
-        return self.model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
+        if self.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
+        self._lone = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
+        plugin = DeepSpeedPlugin(hf_ds_config=dict(self.config), zero3_init_flag=False)
+        return start_accelerate(self.device, self.group, self.settings.precision, deepspeed_plugin=plugin,
+                                gradient_accumulation_steps=self.settings.accumulate)
 
-    def accumulating(self, last: bool) -> Any:
-        """Tells DeepSpeed whether the step ends with this micro-batch."""
+    def _prepare(self) -> nn.Module:
+        model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
+        return model
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """DeepSpeed casts by itself."""
+        return nullcontext()
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """Tells DeepSpeed whether the step ends with this micro-step."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a micro-batch; after the last one they are reduced."""
-        self.model.backward(loss)
+        """Add the gradients of a micro-step; after the last one they are reduced.
+
+        Not accelerate's `backward`, which makes the optimiser step at once.
+        """
+        self.model.backward(loss, scale_wrt_gas=False)
         if not last:
             self.model.step()  # moves nothing, counts the micro-step
 
-    def gradient_norm(self) -> None:
+    def clip(self) -> None:
         """DeepSpeed clips inside its step."""
         return
 
     def update(self, rate: float) -> float:
         """Move the weights with a learning rate; gives the gradient norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.set_rate(rate)
         self.model.step()
         norm = self.model.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 
+    def loss_scale(self) -> None:
+        """DeepSpeed's own; it is not logged."""
+        return
+
     def problem(self, norm: float | None) -> str:
         """What is wrong with the gradients ("": nothing); fp16 steps that overflow are skipped by DeepSpeed."""
-        finite = norm is None or norm == norm and abs(norm) != float("inf")
+        finite = norm is None or math.isfinite(norm)
         return "" if finite or self.settings.precision == "fp16" else f"The gradient norm became {norm}"
 
-    def save(self, folder: Path, step: int) -> None:
+    def weights(self) -> dict[str, Tensor] | None:
+        """The trained weights in 16 (or 32) bits; with ZeRO-3 gathered, and None but in the first process."""
+        if self.stage == 3:
+            return self.model._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+        return {name: value.detach() for name, value in self.module.named_parameters() if value.requires_grad}
+
+    def close(self) -> None:
+        """Forget accelerate's state of this process."""
+        super().close()
+        if self._lone:
+            os.environ.pop("LOCAL_RANK", None)
+
+    def save_shards(self, folder: Path, step: int) -> None:
         """Write this process's shards and `latest`; all processes call it."""
         self.model.save_checkpoint(str(folder), tag=f"global_step{step}", client_state={}, save_latest=True,
                                    exclude_frozen_parameters=True)
 
-    def load(self, folder: Path, step: int) -> None:
+    def load_shards(self, folder: Path, step: int) -> None:
         """Read the shards back; all processes call it.
 
         Raises:
             CheckpointError: shards of another model, stage or number of processes, or unsafe content.
         """
-        with _weights_only():
+        with _weights_only(), keeping_hyperparameters(self.optimizer):
             try:
                 path, _ = self.model.load_checkpoint(str(folder), tag=f"global_step{step}", load_module_strict=False)
             except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
@@ -164,12 +190,6 @@ class ZeroEngine:
                                       ) from error
         if path is None:
             raise CheckpointError(f"{folder}: its ZeRO shards cannot be read: global_step{step} is not complete.")
-
-    def consolidated(self) -> dict[str, Tensor] | None:
-        """The module's trained weights in 16 (or 32) bits; with ZeRO-3 gathered, and None but in the first process."""
-        if self.stage == 3:
-            return self.model._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
-        return {name: value.detach() for name, value in self.module.named_parameters() if value.requires_grad}
 
 
 @contextmanager

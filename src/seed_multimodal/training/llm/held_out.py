@@ -1,0 +1,73 @@
+"""What a language model's run evaluates: the first micro-batches of an evaluation mixture, kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
+from seed_multimodal.data.stream.mixture import EndOfData
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.engine import Engine
+from seed_multimodal.training.llm.loss import IGNORED
+from seed_multimodal.training.llm.trainer_settings import RunSettings
+
+
+def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGroup, log: Callable[[str], None]
+             ) -> list[LlmBatch] | None:
+    """What a run evaluates, read before its first step, so that a mistake in it shows then; None: nothing."""
+    if run.eval_data is None or not run.trainer.eval_steps:
+        if run.trainer.eval_steps:
+            log("trainer.eval_steps is set, but there is no eval_data: nothing is evaluated.")
+        elif run.eval_data is not None:
+            log("there is eval_data, but trainer.eval_steps is 0: nothing is evaluated.")
+        return None
+    settings = read_data_settings(run.eval_data, "eval_data")
+    with LlmBatches(settings, tokenizer, rank=group.rank, world=group.world) as batches:
+        return first_batches(batches, run.trainer.eval_batches)
+
+
+def first_batches(batches: LlmBatches, count: int, start: int = 0) -> list[LlmBatch]:
+    """`count` micro-batches from number `start` on, fewer if the data end before."""
+    found: list[LlmBatch] = []
+    try:
+        for number in range(start, start + count):
+            found.append(batches.at(number))
+    except EndOfData:
+        pass
+    return found
+
+
+def blank_batch() -> LlmBatch:
+    """A batch with nothing to learn, for a process whose data have ended before the others'."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], None, tokens=0, learned=0, sequences=0,
+                    images=0)
+
+
+def evaluate(engine: Engine, group: ProcessGroup, batches: Sequence[LlmBatch]) -> dict[str, float]:
+    """Mean losses over the batches of all processes, without gradients; empty if there is nothing to learn in them.
+
+    Every process makes as many forward passes as the one with the most batches: under DDP and ZeRO-3 each is an
+    exchange, and data that end do not end at the same batch for all.
+    """
+    most = max(answer["batches"] for answer in group.gather({"batches": len(batches)}))
+    engine.model.eval()
+    sums = torch.zeros(6, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in [*batches, *[blank_batch()] * (most - len(batches))]:
+            one = batch.to(engine.device)
+            with engine.autocast():
+                parts = engine.model(one.input_ids, one.labels, one.position_ids, one.attention_mask)
+            sums += torch.stack([part.float() for part in parts]).cpu().double()  # Apple GPUs have no fp64
+    engine.model.train()
+    total, count, text, text_count, image, image_count = group.sum(sums.tolist())
+    if not text_count + image_count:
+        return {}
+    line = {"eval_loss": total / max(count, 1e-8)}
+    if image_count:
+        line |= {"eval_text_loss": text / max(text_count, 1), "eval_image_loss": image / image_count}
+    return line

@@ -1,0 +1,327 @@
+"""The language model as a task of the loop: its data, model and loss, and what a run of it reads and leaves.
+
+`train_llm(config)` trains as a composed configuration says and returns the run's record. With packed data each learned
+token of a step weighs the same wherever it lies: the processes add up their counts before the first backward pass.
+Else the micro-batches' means are averaged, as released.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.peaks import known_peak
+from seed_multimodal.quiet import quiet_libraries
+from seed_multimodal.settings import read_settings
+from seed_multimodal.training.checkpoint_folders import check_shared, output_folder_lock
+from seed_multimodal.training.distributed import ProcessGroup, leave_processes, start_processes
+from seed_multimodal.training.failures import TrainingError, translate_errors
+from seed_multimodal.training.llm.flops import token_flops
+from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
+from seed_multimodal.training.llm.held_out import blank_batch, evaluate, first_batches, held_out
+from seed_multimodal.training.llm.lora import is_lora, load_adapter
+from seed_multimodal.training.llm.loss import (
+    IGNORED,
+    LossModule,
+    LossWeights,
+    find_llama,
+    learned_targets,
+    round_residual,
+)
+from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
+from seed_multimodal.training.llm.model_settings import LlmModelSettings, find_folder, read_model_settings
+from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
+from seed_multimodal.training.llm.token_meter import TokenMeter
+from seed_multimodal.training.llm.trainer_settings import RunSettings, read_run
+from seed_multimodal.training.loop import Run, run_task
+from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
+from seed_multimodal.training.resume import refuse_other_kind
+from seed_multimodal.training.task import Task
+from seed_multimodal.training.zero import fill_config
+from seed_multimodal.weights import load_state_dict
+
+_LEAST = 1e-8  # of a step with nothing to learn
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What changes no number of the training, or is said elsewhere (`LlmTask.check_resume`).
+_QUIET = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max_steps", "trainer.logging_steps",
+          "trainer.save_steps", "trainer.save_total_limit", "trainer.async_save", "trainer.eval_steps",
+          "trainer.eval_batches", "trainer.report_to", "trainer.dataloader_num_workers", "trainer.device",
+          "trainer.timeout_minutes", "trainer.gradient_accumulation_steps", "trainer.gradient_checkpointing",
+          "trainer.compile", "trainer.fsdp", "model.compile", "model.gradient_checkpointing")
+
+
+def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Train as a resolved configuration says; under torchrun every process calls it.
+
+    Returns:
+        The run's record, also `output_dir/summary.json`: steps, seconds, tokens, last loss, evaluation, data, folder.
+
+    Raises:
+        SeedError: settings, data, weights or a machine with which the run cannot go on; checkpoints stay intact.
+        SystemExit: 143 after SIGTERM; the step was finished and saved.
+    """
+    run = read_run(config)
+    quiet_libraries(libraries=("transformers", "DeepSpeed", "accelerate"))
+    with translate_errors("the start", "nothing was trained yet"):
+        group, device = start_processes(run.trainer.device, run.trainer.timeout_minutes,
+                                        group_of_one=run.deepspeed is not None or run.trainer.fsdp)
+    clean = False
+    try:
+        with output_folder_lock(run.output_dir, group):
+            with translate_errors("the start", "nothing was trained yet"):
+                task = LlmTask(run, group, device)
+            try:
+                record = run_task(task, run.trainer.loop_settings(), run.output_dir, group, device)
+            except SystemExit:
+                clean = True
+                raise
+            finally:
+                task.data.close()
+        clean = True
+        return record
+    finally:
+        leave_processes(clean)
+
+
+class LlmTask(Task):
+    """One run of the language model in one process."""
+
+    name, record_file, checkpoint_folder = "train", "summary.json", ""
+    averages = False
+    meter: TokenMeter
+    layer_classes = ("LlamaDecoderLayer",)
+    quiet_keys = _QUIET
+
+    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
+        """Write the configuration into the output folder, open data and tokenizer. Raises as `train_llm`."""
+        self.run, self.settings, self.group, self.device = run, run.trainer, group, device
+        self.config = run.plain
+        if group.first:
+            save_config(run.output_dir, run.plain)
+        check_shared(run.output_dir / "config.yaml", group)
+        if self.settings.precision == "fp16" and device.type == "cpu":
+            raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
+        self.optim = read_settings(OptimSettings, run.optim, "optim")
+        self.model_settings = self._model_settings()
+        self.tokenizer = MultimodalTokenizer.from_pretrained(find_folder(run.tokenizer))
+        data_settings = read_data_settings(run.data)
+        self.rows = data_settings.rows
+        self.by_tokens = (self.settings.loss_average or ("tokens" if data_settings.packing else "batch")) == "tokens"
+        self.loss_weights = LossWeights(self.tokenizer.vocabulary.n_text, self.settings.text_weight,
+                                        self.settings.image_weight)
+        self.data = LlmBatches(data_settings, self.tokenizer, rank=group.rank, world=group.world,
+                               workers=self.settings.dataloader_num_workers, log=self._log)
+        self.held_out = held_out(run, self.tokenizer, group, self._log)
+        self.meter = TokenMeter()
+        self.loop: Run
+        self.llm: Any = None
+        self.batches: list[LlmBatch] = []
+        self.share = self.each = 1.0
+        self.aside = 0.0
+
+    # ------------------------------------------------------------------------------------------------- the training
+
+    def prepare(self) -> None:
+        """Build the model and its optimiser."""
+        self.llm = build_llm(self.model_settings, self.tokenizer, self.device)
+        self.module = LossModule(self.llm, kind=self.settings.loss_kernel, weights=self.loss_weights)
+        self.optimizer = build_optimizer(self.module, self.optim)
+        self.meter.flops = token_flops(self.llm, 1.0)  # now: ZeRO-3 takes the weights apart
+        self.meter.peak = self.settings.peak_tflops or known_peak(self.device, _DTYPES[self.settings.precision])
+        if self.run.deepspeed is None:
+            round_residual(self.module, self.settings.precision)
+            keep_out_of_ddp(self.module)
+
+    def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
+        """The configuration's DeepSpeed block, filled."""
+        if self.run.deepspeed is None:
+            return None
+        config, remarks = fill_config(self.run.deepspeed, self.settings.loop_settings(), world=world, rows=self.rows,
+                                      hidden_size=int(find_llama(self.llm).config.hidden_size),
+                                      cpu_adam=self.settings.cpu_adam)
+        for remark in remarks:
+            self._log(remark)
+        return config
+
+    def prepared(self, run: Run) -> None:
+        """Say what is trained."""
+        self.loop = run
+        # The last evaluation may be younger than the checkpoint of its step.
+        run.evaluation = run.log.last_line_with("eval_loss") or run.evaluation
+        trained = sum(p.numel() for p in run.engine.module.parameters() if p.requires_grad)
+        total = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
+        world = self.group.world
+        self._log(f"{trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
+                  f"{world} process{'es' if world > 1 else ''} on {self.device.type}, {run.engine.kind}; "
+                  f"{'mean over tokens' if self.by_tokens else 'mean of micro-batches'}; "
+                  f"output in {self.run.output_dir}.")
+
+    def learning_rate(self, step: int) -> float:
+        """By `OptimSettings`."""
+        return schedule(step, self.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps)
+
+    def begin_step(self, step: int) -> bool:
+        """Draw the micro-batches (fewer in the step in which this process's data end) and add up what is learned."""
+        count = self.settings.gradient_accumulation_steps
+        self.batches = first_batches(self.data, count, start=step * count)
+        total, left = self.group.sum([sum(map(self._learned, self.batches)), float(len(self.batches))])
+        world = self.group.world
+        self.each = left / world  # micro-batches that a process has, on average
+        self.share = world / max(total, _LEAST) if self.by_tokens else 1.0 / max(self.each, _LEAST)
+        self.meter.divisor = total if self.by_tokens else world
+        return left > 0
+
+    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """This micro-batch's share of the loss. A process that has fewer than the others takes blank ones, since each
+        pass may be an exchange."""
+        place = micro_step % self.settings.gradient_accumulation_steps
+        real = self.batches[place] if place < len(self.batches) else None
+        batch = (real or blank_batch()).to(self.device)
+        parts = model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
+        value = parts.sum if self.by_tokens else parts.mean
+        shown = value.detach() if self.by_tokens else value.detach() / self.each
+        return value * self.share, {
+            "loss": shown, "text_sum": parts.text_sum, "text_count": parts.text_count, "image_sum": parts.image_sum,
+            "image_count": parts.image_count, "tokens": real.tokens if real else 0,
+            "positions": real.input_ids.numel() if real else 0, "sequences": real.sequences if real else 0}
+
+    def after_step(self, step: int) -> Mapping[str, float] | None:
+        """Evaluate when it is due."""
+        every = self.settings.eval_steps
+        return self._evaluate() if every and step % every == 0 else None
+
+    def after_last_step(self, step: int) -> Mapping[str, float] | None:
+        """Evaluate if that was not done after this step."""
+        due = self.settings.eval_steps and self.loop.evaluation.get("step") != step
+        return self._evaluate() if due else None
+
+    def status(self) -> Mapping[str, float]:
+        """Seconds spent waiting for data, and evaluating."""
+        return {"wait_seconds": self.data.wait_seconds, "aside_seconds": self.aside}
+
+    def gather_report(self, group: ProcessGroup) -> Mapping[str, Any]:
+        """The data of all processes."""
+        return {"data": join_reports(group.gather(self.data.report())), "processes": group.world}
+
+    def finish(self) -> Mapping[str, Any]:
+        """Measures for summary.json."""
+        history = self.meter.history
+        return {**self.meter.total, "loss": history[-1]["loss"] if history else None,
+                "evaluation": self.loop.evaluation, "checkpoint": str(self.loop.store.place)}
+
+    def summary(self, record: Mapping[str, Any]) -> list[str]:
+        """Steps, tokens, sources, what was passed over."""
+        return summary_lines(record)
+
+    def _evaluate(self) -> Mapping[str, float] | None:
+        """Mean loss of the evaluation mixture's first micro-batches; training does not notice."""
+        if self.held_out is None:
+            return None
+        begun = time.monotonic()
+        with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
+            numbers = evaluate(self.loop.engine, self.group, self.held_out)
+        self.aside += time.monotonic() - begun
+        if not numbers:
+            self._log("eval_data has nothing to learn in its first micro-batches, so there is no evaluation.")
+        return numbers
+
+    def _learned(self, batch: LlmBatch) -> float:
+        """Weighted number of learned tokens."""
+        targets = learned_targets(batch.labels, None if batch.attention_mask is not None else batch.position_ids)
+        learned = int((targets != IGNORED).sum())
+        images = int((targets >= self.loss_weights.first_code).sum())
+        return self.loss_weights.text * (learned - images) + self.loss_weights.image * images
+
+    # ---------------------------------------------------------------------------------------------- the checkpoints
+
+    def identity(self, world: int) -> dict[str, Any]:
+        """Engine, model, optimiser and sizes."""
+        model, zero = self.model_settings, (self.run.deepspeed or {}).get("zero_optimization", {})
+        return {"engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": zero.get("stage", 0),
+                "model": {"path": model.path, "sizes": model.sizes, "lora": model.lora,
+                          "words": self.tokenizer.vocabulary.size},
+                "optimizer": self.optim.name, "world_size": world, "max_steps": self.settings.max_steps,
+                "rows_per_step": world * self.settings.gradient_accumulation_steps}
+
+    def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+        """Another engine, model or optimiser is refused, and another number of processes with ZeRO."""
+        names = {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model", "optimizer": "optimiser"}
+        instead = "model.adapter, or model.path"
+        refuse_other_kind(folder, saved, now, names, instead)
+        if now["engine"] == "deepspeed" and saved["world_size"] != now["world_size"]:
+            raise ConfigError(f"{folder}: its ZeRO shards belong to {saved['world_size']} processes, this run has "
+                              f"{now['world_size']}; use {saved['world_size']}, or start from its weights in a new "
+                              f"folder ({instead}). The plain engine may change their number.")
+        nouns = {"world_size": "processes", "max_steps": "steps in all (the schedule follows)",
+                 "rows_per_step": "micro-batches a step"}
+        return [f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
+                for key, noun in nouns.items() if saved.get(key) != now[key]]
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """The place in the data."""
+        return dict(self.data.state(step * self.settings.gradient_accumulation_steps))
+
+    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
+        """Go to the place in the data; the number of processes may have changed."""
+        self.data.restore(states)
+
+    def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The adapter, or all weights."""
+        if gathered is None:
+            return trained_state(self.llm)
+        found = {name.removeprefix("llm."): value for name, value in gathered.items()}
+        if not is_lora(self.llm):
+            return found
+        short = {name.replace(".default", "").replace(".modules_to_save", ""): value for name, value in found.items()}
+        wanted = trained_state(self.llm)
+        missing = [name for name in wanted if name not in short]
+        if missing:
+            raise TrainingError(f"The engine's state lacks {len(missing)} trained tensors, first {missing[0]!r}.")
+        return {name: short[name] for name in wanted}
+
+    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """An adapter's or a plain LLaMA folder, with the tokenizer's files."""
+        save_trained(self.llm, folder, weights)
+        self.tokenizer.save_pretrained(folder)
+
+    def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
+        """Inverse of `save_files`."""
+        if is_lora(self.llm):
+            load_adapter(self.llm, folder)
+            return
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder}: holds no model*.safetensors; was it trained with LoRA?")
+        state = {name: value for file in files for name, value in load_state_dict(file).items()}
+        load_trained(self.llm, state, str(folder))
+
+    # ---------------------------------------------------------------------------------------------------- the start
+
+    def _model_settings(self) -> LlmModelSettings:
+        """The model's settings with what the trainer and the engine ask of them."""
+        found = read_model_settings(self.run.model)
+        if self.settings.gradient_checkpointing is not None:
+            found = replace(found, gradient_checkpointing=self.settings.gradient_checkpointing)
+        if self.settings.compile is not None:
+            found = replace(found, compile=self.settings.compile)
+        if self.settings.precision == "fp32":
+            found = replace(found, dtype="fp32", trained_dtype="fp32")
+        if self.run.deepspeed is not None and found.quantization is not None:
+            raise ConfigError("A quantised base cannot be spread by DeepSpeed; use the plain engine.")
+        if self.run.deepspeed is not None and found.fp8:
+            raise ConfigError("DeepSpeed would cast fp8 weights back to the run's precision; use the plain engine.")
+        return found
+
+    def _log(self, text: str) -> None:
+        if self.group.first:
+            print(f"[{self.name}] {text}", flush=True)

@@ -1,0 +1,137 @@
+"""How the numbers of steps become a line of the log; what a meter holds is part of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.training.loop_settings import SampleCost
+
+_EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
+
+
+class Meter(Protocol):
+    """Numbers of steps, in this process."""
+
+    own_evaluation_line: bool  # whether numbers of an evaluation get a line of their own
+
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
+        """Numbers of a step from those of its micro-steps (`loss` is among them), with few transfers from the device.
+
+        Args:
+            norm: of the gradients; None: not known yet.
+        """
+        ...
+
+    def shared(self, numbers: Mapping[str, float]) -> list[float]:
+        """Those of a step's numbers that are summed over the processes at once."""
+        ...
+
+    def add(self, numbers: Mapping[str, float], sums: Sequence[float]) -> None:
+        """Fold in a step that was made; `sums`: of what `shared` gave, over all processes."""
+        ...
+
+    def numbers(self) -> dict[str, float]:
+        """This process's numbers of a log line, which are merged over the processes."""
+        ...
+
+    def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
+        """All processes' numbers of a log line; called after each line's steps, which `steps` and `seconds` count."""
+        ...
+
+    def text(self, line: Mapping[str, float]) -> tuple[str, str]:
+        """A line in words: the losses and the like, and the speed."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class SmoothedMeter:
+    """Exponentially smoothed numbers of each step, averaged over the processes at log lines, and samples per second.
+
+    Args:
+        samples: of one step in one process.
+        cost: of a sample, for `tflops` and `mfu`.
+    """
+
+    own_evaluation_line = False
+
+    def __init__(self, samples: int, cost: SampleCost | None = None) -> None:
+        self.samples, self.cost = samples, cost
+        self.smooth: dict[str, float] = {}
+
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
+        """Means over the micro-steps, and `grad` and `lr`."""
+        count = len(found)
+        parts = {key: sum((one[key] for one in found[1:]), found[0][key]) for key in found[0] if key != "loss"}
+        if count > 1:
+            parts = {key: number / count for key, number in parts.items()}
+        loss = found[0]["loss"] if count == 1 else torch.stack([one["loss"] for one in found]).mean()
+        return _read({"loss": loss, **({} if norm is None else {"grad": norm}), "lr": rate, **parts})
+
+    def shared(self, numbers: Mapping[str, float]) -> list[float]:
+        """Nothing: processes are averaged at log lines only."""
+        return []
+
+    def add(self, numbers: Mapping[str, float], sums: Sequence[float]) -> None:
+        """Fold in a step."""
+        for key, value in numbers.items():
+            if key in _EXACT or not math.isfinite(self.smooth.get(key, math.nan)):
+                self.smooth[key] = value  # also when all before were not finite: fp16 often begins with an overflow
+            elif math.isfinite(value):  # an fp16 step that overflowed, and was skipped, has no norm
+                self.smooth[key] = 0.95 * self.smooth[key] + 0.05 * value
+
+    def numbers(self) -> dict[str, float]:
+        """The smoothed numbers."""
+        return dict(self.smooth)
+
+    def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
+        """Samples per second of all processes, and utilisation."""
+        pace = seconds / steps
+        return {"samples_per_s": self.samples * world / pace, **utilisation(self.cost, self.samples / pace)}
+
+    def text(self, line: Mapping[str, float]) -> tuple[str, str]:
+        """All numbers but those that every line ends with."""
+        tail = ("step", "samples_per_s", "seconds_per_step", "eta_seconds", "peak_memory_mib", "wait_share", "tflops",
+                "mfu")
+        return (" ".join(f"{key} {value:.4g}" for key, value in line.items() if key not in tail),
+                f"{line['samples_per_s']:.0f} samples/s")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The smoothed numbers, so that a resumed run does not begin to smooth anew."""
+        return {"smooth": dict(self.smooth)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.smooth.update(state.get("smooth", {}))
+
+
+def utilisation(cost: SampleCost | None, samples_per_s: float) -> dict[str, float]:
+    """`tflops` that one device achieves with so many samples per second, and `mfu`, their share of its peak."""
+    if cost is None:
+        return {}
+    tflops = cost.flops * samples_per_s / 1e12
+    return {"tflops": tflops} | ({"mfu": tflops / cost.peak_tflops} if cost.peak_tflops else {})
+
+
+def utilisation_text(numbers: Mapping[str, float]) -> str:
+    """`tflops` and `mfu` in words, after a comma; "" without."""
+    if "tflops" not in numbers:
+        return ""
+    share = f" (MFU {100 * numbers['mfu']:.3g} %)" if "mfu" in numbers else ""
+    return f", {numbers['tflops']:.3g} TFLOP/s{share}"
+
+
+def _read(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers and scalar tensors as floats, with one transfer from the device (every transfer waits for it)."""
+    tensors = {key: value.detach() for key, value in numbers.items() if isinstance(value, Tensor)}
+    device = next(iter(tensors.values())).device
+    read = torch.stack([value.reshape(()).to(device, torch.float32) for value in tensors.values()]).tolist()
+    known = dict(zip(tensors, read, strict=True))
+    return {key: known[key] if key in known else float(value) for key, value in numbers.items()}

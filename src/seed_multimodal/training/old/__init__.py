@@ -1,0 +1,1 @@
+"""The loop of before; nothing new may use it."""

@@ -1,0 +1,156 @@
+"""What the loop trains: a task brings a module, an optimiser, a loss per micro-step, and what is particular to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.training.meter import Meter
+from seed_multimodal.weights import load_state_dict, save_state_dict
+
+WEIGHTS = "model.safetensors"
+
+
+class Task:
+    """One training; the loop asks it for everything that is not the same for all.
+
+    Attributes:
+        name: prefix of console lines and of the files NAME.log.jsonl and NAME.done.json.
+        module: everything that is trained and saved; optimizer: trains (some of) its parameters.
+        meter: how the numbers of steps become a log line.
+        parallel: whether several processes may train it.
+        averages: the loss of a step is the mean of its micro-steps' losses; else their sum.
+        ddp_options: options of DistributedDataParallel.
+        layer_classes: names of the layers' classes that FSDP2 takes as units.
+        config: the resolved configuration; `quiet_keys`: what of it is not mentioned if it differs at a resume.
+    """
+
+    name: str
+    module: nn.Module
+    optimizer: Any
+    meter: Meter
+    parallel: bool = True
+    averages: bool = True
+    ddp_options: Mapping[str, Any] = {}
+    layer_classes: Sequence[str] = ()
+    config: Mapping[str, Any] | None = None
+    quiet_keys: Sequence[str] = ()
+    start_hint: str = "`start`"  # how a new run takes the weights of another
+
+    @property
+    def wrapped_part(self) -> nn.Module:
+        """What the engine wraps and `micro_step` calls."""
+        return self.module
+
+    @property
+    def record_file(self) -> str:
+        """Name of the completed run's record."""
+        return f"{self.name}.done.json"
+
+    @property
+    def checkpoint_folder(self) -> str:
+        """Where in the run's folder the checkpoints are ("": in the folder itself)."""
+        return f"{self.name}.checkpoints"
+
+    # ------------------------------------------------------------------------------------------------- the training
+
+    def prepare(self) -> None:
+        """Build `module` and `optimizer`; called when it is certain that the run may begin or go on."""
+
+    def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
+        """A configuration of `zero.fill_config`, if the engine is to be DeepSpeed's; called after `prepare`."""
+        return None
+
+    def prepared(self, run: Any) -> None:
+        """Everything is restored and the first step may come; `run` is the `loop.Run`, with its engine and log."""
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of optimiser step `step` (from 0); times a group's `lr_scale` if it has one."""
+        raise NotImplementedError
+
+    def begin_step(self, step: int) -> bool:
+        """Before the first micro-step of a step, in every process; False: the data of all processes have ended."""
+        return True
+
+    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """Loss of micro-step `step · accumulate + m`, and numbers to log (floats or scalar tensors).
+
+        Args:
+            model: `wrapped_part` as the engine has it; backward passes go through it. torch's generators are seeded
+                from (seed, micro-step, rank) before every call.
+        """
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> Mapping[str, float] | None:
+        """After each optimiser step, with the number of steps made, in every process; may change weights if it leaves
+        all processes' equal. Numbers (of an evaluation: the same keys in every process) are logged at once."""
+        return None
+
+    def after_last_step(self, step: int) -> Mapping[str, float] | None:
+        """As `after_step`, once, after the last step of a run that was not stopped."""
+        return None
+
+    def status(self) -> Mapping[str, float]:
+        """More numbers of a log line: counts (int, summed over processes), measures (float, averaged),
+        `wait_seconds` (all time spent waiting for data; logged as `wait_share`) and `aside_seconds` (all time spent on
+        other things than steps; left out of the speed)."""
+        return {}
+
+    def finish(self) -> Mapping[str, Any]:
+        """At the end, in the first process only: save the final weights; returns measures for the record."""
+        return {}
+
+    def summary(self, record: Mapping[str, Any]) -> list[str]:
+        """The end of the run in words."""
+        return [f"done: {json.dumps(record)}"]
+
+    def gather_report(self, group: Any) -> Mapping[str, Any]:
+        """At the end, in every process, before `finish`: what the record says of all processes."""
+        return {}
+
+    # ---------------------------------------------------------------------------------------------- the checkpoints
+
+    def identity(self, world: int) -> dict[str, Any]:
+        """What trainer_state.json says of the run, for `check_resume`."""
+        return {"world_size": world}
+
+    def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+        """Refuse a checkpoint that this run cannot go on from; returns remarks on what differs and may."""
+        return []
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """What this process keeps for itself (its place in the data, bad samples), for JSON."""
+        return {}
+
+    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
+        """Take back what all processes' `state_dict` gave, in the order of ranks."""
+
+    def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What a checkpoint holds of the module.
+
+        Args:
+            gathered: trained weights of `wrapped_part`, collected by an engine that spreads them.
+        """
+        return dict(self.module.state_dict() if gathered is None else gathered)
+
+    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the weights (and tokenizer files and the like) into a checkpoint; the first process."""
+        save_state_dict(weights, folder / WEIGHTS)
+
+    def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
+        """Fill the module from a checkpoint before an engine takes it.
+
+        Raises:
+            CheckpointError: weights of another model.
+        """
+        from seed_multimodal.weights import assign_strictly
+
+        if not (folder / WEIGHTS).is_file():
+            raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
+        assign_strictly(self.module, load_state_dict(folder / WEIGHTS), folder / WEIGHTS,
+                        allow_missing=list(allow_missing))
