@@ -25,13 +25,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)
 
 
 @contextlib.contextmanager
-def lock(file: str | Path, timeout: float = -1.0) -> Iterator[None]:
+def lock(file: str | Path, timeout: float = -1.0, *, remove: bool = False) -> Iterator[None]:
     """Hold an exclusive lock between processes, in the (new, hidden) file named; it ends with the process, too.
 
     Disks that know no locks, or are read-only, have none.
 
     Args:
         timeout: seconds to wait for another process; negative: without end.
+        remove: delete the file at the end, while it is still locked: a process that waits for it takes a new one.
 
     Raises:
         TimeoutError: another process holds it. OSError: the file cannot be made.
@@ -45,7 +46,12 @@ def lock(file: str | Path, timeout: float = -1.0) -> Iterator[None]:
         except OSError as error:  # filelock.Timeout is one, without errno
             if error.errno not in _NO_LOCKS:
                 raise
-        yield
+        try:
+            yield
+        finally:
+            if remove:
+                with contextlib.suppress(OSError):
+                    Path(file).unlink()
 
 
 def disk_reason(error: OSError) -> str:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoded, tasks_of
+from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoding, iterate
 from seed_multimodal.data.pretokenize.encode import build_transform
 from seed_multimodal.data.pretokenize.input_settings import InputSettings, parse_fields, read_input_settings
 from seed_multimodal.data.pretokenize.kinds import KINDS, get_kind
@@ -28,9 +28,8 @@ CONFIGS = ROOT / "MultiModalLLM" / "configs"
 def parse(kind: str, settings: InputSettings, workers: int = 0) -> list:
     """The entries of all samples of the inputs, and their pixels."""
     decode = TaskDecoder(get_kind(kind), settings, ImageTransform(16))
-    units = list_units(settings, 1000)
-    parts = list(decoded(tasks_of(units, lambda unit: locate(unit, settings), 3), decode, workers=workers))
-    return [(entry, part) for part in parts for entry in part.entries]
+    loader = decoding(list_units(settings, 1000), decode, workers, size=3)
+    return [(sample, result) for result in iterate(loader) for sample in result.samples]
 
 
 # ---- descriptions
@@ -69,10 +68,10 @@ def test_shipped_descriptions_are_read(path):
     ({"_target_": "os.system", "data_dir": "a"}, "none of the released input pipes"),
     ({"files": "a", "min_resolutoin": 3}, "did you mean 'min_resolution'"),
     ({"files": "a", "format": "tars"}, "format must be"),
-    ({"files": "a", "min_aspect_ratio": 2}, "min_aspect_ratio must lie in"),
+    ({"files": "a", "min_aspect_ratio": 2}, "min_aspect_ratio must be at most 1, not 2"),
     ({"format": "tar"}, "needs a value for 'files'"),
-    ({"files": "a", "image_root": 5}, "image_root must be a folder, not 5"),
-    ({"files": "a", "num_frames": 0}, "num_frames must be a whole number")])
+    ({"files": "a", "image_root": 5}, "image_root must be a text, not 5"),
+    ({"files": "a", "num_frames": 0}, "num_frames must be at least 1, not 0")])
 def test_wrong_descriptions_are_refused(config, message):
     with pytest.raises(ConfigError, match=message):
         read_input_settings(config, "caption")

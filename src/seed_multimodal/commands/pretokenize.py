@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from seed_multimodal.data.pretokenize import RELEASED_GPUS
 from seed_multimodal.entry import guarded
 from seed_multimodal.errors import ConfigError
-
-RELEASED_GPUS = 4
 
 
 class Given(int):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from seed_multimodal.device import DTYPES, choose_device
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.settings import setting
 from seed_multimodal.tokenizers.fast import Levers, optimise
 
 PROCESSORS = ("transformers.BlipImageProcessor.from_pretrained", "transformers.CLIPImageProcessor.from_pretrained")
@@ -43,7 +44,7 @@ class EncoderSettings:
     tokenizer: str | Mapping[str, Any]
     device: str = "auto"
     fast: bool | None = None
-    dtype: str = "auto"
+    dtype: str = setting("auto", choices=("auto", *sorted(DTYPES)))
     compile: bool = False
 
 
@@ -64,8 +65,6 @@ class Encoder:
         self.transform: ImageTransform = codec.transform
         self.vocabulary = self._vocabulary(opened, model)
         on_gpu = self.device.type == "cuda"
-        if settings.dtype != "auto" and settings.dtype not in DTYPES:
-            raise ConfigError(f"Unknown dtype {settings.dtype!r}: use auto, {', '.join(sorted(DTYPES))}.")
         dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if on_gpu else torch.float32
         self.fast = on_gpu if settings.fast is None else settings.fast
         self.dtype = str(dtype).removeprefix("torch.")
@@ -86,8 +85,11 @@ class Encoder:
                               f"for {vocabulary.tokens_per_image} of {vocabulary.n_codes}.")
         return vocabulary
 
-    def start(self, pixels: Tensor) -> Codes:
-        """Begin to encode uint8 [B, 3, S, S]; on a GPU this returns before it is done."""
+    def start(self, rows: Sequence[Tensor]) -> Codes:
+        """Begin to encode pictures, uint8 [3, S, S] each; on a GPU this returns before it is done."""
+        on_gpu = self.device.type == "cuda"  # from page-locked memory it copies while the next batch is decoded
+        pixels = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
+        torch.stack(tuple(rows), out=pixels)
         normal = pixels.to(self.device, non_blocking=True).float().div_(255).sub_(self._mean).div_(self._std)
         try:
             codes = self._model.encode(normal).to(torch.int32)

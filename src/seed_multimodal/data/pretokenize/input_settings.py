@@ -10,8 +10,8 @@ The released files name a builder (`_target_`); one table leads from it to a kin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from seed_multimodal.config import load_yaml
 from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import read_settings, setting
 
-FORMATS = ("auto", "tar", "json", "folder", "nano")
-NANO_CONTENTS = ("captions", "qa", "describe", "draw", "edits", "conversations")
-NANO_CAPTIONS = ("all", "first", "others", "list")
 _HYDRA = ("_target_", "_recursive_", "_convert_")
 
 
@@ -46,20 +44,20 @@ class InputSettings:
     """
 
     files: str | list[str] | None = None
-    format: str = "auto"
+    format: str = setting("auto", choices=("auto", "tar", "json", "folder", "nano"))
     recursive: bool = True
     image_root: str | None = None
-    fields: str | dict[str, str] = field(default_factory=dict)
+    fields: str | dict[str, Any] = setting(factory=dict)
     use_caption_in_metadata: bool = False
     caption_key_in_metadata: str = "top_caption"
-    similarity_thr: float | None = None
-    min_resolution: float | None = None
-    min_aspect_ratio: float | None = None
-    num_frames: int = 4
-    num_images: int | None = 5
+    similarity_thr: int | float | None = None
+    min_resolution: int | float | None = None
+    min_aspect_ratio: int | float | None = setting(None, above=0, most=1)
+    num_frames: int = setting(4, least=1)
+    num_images: int | None = setting(5, least=1)
     split: str = "train"
-    content: str = "captions"
-    captions: str = "all"
+    content: str = setting("captions", choices=("captions", "qa", "describe", "draw", "edits", "conversations"))
+    captions: str = setting("all", choices=("all", "first", "others", "list"))
 
     def identity(self) -> dict[str, Any]:
         """What the output depends on besides the inputs themselves, for the manifest."""
@@ -95,15 +93,18 @@ def read_input_settings(config: Mapping[str, Any] | str | Path, kind: str, **rep
     where = "data"
     if isinstance(config, str | Path):
         where, config = str(config), load_yaml(config)
-    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     given = {str(key): value for key, value in plain.items()}
     if "_target_" in given:
         given = _released(given, kind, where)
-    check_keys(given, [f.name for f in fields(InputSettings)], where)
-    settings = InputSettings(**{**given, **{key: value for key, value in replaced.items() if value is not None}})
-    _check(settings, where)
-    return settings
+    given |= {key: value for key, value in replaced.items() if value is not None}
+    settings = read_settings(InputSettings, given, where)
+    if settings.format != "nano" and not settings.files:
+        raise ConfigError(f"{where}: needs a value for 'files'.")
+    if settings.image_root == "":
+        raise ConfigError(f"{where}: image_root must be a folder, not ''.")
+    root = settings.image_root and str(Path(settings.image_root).expanduser())
+    return replace(settings, image_root=root)
 
 
 def _released(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
@@ -119,33 +120,6 @@ def _released(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
     if not files:
         raise ConfigError(f"{where}: needs a value for 'data_dir'.")
     return {**pipe.defaults, **{key: value for key, value in given.items() if key in own}, "files": files}
-
-
-def _check(settings: InputSettings, where: str) -> None:
-    for key, known in (("format", FORMATS), ("content", NANO_CONTENTS), ("captions", NANO_CAPTIONS)):
-        value = getattr(settings, key)
-        if value not in known:
-            raise ConfigError(f"{where}: {key} must be {', '.join(known)}, not {value!r}{nearest(str(value), known)}.")
-    if settings.format != "nano" and not settings.files:
-        raise ConfigError(f"{where}: needs a value for 'files'.")
-    if isinstance(settings.files, Sequence) and not isinstance(settings.files, str):
-        settings.files = [str(one) for one in settings.files]
-    if settings.image_root is not None:
-        if not isinstance(settings.image_root, str) or not settings.image_root:
-            raise ConfigError(f"{where}: image_root must be a folder, not {settings.image_root!r}.")
-        settings.image_root = str(Path(settings.image_root).expanduser())
-    for key in ("similarity_thr", "min_resolution", "min_aspect_ratio"):
-        value = getattr(settings, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{where}: {key} must be a number, not {value!r}.")
-    if settings.min_aspect_ratio is not None and not 0 < settings.min_aspect_ratio <= 1:
-        raise ConfigError(f"{where}: min_aspect_ratio must lie in (0, 1], not {settings.min_aspect_ratio!r}.")
-    for key in ("num_frames", "num_images"):
-        value = getattr(settings, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{where}: {key} must be a whole number from 1, not {value!r}.")
-    if not isinstance(settings.fields, str | dict):
-        raise ConfigError(f"{where}: fields must be a preset's name or a mapping, not {settings.fields!r}.")
 
 
 def parse_fields(text: str | None) -> str | dict[str, str] | None:

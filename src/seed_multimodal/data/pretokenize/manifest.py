@@ -6,17 +6,17 @@ of processes and device may differ. Any number of processes may finish at once: 
 
 from __future__ import annotations
 
-import fcntl
-import os
+import contextlib
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from seed_multimodal.settings import changed_settings
+from seed_multimodal.data.pretokenize.parts import LOCK, MANIFEST, is_of, part_folder, read_json, write_json
 from seed_multimodal.data.pretokenize.units import Unit
-from seed_multimodal.data.pretokenize.shards import MANIFEST, is_of, part_folder, read_json, write_json
+from seed_multimodal.disk import lock, writing
 from seed_multimodal.errors import DataError, counted
 
 SETTINGS = "settings.json"
@@ -29,7 +29,7 @@ def agree_on_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         DataError: another setting, named, with both values; or parts without (readable) settings.
     """
-    with locked(save_dir):
+    with _locked(save_dir):
         known = read_json(save_dir / SETTINGS)
         if known is None and ((save_dir / SETTINGS).exists() or any(save_dir.glob(f"part-*/{MANIFEST}"))):
             raise DataError(f"{save_dir / SETTINGS}: is missing or damaged, so that nobody knows what the parts beside "
@@ -77,28 +77,19 @@ def versions() -> dict[str, str]:
             "pillow": PIL.__version__}
 
 
-class locked:  # noqa: N801  (used as a statement)
-    """While active, no other process is inside for this folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self.folder, os.O_RDONLY)
-            fcntl.flock(self._handle, fcntl.LOCK_EX)
-        except OSError as error:
-            raise DataError(f"{self.folder}: cannot be written to ({error.strerror}).") from None
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
+@contextlib.contextmanager
+def _locked(save_dir: Path) -> Iterator[None]:
+    """While active, no other process is inside for this folder, which is made if it is not there."""
+    with writing(save_dir, DataError):
+        save_dir.mkdir(parents=True, exist_ok=True)
+        with lock(save_dir / LOCK, remove=True):
+            yield
 
 
 def merge(save_dir: Path, units: Sequence[Unit]) -> dict[str, Any] | None:
     """Write `manifest.json` when every unit's part is finished, and return it; None: some are not yet, or were made of
     inputs that have changed since."""
-    with locked(save_dir):
+    with _locked(save_dir):
         parts = [read_json(part_folder(save_dir, unit) / MANIFEST) for unit in units]
         finished = [part for unit, part in zip(units, parts, strict=True)
                     if part is not None and is_of(part, unit)]
@@ -113,6 +104,8 @@ def merge(save_dir: Path, units: Sequence[Unit]) -> dict[str, Any] | None:
             {"folder": part_folder(save_dir, unit).name, "source": part["source"], "samples": part["samples"],
              "tars": part["tars"], "made": part["made"]} for unit, part in zip(units, finished, strict=True)]}
         write_json(save_dir / MANIFEST, manifest)
+        for unit in units:  # of processes that were killed just before they removed it
+            (part_folder(save_dir, unit) / LOCK).unlink(missing_ok=True)
         return manifest
 
 

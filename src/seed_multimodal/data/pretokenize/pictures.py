@@ -20,7 +20,7 @@ from PIL import Image
 
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.samples import Picture, Sample
-from seed_multimodal.errors import ImageError
+from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.images.filters import ImageTextFilter
 
 SCALE = (1 / 1.08, 1 / 0.88)  # of the window: below 1 the picture grows
@@ -102,11 +102,19 @@ def filters_of(settings: InputSettings) -> dict[str, ImageTextFilter]:
 
 
 def drop_reason(
-    filters: Mapping[str, ImageTextFilter], size: tuple[int, int], metadata: Mapping[str, Any]
+    filters: Mapping[str, ImageTextFilter], size: tuple[int, int], metadata: Any, name: str = ""
 ) -> str | None:
-    """Why a picture of `size` (width, height) with this metadata is not wanted, or None."""
+    """Why a picture of `size` (width, height) with this metadata is not wanted, or None.
+
+    Raises:
+        DataError: metadata of the picture `name` that are no numbers where the filters look.
+    """
     item = {"pixel_values": True, "text": "", "width": size[0], "height": size[1]}
-    return next((reason for reason, one in filters.items() if not one.keeps(item, metadata)), None)
+    try:
+        known = metadata if isinstance(metadata, dict) else {}
+        return next((reason for reason, one in filters.items() if not one.keeps(item, known)), None)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: its metadata holds no numbers where the filters look ({error}).") from None
 
 
 # ---- views

@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 
+from seed_multimodal.data.pretokenize import RELEASED_GPUS
 from seed_multimodal.data.pretokenize.decode import TaskDecoder
 from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, read_transform
+from seed_multimodal.data.pretokenize.input_settings import InputSettings, read_input_settings
 from seed_multimodal.data.pretokenize.kinds import get_kind
 from seed_multimodal.data.pretokenize.manifest import (
     agree_on_settings,
@@ -32,15 +34,13 @@ from seed_multimodal.data.pretokenize.manifest import (
     summary,
     versions,
 )
-from seed_multimodal.data.pretokenize.progress import Progress
+from seed_multimodal.data.pretokenize.parts import CHANGED, check_part, part_folder
 from seed_multimodal.data.pretokenize.units import Unit, list_units
-from seed_multimodal.data.pretokenize.input_settings import InputSettings, read_input_settings
-from seed_multimodal.data.pretokenize.shards import CHANGED, check_part, part_folder
-from seed_multimodal.data.pretokenize.work import Worker
+from seed_multimodal.data.pretokenize.work import Extractor
 from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, guarded, say
 from seed_multimodal.errors import ConfigError, DataError, counted
-
-RELEASED_GPUS = 4
+from seed_multimodal.progress import Progress
+from seed_multimodal.settings import check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,23 @@ class RunSettings:
     encoder: EncoderSettings
     fields: str | dict[str, str] | None = None
     input: Mapping[str, Any] | None = None
-    gpus: int | None = None
+    gpus: int | None = setting(None, least=1)
     shard: tuple[int, int] = (0, 1)
     image_transform: str | None = None
-    batch_size: int = 256
-    workers: int = 4
-    views: int = 1
+    batch_size: int = setting(256, least=1)
+    workers: int = setting(4, least=0)
+    views: int = setting(1, least=1)
     seed: int = 0
-    block: int = 10_000
-    limit: int = 10_000
+    block: int = setting(10_000, least=1)
+    limit: int = setting(10_000, least=1)
     resume: bool = True
-    max_bad: int = 20
+    max_bad: int = setting(20, least=1)
     log_every: float = 10.0
     debug: bool = False
 
 
 @dataclass(frozen=True)
-class Place:
+class Rank:
     """One process of a run (of one shard of a job array): number `rank` of `world`; `device` of this machine."""
 
     rank: int
@@ -114,18 +114,18 @@ def run(settings: RunSettings) -> int:
     kind.keys(source.fields)
     _check(settings)
     units = list_units(source, settings.block)
-    places = _places(settings, len(units[settings.shard[0]::settings.shard[1]]))
+    ranks = _ranks(settings, len(units[settings.shard[0]::settings.shard[1]]))
     save_dir = Path(settings.save_dir)
-    _refuse_existing(settings, units, places)
+    _refuse_existing(settings, units, ranks)
     refuse_other_settings(save_dir, _of_folder(settings, source))
     share = f", of which share {settings.shard[0]} of {settings.shard[1]}" if settings.shard[1] > 1 else ""
     say(f"{counted(len(units), 'unit')} of {source.files or source.format} as {kind.name} records to "
-        f"{save_dir}{share}; {len(places)} of {places[0].world} process{'es' * (places[0].world > 1)} started here.")
-    if len(places) == 1:
-        work(settings, source, units, places[0])
+        f"{save_dir}{share}; {len(ranks)} of {ranks[0].world} process{'es' * (ranks[0].world > 1)} started here.")
+    if len(ranks) == 1:
+        work(settings, source, units, ranks[0])
         code = DONE
     else:
-        code = _spawn(settings, source, units, places)
+        code = _spawn(settings, source, units, ranks)
     manifest = merge(save_dir, units)
     if manifest is not None:
         say(summary(manifest, save_dir))
@@ -138,35 +138,35 @@ def run(settings: RunSettings) -> int:
     return code
 
 
-def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], place: Place) -> None:
-    """What one process does: the units of its place that are not finished yet."""
+def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], rank: Rank) -> None:
+    """What one process does: the units of its share that are not finished yet."""
     save_dir = Path(settings.save_dir)
-    encoder = Encoder(replace(settings.encoder, device=place.device))
+    encoder = Encoder(replace(settings.encoder, device=rank.device))
     transform = read_transform(settings.image_transform, encoder.transform, encoder.image_size)
-    kind = get_kind(settings.kind)
-    decode = TaskDecoder(kind, source, transform, views=settings.views, seed=settings.seed)
-    vocabulary = encoder.vocabulary
+    kind, vocabulary = get_kind(settings.kind), encoder.vocabulary
+    decoder = TaskDecoder(kind, source, transform, views=settings.views, seed=settings.seed)
     agree_on_settings(save_dir, {
         **_of_folder(settings, source), "tokenizer": encoder.fingerprint, "codes": vocabulary.n_codes,
         "tokens_per_image": vocabulary.tokens_per_image, "transform": asdict(transform)})
-    own = place.share(units, settings.shard)
-    left = []
+    own, left = rank.share(units, settings.shard), list[Unit]()
     for unit in own:
         manifest, reason = check_part(save_dir, unit)
         if manifest is None:
             left.append(unit)
         if reason:
-            say(f"{place.name}{reason}; it is made again.")
+            say(f"{rank.name}{reason}; it is made again.")
     if len(left) < len(own):
-        say(f"{place.name}{len(own) - len(left):,} of {len(own):,} units were finished and are as their manifests say.")
+        say(f"{rank.name}{len(own) - len(left):,} of {len(own):,} units were finished and are as their manifests say.")
     made = {"device": encoder.device.type, "dtype": encoder.dtype, "fast": encoder.fast,
             "batch_size": settings.batch_size, **versions()}
-    progress = Progress(place.name, sum(unit.weight for unit in left), len(left), settings.log_every, say)
-    worker = Worker(encoder, decode, save_dir, batch_size=settings.batch_size, workers=settings.workers if left else 0,
-                    limit=settings.limit, max_bad=settings.max_bad, made=made, progress=progress,
-                    log=lambda sentence: say(place.name + sentence))
-    worker.run(left)
-    say(progress.last_line())
+    log = say if rank.world == 1 else lambda line: say(rank.name + line)
+    unit = "byte" if any(unit.format == "tar" for unit in left) else "record"
+    with Progress("extraction", sum(unit.weight for unit in left), unit, every=settings.log_every, log=log) as progress:
+        extractor = Extractor(encoder, decoder, left, save_dir, batch_size=settings.batch_size, limit=settings.limit,
+                              workers=settings.workers if left else 0, max_bad=settings.max_bad, made=made,
+                              progress=progress)
+        extractor.run()
+    say(f"{rank.name}{extractor.summary()}")
 
 
 def _of_folder(settings: RunSettings, source: InputSettings) -> dict[str, Any]:
@@ -180,13 +180,13 @@ def _of_folder(settings: RunSettings, source: InputSettings) -> dict[str, Any]:
 # ---- processes
 
 
-def _places(settings: RunSettings, units: int) -> list[Place]:
+def _ranks(settings: RunSettings, units: int) -> list[Rank]:
     """The processes to run here; one without a unit to make would only load a tokenizer."""
     cuda = settings.encoder.device != "cpu" and torch.cuda.is_available()
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # torchrun starts the processes
         world = int(os.environ["WORLD_SIZE"])
         device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else settings.encoder.device
-        return [Place(int(os.environ["RANK"]), world, device)]
+        return [Rank(int(os.environ["RANK"]), world, device)]
     if not cuda or settings.encoder.device.startswith("cuda:"):
         here = settings.gpus or 1
         devices = [settings.encoder.device] * min(here, max(units, 1))
@@ -196,14 +196,14 @@ def _places(settings: RunSettings, units: int) -> list[Place]:
         if here > there:
             raise ConfigError(f"--gpus {here}: this machine has {there} GPU{'s' * (there != 1)}.")
         devices = [f"cuda:{gpu}" for gpu in range(min(here, max(units, 1)))]
-    return [Place(rank, len(devices), device) for rank, device in enumerate(devices)]
+    return [Rank(rank, len(devices), device) for rank, device in enumerate(devices)]
 
 
-def _spawn(settings: RunSettings, source: InputSettings, units: Sequence[Unit], places: Sequence[Place]) -> int:
-    """One process per place; each says its own refusal. Returns the exit code of them all."""
+def _spawn(settings: RunSettings, source: InputSettings, units: Sequence[Unit], ranks: Sequence[Rank]) -> int:
+    """One process per rank; each says its own refusal. Returns the exit code of them all."""
     context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
-    children = [context.Process(target=_child, args=(settings, source, units, place, len(places)),
-                                name=f"process {place.rank}") for place in places]
+    children = [context.Process(target=_child, args=(settings, source, units, rank, len(ranks)),
+                                name=f"process {rank.rank}") for rank in ranks]
     for child in children:
         child.start()
     try:
@@ -223,16 +223,16 @@ def _spawn(settings: RunSettings, source: InputSettings, units: Sequence[Unit], 
     return REFUSED if all(child.exitcode == REFUSED for child in failed) else SOME_FAILED
 
 
-def _child(settings: RunSettings, source: InputSettings, units: Sequence[Unit], place: Place, here: int) -> None:
+def _child(settings: RunSettings, source: InputSettings, units: Sequence[Unit], rank: Rank, here: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if place.device in ("cpu", "auto") and "OMP_NUM_THREADS" not in os.environ:
+    if rank.device in ("cpu", "auto") and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
 
     def job() -> int:
-        work(settings, source, units, place)
+        work(settings, source, units, rank)
         return DONE
 
-    sys.exit(guarded(f"process {place.rank}", settings.debug, job))
+    sys.exit(guarded(f"process {rank.rank}", settings.debug, job))
 
 
 def _end_with_parent() -> None:
@@ -247,20 +247,16 @@ def _end_with_parent() -> None:
 
 
 def _check(settings: RunSettings) -> None:
+    check_settings(settings, "extraction")
     number, count = settings.shard
-    if count < 1 or not 0 <= number < count:
+    if not 0 <= number < count:
         raise ConfigError(f"--shard {number}/{count}: must be I/N with I from 0 to N-1.")
     if settings.views > 1 and not get_kind(settings.kind).views:
         raise ConfigError(f"--views: {settings.kind} records hold one view of each picture; only caption, qa "
                           "and chat records hold several.")
-    for name, least in (("batch_size", 1), ("workers", 0), ("views", 1), ("block", 1), ("limit", 1), ("max_bad", 1)):
-        if getattr(settings, name) < least:
-            raise ConfigError(f"{name} must be at least {least}, not {getattr(settings, name)}.")
-    if settings.gpus is not None and settings.gpus < 1:
-        raise ConfigError(f"--gpus must be at least 1, not {settings.gpus}.")
 
 
-def _refuse_existing(settings: RunSettings, units: Sequence[Unit], places: Sequence[Place]) -> None:
+def _refuse_existing(settings: RunSettings, units: Sequence[Unit], ranks: Sequence[Rank]) -> None:
     """Parts of inputs that are no longer there; and without resume anything at all, or, where other processes write
     too, this run's own parts."""
     save_dir = Path(settings.save_dir)
@@ -270,10 +266,10 @@ def _refuse_existing(settings: RunSettings, units: Sequence[Unit], places: Seque
         raise DataError(f"{save_dir}: holds {beyond[0]}, but there are only {len(units)} units; {CHANGED}")
     if settings.resume:
         return
-    if len(places) == places[0].world and settings.shard[1] == 1:
+    if len(ranks) == ranks[0].world and settings.shard[1] == 1:
         taken = save_dir.is_dir() and any(save_dir.iterdir())
     else:
-        own = [unit for place in places for unit in place.share(units, settings.shard)]
+        own = [unit for rank in ranks for unit in rank.share(units, settings.shard)]
         taken = any(part_folder(save_dir, unit).exists() for unit in own)
     if taken:
         raise DataError(f"{save_dir}: holds an earlier run's output; go on in it with --resume, or choose another "

@@ -43,9 +43,9 @@ class Unit:
     size: int = 0
 
     @property
-    def weight(self) -> float:
+    def weight(self) -> int:
         """Bytes of a tar, records of a block."""
-        return float(self.size if self.stop is None else self.stop - self.start) or 1.0
+        return (self.size if self.stop is None else self.stop - self.start) or 1
 
     @property
     def stem(self) -> str:

@@ -6,208 +6,170 @@ samples, so that they depend on the unit and the batch size only, not on how man
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from seed_multimodal.data.pretokenize.decode import TaskDecoder, DecodedTask, DecodedSample, decoded, tasks_of
+from seed_multimodal.data.pretokenize.decode import DecodedSample, DecodedTask, TaskDecoder, decoding, iterate
 from seed_multimodal.data.pretokenize.encode import Codes, Encoder
-from seed_multimodal.data.pretokenize.progress import Progress
-from seed_multimodal.data.pretokenize.units import Unit, locate
-from seed_multimodal.data.pretokenize.shards import PartWriter
-from seed_multimodal.errors import DataError, first_line
+from seed_multimodal.data.pretokenize.parts import PartWriter
+from seed_multimodal.data.pretokenize.units import Unit
+from seed_multimodal.data.stream.skip_budget import SkipBudget
+from seed_multimodal.errors import DataError, counted
+from seed_multimodal.progress import Progress
 
-TASK = 32  # samples a worker decodes at a time
 NAMED = 100  # broken samples and pictures that a part's manifest names
 
 
 @dataclass
-class SkipBudget:
-    """Counts broken samples one after the other, across units."""
-
-    limit: int
-    count: int = 0
-
-    def good(self) -> None:
-        """A sample that could be read."""
-        self.count = 0
-
-    def bad(self, sentence: str) -> None:
-        """Raises DataError when it is the `limit`-th in a row."""
-        self.count += 1
-        if self.count >= self.limit:
-            raise DataError(sentence if self.count == 1 else f"{sentence} ({self.count} broken samples in a row)")
-
-
-@dataclass
-class _Unit:
-    """A unit under way: `codes` of its rows so far, where rows of a name are, entries that wait for their rows."""
+class _Part:
+    """A unit under way: `rows` [3, S, S] that wait to be encoded, each with its place in `codes`, batches on their way,
+    and samples that wait for codes. `places`: of the rows by name. The other fields go into the part's manifest."""
 
     writer: PartWriter
     codes: list[list[int] | None] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
+    rows: deque[tuple[Tensor, int]] = field(default_factory=deque)
+    batches: deque[tuple[Codes, list[int]]] = field(default_factory=deque)
     waiting: deque[DecodedSample] = field(default_factory=deque)
-    buffer: list[tuple[Tensor, list[int]]] = field(default_factory=list)
-    flying: deque[tuple[Codes, list[int]]] = field(default_factory=deque)
-    read: int = 0
-    samples: int = 0
-    bad: list[str] = field(default_factory=list)
-    bad_count: int = 0
-    lost: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    named: list[str] = field(default_factory=list)
 
 
-class Worker:
-    """Encodes units into `save_dir`.
+class Extractor:
+    """Encodes units, in their order, into `save_dir`.
 
     Args:
-        made: noted in each part: device, precision, versions.
+        workers: decode processes.
         limit: records per tar.
-        log: gets one sentence per broken sample.
+        max_bad: so many broken samples in a row, across units, end the run.
+        made: noted in each part: device, precision, versions.
+        progress: in weights of units; also takes a line for each broken sample.
     """
 
-    def __init__(self, encoder: Encoder, decode: TaskDecoder, save_dir: Path, *, batch_size: int, workers: int, limit: int,
-                 max_bad: int, made: dict[str, Any], progress: Progress, log: Callable[[str], None]) -> None:
-        self.encoder, self.decode, self.save_dir = encoder, decode, save_dir
-        self.batch_size, self.workers, self.limit = batch_size, workers, limit
-        self.made, self.progress, self.log = made, progress, log
-        self._in_a_row = SkipBudget(max_bad)
+    def __init__(self, encoder: Encoder, decoder: TaskDecoder, units: Sequence[Unit], save_dir: Path, *,
+                 batch_size: int, workers: int, limit: int, max_bad: int, made: dict[str, Any],
+                 progress: Progress) -> None:
+        self.encoder, self.decoder, self.units, self.save_dir = encoder, decoder, units, save_dir
+        self.batch_size, self.limit, self.made, self.progress = batch_size, limit, made, progress
+        self.pictures = self.units_done = 0
+        self._loader = decoding(units, decoder, workers)
+        self._skip_budget = SkipBudget(max_bad)
 
-    def run(self, units: Sequence[Unit]) -> None:
-        """Encode the units in their order.
+    def run(self) -> None:
+        """Encode all units.
 
         Raises:
             DataError: too many broken samples in a row, an input that cannot be opened, a full disk.
         """
-        by_number = {unit.number: unit for unit in units}
-        tasks = tasks_of(units, lambda unit: locate(unit, self.decode.settings), TASK)
-        parts = self._timed(decoded(tasks, self.decode, workers=self.workers,
-                                    pin=self.encoder.device.type == "cuda"))
-        for first in parts:
-            unit = by_number[first.task.unit]
-            with PartWriter(self.save_dir, unit, self.limit) as writer:
-                self._unit(_Unit(writer), first, parts)
-            self.progress.unit_done(unit.weight)
+        results = iterate(self._loader)
+        try:
+            for unit in self.units:
+                with PartWriter(self.save_dir, unit, self.limit) as writer:
+                    self._make(_Part(writer), results)
+                self.units_done += 1
+        finally:
+            self._loader.close()
 
-    def _timed(self, parts: Iterator[DecodedTask]) -> Iterator[DecodedTask]:
-        """The same, with the time that is spent waiting for the decode workers."""
-        while True:
-            start = time.perf_counter()
-            try:
-                part = next(parts, None)
-            except RuntimeError as error:
-                if "DataLoader worker" in str(error) and "killed" in str(error):
-                    raise DataError(f"A decode worker was killed ({first_line(error)}); with fewer "
-                                    "--num_workers less memory is needed.") from None
-                raise
-            self.progress.waited(time.perf_counter() - start)
-            if part is None:
-                return
-            yield part
+    def summary(self) -> str:
+        """What was done, how fast, and how long decode workers were waited for."""
+        seconds = max(self.progress.seconds, 1e-9)
+        return (f"{counted(self.units_done, 'unit')}, {counted(self.pictures, 'picture')} in {seconds:.1f} s "
+                f"({self.pictures / seconds:,.0f}/s, waited for data {self._wait()} of the time).")
 
-    def _unit(self, state: _Unit, part: DecodedTask, parts: Iterator[DecodedTask]) -> None:
-        while True:
-            self._take(state, part)
-            if part.task.last:
+    def _wait(self) -> str:
+        return f"{100 * self._loader.wait_seconds / max(self.progress.seconds, 1e-9):.0f} %"
+
+    def _make(self, part: _Part, results: Iterator[DecodedTask]) -> None:
+        """One part, of the next results up to the last one of its unit."""
+        for result in results:
+            self._take(part, result)
+            self._encode(part)
+            self._write(part)
+            seconds = max(self.progress.seconds, 1e-9)
+            self.progress.update(result.task.weight, units=f"{self.units_done}/{len(self.units)}",
+                                 pictures=f"{self.pictures:,} ({self.pictures / seconds:,.0f}/s)", wait=self._wait())
+            if result.task.last:
                 break
-            part = next(parts)
-        self._encode(state, flush=True)
-        self._write(state)
-        pictures = sum(codes is not None for codes in state.codes)
-        if part.task.damage:
-            self._bad(state, part.task.damage)
-        state.writer.finish({
-            "read": state.read, "samples": state.samples, "pictures": pictures, "bad": state.bad_count,
-            "lost_pictures": state.lost, "bad_named": state.bad, "dropped": dict(sorted(state.dropped.items())),
-            "made": self.made})
+        self._encode(part, flush=True)
+        self._write(part)
+        if result.task.damage:
+            self._note_bad(part, result.task.damage)
+        count = part.counts
+        part.writer.finish({
+            "read": count["read"], "samples": count["samples"], "pictures": sum(row is not None for row in part.codes),
+            "bad": count["bad"], "lost_pictures": count["lost"], "bad_named": part.named,
+            "dropped": dict(sorted(part.dropped.items())), "made": self.made})
 
-    def _take(self, state: _Unit, part: DecodedTask) -> None:
-        """Add a task's rows that are new, and its entries."""
-        rows, new = [], []
-        for row, name in enumerate(part.names):
-            place = state.places.get(name, -1) if name else -1
-            if place < 0:
-                place = len(state.codes)
-                state.codes.append(None)
-                new.append(row)
+    def _take(self, part: _Part, result: DecodedTask) -> None:
+        """Add a task's rows that are new, and its samples."""
+        places = []
+        for pixels, name in zip(result.pixels, result.names, strict=True):
+            place = part.places.get(name) if name else None
+            if place is None:
+                place = len(part.codes)
+                part.codes.append(None)
+                part.rows.append((pixels, place))
                 if name:
-                    state.places[name] = place
-            rows.append(place)
-        for entry in part.entries:
-            state.read += 1
-            if entry.bad:
-                self._bad(state, entry.bad)
+                    part.places[name] = place
+            places.append(place)
+        for sample in result.samples:
+            part.counts["read"] += 1
+            if sample.bad:
+                self._note_bad(part, sample.bad)
                 continue
-            self._in_a_row.good()
-            for sentence in entry.lost:
-                state.lost += 1
-                self._name(state, sentence, "left out of its document")
-            if entry.dropped:
-                state.dropped[entry.dropped] += 1
+            self._skip_budget.good()
+            for sentence in sample.lost:
+                part.counts["lost"] += 1
+                self._name(part, sentence, "left out of its document")
+            if sample.dropped:
+                part.dropped[sample.dropped] += 1
                 continue
-            entry.rows = [None if views is None else [rows[row] for row in views] for views in entry.rows]
-            state.waiting.append(entry)
-        if new:
-            state.buffer.append((part.pixels if len(new) == len(part.names) else part.pixels[new],
-                                 [rows[row] for row in new]))
-        self._encode(state)
-        self._write(state)
+            sample.rows = [None if views is None else [places[row] for row in views] for views in sample.rows]
+            part.waiting.append(sample)
 
-    def _bad(self, state: _Unit, sentence: str) -> None:
-        state.bad_count += 1
-        self._name(state, sentence, "skipped")
-        self._in_a_row.bad(sentence)
+    def _note_bad(self, part: _Part, sentence: str) -> None:
+        part.counts["bad"] += 1
+        self._name(part, sentence, "skipped")
+        if self._skip_budget.spend():
+            count = self._skip_budget.broken
+            raise DataError(sentence if count == 1 else f"{sentence} ({count} broken samples in a row)")
 
-    def _name(self, state: _Unit, sentence: str, what: str) -> None:
-        if len(state.bad) < NAMED:
-            state.bad.append(sentence)
-        self.log(f"{what}: {sentence}")
+    def _name(self, part: _Part, sentence: str, what: str) -> None:
+        if len(part.named) < NAMED:
+            part.named.append(sentence)
+        self.progress.write(f"{what}: {sentence}")
 
-    def _encode(self, state: _Unit, flush: bool = False) -> None:
+    def _encode(self, part: _Part, flush: bool = False) -> None:
         """Start whole batches (with `flush` the rest too); keep one on its way, fetch the codes of those before."""
-        while state.buffer and (flush or sum(len(places) for _, places in state.buffer) >= self.batch_size):
-            pixels, places = _first_rows(state.buffer, self.batch_size)
-            state.flying.append((self.encoder.start(pixels), places))
-            if len(state.flying) > 1:
-                self._fetch(state)
-        while flush and state.flying:
-            self._fetch(state)
+        while len(part.rows) >= (1 if flush else self.batch_size):
+            batch = [part.rows.popleft() for _ in range(min(self.batch_size, len(part.rows)))]
+            codes = self.encoder.start([pixels for pixels, _ in batch])
+            part.batches.append((codes, [place for _, place in batch]))
+            if len(part.batches) > 1:
+                self._fetch(part)
+        while flush and part.batches:
+            self._fetch(part)
 
-    def _fetch(self, state: _Unit) -> None:
-        codes, places = state.flying.popleft()
+    def _fetch(self, part: _Part) -> None:
+        codes, places = part.batches.popleft()
         for place, row in zip(places, codes.result().tolist(), strict=True):
-            state.codes[place] = row
-        self.progress.encoded(len(places), state.writer.unit, state.read)
+            part.codes[place] = row
+        self.pictures += len(places)
 
-    def _write(self, state: _Unit) -> None:
-        """Write the entries, in order, whose codes are there."""
-        while state.waiting:
-            entry = state.waiting[0]
-            codes = [None if views is None else [state.codes[place] for place in views] for views in entry.rows]
+    def _write(self, part: _Part) -> None:
+        """Write the samples, in order, whose codes are there."""
+        while part.waiting:
+            sample = part.waiting[0]
+            codes = [None if views is None else [part.codes[place] for place in views] for views in sample.rows]
             if any(row is None for views in codes for row in views or ()):
                 return
-            state.waiting.popleft()
-            record = self.decode.kind.record(entry.parsed, codes, self.encoder.vocabulary)  # type: ignore[arg-type]
-            state.writer.add(entry.number, record)
-            state.samples += 1
-
-
-def _first_rows(buffer: list[tuple[Tensor, list[int]]], count: int) -> tuple[Tensor, list[int]]:
-    """Take at most `count` rows from the front of the buffer."""
-    pixels: list[Tensor] = []
-    places: list[int] = []
-    while buffer and len(places) < count:
-        block, its = buffer.pop(0)
-        room = count - len(places)
-        if len(its) > room:
-            buffer.insert(0, (block[room:], its[room:]))
-            block, its = block[:room], its[:room]
-        pixels.append(block)
-        places += its
-    return (pixels[0] if len(pixels) == 1 else torch.cat(pixels)), places
+            part.waiting.popleft()
+            record = self.decoder.kind.record(sample.parsed, codes, self.encoder.vocabulary)  # type: ignore[arg-type]
+            part.writer.add(sample.number, record)
+            part.counts["samples"] += 1
