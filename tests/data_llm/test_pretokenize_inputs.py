@@ -16,7 +16,7 @@ from seed_multimodal.data.pretokenize.encode import build_transform
 from seed_multimodal.data.pretokenize.input_settings import InputSettings, parse_fields, read_input_settings
 from seed_multimodal.data.pretokenize.kinds import KINDS, get_kind
 from seed_multimodal.data.pretokenize.pictures import drop_reason, filters_of, middles, view
-from seed_multimodal.data.pretokenize.units import list_units, locate
+from seed_multimodal.data.pretokenize.units import list_units, unit_records
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
@@ -110,7 +110,7 @@ def test_units_of_tars_and_blocks(tmp_path, jpeg):
         settings = InputSettings(files=str(tmp_path / name))
         units = list_units(settings, 3)
         assert [(unit.start, unit.stop) for unit in units] == [(0, 3), (3, 6), (6, 7)]
-        places = [raw.where.rpartition(" ")[2] for unit in units for raw in locate(unit, settings).references]
+        places = [record.where.rpartition(" ")[2] for unit in units for record in unit_records(unit, settings)[0]]
         assert places == [str(n + (name == "lines.jsonl")) for n in range(7)]
 
 
@@ -187,8 +187,8 @@ def test_a_torn_tar_gives_what_is_whole(tmp_path, jpeg):
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:len(whole) // 2])
     settings = InputSettings(files=str(tmp_path / "a.tar"))
-    found = locate(list_units(settings, 10)[0], settings)
-    assert 0 < len(found.references) < 5 and f"after {len(found.references)} whole samples" in found.damage
+    records, damage = unit_records(list_units(settings, 10)[0], settings)
+    assert 0 < len(records) < 5 and f"after {len(records)} whole samples" in damage
 
 
 def test_two_samples_of_one_name_are_named_not_merged(tmp_path, jpeg):
@@ -201,7 +201,7 @@ def test_two_samples_of_one_name_are_named_not_merged(tmp_path, jpeg):
             tar.addfile(info, io.BytesIO(value))
     entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path / "a.tar")))]
     assert [entry.parsed.get("text") for entry in entries] == ["zero", None, "three"]
-    assert "a.tar: sample 1: has two .txt members." in entries[1].bad
+    assert "a.tar: sample 1 has two .txt members." in entries[1].bad
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path, jpeg):

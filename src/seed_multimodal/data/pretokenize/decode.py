@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.tar import OpenFiles
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.kinds import Kind
 from seed_multimodal.data.pretokenize.pictures import drop_reason, filters_of, view
-from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample, SampleReference
-from seed_multimodal.data.pretokenize.units import Unit, locate
+from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample
+from seed_multimodal.data.pretokenize.units import Unit, unit_records
 from seed_multimodal.data.stream.loader import StepLoader
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.images.transforms import ImageTransform
@@ -42,7 +43,7 @@ class Task:
 
     unit: int
     first: int
-    references: list[SampleReference]
+    records: list[Record]
     last: bool
     damage: str
     weight: int
@@ -93,20 +94,20 @@ class TaskDecoder:
         if task is None:  # the end
             return None
         rows = _Rows()
-        samples = [self._decoded(task.first + place, reference, rows)
-                   for place, reference in enumerate(task.references)]
+        samples = [self._decoded(task.first + place, record, rows)
+                   for place, record in enumerate(task.records)]
         side = self.transform.image_size
         pixels = torch.from_numpy(np.stack(rows.pixels)) if rows.pixels else torch.empty(0, 3, side, side).byte()
-        return DecodedTask(replace(task, references=[]), samples, pixels, rows.names)  # they need not be sent back
+        return DecodedTask(replace(task, records=[]), samples, pixels, rows.names)  # they need not be sent back
 
-    def _decoded(self, number: int, reference: SampleReference, rows: _Rows) -> DecodedSample:
+    def _decoded(self, number: int, record: Record, rows: _Rows) -> DecodedSample:
         known = len(rows.names)
         try:
-            sample = Sample(reference, self._files, self.settings.image_root)
+            sample = Sample(record, self._files, self.settings.image_root)
             parsed, pictures = self.kind.parse(sample, self.settings, self._keys)
             metadata = parsed.get("metadata", sample.fields)
             lost: list[str] = []
-            found = [self._add(picture, metadata, rows, f"{reference.where} {place}", lost)
+            found = [self._add(picture, metadata, rows, f"{record.where} {place}", lost)
                      for place, picture in enumerate(pictures)]
             if lost and not any(found):
                 raise ImageError(f"{lost[0].removesuffix('.')}; none of its pictures can be read.")
@@ -185,13 +186,12 @@ def iterate(loader: StepLoader) -> Iterator[DecodedTask]:
 def tasks_of(units: Sequence[Unit], settings: InputSettings, size: int) -> Iterator[Task]:
     """The tasks of units, each of at most `size` samples; the next unit is located while this one's are handed out."""
     with ThreadPoolExecutor(1) as ahead:
-        located = [ahead.submit(locate, unit, settings) for unit in units[:1]]
+        located = [ahead.submit(unit_records, unit, settings) for unit in units[:1]]
         for place, unit in enumerate(units):
-            found = located.pop().result()
-            located = [ahead.submit(locate, one, settings) for one in units[place + 1:place + 2]]
-            count = len(found.references)
-            for start in range(0, count, size) or (0,):
-                part = list(found.references[start:start + size])
-                last = start + size >= count
-                weight = unit.weight * (start + len(part)) // max(count, 1) - unit.weight * start // max(count, 1)
-                yield Task(unit.number, start, part, last, found.damage if last else "", weight)
+            records, damage = located.pop().result()
+            located = [ahead.submit(unit_records, one, settings) for one in units[place + 1:place + 2]]
+            count = max(len(records), 1)
+            for start in range(0, count, size):
+                part, last = records[start:start + size], start + size >= count
+                weight = unit.weight * (start + len(part)) // count - unit.weight * start // count
+                yield Task(unit.number, start, part, last, damage if last else "", weight)

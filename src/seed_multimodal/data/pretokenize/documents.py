@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from seed_multimodal.data.formats.conversations import with_messages
-from seed_multimodal.data.pretokenize.samples import IMAGE_KEYS, Dropped, Picture, Sample
+from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageVocabulary
@@ -87,7 +87,7 @@ def parse_conversation(sample: Sample, settings: InputSettings, keys: Mapping[st
         BadRecord: no conversation, or one that `with_messages` refuses.
     """
     fields = sample.fields
-    data = sample.member(*IMAGE_KEYS)
+    data = sample.picture_member()
     if data is not None:  # a tar of pictures with their conversation
         fields = {**fields, "image": data}
     if _has_own_pictures(fields):

@@ -31,7 +31,7 @@ from seed_multimodal.data.pretokenize.documents import (
     parse_document,
 )
 from seed_multimodal.data.pretokenize.pictures import frames
-from seed_multimodal.data.pretokenize.samples import IMAGE_KEYS, Dropped, Picture, Sample
+from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError, counted
@@ -106,7 +106,7 @@ def flat(codes: Codes) -> list[int]:
 
 
 def _parse_caption(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
-    data = sample.member(*IMAGE_KEYS)
+    data = sample.picture_member()
     value = data if data is not None else sample.fields.get(keys["image"])
     if value is None:
         raise Dropped("no picture")
@@ -147,7 +147,7 @@ def _question(sample: Sample, keys: Mapping[str, str], *, required: bool = True)
 
 def _parse_qa(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
     texts = {"question": _question(sample, keys), "answer": sample.text(keys["answer"])}
-    value: Any = sample.member(*IMAGE_KEYS)
+    value: Any = sample.picture_member()
     value = value if value is not None else sample.fields.get(keys["image"])
     several = value if isinstance(value, list) else [value]
     if not several:

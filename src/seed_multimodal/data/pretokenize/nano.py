@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from seed_multimodal.data.pretokenize.samples import SampleReference
+from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.nano.load import NanoSet, load_nano
 from seed_multimodal.data.nano.types import NanoRecord
@@ -19,24 +19,24 @@ from seed_multimodal.language.tasks import NANO_TASKS
 Made = tuple[str, dict[str, Any], list[str]]  # what a record is called, its fields, keys of its pictures
 
 
-def nano_references(folder: str, settings: InputSettings) -> Sequence[SampleReference]:
-    """The records of the set that the settings describe, in the set's order.
+def nano_records(folder: str, settings: InputSettings) -> list[Record]:
+    """The records of the set that the settings describe, in the set's order; `members`: their pictures by key.
 
     Raises:
         DataError: no set there, or an unknown split.
     """
-    return _references(folder, settings.split, settings.content, settings.captions)
+    return _records(folder, settings.split, settings.content, settings.captions)
 
 
 @functools.lru_cache(maxsize=2)
-def _references(folder: str, split: str, content: str, captions: str) -> list[SampleReference]:
+def _records(folder: str, split: str, content: str, captions: str) -> list[Record]:
     nano = _set(folder)
     records = [nano.records[index] for index in nano.split(split)]
     made = {"captions": lambda: _captions(records, captions), "qa": lambda: _questions(records),
             "describe": lambda: _descriptions(records), "draw": lambda: _drawings(records, captions),
             "edits": lambda: _edits(nano, split), "conversations": lambda: _conversations(nano, split)}[content]()
     bytes_of = {record.key: nano.picture(index) for index, record in enumerate(nano.records)}
-    return [SampleReference(f"{nano.folder}: {name}", str(nano.folder), fields=fields, pictures={k: bytes_of[k] for k in keys})
+    return [Record(name, f"{nano.folder}: {name}", fields, {key: bytes_of[key] for key in keys}, str(nano.folder))
             for name, fields, keys in made]
 
 

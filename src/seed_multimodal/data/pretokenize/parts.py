@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import math
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from seed_multimodal.data.formats.writer import ShardWriter, open_shard
 from seed_multimodal.data.pretokenize.units import Unit
-from seed_multimodal.disk import lock, replace_text, replacing, sha256_of, writing
+from seed_multimodal.disk import lock, replace_text, sha256_of, writing
 from seed_multimodal.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -69,7 +68,7 @@ class PartWriter:
         self.tars: list[dict[str, Any]] = []
         self._mark = content_mark(unit)
         self._held, self._open = contextlib.ExitStack(), contextlib.ExitStack()  # the lock; the tar being written
-        self._archive: tarfile.TarFile | None = None
+        self._shard: ShardWriter | None = None
 
     def __enter__(self) -> PartWriter:
         with writing(self.folder, DataError):
@@ -92,16 +91,12 @@ class PartWriter:
 
     def add(self, number: int, record: Mapping[str, Any]) -> None:
         """Write the record of sample `number` of the unit."""
-        data = _encoded(record)
-        info = tarfile.TarInfo(f"{self.unit.number:05d}-{self.unit.stem}-{self.unit.start + number:07d}.json")
-        info.size, info.mode = len(data), 0o644
+        key = f"{self.unit.number:05d}-{self.unit.stem}-{self.unit.start + number:07d}"
         with writing(self.folder, DataError):
-            if not self.tars or self.tars[-1]["samples"] >= self.limit:
+            if self._shard is None or self._shard.count >= self.limit:
                 self._close_tar()
-                self._open_tar()
-            assert self._archive is not None
-            self._archive.addfile(info, io.BytesIO(data))
-        self.tars[-1]["samples"] += 1
+                self._shard = self._open.enter_context(open_shard(self.folder / f"{len(self.tars):07d}.tar"))
+            self._shard.add(key, {"json": _encoded(record)})
 
     def finish(self, counts: Mapping[str, Any]) -> None:
         """Write the manifest with these counts, which makes the part a finished one."""
@@ -110,17 +105,13 @@ class PartWriter:
         source = {**self.unit.identity(), "mark": self._mark}
         write_json(self.folder / MANIFEST, {"unit": self.unit.number, "source": source, **counts, "tars": self.tars})
 
-    def _open_tar(self) -> None:
-        name = f"{len(self.tars):07d}.tar"
-        file = self._open.enter_context(replacing(self.folder / name))
-        self._archive = self._open.enter_context(tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT))
-        self.tars.append({"file": name, "samples": 0, "bytes": 0, "sha256": ""})
-
     def _close_tar(self) -> None:
-        if self.tars:
+        if self._shard is not None:
             self._open.close()
-            path = self.folder / self.tars[-1]["file"]
-            self.tars[-1] |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            path = self.folder / f"{len(self.tars):07d}.tar"
+            self.tars.append({"file": path.name, "samples": self._shard.count, "bytes": path.stat().st_size,
+                              "sha256": sha256_of(path)})
+            self._shard = None
 
     def _clear(self) -> None:
         for left in self.folder.iterdir():

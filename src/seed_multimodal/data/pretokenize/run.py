@@ -160,8 +160,9 @@ def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], ra
     made = {"device": encoder.device.type, "dtype": encoder.dtype, "fast": encoder.fast,
             "batch_size": settings.batch_size, **versions()}
     log = say if rank.world == 1 else lambda line: say(rank.name + line)
-    unit = "byte" if any(unit.format == "tar" for unit in left) else "record"
-    with Progress("extraction", sum(unit.weight for unit in left), unit, every=settings.log_every, log=log) as progress:
+    weight_unit = "byte" if any(unit.format == "tar" for unit in left) else "record"
+    with Progress("extraction", sum(unit.weight for unit in left), weight_unit, every=settings.log_every,
+                  log=log) as progress:
         extractor = Extractor(encoder, decoder, left, save_dir, batch_size=settings.batch_size, limit=settings.limit,
                               workers=settings.workers if left else 0, max_bad=settings.max_bad, made=made,
                               progress=progress)

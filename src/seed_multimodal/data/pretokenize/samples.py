@@ -1,4 +1,4 @@
-"""One input sample: where it lies (`SampleReference`, small, sent to decode workers), and what is read of it there (`Sample`)."""
+"""Samples of the input: records as a kind of records reads them, with their texts and pictures."""
 
 from __future__ import annotations
 
@@ -6,45 +6,25 @@ import base64
 import binascii
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.data.formats.record import BadRecord, find_image, parse_object
+from seed_multimodal.data.formats.pictures import IMAGE_KEYS
+from seed_multimodal.data.formats.record import BadRecord, Record, find_image
 from seed_multimodal.data.formats.tar import OpenFiles
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.encode import image_from_base64
 from seed_multimodal.images.open import open_image
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
 class Dropped(Exception):
     """A sample that is not wanted (a filter, nothing to learn from); `str` is the reason it is counted under."""
-
-
-@dataclass
-class SampleReference:
-    """A sample, unread.
-
-    Args:
-        where: as errors call it.
-        file: the file its pictures' paths may be relative to.
-        spans: member by extension: (file, byte offset, size).
-        fields: what needs no reading; `pictures`: bytes of pictures that `fields` name.
-        broken: why it cannot be used, where that is known before it is read.
-    """
-
-    where: str
-    file: str
-    spans: dict[str, tuple[str, int, int]] = field(default_factory=dict)
-    fields: dict[str, Any] = field(default_factory=dict)
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
-    broken: str = ""
 
 
 @dataclass
@@ -67,25 +47,22 @@ class Picture:
 
 
 class Sample:
-    """A sample as read: `fields` (of its json), other members by extension, pictures by what names them.
+    """A record as read: `fields` (of its json), its picture and text as members of a tar, pictures that fields name.
+
+    Args:
+        image_root: folder of the pictures that fields name.
 
     Raises:
-        BadRecord: its json is none, or the raw sample is known to be broken.
+        BadRecord: its json is none, or the record is known to be broken.
     """
 
-    def __init__(self, raw: SampleReference, files: OpenFiles, image_root: str | None = None) -> None:
-        if raw.broken:
-            raise BadRecord("duplicate id", raw.broken)
-        self.where, self._raw, self._files, self._root = raw.where, raw, files, image_root
-        self.fields: dict[str, Any] = dict(raw.fields)
-        data = self.member("json")
-        if data is not None:
-            self.fields |= parse_object(data, raw.where)
+    def __init__(self, record: Record, files: OpenFiles, image_root: str | None = None) -> None:
+        self._record, self._files, self._root = record.parsed(files), files, image_root
+        self.where, self.fields = record.where, self._record.fields
 
-    def member(self, *extensions: str) -> bytes | None:
-        """The bytes of the first of these members that the sample has."""
-        span = next((self._raw.spans[one] for one in extensions if one in self._raw.spans), None)
-        return None if span is None else self._files.read(Path(span[0]), span[1], span[2])
+    def picture_member(self) -> bytes | None:
+        """The bytes of the picture that is a member."""
+        return self._record.member(*IMAGE_KEYS, files=self._files)
 
     def text_member(self) -> str | None:
         """The .txt member.
@@ -93,7 +70,7 @@ class Sample:
         Raises:
             BadRecord: it is not UTF-8.
         """
-        data = self.member("txt")
+        data = self._record.member("txt", files=self._files)
         try:
             return None if data is None else data.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
@@ -123,7 +100,7 @@ class Sample:
         return f"it has {have}; --fields says which holds what"
 
     def picture(self, value: Any, **options: Any) -> Picture:
-        """What a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the raw sample's own.
+        """What a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the record's members.
 
         Raises:
             BadRecord: none of these.
@@ -136,9 +113,10 @@ class Sample:
             raise BadRecord("missing key", f"{self.where}: has no picture where one is looked for ({self.keys()}).")
         if not isinstance(value, str) or not value:
             raise BadRecord("missing key", f"{self.where}: a picture is {value!r:.60}, not a path.")
-        if value in self._raw.pictures:
-            name = f"{self._raw.file}: picture {value}"
-            return Picture(name, partial(open_image, self._raw.pictures[value], name=name), f"own:{value}", **options)
+        own = self._record.members.get(value)
+        if isinstance(own, bytes):
+            name = f"{self._record.file}: picture {value}"
+            return Picture(name, partial(open_image, own, name=name), f"own:{value}", **options)
         if value.startswith("data:"):
             return Picture(self.where, partial(image_from_base64, value, name=self.where), **options)
         path = self.path(value)
@@ -151,10 +129,7 @@ class Sample:
 
     def path(self, value: str) -> Path | None:
         """The file a field names, or None."""
-        try:
-            return find_image(value, self._root, self._raw.file)
-        except (OSError, ValueError):  # longer than a name may be; a null byte
-            return None
+        return find_image(value, self._root, self._record.file)
 
 
 def _open_base64(text: str, name: str) -> Image.Image:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
-from seed_multimodal.data.pretokenize.nano import nano_references
+from seed_multimodal.data.pretokenize.nano import nano_records
 from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.loop_settings import StageSettings
@@ -141,8 +141,8 @@ def _shards(space: Workspace, split: str, keys: set[str], codes: Tensor) -> dict
 
     def references(content: str) -> Iterator[dict[str, Any]]:
         settings = InputSettings(format="nano", split=split, content=content, captions="list")
-        for raw in nano_references(str(space.nano.folder), settings):
-            if set(raw.pictures) <= keys:
+        for raw in nano_records(str(space.nano.folder), settings):
+            if set(raw.members) <= keys:
                 yield raw.fields
 
     captions = [{"image": fields["image"], "text": fields["caption"]} for fields in references("captions")]
