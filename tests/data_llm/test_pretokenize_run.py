@@ -90,7 +90,7 @@ def test_counts_names_and_hashes(whole, data):
     assert [part["folder"] for part in manifest["parts"]] == [f"part-{n:04d}" for n in range(SHARDS)]
     source = open_records(str(whole))
     assert len(source) == total - 3 and len({source.read(n).key for n in range(len(source))}) == total - 3
-    assert source.read(1).key.endswith("part-0000/0000000/00000-s-000-0000001")
+    assert source.read(1).where == f"{whole / 'part-0000' / '0000000.tar'}: sample 00000-s-000-0000001"
     assert not [name for name in content(whole) if ".tmp" in name]
 
 

@@ -167,7 +167,7 @@ class _Rows:
 def decoding(units: Sequence[Unit], decoder: TaskDecoder, workers: int, size: int = TASK) -> StepLoader:
     """A loader of the units' tasks in their order (see `iterate`); with `workers`, that many processes decode ahead."""
     tasks = tasks_of(units, decoder.settings, size)
-    return StepLoader(decoder, lambda _: itertools.chain(tasks, itertools.repeat(None)), workers)
+    return StepLoader(decoder, lambda _: next(tasks, None), workers)
 
 
 def iterate(loader: StepLoader) -> Iterator[DecodedTask]:
