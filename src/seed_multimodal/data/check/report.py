@@ -20,7 +20,7 @@ class Finding:
 @dataclass
 class CheckReport:
     """What was there. `kinds`: records by decoder; `lengths`: records by their number of tokens (with a tokenizer);
-    `control`: names of control words in texts, which are told but not wrong."""
+    `control`: names of control words in texts, which are reported but not wrong."""
 
     files: int = 0
     records: int = 0

@@ -164,7 +164,7 @@ class _Checker:
             yield Finding("wrong type", f"{name}: is no list of whole numbers.")
             return
         if not self._tokens and pictures == 1 and codes:
-            self._tokens = len(codes)  # the first picture tells how long all are
+            self._tokens = len(codes)  # the first picture sets the length of all
         size = self._tokens or len(codes) or 1
         self.report.images += pictures or len(codes) // size
         wrong = next((code for code in codes if code < 0 or (self._codes is not None and code >= self._codes)), None)
@@ -172,8 +172,8 @@ class _Checker:
             limit = "at least 0" if self._codes is None else f"0 to {self._codes - 1}"
             yield Finding("codes out of range", f"{name}: code {wrong} is out of range ({limit}).")
         if not codes or (len(codes) != pictures * size if pictures else len(codes) % size):
-            told = "" if self.tokenizer is not None else " (as the first one that was read)"
-            yield Finding("number of codes", f"{name}: has {len(codes)} codes; a picture has {size}{told}"
+            hint = "" if self.tokenizer is not None else " (as the first one that was read)"
+            yield Finding("number of codes", f"{name}: has {len(codes)} codes; a picture has {size}{hint}"
                           + (f", and this holds {pictures}." if pictures > 1 else "."))
 
     def _lost(self, file: Path, paths: Sequence[str]) -> Iterable[Finding]:

@@ -1,7 +1,7 @@
 """Control words written out in texts (`</s>`, `<img>`, `<img_00012>`): `pretrain.*` and `sft.*` make real tokens of them.
 
-As released, so they are no error: a page about HTML may strike out words with `<s>`, a caption may end in `</s>`. But
-each ends a text, or opens a picture that is none, and should be there on purpose only.
+That is the released behaviour and no error: a page about HTML may strike out words with `<s>`, a caption may end in
+`</s>`. But each of them ends a text or opens a picture, so the check warns of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ControlWords:
             self.first.append(place)
 
     def sentence(self) -> str:
-        """What a person should know; "" if there are none."""
+        """The warning in words; "" without any."""
         if not self.records:
             return ""
         counts = ", ".join(f"{word} {number:,}" for word, number in self.words.most_common())

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord, shown
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import merge_text
@@ -284,9 +284,3 @@ class Decoder:
 def only_blank(value: str, blank: str) -> bool:
     """Whether a text holds nothing but these characters."""
     return not value.strip(blank)
-
-
-def shown(value: Any) -> str:
-    """A value for an error sentence, cut to a readable length."""
-    written = repr(value)
-    return written if len(written) <= 60 else written[:57] + "…"

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from seed_multimodal.data.decoders.base import LIST, Decoder, DecoderOptions, Draft, Part, Span, shown
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.decoders.base import LIST, Decoder, DecoderOptions, Draft, Part, Span
+from seed_multimodal.data.formats.conversations import with_pictures
+from seed_multimodal.data.formats.record import BadRecord, shown
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.language.prompts import ROLES, TEMPLATES, get_template
 from seed_multimodal.language.vocabulary import PLACEHOLDER
@@ -128,7 +129,7 @@ class Chat(Decoder):
         left = iter(given)
         for _, content in turns:
             if any(isinstance(part, str) and PLACEHOLDER in part for part in content):
-                content[:] = [piece for part in content for piece in _cut(part, left)]
+                content[:] = with_pictures(content, left)
 
     def _given(self, fields: Mapping[str, Any], places: int) -> list[Any]:
         if fields.get("image_ids") is None:
@@ -150,13 +151,3 @@ class Chat(Decoder):
             raise BadRecord("not tokenised", f"{name}: the picture {shown(part['image'])} has no codes yet; tokenise "
                                              "the data first.")
         raise BadRecord("wrong type", f"{name}: must be a text or a picture with codes, not {shown(part)}.")
-
-
-def _cut(part: Any, pictures: Any) -> list[Any]:
-    if not isinstance(part, str):
-        return [part]
-    first, *others = part.split(PLACEHOLDER)
-    pieces: list[Any] = [first]
-    for piece in others:
-        pieces += [next(pictures), piece]
-    return [piece for piece in pieces if piece != ""]

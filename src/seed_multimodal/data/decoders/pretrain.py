@@ -30,10 +30,9 @@ from seed_multimodal.data.decoders.base import (
     Part,
     Span,
     only_blank,
-    shown,
 )
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord, shown
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 

@@ -88,5 +88,5 @@ def some_picture(fields: Mapping[str, Any], draws: Draws, tokens_per_image: int)
     if isinstance(codes, list | tuple) and codes and isinstance(codes[0], list | tuple):
         codes = draws.choice(codes) if len(codes) > 1 else codes[0]
     if not isinstance(codes, list | tuple) or any(type(code) is not int for code in codes):
-        return None  # broken: that record's own reading tells
+        return None  # broken: reported when that record itself is read
     return list(codes) or None

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from seed_multimodal.data.decoders.base import LIST, PICTURES, Decoder, DecoderOptions, Draft, Part, Span, shown
+from seed_multimodal.data.decoders.base import LIST, PICTURES, Decoder, DecoderOptions, Draft, Part, Span
 from seed_multimodal.data.decoders.phrases import ASSISTANT, USER
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord, shown
 from seed_multimodal.data.decoders.sequence import Draws
 
 def with_full_stop(answer: str) -> str:

@@ -16,10 +16,10 @@ The other fields stay as they are; a system message goes to `fields["system"]`. 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, refuse_half_pairs
+from seed_multimodal.data.formats.record import BadRecord, parse_json, refuse_half_pairs, shown
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -68,18 +68,18 @@ def _turns(
     value: Any, author: Sequence[str], said: Sequence[str], key: str, where: str
 ) -> list[tuple[str, list[Part]]]:
     if not isinstance(value, list) or not value:
-        raise BadRecord("wrong type", f"{where}: {key!r} must be a list of turns, not {_shown(value)}.")
+        raise BadRecord("wrong type", f"{where}: {key!r} must be a list of turns, not {shown(value)}.")
     turns = []
     for number, turn in enumerate(value, 1):
         name = f"{where}: turn {number} of {key!r}"
         if not isinstance(turn, Mapping):
-            raise BadRecord("wrong type", f"{name}: is {_shown(turn)}, not an object.")
+            raise BadRecord("wrong type", f"{name}: is {shown(turn)}, not an object.")
         who = next((turn[k] for k in author if turn.get(k) is not None), None)
         if who is None:
             raise BadRecord("missing key", f"{name}: has no key {author[0]!r}.")
         role = ROLES.get(str(who).lower())
         if role is None:
-            raise BadRecord("wrong role", f"{name}: {author[0]!r} is {_shown(who)}, not one of {', '.join(ROLES)}.")
+            raise BadRecord("wrong role", f"{name}: {author[0]!r} is {shown(who)}, not one of {', '.join(ROLES)}.")
         content = next((turn[k] for k in said if turn.get(k) is not None), None)
         if content is None:
             raise BadRecord("missing key", f"{name}: has no key {said[0]!r}.")
@@ -93,7 +93,7 @@ def _part(part: Any, name: str) -> Part:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise BadRecord("wrong type", f"{name}: a part is {_shown(part)}, not a text or a picture.")
+        raise BadRecord("wrong type", f"{name}: a part is {shown(part)}, not a text or a picture.")
     if part.get("codes") is not None:
         return {"codes": _list(part["codes"], name)}
     if part.get("text") is not None:
@@ -104,7 +104,7 @@ def _part(part: Any, name: str) -> Part:
         return {"image": image}
     if part.get("type") == "image":  # the picture stands in `images`
         return PLACEHOLDER
-    raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {_shown(dict(part))}.")
+    raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {shown(dict(part))}.")
 
 
 def _pairs(data: Any) -> bool:
@@ -113,7 +113,7 @@ def _pairs(data: Any) -> bool:
 
 def _alternating(data: Any, where: str) -> list[tuple[str, list[Part]]]:
     if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
-        raise BadRecord("wrong type", f"{where}: 'data' must be a list of texts, not {_shown(data)}.")
+        raise BadRecord("wrong type", f"{where}: 'data' must be a list of texts, not {shown(data)}.")
     if not data or len(data) % 2:
         raise BadRecord("wrong role", f"{where}: 'data' holds {len(data)} texts; questions and answers come in pairs.")
     return [("assistant" if number % 2 else "user", [text]) for number, text in enumerate(data)]
@@ -123,7 +123,7 @@ def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     given = fields.get("instruction_new") is not None and fields.get("response") is not None
     instruction = fields["instruction_new"] if given else fields.get("instruction")
     if not isinstance(instruction, str):
-        raise BadRecord("missing key", f"{where}: 'instruction' must be a text, not {_shown(instruction)}.")
+        raise BadRecord("missing key", f"{where}: 'instruction' must be a text, not {shown(instruction)}.")
     for key in ("source_image", "target_image"):
         if fields[key] in NO_IMAGE:
             raise BadRecord("missing key", f"{where}: {key!r} is empty.")
@@ -159,16 +159,21 @@ def _put_in(turns: list[tuple[str, list[Part]]], pictures: list[Part], where: st
                         f"for {len(pictures)} picture{'s' * (len(pictures) != 1)}.")
     left = iter(pictures)
     for _, content in turns:
-        parts: list[Part] = []
-        for part in content:
-            if not isinstance(part, str):
-                parts.append(part)
-                continue
-            first, *others = part.split(PLACEHOLDER)
-            parts.append(first)
-            for text in others:
-                parts += [next(left), text]
-        content[:] = [part for part in parts if part != ""]
+        content[:] = with_pictures(content, left)
+
+
+def with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Part]:
+    """The parts of a turn with the next of `pictures` in the place of each placeholder; empty texts go."""
+    parts: list[Part] = []
+    for part in content:
+        if not isinstance(part, str):
+            parts.append(part)
+            continue
+        first, *others = part.split(PLACEHOLDER)
+        parts.append(first)
+        for text in others:
+            parts += [next(pictures), text]
+    return [part for part in parts if part != ""]
 
 
 def _check_order(turns: Sequence[tuple[str, list[Part]]], where: str) -> None:
@@ -184,7 +189,7 @@ def _check_order(turns: Sequence[tuple[str, list[Part]]], where: str) -> None:
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise BadRecord("wrong type", f"{name}: {_shown(value)} is no list.")
+        raise BadRecord("wrong type", f"{name}: {shown(value)} is no list.")
     return list(value)
 
 
@@ -195,8 +200,3 @@ def _parsed(text: str, key: str, where: str) -> Any:
         raise BadRecord("malformed json", f"{where}: {key!r} is a text that is not json ({error}).") from None
     refuse_half_pairs(value, text, where)
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,8 +1,8 @@
 """The released pickled shards -> shards of json, once: `seed data convert OLD... --out DIR`.
 
-Each shard is done on its own: same keys in the same order, written whole or not at all, byte for byte the same every
-time. `manifest.json` in DIR tells what is done (samples, bytes, sha256), so that a second run goes on where the first
-was stopped. A shard with a sample that is refused is left out, unless `skip_bad` leaves out the sample alone.
+Each shard is converted independently: same keys in the same order, written whole or not at all, the same bytes in every
+run. `manifest.json` in DIR lists what is done (samples, bytes, sha256), so that a second run continues an interrupted
+one. A shard with a refused sample is left out, unless `skip_bad` leaves out the sample alone.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def convert_shards(
     """Convert tars (patterns, folders) into `out`, keeping their folders below what they have in common.
 
     Args:
-        skip_bad: leave out refused samples (they are told and counted) instead of their whole shard.
+        skip_bad: leave out refused samples (they are named and counted) instead of their whole shard.
         force: convert again what the manifest says is done.
         workers: processes.
 
@@ -183,7 +183,7 @@ def _converted(members: dict[str, bytes], where: str) -> dict[str, bytes]:
 
 
 def _one(path: Path, target: Path, name: str, skip_bad: bool) -> ShardReport | str:
-    """In a worker: a refusal comes back as its sentence."""
+    """`convert_shard` in a worker; a refusal is returned as its sentence."""
     try:
         return convert_shard(path, target, name, skip_bad)
     except SeedError as error:

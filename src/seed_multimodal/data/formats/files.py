@@ -100,7 +100,7 @@ def _matches(name: str) -> Iterable[Path]:
 
 
 def _folders(pattern: str) -> list[Path]:
-    """The folders that a path, or a pattern whose every match is a folder, stands for; none where it means files.
+    """The folders that a path, or a pattern whose every match is a folder, means; an empty list where it means files.
 
     Raises:
         DataError: some of the folders that braces spell out are missing.

@@ -56,7 +56,7 @@ class JsonFile:
 
 
 def is_lines(path: Path) -> bool:
-    """Whether a file named .json in truth holds an object per line."""
+    """Whether a file named .json holds an object per line."""
     with _opened(path) as file:
         start = file.read(4096).lstrip(BOM + b" \t\r\n")
         if not start.startswith(b"{"):

@@ -95,7 +95,7 @@ def parse_object(data: bytes | str, where: str) -> dict[str, Any]:
 
 
 def parse_json(data: bytes | str, where: str) -> Any:
-    """Any json value from its bytes. Raises BadRecord when it is none."""
+    """Any json value from its bytes. Raises BadRecord for what is not json."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:  # also undecodable bytes
@@ -118,6 +118,12 @@ def refuse_half_pairs(value: Any, data: bytes | str, where: str) -> None:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise BadRecord("malformed json", f"{where}: a text holds half of a surrogate pair.") from None
+
+
+def shown(value: Any) -> str:
+    """A value for an error sentence, cut to a readable length."""
+    written = repr(value)
+    return written if len(written) <= 60 else written[:57] + "…"
 
 
 def find_image(path: str, root: str | Path | None = None, beside: str | Path | None = None) -> Path | None:

@@ -20,7 +20,7 @@ BLOCK = 512
 
 
 class Damaged(Exception):
-    """Why a tar cannot be read further; the caller knows the sample and makes the sentence."""
+    """A tar cannot be read further; the message is the reason, to which the caller adds file and sample."""
 
 
 def tar_members(tar: Path | bytes) -> Iterator[tuple[str, int, int]]:
@@ -31,7 +31,7 @@ def tar_members(tar: Path | bytes) -> Iterator[tuple[str, int, int]]:
 
     Raises:
         DataError: the file cannot be opened, or is compressed.
-        Damaged: it is cut off, has no end mark, or a header is none.
+        Damaged: it is cut off, has no end mark, or has something else where a header is due.
     """
     if isinstance(tar, bytes):
         yield from _walk(lambda size, offset: tar[offset:offset + size], len(tar))
@@ -109,7 +109,7 @@ def _header(block: bytes) -> tuple[bytes, int, bytes]:
     except ValueError:
         right, size = False, 0
     if not right:
-        raise Damaged("what should be a header is none")
+        raise Damaged("no header where one is due")
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0]
     if prefix and block[257:263] == b"ustar\0":  # old GNU headers keep other things there

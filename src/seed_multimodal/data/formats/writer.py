@@ -23,7 +23,7 @@ class ShardWriter:
         from webdataset import TarWriter  # imports torch
 
         self._tar: Any = TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False)
-        self._tar.tarstream.format = tarfile.USTAR_FORMAT  # what it is told of the format, it does not pass on
+        self._tar.tarstream.format = tarfile.USTAR_FORMAT  # it ignores its own argument `format`
         self.count = 0
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
