@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.checkpoint import last_step
+from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
 from seed_multimodal.training.loop_settings import SampleCost, StageSettings
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.training.stage import StageTask, train_stage
+from seed_multimodal.training.state_tree import read_tree
 
 
 def toy_model() -> tuple[nn.Sequential, torch.Tensor]:
@@ -78,6 +81,33 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
 
     return train_stage(StageTask(name, model, loss, StageSettings(**choices), finish=finish,
                                  after_step=on_step if noise else None, status=status or dict, cost=cost), folder)
+
+
+def run_stage(name: str, module: nn.Module, loss: Callable[[int], Any], settings: StageSettings, folder: Path,
+              **more: Any) -> dict[str, Any]:
+    """A stage whose loss closes over its module."""
+    return train_stage(StageTask(name, module, lambda model, step: loss(step), settings, **more), folder)
+
+
+def newest(folder: Path, name: str = "toy") -> Path:
+    """The newest checkpoint of a stage."""
+    return checkpoints(folder / f"{name}.checkpoints")[0][1]
+
+
+def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
+    """What the newest checkpoint of a stage holds: `model`, `ema`, and the keys of trainer_state.json and of the
+    optimiser's file."""
+    place = newest(folder, name)
+    assert not fault_of(place)
+    tensors = {part: load_file(place / f"{file}.safetensors") if (place / f"{file}.safetensors").is_file() else {}
+               for part, file in (("model", "model"), ("ema", "ema"))}
+    return {**tensors, **json.loads((place / "trainer_state.json").read_text()),
+            **read_tree(place / "optimizer.safetensors")}
+
+
+def content(folder: Path, name: str = "toy") -> dict[str, bytes]:
+    """Every file of a stage's newest checkpoint."""
+    return {path.name: path.read_bytes() for path in newest(folder, name).iterdir()}
 
 
 def read_losses(folder: Path, rank: int = 0) -> dict[int, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +15,10 @@ from torch import nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.old.loop import (
-    StageSettings,
-    batch_indices,
-    learning_rate,
-    parameter_groups,
-    run_stage,
-)
+from seed_multimodal.training.failures import TrainingError
+from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.optimizers import parameter_groups
+from seed_multimodal.training.schedules import batch_indices, learning_rate
 
 # Losses and the sum of the final weights of twelve steps of the toy, by the loop before it knew accumulation,
 # scaling and processes.
@@ -35,20 +33,14 @@ PINNED = {
 }
 
 
-def plain_loop(toy: ModuleType, precision: str, state: Path | None = None, save_at: int = 0) -> tuple[list[float], str]:
-    """The same training without the loop: twelve steps as one would write them by hand.
-
-    Saves what the loop's first version saved before step `save_at`.
-    """
+def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
+    """The same training without the loop: twelve steps as one would write them by hand."""
     model, data = toy.toy_model()
     settings = StageSettings(steps=12, batch_size=8, lr=1e-2, warmup=5)
     optimiser = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-2, betas=(0.9, 0.99))
     average = Ema(model, 0.9)
     losses = []
     for step in range(12):
-        if state is not None and step == save_at:
-            torch.save({"model": model.state_dict(), "optimizer": optimiser.state_dict(), "step": step, "spent": 1.5,
-                        "ema": average.shadow}, state)
         torch.manual_seed(3 * 1_000_003 + step)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, settings)
@@ -78,17 +70,11 @@ def test_numbers_are_those_of_the_first_version(toy: ModuleType, tmp_path: Path,
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_bit_equal_to_a_plain_loop_and_goes_on_from_its_old_state(
-    toy: ModuleType, tmp_path: Path, precision: str
-) -> None:
-    (tmp_path / "resumed").mkdir()
-    losses, total = plain_loop(toy, precision, tmp_path / "resumed" / "toy.state.pt", save_at=5)
+def test_bit_equal_to_a_plain_loop(toy: ModuleType, tmp_path: Path, precision: str) -> None:
+    losses, total = plain_loop(toy, precision)
     whole = toy.train(tmp_path / "whole", precision=precision)
     assert toy.read_losses(tmp_path / "whole") == dict(enumerate(losses))
     assert whole["sum"] == total
-    resumed = toy.train(tmp_path / "resumed", precision=precision)
-    assert toy.read_losses(tmp_path / "resumed") == dict(list(enumerate(losses))[5:])
-    assert resumed["sum"] == total and resumed["seconds"] >= 1.5
 
 
 def test_accumulation_equals_the_whole_batch(toy: ModuleType, tmp_path: Path) -> None:
@@ -98,12 +84,12 @@ def test_accumulation_equals_the_whole_batch(toy: ModuleType, tmp_path: Path) ->
     assert len(parts) == 4 * len(whole) == 48
     means = [sum(parts[4 * step + m] for m in range(4)) / 4 for step in whole]
     assert means == pytest.approx(list(whole.values()), rel=1e-5)
-    files = [torch.load(tmp_path / run / "toy.state.pt", weights_only=True) for run in ("whole", "parts")]
+    files = [toy.saved(tmp_path / run) for run in ("whole", "parts")]
     torch.testing.assert_close(files[1]["model"], files[0]["model"], rtol=1e-4, atol=1e-6)
-    assert [file["batch"] for file in files] == [16, 16]
+    assert [file["samples_per_step"] for file in files] == [16, 16]
 
 
-def test_fp16_scales_and_skips_what_overflows(tmp_path: Path) -> None:
+def test_fp16_scales_and_skips_what_overflows(toy: ModuleType, tmp_path: Path) -> None:
     """Weights do not move at a step whose scaled gradients overflow; the scale halves, is saved and comes back."""
     model = nn.Linear(4, 1)
     x = torch.ones(2, 4)
@@ -115,50 +101,52 @@ def test_fp16_scales_and_skips_what_overflows(tmp_path: Path) -> None:
 
     def run(steps: int) -> None:
         settings = StageSettings(steps=steps, batch_size=2, warmup=1, precision="fp16", log_every=1)
-        run_stage(f"half{steps}", model, loss, settings, tmp_path, dict)
-        scales.append(torch.load(tmp_path / f"half{steps}.state.pt", weights_only=True)["scaler"]["scale"])
+        toy.run_stage(f"half{steps}", model, loss, settings, tmp_path)
+        scales.append(toy.saved(tmp_path, f"half{steps}")["scaler"]["scale"])
 
     run(3)
     assert scales == [2.0**15]
     assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
-    (tmp_path / "half3.state.pt").rename(tmp_path / "half5.state.pt")
+    (tmp_path / "half3.checkpoints").rename(tmp_path / "half5.checkpoints")
     run(5)
     assert len(weights) == 5 and scales == [2.0**15, 2.0**15]
-    with pytest.raises(CheckpointError, match="overflow at any loss scale"):
-        run_stage("hot", model, lambda step: ((model(x).float() ** 2).mean() * 1e36, {}),
-                  StageSettings(steps=100, batch_size=2, precision="fp16"), tmp_path, dict)
+    with pytest.raises(TrainingError, match="overflow at any loss scale"):
+        toy.run_stage("hot", model, lambda step: ((model(x).float() ** 2).mean() * 1e36, {}),
+                  StageSettings(steps=100, batch_size=2, precision="fp16"), tmp_path)
 
 
-def test_an_overflow_in_the_first_fp16_step_does_not_stay_in_the_log(tmp_path: Path) -> None:
+def test_an_overflow_in_the_first_fp16_step_does_not_stay_in_the_log(toy: ModuleType, tmp_path: Path) -> None:
     model = nn.Linear(4, 1)
 
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         return (model(torch.ones(2, 4)).float() ** 2).mean() * (1e30 if step == 0 else 1.0), {}
 
     settings = StageSettings(steps=3, batch_size=2, warmup=1, precision="fp16", log_every=1)
-    run_stage("half", model, loss, settings, tmp_path, dict)
+    toy.run_stage("half", model, loss, settings, tmp_path)
     norms = [json.loads(line)["grad"] for line in (tmp_path / "half.log.jsonl").read_text().splitlines()]
     assert [math.isfinite(norm) for norm in norms] == [False, True, True]
 
 
-def test_given_optimiser_and_schedule(tmp_path: Path) -> None:
+def test_given_optimiser_and_schedule(toy: ModuleType, tmp_path: Path) -> None:
     model = nn.Linear(3, 2, bias=False)
     with torch.no_grad():
         model.weight.fill_(1.0)
     groups = [{"params": [model.weight], "lr_scale": 0.5}]
-    run_stage("sgd", model, lambda step: (model.weight.sum(), {}), StageSettings(steps=2, clip=0, precision="fp32"),
-              tmp_path, dict, optimizer=torch.optim.SGD(groups, lr=9.0), schedule=lambda step: 0.1 * (step + 1))
+    toy.run_stage("sgd", model, lambda step: (model.weight.sum(), {}), StageSettings(steps=2, clip=0, precision="fp32"),
+              tmp_path, optimizer=torch.optim.SGD(groups, lr=9.0), schedule=lambda step: 0.1 * (step + 1))
     torch.testing.assert_close(model.weight.detach(), torch.full((2, 3), 1.0 - 0.05 - 0.1))
     other = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match="trains 1 tensors that are not in the trained modules"):
-        run_stage("other", model, lambda step: (model.weight.sum(), {}), StageSettings(steps=2), tmp_path, dict,
+        toy.run_stage("other", model, lambda step: (model.weight.sum(), {}), StageSettings(steps=2), tmp_path,
                   optimizer=other)
 
 
 @pytest.mark.parametrize(("failure", "sentence"), [
-    ("loss", r"The loss became nan at step 5; the last saved state \(step 4\) is intact\."),
-    ("gradient", r"The gradient norm became nan at step 5; the last saved state \(step 4\) is intact\.")])
-def test_what_is_not_finite_ends_the_run_before_weights_move(tmp_path: Path, failure: str, sentence: str) -> None:
+    ("loss", r"The loss became nan at step 6; the last checkpoint \(.*checkpoint-4\) is intact\."),
+    ("gradient", r"The gradient norm became nan at step 6; the last checkpoint \(.*checkpoint-4\) is intact\.")])
+def test_what_is_not_finite_ends_the_run_before_weights_move(
+    toy: ModuleType, tmp_path: Path, failure: str, sentence: str
+) -> None:
     model = nn.Linear(3, 1, bias=False)
     before: list[torch.Tensor] = []
 
@@ -170,25 +158,24 @@ def test_what_is_not_finite_ends_the_run_before_weights_move(tmp_path: Path, fai
         return value, {}
 
     settings = StageSettings(steps=9, batch_size=2, precision="fp32", save_every_steps=4)
-    with pytest.raises(CheckpointError, match=sentence):
-        run_stage("bad", model, loss, settings, tmp_path, dict)
-    assert torch.load(tmp_path / "bad.state.pt", weights_only=True)["step"] == 4
+    with pytest.raises(TrainingError, match=sentence):
+        toy.run_stage("bad", model, loss, settings, tmp_path)
+    assert toy.saved(tmp_path, "bad")["global_step"] == 4
     assert torch.equal(before[0], model.weight) and not (tmp_path / "bad.done.json").exists()
 
 
 def test_state_of_another_run_is_refused(toy: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6)
-    state = tmp_path / "toy.state.pt"
-    content = state.read_bytes()
+    content = toy.content(tmp_path)
     with pytest.raises(CheckpointError, match=r"run with 8 samples per step, this one has 16"):
         toy.train(tmp_path, batch_size=16)
     with pytest.raises(CheckpointError, match=r"run with 8 samples per step, this one has 24"):
         toy.train(tmp_path, accumulate=3)
 
     def resume(model: nn.Module, **more: Any) -> None:
-        run_stage("toy", model, lambda step: (model(torch.ones(2, 8)).mean(), {}),
-                  StageSettings(steps=8, batch_size=8, ema=0.9), tmp_path, dict, **more)
+        toy.run_stage("toy", model, lambda step: (model(torch.ones(2, 8)).mean(), {}),
+                  StageSettings(steps=8, batch_size=8, ema=0.9), tmp_path, **more)
 
     with pytest.raises(CheckpointError, match="have another size, first '0.weight'"):
         resume(nn.Sequential(nn.Linear(8, 17), nn.Tanh(), nn.Linear(17, 1)))
@@ -199,33 +186,31 @@ def test_state_of_another_run_is_refused(toy: ModuleType, tmp_path: Path) -> Non
     model[0].bias.requires_grad_(False)
     with pytest.raises(CheckpointError, match="averaged weights belong to other trained parameters"):
         resume(model, optimizer=every)
-    assert state.read_bytes() == content
-    state.write_bytes(content[:500])
-    with pytest.raises(CheckpointError, match="not a complete torch checkpoint"):
+    assert toy.content(tmp_path) == content
+    weights = toy.newest(tmp_path) / "model.safetensors"
+    weights.write_bytes(content[weights.name][:500])
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is complete"):
         toy.train(tmp_path)
-    torch.save({"model": {}}, state)
-    with pytest.raises(CheckpointError, match="no state of a training run"):
-        toy.train(tmp_path)
-    state.write_bytes(content)
+    weights.write_bytes(content[weights.name])
     toy.train(tmp_path, batch_size=4, accumulate=2)  # as many samples in each step as before
 
 
 def test_average_may_begin_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6, ema=0.0)
-    before = torch.load(tmp_path / "toy.state.pt", weights_only=True)
-    assert before["ema"] == {} and before["step"] == 7
+    before = toy.saved(tmp_path)
+    assert before["ema"] == {} and before["global_step"] == 7
     toy.train(tmp_path, ema=0.999, lr=0.0, noise=0)
-    after = torch.load(tmp_path / "toy.state.pt", weights_only=True)
+    after = toy.saved(tmp_path)
     torch.testing.assert_close(after["ema"], dict(before["model"]))
 
 
-def test_frozen_weights_may_stay_out_of_the_state(tmp_path: Path) -> None:
+def test_frozen_weights_may_stay_out_of_the_state(toy: ModuleType, tmp_path: Path) -> None:
     def run(model: nn.Sequential, steps: int, **more: Any) -> None:
         model[0].requires_grad_(False)
         settings = StageSettings(steps=steps, batch_size=2, precision="fp32", lr=0.1, **more)
-        run_stage(f"thaw{steps}", model, lambda step: (model(torch.ones(2, 3)).square().mean(), {}), settings,
-                  tmp_path, dict)
+        toy.run_stage(f"thaw{steps}", model, lambda step: (model(torch.ones(2, 3)).square().mean(), {}), settings,
+                  tmp_path)
 
     def model(seed: int = 0) -> nn.Sequential:
         torch.manual_seed(seed)
@@ -233,13 +218,12 @@ def test_frozen_weights_may_stay_out_of_the_state(tmp_path: Path) -> None:
 
     first = model()
     run(first, 3, save_frozen=False)
-    state = tmp_path / "thaw3.state.pt"
-    assert set(torch.load(state, weights_only=True)["model"]) == {
+    assert set(toy.saved(tmp_path, "thaw3")["model"]) == {
         name for name in first.state_dict() if not name.startswith("0.")}
     for steps in (5, 6):
-        (tmp_path / f"thaw{steps}.state.pt").write_bytes(state.read_bytes())
+        shutil.copytree(tmp_path / "thaw3.checkpoints", tmp_path / f"thaw{steps}.checkpoints")
     run(model(), 5, save_frozen=True)
-    assert "0.weight" in torch.load(tmp_path / "thaw5.state.pt", weights_only=True)["model"]
+    assert "0.weight" in toy.saved(tmp_path, "thaw5")["model"]
     with pytest.raises(CheckpointError, match="frozen weights are not those"):
         run(model(seed=7), 6, save_frozen=False)
 
@@ -260,26 +244,26 @@ def test_learning_rate(step: int, expected: float) -> None:
 @pytest.mark.parametrize(("key", "value"), [
     ("precision", "float32"), ("accumulate", 0), ("batch_size", 0), ("log_every", 0), ("ema", 1.0), ("ema", math.nan),
     ("clip", -1.0), ("clip", math.nan)])
-def test_settings_no_run_can_follow(tmp_path: Path, key: str, value: Any) -> None:
+def test_settings_no_run_can_follow(toy: ModuleType, tmp_path: Path, key: str, value: Any) -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(ConfigError, match=f"{key} must be"):
-        run_stage("x", model, lambda step: (model.weight.sum(), {}), StageSettings(**{"steps": 1, key: value}),
-                  tmp_path / "x", dict)
+        toy.run_stage("x", model, lambda step: (model.weight.sum(), {}), StageSettings(**{"steps": 1, key: value}),
+                  tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
-def test_warm_start_takes_the_averaged_weights_and_refuses_another_model(tmp_path: Path) -> None:
+def test_warm_start_takes_the_averaged_weights_and_refuses_another_model(toy: ModuleType, tmp_path: Path) -> None:
     def run(name: str, model: torch.nn.Module, **more: object) -> dict:
         settings = StageSettings(steps=3, batch_size=2, warmup=1, precision="fp32", ema=0.5, **more)
         x = torch.ones(2, 3)
-        return run_stage(name, model, lambda step: ((model(x) ** 2).mean(), {}), settings, tmp_path / name, dict)
+        return toy.run_stage(name, model, lambda step: ((model(x) ** 2).mean(), {}), settings, tmp_path / name)
 
     first = torch.nn.Linear(3, 2)
     run("first", first)
     second = torch.nn.Linear(3, 2)
-    run("second", second, start=str(tmp_path / "first" / "first.state.pt"), lr=0.0)
+    run("second", second, start=str(tmp_path / "first" / "first.checkpoints"), lr=0.0)
     torch.testing.assert_close(second.weight, first.weight)
     with pytest.raises(CheckpointError, match="another size"):
-        run("third", torch.nn.Linear(3, 4), start=str(tmp_path / "first" / "first.state.pt"))
-    with pytest.raises(CheckpointError, match="no such state"):
-        run("fourth", torch.nn.Linear(3, 2), start=str(tmp_path / "none.pt"))
+        run("third", torch.nn.Linear(3, 4), start=str(tmp_path / "first" / "first.checkpoints"))
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        run("fourth", torch.nn.Linear(3, 2), start=str(tmp_path / "none"))

@@ -14,11 +14,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.old.distributed import ProcessGroup
-from seed_multimodal.training.old.run_log import merge
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.run_log import merge
 
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 EQUAL = {"name": "equal", "batch_size": 4, "accumulate": 2, "noise": 0, "log_every": 1}
@@ -37,11 +36,11 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on to both
     said = process.communicate(timeout=200)[0]
-    assert said.count("refused: [unwrapped] 2 processes run this stage, but the model is not wrapped") == 2, said
-    compare_states(tmp_path, said)
+    assert said.count("refused: [single] 2 processes run this stage, but it is made for one") == 2, said
+    compare_states(toy, tmp_path, said)
     compare_losses(toy, tmp_path)
     compare_logs(tmp_path)
-    assert_stopped_together(folder, said)
+    assert_stopped_together(toy, folder, said)
     assert_another_world_is_refused(toy, folder)
 
 
@@ -51,12 +50,12 @@ def lines(folder: Path, rank: int = 0) -> int:
     return len(file.read_text().splitlines()) if file.is_file() else 0
 
 
-def compare_states(folder: Path, said: str) -> None:
+def compare_states(toy: ModuleType, folder: Path, said: str) -> None:
     assert (folder / "two" / "equal.done.json").is_file(), said
-    one, two = (torch.load(folder / run / "equal.state.pt", weights_only=True) for run in ("one", "two"))
+    one, two = (toy.saved(folder / run, "equal") for run in ("one", "two"))
     for part in ("model", "ema"):
         torch.testing.assert_close(two[part], one[part], rtol=1e-5, atol=1e-6)
-    assert (one["world"], one["batch"], two["world"], two["batch"]) == (1, 16, 2, 16)
+    assert (one["processes"], one["samples_per_step"], two["processes"], two["samples_per_step"]) == (1, 16, 2, 16)
     record = json.loads((folder / "two" / "equal.done.json").read_text())
     assert (record["processes"], record["accumulate"], record["steps"]) == (2, 2, 12)
 
@@ -83,20 +82,20 @@ def compare_logs(folder: Path) -> None:
         assert b["samples_per_s"] * b["seconds_per_step"] == pytest.approx(16)
 
 
-def assert_stopped_together(folder: Path, said: str) -> None:
+def assert_stopped_together(toy: ModuleType, folder: Path, said: str) -> None:
     assert said.count("[endless] stopped by SIGTERM after step") == 1, said
-    state = torch.load(folder / "endless.state.pt", weights_only=True)
+    state = toy.saved(folder, "endless")
     made = [lines(folder, rank) - 24 for rank in (0, 1)]
-    assert made == [state["step"]] * 2 and state["step"] >= 5
+    assert made == [state["global_step"]] * 2 and state["global_step"] >= 5
     assert not (folder / "endless.done.json").exists()
     assert not list(folder.glob(".*tmp"))
 
 
 def assert_another_world_is_refused(toy: ModuleType, folder: Path) -> None:
-    content = (folder / "endless.state.pt").read_bytes()
+    content = toy.content(folder, "endless")
     with pytest.raises(CheckpointError, match="run with 2 processes, this one has 1, so it would not go on"):
         toy.train(folder, **ENDLESS)
-    assert (folder / "endless.state.pt").read_bytes() == content
+    assert toy.content(folder, "endless") == content
 
 
 def test_merged_numbers() -> None:
@@ -109,7 +108,7 @@ def test_merged_numbers() -> None:
 
 
 def test_alone_without_a_group() -> None:
-    with ProcessGroup("alone", nn.Linear(1, 1)) as peers:
-        assert (peers.world, peers.rank, peers.first) == (1, 0, True)
-        assert peers.agree(True, False) == [True, False] and peers.gather({"a": 1}) == [{"a": 1}]
+    with ProcessGroup() as group:
+        assert (group.world, group.rank, group.first) == (1, 0, True)
+        assert group.agree(True, False) == [True, False] and group.gather({"a": 1}) == [{"a": 1}]
     assert os.environ.get("RANK") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.progress import duration
-from seed_multimodal.training.old import run_log
-from seed_multimodal.training.old.loop import SampleCost
-from seed_multimodal.training.old.run_log import forget_after, peak_memory_mib
+from seed_multimodal.training import run_log
+from seed_multimodal.training.checkpoint_folders import checkpoints
+from seed_multimodal.training.loop_settings import SampleCost
+from seed_multimodal.training.run_log import drop_lines_after, peak_memory_mib
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:
@@ -123,11 +125,11 @@ def test_lines_of_steps_that_are_made_again_are_dropped(toy: ModuleType, tmp_pat
     toy.train(tmp_path, log_every=1)
     assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 13))
     before = log.stat().st_mtime_ns
-    forget_after(12, log)
+    drop_lines_after(12, log)
     assert log.stat().st_mtime_ns == before
-    forget_after(3, log)
+    drop_lines_after(3, log)
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
-    forget_after(0, log)
+    drop_lines_after(0, log)
     assert not log.exists() and len((tmp_path / "toy.log.old.jsonl").read_text().splitlines()) == 3
 
 
@@ -139,7 +141,7 @@ def test_tensorboard_events_are_readable_and_hide_what_is_made_again(toy: Module
         with pytest.raises(SystemExit):
             toy.train(tmp_path, tensorboard=True, log_every=1, stop_at=stop_at)
         if stop_at == 3:
-            (tmp_path / "toy.state.pt").unlink()  # and begin anew
+            shutil.rmtree(tmp_path / "toy.checkpoints")  # and begin anew
     toy.train(tmp_path, tensorboard=True, log_every=2)
     board = tmp_path / "tensorboard" / "toy"
     assert len(list(board.glob("events.out.tfevents.*"))) == 3
@@ -157,7 +159,7 @@ def test_a_tensorboard_folder_that_cannot_be_written_is_one_sentence(toy: Module
     (tmp_path / "tensorboard").touch()
     with pytest.raises(CheckpointError, match=r"tensorboard/toy: cannot be written \(Not a directory\)"):
         toy.train(tmp_path, tensorboard=True)
-    assert not (tmp_path / "toy.state.pt").exists()
+    assert not checkpoints(tmp_path / "toy.checkpoints")
 
 
 @pytest.mark.parametrize(("seconds", "words"), [

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.old.loop import StageSettings, run_stage
+from seed_multimodal.training.failures import TrainingError
+from seed_multimodal.training.loop_settings import StageSettings
 
 Start = Callable[..., subprocess.Popen]
 LONG = {"steps": 40, "accumulate": 2, "log_every": 1, "save_every_steps": 3}
@@ -61,7 +61,7 @@ def test_sigterm_finishes_the_step_and_saves(
     with pytest.raises(SystemExit) as stopped:
         toy.train(tmp_path / "stopped", stop_at=6)
     assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    assert "[toy] stopped by SIGTERM after step 7 of 12; the state is in" in capsys.readouterr().out
+    assert "[toy] stopped by SIGTERM after step 7 of 12; the same command goes on from" in capsys.readouterr().out
     assert len(toy.read_losses(tmp_path / "stopped")) == 7
     whole, resumed = toy.train(tmp_path / "whole"), toy.train(tmp_path / "stopped")
     assert len((tmp_path / "stopped" / "losses.0.txt").read_text().splitlines()) == 12  # no step was made twice
@@ -76,7 +76,9 @@ def test_sigterm_at_the_last_step_leaves_the_evaluation_for_later(toy: ModuleTyp
     assert toy.train(tmp_path)["steps"] == 12 and len(toy.read_losses(tmp_path)) == 12
 
 
-def test_sigterm_that_ends_data_workers_too_still_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_that_ends_data_workers_too_still_saves(
+    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As when a scheduler signals the whole process group; without the signal, lost workers stay an error."""
     model = torch.nn.Linear(1, 1)
     seen: list[int] = []
@@ -96,23 +98,23 @@ def test_sigterm_that_ends_data_workers_too_still_saves(tmp_path: Path, capsys: 
             seen.append(step)
             return model(next(batches).float()[:, None]).square().mean(), {}
 
-        run_stage(name, model, loss, StageSettings(9, 1, precision="fp32"), tmp_path, dict)
+        toy.run_stage(name, model, loss, StageSettings(steps=9, batch_size=1, precision="fp32"), tmp_path)
 
     with pytest.raises(SystemExit) as ended:
         run("stopped", True)
     assert ended.value.code == 143 and seen == [0, 1, 2, 3, 4]
-    saved = torch.load(tmp_path / "stopped.state.pt", weights_only=True)
-    assert saved["step"] == 5 and torch.equal(saved["model"]["weight"], model.weight)
+    saved = toy.saved(tmp_path, "stopped")
+    assert saved["global_step"] == 5 and torch.equal(saved["model"]["weight"], model.weight)
     assert "step 5 was given up: DataLoader worker" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         run("lost", False)
 
 
 @pytest.mark.timeout(400)
-def test_full_disk_leaves_the_last_state_and_ends_in_a_sentence(start_toy: Start, tmp_path: Path) -> None:
-    """A real file system that is really full: room for the state, but not for its successor beside it."""
+def test_full_disk_leaves_the_last_checkpoint_and_ends_in_a_sentence(start_toy: Start, tmp_path: Path) -> None:
+    """A real file system that is really full: room for a checkpoint, but not for its successor beside it."""
     unshare = shutil.which("unshare")
-    mount = f"mount -t tmpfs -o size=20k none {tmp_path}"
+    mount = f"mount -t tmpfs -o size=40k none {tmp_path}"
     if unshare is None or subprocess.run([unshare, "-Urm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this system lets no test mount a file system of its own")
     script = f'{mount} && exec "$@"'
@@ -120,37 +122,40 @@ def test_full_disk_leaves_the_last_state_and_ends_in_a_sentence(start_toy: Start
                         before=(unshare, "-Urm", "sh", "-c", script, "sh", sys.executable))
     said = process.communicate(timeout=350)[0]
     assert process.returncode == 2, said
-    assert ("toy.state.pt: the state of step 2 cannot be written (No space left on device); "
-            "the state saved before is intact.") in said
-    assert "files: ['losses.0.txt', 'toy.state.pt']" in said and "state of step: 1" in said
+    found = re.search(r"The checkpoint of step 2 cannot be written: .*No space left on device.*; "
+                      r"the last checkpoint \(.*toy.checkpoints/checkpoint-1\) is intact", said)
+    assert found, said
+    assert "files: ['losses.0.txt', 'toy.checkpoints']" in said and "state of step: 1" in said
 
 
-def test_file_size_limit_is_told_for_state_log_and_record(toy: ModuleType, tmp_path: Path) -> None:
+def test_file_size_limit_is_told_for_checkpoint_log_and_record(toy: ModuleType, tmp_path: Path) -> None:
     """The system refuses to write on (RLIMIT_FSIZE) at several sizes; each time one sentence and the last state."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(folder: Path, size: int, **settings: object) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
-            with pytest.raises(CheckpointError) as refused:
+            with pytest.raises(TrainingError) as refused:
                 toy.train(folder, **settings)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         return str(refused.value)
 
-    said = limited(tmp_path / "none", 4000, save_every_steps=1)
-    assert said.endswith("the state of step 1 cannot be written (File too large); nothing was saved before.")
-    assert [p.name for p in (tmp_path / "none").iterdir()] == ["losses.0.txt"]
+    said = limited(tmp_path / "none", 1500, save_every_steps=1)
+    assert re.fullmatch(r"The checkpoint of step 1 cannot be written: .*File too large.*; nothing was saved yet\.",
+                        said)
+    assert sorted(p.name for p in (tmp_path / "none").iterdir()) == ["losses.0.txt", "toy.checkpoints"]
+    assert not [p for p in (tmp_path / "none" / "toy.checkpoints").iterdir() if p.name != ".run.lock"]
 
     with pytest.raises(SystemExit):
         toy.train(tmp_path / "some", stop_at=6)
-    content = (tmp_path / "some" / "toy.state.pt").read_bytes()
-    said = limited(tmp_path / "some", len(content) - 1000, save_every_steps=1)
-    assert said.endswith("the state of step 8 cannot be written (File too large); the state saved before is intact.")
-    assert (tmp_path / "some" / "toy.state.pt").read_bytes() == content
+    content = toy.content(tmp_path / "some")
+    said = limited(tmp_path / "some", len(content["optimizer.safetensors"]) - 1000, save_every_steps=1)
+    assert re.search(r"of step 8 cannot be written: .*File too large.*checkpoint-7\) is intact\.", said)
+    assert toy.content(tmp_path / "some") == content
 
     log = tmp_path / "log"
     said = limited(log, 6000, log_every=1, steps=100)
-    assert re.search(r"the log of step \d+ cannot be written \(File too large\)", said)
+    assert re.search(r"the log of step \d+ cannot be written: the disk or quota is full \(File too large\)", said)
     assert (log / "toy.log.jsonl").stat().st_size == 6000 and not (log / "toy.done.json").exists()
-    assert torch.load(tmp_path / "some" / "toy.state.pt", weights_only=True)["step"] == 7
+    assert toy.saved(tmp_path / "some")["global_step"] == 7

@@ -218,11 +218,11 @@ class Run:
         self.step += 1
         numbers = self.task.after_step(self.step)
         self._log_step(numbers)
-        begun = time.monotonic()
         every = self.settings.save_every_steps
         if save or (every and self.step % every == 0):
+            begun = time.monotonic()
             self._save()
-        self.log.pause(time.monotonic() - begun)
+            self.log.pause(time.monotonic() - begun)
 
     def _log_step(self, numbers: Mapping[str, float] | None) -> None:
         if numbers:
