@@ -71,7 +71,7 @@ def test_a_batch_is_what_it_says(mixed: Callable, words, sequences: Callable, nu
             assert ids[0] == words.bos_id and ids[-1] == words.eos_id
             assert labels[0] == -100 and labels[1:] == ids[1:]  # all of a pretraining sequence is learned
         tokens, positions = tokens + batch.tokens, positions + batch.input_ids.numel()
-    assert batches.fill == tokens / positions > 0.8
+    assert batches.statistics.fill == tokens / positions > 0.8
     assert batches.wait_seconds > 0
     moved = batch.to("cpu")
     assert same(moved, batch)

@@ -48,7 +48,7 @@ def test_batches_are_of_one_source_in_its_fixed_form(padded: Callable, words, nu
         assert batch.tokens == int(batch.attention_mask.sum()) and batch.sequences == size
         drawn[kind] += 1
     assert set(drawn) == {0, 1, 2} and drawn[0] > drawn[1]
-    assert 0 < batches.fill < 0.95
+    assert 0 < batches.statistics.fill < 0.95
     cut = batches.report()["sources"]["documents"]["too_long"]["cut"]
     assert cut["count"] > 3 and "tokens, rows have 80)" in cut["first"][0]
 

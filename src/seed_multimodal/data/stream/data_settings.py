@@ -68,7 +68,7 @@ class LlmDataSettings:
             skipped). Each is counted and named. Without packing sequences are cut, as released, and counted.
         max_bad_in_a_row: so many broken records one after another end the run.
         concat_type: `sample` (weighted draws), `concat` (one source after the other), `mux_longest` (in turn).
-        lanes: independent streams of draws, see `stream.stream_plan`; None: a number chosen at the first start.
+        lanes: independent streams of draws, see `stream.plan`; None: a number chosen at the first start.
         shuffle_block: samples of a source with several files that are shuffled among each other (reads stay near).
         buffer: tokens of sequences, in rows of `length`, that a stream looks ahead for packing.
     """
@@ -91,6 +91,11 @@ class LlmDataSettings:
         most = max(source.weight for source in self.sources)  # sums of huge weights would be infinite
         weights = [source.weight / most * (source.batch_size or 1 if sized else 1) for source in self.sources]
         return [weight / sum(weights) for weight in weights]
+
+    def padded_shape(self, source: int) -> tuple[int, int]:
+        """Rows and positions of a padded micro-batch of a source, by its number."""
+        length = self.sources[source].max_length or self.length
+        return self.sources[source].batch_size or max(1, self.rows * self.length // length), length
 
 
 def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "data") -> LlmDataSettings:

@@ -6,7 +6,7 @@
             batch = batches.at(micro_step)           # consecutive steps are loaded ahead
         mine = batches.state()                       # the position after the last batch, json-able
 
-Rows are packed (`stream.packed`), or padded micro-batches of one source (`stream.padded`).
+Rows are packed, or padded micro-batches of one source (`stream.streams`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from seed_multimodal.data.decoders.sequence import IGNORED
 from seed_multimodal.data.stream.data_settings import LlmDataSettings
 from seed_multimodal.data.stream.loader import StepLoader
 from seed_multimodal.data.stream.mixture import EndOfData, Mixture
+from seed_multimodal.data.stream.plan import MicroBatch, StreamPlan
 from seed_multimodal.data.stream.statistics import DataStatistics
-from seed_multimodal.data.stream.stream_plan import MicroBatch, StreamPlan
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -86,7 +86,7 @@ class LlmBatches(StepLoader):
         self._next_step = 0
         self._empty = 0  # micro-batches without anything, left out at the end of the data
         self._end_step: int | None = None  # the first step for which nothing was left
-        super().__init__(self.plan.fetch, self.plan.job, workers, self.plan.worker_of)
+        super().__init__(self.plan, self.plan.first_row, workers, self.plan.worker_of)
 
     def at(self, step: int) -> LlmBatch:
         """The rank's batch at a micro-step. After `restore` the first call says how the next step is called; a step
@@ -127,11 +127,6 @@ class LlmBatches(StepLoader):
         self._end_step = step if self._end_step is None else min(self._end_step, step)
         self._next_step = step + 1
         return self.mixture.end_of_data()
-
-    @property
-    def fill(self) -> float:
-        """Share of positions that are no padding, of all batches so far (1 before the first)."""
-        return self.statistics.fill
 
     def report(self) -> dict[str, Any]:
         """What was read and what was passed over, per source: see `statistics.DataStatistics.report`."""
@@ -186,7 +181,7 @@ class LlmBatches(StepLoader):
         if settings.packing:
             return {**own, "length": settings.length, "too_long": settings.too_long, "buffer": settings.buffer}
         # a source's n-th micro-batch begins at n times its rows
-        return {**own, "rows of micro-batches": dict(zip(sources, self.plan.fetch.steps, strict=True))}
+        return {**own, "rows of micro-batches": dict(zip(sources, self.plan.steps, strict=True))}
 
 
 _FIXED = ("decoder", "cycles", "batch_size", "max_length")  # other weights are fine: draws to come follow them

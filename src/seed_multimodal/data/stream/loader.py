@@ -5,7 +5,8 @@
 
 `job(step)` says what is to be loaded for a step; `fetch(job)` loads it, in this process or in a worker. The workers are
 those of torchdata's `StatefulDataLoader`; order and state are ours, because its own state does not survive a change of
-the number of workers. A refusal (`SeedError`) inside a worker is raised here as its sentence, and so is a killed worker.
+the number of workers. A refusal (`SeedError`) inside a worker is raised here as its sentence; so is the death
+of one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from seed_multimodal.errors import ConfigError, DataError, SeedError, first_line
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_FILLER = "filler"  # a place in the workers' turn that loads nothing
 
 
 class StepLoader:
@@ -104,7 +104,7 @@ class StepLoader:
         try:
             if self._iterator is None:
                 self._iterator = self._start(step)
-            return next(result for result in self._iterator if not _is_filler(result))
+            return next(result for result in self._iterator if not isinstance(result, _Filler))
         except (RuntimeError, OSError, EOFError) as error:
             ended = [worker for worker in getattr(self._iterator, "_workers", ()) if worker.exitcode is not None]
             sentence = _how_it_ended(ended[0]) if ended else ""  # before all are stopped
@@ -119,7 +119,7 @@ class StepLoader:
     def _start(self, step: int) -> Any:
         # A generator of its own: the loader would draw its workers' seed from the global one, and the training's random
         # numbers would depend on when workers were started. No snapshots: the state is ours.
-        turns = _Turns(self._job, step, self.workers, self._worker_of)
+        turns = _turns(self._job, step, self.workers, self._worker_of)
         others = set(multiprocessing.active_children())
         _WITH_WORKERS.add(self)
         with _no_sigchld_handler(), warnings.catch_warnings():
@@ -145,21 +145,18 @@ def _close_all() -> None:
         loader.close()
 
 
-class _Turns:
-    """Sampler: the jobs of the steps from `start` on, with fillers where the next job is another worker's."""
+class _Filler:
+    """A place in the workers' turn that loads nothing."""
 
-    def __init__(self, job: Callable[[int], Any], start: int, workers: int,
-                 worker_of: Callable[[int], int] | None) -> None:
-        self.job, self.start, self.workers, self.worker_of = job, start, workers, worker_of
 
-    def __iter__(self) -> Iterator[Any]:
-        place = 0
-        for step in itertools.count(self.start):
-            while self.worker_of is not None and self.worker_of(step) % self.workers != place % self.workers:
-                yield _FILLER
-                place += 1
-            yield self.job(step)
-            place += 1
+def _turns(job: Callable[[int], Any], start: int, workers: int, worker_of: Callable[[int], int] | None
+           ) -> Iterator[Any]:
+    """The jobs of the steps from `start` on, with fillers where the next job is another worker's."""
+    places = itertools.count()
+    for step in itertools.count(start):
+        while worker_of is not None and worker_of(step) % workers != next(places) % workers:
+            yield _Filler()
+        yield job(step)
 
 
 class _Fetch:
@@ -170,16 +167,12 @@ class _Fetch:
         self.fetch = fetch
 
     def __getitem__(self, job: Any) -> Any:
-        if _is_filler(job):
-            return _FILLER
+        if isinstance(job, _Filler):
+            return job
         try:
             return self.fetch(job)
         except SeedError as error:
             return error
-
-
-def _is_filler(value: Any) -> bool:
-    return isinstance(value, str) and value == _FILLER
 
 
 def _as_is(value: Any) -> Any:

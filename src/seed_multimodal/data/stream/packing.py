@@ -8,7 +8,7 @@ long.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,7 @@ from seed_multimodal.data.decoders.sequence import IGNORED
 Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of one sequence, int32 [n] each
 
 
-@dataclass
-class Row:
+class Row(NamedTuple):
     """One packed row: int32 [length] each. Padding: `pad_id`, label -100, positions as if a sequence of its own."""
 
     input_ids: np.ndarray

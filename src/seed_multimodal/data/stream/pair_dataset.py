@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.formats.pairs import PairSource
-from seed_multimodal.data.stream.skip_budget import BadSamples
+from seed_multimodal.data.stream.skip_budget import BadSamples, SkipBudget
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.images.open import open_image
 
@@ -71,30 +72,32 @@ class PairDataset(BadSamples):
         total = len(self.source)
         if not 0 <= index < total:
             raise IndexError(f"sample {index} of {total}")
-        reason = ""
-        tries = min(self.max_bad_in_a_row, total)
-        for place in ((index + step) % total for step in range(tries)):
-            # Seeded by the index asked for: a replacement is not the view that its own turn in this epoch gives.
-            number = sample_seed(self.seed, epoch, index)
+        # Seeded by the index asked for: a replacement is not the view that its own turn in this epoch gives.
+        number = sample_seed(self.seed, epoch, index)
+        budget = SkipBudget(min(self.max_bad_in_a_row, total))
+        place = index
+        while True:
             generator = torch.Generator().manual_seed(number)
             try:
                 pair = self.source.read(place)
                 chosen = int(torch.randint(len(pair.captions), (), generator=generator))
-                picture = open_image(pair.image, name=pair.name)
-                if self._takes_generator:
-                    image = self.image_transform(picture, generator=generator)
-                else:
-                    with seeded_globals(number):
-                        image = self.image_transform(picture)
+                image = self._transformed(open_image(pair.image, name=pair.name), generator, number)
             except ImageError as error:
-                reason = str(error)
-                self.note_bad(self.source.key(place), reason)
+                self.note_bad(self.source.key(place), str(error))
+                if budget.spend():
+                    raise DataError(f"{budget.broken} samples in a row, from number {index} on, have no readable "
+                                    f"picture; the last is {error}") from error
+                place = (place + 1) % total
                 continue
             caption = pair.captions[chosen]
             return {"image": image, "caption": self.text_transform(caption) if self.text_transform else caption,
                     "key": pair.key, "index": place}
-        raise DataError(f"{tries} samples in a row, from number {index} on, have no readable picture; the last is "
-                        f"{reason}")
+
+    def _transformed(self, picture: Image.Image, generator: torch.Generator, number: int) -> Tensor:
+        if self._takes_generator:
+            return self.image_transform(picture, generator=generator)
+        with seeded_globals(number):
+            return self.image_transform(picture)
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

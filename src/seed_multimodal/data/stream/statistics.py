@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from seed_multimodal.data.stream.data_settings import SourceSettings
+from seed_multimodal.data.stream.plan import MicroBatch
 from seed_multimodal.data.stream.skip_budget import TOO_LONG, SkippedSample
-from seed_multimodal.data.stream.stream_plan import MicroBatch
 
 NAMED = 5  # of the records passed over for one reason, so many are named
 

@@ -11,6 +11,7 @@ see what one process with a double batch sees.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -59,10 +60,9 @@ class StepBatches(StepLoader):
         if block is None:
             block = 0 if sizes is None else SHUFFLE_BLOCK
         self.dataset = dataset
-        shares = _Shares(order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block),
-                         batch_size, rank, world)
-        self.parts: Callable[[int], list[Part]] = shares  # (epoch, indices) of this rank's samples at a step
-        super().__init__(_Fetch(dataset, collate or default_collate), shares, workers)
+        order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block)
+        self.parts: Callable[[int], list[Part]] = partial(_share, order, batch_size, rank, world)
+        super().__init__(_Fetch(dataset, collate or default_collate), self.parts, workers)
 
     def at(self, step: int) -> Any:
         """The batch of this rank at a (micro) step, from 0.
@@ -80,14 +80,9 @@ class StepBatches(StepLoader):
         return list(getattr(self.dataset, "bad", ()))
 
 
-class _Shares:
+def _share(order: Order, batch_size: int, rank: int, world: int, step: int) -> list[Part]:
     """The samples of one rank at a step: (epoch, indices), several where an epoch ends inside the batch."""
-
-    def __init__(self, order: Order, batch_size: int, rank: int, world: int) -> None:
-        self.order, self.batch_size, self.rank, self.world = order, batch_size, rank, world
-
-    def __call__(self, step: int) -> list[Part]:
-        return self.order.parts((step * self.world + self.rank) * self.batch_size, self.batch_size)
+    return order.parts((step * world + rank) * batch_size, batch_size)
 
 
 class _Fetch:
