@@ -99,15 +99,16 @@ class StreamPlan:
             stream.skipped = []
         if self.packing:
             rows = [make_row([one.arrays for one in row], self.length, self.pad_id) for row in found]
-            arrays: list[Any] = [np.stack(column) for column in zip(*rows, strict=True)]
+            input_ids, labels, positions = (np.stack(column) for column in zip(*rows, strict=True))
             lengths = [sum(map(len, row)) for row in found]
         else:
             length = self.mixture.settings.padded_shape(found[0][0].source)[1] if found[0] else 1
-            arrays = [*pad_rows([one.arrays for one in found[0]], length, self.pad_id), None]
+            input_ids, labels = pad_rows([one.arrays for one in found[0]], length, self.pad_id)
+            positions = None
             lengths = [len(one) for one in found[0]]
-        return MicroBatch(*arrays, np.array(lengths, np.int64),
+        return MicroBatch(input_ids, labels, positions, np.array(lengths, np.int64),
                           [(one.source, len(one), one.piece == 0) for row in found for one in row],
-                          int((arrays[0] == self.boi_id).sum()), skipped,
+                          int((input_ids == self.boi_id).sum()), skipped,
                           {number: stream.state() for number, stream in touched.items()})
 
     def _row(self, row: int) -> list[Piece]:
