@@ -34,6 +34,7 @@ class JsonFile:
 
     def __init__(self, path: Path, lines: bool = False, visit: Callable[[Any, str], object] | None = None) -> None:
         self.path, self._lines, self._visit = path, lines, visit
+        self._name = str(path)
 
     @cached_property
     def index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -51,8 +52,8 @@ class JsonFile:
         """A record, unread; its key is the line or item."""
         starts, ends, numbers = self.index
         place = f"item {row}" if numbers is None else f"line {numbers[row]}"
-        data = Place(str(self.path), int(starts[row]), int(ends[row] - starts[row]))
-        return Record(place.replace(" ", ""), f"{self.path}: {place}", members={"json": data}, file=str(self.path))
+        data = Place(self._name, int(starts[row]), int(ends[row] - starts[row]))
+        return Record(place.replace(" ", ""), f"{self._name}: {place}", {}, {"json": data}, self._name)
 
 
 def is_lines(path: Path) -> bool:

@@ -7,7 +7,7 @@ A record that is not read yet knows where its parts lie and is small, so that it
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -52,8 +52,11 @@ class Record:
 
     def member(self, *extensions: str, files: FileReader) -> bytes | None:
         """The bytes of the first of these members that the record has; None without any."""
-        found = next((self.members[one] for one in extensions if one in self.members), None)
-        return files.read(*found) if isinstance(found, Place) else found
+        for extension in extensions:
+            if extension in self.members:
+                found = self.members[extension]
+                return files.read(*found) if isinstance(found, Place) else found
+        return None
 
     def parsed(self, files: FileReader) -> Record:
         """The record with its json member among `fields`.
@@ -67,7 +70,7 @@ class Record:
         if data is None:
             return self
         others = {extension: part for extension, part in self.members.items() if extension != "json"}
-        return replace(self, fields=self.fields | parse_object(data, self.where), members=others)
+        return Record(self.key, self.where, self.fields | parse_object(data, self.where), others, self.file)
 
 
 class BadRecord(DataError):

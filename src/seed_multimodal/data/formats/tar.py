@@ -68,7 +68,8 @@ class TarFile:
 
     def __init__(self, path: Path, columns: Columns, *, index_folder: str | Path | None = None,
                  keep_torn: bool = False, log: Callable[[str], None] | None = print) -> None:
-        self.path, self.columns = path, {name: tuple(extensions) for name, extensions in columns.items()}
+        self.path, self._name = path, str(path)
+        self.columns = {name: tuple(extensions) for name, extensions in columns.items()}
         self._index_folder, self._keep_torn, self._log = index_folder, keep_torn, log
 
     @cached_property
@@ -103,10 +104,11 @@ class TarFile:
     def locate(self, row: int) -> Record:
         """A sample, unread; its key is that in the shard."""
         spans, keys = self.index
+        file, key = self._name, keys[row]
         members: dict[str, bytes | Place] = {
-            name: Place(str(self.path), int(span["offset"]), int(span["size"]))
-            for name, span in zip(self.columns, spans[row], strict=True) if span["offset"] >= 0}
-        return Record(keys[row], f"{self.path}: sample {keys[row]}", members=members, file=str(self.path))
+            name: Place(file, offset, size)
+            for name, (offset, size) in zip(self.columns, spans[row].tolist(), strict=True) if offset >= 0}
+        return Record(key, f"{file}: sample {key}", {}, members, file)
 
 
 def scan_tar(path: Path, columns: Columns) -> tuple[np.ndarray, PackedStrings, str]:
