@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.augment import TrainingTransform
+from seed_multimodal.images.train_transforms import TrainTransform
 from seed_multimodal.images.transforms import (
     CLIP_MEAN,
     CLIP_STD,
@@ -100,7 +100,7 @@ def test_training_crops_are_torchvisions(size: tuple[int, int]) -> None:
     from torchvision import transforms as T
 
     picture = noise(*size)
-    mine = TrainingTransform(image_size=16)
+    mine = TrainTransform(image_size=16)
     theirs = T.RandomResizedCrop(16, scale=(0.5, 1.0))
     for seed in range(5):
         torch.manual_seed(seed)
@@ -110,10 +110,10 @@ def test_training_crops_are_torchvisions(size: tuple[int, int]) -> None:
 
 
 def test_training_views_follow_their_generator() -> None:
-    picture, transform = noise(60, 40), TrainingTransform(image_size=16)
+    picture, transform = noise(60, 40), TrainTransform(image_size=16)
     views = [transform(picture, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert views[0].shape == (3, 16, 16)
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
-    plain = TrainingTransform(image_size=16, flip=0.0).view(picture, torch.Generator().manual_seed(1))
-    mirrored = TrainingTransform(image_size=16, flip=1.0).view(picture, torch.Generator().manual_seed(1))
+    plain = TrainTransform(image_size=16, flip=0.0).view(picture, torch.Generator().manual_seed(1))
+    mirrored = TrainTransform(image_size=16, flip=1.0).view(picture, torch.Generator().manual_seed(1))
     assert plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes() == mirrored.tobytes()

@@ -6,10 +6,10 @@ Two ways of resizing were released and give different codes for the same file, s
   with `keep_ratio=True` the shorter side is scaled and the centre cut out.
 * `seed_image_processor()`, the tokenizer's own reading of a file (also LAVIS' evaluation and LaVIT): squash, BICUBIC.
 
-Resizing is Pillow's (antialiased) on 8-bit pixels; rounding follows torchvision, without importing it. Pillow resizes
-in two passes with 8-bit pixels between them; up to 12.x the horizontal one came first, since 13.0 it is the vertical
-one for tall pictures, which moves single pixels by a few grey levels. `resize_passes` fixes the order of 13.0, the one
-the golden fixtures hold, whatever Pillow is installed.
+Resizing is Pillow's (antialiased) on 8-bit pixels; rounding follows torchvision, without importing it (2.6 s). Pillow
+resizes in two passes with 8-bit pixels between them; up to 12.x the horizontal one came first, since 13.0 it is the
+vertical one for tall pictures, which moves single pixels by a few grey levels. `resize_passes` fixes the order of 13.0,
+the one the golden fixtures hold, whatever Pillow is installed; torchvision's `Resize` follows the installed one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.open import to_rgb
+from seed_multimodal.settings import check_settings, setting
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -65,15 +66,12 @@ def resize_passes(image: Image.Image, size: tuple[int, int], filter: Image.Resam
 class ImageTransform:
     """A picture -> float32 [3, S, S]; `batch` does several -> [B, 3, S, S]."""
 
-    image_size: int = 224
+    image_size: int = setting(224, least=1)
     keep_ratio: bool = False
-    interpolation: str = "bilinear"
+    interpolation: str = setting("bilinear", choices=tuple(INTERPOLATIONS))
 
     def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
-            raise ConfigError(f"Unknown interpolation {self.interpolation!r}: use {', '.join(INTERPOLATIONS)}.")
-        if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
-            raise ConfigError(f"image_size must be a positive number of pixels, not {self.image_size!r}.")
+        check_settings(self, "image transform")
 
     def __call__(self, image: Image.Image) -> Tensor:
         return normalise(self.resize(image))

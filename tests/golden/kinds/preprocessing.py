@@ -18,8 +18,8 @@ from PIL import Image
 from runner import assert_close, assert_same, read_json, read_tensors
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.augment import TrainingTransform
 from seed_multimodal.images.filters import ImageTextFilter
+from seed_multimodal.images.train_transforms import TrainTransform
 from seed_multimodal.images.transforms import TYPES, ImageTransform, get_transform, seed_image_processor
 from seed_multimodal.language.captions import caption_text, question_text
 
@@ -36,7 +36,7 @@ def check(folder: Path) -> None:
         rule = ImageTextFilter(**_thresholds(case.get("kwargs", {})))
         assert_same(rule.keeps(case["item"], case["metadata"]), case["keep"], f"filter on {case}")
     if "stage_training_image_transform" in cases:
-        assert_same(TrainingTransform().describe(), cases["stage_training_image_transform"], "training transform")
+        assert_same(TrainTransform().describe(), cases["stage_training_image_transform"], "training transform")
     for name in cases.get("transform_type_errors", {}):
         type_name = name.rsplit(".", 1)[-1]
         if type_name not in TYPES:
