@@ -1,6 +1,6 @@
 """One choice of device and dtype for every command, printed with its reason.
 
-Peculiar: bf16 is chosen on CUDA devices that compute it, fp16 on older ones, fp32 on CPU and MPS, because half
+Note: bf16 is chosen on CUDA devices that compute it, fp16 on older ones, fp32 on CPU and MPS, because half
 precision LayerNorms are slow or missing there. Nothing in the project calls `.cuda()`.
 """
 

@@ -216,7 +216,7 @@ def test_missing_and_damaged_folders(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="json: not a complete stable-unCLIP folder"):
         UnclipDetokenizer.from_pretrained(tmp_path / "json")
     (tmp_path / "json" / "seed_decode.json").write_text('{"guidance": 3}')
-    with pytest.raises(ConfigError, match="unknown setting 'guidance'"):
+    with pytest.raises(ConfigError, match="unknown key 'guidance'"):
         UnclipDetokenizer.from_pretrained(tmp_path / "json")
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.errors import ImageError
-from seed_multimodal.images.open import ImageLimits, open_image, open_images
+from seed_multimodal.images.open import ImageLimits, open_image
 
 
 def gradient(width: int = 12, height: int = 8) -> Image.Image:
@@ -213,14 +213,6 @@ def test_one_pixel_wide(tmp_path: Path, size: tuple[int, int]) -> None:
     path = tmp_path / "strip.png"
     Image.new("RGB", size, (5, 6, 7)).save(path)
     assert open_image(path).size == size
-
-
-def test_in_a_batch_the_others_go_on(tmp_path: Path) -> None:
-    gradient().save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"nothing")
-    images, errors = open_images([tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png", b"x", gradient(3, 3)])
-    assert [image is not None for image in images] == [True, False, False, False, True]
-    assert [str(error).split(":")[0] for error in errors] == ["b.png", "c.png", "image 3"]
 
 
 def test_a_broken_lazy_pil_image_is_refused(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_bad_images_are_refused_as_before(model: Seed2Tokenizer, bad: object) ->
 
 @pytest.mark.parametrize(("asked", "said"), [
     ({"levers": Levers(head_width=4)}, "own width 8, got 4"),
-    ({"levers": Levers(gelu="quick")}, "erf or tanh"),
+    ({"levers": Levers(gelu="quick")}, "erf, tanh"),
     ({"levers": Levers(attention="flesh")}, "flash, cudnn"),
     ({"levers": Levers(dtype=torch.int8)}, "not int8"),
     ({"compile": "reduce-overhead"}, "default, max-autotune"),

@@ -11,7 +11,7 @@ import difflib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.quiet import quiet_loading
+from seed_multimodal.settings import read_settings, setting
 
 DEFAULTS_FILE = "seed_decode.json"
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -27,9 +28,9 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 @dataclass(frozen=True)
 class DecodeDefaults:
-    """What `decode` uses when not told: the released values, or those in the folder's `seed_decode.json`."""
+    """What `decode` uses when not asked otherwise: the released values, or those in the folder's `seed_decode.json`."""
 
-    num_inference_steps: int = 20
+    num_inference_steps: int = setting(20, least=1)
     guidance_scale: float = 10.0
     scheduler: str | None = None
 
@@ -41,29 +42,66 @@ class DecodeDefaults:
             return cls()
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            known = {field.name for field in fields(cls)}
-            unknown = sorted(set(values) - known)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{file}: not a JSON mapping of decode settings ({error}).") from error
-        if unknown:
-            raise ConfigError(f"{file}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
-        return cls(**values)
+        return read_settings(cls, values, str(file))
 
 
 class PipelineDetokenizer:
-    """A diffusers pipeline and what it draws with when not told.
+    """A diffusers pipeline and its settings; loading, scheduler choice and the batch loop.
 
     Attributes:
-        parts: of the pipeline that must be there.
+        kind: of folder, in sentences; `where`: what to download for it.
+        parts: of the pipeline that must be there. optional: may be left out of the folder.
+        defaults_class: what `seed_decode.json` is read as.
         own_schedulers: further names of schedulers, each with how one is made from another's configuration.
     """
 
+    kind: ClassVar[str]
+    where: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "scheduler")
+    optional: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    defaults_class: ClassVar[type[DecodeDefaults]] = DecodeDefaults
     own_schedulers: ClassVar[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {}
 
-    def __init__(self, pipeline: Any, defaults: DecodeDefaults) -> None:
-        self.pipeline, self.defaults = pipeline, defaults
+    def __init__(self, pipeline: Any, defaults: DecodeDefaults | None = None) -> None:
+        self.pipeline, self.defaults = pipeline, defaults or self.defaults_class()
         pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def pipeline_class(cls) -> Any:
+        """The diffusers pipeline, imported when it is needed (diffusers is heavy)."""
+        raise NotImplementedError
+
+    @classmethod
+    def open_folder(cls, place: Path, dtype: torch.dtype, left_out: Sequence[str] = (), **options: Any) -> Self:
+        """A diffusers folder, on the CPU, without diffusers' progress bars and warnings.
+
+        Args:
+            left_out: parts that are not loaded; `options`: further arguments of the pipeline.
+
+        Raises:
+            CheckpointError: not there, not complete, or damaged; says what to download.
+        """
+        from safetensors import SafetensorError
+
+        if not (place / "model_index.json").is_file():
+            raise CheckpointError(f"{place}: there is no diffusion model here (no model_index.json): {cls.where}.")
+        defaults = cls.defaults_class.read(place)
+        try:
+            index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+            absent = {*left_out, *(name for name in cls.optional if (index.get(name) or [None])[0] is None)}
+            with quiet_loading("diffusers"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # every diffusers below 1 knows the name `torch_dtype`
+                pipeline = cls.pipeline_class().from_pretrained(
+                    str(place), torch_dtype=dtype, local_files_only=True, **dict.fromkeys(absent), **options)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{place}: not a complete {cls.kind} folder ({first_line(error)}); "
+                                  f"{cls.where}.") from error
+        for name in cls.parts:
+            if getattr(pipeline, name, None) is None:
+                raise CheckpointError(f"{place}: the diffusion folder holds no {name!r}; {cls.where}.")
+        return cls(pipeline, defaults)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         """Move every part; returns self."""
@@ -76,22 +114,21 @@ class PipelineDetokenizer:
         """Where the U-Net is."""
         return self.pipeline.unet.device
 
-    @classmethod
-    def check_parts(cls, pipeline: Any, place: Path, advice: str) -> None:
-        """Raises `CheckpointError` for a pipeline of the folder `place` without one of `parts`."""
-        for name in cls.parts:
-            if getattr(pipeline, name, None) is None:
-                raise CheckpointError(f"{place}: the diffusion folder holds no {name!r}; {advice}.")
+    @property
+    def has_text(self) -> bool:
+        """Whether the folder's own text encoder gives the empty prompt."""
+        return self.pipeline.text_encoder is not None and self.pipeline.tokenizer is not None
 
-    def checked(self, embeds: Tensor, name: str, shape: str, width: int, verb: str) -> Tensor:
+    def checked(self, embeds: Tensor, name: str, shape: str, width: int, verb: str, count: int | None = None) -> Tensor:
         """Embeddings on the pipeline's device.
 
         Args:
             shape: what they must be, such as "B, n"; the last axis is `width`.
             verb: what the model does with that width, for the sentence.
+            count: number of pictures, if one for all may be given; the result has one each.
 
         Raises:
-            ConfigError: no floating tensor of that many axes. CheckpointError: another width.
+            ConfigError: no floating tensor of that many axes, or of another batch. CheckpointError: another width.
         """
         axes = shape.count(",") + 2
         if not isinstance(embeds, Tensor) or embeds.ndim != axes or not embeds.is_floating_point():
@@ -100,21 +137,31 @@ class PipelineDetokenizer:
         if embeds.shape[-1] != width:
             raise CheckpointError(f"{name} have width {embeds.shape[-1]}, but this diffusion model {verb} "
                                   f"width {width}: tokenizer and de-tokenizer do not belong together.")
-        return embeds.to(self.device)
+        embeds = embeds.to(self.device)
+        return embeds if count is None else for_each(embeds, count, name)
 
     def asked(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
         """Steps and guidance, the folder's defaults for None."""
         return (self.defaults.num_inference_steps if steps is None else steps,
                 self.defaults.guidance_scale if guidance is None else guidance)
 
-    def in_batches(self, render: Callable[..., Iterable[Any]], count: int, batch_size: int | None,
-                   scheduler: Any | None, *values: Any) -> list[Any]:
-        """`render(*values)` for `batch_size` pictures at a time (None: all), under the scheduler asked for.
+    def in_batches(self, render: Callable[..., Iterable[Any]], embeds: Tensor, negatives: Tensor | None,
+                   generator: Generators, latents: Tensor | None, *, scheduler: Any | None,
+                   batch_size: int | None) -> list[Any]:
+        """`render(embeds, negatives, generators, latents)` for `batch_size` pictures at a time (None: all).
 
         Args:
-            values: each with an entry per picture, or None.
+            embeds: one per picture; negatives: so, or None. latents: one per picture, one for all, or None.
+            generator: one for all or one per picture; each picture gets its own (`one_each`).
+            scheduler: what to sample with (see `using`).
+
+        Raises:
+            ConfigError: another number of latents or generators than pictures.
         """
         pictures: list[Any] = []
+        count = len(embeds)
+        values = (embeds, negatives, one_each(generator, count),
+                  None if latents is None else for_each(latents, count, "latents"))
         with self.using(scheduler or self.defaults.scheduler):
             for start in range(0, count, batch_size or max(count, 1)):
                 part = slice(start, start + (batch_size or count))
@@ -125,17 +172,15 @@ class PipelineDetokenizer:
     def using(self, scheduler: Any | None) -> Iterator[None]:
         """Run with another scheduler (by name: built from the present one's noise schedule), and put the old back."""
         usual = self.pipeline.scheduler
+        if isinstance(scheduler, str):
+            own = self.own_schedulers.get(scheduler)
+            scheduler = own(usual.config) if own else scheduler_class(scheduler).from_config(usual.config)
         if scheduler is not None:
-            self.pipeline.scheduler = self._scheduler(scheduler) if isinstance(scheduler, str) else scheduler
+            self.pipeline.scheduler = scheduler
         try:
             yield
         finally:
             self.pipeline.scheduler = usual
-
-    def _scheduler(self, name: str) -> Any:
-        usual = self.pipeline.scheduler.config
-        return self.own_schedulers[name](usual) if name in self.own_schedulers else scheduler_class(name).from_config(
-            usual)
 
 
 def scheduler_class(name: str) -> Any:
@@ -148,35 +193,6 @@ def scheduler_class(name: str) -> Any:
         raise ConfigError(f"Unknown scheduler {name!r}" + (f", did you mean {near[0]!r}?" if near else
                                                            ": give a diffusers scheduler class, e.g. DDIMScheduler."))
     return getattr(diffusers, name)
-
-
-def need_folder(place: Path, advice: str) -> None:
-    """Raises `CheckpointError` where there is no diffusers folder; the sentence ends with `advice`."""
-    if not (place / "model_index.json").is_file():
-        raise CheckpointError(f"{place}: there is no diffusion model here (no model_index.json): {advice}.")
-
-
-def load_pipeline(place: Path, make: Callable[[list[str]], Any], optional: Sequence[str], what: str,
-                  advice: str) -> Any:
-    """A pipeline from a diffusers folder, without diffusers' progress bars and warnings.
-
-    Args:
-        make: from the names of the `optional` parts that the folder does not have, the pipeline.
-        what: kind of folder, for the sentence.
-
-    Raises:
-        CheckpointError: not complete, or damaged.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
-        with quiet_loading("diffusers"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # `torch_dtype` is the name every diffusers below 1 knows
-            return make([name for name in optional if (index.get(name) or [None])[0] is None])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{place}: not a complete {what} folder ({reason}); {advice}.") from error
 
 
 def one_each(generator: Generators, count: int) -> list[torch.Generator] | None:
@@ -196,10 +212,8 @@ def one_each(generator: Generators, count: int) -> list[torch.Generator] | None:
     return [generator, *(torch.Generator(copy.device).manual_seed(seed) for seed in seeds)][:count]
 
 
-def for_each(values: Tensor | None, count: int, name: str) -> Tensor | None:
+def for_each(values: Tensor, count: int, name: str) -> Tensor:
     """`[B, …]` or `[1, …]` as `[B, …]`; `ConfigError` for another number of samples than pictures."""
-    if values is None:
-        return None
     if len(values) not in (1, count):
         raise ConfigError(f"{name} hold {len(values)} samples for {count} pictures.")
     return values.expand(count, *values.shape[1:])

@@ -7,7 +7,7 @@ diffusers' own pipeline with `prompt_embeds`; the unconditional half is the empt
 embedding per call and its noise from the process; here every picture of a batch has its own generator, and what it
 looks like does not depend on the others. At step numbers that divide 1000 (the default 50 does) the folder's sampler is
 the original's; `scheduler="plms"` is so for all.
-Peculiar: a safety checker in the folder is used, as in the original (a flagged picture is black); there is no
+Note: a safety checker in the folder is used, as in the original (a flagged picture is black); there is no
 watermark.
 """
 
@@ -21,19 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.detokenizers.pipelines import (
-    DecodeDefaults,
-    Generators,
-    PipelineDetokenizer,
-    for_each,
-    load_pipeline,
-    need_folder,
-    one_each,
-)
+from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.settings import setting
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
 FOLDER = "pretrained/stable-diffusion-v1-4"
@@ -45,9 +37,9 @@ CHECKER_PARTS = ("safety_checker", "feature_extractor")
 
 @dataclass(frozen=True)
 class StableDiffusionDefaults(DecodeDefaults):
-    """What `decode` uses when not told: the original's values, or those in the folder's `seed_decode.json`."""
+    """What `decode` uses if nothing else is asked for: the original's values, or the folder's `seed_decode.json`."""
 
-    num_inference_steps: int = 50
+    num_inference_steps: int = setting(50, least=1)
     guidance_scale: float = 7.5
 
 
@@ -61,10 +53,17 @@ def plms(config: Mapping[str, Any]) -> Any:
 class StableDiffusionDetokenizer(PipelineDetokenizer):
     """Embeddings `[B, n, W]` in the place of a prompt's → PIL pictures, through a `StableDiffusionPipeline`."""
 
+    kind, where = "Stable Diffusion", WHERE
+    optional = ("tokenizer", "text_encoder", "image_encoder", *CHECKER_PARTS)
+    defaults_class = StableDiffusionDefaults
     own_schedulers = {PLMS: plms}
 
-    def __init__(self, pipeline: StableDiffusionPipeline, defaults: DecodeDefaults | None = None) -> None:
-        super().__init__(pipeline, defaults or StableDiffusionDefaults())
+    @classmethod
+    def pipeline_class(cls) -> Any:
+        """diffusers' own."""
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
@@ -84,11 +83,9 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
                 f"{place}: a checkpoint in one file (CompVis' format, a pickle that could run code) is not read; "
                 f"{WHERE} and give its path, or convert a file you trust once with diffusers "
                 f"(StableDiffusionPipeline.from_single_file, then save_pretrained).")
-        need_folder(place, WHERE)
-        defaults = StableDiffusionDefaults.read(place)
-        pipeline = _load_pipeline(place, dtype, safety_checker)
-        cls.check_parts(pipeline, place, WHERE)
-        return cls(pipeline, defaults).to(device, dtype)
+        checks = safety_checker and (place / "safety_checker").is_dir()
+        made = cls.open_folder(place, dtype, () if checks else CHECKER_PARTS, requires_safety_checker=checks)
+        return made.to(device, dtype)
 
     @property
     def embedding_dim(self) -> int:
@@ -130,14 +127,10 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
             CheckpointError: embeddings of another width. ConfigError: settings out of range or of another batch.
         """
         embeds = self._check_embeds(embeds, "embeds")
-        count = len(embeds)
         if negative_embeds is not None:
-            negative_embeds = for_each(self._check_embeds(negative_embeds, "negative_embeds"), count,
-                                       "negative_embeds")
-        elif self.pipeline.text_encoder is None or self.pipeline.tokenizer is None:
+            negative_embeds = self._check_embeds(negative_embeds, "negative_embeds", len(embeds))
+        elif not self.has_text:
             negative_embeds = torch.zeros_like(embeds)
-        latents = for_each(latents, count, "latents")
-        generators = one_each(generator, count)
         steps, guidance = self.asked(num_inference_steps, guidance_scale)
         self._check_settings(steps, height, width)
 
@@ -147,11 +140,12 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
                 guidance_scale=guidance, height=height, width=width, eta=eta, generator=own, output_type=output_type,
                 latents=None if start is None else start.to(self.device, self.pipeline.unet.dtype)).images
 
-        return self.in_batches(render, count, batch_size, scheduler, embeds, negative_embeds, generators, latents)
+        return self.in_batches(render, embeds, negative_embeds, generator, latents, scheduler=scheduler,
+                               batch_size=batch_size)
 
-    def _check_embeds(self, embeds: Tensor, name: str) -> Tensor:
-        return self.checked(embeds, name, "B, n", self.embedding_dim, "is conditioned on").to(
-            self.pipeline.unet.dtype)
+    def _check_embeds(self, embeds: Tensor, name: str, count: int | None = None) -> Tensor:
+        found = self.checked(embeds, name, "B, n", self.embedding_dim, "is conditioned on", count)
+        return found.to(self.pipeline.unet.dtype)
 
     def _check_settings(self, steps: int, height: int | None, width: int | None) -> None:
         total = self.pipeline.scheduler.config.num_train_timesteps
@@ -163,17 +157,3 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
         for name, value in (("height", height), ("width", width)):
             if value is not None and (value < unit or value % unit):
                 raise ConfigError(f"The {name} must be a multiple of {unit} pixels, got {value}.")
-
-
-def _load_pipeline(place: Path, dtype: torch.dtype, safety_checker: bool) -> StableDiffusionPipeline:
-    from diffusers import StableDiffusionPipeline
-
-    def make(absent: list[str]) -> StableDiffusionPipeline:
-        if not safety_checker or not (place / "safety_checker").is_dir():
-            absent = [*absent, *CHECKER_PARTS]
-        return StableDiffusionPipeline.from_pretrained(
-            str(place), torch_dtype=dtype, local_files_only=True,
-            requires_safety_checker="safety_checker" not in absent, **dict.fromkeys(absent))
-
-    optional = ("tokenizer", "text_encoder", "image_encoder", *CHECKER_PARTS)
-    return load_pipeline(place, make, optional, "Stable Diffusion", WHERE)

@@ -3,7 +3,7 @@
     detokenizer = UnclipDetokenizer.from_pretrained("pretrained/stable-diffusion-2-1-unclip")
     pictures = detokenizer.decode(tokenizer.decode(codes), generator=torch.Generator().manual_seed(0))
 
-Peculiar: noise level 0 still adds a little noise to the embedding, so a picture is determined by its generator. The
+Note: noise level 0 still adds a little noise to the embedding, so a picture is determined by its generator. The
 released program re-used one latent tensor per process and decoded one picture at a time; here every picture has its
 own generator, and what it looks like does not depend on the others in its batch.
 A folder without text encoder (nano) is conditioned by zeros, or by `layout/` tokens read off the embedding.
@@ -17,15 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.detokenizers.pipelines import (
-    DecodeDefaults,
-    Generators,
-    PipelineDetokenizer,
-    for_each,
-    load_pipeline,
-    need_folder,
-    one_each,
-)
+from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer
 from seed_multimodal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,12 +32,20 @@ WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-di
 class UnclipDetokenizer(PipelineDetokenizer):
     """Image embeddings `[B, E]` → PIL pictures. `pipeline` is a `SeedUnclipPipeline`, `layout` a `LayoutReadout`."""
 
+    kind, where = "stable-unCLIP", WHERE
     parts = ("unet", "vae", "scheduler", "image_normalizer", "image_noising_scheduler")
 
     def __init__(self, pipeline: SeedUnclipPipeline, defaults: DecodeDefaults | None = None,
                  layout: Any | None = None) -> None:
-        super().__init__(pipeline, defaults or DecodeDefaults())
+        super().__init__(pipeline, defaults)
         self.layout = layout
+
+    @classmethod
+    def pipeline_class(cls) -> Any:
+        """stable-unCLIP with negative image embeddings."""
+        from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
+
+        return SeedUnclipPipeline
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
@@ -56,16 +56,12 @@ class UnclipDetokenizer(PipelineDetokenizer):
             CheckpointError: no such folder (says what to put where), or one that is not a complete unCLIP model.
         """
         place = Path(folder)
-        need_folder(place, WHERE)
-        defaults = DecodeDefaults.read(place)
-        pipeline = _load_pipeline(place, dtype)
-        cls.check_parts(pipeline, place, WHERE)
-        layout = None
+        made = cls.open_folder(place, dtype, left_out=("image_encoder", "feature_extractor"))
         if (place / "layout").is_dir():
             from seed_multimodal.detokenizers.layout import LayoutReadout
 
-            layout = LayoutReadout.from_pretrained(place / "layout")
-        return cls(pipeline, defaults, layout).to(device, dtype)
+            made.layout = LayoutReadout.from_pretrained(place / "layout")
+        return made.to(device, dtype)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> UnclipDetokenizer:
         """Move every part; returns self."""
@@ -104,12 +100,9 @@ class UnclipDetokenizer(PipelineDetokenizer):
             CheckpointError: embeddings of another width. ConfigError: settings out of range or of another batch.
         """
         image_embeds = self._check_embeds(image_embeds, "image_embeds")
-        count = len(image_embeds)
         if negative_image_embeds is not None:
-            negative_image_embeds = self._check_embeds(negative_image_embeds, "negative_image_embeds")
-            negative_image_embeds = for_each(negative_image_embeds, count, "negative_image_embeds")
-        latents = for_each(latents, count, "latents")
-        generators = one_each(generator, count)
+            negative_image_embeds = self._check_embeds(negative_image_embeds, "negative_image_embeds",
+                                                       len(image_embeds))
         steps, guidance = self.asked(num_inference_steps, guidance_scale)
         levels = self.pipeline.image_noising_scheduler.config.num_train_timesteps
         if steps < 1 or not 0 <= noise_level < levels:
@@ -119,8 +112,8 @@ class UnclipDetokenizer(PipelineDetokenizer):
         def render(embeds: Tensor, negatives: Tensor | None, own: Any, start: Tensor | None) -> Any:
             return self._render(embeds, negatives, own, start, steps, guidance, noise_level, output_type)
 
-        return self.in_batches(render, count, batch_size, scheduler, image_embeds, negative_image_embeds, generators,
-                               latents)
+        return self.in_batches(render, image_embeds, negative_image_embeds, generator, latents, scheduler=scheduler,
+                               batch_size=batch_size)
 
     def _render(self, embeds: Tensor, negatives: Tensor | None, generators: list[torch.Generator] | None,
                 latents: Tensor | None, steps: int, guidance: float, noise_level: int, output_type: str) -> Any:
@@ -145,26 +138,15 @@ class UnclipDetokenizer(PipelineDetokenizer):
         if self.layout is not None:
             tokens = self.layout.prompt_embeds(_for_layout(self.layout, embeds))
             tokens = tokens.to(self.device, pipeline.unet.dtype)
-        elif pipeline.text_encoder is None or pipeline.tokenizer is None:
+        elif not self.has_text:
             width = pipeline.unet.config.cross_attention_dim
             tokens = torch.zeros(len(embeds), 1, width, device=self.device, dtype=pipeline.unet.dtype)
         else:
             return {"prompt": [""] * len(embeds)}
         return {"prompt_embeds": tokens, "negative_prompt_embeds": torch.zeros_like(tokens) if guided else None}
 
-    def _check_embeds(self, embeds: Tensor, name: str) -> Tensor:
-        return self.checked(embeds, name, "B", self.embedding_dim, "renders")
-
-
-def _load_pipeline(place: Path, dtype: torch.dtype) -> SeedUnclipPipeline:
-    from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
-
-    def make(absent: list[str]) -> SeedUnclipPipeline:
-        return SeedUnclipPipeline.from_pretrained(
-            str(place), torch_dtype=dtype, local_files_only=True, image_encoder=None, feature_extractor=None,
-            **dict.fromkeys(absent))
-
-    return load_pipeline(place, make, ("tokenizer", "text_encoder"), "stable-unCLIP", WHERE)
+    def _check_embeds(self, embeds: Tensor, name: str, count: int | None = None) -> Tensor:
+        return self.checked(embeds, name, "B", self.embedding_dim, "renders", count)
 
 
 def _for_layout(layout: Any, embeds: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Opening pictures from outside: every file becomes a plain 8-bit RGB image, or one sentence that says why not.
 
-Peculiar choices, all in one place:
+The choices, all in one place:
 
 * The header is checked before anything is decoded, so a decompression bomb costs nothing. Pillow's own guard
   (twice `PIL.Image.MAX_IMAGE_PIXELS`) stays in force above whatever limits are given.
@@ -18,7 +18,6 @@ import functools
 import io
 import struct
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,22 +108,6 @@ def _formats() -> tuple[str, ...]:
     """The formats this build of Pillow can read, of those we try."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def open_images(
-    paths: Iterable[ImageSource], limits: ImageLimits = DEFAULT_LIMITS
-) -> tuple[list[Image.Image | None], list[ImageError]]:
-    """Read many pictures: one entry per source, None where it was refused, and the refusals in order."""
-    images: list[Image.Image | None] = []
-    errors: list[ImageError] = []
-    for number, source in enumerate(paths):
-        name = None if isinstance(source, (str, Path)) else f"image {number}"
-        try:
-            images.append(open_image(source, name=name, limits=limits))
-        except ImageError as error:
-            images.append(None)
-            errors.append(error)
-    return images, errors
 
 
 def _read(path: Path, name: str, limits: ImageLimits) -> bytes:

@@ -1,6 +1,6 @@
 """One half of a CLIP in transformers' layout, frozen: the vision tower that gives stage 2's target, or the text tower.
 
-Peculiar: the width of a whole CLIP's projection is the model's own `projection_dim`; the one inside its
+Note: the width of a whole CLIP's projection is the model's own `projection_dim`; the one inside its
 `vision_config` or `text_config` is transformers' default and is not asked.
 """
 
@@ -36,7 +36,7 @@ def load_clip_vision(path_or_id: str | Path, *, device: str | torch.device = "cp
         path_or_id: transformers folder of a whole CLIP or of its vision half, or a hub id.
 
     Returns:
-        The model; its `load_report` tells what was loaded and which tensors (the text tower's) were not needed.
+        The model; its `load_report` says what was loaded and which tensors (the text tower's) were not needed.
 
     Raises:
         CheckpointError: not there (says what to put where), damaged, or weights of another size than its config.json.

@@ -3,7 +3,7 @@
     images ─► visual_encoder ─► ln_vision ─► Qformer(query_tokens) ─► encode_task_layer ─► quantize ─► codes
 
 A tokenizer derives from `CodeTokenizer` and adds how codes are decoded. Attribute names are the released ones.
-Peculiar: code k depends on queries 0..k only (causal).
+Note: code k depends on queries 0..k only (causal).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 Training checkpoints leave frozen parts out (`{"model": …, "optimizer": …}`, or our safetensors), so each part is taken
 from the latest file that has it. Stage 2's decode side says whether it becomes a SEED-2 or a SEED-1 tokenizer. The
 result is our folder (config.json + model.safetensors) and, if asked for, the files of the released layout beside it.
-Peculiar: a picture is encoded by the training modules themselves, filled from the stage files, and by what was written,
+Note: a picture is encoded by the training modules themselves, filled from the stage files, and by what was written,
 read back; other codes, and nothing is kept. The folder appears by one rename, complete or not at all.
 """
 

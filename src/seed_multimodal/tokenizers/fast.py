@@ -5,7 +5,7 @@
                     levers=Levers(dtype=torch.bfloat16))              # from a tokenizer loaded in float32
     codes = fast.encode(images, batch_size=256)
 
-Peculiar: compiled functions and CUDA graphs are made for one batch size each, on its first use (seconds to minutes;
+Note: compiled functions and CUDA graphs are made for one batch size each, on its first use (seconds to minutes;
 `warm_up` does it beforehand). Images are therefore taken in batches of powers of two, the last one filled up with
 zeros. Give a float32 tokenizer and a half-precision `Levers.dtype`: weights are then rounded once, after packing.
 """
@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import check_settings, setting
 from seed_multimodal.tokenizers.encoder import CodeTokenizer, check_batch_size, evaluating
 from seed_multimodal.tokenizers.fast_encoder import FastEncoder, FastVision, Wrap
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 from seed_multimodal.vision.eva import EvaVit
 
 MODES = ("default", "max-autotune", "max-autotune-tma")
-GELUS = ("erf", "tanh")
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 STATIC_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -58,18 +58,15 @@ class Levers:
     residual_dtype: torch.dtype | None = None
     query_dtype: torch.dtype | None = None
     head_width: int | None = None
-    gelu: str = "erf"
-    attention: str = "auto"
+    gelu: str = setting("erf", choices=("erf", "tanh"))
+    attention: str = setting("auto", choices=("auto", *BACKENDS))
 
     def resolved(self, tokenizer: CodeTokenizer) -> dict[str, Any]:
         """Arguments of `FastEncoder`; raises `ConfigError` for a choice that is unknown or does not fit."""
+        check_settings(self, "levers")
         own = tokenizer.config.vit.width // tokenizer.config.vit.heads
         if self.head_width is not None and self.head_width < own:
             raise ConfigError(f"head_width must be at least the vision heads' own width {own}, got {self.head_width}.")
-        if self.gelu not in GELUS:
-            raise ConfigError(f"Unknown gelu {self.gelu!r}: use {' or '.join(GELUS)}.")
-        if self.attention not in ("auto", *BACKENDS):
-            raise ConfigError(f"Unknown attention {self.attention!r}: use auto, {', '.join(BACKENDS)}.")
         dtype = self.dtype or tokenizer.dtype
         for name in (dtype, self.residual_dtype, self.query_dtype):
             if name is not None and not name.is_floating_point:
@@ -195,21 +192,8 @@ class FastTokenizer:
             return self._graphs(images)
         return self.encoder.codes(images)
 
-    @contextlib.contextmanager
-    def _setting(self) -> Iterator[None]:
-        """Own precision whatever the caller's autocast, preferred attention, enough room for compiled functions."""
-        with contextlib.ExitStack() as stack:
-            if torch.amp.is_autocast_available(self.device.type):
-                stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            if self.device.type == "cuda":
-                stack.enter_context(torch.cuda.device(self.device))
-            if self.levers.attention != "auto":
-                first = BACKENDS[self.levers.attention]
-                rest = [backend for backend in BACKENDS.values() if backend != first]
-                stack.enter_context(sdpa_kernel([first, *rest], set_priority=True))
-            if self._is_compiled:
-                stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILES))
-            yield
+    def _setting(self) -> contextlib.AbstractContextManager[None]:
+        return own_setting(self.device, self.levers.attention, self._is_compiled)
 
 
 class FastTower:
@@ -234,10 +218,7 @@ class FastTower:
             ImageError: another image size than the tower's.
         """
         self.tower.check_images(images)
-        # Packing and computing both in their own precision, whatever the caller's autocast.
-        with torch.autocast(images.device.type, enabled=False), contextlib.ExitStack() as stack:
-            if self.is_compiled:
-                stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILES))
+        with own_setting(images.device, "auto", self.is_compiled):  # for packing, too
             return self._vision()(images.to(self.dtype))
 
     def _vision(self) -> FastVision:
@@ -278,6 +259,23 @@ class _Graphs:
         with torch.cuda.graph(graph, pool=self.pool):
             codes = self.encoder.codes(given)
         return graph, given, codes
+
+
+@contextlib.contextmanager
+def own_setting(device: torch.device, attention: str, is_compiled: bool) -> Iterator[None]:
+    """Own precision whatever the caller's autocast, preferred attention, enough room for compiled functions."""
+    with contextlib.ExitStack() as stack:
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        if attention != "auto":
+            first = BACKENDS[attention]
+            rest = [backend for backend in BACKENDS.values() if backend != first]
+            stack.enter_context(sdpa_kernel([first, *rest], set_priority=True))
+        if is_compiled:
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILES))
+        yield
 
 
 def plan(count: int, limit: int | None, sizes: Sequence[int]) -> list[tuple[int, int]]:

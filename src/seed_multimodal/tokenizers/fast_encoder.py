@@ -3,7 +3,7 @@
 The vision tower computes in `dtype`, its stream in `residual_dtype`; the Q-Former's products in `query_dtype`, its
 stream and norms in float32; task layer and code search in float32. Rounding in the tower is averaged over hundreds of
 patches, rounding in the Q-Former is not: at bf16 that part alone moves 1 to 2 % of the codes.
-Peculiar: the first Q-Former layer's self-attention sees no image, so it is computed once, with the weights.
+Note: the first Q-Former layer's self-attention sees no image, so it is computed once, with the weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from seed_multimodal.tokenizers.fast_weights import (
     Search,
     Stem,
     pack_block,
-    pack_cross,
-    pack_feed_forward,
     pack_keys_values,
+    pack_layer,
     pack_search,
-    pack_self,
     pack_stem,
 )
 from seed_multimodal.vision.eva import EvaVit
@@ -72,9 +70,7 @@ class FastEncoder:
         self.causal = model.config.num_query == qformer.causal_queries
         self.prepare = model.quantize.prepare
         self.kv, self.kv_bias = pack_keys_values(model, query_dtype)
-        layers = model.Qformer.bert.encoder.layer
-        self.layers = [(pack_self(layer, query_dtype), pack_cross(layer, query_dtype),
-                        pack_feed_forward(layer, query_dtype)) for layer in layers]
+        self.layers = [pack_layer(layer, query_dtype) for layer in model.Qformer.bert.encoder.layer]
         self.search = pack_search(model)
         start = model.Qformer.bert.embeddings.LayerNorm(model.query_tokens.float()).float()
         self.start = self_attend(start, self.layers[0][0], self.query_heads, self.causal)

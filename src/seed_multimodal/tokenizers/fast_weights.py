@@ -96,32 +96,20 @@ def _fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Ten
     return weight * norm.weight.float(), bias.float() + weight @ norm.bias.float()
 
 
-def pack_self(layer: QFormerLayer, dtype: torch.dtype) -> Residual:
-    """Self-attention of a Q-Former layer, q, k and v in one matrix."""
-    inner = layer.attention.self
-    parts = (inner.query, inner.key, inner.value)
-    return _residual(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]),
-                     layer.attention.output, dtype)
+def pack_layer(layer: QFormerLayer, dtype: torch.dtype) -> tuple[Residual, Residual | None, Residual]:
+    """A Q-Former layer: self-attention with q, k and v in one matrix; cross-attention without keys and values (None
+    where it has none); the queries' feed-forward."""
+    own, cross, forward = layer.attention.self, layer.crossattention, layer.intermediate_query.dense
+    parts = (own.query, own.key, own.value)
+    fused, fused_bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+    return (_residual(fused, fused_bias, layer.attention.output, dtype),
+            None if cross is None else _residual(cross.self.query.weight, cross.self.query.bias, cross.output, dtype),
+            _residual(forward.weight, forward.bias, layer.output_query, dtype))
 
 
-def pack_cross(layer: QFormerLayer, dtype: torch.dtype) -> Residual | None:
-    """Cross-attention of a Q-Former layer without keys and values, None where it has none."""
-    if layer.crossattention is None:
-        return None
-    query = layer.crossattention.self.query
-    return _residual(query.weight, query.bias, layer.crossattention.output, dtype)
-
-
-def pack_feed_forward(layer: QFormerLayer, dtype: torch.dtype) -> Residual:
-    """The queries' feed-forward layers."""
-    first = layer.intermediate_query.dense
-    return _residual(first.weight, first.bias, layer.output_query, dtype)
-
-
-def _residual(first: Tensor, first_bias: Tensor, output: nn.Module, dtype: torch.dtype) -> Residual:
-    norm = output.LayerNorm
-    dense = output.dense
-    return Residual(_own(first, dtype), _own(first_bias, dtype), _own(dense.weight, dtype), _own(dense.bias, dtype),
+def _residual(weight: Tensor, bias: Tensor, output: nn.Module, dtype: torch.dtype) -> Residual:
+    dense, norm = output.dense, output.LayerNorm
+    return Residual(*(_own(part, dtype) for part in (weight, bias, dense.weight, dense.bias)),
                     _own(norm.weight), _own(norm.bias))
 
 

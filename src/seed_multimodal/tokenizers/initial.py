@@ -4,7 +4,7 @@ Each is a local file or folder, or a hub id (`owner/name`); each is checked, and
 the file did not hold and what of it was left aside. Weights of another size are refused with the first tensor's name
 and both shapes. Files: `blip2_pretrained.pth` and `eva_vit_g.pth` of LAVIS, `CLIP-ViT-H-14-laion2B-s32B-b79K`,
 `stable-diffusion-2-1-unclip`.
-Peculiar: BERT has 30522 word pieces and BLIP-2 one more (`[DEC]`); files differ in which of their word tables were
+Note: BERT has 30522 word pieces and BLIP-2 one more (`[DEC]`); files differ in which of their word tables were
 enlarged, so a table of one row more or less than the model's is fitted (a new last row keeps its start value).
 """
 

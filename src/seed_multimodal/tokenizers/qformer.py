@@ -1,6 +1,6 @@
 """The causal Q-Former: 32 learned queries read an image in order; a text path shares its attention in stage 1.
 
-A BERT (post-norm) with cross-attention to the image in every second layer. Peculiar, all as released:
+A BERT (post-norm) with cross-attention to the image in every second layer. As released:
 queries get no position embedding, their order comes only from the vectors and the causal mask; the mask is on
 exactly when there are 32 queries; queries and text have separate feed-forward layers; masked scores get -10000.
 Parameter names are those of the released checkpoints (`bert.encoder.layer.N.attention.self.query.weight` …).

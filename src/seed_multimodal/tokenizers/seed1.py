@@ -5,7 +5,7 @@
           ─► Reverse_Qformer(reverse_tokens) ─► distill_text_proj ─► embeddings [77, 768]
 
 The encode side is SEED-2's, the decode side another one (SEED-2 ends in one image embedding).
-Peculiar: code k depends on queries 0..k only (causal); the 77 reverse queries see each other freely.
+Note: code k depends on queries 0..k only (causal); the 77 reverse queries see each other freely.
 Attribute names are the released ones, so the state dict is the released 917 keys.
 """
 

@@ -5,7 +5,7 @@
 
 The head is `image_down` + flatten (released weights) or the Reverse Q-Former (published training code).
 `pos_embed`/`blocks` rebuild the Q-Former's output: a training objective, unused at inference, part of the checkpoint.
-Peculiar: code k depends on queries 0..k only (causal); the embedding is not normalised.
+Note: code k depends on queries 0..k only (causal); the embedding is not normalised.
 Attribute names are the released ones, so the state dict is the released 881 (Reverse Q-Former: 1134) keys.
 """
 

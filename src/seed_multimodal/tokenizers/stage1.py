@@ -2,7 +2,7 @@
 
 Only the last query (the one that sees all others) is compared with the caption's first token. Parameter names are the
 released training checkpoint's, so `Stage2Model.load_stage1` and `Seed2Tokenizer` take them by name.
-Peculiar: features gathered from other processes carry no gradient, and with a process group of any size this holds
+Note: features gathered from other processes carry no gradient, and with a process group of any size this holds
 for a process's own features too (`gather_gradient` changes it). Text comes as ids: any tokenizer will do.
 Ours, off by default: `embedding_dim` adds a head that regresses an image embedding from the first k queries.
 """

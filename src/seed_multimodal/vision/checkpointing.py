@@ -2,7 +2,7 @@
 
     checkpoint_layers(model)          # every trained layer of every ModuleList inside
 
-Peculiar: the backward pass runs after the training loop's choice of attention kernel has ended. The repetition must
+Note: the backward pass runs after the training loop's choice of attention kernel has ended. The repetition must
 make the tensors of the first pass (on a CPU another kernel saves other ones, which PyTorch refuses), so it runs under
 the choice that held in the first pass.
 """

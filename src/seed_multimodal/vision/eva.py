@@ -1,6 +1,6 @@
 """EVA ViT-g: pixels → all patch tokens of the penultimate layer, as SEED-2 and BLIP-2 use it.
 
-Peculiar: the released file has 40 blocks and only the first 39 are used; there is no final norm, head or pooling;
+Note: the released file has 40 blocks and only the first 39 are used; there is no final norm, head or pooling;
 keys carry no bias (`[q_bias, 0, v_bias]`); positions are absolute and resized bicubically for another grid.
 Source: BAAI EVA-CLIP as shipped by LAVIS (`eva_vit_g.pth`); parameter names are the released ones.
 """
