@@ -111,7 +111,7 @@ def pictures(count: int, size: int, model: str) -> Tensor:
         from seed_multimodal.images.transforms import normalise
 
         with contextlib.suppress(SeedError):  # the set is not on every machine
-            nano = load_nano(log=None)
+            nano = load_nano()
             held_out = [i for i, record in enumerate(nano.records) if record.split != "train"][:count]
             found = torch.stack([normalise(nano.image(nano.records[i].key)) for i in held_out])
             return found[torch.arange(count) % len(found)]  # a batch may be larger than the set
