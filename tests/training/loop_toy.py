@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
     choices = {"steps": 12, "batch_size": 8, "lr": 1e-2, "warmup": 5, "ema": 0.9, "precision": "fp32", "log_every": 4,
-               "clip": 0.5, "seed": 3, "save_seconds": 1e9, **settings}
+               "clip": 0.5, "seed": 3, "save_seconds": 1e9, "curves": False, **settings}
     folder.mkdir(parents=True, exist_ok=True)
     losses = folder / f"losses.{rank}.txt"
 
@@ -86,6 +87,7 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
 def run_stage(name: str, module: nn.Module, loss: Callable[[int], Any], settings: StageSettings, folder: Path,
               **more: Any) -> dict[str, Any]:
     """A stage whose loss closes over its module."""
+    settings = replace(settings, curves=False)
     return train_stage(StageTask(name, module, lambda model, step: loss(step), settings, **more), folder)
 
 

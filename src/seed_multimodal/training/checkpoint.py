@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.checkpoint_folders import (
@@ -136,35 +136,27 @@ class CheckpointStore:
             self._save_shards(step, task, engine, texts)
             return
         gathered, states = engine.weights(), engine.state_dict()
-        self.write(step, task, states, task.weights(gathered) if self.group.first else {}, average, texts)
+        if self.group.first:
+            left_out = set() if self.save_frozen else set(frozen_names(task.module))
+            # Copies, taken now: a thread may write while the next steps change the weights.
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in task.weights(gathered).items()
+                       if name not in left_out}
+            shadow = {name: value.to("cpu", copy=True) for name, value in average.shadow.items()} if average else {}
+            tree, tensors = flatten(states)
+
+            def fill(folder: Path) -> None:
+                task.save_files(folder, weights)
+                if shadow:
+                    save_state_dict(shadow, folder / AVERAGE)
+                write_tree(folder / OPTIMIZER, tree, tensors)
+                _write_texts(folder, texts)
+
+            self._thread = threading.Thread(target=self._write, args=(step, fill), name="checkpoint")
+            self._thread.start()
+        else:
+            self._is_saved(step)
         if not self.asynchronous:
             self.finish()
-
-    def write(self, step: int, task: Task, states: Mapping[str, Any], weights: Mapping[str, Tensor],
-              average: Ema | None, texts: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint in the first process; `finish` waits for it.
-
-        Args:
-            states: of optimiser and loss scale. texts: name → content of the JSON files.
-        """
-        if not self.group.first:
-            self._is_saved(step)
-            return
-        left_out = set() if self.save_frozen else set(frozen_names(task.module))
-        # Copies, taken now: the thread writes while the next steps change the weights.
-        copies = {name: value.detach().to("cpu", copy=True) for name, value in weights.items() if name not in left_out}
-        shadow = {name: value.to("cpu", copy=True) for name, value in average.shadow.items()} if average else {}
-        tree, tensors = flatten(dict(states))
-
-        def fill(folder: Path) -> None:
-            task.save_files(folder, copies)
-            if shadow:
-                save_state_dict(shadow, folder / AVERAGE)
-            write_tree(folder / OPTIMIZER, tree, tensors)
-            _write_texts(folder, texts)
-
-        self._thread = threading.Thread(target=self._write, args=(step, fill), name="checkpoint")
-        self._thread.start()
 
     def join(self) -> None:
         """Wait until the checkpoint under way is on the disk (or has failed: `problem`)."""

@@ -106,7 +106,8 @@ class Run:
         folder = self.store.find(settings.resume)
         self.identity = task.identity(group.world)
         saved = self._saved(folder)
-        self.step, self.begun = saved.step, int(saved.trainer.get("begun", 0))
+        self.step, self.begun = (task.first_step,) * 2 if folder is None else (
+            saved.step, int(saved.trainer.get("begun", 0)))
         with translate_errors("the start", self.store.description()):
             task.prepare()
             if folder is not None:
@@ -129,7 +130,8 @@ class Run:
         if folder is not None:
             self.say(f"goes on from {folder} (step {self.step}).")
         self.started = time.monotonic() - saved.trainer.get("seconds", 0.0)
-        self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status)
+        self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
+                          kept=saved.step)
         self.evaluation: dict[str, float] = saved.trainer.get("evaluation", {})
         task.prepared(self)
 
@@ -291,6 +293,10 @@ class Run:
                       "seconds": round(time.monotonic() - self.started, 1), **report,
                       **self.task.finish()}
             write_json(self.home / self.task.record_file, record)
+            if self.settings.curves:
+                from seed_multimodal.training.plots import save_curves  # here: it needs matplotlib
+
+                save_curves(self.home, log=self.say)
             for line in self.task.summary(record):
                 self.say(line)
         return self.group.gather(record)[0]

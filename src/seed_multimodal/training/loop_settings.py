@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from seed_multimodal.settings import setting
@@ -24,6 +25,7 @@ class LoopSettings:
             again, from the same files, before a resume.
         resume: `auto` (from the newest complete checkpoint of the folder), `never`, or a checkpoint's folder.
         start: a checkpoint, or a folder of them, whose weights (not the optimiser) the first step starts from.
+        curves: draw `curves.png` from the log at the end.
         further: a completed run goes on if it is asked for more steps.
         timeout_minutes: how long one step may wait for another process; 0 waits for ever.
         fsdp: spread weights, gradients and optimiser states over the processes with FSDP2.
@@ -32,11 +34,11 @@ class LoopSettings:
     steps: int = setting(1000, least=0)
     accumulate: int = setting(1, least=1)
     precision: str = setting("bf16", choices=PRECISIONS)
-    clip: float = setting(1.0, least=0)
+    clip: float = setting(1.0, least=0, most=math.inf)
     ema: float = setting(0.0, least=0, below=1)
     seed: int = setting(0, least=0)
     log_every: int = setting(50, least=1)
-    save_seconds: float = setting(60.0, least=0)
+    save_seconds: float = setting(60.0, least=0, most=math.inf)
     save_every_steps: int = setting(0, least=0)
     save_frozen: bool = True
     keep: int | None = setting(1, least=1)
@@ -46,6 +48,7 @@ class LoopSettings:
     tensorboard: bool = False
     wandb: bool = False
     run_name: str | None = None
+    curves: bool = True
     further: bool = False
     timeout_minutes: float = setting(360.0, least=0)
     fsdp: bool = False

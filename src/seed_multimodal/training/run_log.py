@@ -38,8 +38,9 @@ class RunLog:
     """
 
     def __init__(self, name: str, settings: LoopSettings, step: int, home: Path, group: ProcessGroup,
-                 device: torch.device, meter: Meter, status: Status = dict) -> None:
-        """Open the logs; lines of steps after `step` (of a killed run) are dropped.
+                 device: torch.device, meter: Meter, status: Status = dict,
+                 kept: int | None = None) -> None:
+        """Open the logs; lines of steps after `kept` (`step` by default), of a killed run, are dropped.
 
         Raises:
             ConfigError: tensorboard or wandb is asked for and not installed. CheckpointError: the disk.
@@ -56,7 +57,7 @@ class RunLog:
         self.board: Any = None
         self.wandb: Any = None
         if group.first:
-            drop_lines_after(step, self.file)
+            drop_lines_after(step if kept is None else kept, self.file)
             # One folder per task: what a resume hides there is its own.
             self.board = open_board(home / "tensorboard" / name, step) if settings.tensorboard else None
             self.wandb = _open_wandb(settings, home) if settings.wandb else None

@@ -13,15 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
-from seed_multimodal.training.checkpoint import (
-    DATA_STATE,
-    TRAINER_STATE,
-    CheckpointStore,
-    frozen_check_sum,
-    last_step,
-)
+from seed_multimodal.training.checkpoint_folders import checkpoints
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.loop import train
 from seed_multimodal.training.loop_settings import SampleCost, StageSettings
 from seed_multimodal.training.meter import SmoothedMeter
@@ -149,7 +142,7 @@ def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None 
     if here:
         record = read_record(done)
         if not (task.settings.further and int(record.get("steps", 0)) < task.settings.steps
-                and last_step(home / task.checkpoint_folder) is not None):
+                and checkpoints(home / task.checkpoint_folder)):
             if group.first:
                 print(f"[{task.name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
             return record
@@ -167,24 +160,3 @@ def read_record(file: Path) -> dict[str, Any]:
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"{str(error).rstrip('.')}; remove it, and the stage goes on from its checkpoint."
                               ) from error
-
-
-def begin_from(task: StageTask, folder: str | Path, step: int) -> None:
-    """Write a checkpoint of a task's present weights and optimiser as that of `step`, for `train_stage` to go on from.
-
-    For a run that begins where an earlier one, whose state has another format, has ended; its record then has `begun`.
-
-    Raises:
-        TrainingError: the disk.
-    """
-    with ProcessGroup() as group:
-        store = CheckpointStore(Path(folder) / task.checkpoint_folder, group, limit=None, asynchronous=False,
-                                log=print, save_frozen=task.settings.save_frozen)
-        scaler = torch.amp.GradScaler(next(task.module.parameters()).device.type,
-                                      enabled=task.settings.precision == "fp16")
-        average = Ema(task.module, task.settings.ema) if task.settings.ema else None
-        state = {"global_step": step, "begun": step, "seconds": 0.0, **task.identity(group.world),
-                 "frozen": None if task.settings.save_frozen else frozen_check_sum(task.module)}
-        store.write(step, task, {"optimizer": task.optimizer.state_dict(), "scaler": scaler.state_dict()},
-                    task.weights(), average, {TRAINER_STATE: state, DATA_STATE: []})
-        store.finish()

@@ -23,6 +23,7 @@ class Task:
         name: prefix of console lines and of the files NAME.log.jsonl and NAME.done.json.
         module: everything that is trained and saved; optimizer: trains (some of) its parameters.
         meter: how the numbers of steps become a log line.
+        first_step: steps of an earlier run, of another format, whose weights and optimiser the task holds already.
         parallel: whether several processes may train it.
         averages: the loss of a step is the mean of its micro-steps' losses; else their sum.
         ddp_options: options of DistributedDataParallel.
@@ -34,6 +35,7 @@ class Task:
     module: nn.Module
     optimizer: Any
     meter: Meter
+    first_step: int = 0
     parallel: bool = True
     averages: bool = True
     ddp_options: Mapping[str, Any] = {}

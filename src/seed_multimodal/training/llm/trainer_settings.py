@@ -6,6 +6,7 @@ are refused with the nearest known one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class TrainerSettings:
     max_steps: int = setting(1000, least=1)
     gradient_accumulation_steps: int = setting(1, least=1)
     precision: str = setting("bf16", choices=PRECISIONS)
-    max_grad_norm: float = setting(1.0, least=0)
+    max_grad_norm: float = setting(1.0, least=0, most=math.inf)
     loss_average: str | None = setting(None, choices=("tokens", "batch"))
     loss_kernel: str = "auto"
     text_weight: float = setting(1.0, least=0)
