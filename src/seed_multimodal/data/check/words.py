@@ -1,4 +1,4 @@
-"""Control words written out in texts (`</s>`, `<img>`, `<img_00012>`): `pretrain.*` and `sft.*` make real tokens of them.
+"""Control words written out in texts (`</s>`, `<img>`, `<img_00012>`), of which most decoders make real tokens.
 
 That is the released behaviour and no error: a page about HTML may strike out words with `<s>`, a caption may end in
 `</s>`. But each of them ends a text or opens a picture, so the check warns of them.

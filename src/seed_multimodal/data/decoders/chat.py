@@ -41,8 +41,6 @@ class Chat(Decoder):
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        """See `Chat`."""
-
         template: str = setting("vicuna", choices=tuple(TEMPLATES))
         answers: str = setting("every", choices=ANSWERS)
         system_message: str = ""

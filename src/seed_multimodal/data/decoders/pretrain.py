@@ -1,12 +1,10 @@
-"""Decoders of the pretraining data: captions, interleaved documents, clips, text, edits, retrieved neighbours.
+"""Decoders of the pretraining data: captions, interleaved documents, clips, text, edits.
 
     pretrain.caption        <s>[picture]caption</s>  or  <s>caption[picture]</s>       everything learned
     pretrain.interleaved    <s>texts and pictures in the order of the document</s>     everything learned
     pretrain.video          <s>[frame][frame][frame][frame]caption</s>                 caption learned
     pretrain.text           <s>text</s>                                                everything learned
     pretrain.edit           <s>[source]instruction[target]</s>                         target learned
-    pretrain.retrieval      <s>pair pair pair</s>, the pairs all one way round         everything learned but <s>
-    pretrain.caption_eval   <s>[picture]caption[picture]caption[picture]prompt         nothing (a prompt)
 """
 
 from __future__ import annotations
@@ -58,8 +56,6 @@ class Caption(Decoder):
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        """See `Caption`."""
-
         reverse_ratio: float = setting(0.5, least=-1, most=1)
         mask_left_label: bool = False
         use_caption_in_metadata: bool = False
@@ -146,8 +142,6 @@ class Interleaved(Decoder):
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        """See `Interleaved`."""
-
         reverse_ratio: float = setting(0.5, least=-1, most=1)
         max_images: int | None = setting(None, least=1)
 
@@ -206,8 +200,6 @@ class Video(Decoder):
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        """See `Video`."""
-
         num_frames: int = setting(4, least=1)
         flat: bool = True
 
@@ -258,81 +250,3 @@ class Edit(Decoder):
         # As released: counted on the instruction alone, so blanks lost next to the picture hide `<img>` too.
         hidden = 1 + self.vocabulary.image_length + len(self.tokenizer.encode(instruction))
         return Draft([Span([source, instruction, target])], {"filter_flag": True}, whole=True, unlearned=hidden)
-
-
-class Retrieval(Decoder):
-    """A picture-caption pair, and the pairs that were found to be like it.
-
-    Fields: `image_ids`, `text`, `context` (a list of records with `image_ids` and `text`).
-
-    Options:
-        reverse_ratio: share of samples with the pictures first.
-        max_images: pairs taken (None: all); with random_num_images, a number drawn from min_images to max_images.
-        mask_left_label: the left half of each pair is not learned.
-    """
-
-    name = "pretrain.retrieval"
-    needs = {"image_ids": PICTURE, "text": TEXT, "context": LIST}
-
-    @dataclass(frozen=True)
-    class Options(DecoderOptions):
-        """See `Retrieval`."""
-
-        reverse_ratio: float = setting(0.5, least=-1, most=1)
-        mask_left_label: bool = False
-        random_num_images: bool = False
-        min_images: int = setting(1, least=1)
-        max_images: int | None = setting(None, least=1)
-
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        context = self.list_of(fields, "context")
-        if not all(isinstance(one, Mapping) for one in context):
-            raise BadRecord("wrong type", "context: must be a list of records with image_ids and text.")
-        number = self.options.max_images
-        if self.options.random_num_images:
-            least = self.options.min_images
-            number = draws.randint(least, max(least, number or 1 + len(context)))
-        if number is None or number > 1:
-            draws.shuffle(context)
-        chosen = [{key: fields.get(key) for key in ("text", "image_ids")}, *context][:number]
-        image_first = draws.uniform() < self.options.reverse_ratio
-        spans: list[Span] = []
-        for pair in chosen:
-            halves: list[Part] = [self.picture(pair, draws, read=image_first), self.text(pair, "text")]
-            left, right = halves if image_first else halves[::-1]
-            spans += [Span([left], learned=not self.options.mask_left_label), Span([right])]
-        return Draft(spans, {"text": json.dumps(chosen), "filter_flag": True})
-
-
-class CaptionEval(Decoder):
-    """The prompt of the released captioning evaluation: nothing is learned, no `</s>`.
-
-    Fields: `image_ids`, `context` (captioned pictures to imitate), `metadata.image_id`.
-    Options: num_context (how many of them), caption_prompt (what the caption is to begin with).
-    """
-
-    name = "pretrain.caption_eval"
-    needs = {"image_ids": PICTURE, "context": LIST, "metadata": OBJECT}
-    reads_pictures = False
-
-    @dataclass(frozen=True)
-    class Options(DecoderOptions):
-        """See `CaptionEval`."""
-
-        num_context: int = setting(2, least=0)
-        caption_prompt: str = ""
-
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        shots = self.list_of(fields, "context")[:self.options.num_context] if self.options.num_context else []
-        parts: list[Part] = []
-        for shot in shots:
-            if not isinstance(shot, Mapping):
-                raise BadRecord("wrong type", "context: must be a list of records with image_ids and text.")
-            parts += [self.picture(shot, draws, read=False), self.text(shot, "text")]
-        parts += [self.picture(fields, draws, read=False), self.options.caption_prompt]
-        metadata = fields.get("metadata")
-        if not isinstance(metadata, Mapping) or "image_id" not in metadata:
-            raise BadRecord("missing key", "metadata: holds no image_id.")
-        return Draft([Span(parts, learned=False)], {"image_id": metadata["image_id"], "filter_flag": True}, end=False)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seed_multimodal.settings import nearest
-from seed_multimodal.data.decoders import pretrain, sft, turns
+from seed_multimodal.data.decoders import pretrain, pretrain_context, sft, sft_dialogues, turns
 from seed_multimodal.data.decoders.base import Decoder
 from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.data.decoders.sequence import Draws
@@ -24,11 +24,11 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 __all__ = ["DECODERS", "Decoder", "get_decoder", "guess_decoder", "some_picture"]
 
 DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
-    pretrain.Caption, pretrain.Interleaved, pretrain.Video, pretrain.Text, pretrain.Edit, pretrain.Retrieval,
-    pretrain.CaptionEval, turns.VisualQuestion, turns.TextConversation,
-    sft.QuestionAnswer, sft.Edit, sft.Story, sft.Difference, sft.Conversation, sft.Video, sft.VideoConversation,
-    sft.MultiEdit, sft.Interleaved, turns.VisualQuestionTuned, turns.TextConversationTuned, Chat)}
-
+    pretrain.Caption, pretrain.Interleaved, pretrain.Video, pretrain.Text, pretrain.Edit, pretrain_context.Retrieval,
+    pretrain_context.CaptionEval, turns.VisualQuestion, turns.TextConversation,
+    sft.QuestionAnswer, sft.Edit, sft.Story, sft.Difference, sft_dialogues.Conversation, sft_dialogues.Video,
+    sft_dialogues.VideoConversation, sft.MultiEdit, sft.Interleaved, turns.VisualQuestionTuned,
+    turns.TextConversationTuned, Chat)}
 
 # In the order of guessing: the first that fits. The others need the same fields as one of these.
 GUESSED = ("chat", "sft.edit", "sft.story", "sft.multi_edit", "pretrain.retrieval", "pretrain.interleaved",

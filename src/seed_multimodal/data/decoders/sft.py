@@ -43,7 +43,9 @@ class Reversible(DecoderOptions):
     reverse_ratio: float = setting(0.0, least=-1, most=1)
 
 
-class _Tuned(Decoder):
+class Tuned(Decoder):
+    """What the decoders of this module share."""
+
     without_effect: ClassVar[Sequence[str]] = ("reverse_ratio", "caption_prompt")
 
     def answer(self, fields: Mapping[str, Any], name: str) -> str:
@@ -60,7 +62,7 @@ class _Tuned(Decoder):
                             f"image_ids: holds {len(pictures)} pictures, but {what} tell of {wanted}.")
 
 
-class QuestionAnswer(_Tuned):
+class QuestionAnswer(Tuned):
     """A question about a picture, or a request to draw it.
 
     Fields: `image_ids` (or `views`), and `question` + `answer`, or `text` alone (only to draw from).
@@ -90,7 +92,7 @@ class QuestionAnswer(_Tuned):
         return Draft([user(request, first=True), Span([phrases.DRAW_RESPONSES[number], picture])])
 
 
-class Edit(_Tuned):
+class Edit(Tuned):
     """A picture and what to change, answered with a sentence and the changed picture.
 
     Fields: `source_image_ids`, `target_image_ids`, `instruction` (or `instruction_gpt`), optional `response`.
@@ -112,7 +114,7 @@ class Edit(_Tuned):
         return Draft([user(source, instruction, first=True), Span([response, target])])
 
 
-class MultiEdit(_Tuned):
+class MultiEdit(Tuned):
     """One change after the other, all answered with the same sentence.
 
     Fields: `image_ids` (one picture more than instructions), `instruction0`, `instruction1`, …
@@ -141,7 +143,7 @@ class MultiEdit(_Tuned):
         return Draft(spans)
 
 
-class Story(_Tuned):
+class Story(Tuned):
     """Pictures with captions that follow each other.
 
     Fields: `image_ids` (one per caption), `caption0`, `caption1`, …
@@ -181,7 +183,7 @@ class Story(_Tuned):
         return Draft(spans)
 
 
-class Difference(_Tuned):
+class Difference(Tuned):
     """A question about two pictures, told apart by a sentence before or after each (a coin's flip).
 
     Fields: `image_ids` (two pictures), `question`, `answer`.
@@ -227,97 +229,7 @@ class Difference(_Tuned):
         return text
 
 
-class Conversation(_Tuned):
-    """Questions and answers about one picture.
-
-    Fields: `image_ids` (or `views`), `question` ("Question: … Question: …"), `answer` ("Answer: … Answer: …").
-    """
-
-    name = "sft.conversation"
-    needs = {"image_ids": PICTURE, "question": TEXT, "answer": TEXT}
-
-    @classmethod
-    def fits(cls, fields: Mapping[str, Any], several: bool | None) -> bool:
-        """See `Decoder`: texts with the markers, about one picture."""
-        return (not cls.missing(fields) and not several and "Question: " in str(fields["question"])
-                and "Answer: " in str(fields["answer"]))
-
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        asked, said = self.marked(fields, "question", "Question: "), self.marked(fields, "answer", "Answer: ")
-        if phrases.NO_DIALOGUE in fields["question"]:
-            return Draft(dropped=NO_DIALOGUE if self.validate else "")
-        pictures: list[Part] = self.seen(fields, draws)
-        spans: list[Span] = []
-        for question, answer in zip(asked, said, strict=False):
-            spans += [user(*pictures, question, first=not spans), Span([self.ended(answer)])]
-            pictures = []
-        return Draft(spans)
-
-    def marked(self, fields: Mapping[str, Any], name: str, marker: str) -> list[str]:
-        """What follows each marker; validation refuses a text without one."""
-        value = self.text(fields, name)
-        found = [piece.strip() for piece in value.split(marker)[1:]]
-        if self.validate and not found:
-            raise BadRecord("no markers", f"{name}: has no {marker.strip()!r} marker, so there is no turn in it.")
-        return found
-
-    def seen(self, fields: Mapping[str, Any], draws: Draws) -> list[Part]:
-        """The pictures of the first question."""
-        return [self.picture(fields, draws, read=True)]
-
-    def ended(self, answer: str) -> str:
-        """An answer as it is learned."""
-        return with_full_stop(answer)
-
-
-class VideoConversation(Conversation):
-    """Questions and answers about a clip; there must be as many of the ones as of the others.
-
-    Fields: as `Conversation`, `image_ids` being the frames one after the other.
-    """
-
-    name = "sft.video_conversation"
-    needs = {"image_ids": PICTURES, "question": TEXT, "answer": TEXT}
-
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        asked, said = self.marked(fields, "question", "Question: "), self.marked(fields, "answer", "Answer: ")
-        if len(asked) != len(said):
-            raise BadRecord("turns", f"answer: holds {len(said)} answers to {len(asked)} questions.")
-        return super().draft(fields, draws)
-
-    def seen(self, fields: Mapping[str, Any], draws: Draws) -> list[Part]:
-        """The frames."""
-        return [*self.pictures(fields, draws, read=True)]
-
-    def ended(self, answer: str) -> str:
-        """Answers stay as they are here."""
-        return answer
-
-
-class Video(_Tuned):
-    """A question about a clip. Fields: `image_ids` (frames one after the other), `question`, `answer`."""
-
-    name = "sft.video"
-    needs = {"image_ids": PICTURES, "question": TEXT, "answer": TEXT}
-
-    @classmethod
-    def fits(cls, fields: Mapping[str, Any], several: bool | None) -> bool:
-        """See `Decoder`: several pictures."""
-        return not cls.missing(fields) and several is True
-
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        frames = self.pictures(fields, draws, read=True)
-        if self.validate and not frames:
-            raise BadRecord("number of frames", "image_ids: holds no frame.")
-        question = self.text(fields, "question").strip()
-        answer = self.answer(fields, "answer").replace(phrases.VIDEO_ARTEFACT, "").strip()
-        return Draft([user(*frames, question, first=True), Span([with_full_stop(answer)])])
-
-
-class Interleaved(_Tuned):
+class Interleaved(Tuned):
     """A request and a response in which pictures are written out by the names of their codes.
 
     Fields: `instruction`, `response`.

@@ -29,8 +29,6 @@ class _Turns(Decoder):
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        """See `TextConversation`."""
-
         roles: tuple[str, str] = (USER[:-1], ASSISTANT[:-1])
         sep: str = "\n"
         system_message: str = ""

@@ -161,8 +161,8 @@ def _samples(path: Path, report: ShardReport, skip_bad: bool) -> Iterator[tuple[
                     raise
                 report.skipped.append(str(error))
     except Damaged as error:
-        raise DataError(f"{path}: torn or damaged {f'after sample {key}' if key else 'in its first sample'} ({error}).") \
-            from None
+        after = f"after sample {key}" if key else "in its first sample"
+        raise DataError(f"{path}: torn or damaged {after} ({error}).") from None
     finally:
         files.close()
 

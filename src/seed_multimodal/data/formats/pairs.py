@@ -184,7 +184,8 @@ class NanoPairs:
         record = self._records[index]
         image = record.members["webp"]
         assert not isinstance(image, Place)
-        return Pair(record.key, f"{self.folder}: {record.key}", image, _captions(record.fields, "captions", record.where))
+        captions = _captions(record.fields, "captions", record.where)
+        return Pair(record.key, f"{self.folder}: {record.key}", image, captions)
 
 
 FORMATS: dict[str, Callable[..., PairSource]] = {"json": JsonPairs, "webdataset": TarPairs, "nano": NanoPairs}
@@ -226,7 +227,7 @@ def _captions(item: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 
 def _whole_letters(text: str) -> str:
-    """The text with `?` for half a surrogate pair, in which captions cut in an emoji end and which no tokenizer takes."""
+    """The text with `?` for half a surrogate pair: captions cut inside an emoji end in one, and no tokenizer takes it."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -145,5 +145,5 @@ def find_image(path: str, root: str | Path | None = None, beside: str | Path | N
 def _is_file(place: Path) -> bool:
     try:
         return place.is_file()
-    except (OSError, ValueError):  # a name too long for a file, such as a picture as base64; a closed folder; a null byte
+    except (OSError, ValueError):  # a name too long, such as a picture as base64; a closed folder; a null byte
         return False

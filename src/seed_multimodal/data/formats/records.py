@@ -56,8 +56,8 @@ class JsonTar(TarFile):
         known, pickled = self.has("json"), self.has("pickle")
         if (pickled & ~known).any():
             key = self.index[1][int((pickled & ~known).argmax())]
-            raise BadRecord("pickled", f"{self.path}: sample {key} is a pickle, which may hold code; convert the shards "
-                            f"once: seed data convert {self.path} --out FOLDER.")
+            raise BadRecord("pickled", f"{self.path}: sample {key} is a pickle, which may hold code; convert the "
+                            f"shards once: seed data convert {self.path} --out FOLDER.")
         if len(known) and not known.any():
             raise BadRecord("missing member", f"{self.path}: none of its {len(known)} samples has a .json member.")
         return super().sizes
