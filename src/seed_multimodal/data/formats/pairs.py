@@ -227,7 +227,7 @@ def _captions(item: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 
 def _whole_letters(text: str) -> str:
-    """The text with `?` for half a surrogate pair: captions cut inside an emoji end in one, and no tokenizer takes it."""
+    """The text with `?` for half a surrogate pair: what captions cut in an emoji end in, and no tokenizer takes."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
