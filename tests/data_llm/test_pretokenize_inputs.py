@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoding, itera
 from seed_multimodal.data.pretokenize.encode import build_transform
 from seed_multimodal.data.pretokenize.input_settings import InputSettings, parse_fields, read_input_settings
 from seed_multimodal.data.pretokenize.kinds import KINDS, get_kind
-from seed_multimodal.data.pretokenize.pictures import drop_reason, filters_of, middles, view
+from seed_multimodal.data.pretokenize.pictures import middles, view
 from seed_multimodal.data.pretokenize.units import list_units, unit_records
 from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.images.filters import ImageTextFilter
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 
@@ -161,7 +163,7 @@ def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
             (tmp_path / f"{number}.txt").write_text(f"picture {number}\n")
     entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path)))]
     assert entries[0].dropped == "no text"
-    assert [entry.parsed["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
+    assert [entry.record["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
 
 
 def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
@@ -172,14 +174,14 @@ def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
     write_shard(tmp_path / "a.tar", samples)
     settings = InputSettings(files=str(tmp_path / "a.tar"))
     entries = [entry for entry, _ in parse("caption", settings)]
-    assert entries[0].parsed == {"text": "a text", "metadata": {"top_caption": "a top", "n": 1}}
-    assert entries[1].parsed["text"] == "only json"
+    assert entries[0].record["text"] == "a text" and entries[0].record["metadata"] == {"top_caption": "a top", "n": 1}
+    assert entries[1].record["text"] == "only json"
     assert [entry.dropped for entry in entries[2:4]] == ["no picture", "no text"]
     for entry, words in zip(entries[4:], ("not UTF-8", "truncated or damaged", "is not json"), strict=True):
         assert words in entry.bad and f"a.tar: sample 00{entry.number}" in entry.bad
     settings.use_caption_in_metadata = True
     entries = [entry for entry, _ in parse("caption", settings)]
-    assert entries[0].parsed["text"] == "a top" and entries[1].dropped == "no text"
+    assert entries[0].record["text"] == "a top" and entries[1].dropped == "no text"
 
 
 def test_a_torn_tar_gives_what_is_whole(tmp_path, jpeg):
@@ -200,14 +202,14 @@ def test_two_samples_of_one_name_are_named_not_merged(tmp_path, jpeg):
             info.size = len(value)
             tar.addfile(info, io.BytesIO(value))
     entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path / "a.tar")))]
-    assert [entry.parsed.get("text") for entry in entries] == ["zero", None, "three"]
+    assert [entry.record.get("text") for entry in entries] == ["zero", None, "three"]
     assert "a.tar: sample 1 has two .txt members." in entries[1].bad
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path, jpeg):
     write_shard(tmp_path / "a.tar", [("0", {"jpg": jpeg(0), "txt": b"\xef\xbb\xbfwords\r\n"})])
     (entry, _), = parse("caption", InputSettings(files=str(tmp_path / "a.tar")))
-    assert entry.parsed["text"] == "words"
+    assert entry.record["text"] == "words"
 
 
 def test_workers_give_the_same_in_the_same_order(tmp_path, jpeg):
@@ -229,14 +231,14 @@ def test_equal_pictures_of_a_task_are_read_once(tmp_path, jpeg):
 
 
 def test_filters_name_their_reason():
-    filters = filters_of(InputSettings(files="x", similarity_thr=0.25, min_resolution=180, min_aspect_ratio=0.55))
-    assert drop_reason(filters, (179, 400), {"similarity": 0.1}) == "resolution"
-    assert drop_reason(filters, (180, 400), {"similarity": 0.1}) == "aspect ratio"
-    assert drop_reason(filters, (400, 219), {}) == "aspect ratio" and drop_reason(filters, (400, 220), {}) is None
-    assert drop_reason(filters, (200, 200), {"similarity": 0.24}) == "similarity"
-    assert drop_reason(filters, (200, 200), {"all_similarities": [0.1, 0.3], "similarity": 0.1}) is None
-    assert drop_reason(filters, (200, 200), {}) is None
-    assert drop_reason(filters_of(InputSettings(files="x")), (1, 900), {"similarity": -1}) is None
+    reason = ImageTextFilter(similarity=0.25, min_resolution=180, min_aspect=0.55).drop_reason
+    assert reason((179, 400), {"similarity": 0.1}) == "resolution"
+    assert reason((180, 400), {"similarity": 0.1}) == "aspect ratio"
+    assert reason((400, 219), {}) == "aspect ratio" and reason((400, 220), {}) == ""
+    assert reason((200, 200), {"similarity": 0.24}) == "similarity" == reason((200, 200), {"similarity": math.nan})
+    assert reason((200, 200), {"all_similarities": [0.1, 0.3], "similarity": 0.1}) == "" == reason((200, 200), {})
+    off = ImageTextFilter(None, None, None)
+    assert off.drop_reason((1, 900), {"similarity": -1}) == "" and not off.active
 
 
 def test_transforms_and_processors(tmp_path):

@@ -13,15 +13,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ImageTextFilter:
-    """Thresholds of the keep rule.
+    """Thresholds of the keep rule; None: not looked at.
 
     `similarity`: least caption similarity; `min_resolution`: least shorter side in pixels; `min_aspect`: height / width
     must lie in [min_aspect, 1 / min_aspect].
     """
 
-    similarity: float = 0.2
-    min_resolution: int = 180
-    min_aspect: float = 0.666
+    similarity: float | None = 0.2
+    min_resolution: float | None = 180
+    min_aspect: float | None = 0.666
+
+    @property
+    def active(self) -> bool:
+        """Whether it drops anything."""
+        return any(limit is not None for limit in (self.similarity, self.min_resolution, self.min_aspect))
 
     def keeps(self, item: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
         """Whether a decoded sample stays.
@@ -32,15 +37,18 @@ class ImageTextFilter:
         """
         if "pixel_values" not in item or "text" not in item or not item.get("filter_flag", True):
             return False
-        size = picture_size(item, metadata)
+        return not self.drop_reason(picture_size(item, metadata), metadata)
+
+    def drop_reason(self, size: tuple[float, float] | None, metadata: Mapping[str, Any]) -> str:
+        """Why a picture of `size` (width, height) with this metadata is not wanted; "": it is."""
         if size is not None:
             width, height = size
-            if min(width, height) < self.min_resolution or min(width, height) <= 0:
-                return False
-            if not self.min_aspect <= height / width <= 1 / self.min_aspect:
-                return False
-        similarity = caption_similarity(metadata)
-        return similarity is None or similarity >= self.similarity
+            if self.min_resolution is not None and (min(size) < self.min_resolution or min(size) <= 0):
+                return "resolution"
+            if self.min_aspect is not None and not self.min_aspect <= height / width <= 1 / self.min_aspect:
+                return "aspect ratio"
+        similarity = caption_similarity(metadata) if self.similarity is not None else None
+        return "" if similarity is None or similarity >= self.similarity else "similarity"
 
 
 def picture_size(item: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[float, float] | None:

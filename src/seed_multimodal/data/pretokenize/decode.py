@@ -24,11 +24,12 @@ from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.tar import OpenFiles
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.kinds import Kind
-from seed_multimodal.data.pretokenize.pictures import drop_reason, filters_of, view
-from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample
+from seed_multimodal.data.pretokenize.pictures import Picture, view
+from seed_multimodal.data.pretokenize.samples import Dropped, Sample
 from seed_multimodal.data.pretokenize.units import Unit, unit_records
 from seed_multimodal.data.stream.loader import StepLoader
 from seed_multimodal.errors import DataError, ImageError
+from seed_multimodal.images.filters import ImageTextFilter
 from seed_multimodal.images.transforms import ImageTransform
 
 TASK = 32  # samples a worker decodes at a time
@@ -51,10 +52,10 @@ class Task:
 
 @dataclass
 class DecodedSample:
-    """A sample as decoded: what its kind parsed and the rows of its pictures' views; or why there is nothing of it."""
+    """A sample as decoded: its record with slots and the rows of its pictures' views; or why there is nothing of it."""
 
     number: int
-    parsed: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
     rows: list[list[int] | None] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)  # optional pictures that cannot be read, and why
     bad: str = ""
@@ -83,7 +84,7 @@ class TaskDecoder:
         self.kind, self.settings, self.transform = kind, settings, transform
         self.views, self.seed = views if kind.views else 1, seed
         self._keys = kind.keys(settings.fields)
-        self._filters = filters_of(settings)
+        self._filter = ImageTextFilter(settings.similarity_thr, settings.min_resolution, settings.min_aspect_ratio)
         self._files = OpenFiles()
 
     def enter_worker(self) -> None:
@@ -104,14 +105,14 @@ class TaskDecoder:
         known = len(rows.names)
         try:
             sample = Sample(record, self._files, self.settings.image_root)
-            parsed, pictures = self.kind.parse(sample, self.settings, self._keys)
-            metadata = parsed.get("metadata", sample.fields)
+            made, pictures = self.kind.parse(sample, self.settings, self._keys)
+            metadata = made.get("metadata", sample.fields)
             lost: list[str] = []
             found = [self._add(picture, metadata, rows, f"{record.where} {place}", lost)
                      for place, picture in enumerate(pictures)]
             if lost and not any(found):
                 raise ImageError(f"{lost[0].removesuffix('.')}; none of its pictures can be read.")
-            return DecodedSample(number, parsed, found, lost)
+            return DecodedSample(number, made, found, lost)
         except Dropped as reason:
             rows.cut(known)
             return DecodedSample(number, dropped=str(reason))
@@ -123,7 +124,7 @@ class TaskDecoder:
         """The rows of a picture's views; None for an optional picture that cannot be read, which goes to `lost`."""
         names = [f"{picture.key}#{number}" if picture.key else ""
                  for number in range(self.views if picture.read else 1)]
-        if not self._filters and all(one in rows.places for one in names):
+        if not self._filter.active and all(one in rows.places for one in names):
             return [rows.places[one] for one in names]
         try:
             image = picture.load()
@@ -132,8 +133,11 @@ class TaskDecoder:
                 raise
             lost.append(str(error))
             return None
-        reason = drop_reason(self._filters, image.size, metadata, picture.name)
-        if reason is not None:
+        try:
+            reason = self._filter.drop_reason(image.size, metadata if isinstance(metadata, dict) else {})
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{picture.name}: its metadata holds no numbers where the filters look ({error}).") from None
+        if reason:
             raise Dropped(reason)
         small = self.transform.resize(image)
         return [rows.add(view(small, number, self.seed, picture.key or name), one)

@@ -10,36 +10,31 @@
 | interleaved | `image_ids`, `texts` (parallel, None where the other is), `metadata`; or `instruction`, `response` |
 | chat | `messages` |
 
-With several views of a picture, caption and qa records also have `views`, whose first is the picture itself.
+With several views of a picture, caption and qa records also have `views`, whose first is the picture itself; in chats
+pictures of the user have them (a decoder draws one), pictures of the assistant, which the model learns to draw, do not.
 
-A kind reads a sample in a decode worker (`parse`: which pictures, which texts) and makes the record of the codes in
-the process that encodes (`record`).
+A kind reads a sample, in a decode worker, as the record it becomes with `Slot`s where codes will stand, and the
+pictures to encode; `slots.filled` puts the codes in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from seed_multimodal.settings import check_keys, nearest
-from seed_multimodal.data.pretokenize.documents import FIELDS as DOCUMENT_FIELDS
-from seed_multimodal.data.pretokenize.documents import (
-    conversation_record,
-    document_record,
-    parse_conversation,
-    parse_document,
-)
-from seed_multimodal.data.pretokenize.pictures import frames
-from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample
-from seed_multimodal.data.pretokenize.input_settings import InputSettings
+from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.pretokenize.input_settings import InputSettings
+from seed_multimodal.data.pretokenize.pictures import Picture, frames
+from seed_multimodal.data.pretokenize.samples import Dropped, Sample
+from seed_multimodal.data.pretokenize.slots import Joined, Slot
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.prompts import DESCRIBE_VIDEO_PROMPT
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
-from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.settings import check_keys, nearest
 
-Codes = list[list[list[int]] | None]  # of each picture its views; None: an optional picture that could not be read
 Parsed = tuple[dict[str, Any], list[Picture]]
 
 
@@ -48,8 +43,7 @@ class Kind:
     """One kind of records.
 
     Args:
-        parse: (sample, settings, keys by what they hold) -> what the record is made of, and its pictures.
-        record: (what `parse` gave, codes of the pictures, vocabulary) -> the record.
+        parse: (sample, settings, keys by what they hold) -> the record with `Slot`s, and its pictures.
         fields: keys of the input by what they hold; `ask`: a fixed question, `suffix`: put behind each question.
         presets: other such mappings by name; `default` is merged unless a preset is named.
         views: whether several views of a picture can be written.
@@ -57,7 +51,6 @@ class Kind:
 
     name: str
     parse: Callable[[Sample, InputSettings, Mapping[str, str]], Parsed]
-    record: Callable[[dict[str, Any], Codes, ImageVocabulary], dict[str, Any]]
     fields: dict[str, str]
     presets: dict[str, dict[str, str]] = field(default_factory=dict)
     default: str = ""
@@ -91,17 +84,6 @@ def get_kind(name: str) -> Kind:
     return KINDS[name]
 
 
-def one(codes: list[list[int]] | None) -> list[int]:
-    """The codes of a picture that must be there: of the picture itself, its first view."""
-    assert codes is not None
-    return codes[0]
-
-
-def flat(codes: Codes) -> list[int]:
-    """The codes of pictures one after the other."""
-    return [code for picture in codes for code in one(picture)]
-
-
 # ---- caption
 
 
@@ -120,16 +102,11 @@ def _parse_caption(sample: Sample, settings: InputSettings, keys: Mapping[str, s
         raise Dropped("no text")
     metadata = sample.fields if data is not None else {
         key: sample.fields[key] for key in ("image_id", "id") if key in sample.fields}
-    return {"text": text, "metadata": metadata}, [sample.picture(value)]
+    return {**_one_picture(), "text": text, "metadata": metadata}, [sample.picture(value)]
 
 
-def _caption(parsed: dict[str, Any], codes: Codes, vocabulary: ImageVocabulary) -> dict[str, Any]:
-    return {"image_ids": one(codes[0]), **_views(codes), **parsed}
-
-
-def _views(codes: Codes) -> dict[str, Any]:
-    """`views` where a record's one picture has several."""
-    return {"views": codes[0]} if len(codes) == 1 and len(codes[0] or ()) > 1 else {}
+def _one_picture() -> dict[str, Any]:
+    return {"image_ids": Slot((0,)), "views": Slot((0,), "views")}
 
 
 # ---- qa, video
@@ -152,17 +129,18 @@ def _parse_qa(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) 
     several = value if isinstance(value, list) else [value]
     if not several:
         raise BadRecord("missing key", f"{sample.where}: its list of pictures is empty.")
-    return texts, [sample.picture(picture, read=len(several) == 1) for picture in several]
+    if len(several) == 1:
+        return {**_one_picture(), **texts}, [sample.picture(several[0])]
+    return {"image_ids": Slot(tuple(range(len(several)))), **texts}, [
+        sample.picture(picture, read=False) for picture in several]
 
 
 def _parse_video(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
     answer, question = sample.text(keys["answer"]), _question(sample, keys, required=False)
     texts = {"answer": answer} if question is None else {"question": question, "answer": answer}
-    return texts, frames(sample, str(sample.text(keys["video"])), settings.num_frames)
-
-
-def _flat(parsed: dict[str, Any], codes: Codes, vocabulary: ImageVocabulary) -> dict[str, Any]:
-    return {"image_ids": flat(codes), **_views(codes), **parsed}
+    name, count = str(sample.text(keys["video"])), settings.num_frames
+    pictures = frames(sample.path(name), f"{sample.where}: {name}", count)
+    return {"image_ids": Slot(tuple(range(count))), **texts}, pictures
 
 
 # ---- edit, story
@@ -174,12 +152,9 @@ def _parse_edit(sample: Sample, settings: InputSettings, keys: Mapping[str, str]
     if "instruction" not in found and not {"instruction_gpt", "response"} <= found.keys():
         raise BadRecord("missing key", f"{sample.where}: has no text under {keys['instruction']!r}, nor under both "
                         f"{keys['instruction_gpt']!r} and {keys['response']!r}.")
-    return found, [sample.picture(sample.fields.get(keys["source"])),
-                   sample.picture(sample.fields.get(keys["target"]), read=False)]
-
-
-def _edit(parsed: dict[str, Any], codes: Codes, vocabulary: ImageVocabulary) -> dict[str, Any]:
-    return {"source_image_ids": one(codes[0]), "target_image_ids": one(codes[1]), **parsed}
+    return {"source_image_ids": Slot((0,)), "target_image_ids": Slot((1,)), **found}, [
+        sample.picture(sample.fields.get(keys["source"])),
+        sample.picture(sample.fields.get(keys["target"]), read=False)]
 
 
 def _parse_story(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
@@ -192,7 +167,8 @@ def _parse_story(sample: Sample, settings: InputSettings, keys: Mapping[str, str
                         f"where {wanted} of each belong{keys_there}.")
     if not all(isinstance(text, str) for text in captions):
         raise BadRecord("wrong type", f"{sample.where}: one of its {keys['captions']!r} is no text.")
-    return {"captions": captions}, [sample.picture(picture) for picture in pictures]
+    texts = {f"caption{number}": text for number, text in enumerate(captions)}
+    return {"image_ids": Slot(tuple(range(wanted))), **texts}, [sample.picture(picture) for picture in pictures]
 
 
 def _listed(sample: Sample, key: str, count: int | None) -> list[Any]:
@@ -208,25 +184,99 @@ def _listed(sample: Sample, key: str, count: int | None) -> list[Any]:
     return found
 
 
-def _story(parsed: dict[str, Any], codes: Codes, vocabulary: ImageVocabulary) -> dict[str, Any]:
-    return {"image_ids": flat(codes), **{f"caption{n}": text for n, text in enumerate(parsed["captions"])}}
+# ---- interleaved, chat
+
+
+def _parse_interleaved(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
+    """A document, pictures and texts in turn, or an instruction and its response with `<image>` where a picture stands.
+
+    A picture of a document that cannot be read is left out with its place, as released; one of an instruction is not.
+    """
+    images = sample.fields.get(keys["images"])
+    if not isinstance(images, list):
+        raise BadRecord("missing key", f"{sample.where}: has no list of pictures under {keys['images']!r} "
+                        f"({sample.keys()}).")
+    if keys["instruction"] in sample.fields:
+        texts = {name: str(sample.text(keys[name])) for name in ("instruction", "response")}
+        count = sum(text.count(PLACEHOLDER) for text in texts.values())
+        if count != len(images):
+            raise BadRecord("images and placeholders", f"{sample.where}: {count} {PLACEHOLDER} placeholders for "
+                            f"{len(images)} pictures.")
+        numbers = iter(range(count))
+        return ({name: _with_pictures(text, numbers) for name, text in texts.items()},
+                [sample.picture(image) for image in images])
+    words = sample.fields.get(keys["texts"])
+    if not isinstance(words, list) or len(words) != len(images):
+        raise BadRecord("images and texts", f"{sample.where}: {keys['images']!r} and {keys['texts']!r} must be lists "
+                        "of one length, with None where the other stands.")
+    for place, (image, text) in enumerate(zip(images, words, strict=True)):
+        if (image is None) == (text is None) or not isinstance(text, str | None):
+            raise BadRecord("images and texts", f"{sample.where}: place {place} must hold a picture or a text.")
+    pictures = [sample.picture(image, optional=True) for image in images if image is not None]
+    if not pictures:
+        raise Dropped("no picture")
+    numbers = iter(range(len(pictures)))
+    slots = [None if image is None else next(numbers) for image in images]
+    metadata = sample.fields.get("metadata")
+    return {"image_ids": [None if one is None else Slot((one,)) for one in slots],
+            "texts": [text if one is None else Slot((one,), "none") for one, text in zip(slots, words, strict=True)],
+            "metadata": {} if metadata is None else metadata}, pictures
+
+
+def _with_pictures(text: str, numbers: Iterator[int]) -> Joined:
+    """The text with the next pictures in place of its placeholders."""
+    first, *others = text.split(PLACEHOLDER)
+    return Joined((first, *(piece for other in others for piece in (next(numbers), other))))
+
+
+def _parse_chat(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
+    fields = sample.fields
+    data = sample.picture_member()
+    if data is not None:  # a tar of pictures with their conversation
+        fields = {**fields, "image": data}
+    if _has_own_pictures(fields):
+        fields = {key: fields[key] for key in ("messages", "system") if key in fields}  # its pictures stand in place
+    found = with_messages(fields, sample.where)
+    if "messages" not in found:
+        have = ", ".join(sorted(map(str, fields))[:8]) or "no keys"
+        raise BadRecord("missing key", f"{sample.where}: is no conversation (it has {have}).")
+    pictures: list[Picture] = []
+    messages = []
+    for message in found["messages"]:
+        content: list[Any] = []
+        for part in message["content"]:
+            if isinstance(part, Mapping) and "image" in part:
+                content.append({"codes": Slot((len(pictures),), "codes or views")})
+                pictures.append(sample.picture(part["image"], read=message["role"] == "user"))
+            else:
+                content.append(part)
+        messages.append({"role": message["role"], "content": content})
+    return {"messages": messages, **({"system": found["system"]} if found.get("system") else {})}, pictures
+
+
+def _has_own_pictures(fields: Mapping[str, Any]) -> bool:
+    """Whether pictures stand in the messages themselves, not in a list beside them."""
+    messages = fields.get("messages")
+    contents = [m.get("content") for m in messages if isinstance(m, Mapping)] if isinstance(messages, list) else []
+    return any(isinstance(part, Mapping) and not part.keys().isdisjoint(("image", "image_url", "codes"))
+               for content in contents if isinstance(content, list) for part in content)
 
 
 _QA = {"image": "image", "question": "question", "answer": "answer", "ask": "", "suffix": ""}
 _VIDEO = {"video": "video", "question": "question", "answer": "answer", "ask": "", "suffix": ""}
 KINDS = {kind.name: kind for kind in (
-    Kind("caption", _parse_caption, _caption, {"image": "image", "caption": "caption"}, views=True),
+    Kind("caption", _parse_caption, {"image": "image", "caption": "caption"}, views=True),
     # The released tool reads JourneyDB as it stands; its other variants were comments in the source.
-    Kind("qa", _parse_qa, _flat, _QA, {
+    Kind("qa", _parse_qa, _QA, {
         "journeydb": {"ask": DESCRIBE_PROMPT, "answer": "caption"}, "describe": {"ask": DESCRIBE_PROMPT},
         "vqa": {"suffix": QA_SUFFIX}, "plain": {}}, default="journeydb", views=True),
-    Kind("video", _parse_video, _flat, _VIDEO, {
+    Kind("video", _parse_video, _VIDEO, {
         "plain": {}, "caption": {"question": "", "answer": "caption"}, "qa": {"suffix": QA_SUFFIX},
         "describe": {"ask": DESCRIBE_VIDEO_PROMPT, "answer": "caption"}}),
-    Kind("edit", _parse_edit, _edit, {
+    Kind("edit", _parse_edit, {
         "source": "source_image", "target": "target_image", "instruction": "instruction",
         "instruction_gpt": "instruction_gpt", "response": "response"}),
-    Kind("story", _parse_story, _story, {"images": "images", "captions": "captions"}),
-    Kind("interleaved", parse_document, document_record, DOCUMENT_FIELDS),
-    Kind("chat", parse_conversation, conversation_record, {}, views=True),
+    Kind("story", _parse_story, {"images": "images", "captions": "captions"}),
+    Kind("interleaved", _parse_interleaved, {name: name for name in ("images", "texts", "instruction", "response")}),
+    Kind("chat", _parse_chat, {}, views=True),
 )}

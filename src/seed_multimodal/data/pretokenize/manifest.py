@@ -23,36 +23,17 @@ SETTINGS = "settings.json"
 SUMS = ("read", "samples", "pictures", "bad", "lost_pictures")
 
 
-def agree_on_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Note what the folder is made with, or check that it is the same.
-
-    Raises:
-        DataError: another setting, named, with both values; or parts without (readable) settings.
-    """
-    with _locked(save_dir):
-        known = read_json(save_dir / SETTINGS)
-        if known is None and ((save_dir / SETTINGS).exists() or any(save_dir.glob(f"part-*/{MANIFEST}"))):
-            raise DataError(f"{save_dir / SETTINGS}: is missing or damaged, so that nobody knows what the parts beside "
-                            "it were made with; choose another --save_dir.")
-        if known is None:
-            write_json(save_dir / SETTINGS, settings)
-            return
-    _compare(save_dir, settings, known, [*settings, *known])
-
-
-def refuse_other_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a folder that was begun with another of these settings, before anything large is loaded.
+def refuse_other_settings(save_dir: Path, settings: Mapping[str, Any], whole: bool = False) -> None:
+    """Refuse a folder that was begun with another of these settings (`whole`: they are all; none may be missing).
 
     Raises:
         DataError: another setting, named, with both values.
     """
     known = read_json(save_dir / SETTINGS)
-    if known is not None:
-        _compare(save_dir, settings, known, list(settings))
-
-
-def _compare(save_dir: Path, settings: Mapping[str, Any], known: Mapping[str, Any], keys: Sequence[str]) -> None:
-    differ = [key for key in dict.fromkeys(keys) if settings.get(key) != known.get(key)]
+    if known is None:
+        return
+    keys = dict.fromkeys([*settings, *known] if whole else settings)
+    differ = [key for key in keys if settings.get(key) != known.get(key)]
     if "tokenizer" in differ:
         theirs, ours = (str(one.get("tokenizer"))[:12] for one in (known, settings))
         raise DataError(f"{save_dir}: was begun with another tokenizer (weights {theirs}…, now {ours}…); codes of two "
@@ -64,6 +45,22 @@ def _compare(save_dir: Path, settings: Mapping[str, Any], known: Mapping[str, An
     if differ:
         raise DataError(f"{save_dir}: was begun with other settings ({'; '.join(changes or differ)}); choose another "
                         "--save_dir, or the same settings.")
+
+
+def agree_on_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Note what the folder is made with, or check that it is the same.
+
+    Raises:
+        DataError: another setting, named, with both values; or parts without (readable) settings.
+    """
+    file = save_dir / SETTINGS
+    with _locked(save_dir):
+        if read_json(file) is None:
+            if file.exists() or any(save_dir.glob(f"part-*/{MANIFEST}")):
+                raise DataError(f"{file}: is missing or damaged, so that nobody knows what the parts beside it were "
+                                "made with; choose another --save_dir.")
+            write_json(file, settings)
+    refuse_other_settings(save_dir, settings, whole=True)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Pictures on their way to a tokenizer: frames of videos, filters, and several views of a picture.
+"""Pictures to encode: still ones, frames of videos, and several views of a picture.
 
 Frames are read by OpenCV, from the middles of `num_frames` equal stretches, as the released pipe took them. (It gave its
 transform a tensor, which the transform cannot take, so that every video was dropped; here frames are ordinary pictures.)
@@ -10,31 +10,41 @@ seed, the picture and the view's number only, so it is the same whatever else is
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.data.pretokenize.input_settings import InputSettings
-from seed_multimodal.data.pretokenize.samples import Picture, Sample
-from seed_multimodal.errors import DataError, ImageError
-from seed_multimodal.images.filters import ImageTextFilter
+from seed_multimodal.errors import ImageError
 
 SCALE = (1 / 1.08, 1 / 0.88)  # of the window: below 1 the picture grows
 SHIFT = 0.04  # of a side
-ANY = ImageTextFilter(similarity=float("-inf"), min_resolution=0, min_aspect=1e-9)
 
 
-# ---- frames of videos
+@dataclass
+class Picture:
+    """A picture to encode.
+
+    Args:
+        name: as errors call it.
+        load: opens it; raises ImageError.
+        key: pictures of one key are the same (empty: not known).
+        read: a model reads it, so that it may be seen in several views; else it is one to be drawn.
+        optional: a sample without it is still worth keeping.
+    """
+
+    name: str
+    load: Callable[[], Image.Image]
+    key: str = ""
+    read: bool = True
+    optional: bool = False
 
 
-def frames(sample: Sample, value: str, count: int) -> list[Picture]:
-    """The pictures of `count` frames of the video that a field names; the file is opened when the first is loaded."""
-    path = sample.path(value)
-    name = f"{sample.where}: {value}"
+def frames(path: Path | None, name: str, count: int) -> list[Picture]:
+    """The pictures of `count` frames of the video `name` (None: there is none); it is opened when the first is loaded."""
     reader = _Frames(path, name, count)
     key = "" if path is None else f"{path}@{count}:"
     return [Picture(f"{name} frame {number}", partial(reader.frame, number), key and f"{key}{number}")
@@ -84,40 +94,6 @@ class _Frames:
         if not good:
             raise ImageError(f"{self.name}: frame {place} cannot be decoded; the video is cut off or damaged.")
         return Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
-
-
-# ---- filters
-
-
-def filters_of(settings: InputSettings) -> dict[str, ImageTextFilter]:
-    """The filters that are on, each alone, by the reason it drops a sample for, in the released order."""
-    found = {}
-    if settings.min_resolution is not None:
-        found["resolution"] = replace(ANY, min_resolution=settings.min_resolution)  # type: ignore[arg-type]
-    if settings.min_aspect_ratio is not None:
-        found["aspect ratio"] = replace(ANY, min_aspect=settings.min_aspect_ratio)
-    if settings.similarity_thr is not None:
-        found["similarity"] = replace(ANY, similarity=settings.similarity_thr)
-    return found
-
-
-def drop_reason(
-    filters: Mapping[str, ImageTextFilter], size: tuple[int, int], metadata: Any, name: str = ""
-) -> str | None:
-    """Why a picture of `size` (width, height) with this metadata is not wanted, or None.
-
-    Raises:
-        DataError: metadata of the picture `name` that are no numbers where the filters look.
-    """
-    item = {"pixel_values": True, "text": "", "width": size[0], "height": size[1]}
-    try:
-        known = metadata if isinstance(metadata, dict) else {}
-        return next((reason for reason, one in filters.items() if not one.keeps(item, known)), None)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: its metadata holds no numbers where the filters look ({error}).") from None
-
-
-# ---- views
 
 
 def view(image: Image.Image, number: int, seed: int, name: str) -> Image.Image:

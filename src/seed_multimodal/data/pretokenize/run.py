@@ -164,8 +164,7 @@ def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], ra
     with Progress("extraction", sum(unit.weight for unit in left), weight_unit, every=settings.log_every,
                   log=log) as progress:
         extractor = Extractor(encoder, decoder, left, save_dir, batch_size=settings.batch_size, limit=settings.limit,
-                              workers=settings.workers if left else 0, max_bad=settings.max_bad, made=made,
-                              progress=progress)
+                              workers=settings.workers, max_bad=settings.max_bad, made=made, progress=progress)
         extractor.run()
     say(f"{rank.name}{extractor.summary()}")
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from PIL import Image
 from seed_multimodal.data.formats.pictures import IMAGE_KEYS
 from seed_multimodal.data.formats.record import BadRecord, Record, find_image
 from seed_multimodal.data.formats.tar import OpenFiles
+from seed_multimodal.data.pretokenize.pictures import Picture
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.encode import image_from_base64
 from seed_multimodal.images.open import open_image
@@ -25,25 +23,6 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 class Dropped(Exception):
     """A sample that is not wanted (a filter, nothing to learn from); `str` is the reason it is counted under."""
-
-
-@dataclass
-class Picture:
-    """A picture to encode.
-
-    Args:
-        name: as errors call it.
-        load: opens it; raises ImageError.
-        key: pictures of one key are the same (empty: not known).
-        read: a model reads it, so that it may be seen in several views; else it is one to be drawn.
-        optional: a sample without it is still worth keeping.
-    """
-
-    name: str
-    load: Callable[[], Image.Image]
-    key: str = ""
-    read: bool = True
-    optional: bool = False
 
 
 class Sample:
@@ -124,20 +103,12 @@ class Sample:
             name = f"{self.where}: {value}"
             return Picture(name, partial(open_image, path, name=name), str(path), **options)
         if _BASE64.fullmatch(value):
-            return Picture(self.where, partial(_open_base64, value, self.where), **options)
+            return Picture(self.where, partial(image_from_base64, value, name=self.where), **options)
         return Picture(self.where, partial(_missing, self.where, value), **options)
 
     def path(self, value: str) -> Path | None:
         """The file a field names, or None."""
         return find_image(value, self._root, self._record.file)
-
-
-def _open_base64(text: str, name: str) -> Image.Image:
-    try:
-        data = base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError(f"{name}: neither a file nor base64 text ({error}).") from None
-    return open_image(data, name=name)
 
 
 def _missing(where: str, value: str) -> Image.Image:

@@ -17,6 +17,7 @@ from torch import Tensor
 from seed_multimodal.data.pretokenize.decode import DecodedSample, DecodedTask, TaskDecoder, decoding, iterate
 from seed_multimodal.data.pretokenize.encode import Codes, Encoder
 from seed_multimodal.data.pretokenize.parts import PartWriter
+from seed_multimodal.data.pretokenize.slots import filled
 from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.data.stream.skip_budget import SkipBudget
 from seed_multimodal.errors import DataError, counted
@@ -170,6 +171,6 @@ class Extractor:
             if any(row is None for views in codes for row in views or ()):
                 return
             part.waiting.popleft()
-            record = self.decoder.kind.record(sample.parsed, codes, self.encoder.vocabulary)  # type: ignore[arg-type]
+            record = filled(sample.record, codes, self.encoder.vocabulary)  # type: ignore[arg-type]
             part.writer.add(sample.number, record)
             part.counts["samples"] += 1
