@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -17,8 +18,11 @@ import pytest
 from seed_multimodal.commands.pretokenize import build_parser, main
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.pretokenize.decode import TaskDecoder
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
+from seed_multimodal.data.pretokenize.parts import PartWriter
 from seed_multimodal.data.pretokenize.run import RunSettings, run
+from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -322,6 +326,26 @@ def test_a_run_that_could_use_nothing_does_not_end_well(start, tmp_path, capfd, 
     assert start(tmp_path / "again", gpus=8, **here) == 0  # one unit of work: seven more would load a tokenizer each
     said = capfd.readouterr().err
     assert "broken: 6" in said and "; 1 of 1 process started here." in said
+
+
+def test_a_decode_worker_that_dies_is_one_sentence(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(TaskDecoder, "__call__", lambda self, task: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(DataError, match=r"worker process \(pid \d+\) was killed by signal 9"):
+        start(tmp_path / "out", workers=1)
+    assert parts(tmp_path / "out") == 0 and not list((tmp_path / "out" / "part-0000").iterdir())
+
+
+def test_two_runs_do_not_write_one_part(tmp_path):
+    """The second one is refused while the first is at work, and takes its turn afterwards."""
+    unit = Unit(0, "tar", "x.tar")
+    with PartWriter(tmp_path, unit, 10) as first:
+        first.add(0, {"text": "a"})
+        with pytest.raises(DataError, match="another run is writing this part"), PartWriter(tmp_path, unit, 10):
+            pass
+        first.finish({})
+    assert sorted(path.name for path in (tmp_path / "part-0000").iterdir()) == ["0000000.tar", "manifest.json"]
+    with PartWriter(tmp_path, unit, 10) as second:
+        second.finish({})
 
 
 def test_a_refusal_in_a_process_is_the_exit_code(start, tmp_path, capfd):

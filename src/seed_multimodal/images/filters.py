@@ -47,8 +47,10 @@ class ImageTextFilter:
                 return "resolution"
             if self.min_aspect is not None and not self.min_aspect <= height / width <= 1 / self.min_aspect:
                 return "aspect ratio"
-        similarity = caption_similarity(metadata) if self.similarity is not None else None
-        return "" if similarity is None or similarity >= self.similarity else "similarity"
+        if self.similarity is not None:
+            similarity = caption_similarity(metadata)
+            return "" if similarity is None or similarity >= self.similarity else "similarity"
+        return ""
 
 
 def picture_size(item: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[float, float] | None:
