@@ -114,10 +114,7 @@ class BatchedSystem:
     def _text(self, ids: Sequence[int]) -> str:
         """The words of an answer up to where the model would speak for the user."""
         reader = AnswerReader(self.inner.tokenizer, turn_marker(self.inner.template))
-        for token in ids:
-            reader.read(token)
-        reader.close()
-        return Answer(split_answer(reader.ids, self.inner.tokenizer)).text
+        return Answer(split_answer(reader.read_all(ids), self.inner.tokenizer)).text
 
     def _paint(self, contents: Sequence[tuple[Any, ...]], opening: str) -> list[Codes | None]:
         words = self.inner.tokenizer.encode_parts([opening]) if opening else []

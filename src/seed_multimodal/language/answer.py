@@ -49,20 +49,16 @@ def split_answer(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> list[Ans
     place = 0
     while place < len(ids):
         start = place
-        if _is_image_word(ids[place], vocabulary):
+        if vocabulary.is_image_word(ids[place]):
             place = _image_end(ids, start, vocabulary)
             parts.append(_image_part(ids[start:place], vocabulary))
             continue
-        while place < len(ids) and not _is_image_word(ids[place], vocabulary):
+        while place < len(ids) and not vocabulary.is_image_word(ids[place]):
             place += 1
         text = tokenizer.decode(ids[start:place], skip_special_tokens=True)
         if text.strip():
             parts.append(TextPart(text))
     return parts
-
-
-def _is_image_word(id: int, vocabulary: ImageVocabulary) -> bool:
-    return vocabulary.is_code_id(id) or id in (vocabulary.boi_id, vocabulary.eoi_id)
 
 
 def _image_end(ids: list[int], start: int, vocabulary: ImageVocabulary) -> int:

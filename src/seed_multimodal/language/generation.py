@@ -18,6 +18,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.settings import check_settings, setting
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -33,26 +34,18 @@ class GenerationSettings:
     the end of every prompt and returns it as part of the answer.
     """
 
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 0.5
-    top_k: int = 50
-    num_beams: int = 1
+    max_new_tokens: int = setting(512, least=1)
+    temperature: float = setting(1.0, least=0)
+    top_p: float = setting(0.5, above=0, most=1)
+    top_k: int = setting(50, least=0)  # 0: off
+    num_beams: int = setting(1, least=1)
     do_sample: bool = True
-    seed: int | None = None
+    seed: int | None = setting(None, least=-2**63, most=2**64 - 1)
     force_image: bool = False
     constrain: bool = True
 
     def __post_init__(self) -> None:
-        checks = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("num_beams", self.num_beams >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("seed", self.seed is None or -2**63 <= self.seed < 2**64, "a number of 64 bits"))
-        for name, good, wanted in checks:
-            if not good:
-                raise ConfigError(f"Generation setting {name} must be {wanted}, not {getattr(self, name)!r}.")
+        check_settings(self, "Generation setting")
 
     @property
     def samples(self) -> bool:

@@ -53,6 +53,10 @@ class ImageVocabulary:
         """Whether `id` is the word of an image code."""
         return self.n_text <= id < self.boi_id
 
+    def is_image_word(self, id: int) -> bool:
+        """Whether `id` is an image code or one of the brackets around them."""
+        return self.is_code_id(id) or id in (self.boi_id, self.eoi_id)
+
     def code_to_id(self, codes: Iterable[int]) -> list[int]:
         """Codes -> ids.
 

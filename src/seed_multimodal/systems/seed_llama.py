@@ -13,7 +13,6 @@ the device, through `log`.
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.settings import nearest
 from seed_multimodal.systems.answer import Answer, DrawnPart
 from seed_multimodal.systems.chat import as_parts, to_turns, turn_marker
 from seed_multimodal.systems.pictures import Picture, PictureCodec, load_codec
@@ -177,11 +177,10 @@ class SeedLlama:
             ConfigError: an unknown option (names the nearest) or a value out of range.
         """
         merged = {"max_new_tokens": 256, "do_sample": False, **self.spec.generation, **options}
-        known = {field.name for field in fields(GenerationSettings)}
+        known = [field.name for field in fields(GenerationSettings)]
         for name in merged:
             if name not in known:
-                near = difflib.get_close_matches(name, [*known, *DECODE_KEYS], n=1)
-                raise ConfigError(f"Unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+                raise ConfigError(f"Unknown option {name!r}{nearest(name, [*known, *DECODE_KEYS])}.")
         if "do_sample" not in options and any(key in options for key in ("temperature", "top_p", "top_k")):
             merged["do_sample"] = True
         return GenerationSettings(**merged)

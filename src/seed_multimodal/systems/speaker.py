@@ -34,6 +34,9 @@ class Speaker:
         """The ids of one answer; `opening` are words put into the model's mouth."""
         prompt, fixed = self._open(prompt, opening, settings)
         reader = AnswerReader(self.tokenizer, self.marker)
+        if settings.num_beams > 1:  # beams cannot be watched: read the best one afterwards
+            best = generate_ids(self.llm, [prompt], settings, self.tokenizer)[0]
+            return reader.read_all([*fixed, *best[int(settings.force_image):]])
         for token in fixed:
             reader.read(token)
 
@@ -41,14 +44,9 @@ class Speaker:
             reader.read(token)
             return not reader.finished
 
-        if settings.num_beams > 1:  # beams cannot be watched: read the best one afterwards
-            for token in generate_ids(self.llm, [prompt], settings, self.tokenizer)[0][int(settings.force_image):]:
-                reader.read(token)
-        else:
-            with contextlib.suppress(StopGeneration):
-                generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=ReadingStreamer(take))
-        reader.close()
-        return reader.ids
+        with contextlib.suppress(StopGeneration):
+            generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=ReadingStreamer(take))
+        return reader.read_all(())
 
     def events(self, prompt: Sequence[int], settings: GenerationSettings, opening: str = "") -> Iterator[Event]:
         """The same answer as events while it is made (pictures as codes); the last one is `{"type": "end", "ids": …}`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -52,19 +52,22 @@ class AnswerReader:
             events.append({"type": "image_start"})
         self.ids.append(token)
         self._run.append(token)
-        if not self._is_image_word(self._run[0]):
+        if not self.tokenizer.vocabulary.is_image_word(self._run[0]):
             return events + self._new_text(final=False)
         return events + (self._flush() if token == eoi else [])
+
+    def read_all(self, tokens: Iterable[int]) -> list[int]:
+        """Take a whole answer; the tokens that belong to it."""
+        for token in tokens:
+            self.read(token)
+        self.close()
+        return self.ids
 
     def close(self) -> list[Event]:
         """The events still held back."""
         events = self._flush()
         self.finished = True
         return events
-
-    def _is_image_word(self, token: int) -> bool:
-        words = self.tokenizer.vocabulary
-        return words.is_code_id(token) or token in (words.boi_id, words.eoi_id)
 
     def _continues(self, token: int) -> bool:
         """Whether `token` belongs to the present run: a text, a picture from its `<img>` on, or stray codes."""
@@ -73,13 +76,13 @@ class AnswerReader:
             return token != words.boi_id
         if words.is_code_id(self._run[0]):
             return words.is_code_id(token)
-        return not self._is_image_word(token)
+        return not self.tokenizer.vocabulary.is_image_word(token)
 
     def _flush(self) -> list[Event]:
         """End the present run and give what it holds."""
         if not self._run:
             return []
-        if self._is_image_word(self._run[0]):
+        if self.tokenizer.vocabulary.is_image_word(self._run[0]):
             events = [_event(part) for part in split_answer(self._run, self.tokenizer)]
         else:
             events = self._new_text(final=True)
