@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.entry import guarded  # noqa: E402
+from seed_multimodal.entry import run_program  # noqa: E402
 from seed_multimodal.errors import ConfigError  # noqa: E402
 
 
@@ -23,7 +23,8 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def arguments() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags: the original's, and ours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", help="nano, 8b, 14b or a folder with system.json (instead of the three YAML files)")
     parser.add_argument("--image_transform", help="YAML of the image transform")
@@ -40,8 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no_offload_decoder", dest="offload_decoder", action="store_false")
     parser.add_argument("--exact_original", action="store_true",
                         help="answer as the released server does to the letter, its quirks included")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args()
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,5 +70,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    options = arguments()
-    sys.exit(guarded("seed_llama_flask", options.debug, lambda: run(options)))
+    sys.exit(run_program(build_parser(), run, name="seed_llama_flask"))

@@ -10,18 +10,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.entry import guarded  # noqa: E402
+from seed_multimodal.entry import run_program  # noqa: E402
 
 
-def arguments() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags: the original's, and ours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server_port", type=int, default=7860, help="port of the page (default: 7860)")
     parser.add_argument("--server_name", default="127.0.0.1",
                         help="address of the page; 0.0.0.0 shows it to other machines")
     parser.add_argument("--request_address", default="http://127.0.0.1:7890/generate", help="the backend's address")
     parser.add_argument("--model_type", default="seed-llama-14b", help="nano, seed-llama-8b or seed-llama-14b")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args()
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,5 +34,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    options = arguments()
-    sys.exit(guarded("seed_llama_gradio", options.debug, lambda: run(options)))
+    sys.exit(run_program(build_parser(), run, name="seed_llama_gradio"))

@@ -26,7 +26,15 @@ from typing import NoReturn
 
 from seed_multimodal import __version__
 from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, plot, talk
-from seed_multimodal.commands.common import add_common, add_drawing, add_generation, add_quantization
+from seed_multimodal.commands.common import (
+    add_common,
+    add_drawing,
+    add_generation,
+    add_json,
+    add_out,
+    add_quantization,
+    whole_number,
+)
 from seed_multimodal.entry import guarded
 from seed_multimodal.settings import nearest
 
@@ -50,13 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize = _command(commands, "tokenize", pictures.tokenize, "pictures → codes")
     tokenize.add_argument("pictures", nargs="+", metavar="PICTURE")
     tokenize.add_argument("--out", metavar="FILE", help="also write the codes, one JSON object a line")
-    tokenize.add_argument("--batch-size", type=_positive, default=32, metavar="N")
+    tokenize.add_argument("--batch-size", type=whole_number(1), default=32, metavar="N")
 
     reconstruct = _command(commands, "reconstruct", pictures.reconstruct, "pictures (or codes) → codes → pictures")
     reconstruct.add_argument("pictures", nargs="*", metavar="PICTURE")
     reconstruct.add_argument("--codes", metavar="FILE", help="draw the codes that `seed tokenize --out FILE` wrote")
-    reconstruct.add_argument("--out", metavar="PATH", help="folder, or a file for one picture (default: outputs)")
-    reconstruct.add_argument("--batch-size", type=_positive, default=8, metavar="N")
+    add_out(reconstruct)
+    reconstruct.add_argument("--batch-size", type=whole_number(1), default=8, metavar="N")
     add_drawing(reconstruct)
 
     describe = _command(commands, "describe", talk.describe, "a caption for each picture", language=True)
@@ -69,13 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     draw = _command(commands, "draw", talk.draw, "pictures from words", language=True)
     draw.add_argument("texts", nargs="+", metavar="TEXT")
-    draw.add_argument("--out", metavar="PATH", help="folder, or a file for one picture (default: outputs)")
+    add_out(draw)
     add_drawing(draw)
 
     edit = _command(commands, "edit", talk.edit, "change each picture as told", language=True)
     edit.add_argument("pictures", nargs="+", metavar="PICTURE")
     edit.add_argument("instruction", metavar="INSTRUCTION")
-    edit.add_argument("--out", metavar="PATH", help="folder, or a file for one picture (default: outputs)")
+    add_out(edit)
     add_drawing(edit)
 
     talking = _command(commands, "chat", chat.chat, "a conversation; pictures are saved", language=True)
@@ -91,10 +99,14 @@ def build_parser() -> argparse.ArgumentParser:
     converter.add_argument("target", metavar="NEW", nargs="?", help="default: the same name with .safetensors")
     converter.add_argument("--dtype", default="keep", help="keep, float32, bfloat16 or float16 (default: keep)")
     converter.add_argument("--force", action="store_true", help="write over an existing file")
-    converter.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    converter.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_json(converter)
     converter.set_defaults(work=convert.convert)
-    _add_tokenizer_commands(commands)
+    exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
+    export_tokenizer.add_arguments(exporter)
+    measured = commands.add_parser("eval", help="measure a model").add_subparsers(dest="what", required=True,
+                                                                                    metavar="WHAT")
+    eval_tokenizer.add_arguments(measured.add_parser("tokenizer",
+                                                     help="retrieval, reconstruction, codebook, contact sheet"))
     plotter = commands.add_parser("plot", help="curves of training runs, over each other")
     plot.add_arguments(plotter)
     plotter.set_defaults(work=plot.plot)
@@ -115,18 +127,6 @@ def _refuse_unknown(parser: argparse.ArgumentParser, args: argparse.Namespace, u
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
-def _add_tokenizer_commands(commands: argparse._SubParsersAction) -> None:
-    """What follows the training of a tokenizer."""
-    exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
-    export_tokenizer.add_arguments(exporter)
-    exporter.set_defaults(work=export_tokenizer.export)
-    measured = commands.add_parser("eval", help="measure a model").add_subparsers(dest="what", required=True,
-                                                                                    metavar="WHAT")
-    evaluator = measured.add_parser("tokenizer", help="retrieval, reconstruction, codebook, contact sheet")
-    eval_tokenizer.add_arguments(evaluator)
-    evaluator.set_defaults(work=eval_tokenizer.evaluate)
-
-
 def _command(
     commands: argparse._SubParsersAction, name: str, work: Callable[[argparse.Namespace], int], text: str,
     language: bool = False,
@@ -139,13 +139,6 @@ def _command(
         add_generation(parser)
     parser.set_defaults(work=work)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
 
 
 if __name__ == "__main__":

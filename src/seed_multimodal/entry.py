@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 
 from seed_multimodal.errors import SeedError
 
@@ -12,7 +13,7 @@ DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal (stderr)."""
+    """A line on stderr."""
     sys.stderr.write(text + "\n")  # one write, so that the sentences of several processes do not mix
     sys.stderr.flush()
 
@@ -30,6 +31,23 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
         say(f"{program}: interrupted.")
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone (`seed … | head`); what Python still flushes at exit goes nowhere.
+        # The reader of our output has ended (`seed … | head`); what Python still flushes at exit is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+
+
+def add_debug(parser: ArgumentParser) -> None:
+    """`--debug`, which every program has."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def run_program(parser: ArgumentParser, work: Callable[[Namespace], int], argv: Sequence[str] | None = None,
+                name: str | None = None) -> int:
+    """Read the flags (and `--debug`), run `work` on them and return its exit code, see `guarded`.
+
+    Args:
+        name: of the program in its refusals (default: the parser's).
+    """
+    add_debug(parser)
+    args = parser.parse_args(argv)
+    return guarded(name or parser.prog, args.debug, lambda: work(args))

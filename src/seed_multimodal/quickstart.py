@@ -3,7 +3,7 @@
     python -m seed_multimodal.quickstart --out outputs/quickstart
 
 Leaves in the folder: `contact_sheet.png` (everything on one page), the single pictures, and `quickstart.json` (codes,
-texts, seconds, versions). Peculiar: one drawing asks for a thing in a style in which no picture of it was trained on;
+texts, seconds, versions). One drawing asks for a thing in a style in which no picture of it was trained on;
 its label says so, after the data set's own split has been asked.
 """
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from seed_multimodal import __version__
 from seed_multimodal.commands.common import add_common, add_quantization, load_system, save_picture, write_text
 from seed_multimodal.config import project_root
-from seed_multimodal.entry import guarded
+from seed_multimodal.entry import run_program
 from seed_multimodal.errors import DataError, GenerationError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
@@ -58,7 +58,7 @@ class Run:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[list[str]]:
-        """Time one step and print it with what it appended; a drawing that fails is told, and the rest goes on."""
+        """Time one step and print it with what it appended; a drawing that fails is reported, and the rest goes on."""
         start, said = time.perf_counter(), list[str]()
         try:
             yield said
@@ -211,10 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="quickstart", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default="outputs/quickstart", metavar="FOLDER")
     parser.add_argument("--images", metavar="FOLDER", help="default: images/ of the repository")
-    add_common(parser)
+    add_common(parser, debug=False)
     add_quantization(parser)
-    args = parser.parse_args(argv)
-    return guarded("quickstart", args.debug, lambda: _main(args))
+    return run_program(parser, _main, argv)
 
 
 def _main(args: argparse.Namespace) -> int:

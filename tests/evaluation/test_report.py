@@ -136,13 +136,6 @@ def test_missing_pictures_are_wrong_not_left_out(toy, world: World) -> None:
     assert spread(world, [])[0].shape[0] == 0
 
 
-def test_tokenizer_report(toy, world: World) -> None:
-    oracle = Oracle(toy)
-    result = report.tokenizer_report(oracle.codes, oracle.pictures, 8, world, report.ReportSettings(splits=("val",)))
-    assert result["val"]["reconstruction"]["picture_r1"].value == 1.0
-    assert result["val"]["codes"]["usage"] == 0.25  # pictures 0, 1, 20, 21: two digits of 8
-
-
 def test_written_report(toy, world: World, tmp_path: Path) -> None:
     splits, shown, answers = measure(Stuck(toy), world)
     whole = {"model": "toy", "command": "python -m x", "date": "today", "commit": "unknown", "seconds": 1.0,

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from seed_multimodal.cli import main
+from seed_multimodal.commands.eval_tokenizer import data_spec
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.evaluation.tokenizer_eval import EvalSettings, evaluate_tokenizer
 from seed_multimodal.evaluation.tokenizer_open import open_tokenizer
-from seed_multimodal.evaluation.tokenizer_pass import choose_rows, data_spec, look
+from seed_multimodal.evaluation.tokenizer_pass import choose_rows, run_pass
 from seed_multimodal.evaluation.tokenizer_retrieval import K_TEST, Captions, retrieval, score_matrix
 from seed_multimodal.evaluation.tokenizer_text import clip_texts, find_words, load_stage1, stage1_texts
 from seed_multimodal.images.transforms import seed_image_processor
@@ -159,7 +160,7 @@ def test_stage1_features_are_stage_1s_own(stages: tuple[Path, Path, Path], liste
     stage1 = load_stage1(file, opened.tokenizer)
     assert stage1.visual_encoder is opened.tokenizer.visual_encoder
     spec = data_spec(str(listed), image_root=str(listed.parent))
-    seen = look(open_pairs(spec), [4, 0, 1], opened, stage1=stage1, batch=2)
+    seen = run_pass(open_pairs(spec), [4, 0, 1], opened, stage1=stage1, batch=2)
     assert seen.rows == [4, 0, 1] and seen.keys == ["item 4", "item 0", "item 1"]
     pixels = torch.stack([seed_image_processor(16)(Image.open(listed.parent / f"{c}.png").convert("RGB"))
                           for c in ("grey", "red", "green")])
@@ -284,9 +285,9 @@ def test_bad_pictures_in_a_row_end_the_run(stages: tuple[Path, Path, Path], tmp_
     source = open_pairs({"format": "json", "files": str(tmp_path / "list.json"), "image_root": str(tmp_path)})
     opened = open_tokenizer(stages[0], CPU, decoder="none", clip="none")
     with pytest.raises(DataError, match="20 pictures in a row cannot be read"):
-        look(source, range(30), opened)
+        run_pass(source, range(30), opened)
     with pytest.raises(DataError, match="none of the 3 pictures could be read"):
-        look(source, range(3), opened)
+        run_pass(source, range(3), opened)
 
 
 def test_weights_that_are_no_numbers_end_the_run(stages: tuple[Path, Path, Path], listed: Path) -> None:
@@ -294,7 +295,7 @@ def test_weights_that_are_no_numbers_end_the_run(stages: tuple[Path, Path, Path]
     opened = open_tokenizer(stages[0], CPU, decoder="none", clip="none")
     opened.tokenizer.distill_image_proj.bias.data[3] = torch.nan
     with pytest.raises(DataError, match="item 1: its 'decoded' holds numbers that are not finite"):
-        look(source, [1, 0], opened)
+        run_pass(source, [1, 0], opened)
 
 
 def test_none_leaves_a_text_side_out(stages: tuple[Path, Path, Path], listed: Path, tmp_path: Path) -> None:
@@ -377,7 +378,7 @@ def test_the_fast_encoder_sees_the_same(stages: tuple[Path, Path, Path], tmp_pat
             opened = open_tokenizer(model, CPU, decoder="none", clip="none", fast=fast)
             assert (opened.fast is not None) == fast
             first = load_stage1(stage1, opened.tokenizer) if stage1 is not None else None
-            seen.append(look(source, range(48), opened, stage1=first, batch=20))
+            seen.append(run_pass(source, range(48), opened, stage1=first, batch=20))
         same = (seen[0].codes == seen[1].codes).mean()
         assert len(np.unique(seen[0].codes)) > 20
         if stage1 is None:

@@ -13,14 +13,16 @@ import mimetypes
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.entry import DONE, SOME_FAILED, say
+from seed_multimodal.config import project_root
+from seed_multimodal.disk import disk_reason, writing
+from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, say
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, SeedError
 from seed_multimodal.quiet import quiet_libraries
 
@@ -29,20 +31,47 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 OF_ONE_PICTURE = (ImageError, CodesError, GenerationError)
 
 
-def add_common(parser: argparse.ArgumentParser, model: str = "nano") -> None:
-    """Flags that every command with a model has."""
+def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, debug: bool = True) -> None:
+    """Flags that every command with a system has; `debug=False` where `entry.run_program` adds that one."""
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", default=model, metavar="NAME", help="nano (shipped), 8b, 14b, or a system folder "
                        f"(default: {model})")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    add_device(group)
     group.add_argument("--seed", type=int, default=0, help="random seed; the same seed gives the same result")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if debug:
+        add_debug(parser)
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """`--device` and `--dtype`."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "one JSON object on stdout") -> None:
+    """`--json` and `--debug`, for commands without a system."""
+    parser.add_argument("--json", action="store_true", help=what)
+    add_debug(parser)
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """`--out` of commands that save pictures."""
+    parser.add_argument("--out", metavar="PATH", help="folder, or a file for one picture (default: outputs)")
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
     """`--quantization`, for commands that load the language model."""
     parser.add_argument("--quantization", choices=("8bit", "4bit"), help="load the language model in 8 or 4 bit")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A flag's type: whole numbers from `least` on."""
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, not {text!r}")
+        return int(text)
+
+    return number
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +146,7 @@ def sentence(error: SeedError, name: str) -> str:
 
 
 def opened(pictures: Iterable[str], outcomes: Outcomes, debug: bool = False) -> Iterator[tuple[str, Image.Image]]:
-    """Each readable picture with its name; unreadable ones are told and skipped."""
+    """Each readable picture with its name; unreadable ones are reported and skipped."""
     from seed_multimodal.images.open import open_image
 
     for name in pictures:
@@ -126,6 +155,15 @@ def opened(pictures: Iterable[str], outcomes: Outcomes, debug: bool = False) -> 
             image = open_image(name)
         if image is not None:
             yield name, image
+
+
+def each_picture(args: argparse.Namespace, work: Callable[[str, Image.Image], None]) -> int:
+    """Run `work` on each of `args.pictures`, with its name; returns the exit code."""
+    outcomes = Outcomes(len(args.pictures))
+    for name, image in opened(args.pictures, outcomes, args.debug):
+        with outcomes.one(name, args.debug):
+            work(name, image)
+    return outcomes.finish()
 
 
 def _of_a_picture(ending: str) -> bool:
@@ -168,12 +206,12 @@ def save_picture(image: Image.Image, path: Path) -> Path:
     Raises:
         ImageError: the place cannot be written, or its suffix is no picture format.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{path}: cannot be written ({reason}).") from error
+    with writing(path, ImageError):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+        except ValueError as error:
+            raise ImageError(f"{path}: cannot be written ({error}).") from error
     return path
 
 
@@ -183,12 +221,12 @@ def require_room(folder: Path) -> None:
     Raises:
         ConfigError: the place is no folder, or cannot be written.
     """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     try:
-        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}).") from error
+        raise ConfigError(f"{folder}: cannot be written ({disk_reason(error)}).") from error
 
 
 def write_text(text: str, path: str | Path) -> None:
@@ -197,11 +235,14 @@ def write_text(text: str, path: str | Path) -> None:
     Raises:
         ConfigError: the place cannot be written.
     """
-    try:
+    with writing(path, ConfigError):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def cat_picture() -> Path:
+    """The picture that programs take when none is named."""
+    return project_root(Path(__file__).parent) / "images" / "cat.jpg"
 
 
 def emit(args: argparse.Namespace, record: dict[str, Any], plain: str) -> None:

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from seed_multimodal.commands.common import emit
+from seed_multimodal.disk import writing
 from seed_multimodal.entry import DONE
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -29,10 +30,8 @@ def convert(args: argparse.Namespace) -> int:
     if args.dtype != "keep":
         wanted = DTYPES[args.dtype]
         tensors = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
-    try:
+    with writing(target):
         save_state_dict(tensors, target, {"converted_from": source.name})
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror}).") from error
     numbers = sum(t.numel() for t in tensors.values())
     emit(args, {"source": str(source), "target": str(target), "tensors": len(tensors), "parameters": numbers},
          f"{target}: {len(tensors)} tensors, {numbers:,} numbers")

@@ -8,8 +8,12 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
+from seed_multimodal.commands.common import add_device, add_json
+from seed_multimodal.config import load_yaml
 from seed_multimodal.entry import DONE, say
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.quiet import quiet_libraries
 
 
@@ -18,7 +22,6 @@ def evaluate(args: argparse.Namespace) -> int:
     quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
         from seed_multimodal.evaluation.tokenizer_eval import EvalSettings, evaluate_tokenizer
-        from seed_multimodal.evaluation.tokenizer_pass import data_spec
 
         spec = data_spec(args.data, args.split, image_root=args.image_root, image_key=args.image_key,
                          caption_key=args.caption_key)
@@ -48,6 +51,34 @@ def evaluate(args: argparse.Namespace) -> int:
     return DONE
 
 
+def data_spec(text: str, split: str | None = None, **keys: Any) -> dict[str, Any]:
+    """`--data` as the mapping that `data.formats.pairs.open_pairs` reads.
+
+    Args:
+        text: `nano`, a nano folder, a .yaml file with such a mapping, a .json list, or a pattern of .tar shards.
+        split: of the nano set (default: val).
+        keys: further keys of the mapping (`image_root`, `caption_key`, …); None means not given.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    given = {key: value for key, value in keys.items() if value is not None}
+    suffix = Path(text).suffix
+    if suffix in (".yaml", ".yml"):
+        spec: dict[str, Any] = {str(key): value for key, value in load_yaml(text).items()}
+    elif text == "nano" or (Path(text) / "manifest.json").is_file():
+        spec = {"format": "nano", "split": split or "val", **({} if text == "nano" else {"folder": text})}
+    elif suffix == ".json":
+        spec = {"format": "json", "files": text}
+    elif suffix == ".tar":
+        spec = {"format": "webdataset", "pattern": text}
+    else:
+        raise ConfigError(f"--data {text}: not nano, a nano folder, a .json list, a .tar pattern or a .yaml file.")
+    if split is not None and spec.get("format") != "nano":
+        raise ConfigError(f"--data {text}: only the nano set has splits.")
+    return {**spec, **given}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     parser.add_argument("--model", default="pretrained/nano", metavar="DIR", help="system or tokenizer folder, nano, "
@@ -74,10 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts.add_argument("--rebuild", type=int, default=128, metavar="N", help="rebuild N pictures (default: 128)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch-size", type=int, default=64, metavar="N")
-    machine.add_argument("--device", default="auto")
-    machine.add_argument("--dtype", default="auto")
+    add_device(machine)
     machine.add_argument("--fast", action=argparse.BooleanOptionalAction, default=None, help="encode on packed "
                          "weights: the same codes but for rounding (default: on CUDA)")
     machine.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="the whole report on stdout")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_json(parser, "the whole report on stdout")
+    parser.set_defaults(work=evaluate)

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from seed_multimodal.config import project_root
+from seed_multimodal.commands.common import add_json, cat_picture
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import CheckpointError
 
@@ -22,7 +22,7 @@ def export(args: argparse.Namespace) -> int:
         if not (folder / MODEL).is_file():
             raise CheckpointError(f"{folder}: holds no language tokenizer ({MODEL}).")
         beside = [folder / name for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()]
-    cat = project_root(Path(__file__).parent) / "images" / "cat.jpg"
+    cat = cat_picture()
     picture = args.image or (cat if cat.is_file() else None)
     report = export_tokenizer(args.stage2, args.out, stage1=args.stage1, vision=args.vision, config=args.config,
                               kind=args.kind, released=args.released, picture=picture, beside=beside, force=args.force)
@@ -54,5 +54,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here, so "
                         "that the folder serves SeedLlama")
     parser.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_json(parser)
+    parser.set_defaults(work=export)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.entry import DONE, guarded, say
+from seed_multimodal.entry import DONE, run_program, say
 from seed_multimodal.errors import ConfigError
 
 
@@ -27,9 +27,7 @@ def main(program: str, description: str, arguments: Sequence[str] | None = None)
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
                         help="compare logits before and after (default: yes)")
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
-    parser.add_argument("--debug", action="store_true", help="show a traceback of a refusal")
-    options = parser.parse_args(arguments)
-    return guarded(program, options.debug, lambda: _merge(options))
+    return run_program(parser, _merge, arguments)
 
 
 def _merge(options: argparse.Namespace) -> int:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from seed_multimodal.commands.common import Outcomes, opened, require_room, save_picture
-from seed_multimodal.config import project_root
-from seed_multimodal.entry import guarded, say
+from seed_multimodal.commands.common import Outcomes, cat_picture, opened, require_room, save_picture
+from seed_multimodal.entry import run_program, say
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.quiet import quiet_libraries
 
@@ -31,9 +30,7 @@ NO_EFFECT = {"prompt": "the codes take the text's place", "from_file": "the code
 
 def recon_script(argv: Sequence[str] | None = None) -> int:
     """`demo_recon.py`: returns the exit code (0; 1 when a picture was refused; 2 when nothing could run)."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    return guarded(parser.prog, args.debug, lambda: _run(args))
+    return run_program(_parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +44,6 @@ def _parser() -> argparse.ArgumentParser:
                       help="for samples/0000.png … and grid-000.png (default: %(default)s)")
     ours.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     ours.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: by --precision)")
-    ours.add_argument("--debug", action="store_true", help="show the traceback of an error")
     drawing = parser.add_argument_group("drawing, as the original's")
     drawing.add_argument("--ckpt", metavar="FOLDER", help="diffusers folder of Stable Diffusion 1.4 (default: beside "
                          "the tokenizer, or pretrained/stable-diffusion-v1-4)")
@@ -88,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
     dtype = args.dtype or ("float32" if args.precision == "full" else "auto")
     model = Seed1.from_pretrained(args.model, diffusion=args.ckpt, device=args.device, dtype=dtype, log=say)
     _check_latents(model.codec.decoder, args)
-    pictures = args.image or [str(project_root(Path(__file__).parent) / "images" / "cat.jpg")]
+    pictures = args.image or [str(cat_picture())]
     outcomes = Outcomes(len(pictures))
     for name, image in opened(pictures, outcomes, args.debug):
         codes = model.tokenize(image)[0].tolist()

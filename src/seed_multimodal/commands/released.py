@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.commands.common import add_common, add_quantization, load_system, save_picture
-from seed_multimodal.config import project_root
-from seed_multimodal.entry import DONE, SOME_FAILED, guarded, say
+from seed_multimodal.commands.common import add_common, add_quantization, cat_picture, load_system, save_picture
+from seed_multimodal.entry import DONE, SOME_FAILED, run_program, say
 from seed_multimodal.errors import CheckpointError
 
 QUESTION = "What is this animal?"
@@ -26,8 +25,7 @@ EDITING = "Can you make the cat wear sunglasses?"
 def tokenizer_script(argv: Sequence[str] | None = None) -> int:
     """`scripts/seed_tokenizer_inference.py`: picture → 32 codes → picture."""
     parser = _parser("seed_tokenizer_inference.py", "A picture becomes 32 codes and a picture again.", "cat.jpg")
-    args = parser.parse_args(argv)
-    return guarded(parser.prog, args.debug, lambda: _round_trip(args))
+    return run_program(parser, _round_trip, argv)
 
 
 def llama_script(size: str, argv: Sequence[str] | None = None) -> int:
@@ -39,10 +37,7 @@ def llama_script(size: str, argv: Sequence[str] | None = None) -> int:
     parser = _parser(f"seed_llama_inference_{size.upper()}.py",
                      f"SEED-LLaMA {size.upper()} answers a question about a picture, draws, and edits.", ".")
     add_quantization(parser)
-    args = parser.parse_args(argv)
-    if args.model == "released":
-        args.model = size
-    return guarded(parser.prog, args.debug, lambda: _demonstrate(args))
+    return run_program(parser, lambda args: _demonstrate(args, size), argv)
 
 
 def require(names: Sequence[str]) -> None:
@@ -63,12 +58,8 @@ def _parser(program: str, text: str, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--image", metavar="PICTURE", help="default: images/cat.jpg")
     parser.add_argument("--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)")
     parser.add_argument("--out", default=out, metavar="PATH", help="where pictures are saved (default: %(default)s)")
-    add_common(parser, model="released")
+    add_common(parser, model="released", debug=False)
     return parser
-
-
-def _cat() -> str:
-    return str(project_root(Path(__file__).parent) / "images" / "cat.jpg")
 
 
 def _round_trip(args: argparse.Namespace) -> int:
@@ -78,7 +69,7 @@ def _round_trip(args: argparse.Namespace) -> int:
     if args.model in RELEASED_NAMES:
         require(["tokenizer", "unclip"])
     codec = load_codec(args)
-    codes = codec.tokenize(args.image or _cat())
+    codes = codec.tokenize(args.image or cat_picture())
     print(" ".join(map(str, codes[0].tolist())))
     target = Path(args.out)
     print(save_picture(codec.draw(codes, seed=args.seed)[0], target if target.suffix else target / "cat.jpg"))
@@ -89,7 +80,8 @@ def _round_trip(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _demonstrate(args: argparse.Namespace) -> int:
+def _demonstrate(args: argparse.Namespace, size: str) -> int:
+    args.model = size if args.model == "released" else args.model
     released = args.model in ("8b", "14b")
     if released:
         require(["tokenizer", args.model, "unclip"])
@@ -98,7 +90,7 @@ def _demonstrate(args: argparse.Namespace) -> int:
         content: list[Any] = [Path(args.image)] if args.image else []
         content.append(args.prompt or QUESTION)
         return _answer(system, content, args, _target(args.out, "answer.jpg"), expected=False)
-    cat = Path(_cat())
+    cat = cat_picture()
     if not released:
         print(system.ask(cat, QUESTION, seed=args.seed))
         print(save_picture(system.draw(DRAWING_WORDS, seed=args.seed), _target(args.out, "dog.jpg")))

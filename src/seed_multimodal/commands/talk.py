@@ -1,42 +1,46 @@
-"""`seed describe | ask | draw | edit`: one request per picture or text; a bad one is told, the others go on."""
+"""`seed describe | ask | draw | edit`: one request per picture or text; a bad one is reported, the others go on."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from seed_multimodal.commands.common import (
     Names,
     Outcomes,
     drawing_settings,
+    each_picture,
     emit,
     generation_settings,
     load_system,
-    opened,
     save_picture,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def describe(args: argparse.Namespace) -> int:
     """Print a caption for each picture."""
     system = load_system(args)
-    outcomes = Outcomes(len(args.pictures))
-    for name, image in opened(args.pictures, outcomes, args.debug):
-        with outcomes.one(name, args.debug):
-            text = system.describe(image, args.prompt, seed=args.seed, **generation_settings(args))
-            emit(args, {"picture": name, "description": text}, f"{name}: {text}")
-    return outcomes.finish()
+
+    def one(name: str, image: Image.Image) -> None:
+        text = system.describe(image, args.prompt, seed=args.seed, **generation_settings(args))
+        emit(args, {"picture": name, "description": text}, f"{name}: {text}")
+
+    return each_picture(args, one)
 
 
 def ask(args: argparse.Namespace) -> int:
     """Print the answer to one question about each picture."""
     system = load_system(args)
-    outcomes = Outcomes(len(args.pictures))
-    for name, image in opened(args.pictures, outcomes, args.debug):
-        with outcomes.one(name, args.debug):
-            text = system.ask(image, args.question, seed=args.seed, **generation_settings(args))
-            emit(args, {"picture": name, "question": args.question, "answer": text}, f"{name}: {text}")
-    return outcomes.finish()
+
+    def one(name: str, image: Image.Image) -> None:
+        text = system.ask(image, args.question, seed=args.seed, **generation_settings(args))
+        emit(args, {"picture": name, "question": args.question, "answer": text}, f"{name}: {text}")
+
+    return each_picture(args, one)
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -53,14 +57,14 @@ def draw(args: argparse.Namespace) -> int:
 
 
 def edit(args: argparse.Namespace) -> int:
-    """Change each picture as told and save the results."""
+    """Change each picture as instructed and save the results."""
     names = Names(args.out, "outputs", len(args.pictures))
     system = load_system(args)
-    outcomes = Outcomes(len(args.pictures))
-    for name, image in opened(args.pictures, outcomes, args.debug):
-        with outcomes.one(name, args.debug):
-            changed = system.edit(image, args.instruction, seed=args.seed, **generation_settings(args),
-                                  **drawing_settings(args))
-            path = save_picture(changed, names.next(Path(name).stem, "_edited"))
-            emit(args, {"picture": name, "instruction": args.instruction, "edited": str(path)}, f"{name}: {path}")
-    return outcomes.finish()
+
+    def one(name: str, image: Image.Image) -> None:
+        changed = system.edit(image, args.instruction, seed=args.seed, **generation_settings(args),
+                              **drawing_settings(args))
+        path = save_picture(changed, names.next(Path(name).stem, "_edited"))
+        emit(args, {"picture": name, "instruction": args.instruction, "edited": str(path)}, f"{name}: {path}")
+
+    return each_picture(args, one)

@@ -1,6 +1,6 @@
 """`SeedLlama` in batches, for measuring: the same prompts, answers and decoder, many at a time.
 
-Peculiar: prompts of like length share a batch (rows are padded on the left and masked, so neighbours do not matter but
+Prompts of like length share a batch (rows are padded on the left and masked, so neighbours do not matter but
 for rounding), and a short answer's budget is cut, since one row that never ends would hold up its whole batch.
 """
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.entry import DONE, guarded
+from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.weights import count_parameters
@@ -149,15 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--command", default="bash scripts/nano_speedrun.sh", help="how the run was started")
     parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="work folders of the runs it started from")
     parser.add_argument("--note", default="", help="what a reader must know about this run")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
 
-    def work() -> int:
+    def work(options: argparse.Namespace) -> int:
         file = write_card(options.model, options.work, options.data, options.command, options.earlier, options.note)
         print(f"Wrote {file}.")
         return DONE
 
-    return guarded("card", options.debug, work)
+    return run_program(parser, work, arguments, "card")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ import torch
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow", "safetensors", "sentencepiece")
 
 
+def circumstances(device: torch.device | str, command: str) -> dict[str, Any]:
+    """Hardware, versions, commit, command and date: what stands beside every measured number."""
+    return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "command": command,
+            "date": today()}
+
+
 def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Processor, usable cores, torch threads, memory in GiB, and the GPU's name when `device` is one."""
     facts: dict[str, Any] = {

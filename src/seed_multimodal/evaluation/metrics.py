@@ -1,7 +1,7 @@
 """Numbers of the report card, each with its definition: retrieval, codebook use, answers, bootstrap intervals.
 
 Everything here is plain numpy on finished outputs, so that every definition can be checked by hand (tests do).
-Peculiar: ties in retrieval count against the system, so a collapsed embedding (all pictures alike) scores zero
+Ties in retrieval count against the system, so a collapsed embedding (all pictures alike) scores zero
 instead of winning by order.
 """
 
@@ -13,6 +13,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,6 +181,23 @@ def codebook_statistics(
         sequences=len(rows), codebook=codebook, used=int((counts > 0).sum()),
         usage=float((counts > 0).mean()), perplexity=math.exp(entropy_nats(counts)),
         position_perplexity=float(np.mean(by_position)), distinct=len(set(rows)), prefix_bits=bits)
+
+
+def code_section(codes: NDArray[np.integer], codebook: int) -> dict[str, Any]:
+    """`codebook_statistics` as rounded numbers for a report."""
+    stats = asdict(codebook_statistics(codes, codebook))
+    bits = {str(n): round(value, 3) for n, value in stats.pop("prefix_bits").items()}
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in stats.items()} | {
+        "prefix_bits": bits}
+
+
+def plain(value: Any) -> Any:
+    """A report with `Estimate` objects as JSON values."""
+    if isinstance(value, Estimate):
+        return value.to_json()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def normalise_answer(text: str) -> str:

@@ -4,7 +4,7 @@
 
 Writes report.json (everything), report.md (tables) and contact sheets. All pictures of a split are tokenised and make
 the gallery; `--limit` of them (drawn by `--seed`) are rebuilt, drawn, described, asked about and edited.
-`tokenizer_report` gives the part that needs no language model, to compare codebooks.
+`seed eval tokenizer` measures what needs no language model.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from seed_multimodal.entry import DONE, guarded
+from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
-from seed_multimodal.evaluation.batched import BatchedSystem, encode
+from seed_multimodal.evaluation.batched import BatchedSystem
 from seed_multimodal.evaluation.judge import Judge
-from seed_multimodal.evaluation.metrics import Estimate, codebook_statistics
+from seed_multimodal.evaluation.metrics import code_section, plain
 from seed_multimodal.evaluation.report_sheets import Shown, save_sheets
 from seed_multimodal.evaluation.report_text import aims, markdown
 from seed_multimodal.evaluation.tasks import (
@@ -39,9 +39,8 @@ from seed_multimodal.evaluation.tasks import (
     qa_section,
     score_pictures,
 )
-from seed_multimodal.evaluation.tokenizer_open import NANO_JUDGE
-from seed_multimodal.hub import locate, locate_system
-from seed_multimodal.systems.pictures import PictureCodec
+from seed_multimodal.evaluation.tokenizer_open import find_judge
+from seed_multimodal.progress import Progress
 
 SPLITS = ("val", "test_combo", "test_concept")
 MODULE = "seed_multimodal.evaluation.report"
@@ -58,78 +57,12 @@ class ReportSettings:
     seed: int = 0
 
 
-class Progress:
-    """Counts the pieces of work of a report and says when it will end."""
-
-    def __init__(self, total: int, log: Log) -> None:
-        self.total, self.done, self.log, self.start = total, 0, log, time.monotonic()
-
-    def step(self, what: str) -> None:
-        """Say that one more piece is done."""
-        self.done += 1
-        spent = time.monotonic() - self.start
-        self.log(f"[{self.done}/{self.total}] {what} ({spent:.0f} s, "
-                 f"ETA {spent / self.done * (self.total - self.done):.0f} s)")
-
-
 def sample(rows: Sequence[Any], limit: int, seed: int) -> list[Any]:
     """At most `limit` of `rows`, chosen by `seed`, in their order."""
     if len(rows) <= limit:
         return list(rows)
     chosen = np.random.default_rng(seed).choice(len(rows), limit, replace=False)
     return [rows[i] for i in sorted(chosen.tolist())]
-
-
-def code_section(codes: NDArray[np.integer], codebook: int) -> Section:
-    """Codebook use of one split as plain numbers."""
-    stats = codebook_statistics(codes, codebook)
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(stats).items() if k != "prefix_bits"} | {
-        "prefix_bits": {str(n): round(bits, 3) for n, bits in stats.prefix_bits.items()}}
-
-
-def tokenizer_report(
-    encode: Callable[[NDArray[np.uint8]], NDArray[np.integer]],
-    decode: Callable[[Sequence[list[int]]], list[Image.Image]],
-    codebook_size: int,
-    world: World,
-    settings: ReportSettings | None = None,
-    log: Log | None = None,
-) -> dict[str, Section]:
-    """What a tokenizer and its decoder do without a language model, per split.
-
-    Args:
-        encode: uint8 pictures [N, H, W, 3] → codes [N, T].
-        decode: codes of N pictures → N pictures.
-        world: the data set under the judge.
-    Returns:
-        split → {"codes": ..., "reconstruction": ...}, as in report.json (`Estimate` objects inside).
-    """
-    settings = settings or ReportSettings()
-    result = {}
-    for split in settings.splits:
-        rows = _rows(world, split)
-        codes = np.asarray(encode(world.nano.images()[rows]))
-        targets = sample(rows, settings.limit, settings.seed)
-        where = {row: i for i, row in enumerate(rows)}
-        rebuilt = decode([codes[where[t]].tolist() for t in targets])
-        result[split] = {"pictures": len(rows), "codes": code_section(codes, codebook_size),
-                         "reconstruction": score_pictures(world, rebuilt, targets, rows, by_name=False)}
-        if log:
-            log(f"{split}: tokenised {len(rows)} and rebuilt {len(targets)} pictures")
-    return result
-
-
-def codec_report(codec: PictureCodec, world: World, settings: ReportSettings | None = None, batch: int = 64,
-                 log: Callable[[str], None] | None = None) -> dict[str, Section]:
-    """`tokenizer_report` of a tokenizer and its decoder, for instance `SeedLlama(...).pictures` or one built by hand:
-
-        codec = PictureCodec(Seed2Tokenizer.from_pretrained(a), transform, device=device,
-                             load_decoder=lambda: UnclipDetokenizer.from_pretrained(b))
-        codec_report(codec, World(load_nano(), Judge.from_pretrained(c)))
-    """
-    return tokenizer_report(
-        lambda pictures: encode(codec, pictures, batch), lambda codes: codec.draw(list(codes), batch_size=batch),
-        codec.model.config.codebook_size, world, settings, log)
 
 
 def evaluate(
@@ -140,11 +73,11 @@ def evaluate(
     Returns:
         (split → sections), pictures for the contact sheets, and the raw answers (split → lists) for reading.
     """
-    progress = Progress(5 * len(settings.splits), log)
     splits, shown, answers = {}, [], {}
-    for split in settings.splits:
-        splits[split], pictures, answers[split] = _evaluate_split(system, world, split, settings, progress)
-        shown.append(pictures)
+    with Progress("report", 5 * len(settings.splits), "part", every=0, log=log) as progress:
+        for split in settings.splits:
+            splits[split], pictures, answers[split] = _evaluate_split(system, world, split, settings, progress)
+            shown.append(pictures)
     return splits, shown, answers
 
 
@@ -160,19 +93,19 @@ def _evaluate_split(system: System, world: World, split: str, settings: ReportSe
     rebuilt = system.pictures(codes)
     section["reconstruction"] = score_pictures(world, rebuilt, targets, rows, by_name=False)
     section["ceilings"] = _ceilings(system, world, targets, rows)
-    progress.step(f"{split}: rebuilt {len(targets)} pictures")
+    progress.update(1, **{split: f"rebuilt {len(targets)} pictures"})
     drawn = _paint(system, system.draw([world.names[t] for t in targets]))
     section["drawing"] = score_pictures(world, drawn, targets, rows, by_name=True)
-    progress.step(f"{split}: drew {len(targets)} pictures")
+    progress.update(1, **{split: f"drew {len(targets)} pictures"})
     section["caption"], texts = describe_section(world, system, codes, targets)
-    progress.step(f"{split}: described {len(targets)} pictures")
+    progress.update(1, **{split: f"described {len(targets)} pictures"})
     rng = np.random.default_rng(settings.seed)
     section["qa"], asked = qa_section(world, system, codes, targets, settings.questions, rng)
-    progress.step(f"{split}: answered {len(asked)} questions")
+    progress.update(1, **{split: f"answered {len(asked)} questions"})
     edits = sample([e for e in nano.edits if e.split == split], settings.limit, settings.seed)
     edited = _edit(system, world, edits)
     section["edit"] = edit_section(world, edited, edits, rows)
-    progress.step(f"{split}: edited {len(edits)} pictures")
+    progress.update(1, **{split: f"edited {len(edits)} pictures"})
     said = {"captions": [{"key": nano.records[t].key, "text": text, "label": nano.records[t].label}
                          for t, text in zip(targets, texts, strict=True)], "questions": asked}
     return section, Shown(split, targets, rebuilt, drawn, texts, edits, edited), said
@@ -210,22 +143,13 @@ def _ceilings(system: System, world: World, targets: Sequence[int], rows: Sequen
     return found
 
 
-def plain(value: Any) -> Any:
-    """A report with `Estimate` objects as JSON values."""
-    if isinstance(value, Estimate):
-        return value.to_json()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def write_report(report: dict[str, Any], shown: Sequence[Shown], answers: Section, world: World, out: Path) -> None:
     """Write report.json, answers.json, report.md and the sheets into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     report["sheets"] = save_sheets(shown, world, out)
-    (out / "report.json").write_text(json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / "answers.json").write_text(json.dumps(answers, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(markdown(plain(report)), encoding="utf-8")
+    replace_text(out / "report.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
+    replace_text(out / "answers.json", json.dumps(answers, indent=0, ensure_ascii=False) + "\n")
+    replace_text(out / "report.md", markdown(plain(report)))
 
 
 def build_report(options: argparse.Namespace, log: Log) -> Path:
@@ -237,7 +161,9 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
 
     start = time.monotonic()
     judge_folder = find_judge(options.model, options.judge)
-    out = _folder_for(Path(options.out))
+    out = Path(options.out)
+    with writing(out, ConfigError):  # now: a report takes minutes
+        out.mkdir(parents=True, exist_ok=True)
     system = BatchedSystem.from_pretrained(options.model, device=options.device, dtype=options.dtype,
                                            batch=options.batch, seed=settings.seed, log=log)
     judge = Judge.from_pretrained(judge_folder, device=system.device)
@@ -246,28 +172,10 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
     splits, shown, answers = evaluate(system, world, settings, log)
     report: dict[str, Any] = {
         "model": str(options.model), "data": str(options.data or "data/nano64"),
-        "command": machine.command_line(MODULE), "date": machine.today(), "commit": machine.commit(),
-        "seconds": round(time.monotonic() - start, 1),
-        "hardware": machine.hardware(system.device), "versions": machine.versions(), "system": system.facts(),
+        **machine.circumstances(system.device, machine.command_line(MODULE)),
+        "seconds": round(time.monotonic() - start, 1), "system": system.facts(),
         "settings": asdict(settings), "judge": judge.config.training, "aims": aims(splits), "splits": splits}
     write_report(report, shown, answers, world, out)
-    return out
-
-
-def find_judge(model: str | Path, given: str | Path | None) -> Path:
-    """Folder of the scorer: `given`, or the system's own, or the shipped one (it is independent of every system)."""
-    if given is not None:
-        return Path(given)
-    own = (locate_system(model) or Path(model)) / "judge"
-    return own if own.is_dir() else locate(NANO_JUDGE) or own
-
-
-def _folder_for(out: Path) -> Path:
-    """`out` as a folder that can be written, made now: a report takes minutes."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: no folder that can be written ({error.strerror}).") from error
     return out
 
 
@@ -286,15 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
 
-    def work() -> int:
+    def work(options: argparse.Namespace) -> int:
         out = build_report(options, lambda line: print(line, flush=True))
         print(f"Wrote {out / 'report.md'}, report.json and the contact sheets.")
         return DONE
 
-    return guarded("report", options.debug, work)
+    return run_program(parser, work, arguments, "report")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 parts.append(_kinds(splits, ("edit", "kinds"), "kind of edit (right thing and style)", ()))
     if report.get("sheets"):
         parts += ["## To look at\n", *(f"![{name}]({name})\n" for name in report["sheets"])]
-    parts += ["## How it was measured\n", _facts(report)]
+    parts += ["## How it was measured\n", facts(report)]
     return "\n".join(parts)
 
 
@@ -170,12 +170,17 @@ def _kinds(splits: Mapping[str, Any], path: tuple[str, ...], title: str, inside:
     return table((title, *splits), rows) if rows else ""
 
 
-def _facts(report: Mapping[str, Any]) -> str:
-    hardware, settings = report["hardware"], report["settings"]
-    judge = ", ".join(f"{k} {v}" for k, v in report.get("judge", {}).items() if not isinstance(v, Mapping))
-    lines = [f"`{report['command']}`", f"{report['date']}, commit {report['commit']}, {report['seconds']} s on "
-             + ", ".join(f"{k} {v}" for k, v in hardware.items()),
-             "Settings: " + ", ".join(f"{k} {v}" for k, v in {**settings, **report.get("system", {})}.items()),
-             f"Judge: {judge}" if judge else "",
-             "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items())]
+def facts(report: Mapping[str, Any], where: str = "") -> str:
+    """How a report was measured: command, date, machine (`where`: what of it was used), settings, versions.
+
+    Keys `system` and `judge` are there where a whole system was measured.
+    """
+    def listed(values: Mapping[str, Any]) -> str:
+        return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, Mapping))
+
+    judge = listed(report.get("judge", {}))
+    lines = [f"`{report['command']}`",
+             f"{report['date']}, commit {report['commit']}, {report['seconds']} s on {where}"
+             + listed(report["hardware"]), "Settings: " + listed({**report["settings"], **report.get("system", {})}),
+             f"Judge: {judge}" if judge else "", "Versions: " + listed(report["versions"])]
     return "".join(f"* {line}\n" for line in lines if line)

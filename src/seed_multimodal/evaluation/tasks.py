@@ -2,7 +2,7 @@
 
 A `System` sees, speaks and paints in batches; the `World` is the real pictures with their embeddings under the judge.
 Every function returns a section: name → `Estimate` or plain number, with the size of the gallery beside the hits.
-Peculiar: an answer without a (whole) picture counts as wrong, it is never left out.
+An answer without a (whole) picture counts as wrong, it is never left out.
 """
 
 from __future__ import annotations

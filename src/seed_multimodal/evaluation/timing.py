@@ -62,13 +62,12 @@ def print_line(name: str, device: torch.device, settings: Mapping[str, Any], res
     Args:
         references: earlier figures of other code, shown only on the hardware they were measured on (an H200).
     """
-    hardware = machine.hardware(device)
+    facts = machine.circumstances(device, machine.script_line())
     line: dict[str, Any] = {"benchmark": name, **settings, "results": results}
-    if references and "H200" in hardware.get("gpu", ""):
+    if references and "H200" in facts["hardware"].get("gpu", ""):
         line["reference_h200"] = references
     if device.type == "cuda":
         line["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    line |= {"hardware": hardware, "versions": machine.versions(), "commit": machine.commit(),
-             "date": machine.today(), "command": machine.script_line()}
+    line |= facts
     print(json.dumps(line), flush=True)
     return line

@@ -14,11 +14,8 @@ Writes report.json, report.md, reconstructions.jpg, and a line for each retrieva
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +27,16 @@ from PIL import Image
 
 from seed_multimodal.data.formats.pairs import PairSource, open_pairs
 from seed_multimodal.device import choose_device
+from seed_multimodal.disk import writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
-from seed_multimodal.evaluation.metrics import FloatArray, bootstrap, codebook_statistics, cosine, retrieval_at_k
-from seed_multimodal.evaluation.report import plain
-from seed_multimodal.evaluation.tokenizer_eval_text import markdown, reconstruction_sheet
+from seed_multimodal.evaluation.metrics import FloatArray, bootstrap, code_section, cosine, plain, retrieval_at_k
 from seed_multimodal.evaluation.tokenizer_open import NONE, Opened, open_tokenizer
-from seed_multimodal.evaluation.tokenizer_pass import Seen, choose_rows, clip_embeddings, look, read_picture
+from seed_multimodal.evaluation.tokenizer_pass import PassResult, choose_rows, clip_embeddings, read_picture, run_pass
+from seed_multimodal.evaluation.tokenizer_report import reconstruction_sheet, write_report
 from seed_multimodal.evaluation.tokenizer_retrieval import K_TEST, Captions, retrieval
 from seed_multimodal.evaluation.tokenizer_text import TextSide, clip_texts, find_words, load_stage1, stage1_texts
+from seed_multimodal.settings import check_settings, setting
 
 Log = Callable[[str], None]
 Section = dict[str, Any]
@@ -68,10 +66,10 @@ class EvalSettings:
     clip: str | None = None
     judge: str | None = None
     interpolation: str | None = None
-    limit: int | None = None
-    rebuild: int = 128
-    batch: int = 64
-    k_test: int = K_TEST
+    limit: int | None = setting(None, least=1)
+    rebuild: int = setting(128, least=0)
+    batch: int = setting(64, least=1)
+    k_test: int = setting(K_TEST, least=1)
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -88,9 +86,7 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
     Raises:
         CheckpointError, DataError, ConfigError: what cannot be loaded or does not belong together.
     """
-    if min(settings.batch, settings.k_test) < 1 or settings.rebuild < 0 or settings.limit is not None and (
-            settings.limit < 1):
-        raise ConfigError("batch, k_test and limit must be at least 1, rebuild at least 0.")
+    check_settings(settings, "eval tokenizer")
     if settings.seed < 0:
         raise ConfigError(f"The seed must be at least 0, got {settings.seed}.")
     # `none` leaves a part out, as for the parts that are found without being asked for.
@@ -98,7 +94,7 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
                               if getattr(settings, name) == NONE}
     settings = replace(settings, **absent)
     start = time.monotonic()
-    with _writing(Path(out)):
+    with writing(out, ConfigError):
         Path(out).mkdir(parents=True, exist_ok=True)
     source = open_pairs(settings.data)
     runtime = choose_device(settings.device, settings.dtype, log=log)
@@ -110,18 +106,18 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
     texts = _text_sides(opened, settings, runtime.device)
     rows = choose_rows(len(source), settings.limit, settings.seed)
     log(f"Looking at {len(rows)} of {len(source)} pictures.")
-    seen = look(source, rows, opened, stage1=texts.stage1, batch=settings.batch, log=log)
+    seen = run_pass(source, rows, opened, stage1=texts.stage1, batch=settings.batch, log=log)
     rebuilt = _rebuild(opened, seen, settings, log)
     report: Section = {
         "model": str(model), "data": settings.data, "n": len(seen.rows), "captions": sum(map(len, seen.captions)),
         "left_out": [f"{name}: {reason}" for name, reason in seen.bad],
         "retrieval": _retrieval_sections(seen, rebuilt, opened, texts, settings),
-        "reconstruction": _reconstruction(seen, rebuilt, opened), "codes": _codes(seen, opened),
+        "reconstruction": _reconstruction(seen, rebuilt, opened),
+        "codes": code_section(seen.codes, opened.tokenizer.config.codebook_size),
         "settings": {key: value for key, value in asdict(settings).items() if key != "data"},
-        "hardware": machine.hardware(runtime.device), "runtime": str(runtime), "versions": machine.versions(),
-        "commit": machine.commit(), "command": command or machine.script_line(), "date": machine.today()}
+        "runtime": str(runtime), **machine.circumstances(runtime.device, command or machine.script_line())}
     report["seconds"] = round(time.monotonic() - start, 1)
-    write(report, reconstruction_sheet(seen, rebuilt, _shown(source, seen), _nearest(source, seen)), Path(out))
+    write_report(report, reconstruction_sheet(seen, rebuilt, _shown(source, seen), _nearest(source, seen)), Path(out))
     return plain(report)
 
 
@@ -146,7 +142,7 @@ def _text_sides(opened: Opened, settings: EvalSettings, device: torch.device) ->
     return texts
 
 
-def _retrieval_sections(seen: Seen, rebuilt: Sequence[Image.Image], opened: Opened, texts: _Texts,
+def _retrieval_sections(seen: PassResult, rebuilt: Sequence[Image.Image], opened: Opened, texts: _Texts,
                         settings: EvalSettings) -> Section:
     """Retrieval by every route there is; `causal_codes` repeats the first route from the codes."""
     captions = Captions.of(seen.captions)
@@ -175,7 +171,7 @@ def _retrieval_sections(seen: Seen, rebuilt: Sequence[Image.Image], opened: Open
 # ---- pictures and codes
 
 
-def _rebuild(opened: Opened, seen: Seen, settings: EvalSettings, log: Log) -> list[Image.Image]:
+def _rebuild(opened: Opened, seen: PassResult, settings: EvalSettings, log: Log) -> list[Image.Image]:
     if not (settings.rebuild and opened.codec.can_draw):
         return []
     codes = seen.codes[:settings.rebuild]
@@ -183,7 +179,7 @@ def _rebuild(opened: Opened, seen: Seen, settings: EvalSettings, log: Log) -> li
     return opened.codec.draw(torch.from_numpy(codes), seed=settings.seed, batch_size=min(settings.batch, 32))
 
 
-def _reconstruction(seen: Seen, rebuilt: Sequence[Image.Image], opened: Opened) -> Section:
+def _reconstruction(seen: PassResult, rebuilt: Sequence[Image.Image], opened: Opened) -> Section:
     """How near codes bring back the picture: as an embedding, and as a picture under CLIP and under the judge."""
     section: Section = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
     if seen.target is not None:
@@ -212,56 +208,17 @@ def _nearness(found: FloatArray, real: FloatArray) -> Section:
     return section
 
 
-def _codes(seen: Seen, opened: Opened) -> Section:
-    stats = asdict(codebook_statistics(seen.codes, opened.tokenizer.config.codebook_size))
-    bits = {str(n): round(value, 3) for n, value in stats.pop("prefix_bits").items()}
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in stats.items()} | {
-        "prefix_bits": bits}
-
-
 def _unit(features: FloatArray) -> FloatArray:
     return F.normalize(torch.from_numpy(np.asarray(features)).float(), dim=-1).numpy()
 
 
-def _shown(source: PairSource, seen: Seen) -> list[Image.Image]:
+def _shown(source: PairSource, seen: PassResult) -> list[Image.Image]:
     return [read_picture(source, row)[2] for row in seen.rows[:SHOWN]]
 
 
-def _nearest(source: PairSource, seen: Seen) -> list[Image.Image]:
+def _nearest(source: PairSource, seen: PassResult) -> list[Image.Image]:
     """For each shown picture the other one whose codes decode nearest to it."""
     decoded = _unit(seen.decoded)
     similarity = decoded[:SHOWN] @ decoded.T
     np.fill_diagonal(similarity, -np.inf)
     return [read_picture(source, seen.rows[i])[2] for i in similarity.argmax(1).tolist()] if len(decoded) > 1 else []
-
-
-# ---- files
-
-
-def write(report: Section, sheet: Image.Image, out: Path) -> None:
-    """Write report.json, report.md and the sheet; append the retrieval lines to evaluate.txt.
-
-    Raises:
-        ConfigError: the folder cannot be written.
-    """
-    report["sheet"] = "reconstructions.jpg"
-    values = plain(report)
-    lines = [{"features": name, "route": route["route"], "text": route["text"], "model": values["model"],
-              "n": route["n"], **route["lavis"]} for name, route in values["retrieval"]["routes"].items()]
-    with _writing(out):
-        sheet.save(out / report["sheet"], quality=88)
-        for name, text in (("report.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n"),
-                           ("report.md", markdown(values))):
-            temporary = out / f".{name}.{os.getpid()}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, out / name)
-        with open(out / "evaluate.txt", "a", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror or error}).") from error

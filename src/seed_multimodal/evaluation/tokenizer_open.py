@@ -141,7 +141,7 @@ def _default_clip(drawing: Path | None) -> Path | None:
 
 
 def _fitting_decoder(folder: Path, tokenizer: Seed2Tokenizer, required: bool, log: Log) -> Path | None:
-    """The decoder, if it draws embeddings of this tokenizer's width; told now, not after a pass over the pictures."""
+    """The decoder, if it draws embeddings of this tokenizer's width; checked before the pass over the pictures."""
     try:
         check_unclip(folder, tokenizer.config.image_features_dim, None)
     except CheckpointError as error:
@@ -166,10 +166,16 @@ def _fitting(tower: Any, source: Path, tokenizer: Seed2Tokenizer, required: bool
     return None
 
 
-def _judge(model: str | Path, given: Given, runtime: Runtime) -> Judge | None:
+def find_judge(model: str | Path, given: str | Path | None = None) -> Path:
+    """Folder of the scorer: `given`, or the system's own, or the shipped one (it is independent of every system)."""
     if given is not None:
-        return None if str(given) == NONE else Judge.from_pretrained(given, runtime.device)
-    system = locate_system(model)
-    places = [system / "judge" if system is not None else None, locate(NANO_JUDGE)]
-    found = next((place for place in places if place is not None and (place / "config.json").is_file()), None)
-    return Judge.from_pretrained(found, runtime.device) if found is not None else None
+        return Path(given)
+    own = (locate_system(model) or Path(model)) / "judge"
+    return own if own.is_dir() else locate(NANO_JUDGE) or own
+
+
+def _judge(model: str | Path, given: Given, runtime: Runtime) -> Judge | None:
+    place = find_judge(model, given)
+    if str(given) == NONE or given is None and not (place / "config.json").is_file():
+        return None
+    return Judge.from_pretrained(place, runtime.device)

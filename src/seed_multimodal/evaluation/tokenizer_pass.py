@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.formats.pairs import PairSource
-from seed_multimodal.errors import ConfigError, DataError, ImageError
+from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.evaluation.metrics import FloatArray
 from seed_multimodal.evaluation.tokenizer_open import Opened
 from seed_multimodal.images.open import open_image
@@ -29,7 +28,7 @@ Log = Callable[[str], None]
 
 
 @dataclass
-class Seen:
+class PassResult:
     """What one pass found, row i of every array being picture i.
 
     Attributes:
@@ -54,36 +53,6 @@ class Seen:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
-def data_spec(text: str, split: str | None = None, **keys: Any) -> dict[str, Any]:
-    """`--data` as the mapping that `data.formats.pairs.open_pairs` reads.
-
-    Args:
-        text: `nano`, a nano folder, a .yaml file with such a mapping, a .json list, or a pattern of .tar shards.
-        split: of the nano set (default: val).
-        keys: further keys of the mapping (`image_root`, `caption_key`, …); None means not given.
-
-    Raises:
-        ConfigError: none of these.
-    """
-    from seed_multimodal.config import load_yaml
-
-    given = {key: value for key, value in keys.items() if value is not None}
-    suffix = Path(text).suffix
-    if suffix in (".yaml", ".yml"):
-        spec: dict[str, Any] = {str(key): value for key, value in load_yaml(text).items()}
-    elif text == "nano" or (Path(text) / "manifest.json").is_file():
-        spec = {"format": "nano", "split": split or "val", **({} if text == "nano" else {"folder": text})}
-    elif suffix == ".json":
-        spec = {"format": "json", "files": text}
-    elif suffix == ".tar":
-        spec = {"format": "webdataset", "pattern": text}
-    else:
-        raise ConfigError(f"--data {text}: not nano, a nano folder, a .json list, a .tar pattern or a .yaml file.")
-    if split is not None and spec.get("format") != "nano":
-        raise ConfigError(f"--data {text}: only the nano set has splits.")
-    return {**spec, **given}
-
-
 def choose_rows(count: int, limit: int | None, seed: int) -> list[int]:
     """Row numbers to look at, all or `limit` of them, in an order drawn by `seed`: the first few are a fair sample."""
     return np.random.default_rng(seed).permutation(count)[:limit].tolist()
@@ -97,15 +66,15 @@ def read_picture(source: PairSource, row: int) -> tuple[str, list[str], Image.Im
 
 
 @torch.no_grad()
-def look(source: PairSource, rows: Sequence[int], opened: Opened, *, stage1: Stage1Model | None = None,
-         batch: int = 64, log: Log = print) -> Seen:
+def run_pass(source: PairSource, rows: Sequence[int], opened: Opened, *, stage1: Stage1Model | None = None,
+         batch: int = 64, log: Log = print) -> PassResult:
     """Encode the pictures `rows` of `source` in batches.
 
     Raises:
         DataError: no picture could be read, too many in a row could not, or one became numbers that are not finite.
     """
     found: dict[str, list[Tensor]] = {}
-    seen = Seen([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None, None)
+    seen = PassResult([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None, None)
     for pictures in _batches(source, rows, batch, seen, log):
         for name, value in _features(pictures, opened, stage1).items():
             found.setdefault(name, []).append(value.cpu())
@@ -121,7 +90,8 @@ def look(source: PairSource, rows: Sequence[int], opened: Opened, *, stage1: Sta
     return seen
 
 
-def _batches(source: PairSource, rows: Sequence[int], batch: int, seen: Seen, log: Log) -> Iterator[list[Image.Image]]:
+def _batches(source: PairSource, rows: Sequence[int], batch: int, seen: PassResult,
+             log: Log) -> Iterator[list[Image.Image]]:
     """Pictures in batches; their names and captions, and what is bad, go to `seen`."""
     pictures: list[Image.Image] = []
     in_a_row = 0

@@ -3,7 +3,7 @@
 The metric names and `K_TEST` are LAVIS's: each query keeps its 128 best scores, all others count as -100; `txt_r5` is
 the share of pictures with one of their captions among the five best texts, `img_r5` of captions with their picture
 among the five best; `agg_metrics` is the mean over the three text levels.
-Peculiar: a caption that two pictures share letter for letter is right for both (LAVIS counts one of them as wrong), and
+A caption that two pictures share letter for letter is right for both (LAVIS counts one of them as wrong), and
 ties count against the query, so equal features score nothing instead of winning by order.
 """
 

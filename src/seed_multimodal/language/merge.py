@@ -3,7 +3,7 @@
 What: every linear layer becomes W + scale · B · A (computed in fp32), every module trained whole takes the place of
 the base's, embeddings get the tokenizer's words, special ids are set right, the tokenizer's files go along. The result
 is what transformers, vLLM and this package's inference load. A fully trained checkpoint passes through unchanged.
-Peculiar: weights stream from the base's shards into new ones, so memory holds the largest tensor a few times, never a
+Weights stream from the base's shards into new ones, so memory holds the largest tensor a few times, never a
 model (the comparison of logits at the end does need room for one model: `verify=False` goes without). The folder
 appears by one rename, complete or not at all. A base with tied embeddings stays tied if both ends are still the same.
 """

@@ -60,7 +60,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The words around a user's turn; `user_marker` opens every user turn, so it tells where the last one starts."""
+    """The words around a user's turn; `user_marker` opens every user turn, so the last one can be found."""
 
     name: str
     user_prefix: str

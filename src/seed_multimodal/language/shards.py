@@ -48,8 +48,7 @@ class Shards:
         self._file: Path | None = None
         self._handle: Any = None
         for file in weight_files(self.source):
-            self._open(file)
-            for name in self._handle.keys():  # noqa: SIM118 (safetensors' handle is no mapping)
+            for name in self._open(file).keys():  # noqa: SIM118 (safetensors' handle is no mapping)
                 self.entries[name] = TensorEntry(file, *self._kind(name))
         if not self.entries:
             raise CheckpointError(f"{self.source}: holds no tensors.")
@@ -65,11 +64,13 @@ class Shards:
         """Let go of the file that is open."""
         self._file = self._handle = None
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path) -> Any:
+        """The handle of a file, which takes the place of the one that was open."""
         self.close()
         self._handle = _open_safetensors(file) if file.suffix == ".safetensors" else (
             load_state_dict(file, mapped=True))
         self._file = file
+        return self._handle
 
     def _kind(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         if isinstance(self._handle, Mapping):

@@ -1,6 +1,6 @@
 """One model behind a lock: the only place where the server touches weights.
 
-Peculiar: Flask answers in threads, and a model (its caches, its random state, its moves between devices) serves one
+Flask answers in threads, and a model (its caches, its random state, its moves between devices) serves one
 request at a time; `Engine.answer` holds one lock from the first picture read to the last drawn. A queue that batches
 requests would replace that lock; nothing outside this file would notice.
 """

@@ -1,6 +1,6 @@
 """The picture half of a system: pictures to codes and codes to pictures, with the de-tokenizer loaded on first use.
 
-Peculiar: every picture gets its own random generator from the same seed, so a drawing depends on its codes and the
+Every picture gets its own random generator from the same seed, so a drawing depends on its codes and the
 seed, never on what else is in the batch. Parts that are seldom used can wait on the CPU (`offload_*`, as the released
 demo does on 16 GB cards).
 """

@@ -27,7 +27,7 @@ class StopGeneration(Exception):  # noqa: N818 (a signal, like StopIteration)
 class AnswerReader:
     """Reads an answer token by token; `ids` are the tokens that belong to it so far.
 
-    Peculiar: text is held back while its end may still turn into something else: half a character, or the first
+    Text is held back while its end may still turn into something else: half a character, or the first
     letters of `marker` (the user's role), at which the answer ends.
     """
 

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-from tqdm import tqdm
-
-from seed_multimodal.entry import DONE, guarded
+from seed_multimodal.entry import DONE, run_program, say
 from seed_multimodal.data.nano.build import BuildOptions, BuildReport, build
 from seed_multimodal.data.nano.check import check_folder, report
 from seed_multimodal.data.nano.load import load_nano
 from seed_multimodal.data.nano.sheet import nano_sheet
 from seed_multimodal.data.nano.packages import SHARE_ALIKE, SOURCES
-from seed_multimodal.errors import DataError, SeedError
+from seed_multimodal.errors import DataError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m seed_multimodal.data.nano", description=__doc__.splitlines()[0])
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(dest="verb", required=True)
     made = verbs.add_parser("build", help="fetch the pinned packages and build the set")
     made.add_argument("--out", required=True, type=Path, help="folder to write")
@@ -46,13 +42,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    args = parser().parse_args(arguments)
-
-    def work() -> int:
+    def work(args: argparse.Namespace) -> int:
         {"build": _build, "check": _check, "sheet": _sheet}[args.verb](args)
         return DONE
 
-    return guarded("nano data", args.debug, work)
+    return run_program(parser(), work, arguments, "nano data")
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -62,11 +56,7 @@ def _build(args: argparse.Namespace) -> None:
     options = BuildOptions(size=args.size, styles=styles, all_tones=args.all_tones, quality=args.quality)
     packages = ", ".join(f"{SOURCES[s].package}@{SOURCES[s].version}" for s in (*styles, "emojibase") if s in SOURCES)
     print(f"Building {args.size} px pictures from {packages} (packages in {args.cache}).")
-
-    def progress(items: Iterable) -> Iterable:
-        return tqdm(items, desc="rendering", unit="picture", mininterval=1.0)
-
-    _summary(build(args.out, args.cache, options, progress), options)
+    _summary(build(args.out, args.cache, options, say), options)
 
 
 def _summary(done: BuildReport, options: BuildOptions) -> None:

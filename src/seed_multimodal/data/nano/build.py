@@ -1,7 +1,7 @@
 """Build the nano set: fetch, render, unite, split, caption, and write shards with everything beside them.
 
 Run: `python -m seed_multimodal.data.nano build --out data/nano64` (about two minutes on one core, no GPU).
-Peculiar: share-alike art goes to shards of its own (`nano64-sharealike-000000.tar.gz`); two builds from the same
+Share-alike art goes to shards of its own (`nano64-sharealike-000000.tar.gz`); two builds from the same
 packages with the same libraries give the same bytes.
 """
 
@@ -34,8 +34,10 @@ from seed_multimodal.data.nano.words import MAX_TAGS, captions, questions
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.disk import sha256_of
 from seed_multimodal.errors import DataError
+from seed_multimodal.progress import Progress
 
 FORMAT = 1
+Log = Callable[[str], None] | None
 CONVERSATIONS = {"train": 4000, "val": 120, "test_concept": 120, "test_combo": 120}
 
 
@@ -77,31 +79,28 @@ class Picture:
         return f"{self.drawing.style}-{self.drawing.code}"
 
 
-def build(
-    out: Path, cache: Path, options: BuildOptions, progress: Callable[..., Iterable] | None = None
-) -> BuildReport:
-    """Fetch the pinned packages and build into `out`. Raises DataError for an unknown style or a bad package."""
+def build(out: Path, cache: Path, options: BuildOptions, log: Log = None) -> BuildReport:
+    """Fetch the pinned packages and build into `out`; `log` gets the progress.
+
+    Raises:
+        DataError: an unknown style or a bad package.
+    """
     for style in options.styles:
         if style not in SOURCES or style == "emojibase":
             raise DataError(f"unknown style {style!r}; the styles are twemoji, noto, fluent and openmoji.")
     concepts = read_concepts(fetch(SOURCES["emojibase"], cache), all_tones=options.all_tones)
     svgs = [drawing for style in options.styles for drawing in drawings(style, fetch(SOURCES[style], cache))]
-    return build_from(svgs, concepts, out, options, progress)
+    return build_from(svgs, concepts, out, options, log)
 
 
-def build_from(
-    svgs: list[Drawing],
-    concepts: dict[str, Concept],
-    out: Path,
-    options: BuildOptions,
-    progress: Callable[..., Iterable] | None = None,
-) -> BuildReport:
+def build_from(svgs: list[Drawing], concepts: dict[str, Concept], out: Path, options: BuildOptions,
+               log: Log = None) -> BuildReport:
     """Build from drawings and concepts already at hand (the tests use this with a few SVGs of their own)."""
     began = time.perf_counter()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     report = BuildReport(out)
-    pictures, facts = _render_all(svgs, concepts, options, report, progress)
+    pictures, facts = _render_all(svgs, concepts, options, report, log)
     if not pictures:
         raise DataError(f"{out}: nothing to build; no drawing has a known code point.")
     records = _records(pictures, facts)
@@ -114,21 +113,19 @@ def build_from(
         {"split": c.split, "messages": [[m["role"], *m["content"]] for m in c.messages]} for c in conversations)))
     report.kept = len(records)
     report.counts = {
-        "pictures": _tally(r.split for r in records),
-        **{f"pictures {style}": _tally(r.split for r in records if r.style == style) for style in options.styles},
-        "families": _tally({(r.family, r.split): r.split for r in records}.values()),
-        "edits": _tally(e.split for e in edits),
-        "conversations": _tally(c.split for c in conversations),
+        "pictures": _by_split(r.split for r in records),
+        **{f"pictures {style}": _by_split(r.split for r in records if r.style == style) for style in options.styles},
+        "families": _by_split({(r.family, r.split): r.split for r in records}.values()),
+        "edits": _by_split(e.split for e in edits),
+        "conversations": _by_split(c.split for c in conversations),
     }
     report.bytes = sum(path.stat().st_size for path in files) + _write_manifest(out, files, options, report)
     report.seconds = time.perf_counter() - began
     return report
 
 
-def _render_all(
-    svgs: list[Drawing], concepts: dict[str, Concept], options: BuildOptions, report: BuildReport,
-    progress: Callable[..., Iterable] | None,
-) -> tuple[list[Picture], dict[str, list[str]]]:
+def _render_all(svgs: list[Drawing], concepts: dict[str, Concept], options: BuildOptions, report: BuildReport,
+                log: Log) -> tuple[list[Picture], dict[str, list[str]]]:
     """Pictures in order of key, and the facts that unite them into families (dropped duplicates leave theirs)."""
     pictures: list[Picture] = []
     seen: dict[str, Picture] = {}
@@ -136,7 +133,9 @@ def _render_all(
     known = [d for d in svgs if d.code in concepts]
     report.skipped["no words for it (toned, component or not in Unicode)"] = len(svgs) - len(known)
     known.sort(key=lambda d: (options.styles.index(d.style), concepts[d.code].order, d.code))
-    for drawing in progress(known) if progress else known:
+    bar = Progress("rendering", len(known), "picture", log=log)
+    for drawing in known:
+        bar.update()
         concept = concepts[drawing.code]
         pixels = render_svg(drawing.svg, options.size, f"{drawing.style} {drawing.code}")
         if pixels is None:
@@ -151,6 +150,7 @@ def _render_all(
         seen[picture.digest] = picture
         facts[picture.key] = own
         pictures.append(picture)
+    bar.close()
     return sorted(pictures, key=lambda p: p.key), facts
 
 
@@ -218,7 +218,7 @@ def _write_lines(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
-def _tally(splits: Iterable[str]) -> dict[str, int]:
+def _by_split(splits: Iterable[str]) -> dict[str, int]:
     counts = Counter(splits)
     return {split: counts[split] for split in SPLITS}
 

@@ -1,6 +1,6 @@
 """What each code point shows, in words: label, group, subgroup, tags, tone and gender, from emojibase (Unicode CLDR).
 
-Peculiar: labels become plain lower-case ASCII English ("flag: France" -> "flag of france"), since answers are short
+Labels become plain lower-case ASCII English ("flag: France" -> "flag of france"), since answers are short
 lower-case phrases and the smallest model has a small vocabulary.
 """
 

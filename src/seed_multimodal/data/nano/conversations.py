@@ -1,6 +1,6 @@
 """Multi-turn conversations with pictures on both sides, composed from captions, questions and edits.
 
-Peculiar: a train conversation shows train pictures only; in test_combo a conversation shows at least one held-out
+A train conversation shows train pictures only; in test_combo a conversation shows at least one held-out
 combination and may show train pictures beside it.
 """
 

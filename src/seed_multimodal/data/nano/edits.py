@@ -1,6 +1,6 @@
 """Edit pairs: the same thing in another style, another person or tone, or another thing in the same style.
 
-Peculiar: both pictures are of one split. In test_combo the target is held out and the source may be a train picture,
+Both pictures are of one split. In test_combo the target is held out and the source may be a train picture,
 because it is only given; no train pair touches a held-out picture.
 """
 

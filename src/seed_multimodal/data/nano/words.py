@@ -1,6 +1,6 @@
 """Captions and questions of one picture, all decided by its key.
 
-Peculiar: the first caption names style and thing and is the one used for drawing and describing. A yes/no question's
+The first caption names style and thing and is the one used for drawing and describing. A yes/no question's
 wrong thing comes from the same split, and tags that are labels of held-out families are left out of train.
 """
 

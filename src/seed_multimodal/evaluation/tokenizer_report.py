@@ -1,14 +1,19 @@
-"""report.md and the contact sheet of a tokenizer's evaluation."""
+"""What a tokenizer's evaluation leaves: report.json, report.md, the contact sheet, and a line in evaluate.txt."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.evaluation.report_text import show, table
-from seed_multimodal.evaluation.tokenizer_pass import Seen
+from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.evaluation.metrics import plain
+from seed_multimodal.evaluation.report_text import facts, show, table
+from seed_multimodal.evaluation.tokenizer_pass import PassResult
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 
 COLUMNS, CELL = 8, 96
@@ -37,7 +42,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     if report["left_out"]:
         parts += ["## Left out\n", "".join(f"* {line}\n" for line in report["left_out"])]
     parts += ["## To look at\n", f"![{report['sheet']}]({report['sheet']})\n", "## How it was measured\n",
-              _facts(report)]
+              facts(report, f"{report['runtime']}: ")]
     return "\n".join(parts)
 
 
@@ -77,16 +82,7 @@ def _codes(section: Mapping[str, Any]) -> str:
     return table(("", ""), rows)
 
 
-def _facts(report: Mapping[str, Any]) -> str:
-    lines = [f"`{report['command']}`",
-             f"{report['date']}, commit {report['commit']}, {report['seconds']} s on {report['runtime']}: "
-             + ", ".join(f"{key} {value}" for key, value in report["hardware"].items()),
-             "Settings: " + ", ".join(f"{key} {value}" for key, value in report["settings"].items()),
-             "Versions: " + ", ".join(f"{key} {value}" for key, value in report["versions"].items())]
-    return "".join(f"* {line}\n" for line in lines)
-
-
-def reconstruction_sheet(seen: Seen, rebuilt: Sequence[Image.Image], real: Sequence[Image.Image],
+def reconstruction_sheet(seen: PassResult, rebuilt: Sequence[Image.Image], real: Sequence[Image.Image],
                          nearest: Sequence[Image.Image]) -> Image.Image:
     """Pictures with a caption, above what their codes draw (where they were drawn) and the other picture whose
     codes decode nearest; the first of the sample, good or bad."""
@@ -100,3 +96,21 @@ def reconstruction_sheet(seen: Seen, rebuilt: Sequence[Image.Image], real: Seque
         if nearest[part]:
             rows.append(Row("nearest other by its codes", [Cell(picture) for picture in nearest[part]]))
     return contact_sheet(rows, f"{len(seen.rows)} pictures", CELL, COLUMNS, 4)
+
+
+def write_report(report: dict[str, Any], sheet: Image.Image, out: Path) -> None:
+    """Write report.json, report.md and the sheet; append the retrieval lines to evaluate.txt.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    report["sheet"] = "reconstructions.jpg"
+    values = plain(report)
+    lines = [{"features": name, "route": route["route"], "text": route["text"], "model": values["model"],
+              "n": route["n"], **route["lavis"]} for name, route in values["retrieval"]["routes"].items()]
+    with writing(out, ConfigError):
+        sheet.save(out / report["sheet"], quality=88)
+        replace_text(out / "report.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        replace_text(out / "report.md", markdown(values))
+        with open(out / "evaluate.txt", "a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(line) + "\n" for line in lines)
