@@ -423,7 +423,8 @@ def test_arrows_point_one_way():
         if name.split(".")[1:2] in (["systems"], ["serving"], ["commands"]):
             heavy = imported(PACKAGE.parent / f"{name.replace('.', '/')}.py") if name.count(".") > 1 else set()
             wrong += [f"{name} imports {one}, which is for training" for one in heavy
-                      if one.partition(".")[0] in ("lavis", "deepspeed") or "training" in one.split(".")]
+                      if one.partition(".")[0] in ("lavis", "deepspeed") or "training" in one.split(".")
+                      and one != "seed_multimodal.training.plots"]  # `seed plot` reads logs, it trains nothing
     assert not wrong
 
 
