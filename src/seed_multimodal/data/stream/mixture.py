@@ -11,7 +11,6 @@ arguments; nothing depends on workers, ranks or restarts.
 from __future__ import annotations
 
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from seed_multimodal.data.decoders.registry import Decoder, get_decoder, some_picture
@@ -50,20 +49,14 @@ class Mixture:
         self.limits = [None if source.cycles is None else source.cycles * size
                        for source, size in zip(settings.sources, self.sizes, strict=True)]
         self.seeds = [zlib.crc32(f"{settings.seed} {name}".encode()) for name in self.names]
-        self._orders: list[OrderedDict[int, EpochOrder]] = [OrderedDict() for _ in self.names]
+        # streams near an epoch's end read from two at once, those of tiny sources from more
+        self.orders = [EpochOrder(size, seed, sizes=records.shard_sizes, keep=2 if size > 100_000 else 16,
+                                  block=settings.shuffle_block if len(records.shard_sizes) > 1 else 0)
+                       for size, seed, records in zip(self.sizes, self.seeds, self.records, strict=True)]
 
     def index(self, source: int, position: int) -> int:
         """The record at a position of a source's endless order."""
-        epoch, offset = divmod(position, self.sizes[source])
-        orders = self._orders[source]
-        if epoch not in orders:  # streams near an epoch's end read from two at once, those of tiny sources from more
-            while len(orders) >= (2 if self.sizes[source] > 100_000 else 16):
-                orders.popitem(last=False)
-            sizes = self.records[source].shard_sizes
-            orders[epoch] = EpochOrder(self.sizes[source], self.seeds[source], sizes=sizes,
-                                       block=self.settings.shuffle_block if len(sizes) > 1 else 0)
-        orders.move_to_end(epoch)
-        (_, indices), = orders[epoch].parts(epoch * self.sizes[source] + offset, 1)
+        (_, indices), = self.orders[source].parts(position, 1)
         return int(indices[0])
 
     def sequence(self, source: int, position: int, max_length: int | None = None) -> Found | SkippedSample:

@@ -43,13 +43,14 @@ class EpochOrder:
     Args:
         sizes: samples per shard, int64 [shards]; with them and `block` the shuffle is local, else over everything.
         block: samples that are shuffled among each other.
+        keep: epochs whose order is kept, for readers that are in several at once.
     """
 
-    def __init__(self, total: int, seed: int, *, shuffle: bool = True, sizes: Sequence[int] | np.ndarray | None = None,
-                 block: int = 0) -> None:
-        self.total, self.seed, self.shuffle, self.block = total, seed, shuffle, block
+    def __init__(self, total: int, seed: int, *, shuffle: bool = True, sizes: Sizes = None, block: int = 0,
+                 keep: int = 1) -> None:
+        self.total, self.seed, self.shuffle, self.block, self.keep = total, seed, shuffle, block, keep
         self.sizes = np.asarray([total] if sizes is None else sizes, np.int64)
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._kept: dict[int, np.ndarray] = {}  # the one used last at the end
 
     def parts(self, start: int, count: int) -> list[Part]:
         """Positions `start` .. `start + count` of the order, cut where an epoch ends."""
@@ -62,9 +63,13 @@ class EpochOrder:
         return taken
 
     def _of(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._permutation(epoch)
-        return self._order
+        order = self._kept.pop(epoch, None)
+        if order is None:
+            while len(self._kept) >= self.keep:
+                del self._kept[next(iter(self._kept))]
+            order = self._permutation(epoch)
+        self._kept[epoch] = order
+        return order
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

@@ -16,7 +16,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.released_settings import BUILDERS, is_released
 from seed_multimodal.errors import ConfigError, DataError
 
-DATA = Path(__file__).resolve().parents[2] / "MultiModalLLM" / "configs" / "data"
+DATA = Path(__file__).resolve().parents[3] / "MultiModalLLM" / "configs" / "data"
 PRETRAIN, SFT = DATA / "multi_torchdata_pretrain.yaml", DATA / "multi_torchdata_sft.yaml"
 CAPTION = "src.data.torchdata_train.build_caption_datapipes_for_llm"
 

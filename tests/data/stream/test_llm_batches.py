@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +41,6 @@ def joined(batches: list[LlmBatch]) -> LlmBatch:
 
 def saved(batches: LlmBatches) -> dict[str, Any]:
     return json.loads(json.dumps(batches.state()))
-
-
-@pytest.fixture
-def no_workers_left() -> Iterator[None]:
-    yield
-    end = time.monotonic() + 10
-    while multiprocessing.active_children() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not multiprocessing.active_children()
 
 
 def test_a_batch_is_what_it_says(mixed: Callable, words, sequences: Callable, numbers: Callable) -> None:
@@ -295,11 +284,12 @@ for step in range(100):
 """
 
 
-def test_after_sigkill_a_run_goes_on_to_the_sample(mixed: Callable, words, tmp_path: Path) -> None:
+def test_after_sigkill_a_run_goes_on_to_the_sample(mixed: Callable, words, tmp_path: Path,
+                                                   still_running: Callable) -> None:
     """A real process with workers, killed five steps after its state was saved; its workers end by themselves."""
     import hashlib
 
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     config, state = mixed(rows=2), tmp_path / "state.json"
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT,
                              str(root / "pretrained/nano/seed_tokenizer"), json.dumps(config), str(state)],
@@ -315,13 +305,10 @@ def test_after_sigkill_a_run_goes_on_to_the_sample(mixed: Callable, words, tmp_p
             assert lines[step] == f"{step} {hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()}"
         if step > 12:
             assert same(fresh.at(step), batch)
-    end = time.monotonic() + 30
-    while any(_runs(int(pid)) for pid in workers.split()) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert not any(_runs(int(pid)) for pid in workers.split())
+    assert still_running(workers.split()) == []
 
 
-def test_a_program_that_fails_with_workers_at_work_ends() -> None:
+def test_a_program_that_fails_with_workers_at_work_ends(still_running: Callable) -> None:
     code = """
 from seed_multimodal.data.stream.loader import StepLoader
 
@@ -333,12 +320,7 @@ raise KeyError("a training that fails")
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 1 and "a training that fails" in done.stderr
     first, second, *workers = done.stdout.split()
-    assert (first, second) == ("0", "1") and len(workers) == 2 and not any(_runs(int(pid)) for pid in workers)
-
-
-def _runs(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.is_file() and "State:\tZ" not in status.read_text()
+    assert (first, second) == ("0", "1") and len(workers) == 2 and still_running(workers, 0) == []
 
 
 def test_a_source_that_grew_is_named_alone(tmp_path: Path, words, lines: Callable) -> None:

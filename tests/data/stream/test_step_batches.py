@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from seed_multimodal.language.captions import BlipCaption
-from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.formats.pairs import TarPairs
 from seed_multimodal.data.stream.order import EpochOrder
+from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.stream.step_batches import StepBatches, join_batches
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.train_transforms import TrainTransform
+from seed_multimodal.language.captions import BlipCaption
 from seed_multimodal.training.old.loop import batch_indices
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -37,15 +37,6 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
     assert set(left) == set(right) == {"image", "caption", "key", "index"}
     return (torch.equal(left["image"], right["image"]) and torch.equal(left["index"], right["index"])
             and left["caption"] == right["caption"] and left["key"] == right["key"])
-
-
-@pytest.fixture
-def no_workers_left() -> Iterator[None]:
-    yield
-    end = time.monotonic() + 10
-    while multiprocessing.active_children() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not multiprocessing.active_children()
 
 
 # ---- the order
@@ -257,7 +248,7 @@ for step in range(100):
 """
 
 
-def test_a_run_killed_in_the_midst(shards: Path) -> None:
+def test_a_run_killed_in_the_midst(shards: Path, still_running: Callable) -> None:
     """A real process with workers, killed by SIGKILL: its batches were those of here; its workers end by themselves."""
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, str(shards)], capture_output=True, text=True,
                             timeout=150, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
@@ -268,19 +259,7 @@ def test_a_run_killed_in_the_midst(shards: Path) -> None:
         batch = batches.at(step)
         digest = hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest()
         assert lines[step] == " ".join([str(step), digest, *batch["key"]])
-    end = time.monotonic() + 30
-    while any(_runs(int(pid)) for pid in workers.split()) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert not any(_runs(int(pid)) for pid in workers.split())
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/status")
-    return not (status.is_file() and "State:\tZ" in status.read_text())
+    assert still_running(workers.split()) == []
 
 
 FULL = """
@@ -303,16 +282,13 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker that waits to hand over is not ended")
-def test_workers_that_wait_to_hand_a_batch_over_end_with_their_trainer() -> None:
+def test_workers_that_wait_to_hand_a_batch_over_end_with_their_trainer(still_running: Callable) -> None:
     killed = subprocess.Popen([sys.executable, "-W", "ignore", "-c", FULL], stdout=subprocess.PIPE, text=True,
                               env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert killed.stdout is not None
     workers = killed.stdout.readline().split()
     assert killed.wait(60) == -9 and len(workers) == 2
-    end = time.monotonic() + 20
-    while any(_runs(int(pid)) for pid in workers) and time.monotonic() < end:
-        time.sleep(0.2)
-    left = [int(pid) for pid in workers if _runs(int(pid))]
+    left = still_running(workers, 20)
     for pid in left:
         os.kill(pid, 9)
     killed.stdout.close()

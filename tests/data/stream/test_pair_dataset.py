@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from seed_multimodal.language.captions import BlipCaption
-from seed_multimodal.data.stream.pair_dataset import PairDataset, sample_seed
 from seed_multimodal.data.formats.pairs import JsonPairs, TarPairs
+from seed_multimodal.data.stream.pair_dataset import PairDataset, sample_seed
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.train_transforms import TrainTransform
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.captions import BlipCaption
 
 PLAIN = seed_image_processor(16)
 

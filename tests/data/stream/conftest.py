@@ -1,0 +1,37 @@
+"""What the tests of loaders share: workers that must have ended."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def no_workers_left() -> Iterator[None]:
+    """The test leaves no child process behind."""
+    yield
+    end = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+@pytest.fixture(scope="session")
+def still_running() -> Callable[..., list[int]]:
+    """`still_running(pids, seconds=30)`: those of the processes that have not ended by themselves in that time."""
+
+    def runs(pid: int) -> bool:
+        status = Path(f"/proc/{pid}/status")
+        return status.is_file() and "State:\tZ" not in status.read_text()
+
+    def wait(pids: Iterable[str | int], seconds: float = 30) -> list[int]:
+        end = time.monotonic() + seconds
+        while (left := [int(pid) for pid in pids if runs(int(pid))]) and time.monotonic() < end:
+            time.sleep(0.2)
+        return left
+
+    return wait
