@@ -403,6 +403,11 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     return [group for number, group in enumerate(found) if group not in found[:number]]
 
 
+@pytest.mark.parametrize("package", [PACKAGE], ids=lambda path: path.name)
+def test_no_modules_import_each_other(package):
+    assert circles(import_graph(package)) == []
+
+
 def test_a_circle_is_found():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
     assert circles(graph) == [{"b", "c"}]
