@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_python
 from PIL import Image
 
 from seed_multimodal import quickstart
@@ -47,7 +48,7 @@ def run(capsys, *arguments: str) -> tuple[int, list[str], str]:
 
 
 def script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "scripts" / name), "--device", "cpu", *arguments], cwd=cwd,
+    return subprocess.run([warm_python.PYTHON, str(ROOT / "scripts" / name), "--device", "cpu", *arguments], cwd=cwd,
                           capture_output=True, text=True, timeout=170)
 
 

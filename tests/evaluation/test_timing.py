@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from torch import nn
 
 from seed_multimodal.evaluation import machine, timing
@@ -63,7 +63,7 @@ def test_machine_facts(tmp_path: Path) -> None:
 ])
 def test_benchmark_scripts_print_one_json_line(script: str, arguments: list[str], key: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--device", "cpu", *arguments],
+    done = subprocess.run([warm_python.PYTHON, str(ROOT / "benchmarks" / script), "--device", "cpu", *arguments],
                           capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     line = json.loads(done.stdout)

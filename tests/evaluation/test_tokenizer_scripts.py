@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def test_retrieval_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_reconstruction_demo(tiny_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "eval" / "seed_inference.py"), "--device", "cpu", "--model"]
+    command = [warm_python.PYTHON, str(FOLDER / "eval" / "seed_inference.py"), "--device", "cpu", "--model"]
     done = subprocess.run([*command, str(tiny_folder), "--image", str(ROOT / "images" / "fox.png"), "--steps", "2"],
                           capture_output=True, text=True, timeout=170, cwd=tmp_path, env=_environment())
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -351,7 +352,7 @@ def test_command_line(made: SimpleNamespace, tokenizer_folder: Path, tmp_path: P
     words = tmp_path / "tokenizer.yaml"
     words.write_text("_target_: src.tokenizer.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
                      f"pretrained_model_name_or_path: {tokenizer_folder}\n")
-    command = [sys.executable, str(tool), "--model_cfg", str(configuration), "--tokenizer_cfg", str(words),
+    command = [warm_python.PYTHON, str(tool), "--model_cfg", str(configuration), "--tokenizer_cfg", str(words),
                "--base_model", str(made.base), "--lora_model", str(made.adapter)]
     done = subprocess.run([*command, "--save_path", str(tmp_path / "merged")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

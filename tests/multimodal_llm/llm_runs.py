@@ -6,11 +6,11 @@ import json
 import os
 import random
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import warm_python
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,14 +75,14 @@ def environment(**values: str) -> dict[str, str]:
     return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"), **values}
 
 
-def start(arguments: Sequence[str], *, before: Sequence[str] = (sys.executable,), **env: str) -> subprocess.Popen:
+def start(arguments: Sequence[str], *, before: Sequence[str] = (warm_python.PYTHON,), **env: str) -> subprocess.Popen:
     """`train.py` as a process, in its folder."""
     return subprocess.Popen([*before, "src/train/train.py", *arguments], cwd=APPLICATION, env=environment(**env),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def run(arguments: Sequence[str], *, code: int = 0, before: Sequence[str] = (sys.executable,), timeout: float = 240,
-        **env: str) -> tuple[str, str]:
+def run(arguments: Sequence[str], *, code: int = 0, before: Sequence[str] = (warm_python.PYTHON,),
+        timeout: float = 240, **env: str) -> tuple[str, str]:
     """Run `train.py` to its end and return what it said; fails unless its exit code is `code`."""
     process = start(arguments, before=before, **env)
     said, complained = process.communicate(timeout=timeout)
@@ -104,4 +104,4 @@ def losses(output: Path) -> dict[int, float]:
 
 def torchrun(*more: str) -> tuple[str, ...]:
     """Two processes on this machine."""
-    return (sys.executable, "-m", "torch.distributed.run", *(more or ("--standalone", "--nproc-per-node", "2")))
+    return (warm_python.PYTHON, "-m", "torch.distributed.run", *(more or ("--standalone", "--nproc-per-node", "2")))

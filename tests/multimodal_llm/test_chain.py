@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 from seed_multimodal import SeedLlama
 
@@ -21,8 +21,8 @@ TOKENIZER = ("--tokenizer", "configs/tokenizer/nano.yaml")
 def run(program: str, *arguments: object) -> str:
     """A command in MultiModalLLM, as the documentation gives it."""
     done = subprocess.run(
-        [sys.executable, program, *map(str, arguments)], cwd=APPLICATION, capture_output=True, text=True, timeout=170,
-        env={**PLAIN, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+        [warm_python.PYTHON, program, *map(str, arguments)], cwd=APPLICATION, capture_output=True, text=True,
+        timeout=170, env={**PLAIN, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 

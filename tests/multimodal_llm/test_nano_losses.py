@@ -7,11 +7,11 @@ a change that is meant to move the losses: `python tests/multimodal_llm/test_nan
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from safetensors import safe_open
 
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -45,8 +45,8 @@ def trained(folder: Path, name: str, *more: str) -> list[dict[str, float]]:
     """One stage by the application, as a process of its own; returns its log."""
     plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "MultiModalLLM/src/train/train.py"), "--config-path", str(folder), "--config-name",
-         name, *more], capture_output=True, text=True, timeout=170,
+        [warm_python.PYTHON, str(ROOT / "MultiModalLLM/src/train/train.py"), "--config-path", str(folder),
+         "--config-name", name, *more], capture_output=True, text=True, timeout=170,
         env={**plain, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = next((folder / name).glob("*.jsonl")).read_text(encoding="utf-8").splitlines()

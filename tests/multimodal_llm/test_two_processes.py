@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm_python
 
 from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
 
@@ -26,12 +27,12 @@ def free_port() -> str:
         return str(place.getsockname()[1])
 
 
-def nodes(runs, arguments: list[str], **names: str) -> list[subprocess.Popen]:
+def nodes(runs, arguments: list[str], environment: str = sys.prefix, **names: str) -> list[subprocess.Popen]:
     """The script on two nodes; `names`: the environment's name of the node's number and the like."""
     port, started = free_port(), []
     for number in range(2):
         env = runs.environment(**{names["rank"]: str(number), names["nodes"]: "2", names["address"]: "127.0.0.1",
-                                  names["processes"]: "1", "MASTER_PORT": port, "VIRTUAL_ENV": sys.prefix})
+                                  names["processes"]: "1", "MASTER_PORT": port, "VIRTUAL_ENV": environment})
         started.append(subprocess.Popen(["sh", SCRIPT, *arguments], cwd=runs.APPLICATION, env=env, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
     STARTED.extend(started)
@@ -58,7 +59,8 @@ def chosen(runs, tmp_path: Path, output: Path, *more: str) -> list[str]:
 def test_two_nodes_are_one_process_with_twice_the_micro_batches_and_resume_as_one(runs, tmp_path, train):
     two = tmp_path / "two"
     arguments = chosen(runs, tmp_path, two, "trainer.max_steps=4")
-    started = nodes(runs, arguments, rank="INDEX", nodes="HOST_NUM", address="CHIEF_IP", processes="HOST_GPU_NUM")
+    started = nodes(runs, arguments, environment=warm_python.ENVIRONMENT, rank="INDEX", nodes="HOST_NUM",
+                    address="CHIEF_IP", processes="HOST_GPU_NUM")
     said = [process.communicate(timeout=400) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     lora = {"model": {"lora": {**runs.LORA, "lora_dropout": 0.0}}}

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "src")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src"), str(ROOT / "tests" / "warm")]
 import adapters  # noqa: E402
 import cases  # noqa: E402
 import torch  # noqa: E402

@@ -3,7 +3,7 @@ runners built from them. Skipped as a whole where LAVIS is not installed."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -23,8 +23,9 @@ from lavis_runs import APPLICATION, PROJECTS, TINY, TINY_STAGE2, environment, lo
 
 @pytest.fixture(scope="session", autouse=True)
 def lavis() -> None:
-    spec = importlib.util.find_spec("lavis")
-    if spec is None or spec.origin is None:  # our folder of YAML files is no LAVIS
+    try:
+        importlib.metadata.version("salesforce-lavis")
+    except importlib.metadata.PackageNotFoundError:
         pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "SEED_Tokenizer"
@@ -34,7 +35,7 @@ def environment(**more: str) -> dict[str, str]:
     """For processes of ours: one thread, no downloads, the checkout's library."""
     plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**plain, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
-            "PYTHONDONTWRITEBYTECODE": "1", "VIRTUAL_ENV": sys.prefix, **more}
+            "PYTHONDONTWRITEBYTECODE": "1", "VIRTUAL_ENV": warm_python.ENVIRONMENT, **more}
 
 
 def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
@@ -49,8 +50,8 @@ def torchrun(start: Callable[..., subprocess.Popen[str]], folder: Path, argument
 
     script = folder / "worker.py"
     script.write_text(WORKER.replace("APPLICATION", str(APPLICATION)))
-    process = start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script),
-                    str(folder), *arguments)
+    process = start(warm_python.PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                    str(script), str(folder), *arguments)
     out, error = process.communicate(timeout=170)
     assert process.returncode == 0, error
     return out, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

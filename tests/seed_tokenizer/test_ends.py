@@ -6,17 +6,17 @@ import json
 import resource
 import shutil
 import signal
-import sys
 import time
 
 import pytest
+import warm_python
 
 SHORT = ("run.max_epoch=1", "run.iters_per_epoch=1", "run.batch_size_train=2")
 OPTIONS = ("run.num_workers=1", "run.iters_per_epoch=400", "run.max_epoch=1", "run.batch_size_train=4")
 
 
 def test_a_loss_that_is_not_finite(yaml, start, tmp_path):
-    process = start(sys.executable, "train.py", *yaml("stage1", *OPTIONS, "run.init_lr=1e30", "run.warmup_steps=0",
+    process = start(warm_python.PYTHON, "train.py", *yaml("stage1", *OPTIONS, "run.init_lr=1e30", "run.warmup_steps=0",
                                                       "run.warmup_lr=-1"))
     _, error = process.communicate(timeout=150)
     assert process.returncode == 2 and "Traceback" not in error
@@ -24,7 +24,7 @@ def test_a_loss_that_is_not_finite(yaml, start, tmp_path):
 
 
 def test_sigterm_finishes_the_step_and_saves(yaml, start, tmp_path):
-    process = start(sys.executable, "train.py", *yaml("stage1", *OPTIONS))
+    process = start(warm_python.PYTHON, "train.py", *yaml("stage1", *OPTIONS))
     log = tmp_path / "stage1" / "stage1.log.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not log.is_file():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
+import warm_python
 from lavis_runs import APPLICATION, ROOT, torchrun
 
 
@@ -65,7 +64,7 @@ def test_all_processes_find_a_done_run_however_late_they_look_and_count_bad_samp
     done = tmp_path / "stage1.done.json"
     done.write_text('{"steps": 10, "batch_size": 8, "processes": 2}')
     (tmp_path / "together.py").write_text(TOGETHER)
-    process = start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+    process = start(warm_python.PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                     str(tmp_path / "together.py"), str(tmp_path), PYTHONPATH=f"{ROOT / 'src'}:{APPLICATION}")
     _, error = process.communicate(timeout=170)
     assert process.returncode == 0, error

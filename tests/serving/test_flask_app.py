@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+import warm_python
 from PIL import Image
 
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -203,7 +203,7 @@ def test_a_real_socket_on_the_loopback_address(tiny, png) -> None:
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
         serve(create_app(tiny), port=port, log=None)
     started = subprocess.run(
-        [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--system", "/no/such/model", "--port",
+        [warm_python.PYTHON, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--system", "/no/such/model", "--port",
          str(port)], capture_output=True, text=True, timeout=120)
     assert started.returncode == 2  # the port is looked at before the model, which is not there either
     assert started.stderr == (f"seed_llama_flask: Cannot listen on 127.0.0.1:{port}: the port is taken or not allowed; "
@@ -261,7 +261,7 @@ def test_folders_named_like_those_of_the_hub_are_looked_into(tmp_path, offline) 
     (tmp_path / "llm.yaml").write_text("_target_: transformers.LlamaForCausalLM.from_pretrained\n"
                                        "pretrained_model_name_or_path: mine/llama\n")
     started = subprocess.run(
-        [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--port", "0", "--model", "llm.yaml",
+        [warm_python.PYTHON, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--port", "0", "--model", "llm.yaml",
          "--tokenizer", "words.yaml", "--image_transform", str(ROOT / "configs" / "transform" / "clip_transform.yaml")],
         cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": offline}, capture_output=True, text=True, timeout=120)
     assert started.returncode == 2 and "mine/words: holds no tokenizer weights" in started.stderr

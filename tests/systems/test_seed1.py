@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_seed1
 import torch
+import warm_python
 from PIL import Image
 
 from seed_multimodal.commands.recon import make_grid, next_name, recon_script
@@ -180,7 +180,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_drawn(
 
 
 def test_without_weights_one_sentence_says_what_to_get(tmp_path: Path, folder: Path) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "demo_recon.py"), "--model", "nothing-here"], cwd=tmp_path,
+    done = subprocess.run([warm_python.PYTHON, str(ROOT / "demo_recon.py"), "--model", "nothing-here"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     sentence = done.stderr.strip()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +26,7 @@ def lines(script: str, *arguments: str) -> list[dict]:
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--device", "cpu", *arguments],
+    return subprocess.run([warm_python.PYTHON, str(ROOT / "benchmarks" / script), "--device", "cpu", *arguments],
                           capture_output=True, text=True, env=environment, timeout=170, check=False)
 
 

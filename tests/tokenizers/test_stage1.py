@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import warm_python
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.qformer import QFormerConfig
@@ -142,7 +143,7 @@ def test_two_processes_with_gradient_equal_one_large_batch() -> None:
     _run(model)
     with tempfile.TemporaryDirectory() as place:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        workers = [subprocess.Popen([sys.executable, __file__, str(rank), f"{place}/rendezvous", place],
+        workers = [subprocess.Popen([warm_python.PYTHON, __file__, str(rank), f"{place}/rendezvous", place],
                                     env=environment) for rank in range(2)]
         assert [worker.wait(150) for worker in workers] == [0, 0]
         ranks = [torch.load(Path(place) / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import warm_python
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,7 +31,7 @@ def toy() -> ModuleType:
 @pytest.fixture
 def start_toy() -> Callable[..., subprocess.Popen]:
     """start_toy(folder, stage, …, before=[command]) → the process that trains the stages."""
-    def start(folder: Path, *stages: dict[str, Any], before: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+    def start(folder: Path, *stages: dict[str, Any], before: Sequence[str] = (warm_python.PYTHON,)) -> subprocess.Popen:
         source = HERE.parents[1] / "src"
         return subprocess.Popen([*before, str(HERE / "loop_toy.py"), str(folder), *map(json.dumps, stages)],
                                 env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,13 @@ from types import ModuleType
 
 import pytest
 import torch
+import warm_python
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.run_log import merge
 
-TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TWO = (warm_python.PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 EQUAL = {"name": "equal", "batch_size": 4, "accumulate": 2, "noise": 0, "log_every": 1}
 ENDLESS = {"name": "endless", "batch_size": 4, "steps": 100_000, "pause": 0.02, "log_every": 100_000}
 

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import warm_python
 from PIL import Image
 
 from seed_multimodal import SeedLlama
@@ -20,7 +21,7 @@ from seed_multimodal.training.nano.__main__ import main
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT = {**PLAIN, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-               "PYTHON": sys.executable}
+               "PYTHON": warm_python.PYTHON}
 
 
 def run(*command: str, environment: dict[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess[str]:
