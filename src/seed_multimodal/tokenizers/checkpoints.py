@@ -139,7 +139,7 @@ class PretrainedTokenizer:
         return place
 
 
-def empty_model(kind: type[Any], config: TokenizerConfig, device: str | torch.device, dtype: torch.dtype) -> Any:
+def empty_model(kind: type[Any], config: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
     """A `kind` with memory for its weights but no start values: a billion random numbers take long."""
     with torch.device("meta"):
         model = kind(config)

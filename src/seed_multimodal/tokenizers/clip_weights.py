@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.tokenizers.checkpoints import empty_model
 from seed_multimodal.tokenizers.pretrained_files import Log, find_folder, read_json
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
@@ -59,17 +60,12 @@ def _load(path_or_id: str | Path, half: str, device: str | torch.device, dtype: 
     name = f"CLIP{half.capitalize()}"
     config = getattr(transformers, f"{name}Config").from_dict(_settings(folder, half))
     state, source = _tensors(folder)
-    with torch.device("meta"):  # random numbers for weights that are replaced anyway take long
-        model = getattr(transformers, f"{name}ModelWithProjection")(config)
-    model = model.to_empty(device="cpu")
-    for buffer_name, buffer in model.named_buffers():
-        if buffer_name.endswith("position_ids"):
-            buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    model = empty_model(getattr(transformers, f"{name}ModelWithProjection"), config, device, dtype)
     report = assign_strictly(model, state, source, allow_missing=["*position_ids"], allow_unexpected=IGNORED[half])
     model.load_report = report
     if log is not None:
         log(report.describe())
-    return model.to(device, dtype).eval().requires_grad_(False)
+    return model
 
 
 def _settings(folder: Path, half: str) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def pack_layer(layer: QFormerLayer, dtype: torch.dtype) -> tuple[Residual, Resid
 
 def _residual(weight: Tensor, bias: Tensor, output: nn.Module, dtype: torch.dtype) -> Residual:
     dense, norm = output.dense, output.LayerNorm
-    return Residual(*(_own(part, dtype) for part in (weight, bias, dense.weight, dense.bias)),
+    return Residual(_own(weight, dtype), _own(bias, dtype), _own(dense.weight, dtype), _own(dense.bias, dtype),
                     _own(norm.weight), _own(norm.bias))
 
 
