@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def jpeg() -> Callable[..., bytes]:
-    """`jpeg(number, width=40, height=32)`: the bytes of a picture that differs for each number."""
+    """`jpeg(number, width=64, height=64)`: the bytes of a picture that differs for each number."""
 
-    def make(number: int, width: int = 40, height: int = 32) -> bytes:
+    def make(number: int, width: int = 64, height: int = 64) -> bytes:
         pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "JPEG", quality=90)

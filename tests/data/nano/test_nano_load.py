@@ -17,7 +17,7 @@ from seed_multimodal.data.formats.tar import tar_records
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.errors import DataError
 
-FOLDER = Path(__file__).resolve().parents[2] / "data" / "nano64"
+FOLDER = Path(__file__).resolve().parents[3] / "data" / "nano64"
 
 
 @pytest.fixture(scope="module")

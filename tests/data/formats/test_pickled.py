@@ -28,7 +28,7 @@ from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.errors import ConfigError, DataError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 PLAIN = {"image_ids": [1, 2, 8191], "text": "Ein Bär", "metadata": {"similarity": 0.3, "ok": True, "none": None},
          "tuple": (1, ("a", -5)), "raw": "ü".encode(), "big": 2**60, "empty": [], "nested": [[1], [2]]}

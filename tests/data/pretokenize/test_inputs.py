@@ -23,7 +23,7 @@ from seed_multimodal.images.filters import ImageTextFilter
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 

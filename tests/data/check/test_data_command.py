@@ -14,7 +14,7 @@ import pytest
 from seed_multimodal.cli import main
 from seed_multimodal.data.formats.writer import write_shard
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NANO_WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 
 

@@ -25,7 +25,7 @@ from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.errors import ConfigError, DataError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 APP = ROOT / "MultiModalLLM"
 TOOLS = sorted((APP / "src" / "tools").glob("extract_image_ids_to_torchdata_parallel*.py"))
 SHARDS, SIZE = 8, 24

@@ -17,7 +17,7 @@ from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 APP = ROOT / "MultiModalLLM"
 SHARDS, SIZE = 8, 24
 pytestmark = pytest.mark.timeout(900)  # many processes are started, which takes long on a busy machine

@@ -28,7 +28,7 @@ from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.systems.pictures import PictureCodec
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 
