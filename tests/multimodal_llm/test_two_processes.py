@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -75,6 +76,26 @@ def test_two_nodes_are_one_process_with_twice_the_micro_batches_and_resume_as_on
     assert list(runs.losses(again)) == [1, 2, 3, 4, 5, 6] and not fault_of(again / "checkpoint-6")
     sums = [[line["tokens"] for line in runs.log_lines(folder)] for folder in (one, again)]
     assert sums[0] == sums[1]
+
+
+def test_fsdp_of_two_processes_is_one_process_and_resumes_in_any_number(runs, train, tmp_path):
+    """FSDP2 spreads weights and optimiser states; checkpoints hold them whole, as the plain engine's do."""
+    one = train("one", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=4")
+    out = tmp_path / "two"
+    arguments = runs.overrides(runs.write_files(tmp_path / "files"), out, "trainer.max_steps=4", "trainer.save_steps=2",
+                               "trainer.fsdp=true")
+    runs.run(arguments, before=runs.torchrun())
+    whole = runs.losses(out)
+    assert whole == pytest.approx(runs.losses(one), abs=1e-6)
+    names = {path.name for path in (out / "checkpoint-4").iterdir()}
+    assert names == {path.name for path in (one / "checkpoint-4").iterdir()}
+
+    shutil.rmtree(out / "checkpoint-4")
+    said, _ = runs.run(arguments, before=runs.torchrun())
+    assert "goes on from" in said and "(step 2)" in said and runs.losses(out) == whole
+    shutil.rmtree(out / "checkpoint-4")
+    alone = train("two", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=4")
+    assert runs.losses(alone) == pytest.approx(whole, abs=1e-6)
 
 
 def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):

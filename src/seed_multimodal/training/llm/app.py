@@ -14,27 +14,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from seed_multimodal.entry import guarded
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.llm.compose import GROUPS, compose
+from seed_multimodal.training.llm.flags import translate
 
 PROGRAM = "train.py"
-
-
-@dataclass
-class Options:
-    """Arguments of the application itself, and what is left for the configuration."""
-
-    path: Path
-    name: str = "train"
-    show: bool = False
-    help: bool = False
-    debug: bool = False
-    rest: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None, configs: str | Path = "configs") -> int:
@@ -74,12 +61,13 @@ def main_process(configs: str | Path) -> NoReturn:
 
 def run(arguments: Sequence[str], configs: Path) -> int:
     """As `main`, with refusals raised."""
-    options = read_options(arguments, configs)
-    if options.help:
-        print(help_text(options.path))
+    own = translate(arguments).options
+    folder = Path(own.config_path) if own.config_path else configs
+    if own.help:
+        print(help_text(folder))
         return 0
-    composed = compose(options.rest, options.path, options.name, whole=not options.show)
-    if options.show:
+    composed = compose(arguments, folder, own.config_name, whole=not own.cfg)
+    if own.cfg:
         from omegaconf import OmegaConf
 
         print(OmegaConf.to_yaml(OmegaConf.create(composed.config)), end="")
@@ -91,39 +79,6 @@ def run(arguments: Sequence[str], configs: Path) -> int:
             print(f"[train] {remark}", flush=True)
     train_llm(composed.config)
     return 0
-
-
-def read_options(arguments: Sequence[str], configs: Path) -> Options:
-    """Take the application's own arguments out of the list.
-
-    Raises:
-        ConfigError: an option without its value.
-    """
-    options = Options(configs)
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in ("--config-path", "-cp", "--config-dir", "-cd", "--config-name", "-cn"):
-            taken = value if equals else next(words, None)
-            if not taken:
-                raise ConfigError(f"{name}: needs a value.")
-            if "name" in name or name == "-cn":
-                options.name = taken.removesuffix(".yaml")
-            else:
-                options.path = Path(taken)
-        elif name in ("--cfg", "-c"):
-            options.show = True
-            if not equals:  # Hydra's `--cfg job`
-                following = next(words, None)
-                if following not in (None, "job"):
-                    options.rest.append(str(following))
-        elif word in ("--help", "-h"):
-            options.help = True
-        elif word == "--debug":
-            options.debug = True
-        else:
-            options.rest.append(word)
-    return options
 
 
 def help_text(configs: Path) -> str:
