@@ -67,7 +67,7 @@ class LlmBatches(StepLoader):
     Args:
         workers: data processes; 0 loads in this process when asked. Batches are the same either way. With packing at
             most `lanes / (world · rows)` of them find work.
-        log: gets one sentence for each of the first few records passed over for a reason.
+        log: gets one sentence for each of the first few records skipped for a reason.
 
     Raises:
         ConfigError: settings that make no sense. DataError: sources that cannot be opened.
@@ -111,7 +111,7 @@ class LlmBatches(StepLoader):
             batch: MicroBatch = super().at(step + self._empty)
             self.plan.note(batch)
             ended = not batch.used and self.plan.used_up()
-            if batch.used or (self.world > 1 and not ended):  # ranks must stay together, so nobody leaves out a step
+            if batch.used or (self.world > 1 and not ended):  # ranks must stay together, so none leaves out a step
                 break
             self.statistics.note_skipped(batch.skipped)
             if ended:
@@ -129,7 +129,7 @@ class LlmBatches(StepLoader):
         return self.mixture.end_of_data()
 
     def report(self) -> dict[str, Any]:
-        """What was read and what was passed over, per source: see `statistics.DataStatistics.report`."""
+        """What was read and what was skipped, per source: see `statistics.DataStatistics.report`."""
         return self.statistics.report(self.mixture.sizes, self.settings.sources)
 
     def state(self, micro_steps: int = 0) -> dict[str, Any]:

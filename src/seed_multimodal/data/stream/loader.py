@@ -131,7 +131,7 @@ class StepLoader:
                 return iter(loader)  # waits until each worker has answered
             except RuntimeError:
                 for worker in set(multiprocessing.active_children()) - others:
-                    worker.kill()  # they ignore SIGTERM, and nobody else knows them
+                    worker.kill()  # they ignore SIGTERM, and the loader that knows them is lost
                 raise
 
 
@@ -193,7 +193,7 @@ def _end_with_parent() -> None:
     """Linux ends this process as soon as the one it loads for is dead, by SIGKILL too.
 
     The workers look for it themselves, but only between batches: one that waits to hand over a large batch, which
-    nobody reads any more, would wait for ever.
+    is not read any more, would wait for ever.
     """
     if sys.platform != "linux":
         return

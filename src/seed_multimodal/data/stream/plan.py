@@ -36,7 +36,7 @@ class MicroBatch:
         position_ids: None for padded rows. lengths: tokens of each row, int64 [B].
         used: of each sequence its source, its tokens, and whether it is a record's first piece (all are, but for those
             of split documents).
-        states: stream -> its state after these rows. skipped: what was passed over on the way.
+        states: stream -> its state after these rows. skipped: records that were left out on the way.
     """
 
     input_ids: np.ndarray
@@ -127,7 +127,7 @@ class StreamPlan:
         return (PackingStream if self.packing else PaddedStream)(self.mixture, number, self.steps, state)
 
     def note(self, batch: MicroBatch) -> None:
-        """A micro-batch was handed out."""
+        """Keep the state of the streams after a micro-batch that was used."""
         self.states.update(batch.states)
 
     def used_up(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a run's data was: sequences and tokens of each source, and every record passed over, counted and named."""
+"""What a run's data was: sequences and tokens of each source, and every skipped record, counted and named."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from seed_multimodal.data.stream.data_settings import SourceSettings
 from seed_multimodal.data.stream.plan import MicroBatch
 from seed_multimodal.data.stream.skip_budget import TOO_LONG, SkippedSample
 
-NAMED = 5  # of the records passed over for one reason, so many are named
+NAMED = 5  # of the records skipped for one reason, so many are named
 
 
 class DataStatistics:
-    """Counts of one rank, of the batches handed out (look-ahead not included)."""
+    """Counts of one rank, of the batches that `at` gave (look-ahead not included)."""
 
     def __init__(self, names: Sequence[str], log: Callable[[str], None] | None = None) -> None:
         self.log, self._names = log, list(names)
@@ -40,7 +40,8 @@ class DataStatistics:
         """Count and name what was left out."""
         for sample in samples:
             name = self._names[sample.source]
-            entry = self._entry(name, "too_long" if sample.kind == TOO_LONG else "skipped", sample.reason)
+            group = self.sources[name]["too_long" if sample.kind == TOO_LONG else "skipped"]
+            entry = group.setdefault(sample.reason, {"count": 0, "first": []})
             entry["count"] += 1
             if sample.where not in entry["first"] and len(entry["first"]) < NAMED:
                 entry["first"].append(sample.where)
@@ -81,11 +82,13 @@ class DataStatistics:
             for name, counts in state["sources"].items():
                 for key in ("sequences", "tokens", "further_pieces"):
                     self.sources[name][key] += counts[key]
-                for group in ("skipped", "too_long"):
-                    for reason, saved in counts[group].items():
-                        entry = self._entry(name, group, reason)
-                        entry["count"] += saved["count"]
-                        entry["first"] = [*dict.fromkeys([*entry["first"], *saved["first"]])][:NAMED]
+                add_skipped(self.sources[name], counts)
 
-    def _entry(self, name: str, group: str, reason: str) -> dict[str, Any]:
-        return self.sources[name][group].setdefault(reason, {"count": 0, "first": []})
+
+def add_skipped(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
+    """Add the `skipped` and `too_long` of a source to those of another process or run."""
+    for group in ("skipped", "too_long"):
+        for reason, more in counts[group].items():
+            entry = into[group].setdefault(reason, {"count": 0, "first": []})
+            entry["count"] += more["count"]
+            entry["first"] = [*dict.fromkeys([*entry["first"], *more["first"]])][:NAMED]

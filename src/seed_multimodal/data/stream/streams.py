@@ -77,7 +77,7 @@ class DrawStream:
         raise NotImplementedError
 
     def pass_row(self) -> None:
-        """Go past a row that is another rank's or worker's."""
+        """Advance by a row that is another rank's or worker's."""
         self.next_row()
         self.skipped.clear()
 
@@ -228,7 +228,7 @@ class PaddedStream(DrawStream):
         return pieces
 
     def pass_row(self) -> None:
-        """Go past a micro-batch that is another rank's or worker's, without reading it."""
+        """Advance by a micro-batch that is another rank's or worker's, without reading it."""
         self.draw()
         self.rows += 1
 

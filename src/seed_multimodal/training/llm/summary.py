@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.data.stream.statistics import add_skipped
 from seed_multimodal.disk import disk_reason
 from seed_multimodal.errors import CheckpointError
 
@@ -36,12 +37,7 @@ def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                                                        "too_long": {}})
             for key in ("sequences", "tokens", "epochs"):
                 into[key] += source[key]
-            for group in ("skipped", "too_long"):
-                for reason, entry in source[group].items():
-                    known = into[group].setdefault(reason, {"count": 0, "first": []})
-                    known["count"] += entry["count"]
-                    known["first"] = [*known["first"], *(one for one in entry["first"]
-                                                         if one not in known["first"])][:5]
+            add_skipped(into, source)
     joined["fill"] = joined["tokens"] / joined["positions"] if joined["positions"] else 1.0
     return joined
 
