@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from seed_multimodal.training.nano.config import NanoConfig
+from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 
-def assemble(config: NanoConfig, out: Path) -> dict[str, Any]:
-    """Finish the system folder `out` (idempotent) and report its size in MB."""
-    decoder = out / "seed_tokenizer" / "diffusion_model"
+def assemble(space: Workspace) -> dict[str, Any]:
+    """Finish the system folder (idempotent) and report its size in MB."""
+    out, decoder = space.out, space.decoder_folder
     (decoder / "model_index.json").write_text(json.dumps(PIPELINE_INDEX, indent=1))
     extractor = decoder / "feature_extractor"
     extractor.mkdir(exist_ok=True)
-    size = config.image_size
+    size = space.config.image_size
     (extractor / "preprocessor_config.json").write_text(json.dumps(
         {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size}, "do_center_crop": True,
          "crop_size": {"height": size, "width": size}, "do_convert_rgb": True}, indent=1))

@@ -5,19 +5,19 @@ Unknown keys are errors that name the nearest key. The files in `configs/nano/` 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from seed_multimodal.device import choose_device
+from seed_multimodal.config import read_yaml
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.training.old.loop import StageSettings
+from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.training.loop_settings import StageSettings
 
 
 @dataclass
@@ -94,10 +94,10 @@ class NanoConfig:
     `views` of each picture are kept with their latents and embeddings; the language model reads `code_views` of it.
     """
 
-    image_size: int = 64
-    views: int = 8
-    code_views: int = 8
-    limit: int = 0
+    image_size: int = setting(64, least=1)
+    views: int = setting(8, least=1)
+    code_views: int = setting(8, least=1)
+    limit: int = setting(0, least=0)
     device: str = "auto"
     seed: int = 0
     vae: VaeSizes = field(default_factory=VaeSizes)
@@ -114,7 +114,7 @@ class NanoConfig:
     train_unet2: StageSettings = _stage(3000, 96, 5e-4, ema=0.999)
     train_pretrain: StageSettings = _stage(4000, 64, 2e-3)
     train_sft: StageSettings = _stage(2000, 64, 1e-3)
-    judge_steps: int = 2000
+    judge_steps: int = setting(2000, least=1)
     gate_r2: float = 0.85
 
 
@@ -127,38 +127,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> NanoConfig:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such settings file.")
-    base = OmegaConf.structured(NanoConfig)
+    given = read_yaml(file)
     try:
-        merged = OmegaConf.merge(base, OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
-        result = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {_explain(error)}") from error
-    assert isinstance(result, NanoConfig)
-    return result
+        merged = OmegaConf.merge(asdict(NanoConfig()), given, OmegaConf.from_dotlist(list(overrides)))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{file}: {first_line(error)}.") from error
+    assert isinstance(merged, DictConfig)
+    return read_settings(NanoConfig, merged, str(file))
 
 
 def save_config(config: NanoConfig, path: str | Path) -> None:
     """Write the resolved settings as YAML."""
-    OmegaConf.save(OmegaConf.structured(config), Path(path))
-
-
-def training_device(config: NanoConfig) -> torch.device:
-    """The device the stages train on (`device: auto` takes a GPU when there is one)."""
-    return choose_device(config.device, torch.float32, log=None).device
-
-
-def _explain(error: OmegaConfBaseException) -> str:
-    reason = first_line(error)
-    key = str(getattr(error, "key", "") or "")
-    near = difflib.get_close_matches(key, _all_keys(NanoConfig()), n=1)
-    return f"{reason} (nearest known key: {near[0]})." if near and near[0] != key else f"{reason}."
-
-
-def _all_keys(value: Any) -> list[str]:
-    names: list[str] = []
-    for item in fields(value):
-        names.append(item.name)
-        inner = getattr(value, item.name)
-        if is_dataclass(inner):
-            names += _all_keys(inner)
-    return names
+    OmegaConf.save(OmegaConf.create(asdict(config)), Path(path))

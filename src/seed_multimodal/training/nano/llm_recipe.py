@@ -16,7 +16,7 @@ the nearest one it knows. Pictures that are written are the unaugmented ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.config import NanoConfig
+from seed_multimodal.training.nano.tokenizer import codes
 from seed_multimodal.training.nano.workspace import Workspace
-from seed_multimodal.training.old.state import write_json
 from seed_multimodal.weights import count_parameters
 
 PRETRAIN, SFT = "llm_pretrain", "llm_sft"
@@ -52,6 +52,12 @@ SFT_SOURCES: Sources = {
     "text_first": (*PRETRAIN_SOURCES["text_first"][:3], 0.10),
     "describe": ("describe", "chat", READ, 0.20), "qa": ("qa", "chat", READ, 0.25), "draw": ("draw", "chat", {}, 0.15),
     "edit": ("edits", "chat", READ, 0.17), "chat": ("conversations", "chat", {"answers": "one"}, 0.08)}
+
+
+def records(space: Workspace) -> dict[str, Any]:
+    """Stage `records`: shards and configurations; returns how many training records each shard holds."""
+    counts = write_records(space, codes(space))
+    return {"files": " ".join(map(str, write_llm_recipes(space, counts))), **counts["train"]}
 
 
 def write_records(space: Workspace, codes: Tensor) -> Counts:
@@ -106,7 +112,8 @@ def install_llm(space: Workspace) -> dict[str, Any]:
         replace_copy(file, target)
     parameters = sum(map(count_parameters, target.glob("model*.safetensors")))
     for record in records:
-        write_json(space.work / f"{record['stage']}.done.json", {**record, "parameters": parameters})
+        content = json.dumps({**record, "parameters": parameters}, indent=1)
+        replace_text(space.work / f"{record['stage']}.done.json", content)
     told = {f"{record['stage']}_{key}": value for record in records for key, value in record.items()
             if key.startswith("val_")}
     return {"stage": "llm", "seconds": sum(record["seconds"] for record in records), **told}
@@ -219,8 +226,3 @@ def _trainer(config: NanoConfig, settings: StageSettings) -> dict[str, Any]:
             "text_weight": TEXT_WEIGHT, "eval_steps": settings.steps, "eval_batches": 4,
             "save_steps": settings.save_every_steps or every, "save_total_limit": 1,
             "report_to": ["tensorboard"] if settings.tensorboard else []}
-
-
-def describe(files: Sequence[Path], counts: Counts) -> dict[str, Any]:
-    """The record of stage `records`."""
-    return {"files": " ".join(map(str, files)), **counts["train"]}

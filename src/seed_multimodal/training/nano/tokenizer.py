@@ -5,7 +5,6 @@ Its two training stages run through the LAVIS application, see recipe.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +12,11 @@ from torch import Tensor
 
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
+from seed_multimodal.training.nano.clip import embeddings
 from seed_multimodal.training.nano.config import NanoConfig
+from seed_multimodal.training.nano.vae import latents
 from seed_multimodal.training.nano.views import augment, to_clip
+from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.vision.eva import EvaConfig
 
 
@@ -38,39 +40,41 @@ def latent_readout(embedding: Tensor, latent: Tensor) -> Tensor:
     return torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (latent - latent.mean(0))).T.contiguous()
 
 
-@torch.no_grad()
-def encode_views(tokenizer: Seed2Tokenizer, views: Tensor, code_views: int, seed: int) -> Tensor:
-    """Codes int16 `[N, code_views, 32]`: of the pictures themselves (view 0), the kept views, then fresh ones.
+def codes(space: Workspace) -> Tensor:
+    """Codes int16 `[N, code_views, 32]`: of the pictures themselves (view 0), the kept views, then fresh ones."""
+    return space.cached("codes", lambda: _encode(space))
 
-    Only the pictures themselves, which the language model learns to write, are encoded in fp32 as in use.
-    """
-    kept = views[:, :code_views]
-    generator = torch.Generator().manual_seed(seed + 7)
+
+@torch.no_grad()
+def _encode(space: Workspace) -> Tensor:
+    """Only the pictures themselves, which the language model learns to write, are encoded in fp32 as in use."""
+    tokenizer, count = Seed2Tokenizer.from_pretrained(space.tokenizer_folder), space.config.code_views
+    kept = space.views[:, :count]
+    generator = torch.Generator().manual_seed(space.config.seed + 7)
     rounds = [kept[:, v] for v in range(kept.shape[1])]
-    rounds += [augment(views[:, 0], generator) for _ in range(code_views - len(rounds))]
-    codes = []
+    rounds += [augment(space.views[:, 0], generator) for _ in range(count - len(rounds))]
+    found = []
     for number, images in enumerate(rounds, 1):
         with torch.autocast(tokenizer.device.type, dtype=torch.bfloat16, enabled=number > 1):
-            codes.append(torch.cat([tokenizer.encode(to_clip(part, tokenizer.device)).to(torch.int16).cpu()
+            found.append(torch.cat([tokenizer.encode(to_clip(part, tokenizer.device)).to(torch.int16).cpu()
                                     for part in images.split(512)]))
-        print(f"[codes] view {number} of {code_views}", flush=True)
-    return torch.stack(codes, 1)
+        print(f"[codes] view {number} of {count}", flush=True)
+    return torch.stack(found, 1)
 
 
 @torch.no_grad()
-def code_metrics(tokenizer: Seed2Tokenizer, views: Tensor, embeddings: Tensor, latents: Tensor, readout: Tensor,
-                 index: Sequence[int]) -> dict[str, Any]:
+def code_metrics(tokenizer: Seed2Tokenizer, space: Workspace, readout: Tensor) -> dict[str, Any]:
     """Held-out unexplained variance of embedding and latents, codebook usage, distinct code sequences."""
-    chosen = torch.tensor(list(index))
-    codes = tokenizer.encode(to_clip(views[chosen, 0]), batch_size=256)
-    target = embeddings[chosen, 0].float()
-    decoded = tokenizer.decode(codes, batch_size=256).float()
+    chosen = space.held_out_index
+    found = tokenizer.encode(to_clip(space.views[chosen, 0]), batch_size=256)
+    target = embeddings(space)[chosen, 0].float()
+    decoded = tokenizer.decode(found, batch_size=256).float()
     spread = (target - target.mean(0)).square().sum()
     through = (decoded - target) @ readout.T
-    latent = latents[chosen, 0].float().flatten(1)
-    usage = tokenizer.quantize.usage(codes)
+    latent = latents(space)[chosen, 0].float().flatten(1)
+    usage = tokenizer.quantize.usage(found)
     return {"unexplained_embedding": round(((decoded - target).square().sum() / spread).item(), 4),
             "unexplained_readout": round((through.square().sum()
                                           / (latent - latent.mean(0)).square().sum()).item(), 4),
             "codes_used": usage.used, "codebook": usage.size, "perplexity": round(usage.perplexity, 1),
-            "distinct_sequences": len({tuple(row) for row in codes.tolist()}), "held_out": len(chosen)}
+            "distinct_sequences": len({tuple(row) for row in found.tolist()}), "held_out": len(chosen)}

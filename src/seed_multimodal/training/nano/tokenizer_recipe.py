@@ -19,23 +19,23 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from seed_multimodal.disk import replace_copy, replace_text
+from seed_multimodal.disk import read_json_object, replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.training.loop_settings import StageSettings
-from seed_multimodal.training.nano.clip import TEXT_FILE
+from seed_multimodal.training.nano.clip import TEXT_FILE, embeddings
 from seed_multimodal.training.nano.config import NanoConfig
-from seed_multimodal.training.nano.tokenizer import tokenizer_config
+from seed_multimodal.training.nano.tokenizer import code_metrics, latent_readout, tokenizer_config
+from seed_multimodal.training.nano.vae import latents
 from seed_multimodal.training.nano.workspace import Workspace
-from seed_multimodal.training.old.state import write_json
 from seed_multimodal.vision.clip_towers import MAX_TEXT
+from seed_multimodal.weights import load_state_dict, save_state_dict
 
 READOUT_FILE = "readout.safetensors"
 STAGE1, STAGE2 = "stage1", "stage2"
@@ -55,13 +55,22 @@ def write_recipes(space: Workspace) -> list[Path]:
         settings = _settings(space.config, name)
         data = {"work": str(work), "canonical_target": canonical,
                 **({"data": str(space.data.absolute())} if space.data is not None else {})}
-        recipe = {"model": {**model, **_start(name, settings)}, "datasets": {"nano_views": {"build_info": data}},
-                  "run": _run(space.config, name, settings, work / name)}
+        content = {"model": {**model, **_start(name, settings)}, "datasets": {"nano_views": {"build_info": data}},
+                   "run": _run(space.config, name, settings, work / name)}
         file = work / f"{name}.yaml"
-        text = f"# Written from {work}/config.yaml for: {TRAIN} {file}\n{OmegaConf.to_yaml(OmegaConf.create(recipe))}"
+        text = f"# Written from {work}/config.yaml for: {TRAIN} {file}\n{OmegaConf.to_yaml(OmegaConf.create(content))}"
         replace_text(file, text)
         found.append(file)
     return found
+
+
+def recipe(space: Workspace) -> dict[str, Any]:
+    """Stage `recipe`: both YAML files, the read-out of the latents, and the words that both stages read."""
+    index = space.train_index
+    matrix = latent_readout(embeddings(space)[index, 0].float(), latents(space)[index, 0].float().flatten(1))
+    save_state_dict({"readout": matrix}, space.work / READOUT_FILE)
+    _ = space.words  # made here if they are not there
+    return {"files": " ".join(map(str, write_recipes(space)))}
 
 
 def stage1_model(space: Workspace) -> dict[str, Any]:
@@ -133,11 +142,8 @@ def _start(name: str, settings: StageSettings) -> dict[str, Any]:
     return {"load_finetuned": True, "finetuned": str(file)}
 
 
-def join_stages(space: Workspace, measure: Callable[[Seed2Tokenizer], dict[str, Any]]) -> dict[str, Any]:
+def join_stages(space: Workspace) -> dict[str, Any]:
     """Stage `tokenizer`: the stages' checkpoints become the system's tokenizer; what else lies there stays.
-
-    Args:
-        measure: the finished tokenizer → numbers for the record.
 
     Returns:
         The record, also `work/tokenizer.done.json`; an existing one that is younger than the checkpoints is kept.
@@ -148,7 +154,7 @@ def join_stages(space: Workspace, measure: Callable[[Seed2Tokenizer], dict[str, 
     done = space.work / "tokenizer.done.json"
     files = [_checkpoint(space.work, name) for name in (STAGE1, STAGE2)]
     if done.is_file() and all(done.stat().st_mtime_ns > file.stat().st_mtime_ns for file in files):
-        record: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        record = read_json_object(done)
         print(f"[tokenizer] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
         return record
     started = time.monotonic()
@@ -159,9 +165,10 @@ def join_stages(space: Workspace, measure: Callable[[Seed2Tokenizer], dict[str, 
         replace_copy(new / name, space.tokenizer_folder)
     shutil.rmtree(new)
     tokenizer = Seed2Tokenizer.from_pretrained(space.tokenizer_folder)
+    readout = load_state_dict(space.work / READOUT_FILE)["readout"]
     record = {"stage": "tokenizer", "parameters": sum(p.numel() for p in tokenizer.parameters()),
-              **measure(tokenizer), "seconds": round(time.monotonic() - started, 1)}
-    write_json(done, record)
+              **code_metrics(tokenizer, space, readout), "seconds": round(time.monotonic() - started, 1)}
+    replace_text(done, json.dumps(record, indent=1))
     print(f"[tokenizer] done: {json.dumps(record)}", flush=True)
     return record
 

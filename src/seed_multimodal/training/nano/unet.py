@@ -20,8 +20,12 @@ from torch import Tensor, nn
 
 from seed_multimodal.detokenizers.layout import LayoutReadout
 from seed_multimodal.training.group_norm import restore_group_norm, use_fast_group_norm
-from seed_multimodal.training.nano.config import NanoConfig, training_device
-from seed_multimodal.training.old.loop import StageSettings, batch_indices, run_stage
+from seed_multimodal.training.nano.clip import embeddings
+from seed_multimodal.training.nano.config import NanoConfig
+from seed_multimodal.training.nano.task import NanoTask
+from seed_multimodal.training.nano.tokenizer import codes
+from seed_multimodal.training.nano.vae import latents
+from seed_multimodal.training.nano.workspace import Workspace
 
 TRAIN_STEPS = 1000
 FINAL_SIGNAL = 0.15
@@ -80,73 +84,81 @@ class Decoder(nn.Module):
         self.unet, self.layout = unet, layout
 
 
-def train_unet(
-    config: NanoConfig, settings: StageSettings, name: str, latents: Tensor, embeddings: Tensor, index: Tensor,
-    work: Path, out: Path, start: Path | None = None, decoded: Tensor | None = None,
-) -> dict[str, Any]:
-    """Train on latents `[N, V, C, h, w]` and embeddings `[N, V, E]` of the pictures `index`.
+class UnetTask(NanoTask):
+    """Stage `unet`: train on latents and embeddings of the training pictures' views; goes to `work/unet`."""
 
-    Args:
-        start: folder of an earlier `unet`/`layout` to continue from.
-        decoded: embeddings `[M, N, V, E]` decoded from codes (M corruption draws), used for two thirds of the samples.
-    """
-    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+    def __init__(self, space: Workspace, name: str = "unet") -> None:
+        from diffusers import DDIMScheduler, DDPMScheduler
 
-    torch.manual_seed(config.seed + 3)
-    channels, grid = latents.shape[2], latents.shape[3]
-    if start is not None:
-        unet = UNet2DConditionModel.from_pretrained(start / "unet")
-        layout = LayoutReadout.from_pretrained(start / "layout")
-    else:
-        unet = build_unet(config, channels, grid, embeddings.shape[-1])
-        layout = LayoutReadout(embeddings.shape[-1], channels, grid, config.unet.cross_dim)
-    unet = use_fast_group_norm(unet).to(memory_format=torch.channels_last)
-    device = training_device(config)
-    if device.type == "cpu":
-        _eager_attention(unet)
-    decoder = Decoder(unet, layout).to(device)
-    scheduler = DDIMScheduler(num_train_timesteps=TRAIN_STEPS, trained_betas=cosine_betas(), clip_sample=False,
-                              prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=True)
-    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    normaliser = build_normaliser(embeddings[index, 0].float()).to(device)
+        self.out = space.work / "unet"
+        self.latents, self.embeddings = latents(space), embeddings(space)
+        torch.manual_seed(space.config.seed + 3)
+        unet, layout = self.start(space)
+        unet = use_fast_group_norm(unet).to(memory_format=torch.channels_last)
+        if space.device.type == "cpu":
+            _eager_attention(unet)
+        self.decoder = Decoder(unet, layout).to(space.device)
+        self.scheduler = DDIMScheduler(
+            num_train_timesteps=TRAIN_STEPS, trained_betas=cosine_betas(), clip_sample=False,
+            prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=True)
+        self.noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        self.normaliser = build_normaliser(self.embeddings[space.train_index, 0].float()).to(space.device)
+        super().__init__(space, name, self.decoder)
 
-    def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
-        chosen = index[batch_indices(step, settings.batch_size, len(index), settings.seed)]
-        view = torch.randint(0, latents.shape[1], (len(chosen),))
-        x0 = latents[chosen, view].float()
-        embedding = embeddings[chosen, view].float()
-        if decoded is not None:
-            draw = torch.randint(0, decoded.shape[0], (len(chosen),))
-            mixed = torch.rand(len(chosen), 1) < 2 / 3
-            embedding = torch.where(mixed, decoded[draw, chosen, view].float(), embedding)
-        return _diffusion_loss(decoder, x0.to(device), embedding.to(device), scheduler, normaliser, noising)
+    def start(self, space: Workspace) -> tuple[Any, LayoutReadout]:
+        """U-Net and layout read-out that training begins with."""
+        config, (channels, grid), width = space.config, self.latents.shape[2:4], self.embeddings.shape[-1]
+        unet = build_unet(config, channels, grid, width)
+        return unet, LayoutReadout(width, channels, grid, config.unet.cross_dim)
 
-    def finish() -> Mapping[str, Any]:
-        restore_group_norm(unet)
-        decoder.cpu()
-        normaliser.cpu()
-        save_decoder(decoder, scheduler, noising, normaliser, out)
-        return {"parameters": sum(p.numel() for p in decoder.parameters())}
+    def conditions(self, chosen: Tensor, view: Tensor) -> Tensor:
+        """Embeddings `[B, E]` that the U-Net is conditioned on, of some views of some pictures."""
+        return self.embeddings[chosen, view].float()
 
-    return run_stage(name, decoder, loss, settings, work, finish)
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        chosen, device = self.chosen(micro_step), self.space.device
+        view = torch.randint(0, self.latents.shape[1], (len(chosen),))
+        x0 = self.latents[chosen, view].float().to(device)
+        embedding, count = self.conditions(chosen, view).to(device), len(x0)
+        level = torch.randint(0, 300, (count,), device=device) * (torch.rand(count, device=device) < 0.25)
+        labels = class_labels(embedding, level, self.normaliser, self.noising)
+        keep = (torch.rand(count, device=device) >= 0.1).float()
+        mean = self.decoder.layout.latents(embedding)
+        tokens = self.decoder.layout.prompt_embeds(embedding) * keep[:, None, None]
+        noise, time = torch.randn_like(x0), torch.randint(0, TRAIN_STEPS, (count,), device=device)
+        noisy = self.scheduler.add_noise(x0, noise, time)
+        target = self.scheduler.get_velocity(x0, noise, time)
+        output = self.decoder.unet(noisy, time, encoder_hidden_states=tokens, class_labels=labels * keep[:, None])
+        error = F.mse_loss(output.sample.float(), target)
+        layout_error = F.mse_loss(mean.float(), x0)
+        return error + 0.5 * layout_error, {"v": error.detach(), "layout": layout_error.detach()}
+
+    def finish(self) -> Mapping[str, Any]:
+        restore_group_norm(self.decoder.unet)
+        save_decoder(self.decoder.cpu(), self.scheduler, self.noising, self.normaliser.cpu(), self.out)
+        return {"parameters": self.parameter_count()}
 
 
-def _diffusion_loss(
-    decoder: Decoder, x0: Tensor, embedding: Tensor, scheduler: Any, normaliser: Any, noising: Any
-) -> tuple[Tensor, Mapping[str, float]]:
-    count, device = len(x0), x0.device
-    level = torch.randint(0, 300, (count,), device=device) * (torch.rand(count, device=device) < 0.25)
-    labels = class_labels(embedding, level, normaliser, noising)
-    keep = (torch.rand(count, device=device) >= 0.1).float()
-    mean = decoder.layout.latents(embedding)
-    tokens = decoder.layout.prompt_embeds(embedding) * keep[:, None, None]
-    noise, step = torch.randn_like(x0), torch.randint(0, TRAIN_STEPS, (count,), device=device)
-    noisy = scheduler.add_noise(x0, noise, step)
-    target = scheduler.get_velocity(x0, noise, step)
-    output = decoder.unet(noisy, step, encoder_hidden_states=tokens, class_labels=labels * keep[:, None]).sample
-    error = F.mse_loss(output.float(), target)
-    layout_error = F.mse_loss(mean.float(), x0)
-    return error + 0.5 * layout_error, {"v": float(error.detach()), "layout": float(layout_error.detach())}
+class UnetOfCodesTask(UnetTask):
+    """Stage `unet2`: go on from `work/unet` with embeddings decoded from codes in two thirds of the samples; goes to
+    `decoder_folder`."""
+
+    def __init__(self, space: Workspace) -> None:
+        self.decoded = decoded_embeddings(space)
+        super().__init__(space, "unet2")
+        self.out = space.decoder_folder
+
+    def start(self, space: Workspace) -> tuple[Any, LayoutReadout]:
+        from diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel.from_pretrained(self.out / "unet")
+        return unet, LayoutReadout.from_pretrained(self.out / "layout")
+
+    def conditions(self, chosen: Tensor, view: Tensor) -> Tensor:
+        embedding = super().conditions(chosen, view)
+        draw = torch.randint(0, self.decoded.shape[0], (len(chosen),))
+        mixed = torch.rand(len(chosen), 1) < 2 / 3
+        return torch.where(mixed, self.decoded[draw, chosen, view].float(), embedding)
 
 
 def _eager_attention(unet: Any) -> None:
@@ -166,12 +178,16 @@ def save_decoder(decoder: Decoder, scheduler: Any, noising: Any, normaliser: Any
     (out / "seed_decode.json").write_text(json.dumps(DECODE_DEFAULTS))
 
 
+def decoded_embeddings(space: Workspace) -> Tensor:
+    """Embeddings float16 `[M, N, V, E]` of all views' codes: as they are, then with up to 15 % of them replaced."""
+    return space.cached("decoded", lambda: _decode(space, codes(space)[:, :space.config.views]))
+
+
 @torch.no_grad()
-def decoded_embeddings(tokenizer_folder: Path, codes: Tensor, draws: int = 2, corrupt: float = 0.15) -> Tensor:
-    """Embeddings float16 `[draws + 1, N, V, E]` of codes `[N, V, 32]`: as they are, then up to `corrupt` replaced."""
+def _decode(space: Workspace, codes: Tensor, draws: int = 2, corrupt: float = 0.15) -> Tensor:
     from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
-    tokenizer = Seed2Tokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = Seed2Tokenizer.from_pretrained(space.tokenizer_folder)
     flat = codes.flatten(0, 1).long()
     generator = torch.Generator().manual_seed(0)
     size = tokenizer.config.codebook_size

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.training.group_norm import restore_group_norm, use_fast_group_norm
-from seed_multimodal.training.nano.config import NanoConfig, training_device
+from seed_multimodal.training.nano.config import NanoConfig
+from seed_multimodal.training.nano.task import NanoTask
 from seed_multimodal.training.nano.views import augment, to_signed
-from seed_multimodal.training.old.loop import batch_indices, run_stage
+from seed_multimodal.training.nano.workspace import Workspace
 
 
 def build_vae(config: NanoConfig) -> Any:
@@ -52,61 +52,70 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return pixels + edges + coarse.abs().mean() + 2.0 * colours.abs().mean()
 
 
-def train_vae(config: NanoConfig, pictures: Tensor, held_out: Tensor, work: Path, out: Path) -> dict[str, Any]:
-    """Train on uint8 `pictures [N, 3, H, W]`, measure PSNR on `held_out`, save the model to `out`."""
-    torch.manual_seed(config.seed)
-    device = training_device(config)
-    vae = use_fast_group_norm(build_vae(config)).to(device, memory_format=torch.channels_last)
-    settings = config.train_vae
+class VaeTask(NanoTask):
+    """Stage `vae`: train on augmented pictures of the training split; the model goes to `decoder_folder/vae`."""
 
-    def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
-        generator = torch.Generator().manual_seed(step)
-        block = pictures[batch_indices(step, settings.batch_size, len(pictures), settings.seed)]
-        x = to_signed(augment(block, generator, flip=True), device).contiguous(memory_format=torch.channels_last)
-        posterior = vae.encode(x).latent_dist
-        output = vae.decode(posterior.sample()).sample
+    def __init__(self, space: Workspace, name: str = "vae") -> None:
+        self.folder = space.decoder_folder / "vae"
+        self.vae = use_fast_group_norm(self.start(space)).to(space.device, memory_format=torch.channels_last)
+        super().__init__(space, name, self.vae)
+
+    def start(self, space: Workspace) -> Any:
+        """The model that training begins with."""
+        torch.manual_seed(space.config.seed)
+        return build_vae(space.config)
+
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        generator = torch.Generator().manual_seed(micro_step)
+        block = self.views[self.chosen(micro_step), 0]
+        x = to_signed(augment(block, generator, flip=True), self.space.device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(x).latent_dist
+        output = self.vae.decode(posterior.sample()).sample
         value = reconstruction_loss(output.float(), x) + 1e-6 * posterior.kl().float().mean()
-        return value, {"mse": float((output.detach().float() - x).square().mean())}
+        return value, {"mse": (output.detach().float() - x).square().mean()}
 
-    def finish() -> Mapping[str, Any]:
-        restore_group_norm(vae).cpu()
-        normalise_latents(vae, to_signed(pictures[:1024]))
-        vae.save_pretrained(out)
-        return {"psnr": psnr(vae, held_out), "parameters": sum(p.numel() for p in vae.parameters())}
+    def finish(self) -> Mapping[str, Any]:
+        restore_group_norm(self.vae).cpu()
+        self.before_saving()
+        self.vae.save_pretrained(self.folder)
+        return {"psnr": psnr(self.vae, self.views[self.space.held_out_index, 0]),
+                "parameters": self.parameter_count()}
 
-    return run_stage("vae", vae, loss, settings, work, finish)
+    def before_saving(self) -> None:
+        """What becomes of the trained model on the CPU."""
+        normalise_latents(self.vae, to_signed(self.views[self.space.train_index[:1024], 0]))
 
 
-def train_decoder(
-    config: NanoConfig, views: Tensor, latents: Tensor, index: Tensor, held_out: Tensor, work: Path, folder: Path
-) -> dict[str, Any]:
-    """Stage `vae2`: go on with the decoder alone, on cached latents `[N, V, C, h, w]`; the encoder stays as it is.
+class DecoderTask(VaeTask):
+    """Stage `vae2`: go on with the decoder alone, on cached latents; the encoder stays as it is.
 
-    Latents get 10 % noise, because in use they come from a U-Net. Overwrites the model in `folder`.
+    Latents get 10 % noise, because in use they come from a U-Net. Replaces the model in `decoder_folder/vae`.
     """
-    from diffusers import AutoencoderKL
 
-    torch.manual_seed(config.seed + 6)
-    device = training_device(config)
-    vae = use_fast_group_norm(AutoencoderKL.from_pretrained(folder)).to(device, memory_format=torch.channels_last)
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
-    settings = config.train_vae2
+    def __init__(self, space: Workspace) -> None:
+        self.latents = latents(space)
+        super().__init__(space, "vae2")
 
-    def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
-        chosen = index[batch_indices(step, settings.batch_size, len(index), settings.seed)]
-        view = torch.randint(0, views.shape[1], (len(chosen),))
-        x = to_signed(views[chosen, view], device)
-        z = latents[chosen, view].to(device).float()
-        output = vae.decode(z + 0.1 * torch.randn_like(z)).sample
-        return reconstruction_loss(output.float(), x), {"mse": float((output.detach().float() - x).square().mean())}
+    def start(self, space: Workspace) -> Any:
+        from diffusers import AutoencoderKL
 
-    def finish() -> Mapping[str, Any]:
-        restore_group_norm(vae).cpu()
-        vae.save_pretrained(folder)
-        return {"psnr": psnr(vae, held_out), "parameters": sum(p.numel() for p in vae.parameters())}
+        torch.manual_seed(space.config.seed + 6)
+        vae = AutoencoderKL.from_pretrained(self.folder)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        return vae
 
-    return run_stage("vae2", vae, loss, settings, work, finish)
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        space, chosen = self.space, self.chosen(micro_step)
+        view = torch.randint(0, space.views.shape[1], (len(chosen),))
+        x = to_signed(space.views[chosen, view], space.device)
+        z = self.latents[chosen, view].to(space.device).float()
+        output = self.vae.decode(z + 0.1 * torch.randn_like(z)).sample
+        return reconstruction_loss(output.float(), x), {"mse": (output.detach().float() - x).square().mean()}
+
+    def before_saving(self) -> None:
+        """Nothing: the latents are normalised already."""
 
 
 @torch.no_grad()
@@ -138,12 +147,16 @@ def psnr(vae: Any, images: Tensor) -> float:
     return round(value, 2) if math.isfinite(value) else 0.0
 
 
+def latents(space: Workspace) -> Tensor:
+    """Posterior means of all views, float16 `[N, V, C, h, w]`; made once by the VAE of stage `vae`."""
+    return space.cached("latents", lambda: _encode(space))
+
+
 @torch.no_grad()
-def encode_latents(vae: Any, images: Tensor, batch: int = 128) -> Tensor:
-    """Posterior means of uint8 `images [N, 3, H, W]` as float16 `[N, C, h, w]`."""
-    vae.eval()
-    parts = []
-    for chunk in images.split(batch):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            parts.append(vae.encode(to_signed(chunk)).latent_dist.mean.half())
-    return torch.cat(parts)
+def _encode(space: Workspace) -> Tensor:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(space.decoder_folder / "vae").eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parts = [vae.encode(to_signed(chunk)).latent_dist.mean.half() for chunk in space.views.flatten(0, 1).split(128)]
+    return torch.cat(parts).unflatten(0, space.views.shape[:2])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.data.nano import NanoSet, load_nano
+from seed_multimodal.device import choose_device
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.nano.config import NanoConfig
@@ -108,6 +109,17 @@ class Workspace:
             save_state_dict({"value": make()}, file)
         return load_state_dict(file)["value"]
 
-    def index_tensor(self) -> Tensor:
-        """Training indices as int64."""
+    @cached_property
+    def train_index(self) -> Tensor:
+        """`train` as int64 `[N]`."""
         return torch.tensor(self.train)
+
+    @cached_property
+    def held_out_index(self) -> Tensor:
+        """`held_out` as int64 `[N]`."""
+        return torch.tensor(self.held_out)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the stages train (`device: auto` takes a GPU when there is one)."""
+        return choose_device(self.config.device, torch.float32, log=None).device
