@@ -18,7 +18,6 @@ from torch import nn
 
 from seed_lavis.base import frozen_names
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.old.state import replace_torch
 from seed_multimodal.weights import assign_strictly, read_torch
 
 NAME = re.compile(r"checkpoint_(\d+)\.pth")
@@ -36,10 +35,8 @@ def write_checkpoint(folder: Path, epoch: int, model: nn.Module, optimizer: torc
     content = {"model": weights, "optimizer": optimizer.state_dict(), "config": dict(config), "scaler": None,
                "epoch": epoch}
     file = folder / f"checkpoint_{epoch}.pth"
-    try:
-        replace_torch(file, content)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be written ({error.strerror}).") from error
+    with writing(file), replacing(file) as handle:
+        save_torch(content, handle)
     if keep:
         for number in sorted(epochs_in(folder))[1:-keep]:
             (folder / f"checkpoint_{number}.pth").unlink()

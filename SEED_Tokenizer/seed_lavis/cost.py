@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from seed_lavis.options import RunOptions
+from seed_lavis.context import RunContext
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.tokenizers.flops import stage1_flops, stage2_flops, text_flops, vision_flops
 from seed_multimodal.tokenizers.qformer import QFormerConfig
@@ -17,10 +17,11 @@ from seed_multimodal.vision.eva import EvaConfig
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def sample_cost(model: Any, options: RunOptions, precision: str, device: torch.device, world: int) -> SampleCost:
-    """Of one of our models; `run.peak_tflops` before the data sheet's peak, which is that of `precision`."""
-    peak = options.peak_tflops if options.peak_tflops else known_peak(device, DTYPES[precision])
-    return SampleCost(float(step_flops(model, options.batch_size_train * world)), peak)
+def sample_cost(run: RunContext) -> SampleCost:
+    """Of the run's model; `run.peak_tflops` before the data sheet's peak, which is that of the run's precision."""
+    options = run.options
+    peak = options.peak_tflops if options.peak_tflops else known_peak(run.device, DTYPES[run.precision])
+    return SampleCost(float(step_flops(run.model, options.batch_size_train * run.world)), peak)
 
 
 def step_flops(model: Any, pairs: int) -> int:

@@ -1,0 +1,151 @@
+"""The training of a stage as a task of the library's loop.
+
+From LAVIS come the optimiser (AdamW and its rule of what decays), the learning-rate schedule (by epoch), log.txt and
+the make of `checkpoint_N.pth`. An "epoch" is `iters_per_epoch` iterations (the original: 5000) whatever the size of
+the set; an iteration is a micro-step, so with `accum_grad_iters` there are fewer optimiser steps.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from seed_lavis.checkpoint import write_checkpoint
+from seed_lavis.codebook import CodebookMaintenance, CodebookMixin
+from seed_lavis.compat import RunnerBase
+from seed_lavis.context import RunContext
+from seed_lavis.cost import sample_cost
+from seed_lavis.datasets import count_bad, split_of, to_device
+from seed_lavis.log import log
+from seed_lavis.validation import mean_losses
+from seed_multimodal.data.stream.skip_budget import BadSamples
+from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.training.stage import StageTask
+
+# Settings that change no number of the training: not mentioned when they differ at a resume.
+QUIET = tuple(f"run.{key}" for key in (
+    "output_dir", "resume", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps", "keep_checkpoints",
+    "num_workers", "tensorboard", "valid_splits", "valid_every_epochs", "valid_batches", "test_splits", "evaluate",
+    "batch_size_eval", "peak_tflops", "device", "gpu", "rank", "world_size", "distributed", "dist_url"))
+
+
+class TokenizerTask(StageTask):
+    """One stage of one model.
+
+    Args:
+        lavis: LAVIS's runner: its task, optimiser, schedule, data sets and log.txt.
+        batches: of the training split; account: its bad samples, if it keeps any.
+    """
+
+    quiet_keys = QUIET
+
+    def __init__(self, run: RunContext, lavis: RunnerBase, batches: StepBatches, account: BadSamples | None) -> None:
+        self.run, self.lavis, self.batches = run, lavis, batches
+        self.codebook: CodebookMaintenance | None = None
+        self.last_loss: Tensor | None = None
+        self.bad = 0  # different bad samples of all processes, known at the end
+        self.aside = 0.0  # seconds spent on evaluation
+        model = run.model
+        if isinstance(model, CodebookMixin):
+            self.codebook = CodebookMaintenance(model, self.batch, run.steps, run.options.batch_size_train)
+        super().__init__(
+            run.stage, model if self.codebook is None else self.codebook.counts, self.step_loss, run.settings(),
+            optimizer=lavis.optimizer, cost=sample_cost(run), state=account, wrapped_part=model,
+            # Buffers are equal by construction, or (code counts) each process's own.
+            ddp_options={"broadcast_buffers": False,
+                         "find_unused_parameters": getattr(model, "skips_parameters", False)})
+        self.config = OmegaConf.to_container(run.config.config)
+
+    def learning_rate(self, step: int) -> float:
+        """LAVIS's schedule as a function of the optimiser step: that of its last iteration."""
+        iteration = (step + 1) * self.settings.accumulate - 1
+        epoch, inside = divmod(iteration, self.run.options.iters_per_epoch)
+        self.lavis.lr_scheduler.step(cur_epoch=epoch, cur_step=inside)
+        return float(self.lavis.optimizer.param_groups[0]["lr"])
+
+    def batch(self, micro_step: int) -> dict[str, Any]:
+        """One batch on the device, with the places in time that LAVIS adds."""
+        samples = to_device(self.batches.at(micro_step), self.run.device)
+        iterations = self.run.options.iters_per_epoch
+        epoch, inside = divmod(micro_step, iterations)
+        return {**samples, "epoch": epoch, "iters": inside, "num_iters_per_epoch": iterations}
+
+    def prepared(self, run: Any) -> None:
+        """Nothing refuses the run any more: write what it is."""
+        if self.run.rank:
+            return
+        with writing(self.run.folder):
+            self.lavis.log_config()
+            replace_text(self.run.folder / "config.yaml", OmegaConf.to_yaml(self.run.config.config))
+            replace_text(self.run.folder / "config.json", json.dumps(self.run.model.config.to_dict(), indent=2) + "\n")
+
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """LAVIS's training step, between what the codebook needs before and after it."""
+        step, inside = divmod(micro_step, self.settings.accumulate)
+        if self.codebook is not None:
+            self.codebook.before(step, inside == 0)
+        loss = self.lavis.task.train_step(model, self.batch(micro_step))
+        if self.codebook is not None:
+            self.codebook.after_micro_step()
+        self.last_loss = loss.detach()
+        return loss, self.run.model.latest
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Codebook restarts; after each epoch its checkpoint and the held-out losses."""
+        if self.codebook is not None:
+            self.codebook.after(step)
+        epochs, inside = divmod(step, self.run.steps_per_epoch)
+        if inside:
+            return {}
+        if step == self.run.steps:
+            self.bad = count_bad(self.batches.bad_samples())
+        if self.run.rank == 0:
+            self._write_checkpoint(epochs - 1)
+        return {} if epochs % self.run.options.valid_every_epochs else self._validate(epochs - 1)
+
+    def status(self) -> dict[str, float]:
+        """Time and bad samples, the loss as it is (`loss` is smoothed), the use of codes."""
+        codes = self.codebook.status() if self.codebook is not None else {}
+        last = {} if self.last_loss is None else {"last_loss": float(self.last_loss)}
+        return {"wait_seconds": self.batches.wait_seconds, "aside_seconds": self.aside,
+                "bad_samples": len(self.batches.bad_samples()), **last, **codes}
+
+    def finish(self) -> dict[str, Any]:
+        """The last checkpoint again if its weights are the averaged ones."""
+        if self.settings.ema:
+            self._write_checkpoint(self.run.options.max_epoch - 1)
+        return {"checkpoint": str(self.run.last_checkpoint),
+                **{name: round(float(value), 6) for name, value in self.run.model.latest.items()},
+                "bad_samples": max(self.bad, len(self.batches.bad_samples()))}  # no step may have been left to make
+
+    def _write_checkpoint(self, epoch: int) -> None:
+        model, keep = self.run.model, self.run.options.keep_checkpoints
+        file = write_checkpoint(self.run.folder, epoch, model, self.lavis.optimizer, self.run.config.to_dict(), keep)
+        log(f"[{self.name}] epoch {epoch} is done: {file}")
+        with writing(self.run.folder):
+            self.lavis.log_stats({"epoch": epoch, **{key: float(value) for key, value in model.latest.items()}}, "train")
+
+    def _validate(self, epoch: int) -> dict[str, float]:
+        """`valid/SPLIT/NAME` of each of `run.valid_splits`, for the log; log.txt gets a line of each."""
+        started, numbers = time.monotonic(), {}
+        for split in self.run.options.valid_splits:
+            means = split_losses(self.run, self.lavis.datasets, split, self.run.options.valid_batches)
+            if self.run.rank == 0:
+                with writing(self.run.folder):
+                    self.lavis.log_stats({"epoch": epoch, "split": split, **means}, "valid")
+            numbers |= {f"valid/{split}/{name}": value for name, value in means.items() if isinstance(value, float)}
+        self.aside += time.monotonic() - started
+        return numbers
+
+
+def split_losses(run: RunContext, datasets: Mapping[str, Any], split: str, most: int = 0) -> dict[str, float]:
+    """Mean losses of the model over a split, of at most `most` batches of each process (0: all)."""
+    return mean_losses(
+        run.model, split_of(datasets, [split]), batch_size=run.options.batch_size_eval, device=run.device,
+        precision=run.precision, workers=run.options.num_workers, most=most, where=f"Split {split!r}")
