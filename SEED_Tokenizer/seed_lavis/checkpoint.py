@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from seed_lavis.base import frozen_names
+from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.weights import assign_strictly, read_torch
+from seed_multimodal.weights import assign_strictly, read_torch, save_torch
 
 NAME = re.compile(r"checkpoint_(\d+)\.pth")
 
@@ -35,8 +36,8 @@ def write_checkpoint(folder: Path, epoch: int, model: nn.Module, optimizer: torc
     content = {"model": weights, "optimizer": optimizer.state_dict(), "config": dict(config), "scaler": None,
                "epoch": epoch}
     file = folder / f"checkpoint_{epoch}.pth"
-    with writing(file), replacing(file) as handle:
-        save_torch(content, handle)
+    with writing(file):
+        save_torch(content, file)
     if keep:
         for number in sorted(epochs_in(folder))[1:-keep]:
             (folder / f"checkpoint_{number}.pth").unlink()

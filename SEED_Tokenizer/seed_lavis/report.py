@@ -9,7 +9,7 @@ from typing import Any
 from seed_lavis.context import RunContext
 from seed_lavis.cost import sample_cost
 from seed_multimodal.progress import duration
-from seed_multimodal.training.meter import said_of, utilisation
+from seed_multimodal.training.meter import utilisation, utilisation_text
 
 NAMES = {"stage1": "Stage 1 (causal Q-Former)", "stage2": "Stage 2 (codebook)", "seed1-stage2": "SEED-1's stage 2"}
 
@@ -26,7 +26,7 @@ def summary(run: RunContext, record: dict[str, Any], seconds: float) -> list[str
     earlier = record.get("begun", 0)  # steps that another run made, before its checkpoint
     own = (record["steps"] - earlier) * record.get("batch_size", options.batch_size_train) * record.get("accumulate", 1)
     samples, spent = own * record.get("processes", 1), float(record.get("seconds", seconds))
-    speed = said_of(utilisation(sample_cost(run), own / spent)) if spent else ""
+    speed = utilisation_text(utilisation(sample_cost(run), own / spent)) if spent else ""
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))
     folder = shown(run.folder)

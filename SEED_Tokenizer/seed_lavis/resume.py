@@ -14,8 +14,7 @@ from seed_lavis.context import RunContext
 from seed_lavis.log import log
 from seed_lavis.options import locate
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.checkpoint import last_step
-from seed_multimodal.training.loop import begin_from
+from seed_multimodal.training.checkpoint_folders import checkpoints
 from seed_multimodal.training.stage import StageTask
 
 
@@ -25,7 +24,7 @@ def prepare_resume(run: RunContext, task: StageTask) -> None:
     Raises:
         ConfigError, CheckpointError: a run that must not be resumed, or a checkpoint that it cannot start from.
     """
-    saved = last_step(run.folder / task.checkpoint_folder) is not None
+    saved = bool(checkpoints(run.folder / task.checkpoint_folder))
     if run.options.resume == "never" and (saved or (run.folder / task.record_file).is_file()):
         raise ConfigError(f"{run.folder}: holds a run of {run.stage} already and run.resume is never; remove "
                           "the folder, choose another run.output_dir, or use run.resume=auto.")
@@ -42,5 +41,5 @@ def prepare_resume(run: RunContext, task: StageTask) -> None:
     if epochs >= run.options.max_epoch:
         raise ConfigError(f"{file}: has {epochs} epochs behind it, so run.max_epoch={run.options.max_epoch} "
                           f"leaves nothing to train; give run.max_epoch={epochs + 1} or more.")
-    begin_from(task, task.settings, run.folder, epochs * run.steps_per_epoch)
+    task.first_step = epochs * run.steps_per_epoch
     log(f"{file}: weights and optimiser taken; going on after {epochs} epochs.")

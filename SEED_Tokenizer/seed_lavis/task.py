@@ -129,7 +129,8 @@ class TokenizerTask(StageTask):
         file = write_checkpoint(self.run.folder, epoch, model, self.lavis.optimizer, self.run.config.to_dict(), keep)
         log(f"[{self.name}] epoch {epoch} is done: {file}")
         with writing(self.run.folder):
-            self.lavis.log_stats({"epoch": epoch, **{key: float(value) for key, value in model.latest.items()}}, "train")
+            losses = {name: float(value) for name, value in model.latest.items()}
+            self.lavis.log_stats({"epoch": epoch, **losses}, "train")
 
     def _validate(self, epoch: int) -> dict[str, float]:
         """`valid/SPLIT/NAME` of each of `run.valid_splits`, for the log; log.txt gets a line of each."""

@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.disk import give_usual_mode
+from seed_multimodal.disk import give_usual_mode, replacing
 from seed_multimodal.errors import CheckpointError, first_line
 
 _WRAPPERS = ("model", "state_dict", "module")
@@ -149,6 +150,40 @@ def save_state_dict(
     give_usual_mode(temporary)
     os.replace(temporary, file)
     return file
+
+
+def save_torch(content: object, path: str | Path) -> None:
+    """`torch.save` into a file, flushed, whole or not at all.
+
+    Raises:
+        OSError: the disk refuses; what was there stays. torch itself reports only that something could not be written.
+    """
+    with replacing(path) as handle:
+        listening = _Listening(handle)
+        try:
+            torch.save(content, listening)
+        except RuntimeError:
+            if listening.failure is None:
+                raise
+            raise listening.failure from None
+
+
+class _Listening:
+    """A file that remembers why a write failed."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self.handle = handle
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.handle.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        self.handle.flush()
 
 
 def assign_strictly(

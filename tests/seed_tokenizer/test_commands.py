@@ -16,7 +16,7 @@ def test_both_stages_and_export(start, tmp_path):
     assert "Stage 1 (causal Q-Former): 4 steps, 32 pictures" in out and f"{tmp_path}/q/checkpoint_1.pth" in out
     assert "Next: CONFIG=lavis/projects/nano/pretrain_codebook.yaml sh train_scripts/codebook.sh" in out
     assert {"checkpoint_0.pth", "checkpoint_1.pth", "config.json", "config.yaml", "log.txt", "stage1.log.jsonl",
-            "stage1.done.json", "stage1.state.pt"} <= {file.name for file in (tmp_path / "q").iterdir()}
+            "stage1.done.json", "stage1.checkpoints"} <= {file.name for file in (tmp_path / "q").iterdir()}
 
     second = start("sh", "train_scripts/codebook.sh", "--options", *SHORT, *TINY_STAGE2,
                    f"model.pretrained={tmp_path}/q/checkpoint_1.pth", f"run.output_dir={tmp_path}/c",

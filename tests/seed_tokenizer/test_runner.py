@@ -8,6 +8,8 @@ import json
 import pytest
 import torch
 
+from seed_multimodal.weights import load_state_dict
+
 # Recorded from the original's scheduler: [epoch, iteration, rate] of the released stage-1 and stage-2 settings.
 STAGE1_RATES = [[0, 0, 3e-07], [0, 1, 3.1485e-07], [0, 1999, 2.9985150000000002e-05], [0, 2000, 3e-05],
                 [0, 4999, 3e-05], [1, 0, 2.9339262969984572e-05], [1, 4999, 2.9339262969984572e-05], [5, 17, 1.65e-05],
@@ -22,17 +24,23 @@ def built(arguments):
     return train.build(train.parser("").parse_args(arguments))
 
 
+def task_of(runner, batches=None):
+    from seed_lavis.task import TokenizerTask
+
+    return TokenizerTask(runner.run, runner, batches, None)
+
+
 @pytest.mark.parametrize("options, rates", [
     (["run.init_lr=3e-5", "run.min_lr=3e-6", "run.warmup_lr=3e-7", "run.max_epoch=10"], STAGE1_RATES),
     (["run.init_lr=1e-4", "run.min_lr=1e-5", "run.warmup_lr=1e-6", "run.max_epoch=500"], STAGE2_RATES)])
 def test_learning_rates_are_the_originals(yaml, options, rates):
     options = [*options, "run.iters_per_epoch=5000", "run.warmup_steps=2000"]
-    runner = built(yaml("stage1", *options))
+    task = task_of(built(yaml("stage1", *options)))
     for epoch, iteration, rate in rates:
-        assert runner.learning_rate(5000 * epoch + iteration) == pytest.approx(rate, rel=1e-9)
-    halved = built(yaml("stage1", *options, "run.accum_grad_iters=2"))
-    assert halved.steps == runner.steps // 2
-    assert halved.learning_rate(999) == runner.learning_rate(1999)  # the rate of its last iteration
+        assert task.learning_rate(5000 * epoch + iteration) == pytest.approx(rate, rel=1e-9)
+    halved = task_of(built(yaml("stage1", *options, "run.accum_grad_iters=2")))
+    assert halved.settings.steps == task.settings.steps // 2
+    assert halved.learning_rate(999) == task.learning_rate(1999)  # the rate of its last iteration
 
 
 def test_what_decays_is_lavis_rule(yaml):
@@ -105,7 +113,7 @@ def test_again_longer_never_and_from_a_checkpoint(yaml, run, losses, tmp_path, c
     assert "already done" in capsys.readouterr().out
     run(yaml("stage1", "run.max_epoch=2", "run.log_freq=1", "run.num_workers=0"))
     said = capsys.readouterr().out
-    assert "[stage1.state.pt] other settings than in the run that saved its state: run.max_epoch: 1 -> 2.\n" in said
+    assert "[stage1] other settings than in the run that saved its state: run.max_epoch: 1 -> 2.\n" in said
     assert list(losses(tmp_path / "stage1", "stage1")) == list(range(1, 9))
     assert (tmp_path / "stage1" / "checkpoint_0.pth").stat().st_mtime_ns == before
     assert train.main(yaml("stage1", "run.resume=never")) == 2
@@ -121,10 +129,11 @@ def test_averaged_weights_end_in_the_last_checkpoint(yaml, run, tmp_path):
     folder = tmp_path / "stage1"
     assert sorted(file.name for file in folder.glob("checkpoint_*")) == ["checkpoint_0.pth", "checkpoint_2.pth"]
     saved = torch.load(folder / "checkpoint_2.pth", weights_only=True)
-    state = torch.load(folder / "stage1.state.pt", weights_only=True)
-    assert torch.equal(saved["model"]["text_proj.weight"], state["ema"]["model.text_proj.weight"])
-    assert not torch.equal(saved["model"]["text_proj.weight"], state["model"]["model.text_proj.weight"])
-    assert saved["epoch"] == 2 and saved["config"]["run"]["max_epoch"] == 3 and runner.steps == 6
+    averaged, trained = (load_state_dict(folder / "stage1.checkpoints" / "checkpoint-6" / f"{name}.safetensors")
+                         for name in ("ema", "model"))
+    assert torch.equal(saved["model"]["text_proj.weight"], averaged["text_proj.weight"])
+    assert not torch.equal(saved["model"]["text_proj.weight"], trained["text_proj.weight"])
+    assert saved["epoch"] == 2 and saved["config"]["run"]["max_epoch"] == 3 and runner.run.steps == 6
 
 
 @pytest.mark.parametrize("health", [
@@ -143,21 +152,17 @@ def test_codebook_health_options_run(yaml, run, tmp_path, health):
 
 def test_kmeans_starts_the_codebook_on_the_features(yaml, tmp_path, run):
     runner = built(yaml("stage2", "model.load_pretrained=False", "model.kmeans_images=24"))
-    runner.batches = None  # the care asks for batches only through `batch`
-    from seed_lavis.codebook import CodebookMaintenance
     from seed_lavis.datasets import split_of
 
     from seed_multimodal.data.stream.step_batches import StepBatches
 
-    runner.batches = StepBatches(split_of(runner.datasets, ["train"]), 8, seed=0)
-    model = runner.model
-    care = CodebookMaintenance(model, runner.batch, steps=10, images_per_batch=8)
-    samples = runner.batch(0)
+    task = task_of(runner, StepBatches(split_of(runner.datasets, ["train"]), 8, seed=0))
+    model, codebook, samples = runner.model, task.codebook, task.batch(0)
     uniform = float(model(samples)["loss_embed"])
-    care.before(0, first_micro_step=True)
+    codebook.before(0, first_micro_step=True)
     assert float(model(samples)["loss_embed"]) < 0.2 * uniform
-    care.after_micro_step()
-    assert int(care.counts.since_restart.sum()) == 8 * 32
+    codebook.after_micro_step()
+    assert int(codebook.counts.since_restart.sum()) == 8 * 32
 
 
 def test_evaluation_of_a_checkpoint(yaml, run, tmp_path, capsys):

@@ -24,14 +24,15 @@ def test_as_one_process_with_a_double_batch(yaml, run, start, losses, tmp_path, 
     capsys.readouterr()
     assert train.main(yaml("stage1", *options, "run.max_epoch=3", name="two")) == 2
     error = capsys.readouterr().err
-    assert "had 2 processes of 8 x 1 samples" in error and error.count("\n") == 1
+    assert "was saved by a run with 2 processes, this one has 1" in error and error.count("\n") == 1
     assert (tmp_path / "two" / "stage1.done.json").is_file()
     (tmp_path / "two" / "stage1.done.json").unlink()
-    before = (tmp_path / "two" / "stage1.state.pt").read_bytes()
+    kept = tmp_path / "two" / "stage1.checkpoints" / "checkpoint-8" / "model.safetensors"
+    before = kept.read_bytes()
     assert train.main(yaml("stage1", *options, "run.max_epoch=3", name="two")) == 2
     error = capsys.readouterr().err
     assert "was saved by a run with 2 processes, this one has 1" in error and error.count("\n") == 1
-    assert (tmp_path / "two" / "stage1.state.pt").read_bytes() == before
+    assert kept.read_bytes() == before
 
 
 TOGETHER = """
@@ -44,23 +45,21 @@ from seed_lavis import register
 register()
 from seed_lavis.datasets import count_bad
 from seed_lavis.resume import prepare_resume
-from seed_lavis.runner import RunnerSeed
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank = dist.get_rank()
-runner = object.__new__(RunnerSeed)
-runner.options = SimpleNamespace(resume="auto", resume_ckpt_path=None, batch_size_train=8)
-runner.output_dir, runner.stage, runner.steps = Path(sys.argv[1]), "stage1", 20
-runner.rank, runner.world, runner.accumulate = rank, 2, 1
+folder = Path(sys.argv[1])
+run = SimpleNamespace(folder=folder, stage="stage1", options=SimpleNamespace(resume="auto", resume_ckpt_path="nowhere"))
+task = SimpleNamespace(checkpoint_folder="stage1.checkpoints", record_file="stage1.done.json")
 time.sleep(rank)  # the second looks when the first has long decided
-prepare_resume(runner, None, None)
+prepare_resume(run, task)
 bad = count_bad([("a", "torn"), ("b", "torn")] if rank else [("a", "torn")])
-(runner.output_dir / str(rank)).write_text(str(bad))
+(folder / str(rank)).write_text(str(bad))
 dist.destroy_process_group()
 """
 
 
 def test_all_processes_find_a_done_run_however_late_they_look_and_count_bad_samples_once(start, tmp_path):
-    (tmp_path / "stage1.state.pt").touch()
+    (tmp_path / "stage1.checkpoints" / "checkpoint-4").mkdir(parents=True)
     done = tmp_path / "stage1.done.json"
     done.write_text('{"steps": 10, "batch_size": 8, "processes": 2}')
     (tmp_path / "together.py").write_text(TOGETHER)

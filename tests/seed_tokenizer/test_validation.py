@@ -78,7 +78,7 @@ def test_a_split_that_is_not_there_is_refused_at_once(yaml, tmp_path, capsys):
     assert train.main(yaml("stage1", "run.valid_splits=[valid]")) == 2
     error = capsys.readouterr().err
     assert "has a split 'valid'" in error and error.count("\n") == 1
-    assert not list((tmp_path / "stage1").glob("*.state.pt"))
+    assert not list((tmp_path / "stage1").glob("*.checkpoints"))
 
 
 @pytest.mark.parametrize(("total", "batch", "world", "most", "expected"), [
