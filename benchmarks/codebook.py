@@ -29,7 +29,7 @@ from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage2 import Stage2Model
 from seed_multimodal.training.nano.clip import embed_images
 from seed_multimodal.training.nano.views import to_clip
-from seed_multimodal.training.old.loop import batch_indices
+from seed_multimodal.training.schedules import batch_indices
 
 
 @dataclasses.dataclass(frozen=True)

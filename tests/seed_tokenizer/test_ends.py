@@ -91,7 +91,8 @@ def test_a_disk_that_takes_nothing_is_one_sentence(yaml, tmp_path, capsys):
         error = capsys.readouterr().err
         assert code == 2 and sentence in error and error.count("\n") == 1, error
         left = {file.name for file in (tmp_path / str(size)).iterdir()}
-        assert left <= {"log.txt", "result", "config.yaml", "config.json"}, left
+        assert left <= {"log.txt", "result", "config.yaml", "config.json", "stage1.checkpoints"}, left
+        assert not list((tmp_path / str(size)).rglob("checkpoint-*"))
     (tmp_path / "file").touch()
     assert train.main(yaml("stage1", *SHORT, f"run.output_dir={tmp_path}/file/x")) == 2
     error = capsys.readouterr().err
