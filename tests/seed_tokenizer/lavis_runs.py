@@ -26,7 +26,7 @@ import torch
 import train
 runner = train.build(train.parser("").parse_args(sys.argv[2:]))
 runner.train()
-torch.save(runner._model.state_dict(), f"{sys.argv[1]}/rank{runner.rank}.pt")
+torch.save(runner._model.state_dict(), f"{sys.argv[1]}/rank{runner.run.rank}.pt")
 torch.distributed.destroy_process_group()
 """
 
