@@ -20,7 +20,7 @@ from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.pretokenize.decode import TaskDecoder
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
-from seed_multimodal.data.pretokenize.parts import PartWriter
+from seed_multimodal.data.pretokenize.output import PartWriter
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.errors import ConfigError, DataError
@@ -272,7 +272,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from seed_multimodal.data.pretokenize.units import Unit
-from seed_multimodal.data.pretokenize.parts import PartWriter
+from seed_multimodal.data.pretokenize.output import PartWriter
 from seed_multimodal.errors import DataError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 try:

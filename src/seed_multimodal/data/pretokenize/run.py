@@ -27,14 +27,16 @@ from seed_multimodal.data.pretokenize.decode import TaskDecoder
 from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, read_transform
 from seed_multimodal.data.pretokenize.input_settings import InputSettings, read_input_settings
 from seed_multimodal.data.pretokenize.kinds import get_kind
-from seed_multimodal.data.pretokenize.manifest import (
+from seed_multimodal.data.pretokenize.output import (
+    CHANGED,
     agree_on_settings,
+    check_part,
     merge,
+    part_folder,
     refuse_other_settings,
     summary,
     versions,
 )
-from seed_multimodal.data.pretokenize.parts import CHANGED, check_part, part_folder
 from seed_multimodal.data.pretokenize.units import Unit, list_units
 from seed_multimodal.data.pretokenize.work import Extractor
 from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, guarded, say

@@ -96,13 +96,11 @@ class Sample:
         if isinstance(own, bytes):
             name = f"{self._record.file}: picture {value}"
             return Picture(name, partial(open_image, own, name=name), f"own:{value}", **options)
-        if value.startswith("data:"):
-            return Picture(self.where, partial(image_from_base64, value, name=self.where), **options)
-        path = self.path(value)
+        path = None if value.startswith("data:") else self.path(value)
         if path is not None:
             name = f"{self.where}: {value}"
             return Picture(name, partial(open_image, path, name=name), str(path), **options)
-        if _BASE64.fullmatch(value):
+        if value.startswith("data:") or _BASE64.fullmatch(value):
             return Picture(self.where, partial(image_from_base64, value, name=self.where), **options)
         return Picture(self.where, partial(_missing, self.where, value), **options)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seed_multimodal.data.pretokenize.decode import DecodedSample, DecodedTask, TaskDecoder, decoding, iterate
 from seed_multimodal.data.pretokenize.encode import Codes, Encoder
-from seed_multimodal.data.pretokenize.parts import PartWriter
+from seed_multimodal.data.pretokenize.output import PartWriter
 from seed_multimodal.data.pretokenize.slots import filled
 from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.data.stream.skip_budget import SkipBudget
