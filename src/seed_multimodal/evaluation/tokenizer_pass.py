@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.formats.pairs import PairSource
+from seed_multimodal.data.stream.skip_budget import SkipBudget
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.evaluation.metrics import FloatArray
 from seed_multimodal.evaluation.tokenizer_open import Opened
@@ -94,18 +95,17 @@ def _batches(source: PairSource, rows: Sequence[int], batch: int, seen: PassResu
              log: Log) -> Iterator[list[Image.Image]]:
     """Pictures in batches; their names and captions, and what is bad, go to `seen`."""
     pictures: list[Image.Image] = []
-    in_a_row = 0
+    budget = SkipBudget(MAX_BAD_IN_A_ROW)
     for row in rows:
         try:
             key, captions, picture = read_picture(source, row)
         except ImageError as error:
-            in_a_row += 1
             seen.bad.append((source.key(row), str(error)))
             log(f"left out: {error}")
-            if in_a_row >= MAX_BAD_IN_A_ROW:
-                raise DataError(f"{in_a_row} pictures in a row cannot be read, the last: {error}") from error
+            if budget.spend():
+                raise DataError(f"{budget.broken} pictures in a row cannot be read, the last: {error}") from error
             continue
-        in_a_row = 0
+        budget.good()
         seen.rows.append(row)
         seen.keys.append(key)
         seen.captions.append(captions)

@@ -113,9 +113,10 @@ def test_every_sample_once_per_epoch_over_all_lanes(mixed: Callable, words, numb
     assert draws == {"captions": 132, "documents": 90, "texts": 35}
 
 
-def test_near_the_end_a_run_goes_on_too(mixed: Callable, words, numbers: Callable) -> None:
-    """Lanes have ended and their empty micro-batches were left out; the state still says what is next."""
-    config = mixed(length=96)
+@pytest.mark.parametrize("packing", [True, False])
+def test_near_the_end_a_run_goes_on_too(mixed: Callable, words, numbers: Callable, packing: bool) -> None:
+    """Streams have ended and their empty micro-batches were left out; the state still says what is next."""
+    config = mixed(length=96, packing=packing)
     config["sources"] = [{**config["sources"][2], "cycles": 7}]
 
     def rest(batches: LlmBatches, first: int) -> list[list[int]]:
@@ -134,6 +135,33 @@ def test_near_the_end_a_run_goes_on_too(mixed: Callable, words, numbers: Callabl
         second.restore([json.loads(json.dumps(first.state()))])
         assert rest(second, stop) == whole[stop:]
         assert second.report()["sources"]["texts"]["draws"] == 7 * 35
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_ranks_that_end_at_different_steps_go_on_in_another_number(mixed: Callable, words, numbers: Callable,
+                                                                   packing: bool) -> None:
+    """States saved when one rank has nothing left: the rest is read by three ranks, each record once."""
+    config = mixed(length=96, packing=packing)
+    config["sources"] = [{**config["sources"][2], "cycles": 1}]
+    settings, seen = read_data_settings(config), Counter()
+
+    def read(batches: LlmBatches, step: int) -> bool:
+        try:
+            seen.update(numbers(batches.at(step)))
+        except EndOfData:
+            return False
+        return True
+
+    first = [LlmBatches(settings, words, rank=rank, world=2) for rank in range(2)]
+    steps = next(step for step in itertools.count() if sum(read(batches, step) for batches in first) < 2) + 1
+    states = json.loads(json.dumps([batches.state(steps) for batches in first]))
+    for rank in range(3):
+        batches = LlmBatches(settings, words, rank=rank, world=3)
+        batches.restore(states)
+        for step in itertools.count(steps):
+            if not read(batches, step):
+                break
+    assert seen == dict.fromkeys(range(2000, 2035), 1)
 
 
 def test_a_source_that_ends_leaves_its_share_to_the_others(mixed: Callable, words) -> None:
