@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.config import find_target, instantiate, load_yaml
-from seed_multimodal.settings import check_keys
 from seed_multimodal.device import DTYPES, choose_device
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import check_keys, setting
 from seed_multimodal.tokenizers.fast import Levers, optimise
 
 PROCESSORS = ("transformers.BlipImageProcessor.from_pretrained", "transformers.CLIPImageProcessor.from_pretrained")

@@ -18,9 +18,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 
 _HYDRA = ("_target_", "_recursive_", "_convert_")
 

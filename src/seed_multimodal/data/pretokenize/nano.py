@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from seed_multimodal.data.formats.record import Record
-from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.nano.load import NanoSet, load_nano
 from seed_multimodal.data.nano.types import NanoRecord
+from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.language.tasks import NANO_TASKS
 
 Made = tuple[str, dict[str, Any], list[str]]  # what a record is called, its fields, keys of its pictures
