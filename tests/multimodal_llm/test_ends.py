@@ -104,7 +104,7 @@ def test_a_source_that_gave_nothing_is_a_warning():
         "lost": lost, "rare": source, "good": {**lost, "sequences": 1}}}})
     assert [line for line in lines if "nothing of it was used" in line] == [lines[3], lines[5]]
     assert lines[2].startswith("    2 skipped (missing key)") and lines[3].endswith("see the records above")
-    assert lines[5].endswith("its turn never came") and lines[6].startswith("  good: 1 sequences")
+    assert lines[5].endswith("it was not drawn") and lines[6].startswith("  good: 1 sequences")
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -1,9 +1,9 @@
 """The configuration of a run, composed by Hydra from `configs/train.yaml`, its groups, and what the user typed.
 
-What: `compose` takes an argument list and gives one resolved mapping. The groups are model, data, optim, trainer,
+`compose` takes an argument list and gives one resolved mapping. The groups are model, data, optim, trainer,
 tokenizer, deepspeed (the original's JSON files) and eval_data (files of data); each takes the name of one of its
 configurations or the path of any file (`model=configs/model/vicuna_7b_lora.yaml`).
-Peculiar: a dotted override may set a key that no file wrote; whoever reads the settings refuses what it does not know
+A dotted override may set a key that no file wrote; whoever reads the settings refuses what it does not know
 and names the nearest. Hydra only composes: it changes no folder, logs nothing and calls nothing, and `_target_` leads
 nowhere but to the alias tables.
 """

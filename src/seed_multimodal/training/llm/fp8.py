@@ -1,11 +1,11 @@
 """Frozen matrices of the language model in FP8: products with them on tensor cores at twice the rate of bf16.
 
-What: `freeze_in_fp8(model)` puts an `Fp8Linear` in the place of every frozen linear layer of the decoder's layers; what
+`freeze_in_fp8(model)` puts an `Fp8Linear` in the place of every frozen linear layer of the decoder's layers; what
 is trained (adapters, norms, embeddings, head) stays as it is, and so does what a checkpoint holds.
 Numbers are e4m3 (3 mantissa bits, so at most 1/16 off), each row of an operand with a scale of its own: weights once,
 activations and gradients at each product. The backward pass multiplies with a second, transposed copy, because its
 scales run the other way and the hardware wants both operands stored along the summed axis: two bytes a number in all.
-Peculiar: away from tensor cores that know FP8 the same numbers are computed in fp64, which holds every sum of such
+Away from tensor cores that know FP8 the same numbers are computed in fp64, which holds every sum of such
 products exactly: slow, the same on any machine and for any order of the sum, for tests.
 """
 

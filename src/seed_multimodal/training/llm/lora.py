@@ -1,6 +1,6 @@
 """LoRA through peft, as released: adapters on the linear layers, and whole modules trained beside them.
 
-Peculiar: adapter files keep the names of peft 0.4, which the original wrote, so both load each other's.
+Adapter files keep the names of peft 0.4, which the original wrote, so both load each other's.
 A base whose input and output embeddings are one matrix (nano) keeps them one: the trained copy is shared by both ends
 and stands once in the state. Left to itself peft would train two copies that drift apart, which a merged model with
 tied embeddings could not hold. Adapter files hold it under both names, because peft reads both.

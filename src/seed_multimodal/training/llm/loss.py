@@ -2,7 +2,7 @@
 
 Sums and counts come back, not means: the caller divides by the learned tokens of the whole optimiser step (all ranks,
 all micro-batches), or averages micro-batches' means as the original did.
-Peculiar: packed rows (`attention_mask` None) hold several sequences whose `position_ids` restart at 0. transformers
+Packed rows (`attention_mask` None) hold several sequences whose `position_ids` restart at 0. transformers
 keeps attention inside each of them for eager, sdpa and flex attention; for flash attention it does so for a single
 row only, so the rows are laid end to end there. The last token of a sequence does not predict the next one's first.
 Right padding needs no mask under causal attention, so none is made and the fast kernels stay usable.

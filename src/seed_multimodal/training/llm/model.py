@@ -1,7 +1,7 @@
 """The language model as it is trained: base or random start, the tokenizer's words, LoRA, precision, attention.
 
-What: `build_llm(settings, tokenizer, device)` → a `LlamaForCausalLM`, or a `PeftModel` around one, in train mode.
-Peculiar: new words are drawn from N(0, initializer_range), as released, but from a seed; special ids are forced to
+`build_llm(settings, tokenizer, device)` → a `LlamaForCausalLM`, or a `PeftModel` around one, in train mode.
+New words are drawn from N(0, initializer_range), as released, but from a seed; special ids are forced to
 bos 1, eos 2, pad 0; weights that are trained are kept in fp32 beside a base of any precision, because steps of 1e-4
 are lost in bf16 (peft itself would leave embeddings and norms in the base's precision).
 """

@@ -59,6 +59,6 @@ def summary_lines(record: Mapping[str, Any]) -> list[str]:
                              f"{' …' if entry['count'] > len(entry['first']) else ''}")
         if not source["sequences"]:
             lines.append("    warning: nothing of it was used; " + (
-                "see the records above" if source["skipped"] or source["too_long"] else "its turn never came"))
+                "see the records above" if source["skipped"] or source["too_long"] else "it was not drawn"))
     lines.append(f"  checkpoint: {record['checkpoint']}")
     return lines

@@ -1,1 +1,0 @@
-"""The loop of before; nothing new may use it."""
