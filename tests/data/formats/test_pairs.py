@@ -17,12 +17,12 @@ import pytest
 import webdataset
 from omegaconf import OmegaConf
 
-from seed_multimodal.data.nano import load_nano
+from seed_multimodal.data.formats.files import expand_pattern, nearest_path
 from seed_multimodal.data.formats.packed import PackedStrings
 from seed_multimodal.data.formats.pairs import JsonPairs, NanoPairs, TarPairs, open_pairs
-from seed_multimodal.data.formats.files import expand_pattern, nearest_path
-from seed_multimodal.data.formats.tar_headers import tar_members
 from seed_multimodal.data.formats.tar import OpenFiles, scan_tar
+from seed_multimodal.data.formats.tar_headers import tar_members
+from seed_multimodal.data.nano import load_nano
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from seed_multimodal.data.formats.tar import tar_records
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.nano.__main__ import main
 from seed_multimodal.data.nano.build import BuildOptions, build_from, encode_webp
 from seed_multimodal.data.nano.check import check_folder
@@ -22,10 +24,8 @@ from seed_multimodal.data.nano.families import assign_splits, name_families
 from seed_multimodal.data.nano.grammar import with_article
 from seed_multimodal.data.nano.load import load_nano
 from seed_multimodal.data.nano.near import near_pairs
-from seed_multimodal.data.nano.render import main_colour, render_svg
 from seed_multimodal.data.nano.packages import SOURCES, Drawing, fetch, plain_code
-from seed_multimodal.data.formats.tar import tar_records
-from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.nano.render import main_colour, render_svg
 from seed_multimodal.errors import DataError
 
 STYLES = ("twemoji", "noto", "fluent")

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seed_multimodal.data.nano import NanoSet, load_nano
-from seed_multimodal.data.nano.check import check_folder
 from seed_multimodal.data.formats.tar import tar_records
 from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.nano import NanoSet, load_nano
+from seed_multimodal.data.nano.check import check_folder
 from seed_multimodal.errors import DataError
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "nano64"
@@ -144,7 +144,7 @@ def test_small_set_loads(small: Path) -> None:
 def test_torn_shard_is_named(small: Path) -> None:
     shard = small / "nano64-000000.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"nano64-000000\.tar: torn or damaged in its first sample \(its end is missing\)"):
+    with pytest.raises(DataError, match=r"000000\.tar: torn or damaged in its first sample \(its end is missing\)"):
         load_nano(small)
 
 

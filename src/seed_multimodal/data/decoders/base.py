@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from seed_multimodal.data.formats.record import BadRecord, shown
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
+from seed_multimodal.data.formats.record import BadRecord, shown
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer

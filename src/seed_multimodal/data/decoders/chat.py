@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.data.decoders.base import LIST, Decoder, DecoderOptions, Draft, Part, Span
+from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.data.formats.conversations import with_pictures
 from seed_multimodal.data.formats.record import BadRecord, shown
-from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.language.prompts import ROLES, TEMPLATES, get_template
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.settings import setting

@@ -17,7 +17,6 @@ from typing import Any
 from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import (
     LIST,
-    OBJECT,
     PICTURE,
     PICTURES,
     TEXT,

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from seed_multimodal.settings import nearest
 from seed_multimodal.data.decoders import pretrain, pretrain_context, sft, sft_dialogues, turns
 from seed_multimodal.data.decoders.base import Decoder
 from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.settings import nearest
 
 __all__ = ["DECODERS", "Decoder", "get_decoder", "guess_decoder", "some_picture"]
 

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import PICTURE, PICTURES, TEXT, Decoder, DecoderOptions, Draft, Part, Span
+from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.data.decoders.turns import with_full_stop
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 from seed_multimodal.data.decoders.base import LIST, PICTURES, Decoder, DecoderOptions, Draft, Part, Span
 from seed_multimodal.data.decoders.phrases import ASSISTANT, USER
-from seed_multimodal.data.formats.record import BadRecord, shown
 from seed_multimodal.data.decoders.sequence import Draws
+from seed_multimodal.data.formats.record import BadRecord, shown
+
 
 def with_full_stop(answer: str) -> str:
     """The answer, ending in a full stop."""

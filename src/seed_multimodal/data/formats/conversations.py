@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, parse_json, refuse_half_pairs, shown
+from seed_multimodal.data.formats.record import BadRecord, refuse_half_pairs, shown
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",

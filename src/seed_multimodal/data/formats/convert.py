@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.pickled import read_pickle
 from seed_multimodal.data.formats.record import BadRecord, parse_object
-from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.records import PICKLED
 from seed_multimodal.data.formats.tar import OpenFiles, tar_records
 from seed_multimodal.data.formats.tar_headers import Damaged

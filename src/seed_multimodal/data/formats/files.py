@@ -12,8 +12,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from seed_multimodal.settings import nearest
 from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.settings import nearest
 
 SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),
             "json": (".json", ".json.gz"),  # compressed ones are found in order to be refused, not passed over

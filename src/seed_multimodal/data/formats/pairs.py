@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.data.formats.files import expand_pattern
 from seed_multimodal.data.formats.json_lines import JsonFile
 from seed_multimodal.data.formats.nano import NanoFile, find_nano
@@ -27,6 +26,7 @@ from seed_multimodal.data.formats.record import Place, Record, parse_json
 from seed_multimodal.data.formats.records import FileRecords
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError, ImageError
+from seed_multimodal.settings import check_keys, nearest
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from seed_multimodal.entry import DONE, run_program, say
 from seed_multimodal.data.nano.build import BuildOptions, BuildReport, build
 from seed_multimodal.data.nano.check import check_folder, report
 from seed_multimodal.data.nano.load import load_nano
-from seed_multimodal.data.nano.sheet import nano_sheet
 from seed_multimodal.data.nano.packages import SHARE_ALIKE, SOURCES
+from seed_multimodal.data.nano.sheet import nano_sheet
+from seed_multimodal.entry import DONE, run_program, say
 from seed_multimodal.errors import DataError
 
 

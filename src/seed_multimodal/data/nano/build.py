@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.nano.concepts import COMMON_WORDS, Concept, fold_label, read_concepts
 from seed_multimodal.data.nano.conversations import make_conversations
 from seed_multimodal.data.nano.edits import make_edits
 from seed_multimodal.data.nano.families import SPLITS, assign_splits, name_families
 from seed_multimodal.data.nano.near import near_pairs
-from seed_multimodal.data.nano.render import main_colour, render_svg
 from seed_multimodal.data.nano.packages import SHARE_ALIKE, SOURCES, Drawing, drawings, fetch
+from seed_multimodal.data.nano.render import main_colour, render_svg
 from seed_multimodal.data.nano.types import NanoRecord
 from seed_multimodal.data.nano.words import MAX_TAGS, captions, questions
-from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.disk import sha256_of
 from seed_multimodal.errors import DataError
 from seed_multimodal.progress import Progress

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.nano.render import COLOURS
 from seed_multimodal.data.nano.packages import plain_code, read_member
+from seed_multimodal.data.nano.render import COLOURS
 from seed_multimodal.data.nano.types import STYLE_NAMES
 
 TONES = {1: "light", 2: "medium-light", 3: "medium", 4: "medium-dark", 5: "dark"}

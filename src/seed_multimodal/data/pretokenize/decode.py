@@ -136,7 +136,8 @@ class TaskDecoder:
         try:
             reason = self._filter.drop_reason(image.size, metadata if isinstance(metadata, dict) else {})
         except (TypeError, ValueError) as error:
-            raise DataError(f"{picture.name}: its metadata holds no numbers where the filters look ({error}).") from None
+            raise DataError(f"{picture.name}: its metadata holds no numbers where the filters look ({error})."
+                            ) from None
         if reason:
             raise Dropped(reason)
         small = self.transform.resize(image)

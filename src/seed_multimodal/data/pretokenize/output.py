@@ -1,8 +1,8 @@
-"""What a run leaves: a folder per unit, and for all of them `settings.json` at the start and `manifest.json` at the end.
+"""What a run leaves: a folder per unit; for all of them `settings.json` at the start and `manifest.json` at the end.
 
-`part-0003/0000000.tar`, … hold one KEY.json per record; `part-0003/manifest.json` is written last and says that the part
-is done: without it a part is an unfinished one and is made again. Equal records give equal bytes: no times, owners or
-random keys. A key is the unit's number, its file's name, and the sample's number in that file.
+`part-0003/0000000.tar`, … hold one KEY.json per record; `part-0003/manifest.json` is written last and says that the
+part is done: without it a part is an unfinished one and is made again. Equal records give equal bytes: no times,
+owners or random keys. A key is the unit's number, its file's name, and the sample's number in that file.
 
 A run that goes on in a folder must have the same tokenizer, transform, kind, fields and filters; batch size, number
 of processes and device may differ. Any number of processes may finish at once: a lock orders them.

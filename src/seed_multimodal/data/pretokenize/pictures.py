@@ -1,7 +1,8 @@
 """Pictures to encode: still ones, frames of videos, and several views of a picture.
 
-Frames are read by OpenCV, from the middles of `num_frames` equal stretches, as the released pipe took them. (It gave its
-transform a tensor, which the transform cannot take, so that every video was dropped; here frames are ordinary pictures.)
+Frames are read by OpenCV, from the middles of `num_frames` equal stretches, as the released pipe took them. (It gave
+its transform a tensor, which the transform cannot take, so that every video was dropped; here frames are ordinary
+pictures.)
 
 Views are small scalings and shifts over white, which keep labels, colours and left/right true. A view depends on the
 seed, the picture and the view's number only, so it is the same whatever else is encoded with it.
@@ -44,7 +45,7 @@ class Picture:
 
 
 def frames(path: Path | None, name: str, count: int) -> list[Picture]:
-    """The pictures of `count` frames of the video `name` (None: there is none); it is opened when the first is loaded."""
+    """The pictures of `count` frames of the video `name` (None: there is none); opened when the first is loaded."""
     reader = _Frames(path, name, count)
     key = "" if path is None else f"{path}@{count}:"
     return [Picture(f"{name} frame {number}", partial(reader.frame, number), key and f"{key}{number}")
