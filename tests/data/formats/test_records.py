@@ -385,3 +385,22 @@ def test_parquet_texts_that_are_not_utf8_are_that_rows_fault(tmp_path):
     with pytest.raises(BadRecord, match=r"a\.parquet: row 0: a text is not UTF-8"):
         source.read(0)
     assert source.read(1).fields == {"text": "ok"}
+
+
+def test_a_folder_of_pictures_and_the_nano_set_are_records_too(tmp_path):
+    for name in ("b.jpg", "sub/a.PNG", ".hidden.jpg", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        written(tmp_path / name, "x")
+    written(tmp_path / "b.txt", "a caption")
+    source = open_records(tmp_path, format="folder")
+    assert [source.read(n).fields for n in range(len(source))] == [
+        {"image": str((tmp_path / name).resolve())} for name in ("b.jpg", "sub/a.PNG")]
+    first = source.read(0)
+    assert first.where == str(tmp_path / "b.jpg") and first.member("txt", files=source.open_files) == b"a caption"
+    assert source.read(1).member("txt", files=source.open_files) is None
+    with pytest.raises(DataError, match="holds no record"):
+        len(open_records(tmp_path / "sub" / "none", format="folder"))
+    nano = open_records(None, format="nano")
+    record = nano.read(7)
+    assert nano.read(8).key > record.key and {"captions", "split", "qa"} <= record.fields.keys()
+    assert record.members["webp"][8:12] == b"WEBP" and nano.files[0].name == "nano64"

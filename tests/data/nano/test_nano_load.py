@@ -214,12 +214,3 @@ def test_edit_of_an_unknown_picture_is_refused(small: Path) -> None:
     (small / "edits.jsonl.gz").write_bytes(gzip.compress(b"[1"))
     with pytest.raises(DataError, match="edits.jsonl.gz line 1: not JSON"):
         load_nano(small)
-
-
-def test_shards_are_written_the_same_twice_and_read_back(tmp_path: Path) -> None:
-    records = [("a", {"webp": b"1", "json": b"{}"}), ("folder/b", {"txt": b"hello"})]
-    for name in ("x.tar.gz", "y.tar.gz"):
-        assert write_shard(tmp_path / name, records) == 2
-    assert (tmp_path / "x.tar.gz").read_bytes() == (tmp_path / "y.tar.gz").read_bytes()
-    assert [(r.key, r.members) for r in tar_records(tmp_path / "x.tar.gz", unpack=True)] == records
-    assert not list(tmp_path.glob(".*"))

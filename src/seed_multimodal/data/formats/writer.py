@@ -22,7 +22,8 @@ class ShardWriter:
     def __init__(self, file: IO[bytes] | gzip.GzipFile) -> None:
         from webdataset import TarWriter  # imports torch
 
-        self._tar: Any = TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False)
+        self._tar: Any = TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False,
+                                  keep_meta=True)
         self._tar.tarstream.format = tarfile.USTAR_FORMAT  # it ignores its own argument `format`
         self.count = 0
 
