@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from seed_multimodal.evaluation import train_judge
 from seed_multimodal.evaluation.judge import Judge
+from seed_multimodal.training.loop import train
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "orange": (240, 150, 20)}
 SHAPES = ("disc", "square", "bar")
@@ -80,8 +81,11 @@ def run_judge(toy: Toy) -> Callable[..., Judge]:
 
     def run(folder: Path, steps: int, stop_after: int | None = None) -> Judge:
         plan = train_judge.Plan(steps=steps, batch=24, seed=5)
-        return train_judge.train(corpus, plan, folder, torch.device("cpu"), log=lambda line: None,
-                                 stop_after=stop_after)[0]
+        task = train_judge.JudgeTask(corpus, plan, torch.device("cpu"))
+        if stop_after is not None:  # as data that ends: the checkpoint of that step is what is left
+            task.begin_step = lambda step: step < stop_after
+        train(task, task.settings, folder)
+        return task.judge.eval()
 
     return run
 

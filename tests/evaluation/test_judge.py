@@ -13,6 +13,7 @@ from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.evaluation import train_judge
 from seed_multimodal.evaluation.augment import augment
 from seed_multimodal.evaluation.judge import Judge, JudgeConfig, pixels_of, split_words
+from seed_multimodal.weights import load_state_dict
 
 
 def test_training_makes_it_know_the_pictures(toy, trained: Judge) -> None:
@@ -49,7 +50,7 @@ def test_checkpoint_of_other_data_is_refused(toy, run_judge, tmp_path) -> None:
     run_judge(tmp_path, 1)
     toy_plan = train_judge.Plan(steps=2, batch=24, seed=6)
     with pytest.raises(CheckpointError, match="another data set, seed or batch"):
-        train_judge.train(train_judge.build_corpus(toy), toy_plan, tmp_path, torch.device("cpu"), log=lambda _: None)
+        train_judge.train_judge(train_judge.build_corpus(toy), toy_plan, tmp_path, torch.device("cpu"))
 
 
 def test_missing_and_foreign_folders(tmp_path) -> None:
@@ -120,3 +121,11 @@ def test_augmentation_is_repeatable_and_changes_pictures(toy) -> None:
     # Still pictures of the same colours: the channel means follow those of the originals.
     plain = pixels_of(toy.images(), 32)
     assert np.corrcoef(one.mean((2, 3)).flatten().numpy(), plain.mean((2, 3)).flatten().numpy())[0, 1] > 0.7
+
+
+def test_training_by_the_clock_ends_when_the_time_is_over(toy, tmp_path) -> None:
+    plan = train_judge.Plan(minutes=0.5 / 60, batch=24, seed=5)
+    judge, record = train_judge.train_judge(train_judge.build_corpus(toy), plan, tmp_path, torch.device("cpu"))
+    assert 1 <= record["steps"] < 1000 and not judge.training
+    kept = tmp_path / "judge.checkpoints" / f"checkpoint-{record['steps']}" / "model.safetensors"
+    assert torch.equal(load_state_dict(kept)["log_scale"], judge.log_scale)

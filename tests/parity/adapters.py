@@ -84,7 +84,7 @@ def train_judge(pictures: Any, steps: int, work: Path) -> None:
     from seed_multimodal.evaluation import train_judge as module
 
     plan = module.Plan(steps=steps, batch=24, seed=5)
-    module.train(module.build_corpus(pictures), plan, work, torch.device("cpu"), log=lambda line: None)
+    module.train_judge(module.build_corpus(pictures), plan, work, torch.device("cpu"))
 
 
 def module_of(path: str) -> ModuleType:

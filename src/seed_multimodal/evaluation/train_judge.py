@@ -11,26 +11,30 @@ goes on from its checkpoint where it was; with `--steps` it ends bit-equal to an
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.entry import DONE, guarded
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.augment import augment
 from seed_multimodal.evaluation.judge import PAD, UNKNOWN, Judge, JudgeConfig, split_words
 from seed_multimodal.evaluation.metrics import retrieval_at_k, same_items
 from seed_multimodal.evaluation.texts import canonical_caption, style_of_text
+from seed_multimodal.settings import check_settings, setting
+from seed_multimodal.training.loop import train
+from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.stage import StageTask
 
 
 @dataclass(frozen=True)
@@ -104,52 +108,15 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, right: Tensor
     return (by_image + by_text) / 2
 
 
-def step_loss(judge: Judge, corpus: Corpus, ids: Tensor, rows: Tensor, generator: Generator) -> Tensor:
-    """Loss of one batch: styled names, free captions, style."""
-    device = judge.log_scale.device
-    pixels = augment(corpus.pixels[rows], judge.config.image_size, generator)
-    pixels = pixels.to(device, memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16):
-        image = judge.image(pixels)
-    image = F.normalize(image.float(), dim=1)
-    picks = torch.rand(len(rows), generator=generator)
-    free = torch.tensor([corpus.captions[r][int(p * len(corpus.captions[r]))]
-                         for r, p in zip(rows.tolist(), picks.tolist(), strict=True)])
-    styled = corpus.canonical[rows]
-    both = ids[torch.cat([styled, free])]
-    both = both[:, : int((both != PAD).sum(1).max())]
-    # A word is unknown now and then, so that texts with new words are still placed by the others.
-    dropped = (torch.rand(both.shape, generator=generator) < 0.03) & (both != PAD)
-    both = both.masked_fill(dropped, UNKNOWN)
-    text = F.normalize(judge.text(both.to(device)), dim=1)
-    labels, styles = corpus.labels[rows], corpus.styles[rows]
-    same = labels[:, None] == labels[None, :]
-    named = corpus.text_styles[free][None, :]
-    free_right = (corpus.text_labels[free][None, :] == labels[:, None]) & ((named < 0) | (named == styles[:, None]))
-    scale = judge.log_scale.exp().clamp(max=100)
-    loss = contrastive_loss(image, text[: len(rows)], scale, (same & (styles[:, None] == styles[None, :])).to(device))
-    loss = loss + contrastive_loss(image, text[len(rows) :], scale, free_right.to(device))
-    return loss + 0.2 * F.cross_entropy(judge.style(image), styles.to(device))
-
-
-def optimiser_for(judge: Judge, lr: float) -> torch.optim.AdamW:
-    """AdamW; matrices and kernels decay, vectors do not."""
-    decay = [p for p in judge.parameters() if p.ndim > 1]
-    rest = [p for p in judge.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr,
-                             betas=(0.9, 0.98))
-
-
 @dataclass
 class Plan:
     """How long and how fast to train; `steps` wins over `minutes`."""
 
-    minutes: float = 15.0
-    steps: int | None = None
-    batch: int = 256
-    lr: float = 2e-3
-    seed: int = 77
-    save_every: float = 60.0
+    minutes: float = setting(15.0, above=0)
+    steps: int | None = setting(None, least=1)
+    batch: int = setting(256, least=2)
+    lr: float = setting(2e-3, least=0)
+    seed: int = setting(77, least=0)
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the run that is done, 0..1."""
@@ -162,74 +129,101 @@ class Plan:
         return self.lr * max(warm * (0.5 + 0.5 * math.cos(math.pi * progress)), 0.01)
 
 
-def save_checkpoint(file: Path, judge: Judge, optimiser: torch.optim.Optimizer, step: int, seconds: float,
-                    plan: Plan) -> None:
-    """Write the whole state atomically (tensors, numbers and strings only)."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    with open(temporary, "wb") as handle:
-        torch.save({"judge": judge.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds,
-                    "words": judge.config.words, "seed": plan.seed, "batch": plan.batch}, handle)
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
+class JudgeTask(StageTask):
+    """The judge's training. With `minutes` the number of steps is an estimate until the time is over."""
+
+    def __init__(self, corpus: Corpus, plan: Plan, device: torch.device) -> None:
+        self.judge = new_judge(corpus, plan.seed).to(device).to(memory_format=torch.channels_last)
+        self.corpus, self.plan, self.ids = corpus, plan, self.judge.word_ids(corpus.texts)
+        self.started = time.monotonic()
+        settings = StageSettings(steps=plan.steps or 1_000_000, batch_size=plan.batch, lr=plan.lr, clip=1.0,
+                                 precision="fp32", seed=plan.seed)
+        super().__init__("judge", self.judge, self.step_loss, settings, optimizer=optimizer_for(self.judge, plan.lr),
+                         parallel=False)
+
+    def learning_rate(self, step: int) -> float:
+        return self.plan.rate(self.plan.progress(step, self.seconds()))
+
+    def seconds(self) -> float:
+        """Time spent on training, over all its processes."""
+        return time.monotonic() - self.started
+
+    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """As the loss says; attention is torch's own choice."""
+        return self.step_loss(model, micro_step)
+
+    def step_loss(self, model: nn.Module, step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """Loss of one batch: styled names, free captions, style."""
+        judge, corpus, device = self.judge, self.corpus, self.judge.log_scale.device
+        rows = batch_rows(len(corpus.labels), self.plan.batch, self.plan.seed, step)
+        generator = Generator().manual_seed(self.plan.seed * 7_919 + step)
+        pixels = augment(corpus.pixels[rows], judge.config.image_size, generator)
+        pixels = pixels.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            image = judge.image(pixels)
+        image = F.normalize(image.float(), dim=1)
+        picks = torch.rand(len(rows), generator=generator)
+        free = torch.tensor([corpus.captions[r][int(p * len(corpus.captions[r]))]
+                             for r, p in zip(rows.tolist(), picks.tolist(), strict=True)])
+        words = self._words(torch.cat([corpus.canonical[rows], free]), generator)
+        text = F.normalize(judge.text(words.to(device)), dim=1)
+        labels, styles = corpus.labels[rows], corpus.styles[rows]
+        same = labels[:, None] == labels[None, :]
+        named = corpus.text_styles[free][None, :]
+        free_right = (corpus.text_labels[free][None, :] == labels[:, None]) & ((named < 0) | (named == styles[:, None]))
+        scale = judge.log_scale.exp().clamp(max=100)
+        right = (same & (styles[:, None] == styles[None, :])).to(device)
+        loss = contrastive_loss(image, text[: len(rows)], scale, right)
+        loss = loss + contrastive_loss(image, text[len(rows) :], scale, free_right.to(device))
+        return loss + 0.2 * F.cross_entropy(judge.style(image), styles.to(device)), {}
+
+    def _words(self, texts: Tensor, generator: Generator) -> Tensor:
+        """Word ids of texts [T] → [T, L]; a word is unknown now and then, so that texts with new words are still placed
+        by the others."""
+        ids = self.ids[texts]
+        ids = ids[:, : int((ids != PAD).sum(1).max())]
+        dropped = (torch.rand(ids.shape, generator=generator) < 0.03) & (ids != PAD)
+        return ids.masked_fill(dropped, UNKNOWN)
+
+    def after_step(self, step: int) -> None:
+        if not self.plan.steps:
+            done = self.plan.progress(step, self.seconds())
+            self.settings.steps = step if done >= 1 else max(step + 1, round(step / done))
+
+    def identity(self, world: int) -> dict[str, Any]:
+        words = hashlib.sha256(" ".join(self.judge.config.words).encode()).hexdigest()
+        return {**super().identity(world), "seed": self.plan.seed, "words": words}
+
+    def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+        if any(saved.get(key) != value for key, value in now.items()):
+            raise CheckpointError(f"{folder}: a checkpoint of another data set, seed or batch; delete it or choose "
+                                  "--work.")
+        return []
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
+        self.started = time.monotonic() - float(states[0]["seconds"])
 
 
-def load_checkpoint(file: Path, judge: Judge, optimiser: torch.optim.Optimizer, plan: Plan) -> tuple[int, float]:
-    """Continue from `file` where there is one: (step, seconds so far), else (0, 0).
+def optimizer_for(judge: Judge, lr: float) -> torch.optim.AdamW:
+    """AdamW; matrices and kernels decay, vectors do not."""
+    decay = [p for p in judge.parameters() if p.ndim > 1]
+    rest = [p for p in judge.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr,
+                             betas=(0.9, 0.98))
+
+
+def train_judge(corpus: Corpus, plan: Plan, work: Path, device: torch.device) -> tuple[Judge, dict[str, Any]]:
+    """Train, or go on from the checkpoint in `work`; returns the judge in evaluation mode and the run's record.
 
     Raises:
-        CheckpointError: when it belongs to other data or another plan.
+        CheckpointError: the checkpoint belongs to other data or another plan.
     """
-    if not file.exists():
-        return 0, 0.0
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    if state["words"] != judge.config.words or (state["seed"], state["batch"]) != (plan.seed, plan.batch):
-        raise CheckpointError(f"{file}: a checkpoint of another data set, seed or batch; delete it or choose --work.")
-    judge.load_state_dict(state["judge"])
-    optimiser.load_state_dict(state["optimiser"])
-    return int(state["step"]), float(state["seconds"])
-
-
-def train(corpus: Corpus, plan: Plan, work: Path, device: torch.device, log: Any = print,
-          stop_after: int | None = None) -> tuple[Judge, int, float]:
-    """Run (or go on with) training; returns the judge, steps done and seconds spent.
-
-    Args:
-        stop_after: leave after this step with a checkpoint, as an interruption would.
-    """
-    judge = new_judge(corpus, plan.seed).to(device).to(memory_format=torch.channels_last).train()
-    optimiser = optimiser_for(judge, plan.lr)
-    file = work / "checkpoint.pt"
-    step, before = load_checkpoint(file, judge, optimiser, plan)
-    log(f"Judge: {sum(p.numel() for p in judge.parameters()):,} parameters, {len(judge.config.words)} words, "
-        f"{len(corpus.labels)} pictures; starting at step {step}.")
-    ids = judge.word_ids(corpus.texts)
-    begin, first = time.monotonic(), step
-    said = saved = begin
-    seconds = before
-    while (done := plan.progress(step, seconds)) < 1 and step != stop_after:
-        for group in optimiser.param_groups:
-            group["lr"] = plan.rate(done)
-        rows = batch_rows(len(corpus.labels), plan.batch, plan.seed, step)
-        loss = step_loss(judge, corpus, ids, rows, Generator().manual_seed(plan.seed * 7_919 + step))
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
-        optimiser.step()
-        step += 1
-        now = time.monotonic()
-        seconds = before + now - begin
-        if now - said > 10:
-            said = now
-            share = plan.progress(step, seconds)
-            speed = (step - first) * plan.batch / (now - begin)
-            log(f"step {step} ({share:.0%}) loss {loss.item():.3f} {speed:.0f} pictures/s "
-                f"ETA {(seconds / max(share, 1e-6)) * (1 - share):.0f} s")
-        if now - saved > plan.save_every:
-            saved = now
-            save_checkpoint(file, judge, optimiser, step, seconds, plan)
-    save_checkpoint(file, judge, optimiser, step, seconds, plan)
-    return judge.eval(), step, seconds
+    task = JudgeTask(corpus, plan, device)
+    record = train(task, task.settings, work)
+    return task.judge.eval(), record
 
 
 def real_picture_scores(judge: Judge, nano: Any) -> dict[str, dict[str, float]]:
@@ -272,13 +266,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     from seed_multimodal.data.nano import load_nano
 
-    if options.batch < 2 or options.minutes <= 0 or (options.steps is not None and options.steps < 1):
-        raise ConfigError("--batch must be at least 2, --minutes and --steps above 0.")
+    plan = Plan(options.minutes, options.steps, options.batch, seed=options.seed)
+    check_settings(plan, "train judge")
     runtime = choose_device(options.device, "float32")
     nano = load_nano(options.data)
-    plan = Plan(options.minutes, options.steps, options.batch, seed=options.seed)
-    judge, steps, seconds = train(build_corpus(nano), plan, Path(options.work), runtime.device,
-                                  log=lambda line: print(line, flush=True))
+    judge, record = train_judge(build_corpus(nano), plan, Path(options.work), runtime.device)
+    steps, seconds = record["steps"], record["seconds"]
     judge.config.training = {
         "steps": steps, "seconds": round(seconds), "batch": plan.batch, "seed": plan.seed,
         "device": str(runtime.device), "threads": torch.get_num_threads(), "splits": "all",
