@@ -153,7 +153,7 @@ def test_start_is_another_run_s_checkpoint_or_refused(tmp_path: Path) -> None:
     assert NanoConfig().train_stage2.start == ""
 
 
-def test_a_state_of_a_run_before_lavis_is_a_start(tmp_path: Path) -> None:
+def test_the_weights_of_the_start_are_those_that_training_begins_with(tmp_path: Path) -> None:
     from seed_lavis.initial_weights import load_finetuned
     from seed_lavis.models import Blip2Casual
     from seed_lavis.options import Stage1Options
@@ -162,8 +162,8 @@ def test_a_state_of_a_run_before_lavis_is_a_start(tmp_path: Path) -> None:
 
     one = OmegaConf.load(write_recipes(space(tmp_path))[0])
     earlier = Blip2Casual(read_settings(Stage1Options, one.model, "model"))
-    torch.save({"model": earlier.state_dict(), "optimizer": {}, "ema": {}, "step": 4}, tmp_path / "stage1.state.pt")
-    one = OmegaConf.load(write_recipes(space(tmp_path, train_stage1__start=tmp_path / "stage1.state.pt"))[0])
+    torch.save({"model": earlier.state_dict(), "optimizer": {}, "epoch": 0}, tmp_path / "checkpoint_0.pth")
+    one = OmegaConf.load(write_recipes(space(tmp_path, train_stage1__start=tmp_path / "checkpoint_0.pth"))[0])
     model = Blip2Casual(read_settings(Stage1Options, one.model, "model"))
     assert not torch.equal(model.query_tokens, earlier.query_tokens)
     load_finetuned(model)

@@ -1,6 +1,6 @@
 """The SEED-2 tokenizer at nano size: its sizes, its start from the CLIP pair, and what is made and measured with it.
 
-Its two training stages run through the LAVIS application, see recipe.py.
+Its two training stages run through the LAVIS application, see tokenizer_recipe.py.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _settings(config: NanoConfig, name: str) -> StageSettings:
 
 
 def _start(name: str, settings: StageSettings) -> dict[str, Any]:
-    """`start` of a stage as the application's option: an earlier run's checkpoint, or a state of an old speed run."""
+    """`start` of a stage as the application's option: an earlier run's checkpoint."""
     if not settings.start:
         return {}
     file = Path(settings.start).absolute()
