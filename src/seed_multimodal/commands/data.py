@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.entry import DONE, SOME_FAILED, say
+from seed_multimodal.commands.common import whole_number
+from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, say
 from seed_multimodal.errors import ConfigError, counted
 
 
@@ -76,20 +77,21 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
                          "decoder, as reverse_ratio=0.5; repeat for more")
     checker.add_argument("--format", default="auto", help="tar, jsonl, json or parquet (default: by the suffix)")
     checker.add_argument("--images", metavar="DIR", help="folder of the pictures that records name")
-    checker.add_argument("--max-errors", type=_whole, default=20, metavar="N", help="show N errors; 0: all "
+    checker.add_argument("--max-errors", type=whole_number(0), default=20, metavar="N", help="show N errors; 0: all "
                          "(default: 20; all are counted)")
-    checker.add_argument("--length", type=_positive, metavar="N", help="tokens a record may have (needs --tokenizer)")
+    checker.add_argument("--length", type=whole_number(1), metavar="N",
+                         help="tokens a record may have (needs --tokenizer)")
     checker.set_defaults(work=check)
     converter = commands.add_parser("convert", help="pickled shards of the original → json shards, safely")
     converter.add_argument("tars", nargs="+", metavar="IN_TARS", help="shards, patterns, folders")
     converter.add_argument("--out", required=True, metavar="DIR")
-    converter.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (default: 1)")
+    converter.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="processes (default: 1)")
     converter.add_argument("--skip-bad", action="store_true", help="leave out refused samples, not their whole shard")
     converter.add_argument("--force", action="store_true", help="convert again what is done already")
     converter.set_defaults(work=convert)
     for each in (checker, converter):
         each.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        each.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        add_debug(each)
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -100,15 +102,3 @@ def _option(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, not {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
-    return int(text)

@@ -215,11 +215,8 @@ class _Checker:
         return self._decoders[key]
 
     def _decode(self, record: Record, kind: type[Decoder]) -> None:
-        guessed: dict[str, Any] = {}
-        if kind.name == "pretrain.video" and self.settings.decoder is None:  # all the frames there are
-            frames = record.fields["image_ids"]
-            guessed = {"flat": False} if isinstance(frames[0], list) else {"num_frames": len(frames) // self._tokens}
-        decoder = self._decoder(kind.name, **guessed)
+        decoder = self._decoder(kind.name, **({} if self.settings.decoder else
+                                              kind.guess_options(record.fields, self._tokens)))
         try:
             sequence = decoder(as_tokenised(record.fields, self._tokens), SeededDraws(0, self.report.records))
         except SeedError as error:

@@ -120,6 +120,11 @@ class Decoder:
         """How many pictures a record must have in `image_ids`, written one after the other; 0: any number."""
         return 1 if cls.needs.get("image_ids") == PICTURE else 0
 
+    @classmethod
+    def guess_options(cls, fields: Mapping[str, Any], tokens_per_image: int) -> dict[str, Any]:
+        """Options that suit a record for which only the decoder is known."""
+        return {}
+
     # ------------------------------------------------------------------------------------------ the sequence
 
     def __call__(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> TokenSequence | None:

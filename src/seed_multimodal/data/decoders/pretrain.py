@@ -202,6 +202,12 @@ class Video(Decoder):
         num_frames: int = setting(4, least=1)
         flat: bool = True
 
+    @classmethod
+    def guess_options(cls, fields: Mapping[str, Any], tokens_per_image: int) -> dict[str, Any]:
+        """See `Decoder`: all the frames there are."""
+        frames = fields["image_ids"]
+        return {"flat": False} if isinstance(frames[0], list) else {"num_frames": len(frames) // tokens_per_image}
+
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
         if fields.get("answer") is None:
