@@ -3,9 +3,10 @@
     run(RunSettings(kind="caption", data="configs/data/caption_torchdata_preprocess.yaml", save_dir="dataset/cc3m",
                     encoder=EncoderSettings("configs/tokenizer/seed_llama_tokenizer.yaml"), gpus=8))
 
-Every unit of work (an input shard, or a block of records) becomes one folder `part-XXXX`, whoever makes it, so
-processes need not know of each other: those of one machine are spawned here (`gpus`), those of several come from
-torchrun's environment or a job array (`shard`). A run that ended in any way goes on where it was.
+Every unit of work (an input shard, or a block of records) becomes one folder `part-XXXX`, which depends on the unit
+alone, so processes need not communicate: those of one machine are spawned here (`gpus`), those of several come from
+torchrun's environment or a job array (`shard`). A run that was interrupted in any way continues with the units that are
+not finished.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class RunSettings:
         workers: decode processes for each encoding process; 0: none.
         views: of each picture (kinds caption, qa and chat); all but the first are augmented, from `seed`.
         block: records of a unit where the input is no tar; limit: records per output tar.
-        resume: go on in a folder that exists; else it is refused.
+        resume: continue in a folder that exists; else it is refused.
         max_bad: so many broken samples in a row end the run.
     """
 
