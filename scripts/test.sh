@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# Install what tests need, then style, types and the whole suite. Extra arguments go to pytest.
+# Install what tests need, then style, types and the whole suite, on all cores. Extra arguments go to pytest.
 #
-#   bash scripts/test.sh                     everything
+#   bash scripts/test.sh                     everything: what CI runs
+#   bash scripts/test.sh --fast              without tests that start processes, drive a browser or take seconds
 #   bash scripts/test.sh tests/images -x     only some tests (style and types still run)
+#
+# WORKERS=N: pytest processes (default: one a core, each with 6 GiB of memory that is free now).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
+CHOICE=()
+if [ "${1:-}" = --fast ]; then
+    CHOICE=(-m "not process and not browser and not slow"); shift
+fi
 bash install.sh --lavis --extras demo,data,dev,train
 . scripts/environment.sh  # there may be a .venv now
 
 # One test drives the demo in a real browser.
-if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then
+if [ ${#CHOICE[@]} = 0 ] && { ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; }; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "[test] installing chromium and its driver"
         { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium \
@@ -21,10 +28,16 @@ if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; the
 fi
 
 export HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1
-# Two cores are the reference machine; more threads make tiny models slower, not faster.
+# A worker has one core; more threads make tiny models slower, not faster.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+WORKERS="${WORKERS:-$("$PYTHON" -c '
+import os, pathlib
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+told = pathlib.Path("/proc/meminfo")
+free = int(told.read_text().split("MemAvailable:")[1].split()[0]) >> 20 if told.is_file() else 6 * cores  # GiB
+print(max(1, min(cores, free // 6)))')}"
 
 echo "[test] ruff";  "$PYTHON" -m ruff check .
 echo "[test] mypy";  "$PYTHON" -m mypy
-echo "[test] pytest"
-exec "$PYTHON" -m pytest -q --durations=15 "$@"
+echo "[test] pytest, $WORKERS at once"
+exec "$PYTHON" -m pytest -q --durations=15 -n "$WORKERS" --dist worksteal ${CHOICE[@]+"${CHOICE[@]}"} "$@"

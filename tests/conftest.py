@@ -1,13 +1,35 @@
 """What several rooms' tests share: a tiny random system (tests/systems/tiny_system.py), built once per session.
 
-Tests read it; one that damages a system works on a copy.
+Tests read it; one that damages a system works on a copy. And the rule of `scripts/test.sh --fast`: a test that starts
+another process says so with a marker.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
+started: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where tests with processes are left out, note each process that is started all the same."""
+    if "not process" in config.option.markexpr:
+        sys.addaudithook(lambda event, arguments: started.append(event) if event in PROCESSES else None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that starts a process, itself or in a fixture, and has no marker for it fails."""
+    yield
+    if started:
+        seen = sorted(set(started))
+        started.clear()
+        pytest.fail(f"starts a process ({', '.join(seen)}): mark it with @pytest.mark.process, so that --fast omits it")
 
 
 @pytest.fixture(scope="session")
