@@ -117,6 +117,7 @@ def test_results_never_share_a_name(capsys, tiny, tmp_path):
     assert code == 2 and "one file for 2 pictures" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["apple.gif", "apple.pgn", "apple.SVG"])
 def test_a_file_of_no_picture_format_is_refused_before_drawing(capsys, tiny, tmp_path, name):
     out = tmp_path / name
@@ -274,6 +275,7 @@ def test_a_damaged_system_is_one_sentence(capsys, tiny, tmp_path):
     assert code == 2 and "model.safetensors" in errors and "Traceback" not in errors
 
 
+@pytest.mark.process
 def test_the_command_runs_as_a_module_and_without_torch():
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "seed_multimodal", "--help"], cwd=ROOT / "src",
                           capture_output=True, text=True, timeout=60)
@@ -319,6 +321,7 @@ def test_convert_refuses_half_a_file(capsys, tmp_path):
 # ---- scripts with the original names
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("name", "folder"), [
     ("seed_tokenizer_inference.py", "seed_tokenizer"), ("seed_llama_inference_8B.py", "seed_llama_8b_sft"),
     ("seed_llama_inference_14B.py", "seed_llama_14b_sft")])
@@ -330,6 +333,7 @@ def test_without_the_released_weights_one_sentence_says_what_to_do(name, folder)
     assert f"pretrained/{folder}" in done.stderr and "--model nano" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.process
 def test_tokenizer_script_makes_the_round_trip(tiny, tmp_path):
     done = script("seed_tokenizer_inference.py", "--model", tiny, "--image", FOX, "--prompt", "What?", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -337,12 +341,14 @@ def test_tokenizer_script_makes_the_round_trip(tiny, tmp_path):
     assert len(codes) == 32 and Image.open(tmp_path / "cat.jpg").size == (16, 16)
 
 
+@pytest.mark.process
 def test_llama_script_answers_draws_and_edits(tiny, tmp_path):
     done = script("seed_llama_inference_8B.py", "--model", tiny, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"dog.jpg", "cat_sunglasses.jpg"}
 
 
+@pytest.mark.process
 def test_llama_script_takes_a_request(tiny, tmp_path):
     done = script("seed_llama_inference_14B.py", "--model", tiny, "--image", CAT, "--prompt", "What?", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -351,6 +357,8 @@ def test_llama_script_takes_a_request(tiny, tmp_path):
 # ---- quickstart
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_quickstart_leaves_a_sheet_pictures_and_json(tiny, tmp_path, capsys):
     out = tmp_path / "quick"
     assert quickstart.main(["--model", tiny, "--out", str(out), "--device", "cpu"]) == 0
@@ -381,6 +389,7 @@ def test_quickstart_keeps_the_pictures_of_a_conversation(tiny, tmp_path):
         assert any(Image.open(tmp_path / part["picture"]) for part in turn["answer"] if "picture" in part)
 
 
+@pytest.mark.slow
 def test_the_never_trained_drawing_is_held_out():
     from seed_multimodal.data.nano import load_nano
 

@@ -105,6 +105,7 @@ def imported(source: Path) -> set[str]:
     return found
 
 
+@pytest.mark.process
 def test_shell_scripts_parse():
     scripts = [ROOT / "install.sh", ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))]
     assert {"quickstart.sh", "test.sh", "environment.sh"} <= {path.name for path in scripts}
@@ -118,6 +119,7 @@ def test_ci_run_is_executable_and_runs_the_tests():
     assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.process
 def test_install_explains_itself_and_refuses_unknown_options():
     helped = subprocess.run(["bash", str(ROOT / "install.sh"), "--help"], capture_output=True, text=True)
     assert helped.returncode == 0 and "--extras" in helped.stdout and "SEED_TORCH" in helped.stdout
@@ -125,12 +127,14 @@ def test_install_explains_itself_and_refuses_unknown_options():
     assert refused.returncode == 2 and "--extra" in refused.stderr
 
 
+@pytest.mark.process
 def test_install_refuses_an_active_environment_without_python(tmp_path):
     done = subprocess.run(["bash", str(ROOT / "install.sh")], capture_output=True, text=True,
                           env={**os.environ, "VIRTUAL_ENV": str(tmp_path)})
     assert done.returncode == 1 and str(tmp_path) in done.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_importing_the_package_is_light():
     done = python("""
         import sys, seed_multimodal, seed_multimodal.cli
@@ -159,6 +163,7 @@ def broken_torchvision(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.process
 def test_shim_lets_a_broken_torchvision_import(broken_torchvision):
     bare = python("import torchvision", path=[broken_torchvision])
     assert bare.returncode != 0 and "does not exist" in bare.stderr
@@ -177,6 +182,7 @@ def test_shim_lets_a_broken_torchvision_import(broken_torchvision):
     assert done.stdout.strip() == "only a schema", done.stderr
 
 
+@pytest.mark.process
 def test_shim_leaves_a_working_torchvision_alone():
     done = python("""
         from seed_multimodal import torchvision_shim
@@ -282,6 +288,7 @@ def test_licences_are_there():
     assert (ROOT / "images" / "NOTICE.md").is_file()
 
 
+@pytest.mark.slow
 def test_demo_pictures_are_from_the_data_set_and_it_is_said_which_were_trained_on():
     import numpy as np
 

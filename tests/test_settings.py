@@ -76,6 +76,7 @@ def test_a_needed_key_is_named():
         read_settings(Example, {}, "trainer")
 
 
+@pytest.mark.process
 def test_a_lock_keeps_a_second_process_out_and_ends_with_its_holder(tmp_path: Path):
     file = tmp_path / ".lock"
     code = (f"import sys; from seed_multimodal.disk import lock\nwith lock({str(file)!r}):\n"

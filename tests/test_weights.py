@@ -16,6 +16,7 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights import load_state_dict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
 def test_wrong_bytes_are_refused_or_read_but_never_break(zipped: bool, tmp_path: Path) -> None:
     whole, file, draw = io.BytesIO(), tmp_path / "a.pt", random.Random(0)
@@ -47,6 +48,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
 def test_bytes_that_ask_for_more_memory_than_there_is_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.pt"

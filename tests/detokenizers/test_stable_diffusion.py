@@ -41,6 +41,7 @@ def _pixels(pictures: list) -> np.ndarray:
     return np.stack([np.asarray(picture, dtype=np.int32) for picture in pictures])
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_their_batch_mates(model: StableDiffusionDetokenizer, embeds: torch.Tensor) -> None:
     together = _pixels(model.decode(embeds, generator=_generators(1, 2, 3, 4), **QUICK))
     assert together.shape == (4, 16, 16, 3)

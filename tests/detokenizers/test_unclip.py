@@ -67,6 +67,7 @@ def _pixels(pictures: list) -> np.ndarray:
     return np.stack([np.asarray(picture, dtype=np.int32) for picture in pictures])
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_their_batch_mates(detokenizer: UnclipDetokenizer, embeds: torch.Tensor) -> None:
     together = _pixels(detokenizer.decode(embeds, generator=_generators(1, 2, 3, 4)))
     assert together.shape == (4, 16, 16, 3)

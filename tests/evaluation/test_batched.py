@@ -65,6 +65,7 @@ def test_vae_round_trip_has_the_pictures_sizes(toy, batched: BatchedSystem) -> N
     assert [picture.size for picture in made] == [(64, 64)] * 4
 
 
+@pytest.mark.slow
 def test_report_over_a_real_system(toy, trained, batched: BatchedSystem) -> None:
     splits, shown, answers = report.evaluate(batched, World(toy, trained), report.ReportSettings(limit=2, questions=2),
                                              log=lambda line: None)
@@ -74,6 +75,8 @@ def test_report_over_a_real_system(toy, trained, batched: BatchedSystem) -> None
     assert len(shown[0].edited) == 2
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_the_command(tiny_folder: Path, trained, tmp_path: Path, capsys) -> None:
     trained.save_pretrained(tmp_path / "judge")
     arguments = ["--model", str(tiny_folder), "--judge", str(tmp_path / "judge"), "--out", str(tmp_path / "report"),

@@ -21,6 +21,7 @@ def record(work: Path, place: str, **values: object) -> None:
     file.write_text(json.dumps({"seconds": 7.0, **values}))
 
 
+@pytest.mark.process
 def test_records_of_both_places_are_rows(tmp_path: Path) -> None:
     work, model = tmp_path / "work", tmp_path / "model"
     save_state_dict({"weight": torch.zeros(3, 4)}, model / "part" / "model.safetensors")

@@ -42,6 +42,7 @@ def test_random_weights_replace_meta_tensors() -> None:
     assert torch.isfinite(module(torch.randn(3, 4, dtype=torch.float64))).all()
 
 
+@pytest.mark.process
 def test_lines_carry_references_only_where_they_were_measured(monkeypatch, capsys) -> None:
     line = timing.print_line("x", torch.device("cpu"), {"model": "m"}, {"a": 1}, {"b": 2})
     assert "reference_h200" not in line and json.loads(capsys.readouterr().out) == line
@@ -49,6 +50,7 @@ def test_lines_carry_references_only_where_they_were_measured(monkeypatch, capsy
     assert timing.print_line("x", torch.device("cpu"), {}, {}, {"b": 2})["reference_h200"] == {"b": 2}
 
 
+@pytest.mark.process
 def test_machine_facts(tmp_path: Path) -> None:
     facts = machine.hardware()
     assert facts["cpu"] and facts["cores"] >= 1 and facts["memory_gib"] > 0 and "gpu" not in facts
@@ -56,6 +58,7 @@ def test_machine_facts(tmp_path: Path) -> None:
     assert machine.commit(tmp_path) == "unknown"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("script", "arguments", "key"), [
     ("tokenizer.py", ["--batches", "1,2", "--repeats", "1"], "encode_images_per_second"),
     ("draw.py", ["--batches", "1", "--repeats", "1", "--steps", "1"], "decode_batch_1"),

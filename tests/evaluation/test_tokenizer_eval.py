@@ -298,6 +298,7 @@ def test_weights_that_are_no_numbers_end_the_run(stages: tuple[Path, Path, Path]
         run_pass(source, [1, 0], opened)
 
 
+@pytest.mark.process
 def test_none_leaves_a_text_side_out(stages: tuple[Path, Path, Path], listed: Path, tmp_path: Path) -> None:
     settings = EvalSettings(data=data_spec(str(listed), image_root=str(listed.parent)), stage1="none",
                             clip_text="none", text_tokenizer="none", decoder="none", clip="none", device="cpu")
@@ -305,6 +306,7 @@ def test_none_leaves_a_text_side_out(stages: tuple[Path, Path, Path], listed: Pa
     assert report["retrieval"] == {"causal_codes": None, "routes": {}} and report["n"] == 4
 
 
+@pytest.mark.process
 def test_json_list_with_a_broken_picture(stages: tuple[Path, Path, Path], listed: Path, tmp_path: Path) -> None:
     folder, file, bert = stages
     lines: list[str] = []
@@ -327,6 +329,7 @@ def test_json_list_with_a_broken_picture(stages: tuple[Path, Path, Path], listed
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.process
 def test_shards_give_the_same_as_the_list(stages: tuple[Path, Path, Path], tmp_path: Path) -> None:
     folder, file, bert = stages
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
@@ -348,6 +351,8 @@ def test_shards_give_the_same_as_the_list(stages: tuple[Path, Path, Path], tmp_p
 # ---- the shipped tokenizer
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_shipped_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["eval", "tokenizer", "--model", str(NANO), "--data", str(ROOT / "data" / "nano64"), "--out",
                  str(tmp_path), "--limit", "60", "--rebuild", "12", "--device", "cpu"]) == 0
@@ -368,6 +373,8 @@ def test_shipped_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert "`codes_by_pictures` is the figure for the codes here." in text and not re.search(r"\bnan\b", text)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_the_fast_encoder_sees_the_same(stages: tuple[Path, Path, Path], tmp_path: Path,
                                         capsys: pytest.CaptureFixture) -> None:
     folder, file, _ = stages
@@ -396,6 +403,8 @@ def test_the_fast_encoder_sees_the_same(stages: tuple[Path, Path, Path], tmp_pat
     assert used == [False, True, False]
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_one_picture_has_no_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["eval", "tokenizer", "--model", str(NANO), "--rebuild", "0", "--limit", "1", "--device", "cpu",
                  "--out", str(tmp_path)]) == 0

@@ -22,6 +22,7 @@ def _environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "VIRTUAL_ENV": sys.prefix, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_parse(script: Path) -> None:
     assert subprocess.run(["sh", "-n", str(script)], capture_output=True).returncode == 0
@@ -31,6 +32,7 @@ def test_all_scripts_are_there() -> None:
     assert [path.stem for path in SCRIPTS] == ["nano", "reconstruction", "retrieval_coco", "retrieval_flickr"]
 
 
+@pytest.mark.process
 def test_retrieval_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
     pictures = ["fox.png", "whale.png"]
     (tmp_path / "list.json").write_text(json.dumps([{"image": name, "caption": name} for name in pictures]))
@@ -45,6 +47,7 @@ def test_retrieval_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "report.md")
 
 
+@pytest.mark.process
 def test_reconstruction_demo(tiny_folder: Path, tmp_path: Path) -> None:
     command = [warm_python.PYTHON, str(FOLDER / "eval" / "seed_inference.py"), "--device", "cpu", "--model"]
     done = subprocess.run([*command, str(tiny_folder), "--image", str(ROOT / "images" / "fox.png"), "--steps", "2"],

@@ -8,6 +8,8 @@ import pytest
 from runner import assert_close, fixture_folders, kind_of, load_kinds, run_fixture
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_fixture(golden_folder: Path) -> None:
     run_fixture(golden_folder)
 

@@ -45,6 +45,7 @@ def assert_well_formed(ids: list[int], tokenizer: MultimodalTokenizer) -> int:
     return sum(isinstance(part, ImagePart) for part in parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("force", [False, True])

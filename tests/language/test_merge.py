@@ -206,6 +206,7 @@ print(peak[0] - start)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_stays_far_below_the_model(words: int, tmp_path: Path) -> None:
     """A model of 60 MiB merges in the room of a few of its tensors (2 MiB each)."""
@@ -346,6 +347,7 @@ def test_sizes() -> None:
             parse_size(wrong)
 
 
+@pytest.mark.process
 def test_command_line(made: SimpleNamespace, tokenizer_folder: Path, tmp_path: Path) -> None:
     tool = ROOT / "MultiModalLLM" / "src" / "tools" / "merge_lora_weights.py"
     configuration = ROOT / "MultiModalLLM" / "configs" / "model" / "vicuna_7b_lora_pretrained.yaml"

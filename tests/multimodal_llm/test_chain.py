@@ -52,6 +52,7 @@ def merge(adapter: Path, out: Path, *base: object) -> None:
     assert "logits as before" in said
 
 
+@pytest.mark.process
 @pytest.mark.timeout(300)
 def test_from_pictures_to_answers(tmp_path: Path) -> None:
     tokenise("", "{format: nano, split: test_combo, content: captions, captions: list}", tmp_path / "captions")

@@ -21,6 +21,7 @@ def close(found: dict[int, float], expected: dict[int, float]) -> bool:
     return found.keys() == expected.keys() and all(abs(found[step] - expected[step]) < 2e-5 for step in expected)
 
 
+@pytest.mark.process
 def test_zero_two_of_two_processes_is_one_process_and_resumes(runs, train, tmp_path):
     """LoRA without dropout (each process draws its own); two micro-batches in one process, one in each of two."""
     lora = {"model": {"lora": {**runs.LORA, "lora_dropout": 0.0}}}
@@ -48,6 +49,7 @@ def test_zero_two_of_two_processes_is_one_process_and_resumes(runs, train, tmp_p
     assert "belong to 2 processes, this run has 1" in refused and refused.count("\n") <= 3
 
 
+@pytest.mark.process
 def test_zero_three_with_offload_trains_and_its_adapter_is_whole(runs, train, tmp_path):
     lora = {"model": {"lora": {**runs.LORA, "lora_dropout": 0.0}}}
     plain = train("plain", "trainer.max_steps=3", **lora)

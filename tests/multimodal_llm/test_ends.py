@@ -43,6 +43,7 @@ def test_a_full_disk_ends_the_run(runs, train, tmp_path):
     assert [step for step, _ in checkpoints(out)] == [4, 2]
 
 
+@pytest.mark.process
 def test_sigterm_saves_and_the_rest_is_as_without(runs, train, tmp_path):
     """Through the original's flags; a process of its own, because the signal is real."""
     files = runs.write_files(tmp_path)
@@ -107,6 +108,7 @@ def test_a_source_that_gave_nothing_is_a_warning():
     assert lines[5].endswith("it was not drawn") and lines[6].startswith("  good: 1 sequences")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_last_step_takes_what_is_left(packing, runs, train, tmp_path):
     """Data that end inside a step are learned all the same, with the weight of a step of that size."""
@@ -214,6 +216,7 @@ def test_data_without_a_usable_record_are_no_success(runs, train, tmp_path):
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("name", "value"), [("NPROC", "0"), ("NPROC", "two"), ("HOST_NUM", "x"), ("NNODES", "-1")])
 def test_the_scripts_name_the_variable_that_is_no_count(name, value, runs):
     env = runs.environment(**{"NPROC": "1", name: value, "VIRTUAL_ENV": sys.prefix})

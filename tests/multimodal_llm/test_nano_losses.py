@@ -67,6 +67,8 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[str,
     return space, {name: losses(trained(space.work, name)) for name in (PRETRAIN, SFT)}
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_losses_are_those_written_down(line: tuple[Workspace, dict[str, dict[str, list[float]]]]) -> None:
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
     for name in (PRETRAIN, SFT):
@@ -89,6 +91,7 @@ def test_the_tuned_model_becomes_the_systems(line: tuple[Workspace, dict[str, di
         assert handle.get_slice("model.embed_tokens.weight").get_shape()[0] == space.words.vocabulary.size
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_not_trained_is_named(tmp_path: Path) -> None:
     space, counts = prepared(tmp_path / "work")
     with pytest.raises(CheckpointError, match="llm_pretrain is not trained to its end; train it with: python Multi"):

@@ -31,6 +31,8 @@ def arguments(runs, tmp_path: Path, case: str, output: Path, *more: str) -> list
     return runs.overrides(files, output, "trainer.save_steps=3", "trainer.max_steps=14", *changes, *more)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.timeout(600)
 def test_sigkill_and_resume_is_bit_equal(case, runs, tmp_path):
@@ -100,6 +102,7 @@ def test_keep_last_and_torn_checkpoints(runs, train, tmp_path, capsys):
         train("out")
 
 
+@pytest.mark.slow
 def test_named_and_never(runs, train, tmp_path):
     out = train("out", "trainer.max_steps=2", "trainer.save_steps=1", "trainer.save_total_limit=2")
     with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):

@@ -57,6 +57,7 @@ def chosen(runs, tmp_path: Path, output: Path, *more: str) -> list[str]:
     return runs.overrides(files, output, "deepspeed=none", "trainer.save_steps=2", *more)
 
 
+@pytest.mark.process
 def test_two_nodes_are_one_process_with_twice_the_micro_batches_and_resume_as_one(runs, tmp_path, train):
     two = tmp_path / "two"
     arguments = chosen(runs, tmp_path, two, "trainer.max_steps=4")
@@ -98,6 +99,7 @@ def test_fsdp_of_two_processes_is_one_process_and_resumes_in_any_number(runs, tr
     assert runs.losses(alone) == pytest.approx(whole, abs=1e-6)
 
 
+@pytest.mark.process
 def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
     """Used-up data do not end at the same micro-batch for all; every forward pass is an exchange."""
     import yaml
@@ -128,6 +130,7 @@ def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
     assert len(evaluated) == 3 and all(0 < loss < 20 for loss in evaluated)
 
 
+@pytest.mark.process
 def test_an_output_folder_that_is_not_shared_is_refused(runs, tmp_path):
     """Each process has a folder of its own, as on two nodes without a common disk."""
     script = tmp_path / "each.py"
@@ -154,6 +157,7 @@ os._exit(0)  # as the trainer leaves: gloo's teardown aborts now and then
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.process
 def test_a_dead_process_ends_the_other_with_a_sentence(runs, tmp_path):
     out = tmp_path / "out"
     arguments = chosen(runs, tmp_path, out, "trainer.max_steps=100000", "trainer.timeout_minutes=1",

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", cases.PAIRS)
+def marked(all_cases: Iterable[str]) -> list[Any]:
+    """The cases as parameters; those with data workers or several trainers are marked."""
+    return [pytest.param(case, marks=[pytest.mark.process] * ("workers" in case)) for case in all_cases]
+
+
+@pytest.mark.parametrize("case", marked(cases.PAIRS))
 def test_pairs(case: str, tmp_path: Path) -> None:
     expected, found = RECORDED["pairs"][case], cases.pair_digests(case, tmp_path)
     assert found["drawn"] == expected["drawn"]
@@ -40,7 +46,7 @@ def test_pairs(case: str, tmp_path: Path) -> None:
         assert found["pixels"] == expected["pixels"]
 
 
-@pytest.mark.parametrize("case", cases.ROWS)
+@pytest.mark.parametrize("case", marked(cases.ROWS))
 def test_rows(case: str, tmp_path: Path) -> None:
     assert cases.row_digests(case, tmp_path) == RECORDED["rows"][case]
 
@@ -50,6 +56,7 @@ def test_workers_change_nothing() -> None:
         assert RECORDED[group][case] == RECORDED[group][f"{case}, 2 workers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases.LOSSES)
 def test_losses(case: str, tmp_path: Path) -> None:
     if "tokenizer" in case:

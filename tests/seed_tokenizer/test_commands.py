@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from lavis_runs import TINY, TINY_STAGE2
 
 SHORT = [*TINY, "run.iters_per_epoch=2"]
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_both_stages_and_export(start, tmp_path):
     first = start("sh", "train_scripts/causal_qformer.sh", "0", "127.0.0.1", "--options", *SHORT,
                   f"run.output_dir={tmp_path}/q", CONFIG="lavis/projects/nano/pretrain_qformer.yaml")

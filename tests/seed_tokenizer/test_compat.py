@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import pytest
+
 CODE = """
 import sys
 from seed_lavis import compat, register
@@ -24,6 +26,7 @@ print("pandas is itself again", type(sys.modules.get("pandas")).__name__)
 """
 
 
+@pytest.mark.process
 def test_registers_in_a_fresh_process(start):
     out, error = (process := start(sys.executable, "-W", "error::FutureWarning", "-c", CODE)).communicate(timeout=120)
     assert process.returncode == 0, error
@@ -40,6 +43,7 @@ def test_registers_in_a_fresh_process(start):
     assert found["pandas"].endswith("NoneType")
 
 
+@pytest.mark.process
 def test_without_lavis_one_sentence_says_how_to_install_it(start):
     code = ("import sys; sys.modules['lavis'] = None\n"  # Python's own way to say that a module cannot be imported
             "import train; sys.exit(train.main(['--cfg-path', 'lavis/projects/nano/pretrain_qformer.yaml']))")

@@ -98,6 +98,7 @@ def test_a_processor_that_is_missing_or_has_an_unknown_key():
         build("nano", {}, vis_processor={"train": {"name": "blip2_image_train", "img_size": 64}})
 
 
+@pytest.mark.process
 def test_joined_sets_keep_samples_and_count_bad_ones_once(tmp_path, pictures):
     from seed_lavis.datasets import JoinedPairs, split_of
 

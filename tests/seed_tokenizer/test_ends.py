@@ -15,6 +15,7 @@ SHORT = ("run.max_epoch=1", "run.iters_per_epoch=1", "run.batch_size_train=2")
 OPTIONS = ("run.num_workers=1", "run.iters_per_epoch=400", "run.max_epoch=1", "run.batch_size_train=4")
 
 
+@pytest.mark.process
 def test_a_loss_that_is_not_finite(yaml, start, tmp_path):
     process = start(warm_python.PYTHON, "train.py", *yaml("stage1", *OPTIONS, "run.init_lr=1e30", "run.warmup_steps=0",
                                                       "run.warmup_lr=-1"))
@@ -23,6 +24,7 @@ def test_a_loss_that_is_not_finite(yaml, start, tmp_path):
     assert error.startswith("train.py: The ") and error.count("\n") == 1 and "nothing was saved yet" in error
 
 
+@pytest.mark.process
 def test_sigterm_finishes_the_step_and_saves(yaml, start, tmp_path):
     process = start(warm_python.PYTHON, "train.py", *yaml("stage1", *OPTIONS))
     log = tmp_path / "stage1" / "stage1.log.jsonl"

@@ -66,6 +66,7 @@ def test_stage1():
         assert_close(own[name.removeprefix("nodist.grad.")].grad, want[name], 1e-6, 1e-3, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast_tower"])
 @pytest.mark.parametrize("kind", ["stage2_losses", "stage2_losses_image_down"])
 def test_stage2(kind, fast, tmp_path):

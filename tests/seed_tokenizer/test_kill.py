@@ -70,6 +70,7 @@ def on_views(arguments: list[str], option: str) -> list[str]:
     return arguments
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("data", ["pictures", "nano_views"])
 def test_sigkill_and_resume_gives_bit_equal_losses(yaml, run, start, losses, tmp_path, request, data):
     option = request.getfixturevalue("views") if data == "nano_views" else ""

@@ -9,6 +9,7 @@ import time
 import pytest
 
 
+@pytest.mark.process
 def test_a_refusal_in_several_processes(start, tmp_path):
     process = start("sh", "train_scripts/codebook.sh", "--options", f"model.pretrained={tmp_path}/no.pth",
                     f"run.output_dir={tmp_path}/c", CONFIG="lavis/projects/nano/pretrain_codebook.yaml",
@@ -50,6 +51,7 @@ def test_a_single_process_needs_no_torchrun(capsys, monkeypatch, tmp_path):
     assert "datasets.conceptual_caption_3m.build_info" in error and not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_ends_all_with_a_sentence(start, tmp_path, number):
     """torchrun passes the signal on and waits; a script that notes it stands in the trainer's place."""

@@ -8,6 +8,7 @@ import warm_python
 from lavis_runs import APPLICATION, ROOT, torchrun
 
 
+@pytest.mark.process
 def test_as_one_process_with_a_double_batch(yaml, run, start, losses, tmp_path, capsys):
     import train
 
@@ -58,6 +59,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.process
 def test_all_processes_find_a_done_run_however_late_they_look_and_count_bad_samples_once(start, tmp_path):
     (tmp_path / "stage1.checkpoints" / "checkpoint-4").mkdir(parents=True)
     done = tmp_path / "stage1.done.json"

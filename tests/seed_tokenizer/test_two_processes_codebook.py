@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
 import torch
 from lavis_runs import torchrun
 
 
+@pytest.mark.process
 def test_codebooks_stay_equal(yaml, start, tmp_path):
     _, (first, second) = torchrun(start, tmp_path, yaml(
         "stage2", "model.load_pretrained=False", "model.codebook_warmup=2", "model.restart_every=2", "run.max_epoch=1",

@@ -62,6 +62,7 @@ def test_every_other_epoch_and_a_part_of_the_split(yaml, run, tmp_path):
     assert (told["valid_epoch"], told["valid_samples"]) == (1, 8) and told["valid_loss_itc"] > 0
 
 
+@pytest.mark.process
 def test_two_processes_share_the_split(yaml, run, start, tmp_path):
     options = ("model.load_pretrained=False", "model.kmeans_start=False", "run.valid_splits=[val]", "run.max_epoch=1",
                "run.clip_grad=0")

@@ -176,6 +176,8 @@ def answered(backend: Program) -> int:
     return int(requests.get(backend.address.replace("/generate", "/health"), timeout=30).json()["answered"])
 
 
+@pytest.mark.browser
+@pytest.mark.process
 def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, picture: Image.Image,
                                                  tmp_path: Path) -> None:
     page.screenshot("1_empty")

@@ -129,6 +129,7 @@ def test_a_picture_that_failed_keeps_its_place(page: ChatPage) -> None:
         "Some pictures failed: A picture has 2 codes instead of 32."]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_every_kind_of_page_builds_without_the_internet(name: str, page: ChatPage, monkeypatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:

@@ -187,6 +187,7 @@ def test_concurrent_requests_take_turns_and_health_does_not_wait(tiny) -> None:
     assert app.test_client().get("/health").get_json()["answered"] == 4
 
 
+@pytest.mark.process
 def test_a_real_socket_on_the_loopback_address(tiny, png) -> None:
     said: list[str] = []
     threading.Thread(target=serve, args=(create_app(tiny),), kwargs={"port": 0, "log": said.append},
@@ -251,6 +252,7 @@ def test_a_server_of_three_files_names_every_missing_part_at_once(tmp_path) -> N
         system_from_configs(**files)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_folders_named_like_those_of_the_hub_are_looked_into(tmp_path, offline) -> None:
     (tmp_path / "mine" / "words" / "diffusion_model").mkdir(parents=True)

@@ -107,6 +107,7 @@ def _run(folder: Path, out: Path, *flags: object) -> int:
                          *map(str, flags)])
 
 
+@pytest.mark.slow
 def test_demo_prints_codes_and_numbers_its_files(folder: Path, model: Seed1, pictures: list[Path], tmp_path: Path,
                                                  capsys: pytest.CaptureFixture) -> None:
     assert _run(folder, tmp_path, "--image", *pictures[:2], "--n_samples", 2) == 0
@@ -179,6 +180,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_drawn(
     assert not shown and told.endswith("cannot be written (Not a directory).\n") and told.count("\n") == 1
 
 
+@pytest.mark.process
 def test_without_weights_one_sentence_says_what_to_get(tmp_path: Path, folder: Path) -> None:
     done = subprocess.run([warm_python.PYTHON, str(ROOT / "demo_recon.py"), "--model", "nothing-here"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)

@@ -202,6 +202,7 @@ def test_without_decoder_it_still_talks(tiny_folder, picture) -> None:
         system.draw("a cat")
 
 
+@pytest.mark.process
 def test_importing_the_package_is_light() -> None:
     code = "import sys, seed_multimodal; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     source = Path(seed_multimodal.__file__).parents[1]  # a plain checkout need not be installed

@@ -30,6 +30,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
                           capture_output=True, text=True, env=environment, timeout=170, check=False)
 
 
+@pytest.mark.process
 def test_ladder_prints_a_line_per_lever_and_batch() -> None:
     printed = lines("tokenizer.py", "--ladder", "--batches", "1,3", "--repeats", "1", "--images", "8",
                     "--levers", "packed,graph", "--peak-tflops", "0.1")
@@ -47,11 +48,13 @@ def test_ladder_prints_a_line_per_lever_and_batch() -> None:
     assert "CUDA graphs need" in printed[4]["results"]["error"], "a lever that fails is a line, not the end"
 
 
+@pytest.mark.process
 def test_unknown_levers_are_named() -> None:
     done = run("tokenizer.py", "--levers", "pakced")
     assert done.returncode == 1 and "pakced" in done.stderr and not done.stdout
 
 
+@pytest.mark.process
 def test_a_batch_larger_than_the_set_is_a_full_one() -> None:
     program = "import tokenizer; print(tuple(tokenizer.pictures(900, 64, 'pretrained/nano').shape))"
     path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
@@ -60,6 +63,7 @@ def test_a_batch_larger_than_the_set_is_a_full_one() -> None:
     assert done.stdout.strip() == "(900, 3, 64, 64)", done.stderr[-2000:]
 
 
+@pytest.mark.process
 def test_flags_that_time_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import shared
@@ -134,6 +138,7 @@ def test_a_random_decoder_is_made_without_remarks_of_other_libraries(monkeypatch
     assert told == [] and made.pipeline.vae.dtype == made.pipeline.unet.dtype == torch.float64
 
 
+@pytest.mark.process
 def test_training_prints_throughput_and_memory() -> None:
     printed = lines("tokenizer_training.py", "--batches", "4", "--repeats", "1", "--dtype", "fp32",
                     "--peak-tflops", "0.1")

@@ -290,6 +290,7 @@ export.export_tokenizer(sys.argv[1], sys.argv[4], stage1=sys.argv[2], vision=sys
 """
 
 
+@pytest.mark.process
 def test_a_killed_export_leaves_no_folder(trained: Trained, tmp_path: Path) -> None:
     (trained.stage2.parent / "config.json").write_text(json.dumps(trained.config.to_dict()))
     arguments = [trained.stage2, trained.stage1, trained.vision, tmp_path / "out", tmp_path / "mark"]

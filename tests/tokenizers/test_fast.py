@@ -194,6 +194,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Counter:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_blocks_share_one_compilation_for_each_batch_size(model: Seed2Tokenizer, traced: Counter) -> None:
     fast, images = optimise(model, compile=True), torch.randn(6, 3, 16, 16)
     assert torch.equal(fast.encode(images, batch_size=4), model.encode(images))
@@ -206,6 +207,7 @@ def test_blocks_share_one_compilation_for_each_batch_size(model: Seed2Tokenizer,
     torch.testing.assert_close(fast.query_features(images[:3])[0], fast.query_features(images[0])[0])
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler for CPUs needs g++")
 def test_a_block_compiled_for_this_machine(model: Seed2Tokenizer) -> None:
     torch.compiler.reset()

@@ -163,6 +163,7 @@ def test_checkpoints_of_the_stages_are_the_released_layout(images: torch.Tensor,
     torch.testing.assert_close(loaded.predict(images)[1], model.predict(images)[1])
 
 
+@pytest.mark.slow
 def test_a_few_steps_learn_the_text_features(images: torch.Tensor, target: torch.Tensor) -> None:
     model = Seed1Stage2Model(tiny_seed1.config(), frozen_dropout=False, corrupt=0.1,
                              weights=Seed1Stage2Weights(distil_text=5.0))

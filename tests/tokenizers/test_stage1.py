@@ -137,6 +137,7 @@ def _worker(rank: int, rendezvous: str, place: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_two_processes_with_gradient_equal_one_large_batch() -> None:
     """The mean of the processes' gradients is the gradient of the whole batch when the gather carries gradients."""
     model = _model()

@@ -24,6 +24,7 @@ EQUAL = {"name": "equal", "batch_size": 4, "accumulate": 2, "noise": 0, "log_eve
 ENDLESS = {"name": "endless", "batch_size": 4, "steps": 100_000, "pause": 0.02, "log_every": 100_000}
 
 
+@pytest.mark.process
 @pytest.mark.timeout(900)
 def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
     toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path: Path

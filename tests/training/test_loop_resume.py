@@ -27,6 +27,7 @@ Start = Callable[..., subprocess.Popen]
 LONG = {"steps": 40, "accumulate": 2, "log_every": 1, "save_every_steps": 3}
 
 
+@pytest.mark.process
 @pytest.mark.timeout(600)
 def test_sigkill_at_any_step_and_resume_gives_bit_equal_losses(
     toy: ModuleType, start_toy: Start, tmp_path: Path
@@ -76,6 +77,7 @@ def test_sigterm_at_the_last_step_leaves_the_evaluation_for_later(toy: ModuleTyp
     assert toy.train(tmp_path)["steps"] == 12 and len(toy.read_losses(tmp_path)) == 12
 
 
+@pytest.mark.process
 def test_sigterm_that_ends_data_workers_too_still_saves(
     toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,8 @@ def few(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_line_ends_in_a_system_that_answers(
         few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +87,7 @@ def test_the_line_ends_in_a_system_that_answers(
     assert seed.draw("a red square", num_inference_steps=2).size == (64, 64)
 
 
+@pytest.mark.process
 def test_without_lavis_the_script_says_what_to_install(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # -S: without site-packages

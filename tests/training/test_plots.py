@@ -98,6 +98,7 @@ def test_a_binary_file_and_a_wrong_ending_are_refused(tmp_path: Path) -> None:
         draw_runs([write_log(tmp_path)], tmp_path / "x.doc")
 
 
+@pytest.mark.slow
 def test_the_command_names_what_it_drew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = [write_log(tmp_path / one) for one in ("a", "b")]
     out = tmp_path / "new" / "both.png"
@@ -128,6 +129,7 @@ def test_a_run_leaves_its_curves_and_never_fails_for_them(tmp_path: Path, monkey
         assert "curves.png: the curves were not drawn" in line and words in line and "\n" not in line
 
 
+@pytest.mark.process
 def test_matplotlib_is_loaded_only_to_draw() -> None:
     code = "import sys, seed_multimodal.cli, seed_multimodal.training.plots; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

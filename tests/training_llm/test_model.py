@@ -184,6 +184,7 @@ def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp
         load_adapter(model, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [
     {"modules_to_save": None}, {"modules_to_save": [], "layers_to_transform": [1, 3]}, {"use_dora": True},
     {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 3}}, {"target_modules": ["q_proj", "up_proj"]}])
