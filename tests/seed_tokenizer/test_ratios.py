@@ -30,6 +30,7 @@ def drawn(runner, steps: int = 8) -> np.ndarray:
     return np.array([(indices < 24).sum(), (indices >= 24).sum()])
 
 
+@pytest.mark.process
 def test_a_run_draws_in_the_ratios_and_goes_on(yaml, run, second, losses, tmp_path):
     whole = run(yaml("stage1", second, RATIOS, name="whole"))
     assert drawn(whole).tolist() == [16, 48]

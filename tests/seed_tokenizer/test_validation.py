@@ -20,6 +20,7 @@ def told_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.startswith("{") and "valid_loss" in line]
 
 
+@pytest.mark.process
 def test_training_is_the_same_with_and_without(yaml, run, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -55,6 +56,7 @@ def test_training_is_the_same_with_and_without(yaml, run, tmp_path):
     assert [event.step for event in events.Scalars("valid/val/loss")] == [4, 8, 12]
 
 
+@pytest.mark.process
 def test_every_other_epoch_and_a_part_of_the_split(yaml, run, tmp_path):
     run(yaml("stage1", "run.max_epoch=3", "run.valid_splits=[val]", "run.valid_every_epochs=2", "run.valid_batches=2",
              "run.iters_per_epoch=1"))

@@ -100,6 +100,7 @@ def test_refusals_are_sentences_with_code_2(capsys, tmp_path, old):
     assert "argument --length: must be a whole number, 1 or more, not 'abc'" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_shard_with_code_in_it_is_told_and_the_others_are_converted(tmp_path, old):
     class Evil:
         def __reduce__(self):

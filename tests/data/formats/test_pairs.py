@@ -271,6 +271,7 @@ def _descriptors(pairs: TarPairs) -> tuple[str, list[int]]:
     return pairs.read(15).key, list(pairs._records.open_files._open.values())
 
 
+@pytest.mark.process
 def test_files_are_opened_per_process(shards: Path) -> None:
     pairs = TarPairs(f"{shards}/*.tar")
     pairs.read(0)
@@ -353,6 +354,7 @@ def test_json_that_is_none(tmp_path: Path) -> None:
         JsonPairs(tmp_path / "y.json")
 
 
+@pytest.mark.slow
 def test_nano() -> None:
     pairs = open_pairs({"format": "nano", "split": "val"})
     assert isinstance(pairs, NanoPairs)

@@ -192,6 +192,7 @@ def test_shards_are_converted_with_their_keys(tmp_path, old):
         assert archive.getnames() == [f"{n:08x}.json" for n in range(4)]
 
 
+@pytest.mark.process
 def test_conversion_is_the_same_byte_for_byte_whatever_the_processes(tmp_path, old):
     convert_shards([old], tmp_path / "one", progress=False)
     convert_shards([str(old / "*" / "*.tar")], tmp_path / "two", workers=2, progress=False)
@@ -218,6 +219,7 @@ def test_a_second_run_converts_only_what_is_new_or_changed(tmp_path, old):
         convert_shards([tmp_path / "elsewhere"], new, progress=False)
 
 
+@pytest.mark.process
 def test_a_killed_conversion_goes_on(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     expected = [item for part in range(4) for item in old_shard(old / f"{part}.tar", 1000 * part, 400)]

@@ -25,6 +25,7 @@ def nano() -> NanoSet:
     return load_nano(FOLDER)
 
 
+@pytest.mark.slow
 def test_committed_set_is_whole(nano: NanoSet) -> None:
     counts = nano.manifest["counts"]
     assert len(nano) == nano.manifest["records"] == sum(counts["pictures"].values()) > 5000
@@ -38,6 +39,7 @@ def test_committed_set_is_whole(nano: NanoSet) -> None:
     assert sum(p.stat().st_size for p in FOLDER.iterdir()) <= 9_000_000
 
 
+@pytest.mark.slow
 def test_committed_set_leaks_nothing() -> None:
     assert check_folder(FOLDER) == []
 

@@ -212,6 +212,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, jpeg):
     assert entry.record["text"] == "words"
 
 
+@pytest.mark.process
 def test_workers_give_the_same_in_the_same_order(tmp_path, jpeg):
     write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"w"}) for n in range(10)])
     settings = InputSettings(files=str(tmp_path / "a.tar"))

@@ -85,6 +85,8 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_killed_in_the_middle_and_gone_on(inputs, whole, start, tmp_path, capfd):
     out = tmp_path / "out"
     process = tool(inputs, out, "--num_workers", "1")
@@ -98,6 +100,7 @@ def test_killed_in_the_middle_and_gone_on(inputs, whole, start, tmp_path, capfd)
     assert content(out) == whole
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_two_processes_one_or_their_parent_is_killed(inputs, whole, start, tmp_path):
     out = tmp_path / "out"

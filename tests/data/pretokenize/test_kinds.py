@@ -84,6 +84,7 @@ def shown(words: MultimodalTokenizer, codes: list[int]) -> str:
     return words.decode(words.vocabulary.image_ids(codes))
 
 
+@pytest.mark.slow
 def test_caption_from_tars(make, codec, pictures, words, tmp_path):
     for shard in range(2):
         write_shard(tmp_path / "in" / f"{shard}.tar", [
@@ -255,6 +256,7 @@ def test_short_videos_repeat_frames(make, words, tmp_path, length, wanted):
     assert [list(dict.fromkeys(frames)).index(frame) for frame in frames] == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, content, name", [
     ("caption", "captions", "pretrain.caption"), ("qa", "qa", "sft.qa"), ("chat", "qa", "chat"),
     ("chat", "describe", "chat"), ("chat", "draw", "chat"), ("edit", "edits", "sft.edit"), ("chat", "edits", "chat"),

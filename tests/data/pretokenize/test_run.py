@@ -118,6 +118,7 @@ def test_going_on_changes_nothing_and_repairs_what_differs(whole, start, tmp_pat
     assert "part-0001/0000000.tar differs from its manifest; it is made again" in said and "4 of 8" in said
 
 
+@pytest.mark.process
 def test_workers_torchrun_and_job_arrays_make_the_same(whole, start, tmp_path, monkeypatch, capfd):
     assert start(tmp_path / "array", shard=(0, 2), workers=2) == 0
     assert "this share is finished" in capfd.readouterr().err and parts(tmp_path / "array") == 4
@@ -285,6 +286,7 @@ except DataError as error:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("records", [19, 100])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, records):
     """A file that may not grow stands for a disk that is full: at the end of a tar, and in its midst."""
@@ -348,6 +350,7 @@ def test_two_runs_do_not_write_one_part(tmp_path):
         second.finish({})
 
 
+@pytest.mark.process
 def test_a_refusal_in_a_process_is_the_exit_code(start, tmp_path, capfd):
     for shard in range(2):
         write_shard(tmp_path / "in" / f"{shard}.tar", [("0", {"jpg": b"broken", "txt": b"words"})])

@@ -66,6 +66,7 @@ def test_a_batch_is_what_it_says(mixed: Callable, words, sequences: Callable, nu
     assert same(moved, batch)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("packing", [True, False])
 def test_workers_change_nothing(mixed: Callable, words, packing: bool, no_workers_left: None) -> None:
     settings = read_data_settings(mixed(packing=packing, rows=2))
@@ -96,6 +97,7 @@ def test_ranks_together_are_one_rank_with_more_micro_steps(mixed: Callable, word
         assert same(wide.at(step), joined(micro[2 * step:2 * step + 2]))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_goes_on_where_it_stood(mixed: Callable, words, packing: bool, workers: int,
@@ -161,6 +163,7 @@ def test_other_rows_per_step_continue_the_same_stream(mixed: Callable, words) ->
         assert same(wide.at(step), joined(expected[10 + 4 * step:14 + 4 * step]))
 
 
+@pytest.mark.process
 def test_any_step_can_be_reached(mixed: Callable, words, no_workers_left: None) -> None:
     for packing in (True, False):
         settings = read_data_settings(mixed(packing=packing))
@@ -223,6 +226,7 @@ def test_ranks_that_make_no_sense(mixed: Callable, words, settings: dict[str, in
 # ---- processes that die
 
 
+@pytest.mark.process
 def test_a_killed_worker_is_told_in_one_sentence(mixed: Callable, words, no_workers_left: None) -> None:
     settings = read_data_settings(mixed())
     with LlmBatches(settings, words, workers=2) as batches:
@@ -247,12 +251,14 @@ def same_number(step: int) -> int:
     return step
 
 
+@pytest.mark.process
 def test_a_worker_that_ends_by_itself_is_told(no_workers_left: None) -> None:
     loader = StepLoader(Exits(), same_number, workers=1)
     with pytest.raises(DataError, match="ended with exit code 7"):
         [loader.at(step) for step in range(5)]
 
 
+@pytest.mark.process
 def test_steps_of_the_same_number_meet_the_same_worker(no_workers_left: None) -> None:
     loader = StepLoader(lambda job: (job, os.getpid()), same_number, workers=2, worker_of=lambda step: step % 3)
     found = [loader.at(step) for step in range(12)]
@@ -284,6 +290,7 @@ for step in range(100):
 """
 
 
+@pytest.mark.process
 def test_after_sigkill_a_run_goes_on_to_the_sample(mixed: Callable, words, tmp_path: Path,
                                                    still_running: Callable) -> None:
     """A real process with workers, killed five steps after its state was saved; its workers end by themselves."""
@@ -308,6 +315,7 @@ def test_after_sigkill_a_run_goes_on_to_the_sample(mixed: Callable, words, tmp_p
     assert still_running(workers.split()) == []
 
 
+@pytest.mark.process
 def test_a_program_that_fails_with_workers_at_work_ends(still_running: Callable) -> None:
     code = """
 from seed_multimodal.data.stream.loader import StepLoader

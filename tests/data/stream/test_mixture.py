@@ -87,6 +87,7 @@ def test_proportions_follow_the_weights(mixed: Callable, words, sized: bool) -> 
     assert drawn.sum() > 800 and drawn / drawn.sum() == pytest.approx(expected, abs=0.04)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("world", "rows", "lanes", "workers"), [
     (1, 1, 5, 0), (1, 1, None, 0), (1, 2, 6, 2), (2, 1, 6, 0), (3, 2, None, 0)])
 def test_every_sample_once_per_epoch_over_all_lanes(mixed: Callable, words, numbers: Callable, world: int, rows: int,
@@ -174,6 +175,7 @@ def test_a_source_that_ends_leaves_its_share_to_the_others(mixed: Callable, word
     assert drawn["captions"] == 66 and drawn["texts"] / drawn["documents"] == pytest.approx(2, rel=0.35)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_end_of_all_data_is_one_sentence(mixed: Callable, words, packing: bool, workers: int) -> None:
@@ -230,6 +232,7 @@ def test_records_left_out_by_their_decoder_are_counted(tmp_path: Path, words, co
     assert sorted(entry["first"]) == [f"{tmp_path / 'c.tar'}: sample {n:05d}" for n in (1, 5, 9)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_records_are_skipped_named_and_counted(tmp_path: Path, words, codes: Callable, lines: Callable,
@@ -253,6 +256,7 @@ def test_broken_records_are_skipped_named_and_counted(tmp_path: Path, words, cod
     assert set(seen) == set(range(30)) - {4, 9, 17} and max(seen.values()) <= 4
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_broken_records_end_the_run(tmp_path: Path, words, lines: Callable, workers: int) -> None:
     lines(tmp_path / "c.jsonl", [{"image_ids": [1, 2], "text": "x", "metadata": {}}] * 50)

@@ -75,6 +75,7 @@ def batches(**more: Any) -> StepBatches:
     return StepBatches(Pairs(), more.pop("size", 12), seed=4, order=MixedOrder(TOTALS, WEIGHTS, 4), **more)
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_ranks_workers_and_restarts_change_nothing() -> None:
     whole = [torch.stack([batch["index"], batch["epoch"]]) for batch in map(batches().at, range(20))]

@@ -93,6 +93,7 @@ def test_millions_of_samples() -> None:
 # ---- batches
 
 
+@pytest.mark.process
 def test_workers_change_nothing(shards: Path, no_workers_left: None) -> None:
     alone = StepBatches(dataset(shards), 6, seed=3)
     with StepBatches(dataset(shards), 6, seed=3, workers=2) as pair:
@@ -106,6 +107,7 @@ def test_workers_change_nothing(shards: Path, no_workers_left: None) -> None:
         assert alone.wait_seconds > 0 and pair.wait_seconds > 0
 
 
+@pytest.mark.process
 def test_workers_end_with_the_block_whatever_ends_it(shards: Path, no_workers_left: None) -> None:
     with (pytest.raises(KeyError), StepBatches(dataset(shards), 6, seed=3, workers=2) as batches):
         batches.at(0)
@@ -117,6 +119,7 @@ def test_workers_end_with_the_block_whatever_ends_it(shards: Path, no_workers_le
     assert [worker.exitcode for worker in workers] == [0, 0]
 
 
+@pytest.mark.process
 def test_a_fresh_object_continues_anywhere(shards: Path, no_workers_left: None) -> None:
     whole = StepBatches(dataset(shards), 5, seed=0)
     expected = [whole.at(step) for step in range(12)]
@@ -146,6 +149,7 @@ def test_epochs_have_other_views(shards: Path) -> None:
     assert not torch.equal(first["image"][0], second["image"][place])
 
 
+@pytest.mark.process
 def test_a_collate_of_ones_own(shards: Path, no_workers_left: None) -> None:
     def keys(samples: list[dict[str, Any]]) -> list[str]:
         return [sample["key"] for sample in samples]
@@ -168,6 +172,7 @@ class Squares:
         return {"value": torch.from_numpy(indices ** 2), "epoch": [epoch] * len(indices), "pair": (torch.ones(1), [7])}
 
 
+@pytest.mark.process
 def test_datasets_that_make_batches(no_workers_left: None) -> None:
     for workers in (0, 2):
         with StepBatches(Squares(), 4, seed=0, shuffle=False, workers=workers) as batches:
@@ -190,6 +195,7 @@ def damaged(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> Path:
     return tmp_path
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_come_home_from_workers(damaged: Path, workers: int, no_workers_left: None) -> None:
     file = damaged / "log"
@@ -206,6 +212,7 @@ def test_bad_samples_come_home_from_workers(damaged: Path, workers: int, no_work
     assert keys.count("004") == keys.count("009") == 0 and keys.count("005") == keys.count("010") == 6
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_refusals_arrive_as_their_sentence(tmp_path: Path, jpeg: Callable, write_tar: Callable, workers: int,
                                            no_workers_left: None) -> None:
@@ -248,6 +255,7 @@ for step in range(100):
 """
 
 
+@pytest.mark.process
 def test_a_run_killed_in_the_midst(shards: Path, still_running: Callable) -> None:
     """A real process with workers, killed by SIGKILL: its batches were those of here; its workers end by themselves."""
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, str(shards)], capture_output=True, text=True,
@@ -281,6 +289,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker that waits to hand over is not ended")
 def test_workers_that_wait_to_hand_a_batch_over_end_with_their_trainer(still_running: Callable) -> None:
     killed = subprocess.Popen([sys.executable, "-W", "ignore", "-c", FULL], stdout=subprocess.PIPE, text=True,
