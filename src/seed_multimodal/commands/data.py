@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.commands.common import whole_number
-from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, say
+from seed_multimodal.commands.common import add_json, whole_number
+from seed_multimodal.entry import DONE, SOME_FAILED, say
 from seed_multimodal.errors import ConfigError, counted
 
 
@@ -90,8 +90,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     converter.add_argument("--force", action="store_true", help="convert again what is done already")
     converter.set_defaults(work=convert)
     for each in (checker, converter):
-        each.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        add_debug(each)
+        add_json(each)
 
 
 def _option(text: str) -> tuple[str, Any]:

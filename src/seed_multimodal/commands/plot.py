@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from seed_multimodal.commands.common import add_json
 from seed_multimodal.entry import DONE, say
 
 
@@ -13,8 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training run, or its NAME.log.jsonl")
     parser.add_argument("--out", default="curves.png", metavar="FILE",
                         help="figure to write, .png, .pdf or .svg (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_json(parser)
 
 
 def plot(args: argparse.Namespace) -> int:

@@ -9,13 +9,13 @@ card, the data set's manifest. Nothing is typed by hand, so nothing can drift fr
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
@@ -65,11 +65,9 @@ def _file(work: Path, stage: str) -> Path:
 
 
 def _record(file: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: the stage has left no readable record ({error}).") from error
-    return value
+    if not file.is_file():
+        raise DataError(f"{file}: there is no such record.")
+    return read_json_object(file, DataError)
 
 
 def _opening(model: Path) -> list[str]:

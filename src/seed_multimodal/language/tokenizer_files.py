@@ -18,6 +18,7 @@ from typing import Any
 
 import sentencepiece as spm
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.language.vocabulary import BOI, EOI, ImageVocabulary, code_token
 
@@ -68,8 +69,8 @@ def read_files(folder: Path) -> TokenizerFiles:
     if (processor.unk_id(), processor.bos_id(), processor.eos_id()) != (0, 1, 2):
         raise CheckpointError(f"{folder / MODEL}: <unk>, <s>, </s> must have ids 0, 1, 2, not {processor.unk_id()}, "
                               f"{processor.bos_id()}, {processor.eos_id()}.")
-    added = _json_object(raw, ADDED, folder)
-    config = _json_object(raw, CONFIG, folder) if CONFIG in raw else {}
+    added = read_json_object(folder / ADDED)
+    config = read_json_object(folder / CONFIG) if CONFIG in raw else {}
     n_codes = sum(1 for name in added if CODE_WORD.fullmatch(name))
     per_image = config.get("tokens_per_image", 32)
     if n_codes < 1 or not isinstance(per_image, int) or per_image < 1:
@@ -77,18 +78,8 @@ def read_files(folder: Path) -> TokenizerFiles:
                               f"(found {n_codes} and {per_image!r}).")
     vocabulary = ImageVocabulary(processor.GetPieceSize(), n_codes, per_image)
     _check_layout(added, vocabulary, folder / ADDED)
-    special = _special_words(_json_object(raw, SPECIAL, folder) if SPECIAL in raw else {})
+    special = _special_words(read_json_object(folder / SPECIAL) if SPECIAL in raw else {})
     return TokenizerFiles(processor, vocabulary, added, special, raw)
-
-
-def _json_object(raw: dict[str, bytes], name: str, folder: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(raw[name])
-    except ValueError as error:
-        raise CheckpointError(f"{folder / name}: not valid json ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{folder / name}: must hold a json object.")
-    return value
 
 
 def _check_layout(added: dict[str, int], vocabulary: ImageVocabulary, file: Path) -> None:
