@@ -46,9 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Load the system and serve it."""
+    from seed_multimodal.configured import system_from_configs
     from seed_multimodal.quiet import quiet_libraries
     from seed_multimodal.serving.flask_app import check_address, create_app, serve
-    from seed_multimodal.serving.from_configs import system_from_configs
     from seed_multimodal.systems.seed_llama import SeedLlama
 
     check_address(args.host, args.port)

@@ -19,7 +19,7 @@ from PIL import Image
 from seed_multimodal import quickstart
 from seed_multimodal.cli import build_parser, main
 from seed_multimodal.commands.chat import Talk
-from seed_multimodal.commands.common import Names
+from seed_multimodal.commands.common import OutputNames
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights import load_state_dict
 
@@ -131,7 +131,7 @@ def test_a_file_of_no_picture_format_is_refused_before_drawing(capsys, tiny, tmp
 
 @pytest.mark.parametrize("name", ["trial.run", "drawn.v2", "results.old", "a.exp", "2026.nov", "night.log"])
 def test_a_folder_may_have_a_dot_in_its_name(tmp_path, name):
-    assert Names(str(tmp_path / name), "", 2).next("a cat") == tmp_path / name / "a_cat.png"
+    assert OutputNames(str(tmp_path / name), "", 2).next("a cat") == tmp_path / name / "a_cat.png"
 
 
 # ---- words and pictures

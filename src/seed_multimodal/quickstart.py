@@ -217,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    from seed_multimodal.evaluation.machine import circumstances, script_line
+
     start = time.perf_counter()
     images = Path(args.images) if args.images else project_root(Path(__file__).parent) / "images"
     out = Path(args.out)
@@ -228,19 +230,14 @@ def _main(args: argparse.Namespace) -> int:
     sheet = contact_sheet(run.rows, title, cell=160, columns=6, max_lines=16)
     save_picture(sheet, out / "contact_sheet.png")
     run.seconds = {"load": round(loaded, 3), **run.seconds, "total": round(time.perf_counter() - start, 3)}
-    everything = {**run.result, **_circumstances(args, run)}
+    facts = circumstances(getattr(system, "device", "cpu"), script_line())
+    facts["versions"] = {"seed_multimodal": __version__, **facts["versions"]}
+    everything = {**run.result, "model": args.model, "seed": args.seed, "failures": run.failures,
+                  "seconds": run.seconds, **facts}
     write_text(json.dumps(everything, indent=1, ensure_ascii=False), out / "quickstart.json")
     print(f"Done in {run.seconds['total']:.1f} s. Look at {out / 'contact_sheet.png'}; "
           f"codes, texts and seconds are in {out / 'quickstart.json'}.", flush=True)
     return 1 if run.failures else 0
-
-
-def _circumstances(args: argparse.Namespace, run: Run) -> dict[str, Any]:
-    from seed_multimodal.evaluation.machine import commit, hardware, versions
-
-    return {"model": args.model, "seed": args.seed, "failures": run.failures, "seconds": run.seconds,
-            "hardware": hardware(getattr(run.system, "device", "cpu")), "commit": commit(),
-            "versions": {"seed_multimodal": __version__, **versions()}}
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import requests
 import warm_python
 from PIL import Image
 
+from seed_multimodal.configured import system_from_configs
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.serving.engine import SystemBackend
 from seed_multimodal.serving.flask_app import check_address, create_app, serve
-from seed_multimodal.serving.from_configs import system_from_configs
 from seed_multimodal.serving.schema import Limits
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,8 @@ from seed_multimodal.errors import (
     ImageError,
     RequestError,
 )
-from seed_multimodal.systems.answer import DrawnPart, TextPart
+from seed_multimodal.language.answer import TextPart
+from seed_multimodal.systems.answer import DrawnPart
 
 
 @pytest.fixture()

@@ -11,8 +11,8 @@ from typing import Any
 
 from seed_multimodal.commands.common import (
     OF_ONE_PICTURE,
-    Names,
     Outcomes,
+    OutputNames,
     drawing_settings,
     emit,
     generation_settings,
@@ -36,7 +36,7 @@ class Talk:
         self.args = args
         self.messages: list[dict[str, Any]] = []
         self.shown: list[Any] = []
-        self.names = Names(None, args.out, 0)
+        self.names = OutputNames(None, args.out, 0)
         self._at_start, self._after_aside = True, False  # where printing stands: no blank needed; one needed
 
     def show(self, path: str) -> bool:

@@ -172,7 +172,7 @@ def _of_a_picture(ending: str) -> bool:
     return other or (len(ending) > 3 and bool(difflib.get_close_matches(ending, PICTURE_SUFFIXES, n=1, cutoff=0.7)))
 
 
-class Names:
+class OutputNames:
     """File names for results: into a folder, or the one file that was asked for; never one name for two results."""
 
     def __init__(self, out: str | None, default_folder: str, count: int) -> None:
@@ -221,8 +221,8 @@ def require_room(folder: Path) -> None:
     Raises:
         ConfigError: the place is no folder, or cannot be written.
     """
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     try:
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

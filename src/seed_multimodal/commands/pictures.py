@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from seed_multimodal.commands.common import (
-    Names,
     Outcomes,
+    OutputNames,
     drawing_settings,
     emit,
     opened,
@@ -50,7 +50,7 @@ def reconstruct(args: argparse.Namespace) -> int:
         raise ConfigError("seed reconstruct: give either pictures or --codes FILE.")
     stored = read_codes(args.codes) if args.codes else []
     total = len(stored) if args.codes else len(args.pictures)
-    names, outcomes = Names(args.out, "outputs", total), Outcomes(total)
+    names, outcomes = OutputNames(args.out, "outputs", total), Outcomes(total)
     codec = load_codec(args)
     named: Iterable[tuple[str, list[int]]]
     if args.codes:

@@ -15,11 +15,10 @@ from typing import Any
 from seed_multimodal.commands.common import add_common, add_quantization, cat_picture, load_system, save_picture
 from seed_multimodal.entry import DONE, SOME_FAILED, run_program, say
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.language.tasks import DEMO_QUESTIONS
 
-QUESTION = "What is this animal?"
-DRAWING = "Can you generate an image of a dog on the green grass?"
+QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
 DRAWING_WORDS = "a dog on the green grass"
-EDITING = "Can you make the cat wear sunglasses?"
 
 
 def tokenizer_script(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seed_multimodal.commands.common import (
-    Names,
     Outcomes,
+    OutputNames,
     drawing_settings,
     each_picture,
     emit,
@@ -45,7 +45,7 @@ def ask(args: argparse.Namespace) -> int:
 
 def draw(args: argparse.Namespace) -> int:
     """Draw each text and save the pictures."""
-    names = Names(args.out, "outputs", len(args.texts))
+    names = OutputNames(args.out, "outputs", len(args.texts))
     system = load_system(args)
     outcomes = Outcomes(len(args.texts))
     for text in args.texts:
@@ -58,7 +58,7 @@ def draw(args: argparse.Namespace) -> int:
 
 def edit(args: argparse.Namespace) -> int:
     """Change each picture as instructed and save the results."""
-    names = Names(args.out, "outputs", len(args.pictures))
+    names = OutputNames(args.out, "outputs", len(args.pictures))
     system = load_system(args)
 
     def one(name: str, image: Image.Image) -> None:

@@ -16,16 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.errors import ConfigError, RequestError
-from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.vocabulary import ImageVocabulary
-
-__all__ = ["DEMO_QUESTIONS", "DESCRIBE_PROMPT", "DESCRIBE_VIDEO_PROMPT", "QA_SUFFIX", "PromptTemplate", "TEMPLATES",
-           "Turn", "get_template"]
-
-DESCRIBE_VIDEO_PROMPT = "Please provide an accurate and concise description of the given video."
-# What the released inference scripts ask: about a picture, for a picture, for a change of a picture.
-DEMO_QUESTIONS = ("What is this animal?", "Can you generate an image of a dog on the green grass?",
-                  "Can you make the cat wear sunglasses?")
 
 Part = str | Sequence[int]
 ROLES = ("user", "assistant")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from seed_multimodal.errors import ConfigError
 
 DESCRIBE_PROMPT = "Please provide an accurate and concise description of the given image."
+DESCRIBE_VIDEO_PROMPT = "Please provide an accurate and concise description of the given video."
 QA_SUFFIX = " Please provide an accurate answer consisting of only one word or phrase."
 DRAW_PROMPT = "Please draw {caption}."
 DRAW_RESPONSE = "Here is the picture."
@@ -18,6 +19,10 @@ EDIT_RESPONSE = "Here it is."
 # One of the released models' own request and response pairs (same index in their instruction-tuning data).
 RELEASED_DRAW_PROMPT = "Please generate an image of {caption}."
 RELEASED_DRAW_RESPONSE = ""
+
+# What the released inference scripts ask: about a picture, for a picture, for a change of a picture.
+DEMO_QUESTIONS = ("What is this animal?", "Can you generate an image of a dog on the green grass?",
+                  "Can you make the cat wear sunglasses?")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from seed_multimodal.images.encode import image_from_base64, image_to_base64, im
 from seed_multimodal.images.geometry import chat_image, request_image
 from seed_multimodal.images.open import open_image
 from seed_multimodal.language.dialogue import Dialogue
+from seed_multimodal.language.tasks import DEMO_QUESTIONS, DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.serving.client import post_generate
 
@@ -53,14 +54,9 @@ class Kind:
 KINDS = {
     "nano": Kind("conv_seed_vicuna", "SEED Multimodal · nano", 0.0,
                  ("Please draw a fluent drawing of a red apple.", "Make it in noto style.",
-                  "Please provide an accurate and concise description of the given image.",
-                  "What is this? Please provide an accurate answer consisting of only one word or phrase.")),
-    "seed-llama-8b": Kind("conv_seed_vicuna", "SEED-LLaMA 8B", examples=(
-        "What is this animal?", "Can you generate an image of a dog on the green grass?",
-        "Can you make the cat wear sunglasses?")),
-    "seed-llama-14b": Kind("conv_seed_llama2", "SEED-LLaMA 14B", examples=(
-        "What is this animal?", "Can you generate an image of a dog on the green grass?",
-        "Can you make the cat wear sunglasses?")),
+                  DESCRIBE_PROMPT, f"What is this?{QA_SUFFIX}")),
+    "seed-llama-8b": Kind("conv_seed_vicuna", "SEED-LLaMA 8B", examples=DEMO_QUESTIONS),
+    "seed-llama-14b": Kind("conv_seed_llama2", "SEED-LLaMA 14B", examples=DEMO_QUESTIONS),
 }
 
 

@@ -10,8 +10,6 @@ from PIL import Image
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
-__all__ = ["Answer", "BrokenImagePart", "DrawnPart", "ImagePart", "TextPart"]
-
 
 @dataclass(frozen=True)
 class DrawnPart(ImagePart):

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import RequestError
+from seed_multimodal.language.answer import ImagePart, TextPart
 from seed_multimodal.language.prompts import ROLES, PromptTemplate, Turn
-from seed_multimodal.systems.answer import Answer, ImagePart, TextPart
+from seed_multimodal.systems.answer import Answer
 from seed_multimodal.systems.pictures import is_codes
 
 Tokenize = Callable[[list[Any]], Tensor]
