@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.disk import replace_folder, sha256_of
+from seed_multimodal.disk import making_folder, output_folder, replace_folder, sha256_of
+from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 
 
 def test_sha256_of_files_of_any_size(tmp_path: Path) -> None:
@@ -32,3 +33,23 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path) -> None:
         replace_folder(new, target)
     assert (target / "a.txt").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_result_takes_its_folder_only_when_it_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    target = output_folder(out, force=False, what="the result")
+    with pytest.raises(DataError, match="broken"), making_folder(target, out) as folder:
+        (folder / "half").write_text("half")
+        raise DataError("broken")
+    assert list(tmp_path.iterdir()) == []
+    with making_folder(target, out) as folder:
+        (folder / "whole").write_text("whole")
+    assert [path.name for path in out.iterdir()] == ["whole"]
+    with pytest.raises(ConfigError, match="not empty"):
+        output_folder(out, force=False, what="the result")
+    with pytest.raises(ConfigError, match="holds whole, which is read here and would be gone"):
+        output_folder(out, force=True, what="the result", read=[None, out / "whole"])
+    with pytest.raises(ConfigError, match="is a file; the result needs a folder"):
+        output_folder(out / "whole", force=True, what="the result")
+    with pytest.raises(CheckpointError, match="cannot be written"), making_folder(out / "whole" / "x", "x"):
+        pass

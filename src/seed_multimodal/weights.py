@@ -216,13 +216,18 @@ def assign_strictly(
         name = shapes[0]
         raise CheckpointError(f"{source}: {len(shapes)} tensors have another size, first {name!r}: the file has "
                               f"{tuple(state[name].shape)}, the model needs {tuple(own[name].shape)}.")
-    _refuse(report.missing, allow_missing, source, "missing from the file")
-    _refuse(report.ignored, allow_unexpected, source, "unknown to the model")
+    refuse_tensors(report.missing, allow_missing, source, "missing from the file")
+    refuse_tensors(report.ignored, allow_unexpected, source, "unknown to the model")
     module.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
     return report
 
 
-def _refuse(names: list[str], allowed: Iterable[str], source: str | Path, what: str) -> None:
+def refuse_tensors(names: Iterable[str], allowed: Iterable[str], source: str | Path, what: str) -> None:
+    """Refuse the tensors of a checkpoint that no shell pattern of `allowed` covers.
+
+    Raises:
+        CheckpointError: "SOURCE: N tensors are WHAT: 'a', 'b', 'c' …."
+    """
     patterns = list(allowed)
     bad = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
     if bad:

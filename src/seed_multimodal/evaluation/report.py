@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.disk import disk_reason, replace_text
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
@@ -162,8 +162,10 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
     start = time.monotonic()
     judge_folder = find_judge(options.model, options.judge)
     out = Path(options.out)
-    with writing(out, ConfigError):  # now: a report takes minutes
+    try:  # now: a report takes minutes
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: no folder that can be written ({disk_reason(error)}).") from error
     system = BatchedSystem.from_pretrained(options.model, device=options.device, dtype=options.dtype,
                                            batch=options.batch, seed=settings.seed, log=log)
     judge = Judge.from_pretrained(judge_folder, device=system.device)

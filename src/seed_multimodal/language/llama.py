@@ -18,6 +18,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.hub import PARTS, is_hub_name
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.quiet import quiet_loading
+from seed_multimodal.weights import refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -143,12 +144,8 @@ def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: di
 
 
 def _check_names(info: Any, source: str | Path) -> None:
-    missing = sorted(info["missing_keys"])
-    unexpected = sorted(name for name in info["unexpected_keys"] if "rotary_emb.inv_freq" not in name)
     resized = sorted(f"{name} (file {tuple(there)}, model {tuple(here)})"
                      for name, there, here in info["mismatched_keys"])
-    for names, what in ((resized, "of another size"), (missing, "missing from the file"),
-                        (unexpected, "unknown to the model")):
-        if names:
-            shown = ", ".join(repr(name) for name in names[:3]) + (" …" if len(names) > 3 else "")
-            raise CheckpointError(f"{source}: {len(names)} tensors are {what}: {shown}.")
+    refuse_tensors(resized, (), source, "of another size")
+    refuse_tensors(sorted(info["missing_keys"]), (), source, "missing from the file")
+    refuse_tensors(sorted(info["unexpected_keys"]), ("*rotary_emb.inv_freq*",), source, "unknown to the model")

@@ -1,0 +1,57 @@
+"""Names of released weights, and other libraries kept quiet."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from seed_multimodal import hub
+from seed_multimodal.entry import REFUSED, run_program
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.quiet import quiet_loading
+
+
+def test_what_a_hub_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("AILab-CVC/seed-tokenizer-2", Path("owner/name")):
+        assert hub.is_hub_name(name)
+    for name in ("pretrained/nano", "mine/words", "./here", "../there", "~/home", "/a/b", "a/b/c", "nano", "owner/"):
+        assert not hub.is_hub_name(name), name
+
+
+def test_released_parts_have_one_place_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.released_folder("AILab-CVC/seed-llama-8b-sft") == "pretrained/seed_llama_8b_sft"
+    assert hub.released_folder("owner/name") == "owner/name"
+    assert hub.locate_system("NANO") == hub.locate("pretrained/nano")
+    monkeypatch.chdir(tmp_path)
+    assert (hub.locate("pretrained/nano") or Path()).is_dir()  # from the repository's root
+    assert hub.locate("no/such/folder") is None
+
+
+def test_quiet_libraries_speak_again_afterwards() -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        logging.set_verbosity_info()
+        logging.enable_progress_bar()
+        with quiet_loading("transformers"):
+            assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before[0])
+        if not before[1]:
+            logging.disable_progress_bar()
+
+
+def test_a_program_refuses_in_one_sentence_unless_it_is_debugged(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(args: argparse.Namespace) -> int:
+        raise ConfigError("no.")
+
+    assert run_program(argparse.ArgumentParser(prog="x"), work, []) == REFUSED
+    assert capsys.readouterr().err == "x: no.\n"
+    with pytest.raises(ConfigError):
+        run_program(argparse.ArgumentParser(), work, ["--debug"])
