@@ -30,8 +30,7 @@ from seed_multimodal.data.pretokenize.pictures import Picture, frames
 from seed_multimodal.data.pretokenize.samples import Dropped, Sample
 from seed_multimodal.data.pretokenize.slots import Joined, Slot
 from seed_multimodal.errors import ConfigError, counted
-from seed_multimodal.language.tasks import DESCRIBE_VIDEO_PROMPT
-from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
+from seed_multimodal.language.tasks import DESCRIBE_PROMPT, DESCRIBE_VIDEO_PROMPT, QA_SUFFIX
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.settings import check_keys, nearest
 
