@@ -410,7 +410,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     return [group for number, group in enumerate(found) if group not in found[:number]]
 
 
-@pytest.mark.parametrize("package", [PACKAGE], ids=lambda path: path.name)
+@pytest.mark.parametrize("package", [PACKAGE, ROOT / "SEED_Tokenizer" / "seed_lavis"], ids=lambda path: path.name)
 def test_no_modules_import_each_other(package):
     assert circles(import_graph(package)) == []
 
