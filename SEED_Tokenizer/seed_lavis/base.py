@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from seed_lavis.compat import BaseModel
@@ -36,8 +37,21 @@ class SeedModel(BaseModel):
     options: ModelOptions
     latest: Mapping[str, Tensor] = MappingProxyType({})
     """Numbers of the last `forward`, detached: what the log shows; none before the first."""
+    companions: tuple[str, ...] = ()
+    """Names of frozen modules that are used beside the model and are no part of it or its checkpoints."""
     fast_tower: FastTower | None = None
     """What computes the frozen tower instead of it, with `fast_tower` of stage 2's options."""
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> SeedModel:
+        """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
+        model = cls(read_settings(cls.options_type, cfg, "model"))
+        model.load_initial()
+        return model
+
+    def load_initial(self) -> None:
+        """Fill the model with the weights that its options name; see `initial_weights`."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -47,6 +61,9 @@ class SeedModel(BaseModel):
     def place(self, device: torch.device) -> SeedModel:
         """Move to `device` in the precisions asked for, once all weights are in; then compile if asked."""
         self.to(device)
+        for name in self.companions:
+            if getattr(self, name) is not None:
+                getattr(self, name).to(device)
         if self.options.freeze_vit:
             low_precision(self.visual_encoder, self.tower_dtype(device))
         if getattr(self.options, "fast_tower", False):

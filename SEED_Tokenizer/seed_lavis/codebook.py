@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from seed_lavis.base import evaluation_mode
+from seed_lavis.base import evaluation_mode, qformer_sizes, vit_sizes
 from seed_lavis.options import CodebookOptions
 from seed_multimodal.errors import ConfigError
 
@@ -46,6 +46,21 @@ class CodebookMixin:
     def note_codes(self, pre_quant: Tensor, indices: Tensor | None) -> None:
         """Keep what the last batch looked like to the codebook."""
         self.features, self.codes = pre_quant.detach().float(), indices
+
+
+def stage2_sizes(options: CodebookOptions) -> dict[str, Any]:
+    """What the configurations of both stage-2 models share."""
+    return {"vit": vit_sizes(options), "qformer": qformer_sizes(options), "num_query": options.num_query_token,
+            "codebook_size": options.n_embed, "codebook_dim": options.codebook_embed_dim,
+            "decode_depth": options.decode_depth, "decode_heads": options.decode_heads,
+            "reverse_depth": options.reverse_depth, "normalize_codes": options.normalize_codes,
+            "codebook_sections": options.codebook_sections}
+
+
+def stage2_training(options: CodebookOptions) -> dict[str, Any]:
+    """What both stage-2 models are told of their training, besides loss weights and targets."""
+    return {name: getattr(options, name) for name in ("freeze_qformer", "frozen_dropout", "corrupt", "nested",
+                                                      "ema_decay")}
 
 
 class CodeCounts(nn.Module):

@@ -9,15 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from seed_lavis.base import SeedModel, captions_of, qformer_sizes, target_embeddings, vit_sizes
-from seed_lavis.codebook import CodebookMixin
+from seed_lavis.codebook import CodebookMixin, stage2_sizes, stage2_training
 from seed_lavis.compat import registry
 from seed_lavis.initial_weights import clip_target, readout_matrix, start_stage1, start_stage2
 from seed_lavis.naming import Naming
-from seed_lavis.options import CodebookOptions, Stage1Options, Stage2Options
+from seed_lavis.options import Stage1Options, Stage2Options
 from seed_lavis.text import caption_words
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
@@ -31,7 +30,7 @@ class Blip2Casual(SeedModel, Stage1Model):
     """Stage 1, the causal Q-Former. `samples`: `image` `[B, 3, S, S]`, and `caption` (texts) or ready `input_ids` with
     `attention_mask` `[B, T]`; `target` `[B, E]` if the image embedding is regressed and no `clip_model` is loaded."""
 
-    stage = "stage1"
+    stage, companions, load_initial = "stage1", ("clip",), start_stage1
     options_type = Stage1Options
     options: Stage1Options
 
@@ -52,19 +51,6 @@ class Blip2Casual(SeedModel, Stage1Model):
             embedding_dim=width, embedding_weight=options.embedding_weight)
         self.options, self.words = options, words
         self.__dict__["clip"] = clip  # not a submodule: frozen, and no part of a stage-1 checkpoint
-
-    @classmethod
-    def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> Blip2Casual:
-        """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
-        model = cls(read_settings(Stage1Options, cfg, "model"))
-        start_stage1(model)
-        return model
-
-    def place(self, device: torch.device) -> SeedModel:
-        """As the base class; the target tower goes along."""
-        if self.clip is not None:
-            self.clip.to(device)
-        return super().place(device)
 
     def vit_features(self, images: Tensor | None) -> Tensor:
         """As the library's, with the tower in `vit_precision`."""
@@ -101,12 +87,11 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
     """Stage 2, codebook and decode head. `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`, and `caption`
     if `naming_weight` is set."""
 
-    stage = "stage2"
+    stage, companions, load_initial = "stage2", ("naming",), start_stage2
     options_type = Stage2Options
     options: Stage2Options
 
     def __init__(self, options: Stage2Options) -> None:
-        refuse_trained_tower(options)
         clip = None
         if options.clip_model:
             clip = clip_target(options.clip_model, options.clip_precision, "model.clip_model")
@@ -114,32 +99,15 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             raise ConfigError(f"model.image_features_dim is {options.image_features_dim}, but the embeddings of "
                               f"{options.clip_model} are {clip.config.projection_dim} wide.")
         config = Seed2Config(
-            vit=vit_sizes(options), qformer=qformer_sizes(options), num_query=options.num_query_token,
-            codebook_size=options.n_embed, codebook_dim=options.codebook_embed_dim, decode_depth=options.decode_depth,
-            decode_heads=options.decode_heads, image_features_dim=options.image_features_dim,
-            use_qformer_image=options.use_qformer_image, reverse_depth=options.reverse_depth, recon_s=options.recon_s,
-            normalize_codes=options.normalize_codes, codebook_sections=options.codebook_sections)
+            **stage2_sizes(options), image_features_dim=options.image_features_dim,
+            use_qformer_image=options.use_qformer_image, recon_s=options.recon_s)
         readout = readout_matrix(options.readout_weight, options.image_features_dim) if options.readout_weight else None
         Stage2Model.__init__(
             self, config, weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
-            clip_model=clip, freeze_qformer=options.freeze_qformer, frozen_dropout=options.frozen_dropout,
-            corrupt=options.corrupt, nested=options.nested, readout_weight=readout, ema_decay=options.ema_decay)
+            clip_model=clip, readout_weight=readout, **stage2_training(options))
         self.options = options
         self.__dict__["naming"] = Naming(options) if options.naming_weight else None  # frozen, no part of a checkpoint
         self.prepare_codebook()
-
-    @classmethod
-    def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> Blip2CodebookAllImage:
-        """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
-        model = cls(read_settings(Stage2Options, cfg, "model"))
-        start_stage2(model)
-        return model
-
-    def place(self, device: torch.device) -> SeedModel:
-        """As the base class; the text tower goes along."""
-        if self.naming is not None:
-            self.naming.to(device)
-        return super().place(device)
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch, and the unweighted codebook loss."""
@@ -156,9 +124,3 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
                          loss_distil_image=out.loss_distil_image,
                          loss_readout=out.loss_readout if self.readout_weight is not None else None,
                          loss_naming=named)
-
-
-def refuse_trained_tower(options: CodebookOptions) -> None:
-    """Stage 2 never trains the vision tower, whatever a YAML says."""
-    if not options.freeze_vit:
-        raise ConfigError("model.freeze_vit is false, but stage 2 never trains the vision tower: train it in stage 1.")

@@ -97,6 +97,11 @@ class CodebookOptions(ModelOptions):
     restart_every: int = setting(0, least=0)
     restart_until: float = setting(0.8, least=0, most=1)
 
+    def __post_init__(self) -> None:
+        if not self.freeze_vit:
+            raise ConfigError("model.freeze_vit is false, but stage 2 never trains the vision tower: train it in stage "
+                              "1.")
+
 
 @dataclass
 class Stage2Options(CodebookOptions):

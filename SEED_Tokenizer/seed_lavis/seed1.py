@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
-from seed_lavis.base import SeedModel, captions_of, qformer_sizes, vit_sizes
-from seed_lavis.codebook import CodebookMixin
+from seed_lavis.base import SeedModel, captions_of
+from seed_lavis.codebook import CodebookMixin, stage2_sizes, stage2_training
 from seed_lavis.compat import registry
 from seed_lavis.initial_weights import start_stage2
 from seed_lavis.log import log
-from seed_lavis.models import refuse_trained_tower
 from seed_lavis.options import Seed1Options, locate
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, first_line
@@ -35,32 +33,19 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
     """Stage 2 of SEED-1. `samples`: `image` `[B, 3, S, S]`, and `caption`, ready `input_ids`, or `target`
     `[B, text_tokens, text_features_dim]`."""
 
-    stage = "seed1-stage2"
+    stage, load_initial = "seed1-stage2", start_stage2
     options_type = Seed1Options
     options: Seed1Options
 
     def __init__(self, options: Seed1Options) -> None:
-        refuse_trained_tower(options)
         encoder, self_words = text_tower(options) if options.text_encoder else (None, None)
         config = Seed1Config(
-            vit=vit_sizes(options), qformer=qformer_sizes(options), num_query=options.num_query_token,
-            codebook_size=options.n_embed, codebook_dim=options.codebook_embed_dim, decode_depth=options.decode_depth,
-            decode_heads=options.decode_heads, reverse_depth=options.reverse_depth, text_tokens=options.text_tokens,
-            text_features_dim=options.text_features_dim, normalize_codes=options.normalize_codes,
-            codebook_sections=options.codebook_sections)
+            **stage2_sizes(options), text_tokens=options.text_tokens, text_features_dim=options.text_features_dim)
         Seed1Stage2Model.__init__(
             self, config, weights=read_settings(Seed1Stage2Weights, options.loss_weights, "model.loss_weights"),
-            text_encoder=encoder, freeze_qformer=options.freeze_qformer, frozen_dropout=options.frozen_dropout,
-            corrupt=options.corrupt, nested=options.nested, ema_decay=options.ema_decay)
+            text_encoder=encoder, **stage2_training(options))
         self.options, self.words = options, self_words
         self.prepare_codebook()
-
-    @classmethod
-    def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> Seed1CodebookText:
-        """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
-        model = cls(read_settings(Seed1Options, cfg, "model"))
-        start_stage2(model)
-        return model
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch."""
