@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from seed_multimodal.errors import SeedError
-from seed_multimodal.training.checkpoint import last_step
 from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
 from seed_multimodal.training.loop_settings import SampleCost, StageSettings
 from seed_multimodal.training.schedules import batch_indices
@@ -133,7 +132,7 @@ def main() -> int:
         for text in sys.argv[2:]:
             train(Path(sys.argv[1]), **json.loads(text))
     except SeedError as error:
-        step = last_step(Path(sys.argv[1]) / "toy.checkpoints")
+        step = next((number for number, _ in checkpoints(Path(sys.argv[1]) / "toy.checkpoints")), None)
         print(f"refused: {error}\nfiles: {sorted(os.listdir(sys.argv[1]))}\nstate of step: {step}")
         return 2
     if dist.is_initialized():

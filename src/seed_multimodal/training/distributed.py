@@ -85,7 +85,7 @@ def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool =
     Args:
         device: as `device.choose_device`; `auto` takes each node's GPUs by local rank.
         timeout_minutes: how long a collective waits; 0: for ever.
-        group_of_one: make a process group for a single process, too (DeepSpeed and FSDP need one).
+        group_of_one: make a process group for a single process, too (DeepSpeed needs one).
 
     Raises:
         ConfigError: more processes on this node than GPUs, or an incomplete environment.

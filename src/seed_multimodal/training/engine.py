@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.training.distributed import ProcessGroup, environment_number
 from seed_multimodal.training.failures import TrainingError
 from seed_multimodal.training.loop_settings import LoopSettings
@@ -56,7 +56,7 @@ class Engine:
             raise ConfigError(f"[{task.name}] {group.world} processes run this stage, but it is made for one, so each "
                               "would train a model of its own.")
         self.task, self.settings, self.group, self.device = task, settings, group, device
-        self.gathered = settings.fsdp
+        self.fsdp = self.gathered = settings.fsdp and group.world > 1
         self.module, self.optimizer = task.wrapped_part, task.optimizer
         self.trained = _trained_parameters(task, self.optimizer)
         self.accelerator = self._accelerator()
@@ -67,7 +67,7 @@ class Engine:
     def _accelerator(self) -> Accelerator:
         from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 
-        if self.settings.fsdp:
+        if self.fsdp:
             layers = self.task.layer_classes
             plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2, state_dict_type="FULL_STATE_DICT",
@@ -79,7 +79,7 @@ class Engine:
                                 kwargs_handlers=[DistributedDataParallelKwargs(**options)])
 
     def _prepare(self) -> nn.Module:
-        if self.settings.fsdp:
+        if self.fsdp:
             model, optimizer = self.accelerator.prepare(self.module, self.optimizer)
             self.optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
             self.trained = _trained_parameters(self.task, self.optimizer)  # FSDP2 has replaced the parameters
@@ -195,14 +195,17 @@ def start_accelerate(device: torch.device, group: ProcessGroup, precision: str, 
     CPU, and would then, without a GPU, count every process as number 0 of 1 and train as many separate models.
 
     Raises:
-        TrainingError: accelerate counts other processes.
+        ConfigError: a precision that the device does not have. TrainingError: accelerate counts other processes.
     """
     from accelerate import Accelerator, PartialState
 
     stop_accelerate()
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     PartialState(cpu=device.type == "cpu")
-    accelerator = Accelerator(mixed_precision=_MIXED[precision], **options)
+    try:
+        accelerator = Accelerator(mixed_precision=_MIXED[precision], **options)
+    except ValueError as error:
+        raise ConfigError(f"precision {precision}: {first_line(error)}.") from error
     expected = environment_number("WORLD_SIZE", 1) if group.world == 1 else group.world
     if (accelerator.num_processes, accelerator.process_index) != (expected, group.rank):
         raise TrainingError(f"accelerate sees process {accelerator.process_index} of {accelerator.num_processes}, but "

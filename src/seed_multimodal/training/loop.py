@@ -22,23 +22,22 @@ import torch
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import first_line
 from seed_multimodal.settings import check_settings
-from seed_multimodal.training.checkpoint import (
-    CheckpointStore,
-    SavedState,
-    frozen_check_sum,
-    load_average,
-    load_engine,
-    load_task,
-    read_states,
-    warm_start,
-)
+from seed_multimodal.training.checkpoint import CheckpointStore, frozen_check_sum
 from seed_multimodal.training.checkpoint_folders import output_folder_lock
 from seed_multimodal.training.distributed import ProcessGroup, StopRequest
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.engine import Engine, seed_generators
 from seed_multimodal.training.failures import STOPPED, TrainingError, Watchdog, translate_errors
 from seed_multimodal.training.loop_settings import LoopSettings
-from seed_multimodal.training.resume import settings_remark
+from seed_multimodal.training.resume import (
+    SavedState,
+    load_average,
+    load_engine,
+    load_task,
+    read_states,
+    settings_remark,
+    warm_start,
+)
 from seed_multimodal.training.run_log import RunLog
 from seed_multimodal.training.task import Task
 from seed_multimodal.training.zero import ZeroEngine

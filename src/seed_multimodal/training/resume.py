@@ -1,14 +1,32 @@
-"""Whether a run may go on from a checkpoint, and what it does differently from the run that saved it."""
+"""How a run goes on from a checkpoint: whether it may, what it does differently from the run that saved it, and how its
+states come back."""
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.settings import changed_settings
+from seed_multimodal.training.checkpoint import (
+    AVERAGE,
+    DATA_STATE,
+    OPTIMIZER,
+    TRAINER_STATE,
+    frozen_check_sum,
+    frozen_names,
+)
+from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
+from seed_multimodal.training.ema import Ema
+from seed_multimodal.training.engine import Engine
+from seed_multimodal.training.state_tree import read_tree
+from seed_multimodal.training.task import Task
+from seed_multimodal.training.zero import ZeroEngine
+from seed_multimodal.weights import assign_strictly, load_state_dict
 
 _SHOWN = 8
 
@@ -52,3 +70,94 @@ def refuse_other_kind(folder: Path, saved: Mapping[str, Any], now: Mapping[str, 
 def _brief(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+@dataclass
+class SavedState:
+    """What a checkpoint says beside its tensors. `states`: every process's own part."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    states: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Steps made."""
+        return int(self.trainer.get("global_step", 0))
+
+
+def read_states(folder: Path) -> SavedState:
+    """What a checkpoint says beside its tensors.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+    """
+    found = []
+    for name in (TRAINER_STATE, DATA_STATE):
+        try:
+            found.append(json.loads((folder / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / name}: is not there or not readable, so this is no checkpoint to resume "
+                                  "from.") from error
+    return SavedState(*found)
+
+
+def load_engine(folder: Path, step: int, engine: Engine) -> None:
+    """Fill an engine's optimiser (and DeepSpeed's weights); all processes call it.
+
+    Raises:
+        CheckpointError: a state of another optimiser.
+    """
+    if isinstance(engine, ZeroEngine):
+        engine.load_shards(folder, step)
+    else:
+        engine.load_state_dict(read_tree(folder / OPTIMIZER), str(folder))
+
+
+def load_task(folder: Path, saved: SavedState, task: Task) -> None:
+    """Fill a task's module, before an engine takes it, with a checkpoint's weights; those that were left out must be
+    in place already.
+
+    Raises:
+        CheckpointError: weights of another model, or other frozen weights than the checkpoint was trained beside.
+    """
+    without = saved.trainer.get("frozen") is not None
+    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)] if without else [])
+    if without and saved.trainer["frozen"] != frozen_check_sum(task.module):
+        raise CheckpointError(f"{folder}: the frozen weights are not those that it was trained beside; start from the "
+                              "same initial weights, or in a new folder.")
+
+
+def load_average(folder: Path, average: Ema) -> None:
+    """Fill an average; one that the checkpoint does not have begins at the weights as they are.
+
+    Raises:
+        CheckpointError: an average of other parameters.
+    """
+    if not (folder / AVERAGE).is_file():
+        return
+    saved = load_state_dict(folder / AVERAGE)
+    if saved.keys() != average.shadow.keys():
+        raise CheckpointError(f"{folder}: its averaged weights belong to other trained parameters ({len(saved)} "
+                              f"tensors, this run trains {len(average.shadow)}).")
+    for name, value in saved.items():
+        average.shadow[name].copy_(value)
+
+
+def warm_start(place: Path, task: Task) -> int:
+    """Take the (averaged) weights of another run's checkpoint; its optimiser is left behind. Returns its step.
+
+    Args:
+        place: a checkpoint, or a folder of checkpoints, whose newest complete one is taken.
+
+    Raises:
+        CheckpointError: no checkpoint there, or weights of another model.
+    """
+    folder = next((path for _, path in checkpoints(place) if not fault_of(path, hashes=False)), place)
+    if not (folder / TRAINER_STATE).is_file():
+        raise CheckpointError(f"{place}: there is no such checkpoint to start from.")
+    saved = read_states(folder)
+    without = saved.trainer.get("frozen") is not None
+    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)] if without else [])
+    if (folder / AVERAGE).is_file():
+        assign_strictly(task.module, load_state_dict(folder / AVERAGE), folder / AVERAGE, allow_missing=["*"])
+    return saved.step

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from seed_multimodal.config import project_root
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.llama import QUANTIZATIONS
-from seed_multimodal.settings import check_keys, nearest
+from seed_multimodal.settings import check_keys, check_settings, nearest, read_settings, setting
 
 ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
 PEFT, BASE, LORA = "peft", "base", "lora"
@@ -57,15 +57,15 @@ class LlmModelSettings:
 
     path: str | None = None
     sizes: dict[str, Any] | None = None
-    dtype: str = "bf16"
-    trained_dtype: str = "fp32"
-    quantization: str | None = None
+    dtype: str = setting("bf16", choices=(*DTYPES, "auto"))
+    trained_dtype: str = setting("fp32", choices=(*DTYPES, "same"))
+    quantization: str | None = setting(None, choices=QUANTIZATIONS)
     fp8: bool = False
-    attention: str = "auto"
+    attention: str = setting("auto", choices=tuple(ATTENTIONS))
     lora: dict[str, Any] | None = None
     adapter: str | None = None
     seed: int = 0
-    gradient_checkpointing: bool | str = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
     codebook_start: str | None = None
 
@@ -78,11 +78,10 @@ def read_model_settings(config: Mapping[str, Any], where: str = "model") -> LlmM
     """
     given = {str(key): value for key, value in config.items()}
     if "_target_" not in given:
-        check_keys(given, LlmModelSettings.__dataclass_fields__, where)
-        return check(LlmModelSettings(**given), where)
+        return check(read_settings(LlmModelSettings, given, where), where)
     own = {key: given.pop(key) for key in list(given) if key in LlmModelSettings.__dataclass_fields__}
     values = _released(given, where)
-    return check(LlmModelSettings(**{**values, **own}), where)
+    return check(read_settings(LlmModelSettings, {**values, **own}, where), where)
 
 
 def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
@@ -91,19 +90,9 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
     Raises:
         ConfigError: as `read_model_settings`.
     """
+    check_settings(settings, where)
     if (settings.path is None) == (settings.sizes is None):
         raise ConfigError(f"{where}: give either path (the folder of a LLaMA) or sizes (to start from random weights).")
-    for key in ("sizes", "lora"):
-        if not isinstance(getattr(settings, key), Mapping | None):
-            raise ConfigError(f"{where}: {key} must be a mapping, not {getattr(settings, key)!r}.")
-    dtypes = (*DTYPES, "auto")
-    for key, options in (("attention", tuple(ATTENTIONS)), ("quantization", QUANTIZATIONS), ("dtype", dtypes),
-                         ("trained_dtype", (*DTYPES, "same")), ("fp8", (False, True)),
-                         ("gradient_checkpointing", (False, True, "selective"))):
-        value = getattr(settings, key)
-        if value not in options:
-            raise ConfigError(f"{where}: {key} is one of {', '.join(str(o) for o in options)}, not {value!r}"
-                              f"{nearest(str(value), map(str, options))}.")
     whole = settings.lora is None and settings.adapter is None  # an adapter's folder says what LoRA it is
     if settings.quantization is not None and whole:
         raise ConfigError(f"{where}: a {settings.quantization} base cannot be trained itself; give lora.")

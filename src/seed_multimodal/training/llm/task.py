@@ -74,7 +74,7 @@ def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
     quiet_libraries(libraries=("transformers", "DeepSpeed", "accelerate"))
     with translate_errors("the start", "nothing was trained yet"):
         group, device = start_processes(run.trainer.device, run.trainer.timeout_minutes,
-                                        group_of_one=run.deepspeed is not None or run.trainer.fsdp)
+                                        group_of_one=run.deepspeed is not None)
     clean = False
     try:
         with output_folder_lock(run.output_dir, group):
