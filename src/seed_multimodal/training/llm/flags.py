@@ -249,7 +249,8 @@ def _special(found: dict[str, Any], made: Translated) -> None:
         names = [name for text in found["report_to"] for name in text.split(",")]
         made.values["trainer.report_to"] = (["tensorboard"] if names == ["all"] else
                                             [name for name in names if name != "none"])
-    if (name := found.get("optim")) is not None:
+    if "optim" in found:
+        name = str(found["optim"])
         if name not in ("adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw", "muon"):
             raise ConfigError(f"--optim: {name!r} is not built in; use adamw_hf (the original's), adamw_torch or muon.")
         made.values["optim.name"] = "adamw" if name.startswith("adamw_torch") else name
