@@ -55,17 +55,20 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
     assert [one["__key__"] for one in theirs] == [key for key, _ in RECORDS] and theirs[0]["webp"] == b"1"
 
 
-def test_a_shard_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "x.tar").write_bytes(b"what was there")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_a_shard_that_fails_leaves_nothing(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"what was there")
 
     def broken() -> Iterator[tuple[str, dict[str, bytes]]]:
         yield RECORDS[0]
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        write_shard(tmp_path / "x.tar", broken())
+        write_shard(path, broken())
     with pytest.raises(ValueError, match="name is too long"):
-        write_shard(tmp_path / "x.tar", [("k" * 300, {"json": b"{}"})])
-    with pytest.raises(OSError), open_shard(tmp_path / "x.tar" / "y.tar"):
+        write_shard(path, [("k" * 300, {"json": b"{}"})])
+    with pytest.raises(OSError), open_shard(path / "y.tar"):
         pass
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.tar", b"what was there")]
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [(name, b"what was there")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,12 +46,10 @@ def open_shard(path: str | Path) -> Iterator[ShardWriter]:
     """A writer whose shard appears at the end, whole or not at all; `.gz` names are compressed. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as raw:
-        packed = gzip.GzipFile("", "wb", 9, raw, mtime=0) if path.suffix == ".gz" else None
-        with closing(ShardWriter(packed or raw)) as writer:
-            yield writer
-        if packed is not None:
-            packed.close()
+    with replacing(path) as raw, ExitStack() as stack:
+        packed = path.suffix == ".gz"
+        file = stack.enter_context(gzip.GzipFile("", "wb", 9, raw, mtime=0)) if packed else raw
+        yield stack.enter_context(closing(ShardWriter(file)))
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
