@@ -140,7 +140,7 @@ class _Checker:
         """What is wrong by the fields that the decoder needs; None: with pictures that are not tokenised yet."""
         needs: Mapping[str, str] = dict.fromkeys(RAW_TEXTS, TEXT)
         if decoder is not None:
-            needs = decoder.needs
+            needs = decoder.needed(fields)
             for key in decoder.missing(fields):
                 yield Finding("missing key", f"has no key {key!r}, which decoder {decoder.name} needs.")
             if "image_ids" in needs and "views" in fields and not fields["views"] and fields.get("image_ids") is None:

@@ -77,8 +77,7 @@ class Decoder:
     """
 
     name: ClassVar[str] = ""
-    needs: ClassVar[Mapping[str, str]] = {}  # field -> its kind
-    instead: ClassVar[Mapping[str, str]] = {"image_ids": "views"}  # field -> another that may stand for it
+    needs: ClassVar[Mapping[str, str]] = {}  # field -> its kind; `views` may stand for a picture under `image_ids`
     Options: ClassVar[type[DecoderOptions]] = DecoderOptions
     without_effect: ClassVar[Sequence[str]] = ()  # options of the released function that it never reads
     reads_pictures: ClassVar[bool] = True
@@ -102,9 +101,15 @@ class Decoder:
         return [option.name for option in dataclasses.fields(cls.Options)]
 
     @classmethod
+    def needed(cls, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """`needs`, where they depend on what else the record has."""
+        return cls.needs
+
+    @classmethod
     def missing(cls, fields: Mapping[str, Any]) -> list[str]:
         """The needed fields that a record has not."""
-        return [name for name in cls.needs if fields.get(name) is None and cls.instead.get(name) not in fields]
+        return [name for name, kind in cls.needed(fields).items() if fields.get(name) is None
+                and not (name == "image_ids" and kind == PICTURE and "views" in fields)]
 
     @classmethod
     def fits(cls, fields: Mapping[str, Any], several: bool | None) -> bool:

@@ -100,7 +100,13 @@ class Edit(Tuned):
 
     name = "sft.edit"
     needs = {"source_image_ids": PICTURE, "target_image_ids": PICTURE, "instruction": TEXT}
-    instead = {**Decoder.instead, "instruction": "instruction_gpt"}
+
+    @classmethod
+    def needed(cls, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """See `Decoder`: `instruction_gpt` may stand for `instruction`."""
+        polite = bool(fields.get("instruction_gpt"))
+        return {("instruction_gpt" if polite and name == "instruction" else name): kind
+                for name, kind in cls.needs.items()}
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
@@ -122,6 +128,16 @@ class MultiEdit(Tuned):
 
     name = "sft.multi_edit"
     needs = {"image_ids": PICTURES, "instruction0": TEXT}
+
+    @classmethod
+    def needed(cls, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """See `Decoder`: all instructions there are."""
+        return {**cls.needs, **dict.fromkeys(numbered(fields, "instruction"), TEXT)}
+
+    @classmethod
+    def fits(cls, fields: Mapping[str, Any], several: bool | None) -> bool:
+        """See `Decoder`: three instructions, as the released records have."""
+        return not cls.missing(fields) and len(numbered(fields, "instruction")) > 2
 
     @classmethod
     def pictures_in(cls, fields: Mapping[str, Any]) -> int:
@@ -156,6 +172,16 @@ class Story(Tuned):
     needs = {"image_ids": PICTURES, "caption0": TEXT, "caption1": TEXT}
     Options = Reversible
     without_effect = ("caption_prompt",)
+
+    @classmethod
+    def needed(cls, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """See `Decoder`: all captions there are."""
+        return {**cls.needs, **dict.fromkeys(numbered(fields, "caption"), TEXT)}
+
+    @classmethod
+    def fits(cls, fields: Mapping[str, Any], several: bool | None) -> bool:
+        """See `Decoder`: five captions, as the released records have."""
+        return not cls.missing(fields) and len(numbered(fields, "caption")) > 4
 
     @classmethod
     def pictures_in(cls, fields: Mapping[str, Any]) -> int:

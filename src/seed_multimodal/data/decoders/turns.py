@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from seed_multimodal.data.decoders.base import LIST, PICTURES, Decoder, DecoderOptions, Draft, Part, Span
+from seed_multimodal.data.decoders.base import LIST, PICTURES, TEXT, Decoder, DecoderOptions, Draft, Part, Span
 from seed_multimodal.data.decoders.phrases import ASSISTANT, USER
 from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.data.formats.record import BadRecord, shown
@@ -99,7 +99,13 @@ class VisualQuestion(_Turns):
 
     name = "pretrain.visual_question"
     needs = {"image_ids": PICTURES, "data": LIST}
-    instead = {"data": "outputs"}
+
+    @classmethod
+    def needed(cls, fields: Mapping[str, Any]) -> Mapping[str, str]:
+        """See `Decoder`: `instruction` and `outputs` may stand for `data`."""
+        if fields.get("data") is None and fields.get("outputs") is not None:
+            return {"image_ids": PICTURES, "instruction": TEXT, "outputs": TEXT}
+        return cls.needs
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
