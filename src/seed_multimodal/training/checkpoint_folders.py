@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.disk import disk_reason, flush_folder, lock, sha256_of, writing
+from seed_multimodal.disk import disk_reason, flush_folder, lock, replace_text, sha256_of, writing
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.failures import TrainingError
@@ -84,10 +84,7 @@ def files_of(folder: Path) -> list[str]:
 
 def publish(temporary: Path, step: int, entries: Mapping[str, Entry]) -> Path:
     """Write the manifest and give the folder its name, in place of what had it before."""
-    with open(temporary / MANIFEST, "w", encoding="utf-8") as handle:
-        json.dump({"step": step, "files": dict(sorted(entries.items()))}, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
+    replace_text(temporary / MANIFEST, json.dumps({"step": step, "files": dict(sorted(entries.items()))}, indent=1))
     for place in {temporary, *((temporary / name).parent for name in entries)}:
         flush_folder(place)
     target = temporary.parent / f"checkpoint-{step}"
@@ -135,13 +132,17 @@ def newest(folder: Path, group: ProcessGroup, log: Callable[[str], None]) -> tup
         raise CheckpointError(f"{folder}: the processes see different checkpoints in it; the output folder must be on "
                               "a disk that all of them share.")
     for step, path in found:
-        faults = [answer["fault"] for answer in group.gather({"fault": fault_of(path, part=group.rank,
-                                                                               parts=group.world)})]
-        fault = next((fault for fault in faults if fault), "")
+        fault = _shared_fault(path, group)
         if not fault:
             return step, path
         log(f"{path} is passed over: {fault}.")
     return None
+
+
+def _shared_fault(path: Path, group: ProcessGroup) -> str:
+    """What is wrong with a checkpoint ("": nothing); the processes divide the work."""
+    own = fault_of(path, part=group.rank, parts=group.world)
+    return next((answer["fault"] for answer in group.gather({"fault": own}) if answer["fault"]), "")
 
 
 def check_shared(file: Path, group: ProcessGroup, timeout: float = 20.0) -> None:
@@ -170,8 +171,7 @@ def named(path: Path, group: ProcessGroup) -> tuple[int, Path]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such checkpoint folder.")
-    faults = [answer["fault"] for answer in group.gather({"fault": fault_of(path, part=group.rank, parts=group.world)})]
-    fault = next((fault for fault in faults if fault), "")
+    fault = _shared_fault(path, group)
     if fault:
         raise CheckpointError(f"{path}: cannot be resumed from: {fault}.")
     return int(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]), path

@@ -180,10 +180,9 @@ class Engine:
             self.scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
-        """Take off what accelerate put around the module, and forget its state of this process."""
-        self.module.__dict__.pop("forward", None)  # accelerate's autocast; classes keep theirs
+        """Take off the autocast that accelerate put around the module's forward pass."""
+        self.module.__dict__.pop("forward", None)
         self.module.__dict__.pop("_original_forward", None)
-        stop_accelerate()
 
 
 def start_accelerate(device: torch.device, group: ProcessGroup, precision: str, **options: Any) -> Accelerator:

@@ -26,7 +26,7 @@ from seed_multimodal.training.checkpoint import CheckpointStore, frozen_check_su
 from seed_multimodal.training.checkpoint_folders import output_folder_lock
 from seed_multimodal.training.distributed import ProcessGroup, StopRequest
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.engine import Engine, seed_generators
+from seed_multimodal.training.engine import Engine, seed_generators, stop_accelerate
 from seed_multimodal.training.failures import STOPPED, TrainingError, Watchdog, translate_errors
 from seed_multimodal.training.loop_settings import LoopSettings
 from seed_multimodal.training.resume import (
@@ -86,11 +86,14 @@ def run_task(task: Task, settings: LoopSettings, home: Path, group: ProcessGroup
     """As `train`, by a caller that holds the folder's lock."""
     check_settings(settings, task.name)
     with Watchdog(60 * settings.timeout_minutes if group.world > 1 else 0, task.name) as watchdog:
-        run = Run(task, settings, home, group, watchdog, device)
         try:
-            return run.train()
+            run = Run(task, settings, home, group, watchdog, device)
+            try:
+                return run.train()
+            finally:
+                run.close()
         finally:
-            run.close()
+            stop_accelerate()
 
 
 class Run:

@@ -165,7 +165,7 @@ class ZeroEngine(Engine):
         return {name: value.detach() for name, value in self.module.named_parameters() if value.requires_grad}
 
     def close(self) -> None:
-        """Forget accelerate's state of this process."""
+        """Leave the environment as it was."""
         super().close()
         if self._lone:
             os.environ.pop("LOCAL_RANK", None)
