@@ -1,8 +1,8 @@
-"""Checkpoint folders: written aside, complete or not there, verified before they are used, the oldest removed.
+"""Checkpoint folders: published whole by a rename, verified before they are used, the oldest removed.
 
 A checkpoint is written to `.checkpoint-N.tmp`, every file is flushed to the disk, `manifest.json` (names, sizes,
-SHA-256) comes last, and one rename makes it `checkpoint-N`. A folder without a manifest that fits is torn and never
-resumed from. Other processes' shards are listed by all of them together, a share each.
+SHA-256) comes last, and one rename makes it `checkpoint-N`. A folder without a matching manifest is incomplete ("torn")
+and never resumed from. Other processes' shards are listed by all of them together, a share each.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Entry = dict[str, Any]  # {"size": bytes, "sha256": hex}
 
 @contextlib.contextmanager
 def output_folder_lock(folder: Path, group: ProcessGroup, timeout: float = 3.0) -> Iterator[None]:
-    """Keep a second run out of an output folder: it would remove what this one is writing, and mix their logs.
+    """Lock of the output folder: a second run would remove what this one is writing, and mix their logs.
 
-    The lock is the first process's and ends with it however it ends. A run that is just ending is waited for some
-    seconds (`timeout`).
+    The first process holds it; it is released however that process ends. Waits up to `timeout` seconds for a run that
+    is just ending.
 
     Raises:
-        CheckpointError: another run is at work there, or the folder cannot be made.
+        CheckpointError: another run uses the folder, or it cannot be made.
     """
     with contextlib.ExitStack() as held:
         taken = False
@@ -121,7 +121,7 @@ def fault_of(folder: Path, *, part: int = 0, parts: int = 1, hashes: bool = True
 
 
 def newest(folder: Path, group: ProcessGroup, log: Callable[[str], None]) -> tuple[int, Path] | None:
-    """The newest complete checkpoint; torn ones are passed over with a remark. All processes ask together.
+    """The newest complete checkpoint; torn ones are skipped with a remark. All processes call it.
 
     Raises:
         CheckpointError: the processes see different folders.
@@ -146,7 +146,7 @@ def _shared_fault(path: Path, group: ProcessGroup) -> str:
 
 
 def check_shared(file: Path, group: ProcessGroup, timeout: float = 20.0) -> None:
-    """See that all processes have the folder in which the first one has just written `file`.
+    """Check that all processes see the folder in which the first one has just written `file`.
 
     Else every checkpoint of ZeRO's shards would lie torn over the nodes' own disks. A network disk may show a new file
     some seconds late (`timeout`).
@@ -167,7 +167,7 @@ def named(path: Path, group: ProcessGroup) -> tuple[int, Path]:
     """A checkpoint that the user named.
 
     Raises:
-        CheckpointError: it is not there, is none, or is torn.
+        CheckpointError: it is missing, not a checkpoint, or torn.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such checkpoint folder.")
@@ -180,8 +180,8 @@ def named(path: Path, group: ProcessGroup) -> tuple[int, Path]:
 def prune(folder: Path, limit: int | None, step: int) -> None:
     """Keep the `limit` newest checkpoints up to the one of `step`, just written (None: all).
 
-    Later ones neither count nor go: they are torn, or of a run that went on from the same earlier checkpoint, and
-    counting them would remove the one just written.
+    Later ones are neither counted nor removed: they are torn, or of a run that resumed from the same earlier
+    checkpoint, and counting them would remove the one just written.
     """
     present = [path for number, path in checkpoints(folder) if number <= step]
     for path in present[limit:] if limit is not None else []:
@@ -196,7 +196,7 @@ def clean(folder: Path) -> None:
 
 
 def unwritable(step: int, error: Exception, saved: str) -> TrainingError:
-    """The sentence for a checkpoint that the disk did not take."""
+    """The error sentence for a checkpoint that could not be written."""
     reason = disk_reason(error) if isinstance(error, OSError) else _reason(error)
     return TrainingError(f"The checkpoint of step {step} cannot be written: {reason}; {saved}.")
 

@@ -1,7 +1,7 @@
-"""The processes of a run: how they meet, what they tell each other, and how a request to stop is heard.
+"""The processes of a run: joining the process group, agreement and sums, requests to stop (SIGTERM).
 
 Gradients travel through the engine. Everything else (did a loss become NaN, is a checkpoint due, numbers for the log)
-goes over a gloo group of its own, so that no such question waits for a GPU.
+goes over a gloo group of its own, so that none of it waits for a GPU.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _FOR_EVER = timedelta(days=30)
 class ProcessGroup:
     """All processes of a run, over torch.distributed's default group; without one this process is alone.
 
-    Every process must call the methods at the same place. A context manager.
+    Methods are collective: every process must call them in the same order. A context manager.
 
     Attributes:
         world, rank: number of processes and the own number; first: whether this one writes files and prints.
-        timeout: how long a question waits for the other processes.
+        timeout: how long a call waits for the other processes.
     """
 
     def __init__(self, timeout: timedelta = timedelta(hours=6)) -> None:
@@ -89,7 +89,7 @@ def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool =
 
     Raises:
         ConfigError: more processes on this node than GPUs, or an incomplete environment.
-        TrainingError: the others did not come in time.
+        TrainingError: the others did not join in time.
     """
     world, local = environment_number("WORLD_SIZE", 1), environment_number("LOCAL_RANK", 0)
     rank = environment_number("RANK", 0)
@@ -115,16 +115,17 @@ def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool =
 
 
 def leave_processes(clean: bool) -> None:
-    """End the process group; after a failure the others may never come to do it together, so nothing is waited for."""
+    """End the process group; after a failure without waiting, because the others may never reach this point."""
     if dist.is_available() and dist.is_initialized() and (clean or dist.get_world_size() == 1):
         dist.destroy_process_group()
 
 
 def _join(backend: str, timeout: timedelta) -> None:
-    """Meet the other processes.
+    """Join the other processes.
 
     Raises:
-        ConfigError: an incomplete environment. TrainingError: they did not come in time, or nobody is at the address.
+        ConfigError: an incomplete environment. TrainingError: they did not join in time, or nothing listens at the
+            address.
     """
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):

@@ -14,7 +14,7 @@ class Ema:
         self.shadow = {n: p.detach().clone().float() for n, p in modules.named_parameters() if p.requires_grad}
 
     def update(self, modules: nn.Module, step: int) -> None:
-        """Move the average; the decay is lower at the start, so early weights are forgotten quickly."""
+        """Update the average; the decay is lower at the start, so that early weights count little."""
         decay = min(self.decay, (1 + step) / (10 + step))
         own = dict(modules.named_parameters())
         for name, average in self.shadow.items():

@@ -1,4 +1,4 @@
-"""How a training run ends when the machine fails it: memory, a dead process, a disk; each as one sentence."""
+"""Failures of the machine during training (memory, a dead process, a disk), each reported as one sentence."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken 
 
 
 class TrainingError(SeedError):
-    """A run that cannot go on: a loss that is not finite, no memory, a process that died, a disk that is full."""
+    """A run that cannot continue: a loss that is not finite, no memory, a process that died, a disk that is full."""
 
 
 @contextmanager
 def translate_errors(where: str, saved: str) -> Iterator[None]:
-    """Turns the failures of a step into sentences.
+    """Translate the failures of a step into sentences.
 
     Args:
         where: what was being done (`"step 12"`).
-        saved: what is on the disk, as the sentence ends.
+        saved: what is on the disk; the end of the sentence.
 
     Raises:
         TrainingError: out of memory, another process is gone, or fp16 gradients that overflow at DeepSpeed's smallest
@@ -67,7 +67,7 @@ class Watchdog:
     """Ends this process with a sentence when a step takes longer than `seconds`: some other process hangs.
 
     A collective that waits for a dead process does not return to Python, so a thread has to do it. A context manager;
-    `beat` says that the run is alive; before the first one (models load, kernels compile) nothing is watched.
+    `beat` restarts the clock; before the first one (models load, kernels compile) nothing is watched.
     """
 
     def __init__(self, seconds: float, program: str, saved: str = "nothing was saved yet") -> None:
@@ -86,7 +86,7 @@ class Watchdog:
         self._ended.set()
 
     def beat(self, what: str, saved: str) -> None:
-        """The run begins `what`, with `saved` on the disk."""
+        """Restart the clock: the run begins `what`, with `saved` on the disk."""
         self.what, self.saved, self._last = what, saved, time.monotonic()
 
     def _watch(self) -> None:

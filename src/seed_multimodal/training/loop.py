@@ -1,9 +1,9 @@
 """The one restartable training loop: from a nano stage on one core to a language model on many nodes.
 
 Every number of a step follows from (seed, step, process): sample order from the task, dropout and augmentation from a
-seed per micro-step. A run killed at any step and started again goes on with the same losses to the last bit (on a
-CPU). With bf16, the default, products are computed under autocast with fp32 master weights on every device, which on
-recent CPUs is about twice as fast as fp32.
+seed per micro-step. A run killed at any step and started again continues with bit-equal losses (on a CPU). With bf16,
+the default, products are computed under autocast with fp32 master weights on every device, which on recent CPUs is
+about twice as fast as fp32.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from seed_multimodal.training.zero import ZeroEngine
 
 @dataclass
 class StepResult:
-    """What came of a step. `made`: weights have moved; `stopped`, `save`: some process was asked to stop, or a
-    checkpoint is due by time; `ended`: the data of all processes have ended; `problem`: why nobody may go on."""
+    """Result of a step. `made`: weights were updated; `stopped`, `save`: some process was asked to stop, or a
+    checkpoint is due by time; `ended`: the data of all processes have ended; `problem`: why the run must end."""
 
     made: bool = False
     problem: str = ""
@@ -69,7 +69,8 @@ def train(task: Task, settings: LoopSettings, folder: str | Path, *, group: Proc
         The run's record, also `folder/task.record_file`: steps, seconds and the task's own measures.
 
     Raises:
-        ConfigError: settings no run can follow. CheckpointError: a checkpoint of another run, or none that is complete.
+        ConfigError: settings that contradict each other. CheckpointError: a checkpoint of another run, or none that is
+        complete.
         TrainingError: a loss or gradient that is not finite, a disk that cannot be written, a process that died.
             Checkpoints stay as they were.
         SystemExit: 143 after SIGTERM: the step was finished and saved. With several processes, data workers must
@@ -97,11 +98,11 @@ def run_task(task: Task, settings: LoopSettings, home: Path, group: ProcessGroup
 
 
 class Run:
-    """One task on its way through the loop, in one process."""
+    """One training run of a task, in one process."""
 
     def __init__(self, task: Task, settings: LoopSettings, home: Path, group: ProcessGroup, watchdog: Watchdog,
                  device: torch.device | None) -> None:
-        """Find the checkpoint to go on from, let the task build its module, restore. Raises as `train`."""
+        """Find the checkpoint to resume from, let the task build its module, restore. Raises as `train`."""
         self.task, self.settings, self.home, self.group, self.watchdog = task, settings, home, group, watchdog
         self.store = CheckpointStore(home / task.checkpoint_folder, group, limit=settings.keep,
                                      asynchronous=settings.async_save, save_frozen=settings.save_frozen, log=self.say)
@@ -138,13 +139,13 @@ class Run:
         task.prepared(self)
 
     def close(self) -> None:
-        """Finish logs; a checkpoint under way is completed."""
+        """Finish logs and the checkpoint that is being written."""
         self.store.join()
         self.log.close()
         self.engine.close()
 
     def train(self) -> dict[str, Any]:
-        """Make the steps that are left; returns the record."""
+        """Make the remaining steps; returns the record."""
         task, settings = self.task, self.settings
         self.engine.model.train()
         task.module.train()
@@ -177,7 +178,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------------- a step
 
     def _step(self, stop: StopRequest) -> StepResult:
-        """Micro-steps, agreement of all processes, and only then new weights."""
+        """Micro-steps, agreement of all processes, and only then the update of the weights."""
         task, engine, group = self.task, self.engine, self.group
         rate = task.learning_rate(self.step)
         engine.set_rate(rate)
@@ -234,7 +235,7 @@ class Run:
         self.log.add(self.step, numbers)
 
     def _failure(self, problem: str) -> Exception:
-        """The sentence for a step that must not be made."""
+        """Why the weights must not be updated, as a sentence."""
         self.store.join()
         own = self.store.problem or self.log.problem
         return own or TrainingError(f"{problem} at step {self.step + 1}; {self.store.description()}.")
@@ -306,7 +307,7 @@ class Run:
     # ---------------------------------------------------------------------------------------------------- the start
 
     def _saved(self, folder: Path | None) -> SavedState:
-        """What the checkpoint to go on from says, if this run can go on from it."""
+        """State of the checkpoint to resume from, if this run may."""
         if folder is None:
             return SavedState()
         saved = read_states(folder)
@@ -318,7 +319,7 @@ class Run:
         return saved
 
     def say(self, text: str) -> None:
-        """A line of the first process that is no numbers."""
+        """Log a line of text, in the first process only."""
         if self.group.first:
             print(f"[{self.task.name}] {text}", flush=True)
 

@@ -1,4 +1,4 @@
-"""How long, how fast and how exactly a task trains: the typed settings of the training loop."""
+"""The typed settings of the training loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 
 @dataclass(kw_only=True)
 class LoopSettings:
-    """What the loop reads; `steps` counts optimiser steps of `accumulate` micro-steps in each process.
+    """Settings of the loop; `steps` counts optimiser steps of `accumulate` micro-steps in each process.
 
     Attributes:
         precision: what products are computed in; trained weights are kept in fp32 beside it.
@@ -26,7 +26,7 @@ class LoopSettings:
         resume: `auto` (from the newest complete checkpoint of the folder), `never`, or a checkpoint's folder.
         start: a checkpoint, or a folder of them, whose weights (not the optimiser) the first step starts from.
         curves: draw `curves.png` from the log at the end.
-        further: a completed run goes on if it is asked for more steps.
+        further: a completed run continues if it is asked for more steps.
         timeout_minutes: how long one step may wait for another process; 0 waits for ever.
         fsdp: spread weights, gradients and optimiser states over the processes with FSDP2.
     """

@@ -1,4 +1,4 @@
-"""How the numbers of steps become a line of the log; what a meter holds is part of a checkpoint."""
+"""Meters: they turn the numbers of steps into log lines; their state is part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Meter(Protocol):
         ...
 
     def text(self, line: Mapping[str, float]) -> tuple[str, str]:
-        """A line in words: the losses and the like, and the speed."""
+        """The line as text: losses, other numbers, speed."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -36,7 +36,7 @@ class OptimSettings:
         decay: `all`: weight decay on everything trained, as released; `matrices`: not on norms and biases.
         warmup_steps: used instead of `warmup_ratio` (rounded up) if above 0.
         min_lr_ratio: the last step's rate over the highest.
-        schedule_per_micro_batch: SEED-X's habit, see `schedules.scheduled_rate`.
+        schedule_per_micro_batch: as in SEED-X, see `schedules.scheduled_rate`.
     """
 
     name: str = setting("adamw", choices=("adamw", "adamw_hf", "muon"))
@@ -110,7 +110,7 @@ class AdamWHf(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move every parameter that has a gradient; returns what `closure` returns."""
+        """Update every parameter that has a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -172,12 +172,12 @@ class MuonWithAdamW:
         return [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self) -> None:
-        """Move all weights."""
+        """Update all weights."""
         for part in self.parts.values():
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for part in self.parts.values():
             part.zero_grad(set_to_none=set_to_none)
 

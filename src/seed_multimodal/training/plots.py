@@ -42,7 +42,7 @@ class Curves:
 
 
 def save_curves(folder: str | Path, log: Callable[[str], None] = print) -> None:
-    """Draw all logs of a run's folder into its `curves.png`; what prevents it is a line of the log, never an error.
+    """Draw all logs of a run's folder into its `curves.png`; a failure is logged, never raised.
 
     To be called at the end of a run, in the first process only.
     """
@@ -78,7 +78,7 @@ def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
 
 
 def find_logs(run: Path) -> list[Path]:
-    """The logs of a run: the file itself, or those in the folder, without those that a new run has put aside.
+    """The logs of a run: the file itself, or those in the folder except the ones that a new run has renamed.
 
     Raises:
         DataError: there is none.
@@ -96,8 +96,8 @@ def find_logs(run: Path) -> list[Path]:
 def read_curves(log: Path) -> Curves:
     """The numbers of a log by quantity and step; of a step that is there twice (made again after a kill) the last.
 
-    Lines that are empty, torn or hold no step are passed over; so are values that are no numbers. NaN and infinity
-    stay, as gaps.
+    Lines that are empty, torn or without a step are skipped; so are values that are not numbers. NaN and infinity stay,
+    as gaps.
 
     Raises:
         DataError: it cannot be read, or holds no numbers.
@@ -209,7 +209,7 @@ def _panels(runs: Sequence[Curves]) -> list[str]:
 
 
 def _labels(logs: Sequence[Path]) -> list[str]:
-    """A short name of each run: of folder and log what tells them apart."""
+    """A short label of each run: the parts of folder and log name that differ."""
     places = [(*log.absolute().parent.parts, log.name.removesuffix(SUFFIX)) for log in logs]
     if len(places) == 1:
         return ["/".join(places[0][-2:])]

@@ -34,7 +34,7 @@ class RunLog:
     share and peak memory (the largest).
 
     Attributes:
-        problem: the sentence for a log that could not be written (a full disk).
+        problem: why a log could not be written (a full disk), as a sentence.
     """
 
     def __init__(self, name: str, settings: LoopSettings, step: int, home: Path, group: ProcessGroup,
@@ -68,8 +68,8 @@ class RunLog:
         return self.home / f"{self.name}.log.jsonl"
 
     def add(self, step: int, more: Mapping[str, float] | None = None) -> None:
-        """A step was made and is in the meter; write a line if one is due. `more` (of an evaluation) stands in the
-        line as it is, or in one of its own, and makes one due."""
+        """Count a step that the meter already holds and write a line if one is due. `more` (an evaluation's numbers) is
+        always written: in this step's line, or in one of its own."""
         merged = {} if self.meter.own_evaluation_line else dict(more or {})
         self.waiting = bool(step % self.settings.log_every and step != self.settings.steps and not merged)
         if not self.waiting:
@@ -80,7 +80,7 @@ class RunLog:
             self.write(step, {"step": step, **more})
 
     def finish(self, step: int) -> None:
-        """The run ends here, perhaps between two lines: write that of the steps since the last one."""
+        """End of the run: write a line for the steps since the last one."""
         if self.waiting:
             self.waiting = False
             self._write_line(step, {})
@@ -105,17 +105,17 @@ class RunLog:
                                          f"{disk_reason(error)}.")
 
     def pause(self, seconds: float) -> None:
-        """Time that went into something else than steps (saving): rates leave it out."""
+        """Leave time spent outside of steps (saving) out of the rates."""
         self.mark += seconds
 
     def last_line_with(self, key: str) -> dict[str, float]:
-        """The last line of the log that has a key; the first process's, in all processes."""
+        """The last line of the first process's log that has a key; the same in all processes."""
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.group.first and self.file.is_file() else []
         found: dict[str, float] = next((json.loads(line) for line in reversed(lines) if f'"{key}"' in line), {})
         return self.group.gather(found)[0]
 
     def close(self) -> None:
-        """Finish TensorBoard's and wandb's files; that one cannot be written is a `problem`."""
+        """Finish TensorBoard's and wandb's files; a failure to write becomes `problem`."""
         try:
             if self.board is not None:
                 self.board.close()
@@ -168,7 +168,7 @@ class RunLog:
 def drop_lines_after(step: int, log: Path) -> None:
     """Drop log lines of steps that a killed run made after its last save (they are made again) and a torn line.
 
-    A log of which nothing would stay is another run's, or of one killed before its first save: it becomes
+    A log of which nothing would remain belongs to another run, or to one killed before its first save; it is renamed to
     `NAME.log.old.jsonl`.
 
     Raises:
@@ -220,7 +220,7 @@ def _open_wandb(settings: LoopSettings, home: Path) -> Any:
 
 
 def merge(lines: list[dict[str, float]]) -> dict[str, float]:
-    """One line out of every process's: counts (int) summed, wait and memory their largest, the rest averaged."""
+    """The processes' lines as one: counts (int) summed, the largest wait and memory, the rest averaged."""
     merged: dict[str, float] = {}
     for key in dict.fromkeys(key for line in lines for key in line):
         values = [line[key] for line in lines if key in line]

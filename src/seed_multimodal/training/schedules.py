@@ -40,9 +40,9 @@ def scheduled_rate(
     """The language models' schedules: linear warm-up from 0, then `kind`, down to `lr · floor` at `max_steps`.
 
     Args:
-        kind: cosine, linear, constant_with_warmup, or constant (which knows no warm-up).
+        kind: cosine, linear, constant_with_warmup, or constant (without warm-up).
         step: optimiser steps taken before this one; the first has a rate of 0 if there is a warm-up.
-        micro_batches: SEED-X's loop moves its schedule once a micro-batch; the number of them in an optimiser step
+        micro_batches: SEED-X's loop advances its schedule once per micro-batch; the number of them in an optimiser step
             then makes warm-up and decay so much faster, and every step takes the rate of its last micro-batch.
         clamp: stay at the end's rate beyond `max_steps`. The released schedules rise again along the cosine.
 
@@ -75,7 +75,7 @@ def epoch_rate(
     """LAVIS's `linear_warmup_cosine_lr` (with `decay_rate`: `linear_warmup_step_lr`), as the tokenizers were trained.
 
     Args:
-        iteration: inside the epoch. Only the first epoch looks at it: it warms up from `warmup_lr` (default: `lr`)
+        iteration: inside the epoch. It matters in the first epoch only, which warms up from `warmup_lr` (default: `lr`)
             over `warmup` iterations and then stays; every later epoch has one rate.
     """
     if epoch == 0:

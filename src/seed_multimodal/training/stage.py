@@ -27,7 +27,7 @@ Loss = Callable[[nn.Module, int], tuple[Tensor, Mapping[str, Any]]]
 
 
 class OwnState(Protocol):
-    """What a process keeps for itself, such as the samples it found unreadable; `state_dict` is for JSON."""
+    """State of one process, such as the samples it found unreadable; `state_dict` is JSON-able."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -46,7 +46,7 @@ class StageTask(Task):
         after_step, status, schedule: as the methods of `Task`; `learning_rate` is linear warm-up and cosine.
         optimizer: trains (some of) the parameters of `module`; AdamW on all that need gradients by default.
         cost: of a sample, for the log's `tflops` and `mfu`.
-        state: what each process keeps for itself; saved and restored with the checkpoints.
+        state: each process's own state; saved and restored with the checkpoints.
         wrapped_part: what several processes wrap and `loss` gets; `module` by default.
         parallel: False if `loss` calls parts of `module` past its `forward`, which no engine for several processes can
             follow.
@@ -109,7 +109,7 @@ class StageTask(Task):
                 "samples_per_step": self.settings.batch_size * self.settings.accumulate * world}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """Only as many processes and samples per step go on with the same numbers."""
+        """Refuse another number of processes or of samples per step: the order of samples follows from both."""
         refuse_other_numbers(folder, saved, now, {"processes": "processes", "samples_per_step": "samples per step"},
                              self.start_hint)
         return []

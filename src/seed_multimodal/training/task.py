@@ -1,4 +1,4 @@
-"""What the loop trains: a task brings a module, an optimiser, a loss per micro-step, and what is particular to it."""
+"""The interface between the loop and what it trains: module, optimiser, loss per micro-step, files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHTS = "model.safetensors"
 
 
 class Task:
-    """One training; the loop asks it for everything that is not the same for all.
+    """One training: everything that differs between trainings. The loop calls these methods.
 
     Attributes:
         name: prefix of console lines and of the files NAME.log.jsonl and NAME.done.json.
@@ -28,7 +28,7 @@ class Task:
         averages: the loss of a step is the mean of its micro-steps' losses; else their sum.
         ddp_options: options of DistributedDataParallel.
         layer_classes: names of the layers' classes that FSDP2 takes as units.
-        config: the resolved configuration; `quiet_keys`: what of it is not mentioned if it differs at a resume.
+        config: the resolved configuration; `quiet_keys`: keys whose change is not reported at a resume.
     """
 
     name: str
@@ -69,7 +69,8 @@ class Task:
         return None
 
     def prepared(self, run: Any) -> None:
-        """Everything is restored and the first step may come; `run` is the `loop.Run`, with its engine and log."""
+        """Called once everything is restored, before the first step; `run` is the `loop.Run`, with its engine and
+        log."""
 
     def learning_rate(self, step: int) -> float:
         """Rate of optimiser step `step` (from 0); times a group's `lr_scale` if it has one."""
@@ -108,29 +109,29 @@ class Task:
         return {}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
-        """The end of the run in words."""
+        """Lines that summarise the run at its end."""
         return [f"done: {json.dumps(record)}"]
 
     def gather_report(self, group: Any) -> Mapping[str, Any]:
-        """At the end, in every process, before `finish`: what the record says of all processes."""
+        """At the end, in every process, before `finish`: collects what the record holds of all processes."""
         return {}
 
     # ---------------------------------------------------------------------------------------------- the checkpoints
 
     def identity(self, world: int) -> dict[str, Any]:
-        """What trainer_state.json says of the run, for `check_resume`."""
+        """What trainer_state.json records of the run, for `check_resume`."""
         return {"world_size": world}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """Refuse a checkpoint that this run cannot go on from; returns remarks on what differs and may."""
+        """Refuse a checkpoint that this run cannot resume from; returns remarks on permitted differences."""
         return []
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What this process keeps for itself (its place in the data, bad samples), for JSON."""
+        """State of this process alone (position in the data, bad samples), JSON-able."""
         return {}
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
-        """Take back what all processes' `state_dict` gave, in the order of ranks."""
+        """Restore from the `state_dict`s of all processes, in the order of ranks."""
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What a checkpoint holds of the module.

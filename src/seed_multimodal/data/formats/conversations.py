@@ -1,4 +1,4 @@
-"""Conversations of any spelling -> `messages`: LLaVA's json, SEED-X's jsonl, chat lists with roles.
+"""Conversations of any known format -> `messages`: LLaVA's json, SEED-X's jsonl, chat lists with roles.
 
     fields["messages"] = [{"role": "user" | "assistant", "content": [part, ...]}, ...]
     part = "text" | {"codes": [12, 7, ...]} | {"codes": [[...], [...]]} (views of one picture) | {"image": "a.jpg"}
@@ -52,7 +52,7 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     else:
         return fields
     placed = any(not isinstance(part, str) for _, content in turns for part in content)
-    # Pictures that stand in the turns already: what `image` says beside them is where they came from.
+    # Pictures that stand in the turns already: `image` beside them is their origin only.
     pictures = [] if placed and not _placeholders(turns) else _pictures(fields, turns, where)
     if pictures and "data" in fields and not _placeholders(turns):
         turns[0][1][:0] = [PLACEHOLDER] * len(pictures)
@@ -133,7 +133,7 @@ def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _pictures(fields: Mapping[str, Any], turns: Sequence[tuple[str, list[Part]]], where: str) -> list[Part]:
-    """What the placeholders stand for, in order."""
+    """The pictures that replace the placeholders, in order."""
     codes = fields.get("image_ids")
     if codes is not None:
         codes = _list(codes, f"{where}: 'image_ids'")
@@ -152,7 +152,7 @@ def _placeholders(turns: Sequence[tuple[str, list[Part]]]) -> int:
 
 
 def _put_in(turns: list[tuple[str, list[Part]]], pictures: list[Part], where: str) -> None:
-    """Each placeholder becomes its picture; parts that become empty go."""
+    """Replace each placeholder by its picture; empty parts are dropped."""
     count = _placeholders(turns)
     if count != len(pictures):
         raise BadRecord("images and placeholders", f"{where}: {count} {PLACEHOLDER} placeholder{'s' * (count != 1)} "
@@ -163,7 +163,7 @@ def _put_in(turns: list[tuple[str, list[Part]]], pictures: list[Part], where: st
 
 
 def with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Part]:
-    """The parts of a turn with the next of `pictures` in the place of each placeholder; empty texts go."""
+    """The parts of a turn with the next of `pictures` in the place of each placeholder; empty texts are dropped."""
     parts: list[Part] = []
     for part in content:
         if not isinstance(part, str):

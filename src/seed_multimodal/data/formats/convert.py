@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class ShardReport:
-    """What became of one shard; `name` is its path below the output folder."""
+    """Result of one shard; `name` is its path below the output folder."""
 
     name: str
     source: str
@@ -48,7 +48,8 @@ class ShardReport:
 
 @dataclass
 class ConvertReport:
-    """What a run did: shards converted now, found done, refused (a sentence each); `samples` over all that are done."""
+    """Result of a run: shards converted now, already done, refused (a sentence each); `samples` over all that are
+    done."""
 
     converted: int = 0
     kept: int = 0
@@ -66,7 +67,7 @@ def convert_shards(
     workers: int = 1,
     progress: bool = True,
 ) -> ConvertReport:
-    """Convert tars (patterns, folders) into `out`, keeping their folders below what they have in common.
+    """Convert tars (patterns, folders) into `out`, keeping their folders below the common one.
 
     Args:
         skip_bad: leave out refused samples (they are named and counted) instead of their whole shard.
@@ -112,7 +113,7 @@ def convert_shards(
 
 
 def _names(tars: Sequence[str | Path], out: Path) -> dict[str, Path]:
-    """Each shard by its path below the folder that all have in common; what lies in `out` is no input."""
+    """Each shard by its path below the common folder; files in `out` are no input."""
     paths = [path for path, _ in find_files(tars, "tar") if not path.resolve().is_relative_to(out.resolve())]
     if not paths:
         raise DataError(f"{out}: holds all the shards that are to be converted; give another --out.")
@@ -198,7 +199,7 @@ def _run(jobs: dict[str, Path], out: Path, skip_bad: bool, workers: int,
                 yield name, _one(path, out / name, name, skip_bad)
                 bar.update()
             return
-        # Fresh processes: this one may hold threads, which a forked one would find dead.
+        # Spawned processes: this one may hold threads, which do not survive a fork.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
             running = {pool.submit(_one, path, out / name, name, skip_bad): name for name, path in jobs.items()}

@@ -1,4 +1,4 @@
-"""Which files are meant: patterns with webdataset's braces (`{000..123}`, `{a,b}`) and wildcards, folders, formats."""
+"""Input files by patterns with webdataset's braces (`{000..123}`, `{a,b}`) and wildcards, by folder, by format."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def find_files(given: Sequence[str | Path], format: str = "auto") -> list[tuple[
 
 
 def nearest_path(path: str | Path) -> str:
-    """` (did you mean data/nano64?)` for a path that is not there: what lies beside its first part that is missing and
-    has almost its name; an empty string where there is nothing, or too much to compare it all."""
+    """` (did you mean data/nano64?)` for a path that is not there: the most similar name beside its first missing part;
+    an empty string where there is none, or too many to compare."""
     place = Path(path)
     while not place.parent.is_dir() and place.parent != place:
         place = place.parent
@@ -87,7 +87,7 @@ def nearest_path(path: str | Path) -> str:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """What a pattern spells out by braces, in the order written; itself without any."""
+    """The patterns that a pattern's braces expand to, in the order written; without braces the pattern itself."""
     try:
         yield from braceexpand(pattern, escape=False)
     except ValueError:  # unbalanced: the name of a file may hold one
@@ -95,7 +95,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _matches(name: str) -> Iterable[Path]:
-    """What is there of this name (also one with brackets in it), or of this pattern of wildcards."""
+    """Existing paths of this name (which may hold brackets) or matching this pattern of wildcards."""
     return [Path(name)] if Path(name).exists() else sorted(map(Path, glob.glob(name, recursive=True)))
 
 
@@ -142,7 +142,7 @@ def _in_folder(folder: Path, format: str) -> dict[Path, str]:
 
 
 def _is_note(path: Path) -> bool:
-    """Whether a file of a folder says how an extraction went; a list of records may have the same name."""
+    """Whether a file of a folder is a report of pre-tokenisation; a list of records may have the same name."""
     if path.name not in OF_EXTRACTIONS:
         return False
     try:

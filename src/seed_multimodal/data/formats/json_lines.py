@@ -1,4 +1,4 @@
-"""Where the records of a .jsonl or .json file lie, found without keeping the file in memory."""
+"""Positions of the records in a .jsonl or .json file, found without keeping the file in memory."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class _Scanner:
         self.bom = file.peek(3).startswith(BOM)
         self.decode = codecs.getincrementaldecoder("utf-8-sig")()
         self.parse = json.JSONDecoder().raw_decode
-        self.text, self.place = "", 0  # the window, and where in it the next thing stands
+        self.text, self.place = "", 0  # the window, and the position in it
         self.byte = 0  # the byte in the file of `text[place]`
         self.line = 1
         self.item = -1
@@ -163,7 +163,7 @@ class _Scanner:
             self._step(1)
 
     def _enter(self) -> str:
-        """Into the list under one of `LISTS` of the object that opens here; gives "[" when it is found."""
+        """Enter the list under one of `LISTS` of the object that opens here; returns "[" when it is found."""
         self._step(1)
         while self._next() == '"':
             key = self._value()
@@ -180,7 +180,7 @@ class _Scanner:
         return ""
 
     def _finish(self) -> None:
-        """What follows a list under a key is not looked at; after a bare list nothing may follow."""
+        """Check that nothing follows a bare list; what follows a list under a key is ignored."""
         self._step(1)
         rest = self._next()
         if rest and rest not in ",}":
@@ -198,19 +198,19 @@ class _Scanner:
                 return ""
 
     def _value(self) -> Any:
-        """Passes over one json value and gives it."""
+        """Parse one json value and move past it."""
         while True:
             problem: Exception
             try:
                 value, end = self.parse(self.text, self.place)
                 if end < len(self.text) or self.ended or self.text[end - 1] in '"]}':
                     self._step(end - self.place)
-                    return value  # a number at the window's end might go on
+                    return value  # a number may continue past the window's end
                 problem = ValueError("breaks off")
             except json.JSONDecodeError as error:
                 problem = error
-                # Deep inside the window it is broken for good; at its end, or in an open string, there may be more.
-                if not error.msg.startswith("Unterminated string") and error.pos < len(self.text) - 16:
+                # Deep inside the window it is an error; at its end, or in an open string, more text may complete it.
+                # if not error.msg.startswith("Unterminated string") and error.pos < len(self.text) - 16:
                     raise self._broken(error.msg, error.pos) from None
             except RecursionError:
                 raise self._broken("it is nested too deeply") from None
@@ -225,8 +225,8 @@ class _Scanner:
             self.place += count
 
     def _more(self) -> bool:
-        """Drop what was passed and read on: at least as much as is still there, so that a huge item is not read over
-        and over again; False at the end."""
+        """Drop the text already parsed and read more: at least as much as is left, so that a huge item is not parsed
+        over and over again; False at the end."""
         if self.ended:
             return False
         data = self.file.read(max(BLOCK // 4, len(self.text) - self.place))

@@ -37,7 +37,7 @@ class NanoFile:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """What the set says of itself: `size` of the pictures, number of `records`, `files`.
+        """The set's manifest: `size` of the pictures, number of `records`, `files`.
 
         Raises:
             DataError: it is no json, or lacks one of these.

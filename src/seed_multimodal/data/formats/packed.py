@@ -19,7 +19,7 @@ class PackedStrings:
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> PackedStrings:
-        """Pack strings; undecodable file names survive, halves of surrogate pairs (of json) become question marks."""
+        """Pack strings; undecodable file names are kept, halves of surrogate pairs (of json) become question marks."""
         data, ends = bytearray(), []
         for string in strings:
             try:

@@ -4,7 +4,7 @@
     source.read(17)                # Pair(key, name, image, captions)
 
 Nothing is decoded here. A missing picture is an ImageError (the training set replaces the sample); a missing or
-unusable caption is a DataError naming file and sample, since then the set is not the one that was meant.
+unusable caption is a DataError naming file and sample, since it points to a wrong data set or key.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from seed_multimodal.settings import check_keys, nearest
 class Pair:
     """The picture's file (bytes, or where it lies) and the captions (at least one) of a record.
 
-    `name` is how errors and logs call it: `file: sample`.
+    `name` identifies it in errors and logs: `file: sample`.
     """
 
     key: str
@@ -196,7 +196,7 @@ def open_pairs(spec: Mapping[str, Any]) -> PairSource:
 
     Raises:
         ConfigError: an unknown format, an unknown key (the nearest is named), or a missing one.
-        DataError: what the source says.
+        DataError: as the source's class.
     """
     plain = OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else dict(spec)
     assert isinstance(plain, dict)
@@ -227,7 +227,8 @@ def _captions(item: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 
 def _whole_letters(text: str) -> str:
-    """The text with `?` for half a surrogate pair: what captions cut in an emoji end in, and no tokenizer takes."""
+    """The text with `?` for half a surrogate pair: captions cut inside an emoji end in one, and no tokenizer accepts
+    it."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -33,13 +33,13 @@ class RowGroups:
             while len(self._groups) >= self.kept:
                 self._groups.popitem(last=False)
             with _opened(path) as file:
-                # One thread: arrow's pool does not live on in forked workers.
+                # One thread: arrow's thread pool does not survive a fork.
                 self._groups[key] = file.read_row_group(number, use_threads=False)
         self._groups.move_to_end(key)
         return self._groups[key]
 
     def clear(self) -> None:
-        """Forget them."""
+        """Drop them."""
         self._groups.clear()
 
 
@@ -74,7 +74,7 @@ class ParquetFile:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A parquet file for one reading; what arrow says becomes a sentence."""
+    """A parquet file for one reading; arrow's errors become one sentence."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""Reads the released shards' pickles as data: nothing in them is ever run.
+"""Reads the released shards' pickles as data: nothing in them is executed.
 
 A pickle is a program that may call any function by name. Here the names of numpy's own array pickles lead to inert
 stand-ins that only collect numbers, every other name is refused before it is looked up, and the sizes that a pickle
@@ -28,7 +28,7 @@ _BROKEN = (UnpicklingError, AttributeError, EOFError, IndexError, KeyError, Type
 
 
 class _Refused(Exception):
-    """What a pickle asks for and does not get."""
+    """Something a pickle requests that is not allowed."""
 
     def __init__(self, kind: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -56,7 +56,8 @@ def read_pickle(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _check_sizes(data: bytes) -> None:
-    """Walk the opcodes without running them; a place in the memo far beyond their number would be allocated at once."""
+    """Walk the opcodes without running them; a memo index far beyond their number would allocate a huge list at
+    once."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if "PUT" in opcode.name and int(argument or 0) > count + 256:
             raise ValueError(f"it numbers an object {argument}")
@@ -65,7 +66,7 @@ def _check_sizes(data: bytes) -> None:
 
 
 class _Plain(Unpickler):
-    """An unpickler that knows no functions but the stand-ins below."""
+    """An unpickler that resolves names to the stand-ins below only."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in of a name of numpy's pickles; called for every global, before anything is imported."""
@@ -77,7 +78,7 @@ class _Plain(Unpickler):
 
 
 class _Inert:
-    """What a name stands for: something to call at most, that a pickle can neither change nor give a state."""
+    """Base of the stand-ins: at most callable, and immutable for the pickle."""
 
     __slots__ = ("_call",)
 
@@ -131,7 +132,7 @@ class _Array:
         self.size = 0
 
     def fill(self, dtype: Any, data: Any, shape: Any, fortran: bool) -> None:
-        """Take the numbers that a pickle gives."""
+        """Set the numbers from a pickle's state."""
         if not isinstance(dtype, _Dtype):
             raise UnpicklingError("an array has no numpy type")
         self.value, self.size = dtype.numbers(data, shape, fortran), len(data)
@@ -167,7 +168,7 @@ STAND_INS: dict[tuple[str, str], _Inert] = {
 
 
 class _Json:
-    """Turns what was read into json's types, and counts while doing so."""
+    """Converts the result to json's types and counts the items."""
 
     def __init__(self, where: str) -> None:
         self.where, self.nodes = where, 0

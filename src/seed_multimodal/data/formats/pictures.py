@@ -13,7 +13,7 @@ PICTURE_ENDINGS = (*(f".{key}" for key in IMAGE_KEYS), ".bmp", ".gif", ".tif", "
 
 
 class PictureFolder:
-    """The pictures of a folder, at any depth, by number; hidden files are passed over."""
+    """The pictures of a folder, at any depth, by number; hidden files are skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,7 +1,7 @@
-"""The one record of all data: what a reader gives, what a decoder, a picture–text pair or an extraction is made of.
+"""The one record type of all data: readers return it; decoders, picture–text pairs and pre-tokenisation take it.
 
 Every format (tar, jsonl, json, parquet, a folder of pictures, the nano set) is read into it by `records.open_records`.
-A record that is not read yet knows where its parts lie and is small, so that it can be sent to a worker process.
+A record that is not read yet holds only the positions of its parts, so that it can be sent to a worker process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
 
 class FileReader(Protocol):
-    """What reads a `Place`; `tar.OpenFiles` does."""
+    """Reads a `Place`; implemented by `tar.OpenFiles`."""
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`."""
@@ -40,7 +40,7 @@ class Record:
             `messages` for conversations (see `conversations`).
         members: other parts by lower-case extension (`jpg`, `txt`, and `json` until it is parsed), read or not.
         file: the file it stands in, which paths of pictures may be relative to.
-        problem: a sentence if the record cannot be used and that is known before it is read.
+        problem: why the record cannot be used, where that is known before it is read.
     """
 
     key: str
@@ -74,7 +74,7 @@ class Record:
 
 
 class BadRecord(DataError):
-    """A record that cannot be used; `kind` is what is wrong in a word or two, for counting."""
+    """A record that cannot be used; `kind` names the defect in a word or two, for counting."""
 
     def __init__(self, kind: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -130,7 +130,7 @@ def shown(value: Any) -> str:
 
 
 def find_image(path: str, root: str | Path | None = None, beside: str | Path | None = None) -> Path | None:
-    """Where the picture of a record lies, or None.
+    """Path of a record's picture, or None.
 
     Args:
         path: as the record names it. A leading slash may mean `root`, as in SEED-X's lists.

@@ -4,9 +4,9 @@
     source.read(17)                                               # Record(key, where, fields)
     source.locate(17)                                             # the same, unread
 
-Every source is map-style, so that the order of training can be a function of (seed, step). What is kept of a file is
-where its records lie (8 to 40 bytes each); a file is indexed when its length is first asked for. Index before forking
-workers (`len(source)`), so that they share it.
+Every source is map-style, so that the order of training can be a function of (seed, step). Only the positions of its
+records are kept of a file (8 to 40 bytes each); a file is indexed when its length is first asked for. Index before
+forking workers (`len(source)`), so that they share it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PICKLED = ("pkl", "pickle")
 
 
 class RecordFile(Protocol):
-    """The records of one file by number; `sizes` are those of its pieces that are read together."""
+    """The records of one file by number; `sizes` counts the records of each piece that is read together."""
 
     path: Path
 
@@ -94,7 +94,7 @@ def open_records(
     Args:
         format: tar, jsonl, json or parquet; auto goes by each file's suffix, and by the kind of file a folder holds.
             `folder`: pictures with their captions in .txt files beside them. `nano`: the nano set (None: where it is).
-        name: how logs and counts call the source; default: what was given as `files`.
+        name: name of the source in logs and counts; default: what was given as `files`.
         index_folder: where the indexes of tars are kept between runs.
 
     Raises:
@@ -154,7 +154,7 @@ class FileRecords:
         return record
 
     def close(self) -> None:
-        """Close the files this process holds open and forget rows kept in memory; reading opens them again."""
+        """Close this process's open files and drop rows kept in memory; reading opens them again."""
         self.open_files.close()
         if self._groups is not None:
             self._groups.clear()

@@ -36,7 +36,7 @@ def tar_records(path: Path, wanted: Collection[str] | None = None, *, unpack: bo
 
     Raises:
         DataError: the file cannot be opened, or is compressed.
-        Damaged: where the tar tears; the sample being read there is not whole and is left out.
+        Damaged: where the tar breaks off; the incomplete sample there is left out.
     """
     content = unpacked(path) if unpack and path.suffix in (".gz", ".tgz") else None
     current: Record | None = None

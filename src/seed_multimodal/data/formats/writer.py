@@ -14,7 +14,7 @@ from seed_multimodal.errors import DataError
 
 
 class ShardWriter:
-    """Adds records to an open shard, by webdataset's `TarWriter` without times and owners.
+    """Adds records to an open shard, through webdataset's `TarWriter` without times and owners.
 
     Args:
         file: an open file, in which the tar is written.

@@ -1,4 +1,4 @@
-"""What an LLM's training data is made of, as typed settings read from YAML.
+"""Typed settings of an LLM's training data, read from YAML.
 
     sources:                       # a list, or a mapping name -> source
       - name: captions
@@ -40,7 +40,7 @@ class SourceSettings:
             without packing, as released. With packing it is one sequence, and the weight counts `batch_size`-fold if
             the sources have batch sizes: so the numbers of sequences per source are the released ones either way.
         cycles: times through the source until it is used up; None: without end.
-        max_length: without packing: length of its padded rows. With packing it means nothing (`length` limits).
+        max_length: without packing: length of its padded rows. Unused with packing (`length` limits).
         batch_size: without packing: rows of a micro-batch; None: as many as fit into `rows` x `length` positions.
     """
 
@@ -63,11 +63,11 @@ class LlmDataSettings:
         packing: several sequences in each row of `length` positions; False: padded micro-batches of one source, as
             released.
         rows: rows of a rank's micro-step (packing).
-        too_long: what happens to a sequence longer than `length` (packing): `skip`, `truncate` (the decoder's released
-            cut on the right), or `split` (documents of the decoder `pretrain.text` become several pieces; others are
+        too_long: treatment of a sequence longer than `length` (packing): `skip`, `truncate` (the decoder's released cut
+            on the right), or `split` (documents of the decoder `pretrain.text` become several pieces; others are
             skipped). Each is counted and named. Without packing sequences are cut, as released, and counted.
-        max_bad_in_a_row: so many broken records one after another end the run.
-        concat_type: `sample` (weighted draws), `concat` (one source after the other), `mux_longest` (in turn).
+        max_bad_in_a_row: this many broken records one after another end the run.
+        concat_type: `sample` (weighted draws), `concat` (one source after the other), `mux_longest` (round robin).
         lanes: independent streams of draws, see `stream.plan`; None: a number chosen at the first start.
         shuffle_block: samples of a source with several files that are shuffled among each other (reads stay near).
         buffer: tokens of sequences, in rows of `length`, that a stream looks ahead for packing.
@@ -108,8 +108,8 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
     given = _mapping(plain, where)
     if is_released(given):
         given = released_data_config(given, [one.name for one in fields(LlmDataSettings)], where)
-    if given.get("packing") in ("on", "off"):  # YAML's words for true and false, which overrides leave as texts
-        given["packing"] = given["packing"] == "on"
+    if given.get("packing") in ("on", "off"): # overrides leave YAML's true and false as texts given["packing"] =
+        given["packing"] == "on"
     settings = read_settings(LlmDataSettings, {**given, "sources": _read_sources(given.get("sources"), where)}, where)
     _check_sources(settings, where)
     return settings
@@ -154,7 +154,7 @@ def _free_name(files: Any, taken: set[str]) -> str:
 
 
 def _check_sources(settings: LlmDataSettings, where: str) -> None:
-    """What concerns several settings together."""
+    """Checks that concern several settings."""
     endless = next((source.name for source in settings.sources[:-1] if source.cycles is None), None)
     if settings.concat_type == "concat" and endless is not None:
         raise ConfigError(f"{where}: with concat_type concat source {endless!r} needs cycles: without end it would "

@@ -66,11 +66,11 @@ class LlmBatches(StepLoader):
 
     Args:
         workers: data processes; 0 loads in this process when asked. Batches are the same either way. With packing at
-            most `lanes / (world · rows)` of them find work.
+            most `lanes / (world · rows)` of them are used.
         log: gets one sentence for each of the first few records skipped for a reason.
 
     Raises:
-        ConfigError: settings that make no sense. DataError: sources that cannot be opened.
+        ConfigError: settings that contradict each other. DataError: sources that cannot be opened.
     """
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer, *, rank: int = 0, world: int = 1,
@@ -89,11 +89,11 @@ class LlmBatches(StepLoader):
         super().__init__(self.plan, self.plan.first_row, workers, self.plan.worker_of)
 
     def at(self, step: int) -> LlmBatch:
-        """The rank's batch at a micro-step. After `restore` the first call says how the next step is called; a step
-        that does not follow the one before is reached by making all rows up to it (a while, when packed).
+        """The rank's batch at a micro-step. After `restore` the first call sets the number of the next step; a step
+        that does not follow the one before is reached by making all rows up to it (slow when packed).
 
         With packing and finite `cycles` some streams end before others; their rows are padding until all have ended. A
-        micro-batch of nothing else is left out in a run of one rank; of several ranks it keeps them in step.
+        micro-batch of padding only is left out in a run of one rank, and kept with several, so that they stay in step.
 
         Raises:
             EndOfData: every source is used up, as far as this rank reads it (ranks may come to it some steps apart, so
@@ -111,8 +111,8 @@ class LlmBatches(StepLoader):
             batch: MicroBatch = super().at(step + self._empty)
             self.plan.note(batch)
             ended = not batch.used and self.plan.used_up()
-            if batch.used or (self.world > 1 and not ended):  # ranks must stay together, so none leaves out a step
-                break
+            if batch.used or (self.world > 1 and not ended): # all ranks need the same number of steps, so none leaves
+                one out break
             self.statistics.note_skipped(batch.skipped)
             if ended:
                 raise self._end(step)
@@ -122,29 +122,29 @@ class LlmBatches(StepLoader):
         return _as_batch(batch)
 
     def _end(self, step: int) -> EndOfData:
-        """Nothing is left for a step, nor for any after it."""
+        """The data has ended before this step."""
         self.close()
         self._end_step = step if self._end_step is None else min(self._end_step, step)
         self._next_step = step + 1
         return self.mixture.end_of_data()
 
     def report(self) -> dict[str, Any]:
-        """What was read and what was skipped, per source: see `statistics.DataStatistics.report`."""
+        """Records read and skipped, per source: see `statistics.DataStatistics.report`."""
         return self.statistics.report(self.mixture.sizes, self.settings.sources)
 
     def state(self, micro_steps: int = 0) -> dict[str, Any]:
-        """What `restore` needs to go on after the last batch that `at` gave; each rank saves its own (json-able).
+        """State for `restore`, after the last batch that `at` returned; each rank saves its own (json-able).
 
         Args:
-            micro_steps: steps that all ranks have behind them. A rank whose data ended before says that it is there,
-                too, since only states of one step go together.
+            micro_steps: steps that all ranks have completed. A rank whose data ended earlier reports the same step,
+                since only states of one step fit together.
         """
         done = max(self._next_step, micro_steps if self._end_step is not None else 0)
         return {"rank": self.rank, "world": self.world, **self._fingerprint(),
                 **self.plan.state(done + self._empty), "statistics": self.statistics.state()}
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on where a run stood.
+        """Continue from a run's saved states.
 
         Args:
             states: of all ranks of that run, in any order; this run may have another number of ranks, rows or workers.
@@ -171,7 +171,7 @@ class LlmBatches(StepLoader):
         self._restored, self._next_step, self._empty, self._end_step = True, 0, 0, None
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What must not change for the data to go on: with other values it would be other data."""
+        """Settings that must not change between save and resume: with other values it would be other data."""
         settings = self.settings
         sources = {source.name: {**{key: value for key, value in asdict(source).items() if key in _FIXED},
                                  "records": size}
@@ -184,11 +184,12 @@ class LlmBatches(StepLoader):
         return {**own, "rows of micro-batches": dict(zip(sources, self.plan.steps, strict=True))}
 
 
-_FIXED = ("decoder", "cycles", "batch_size", "max_length")  # other weights are fine: draws to come follow them
+_FIXED = ("decoder", "cycles", "batch_size", "max_length")  # other weights are allowed: later draws follow them
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """What a state was saved with and what is there now; of many sources only one that differs, else their order."""
+    """The saved and the present value of a setting that differs; of many sources the first one that differs, else their
+    order."""
     if key == "sources" and isinstance(before, Mapping):
         name = next((name for name in (*before, *now) if before.get(name) != now.get(name)), None)
         if name is None:

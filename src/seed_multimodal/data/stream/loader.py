@@ -3,10 +3,10 @@
     loader = StepLoader(fetch, job, workers=4)
     loader.at(7); loader.at(8)         # consecutive steps are loaded ahead; a jump starts the workers anew
 
-`job(step)` says what is to be loaded for a step; `fetch(job)` loads it, in this process or in a worker. The workers are
+`job(step)` describes what to load for a step; `fetch(job)` loads it, in this process or in a worker. The workers are
 those of torchdata's `StatefulDataLoader`; order and state are ours, because its own state does not survive a change of
-the number of workers. A refusal (`SeedError`) inside a worker is raised here as its sentence; so is the death
-of one.
+the number of workers. A refusal (`SeedError`) inside a worker is raised here with its own sentence; a worker's death is
+reported, too.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class StepLoader:
-    """What `fetch` gives for a step, with the next steps under way; a context manager, at whose end the workers stop.
+    """The result of `fetch` for a step, while the next steps are loaded; a context manager that stops the workers at
+    its end.
 
     Workers ignore SIGTERM, so that a training process can finish its step. They end with `close`, with this object, or
     with the process that holds it, even one that is killed. torch's global generator is left alone.
 
     Args:
-        fetch: job -> result; must survive pickling where workers are spawned. Its optional method `enter_worker()` is
+        fetch: job -> result; must be picklable where workers are spawned. Its optional method `enter_worker()` is
             called once in each worker.
         job: step -> job, called in this process. Must not hold this object: in a circle with it, workers would outlive
             it until the garbage is collected.
         workers: processes; 0 loads in this process when asked. On Linux they end with the thread that first asks `at`.
         worker_of: step -> number; steps of the same number (modulo `workers`) are loaded by the same worker, for
-            `fetch`es that build on what they loaded before. Default: steps in turn.
+            `fetch`es that build on what they loaded before. Default: round robin.
         ahead: steps that each worker loads ahead.
 
     `wait_seconds` is the time spent inside `at` so far.
@@ -68,7 +69,7 @@ class StepLoader:
         """The result for a step, from 0.
 
         Raises:
-            SeedError: what `fetch` says, as one sentence, from workers too. DataError: a worker was killed.
+            SeedError: as `fetch` raises it, from workers too. DataError: a worker was killed.
         """
         if step < 0:
             raise ConfigError(f"There is no step {step}.")
@@ -87,7 +88,7 @@ class StepLoader:
             iterator._shutdown_workers()
 
     def worker_pids(self) -> list[int]:
-        """Process ids of the workers at work."""
+        """Process ids of the running workers."""
         return [worker.pid for worker in getattr(self._iterator, "_workers", ())]
 
     def __enter__(self) -> Self:
@@ -131,7 +132,7 @@ class StepLoader:
                 return iter(loader)  # waits until each worker has answered
             except RuntimeError:
                 for worker in set(multiprocessing.active_children()) - others:
-                    worker.kill()  # they ignore SIGTERM, and the loader that knows them is lost
+                    worker.kill()  # they ignore SIGTERM, and the loader that holds them is lost
                 raise
 
 
@@ -140,13 +141,13 @@ _WITH_WORKERS: weakref.WeakSet[StepLoader] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """A process that ends by an exception still ends: it would wait for ever for workers that ignore SIGTERM."""
+    """Stop all workers at exit: after an exception the process would wait for ever for workers that ignore SIGTERM."""
     for loader in list(_WITH_WORKERS):
         loader.close()
 
 
 class _Filler:
-    """A place in the workers' turn that loads nothing."""
+    """A job that loads nothing, for a worker whose turn is skipped."""
 
 
 def _turns(job: Callable[[int], Any], start: int, workers: int, worker_of: Callable[[int], int] | None
@@ -160,8 +161,8 @@ def _turns(job: Callable[[int], Any], start: int, workers: int, worker_of: Calla
 
 
 class _Fetch:
-    """The data set that the workers see. A refusal is given back as a value: raised inside a worker it would arrive
-    wrapped in a traceback, not as its sentence."""
+    """The data set that the workers see. A refusal is returned as a value: raised inside a worker it would arrive
+    wrapped in a traceback."""
 
     def __init__(self, fetch: Callable[[Any], Any]) -> None:
         self.fetch = fetch
@@ -180,7 +181,7 @@ def _as_is(value: Any) -> Any:
 
 
 def _enter(worker: int) -> None:
-    """A worker outlives the SIGTERM that torchrun sends to all: the training process ends it after its step."""
+    """Let a worker ignore the SIGTERM that torchrun sends to all: the training process ends it after its step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _end_with_parent()
     info = get_worker_info()
@@ -192,8 +193,7 @@ def _enter(worker: int) -> None:
 def _end_with_parent() -> None:
     """Linux ends this process as soon as the one it loads for is dead, by SIGKILL too.
 
-    The workers look for it themselves, but only between batches: one that waits to hand over a large batch, which
-    is not read any more, would wait for ever.
+    torch's workers check for this only between batches: one that waits to hand over a large batch would wait for ever.
     """
     if sys.platform != "linux":
         return
@@ -205,7 +205,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _no_sigchld_handler() -> Iterator[None]:
-    """Undo the SIGCHLD handler that the start of workers installs: it would raise wherever the training just is. A dead
+    """Undo the SIGCHLD handler that the start of workers installs: it would raise at any point of the training. A dead
     worker is reported where its batch is missing (the loader looks every 5 seconds)."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -23,7 +23,7 @@ from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 _BITS = (1 << 64) - 1
-Found = tuple[TokenSequence, str]  # and where its record stands
+Found = tuple[TokenSequence, str]  # and the place of its record
 
 
 class EndOfData(DataError):
@@ -60,7 +60,7 @@ class Mixture:
         return int(indices[0])
 
     def sequence(self, source: int, position: int, max_length: int | None = None) -> Found | SkippedSample:
-        """(the sequence, where its record stands), or why there is none.
+        """(the sequence, the place of its record), or why there is none.
 
         Args:
             max_length: None: the whole sequence; a number: cut as the released decoder cuts.
@@ -105,8 +105,7 @@ class OtherPicture:
         for _ in range(20):
             try:
                 fields = self.records.read(draws.randint(0, len(self.records) - 1)).fields
-            except DataError:  # broken: counted at its own draw, not at that of the record that is disturbed
-                continue
+            except DataError: # broken: counted at its own draw, not at this one continue
             codes = some_picture(fields, draws, self.tokens_per_image)
             if codes and len(codes) == self.tokens_per_image and 0 <= min(codes) <= max(codes) < self.n_codes:
                 return codes
@@ -132,7 +131,7 @@ class SourceChoice:
         self.weights, self.concat_type, self.seed = list(weights), concat_type, seed
 
     def __call__(self, counts: Sequence[int], alive: Sequence[bool], *numbers: int) -> int | None:
-        """The source of the draw that `numbers` name, or None when all are used up.
+        """The source of the draw numbered `numbers`, or None when all are used up.
 
         Args:
             counts: earlier draws from each source. alive: whether each has something left.

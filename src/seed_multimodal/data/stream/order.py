@@ -25,7 +25,7 @@ import torch
 from seed_multimodal.errors import ConfigError, DataError
 
 SHUFFLE_BLOCK = 10_000
-SHARES = 1_000_000  # weights count to one part in so many
+SHARES = 1_000_000  # resolution of the weights
 Sizes = Sequence[int] | np.ndarray | None
 Part = tuple[int, np.ndarray]  # an epoch, and indices of samples int64 [n] to take of it
 

@@ -1,8 +1,7 @@
 """Sequences in rows of fixed length: which ones share a row, and the arrays of packed and of padded rows.
 
-The choice is a subset sum over the sequences at hand (a bit for each reachable length, so one shift per sequence): with
-a few dozen short ones a row is filled to the last position almost always. The oldest is always taken, so none waits for
-long.
+The choice is a subset sum over the waiting sequences (a bit for each reachable length, so one shift per sequence): with
+a few dozen short ones almost every row is filled completely. The oldest is always taken, so none waits for long.
 """
 
 from __future__ import annotations
@@ -80,8 +79,8 @@ def pad_rows(sequences: Sequence[Arrays], length: int, pad_id: int) -> Arrays:
 def split_long(ids: np.ndarray, labels: np.ndarray, length: int) -> list[Arrays]:
     """A document's tokens as pieces of at most `length`: BOS opens the first, EOS closes the last, nothing is added.
 
-    Each later piece begins with the last token of the piece before, as context for its first target (which would be
-    nobody's target otherwise); so each token is a target exactly once.
+    Each later piece begins with the last token of the piece before, as context for its first target (which would
+    otherwise be a target nowhere); so each token is a target exactly once.
     """
     if len(ids) <= length:
         return [(ids, labels)]

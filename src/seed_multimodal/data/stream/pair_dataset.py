@@ -1,7 +1,7 @@
 """From stored pairs to training samples: the picture opened and transformed, one caption chosen and cleaned.
 
-What is random about a sample (which of its captions, which crop) is a function of (seed, epoch, index), so it does not
-depend on workers, ranks or restarts. A picture that cannot be read is named once, counted, and replaced by the next
+What is random about a sample (which of its captions, which crop) is a function of (seed, epoch, index), so workers,
+ranks and restarts do not change it. A picture that cannot be read is named once, counted, and replaced by the next
 readable sample; `max_bad_in_a_row` in a row end the run. A missing caption ends it at once (see `data.formats.pairs`).
 """
 
@@ -72,7 +72,7 @@ class PairDataset(BadSamples):
         total = len(self.source)
         if not 0 <= index < total:
             raise IndexError(f"sample {index} of {total}")
-        # Seeded by the index asked for: a replacement is not the view that its own turn in this epoch gives.
+        # Seeded by the index asked for: a replacement is another view than the one drawn for it in this epoch.
         number = sample_seed(self.seed, epoch, index)
         budget = SkipBudget(min(self.max_bad_in_a_row, total))
         place = index

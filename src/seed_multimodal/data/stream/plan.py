@@ -2,7 +2,7 @@
 
 Row p of a run belongs to stream p % V; rank r of micro-step s takes rows (s · world + r) · rows and on. V is fixed when
 a run starts (the smallest common multiple of 48 and world · rows, so that usual worlds on one machine have the same V,
-hence the same data) and kept in the state: a run goes on with another world size, number of rows or workers, and the
+hence the same data) and kept in the state: a run can resume with another world size, number of rows or workers, and the
 rows stay the same. Steps that use the same streams are made by the same worker, so no sequence is made twice (unless V
 is no multiple of world · rows: then streams are made by each rank that takes rows of them).
 
@@ -30,13 +30,13 @@ State = dict[str, Any]
 
 @dataclass
 class MicroBatch:
-    """One micro-batch as it comes out of a worker: int32 [B, L] arrays and what the main process is to note down.
+    """One micro-batch from a worker: int32 [B, L] arrays, and what the main process records about them.
 
     Attributes:
         position_ids: None for padded rows. lengths: tokens of each row, int64 [B].
         used: of each sequence its source, its tokens, and whether it is a record's first piece (all are, but for those
             of split documents).
-        states: stream -> its state after these rows. skipped: records that were left out on the way.
+        states: stream -> its state after these rows. skipped: records that were left out.
     """
 
     input_ids: np.ndarray
@@ -52,9 +52,9 @@ class MicroBatch:
 class StreamPlan:
     """Which rows a rank takes at each micro-step, the micro-batch of these rows, and the state that continues them.
 
-    Called with the number of a first row it makes a micro-batch, in this process or a worker. `states` are where
-    streams were last seen by the main process; a stream goes on from there, from where this process has it, or from its
-    start, whichever is nearest before the wanted row.
+    Called with the number of a first row it makes a micro-batch, in this process or a worker. `states` are the streams'
+    last states in the main process; a stream continues from there, from this process's own state, or from its start,
+    whichever is nearest before the wanted row.
     """
 
     def __init__(self, mixture: Mixture, rank: int, world: int, pad_id: int, boi_id: int) -> None:
@@ -76,7 +76,7 @@ class StreamPlan:
         return {**self.__dict__, "_at_work": {}}  # a spawned worker builds its own
 
     def start_at(self, step: int) -> None:
-        """Go on from the restored position with this step."""
+        """Continue from the restored position with this step."""
         self._first_step = step
 
     def first_row(self, step: int) -> int:
@@ -131,7 +131,7 @@ class StreamPlan:
         self.states.update(batch.states)
 
     def used_up(self) -> bool:
-        """Whether nothing is left for this rank after what was noted: each of its streams has ended."""
+        """Whether no data is left for this rank: each of its streams has ended."""
         return None not in self.mixture.limits and all(self._ended(number) for number in self._own())
 
     def state(self, next_step: int) -> State:
@@ -140,7 +140,7 @@ class StreamPlan:
                 "states": {str(number): self.states[number] for number in sorted(self._own() & set(self.states))}}
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continue from what all ranks saved; `start_at` says what the next step is called.
+        """Continue from what all ranks saved; `start_at` sets the number of the next step.
 
         Raises:
             ConfigError: another number of streams than the settings ask for, or one that is missing.

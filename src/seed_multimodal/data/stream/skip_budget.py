@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
-UNUSABLE_IN_A_ROW = 1000  # dropped and over-long sequences one after another: an endless search otherwise
+UNUSABLE_IN_A_ROW = 1000  # limit of dropped and over-long sequences in a row, against an endless search
 
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A draw that gave no sequence (or, for over-long ones, not the whole): why, and which record."""
+    """A draw whose sequence was skipped (or, if over-long, shortened): why, and which record."""
 
     source: int
     kind: str  # BROKEN, DROPPED or TOO_LONG
@@ -24,7 +24,7 @@ class SkipBudget:
     """How many samples in a row may be skipped.
 
     Args:
-        most: so many broken samples without a good one between them are too many.
+        most: the run ends at this many broken samples in a row.
         broken: how many there are already.
     """
 
@@ -36,7 +36,8 @@ class SkipBudget:
         self.broken = self.unusable = 0
 
     def spend(self, kind: str = BROKEN) -> bool:
-        """Count a sample that is skipped; True when it was one too many (unbroken ones have a limit of their own)."""
+        """Count a skipped sample; True when the limit is reached (dropped and over-long ones have a limit of their
+        own)."""
         self.unusable += 1
         self.broken += kind == BROKEN
         return self.broken >= self.most or (kind != BROKEN and self.unusable >= UNUSABLE_IN_A_ROW)
@@ -55,16 +56,16 @@ class BadSamples:
         self._known: set[tuple[str, str]] = set()
 
     def note_bad(self, key: str, reason: str) -> None:
-        """Count and log a bad sample, unless it is known already."""
+        """Count and log a bad sample, unless already counted."""
         if self._add(key, reason) and self.log is not None:
             self.log(f"skipped: {reason}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known so far, for JSON."""
+        """The bad samples so far, JSON-able."""
         return {"bad": [list(pair) for pair in self.bad]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Know what an earlier run knew, too, without logging it again."""
+        """Add the bad samples of an earlier run, without logging them again."""
         for key, reason in state["bad"]:
             self._add(key, reason)
 

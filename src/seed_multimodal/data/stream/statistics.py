@@ -1,4 +1,4 @@
-"""What a run's data was: sequences and tokens of each source, and every skipped record, counted and named."""
+"""Statistics of a run's data: sequences and tokens of each source, and every skipped record, counted and named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from seed_multimodal.data.stream.data_settings import SourceSettings
 from seed_multimodal.data.stream.plan import MicroBatch
 from seed_multimodal.data.stream.skip_budget import TOO_LONG, SkippedSample
 
-NAMED = 5  # of the records skipped for one reason, so many are named
+NAMED = 5  # records named for each reason of a skip
 
 
 class DataStatistics:
@@ -37,7 +37,7 @@ class DataStatistics:
         self.note_skipped(batch.skipped)
 
     def note_skipped(self, samples: Sequence[SkippedSample]) -> None:
-        """Count and name what was left out."""
+        """Count and name skipped records."""
         for sample in samples:
             name = self._names[sample.source]
             group = self.sources[name]["too_long" if sample.kind == TOO_LONG else "skipped"]
@@ -72,7 +72,7 @@ class DataStatistics:
         return {"positions": self.positions, "tokens": self.tokens, "sources": copy.deepcopy(self.sources)}
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Take over the sum of saved counts (one rank takes those of all, the others none)."""
+        """Start from the sum of saved counts (one rank takes those of all, the others none)."""
         self.positions = sum(state["positions"] for state in states)
         self.tokens = sum(state["tokens"] for state in states)
         self.sources: dict[str, dict[str, Any]] = {

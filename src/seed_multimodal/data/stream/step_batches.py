@@ -45,7 +45,7 @@ class StepBatches(StepLoader):
         order: another order than that of epochs (then `shuffle` and `block` do nothing).
 
     Raises:
-        ConfigError: settings that make no sense. DataError: an empty set.
+        ConfigError: settings that contradict each other. DataError: an empty set.
     """
 
     def __init__(self, dataset: StepDataset, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
@@ -68,7 +68,7 @@ class StepBatches(StepLoader):
         """The batch of this rank at a (micro) step, from 0.
 
         Raises:
-            SeedError: what the dataset says about a sample, as one sentence, from workers too.
+            SeedError: as the dataset raises it, from workers too.
         """
         batch, bad = super().at(step)
         for key, reason in bad:
@@ -109,7 +109,7 @@ class _Fetch:
 
 
 def join_batches(batches: Sequence[Any]) -> Any:
-    """Batches of the same make as one: tensors along their first axis, lists end to end, mappings by key."""
+    """Batches of the same structure as one: tensors along their first axis, lists end to end, mappings by key."""
     first = batches[0]
     if len(batches) == 1:
         return first

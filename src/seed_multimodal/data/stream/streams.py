@@ -3,7 +3,7 @@
 Draw j of stream v takes a source by a random number that is a function of (seed, v, j), and of that source the
 positions c · step + v and on of its endless order, c being how often the stream has drawn from it. So each sample of
 each epoch belongs to exactly one draw of one stream, and a stream's state is small: rows so far, draws per source, and
-which draws wait in the look-ahead.
+which draws are in the look-ahead.
 
 Padded micro-batches (`packing: false`, as the released training made them) are the rows of one stream: draw g takes the
 source's next `batch_size` positions, and gives one padded row of the source's `max_length` for each. A sample that is
@@ -48,7 +48,7 @@ def has_draws(mixture: Mixture, steps: Sequence[int], number: int, counts: Seque
 
 
 class DrawStream:
-    """The part that packed and padded streams share.
+    """Base of packed and padded streams.
 
     Args:
         number: which of the run's streams this is.
@@ -65,7 +65,7 @@ class DrawStream:
         self.skipped: list[SkippedSample] = []
 
     def state(self) -> dict[str, Any]:
-        """What continues this stream (json-able)."""
+        """State to continue this stream from (json-able)."""
         return {"rows": self.rows, "counts": list(self.counts)}
 
     def next_row(self) -> list[Piece]:
@@ -98,7 +98,7 @@ class DrawStream:
         """The sequence at a position, as pieces of at most `length`; none when it is skipped.
 
         Args:
-            too_long: `skip`, `truncate` or `split`: what happens to a longer one.
+            too_long: `skip`, `truncate` or `split` a longer one.
             must_learn: leave out what has no learned token.
         """
         found = self.mixture.sequence(source, position)
@@ -156,7 +156,7 @@ class PackingStream(DrawStream):
             self._restore(state)
 
     def state(self) -> dict[str, Any]:
-        """What continues this stream (json-able); what waits is read again from its draws."""
+        """State to continue this stream from (json-able); the look-ahead is read again from its draws."""
         return {**super().state(), "broken": self.budget.broken,
                 "waiting": [[one.source, one.count, one.piece] for one in self.waiting]}
 
@@ -202,7 +202,7 @@ class PackingStream(DrawStream):
 
 
 class PaddedStream(DrawStream):
-    """The micro-batches of a run, each of one source; all ranks follow the choices of all, which reads nothing."""
+    """The micro-batches of a run, each of one source; every rank computes all ranks' choices, without reading data."""
 
     def next_row(self) -> list[Piece]:
         """The sequences of the next micro-batch; none when every source is used up.

@@ -3,9 +3,9 @@
 `compose` takes an argument list and gives one resolved mapping. The groups are model, data, optim, trainer,
 tokenizer, deepspeed (the original's JSON files) and eval_data (files of data); each takes the name of one of its
 configurations or the path of any file (`model=configs/model/vicuna_7b_lora.yaml`).
-A dotted override may set a key that no file wrote; whoever reads the settings refuses what it does not know
-and names the nearest. Hydra only composes: it changes no folder, logs nothing and calls nothing, and `_target_` leads
-nowhere but to the alias tables.
+A dotted override may set a key that no file wrote; the reader of the settings refuses unknown keys and names the
+nearest. Hydra only composes: it changes no folder, logs nothing and calls nothing, and `_target_`s are looked up in the
+alias tables only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SUFFIXES = (".yaml", ".yml", ".json")
 
 @dataclass
 class Composed:
-    """A resolved configuration and remarks on how it came about."""
+    """A resolved configuration, with remarks for the user."""
 
     config: dict[str, Any]
     remarks: list[str] = field(default_factory=list)

@@ -4,7 +4,7 @@ options, and overrides (`trainer.max_steps=10`).
 argparse reads the flags of the original's `train.py`, its own and those of transformers' `TrainingArguments`;
 `translate` turns them into settings of ours. Booleans are written as `HfArgumentParser` takes them: `--bf16`,
 `--bf16 True`, `--no_bf16`. Flags that mean nothing here (the data order is always restored, for example) are accepted
-with a remark; what cannot be done is refused.
+with a remark; unsupported ones are refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much arithmetic training a LLaMA is: floating-point operations of its matrix products, forward and backward.
+"""Cost of training a LLaMA: floating-point operations of its matrix products, forward and backward.
 
 A multiply-add counts as two. A frozen matrix of n numbers costs 4 n a token (its product, and the gradient that goes
 on to its input), a trained one 6 n (and its own gradient); so LoRA is close to 4 N a token, full fine-tuning 6 N.

@@ -5,8 +5,8 @@ is trained (adapters, norms, embeddings, head) stays as it is, and so does what 
 Numbers are e4m3 (3 mantissa bits, so at most 1/16 off), each row of an operand with a scale of its own: weights once,
 activations and gradients at each product. The backward pass multiplies with a second, transposed copy, because its
 scales run the other way and the hardware wants both operands stored along the summed axis: two bytes a number in all.
-Away from tensor cores that know FP8 the same numbers are computed in fp64, which holds every sum of such
-products exactly: slow, the same on any machine and for any order of the sum, for tests.
+Without FP8 tensor cores the same numbers are computed in fp64, which holds every sum of such products exactly: slow,
+the same on any machine and for any order of the sum, for tests.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def freeze_in_fp8(model: nn.Module) -> int:
     """Replace the frozen linear layers of a LLaMA's decoder layers, for good; returns how many are FP8 now.
 
     peft's `base_layer`s and layers without adapter; not the embeddings, the head, anything trained, the unused
-    originals of modules that are trained whole, or matrices with a size that is no multiple of 16. Call it where the
-    model is to stay (its device), after LoRA and before torch.compile.
+    originals of modules that are trained whole, or matrices with a size that is no multiple of 16. Call it on the
+    model's final device, after LoRA and before torch.compile.
 
     Raises:
         ConfigError: the model is on a GPU that cannot compute FP8.

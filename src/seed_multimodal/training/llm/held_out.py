@@ -1,4 +1,4 @@
-"""What a language model's run evaluates: the first micro-batches of an evaluation mixture, kept in memory."""
+"""Evaluation data of a language model's run: the first micro-batches of an evaluation mixture, kept in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from seed_multimodal.training.llm.trainer_settings import RunSettings
 
 def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGroup, log: Callable[[str], None]
              ) -> list[LlmBatch] | None:
-    """What a run evaluates, read before its first step, so that a mistake in it shows then; None: nothing."""
+    """Evaluation batches, read before the first step so that mistakes in them show at once; None: no evaluation."""
     if run.eval_data is None or not run.trainer.eval_steps:
         if run.trainer.eval_steps:
             log("trainer.eval_steps is set, but there is no eval_data: nothing is evaluated.")
@@ -51,8 +51,8 @@ def blank_batch() -> LlmBatch:
 def evaluate(engine: Engine, group: ProcessGroup, batches: Sequence[LlmBatch]) -> dict[str, float]:
     """Mean losses over the batches of all processes, without gradients; empty if there is nothing to learn in them.
 
-    Every process makes as many forward passes as the one with the most batches: under DDP and ZeRO-3 each is an
-    exchange, and data that end do not end at the same batch for all.
+    Every process makes as many forward passes as the one with the most batches: under DDP and ZeRO-3 each is a
+    collective operation, and finite data may give the processes different numbers of batches.
     """
     most = max(answer["batches"] for answer in group.gather({"batches": len(batches)}))
     engine.model.eval()

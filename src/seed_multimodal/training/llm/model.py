@@ -43,7 +43,7 @@ def build_llm(
 
     Args:
         tokenizer: a `MultimodalTokenizer` (its `vocabulary` sets the number of words).
-        resume: folder of an adapter, or of a whole trained model, to go on from; before `settings.adapter`.
+        resume: folder of an adapter, or of a whole trained model, to continue from; wins over `settings.adapter`.
 
     Raises:
         ConfigError: settings that do not fit each other or the tokenizer.
@@ -93,7 +93,7 @@ def build_llm(
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint must hold of a model: the adapter (names of peft 0.4), or all weights, tied ones once."""
+    """The weights a checkpoint must hold: the adapter (names of peft 0.4), or all weights, tied ones once."""
     if is_lora(model):
         return adapter_state(model)
     return {name: value.detach() for name, value in model.named_parameters()}
@@ -157,9 +157,9 @@ def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> bool:
 def start_from_codebook(model: Any, codebook: Tensor, first_code: int, sections: int = 1) -> None:
     """Give codes that are neighbours in the codebook `[K, d]` neighbouring word embeddings.
 
-    A fixed random projection of the codebook, at the size of the random start: the model then reads a code it has
-    seldom seen as the like of others, instead of learning K unrelated words. Each section has a projection of its
-    own, because what a direction means differs from position to position.
+    A fixed random projection of the codebook, at the size of the random start: so a rare code starts near similar ones,
+    instead of as one of K unrelated words. Each section has a projection of its own, because what a direction means
+    differs from position to position.
     """
     rows = model.model.embed_tokens.weight
     generator = torch.Generator().manual_seed(0)
@@ -202,7 +202,7 @@ def attention_kind(name: str, device: torch.device) -> str:
 
 
 def set_checkpointing(llama: Any, mode: bool | str) -> None:
-    """Make activations again in the backward pass: of no layer, all of them (True) or every other one (selective)."""
+    """Recompute activations in the backward pass: of no layer, of all (True) or of every other one (selective)."""
     if not mode:
         return
     enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable

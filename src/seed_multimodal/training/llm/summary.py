@@ -1,4 +1,4 @@
-"""What a run leaves to read: its resolved configuration, and at the end what it did with which data."""
+"""The readable results of a run: its resolved configuration, and at the end a summary with the data it used."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary_lines(record: Mapping[str, Any]) -> list[str]:
-    """The end of a run in words: steps, tokens, sources, what was passed over and where everything is."""
+    """The summary at the end of a run: steps, tokens, sources, skipped records, output folder."""
     data = record["data"]
     lines = [f"{record['steps']} steps in {record['seconds']:.0f} s, {record['tokens']:,.0f} tokens in "
              f"{data['fill'] * 100:.1f} % filled rows; the last loss was {record['loss']:.4g}."

@@ -1,4 +1,4 @@
-"""The language model as a task of the loop: its data, model and loss, and what a run of it reads and leaves.
+"""The language model as a task of the loop: its data, model and loss, and the files of a run.
 
 `train_llm(config)` trains as a composed configuration says and returns the run's record. With packed data each learned
 token of a step weighs the same wherever it lies: the processes add up their counts before the first backward pass.
@@ -67,7 +67,7 @@ def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
         The run's record, also `output_dir/summary.json`: steps, seconds, tokens, last loss, evaluation, data, folder.
 
     Raises:
-        SeedError: settings, data, weights or a machine with which the run cannot go on; checkpoints stay intact.
+        SeedError: settings, data, weights or a machine with which the run cannot continue; checkpoints stay intact.
         SystemExit: 143 after SIGTERM; the step was finished and saved.
     """
     run = read_run(config)
@@ -154,7 +154,7 @@ class LlmTask(Task):
         return config
 
     def prepared(self, run: Run) -> None:
-        """Say what is trained."""
+        """Log what is trained."""
         self.loop = run
         # The last evaluation may be younger than the checkpoint of its step.
         run.evaluation = run.log.last_line_with("eval_loss") or run.evaluation
@@ -171,7 +171,7 @@ class LlmTask(Task):
         return schedule(step, self.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps)
 
     def begin_step(self, step: int) -> bool:
-        """Draw the micro-batches (fewer in the step in which this process's data end) and add up what is learned."""
+        """Load the step's micro-batches (fewer where this process's data end) and count their learned tokens."""
         count = self.settings.gradient_accumulation_steps
         self.batches = first_batches(self.data, count, start=step * count)
         total, left = self.group.sum([sum(map(self._learned, self.batches)), float(len(self.batches))])
@@ -182,8 +182,8 @@ class LlmTask(Task):
         return left > 0
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """This micro-batch's share of the loss. A process that has fewer than the others takes blank ones, since each
-        pass may be an exchange."""
+        """This micro-batch's share of the loss. A process that has fewer than the others uses blank ones, since each
+        pass may include a collective operation."""
         place = micro_step % self.settings.gradient_accumulation_steps
         real = self.batches[place] if place < len(self.batches) else None
         batch = (real or blank_batch()).to(self.device)
@@ -220,11 +220,11 @@ class LlmTask(Task):
                 "evaluation": self.loop.evaluation, "checkpoint": str(self.loop.store.place)}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
-        """Steps, tokens, sources, what was passed over."""
+        """Steps, tokens, sources, skipped records."""
         return summary_lines(record)
 
     def _evaluate(self) -> Mapping[str, float] | None:
-        """Mean loss of the evaluation mixture's first micro-batches; training does not notice."""
+        """Mean loss of the evaluation mixture's first micro-batches; does not change the training."""
         if self.held_out is None:
             return None
         begun = time.monotonic()
@@ -268,11 +268,11 @@ class LlmTask(Task):
                 for key, noun in nouns.items() if saved.get(key) != now[key]]
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The place in the data."""
+        """The position in the data."""
         return dict(self.data.state(step * self.settings.gradient_accumulation_steps))
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
-        """Go to the place in the data; the number of processes may have changed."""
+        """Restore the position in the data; the number of processes may have changed."""
         self.data.restore(states)
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

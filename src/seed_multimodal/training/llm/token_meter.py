@@ -1,4 +1,4 @@
-"""What a log line says of a language model's steps: losses by kind of token, tokens per second, utilisation.
+"""The numbers of a language model's log lines: losses by kind of token, tokens per second, utilisation.
 
 Losses of a line are means over the steps since the line before; rates count those steps' seconds. `tokens` are
 positions that hold a token (useful), `positions` all that the model computed, padding included.
@@ -20,7 +20,7 @@ _LEAST = 1e-8  # of a step with nothing to learn
 
 
 class TokenMeter:
-    """Sums of the line under way, which are part of a checkpoint, so that a resumed run writes the same lines.
+    """Sums since the last log line; part of a checkpoint, so that a resumed run writes the same lines.
 
     Attributes:
         flops: of one token: in the layers, in the head (learned tokens only), and in attention per token of its
@@ -100,7 +100,7 @@ class TokenMeter:
                                  f"fill {100 * line['fill']:.1f} %")
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums of the line under way and of the run, and the last lines."""
+        """Sums since the last log line and of the run, and the last lines."""
         return {"smooth": dict(self.smooth), "total": dict(self.total), "log_history": self.history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

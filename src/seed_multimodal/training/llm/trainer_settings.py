@@ -1,4 +1,4 @@
-"""How long, how exactly and where a language model trains: the typed settings behind `configs/trainer/*.yaml`.
+"""Typed settings of a language model's training, behind `configs/trainer/*.yaml`.
 
 Keys bear the names of the original's command line (transformers' `TrainingArguments`) where it has them. Unknown keys
 are refused with the nearest known one.

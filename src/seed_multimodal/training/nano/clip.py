@@ -1,9 +1,9 @@
 """Stage `clip`: the small CLIP pair whose image embedding the codes must carry and the U-Net draws from.
 
-Peculiar: beside the contrastive loss with captions, a linear read-out of the image embedding regresses the VAE latents.
-A contrastive-only embedding throws the picture away and nothing downstream can bring it back; the stage ends with
-a gate on the held-out R² of that read-out. Caption tokens get one extra id at the end of the vocabulary as end-of-text,
-because transformers' CLIP text tower reads its embedding at the largest id.
+Beside the contrastive loss with captions, a linear read-out of the image embedding regresses the VAE latents. A
+contrastive loss alone gives embeddings from which the picture cannot be rebuilt; the stage ends with a gate on the
+held-out R² of that read-out. Caption tokens get one extra id at the end of the vocabulary as end-of-text, because
+transformers' CLIP text tower reads its embedding at the largest id.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Stages `records` and `llm`: what the language model's application trains on, and what becomes of it.
+"""Stages `records` and `llm`: the language model's training data and configurations, and the installation of the
+result.
 
 `records` writes shards of pre-tokenised records (`work/records/`) and two configurations of the application,
 `work/llm_pretrain.yaml` (captions, both ways) and `work/llm_sft.yaml` (instructions). Between the two stages, from the
@@ -6,11 +7,11 @@ repository's folder:
 
     python MultiModalLLM/src/train/train.py --config-path WORK --config-name llm_pretrain       then the same, llm_sft
 
-Peculiar, and different from the released recipe: every weight is trained, from a random start whose image words come
-from the codebook; matrices by Muon; a text token weighs as much as four image tokens; pictures that are read come from
-any view, and up to 35 % of their codes from another picture, because there are few pictures and many passes over them:
-without such noise the model learns them by heart, and a picture in a style it has not seen that thing in is read as
-the nearest one it knows. Pictures that are written are the unaugmented ones.
+Different from the released recipe: every weight is trained, from a random start whose image words come from the
+codebook; matrices by Muon; a text token weighs as much as four image tokens; pictures that are read come from any view,
+and up to 35 % of their codes from another picture, because there are few pictures and many passes over them: without
+such noise the model memorises them and confuses pictures in a style in which it has not seen the object. Pictures that
+are written are the unaugmented ones.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def write_llm_recipes(space: Workspace, counts: Counts) -> list[Path]:
 
 
 def install_llm(space: Workspace) -> dict[str, Any]:
-    """Stage `llm`: the tuned model becomes the system's; returns what its training came to.
+    """Stage `llm`: copy the tuned model into the system's folder; returns its training record.
 
     Writes `pretrain.done.json` and `sft.done.json` beside the other stages' records.
 

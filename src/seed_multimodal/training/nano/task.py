@@ -1,4 +1,4 @@
-"""What nano's own stages share: one process, batches of training pictures by step, the count of parameters."""
+"""Base of nano's own stages: one process, batches of training pictures by step, the count of parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SEED-2 tokenizer at nano size: its sizes, its start from the CLIP pair, and what is made and measured with it.
+"""The SEED-2 tokenizer at nano size: its sizes, its start from the CLIP pair, codes of the pictures and metrics.
 
 Its two training stages run through the LAVIS application, see tokenizer_recipe.py.
 """

@@ -1,16 +1,16 @@
-"""Stages `recipe` and `tokenizer`: what the LAVIS application trains as stages 1 and 2, and what becomes of it.
+"""Stages `recipe` and `tokenizer`: the LAVIS application's configurations of stages 1 and 2, and the join of their
+results.
 
 `recipe` writes `work/stage1.yaml` and `work/stage2.yaml` from the run's settings, so that sizes stand in one place, and
 `work/readout.safetensors`. Between the two stages, from the repository's folder:
 
     python SEED_Tokenizer/train.py --cfg-path WORK/stage1.yaml      then the same with stage2.yaml
 
-Peculiar, and different from the released recipe: stage 1 also regresses the CLIP image embedding from the first k
-queries, and trains the vision tower, from the CLIP pair's; stage 2 trains the Q-Former too, starts the codebook by
-k-means after a warm-up without quantiser, restarts dead codes, corrupts up to 30 % of the codes, decodes half of the
-samples from their first k codes only, takes the unshifted picture's embedding as target of every view, weighs the
-error by a read-out of the VAE latents, contrasts the decoded embedding with captions, and gives each position its own
-part of the codebook.
+Different from the released recipe: stage 1 also regresses the CLIP image embedding from the first k queries, and trains
+the vision tower, from the CLIP pair's; stage 2 trains the Q-Former too, starts the codebook by k-means after a warm-up
+without quantiser, restarts dead codes, corrupts up to 30 % of the codes, decodes half of the samples from their first k
+codes only, takes the unshifted picture's embedding as target of every view, weighs the error by a read-out of the VAE
+latents, contrasts the decoded embedding with captions, and gives each position its own part of the codebook.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _start(name: str, settings: StageSettings) -> dict[str, Any]:
 
 
 def join_stages(space: Workspace) -> dict[str, Any]:
-    """Stage `tokenizer`: the stages' checkpoints become the system's tokenizer; what else lies there stays.
+    """Stage `tokenizer`: write the system's tokenizer from both stages' checkpoints; other files there are kept.
 
     Returns:
         The record, also `work/tokenizer.done.json`; an existing one that is younger than the checkpoints is kept.

@@ -1,8 +1,8 @@
 """Stage `unet`: the unCLIP decoder of nano, a latent U-Net that stock `StableUnCLIPImg2ImgPipeline` runs.
 
 v-prediction under a cosine schedule that ends at a signal share of `FINAL_SIGNAL`: sampling starts from the latents
-that the embedding already determines (detokenizers/layout.py), so the U-Net spends its steps on what they leave open.
-A tenth of the conditions are dropped for guidance. Once the tokenizer is trained, embeddings decoded from
+that the embedding already determines (detokenizers/layout.py), so the U-Net only has to add what they leave open. A
+tenth of the conditions are dropped for guidance. Once the tokenizer is trained, embeddings decoded from
 (partly corrupted) codes are mixed in, because those are what the decoder meets in use.
 """
 
@@ -140,8 +140,8 @@ class UnetTask(NanoTask):
 
 
 class UnetOfCodesTask(UnetTask):
-    """Stage `unet2`: go on from `work/unet` with embeddings decoded from codes in two thirds of the samples; goes to
-    `decoder_folder`."""
+    """Stage `unet2`: train further from `work/unet` with embeddings decoded from codes in two thirds of the samples;
+    goes to `decoder_folder`."""
 
     def __init__(self, space: Workspace) -> None:
         self.decoded = decoded_embeddings(space)

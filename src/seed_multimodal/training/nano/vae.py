@@ -83,12 +83,12 @@ class VaeTask(NanoTask):
                 "parameters": self.parameter_count()}
 
     def before_saving(self) -> None:
-        """What becomes of the trained model on the CPU."""
+        """Post-processing of the trained model, on the CPU."""
         normalise_latents(self.vae, to_signed(self.views[self.space.train_index[:1024], 0]))
 
 
 class DecoderTask(VaeTask):
-    """Stage `vae2`: go on with the decoder alone, on cached latents; the encoder stays as it is.
+    """Stage `vae2`: train the decoder alone further, on cached latents; the encoder stays as it is.
 
     Latents get 10 % noise, because in use they come from a U-Net. Replaces the model in `decoder_folder/vae`.
     """

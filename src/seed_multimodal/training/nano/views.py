@@ -18,7 +18,7 @@ from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD
 
 
 def augment(images: Tensor, generator: torch.Generator, flip: bool = False) -> Tensor:
-    """Scale by 0.88–1.08 and shift by up to 4 % over white, each picture its own way.
+    """Scale by 0.88–1.08 and shift by up to 4 % over white, at random for each picture.
 
     Args:
         images: uint8 `[B, 3, H, W]`.

@@ -1,4 +1,4 @@
-"""What the stages share on disk: pictures, captions as token ids, views, and cached latents, embeddings and codes.
+"""Files that the stages share: pictures, captions as token ids, views, and cached latents, embeddings and codes.
 
 Every cached file is made once and read back by later stages and later runs; deleting one makes it anew.
 """
