@@ -1,16 +1,16 @@
-"""The one store of checkpoints: what a checkpoint holds, how it is written, and how a run goes on from it.
+"""The one store of checkpoints: what a checkpoint holds, how it is written, and how a run resumes from it.
 
     checkpoint-1000/
         model.safetensors                     the weights; a language model's task writes files of its own instead
         ema.safetensors                       their moving average, if one is kept
         optimizer.safetensors                 optimiser and loss scale
-        trainer_state.json, data_state.json   step, log, sums; what each process keeps for itself
+        trainer_state.json, data_state.json   step, log, sums; each process's own state
         latest, global_step1000/              DeepSpeed, instead of optimizer.safetensors: every process's shards
         manifest.json                         names, sizes and hashes; last
 
 No random state: the numbers of a step follow from (seed, step, process). States are copied to host memory and written
 by the first process, on request in a thread beside the next steps; with DeepSpeed all processes write their shards
-before they go on.
+before the next step.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Attributes:
-        saved, place: step and folder of the last complete one (this run's, or the one it went on from).
+        saved, place: step and folder of the last complete one (this run's, or the one it resumed from).
         problem: why the last one could not be written, if so.
     """
 
@@ -72,10 +72,10 @@ class CheckpointStore:
             clean(home)
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint to go on from, for `auto`, `never` or a folder; None: begin.
+        """The checkpoint to resume from, for `auto`, `never` or a folder; None: start anew.
 
         Raises:
-            CheckpointError: the folder is none; `never`, but there are checkpoints; or there are only torn ones.
+            CheckpointError: the folder is no checkpoint; `never`, but there are checkpoints; or all are incomplete.
         """
         if resume not in ("auto", "never"):
             self.saved, self.place = named(Path(resume), self.group)
@@ -96,7 +96,7 @@ class CheckpointStore:
         return self.place
 
     def description(self) -> str:
-        """What a sentence about a failure says of the last checkpoint."""
+        """The last checkpoint in words, for sentences about failures."""
         return "nothing was saved yet" if self.saved is None else (
             f"the last checkpoint ({self.place}) is intact")
 
@@ -107,7 +107,7 @@ class CheckpointStore:
         """Write the checkpoint of a step; all processes call it.
 
         Args:
-            state: for trainer_state.json. own: what this process keeps for itself.
+            state: for trainer_state.json. own: this process's own state.
 
         Raises:
             TrainingError: it could not be written; the checkpoints before it are intact.
@@ -143,13 +143,13 @@ class CheckpointStore:
             self.finish()
 
     def join(self) -> None:
-        """Wait until the checkpoint under way is on the disk (or has failed: `problem`)."""
+        """Wait until the checkpoint being written is on the disk (or has failed: `problem`)."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def finish(self) -> None:
-        """Wait for the checkpoint under way, in all processes.
+        """Wait for the checkpoint being written, in all processes.
 
         Raises:
             TrainingError: it could not be written.

@@ -1,12 +1,12 @@
-"""What moves weights: accelerate's `Accelerator` for one process, DistributedDataParallel and FSDP2.
+"""The engine that updates weights: accelerate's `Accelerator` for one process, DistributedDataParallel and FSDP2.
 
 An engine makes an optimiser step in two halves, so that all processes can agree that a step is sound before weights
-move: `backward` for each micro-step, then `clip` and `update`. Trained weights are kept in fp32 and products are
+change: `backward` for each micro-step, then `clip` and `update`. Trained weights are kept in fp32 and products are
 computed in the run's precision (autocast). `zero.ZeroEngine` is the same over DeepSpeed.
 
 From accelerate come the process state, autocast, DDP and FSDP2, the exchange of gradients, the backward pass and
-clipping. Ours: the order of these calls (accelerate's prepared optimiser would move the weights of a process whose
-neighbour has seen a NaN), the loss scaler on CPUs (accelerate has none there) and the smallest loss scale.
+clipping. Ours: the order of these calls (accelerate's prepared optimiser would update one process's weights although
+another has a NaN), the loss scaler on CPUs (accelerate has none there) and the smallest loss scale.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Engine:
         """Wrap a task's module.
 
         Raises:
-            ConfigError: several processes for a task that knows one only, or a precision the device does not have.
+            ConfigError: several processes for a task that supports one only, or a precision the device does not have.
         """
         if group.world > 1 and not task.parallel:
             raise ConfigError(f"[{task.name}] {group.world} processes run this stage, but it is made for one, so each "
@@ -111,8 +111,8 @@ class Engine:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def update(self, rate: float) -> float | None:
-        """Move the weights with a learning rate (times a group's `lr_scale`); an fp16 step whose gradients overflowed
-        is skipped and the loss scale halved. Gives the norm if only now known."""
+        """Update the weights at a learning rate (times a group's `lr_scale`); an fp16 step whose gradients overflowed
+        is skipped and the loss scale halved. Returns the norm if it is known only now."""
         self.set_rate(rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -213,7 +213,7 @@ def start_accelerate(device: torch.device, group: ProcessGroup, precision: str, 
 
 
 def stop_accelerate() -> None:
-    """Forget accelerate's state of this process (its own function; there is no public name for it)."""
+    """Reset accelerate's state of this process (by its own function, which has no public name)."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)
@@ -245,8 +245,8 @@ def _restore_strides(optimizer: Any) -> None:
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed torch's global generators of the CPU and of `device`.
 
-    `torch.manual_seed` does the same for every kind of device that torch knows, and where one is not in use it notes
-    the call stack each time: about 0.4 ms, as much as a small model's whole step.
+    `torch.manual_seed` does the same for every kind of device, and for those not in use it records the call stack each
+    time: about 0.4 ms, as much as a small model's whole step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -32,7 +32,7 @@ _SHOWN = 8
 
 
 def settings_remark(before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str]) -> str:
-    """One sentence without full stop on all that `changed_settings` finds ("": nothing)."""
+    """One sentence without full stop on the differences that `changed_settings` finds ("": nothing)."""
     changes = changed_settings(before, now, silent)
     shown = changes[:_SHOWN] + ([f"{len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else [])
     return f"other settings than in the run that saved its state: {'; '.join(shown)}" if changes else ""

@@ -125,7 +125,7 @@ class ZeroEngine(Engine):
         return nullcontext()
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Tells DeepSpeed whether the step ends with this micro-step."""
+        """Tell DeepSpeed whether the step ends with this micro-step."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
 
@@ -143,7 +143,7 @@ class ZeroEngine(Engine):
         return
 
     def update(self, rate: float) -> float:
-        """Move the weights with a learning rate; gives the gradient norm before clipping."""
+        """Update the weights at a learning rate; returns the gradient norm before clipping."""
         self.set_rate(rate)
         self.model.step()
         norm = self.model.get_global_grad_norm()

@@ -210,7 +210,7 @@ class _Scanner:
             except json.JSONDecodeError as error:
                 problem = error
                 # Deep inside the window it is an error; at its end, or in an open string, more text may complete it.
-                # if not error.msg.startswith("Unterminated string") and error.pos < len(self.text) - 16:
+                if not error.msg.startswith("Unterminated string") and error.pos < len(self.text) - 16:
                     raise self._broken(error.msg, error.pos) from None
             except RecursionError:
                 raise self._broken("it is nested too deeply") from None

@@ -108,8 +108,8 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
     given = _mapping(plain, where)
     if is_released(given):
         given = released_data_config(given, [one.name for one in fields(LlmDataSettings)], where)
-    if given.get("packing") in ("on", "off"): # overrides leave YAML's true and false as texts given["packing"] =
-        given["packing"] == "on"
+    if given.get("packing") in ("on", "off"):  # overrides leave YAML's true and false as texts
+        given["packing"] = given["packing"] == "on"
     settings = read_settings(LlmDataSettings, {**given, "sources": _read_sources(given.get("sources"), where)}, where)
     _check_sources(settings, where)
     return settings

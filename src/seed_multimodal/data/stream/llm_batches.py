@@ -111,8 +111,8 @@ class LlmBatches(StepLoader):
             batch: MicroBatch = super().at(step + self._empty)
             self.plan.note(batch)
             ended = not batch.used and self.plan.used_up()
-            if batch.used or (self.world > 1 and not ended): # all ranks need the same number of steps, so none leaves
-                one out break
+            if batch.used or (self.world > 1 and not ended):  # all ranks need the same number of steps
+                break
             self.statistics.note_skipped(batch.skipped)
             if ended:
                 raise self._end(step)

@@ -105,7 +105,8 @@ class OtherPicture:
         for _ in range(20):
             try:
                 fields = self.records.read(draws.randint(0, len(self.records) - 1)).fields
-            except DataError: # broken: counted at its own draw, not at this one continue
+            except DataError:  # broken: counted at its own draw, not at this one
+                continue
             codes = some_picture(fields, draws, self.tokens_per_image)
             if codes and len(codes) == self.tokens_per_image and 0 <= min(codes) <= max(codes) < self.n_codes:
                 return codes
