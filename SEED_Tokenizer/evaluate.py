@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.options = [*args.options, "run.evaluate=True"]
         if not any(option.startswith("run.train_splits") for option in args.options):
             args.options.append("run.train_splits=[]")
-        with contextlib.redirect_stdout(sys.stderr):  # what the loading tells
+        with contextlib.redirect_stdout(sys.stderr):  # log lines of loading
             result = build(args).evaluate()
         print(json.dumps(result))
         return 0

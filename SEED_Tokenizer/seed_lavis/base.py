@@ -1,7 +1,7 @@
 """What all our LAVIS models share: sizes from the YAML, precision of the frozen tower, placing, numbers to log.
 
-Peculiar: a model is at once LAVIS's `BaseModel` and the library's own class, so its parameter names are the released
-ones. `forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping with `loss`.
+A model is both LAVIS's `BaseModel` and the library's own class, so its parameter names are the released ones.
+`forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping with `loss`.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class PairBuilder(BaseDatasetBuilder):
         """Split name → its samples.
 
         Raises:
-            ConfigError: an unknown key, processor or format. DataError: what the files say, each by name.
+            ConfigError: an unknown key, processor or format. DataError: files that are missing or malformed, by name.
         """
         run = registry.get("configuration").run_cfg
         built = {}
@@ -97,7 +97,7 @@ class PairBuilder(BaseDatasetBuilder):
         return info
 
     def open(self, spec: Mapping[str, Any]) -> PairSource:
-        """The stored pairs of one split; a refusal also says where the files are set."""
+        """The stored pairs of one split; errors also name the key that sets the files."""
         try:
             return open_pairs(spec)
         except DataError as error:

@@ -58,7 +58,7 @@ def stage2_sizes(options: CodebookOptions) -> dict[str, Any]:
 
 
 def stage2_training(options: CodebookOptions) -> dict[str, Any]:
-    """What both stage-2 models are told of their training, besides loss weights and targets."""
+    """Options of the training that both stage-2 models take, besides loss weights and targets."""
     return {name: getattr(options, name) for name in ("freeze_qformer", "frozen_dropout", "corrupt", "nested",
                                                       "ema_decay")}
 

@@ -45,7 +45,7 @@ class LavisMissing(SeedError):
 
 
 class _StandIn(ModuleType):
-    """A module nobody here calls; any attribute is again a stand-in, and calling one says what is missing."""
+    """A module that is imported and never used: attributes are stand-ins, too; calling one raises `LavisMissing`."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

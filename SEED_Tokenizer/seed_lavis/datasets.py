@@ -49,7 +49,7 @@ class JoinedPairs(BadSamples):
 
     @property
     def log(self) -> Callable[[str], None] | None:
-        """Who is told of bad samples; setting it sets it for every part."""
+        """Receives a line for each bad sample; set for every part."""
         return self.parts[0].log
 
     @log.setter

@@ -29,7 +29,7 @@ WITHOUT_TOWER = (f"give its file as model.vit_weights (download {VISION_URL}), t
 
 
 def start_stage1(model: Any) -> None:
-    """Fill a stage-1 model as its options say.
+    """Load the initial weights that the options of a stage-1 model name.
 
     Raises:
         CheckpointError: a file that is not there, damaged, of another model or size.
@@ -48,7 +48,7 @@ def start_stage1(model: Any) -> None:
 
 
 def start_stage2(model: Any) -> None:
-    """Fill a stage-2 model (SEED-2's or SEED-1's) as its options say; errors as `start_stage1`."""
+    """Load the initial weights of a stage-2 model (SEED-2's or SEED-1's); errors as `start_stage1`."""
     options = model.options
     if options.load_pretrained:
         if not options.pretrained:

@@ -21,17 +21,26 @@ from seed_multimodal.language.captions import BlipCaption
 from seed_multimodal.settings import check_keys
 
 
-def settings(cfg: DictConfig | None, known: tuple[str, ...], where: str) -> dict[str, Any]:
-    """A processor's keys as plain values; an unknown one is refused by name."""
-    values = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg or {})
-    assert isinstance(values, dict)
-    check_keys(map(str, values), ("name", *known), where)
-    return {str(key): value for key, value in values.items() if key != "name"}
+class Processor(BaseProcessor):
+    """`keys`: what its section of the YAML may hold beside `name`; `where`: how errors name it."""
+
+    keys: tuple[str, ...] = ()
+    where = ""
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig | None = None) -> Processor:
+        """Built from its section; an unknown key is a `ConfigError`."""
+        values = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg or {})
+        assert isinstance(values, dict)
+        check_keys(map(str, values), ("name", *cls.keys), cls.where)
+        return cls(**{str(key): value for key, value in values.items() if key != "name"})
 
 
 @registry.register_processor("blip2_image_train")
-class Blip2ImageTrain(BaseProcessor):
-    """A picture → a random view, float32 `[3, S, S]`."""
+class Blip2ImageTrain(Processor):
+    """A picture → a random view, float32 `[3, S, S]`; keys as of `TrainTransform`."""
+
+    keys, where = ("image_size", "min_scale", "max_scale"), "vis_processor blip2_image_train"
 
     def __init__(self, **sizes: Any) -> None:
         self.transform = TrainTransform(**sizes)  # not LAVIS's own start, a lambda: data workers may be pickled
@@ -39,35 +48,24 @@ class Blip2ImageTrain(BaseProcessor):
     def __call__(self, item: Image.Image, generator: torch.Generator | None = None) -> Tensor:
         return self.transform(item, generator)
 
-    @classmethod
-    def from_config(cls, cfg: DictConfig | None = None) -> Blip2ImageTrain:
-        """Keys `image_size` (224), `min_scale` (0.5), `max_scale` (1.0)."""
-        return cls(**settings(cfg, ("image_size", "min_scale", "max_scale"), "vis_processor blip2_image_train"))
-
 
 @registry.register_processor("blip_image_eval")
-class BlipImageEval(BaseProcessor):
+class BlipImageEval(Processor):
     """A picture → float32 `[3, S, S]`, the same every time."""
+
+    keys, where = ("image_size",), "vis_processor blip_image_eval"
 
     def __init__(self, image_size: int = 224) -> None:
         if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
             raise ConfigError(f"image_size must be a positive number of pixels, not {image_size!r}.")
         self.transform = seed_image_processor(image_size)
 
-    @classmethod
-    def from_config(cls, cfg: DictConfig | None = None) -> BlipImageEval:
-        """Key `image_size` (224)."""
-        return cls(**settings(cfg, ("image_size",), "vis_processor blip_image_eval"))
-
 
 @registry.register_processor("blip_caption")
-class BlipCaptionText(BaseProcessor):
-    """A caption → lower case, without punctuation, cut to `max_words`."""
+class BlipCaptionText(Processor):
+    """A caption → lower case, without punctuation, cut to `max_words` (50), after `prompt`."""
+
+    keys, where = ("prompt", "max_words"), "text_processor blip_caption"
 
     def __init__(self, **rules: Any) -> None:
         self.transform = BlipCaption(**rules)
-
-    @classmethod
-    def from_config(cls, cfg: DictConfig | None = None) -> BlipCaptionText:
-        """Keys `prompt` ("") and `max_words` (50)."""
-        return cls(**settings(cfg, ("prompt", "max_words"), "text_processor blip_caption"))

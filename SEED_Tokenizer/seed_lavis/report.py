@@ -1,4 +1,4 @@
-"""What a run says at its end: what was done, where the files are, which command comes next."""
+"""The summary at the end of a run: steps, speed, files, and the command that comes next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Picture changes that training of the judge must be deaf to, so that rebuilt pictures are inside what it knows.
+"""Random changes of the judge's training pictures, so that rebuilt pictures lie inside its training distribution.
 
 Rebuilt and drawn pictures are shifted, blurred, tinted, speckled and blocky copies of real ones; each change below
 imitates one of these, with random strength, on a part of the batch. Pictures are never mirrored: captions say left and

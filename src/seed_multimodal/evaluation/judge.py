@@ -8,7 +8,7 @@ text tower) than the system's own vision tower, and the system never learns from
     images, texts = judge.embed_images(pictures), judge.embed_texts(["twemoji style cat"])
     (images @ texts.T)            # cosine, [N, M]
 
-Peculiar: the vocabulary lives in config.json, so the folder is complete; the head pools 2x2 regions, because a mean
+The vocabulary is in config.json, so the folder is complete; the head pools 2x2 regions, because a mean
 over the whole picture cannot tell a left arrow from a right one; styles are read by a linear head.
 """
 

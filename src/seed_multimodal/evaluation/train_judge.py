@@ -149,7 +149,7 @@ class JudgeTask(StageTask):
         return time.monotonic() - self.started
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """As the loss says; attention is torch's own choice."""
+        """The loss, with the attention kernel that torch chooses."""
         return self.step_loss(model, micro_step)
 
     def step_loss(self, model: nn.Module, step: int) -> tuple[Tensor, Mapping[str, Any]]:

@@ -115,9 +115,9 @@ def install_llm(space: Workspace) -> dict[str, Any]:
     for record in records:
         content = json.dumps({**record, "parameters": parameters}, indent=1)
         replace_text(space.work / f"{record['stage']}.done.json", content)
-    told = {f"{record['stage']}_{key}": value for record in records for key, value in record.items()
+    losses = {f"{record['stage']}_{key}": value for record in records for key, value in record.items()
             if key.startswith("val_")}
-    return {"stage": "llm", "seconds": sum(record["seconds"] for record in records), **told}
+    return {"stage": "llm", "seconds": sum(record["seconds"] for record in records), **losses}
 
 
 def _trained(space: Workspace, stage: str, name: str, settings: StageSettings) -> dict[str, Any]:
