@@ -374,6 +374,7 @@ class DiesAtStart:
         return job
 
 
+@pytest.mark.process
 def test_a_worker_that_dies_while_it_starts_is_told(no_workers_left: None) -> None:
     loader = StepLoader(DiesAtStart(), same_number, workers=2)
     with pytest.raises(DataError, match="ended while it was starting") as error:
