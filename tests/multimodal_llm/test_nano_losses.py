@@ -78,6 +78,7 @@ def test_losses_are_those_written_down(line: tuple[Workspace, dict[str, dict[str
         assert line[1][name]["loss"][-1] < 0.9 * line[1][name]["loss"][0]
 
 
+@pytest.mark.process
 def test_the_tuned_model_becomes_the_systems(line: tuple[Workspace, dict[str, dict[str, list[float]]]]) -> None:
     space = line[0]
     record = install_llm(space)

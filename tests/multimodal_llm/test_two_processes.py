@@ -79,6 +79,7 @@ def test_two_nodes_are_one_process_with_twice_the_micro_batches_and_resume_as_on
     assert sums[0] == sums[1]
 
 
+@pytest.mark.process
 def test_fsdp_of_two_processes_is_one_process_and_resumes_in_any_number(runs, train, tmp_path):
     """FSDP2 spreads weights and optimiser states; checkpoints hold them whole, as the plain engine's do."""
     one = train("one", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=4")

@@ -330,6 +330,7 @@ def test_a_run_that_could_use_nothing_does_not_end_well(start, tmp_path, capfd, 
     assert "broken: 6" in said and "; 1 of 1 process started here." in said
 
 
+@pytest.mark.process
 def test_a_decode_worker_that_dies_is_one_sentence(start, tmp_path, monkeypatch):
     monkeypatch.setattr(TaskDecoder, "__call__", lambda self, task: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match=r"worker process \(pid \d+\) was killed by signal 9"):
