@@ -1,4 +1,4 @@
-"""Where things are: a read-out of the image embedding that gives a small U-Net the layout of the picture.
+"""A read-out of the image embedding that gives a small U-Net the layout of the picture.
 
 A class embedding reaches every position of a U-Net alike, so a small one never learns where things belong. This
 module reads the expected latents out of the embedding and offers them twice: as one cross-attention token a position

@@ -1,7 +1,7 @@
-"""What the de-tokenizers share: a diffusers folder becomes a pipeline, and embeddings become pictures in batches.
+"""Base of the de-tokenizers: loads a diffusers folder as a pipeline and turns embeddings into pictures in batches.
 
-A folder's `seed_decode.json` may set steps, guidance and scheduler. Every picture has its own generator: what it looks
-like does not depend on the others in its batch.
+A folder's `seed_decode.json` may set steps, guidance and scheduler. Every picture has its own generator: its pixels do
+not depend on the others in its batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 @dataclass(frozen=True)
 class DecodeDefaults:
-    """What `decode` uses when not asked otherwise: the released values, or those in the folder's `seed_decode.json`."""
+    """Default settings of `decode`: the released values, or those in the folder's `seed_decode.json`."""
 
     num_inference_steps: int = setting(20, least=1)
     guidance_scale: float = 10.0
@@ -51,7 +51,7 @@ class PipelineDetokenizer:
     """A diffusers pipeline and its settings; loading, scheduler choice and the batch loop.
 
     Attributes:
-        kind: of folder, in sentences; `where`: what to download for it.
+        kind: of folder, in messages; `where`: what to download for it.
         parts: of the pipeline that must be there. optional: may be left out of the folder.
         defaults_class: what `seed_decode.json` is read as.
         own_schedulers: further names of schedulers, each with how one is made from another's configuration.
@@ -92,7 +92,7 @@ class PipelineDetokenizer:
             index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
             absent = {*left_out, *(name for name in cls.optional if (index.get(name) or [None])[0] is None)}
             with quiet_loading("diffusers"), warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # every diffusers below 1 knows the name `torch_dtype`
+                warnings.simplefilter("ignore", FutureWarning)  # every diffusers below 1 accepts the name `torch_dtype`
                 pipeline = cls.pipeline_class().from_pretrained(
                     str(place), torch_dtype=dtype, local_files_only=True, **dict.fromkeys(absent), **options)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -124,7 +124,7 @@ class PipelineDetokenizer:
 
         Args:
             shape: what they must be, such as "B, n"; the last axis is `width`.
-            verb: what the model does with that width, for the sentence.
+            verb: what the model does with that width, for the message.
             count: number of pictures, if one for all may be given; the result has one each.
 
         Raises:

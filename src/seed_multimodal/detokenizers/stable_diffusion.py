@@ -4,9 +4,9 @@
     pictures = detokenizer.decode(tokenizer.decode(codes), generator=torch.Generator().manual_seed(42))
 
 diffusers' own pipeline with `prompt_embeds`; the unconditional half is the empty prompt. The original took one
-embedding per call and its noise from the process; here every picture of a batch has its own generator, and what it
-looks like does not depend on the others. At step numbers that divide 1000 (the default 50 does) the folder's sampler is
-the original's; `scheduler="plms"` is so for all.
+embedding per call and its noise from the process; here every picture of a batch has its own generator, so its pixels do
+not depend on the others. At step numbers that divide 1000 (the default 50 does) the folder's sampler is the original's;
+`scheduler="plms"` is so for all.
 Note: a safety checker in the folder is used, as in the original (a flagged picture is black); there is no
 watermark.
 """
@@ -37,7 +37,7 @@ CHECKER_PARTS = ("safety_checker", "feature_extractor")
 
 @dataclass(frozen=True)
 class StableDiffusionDefaults(DecodeDefaults):
-    """What `decode` uses if nothing else is asked for: the original's values, or the folder's `seed_decode.json`."""
+    """Default settings of `decode`: the original's values, or the folder's `seed_decode.json`."""
 
     num_inference_steps: int = setting(50, least=1)
     guidance_scale: float = 7.5

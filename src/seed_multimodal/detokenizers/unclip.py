@@ -4,8 +4,8 @@
     pictures = detokenizer.decode(tokenizer.decode(codes), generator=torch.Generator().manual_seed(0))
 
 Note: noise level 0 still adds a little noise to the embedding, so a picture is determined by its generator. The
-released program re-used one latent tensor per process and decoded one picture at a time; here every picture has its
-own generator, and what it looks like does not depend on the others in its batch.
+released program re-used one latent tensor per process and decoded one picture at a time; here every picture has its own
+generator, so its pixels do not depend on the others in its batch.
 A folder without text encoder (nano) is conditioned by zeros, or by `layout/` tokens read off the embedding.
 """
 

@@ -45,8 +45,8 @@ class PretrainedTokenizer:
     """Mixed into a tokenizer's class: loading and saving.
 
     Attributes:
-        layout: how the model was released. config_class: its sizes.
-        load_report: what a loader filled the model from.
+        layout: the model's released files. config_class: its sizes.
+        load_report: what the loader read into the model.
     """
 
     layout: ClassVar[ReleasedLayout]

@@ -1,7 +1,7 @@
 """One half of a CLIP in transformers' layout, frozen: the vision tower that gives stage 2's target, or the text tower.
 
 Note: the width of a whole CLIP's projection is the model's own `projection_dim`; the one inside its
-`vision_config` or `text_config` is transformers' default and is not asked.
+`vision_config` or `text_config` is transformers' default and is ignored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What SEED-1 and SEED-2 share: pixels become 32 codes of a codebook, and codes are checked before they are decoded.
+"""Encoder of SEED-1 and SEED-2: pixels become 32 codes of a codebook; codes are checked before they are decoded.
 
     images ─► visual_encoder ─► ln_vision ─► Qformer(query_tokens) ─► encode_task_layer ─► quantize ─► codes
 

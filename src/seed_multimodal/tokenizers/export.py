@@ -5,8 +5,8 @@
     vision tower    eva_vit_g.pth, unless a stage holds it
 
 Training checkpoints leave frozen parts out (`{"model": …, "optimizer": …}`, or our safetensors), so each part is taken
-from the latest file that has it. Stage 2's decode side says whether it becomes a SEED-2 or a SEED-1 tokenizer. The
-result is our folder (config.json + model.safetensors) and, if asked for, the files of the released layout beside it.
+from the latest file that has it. Stage 2's decode side decides between SEED-2 and SEED-1. The result is our folder
+(config.json + model.safetensors) and, if asked for, the files of the released layout beside it.
 Note: a picture is encoded by the training modules themselves, filled from the stage files, and by what was written,
 read back; other codes, and nothing is kept. The folder appears by one rename, complete or not at all.
 """
@@ -70,7 +70,7 @@ def export_tokenizer(
     picture: Image.Image | str | Path | None = None, beside: Sequence[str | Path] = (), force: bool = False,
     log: Log = None,
 ) -> Export:
-    """Join stage checkpoints into a tokenizer folder and prove it by encoding a picture.
+    """Join stage checkpoints into a tokenizer folder and verify it by encoding a picture.
 
     Args:
         stage2, stage1, vision: checkpoint files; `stage1` may be left out if stage 2 trained (and holds) the encoder,
@@ -112,7 +112,7 @@ def export_tokenizer(
 
 
 def _refuse_not_finite(model: CodeTokenizer, origin: Mapping[str, str]) -> None:
-    """A training that diverged leaves NaN, of which every comparison of codes would hold: all of them become 0."""
+    """Refuse NaN of a diverged training: all codes would become 0, and every comparison of codes would pass."""
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{origin.get(name, 'the weights')}: {name!r} holds numbers that are not finite, so "
@@ -153,7 +153,7 @@ def source_codes(merged: Merged, config: Any, pixels: Tensor) -> tuple[Tensor, T
 
 def _verify(folder: Path, tokenizer: type[CodeTokenizer], released: bool, pixels: Tensor,
             expected: tuple[Tensor, Tensor]) -> list[str]:
-    """Read back what was written; the layouts that gave the expected codes."""
+    """Read the written files back; returns the layouts that gave the expected codes."""
     layouts: dict[str, tuple[Path, Path | None]] = {OURS: (folder, None)}
     if released:
         main = tokenizer.layout.main

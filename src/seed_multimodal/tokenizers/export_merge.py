@@ -1,8 +1,8 @@
 """Which tensor of an exported tokenizer comes from which file: each part from the latest stage that trained it.
 
-Stage 2's decode side says what the stages become: a SEED-2 tokenizer (it ends in one image embedding) or a SEED-1
-tokenizer (77 text-like embeddings). The published training code's checkpoints hold both decode sides: such a file is
-SEED-2's unless `seed1` is asked for.
+Stage 2's decode side decides the kind: a SEED-2 tokenizer (it ends in one image embedding) or a SEED-1 tokenizer (77
+text-like embeddings). The published training code's checkpoints hold both decode sides: such a file is SEED-2's unless
+`seed1` is asked for.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Merged:
 
     @property
     def tokenizer(self) -> type[CodeTokenizer]:
-        """What the stages become."""
+        """The tokenizer's class."""
         return self.stage2.tokenizer_class
 
 
@@ -100,7 +100,7 @@ def merge(stage1: Path | None, stage2: Path, vision: Path | None, asked: str) ->
                               f"tensor is {next(iter(late))!r}){advice}")
     kind = choose_kind(asked, late, stage2)
     late, left_out = KINDS[kind].tokenizer_class.released_names(late)
-    # Buffers survive the saving rule, so a lone position_ids does not mean that stage 2 holds the Q-Former.
+    # Buffers are always saved, so a lone position_ids does not mean that stage 2 holds the Q-Former.
     trained = {part_of(name) for name in late if not name.endswith("position_ids")} & set(ENCODER_PARTS)
     state, origin = {}, {}
     for file, tensors in ((stage1, early), (stage2, late)):

@@ -1,4 +1,4 @@
-"""A SEED tokenizer that encodes as fast as its hardware allows: the same codes, the same `encode`, packed weights.
+"""A faster encoder of a SEED tokenizer on packed weights: the same codes, the same `encode`.
 
     fast = optimise(tokenizer)                                        # any device
     fast = optimise(tokenizer, compile=True, cuda_graph=True,         # a GPU
@@ -34,14 +34,14 @@ MODES = ("default", "max-autotune", "max-autotune-tma")
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 STATIC_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-GRAPH_SIZES = tuple(size for size in STATIC_SIZES if size <= 32)  # beyond, the GPU is busy and launches are hidden
+GRAPH_SIZES = tuple(size for size in STATIC_SIZES if size <= 32)  # launches of larger ones are hidden
 FILL_ALWAYS = 16
 RECOMPILES = 64  # of one function: batch sizes times dtypes times kinds of layer
 
 
 @dataclass(frozen=True)
 class Levers:
-    """Choices that trade speed for closeness to the plain path; the defaults give its codes.
+    """Options that trade accuracy for speed; the defaults give the plain path's codes.
 
     Args:
         dtype: of the vision tower (default: the tokenizer's).
@@ -279,7 +279,7 @@ def own_setting(device: torch.device, attention: str, is_compiled: bool) -> Iter
 
 
 def plan(count: int, limit: int | None, sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """How to take `count` images: pairs (images, rows computed), at most `limit` images at a time.
+    """Batches for `count` images: pairs (images, rows computed), at most `limit` images each.
 
     Without `sizes` the rows are the images. With them (ascending) rows are one of the sizes: filled up where few
     images or at most a quarter of the rows would be wasted, otherwise the largest size that fits.

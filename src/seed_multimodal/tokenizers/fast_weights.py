@@ -18,7 +18,7 @@ from seed_multimodal.tokenizers.encoder import CodeTokenizer
 from seed_multimodal.tokenizers.qformer import QFormerLayer
 from seed_multimodal.vision.eva import EvaAttention, EvaBlock, EvaVit
 
-ALIGNMENT = 8  # matrix units want rows of a multiple of 16 bytes
+ALIGNMENT = 8  # matrix units need rows of a multiple of 16 bytes
 
 
 class Block(NamedTuple):

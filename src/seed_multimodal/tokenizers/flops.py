@@ -1,4 +1,4 @@
-"""How much arithmetic a tokenizer and its training are: floating-point operations of its matrix products, by sizes.
+"""Cost of a tokenizer and its training: floating-point operations of its matrix products, by sizes.
 
 A multiply-add counts as two. Counted as dense: convolutions, linear layers, both products of attention (also where a
 mask hides half of them) and the code search. Not counted, as usual for a model-FLOP utilisation (MFU): normalisation,

@@ -1,8 +1,8 @@
 """Weights that training starts from: BLIP-2's Q-Former, the EVA tower, the CLIP target, the unCLIP folder.
 
-Each is a local file or folder, or a hub id (`owner/name`); each is checked, and its report names what was loaded, what
-the file did not hold and what of it was left aside. Weights of another size are refused with the first tensor's name
-and both shapes. Files: `blip2_pretrained.pth` and `eva_vit_g.pth` of LAVIS, `CLIP-ViT-H-14-laion2B-s32B-b79K`,
+Each is a local file or folder, or a hub id (`owner/name`); each is checked, and its report names the tensors that were
+loaded, missing in the file, or ignored. Weights of another size are refused with the first tensor's name and both
+shapes. Files: `blip2_pretrained.pth` and `eva_vit_g.pth` of LAVIS, `CLIP-ViT-H-14-laion2B-s32B-b79K`,
 `stable-diffusion-2-1-unclip`.
 Note: BERT has 30522 word pieces and BLIP-2 one more (`[DEC]`); files differ in which of their word tables were
 enlarged, so a table of one row more or less than the model's is fitted (a new last row keeps its start value).

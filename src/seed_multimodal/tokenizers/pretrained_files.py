@@ -1,4 +1,4 @@
-"""Where weights come from: a local file or folder, or a hub id; no model's class is known here."""
+"""Finding weights: a local file or folder, or a hub id. Independent of the models' classes."""
 
 from __future__ import annotations
 

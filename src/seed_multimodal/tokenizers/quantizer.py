@@ -4,7 +4,7 @@ Released behaviour is the default: squared Euclidean distance, gradients straigh
 weights (commitment 1.0, codebook 0.25). Distances are always fp32, so codes do not depend on the model's dtype more
 than its features do. Off by default, for training small codebooks: k-means start, restart of dead codes, cosine
 codes, moving-average updates (without them a uniform start of 8192 codes collapses on small data), and sections:
-each position chooses from its own part of the codebook, so that a code says by itself which position it fills.
+each position chooses from its own part of the codebook, so that a code alone determines its position.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class VectorQuantizer(nn.Module):
             self.ema_sum[which] = rows
 
     def usage(self, codes: Tensor) -> CodebookUsage:
-        """Statistics of codes `[...]` int64 seen anywhere, for example of a whole validation set."""
+        """Statistics of any codes `[...]` int64, for example of a whole validation set."""
         share = torch.bincount(codes.flatten().cpu(), minlength=self.size).double()
         share = share / share.sum().clamp_min(1)
         entropy = -(share * share.clamp_min(1e-30).log()).sum()

@@ -1,10 +1,10 @@
-"""The released layouts: which files hold a tokenizer, where they come from, and what else they hold.
+"""The released layouts: the files of each tokenizer, their origin, and their further contents.
 
     SEED-2    seed_quantizer.pt (no vision tower) + eva_vit_g.pth
     SEED-1    causal_qformer.pth + seed_tokenizer.pth (`{"model": …}` each, the second laid over the first)
               + eva_vit_g.pth
 
-`eva_vit_g.pth` has 40 blocks, of which the first 39 are used. All names are data: nothing here knows a model's class.
+`eva_vit_g.pth` has 40 blocks, of which the first 39 are used. All names are data: no model class is imported here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ReleasedLayout:
     """How one tokenizer was released.
 
     Attributes:
-        name: the model's in sentences; `noun`: what a folder should hold.
+        name: the model's in messages; `noun`: what a folder should hold.
         files: of each file but the vision tower's its names, safetensors first; later files are laid over earlier
             ones, the last is the one to open.
         needed: tensors without which a checkpoint is not this model's; the first is the decode side's own.

@@ -1,9 +1,9 @@
 """SEED-1's stage 2: codes between the frozen Q-Former and two decoders, one back to its queries, one to text features.
 
 The decode side's loss is 0.5 · MSE to the text features of the caption, the 77 x 768 states that Stable Diffusion 1 is
-conditioned on; the rest is `stage2_base`'s. SEED-1's own training code was never published; this is the text branch
-that its successor's code still holds, with that code's weights. The blocks that rebuild the queries (`pos_embed`,
-`blocks`) exist in training only.
+conditioned on; the rest is `stage2_base`'s. SEED-1's own training code was never published; this is the text branch in
+its successor's code, with that code's weights. The blocks that rebuild the queries (`pos_embed`, `blocks`) exist in
+training only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Seed1Stage2Output(CodebookOutput):
 
 
 class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
-    """Codebook training towards text features.
+    """Codebook training with text features as the target.
 
     Args:
         config: sizes.

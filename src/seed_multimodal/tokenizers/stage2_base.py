@@ -1,4 +1,4 @@
-"""What both stages 2 share: a frozen encoder, codes that are damaged on purpose, and the losses of the codebook.
+"""Base of both stages 2: a frozen encoder, deliberate corruption of codes, and the losses of the codebook.
 
     Loss = 5 · codebook + 2 · (1 - cosine to the Q-Former's output) + the decode side's own distillation loss
 
@@ -69,7 +69,7 @@ class Stage2Base(CodeTokenizer):
     weights: CodebookWeights
 
     def start_training(self, *, freeze_qformer: bool, frozen_dropout: bool, corrupt: float, nested: float) -> None:
-        """Once all parts are there: check and keep the choices, freeze what is frozen.
+        """Called once all parts exist: check and store the options, freeze parameters.
 
         Args:
             freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision tower never).
@@ -77,7 +77,7 @@ class Stage2Base(CodeTokenizer):
             corrupt: each sample gets a fraction of its codes, uniform in [0, corrupt], replaced by random ones before
                 decoding (training mode only), so that the decoder survives a language model's errors.
             nested: probability that a sample is decoded from its first k codes only, k uniform (training mode only),
-                so that early codes carry the most; the places after them hold zeros.
+                so that early codes carry the most; the positions after them hold zeros.
 
         Raises:
             ConfigError: a probability outside 0..1.
@@ -112,12 +112,12 @@ class Stage2Base(CodeTokenizer):
 
     def through_codes(self, query_features: Tensor, target: Tensor, quantize: bool,
                       generator: torch.Generator | None) -> Any:
-        """Q-Former output `[B, 32, D]` → codes, damaged as asked for in training, → both decoders: the output.
+        """Q-Former output `[B, 32, D]` → codes, corrupted as configured in training, → both decoders: the output.
 
         Args:
-            target: what the decode side should make of the codes.
+            target: what the decode side should predict from the codes.
             quantize: False lets the features themselves through (warm-up before `quantize.init_from`).
-            generator: draws the damage.
+            generator: draws the corruption.
         """
         pre_quant = self.pre_quant_from_features(query_features)
         if quantize:

@@ -1,4 +1,4 @@
-"""What the tokenizers' configurations share: sizes, `config.json`, and reading sizes off a checkpoint without one.
+"""Base of the tokenizers' configurations: sizes, `config.json`, and reading sizes off a checkpoint without one.
 
 A tensor's shape shows every size but the number of attention heads, which is known for the released widths only.
 """
@@ -28,7 +28,7 @@ _RELEASED_HEADS = {"vit": {1408: 16}, "qformer": {768: 12}}
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes that every tokenizer has; `name` is the model's in sentences.
+    """Sizes that every tokenizer has; `name` is the model's name in messages.
 
     `normalize_codes` and `codebook_sections` are ours: codes compared and decoded on the unit sphere (released: off);
     each of the `num_query` positions chooses from its own part of the codebook (released: 1, all from all).

@@ -1,4 +1,4 @@
-"""What `seed data check` found: counts of records, kinds and errors, lengths, control words in texts."""
+"""Findings of `seed data check`: counts of records, kinds and errors, lengths, control words in texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seed_multimodal.data.check.words import ControlWords
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: its kind, and a sentence with file and place."""
+    """One error: its kind, and a sentence with file and place."""
 
     kind: str
     sentence: str
@@ -19,8 +19,8 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What was there. `kinds`: records by decoder; `lengths`: records by their number of tokens (with a tokenizer);
-    `control`: names of control words in texts, which are reported but not wrong."""
+    """Counts and findings. `kinds`: records by decoder; `lengths`: records by their number of tokens (with a
+    tokenizer); `control`: names of control words in texts, which are reported but not wrong."""
 
     files: int = 0
     records: int = 0

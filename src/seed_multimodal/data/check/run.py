@@ -1,11 +1,11 @@
-"""Looks at every record of any supported file before a training does: `seed data check FILES...`.
+"""Checks every record of any supported file before training: `seed data check FILES...`.
 
 Found and named with file and line (or sample, item, row): malformed json, torn files, missing keys, wrong types, codes
 out of range, a wrong number of codes, pictures and placeholders that differ in number, empty texts, ids that are there
 twice, picture files that are not there, and records longer than a limit. Everything is counted.
 
 Without a tokenizer the codebook is unknown: codes must be whole numbers from 0, and all pictures of one length. With
-one, each record also goes through its decoder, so what passes here is what a training accepts.
+one, each record also goes through its decoder, so training accepts what passes here.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from seed_multimodal.progress import Progress
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """What to look at, and how.
+    """Settings of the check.
 
     Args:
         files: as `open_records` takes them; `format` too.
         tokenizer: folder of the tokenizer the training will use. `length`: tokens a record may have (needs it).
         decoder: of all records; None: guessed from each record's keys. `options` go to it.
         images: folder of pictures; None: paths count from their file's folder, or from the current one.
-        max_errors: so many findings are kept as sentences (all are counted); 0 keeps every one.
+        max_errors: this many findings are kept as sentences (all are counted); 0 keeps every one.
     """
 
     files: Sequence[str | Path]
@@ -57,7 +57,8 @@ def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckRep
     """Read every record of the files and count what is there and what is wrong.
 
     Raises:
-        ConfigError: settings that make no sense. DataError: nothing matches `files`. CheckpointError: no tokenizer.
+        ConfigError: settings that contradict each other. DataError: nothing matches `files`. CheckpointError: no
+            tokenizer.
     """
     checker = _Checker(settings)
     files = find_files(settings.files, settings.format)
@@ -210,7 +211,7 @@ class _Checker:
         options = guessed if self.settings.decoder is None else self.settings.options
         key = f"{name} {guessed}"
         if key not in self._decoders:
-            # Without a tokenizer this only refuses a name that there is not.
+            # Without a tokenizer this only refuses an unknown name.
             self._decoders[key] = get_decoder(name, self.tokenizer, options)  # type: ignore[arg-type]
         return self._decoders[key]
 

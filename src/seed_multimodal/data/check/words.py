@@ -26,7 +26,7 @@ WRITTEN_OUT = "sft.interleaved"  # there pictures are written by the names of th
 
 @dataclass
 class ControlWords:
-    """How many records hold them, how often each is there (all names of codes as one), and the first places."""
+    """Number of records with control words, count of each word (all names of codes as one), and the first places."""
 
     records: int = 0
     words: Counter[str] = field(default_factory=Counter)

@@ -1,12 +1,12 @@
-"""What every decoder shares: options, fields read with checks, pictures, and spans put together into one sequence.
+"""Base of the decoders: options, fields read with checks, pictures, and spans joined into one sequence.
 
-A decoder says what a record's fields become (`draft`: spans of text and pictures, learned or not); this file turns the
-spans into ids and labels exactly as the released data code did. Two styles of labels existed:
+A decoder turns a record's fields into a `draft` (spans of text and pictures, learned or not); this file turns the spans
+into ids and labels exactly as the released data code did. Two styles of labels existed:
 
 * whole: the sample is one string; every token is learned, but for `<unk>`, which the released code takes for padding.
 * spans: each span is encoded on its own; `<s>` and what the user says are not learned, `</s>` is.
 
-`validate: false` gives the released behaviour to the letter, defects included (pictures of any length, samples without
+`validate: false` gives the released behaviour exactly, defects included (pictures of any length, samples without
 content); by default such a record is refused with a sentence that starts with the field's name.
 """
 
@@ -38,7 +38,7 @@ class Span:
 
 @dataclass
 class Draft:
-    """What a record becomes. `dropped` says why the released filter leaves it out; it may still have spans."""
+    """The spans of a record. `dropped`: why the released filter leaves it out; it may still have spans."""
 
     spans: Sequence[Span] = ()
     extra: dict[str, Any] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Decoder:
 
     @classmethod
     def missing(cls, fields: Mapping[str, Any]) -> list[str]:
-        """The needed fields that a record has not."""
+        """The needed fields that a record lacks."""
         return [name for name, kind in cls.needed(fields).items() if fields.get(name) is None
                 and not (name == "image_ids" and kind == PICTURE and "views" in fields)]
 
@@ -161,7 +161,7 @@ class Decoder:
             raise BadRecord("empty text", "the record: holds nothing that could be learned.")
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """What the record becomes. Raises as `__call__`."""
+        """The record's spans. Raises as `__call__`."""
         raise NotImplementedError
 
     def _fill(self, sequence: TokenSequence, draft: Draft, max_length: int | None) -> None:

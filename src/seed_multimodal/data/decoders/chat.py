@@ -1,4 +1,4 @@
-"""Our general decoder: `messages` -> a dialogue in the words of a prompt template, as it is used at inference.
+"""Our general decoder: `messages` -> a dialogue in a prompt template, as at inference.
 
     <s>USER: [picture]question\\nASSISTANT:answer[picture]\\nUSER: question\\nASSISTANT:answer</s>
 

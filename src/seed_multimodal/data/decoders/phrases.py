@@ -1,4 +1,4 @@
-"""The sentences the released instruction data was written with, as far as they are known, and ours in the other places.
+"""The sentences of the released instruction data, as far as they are known, and ours in the other places.
 
 A request and the response to it share an index, and the places of known ones are the released ones.
 """

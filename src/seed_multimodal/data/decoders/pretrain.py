@@ -131,7 +131,7 @@ class Interleaved(Decoder):
     Fields: `image_ids` and `texts`, equally long; at each place one of the two is None. `metadata` (may be empty).
 
     Options:
-        reverse_ratio: share of documents in which every picture changes places with what follows it.
+        reverse_ratio: share of documents in which every picture is swapped with the element after it.
         max_images: a document ends before the next picture, or after the text that follows the last.
     """
 
@@ -174,7 +174,7 @@ class Interleaved(Decoder):
 
 
 def _swapped(images: Sequence[Any]) -> list[int]:
-    """Places in the order in which each picture comes after the element that followed it."""
+    """Indices of the elements, each picture swapped with the element after it."""
     order: list[int] = []
     place = 0
     while place < len(images):

@@ -1,4 +1,4 @@
-"""Decoders of pretraining data that bring other captioned pictures along: retrieved neighbours, examples in a prompt.
+"""Decoders of pretraining data with further captioned pictures as context: retrieved neighbours, examples in a prompt.
 
     pretrain.retrieval      <s>pair pair pair</s>, the pairs all one way round         everything learned but <s>
     pretrain.caption_eval   <s>[picture]caption[picture]caption[picture]prompt         nothing (a prompt)
@@ -18,7 +18,7 @@ from seed_multimodal.settings import setting
 
 
 class Retrieval(Decoder):
-    """A picture-caption pair, and the pairs that were found to be like it.
+    """A picture-caption pair and the similar pairs retrieved for it.
 
     Fields: `image_ids`, `text`, `context` (a list of records with `image_ids` and `text`).
 

@@ -1,4 +1,4 @@
-"""Decoders of the instruction-tuning data: what the user says is not learned, answers and the final `</s>` are.
+"""Decoders of the instruction-tuning data: the user's turns are not learned, answers and the final `</s>` are.
 
     <s>USER: [picture]question\\nASSISTANT:answer</s>        further turns start with "\\nUSER: "
 
@@ -44,7 +44,7 @@ class Reversible(DecoderOptions):
 
 
 class Tuned(Decoder):
-    """What the decoders of this module share."""
+    """Base of the decoders of this module."""
 
     without_effect: ClassVar[Sequence[str]] = ("reverse_ratio", "caption_prompt")
 
@@ -56,7 +56,7 @@ class Tuned(Decoder):
         return said
 
     def exact_pictures(self, pictures: Sequence[Any], wanted: int, what: str) -> None:
-        """Refuse another number of pictures than the texts tell of."""
+        """Refuse another number of pictures than the texts mention."""
         if len(pictures) < wanted or (self.validate and len(pictures) != wanted):
             raise BadRecord("images and placeholders",
                             f"image_ids: holds {len(pictures)} pictures, but {what} tell of {wanted}.")
@@ -210,7 +210,7 @@ class Story(Tuned):
 
 
 class Difference(Tuned):
-    """A question about two pictures, told apart by a sentence before or after each (a coin's flip).
+    """A question about two pictures, told apart by a sentence before or after each (at random).
 
     Fields: `image_ids` (two pictures), `question`, `answer`.
     """
@@ -221,7 +221,7 @@ class Difference(Tuned):
     without_effect = ("caption_prompt",)
 
     def __init__(self, *arguments: Any) -> None:
-        """See `Decoder`. Raises ConfigError also for a reverse_ratio: the other direction was never there."""
+        """See `Decoder`. Raises ConfigError also for a reverse_ratio: there is no other direction."""
         super().__init__(*arguments)
         if self.validate and self.options.reverse_ratio != 0:
             raise ConfigError(f"decoder {self.name}: reverse_ratio must be 0; two pictures are not drawn from a text.")

@@ -1,4 +1,5 @@
-"""Conversations stored as alternating texts; both released modules have these two, with other words around the turns.
+"""Conversations stored as alternating texts; both released modules have these two, with different markers around the
+turns.
 
     pretrain.*   "USER: " question "\\nASSISTANT: "   (a blank at the end, which becomes a token of its own)
     sft.*        "USER: " question "\\nASSISTANT:"
@@ -24,9 +25,9 @@ def with_full_stop(answer: str) -> str:
 
 
 class _Turns(Decoder):
-    """Words around turns. `sft` ignores the names of the roles, as released."""
+    """Markers around turns. `sft` ignores the names of the roles, as released."""
 
-    tuned: ClassVar[bool] = False  # the instruction-tuning module's words
+    tuned: ClassVar[bool] = False  # the instruction-tuning module's markers
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
@@ -91,7 +92,7 @@ class TextConversationTuned(TextConversation):
 
 
 class VisualQuestion(_Turns):
-    """A conversation about pictures, which stand before or after the first question by a coin's flip.
+    """A conversation about pictures, which stand before or after the first question at random.
 
     Fields: `image_ids` (a list per picture), and `data` (question and answer in turn) or `instruction`, `inputs`
     (asked instead of the instruction where it is not blank), `outputs`. Options: as `TextConversation`.

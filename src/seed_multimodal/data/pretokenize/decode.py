@@ -2,8 +2,8 @@
 
     for result in iterate(decoding(units, TaskDecoder(...), workers=8)): ...    # in the order of the units' samples
 
-A task carries where its samples lie, so workers know nothing of units. Pictures travel as uint8 [n, 3, S, S], a
-quarter of their normalised size. What is wrong with a sample travels as a sentence; programming errors are raised.
+A task holds the positions of its samples, so workers need no units. Pictures travel as uint8 [n, 3, S, S], a quarter of
+their normalised size. Errors of a sample are returned as a sentence; programming errors are raised.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Task:
 
 @dataclass
 class DecodedSample:
-    """A sample as decoded: its record with slots and the rows of its pictures' views; or why there is nothing of it."""
+    """A decoded sample: its record with slots and the rows of its pictures' views; or why it was left out."""
 
     number: int
     record: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class TaskDecoder:
         self._files = OpenFiles()
 
     def enter_worker(self) -> None:
-        """Interrupts are left to the process that encodes, which ends its workers."""
+        """Ignore interrupts: the encoding process ends its workers."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def __call__(self, task: Task | None) -> DecodedTask | None:
@@ -121,7 +121,7 @@ class TaskDecoder:
             return DecodedSample(number, bad=str(error))
 
     def _add(self, picture: Picture, metadata: Any, rows: _Rows, name: str, lost: list[str]) -> list[int] | None:
-        """The rows of a picture's views; None for an optional picture that cannot be read, which goes to `lost`."""
+        """The rows of a picture's views; None for an optional picture that cannot be read, which is added to `lost`."""
         names = [f"{picture.key}#{number}" if picture.key else ""
                  for number in range(self.views if picture.read else 1)]
         if not self._filter.active and all(one in rows.places for one in names):
@@ -146,7 +146,7 @@ class TaskDecoder:
 
 
 class _Rows:
-    """Pictures of a task, those of equal names once."""
+    """Pictures of a task, each name once."""
 
     def __init__(self) -> None:
         self.names, self.pixels = list[str](), list[np.ndarray]()
@@ -163,7 +163,7 @@ class _Rows:
         return len(self.names) - 1
 
     def cut(self, count: int) -> None:
-        """Forget the rows from `count` on, of a sample that is not kept."""
+        """Drop the rows from `count` on, of a sample that is not kept."""
         for name in self.names[count:]:
             self.places.pop(name, None)
         del self.names[count:], self.pixels[count:]
@@ -189,7 +189,8 @@ def iterate(loader: StepLoader) -> Iterator[DecodedTask]:
 
 
 def tasks_of(units: Sequence[Unit], settings: InputSettings, size: int) -> Iterator[Task]:
-    """The tasks of units, each of at most `size` samples; the next unit is located while this one's are handed out."""
+    """The tasks of units, each of at most `size` samples; the next unit is located while this one's tasks are in
+    use."""
     with ThreadPoolExecutor(1) as ahead:
         located = [ahead.submit(unit_records, unit, settings) for unit in units[:1]]
         for place, unit in enumerate(units):

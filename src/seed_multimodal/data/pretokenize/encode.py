@@ -86,7 +86,7 @@ class Encoder:
 
     def start(self, rows: Sequence[Tensor]) -> Codes:
         """Begin to encode pictures, uint8 [3, S, S] each; on a GPU this returns before it is done."""
-        on_gpu = self.device.type == "cuda"  # from page-locked memory it copies while the next batch is decoded
+        on_gpu = self.device.type == "cuda"  # the copy from page-locked memory overlaps with decoding the next batch
         pixels = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
         torch.stack(tuple(rows), out=pixels)
         normal = pixels.to(self.device, non_blocking=True).float().div_(255).sub_(self._mean).div_(self._std)
@@ -99,7 +99,7 @@ class Encoder:
 
 
 class Codes:
-    """Codes on their way: `result()` waits for them, [B, tokens_per_image] on the CPU."""
+    """Codes being computed: `result()` waits for them, [B, tokens_per_image] on the CPU."""
 
     def __init__(self, codes: Tensor) -> None:
         self._codes, self._done = codes, None
@@ -140,7 +140,7 @@ def read_transform(path: str | Path | None, own: ImageTransform, image_size: int
     """The picture transform of a YAML (`--image_transform`, `--image_processor`), or the tokenizer's own.
 
     Raises:
-        ConfigError: it makes something else than the tokenizer's pictures.
+        ConfigError: its output does not fit the tokenizer.
     """
     if path is None:
         return ImageTransform(image_size, own.keep_ratio, own.interpolation)
@@ -155,7 +155,7 @@ def build_transform(path: str | Path) -> ImageTransform:
     """The transform a YAML describes.
 
     Raises:
-        ConfigError: a target that builds no transform, or a processor that does what an `ImageTransform` cannot.
+        ConfigError: a target that builds no transform, or a processor with steps that `ImageTransform` lacks.
     """
     config = load_yaml(path)
     if config.get("_target_") in PROCESSORS:

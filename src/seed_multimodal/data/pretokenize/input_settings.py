@@ -1,4 +1,4 @@
-"""What is read: an input description in our keys, or one of the released pre-tokenisation files.
+"""Settings of the input: a description in our keys, or one of the released pre-tokenisation files.
 
     files: data/unsplash/webdataset        # folders, patterns with braces, lists of them
     format: auto                           # tar, json (lists or an object per line), folder (pictures), nano
@@ -26,7 +26,7 @@ _HYDRA = ("_target_", "_recursive_", "_convert_")
 
 @dataclass
 class InputSettings:
-    """What is read, and what of it is kept.
+    """The input, and the filters on it.
 
     Attributes:
         files: folders, patterns or files; for `nano` the set's folder (None: the one in the repository).
@@ -38,8 +38,8 @@ class InputSettings:
         similarity_thr, min_resolution, min_aspect_ratio: see `images.filters`; None: that filter is off.
         num_frames: pictures taken from each video.
         num_images: pictures of a story; None: any number from 2.
-        split, content, captions: of the nano set: which split, what is made of it, which captions of a picture (a
-            record for each, or with `list` one that holds all).
+        split, content, captions: of the nano set: the split, the kind of content, the captions of a picture (one record
+            each, or with `list` one record with all).
     """
 
     files: str | list[str] | None = None
@@ -59,13 +59,13 @@ class InputSettings:
     captions: str = setting("all", choices=("all", "first", "others", "list"))
 
     def identity(self) -> dict[str, Any]:
-        """What the output depends on besides the inputs themselves, for the manifest."""
+        """Settings that the output depends on, for the manifest."""
         return {key: value for key, value in asdict(self).items() if key not in ("files", "image_root", "recursive")}
 
 
 @dataclass(frozen=True)
 class Pipe:
-    """What stands behind a released builder: the kind of records, its defaults, keys that change nothing here."""
+    """What a released builder stands for: the kind of records, its defaults, keys that change nothing here."""
 
     kind: str
     defaults: dict[str, Any]

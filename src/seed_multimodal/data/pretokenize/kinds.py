@@ -173,7 +173,7 @@ def _parse_story(sample: Sample, settings: InputSettings, keys: Mapping[str, str
 def _listed(sample: Sample, key: str, count: int | None) -> list[Any]:
     """The list under a key, or what stands under key0, key1, … (with the plural's s left out).
 
-    Of those one more than wanted is looked for, so that a story that is too long is not cut unnoticed.
+    One more than wanted is read, so that a story that is too long is not cut unnoticed.
     """
     if isinstance(sample.fields.get(key), list):
         return list(sample.fields[key])

@@ -1,7 +1,7 @@
 """The nano set as input: captions, questions, descriptions, drawings, edits and conversations of one split.
 
-Sentences are those the nano systems ask with (`language.tasks`), so that a model trained on these records is used as
-it was trained. Pictures stay what they are on disk; equal ones are encoded once per unit.
+Requests are those of the nano systems (`language.tasks`), so that training and use agree. Pictures keep their bytes on
+disk; equal ones are encoded once per unit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from seed_multimodal.data.nano.types import NanoRecord
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.language.tasks import NANO_TASKS
 
-Made = tuple[str, dict[str, Any], list[str]]  # what a record is called, its fields, keys of its pictures
+Made = tuple[str, dict[str, Any], list[str]]  # name of a record, its fields, keys of its pictures
 
 
 def nano_records(folder: str, settings: InputSettings) -> list[Record]:

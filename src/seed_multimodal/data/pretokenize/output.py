@@ -1,10 +1,10 @@
-"""What a run leaves: a folder per unit; for all of them `settings.json` at the start and `manifest.json` at the end.
+"""The output of a run: a folder per unit; for all of them `settings.json` at the start and `manifest.json` at the end.
 
-`part-0003/0000000.tar`, … hold one KEY.json per record; `part-0003/manifest.json` is written last and says that the
-part is done: without it a part is an unfinished one and is made again. Equal records give equal bytes: no times,
-owners or random keys. A key is the unit's number, its file's name, and the sample's number in that file.
+`part-0003/0000000.tar`, … hold one KEY.json per record; `part-0003/manifest.json` is written last and marks the part as
+finished; a part without it is made again. Equal records give equal bytes: no times, owners or random keys. A key is the
+unit's number, its file's name, and the sample's number in that file.
 
-A run that goes on in a folder must have the same tokenizer, transform, kind, fields and filters; batch size, number
+A run that continues in a folder must have the same tokenizer, transform, kind, fields and filters; batch size, number
 of processes and device may differ. Any number of processes may finish at once: a lock orders them.
 """
 
@@ -73,7 +73,7 @@ class PartWriter:
                  trace: TracebackType | None) -> None:
         with self._held:
             if kind is not None:
-                with contextlib.suppress(OSError):  # a full disk refuses once more what is still in the buffer
+                with contextlib.suppress(OSError):  # a full disk fails again on the rest of the buffer
                     self._open.__exit__(kind, error, trace)
                 with contextlib.suppress(OSError):
                     self._clear()
@@ -132,7 +132,7 @@ def check_part(save_dir: Path, unit: Unit) -> tuple[dict[str, Any] | None, str]:
 
 
 def is_of(manifest: Mapping[str, Any], unit: Unit) -> bool:
-    """Whether a part's manifest says that it was made of this unit, as far as names and sizes tell."""
+    """Whether a part was made of this unit, by the names and sizes in its manifest."""
     return unit.identity().items() <= manifest.get("source", {}).items()
 
 
@@ -182,7 +182,7 @@ def refuse_other_settings(save_dir: Path, settings: Mapping[str, Any], whole: bo
 
 
 def agree_on_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Note what the folder is made with, or check that it is the same.
+    """Write the settings of the folder, or check that they are the same.
 
     Raises:
         DataError: another setting, named, with both values; or parts without (readable) settings.
@@ -198,7 +198,7 @@ def agree_on_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes codes and decodes pictures."""
+    """Versions of the libraries that compute codes and decode pictures."""
     import PIL
     import torch
 
@@ -270,7 +270,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _encoded(record: Mapping[str, Any]) -> bytes:
-    """A record as json; what json has no word for (NaN, as in LAION's metadata) becomes null."""
+    """A record as json; NaN (as in LAION's metadata), which json lacks, becomes null."""
     try:
         text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except ValueError:

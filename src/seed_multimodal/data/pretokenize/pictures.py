@@ -30,9 +30,9 @@ class Picture:
     """A picture to encode.
 
     Args:
-        name: as errors call it.
+        name: for errors.
         load: opens it; raises ImageError.
-        key: pictures of one key are the same (empty: not known).
+        key: pictures with equal keys are equal (empty: not known).
         read: a model reads it, so that it may be seen in several views; else it is one to be drawn.
         optional: a sample without it is still worth keeping.
     """
@@ -83,7 +83,7 @@ class _Frames:
             if total < 1:
                 raise ImageError(f"{self.name}: not a video in a known format, or without frames.")
             places = middles(total, self.count)
-            # Each once: after the only frame of a video, going back to it gives nothing.
+            # Each frame once: seeking back to the only frame of a video fails.
             read = {place: self._frame(video, cv2, place) for place in dict.fromkeys(places)}
             return [read[place] for place in places]
         finally:

@@ -48,7 +48,7 @@ from seed_multimodal.settings import check_settings, setting
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything about a run.
+    """Settings of a run.
 
     Attributes:
         kind: of records, see `kinds.py`.
@@ -63,7 +63,7 @@ class RunSettings:
         views: of each picture (kinds caption, qa and chat); all but the first are augmented, from `seed`.
         block: records of a unit where the input is no tar; limit: records per output tar.
         resume: continue in a folder that exists; else it is refused.
-        max_bad: so many broken samples in a row end the run.
+        max_bad: this many broken samples in a row end the run.
     """
 
     kind: str
@@ -97,7 +97,7 @@ class Rank:
 
     @property
     def name(self) -> str:
-        """In front of its lines, when it is not alone."""
+        """Prefix of its log lines, when there are several processes."""
         return f"[{self.rank} of {self.world}] " if self.world > 1 else ""
 
     def share(self, units: Sequence[Unit], shard: tuple[int, int]) -> list[Unit]:
@@ -107,10 +107,10 @@ class Rank:
 
 
 def run(settings: RunSettings) -> int:
-    """Make this run's share; returns the exit code (0: all of it is there; 1: nothing could be used).
+    """Make this run's share; returns the exit code (0: complete; 1: nothing could be used).
 
     Raises:
-        ConfigError, DataError: what is refused before or, in a single process, while working.
+        ConfigError, DataError: refusals before the work and, in a single process, during it.
     """
     kind = get_kind(settings.kind)
     source = read_input_settings(settings.data, kind.name, fields=settings.fields, **dict(settings.input or {}))
@@ -142,7 +142,7 @@ def run(settings: RunSettings) -> int:
 
 
 def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], rank: Rank) -> None:
-    """What one process does: the units of its share that are not finished yet."""
+    """Encode the unfinished units of one process's share."""
     save_dir = Path(settings.save_dir)
     encoder = Encoder(replace(settings.encoder, device=rank.device))
     transform = read_transform(settings.image_transform, encoder.transform, encoder.image_size)
@@ -173,7 +173,7 @@ def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], ra
 
 
 def _of_folder(settings: RunSettings, source: InputSettings) -> dict[str, Any]:
-    """What an output folder is made with, as far as it is known before the tokenizer is loaded."""
+    """The settings of an output folder that are known before the tokenizer is loaded."""
     kind = get_kind(settings.kind)
     return {"format": 1, "kind": kind.name, "views": settings.views if kind.views else 1, "seed": settings.seed,
             "input": {**source.identity(), "fields": kind.keys(source.fields)}, "block": settings.block,
@@ -184,7 +184,7 @@ def _of_folder(settings: RunSettings, source: InputSettings) -> dict[str, Any]:
 
 
 def _ranks(settings: RunSettings, units: int) -> list[Rank]:
-    """The processes to run here; one without a unit to make would only load a tokenizer."""
+    """The processes to run here, each with at least one unit."""
     cuda = settings.encoder.device != "cpu" and torch.cuda.is_available()
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # torchrun starts the processes
         world = int(os.environ["WORLD_SIZE"])
@@ -203,7 +203,7 @@ def _ranks(settings: RunSettings, units: int) -> list[Rank]:
 
 
 def _spawn(settings: RunSettings, source: InputSettings, units: Sequence[Unit], ranks: Sequence[Rank]) -> int:
-    """One process per rank; each says its own refusal. Returns the exit code of them all."""
+    """One process per rank; each reports its own errors. Returns the common exit code."""
     context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
     children = [context.Process(target=_child, args=(settings, source, units, rank, len(ranks)),
                                 name=f"process {rank.rank}") for rank in ranks]
@@ -239,7 +239,7 @@ def _child(settings: RunSettings, source: InputSettings, units: Sequence[Unit], 
 
 
 def _end_with_parent() -> None:
-    """A process whose parent was killed must not go on writing beside the next run."""
+    """End with the parent: a process whose parent was killed must not write beside the next run."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

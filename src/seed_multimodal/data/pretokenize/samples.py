@@ -1,4 +1,4 @@
-"""Samples of the input: records as a kind of records reads them, with their texts and pictures."""
+"""Samples of the input: records with access to their texts and pictures."""
 
 from __future__ import annotations
 
@@ -74,12 +74,13 @@ class Sample:
         return value
 
     def keys(self) -> str:
-        """What the sample has, for an error, and where to say which of it holds what."""
+        """The keys that the sample has, and how to name the right ones, for an error."""
         have = ", ".join(sorted(map(str, self.fields))[:8]) or "no keys"
         return f"it has {have}; --fields says which holds what"
 
     def picture(self, value: Any, **options: Any) -> Picture:
-        """What a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the record's members.
+        """The picture that a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the record's
+        members.
 
         Raises:
             BadRecord: none of these.

@@ -13,9 +13,9 @@ from seed_multimodal.language.vocabulary import ImageVocabulary
 class Slot:
     """A place in a record for pictures, by their numbers in the sample.
 
-    `form` says how they stand there: `codes`: of one picture after the other; `views`: the codes of each view of the
-    picture, the place being left out when there is only one; `codes or views`: views only when there are several;
-    `none`: None. A place in a list whose picture could not be read is left out.
+    `form`: `codes` (one picture after the other), `views` (the codes of each view; the key is left out when there is
+    only one), `codes or views` (views only when there are several), or `none` (None). A place in a list whose picture
+    could not be read is left out.
     """
 
     pictures: tuple[int, ...]

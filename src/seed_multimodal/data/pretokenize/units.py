@@ -25,14 +25,14 @@ from seed_multimodal.errors import DataError
 
 JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
-TAR_MEMBERS = (*IMAGE_KEYS, "txt", "json")  # what is read of a tar
+TAR_MEMBERS = (*IMAGE_KEYS, "txt", "json")  # the members read from a tar
 
 
 @dataclass(frozen=True)
 class Unit:
     """One piece of work: samples `start` to `stop` (None: all) of a file; `size`: bytes of the file or its records.
 
-    `weight` says how much work it is compared with the others.
+    `weight`: amount of work, relative to the others.
     """
 
     number: int
@@ -54,7 +54,7 @@ class Unit:
         return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)[:40]
 
     def identity(self) -> dict[str, Any]:
-        """What a finished part must have been made of to count as this unit's."""
+        """Identity of the unit's input, which a finished part must match."""
         return {"file": Path(self.path).name, "size": self.size, "start": self.start, "stop": self.stop}
 
 

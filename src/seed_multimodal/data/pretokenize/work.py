@@ -28,8 +28,8 @@ NAMED = 100  # broken samples and pictures that a part's manifest names
 
 @dataclass
 class _Part:
-    """A unit under way: `rows` [3, S, S] that wait to be encoded, each with its place in `codes`, batches on their way,
-    and samples that wait for codes. `places`: of the rows by name. The other fields go into the part's manifest."""
+    """An unfinished unit: `rows` [3, S, S] to be encoded, each with its place in `codes`, batches being encoded, and
+    samples waiting for codes. `places`: of the rows by name. The other fields go into the part's manifest."""
 
     writer: PartWriter
     codes: list[list[int] | None] = field(default_factory=list)
@@ -43,13 +43,13 @@ class _Part:
 
 
 class Extractor:
-    """Encodes units, in their order, into `save_dir`.
+    """Encodes units in order into `save_dir`.
 
     Args:
         workers: decode processes.
         limit: records per tar.
         max_bad: so many broken samples in a row, across units, end the run.
-        made: noted in each part: device, precision, versions.
+        made: recorded in each part: device, precision, versions.
         progress: in weights of units; also takes a line for each broken sample.
     """
 
@@ -78,7 +78,7 @@ class Extractor:
             self._loader.close()
 
     def summary(self) -> str:
-        """What was done, how fast, and how long decode workers were waited for."""
+        """Counts, speed, and the time spent waiting for decode workers."""
         seconds = max(self.progress.seconds, 1e-9)
         return (f"{counted(self.units_done, 'unit')}, {counted(self.pictures, 'picture')} in {seconds:.1f} s "
                 f"({self.pictures / seconds:,.0f}/s, waited for data {self._wait()} of the time).")
@@ -147,7 +147,7 @@ class Extractor:
         self.progress.write(f"{what}: {sentence}")
 
     def _encode(self, part: _Part, flush: bool = False) -> None:
-        """Start whole batches (with `flush` the rest too); keep one on its way, fetch the codes of those before."""
+        """Start whole batches (with `flush` the rest too); leave one running, fetch the codes of the earlier ones."""
         while len(part.rows) >= (1 if flush else self.batch_size):
             batch = [part.rows.popleft() for _ in range(min(self.batch_size, len(part.rows)))]
             codes = self.encoder.start([pixels for pixels, _ in batch])
