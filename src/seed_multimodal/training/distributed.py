@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -108,9 +107,7 @@ def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool =
         if world > 1:
             _join(backend, timeout)
         elif group_of_one:
-            with tempfile.TemporaryDirectory(prefix="seed-group-") as folder:
-                dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1,
-                                        timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return ProcessGroup(timeout), place
 
 
