@@ -7,12 +7,12 @@
     seed draw "a red apple"                     a picture from words
     seed edit cat.jpg "Make it in noto style."  a changed picture
     seed chat                                   a conversation with pictures in both directions
-    seed convert old.pt new.safetensors         old weights, once, safely
+    seed convert old.pt new.safetensors         old weights, safely
     seed export-tokenizer --stage1 … --stage2 … trained stages → a tokenizer
-    seed eval tokenizer --data … --out …        how good a tokenizer is
+    seed eval tokenizer --data … --out …        quality of a tokenizer
     seed plot runs/a runs/b                     curves of training runs
-    seed data check train.jsonl …               what is wrong with training data, and where
-    seed data convert old/*.tar --out new       the original's pickled shards, made safe
+    seed data check train.jsonl …               errors in training data, and where
+    seed data convert old/*.tar --out new       the original's pickled shards as json
 
 Results go to stdout (one JSON object a line with `--json`), everything else to stderr. Exit codes: 0 done, 1 some
 pictures of a batch were refused, 2 refused as a whole, 130 interrupted.

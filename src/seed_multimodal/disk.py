@@ -1,7 +1,7 @@
 """Files on disk: replaced whole or not at all, locks between processes, hashes, permissions, error translation.
 
-Every file that a run may be killed beside is written through `replacing`; every lock between processes is `lock`;
-every refusal of the disk becomes a sentence through `writing`.
+Every file that must survive a kill is written through `replacing`; every lock between processes is `lock`; every disk
+error becomes a sentence through `writing`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)
 def lock(file: str | Path, timeout: float = -1.0, *, remove: bool = False) -> Iterator[None]:
     """Hold an exclusive lock between processes, in the (new, hidden) file named; it ends with the process, too.
 
-    Disks that know no locks, or are read-only, have none.
+    File systems without locks, or read-only ones, are not locked.
 
     Args:
         timeout: seconds to wait for another process; negative: without end.

@@ -1,4 +1,4 @@
-"""How a program ends: a refusal is one sentence and an exit code, never a traceback unless `--debug` asks for it."""
+"""How programs end: a refusal is one sentence and an exit code; a traceback only with `--debug`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
         say(f"{program}: interrupted.")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has ended (`seed … | head`); what Python still flushes at exit is discarded.
+        # The reader of our output has ended (`seed … | head`); the rest of the output is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
 

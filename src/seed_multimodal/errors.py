@@ -1,4 +1,4 @@
-"""Errors a user can act on: one clear sentence that names the file, key or sample.
+"""Errors for users: one clear sentence that names the file, key or sample.
 
 Everything the package refuses raises a `SeedError`; the command line prints its sentence without a traceback
 (`--debug` shows it). Programming errors stay ordinary exceptions and are never caught.
@@ -40,7 +40,7 @@ class GenerationError(SeedError):
 
 
 def first_line(error: BaseException, longest: int = 300) -> str:
-    """What another library's error says, for use inside a sentence: its first line without the full stop.
+    """Message of another library's error, for use inside a sentence: its first line without the full stop.
 
     Returns:
         At most `longest` letters; the error's type if it says nothing.

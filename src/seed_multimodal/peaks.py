@@ -1,4 +1,4 @@
-"""What GPUs can do at most: dense matrix-product rates by the makers' data sheets, for model-FLOP utilisation (MFU).
+"""Peak rates of GPUs: dense matrix products by the makers' data sheets, for model-FLOP utilisation (MFU).
 
 Rates are TFLOP/s without sparsity, with float32 accumulation. `fp32` is the plain rate, `tf32` that of products which
 torch may round to TF32 (`torch.set_float32_matmul_precision`). A name that is not here has no known peak.

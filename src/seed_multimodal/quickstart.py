@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PICTURES = {"cat.jpg": "What is this animal?", "fox.png": "What is the main colour?",
             "castle.png": "What is this?", "banana.png": "Which style is this drawn in?"}
 HELD_OUT_PICTURES = ("banana.png",)  # nano was trained on this thing in other styles only
-# Keys of the nano set: two that were trained on, and one thing (dog face) trained on in two styles but not in this one.
+# Keys of the nano set: two of the training split, and one thing (dog face) held out in this style only.
 DRAWINGS = ("fluent-1f34e", "noto-1f680", "twemoji-1f436")
 HELD_OUT_REMARK = "this pair of thing and style was never trained on"
 EDIT = ("fox.png", "Replace it with a hedgehog.")
@@ -45,7 +45,7 @@ STEPS = 2 + 2 * len(PICTURES) + len(DRAWINGS) + 1 + len(CONVERSATION)
 
 @dataclass
 class Run:
-    """One run: the system, where things go, what came out, and the rows of the sheet."""
+    """One run: the system, the output folder, the results, and the rows of the sheet."""
 
     system: Any
     out: Path
@@ -58,7 +58,7 @@ class Run:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[list[str]]:
-        """Time one step and print it with what it appended; a drawing that fails is reported, and the rest goes on."""
+        """Time one step and print it with its results; a drawing that fails is reported and skipped."""
         start, said = time.perf_counter(), list[str]()
         try:
             yield said
@@ -75,7 +75,7 @@ class Run:
 
 
 def run_quickstart(system: Any, out: Path, images: Path, seed: int = 0) -> Run:
-    """Do everything with `system` (a `SeedLlama`) on the pictures in `images`; files are left in `out`."""
+    """Run all steps with `system` (a `SeedLlama`) on the pictures in `images`; writes into `out`."""
     run = Run(system, out, seed)
     start = time.perf_counter()
     _pictures(run, images)
@@ -143,7 +143,7 @@ def _edit(run: Run, images: Path) -> list[Cell]:
 
 
 def _conversation(run: Run, images: Path) -> None:
-    """Several turns; each answer is remembered with its pictures, as codes."""
+    """Several turns; each answer stays in the conversation with its pictures, as codes."""
     messages: list[dict[str, Any]] = []
     cells: list[Cell] = []
     turns = []

@@ -1,4 +1,4 @@
-"""Other libraries' progress bars and advice to developers: off inside a block, or for the rest of a program."""
+"""Switch off other libraries' progress bars and warnings, inside a block or for the rest of a program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODEL_LIBRARIES = ("transformers", "diffusers")  # these have a logging module o
 
 @contextlib.contextmanager
 def quiet_loading(*libraries: str) -> Iterator[None]:
-    """Inside, `libraries` (of `MODEL_LIBRARIES`) show no progress bars and say nothing below an error."""
+    """Inside, `libraries` (of `MODEL_LIBRARIES`) show no progress bars and log errors only."""
     with contextlib.ExitStack() as before:
         for library in libraries:
             own = importlib.import_module(f"{library}.utils.logging")
@@ -26,7 +26,7 @@ def quiet_loading(*libraries: str) -> Iterator[None]:
 
 
 def quiet_libraries(debug: bool = False, libraries: tuple[str, ...] = MODEL_LIBRARIES) -> None:
-    """From here on `libraries` show no progress bars and say nothing below an error, unless `debug`."""
+    """From here on `libraries` show no progress bars and log errors only, unless `debug`."""
     if debug:
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers)\..*")

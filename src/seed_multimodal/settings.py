@@ -10,8 +10,8 @@
     read_settings(Example, {"steps": 100, "lr": 3e-4}, "trainer")
 
 An unknown key is an error that names the nearest one; so is a value of another type or outside its range. The ranges
-stand at the fields, so a class states all that its values must be; what concerns several fields together is checked by
-the class's own `__post_init__` or its reader.
+stand at the fields, so a class documents its limits; conditions on several fields are checked by the class's
+`__post_init__` or its reader.
 """
 
 from __future__ import annotations

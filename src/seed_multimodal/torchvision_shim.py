@@ -4,8 +4,8 @@ A CPU build of torch beside the package index's torchvision (a CUDA build) fails
 `operator torchvision::nms does not exist`, and takes transformers and diffusers down with it. Nothing in this project
 uses torchvision's C++ operators, so it is enough that their two schemas exist before torchvision is imported.
 
-Note: `install()` imports nothing; it waits until somebody imports torchvision. Where torchvision's own library
-loads, nothing is defined. Calling an operator that is only a schema fails with torchvision's own explanation.
+Note: `install()` imports nothing; it acts when torchvision is first imported. Where torchvision's own library loads,
+nothing is defined. Calling an operator that is only a schema fails with torchvision's own explanation.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ _DAMAGES = (RuntimeError, EOFError, ValueError, OSError, LookupError, AssertionE
 
 @dataclass
 class LoadReport:
-    """What a load did: names of parameters filled, left as they were, ignored in the file, and of tensors that were
-    fitted to the model's size (name → what was done)."""
+    """Result of a load: names of parameters filled, left as they were, ignored in the file, and of tensors fitted to
+    the model's size (name → what was done)."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
@@ -156,7 +156,7 @@ def save_torch(content: object, path: str | Path) -> None:
     """`torch.save` into a file, flushed, whole or not at all.
 
     Raises:
-        OSError: the disk refuses; what was there stays. torch itself reports only that something could not be written.
+        OSError: the disk refuses; what was there stays. torch itself does not report the reason.
     """
     with replacing(path) as handle:
         listening = _Listening(handle)
@@ -169,7 +169,7 @@ def save_torch(content: object, path: str | Path) -> None:
 
 
 class _Listening:
-    """A file that remembers why a write failed."""
+    """A file that records why a write failed."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self.handle = handle

@@ -1,1 +1,1 @@
-"""What the console command `seed` and the scripts with the original names do; parsing and printing, no model code."""
+"""The commands of `seed` and of the scripts with the original names; parsing and printing, no model code."""

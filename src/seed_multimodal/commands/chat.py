@@ -29,7 +29,7 @@ HELP = ("Type a message; /image FILE shows a picture with it, /picture MESSAGE a
 
 
 class Talk:
-    """One conversation: what was said, and where drawn pictures go."""
+    """One conversation: its messages, and the folder of drawn pictures."""
 
     def __init__(self, system: Any, args: argparse.Namespace) -> None:
         self.system = system
@@ -47,7 +47,8 @@ class Talk:
         return False
 
     def send(self, text: str, force_image: bool = False) -> None:
-        """Say `text` with the attached pictures, print the answer as it comes, save its pictures, remember both."""
+        """Send `text` with the attached pictures, print the answer as it is generated, save its pictures, store both
+        messages."""
         asked = {"role": "user", "content": [*self.shown, text]}
         options = {"seed": self.args.seed, **generation_settings(self.args), **drawing_settings(self.args)}
         parts, answer = self._follow(self.system.chat([*self.messages, asked], stream=True, force_image=force_image,
@@ -58,7 +59,7 @@ class Talk:
             emit(self.args, {"message": text, "answer": parts}, "")
 
     def reset(self) -> None:
-        """Forget everything said."""
+        """Drop all messages."""
         self.messages, self.shown = [], []
 
     def _follow(self, events: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
@@ -88,7 +89,7 @@ class Talk:
         return parts, answer
 
     def _print(self, text: str) -> None:
-        """Print words of the answer, a blank between them and what stands in brackets before."""
+        """Print words of the answer, with a blank after a preceding bracket."""
         if self.args.json or not text:
             return
         blank = " " if self._after_aside and not text[0].isspace() else ""
@@ -96,7 +97,7 @@ class Talk:
         self._after_aside, self._at_start = False, text[-1].isspace()
 
     def _print_aside(self, text: str) -> None:
-        """Print what is no word of the answer, in brackets."""
+        """Print a remark that is no word of the answer, in brackets."""
         self._print(f"[{text}]" if self._at_start else f" [{text}]")
         self._after_aside = True
 

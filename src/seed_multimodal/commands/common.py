@@ -1,4 +1,4 @@
-"""Shared by every command: flags, loading a system, going on after a bad picture, saving without surprises.
+"""Shared by every command: flags, loading a system, skipping bad pictures, saving without overwriting.
 
 Results go to stdout, everything else (what runs where, progress, refusals) to stderr, so that output can be piped.
 """
@@ -27,7 +27,7 @@ from seed_multimodal.errors import CodesError, ConfigError, GenerationError, Ima
 from seed_multimodal.quiet import quiet_libraries
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# One picture's trouble; anything else (weights, settings) stops the whole command.
+# Errors of one picture; any other (weights, settings) stops the whole command.
 OF_ONE_PICTURE = (ImageError, CodesError, GenerationError)
 
 
@@ -114,14 +114,14 @@ def load_system(args: argparse.Namespace) -> Any:
 
 @dataclass
 class Outcomes:
-    """Counts what worked; prints one sentence for what did not, and a summary."""
+    """Counts successes; prints one sentence for each failure, and a summary."""
 
     total: int
     failed: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def one(self, name: str, debug: bool = False) -> Iterator[None]:
-        """Run the work on one picture; its refusal is printed and counted, and the next one goes on."""
+        """Run the work on one picture; its refusal is printed and counted."""
         try:
             yield
         except OF_ONE_PICTURE as error:
@@ -167,7 +167,7 @@ def each_picture(args: argparse.Namespace, work: Callable[[str, Image.Image], No
 
 
 def _of_a_picture(ending: str) -> bool:
-    """Whether an ending is that of pictures that are not written here, or one that is written, misspelt (`.pgn`)."""
+    """Whether a suffix is a picture format that is not written here, or a misspelt one that is (`.pgn`)."""
     other = str(mimetypes.types_map.get(ending)).startswith("image/") or ending in Image.registered_extensions()
     return other or (len(ending) > 3 and bool(difflib.get_close_matches(ending, PICTURE_SUFFIXES, n=1, cutoff=0.7)))
 
@@ -188,7 +188,7 @@ class OutputNames:
         self._used: set[str] = set()
 
     def next(self, stem: str, ending: str = "") -> Path:
-        """A path that this run has not used, from words of any kind."""
+        """A path that this run has not used, from any text."""
         if self._single is not None:
             return self._single
         plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in stem).strip("._")[:60] or "picture"
@@ -216,7 +216,7 @@ def save_picture(image: Image.Image, path: Path) -> Path:
 
 
 def require_room(folder: Path) -> None:
-    """Refuse a folder that could not be written, before long work is done for it; nothing is left there.
+    """Refuse a folder that could not be written, before long work is done for it; leaves no file there.
 
     Raises:
         ConfigError: the place is no folder, or cannot be written.
@@ -241,7 +241,7 @@ def write_text(text: str, path: str | Path) -> None:
 
 
 def cat_picture() -> Path:
-    """The picture that programs take when none is named."""
+    """The default picture of programs."""
     return project_root(Path(__file__).parent) / "images" / "cat.jpg"
 
 

@@ -1,4 +1,4 @@
-"""`seed data check` and `seed data convert`: training data looked at, and old pickled shards made safe."""
+"""`seed data check` and `seed data convert`: check training data, and convert pickled shards to json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from seed_multimodal.errors import ConfigError, counted
 
 
 def check(args: argparse.Namespace) -> int:
-    """Look at every record; prints what is wrong and a summary. Exit code 1 if anything is wrong."""
+    """Check every record; prints errors and a summary. Exit code 1 if anything is wrong."""
     from seed_multimodal.data.check.run import CheckSettings, check_records
 
     if args.images is not None and not Path(args.images).is_dir():
@@ -48,7 +48,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Make json shards of pickled ones; prints a summary. Exit code 1 if anything was refused."""
+    """Convert pickled shards to json; prints a summary. Exit code 1 if anything was refused."""
     from seed_multimodal.data.formats.convert import MANIFEST, convert_shards
 
     report = convert_shards(args.tars, args.out, skip_bad=args.skip_bad, force=args.force, workers=args.workers)

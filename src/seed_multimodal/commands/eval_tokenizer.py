@@ -18,7 +18,7 @@ from seed_multimodal.quiet import quiet_libraries
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Measure and write the report; prints where it is and its headline numbers, or the whole of it with `--json`."""
+    """Measure and write the report; prints its path and headline numbers, or the whole report with `--json`."""
     quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
         from seed_multimodal.evaluation.tokenizer_eval import EvalSettings, evaluate_tokenizer

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plot(args: argparse.Namespace) -> int:
-    """Draw; the figure's name goes to stdout."""
+    """Draw the figure and print its name to stdout."""
     from seed_multimodal.training.plots import draw_runs
 
     logs = draw_runs(args.runs, args.out)

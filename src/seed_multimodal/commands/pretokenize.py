@@ -1,4 +1,4 @@
-"""What the tools `extract_image_ids_to_torchdata_parallel*.py` do: parse their flags, pre-tokenise, end with a code.
+"""The tools `extract_image_ids_to_torchdata_parallel*.py`: parse their flags, pre-tokenise, return an exit code.
 
 The first eight flags are the released ones with their defaults; all others are ours.
 """
@@ -14,7 +14,7 @@ from seed_multimodal.errors import ConfigError
 
 
 class Given(int):
-    """A default that can be told from the same number given on the command line."""
+    """A default that differs from the same number given on the command line."""
 
 
 def main(kind: str, program: str, description: str, argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
-"""What `demo_recon.py` does: a picture becomes SEED-1's 32 codes, and the codes become pictures by Stable Diffusion.
+"""`demo_recon.py`: a picture becomes SEED-1's 32 codes, and the codes become pictures by Stable Diffusion.
 
-Flags, file names and defaults are the original demo's, so `samples/0000.png …` and `grid-000.png` go on numbering what
-is there. Other than there, the tokenizer is loaded once, several pictures are possible, sample k has the seed
-`--seed` + k whatever the device, and nothing is downloaded.
+Flags, file names and defaults are the original demo's, so numbering (`samples/0000.png …`, `grid-000.png`) continues
+after existing files. Unlike the original, the tokenizer is loaded once, several pictures are possible, sample k has the
+seed `--seed` + k whatever the device, and nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the scripts with the original names do: the picture round trip, and the three demonstrations of SEED-LLaMA.
+"""Scripts with the original names: the picture round trip, and the three demonstrations of SEED-LLaMA.
 
-Without flags they do what the originals did with the released weights; flags choose another model, picture or request.
-A model that is not one of the released ones gets the same requests through its own tasks (describe, ask, draw, edit),
-because it was tuned on its own sentences.
+Without flags they repeat the originals with the released weights; flags choose another model, picture or request. Other
+models get the same requests through their own tasks (describe, ask, draw, edit), because they were tuned on other
+sentences.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def llama_script(size: str, argv: Sequence[str] | None = None) -> int:
     """`scripts/seed_llama_inference_{8B,14B}.py`: a question about a picture, a drawing, an edit.
 
     Args:
-        size: "8b" or "14b": what `--model released` stands for.
+        size: "8b" or "14b": the meaning of `--model released`.
     """
     parser = _parser(f"seed_llama_inference_{size.upper()}.py",
                      f"SEED-LLaMA {size.upper()} answers a question about a picture, draws, and edits.", ".")

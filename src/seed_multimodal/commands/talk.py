@@ -1,4 +1,4 @@
-"""`seed describe | ask | draw | edit`: one request per picture or text; a bad one is reported, the others go on."""
+"""`seed describe | ask | draw | edit`: one request per picture or text; a bad one is reported and skipped."""
 
 from __future__ import annotations
 

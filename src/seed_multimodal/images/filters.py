@@ -1,7 +1,7 @@
-"""Which pictures of a web-scale set are worth keeping: size, shape and how well the caption fits.
+"""Filters of a web-scale set's pictures: size, shape and how well the caption fits.
 
-The rule of the released pre-tokenisation: what was measured on the picture itself counts before its metadata, and a
-value nobody recorded never drops a sample.
+The rule of the released pre-tokenisation: values measured on the picture win over its metadata, and a missing value
+never drops a sample.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ImageTextFilter:
-    """Thresholds of the keep rule; None: not looked at.
+    """Thresholds of the keep rule; None: not checked.
 
     `similarity`: least caption similarity; `min_resolution`: least shorter side in pixels; `min_aspect`: height / width
     must lie in [min_aspect, 1 / min_aspect].
@@ -40,7 +40,7 @@ class ImageTextFilter:
         return not self.drop_reason(picture_size(item, metadata), metadata)
 
     def drop_reason(self, size: tuple[float, float] | None, metadata: Mapping[str, Any]) -> str:
-        """Why a picture of `size` (width, height) with this metadata is not wanted; "": it is."""
+        """Why a picture of `size` (width, height) with this metadata is dropped; "": it is kept."""
         if size is not None:
             width, height = size
             if self.min_resolution is not None and (min(size) < self.min_resolution or min(size) <= 0):

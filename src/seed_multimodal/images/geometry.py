@@ -1,4 +1,4 @@
-"""Sizes the chat demo brings pictures to before they are sent: longer side, aspect ratio, square."""
+"""Resizing of pictures in the chat demo before they are sent: longer side, aspect ratio, square."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What is refused unseen: pixels (width × height), bytes of the file, and length of one side in pixels."""
+    """Limits checked before decoding: pixels (width × height), bytes of the file, and length of one side in pixels."""
 
     max_pixels: int = 100_000_000
     max_bytes: int = 200 << 20
@@ -73,7 +73,7 @@ def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLim
 
     Args:
         source: a path, the bytes of a file, or a PIL image (which gets the same conversions).
-        name: what error sentences call it; default: the file's name, or "image".
+        name: for error sentences; default: the file's name, or "image".
 
     Returns:
         An RGB image, 8 bits a channel, upright, without metadata.
@@ -134,7 +134,7 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
     except _DECODE_ERRORS as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ImageError(f"{name}: the picture is truncated or damaged ({reason}).") from error
-    limits.check_size(image.size, name)  # some formats (ICO) carry a frame larger than their header says
+    limits.check_size(image.size, name)  # some formats (ICO) hold a frame larger than in their header
     try:
         return to_rgb(_apply_orientation(image))
     except ValueError as error:  # Pillow has no conversion from this mode
@@ -144,7 +144,7 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
 def _apply_orientation(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except _DECODE_ERRORS:  # damaged metadata must not cost the picture
+    except _DECODE_ERRORS:  # damaged metadata must not make the picture unreadable
         return image
     method = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)

@@ -1,4 +1,4 @@
-"""What an adapter's files say about each tensor of the base: W + scale · B · A, or another tensor in its place.
+"""An adapter's changes to each tensor of the base: W + scale · B · A, or another tensor in its place.
 
 Read are `adapter_model.safetensors` and the old `adapter_model.bin` with their `adapter_config.json`, and what
 DeepSpeed's `zero_to_fp32.py` writes of a training run (names with the engine's, the loss module's and peft's prefixes).

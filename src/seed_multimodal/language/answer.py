@@ -1,7 +1,7 @@
-"""What the model said: generated ids -> texts and pictures in order, as many pictures as there are.
+"""Parsing an answer: generated ids -> texts and pictures in order, any number of pictures.
 
 `split_answer` accepts a picture only when exactly `tokens_per_image` codes stand between `<img>` and `</img>`; anything
-else that looks like a picture becomes a `BrokenImagePart` with the reason, and the rest of the answer goes on.
+else that looks like a picture becomes a `BrokenImagePart` with the reason, and the rest of the answer is parsed on.
 `original_split` repeats the released scripts (first picture only, text after it lost, no check), for comparison.
 """
 
@@ -105,7 +105,7 @@ def codes_before_end(ids: Sequence[int], vocabulary: ImageVocabulary) -> list[in
 
 @dataclass(frozen=True)
 class OriginalAnswer:
-    """What the released scripts do with an answer: standard output, codes given to the decoder, the exception."""
+    """Result of the released scripts for an answer: standard output, codes given to the decoder, the exception."""
 
     printed: str
     codes: list[int] | None = None

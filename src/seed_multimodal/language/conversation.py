@@ -1,4 +1,4 @@
-"""The chat demo's conversations: what is stored, the prompt text made from it, and the codes filled in afterwards.
+"""The chat demo's conversations: stored messages, the prompt text made from them, and the codes filled in afterwards.
 
 A message is `{"role": …, "message": {"text": …, "images": [path, …], "images_ids": [codes or None, …]}}`, its text
 holding one `<image>` per picture. This is the wire format of the released front-end, kept as it is; prompts for the

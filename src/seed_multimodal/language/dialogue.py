@@ -1,4 +1,4 @@
-"""Turn handling of the chat demo, without any user interface: what each button does to the conversation.
+"""Turn handling of the chat demo, without any user interface: the effect of each button on the conversation.
 
 Additions of texts and pictures gather in one pending user message; `request` gives the body to post when there is
 something to answer, `receive` takes the server's answer. Nothing is ever dropped from a long history: it is refused.
@@ -27,7 +27,7 @@ def _empty() -> Message:
 
 @dataclass
 class Dialogue:
-    """One user's chat: the conversation, what is being put together, and what to show."""
+    """One user's chat: the conversation, the pending message, and what to show."""
 
     template: str = "conv_seed_vicuna"
     max_turns: int = 3
@@ -87,7 +87,7 @@ class Dialogue:
         return len(self.conversation.messages) > 2 * self.max_turns
 
     def refuse(self) -> Buttons:
-        """Answer a too long history with the fixed sentence; only clearing goes on."""
+        """Answer a too long history with the fixed sentence; afterwards only clearing is possible."""
         self.conversation.append(self.conversation.roles[1], {**_empty(), "text": TOO_LONG})
         self.pending, self.errors = _empty(), []
         return CLEAR_ONLY

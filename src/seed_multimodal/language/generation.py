@@ -1,8 +1,8 @@
 """Generation with well-formed pictures: after `<img>` exactly 32 codes, then `</img>`; no image word anywhere else.
 
-The released programs hope for that; here a logits processor enforces it (`constrain=False` switches it off, then the
-ids are those of a plain `model.generate`). It reads its state from the ids themselves, so it needs no memory of its own
-and works in batches, with beams, and after a prompt that ends in `<img>`. A picture is only begun when the token
+The released programs do not ensure this; here a logits processor enforces it (`constrain=False` switches it off, then
+the ids are those of a plain `model.generate`). It reads its state from the ids themselves, so it needs no memory of its
+own and works in batches, with beams, and after a prompt that ends in `<img>`. A picture is only begun when the token
 budget reaches to its end.
 """
 
@@ -146,7 +146,7 @@ def generate_ids(
 
 
 def _config(settings: GenerationSettings, budget: int, tokenizer: MultimodalTokenizer) -> Any:
-    """Every choice spelt out, so that nothing comes from the checkpoint's own generation_config."""
+    """Every setting given explicitly, so that none comes from the checkpoint's own generation_config."""
     from transformers import GenerationConfig
 
     drawing = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}

@@ -1,4 +1,4 @@
-"""Loading the language model: stock `LlamaForCausalLM`, with the special ids set right whatever the files say.
+"""Loading the language model: stock `LlamaForCausalLM`, with the special ids corrected.
 
 Released 8B files carry the ids of the first LLaMA conversion (bos 0, eos 1, pad -1, no cache); with them generation
 never stops and padding takes the row of `</img>`. bos 1, eos 2, pad 0 are forced before the weights are read. Old files

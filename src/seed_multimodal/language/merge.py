@@ -1,11 +1,12 @@
 """Base + adapter → a plain LLaMA folder, one tensor at a time, checked by its logits.
 
-What: every linear layer becomes W + scale · B · A (computed in fp32), every module trained whole takes the place of
-the base's, embeddings get the tokenizer's words, special ids are set right, the tokenizer's files go along. The result
-is what transformers, vLLM and this package's inference load. A fully trained checkpoint passes through unchanged.
-Weights stream from the base's shards into new ones, so memory holds the largest tensor a few times, never a
-model (the comparison of logits at the end does need room for one model: `verify=False` goes without). The folder
-appears by one rename, complete or not at all. A base with tied embeddings stays tied if both ends are still the same.
+Every linear layer becomes W + scale · B · A (computed in fp32), every module trained whole takes the place of the
+base's, embeddings get the tokenizer's words, special ids are set right, the tokenizer's files go along. The result is
+what transformers, vLLM and this package's inference load. A fully trained checkpoint passes through unchanged.
+
+Weights stream from the base's shards into new ones, so memory holds the largest tensor a few times, never a model (the
+comparison of logits at the end does need room for one model: `verify=False` goes without). The folder appears by one
+rename, complete or not at all. A base with tied embeddings stays tied if both ends are still the same.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Log = Callable[[str], None] | None
 
 @dataclass
 class MergeReport:
-    """What a merge did; `difference` is the relative one of logits before and after (None: not compared)."""
+    """Result of a merge; `difference`: relative difference of the logits before and after (None: not compared)."""
 
     folder: Path
     files: list[Path] = field(default_factory=list)
@@ -55,7 +56,7 @@ class MergeReport:
 
 @dataclass
 class _Plan:
-    """What the result holds (`tensors`: shape and precision, on the meta device), and where its values come from."""
+    """Tensors of the result (`tensors`: shape and precision, on the meta device), and where their values come from."""
 
     config: Any
     base: Shards

@@ -1,4 +1,4 @@
-"""Whether a merged model says what its base and adapter said: logits of a few sequences, through peft and without.
+"""Check of a merged model against its base and adapter: logits of a few sequences, through peft and without.
 
 An independent path: stock transformers and peft compute the expected logits; only the adapter's tensors are shared.
 """
@@ -29,7 +29,7 @@ def compare_logits(base: Path, trained: TrainedTensors, folder: Path) -> float:
     """Relative difference of the logits of base + adapter and of `folder`, both computed in fp32.
 
     Raises:
-        CheckpointError: it is larger than the stored precision explains.
+        CheckpointError: it is larger than rounding to the stored precision.
     """
     expected, ids = expected_logits(base, trained)
     gc.collect()

@@ -6,7 +6,7 @@
 
 `<s>` goes in front of the whole (`add_bos=True`); there is no end token between turns. An answer is a span of its own,
 as in the instruction-tuning data: "ASSISTANT:" followed by a span starting with the dummy blank. So the ids of a
-rendered dialogue begin with the ids of every shorter one, and training and use can share this function.
+rendered dialogue begin with the ids of every shorter one, and training and inference share this function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROLES = ("user", "assistant")
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says: texts and pictures (as codes) in order."""
+    """One side's turn: texts and pictures (as codes) in order."""
 
     role: str
     content: tuple[Part, ...]

@@ -1,7 +1,7 @@
 """Tensors of a checkpoint read one at a time, and safetensors shards written one tensor at a time.
 
-A 13B model is 52 GB in fp32: nothing here holds more of it than the tensor at hand. Old `.bin` shards are mapped, not
-read (`torch.load(mmap=True, weights_only=True)`); only files of the format before torch 1.6 must be read whole.
+A 13B model is 52 GB in fp32: only one tensor is held in memory at a time. Old `.bin` shards are mapped, not read
+(`torch.load(mmap=True, weights_only=True)`); only files of the format before torch 1.6 must be read whole.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Shards:
         return self._handle.get_tensor(name) if entry.file.suffix == ".safetensors" else self._handle[name]
 
     def close(self) -> None:
-        """Let go of the file that is open."""
+        """Close the open file."""
         self._file = self._handle = None
 
     def _open(self, file: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What is said to the language model for each task: training writes these sentences, systems ask with them.
+"""Request sentences of each task: training data is written with them, systems ask with them.
 
 `DESCRIBE_PROMPT` and `QA_SUFFIX` are the sentences the released models were tuned on; the others are nano's.
 """
@@ -20,7 +20,7 @@ EDIT_RESPONSE = "Here it is."
 RELEASED_DRAW_PROMPT = "Please generate an image of {caption}."
 RELEASED_DRAW_RESPONSE = ""
 
-# What the released inference scripts ask: about a picture, for a picture, for a change of a picture.
+# Requests of the released inference scripts: about a picture, for a picture, for a change of a picture.
 DEMO_QUESTIONS = ("What is this animal?", "Can you generate an image of a dog on the green grass?",
                   "Can you make the cat wear sunglasses?")
 

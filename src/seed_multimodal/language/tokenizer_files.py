@@ -1,8 +1,8 @@
-"""A tokenizer folder on disk: what is read, what is checked, what is written; and the training of its text pieces.
+"""A tokenizer folder on disk: reading, checking and writing it; and the training of its text pieces.
 
 `tokenizer.model` (SentencePiece) and `added_tokens.json` (`<img_ddddd>`, `<img>`, `</img>` -> id) must be there.
-`special_tokens_map.json` may say how white space is treated next to a special word (the lstrip/rstrip of a dictionary
-entry; a plain string strips both sides, as in transformers 4.30.2). `tokenizer_config.json` may give
+`special_tokens_map.json` may define how white space is treated next to a special word (the lstrip/rstrip of a
+dictionary entry; a plain string strips both sides, as in transformers 4.30.2). `tokenizer_config.json` may give
 `tokens_per_image`.
 """
 

@@ -1,4 +1,4 @@
-"""The words a picture is written in: ids of the image codes and of the two brackets around them.
+"""The vocabulary of pictures: ids of the image codes and of the two brackets around them.
 
 Layout: text pieces first, then one word per code, then `<img>` and `</img>`. The released models have 32,000 + 8,192
 + 2 = 40,194 words; one picture is always `<img>` + 32 codes + `</img>` = 34 of them.

@@ -3,7 +3,7 @@
     BERT       `bert-base-uncased` and one more word, `[DEC]`, as released: `[CLS] words [SEP] [PAD] …`
     ours       a multimodal tokenizer's text pieces and one more id, the end: `<s> words END 0 …`
 
-Which one a folder holds is seen by its files (`tokenizer.model`: ours).
+The folder's files decide (`tokenizer.model`: ours).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Talking to the backend: post a request, or say in one sentence why there is no answer."""
+"""Client of the backend: posts a request; a failure is one sentence."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def post_generate(address: str, body: Mapping[str, Any], timeout: float = 600.0)
     """POST `body` to `address` (`http://127.0.0.1:7890/generate`) and return the checked answer.
 
     Raises:
-        RequestError: nobody answers there, the wait was too long, the server refused (its own sentence), or what came
-            back is no answer of this kind of server.
+        RequestError: no server there, a timeout, a refusal by the server (with its own sentence), or an answer of
+            another kind of server.
     """
     import requests
 

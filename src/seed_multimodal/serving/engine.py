@@ -1,8 +1,8 @@
-"""One model behind a lock: the only place where the server touches weights.
+"""One model behind a lock: the only place where the server uses weights.
 
 Flask answers in threads, and a model (its caches, its random state, its moves between devices) serves one
 request at a time; `Engine.answer` holds one lock from the first picture read to the last drawn. A queue that batches
-requests would replace that lock; nothing outside this file would notice.
+requests could replace that lock without changes outside this file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """What the engine needs of a model; `SystemBackend` is the one built on `SeedLlama`."""
+    """Interface of a model for the engine; `SystemBackend` implements it with `SeedLlama`."""
 
     tokenizer: MultimodalTokenizer
 
@@ -99,8 +99,8 @@ class Engine:
     """Answers checked requests, one at a time.
 
     Args:
-        exact_original: repeat the released server to the letter: control tokens typed in the text take effect
-            (`</s>`, `<img_00012>`), code lists of any length pass, answers are rendered by `render_original`.
+        exact_original: behave exactly as the released server: control tokens typed in the text take effect (`</s>`,
+            `<img_00012>`), code lists of any length pass, answers are rendered by `render_original`.
     """
 
     def __init__(self, backend: Backend, *, limits: Limits | None = None, exact_original: bool = False) -> None:
@@ -112,7 +112,7 @@ class Engine:
         self._started = time.monotonic()
 
     def health(self) -> dict[str, object]:
-        """What `GET /health` says; never waits for the model."""
+        """Answer of `GET /health`; never waits for the model."""
         return {"status": "ok", "busy": self._lock.locked(), "answered": self.answered,
                 "seconds_up": round(time.monotonic() - self._started, 1),
                 "codes": self.backend.tokenizer.vocabulary.n_codes,
@@ -124,7 +124,7 @@ class Engine:
         Raises:
             ImageError: a picture that cannot be read; RequestError: code lists that are no picture.
         """
-        pictures = self._open(request)  # before the lock: reading a bad file must not hold up the model
+        pictures = self._open(request)  # before the lock: reading a bad file must not block the model
         with self._lock:
             codes = self._codes(request, pictures)
             prompt, opening = self._prompt(request, codes)

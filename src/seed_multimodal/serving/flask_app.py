@@ -1,7 +1,7 @@
 """The HTTP backend: `/generate` (POST, or GET with a JSON body, as the released server) and `GET /health`.
 
 Every refusal is JSON with one sentence: 400 a request that cannot be answered, 404/405 a wrong address, 413 a body that
-is too large, 415 not JSON, 500 a fault of ours. Binds the loopback address unless told otherwise: there is no
+is too large, 415 not JSON, 500 a programming error. Binds the loopback address unless told otherwise: there is no
 authentication, so a reverse proxy belongs in front of any other address.
 
 Run: `bash scripts/start_backend_nano.sh`, or from Python `serve(create_app(SeedLlama.from_pretrained("nano")))`.
@@ -89,7 +89,7 @@ def _sentence(error: HTTPException, limits: Limits) -> str:
 
 
 def check_address(host: str, port: int) -> None:
-    """See whether a server can listen there, before a model is loaded for it.
+    """Check that a server can listen there, before a model is loaded for it.
 
     Raises:
         ConfigError: the port is taken or not allowed.

@@ -1,7 +1,7 @@
 """The chat in the browser: pictures and text in, text and pictures out, over the backend's `/generate`.
 
-The page holds no model; `Dialogue` keeps the conversation, this file draws it. Works without internet: no analytics, no
-share link, no fonts from elsewhere. Pictures live in one temporary folder that goes away with the program.
+The page holds no model; `Dialogue` keeps the conversation, this file shows it. Works without internet: no analytics, no
+share link, no fonts from elsewhere. Pictures are kept in one temporary folder, removed at the program's end.
 
 Run: `bash scripts/start_backend_nano.sh` and `bash scripts/start_frontend_nano.sh`, then open the address it prints.
 """
@@ -43,7 +43,7 @@ CSS = """
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between the models a page talks to."""
+    """The differences between the models that a page can use."""
 
     template: str
     title: str
@@ -69,7 +69,7 @@ def kind_of(model_type: str) -> Kind:
 
 @dataclass
 class ChatPage:
-    """What the buttons do; every method takes and returns the visitor's own `Dialogue`.
+    """The buttons' handlers; every method takes and returns the visitor's own `Dialogue`.
 
     Args:
         folder: where pictures of the conversations are kept.
@@ -86,7 +86,7 @@ class ChatPage:
         return Dialogue(self.kind.template)
 
     def add(self, dialogue: Dialogue, image: str | None, text: str | None) -> str:
-        """Put a picture and/or a text into the pending message; returns what to say about it (`""`: all is well)."""
+        """Put a picture and/or a text into the pending message; returns a message about a problem (`""`: none)."""
         try:
             if image:
                 dialogue.add_image(self._store(chat_image(open_image(image))))
@@ -98,7 +98,7 @@ class ChatPage:
         return ""
 
     def answer(self, dialogue: Dialogue, *, max_turns: int, force_boi: bool, **settings: Any) -> str:
-        """Ask the backend; returns what to say (`""`: the answer is in the dialogue)."""
+        """Ask the backend; returns a message about a problem (`""`: the answer is in the dialogue)."""
         dialogue.max_turns = int(max_turns)
         if not dialogue.waits():
             return "Write a message or choose a picture first."
@@ -123,7 +123,7 @@ class ChatPage:
         return trouble
 
     def messages(self, dialogue: Dialogue) -> list[dict[str, Any]]:
-        """The conversation as Gradio's Chatbot shows it: texts and pictures in the order they were said."""
+        """The conversation as Gradio's Chatbot shows it: texts and pictures in order."""
         shown: list[dict[str, Any]] = []
         for entry in dialogue.conversation.messages:
             said = entry["message"]

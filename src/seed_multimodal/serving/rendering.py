@@ -1,9 +1,9 @@
 """From generated token ids to the JSON answer: our rendering, and the released server's own for parity.
 
-`render_answer` walks the ids once and keeps its promise that the text holds exactly one `<image>` per entry of
-`images`. `render_original` repeats the released server: brackets are paired by position, the text is found by string
-replacement, so a picture at the very end of the ids stays `<img> </img>` (the promise breaks) and text before the end
-token gains a blank. Both report broken pictures in `error_msg` and keep their place with `""`.
+`render_answer` walks the ids once and guarantees that the text holds exactly one `<image>` per entry of `images`.
+`render_original` repeats the released server: brackets are paired by position, the text is found by string replacement,
+so a picture at the very end of the ids stays `<img> </img>` (no `<image>` for it) and text before the end token gains a
+blank. Both report broken pictures in `error_msg` and keep their place with `""`.
 """
 
 from __future__ import annotations
@@ -84,6 +84,6 @@ def render_original(ids: list[int], tokenizer: MultimodalTokenizer, draw: Draw) 
 def _drawn(codes: list[int], draw: Draw, response: GenerateResponse) -> str:
     try:
         return image_to_base64(draw(codes))
-    except (CodesError, GenerationError) as error:  # one bad picture must not cost the others
+    except (CodesError, GenerationError) as error:  # one bad picture must not lose the others
         response.error_msg.append(str(error))
         return ""

@@ -1,4 +1,4 @@
-"""The JSON of `POST /generate`: what a request may hold, what an answer always holds.
+"""The JSON of `POST /generate`: requests, checked, and answers.
 
 Field names and defaults are those of the released demo server, so old clients keep working. Unlike it, a request is
 checked before any model runs, and a bad one gets one sentence.
@@ -17,7 +17,7 @@ from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for; `None` means no limit of that kind."""
+    """Limits of one request; `None`: no limit of that kind."""
 
     max_text_chars: int = 32_000
     max_images: int = 16

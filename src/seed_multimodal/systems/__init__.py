@@ -1,1 +1,1 @@
-"""Room `systems`: what a user holds: `SeedLlama` sees, answers, draws, edits and talks. Imports all model rooms."""
+"""Room `systems`: complete systems behind one object, such as `SeedLlama`. Imports all model rooms."""

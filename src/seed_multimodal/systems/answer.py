@@ -1,4 +1,4 @@
-"""What a system answers: texts and drawn pictures in order."""
+"""A system's answer: texts and drawn pictures in order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Answer:
     """One answer of the model.
 
     `parts` holds `TextPart`, `DrawnPart` and `BrokenImagePart` (image words that are no picture, with the reason) in
-    the order in which they were said; the properties are views of it. `ids` are the generated tokens.
+    order; the properties are views of it. `ids` are the generated tokens.
     """
 
     parts: Sequence[AnswerPart]

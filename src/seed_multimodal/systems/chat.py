@@ -31,8 +31,8 @@ def to_turns(messages: Sequence[Any], tokenize: Tokenize, check_codes: Callable[
         check_codes: codes -> [1, 32], refusing what is no picture.
 
     Raises:
-        RequestError: no messages, a message of another shape, or one that says nothing; `ImageError` and `CodesError`
-            for a picture that cannot be read.
+        RequestError: no messages, a message of another shape, or an empty one; `ImageError` and `CodesError` for a
+            picture that cannot be read.
     """
     contents = [_content(message, number) for number, message in enumerate(messages)]
     if not contents:
@@ -89,7 +89,7 @@ def _item(item: Any, number: int) -> Any:
 
 
 def turn_marker(template: PromptTemplate) -> str:
-    """What a model writes when it goes on to speak for the user, `""` for a template without roles.
+    """The marker of a user's turn, at which an answer must end; `""` for a template without roles.
 
     The released models saw no end token between turns, so some of their answers run into the next question.
     """

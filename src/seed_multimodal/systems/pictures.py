@@ -1,8 +1,8 @@
 """The picture half of a system: pictures to codes and codes to pictures, with the de-tokenizer loaded on first use.
 
-Every picture gets its own random generator from the same seed, so a drawing depends on its codes and the
-seed, never on what else is in the batch. Parts that are seldom used can wait on the CPU (`offload_*`, as the released
-demo does on 16 GB cards).
+Every picture gets its own random generator from the same seed, so a drawing depends on its codes and the seed, never on
+the rest of the batch. Parts that are seldom used can be kept on the CPU (`offload_*`, as the released demo does on 16
+GB cards).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PictureCodec:
         self.offload(encoder=offload_encoder, decoder=offload_decoder)
 
     def offload(self, *, encoder: bool, decoder: bool) -> None:
-        """Choose which parts wait on the CPU while they are not at work."""
+        """Choose which parts stay on the CPU while they are not in use."""
         self.offload_encoder, self.offload_decoder = encoder, decoder
         if encoder:
             self.model.visual_encoder.to("cpu")

@@ -81,7 +81,7 @@ class Seed1:
         return self.codec.tokenize(pictures)
 
     def embeds(self, codes: Codes | Sequence[Sequence[int]]) -> Tensor:
-        """Codes `[B, 32]` (or one row) → what the diffusion model is conditioned on, `[B, 77, 768]`."""
+        """Codes `[B, 32]` (or one row) → embeddings that condition the diffusion model, `[B, 77, 768]`."""
         return self.tokenizer.decode(self.codec.check_codes(codes))
 
     def draw(self, codes: Codes | Sequence[Sequence[int]], *, seed: int | Sequence[int] = 42, batch_size: int = 6,

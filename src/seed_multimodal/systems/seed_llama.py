@@ -1,4 +1,4 @@
-"""SEED-LLaMA as one object: it looks at pictures, answers, draws, edits and talks with pictures in both directions.
+"""SEED-LLaMA as one object: it describes, answers, draws, edits and chats with pictures in both directions.
 
     pictures ─► PictureCodec.tokenize ─► codes ─► prompt ids ─► LLaMA ─► answer ids ─► texts and codes ─► pictures
 
@@ -45,7 +45,7 @@ class SeedLlama:
 
     Every method takes generation settings (`GenerationSettings`: `max_new_tokens`, `temperature`, `top_p`, `top_k`,
     `num_beams`, `do_sample`, `seed`, `constrain`) and de-tokenizer settings (`num_inference_steps`, `guidance_scale`,
-    `noise_level`, `scheduler`) as keywords; what is not given follows the system's own `system.json`.
+    `noise_level`, `scheduler`) as keywords; defaults are the system's own in `system.json`.
     """
 
     def __init__(self, spec: SystemSpec, tokenizer: MultimodalTokenizer, llm: Any, pictures: PictureCodec) -> None:
@@ -59,7 +59,7 @@ class SeedLlama:
         if llm.config.vocab_size != tokenizer.vocabulary.size:
             raise CheckpointError(f"{spec.name}: the language model has {llm.config.vocab_size} words, but the "
                                   f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together.")
-        self.settings()  # wrong defaults in system.json show now, not at the first question
+        self.settings()  # wrong defaults in system.json are reported now, not at the first question
 
     @classmethod
     def from_pretrained(
@@ -77,7 +77,7 @@ class SeedLlama:
             quantization: "8bit" or "4bit" for the language model, on CUDA devices and CPUs.
             image_device: where pictures are read and drawn, if not on `device`.
             load_decoder: False: a system that never draws.
-            offload_encoder, offload_decoder: keep that part on the CPU while it is not at work.
+            offload_encoder, offload_decoder: keep that part on the CPU while it is not in use.
 
         Raises:
             CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
@@ -147,7 +147,7 @@ class SeedLlama:
     def chat(
         self, messages: Sequence[Any], stream: bool = False, *, force_image: bool = False, **options: Any
     ) -> Answer | Iterator[Event]:
-        """Go on with a conversation (see `systems.chat` for the form of messages).
+        """Answer the last message of a conversation (see `systems.chat` for the form of messages).
 
         Args:
             stream: give events (see `systems.stream`) while the answer is made, instead of the `Answer`.
@@ -190,7 +190,7 @@ class SeedLlama:
         return self.tokenizer.encode_parts(self.template.render(turns), add_bos=True)
 
     def generate(self, prompt: Sequence[int], settings: GenerationSettings) -> list[int]:
-        """Prompt ids -> the ids of the answer, which ends where the model ends it or begins to speak for the user."""
+        """Prompt ids -> the ids of the answer, which ends where the model ends it or begins a user's turn."""
         return self.speaker.answer(prompt, settings)
 
     # ---- inside
@@ -200,7 +200,7 @@ class SeedLlama:
         return [Path(item) if isinstance(item, str) else item for item in as_parts(image)]
 
     def _forced(self, settings: GenerationSettings) -> GenerationSettings:
-        """Settings that begin with a picture and leave room for it."""
+        """Settings that force a picture and leave room for it."""
         needed = self.tokenizer.vocabulary.tokens_per_image + 1
         return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
 
@@ -214,7 +214,7 @@ class SeedLlama:
         decode = _take(options, DECODE_KEYS)
         settings = replace(self.settings(**options), force_image=True,
                            max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)
-        _ = self.pictures.decoder  # a missing de-tokenizer shows before the model works
+        _ = self.pictures.decoder  # a missing de-tokenizer is reported before generation
         turns = to_turns([{"role": "user", "content": content}], self.tokenize, self.pictures.check_codes)
         ids = self.speaker.answer(self.prompt_ids(turns), settings, opening)
         answer = self._finish(ids, settings.seed, decode)

@@ -1,7 +1,7 @@
 """The language half of a system: prompt ids in, the ids (or events) of one answer out.
 
-An answer ends at `</s>`, at the token budget, or where the model begins to speak for the user (`marker`). A forced
-answer opens with fixed words and `<img>`; they count as part of it.
+An answer ends at `</s>`, at the token budget, or where the model begins a user's turn (`marker`). A forced answer opens
+with fixed words and `<img>`; they count as part of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Speaker:
         self.marker = marker
 
     def answer(self, prompt: Sequence[int], settings: GenerationSettings, opening: str = "") -> list[int]:
-        """The ids of one answer; `opening` are words put into the model's mouth."""
+        """The ids of one answer; `opening`: fixed first words of it."""
         prompt, fixed = self._open(prompt, opening, settings)
         reader = AnswerReader(self.tokenizer, self.marker)
         if settings.num_beams > 1:  # beams cannot be watched: read the best one afterwards

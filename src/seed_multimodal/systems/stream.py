@@ -1,4 +1,4 @@
-"""Answers while they are made: tokens -> events, and the thread that produces the tokens.
+"""Streaming answers: tokens -> events, and the thread that produces the tokens.
 
 Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL, "codes": […]}`,
 `{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer": Answer}`.
@@ -27,8 +27,8 @@ class StopGeneration(Exception):  # noqa: N818 (a signal, like StopIteration)
 class AnswerReader:
     """Reads an answer token by token; `ids` are the tokens that belong to it so far.
 
-    Text is held back while its end may still turn into something else: half a character, or the first
-    letters of `marker` (the user's role), at which the answer ends.
+    Text is held back while its end may be incomplete: half a character, or the first letters of `marker` (the user's
+    role), at which the answer ends.
     """
 
     def __init__(self, tokenizer: MultimodalTokenizer, marker: str = "") -> None:
@@ -40,7 +40,7 @@ class AnswerReader:
         self._told = 0  # characters of the run's text already given out
 
     def read(self, token: int) -> list[Event]:
-        """Take one token, give the events it completes (a picture's event holds codes, not yet the picture)."""
+        """Add one token and return the events it completes (a picture's event holds codes, not yet the picture)."""
         if self.finished:
             return []
         if token == self.tokenizer.eos_id:
@@ -57,7 +57,7 @@ class AnswerReader:
         return events + (self._flush() if token == eoi else [])
 
     def read_all(self, tokens: Iterable[int]) -> list[int]:
-        """Take a whole answer; the tokens that belong to it."""
+        """Add a whole answer; returns the tokens that belong to it."""
         for token in tokens:
             self.read(token)
         self.close()
@@ -79,7 +79,7 @@ class AnswerReader:
         return not self.tokenizer.vocabulary.is_image_word(token)
 
     def _flush(self) -> list[Event]:
-        """End the present run and give what it holds."""
+        """End the present run and return its content."""
         if not self._run:
             return []
         if self.tokenizer.vocabulary.is_image_word(self._run[0]):

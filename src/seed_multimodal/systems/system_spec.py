@@ -1,4 +1,4 @@
-"""Where the parts of a system lie: one folder with `system.json`, or the released models' separate folders.
+"""Finding the parts of a system: one folder with `system.json`, or the released models' separate folders.
 
 `system.json` names the sub-folders and the settings that belong to the weights:
 
