@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from seed_lavis.base import evaluation_mode, qformer_sizes, vit_sizes
 from seed_lavis.options import CodebookOptions
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.quantizer import CodebookUsage
 
 
 class CodebookMixin:
@@ -140,10 +141,5 @@ class CodebookMaintenance:
 
 def codebook_use(counts: Tensor) -> dict[str, float]:
     """How often each code was chosen `[K]` → the share of codes that were, and their perplexity; empty if none was."""
-    share = counts.double()
-    total = float(share.sum())
-    if not total:
-        return {}
-    share = share / total
-    entropy = -(share * share.clamp_min(1e-30).log()).sum()
-    return {"codebook_used": float((share > 0).double().mean()), "perplexity": float(entropy.exp())}
+    usage = CodebookUsage.of_counts(counts)
+    return {"codebook_used": usage.fraction, "perplexity": usage.perplexity} if usage.used else {}

@@ -14,6 +14,7 @@ choices are functions of (seed, epoch, index). Batches are gathered as a whole, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from seed_lavis.compat import registry
 from seed_lavis.log import log
 from seed_lavis.options import locate
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.settings import check_keys
+from seed_multimodal.settings import check_keys, read_settings
 from seed_multimodal.training.nano.config import load_config
 from seed_multimodal.training.nano.views import open_views, to_clip
 from seed_multimodal.training.nano.workspace import Workspace
@@ -93,6 +94,15 @@ class NanoViews:
         self._epoch = epoch
 
 
+@dataclass
+class ViewsInfo:
+    """The section `build_info`."""
+
+    work: str
+    data: str | None = None
+    canonical_target: bool = False
+
+
 @registry.register_builder("nano_views")
 class NanoViewsBuilder(PairBuilder):
     """Builds `NanoViews` for the splits that the run uses: train (as long as the speed run's `limit` says) and val."""
@@ -112,21 +122,18 @@ class NanoViewsBuilder(PairBuilder):
             ConfigError: an unknown key or split. DataError: the work folder lacks a file, or its files disagree.
         """
         check_keys(map(str, self.config), DATASET_KEYS, f"datasets.{self.name}")
-        info = self.build_info()
-        check_keys(map(str, info), ("work", "data", "canonical_target"), f"datasets.{self.name}.build_info")
-        if not info.get("work"):
-            raise ConfigError(f"datasets.{self.name}.build_info.work is not given: the speed run's work folder.")
+        info = read_settings(ViewsInfo, self.build_info(), f"datasets.{self.name}.build_info")
         run = registry.get("configuration").run_cfg
         wanted = [name for key in ("train_splits", "valid_splits", "test_splits") for name in run.get(key) or ()]
         unknown = [name for name in wanted if name not in SPLITS]
         if unknown:
             raise ConfigError(f"{self.name} has the splits {' and '.join(SPLITS)}, not {unknown[0]!r}.")
-        parts = read_work(Path(locate(str(info["work"]))), info.get("data"))
+        parts = read_work(Path(locate(info.work)), info.data)
         built = {}
         for split in dict.fromkeys(wanted):
             index = parts["space"].train if split == "train" else parts["space"].held_out
             built[split] = NanoViews(parts["views"], parts["embeddings"], parts["captions"], index,
-                                     seed=int(run.get("seed", 42)), canonical_target=bool(info["canonical_target"]))
+                                     seed=int(run.get("seed", 42)), canonical_target=info.canonical_target)
             log(f"{self.name}: {len(index):,} pictures in split {split!r}, {parts['views'].shape[1]} views of each.")
         return built
 

@@ -32,6 +32,14 @@ class CodebookUsage:
         """Part of the codebook that occurs at least once."""
         return self.used / self.size
 
+    @classmethod
+    def of_counts(cls, counts: Tensor) -> CodebookUsage:
+        """Of how often each code was chosen, `[K]`."""
+        share = counts.double()
+        share = share / share.sum().clamp_min(1)
+        entropy = -(share * share.clamp_min(1e-30).log()).sum()
+        return cls(int((share > 0).sum()), len(counts), float(entropy.exp()))
+
 
 class VectorQuantizer(nn.Module):
     """`embedding` `[K, d]` holds the codes; `counts` `[K]` how often each was chosen in training (not saved).
@@ -170,10 +178,7 @@ class VectorQuantizer(nn.Module):
 
     def usage(self, codes: Tensor) -> CodebookUsage:
         """Statistics of any codes `[...]` int64, for example of a whole validation set."""
-        share = torch.bincount(codes.flatten().cpu(), minlength=self.size).double()
-        share = share / share.sum().clamp_min(1)
-        entropy = -(share * share.clamp_min(1e-30).log()).sum()
-        return CodebookUsage(int((share > 0).sum()), self.size, float(entropy.exp()))
+        return CodebookUsage.of_counts(torch.bincount(codes.flatten().cpu(), minlength=self.size))
 
 
 def _sample_rows(points: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
