@@ -58,8 +58,6 @@ DISTRIBUTIONS = {"pil": "pillow", "yaml": "pyyaml", "huggingface_hub": "transfor
                  "cv2": "opencv-python-headless", "hydra": "hydra-core", "liger_kernel": "liger-kernel"}
 # What is required although no file here imports it, and why.
 NOT_IMPORTED = {
-    "braceexpand": "patterns of files (about to be used)",
-    "torchdata": "the worker pool of the loader (about to be used)",
     "bitsandbytes": "transformers and peft load 8-bit and 4-bit weights with it",
     "pytest-timeout": "a plug-in of pytest: ends a test that hangs",
     "pytest-xdist": "a plug-in of pytest: both cores",
@@ -92,7 +90,7 @@ def test_imports_are_declared():
 def test_what_is_required_is_imported_or_has_a_reason():
     places = ("src", "SEED_Tokenizer", "MultiModalLLM", "benchmarks", "scripts", "tests")
     used = set(distributions(file for place in places for file in (ROOT / place).rglob("*.py")))
-    assert required() - used <= set(NOT_IMPORTED) <= required()
+    assert required() - used == set(NOT_IMPORTED)
 
 
 def imported(source: Path) -> set[str]:

@@ -155,7 +155,6 @@ def test_written_report(toy, world: World, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "drawings_val.jpg").width > 300
 
 
-@pytest.mark.process
 def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert report.main(["--model", str(tmp_path / "none"), "--limit", "0"]) == 2
     assert "--limit" in capsys.readouterr().err

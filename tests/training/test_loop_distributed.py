@@ -46,6 +46,7 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
     assert_another_world_is_refused(toy, folder)
 
 
+@pytest.mark.process
 @pytest.mark.timeout(300)
 def test_one_of_two_processes_is_killed_and_the_rest_is_bit_equal(
     toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path: Path

@@ -112,6 +112,7 @@ def test_sigterm_that_ends_data_workers_too_still_saves(
         run("lost", False)
 
 
+@pytest.mark.process
 @pytest.mark.timeout(400)
 def test_full_disk_leaves_the_last_checkpoint_and_ends_in_a_sentence(start_toy: Start, tmp_path: Path) -> None:
     """A real file system that is really full: room for a checkpoint, but not for its successor beside it."""
