@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
@@ -164,9 +165,7 @@ class Judge(nn.Module):
         target = Path(folder)
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
         save_state_dict(state, target / "model.safetensors")
-        temporary = target / ".config.json.tmp"
-        temporary.write_text(json.dumps(asdict(self.config), ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(target / "config.json")
+        replace_text(target / "config.json", json.dumps(asdict(self.config), ensure_ascii=False) + "\n")
         return target
 
     def word_ids(self, texts: Sequence[str]) -> Tensor:

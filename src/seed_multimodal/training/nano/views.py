@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seed_multimodal.disk import replacing
 from seed_multimodal.errors import DataError
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD
 
@@ -52,17 +53,12 @@ def build_views(images: np.ndarray, views: int, seed: int, file: Path) -> Tensor
     shape = (count, views, 3, height, width)
     if not (file.is_file() and file.stat().st_size == int(np.prod(shape))):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp")
-        out = np.memmap(temporary, dtype=np.uint8, mode="w+", shape=shape)
         generator = torch.Generator().manual_seed(seed)
         pictures = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        for start in range(0, count, 256):
-            block = pictures[start:start + 256]
-            out[start:start + len(block), 0] = block.numpy()
-            for view in range(1, views):
-                out[start:start + len(block), view] = augment(block, generator).numpy()
-        out.flush()
-        temporary.replace(file)
+        with replacing(file) as out:
+            for block in pictures.split(256):
+                rounds = [block, *(augment(block, generator) for _ in range(1, views))]
+                out.write(torch.stack(rounds, 1).numpy().tobytes())
     return open_views(file, count, views, height)
 
 
