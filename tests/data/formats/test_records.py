@@ -15,6 +15,7 @@ import pytest
 
 from seed_multimodal.data.formats import json_lines
 from seed_multimodal.data.formats.conversations import with_messages
+from seed_multimodal.data.formats.files import expand_pattern
 from seed_multimodal.data.formats.parquet import RowGroups
 from seed_multimodal.data.formats.record import BadRecord, find_image
 from seed_multimodal.data.formats.records import FileRecords, open_records
@@ -93,6 +94,26 @@ def test_pickled_torn_and_compressed_tars_are_refused_in_a_sentence(tmp_path):
         len(open_records(tmp_path / "empty.tar"))
 
 
+def test_headers_that_lie_about_sizes_are_damage_not_an_endless_walk(tmp_path):
+    whole = tar(tmp_path / "w.tar", {"s": caption(1)}).read_bytes()
+
+    def header(kind: bytes, size: bytes) -> bytes:
+        block = bytearray(whole[:512])
+        block[124:136], block[156:157], block[148:156] = size.ljust(12, b"\0"), kind, b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        return bytes(block)
+
+    def pax(body: bytes) -> bytes:
+        return header(b"x", b"%o" % len(body)) + body.ljust(512, b"\0")
+
+    for start, words in ((header(b"L", b"77777777777"), "its end"), (header(b"x", b"77777777777"), "its end"),
+                         (header(b"0", b"-0000002000"), "no header"), (header(b"5", b"-0000002000"), "no header"),
+                         (pax(b"0 path=x\n"), "a pax header"), (pax(b"12 size=abc\n"), "a pax header"),
+                         (pax(b"14 size=-1024\n"), "a pax header")):
+        with pytest.raises(DataError, match=f"torn or damaged in its first sample .*{words}"):
+            len(open_records(written(tmp_path / "odd.tar", start + whole)))
+
+
 def test_a_sample_without_json_among_others_is_that_samples_fault(tmp_path):
     write_shard(tmp_path / "a.tar", [("k1", {"json": b"{}"}), ("k2", {"jpg": b"x"})])
     source = open_records(tmp_path / "a.tar")
@@ -149,7 +170,8 @@ def test_json_lists_are_indexed_by_windows(tmp_path, monkeypatch, window, style)
     ('[{"a": 1},\n {"a": }]', "line 2, item 1: .*Expecting value"), ('[{"a": 1} {"a": 2}]', "item 0: .*',' or ']'"),
     ('[{"a": 1},', "item 1"), ('[{"a": "x', "item 0: .*Unterminated"), ('[{}]\nmore', "line 2.*after the list's end"),
     ('{"a": [1]\n}', "must hold a list"), ("", "must hold a list"), ('"text"', "must hold a list"),
-    ('[{"a": tru', "item 0"), ("[" * 200_000, "nested too deeply")])
+    ('[{"a": tru', "item 0"), ('[{"id": ' + "9" * 5000 + "}]", "item 0: .*4300 digits"),
+    ("[" * 200_000, "nested too deeply")])
 @pytest.mark.parametrize("window", [8, 1 << 22])
 def test_broken_json_lists_name_line_and_item(tmp_path, monkeypatch, content, words, window):
     monkeypatch.setattr(json_lines, "BLOCK", 4 * window)
@@ -309,6 +331,20 @@ def test_pictures_are_found(tmp_path, monkeypatch):
 
 def test_a_name_that_is_too_long_for_a_file_is_not_there():
     assert find_image("A" * 5000) is None  # such as a picture written out as base64
+
+
+def test_a_pattern_that_cannot_be_looked_up_is_a_sentence(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"A{200}: cannot be looked up \(File name too long\)"):
+        open_records("A" * 5000)
+    with pytest.raises(DataError, match="cannot be looked up"):
+        expand_pattern("A" * 5000)
+
+    def closed(path: Path, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", closed)  # who runs the tests may enter every folder
+    with pytest.raises(DataError, match=r"closed/a\.tar: cannot be looked up \(Permission denied\)"):
+        open_records("closed/a.tar")
 
 
 def test_folders_by_braces_and_wildcards(tmp_path):

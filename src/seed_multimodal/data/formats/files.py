@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -34,7 +35,8 @@ def expand_pattern(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
     for one in map(str, patterns):
         if one.startswith("pipe:") or "://" in one:
             raise DataError(f"{one}: only files on disk can be read at random positions; download them first.")
-        matches = {name: [path for path in _matches(name) if path.is_file()] for name in expand_braces(one)}
+        with _looking(one):
+            matches = {name: [path for path in _matches(name) if path.is_file()] for name in expand_braces(one)}
         missing = [name for name, files in matches.items() if not files]
         if len(missing) == len(matches):
             if Path(one).is_dir():
@@ -63,12 +65,22 @@ def find_files(given: Sequence[str | Path], format: str = "auto") -> list[tuple[
     if not given:
         raise DataError("The list of files is empty.")
     for one in given:
-        folders = _folders(str(one))
-        for folder in folders:
-            found.update(_in_folder(folder, format))
-        if not folders:
-            found.update((path, _format_of(path, format)) for path in expand_pattern(one))
+        with _looking(one):
+            folders = _folders(str(one))
+            for folder in folders:
+                found.update(_in_folder(folder, format))
+            if not folders:
+                found.update((path, _format_of(path, format)) for path in expand_pattern(one))
     return list(found.items())
+
+
+@contextmanager
+def _looking(pattern: str | Path) -> Iterator[None]:
+    """A folder that may not be entered, or a name too long for a file, becomes a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{str(pattern)[:200]}: cannot be looked up ({error.strerror}).") from None
 
 
 def nearest_path(path: str | Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from seed_multimodal.data.formats.record import BadRecord, Place, Record
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, first_line
 
 BLOCK = 1 << 24
 LISTS = ("annotations",)  # keys whose list is meant, in a file that holds one object around it (COCO captions)
@@ -212,8 +212,9 @@ class _Scanner:
                 # Deep inside the window it is an error; at its end, or in an open string, more text may complete it.
                 if not error.msg.startswith("Unterminated string") and error.pos < len(self.text) - 16:
                     raise self._broken(error.msg, error.pos) from None
-            except RecursionError:
-                raise self._broken("it is nested too deeply") from None
+            except (ValueError, RecursionError) as error:
+                deep = isinstance(error, RecursionError)
+                raise self._broken("it is nested too deeply" if deep else first_line(error)) from None
             if not self._more():
                 raise self._broken(getattr(problem, "msg", str(problem)), getattr(problem, "pos", self.place)) from None
 

@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from seed_multimodal.errors import DataError
 
@@ -75,7 +76,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _walk(read: Callable[[int, int], bytes], total: int) -> Iterator[tuple[str, int, int]]:
     position = 0
-    extra: dict[str, bytes] = {}  # values for the next member, from an extra header
+    extra: dict[str, Any] = {}  # values for the next member, from an extra header
     while True:
         header = read(BLOCK, position)
         if len(header) < BLOCK:
@@ -85,9 +86,10 @@ def _walk(read: Callable[[int, int], bytes], total: int) -> Iterator[tuple[str, 
         name, size, kind = _header(header)
         start = position + BLOCK
         if kind in (b"0", b"\0", b"7"):
-            size = int(extra.get("size", size))
-            if start + size > total:
-                raise Damaged("its end is missing")
+            size = extra.get("size", size)
+        if start + size > total:
+            raise Damaged("its end is missing")
+        if kind in (b"0", b"\0", b"7"):
             yield extra.get("path", name).decode("utf-8", "surrogateescape"), start, size
             extra = {}
         elif kind == b"L":  # GNU: the next name in full
@@ -108,7 +110,7 @@ def _header(block: bytes) -> tuple[bytes, int, bytes]:
         size = _number(block[124:136])
     except ValueError:
         right, size = False, 0
-    if not right:
+    if not right or size < 0:
         raise Damaged("no header where one is due")
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0]
@@ -123,16 +125,22 @@ def _number(field: bytes) -> int:
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
 
 
-def _pax(data: bytes) -> dict[str, bytes]:
-    """`path` and `size` of a pax header's `LENGTH KEY=VALUE` lines."""
-    out, place = {}, 0
+def _pax(data: bytes) -> dict[str, Any]:
+    """`path` (bytes) and `size` (int) of a pax header's `LENGTH KEY=VALUE` lines."""
+    out: dict[str, Any] = {}
+    place = 0
     try:
         while place < len(data):
             digits = data[place:place + 20].split(b" ", 1)[0]
-            key, value = data[place + len(digits) + 1:place + int(digits) - 1].split(b"=", 1)
-            if key in (b"path", b"size"):
-                out[key.decode()] = value
-            place += int(digits)
+            end = place + int(digits)
+            key, value = data[place + len(digits) + 1:end - 1].split(b"=", 1)
+            if key == b"path":
+                out["path"] = value
+            elif key == b"size":
+                out["size"] = int(value)
+            if end <= place or out.get("size", 0) < 0:
+                raise ValueError
+            place = end
     except ValueError:
         raise Damaged("a pax header is damaged") from None
     return out
