@@ -23,7 +23,7 @@ from seed_multimodal.training.llm.fp8 import Fp8Linear, freeze_in_fp8, has_fp8, 
 from seed_multimodal.training.llm.loss import LossModule, find_llama, packed_loss
 from seed_multimodal.training.llm.model import build_llm, save_trained, trained_state
 from seed_multimodal.training.llm.model_settings import LlmModelSettings, read_model_settings
-from seed_multimodal.training.llm.task import train_llm
+from seed_multimodal.training.llm.train import train_llm
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = 2.0**-4  # half of the last of 3 mantissa bits: the most that rounding moves a number of normal size

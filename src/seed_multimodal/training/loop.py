@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,10 @@ from seed_multimodal.training.checkpoint import CheckpointStore, frozen_check_su
 from seed_multimodal.training.checkpoint_folders import output_folder_lock
 from seed_multimodal.training.distributed import ProcessGroup, StopRequest
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.engine import Engine, seed_generators, stop_accelerate
+from seed_multimodal.training.engine import Engine, stop_accelerate
 from seed_multimodal.training.failures import STOPPED, TrainingError, Watchdog, translate_errors
 from seed_multimodal.training.loop_settings import LoopSettings
+from seed_multimodal.training.optimizer_step import OptimizerStep
 from seed_multimodal.training.resume import (
     SavedState,
     load_average,
@@ -41,18 +40,6 @@ from seed_multimodal.training.resume import (
 from seed_multimodal.training.run_log import RunLog
 from seed_multimodal.training.task import Task
 from seed_multimodal.training.zero import ZeroEngine
-
-
-@dataclass
-class StepResult:
-    """Result of a step. `made`: weights were updated; `stopped`, `save`: some process was asked to stop, or a
-    checkpoint is due by time; `ended`: the data of all processes have ended; `problem`: why the run must end."""
-
-    made: bool = False
-    problem: str = ""
-    stopped: bool = False
-    save: bool = False
-    ended: bool = False
 
 
 def train(task: Task, settings: LoopSettings, folder: str | Path, *, group: ProcessGroup | None = None,
@@ -136,6 +123,7 @@ class Run:
         self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
                           kept=saved.step)
         self.evaluation: dict[str, float] = saved.trainer.get("evaluation", {})
+        self.optimizer_step = OptimizerStep(task, self.engine, settings, group, self.average)
         task.prepared(self)
 
     def close(self) -> None:
@@ -157,7 +145,7 @@ class Run:
                 self.watchdog.beat(where, self.store.description())
                 with translate_errors(where, self.store.description()):
                     try:
-                        result = self._step(stop)
+                        result = self.optimizer_step.make(self.step, lambda: self._conditions(stop))
                     except RuntimeError as error:
                         # A signal to the whole process group ends data workers, too; the weights have not moved.
                         if not stop.asked or self.group.world > 1:
@@ -175,49 +163,11 @@ class Run:
                 self._end(stopped, ended, stop)
                 return self._record()
 
-    # ------------------------------------------------------------------------------------------------------- a step
-
-    def _step(self, stop: StopRequest) -> StepResult:
-        """Micro-steps, agreement of all processes, and only then the update of the weights."""
-        task, engine, group = self.task, self.engine, self.group
-        rate = task.learning_rate(self.step)
-        engine.set_rate(rate)
-        if not task.begin_step(self.step):
-            return StepResult(ended=True)
-        found = [self._micro_step(micro) for micro in range(self.settings.accumulate)]
-        norm = engine.clip()
-        numbers = task.meter.combine(found, norm, rate)
-        if engine.loss_scale() is not None:
-            numbers["loss_scale"] = float(engine.loss_scale() or 0.0)
-        problem = "" if math.isfinite(numbers["loss"]) else f"The loss became {numbers['loss']}"
-        problem = problem or engine.problem(numbers.get("grad"))
+    def _conditions(self, stop: StopRequest) -> tuple[bool, bool, bool]:
+        """For `OptimizerStep.make`."""
         broken = self.store.problem is not None or self.log.problem is not None
-        due = group.first and 0 < self.settings.save_seconds < time.monotonic() - self.last_save
-        flags = [bool(problem) or broken, stop.asked, due]
-        failed, stopped, save, *sums = group.sum([*flags, *task.meter.shared(numbers)])
-        if failed:
-            return StepResult(problem=problem or "Another process could not make its part")
-        moved = engine.update(rate)
-        if moved is not None:
-            numbers["grad"] = moved
-            if problem := engine.problem(moved):
-                return StepResult(problem=problem)
-        if self.average is not None:
-            self.average.update(task.module, self.step)
-        task.meter.add(numbers, sums)
-        return StepResult(made=True, stopped=stopped > 0, save=save > 0)
-
-    def _micro_step(self, micro: int) -> dict[str, Any]:
-        task, engine, count = self.task, self.engine, self.settings.accumulate
-        number = self.step * count + micro
-        # Processes differ by more than any number of micro-steps, so no two draw the same numbers.
-        seed_generators(self.settings.seed * 1_000_003 + number + self.group.rank * 1_000_003**2, self.device)
-        last = micro == count - 1
-        with engine.accumulating(last):
-            with engine.autocast():
-                loss, numbers = task.micro_step(engine.model, number)
-            engine.backward(loss / count if task.averages and count > 1 else loss, last)
-        return {"loss": loss.detach(), **numbers}
+        due = 0 < self.settings.save_seconds < time.monotonic() - self.last_save
+        return broken, stop.asked, due and self.group.first
 
     def _after_step(self, save: bool) -> None:
         self.step += 1

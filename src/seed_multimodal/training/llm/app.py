@@ -72,7 +72,7 @@ def run(arguments: Sequence[str], configs: Path) -> int:
 
         print(OmegaConf.to_yaml(OmegaConf.create(composed.config)), end="")
         return 0
-    from seed_multimodal.training.llm.task import train_llm
+    from seed_multimodal.training.llm.train import train_llm
 
     if os.environ.get("RANK", "0") == "0":
         for remark in composed.remarks:

@@ -1,8 +1,7 @@
 """The language model as a task of the loop: its data, model and loss, and the files of a run.
 
-`train_llm(config)` trains as a composed configuration says and returns the run's record. With packed data each learned
-token of a step weighs the same wherever it lies: the processes add up their counts before the first backward pass.
-Else the micro-batches' means are averaged, as released.
+With packed data each learned token of a step weighs the same wherever it lies: the processes add up their counts before
+the first backward pass. Else the micro-batches' means are averaged, as released.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.peaks import known_peak
-from seed_multimodal.quiet import quiet_libraries
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.checkpoint_folders import check_shared, output_folder_lock
-from seed_multimodal.training.distributed import ProcessGroup, leave_processes, start_processes
+from seed_multimodal.training.checkpoint_folders import check_shared
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.failures import TrainingError, translate_errors
 from seed_multimodal.training.llm.flops import token_flops
 from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
@@ -42,8 +40,8 @@ from seed_multimodal.training.llm.model import build_llm, load_trained, save_tra
 from seed_multimodal.training.llm.model_settings import LlmModelSettings, find_folder, read_model_settings
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
 from seed_multimodal.training.llm.token_meter import TokenMeter
-from seed_multimodal.training.llm.trainer_settings import RunSettings, read_run
-from seed_multimodal.training.loop import Run, run_task
+from seed_multimodal.training.llm.trainer_settings import RunSettings
+from seed_multimodal.training.loop import Run
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.resume import refuse_other_kind
 from seed_multimodal.training.task import Task
@@ -58,39 +56,6 @@ _QUIET = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max
           "trainer.eval_batches", "trainer.report_to", "trainer.dataloader_num_workers", "trainer.device",
           "trainer.timeout_minutes", "trainer.gradient_accumulation_steps", "trainer.gradient_checkpointing",
           "trainer.compile", "trainer.fsdp", "model.compile", "model.gradient_checkpointing")
-
-
-def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train as a resolved configuration says; under torchrun every process calls it.
-
-    Returns:
-        The run's record, also `output_dir/summary.json`: steps, seconds, tokens, last loss, evaluation, data, folder.
-
-    Raises:
-        SeedError: settings, data, weights or a machine with which the run cannot continue; checkpoints stay intact.
-        SystemExit: 143 after SIGTERM; the step was finished and saved.
-    """
-    run = read_run(config)
-    quiet_libraries(libraries=("transformers", "DeepSpeed", "accelerate"))
-    with translate_errors("the start", "nothing was trained yet"):
-        group, device = start_processes(run.trainer.device, run.trainer.timeout_minutes,
-                                        group_of_one=run.deepspeed is not None)
-    clean = False
-    try:
-        with output_folder_lock(run.output_dir, group):
-            with translate_errors("the start", "nothing was trained yet"):
-                task = LlmTask(run, group, device)
-            try:
-                record = run_task(task, run.trainer.loop_settings(), run.output_dir, group, device)
-            except SystemExit:
-                clean = True
-                raise
-            finally:
-                task.data.close()
-        clean = True
-        return record
-    finally:
-        leave_processes(clean)
 
 
 class LlmTask(Task):

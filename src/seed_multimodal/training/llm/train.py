@@ -1,0 +1,47 @@
+"""`train_llm(config)` trains the language model as a composed configuration says and returns the run's record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from seed_multimodal.quiet import quiet_libraries
+from seed_multimodal.training.checkpoint_folders import output_folder_lock
+from seed_multimodal.training.distributed import leave_processes, start_processes
+from seed_multimodal.training.failures import translate_errors
+from seed_multimodal.training.llm.task import LlmTask
+from seed_multimodal.training.llm.trainer_settings import read_run
+from seed_multimodal.training.loop import run_task
+
+
+def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Train as a resolved configuration says; under torchrun every process calls it.
+
+    Returns:
+        The run's record, also `output_dir/summary.json`: steps, seconds, tokens, last loss, evaluation, data, folder.
+
+    Raises:
+        SeedError: settings, data, weights or a machine with which the run cannot continue; checkpoints stay intact.
+        SystemExit: 143 after SIGTERM; the step was finished and saved.
+    """
+    run = read_run(config)
+    quiet_libraries(libraries=("transformers", "DeepSpeed", "accelerate"))
+    with translate_errors("the start", "nothing was trained yet"):
+        group, device = start_processes(run.trainer.device, run.trainer.timeout_minutes,
+                                        group_of_one=run.deepspeed is not None)
+    clean = False
+    try:
+        with output_folder_lock(run.output_dir, group):
+            with translate_errors("the start", "nothing was trained yet"):
+                task = LlmTask(run, group, device)
+            try:
+                record = run_task(task, run.trainer.loop_settings(), run.output_dir, group, device)
+            except SystemExit:
+                clean = True
+                raise
+            finally:
+                task.data.close()
+        clean = True
+        return record
+    finally:
+        leave_processes(clean)
