@@ -1,6 +1,6 @@
 """One training sequence of the language model, the draws it is made with, and the released fixed-length form.
 
-A decoder (`decoders.get_decoder`) turns a record's fields into a `TokenSequence`. Everything random in it comes from a
+A decoder (`registry.get_decoder`) turns a record's fields into a `TokenSequence`. Everything random in it comes from a
 `Draws`, so the same numbers give the same sequence; the golden fixtures replay the released programs' own draws.
 """
 

@@ -1,6 +1,6 @@
 """The training application: `python src/train/train.py` with Hydra overrides or the original's flags.
 
-    python src/train/train.py model=nano_lora data=nano trainer.max_steps=100 output_dir=log/run
+    python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml trainer.max_steps=100 output_dir=log/run
     python src/train/train.py --model configs/model/vicuna_7b_lora.yaml --train_data … --deepspeed … --bf16 True
 
 Beside overrides and flags: `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the resolved
