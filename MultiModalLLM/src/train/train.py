@@ -1,6 +1,6 @@
 """Train the multimodal language model: Hydra overrides or the original's flags; alone or as one of torchrun's.
 
-    python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml output_dir=log/run   (`--help`: configurations)
+    python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml output_dir=log/run   (or `--help`)
 """
 
 from __future__ import annotations
