@@ -22,6 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.addaudithook(lambda event, arguments: started.append(event) if event in PROCESSES else None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol() -> None:
+    """What was started before, while tests were collected, is not this test's."""
+    started.clear()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """A test that starts a process, itself or in a fixture, and has no marker for it fails."""
