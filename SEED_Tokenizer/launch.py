@@ -51,7 +51,7 @@ def torchrun(args: argparse.Namespace, nodes: int, processes: int, script: list[
             raise
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
-    except SignalException as error:  # it has passed the signal on, and the processes have ended
+    except SignalException as error:  # torchrun has passed the signal on, and the processes have ended
         if args.debug:
             raise
         say(f"launch.py: ended by {error.sigval.name}, and its {processes} processes with it.")
@@ -60,7 +60,7 @@ def torchrun(args: argparse.Namespace, nodes: int, processes: int, script: list[
 
 
 def check(script: list[str]) -> None:
-    """Refuse a wrong configuration here, once, rather than in every process."""
+    """Refuse a wrong configuration once, before processes start."""
     from seed_lavis import register
 
     register()

@@ -1,4 +1,4 @@
-"""Codebook health on the nano set: the original's plain VQ beside each remedy, everything else equal.
+"""Codebook health on the nano set: the original's plain VQ and each remedy, everything else equal.
 
     python benchmarks/codebook.py [--steps 600] [--out benchmarks/codebook.jsonl]
 
@@ -34,7 +34,7 @@ from seed_multimodal.training.schedules import batch_indices
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to keep a codebook alive."""
+    """One remedy against codebook collapse."""
 
     name: str
     size: int = 512

@@ -6,8 +6,8 @@
 
 The model is trained as released: LoRA on the linear layers, embeddings, head and norms trained whole. `original` is
 what the original runs: caption micro-batches padded to 200 tokens, transformers' loss over all positions, every
-activation made again. Each further lever keeps what the one before it did, but for what its row in LEVERS changes.
-Lines carry the ratio of useful tokens/s (no padding) to the first setting of the same run.
+activation made again. Each further lever differs from the one before it by its row in LEVERS. Lines carry the ratio of
+useful tokens/s (no padding) to the first setting of the same run.
 The fp8 levers come last: the one model of the run loses its bf16 base for good. Their utilisation is of the same peak
 as all others', so it says how much faster they are, not how well FP8 is used.
 """
@@ -251,7 +251,7 @@ def main() -> None:
             results = timed(model, LEVERS[name], options, device, dtype, peak)
             first = first or results["useful_tokens_per_second"]
             results[f"ratio_to_{names[0]}"] = round(results["useful_tokens_per_second"] / first, 3)
-        except RuntimeError as error:  # out of memory in one setting is an answer, not the end
+        except RuntimeError as error:  # out of memory in one setting is a result; the others are still measured
             results = {"error": str(error).strip().splitlines()[0][:300]}
         print_line("llm_training", device, {
             "size": options.size, "lever": name, **dataclasses.asdict(LEVERS[name]), "runtime": str(runtime),

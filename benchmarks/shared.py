@@ -1,4 +1,4 @@
-"""What the scripts beside this one share: the rate that utilisation is measured against, rounding, flags, folders."""
+"""Shared by the scripts in this folder: the peak rate for utilisation, rounding, flags, folders."""
 
 from __future__ import annotations
 
@@ -83,5 +83,5 @@ def peak_tflops(asked: str | None, device: torch.device, dtype: torch.dtype) -> 
 
 
 def rounded(value: float) -> float:
-    """Four digits, whatever the size: nano on a CPU and the released size on a GPU are five powers of ten apart."""
+    """Four significant digits: nano on a CPU and the released size on a GPU are five powers of ten apart."""
     return float(f"{value:.4g}")

@@ -110,7 +110,7 @@ def pictures(count: int, size: int, model: str) -> Tensor:
         from seed_multimodal.data.nano import load_nano
         from seed_multimodal.images.transforms import normalise
 
-        with contextlib.suppress(SeedError):  # the set is not on every machine
+        with contextlib.suppress(SeedError):  # the set may be missing
             nano = load_nano()
             held_out = [i for i, record in enumerate(nano.records) if record.split != "train"][:count]
             found = torch.stack([normalise(nano.image(nano.records[i].key)) for i in held_out])
@@ -197,7 +197,7 @@ class Bench:
         return round(batch / measure(lambda: model.decode(codes), self.device, self.options.repeats)["seconds"], 1)
 
     def settings(self) -> dict[str, Any]:
-        """What every line says about the run."""
+        """Settings of the run, for every line."""
         places = self.config.num_query
         distinct = sum(len(self.exact[:, place].unique()) for place in range(places)) / places
         return {"model": self.model, "size": "released" if self.config == Seed2Config() else "nano",
@@ -226,7 +226,7 @@ def ladder(bench: Bench, names: list[str]) -> None:
             try:
                 encode = encode or encoder_of(rung, bench.master, bench.runtime.dtype)
                 results = bench.figures(name, batch, encode)
-            except (RuntimeError, SeedError) as error:  # the others are still worth their time
+            except (RuntimeError, SeedError) as error:  # the other levers are still measured
                 results = {"error": str(error).strip().splitlines()[0][:300]}
             bench.line({"lever": name, "batch": batch}, results)
         if encode is not None and bench.options.profile and batches:

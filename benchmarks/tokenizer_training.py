@@ -142,7 +142,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats(device)
             try:
                 results = timed(options, config, encoder, batch, device, dtype, peak, clip)
-            except RuntimeError as error:  # out of memory at one batch size is an answer, not the end
+            except RuntimeError as error:  # out of memory at one batch size is a result; the others are still measured
                 results = {"error": str(error).strip().splitlines()[0][:300]}
             print_line("tokenizer_training", device, {
                 "stage": 2, "size": options.size, "head": options.head, "encoder": encoder, "batch": batch,

@@ -1,4 +1,4 @@
-"""What all our LAVIS models share: sizes from the YAML, precision of the frozen tower, placing, numbers to log.
+"""Base of our LAVIS models: sizes from the YAML, precision of the frozen tower, placing, numbers to log.
 
 A model is both LAVIS's `BaseModel` and the library's own class, so its parameter names are the released ones.
 `forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping with `loss`.

@@ -9,7 +9,7 @@
           images: {storage: /data/cc3m}                     folder of those paths (default: paths as they are)
           storage: cc3m/{00000..00331}.tar                  or shards of KEY.jpg and KEY.json members
 
-Nothing is downloaded. What a split gives is a `PairDataset`, addressed by (index, epoch).
+Nothing is downloaded. A split is a `PairDataset`, addressed by (index, epoch).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PairBuilder(BaseDatasetBuilder):
     DATASET_CONFIG_DICT: dict[str, str] = {}
 
     def _download_data(self) -> None:
-        """What LAVIS has one process do before the others go on: sets are local files, so only shards are indexed."""
+        """LAVIS's download by one process before the others: sets are local files, so only shards are indexed."""
         if get_world_size() > 1:
             for spec in self.sources().values():
                 if spec["format"] == "webdataset":

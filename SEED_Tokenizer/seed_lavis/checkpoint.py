@@ -1,8 +1,8 @@
-"""LAVIS's checkpoints `checkpoint_{epoch}.pth`: what the next stage, an export or another LAVIS reads.
+"""LAVIS's checkpoints `checkpoint_{epoch}.pth`: read by the next stage, an export or another LAVIS.
 
 `{"model": without frozen parameters, "optimizer", "config", "scaler", "epoch"}`, written by one process, complete or
-not at all. Going on after a kill does not need them (the stage's own state does that); `resume_ckpt_path` takes one,
-also of the original's making, as the start of a run.
+not at all. Resuming after a kill does not need them (it reads the loop's checkpoints); `resume_ckpt_path` takes one,
+also the original's, as the start of a run.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def epochs_in(folder: Path) -> list[int]:
 
 
 def read_checkpoint(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Fill model and optimiser from a LAVIS checkpoint; returns the epochs it has behind it.
+    """Fill model and optimiser from a LAVIS checkpoint; returns the number of finished epochs.
 
     Raises:
         CheckpointError: missing, damaged or unsafe file, another model's or optimiser's, no epoch.

@@ -1,7 +1,7 @@
 """Codebook health in training: warm-up without codes, k-means start, restart of dead codes, usage for the log.
 
 All of it is a function of (weights, step), so a killed run repeats it; the counts since the last restart are kept in
-the state (`CodeCounts`). Whatever moves codes does so on rank 0 and is broadcast.
+the state (`CodeCounts`). Codes are changed on rank 0 and broadcast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from seed_multimodal.tokenizers.quantizer import CodebookUsage
 
 
 class CodebookMixin:
-    """What stage-2 models add for `CodebookMaintenance`: the codes of the last batch, whether codes are used yet."""
+    """State of stage-2 models for `CodebookMaintenance`: the codes of the last batch, whether codes are used yet."""
 
     options: CodebookOptions
     use_codes = True
@@ -34,7 +34,7 @@ class CodebookMixin:
 
     @property
     def skips_parameters(self) -> bool:
-        """Whether some trained parameters get no gradient in some steps (which DistributedDataParallel must know)."""
+        """Whether some trained parameters get no gradient in some steps (an option of DistributedDataParallel)."""
         return self.options.ema_decay is not None or self.options.codebook_warmup > 0
 
     def encoder_output(self, images: Tensor | None, vit_features: Tensor | None = None) -> Tensor:
@@ -45,12 +45,12 @@ class CodebookMixin:
         return super().encoder_output(None, vit_features)  # type: ignore[misc]
 
     def note_codes(self, pre_quant: Tensor, indices: Tensor | None) -> None:
-        """Keep what the last batch looked like to the codebook."""
+        """Keep the last batch's codes and features."""
         self.features, self.codes = pre_quant.detach().float(), indices
 
 
 def stage2_sizes(options: CodebookOptions) -> dict[str, Any]:
-    """What the configurations of both stage-2 models share."""
+    """Sizes in the configurations of both stage-2 models."""
     return {"vit": vit_sizes(options), "qformer": qformer_sizes(options), "num_query": options.num_query_token,
             "codebook_size": options.n_embed, "codebook_dim": options.codebook_embed_dim,
             "decode_depth": options.decode_depth, "decode_heads": options.decode_heads,
@@ -78,7 +78,7 @@ class CodeCounts(nn.Module):
 
 
 class CodebookMaintenance:
-    """Does before and after each optimiser step what the options ask for.
+    """Codebook steps before and after each optimiser step, by the options.
 
     Args:
         batch_at: micro-step → batch on the model's device, for the k-means start.

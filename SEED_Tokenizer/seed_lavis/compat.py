@@ -1,17 +1,17 @@
-"""The only module that knows how to use salesforce-lavis 1.0.2 beside today's transformers, and without CUDA.
+"""The only module that adapts salesforce-lavis 1.0.2 to today's transformers and to machines without CUDA.
 
 Import LAVIS names from here, never from `lavis` directly:
 
     from seed_lavis.compat import BaseModel, Config, RunnerBase, registry
 
-LAVIS's registry, `Config`, tasks, builders, processors, learning-rate schedules and runner are used as installed. What
-stands in the way, and what is done about it:
+LAVIS's registry, `Config`, tasks, builders, processors, learning-rate schedules and runner are used as installed.
+Obstacles and workarounds:
 
 * `import lavis` loads its whole model zoo, which needs an old transformers: five packages are put into `sys.modules`
   bare, with LAVIS's own folders as their path, so that only the submodules asked for are read;
 * timm's hub, torchvision's and iopath's downloads, pandas (csv files) and decord (video) are imported at the top of
   modules we need but not used by us: stand-ins take their places while LAVIS is imported, so they need not be installed
-  (and nobody waits for torchvision, which takes longer than all the rest);
+  (and the slow import of torchvision is avoided);
 * `registry` wants paths and constants that `lavis/__init__` registers;
 * `init_distributed_mode` is NCCL and CUDA only, silences `print`, and waits for a year.
 """

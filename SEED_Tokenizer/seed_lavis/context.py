@@ -1,4 +1,4 @@
-"""What one training run is: its model, options, folder and processes, in one frozen object that all parts are given."""
+"""The context of one training run: its model, options, folder and processes, in one frozen object for all parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a picture costs in a run of ours: operations of one step, and the peak of the device they run on."""
+"""Cost of a picture in a run: operations of one step, and the peak of the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several data sets as one, in what ratio they are drawn, and the batches of a run."""
+"""Several data sets as one, their sampling ratios, and the batches of a run."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def mixed_order(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequen
 
 
 def count_bad(own: Sequence[tuple[str, str]]) -> int:
-    """How many different samples were bad for any process, of (key, reason) of each; all processes must ask."""
+    """How many different samples were bad for any process, of (key, reason) of each; all processes must call it."""
     if not dist.is_initialized():
         return len(set(own))
     lists: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]

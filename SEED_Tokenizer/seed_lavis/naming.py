@@ -1,7 +1,8 @@
 """Stage 2's `naming_weight` (ours): decoded image embeddings are contrasted with captions under a frozen text tower.
 
-The squared error alone spends the codes on layout; what a caption would name is a small part of the variance. The
-tower is the nano speed run's CLIP text side: `naming_tower` names its weights, and config.yaml beside them its sizes.
+With the squared error alone the codes hold mostly layout; the content that a caption names is a small part of the
+variance. The tower is the nano speed run's CLIP text side: `naming_tower` names its weights, and config.yaml beside
+them its sizes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The set `nano_views`: what the nano speed run's work folder holds, as training batches for both stages.
+"""The set `nano_views`: the nano speed run's work folder as training batches for both stages.
 
     datasets:
       nano_views:
@@ -78,7 +78,7 @@ class NanoViews:
     def cache_tower(self, tower: Callable[[Tensor], Tensor], device: torch.device, batch: int = 256) -> None:
         """Run a frozen vision tower once over every view; batches then hold its output `vit_features` `[B, T, W]`.
 
-        In parts of a fixed size, so that a run that goes on sees the same numbers.
+        In batches of a fixed size, so that a resumed run gets the same numbers.
         """
         flat = self.views[self.index].flatten(0, 1)
         parts = [tower(to_clip(part, device)).half().cpu() for part in flat.split(batch)]

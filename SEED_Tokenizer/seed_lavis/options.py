@@ -24,7 +24,7 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 
 @dataclass
 class ModelOptions:
-    """What all models share. `vit` and `qformer` (ours) override single sizes of `EvaConfig` and `QFormerConfig`."""
+    """Options of all models. `vit` and `qformer` (ours) override single sizes of `EvaConfig` and `QFormerConfig`."""
 
     arch: str = ""
     model_type: str = "pretrain"
@@ -72,7 +72,7 @@ class Stage1Options(ModelOptions):
 
 @dataclass
 class CodebookOptions(ModelOptions):
-    """What both stage-2 models share."""
+    """Options of both stage-2 models."""
 
     codebook_embed_dim: int = setting(32, least=1)
     n_embed: int = setting(8192, least=1)
@@ -195,7 +195,7 @@ def section_at(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, 
 
 def locate(path: str) -> str:
     """A path of the YAML as it can be opened: absolute, or found from the current folder, SEED_Tokenizer or the
-    repository, in this order. What is nowhere (a hub id, a pattern, a file that is missing) is returned as it is."""
+    repository, in this order. A path found nowhere (a hub id, a pattern, a missing file) is returned as it is."""
     if Path(path).is_absolute():
         return path
     for folder in (Path(), APPLICATION, REPOSITORY):

@@ -1,4 +1,4 @@
-"""What a run finds in its output folder, and the LAVIS checkpoint that `run.resume_ckpt_path` starts it from.
+"""Earlier files in a run's output folder, and the LAVIS checkpoint that `run.resume_ckpt_path` starts it from.
 
 Nothing is removed here: the record of a finished run that is asked for more epochs stays until the new one replaces it.
 """
@@ -19,7 +19,7 @@ from seed_multimodal.training.stage import StageTask
 
 
 def prepare_resume(run: RunContext, task: StageTask) -> None:
-    """Refuse, prepare or leave to the loop what earlier runs left in the output folder; all processes must call.
+    """Check, prepare or leave to the loop the files of earlier runs in the output folder; all processes must call it.
 
     Raises:
         ConfigError, CheckpointError: a run that must not be resumed, or a checkpoint that it cannot start from.
@@ -31,7 +31,7 @@ def prepare_resume(run: RunContext, task: StageTask) -> None:
     if not run.options.resume_ckpt_path:
         return
     if dist.is_initialized():
-        dist.barrier()  # all have looked, before the first may write a checkpoint
+        dist.barrier()  # all processes have checked before the first may write a checkpoint
     if saved:
         log(f"{run.folder / task.checkpoint_folder}: this run's own checkpoints are there, so run.resume_ckpt_path is "
             "left aside.")

@@ -78,7 +78,7 @@ class RunnerSeed(RunnerBase):
             data.cache_tower(model.tower, self.device)
         ratios = dataset_ratios(self.config.datasets_cfg, options.train_dataset_ratios)
         started = time.monotonic()
-        # Data workers ignore SIGTERM, as the loop does while a step is made: only the end of `with` ends them.
+        # Data workers ignore SIGTERM, as the loop does during a step; the end of `with` stops them.
         with StepBatches(data, options.batch_size_train, seed=options.seed, rank=self.run.rank, world=self.run.world,
                          workers=options.num_workers,
                          order=mixed_order(self.datasets, options.train_splits, ratios, options.seed)) as self.batches:

@@ -1,7 +1,7 @@
 """A learning-rate schedule beside LAVIS's own: linear warm-up, then cosine, by iteration and not by epoch.
 
 LAVIS's `linear_warmup_cosine_lr` steps down once an epoch and ends a warm-up that is longer than the first epoch with
-a jump; runs of a few hundred iterations, such as nano's, have no epochs to speak of.
+a jump; runs of a few hundred iterations, such as nano's, are a single epoch.
 """
 
 from __future__ import annotations

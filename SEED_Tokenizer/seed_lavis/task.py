@@ -28,7 +28,7 @@ from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.training.stage import StageTask
 
-# Settings that change no number of the training: not mentioned when they differ at a resume.
+# Settings that change no number of the training: not reported when they differ at a resume.
 QUIET = tuple(f"run.{key}" for key in (
     "output_dir", "resume", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps", "keep_checkpoints",
     "num_workers", "tensorboard", "valid_splits", "valid_every_epochs", "valid_batches", "test_splits", "evaluate",
@@ -77,7 +77,7 @@ class TokenizerTask(StageTask):
         return {**samples, "epoch": epoch, "iters": inside, "num_iters_per_epoch": iterations}
 
     def prepared(self, run: Any) -> None:
-        """Nothing refuses the run any more: write what it is."""
+        """All checks have passed: write the run's settings."""
         if self.run.rank:
             return
         with writing(self.run.folder):
@@ -86,7 +86,7 @@ class TokenizerTask(StageTask):
             replace_text(self.run.folder / "config.json", json.dumps(self.run.model.config.to_dict(), indent=2) + "\n")
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """LAVIS's training step, between what the codebook needs before and after it."""
+        """LAVIS's training step, with the codebook's maintenance before and after it."""
         step, inside = divmod(micro_step, self.settings.accumulate)
         if self.codebook is not None:
             self.codebook.before(step, inside == 0)
@@ -117,7 +117,7 @@ class TokenizerTask(StageTask):
                 "bad_samples": len(self.batches.bad_samples()), **last, **codes}
 
     def finish(self) -> dict[str, Any]:
-        """The last checkpoint again if its weights are the averaged ones."""
+        """Write the last checkpoint again if the averaged weights are the result."""
         if self.settings.ema:
             self._write_checkpoint(self.run.options.max_epoch - 1)
         return {"checkpoint": str(self.run.last_checkpoint),

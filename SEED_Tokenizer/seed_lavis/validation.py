@@ -1,7 +1,7 @@
 """Mean losses and codebook usage over a held-out split, during training and by evaluate.py.
 
-Every process takes its share and the sums are added up. Training goes on as if nothing had been evaluated: the model's
-mode and what it remembers of its last batch are put back (its random numbers are seeded at every micro-step anyway).
+Every process takes its share and the sums are added up. Evaluation does not change the training: the model's mode and
+its data of the last batch are restored (random numbers are seeded at every micro-step anyway).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def share_out(total: int, batch_size: int, world: int = 1, most: int = 0) -> tup
 
 @contextlib.contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; afterwards the model is in the mode and has the memories it had before."""
+    """Evaluation mode inside; afterwards the model's mode and attributes are restored."""
     kept = {name: getattr(model, name) for name in REMEMBERED if hasattr(model, name)}
     try:
         with evaluation_mode(model):
@@ -48,7 +48,7 @@ def mean_losses(model: Any, data: Any, *, batch_size: int, device: torch.device,
     """Mean of every loss over `data`, and `codebook_used` and `perplexity` of all its codes; `samples` were looked at.
 
     Args:
-        model: one of ours on `device`, not wrapped; all processes must ask, each gets the same answer.
+        model: one of ours on `device`, not wrapped; all processes must call it and get the same result.
         most: batches of each process (0: all).
 
     Raises:

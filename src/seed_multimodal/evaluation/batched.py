@@ -1,7 +1,7 @@
 """`SeedLlama` in batches, for measuring: the same prompts, answers and decoder, many at a time.
 
-Prompts of like length share a batch (rows are padded on the left and masked, so neighbours do not matter but
-for rounding), and a short answer's budget is cut, since one row that never ends would hold up its whole batch.
+Prompts of like length share a batch (rows are padded on the left and masked, so neighbours change an answer by rounding
+only), and a short answer's budget is cut, since one row without end would delay its whole batch.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class BatchedSystem:
         return [self._text(ids) for ids in self._generate([self._prompt(c) for c in contents], settings)]
 
     def _text(self, ids: Sequence[int]) -> str:
-        """The words of an answer up to where the model would speak for the user."""
+        """The words of an answer up to the marker of a user's turn."""
         reader = AnswerReader(self.inner.tokenizer, turn_marker(self.inner.template))
         return Answer(split_answer(reader.read_all(ids), self.inner.tokenizer)).text
 

@@ -2,8 +2,8 @@
 
     python -m seed_multimodal.evaluation.card --model pretrained/nano --work runs/full
 
-Everything in it is read from files that the runs wrote: the stages' records and settings in the work folder, the report
-card, the data set's manifest. Nothing is typed by hand, so nothing can drift from what was measured.
+All of it is read from files that the runs wrote: the stages' records and settings in the work folder, the report card,
+the data set's manifest.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def write_card(model: Path, work: Path, data: Path, command: str, earlier: Seque
               for stage in STAGES if _file(leg, stage).is_file()]
     records = [{**record, **({"leg": len(earlier) + 1} if earlier else {})} for record in records]
     first: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for record in [*before, *records]:  # a later leg keeps what it did not do again: listed where it was done
+    for record in [*before, *records]:  # a later run has earlier records, too: each is listed with the run that made it
         first.setdefault((record["stage"], record.get("steps"), record["seconds"]), record)
     text = "\n".join([
         *_opening(model), *_parts_table(model), *_training(list(first.values()), work, command, skipped),

@@ -1,8 +1,8 @@
 """The independent scorer: a small picture-text model that judges rebuilt and drawn pictures at 32 px.
 
-It is a measuring instrument. It is trained by `seed_multimodal.evaluation.train_judge` on all splits (so that it
-knows the held-out pictures), from another seed and with another architecture (a ResNet with batch norm and a word-level
-text tower) than the system's own vision tower, and the system never learns from it.
+It is trained by `seed_multimodal.evaluation.train_judge` on all splits (so that it can score the held-out pictures),
+from another seed and with another architecture (a ResNet with batch norm and a word-level text tower) than the system's
+own vision tower, and is never used in the system's training.
 
     judge = Judge.from_pretrained("pretrained/nano/judge")
     images, texts = judge.embed_images(pictures), judge.embed_texts(["twemoji style cat"])

@@ -1,4 +1,4 @@
-"""What a number was measured on: hardware, versions, commit, command; kept beside every report and benchmark line."""
+"""The conditions of a measurement: hardware, versions, commit, command; kept beside every report and benchmark line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow", "safetensor
 
 
 def circumstances(device: torch.device | str, command: str) -> dict[str, Any]:
-    """Hardware, versions, commit, command and date: what stands beside every measured number."""
+    """Hardware, versions, commit, command and date of a measurement."""
     return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "command": command,
             "date": today()}
 
@@ -36,7 +36,7 @@ def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that computed something."""
+    """Versions of Python and of the packages that compute."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -86,7 +86,7 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
-        pass  # not Linux: platform knows something
+        pass  # not Linux
     return platform.processor() or platform.machine()
 
 

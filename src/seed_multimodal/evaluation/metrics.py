@@ -221,7 +221,7 @@ def majority_baseline(
     train: Sequence[tuple[Hashable, str]], test: Sequence[tuple[Hashable, str]],
     right: Callable[[str, str], bool] = same_answer,
 ) -> FloatArray:
-    """What a system that never looks would score: the most frequent training answer of each kind, [len(test)].
+    """Baseline without pictures: the most frequent training answer of each kind, [len(test)].
 
     Args:
         train, test: (kind, answer) pairs; a kind without training answers scores 0.

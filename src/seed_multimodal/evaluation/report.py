@@ -49,7 +49,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What a report measures; `limit` pictures a split are rebuilt, drawn, described and edited."""
+    """Settings of a report; `limit` pictures a split are rebuilt, drawn, described and edited."""
 
     splits: tuple[str, ...] = SPLITS
     limit: int = 128
@@ -133,7 +133,7 @@ def _edit(system: System, world: World, edits: Sequence[Any]) -> list[Image.Imag
 
 
 def _ceilings(system: System, world: World, targets: Sequence[int], rows: Sequence[int]) -> Section:
-    """What the judge says of the real pictures themselves, and of the decoder's VAE alone where there is one."""
+    """Ceilings: the judge's scores of the real pictures, and of the decoder's VAE alone where there is one."""
     real = [Image.fromarray(p) for p in world.nano.images()[list(targets)]]
     found: Section = {"real": score_pictures(world, real, targets, rows, by_name=True)}
     round_trip = getattr(system, "round_trip", None)

@@ -22,7 +22,7 @@ Pictures = Sequence[Image.Image | None]
 
 @dataclass
 class Shown:
-    """What was made for one split, in the order of `targets` (rows of the data set) and `edits`."""
+    """Pictures made for one split, in the order of `targets` (rows of the data set) and `edits`."""
 
     split: str
     targets: list[int]
@@ -57,7 +57,7 @@ def reconstruction_sheet(part: Shown, world: World) -> Image.Image:
 
 
 def drawing_sheet(part: Shown, world: World) -> Image.Image:
-    """What was asked and drawn, above the real picture of that name."""
+    """Requests and drawings, above the real picture of that name."""
     rows = []
     for start in range(0, min(SHOWN, len(part.targets)), COLUMNS):
         span = slice(start, min(start + COLUMNS, SHOWN))

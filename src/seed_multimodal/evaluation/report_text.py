@@ -1,4 +1,4 @@
-"""report.md: the numbers of report.json as tables a person reads, definitions first."""
+"""report.md: the numbers of report.json as tables, definitions first."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def dig(section: Mapping[str, Any], path: Iterable[str]) -> Any:
 
 
 def aims(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The aims that the measured splits answer, each with its value and whether it is met."""
+    """The aims that the measured splits cover, each with its value and whether it is met."""
     found = []
     for what, split, path, aim in AIMS:
         value = dig(splits.get(split, {}), path)

@@ -1,6 +1,6 @@
-"""One function per section of the report card: rebuild, draw, describe, answer, edit; each says what counts as right.
+"""One function per section of the report card: rebuild, draw, describe, answer, edit; each defines a right answer.
 
-A `System` sees, speaks and paints in batches; the `World` is the real pictures with their embeddings under the judge.
+A `System` encodes, answers and draws in batches; the `World` is the real pictures with the judge's embeddings.
 Every function returns a section: name → `Estimate` or plain number, with the size of the gallery beside the hits.
 An answer without a (whole) picture counts as wrong, it is never left out.
 """
@@ -38,7 +38,7 @@ Rows = Sequence[int]
 
 
 class System(Protocol):
-    """What the report asks of a system, in batches."""
+    """Interface of a system for the report, in batches."""
 
     codebook_size: int
 
@@ -69,7 +69,7 @@ class System(Protocol):
 
 @dataclass
 class World:
-    """The data set as the judge sees it; embeddings are made once."""
+    """The data set with the judge's embeddings, made once."""
 
     nano: Any
     judge: Judge
@@ -195,7 +195,7 @@ def edit_section(world: World, pictures: Sequence[Image.Image | None], edits: Se
                  split_rows: Rows) -> Section:
     """Edits: the nearest real picture has the target's label (concept) and style; both is the headline.
 
-    The gallery is the split's pictures and the edits' sources, so that a picture left as it was is seen as such.
+    The gallery is the split's pictures and the edits' sources, so that an unchanged picture counts as wrong.
     """
     index = world.nano.index
     sources, targets = [index[e.source] for e in edits], [index[e.target] for e in edits]

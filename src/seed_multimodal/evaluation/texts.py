@@ -1,4 +1,4 @@
-"""Which sentence stands for a picture when it is drawn or judged, and what styles a text names."""
+"""The canonical caption of a picture, for drawing and judging, and the style that a text names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from seed_multimodal.evaluation.metrics import mentions
 
 
 def canonical_caption(record: Any) -> str:
-    """The first caption of a `NanoRecord`: it names style and thing, the picture is drawn from it and known by it."""
+    """The first caption of a `NanoRecord`: it names style and thing, and pictures are drawn from it."""
     return str(record.captions[0])
 
 

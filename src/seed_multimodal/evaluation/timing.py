@@ -1,4 +1,4 @@
-"""Honest clocks for the scripts in `benchmarks/`: warm up, synchronise, median of repeats, one JSON line."""
+"""Timing for the scripts in `benchmarks/`: warm-up, synchronisation, median of repeats, one JSON line."""
 
 from __future__ import annotations
 

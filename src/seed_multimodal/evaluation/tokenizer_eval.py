@@ -1,9 +1,9 @@
-"""How good a tokenizer is: retrieval, reconstruction, codebook, contact sheet; no language model is loaded.
+"""Evaluation of a tokenizer: retrieval, reconstruction, codebook, contact sheet; no language model is loaded.
 
     seed eval tokenizer --model pretrained/nano --data data/nano64 --out outputs/tokenizer_eval
 
 Image ↔ text retrieval is measured from the causal embeddings (before the codes) and from the codes, so that the
-difference is what the codebook costs. Where codes are compared with texts depends on what there is, and is said:
+difference is the loss by the codebook. Codes are compared with texts by the first route possible:
 
     blocks     codes → queries rebuilt by stage 2's `blocks` → stage 1's projection against its text path
     embedding  codes → decoded image embedding against a CLIP text tower of the same space
@@ -47,7 +47,7 @@ FROM_CODES = ("codes_by_blocks", "codes_by_embedding", "codes_by_pictures")
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What is measured.
+    """Settings of the evaluation.
 
     Attributes:
         data: mapping for `data.formats.pairs.open_pairs`.
@@ -84,12 +84,12 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
         command: how the run was started, for the report (default: the program's own line).
 
     Raises:
-        CheckpointError, DataError, ConfigError: what cannot be loaded or does not belong together.
+        CheckpointError, DataError, ConfigError: parts that cannot be loaded or do not belong together.
     """
     check_settings(settings, "eval tokenizer")
     if settings.seed < 0:
         raise ConfigError(f"The seed must be at least 0, got {settings.seed}.")
-    # `none` leaves a part out, as for the parts that are found without being asked for.
+    # `none` leaves a part out.
     absent: dict[str, Any] = {name: None for name in ("stage1", "clip_text", "text_tokenizer")
                               if getattr(settings, name) == NONE}
     settings = replace(settings, **absent)
@@ -193,7 +193,7 @@ def _reconstruction(seen: PassResult, rebuilt: Sequence[Image.Image], opened: Op
 
 
 def _nearness(found: FloatArray, real: FloatArray) -> Section:
-    """Cosine of each row of `found` [Q, D] to its own picture, to the others (if any) on average, and who is nearest.
+    """Cosine of each row of `found` [Q, D] to its own picture, to the others (if any) on average; the nearest picture.
 
     `real` [N, D] are all pictures, of which the first Q are the ones that `found` stands for.
     """

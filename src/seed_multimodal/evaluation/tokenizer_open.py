@@ -1,4 +1,4 @@
-"""What is evaluated: a tokenizer with the resizing, decoder, CLIP target and judge that belong to it.
+"""Opening a tokenizer for evaluation, with the resizing, decoder, CLIP target and judge that belong to it.
 
 `model` is a system (`nano`, `released`, a folder with system.json) or a tokenizer alone (a folder that
 `seed export-tokenizer` made, or a file). A tokenizer alone resizes as the released evaluation does: squash, bicubic.
@@ -66,14 +66,14 @@ class Opened:
 def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Given = None, clip: Given = None,
                    judge: Given = None, nano: bool = False, interpolation: str | None = None, fast: bool = False,
                    log: Log = None) -> Opened:
-    """Load what `model` names and what can be found for it.
+    """Load what `model` names, and the parts found for it.
 
     Args:
         decoder: diffusers folder; default: the system's, the tokenizer folder's `diffusion_model`, or the released one
             where it is on this disk. "none": no pictures are rebuilt.
         clip: CLIP folder of the target embedding; default: the decoder's `image_encoder`, else the released one.
-        judge: folder of the scorer; default: the system's, or the shipped one. Only with `nano` pictures: it knows no
-            others.
+        judge: folder of the scorer; default: the system's, or the shipped one. Only with `nano` pictures, on which it
+            was trained.
         interpolation: overrides how pictures are resized.
         fast: encode on packed weights; the same codes but for rounding, and the encoder's memory once more.
 

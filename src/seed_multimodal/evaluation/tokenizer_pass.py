@@ -30,7 +30,7 @@ Log = Callable[[str], None]
 
 @dataclass
 class PassResult:
-    """What one pass found, row i of every array being picture i.
+    """Result of a pass; row i of every array is picture i.
 
     Attributes:
         rows: number of the picture in its source.
@@ -72,7 +72,7 @@ def run_pass(source: PairSource, rows: Sequence[int], opened: Opened, *, stage1:
     """Encode the pictures `rows` of `source` in batches.
 
     Raises:
-        DataError: no picture could be read, too many in a row could not, or one became numbers that are not finite.
+        DataError: no picture could be read, too many in a row could not, or one gave numbers that are not finite.
     """
     found: dict[str, list[Tensor]] = {}
     seen = PassResult([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None, None)

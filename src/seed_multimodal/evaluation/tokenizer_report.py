@@ -1,4 +1,4 @@
-"""What a tokenizer's evaluation leaves: report.json, report.md, the contact sheet, and a line in evaluate.txt."""
+"""Files of a tokenizer's evaluation: report.json, report.md, the contact sheet, and a line in evaluate.txt."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Captions:
                    np.array([numbers[text] for text in texts], np.int64), len(captions))
 
     def right_texts(self, pictures: slice) -> Mask:
-        """[B, T]: the captions of these pictures, whoever owns them."""
+        """[B, T]: the captions of these pictures, also where another picture has the same text."""
         rows = range(self.pictures)[pictures]
         return np.stack([np.isin(self.wording, self.wording[self.owner == row]) for row in rows])
 

@@ -3,9 +3,9 @@
     python -m seed_multimodal.evaluation.train_judge --data data/nano64 --out pretrained/nano/judge --minutes 15
 
 A CLIP loss with several right answers: a picture matches its styled name, and any caption of its label that names no
-other style; plus a small style classifier. What a step sees is a function of (seed, step), so a run that was stopped
-goes on from its checkpoint where it was; with `--steps` it ends bit-equal to an uninterrupted one on a CPU
-(`--minutes` ties the learning rate to the clock and is not repeatable).
+other style; plus a small style classifier. A step's data is a function of (seed, step), so a stopped run resumes from
+its checkpoint; with `--steps` it ends bit-equal to an uninterrupted one on a CPU (`--minutes` ties the learning rate to
+the clock and is not repeatable).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from seed_multimodal.training.stage import StageTask
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything training reads, as tensors.
+    """The training data as tensors.
 
     Attributes:
         pixels: uint8 [N, 3, H, W].
@@ -178,8 +178,8 @@ class JudgeTask(StageTask):
         return loss + 0.2 * F.cross_entropy(judge.style(image), styles.to(device)), {}
 
     def _words(self, texts: Tensor, generator: Generator) -> Tensor:
-        """Word ids of texts [T] → [T, L]; a word is unknown now and then, so that texts with new words are still placed
-        by the others."""
+        """Word ids of texts [T] → [T, L]; words are replaced by the unknown word at random, so that texts with new
+        words are still embedded by the others."""
         ids = self.ids[texts]
         ids = ids[:, : int((ids != PAD).sum(1).max())]
         dropped = (torch.rand(ids.shape, generator=generator) < 0.03) & (ids != PAD)
@@ -216,7 +216,7 @@ def optimizer_for(judge: Judge, lr: float) -> torch.optim.AdamW:
 
 
 def train_judge(corpus: Corpus, plan: Plan, work: Path, device: torch.device) -> tuple[Judge, dict[str, Any]]:
-    """Train, or go on from the checkpoint in `work`; returns the judge in evaluation mode and the run's record.
+    """Train, or resume from the checkpoint in `work`; returns the judge in evaluation mode and the run's record.
 
     Raises:
         CheckpointError: the checkpoint belongs to other data or another plan.
@@ -227,7 +227,7 @@ def train_judge(corpus: Corpus, plan: Plan, work: Path, device: torch.device) ->
 
 
 def real_picture_scores(judge: Judge, nano: Any) -> dict[str, dict[str, float]]:
-    """What the judge makes of the real pictures, per split: retrieval between pictures and styled names, style."""
+    """The judge's scores of the real pictures, per split: retrieval between pictures and styled names, style."""
     pictures = nano.images()
     scores = {}
     for split in sorted({r.split for r in nano.records}):

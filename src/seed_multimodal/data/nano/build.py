@@ -43,7 +43,7 @@ CONVERSATIONS = {"train": 4000, "val": 120, "test_concept": 120, "test_combo": 1
 
 @dataclass
 class BuildOptions:
-    """What to build: picture side in pixels, styles, tones, WebP quality (101 is lossless), samples in one shard."""
+    """Options: picture side in pixels, styles, tones, WebP quality (101 is lossless), samples in one shard."""
 
     size: int = 64
     styles: tuple[str, ...] = ("twemoji", "noto", "fluent")
@@ -54,7 +54,7 @@ class BuildOptions:
 
 @dataclass
 class BuildReport:
-    """What a build did."""
+    """Result of a build."""
 
     out: Path
     kept: int = 0
@@ -95,7 +95,7 @@ def build(out: Path, cache: Path, options: BuildOptions, log: Log = None) -> Bui
 
 def build_from(svgs: list[Drawing], concepts: dict[str, Concept], out: Path, options: BuildOptions,
                log: Log = None) -> BuildReport:
-    """Build from drawings and concepts already at hand (the tests use this with a few SVGs of their own)."""
+    """Build from given drawings and concepts (tests use this with a few SVGs of their own)."""
     began = time.perf_counter()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Prove that a built nano set leaks nothing from its held-out splits into train.
+"""Check that a built nano set leaks nothing from its held-out splits into train.
 
 Run: `python -m seed_multimodal.data.nano check data/nano64` (exit code 1 and one line per problem when it leaks).
-What is proved: files are the manifest's; families and labels of val and test_concept are absent from train, in
-records, captions, tags, questions, instructions and conversations; a test_combo style of a family is absent from
-train while its labels are there in another style; no train record, edit or conversation touches a held-out picture;
-no two splits hold a pixel-equal picture, nor (within a style) a nearly equal one.
+Checked: files are the manifest's; families and labels of val and test_concept are absent from train, in records,
+captions, tags, questions, instructions and conversations; a test_combo style of a family is absent from train while its
+labels are there in another style; no train record, edit or conversation touches a held-out picture; no two splits hold
+a pixel-equal picture, nor (within a style) a nearly equal one.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _combos(nano: NanoSet) -> Iterator[str]:
 
 
 def held_out_phrases(nano: NanoSet) -> set[str]:
-    """Every text that would say the label of an unseen family, in each of the set's own wordings."""
+    """Every text that would name an unseen family, in each of the set's own wordings."""
     phrases: set[str] = set()
     tones = {record.tone for record in nano.records}
     for label in {record.label for record in nano.records if record.split in UNSEEN}:

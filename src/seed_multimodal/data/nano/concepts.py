@@ -1,4 +1,4 @@
-"""What each code point shows, in words: label, group, subgroup, tags, tone and gender, from emojibase (Unicode CLDR).
+"""Descriptions of each code point: label, group, subgroup, tags, tone and gender, from emojibase (Unicode CLDR).
 
 Labels become plain lower-case ASCII English ("flag: France" -> "flag of france"), since answers are short
 lower-case phrases and the smallest model has a small vocabulary.

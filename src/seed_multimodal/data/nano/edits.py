@@ -50,7 +50,7 @@ def make_edits(records: list[NanoRecord]) -> list[Edit]:
     for members in same_kind.values():
         for source in members:
             others = [m for m in members if m.label != source.label and allowed(source, m)]
-            # Every held-out combination is asked for; a train picture otherwise gets one partner of its own split.
+            # Every held-out combination is a target; otherwise a picture gets one partner of its own split.
             own = [m for m in others if m.split == source.split]
             if own:
                 target = choose(own, "swap", source.key)

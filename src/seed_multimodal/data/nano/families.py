@@ -17,7 +17,7 @@ from typing import TypeVar
 SPLITS = ("train", "val", "test_concept", "test_combo")
 VAL_SHARE = 0.05
 CONCEPT_SHARE = 0.05
-# Share of remaining families that give up one style; with three styles this is about 6 % of (family, style) pairs.
+# Share of remaining families of which one style is held out; with three styles about 6 % of (family, style) pairs.
 COMBO_SHARE = 0.18
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ def assign_splits(
 
 
 def _held_style(family: str, members: list[tuple[str, str, str]]) -> str | None:
-    """The style this family gives up, if any: only one whose every label is also drawn in another style."""
+    """The style held out of this family, if any: one whose every label is also drawn in another style."""
     if draw("combo", family) >= COMBO_SHARE:
         return None
     labels: dict[str, set[str]] = defaultdict(set)

@@ -1,4 +1,4 @@
-"""Where the pictures and words come from: pinned packages of the npm registry, checked against fixed sha512 values.
+"""Sources of the pictures and words: pinned packages of the npm registry, checked against fixed sha512 values.
 
 Packages are fetched by the registry's own client (`npm pack NAME@VERSION`) and nothing else; a file whose
 sha512 is not the pinned one is refused. The archives are read in place, never unpacked or run.

@@ -1,4 +1,4 @@
-"""What the nano set is made of, as the loader gives it and the builder writes it."""
+"""Record types of the nano set, for loader and builder."""
 
 from __future__ import annotations
 
