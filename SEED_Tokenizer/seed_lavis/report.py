@@ -46,8 +46,8 @@ def summary(run: RunContext, record: dict[str, Any], seconds: float) -> list[str
 def _next_of_speedrun(stage: str, work: str) -> list[str]:
     if stage == "stage1":
         return [f"Next: python SEED_Tokenizer/train.py --cfg-path {shown(work)}/stage2.yaml"]
-    return ["Next: --only tokenizer,codes of python -m seed_multimodal.training.nano (scripts/nano_speedrun.sh goes on "
-            "by itself)."]
+    return ["Next: --only tokenizer,codes of python -m seed_multimodal.training.nano (scripts/nano_speedrun.sh does "
+            "it by itself)."]
 
 
 def _next(run: RunContext, record: dict[str, Any]) -> list[str]:

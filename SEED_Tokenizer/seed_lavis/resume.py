@@ -34,7 +34,7 @@ def prepare_resume(run: RunContext, task: StageTask) -> None:
         dist.barrier()  # all processes have checked before the first may write a checkpoint
     if saved:
         log(f"{run.folder / task.checkpoint_folder}: this run's own checkpoints are there, so run.resume_ckpt_path is "
-            "left aside.")
+            "ignored.")
         return
     file = Path(locate(str(run.options.resume_ckpt_path)))
     epochs = read_checkpoint(file, run.model, task.optimizer)
@@ -42,4 +42,4 @@ def prepare_resume(run: RunContext, task: StageTask) -> None:
         raise ConfigError(f"{file}: has {epochs} epochs behind it, so run.max_epoch={run.options.max_epoch} "
                           f"leaves nothing to train; give run.max_epoch={epochs + 1} or more.")
     task.first_step = epochs * run.steps_per_epoch
-    log(f"{file}: weights and optimiser taken; going on after {epochs} epochs.")
+    log(f"{file}: weights and optimiser loaded; continuing after {epochs} epochs.")

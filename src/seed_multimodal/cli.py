@@ -80,14 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_out(draw)
     add_drawing(draw)
 
-    edit = _command(commands, "edit", talk.edit, "change each picture as told", language=True)
+    edit = _command(commands, "edit", talk.edit, "edit each picture", language=True)
     edit.add_argument("pictures", nargs="+", metavar="PICTURE")
     edit.add_argument("instruction", metavar="INSTRUCTION")
     add_out(edit)
     add_drawing(edit)
 
     talking = _command(commands, "chat", chat.chat, "a conversation; pictures are saved", language=True)
-    talking.add_argument("--message", action="append", metavar="TEXT", help="say this and stop; repeat for more turns")
+    talking.add_argument("--message", action="append", metavar="TEXT", help="send this and stop; repeat for more turns")
     talking.add_argument("--force-image", action="store_true", help="every answer holds a picture")
     talking.add_argument("--image", action="append", default=[], metavar="PICTURE", help="shown with the first message")
     talking.add_argument("--out", metavar="FOLDER", default="outputs/chat",

@@ -176,7 +176,7 @@ def test_the_comparison_sees_a_wrong_merge(made: SimpleNamespace, tmp_path: Path
     state = load_file(file)
     state["model.layers.1.self_attn.v_proj.weight"] *= 1.01
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="does not say what base and adapter said"):
+    with pytest.raises(CheckpointError, match="differs from base and adapter: its logits"):
         compare_logits(made.base, TrainedTensors(made.adapter), tmp_path / "out")
 
 

@@ -42,7 +42,7 @@ def test_zero_two_of_two_processes_is_one_process_and_resumes(runs, train, tmp_p
 
     shutil.rmtree(two / "checkpoint-4")
     said, _ = runs.run(arguments, before=runs.torchrun(), timeout=600)
-    assert "goes on from" in said and "(step 2)" in said
+    assert "resumes from" in said and "(step 2)" in said
     assert runs.losses(two) == whole
 
     _, refused = runs.run(arguments, code=2)

@@ -199,7 +199,7 @@ def test_a_second_run_is_kept_out_of_the_output_folder(runs, train, tmp_path):
 
     group = ProcessGroup(timedelta(minutes=1))
     with output_folder_lock(tmp_path / "out", group):
-        with pytest.raises(CheckpointError, match="out: another run is at work in this output folder"):
+        with pytest.raises(CheckpointError, match="out: another run is using this output folder"):
             train("out", "trainer.max_steps=1")
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".run.lock"]
     train("out", "trainer.max_steps=1")

@@ -88,8 +88,8 @@ def test_keep_last_and_torn_checkpoints(runs, train, tmp_path, capsys):
     capsys.readouterr()
     train("out", "trainer.save_steps=2", "trainer.max_steps=8", "trainer.save_total_limit=3")
     said = capsys.readouterr().out
-    assert "checkpoint-8 is passed over: optimizer.safetensors has" in said and "goes on from" in said
-    assert "checkpoint-6 is passed over: model.safetensors has another content" in said and "(step 4)" in said
+    assert "checkpoint-8 is skipped: optimizer.safetensors has" in said and "resumes from" in said
+    assert "checkpoint-6 is skipped: model.safetensors has another content" in said and "(step 4)" in said
     assert runs.losses(out) == whole and not (out / ".checkpoint-9.tmp").exists()
     assert [step for step, _ in checkpoints(out)] == [8, 6, 4] and not fault_of(out / "checkpoint-8")
 

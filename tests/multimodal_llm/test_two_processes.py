@@ -94,7 +94,7 @@ def test_fsdp_of_two_processes_is_one_process_and_resumes_in_any_number(runs, tr
 
     shutil.rmtree(out / "checkpoint-4")
     said, _ = runs.run(arguments, before=runs.torchrun())
-    assert "goes on from" in said and "(step 2)" in said and runs.losses(out) == whole
+    assert "resumes from" in said and "(step 2)" in said and runs.losses(out) == whole
     shutil.rmtree(out / "checkpoint-4")
     alone = train("two", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=4")
     assert runs.losses(alone) == pytest.approx(whole, abs=1e-6)
@@ -174,7 +174,7 @@ def test_a_dead_process_ends_the_other_with_a_sentence(runs, tmp_path):
     started[1].communicate(timeout=60)
     assert started[0].returncode not in (0, None)
     sentence = next(line for line in complained.splitlines() if "Another process died" in line)
-    assert "train.py: " in sentence and "is intact; the same command goes on from there" in sentence, complained
+    assert "train.py: " in sentence and "is intact; the same command resumes from there" in sentence, complained
     step, folder = checkpoints(out)[0]
     assert not fault_of(folder) and step >= 2
 

@@ -1,4 +1,4 @@
-"""Runs that end before their time end at once, data workers included, and leave a state to go on from."""
+"""Runs that end before their time end at once, data workers included, and leave a state to resume from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_sigterm_finishes_the_step_and_saves(yaml, start, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 143, error
-    assert "the same command goes on from" in out
+    assert "the same command resumes from" in out
     left = {file.name for file in (tmp_path / "stage1").iterdir()}
     assert "stage1.checkpoints" in left and "stage1.done.json" not in left
 
@@ -111,7 +111,7 @@ def test_other_batches_with_as_many_samples_per_step_are_told(yaml, run, tmp_pat
              f"run.resume_ckpt_path={tmp_path}/stage1/checkpoint_0.pth"))
     out = capsys.readouterr().out
     assert "run.accum_grad_iters: 1 -> 2; run.batch_size_train: 8 -> 4; run.iters_per_epoch: 1 -> 2" in out
-    assert "so run.resume_ckpt_path is left aside" in out
+    assert "so run.resume_ckpt_path is ignored" in out
 
 
 def test_neither_torn_settings_nor_unlimited_ones_keep_a_run_from_going_on(yaml, run, tmp_path, capsys):

@@ -51,7 +51,7 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
 def test_one_of_two_processes_is_killed_and_the_rest_is_bit_equal(
     toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path: Path
 ) -> None:
-    """At a random micro-step; the other process ends by itself, and both go on from the last checkpoint."""
+    """At a random micro-step; the other process ends by itself, and both resume from the last checkpoint."""
     settings = {"steps": 16, "batch_size": 4, "accumulate": 2, "save_every_steps": 3, "log_every": 1}
     at = random.SystemRandom().randint(2, 30)
     killed = start_toy(tmp_path / "killed", {**settings, "kill_at": at}, before=TWO)
@@ -61,7 +61,7 @@ def test_one_of_two_processes_is_killed_and_the_rest_is_bit_equal(
     assert whole.wait(timeout=100) == 0
     again = start_toy(tmp_path / "killed", settings, before=TWO)
     said = again.communicate(timeout=200)[0]
-    assert again.returncode == 0 and ("goes on from" in said) == (at >= 6), said
+    assert again.returncode == 0 and ("resumes from" in said) == (at >= 6), said
     for rank in (0, 1):
         assert toy.read_losses(tmp_path / "killed", rank) == toy.read_losses(tmp_path / "whole", rank), at
     sums = [json.loads((tmp_path / run / "toy.done.json").read_text())["sum"] for run in ("killed", "whole")]
@@ -117,7 +117,7 @@ def assert_stopped_together(toy: ModuleType, folder: Path, said: str) -> None:
 
 def assert_another_world_is_refused(toy: ModuleType, folder: Path) -> None:
     content = toy.content(folder, "endless")
-    with pytest.raises(CheckpointError, match="run with 2 processes, this one has 1, so it would not go on"):
+    with pytest.raises(CheckpointError, match="run with 2 processes, this one has 1, so it would not continue"):
         toy.train(folder, **ENDLESS)
     assert toy.content(folder, "endless") == content
 

@@ -62,7 +62,7 @@ def test_sigterm_finishes_the_step_and_saves(
     with pytest.raises(SystemExit) as stopped:
         toy.train(tmp_path / "stopped", stop_at=6)
     assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    assert "[toy] stopped by SIGTERM after step 7 of 12; the same command goes on from" in capsys.readouterr().out
+    assert "[toy] stopped by SIGTERM after step 7 of 12; the same command resumes from" in capsys.readouterr().out
     assert len(toy.read_losses(tmp_path / "stopped")) == 7
     whole, resumed = toy.train(tmp_path / "whole"), toy.train(tmp_path / "stopped")
     assert len((tmp_path / "stopped" / "losses.0.txt").read_text().splitlines()) == 12  # no step was made twice

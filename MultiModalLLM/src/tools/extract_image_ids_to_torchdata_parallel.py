@@ -5,7 +5,7 @@
         --image_transform configs/processer/blip_transform.yaml --data configs/data/caption_torchdata_preprocess.yaml \\
         --save_dir dataset/seed_llama/caption/unsplash_cc3m/ --batch_size 1024 --num_workers 8 --gpus 8
 
-Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command goes on where
+Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command resumes where
 a run ended.
 """
 

@@ -4,7 +4,7 @@
         --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml \\
         --data configs/data/chat_preprocess.yaml --save_dir data/tokenizer_data/LLaVA
 
-Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command goes on where
+Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command resumes where
 a run ended.
 """
 

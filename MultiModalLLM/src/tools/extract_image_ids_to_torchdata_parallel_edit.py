@@ -6,7 +6,7 @@
 
 `--fields source=KEY,target=KEY,instruction=KEY,instruction_gpt=KEY,response=KEY` where the json names them otherwise.
 
-Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command goes on where
+Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command resumes where
 a run ended.
 """
 

@@ -6,7 +6,7 @@
 
 Records with `instruction` and `response` (`<image>` where a picture stands) become such, with the pictures' words.
 
-Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command goes on where
+Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command resumes where
 a run ended.
 """
 

@@ -9,7 +9,7 @@
 `--fields`: journeydb (default, as released: a caption answers the request for a description), describe, vqa (questions
 get the suffix that asks for one word), plain; or NAME=KEY pairs of image, question, answer, ask, suffix.
 
-Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command goes on where
+Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command resumes where
 a run ended.
 """
 

@@ -6,7 +6,7 @@
 
 `--fields`: plain, qa (questions get the suffix that asks for one word), caption (no question), describe.
 
-Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command goes on where
+Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command resumes where
 a run ended.
 """
 

@@ -151,4 +151,4 @@ def _read_lines(talk: Talk) -> int:
             except (*OF_ONE_PICTURE, RequestError) as error:
                 if talk.args.debug:
                     raise
-                say(f"seed: {error}")  # the conversation goes on
+                say(f"seed: {error}")  # the conversation continues

@@ -43,7 +43,7 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--shard", default="0/1", metavar="I/N",
                         help="make every N-th unit only, from I on (job arrays)")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
-                        help="go on in a folder that exists (default), or refuse it")
+                        help="continue in a folder that exists (default), or refuse it")
     parser.add_argument("--fields", metavar="NAME | A=B,…", help="a preset, or which keys of the input hold what")
     parser.add_argument("--views", type=int, default=1, metavar="N",
                         help="views of each picture (caption, qa and chat records; all but the first augmented)")

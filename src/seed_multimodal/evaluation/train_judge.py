@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train the independent scorer on all splits of a nano data set.")
     parser.add_argument("--data", default=None, help="folder of the nano data set (default: the committed one)")
     parser.add_argument("--out", default="pretrained/nano/judge", help="folder to write the judge into")
-    parser.add_argument("--work", default="runs/judge", help="folder of the checkpoint that a stopped run goes on from")
+    parser.add_argument("--work", default="runs/judge", help="folder of the checkpoint that a stopped run resumes from")
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--steps", type=int, default=None, help="train this many steps instead of --minutes")
     parser.add_argument("--batch", type=int, default=256)

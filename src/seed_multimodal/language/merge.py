@@ -240,7 +240,7 @@ def _write_settings(folder: Path, plan: _Plan, tokenizer: Any) -> None:
 def _verify(plan: _Plan, base: str | Path | None, folder: Path, log: Log) -> float:
     """Relative difference of the logits, or of the tensors where a whole model passed through."""
     if log is not None:
-        log("comparing with what went in")
+        log("comparing with the inputs")
     if plan.trained is not None and base is not None and (plan.trained.low or plan.trained.config):
         return compare_logits(Path(base), plan.trained, folder)
     written = Shards(folder)

@@ -39,7 +39,7 @@ def compare_logits(base: Path, trained: TrainedTensors, folder: Path) -> float:
         found = merged(input_ids=ids).logits
     difference = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     if not difference <= TOLERANCES[stored]:
-        raise CheckpointError(f"The merged model does not say what base and adapter said: its logits differ by "
+        raise CheckpointError("The merged model differs from base and adapter: its logits differ by "
                               f"{difference:.1e} (relative), where {str(stored).removeprefix('torch.')} allows "
                               f"{TOLERANCES[stored]:.0e}; nothing was kept.")
     return difference

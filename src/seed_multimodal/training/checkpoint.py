@@ -84,7 +84,7 @@ class CheckpointStore:
         if resume == "never":
             if present:
                 raise CheckpointError(f"{self.home}: holds checkpoints of an earlier run (the newest is "
-                                      f"{present[0][1].name}); go on from them (resume=auto) or use another folder.")
+                                      f"{present[0][1].name}); resume from them (resume=auto) or use another folder.")
             return None
         found = newest(self.home, self.group, self.log)
         if found is None:

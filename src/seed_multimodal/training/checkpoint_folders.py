@@ -48,7 +48,7 @@ def output_folder_lock(folder: Path, group: ProcessGroup, timeout: float = 3.0) 
                 except TimeoutError:
                     taken = True
         if group.agree(taken)[0]:
-            raise CheckpointError(f"{folder}: another run is at work in this output folder; let it end first, or use "
+            raise CheckpointError(f"{folder}: another run is using this output folder; let it end first, or use "
                                   "another folder.")
         yield
 
@@ -135,7 +135,7 @@ def newest(folder: Path, group: ProcessGroup, log: Callable[[str], None]) -> tup
         fault = _shared_fault(path, group)
         if not fault:
             return step, path
-        log(f"{path} is passed over: {fault}.")
+        log(f"{path} is skipped: {fault}.")
     return None
 
 

@@ -49,7 +49,7 @@ def translate_errors(where: str, saved: str) -> Iterator[None]:
         if not _is_peer_failure(error):
             raise
         raise TrainingError(f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; the "
-                            "same command goes on from there.") from error
+                            "same command resumes from there.") from error
     except Exception as error:  # DeepSpeed raises no subclass
         if "loss scale already at minimum" not in str(error):
             raise
@@ -93,7 +93,7 @@ class Watchdog:
         while not self._ended.wait(min(5.0, self.seconds / 4)):
             if self._last is not None and time.monotonic() - self._last > self.seconds:
                 sys.stderr.write(f"{self.program}: {self.what} has taken more than {self.seconds / 60:g} minutes, so "
-                                 f"another process is dead or stuck; {self.saved}; the same command goes on from "
+                                 f"another process is dead or stuck; {self.saved}; the same command resumes from "
                                  f"there.\n")
                 sys.stderr.flush()
                 os._exit(STUCK)

@@ -118,7 +118,7 @@ class Run:
         if saved.states:
             task.load_state_dict(saved.states, group.rank)
         if folder is not None:
-            self.say(f"goes on from {folder} (step {self.step}).")
+            self.say(f"resumes from {folder} (step {self.step}).")
         self.started = time.monotonic() - saved.trainer.get("seconds", 0.0)
         self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
                           kept=saved.step)
@@ -212,8 +212,8 @@ class Run:
         """
         log = self.log
         if ended and not self.step:
-            raise TrainingError("No source gave a single sequence to learn from (what was passed over is named above), "
-                                "so nothing was trained; `seed data check` says more.")
+            raise TrainingError("No source gave a single sequence to learn from (skipped records are named above), "
+                                "so nothing was trained; see `seed data check`.")
         if ended:
             log.finish(self.step)
             self.say(f"every source is used up after step {self.step}; the run ends here.")
@@ -227,7 +227,7 @@ class Run:
             self._save()
         self.store.finish()
         if self.group.agree(stopped or stop.asked)[0]:
-            self.say(f"stopped by SIGTERM after step {self.step} of {self.settings.steps}; the same command goes on "
+            self.say(f"stopped by SIGTERM after step {self.step} of {self.settings.steps}; the same command resumes "
                       f"from {self.store.home / f'checkpoint-{self.step}'}.")
             raise SystemExit(STOPPED)
         log.close()

@@ -1,4 +1,4 @@
-"""How a run goes on from a checkpoint: whether it may, what it does differently from the run that saved it, and how its
+"""How a run resumes from a checkpoint: whether it may, what it does differently from the run that saved it, and how its
 states come back."""
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def refuse_other_numbers(folder: Path, saved: Mapping[str, Any], now: Mapping[st
         if saved.get(key) != now[key]:
             raise CheckpointError(
                 f"{folder}: was saved by a run with {saved.get(key)} {noun}, this one has {now[key]}, so it would not "
-                f"go on with the same numbers; use {saved.get(key)} again, or take only its weights ({instead}) in a "
-                "new folder.")
+                f"continue with the same numbers; use {saved.get(key)} again, or take only its weights ({instead}) in "
+                "a new folder.")
 
 
 def refuse_other_kind(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str],

@@ -158,5 +158,5 @@ def read_record(file: Path) -> dict[str, Any]:
     try:
         return read_json_object(file)
     except (CheckpointError, OSError) as error:
-        raise CheckpointError(f"{str(error).rstrip('.')}; remove it, and the stage goes on from its checkpoint."
+        raise CheckpointError(f"{str(error).rstrip('.')}; remove it, and the stage resumes from its checkpoint."
                               ) from error

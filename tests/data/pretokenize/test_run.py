@@ -224,7 +224,7 @@ def test_parts_of_unknown_settings_are_refused(whole, start, tmp_path, damage):
     if damage is not None:
         (copy / "settings.json").write_text(damage)
     before = content(copy)
-    with pytest.raises(DataError, match="settings.json: is missing or damaged, so that nobody knows"):
+    with pytest.raises(DataError, match="settings.json: is missing or damaged, so the settings"):
         start(copy, seed=1)
     assert content(copy) == before
 

@@ -191,8 +191,8 @@ def agree_on_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
     with _locked(save_dir):
         if _read_json(file) is None:
             if file.exists() or any(save_dir.glob(f"part-*/{MANIFEST}")):
-                raise DataError(f"{file}: is missing or damaged, so that nobody knows what the parts beside it were "
-                                "made with; choose another --save_dir.")
+                raise DataError(f"{file}: is missing or damaged, so the settings of the parts beside it are "
+                                "unknown; choose another --save_dir.")
             _write_json(file, settings)
     refuse_other_settings(save_dir, settings, whole=True)
 

@@ -275,5 +275,5 @@ def _refuse_existing(settings: RunSettings, units: Sequence[Unit], ranks: Sequen
         own = [unit for rank in ranks for unit in rank.share(units, settings.shard)]
         taken = any(part_folder(save_dir, unit).exists() for unit in own)
     if taken:
-        raise DataError(f"{save_dir}: holds an earlier run's output; go on in it with --resume, or choose another "
+        raise DataError(f"{save_dir}: holds an earlier run's output; continue it with --resume, or choose another "
                         "--save_dir.")

@@ -164,7 +164,7 @@ class LlmBatches(StepLoader):
             # Counts are kept by a source's number, so their order belongs to what must not change.
             if before != value or (isinstance(before, Mapping) and list(before) != list(value)):
                 raise ConfigError(f"The data's state was saved with {_difference(key, before, value)}; the data cannot "
-                                  f"go on from there.")
+                                  f"be resumed from it.")
         self.close()
         self.plan.restore(states)
         self.statistics.restore([state["statistics"] for state in states] if self.rank == 0 else [])

@@ -220,5 +220,5 @@ def _how_it_ended(worker: Any) -> str:
     code = worker.exitcode
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     hint = " (signal 9 often means that memory ran out)" if code == -signal.SIGKILL else ""
-    return (f"A data worker process (pid {worker.pid}) {how}{hint}; go on from the last checkpoint, with fewer workers "
-            f"if it happens again.")
+    return (f"A data worker process (pid {worker.pid}) {how}{hint}; resume from the last checkpoint, with fewer "
+            f"workers if it happens again.")

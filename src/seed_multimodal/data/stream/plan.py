@@ -148,8 +148,8 @@ class StreamPlan:
         wanted = self.mixture.settings.lanes if self.packing else None
         streams, position = int(states[0]["lanes"]), int(states[0]["position"])
         if wanted not in (None, streams):
-            raise ConfigError(f"The state was saved with {streams} lanes, and the settings ask for {wanted}; leave "
-                              f"lanes out to go on.")
+            raise ConfigError(f"The state was saved with {streams} lanes, and the settings ask for {wanted}; remove "
+                              f"lanes to resume.")
         merged: dict[int, State] = {}
         for number, one in ((int(number), one) for state in states for number, one in state["states"].items()):
             if number not in merged or merged[number]["rows"] < one["rows"]:

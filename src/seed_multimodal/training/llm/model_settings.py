@@ -48,7 +48,7 @@ class LlmModelSettings:
             emulates it for tests).
         attention: auto (CUDA: flash if installed, else flex; elsewhere sdpa), sdpa, eager, flex or flash.
         lora: fields of `peft.LoraConfig`; None trains every weight.
-        adapter: folder of a trained adapter (or of trained weights) to go on from.
+        adapter: folder of a trained adapter (or of trained weights) to resume from.
         seed: of new weights: random start, rows of new words, LoRA.
         gradient_checkpointing: False, True, or selective (every other layer).
         compile: torch.compile of each layer.
