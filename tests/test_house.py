@@ -459,3 +459,19 @@ def untyped(source: Path) -> list[str]:
 
 def test_public_functions_have_a_return_type():
     assert [name for source in SOURCES for name in untyped(source)] == []
+
+
+def test_the_table_of_ideas_names_files_that_are_there():
+    """`docs/architecture.md`: idea → the file that holds it."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line for line in text.split("## One of each")[1].split("\n## ")[0].splitlines() if line.startswith("| ")]
+    assert len(rows) > 30
+    missing = []
+    for row in rows[2:]:
+        folder = Path()
+        for name in re.findall(r"`([\w/]+(?:\.py|/))`", row):
+            place = Path(name) if "/" in name else folder / name  # `tar.py`, after `data/formats/x.py`
+            folder = place.parent if name.endswith(".py") else place
+            if not any((root / place).exists() for root in (PACKAGE, ROOT)):
+                missing.append(str(place))
+    assert not missing
