@@ -42,8 +42,11 @@ def test_a_result_takes_its_folder_only_when_it_is_whole(tmp_path: Path) -> None
         (folder / "half").write_text("half")
         raise DataError("broken")
     assert list(tmp_path.iterdir()) == []
-    with making_folder(target, out) as folder:
+    with making_folder(target, out) as folder, making_folder(target.with_name("out"), out) as other:
+        assert folder != other  # two processes may have one number, on two machines or in two containers
         (folder / "whole").write_text("whole")
+        (other / "whole").write_text("other")
+    assert (out / "whole").read_text() == "whole"
     assert [path.name for path in out.iterdir()] == ["whole"]
     with pytest.raises(ConfigError, match="not empty"):
         output_folder(out, force=False, what="the result")

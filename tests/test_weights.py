@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.weights import load_state_dict, save_state_dict
 
 
 @pytest.mark.slow
@@ -73,3 +73,34 @@ def test_mapped_tensors_are_the_same(tmp_path: Path) -> None:
     for zipped in (True, False):
         torch.save({"state_dict": state}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
         assert torch.equal(load_state_dict(tmp_path / "a.pt", mapped=True)["a"], state["a"])
+
+
+def test_names_are_texts_and_tensors_dense(tmp_path: Path) -> None:
+    torch.save({0: torch.ones(2), "a": torch.ones(2)}, tmp_path / "a.pt")
+    assert list(load_state_dict(tmp_path / "a.pt")) == ["a"]
+    torch.save({"a": torch.ones(2).to_sparse()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="'a' is a sparse tensor"):
+        load_state_dict(tmp_path / "a.pt")
+
+
+FULL_DISK = """
+import resource, signal, sys, torch
+from seed_multimodal.weights import save_state_dict
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    save_state_dict({"a": torch.zeros(10_000)}, sys.argv[1])
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_state_dict({"a": torch.ones(2)}, file)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(file)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "src")})
+    assert done.stdout == "File too large\n", done.stderr
+    assert torch.equal(load_state_dict(file)["a"], torch.ones(2)) and list(tmp_path.iterdir()) == [file]

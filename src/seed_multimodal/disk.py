@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -179,7 +180,7 @@ def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = Check
     Args:
         shown: the folder's name in the sentence if the disk refuses, which is raised as `kind`.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")  # another machine may have our number
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -10,6 +10,7 @@ import fnmatch
 import math
 import os
 import pickle
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -128,27 +129,43 @@ def _unwrap(loaded: Mapping[str, object], file: Path) -> dict[str, Tensor]:
         inner = loaded.get(wrapper)
         if isinstance(inner, Mapping):
             loaded = inner  # and on: one may be wrapped in the next
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{file}: holds no tensors.")
+    sparse = next((name for name, value in tensors.items() if value.layout != torch.strided), None)
+    if sparse is not None:
+        raise CheckpointError(f"{file}: {sparse!r} is a sparse tensor; only dense ones are read.")
     return tensors
 
 
 def save_state_dict(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write safetensors atomically: a temporary file beside the target, flushed, then renamed over it."""
+    """Write safetensors atomically: a temporary file beside the target, flushed, then renamed over it.
+
+    Raises:
+        OSError: the disk refuses; what was there stays, and nothing else is left behind.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    save_file({name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}, temporary,
-              metadata={"format": "pt", **(metadata or {})})
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    give_usual_mode(temporary)
-    os.replace(temporary, file)
+    content = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
+    try:
+        save_file(content, temporary, metadata={"format": "pt", **(metadata or {})})
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        give_usual_mode(temporary)
+        os.replace(temporary, file)
+    except SafetensorError as error:  # "… I/O error: No space left on device (os error 28)"
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return file
 
 

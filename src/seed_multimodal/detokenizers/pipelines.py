@@ -141,9 +141,12 @@ class PipelineDetokenizer:
         return embeds if count is None else for_each(embeds, count, name)
 
     def asked(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
-        """Steps and guidance, the folder's defaults for None."""
-        return (self.defaults.num_inference_steps if steps is None else steps,
-                self.defaults.guidance_scale if guidance is None else guidance)
+        """Steps and guidance, the folder's defaults for None; `ConfigError` for more steps than it was trained with."""
+        steps = self.defaults.num_inference_steps if steps is None else steps
+        total = self.pipeline.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise ConfigError(f"num_inference_steps must be in 1..{total}, got {steps}.")
+        return steps, self.defaults.guidance_scale if guidance is None else guidance
 
     def in_batches(self, render: Callable[..., Iterable[Any]], embeds: Tensor, negatives: Tensor | None,
                    generator: Generators, latents: Tensor | None, *, scheduler: Any | None,

@@ -105,9 +105,8 @@ class UnclipDetokenizer(PipelineDetokenizer):
                                                        len(image_embeds))
         steps, guidance = self.asked(num_inference_steps, guidance_scale)
         levels = self.pipeline.image_noising_scheduler.config.num_train_timesteps
-        if steps < 1 or not 0 <= noise_level < levels:
-            raise ConfigError(f"num_inference_steps must be at least 1 and noise_level in 0..{levels - 1}, "
-                              f"got {steps} and {noise_level}.")
+        if not 0 <= noise_level < levels:
+            raise ConfigError(f"noise_level must be in 0..{levels - 1}, got {noise_level}.")
 
         def render(embeds: Tensor, negatives: Tensor | None, own: Any, start: Tensor | None) -> Any:
             return self._render(embeds, negatives, own, start, steps, guidance, noise_level, output_type)

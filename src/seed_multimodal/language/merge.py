@@ -104,7 +104,7 @@ def merge_adapter(
     target = output_folder(out, force=force, what="the merged model", read=(base, trained),
                            called="what is to be merged")
     plan = _plan(base, trained, tokenizer, lora, dtype)
-    _check_room(target, plan)
+    _check_room(target, plan, out)
     report = MergeReport(Path(out), tensors=len(plan.tensors), words=int(plan.config.vocab_size))
     if plan.trained is not None:
         report.merged = sum(name in plan.tensors for name in plan.trained.low)
@@ -221,11 +221,11 @@ def _check_shapes(plan: _Plan) -> None:
                                   f"the base, but lora_B · lora_A is {product}.")
 
 
-def _check_room(target: Path, plan: _Plan) -> None:
+def _check_room(target: Path, plan: _Plan, shown: str | Path) -> None:
     needed = sum(tensor.nbytes for tensor in plan.tensors.values())
     free = shutil.disk_usage(next((p for p in (target, *target.parents) if p.is_dir()), Path())).free
     if needed > free:
-        raise CheckpointError(f"{target}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left.")
+        raise CheckpointError(f"{shown}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left.")
 
 
 def _write_settings(folder: Path, plan: _Plan, tokenizer: Any) -> None:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.disk import making_folder, output_folder, replacing
+from seed_multimodal.disk import making_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import seed_image_processor
@@ -33,7 +33,7 @@ from seed_multimodal.tokenizers.released import ENCODER_PARTS, OURS, TOWER, VISI
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
 from seed_multimodal.vision.eva import resize_positions
-from seed_multimodal.weights import grouped
+from seed_multimodal.weights import grouped, save_torch
 
 Log = Callable[[str], None] | None
 
@@ -184,8 +184,7 @@ def _pixels(picture: Image.Image | str | Path | None, size: int) -> Tensor:
 def _write(model: CodeTokenizer, folder: Path, released: bool, beside: Sequence[str | Path]) -> None:
     model.save_pretrained(folder)
     for name, content in released_files(model.layout, model.state_dict()).items() if released else ():
-        with replacing(folder / name) as handle:
-            torch.save(content, handle)
+        save_torch(content, folder / name)
     for file in beside:
         shutil.copyfile(file, folder / Path(file).name)
 
