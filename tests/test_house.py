@@ -242,6 +242,8 @@ def test_unknown_keys_name_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'image_size'"):
         load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["imagesize=64"])
     assert load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["image_size=64"]).image_size == 64
+    with pytest.raises(ConfigError, match=r"the override 'image_size=\[1' cannot be read"):
+        load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["image_size=[1"])
 
 
 @pytest.mark.parametrize("target", [
@@ -264,7 +266,9 @@ def test_nested_targets_and_pipes_are_refused(tmp_path):
         instantiate({"type": "clip"})
 
 
-@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2", "a: ${nowhere}", "\t- :"])
+@pytest.mark.parametrize("content", [
+    "a: [1", "- 1\n- 2", "a: ${nowhere}", "\t- :", "a: &a [*a]", f"a: {'[' * 3000}{']' * 3000}", f"a: {'9' * 5000}"],
+    ids=["open", "list", "interpolation", "tab", "circle", "deep", "long-number"])
 def test_damaged_yaml_is_one_sentence(tmp_path, content):
     file = tmp_path / "damaged.yaml"
     file.write_text(content)

@@ -35,6 +35,8 @@ ALIASES = {
 }
 ALLOWED_PREFIXES = ("seed_multimodal.",)
 _RESERVED = ("_target_", "_recursive_", "_convert_", "_partial_")
+# What OmegaConf and yaml raise for texts they cannot read; ValueError: a number too long, a file that is not UTF-8.
+_UNREADABLE = (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
 
 
 def project_root(start: str | Path | None = None) -> Path:
@@ -72,7 +74,7 @@ def read_yaml(file: Path) -> DictConfig:
     """
     try:
         config = OmegaConf.load(file)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"{file}: not readable as YAML ({first_line(error)}).") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{file}: must hold a mapping of keys to values.")
@@ -181,7 +183,10 @@ def _override(config: DictConfig, override: str, where: str) -> None:
             raise ConfigError(f"{where}: {'.'.join(parts[:depth])!r} holds no keys, so {key!r} cannot be set.")
         check_keys([part], [str(k) for k in node], where)
         node = node._get_node(part)
-    config.merge_with_dotlist([override])
+    try:
+        config.merge_with_dotlist([override])
+    except _UNREADABLE as error:
+        raise ConfigError(f"{where}: the override {override!r} cannot be read ({first_line(error)}).") from error
 
 
 def _resolved(config: DictConfig, file: Path) -> DictConfig:
