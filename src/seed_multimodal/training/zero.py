@@ -109,7 +109,7 @@ class ZeroEngine(Engine):
         from accelerate import DeepSpeedPlugin
 
         if self.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
+            _prepare_deepspeed_for_cpu()
         self._lone = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
         plugin = DeepSpeedPlugin(hf_ds_config=dict(self.config), zero3_init_flag=False)
@@ -190,6 +190,15 @@ class ZeroEngine(Engine):
                                       ) from error
         if path is None:
             raise CheckpointError(f"{folder}: its ZeRO shards cannot be read: global_step{step} is not complete.")
+
+
+def _prepare_deepspeed_for_cpu() -> None:
+    """Without it DeepSpeed warns that it found no GPU, and compiles a collective operation for shared memory at its
+    first start (a minute, and it needs a C++ compiler), which gloo does as well."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @contextmanager
