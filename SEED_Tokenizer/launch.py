@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import train
 
-from seed_multimodal.entry import guarded, say
+from seed_multimodal.entry import guarded, log_line
 from seed_multimodal.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ def torchrun(args: argparse.Namespace, nodes: int, processes: int, script: list[
     except SignalException as error:  # torchrun has passed the signal on, and the processes have ended
         if args.debug:
             raise
-        say(f"launch.py: ended by {error.sigval.name}, and its {processes} processes with it.")
+        log_line(f"launch.py: ended by {error.sigval.name}, and its {processes} processes with it.")
         return 128 + error.sigval
     return 0
 

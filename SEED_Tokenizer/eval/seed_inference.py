@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.entry import DONE, guarded, say  # noqa: E402
+from seed_multimodal.entry import DONE, guarded, log_line  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     from seed_multimodal.quiet import quiet_libraries
 
     quiet_libraries(args.debug)
-    runtime = choose_device(args.device, args.dtype, log=say)
+    runtime = choose_device(args.device, args.dtype, log=log_line)
     codec = open_tokenizer(args.model, runtime, decoder=args.decoder, clip="none").codec
     codes = codec.tokenize(args.image)
     print(" ".join(map(str, codes[0].tolist())))

@@ -13,7 +13,7 @@ from seed_multimodal.training.meter import utilisation, utilisation_text
 
 NAMES = {"stage1": "Stage 1 (causal Q-Former)", "stage2": "Stage 2 (codebook)", "seed1-stage2": "SEED-1's stage 2"}
 
-def shown(path: str | Path) -> str:
+def short_path(path: str | Path) -> str:
     """A path as it is shortest from here."""
     near = os.path.relpath(path)
     return str(path) if near.startswith("..") else near
@@ -29,12 +29,12 @@ def summary(run: RunContext, record: dict[str, Any], seconds: float) -> list[str
     speed = utilisation_text(utilisation(sample_cost(run), own / spent)) if spent else ""
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))
-    folder = shown(run.folder)
+    folder = short_path(run.folder)
     lines = [
         f"{NAMES.get(run.stage, run.stage)}: {record['steps']:,} steps"
         + (f" ({earlier:,} of them before run.resume_ckpt_path)" if earlier else "")
         + f", {samples:,} pictures in {duration(spent)}{speed}" + (f"; at the end {numbers}." if numbers else "."),
-        f"  checkpoint  {shown(record['checkpoint'])}",
+        f"  checkpoint  {short_path(record['checkpoint'])}",
         f"  log         {folder}/{run.stage}.log.jsonl, {folder}/config.yaml",
     ]
     if record.get("bad_samples"):
@@ -45,18 +45,18 @@ def summary(run: RunContext, record: dict[str, Any], seconds: float) -> list[str
 
 def _next_of_speedrun(stage: str, work: str) -> list[str]:
     if stage == "stage1":
-        return [f"Next: python SEED_Tokenizer/train.py --cfg-path {shown(work)}/stage2.yaml"]
+        return [f"Next: python SEED_Tokenizer/train.py --cfg-path {short_path(work)}/stage2.yaml"]
     return ["Next: --only tokenizer,codes of python -m seed_multimodal.training.nano (scripts/nano_speedrun.sh does "
             "it by itself)."]
 
 
 def _next(run: RunContext, record: dict[str, Any]) -> list[str]:
-    checkpoint, options = shown(record["checkpoint"]), run.model.options
+    checkpoint, options = short_path(record["checkpoint"]), run.model.options
     if run.stage == "stage1":
         nano = "CONFIG=lavis/projects/nano/pretrain_codebook.yaml " if not options.load_pretrained else ""
         return [f"Next: {nano}sh train_scripts/codebook.sh --options model.pretrained={checkpoint}"]
     if run.stage == "stage2":
-        first = shown(options.pretrained) if options.load_pretrained else "STAGE1.pth"
+        first = short_path(options.pretrained) if options.load_pretrained else "STAGE1.pth"
         vision = f" --vision {options.vit_weights}" if options.vit_weights else ""
         return [f"Next: seed export-tokenizer --stage1 {first} --stage2 {checkpoint}{vision} --out tokenizer"]
     return []

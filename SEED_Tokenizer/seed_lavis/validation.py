@@ -32,7 +32,7 @@ def share_out(total: int, batch_size: int, world: int = 1, most: int = 0) -> tup
 
 
 @contextlib.contextmanager
-def undisturbed(model: Any) -> Iterator[None]:
+def preserving_state(model: Any) -> Iterator[None]:
     """Evaluation mode inside; afterwards the model's mode and attributes are restored."""
     kept = {name: getattr(model, name) for name in REMEMBERED if hasattr(model, name)}
     try:
@@ -62,7 +62,7 @@ def mean_losses(model: Any, data: Any, *, batch_size: int, device: torch.device,
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     sums: dict[str, torch.Tensor] = {}
     codes = None
-    with (undisturbed(model), StepBatches(data, size, seed=0, rank=rank, world=world, workers=min(workers, count),
+    with (preserving_state(model), StepBatches(data, size, seed=0, rank=rank, world=world, workers=min(workers, count),
                                           shuffle=False) as batches):
         for step in range(count):
             with torch.autocast(device.type, dtype, enabled=precision != "fp32"):

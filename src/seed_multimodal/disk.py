@@ -197,7 +197,7 @@ def sha256_of(file: str | Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def give_usual_mode(file: str | Path) -> None:
+def set_default_mode(file: str | Path) -> None:
     """The permissions that any new file has here; safetensors makes files that only their owner may read."""
     mask = os.umask(0o022)  # can only be read by setting it
     os.umask(mask)

@@ -12,7 +12,7 @@ from seed_multimodal.errors import SeedError
 DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """A line on stderr."""
     sys.stderr.write(text + "\n")  # one write, so that the sentences of several processes do not mix
     sys.stderr.flush()
@@ -25,10 +25,10 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     except SeedError as error:
         if debug:
             raise
-        say(f"{program}: {error}")
+        log_line(f"{program}: {error}")
         return REFUSED
     except KeyboardInterrupt:
-        say(f"{program}: interrupted.")
+        log_line(f"{program}: interrupted.")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has ended (`seed … | head`); the rest of the output is discarded.

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from seed_multimodal.entry import say
+from seed_multimodal.entry import log_line
 
 
 class Progress:
@@ -31,9 +31,9 @@ class Progress:
     """
 
     def __init__(self, name: str, total: float | None, unit: str = "step", *, start: float = 0, every: float = 30.0,
-                 delay: float = 0.5, log: Callable[[str], None] | None = say) -> None:
+                 delay: float = 0.5, log: Callable[[str], None] | None = log_line) -> None:
         self.name, self.log, self.every = name, log, every
-        terminal = log is say and sys.stderr.isatty()
+        terminal = log is log_line and sys.stderr.isatty()
         self._bar: Any = tqdm(total=total, desc=name, unit=unit, initial=start, delay=delay, disable=not terminal,
                               dynamic_ncols=True, leave=False)
         self._start = self._last = time.monotonic()

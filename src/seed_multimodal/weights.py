@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.disk import give_usual_mode, replacing
+from seed_multimodal.disk import replacing, set_default_mode
 from seed_multimodal.errors import CheckpointError, first_line
 
 _WRAPPERS = ("model", "state_dict", "module")
@@ -157,7 +157,7 @@ def save_state_dict(
         save_file(content, temporary, metadata={"format": "pt", **(metadata or {})})
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
-        give_usual_mode(temporary)
+        set_default_mode(temporary)
         os.replace(temporary, file)
     except SafetensorError as error:  # "… I/O error: No space left on device (os error 28)"
         number = re.search(r"\(os error (\d+)\)", str(error))

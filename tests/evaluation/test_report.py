@@ -87,7 +87,7 @@ def test_a_perfect_system_scores_one(toy, world: World) -> None:
         for path in (("reconstruction", "picture_r1"), ("reconstruction", "cosine"), ("drawing", "picture_r1"),
                      ("drawing", "picture_r1_all"), ("caption", "concept"), ("caption", "style"), ("qa", "all"),
                      ("edit", "concept_and_style")):
-            estimate = report_text.dig(section, path)
+            estimate = report_text.value_at(section, path)
             assert isinstance(estimate, Estimate), (split, path)
             assert estimate.value == pytest.approx(1.0, abs=1e-6), (split, path)
             assert estimate.n > 0

@@ -20,7 +20,7 @@ from seed_multimodal.commands.common import (
     opened,
     save_picture,
 )
-from seed_multimodal.entry import DONE, SOME_FAILED, say
+from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import RequestError
 
 ALONE = ("/help", "/reset", "/quit", "/exit")
@@ -120,7 +120,7 @@ def chat(args: argparse.Namespace) -> int:
 def _read_lines(talk: Talk) -> int:
     typed = sys.stdin.isatty()
     if typed:
-        say(HELP)
+        log_line(HELP)
     while True:
         if typed:
             print("you> ", end="", file=sys.stderr, flush=True)
@@ -131,19 +131,19 @@ def _read_lines(talk: Talk) -> int:
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         if line == "/help":
-            say(HELP)
+            log_line(HELP)
         elif line == "/reset":
             talk.reset()
-            say("A new conversation.")
+            log_line("A new conversation.")
         elif word == "/image":
             if not rest:
-                say("/image needs a file: /image FILE.")
+                log_line("/image needs a file: /image FILE.")
             elif talk.show(rest):
-                say(f"{rest} goes with your next message.")
+                log_line(f"{rest} goes with your next message.")
         elif word in ALONE:
-            say(f"{word} stands alone on its line.")
+            log_line(f"{word} stands alone on its line.")
         elif re.fullmatch(r"/[a-z]+", word) and word != "/picture":
-            say(f"There is no command {word}. {HELP}")
+            log_line(f"There is no command {word}. {HELP}")
         elif line:
             text = rest if word == "/picture" else line
             try:
@@ -151,4 +151,4 @@ def _read_lines(talk: Talk) -> int:
             except (*OF_ONE_PICTURE, RequestError) as error:
                 if talk.args.debug:
                     raise
-                say(f"seed: {error}")  # the conversation continues
+                log_line(f"seed: {error}")  # the conversation continues

@@ -22,7 +22,7 @@ from PIL import Image
 
 from seed_multimodal.config import project_root
 from seed_multimodal.disk import disk_reason, writing
-from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, say
+from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, log_line
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, SeedError
 from seed_multimodal.quiet import quiet_libraries
 
@@ -128,14 +128,14 @@ class Outcomes:
             if debug:
                 raise
             self.failed.append(name)
-            say(f"seed: {sentence(error, name)}")
+            log_line(f"seed: {sentence(error, name)}")
 
     def finish(self) -> int:
         """The exit code: 0, or 1 with a summary when something was refused."""
         if not self.failed:
             return DONE
-        say(f"seed: {self.total - len(self.failed)} of {self.total} done, {len(self.failed)} refused: "
-            f"{', '.join(self.failed)}.")
+        log_line(f"seed: {self.total - len(self.failed)} of {self.total} done, {len(self.failed)} refused: "
+                 f"{', '.join(self.failed)}.")
         return SOME_FAILED
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.commands.common import add_json, whole_number
-from seed_multimodal.entry import DONE, SOME_FAILED, say
+from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError, counted
 
 
@@ -53,9 +53,9 @@ def convert(args: argparse.Namespace) -> int:
 
     report = convert_shards(args.tars, args.out, skip_bad=args.skip_bad, force=args.force, workers=args.workers)
     for sentence in report.refused:
-        say(f"seed: {sentence}")
+        log_line(f"seed: {sentence}")
     for sentence in report.skipped:
-        say(f"seed: left out: {sentence}")
+        log_line(f"seed: left out: {sentence}")
     if args.json:
         print(json.dumps({"out": args.out, "converted": report.converted, "kept": report.kept, "samples":
                           report.samples, "refused": report.refused, "skipped": report.skipped}, ensure_ascii=False))

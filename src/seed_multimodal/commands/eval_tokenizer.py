@@ -12,7 +12,7 @@ from typing import Any
 
 from seed_multimodal.commands.common import add_device, add_json
 from seed_multimodal.config import load_yaml
-from seed_multimodal.entry import DONE, say
+from seed_multimodal.entry import DONE, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.quiet import quiet_libraries
 
@@ -30,7 +30,7 @@ def evaluate(args: argparse.Namespace) -> int:
             decoder=args.decoder, clip=args.clip, judge=args.judge, interpolation=args.interpolation, limit=args.limit,
             rebuild=args.rebuild, batch=args.batch_size, k_test=args.k_test, seed=args.seed, device=args.device,
             dtype=args.dtype, fast=args.fast)
-        report = evaluate_tokenizer(args.model, args.out, settings, log=say,
+        report = evaluate_tokenizer(args.model, args.out, settings, log=log_line,
                                     command=shlex.join(["seed", *sys.argv[1:]]))
     if args.json:
         print(json.dumps(report, ensure_ascii=False))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.entry import DONE, run_program, say
+from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import ConfigError
 
 
@@ -39,8 +39,8 @@ def _merge(options: argparse.Namespace) -> int:
     report = merge_adapter(
         _folder(base) if base else None, _folder(options.lora_model), options.save_path,
         tokenizer=_tokenizer(options.tokenizer_cfg), lora=lora, dtype=options.dtype,
-        max_shard_size=options.max_shard_size, verify=options.verify, force=options.force, log=say)
-    say(str(report))
+        max_shard_size=options.max_shard_size, verify=options.verify, force=options.force, log=log_line)
+    log_line(str(report))
     return DONE
 
 

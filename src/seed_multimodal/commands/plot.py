@@ -6,7 +6,7 @@ import argparse
 import json
 
 from seed_multimodal.commands.common import add_json
-from seed_multimodal.entry import DONE, say
+from seed_multimodal.entry import DONE, log_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,6 @@ def plot(args: argparse.Namespace) -> int:
 
     logs = draw_runs(args.runs, args.out)
     for log in logs:
-        say(f"{log}: drawn.")
+        log_line(f"{log}: drawn.")
     print(json.dumps({"figure": args.out, "logs": [str(log) for log in logs]}) if args.json else args.out)
     return DONE

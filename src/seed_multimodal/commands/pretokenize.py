@@ -13,7 +13,7 @@ from seed_multimodal.entry import guarded
 from seed_multimodal.errors import ConfigError
 
 
-class Given(int):
+class DefaultNumber(int):
     """A default that differs from the same number given on the command line."""
 
 
@@ -34,7 +34,7 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", metavar="YAML")
     parser.add_argument("--data", metavar="YAML", help="what is read")
     parser.add_argument("--save_dir", metavar="FOLDER")
-    parser.add_argument("--gpus", type=int, default=Given(RELEASED_GPUS), metavar="N",
+    parser.add_argument("--gpus", type=int, default=DefaultNumber(RELEASED_GPUS), metavar="N",
                         help="processes, one per GPU, never more than units of work (default: 4, or as many as there "
                              "are GPUs; on a CPU 1)")
     parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="pictures at once (default: 256)")
@@ -76,7 +76,7 @@ def _run(kind: str, args: argparse.Namespace) -> int:
     return run(RunSettings(
         kind=kind, data=args.data, save_dir=args.save_dir,
         encoder=EncoderSettings(args.tokenizer, args.device, args.fast, args.dtype, args.compile),
-        fields=parse_fields(args.fields), gpus=None if isinstance(args.gpus, Given) else args.gpus,
+        fields=parse_fields(args.fields), gpus=None if isinstance(args.gpus, DefaultNumber) else args.gpus,
         shard=_shard(args.shard), image_transform=args.image_transform or args.image_processor,
         batch_size=args.batch_size, workers=args.num_workers, views=args.views, seed=args.seed, block=args.block,
         limit=args.maxcount, resume=args.resume, max_bad=args.max_bad, log_every=args.log_every, debug=args.debug))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from seed_multimodal.commands.common import Outcomes, cat_picture, opened, require_room, save_picture
-from seed_multimodal.entry import run_program, say
+from seed_multimodal.entry import log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.quiet import quiet_libraries
 
@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     for folder in [*([] if args.skip_grid else [out]), *([] if args.skip_save else [out / "samples"])]:
         require_room(folder)
     dtype = args.dtype or ("float32" if args.precision == "full" else "auto")
-    model = Seed1.from_pretrained(args.model, diffusion=args.ckpt, device=args.device, dtype=dtype, log=say)
+    model = Seed1.from_pretrained(args.model, diffusion=args.ckpt, device=args.device, dtype=dtype, log=log_line)
     _check_latents(model.codec.decoder, args)
     pictures = args.image or [str(cat_picture())]
     outcomes = Outcomes(len(pictures))
@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     for name, reason in NO_EFFECT.items():
         if getattr(args, name) is not None:
-            say(f"demo_recon.py: --{name.replace('_', '-')} has no effect: {reason}.")
+            log_line(f"demo_recon.py: --{name.replace('_', '-')} has no effect: {reason}.")
     if args.laion400m:
         raise ConfigError("--laion400m: that model is conditioned on text features of another width than SEED-1's.")
     if args.ddim_eta != 0:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.commands.common import add_common, add_quantization, cat_picture, load_system, save_picture
-from seed_multimodal.entry import DONE, SOME_FAILED, run_program, say
+from seed_multimodal.entry import DONE, SOME_FAILED, log_line, run_program
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.tasks import DEMO_QUESTIONS
 
@@ -120,9 +120,9 @@ def _answer(system: Any, content: list[Any], args: argparse.Namespace, target: P
             path = target if drawn == 1 else target.with_stem(f"{target.stem}_{drawn}")
             print(save_picture(part.image, path))
         else:
-            say(f"a picture of this answer is broken: {part.reason}")
+            log_line(f"a picture of this answer is broken: {part.reason}")
     if expected and not drawn:
-        say(f"the answer to {content[-1]!r} holds no picture: try another --seed.")
+        log_line(f"the answer to {content[-1]!r} holds no picture: try another --seed.")
         return SOME_FAILED
     return DONE
 

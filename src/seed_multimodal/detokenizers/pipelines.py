@@ -140,7 +140,7 @@ class PipelineDetokenizer:
         embeds = embeds.to(self.device)
         return embeds if count is None else for_each(embeds, count, name)
 
-    def asked(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
+    def with_defaults(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
         """Steps and guidance, the folder's defaults for None; `ConfigError` for more steps than it was trained with."""
         steps = self.defaults.num_inference_steps if steps is None else steps
         total = self.pipeline.scheduler.config.num_train_timesteps

@@ -131,7 +131,7 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
             negative_embeds = self._check_embeds(negative_embeds, "negative_embeds", len(embeds))
         elif not self.has_text:
             negative_embeds = torch.zeros_like(embeds)
-        steps, guidance = self.asked(num_inference_steps, guidance_scale)
+        steps, guidance = self.with_defaults(num_inference_steps, guidance_scale)
         self._check_size(height, width)
 
         def render(embeds: Tensor, negatives: Tensor | None, own: Any, start: Tensor | None) -> Any:

@@ -103,7 +103,7 @@ class UnclipDetokenizer(PipelineDetokenizer):
         if negative_image_embeds is not None:
             negative_image_embeds = self._check_embeds(negative_image_embeds, "negative_image_embeds",
                                                        len(image_embeds))
-        steps, guidance = self.asked(num_inference_steps, guidance_scale)
+        steps, guidance = self.with_defaults(num_inference_steps, guidance_scale)
         levels = self.pipeline.image_noising_scheduler.config.num_train_timesteps
         if not 0 <= noise_level < levels:
             raise ConfigError(f"noise_level must be in 0..{levels - 1}, got {noise_level}.")

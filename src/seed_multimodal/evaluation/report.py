@@ -27,7 +27,7 @@ from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.batched import BatchedSystem
 from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.evaluation.metrics import code_section, plain
-from seed_multimodal.evaluation.report_sheets import Shown, save_sheets
+from seed_multimodal.evaluation.report_sheets import SheetPictures, save_sheets
 from seed_multimodal.evaluation.report_text import aims, markdown
 from seed_multimodal.evaluation.tasks import (
     Section,
@@ -67,7 +67,7 @@ def sample(rows: Sequence[Any], limit: int, seed: int) -> list[Any]:
 
 def evaluate(
     system: System, world: World, settings: ReportSettings, log: Log = print
-) -> tuple[Section, list[Shown], Section]:
+) -> tuple[Section, list[SheetPictures], Section]:
     """All sections of all splits.
 
     Returns:
@@ -82,7 +82,7 @@ def evaluate(
 
 
 def _evaluate_split(system: System, world: World, split: str, settings: ReportSettings,
-                    progress: Progress) -> tuple[Section, Shown, Section]:
+                    progress: Progress) -> tuple[Section, SheetPictures, Section]:
     rows, nano = _rows(world, split), world.nano
     targets = sample(rows, settings.limit, settings.seed)
     all_codes = system.codes(nano.images()[rows])
@@ -108,7 +108,7 @@ def _evaluate_split(system: System, world: World, split: str, settings: ReportSe
     progress.update(1, **{split: f"edited {len(edits)} pictures"})
     said = {"captions": [{"key": nano.records[t].key, "text": text, "label": nano.records[t].label}
                          for t, text in zip(targets, texts, strict=True)], "questions": asked}
-    return section, Shown(split, targets, rebuilt, drawn, texts, edits, edited), said
+    return section, SheetPictures(split, targets, rebuilt, drawn, texts, edits, edited), said
 
 
 def _rows(world: World, split: str) -> list[int]:
@@ -143,7 +143,8 @@ def _ceilings(system: System, world: World, targets: Sequence[int], rows: Sequen
     return found
 
 
-def write_report(report: dict[str, Any], shown: Sequence[Shown], answers: Section, world: World, out: Path) -> None:
+def write_report(report: dict[str, Any], shown: Sequence[SheetPictures], answers: Section, world: World,
+                 out: Path) -> None:
     """Write report.json, answers.json, report.md and the sheets into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     report["sheets"] = save_sheets(shown, world, out)

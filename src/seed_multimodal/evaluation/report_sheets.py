@@ -21,7 +21,7 @@ Pictures = Sequence[Image.Image | None]
 
 
 @dataclass
-class Shown:
+class SheetPictures:
     """Pictures made for one split, in the order of `targets` (rows of the data set) and `edits`."""
 
     split: str
@@ -33,7 +33,7 @@ class Shown:
     edited: Pictures
 
 
-def save_sheets(shown: Sequence[Shown], world: World, out: Path) -> list[str]:
+def save_sheets(shown: Sequence[SheetPictures], world: World, out: Path) -> list[str]:
     """Write up to three JPEG sheets a split into `out`; returns their names."""
     names = []
     for part in shown:
@@ -45,7 +45,7 @@ def save_sheets(shown: Sequence[Shown], world: World, out: Path) -> list[str]:
     return names
 
 
-def reconstruction_sheet(part: Shown, world: World) -> Image.Image:
+def reconstruction_sheet(part: SheetPictures, world: World) -> Image.Image:
     """Real pictures above their rebuilt copies, with the description under each copy."""
     rows = []
     for start in range(0, min(SHOWN, len(part.targets)), COLUMNS):
@@ -56,7 +56,7 @@ def reconstruction_sheet(part: Shown, world: World) -> Image.Image:
     return contact_sheet(rows, f"Reconstructions: {part.split}", CELL, COLUMNS, 5)
 
 
-def drawing_sheet(part: Shown, world: World) -> Image.Image:
+def drawing_sheet(part: SheetPictures, world: World) -> Image.Image:
     """Requests and drawings, above the real picture of that name."""
     rows = []
     for start in range(0, min(SHOWN, len(part.targets)), COLUMNS):
@@ -67,7 +67,7 @@ def drawing_sheet(part: Shown, world: World) -> Image.Image:
     return contact_sheet(rows, f"Drawings: {part.split}", CELL, COLUMNS, 5)
 
 
-def edit_sheet(part: Shown, world: World) -> Image.Image:
+def edit_sheet(part: SheetPictures, world: World) -> Image.Image:
     """Source, result and the real target of each edit, three edits a row."""
     rows, wide = [], 3
     edits = list(zip(part.edits, part.edited, strict=True))[: SHOWN // 2]

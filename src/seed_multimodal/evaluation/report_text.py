@@ -102,7 +102,7 @@ Numbers are shares with a 95 % bootstrap interval and the number of samples.
 """
 
 
-def dig(section: Mapping[str, Any], path: Iterable[str]) -> Any:
+def value_at(section: Mapping[str, Any], path: Iterable[str]) -> Any:
     """The value at `path`, or None where any step is missing."""
     value: Any = section
     for key in path:
@@ -116,7 +116,7 @@ def aims(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The aims that the measured splits cover, each with its value and whether it is met."""
     found = []
     for what, split, path, aim in AIMS:
-        value = dig(splits.get(split, {}), path)
+        value = value_at(splits.get(split, {}), path)
         number = value.value if isinstance(value, Estimate) else value
         if number is not None and not math.isnan(number):
             found.append({"what": what, "split": split, "aim": aim, "value": round(float(number), 4),
@@ -150,7 +150,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         [(a["what"], a["split"], f"{a['aim']:.2f}", f"{a['value']:.3f}", "yes" if a["met"] else "no")
          for a in report["aims"]])]
     for title, rows in TABLES:
-        body = [(label, *(show(dig(splits[name], path)) for name in names)) for label, path in rows]
+        body = [(label, *(show(value_at(splits[name], path)) for name in names)) for label, path in rows]
         body = [row for row in body if any(cell != "–" for cell in row[1:])]
         if body:
             parts += [f"## {title}\n", table(("", *names), body)]
@@ -165,8 +165,8 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _kinds(splits: Mapping[str, Any], path: tuple[str, ...], title: str, inside: tuple[str, ...]) -> str:
-    kinds = sorted({kind for section in splits.values() for kind in dig(section, path) or {}})
-    rows = [(kind, *(show(dig(section, (*path, kind, *inside))) for section in splits.values())) for kind in kinds]
+    kinds = sorted({kind for section in splits.values() for kind in value_at(section, path) or {}})
+    rows = [(kind, *(show(value_at(section, (*path, kind, *inside))) for section in splits.values())) for kind in kinds]
     return table((title, *splits), rows) if rows else ""
 
 

@@ -31,7 +31,7 @@ from seed_multimodal.disk import writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import FloatArray, bootstrap, code_section, cosine, plain, retrieval_at_k
-from seed_multimodal.evaluation.tokenizer_open import NONE, Opened, open_tokenizer
+from seed_multimodal.evaluation.tokenizer_open import NONE, OpenedTokenizer, open_tokenizer
 from seed_multimodal.evaluation.tokenizer_pass import PassResult, choose_rows, clip_embeddings, read_picture, run_pass
 from seed_multimodal.evaluation.tokenizer_report import reconstruction_sheet, write_report
 from seed_multimodal.evaluation.tokenizer_retrieval import K_TEST, Captions, retrieval
@@ -131,7 +131,7 @@ class _Texts:
     by_clip: TextSide | None = None
 
 
-def _text_sides(opened: Opened, settings: EvalSettings, device: torch.device) -> _Texts:
+def _text_sides(opened: OpenedTokenizer, settings: EvalSettings, device: torch.device) -> _Texts:
     texts = _Texts()
     if settings.stage1 is not None:
         texts.stage1 = load_stage1(settings.stage1, opened.tokenizer)
@@ -142,7 +142,7 @@ def _text_sides(opened: Opened, settings: EvalSettings, device: torch.device) ->
     return texts
 
 
-def _retrieval_sections(seen: PassResult, rebuilt: Sequence[Image.Image], opened: Opened, texts: _Texts,
+def _retrieval_sections(seen: PassResult, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer, texts: _Texts,
                         settings: EvalSettings) -> Section:
     """Retrieval by every route there is; `causal_codes` repeats the first route from the codes."""
     captions = Captions.of(seen.captions)
@@ -171,7 +171,7 @@ def _retrieval_sections(seen: PassResult, rebuilt: Sequence[Image.Image], opened
 # ---- pictures and codes
 
 
-def _rebuild(opened: Opened, seen: PassResult, settings: EvalSettings, log: Log) -> list[Image.Image]:
+def _rebuild(opened: OpenedTokenizer, seen: PassResult, settings: EvalSettings, log: Log) -> list[Image.Image]:
     if not (settings.rebuild and opened.codec.can_draw):
         return []
     codes = seen.codes[:settings.rebuild]
@@ -179,7 +179,7 @@ def _rebuild(opened: Opened, seen: PassResult, settings: EvalSettings, log: Log)
     return opened.codec.draw(torch.from_numpy(codes), seed=settings.seed, batch_size=min(settings.batch, 32))
 
 
-def _reconstruction(seen: PassResult, rebuilt: Sequence[Image.Image], opened: Opened) -> Section:
+def _reconstruction(seen: PassResult, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer) -> Section:
     """How near codes bring back the picture: as an embedding, and as a picture under CLIP and under the judge."""
     section: Section = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
     if seen.target is not None:

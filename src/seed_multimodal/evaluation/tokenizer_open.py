@@ -30,12 +30,12 @@ RELEASED_TOKENIZER, UNCLIP = PARTS["tokenizer"].folder, PARTS["unclip"].folder
 BICUBIC = {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"}
 NANO_JUDGE = "pretrained/nano/judge"
 NONE = "none"
-Given = str | Path | None
+PartPath = str | Path | None
 Log = Callable[[str], None] | None
 
 
 @dataclass
-class Opened:
+class OpenedTokenizer:
     """A tokenizer ready to be measured.
 
     Attributes:
@@ -63,9 +63,9 @@ class Opened:
         return self.codec.model
 
 
-def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Given = None, clip: Given = None,
-                   judge: Given = None, nano: bool = False, interpolation: str | None = None, fast: bool = False,
-                   log: Log = None) -> Opened:
+def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: PartPath = None, clip: PartPath = None,
+                   judge: PartPath = None, nano: bool = False, interpolation: str | None = None, fast: bool = False,
+                   log: Log = None) -> OpenedTokenizer:
     """Load what `model` names, and the parts found for it.
 
     Args:
@@ -101,9 +101,10 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Given = None
         tower = _fitting(tower, target, tokenizer, required=clip is not None, log=log)
     clip_size = tower.config.image_size if tower is not None else size
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    return Opened(str(model), folder, codec, transform, tower, get_transform(**{**settings, "image_size": clip_size}),
-                  str(target) if tower is not None else "", _judge(model, judge, runtime) if nano else None,
-                  optimise(tokenizer) if fast else None)
+    return OpenedTokenizer(str(model), folder, codec, transform, tower,
+                           get_transform(**{**settings, "image_size": clip_size}),
+                           str(target) if tower is not None else "", _judge(model, judge, runtime) if nano else None,
+                           optimise(tokenizer) if fast else None)
 
 
 def _parts(model: str) -> tuple[str | Path, Path | None, Path | None, dict[str, Any]]:
@@ -127,7 +128,7 @@ def _decoder_of(folder: Path) -> Path | None:
     return inside if inside.is_dir() else locate(UNCLIP)
 
 
-def _given(value: Given, default: Path | None) -> Path | None:
+def _given(value: PartPath, default: Path | None) -> Path | None:
     if value is None:
         return default
     return None if str(value) == NONE else Path(value)
@@ -174,7 +175,7 @@ def find_judge(model: str | Path, given: str | Path | None = None) -> Path:
     return own if own.is_dir() else locate(NANO_JUDGE) or own
 
 
-def _judge(model: str | Path, given: Given, runtime: Runtime) -> Judge | None:
+def _judge(model: str | Path, given: PartPath, runtime: Runtime) -> Judge | None:
     place = find_judge(model, given)
     if str(given) == NONE or given is None and not (place / "config.json").is_file():
         return None

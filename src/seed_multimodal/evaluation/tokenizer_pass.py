@@ -20,7 +20,7 @@ from seed_multimodal.data.formats.pairs import PairSource
 from seed_multimodal.data.stream.skip_budget import SkipBudget
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.evaluation.metrics import FloatArray
-from seed_multimodal.evaluation.tokenizer_open import Opened
+from seed_multimodal.evaluation.tokenizer_open import OpenedTokenizer
 from seed_multimodal.images.open import open_image
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 
@@ -67,7 +67,7 @@ def read_picture(source: PairSource, row: int) -> tuple[str, list[str], Image.Im
 
 
 @torch.no_grad()
-def run_pass(source: PairSource, rows: Sequence[int], opened: Opened, *, stage1: Stage1Model | None = None,
+def run_pass(source: PairSource, rows: Sequence[int], opened: OpenedTokenizer, *, stage1: Stage1Model | None = None,
          batch: int = 64, log: Log = print) -> PassResult:
     """Encode the pictures `rows` of `source` in batches.
 
@@ -117,7 +117,7 @@ def _batches(source: PairSource, rows: Sequence[int], batch: int, seen: PassResu
         yield pictures
 
 
-def _features(pictures: list[Image.Image], opened: Opened, stage1: Stage1Model | None) -> Mapping[str, Tensor]:
+def _features(pictures: list[Image.Image], opened: OpenedTokenizer, stage1: Stage1Model | None) -> Mapping[str, Tensor]:
     tokenizer, config = opened.tokenizer, opened.tokenizer.config
     pixels = opened.transform.batch(pictures).to(tokenizer.device, tokenizer.dtype)
     if opened.fast is not None:
@@ -142,7 +142,7 @@ def _features(pictures: list[Image.Image], opened: Opened, stage1: Stage1Model |
     return found
 
 
-def clip_embeddings(pictures: Sequence[Image.Image], opened: Opened) -> Tensor:
+def clip_embeddings(pictures: Sequence[Image.Image], opened: OpenedTokenizer) -> Tensor:
     """CLIP image embeddings `[N, E]` of pictures, not normalised."""
     assert opened.clip is not None
     pixels = opened.clip_transform.batch(list(pictures)).to(opened.clip.device, opened.clip.dtype)

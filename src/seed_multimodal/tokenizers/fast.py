@@ -193,7 +193,7 @@ class FastTokenizer:
         return self.encoder.codes(images)
 
     def _setting(self) -> contextlib.AbstractContextManager[None]:
-        return own_setting(self.device, self.levers.attention, self._is_compiled)
+        return compute_context(self.device, self.levers.attention, self._is_compiled)
 
 
 class FastTower:
@@ -218,7 +218,7 @@ class FastTower:
             ImageError: another image size than the tower's.
         """
         self.tower.check_images(images)
-        with own_setting(images.device, "auto", self.is_compiled):  # for packing, too
+        with compute_context(images.device, "auto", self.is_compiled):  # for packing, too
             return self._vision()(images.to(self.dtype))
 
     def _vision(self) -> FastVision:
@@ -262,7 +262,7 @@ class _Graphs:
 
 
 @contextlib.contextmanager
-def own_setting(device: torch.device, attention: str, is_compiled: bool) -> Iterator[None]:
+def compute_context(device: torch.device, attention: str, is_compiled: bool) -> Iterator[None]:
     """Own precision whatever the caller's autocast, preferred attention, enough room for compiled functions."""
     with contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):

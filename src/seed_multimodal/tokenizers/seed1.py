@@ -55,7 +55,7 @@ class Seed1Config(TokenizerConfig):
         return (self.text_tokens, self.text_features_dim)
 
     @classmethod
-    def own_sizes(cls, shape: Shapes) -> dict[str, Any]:
+    def decoder_sizes(cls, shape: Shapes) -> dict[str, Any]:
         """Sizes of the text decoder."""
         return {"decode_depth": shape.layers("blocks_text"), "reverse_depth": shape.layers(REVERSE_LAYERS),
                 "text_tokens": shape("reverse_tokens")[1], "text_features_dim": shape("distill_text_proj.weight")[0]}

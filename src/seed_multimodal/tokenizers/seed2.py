@@ -56,7 +56,7 @@ class Seed2Config(TokenizerConfig):
         return (self.image_features_dim,)
 
     @classmethod
-    def own_sizes(cls, shape: Shapes) -> dict[str, Any]:
+    def decoder_sizes(cls, shape: Shapes) -> dict[str, Any]:
         """`image_down` decides the decode head even when `Reverse_Qformer` keys are present, because the released file
         may carry those of a training-only branch."""
         reverse = "image_down.0.weight" not in shape.state

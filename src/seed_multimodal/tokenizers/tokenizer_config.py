@@ -59,7 +59,7 @@ class TokenizerConfig:
         raise NotImplementedError
 
     @classmethod
-    def own_sizes(cls, shape: Shapes) -> dict[str, Any]:
+    def decoder_sizes(cls, shape: Shapes) -> dict[str, Any]:
         """The fields that depend on the decode side, read off a checkpoint."""
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class TokenizerConfig:
         shape = Shapes(state, source, cls)
         codebook = shape("quantize.embedding.weight")
         return cls(vit=shape.vit(), qformer=shape.qformer(), num_query=shape("query_tokens")[1],
-                   codebook_size=codebook[0], codebook_dim=codebook[1], **cls.own_sizes(shape))
+                   codebook_size=codebook[0], codebook_dim=codebook[1], **cls.decoder_sizes(shape))
 
 
 @dataclass(frozen=True)

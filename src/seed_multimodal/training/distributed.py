@@ -151,10 +151,10 @@ def environment_number(name: str, default: int) -> int:
 
 
 class StopRequest:
-    """While active, SIGTERM does not end the process but sets `asked`: the loop then finishes its step and saves."""
+    """While active, SIGTERM only sets `requested`: the loop then finishes its step and saves."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._before: Any = None
         self._active = False
 
@@ -169,4 +169,4 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.requested = True

@@ -92,7 +92,8 @@ class Run:
         """Find the checkpoint to resume from, let the task build its module, restore. Raises as `train`."""
         self.task, self.settings, self.home, self.group, self.watchdog = task, settings, home, group, watchdog
         self.store = CheckpointStore(home / task.checkpoint_folder, group, limit=settings.keep,
-                                     asynchronous=settings.async_save, save_frozen=settings.save_frozen, log=self.say)
+                                     asynchronous=settings.async_save, save_frozen=settings.save_frozen,
+                                     log=self.log_line)
         folder = self.store.find(settings.resume)
         self.identity = task.identity(group.world)
         saved = self._saved(folder)
@@ -103,7 +104,7 @@ class Run:
             if folder is not None:
                 load_task(folder, saved, task)
             elif settings.start:
-                self.say(f"weights taken from {settings.start} (step {warm_start(Path(settings.start), task)}).")
+                self.log_line(f"weights taken from {settings.start} (step {warm_start(Path(settings.start), task)}).")
             self._check_sum = None if settings.save_frozen else frozen_check_sum(task.module)
             self.average = Ema(task.module, settings.ema) if settings.ema else None
             self.device = device or next(task.module.parameters()).device
@@ -118,7 +119,7 @@ class Run:
         if saved.states:
             task.load_state_dict(saved.states, group.rank)
         if folder is not None:
-            self.say(f"resumes from {folder} (step {self.step}).")
+            self.log_line(f"resumes from {folder} (step {self.step}).")
         self.started = time.monotonic() - saved.trainer.get("seconds", 0.0)
         self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
                           kept=saved.step)
@@ -148,9 +149,9 @@ class Run:
                         result = self.optimizer_step.make(self.step, lambda: self._conditions(stop))
                     except RuntimeError as error:
                         # A signal to the whole process group ends data workers, too; the weights have not moved.
-                        if not stop.asked or self.group.world > 1:
+                        if not stop.requested or self.group.world > 1:
                             raise
-                        self.say(f"step {self.step} was given up: {first_line(error)}")
+                        self.log_line(f"step {self.step} was given up: {first_line(error)}")
                         stopped = True
                         break
                 if result.problem:
@@ -167,7 +168,7 @@ class Run:
         """For `OptimizerStep.make`."""
         broken = self.store.problem is not None or self.log.problem is not None
         due = 0 < self.settings.save_seconds < time.monotonic() - self.last_save
-        return broken, stop.asked, due and self.group.first
+        return broken, stop.requested, due and self.group.first
 
     def _after_step(self, save: bool) -> None:
         self.step += 1
@@ -216,7 +217,7 @@ class Run:
                                 "so nothing was trained; see `seed data check`.")
         if ended:
             log.finish(self.step)
-            self.say(f"every source is used up after step {self.step}; the run ends here.")
+            self.log_line(f"every source is used up after step {self.step}; the run ends here.")
         if not stopped:
             numbers = self.task.after_last_step(self.step)
             if numbers:
@@ -226,9 +227,9 @@ class Run:
         if self.store.saved != self.step and (self.step or stopped):
             self._save()
         self.store.finish()
-        if self.group.agree(stopped or stop.asked)[0]:
-            self.say(f"stopped by SIGTERM after step {self.step} of {self.settings.steps}; the same command resumes "
-                      f"from {self.store.home / f'checkpoint-{self.step}'}.")
+        if self.group.agree(stopped or stop.requested)[0]:
+            self.log_line(f"stopped by SIGTERM after step {self.step} of {self.settings.steps}; the same command "
+                          f"resumes from {self.store.home / f'checkpoint-{self.step}'}.")
             raise SystemExit(STOPPED)
         log.close()
         if log.problem is not None:
@@ -249,9 +250,9 @@ class Run:
             if self.settings.curves:
                 from seed_multimodal.training.plots import save_curves  # here: it needs matplotlib
 
-                save_curves(self.home, log=self.say)
+                save_curves(self.home, log=self.log_line)
             for line in self.task.summary(record):
-                self.say(line)
+                self.log_line(line)
         return self.group.gather(record)[0]
 
     # ---------------------------------------------------------------------------------------------------- the start
@@ -265,10 +266,10 @@ class Run:
         if saved.trainer.get("config") and self.task.config:
             remarks.append(settings_remark(saved.trainer["config"], self.task.config, self.task.quiet_keys))
         for remark in filter(None, remarks):
-            self.say(f"{remark}.")
+            self.log_line(f"{remark}.")
         return saved
 
-    def say(self, text: str) -> None:
+    def log_line(self, text: str) -> None:
         """Log a line of text, in the first process only."""
         if self.group.first:
             print(f"[{self.task.name}] {text}", flush=True)

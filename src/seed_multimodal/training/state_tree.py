@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.disk import give_usual_mode
+from seed_multimodal.disk import set_default_mode
 from seed_multimodal.errors import CheckpointError
 
 _TENSOR, _NUMBERED, _TUPLE = "__tensor__", "__numbered__", "__tuple__"
@@ -62,7 +62,7 @@ def write_tree(file: Path, tree: Any, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors or {"none": torch.zeros(0)}, file, metadata={"format": "pt", "tree": json.dumps(tree)})
-    give_usual_mode(file)
+    set_default_mode(file)
 
 
 def read_tree(file: Path) -> Any:

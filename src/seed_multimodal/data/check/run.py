@@ -25,7 +25,7 @@ from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.record import BadRecord, Record, find_image
 from seed_multimodal.data.formats.records import FileRecords, open_file
-from seed_multimodal.entry import say
+from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
@@ -63,7 +63,7 @@ def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckRep
     checker = _Checker(settings)
     files = find_files(settings.files, settings.format)
     checker.report.files = len(files)
-    with Progress("check", None, "record", delay=1, log=say if progress else None) as bar:
+    with Progress("check", None, "record", delay=1, log=log_line if progress else None) as bar:
         for path, format in files:
             source = FileRecords([open_file(path, format)], str(path))
             try:

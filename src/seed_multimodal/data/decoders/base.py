@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
-from seed_multimodal.data.formats.record import BadRecord, shown
+from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -211,7 +211,7 @@ class Decoder:
         if value is None:
             raise BadRecord("missing key", f"{name}: is missing; decoder {self.name} needs it.")
         if not isinstance(value, str):
-            raise BadRecord("wrong type", f"{name}: must be a text, not {shown(value)}.")
+            raise BadRecord("wrong type", f"{name}: must be a text, not {shorten(value)}.")
         return value
 
     def lacking(self, names: Sequence[str], extra: dict[str, Any] | None = None) -> Draft:
@@ -226,7 +226,7 @@ class Decoder:
         if fields.get(name) is None:
             raise BadRecord("missing key", f"{name}: is missing; decoder {self.name} needs it.")
         if not isinstance(fields[name], list | tuple):
-            raise BadRecord("wrong type", f"{name}: must be a list, not {shown(fields[name])}.")
+            raise BadRecord("wrong type", f"{name}: must be a list, not {shorten(fields[name])}.")
         return list(fields[name])
 
     # ------------------------------------------------------------------------------------------ pictures
@@ -234,7 +234,7 @@ class Decoder:
     def codes(self, value: Any, name: str) -> list[int]:
         """The codes of one picture, checked; always within the codebook, since others would be other words."""
         if not isinstance(value, list | tuple) or any(type(code) is not int for code in value):
-            raise BadRecord("wrong type", f"{name}: must be a list of image codes, not {shown(value)}.")
+            raise BadRecord("wrong type", f"{name}: must be a list of image codes, not {shorten(value)}.")
         size = self.vocabulary.n_codes
         wrong = next((place for place, code in enumerate(value) if not 0 <= code < size), None)
         if wrong is not None:
@@ -262,9 +262,9 @@ class Decoder:
     def one_view(self, views: Any, name: str, draws: Draws, *, read: bool) -> list[int]:
         """One of several code lists of the same picture."""
         if not isinstance(views, list | tuple) or not views:
-            raise BadRecord("wrong type", f"{name}: must be a list of code lists, not {shown(views)}.")
+            raise BadRecord("wrong type", f"{name}: must be a list of code lists, not {shorten(views)}.")
         codes = self.codes(draws.choice(views) if len(views) > 1 else views[0], name)
-        return self.disturbed(codes, draws) if read else codes
+        return self.add_code_noise(codes, draws) if read else codes
 
     def pictures(self, fields: Mapping[str, Any], draws: Draws, *, read: bool, name: str = "image_ids",
                  flat: bool = True, at_most: int | None = None) -> list[list[int]]:
@@ -279,9 +279,9 @@ class Decoder:
                 raise BadRecord("number of codes", f"{name}: {len(value)} codes are not whole pictures of {size}.")
             value = [value[start:start + size] for start in range(0, len(value) - size + 1, size)]
         found = [self.codes(codes, f"{name}[{place}]") for place, codes in enumerate(value[:at_most])]
-        return [self.disturbed(codes, draws) for codes in found] if read else found
+        return [self.add_code_noise(codes, draws) for codes in found] if read else found
 
-    def disturbed(self, codes: list[int], draws: Draws) -> list[int]:
+    def add_code_noise(self, codes: list[int], draws: Draws) -> list[int]:
         """A share of the codes, uniform in [0, code_noise], taken from another picture."""
         if not self.options.code_noise:
             return codes

@@ -15,7 +15,7 @@ from typing import Any
 from seed_multimodal.data.decoders.base import LIST, Decoder, DecoderOptions, Draft, Part, Span
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.data.formats.conversations import with_pictures
-from seed_multimodal.data.formats.record import BadRecord, shown
+from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.language.prompts import ROLES, TEMPLATES, get_template
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.settings import setting
@@ -59,7 +59,7 @@ class Chat(Decoder):
                                 for number, part in enumerate(content)]))
         template, system = get_template(self.options.template), fields.get("system") or self.options.system_message
         if not isinstance(system, str):
-            raise BadRecord("wrong type", f"system: must be a text, not {shown(system)}.")
+            raise BadRecord("wrong type", f"system: must be a text, not {shorten(system)}.")
         spans: list[Span] = []
         for place in range(len(said)):  # a shorter dialogue's parts begin a longer one's
             parts = template.render(said[:place + 1], system)
@@ -94,10 +94,10 @@ class Chat(Decoder):
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise BadRecord("missing key", f"{name}: must be an object with role and content.")
             if message["role"] not in ROLES:
-                raise BadRecord("wrong role", f"{name}: the role {shown(message['role'])} is not user or assistant.")
+                raise BadRecord("wrong role", f"{name}: the role {shorten(message['role'])} is not user or assistant.")
             content = message["content"]
             if not isinstance(content, str | list | tuple):
-                raise BadRecord("wrong type", f"{name}.content: must be a text or a list, not {shown(content)}.")
+                raise BadRecord("wrong type", f"{name}.content: must be a text or a list, not {shorten(content)}.")
             turns.append((message["role"], [content] if isinstance(content, str) else list(content)))
         self._put_in(fields, turns)
         if self.validate:
@@ -146,6 +146,6 @@ class Chat(Decoder):
             several = isinstance(codes, list | tuple) and bool(codes) and isinstance(codes[0], list | tuple)
             return self.one_view(codes if several else [codes], f"{name}.codes", draws, read=read)
         if isinstance(part, Mapping) and part.get("image") is not None:
-            raise BadRecord("not tokenised", f"{name}: the picture {shown(part['image'])} has no codes yet; tokenise "
+            raise BadRecord("not tokenised", f"{name}: the picture {shorten(part['image'])} has no codes yet; tokenise "
                                              "the data first.")
-        raise BadRecord("wrong type", f"{name}: must be a text or a picture with codes, not {shown(part)}.")
+        raise BadRecord("wrong type", f"{name}: must be a text or a picture with codes, not {shorten(part)}.")

@@ -29,7 +29,7 @@ from seed_multimodal.data.decoders.base import (
     only_blank,
 )
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
-from seed_multimodal.data.formats.record import BadRecord, shown
+from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 
@@ -161,7 +161,7 @@ class Interleaved(Decoder):
         for place in _swapped(images) if backwards else range(len(texts)):
             if images[place] is None:
                 if not isinstance(texts[place], str):
-                    raise BadRecord("wrong type", f"texts[{place}]: must be a text, not {shown(texts[place])}.")
+                    raise BadRecord("wrong type", f"texts[{place}]: must be a text, not {shorten(texts[place])}.")
                 parts.append(texts[place])
                 if left == 0:
                     break

@@ -154,7 +154,7 @@ class MultiEdit(Tuned):
         self.exact_pictures(pictures, len(names) + 1, f"{len(names)} instructions")
         spans: list[Span] = []
         for place, name in enumerate(names):
-            seen = [self.disturbed(pictures[0], draws)] if place == 0 else []
+            seen = [self.add_code_noise(pictures[0], draws)] if place == 0 else []
             spans += [user(*seen, self.text(fields, name), first=place == 0), Span([response, pictures[place + 1]])]
         return Draft(spans)
 
@@ -196,7 +196,7 @@ class Story(Tuned):
         number = 0 if self.options.reverse_ratio == 0 else draws.randint(0, len(phrases.STORY_REQUESTS) - 1)
         pictures = self.pictures(fields, draws, read=False)
         self.exact_pictures(pictures, len(captions), f"{len(captions)} captions")
-        opening: list[Part] = [captions[0], self.disturbed(pictures[0], draws)]
+        opening: list[Part] = [captions[0], self.add_code_noise(pictures[0], draws)]
         if self.options.reverse_ratio != 0:
             told = [part for place in range(1, len(captions)) for part in ("\n" + captions[place], pictures[place])]
             return Draft([user(*opening, phrases.STORY_REQUESTS[number], first=True),

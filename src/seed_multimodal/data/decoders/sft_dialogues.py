@@ -36,10 +36,10 @@ class Conversation(Tuned):
         asked, said = self.marked(fields, "question", "Question: "), self.marked(fields, "answer", "Answer: ")
         if phrases.NO_DIALOGUE in fields["question"]:
             return Draft(dropped=NO_DIALOGUE if self.validate else "")
-        pictures: list[Part] = self.seen(fields, draws)
+        pictures: list[Part] = self.question_pictures(fields, draws)
         spans: list[Span] = []
         for question, answer in zip(asked, said, strict=False):
-            spans += [user(*pictures, question, first=not spans), Span([self.ended(answer)])]
+            spans += [user(*pictures, question, first=not spans), Span([self.learned_answer(answer)])]
             pictures = []
         return Draft(spans)
 
@@ -51,11 +51,11 @@ class Conversation(Tuned):
             raise BadRecord("no markers", f"{name}: has no {marker.strip()!r} marker, so there is no turn in it.")
         return found
 
-    def seen(self, fields: Mapping[str, Any], draws: Draws) -> list[Part]:
+    def question_pictures(self, fields: Mapping[str, Any], draws: Draws) -> list[Part]:
         """The pictures of the first question."""
         return [self.picture(fields, draws, read=True)]
 
-    def ended(self, answer: str) -> str:
+    def learned_answer(self, answer: str) -> str:
         """An answer as it is learned."""
         return with_full_stop(answer)
 
@@ -76,11 +76,11 @@ class VideoConversation(Conversation):
             raise BadRecord("turns", f"answer: holds {len(said)} answers to {len(asked)} questions.")
         return super().draft(fields, draws)
 
-    def seen(self, fields: Mapping[str, Any], draws: Draws) -> list[Part]:
+    def question_pictures(self, fields: Mapping[str, Any], draws: Draws) -> list[Part]:
         """The frames."""
         return [*self.pictures(fields, draws, read=True)]
 
-    def ended(self, answer: str) -> str:
+    def learned_answer(self, answer: str) -> str:
         """Answers stay as they are here."""
         return answer
 

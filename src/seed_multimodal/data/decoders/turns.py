@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from seed_multimodal.data.decoders.base import LIST, PICTURES, TEXT, Decoder, DecoderOptions, Draft, Part, Span
 from seed_multimodal.data.decoders.phrases import ASSISTANT, USER
 from seed_multimodal.data.decoders.sequence import Draws
-from seed_multimodal.data.formats.record import BadRecord, shown
+from seed_multimodal.data.formats.record import BadRecord, shorten
 
 
 def with_full_stop(answer: str) -> str:
@@ -55,7 +55,7 @@ class _Turns(Decoder):
         turns = self.list_of(fields, "data")
         wrong = next((n for n, said in enumerate(turns) if not isinstance(said, str)), None)
         if wrong is not None:
-            raise BadRecord("wrong type", f"data[{wrong}]: must be a text, not {shown(turns[wrong])}.")
+            raise BadRecord("wrong type", f"data[{wrong}]: must be a text, not {shorten(turns[wrong])}.")
         if self.validate and (not turns or len(turns) % 2):
             raise BadRecord("wrong role", f"data: holds {len(turns)} texts; questions and answers come in pairs.")
         return turns

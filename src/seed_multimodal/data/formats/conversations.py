@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, refuse_half_pairs, shown
+from seed_multimodal.data.formats.record import BadRecord, refuse_half_pairs, shorten
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -68,18 +68,18 @@ def _turns(
     value: Any, author: Sequence[str], said: Sequence[str], key: str, where: str
 ) -> list[tuple[str, list[Part]]]:
     if not isinstance(value, list) or not value:
-        raise BadRecord("wrong type", f"{where}: {key!r} must be a list of turns, not {shown(value)}.")
+        raise BadRecord("wrong type", f"{where}: {key!r} must be a list of turns, not {shorten(value)}.")
     turns = []
     for number, turn in enumerate(value, 1):
         name = f"{where}: turn {number} of {key!r}"
         if not isinstance(turn, Mapping):
-            raise BadRecord("wrong type", f"{name}: is {shown(turn)}, not an object.")
+            raise BadRecord("wrong type", f"{name}: is {shorten(turn)}, not an object.")
         who = next((turn[k] for k in author if turn.get(k) is not None), None)
         if who is None:
             raise BadRecord("missing key", f"{name}: has no key {author[0]!r}.")
         role = ROLES.get(str(who).lower())
         if role is None:
-            raise BadRecord("wrong role", f"{name}: {author[0]!r} is {shown(who)}, not one of {', '.join(ROLES)}.")
+            raise BadRecord("wrong role", f"{name}: {author[0]!r} is {shorten(who)}, not one of {', '.join(ROLES)}.")
         content = next((turn[k] for k in said if turn.get(k) is not None), None)
         if content is None:
             raise BadRecord("missing key", f"{name}: has no key {said[0]!r}.")
@@ -93,7 +93,7 @@ def _part(part: Any, name: str) -> Part:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise BadRecord("wrong type", f"{name}: a part is {shown(part)}, not a text or a picture.")
+        raise BadRecord("wrong type", f"{name}: a part is {shorten(part)}, not a text or a picture.")
     if part.get("codes") is not None:
         return {"codes": _list(part["codes"], name)}
     if part.get("text") is not None:
@@ -104,7 +104,7 @@ def _part(part: Any, name: str) -> Part:
         return {"image": image}
     if part.get("type") == "image":  # the picture stands in `images`
         return PLACEHOLDER
-    raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {shown(dict(part))}.")
+    raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {shorten(dict(part))}.")
 
 
 def _pairs(data: Any) -> bool:
@@ -113,7 +113,7 @@ def _pairs(data: Any) -> bool:
 
 def _alternating(data: Any, where: str) -> list[tuple[str, list[Part]]]:
     if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
-        raise BadRecord("wrong type", f"{where}: 'data' must be a list of texts, not {shown(data)}.")
+        raise BadRecord("wrong type", f"{where}: 'data' must be a list of texts, not {shorten(data)}.")
     if not data or len(data) % 2:
         raise BadRecord("wrong role", f"{where}: 'data' holds {len(data)} texts; questions and answers come in pairs.")
     return [("assistant" if number % 2 else "user", [text]) for number, text in enumerate(data)]
@@ -123,7 +123,7 @@ def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     given = fields.get("instruction_new") is not None and fields.get("response") is not None
     instruction = fields["instruction_new"] if given else fields.get("instruction")
     if not isinstance(instruction, str):
-        raise BadRecord("missing key", f"{where}: 'instruction' must be a text, not {shown(instruction)}.")
+        raise BadRecord("missing key", f"{where}: 'instruction' must be a text, not {shorten(instruction)}.")
     for key in ("source_image", "target_image"):
         if fields[key] in NO_IMAGE:
             raise BadRecord("missing key", f"{where}: {key!r} is empty.")
@@ -189,7 +189,7 @@ def _check_order(turns: Sequence[tuple[str, list[Part]]], where: str) -> None:
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise BadRecord("wrong type", f"{name}: {shown(value)} is no list.")
+        raise BadRecord("wrong type", f"{name}: {shorten(value)} is no list.")
     return list(value)
 
 

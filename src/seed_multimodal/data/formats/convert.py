@@ -26,7 +26,7 @@ from seed_multimodal.data.formats.tar import OpenFiles, tar_records
 from seed_multimodal.data.formats.tar_headers import Damaged
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.disk import replace_text, sha256_of, writing
-from seed_multimodal.entry import say
+from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.progress import Progress
 
@@ -193,7 +193,7 @@ def _one(path: Path, target: Path, name: str, skip_bad: bool) -> ShardReport | s
 
 def _run(jobs: dict[str, Path], out: Path, skip_bad: bool, workers: int,
          progress: bool) -> Iterator[tuple[str, ShardReport | str]]:
-    with Progress("convert", len(jobs), "shard", log=say if progress else None) as bar:
+    with Progress("convert", len(jobs), "shard", log=log_line if progress else None) as bar:
         if workers <= 1 or len(jobs) <= 1:
             for name, path in jobs.items():
                 yield name, _one(path, out / name, name, skip_bad)

@@ -123,7 +123,7 @@ def refuse_half_pairs(value: Any, data: bytes | str, where: str) -> None:
             raise BadRecord("malformed json", f"{where}: a text holds half of a surrogate pair.") from None
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value for an error sentence, cut to a readable length."""
     written = repr(value)
     return written if len(written) <= 60 else written[:57] + "…"

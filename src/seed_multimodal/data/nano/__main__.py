@@ -16,7 +16,7 @@ from seed_multimodal.data.nano.check import check_folder, report
 from seed_multimodal.data.nano.load import load_nano
 from seed_multimodal.data.nano.packages import SHARE_ALIKE, SOURCES
 from seed_multimodal.data.nano.sheet import nano_sheet
-from seed_multimodal.entry import DONE, run_program, say
+from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import DataError
 
 
@@ -56,7 +56,7 @@ def _build(args: argparse.Namespace) -> None:
     options = BuildOptions(size=args.size, styles=styles, all_tones=args.all_tones, quality=args.quality)
     packages = ", ".join(f"{SOURCES[s].package}@{SOURCES[s].version}" for s in (*styles, "emojibase") if s in SOURCES)
     print(f"Building {args.size} px pictures from {packages} (packages in {args.cache}).")
-    _summary(build(args.out, args.cache, options, say), options)
+    _summary(build(args.out, args.cache, options, log_line), options)
 
 
 def _summary(done: BuildReport, options: BuildOptions) -> None:

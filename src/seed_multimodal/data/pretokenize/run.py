@@ -40,7 +40,7 @@ from seed_multimodal.data.pretokenize.output import (
 )
 from seed_multimodal.data.pretokenize.units import Unit, list_units
 from seed_multimodal.data.pretokenize.work import Extractor
-from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, guarded, say
+from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, guarded, log_line
 from seed_multimodal.errors import ConfigError, DataError, counted
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_settings, setting
@@ -122,8 +122,8 @@ def run(settings: RunSettings) -> int:
     _refuse_existing(settings, units, ranks)
     refuse_other_settings(save_dir, _of_folder(settings, source))
     share = f", of which share {settings.shard[0]} of {settings.shard[1]}" if settings.shard[1] > 1 else ""
-    say(f"{counted(len(units), 'unit')} of {source.files or source.format} as {kind.name} records to "
-        f"{save_dir}{share}; {len(ranks)} of {ranks[0].world} process{'es' * (ranks[0].world > 1)} started here.")
+    log_line(f"{counted(len(units), 'unit')} of {source.files or source.format} as {kind.name} records to "
+             f"{save_dir}{share}; {len(ranks)} of {ranks[0].world} process{'es' * (ranks[0].world > 1)} started here.")
     if len(ranks) == 1:
         work(settings, source, units, ranks[0])
         code = DONE
@@ -131,13 +131,13 @@ def run(settings: RunSettings) -> int:
         code = _spawn(settings, source, units, ranks)
     manifest = merge(save_dir, units)
     if manifest is not None:
-        say(summary(manifest, save_dir))
+        log_line(summary(manifest, save_dir))
         if not manifest["samples"] and (manifest["read"] or manifest["bad"]):
-            say(f"{save_dir}: not one record was written. Delete this folder before the next run, which would take its "
-                "parts as finished.")
+            log_line(f"{save_dir}: not one record was written. Delete this folder before the next run, which would "
+                     "take its parts as finished.")
             return code or SOME_FAILED
     elif code == DONE:
-        say(f"{save_dir}: this share is finished; others still work or have to be run.")
+        log_line(f"{save_dir}: this share is finished; others still work or have to be run.")
     return code
 
 
@@ -157,19 +157,19 @@ def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], ra
         if manifest is None:
             left.append(unit)
         if reason:
-            say(f"{rank.name}{reason}; it is made again.")
+            log_line(f"{rank.name}{reason}; it is made again.")
     if len(left) < len(own):
-        say(f"{rank.name}{len(own) - len(left):,} of {len(own):,} units were finished and are as their manifests say.")
+        log_line(f"{rank.name}{len(own) - len(left):,} of {len(own):,} units are finished and match their manifests.")
     made = {"device": encoder.device.type, "dtype": encoder.dtype, "fast": encoder.fast,
             "batch_size": settings.batch_size, **versions()}
-    log = say if rank.world == 1 else lambda line: say(rank.name + line)
+    log = log_line if rank.world == 1 else lambda line: log_line(rank.name + line)
     weight_unit = "byte" if any(unit.format == "tar" for unit in left) else "record"
     with Progress("extraction", sum(unit.weight for unit in left), weight_unit, every=settings.log_every,
                   log=log) as progress:
         extractor = Extractor(encoder, decoder, left, save_dir, batch_size=settings.batch_size, limit=settings.limit,
                               workers=settings.workers, max_bad=settings.max_bad, made=made, progress=progress)
         extractor.run()
-    say(f"{rank.name}{extractor.summary()}")
+    log_line(f"{rank.name}{extractor.summary()}")
 
 
 def _of_folder(settings: RunSettings, source: InputSettings) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _spawn(settings: RunSettings, source: InputSettings, units: Sequence[Unit], 
     codes = [(child.name, child.exitcode or 0) for child in failed]
     reasons = ", ".join(f"{name} was killed by signal {-code}" if code < 0 else f"{name} ended with code {code}"
                         for name, code in codes)
-    say(f"{len(failed)} of {len(children)} processes failed ({reasons}); the same command makes what is missing.")
+    log_line(f"{len(failed)} of {len(children)} processes failed ({reasons}); the same command makes what is missing.")
     return REFUSED if all(child.exitcode == REFUSED for child in failed) else SOME_FAILED
 
 

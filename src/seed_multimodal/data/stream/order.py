@@ -119,7 +119,7 @@ class MixedOrder:
                        block=0 if size is None else block)
             for number, (total, size) in enumerate(zip(totals, shards, strict=True))]
 
-    def drawn(self, positions: np.ndarray) -> np.ndarray:
+    def draw_counts(self, positions: np.ndarray) -> np.ndarray:
         """How many of the first p positions each set has: int64 `[n]` → int64 `[sets, n]`.
 
         The first k sets together have a rounded share of what the first k + 1 have, so no count ever falls.
@@ -134,7 +134,7 @@ class MixedOrder:
 
     def parts(self, start: int, count: int) -> list[Part]:
         """Positions `start` .. `start + count`, cut where the set or its epoch changes."""
-        drawn = self.drawn(np.arange(start, start + count + 1, dtype=np.int64))
+        drawn = self.draw_counts(np.arange(start, start + count + 1, dtype=np.int64))
         chosen = np.diff(drawn).argmax(axis=0)
         epochs, indices = np.empty(count, np.int64), np.empty(count, np.int64)
         for number, order in enumerate(self._orders):

@@ -120,7 +120,7 @@ class StreamPlan:
             stream = self._new_stream(number)
         self._at_work[number] = stream
         while stream.rows < before:
-            stream.pass_row()
+            stream.skip_row()
         return stream.next_row()
 
     def _new_stream(self, number: int, state: State | None = None) -> DrawStream:

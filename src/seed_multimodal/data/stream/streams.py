@@ -76,7 +76,7 @@ class DrawStream:
         """
         raise NotImplementedError
 
-    def pass_row(self) -> None:
+    def skip_row(self) -> None:
         """Advance by a row that is another rank's or worker's."""
         self.next_row()
         self.skipped.clear()
@@ -227,7 +227,7 @@ class PaddedStream(DrawStream):
             start = end if limit is None else end % limit
         return pieces
 
-    def pass_row(self) -> None:
+    def skip_row(self) -> None:
         """Advance by a micro-batch that is another rank's or worker's, without reading it."""
         self.draw()
         self.rows += 1

@@ -21,8 +21,6 @@ from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.views import build_views
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
-EVALUATED = ("val", "test_combo", "test_concept")
-
 
 @dataclass
 class Workspace:
@@ -59,12 +57,6 @@ class Workspace:
         """Indices of pictures that gates are measured on: the val split."""
         index = self.nano.split("val")
         return index[: self.config.limit] if self.config.limit else index
-
-    @cached_property
-    def kept(self) -> list[int]:
-        """Indices of all pictures this run looks at, in order."""
-        every = sorted({*self.train, *(i for split in EVALUATED for i in self.nano.split(split))})
-        return every if not self.config.limit else sorted({*self.train, *self.held_out})
 
     @cached_property
     def views(self) -> Tensor:
