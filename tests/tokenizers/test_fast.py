@@ -14,8 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from seed_multimodal.errors import ConfigError, ImageError
-from seed_multimodal.tokenizers.fast import STATIC_SIZES, FastTokenizer, FastTower, Levers, compiler, optimise, plan
-from seed_multimodal.tokenizers.fast_encoder import vision_block
+from seed_multimodal.tokenizers.fast import STATIC_SIZES, FastTokenizer, FastTower, Levers, optimise, plan
+from seed_multimodal.tokenizers.fast_encoder import compiler, vision_block
 from seed_multimodal.tokenizers.flops import encode_flops
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_settings, setting
 from seed_multimodal.tokenizers.encoder import CodeTokenizer, check_batch_size, evaluating
-from seed_multimodal.tokenizers.fast_encoder import FastEncoder, FastVision, Wrap
+from seed_multimodal.tokenizers.fast_encoder import FastEncoder, FastVision, compiler
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 from seed_multimodal.vision.eva import EvaVit
 
@@ -102,7 +102,7 @@ def optimise(tokenizer: CodeTokenizer, *, compile: bool | str = False, cuda_grap
 
 
 class FastTokenizer:
-    """What `optimise` returns: `encode` and features from the packed encoder, everything else the tokenizer's own."""
+    """The result of `optimise`: `encode` and features from the packed encoder, everything else the tokenizer's own."""
 
     def __init__(self, tokenizer: CodeTokenizer, levers: Levers, mode: str | None, cuda_graph: bool) -> None:
         self.tokenizer, self.levers = tokenizer, levers
@@ -153,7 +153,7 @@ class FastTokenizer:
 
     @torch.no_grad()
     def codes_from(self, vit_BNW: Tensor) -> Tensor:
-        """What `vit_features` gave → codes `[B, 32]` int64, as `encode` gives them."""
+        """Output of `vit_features` → codes `[B, 32]` int64, as `encode` gives them."""
         with self._setting():
             return self.encoder.codes_from(vit_BNW)
 
@@ -263,7 +263,7 @@ class _Graphs:
 
 @contextlib.contextmanager
 def compute_context(device: torch.device, attention: str, is_compiled: bool) -> Iterator[None]:
-    """Own precision whatever the caller's autocast, preferred attention, enough room for compiled functions."""
+    """Inside, the caller's autocast is off, an attention kernel preferred, and room for compiled functions set."""
     with contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -298,14 +298,3 @@ def plan(count: int, limit: int | None, sizes: Sequence[int]) -> list[tuple[int,
         chunks.append((take, rows))
         count -= take
     return chunks
-
-
-def compiler(mode: str | None) -> Wrap:
-    """What a mode does to each function of the encoder: nothing for None, else compile it."""
-    if mode is None:
-        return lambda function: function
-    # Inductor's own CUDA graphs would be recorded inside ours.
-    options = dict(torch._inductor.list_mode_options("max-autotune-no-cudagraphs")) if mode != "default" else {}
-    if mode == "max-autotune-tma":
-        options["triton.enable_persistent_tma_matmul"] = True
-    return lambda function: torch.compile(function, options=options or None, dynamic=False, fullgraph=True)

@@ -193,3 +193,13 @@ def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
+
+def compiler(mode: str | None) -> Wrap:
+    """The `wrap` of a compile mode (`fast.MODES`): compiles each function; None leaves it as it is."""
+    if mode is None:
+        return lambda function: function
+    # Inductor's own CUDA graphs would be recorded inside ours.
+    options = dict(torch._inductor.list_mode_options("max-autotune-no-cudagraphs")) if mode != "default" else {}
+    if mode == "max-autotune-tma":
+        options["triton.enable_persistent_tma_matmul"] = True
+    return lambda function: torch.compile(function, options=options or None, dynamic=False, fullgraph=True)
