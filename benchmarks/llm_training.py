@@ -9,7 +9,7 @@ what the original runs: caption micro-batches padded to 200 tokens, transformers
 activation made again. Each further lever differs from the one before it by its row in LEVERS. Lines carry the ratio of
 useful tokens/s (no padding) to the first setting of the same run.
 The fp8 levers come last: the one model of the run loses its bf16 base for good. Their utilisation is of the same peak
-as all others', so it says how much faster they are, not how well FP8 is used.
+as all others', so it shows their speed-up, not how well FP8 is used.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def guidance(text: str) -> float:
 
 
 def runtime_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Runtime:
-    """Where `--device` and `--dtype` say that the script computes; ends as argparse does where that cannot be."""
+    """Device and precision by `--device` and `--dtype`; ends as argparse does where they are impossible."""
     try:
         return choose_device(options.device, options.dtype, log=None)
     except ConfigError as error:

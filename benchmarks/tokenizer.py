@@ -164,7 +164,7 @@ class Bench:
         self.plain: dict[int, float] = {}
 
     def encode_seconds(self, name: str, batch: int, encode: Callable[..., Tensor]) -> float:
-        """Median seconds of one batch; remembered where the setting is the plain path."""
+        """Median seconds of one batch; kept for the plain path."""
         images = self._batch(batch)
         repeats = self.options.repeats * (max(1, 64 // batch) if self.device.type == "cuda" else 1)
         seconds = measure(lambda: encode(images), self.device, repeats, warmup=3 if images.is_cuda else 1)["seconds"]

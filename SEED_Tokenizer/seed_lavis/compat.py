@@ -12,7 +12,7 @@ Obstacles and workarounds:
 * timm's hub, torchvision's and iopath's downloads, pandas (csv files) and decord (video) are imported at the top of
   modules we need but not used by us: stand-ins take their places while LAVIS is imported, so they need not be installed
   (and the slow import of torchvision is avoided);
-* `registry` wants paths and constants that `lavis/__init__` registers;
+* `registry` needs paths and constants that `lavis/__init__` registers;
 * `init_distributed_mode` is NCCL and CUDA only, silences `print`, and waits for a year.
 """
 

@@ -64,7 +64,7 @@ class NanoViews:
         return {name: value[0] for name, value in self.get_batch(np.array([index]), epoch).items()}
 
     def get_batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, Any]:
-        """`image` float32 `[B, 3, S, S]` as CLIP wants it, `caption` `[B]` texts, `target` float32 `[B, E]`."""
+        """`image` float32 `[B, 3, S, S]` normalised for CLIP, `caption` `[B]` texts, `target` float32 `[B, E]`."""
         self._choose(epoch)
         places = torch.as_tensor(indices, dtype=torch.long)
         chosen, view = self.index[places], self._view[places]
@@ -105,7 +105,7 @@ class ViewsInfo:
 
 @registry.register_builder("nano_views")
 class NanoViewsBuilder(PairBuilder):
-    """Builds `NanoViews` for the splits that the run uses: train (as long as the speed run's `limit` says) and val."""
+    """Builds `NanoViews` for the splits that the run uses: train (up to the speed run's `limit`) and val."""
 
     name = "nano_views"
     train_dataset_cls = NanoViews

@@ -12,7 +12,7 @@ def caption_words(source: str, max_length: int) -> BertWords | PieceWords:
     """The tokenizer that `source` (folder or hub id) holds, as in training padded to `max_length`.
 
     Raises:
-        CheckpointError: nothing there; the sentence says what to put where.
+        CheckpointError: nothing there; the sentence names what to put where.
     """
     place, beside = locate(source), locate(f"pretrained/{source}")
     return open_words(beside if not Path(place).exists() and Path(beside).is_dir() else place, max_length)

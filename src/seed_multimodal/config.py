@@ -2,8 +2,8 @@
 
 What: `load_yaml` reads a file through OmegaConf (`${oc.env:PROJECT_ROOT}` is the folder with `.project-root`);
 `instantiate` calls the `_target_` a node names with the node's other keys.
-Peculiar: `_target_` is looked up in an alias table (the original repository's dotted names, so that its YAML files keep
-working) or must name a public function or class of this package. Unknown keys are errors that name the nearest one.
+`_target_` is looked up in an alias table (the original repository's dotted names, so that its YAML files keep working)
+or must name a public function or class of this package. Unknown keys are errors that name the nearest one.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def find_target(name: str, where: str = "configuration") -> Callable[..., Any]:
         found = None if attribute.startswith("_") else getattr(found, attribute, None)
         if found is None or inspect.ismodule(found):
             raise ConfigError(f"{where}: _target_ {name!r} does not exist.")
-    # A module of ours may hold imported names (os, torch, …): those are not ours to hand out.
+    # A module of ours may hold imported names (os, torch, …): those are not offered.
     if not callable(found) or not str(getattr(found, "__module__", "")).startswith(ALLOWED_PREFIXES):
         raise ConfigError(f"{where}: _target_ {name!r} is not a function or class of this package.")
     return found

@@ -1,4 +1,4 @@
-"""What the released YAML files build: the language model, the tokenizer that also sees and draws, the whole system.
+"""Builders of the released YAML files: the language model, the tokenizer with encoder and decoder, the whole system.
 
 The files keep the original's `_target_` names and keys (`config.ALIASES` leads here), so a configuration written for
 the original code works unchanged; keys without meaning here (`low_cpu_mem_usage`, `encoder_url`) are accepted.
@@ -140,7 +140,7 @@ def system_from_configs(
     """A system from the released demo's three YAML files (its server's `--image_transform --tokenizer --model`).
 
     Raises:
-        CheckpointError: weights that are not there (says what to download and where to put it); `ConfigError` for a
+        CheckpointError: weights that are not there (names what to download and where to put it); `ConfigError` for a
             file that is missing or builds something else.
     """
     from seed_multimodal.language.tasks import RELEASED_TASKS
@@ -168,7 +168,7 @@ def _refuse_missing(model: str | Path, tokenizer: str | Path) -> None:
     """
     from huggingface_hub import constants
 
-    fetched = not constants.HF_HUB_OFFLINE  # then what is named as on the hub comes when it is needed
+    fetched = not constants.HF_HUB_OFFLINE  # parts named as on the hub are then downloaded when needed
     named: list[tuple[str, str]] = []
     for file in (tokenizer, model):
         node = load_yaml(file)

@@ -1,4 +1,4 @@
-"""The one progress display of long work: a bar on a terminal, a whole line now and then in a log file.
+"""The one progress display of long work: a bar on a terminal, whole lines at intervals in a log file.
 
     with Progress("extract", total=len(units), unit="unit") as bar:
         for unit in units:
@@ -19,7 +19,7 @@ from seed_multimodal.entry import log_line
 
 
 class Progress:
-    """Counts work and says how far it is, how fast, and how long the rest will take. A context manager.
+    """Counts work and shows progress, speed and remaining time. A context manager.
 
     On a terminal (stderr) it is a tqdm bar that appears after `delay` seconds. Elsewhere it is a line every `every`
     seconds through `log`.
@@ -40,7 +40,7 @@ class Progress:
         self.total, self.done, self._first, self.unit = total, start, start, unit
 
     def update(self, amount: float = 1, **numbers: object) -> None:
-        """So much more is done; `numbers` stand at the end of the bar or line."""
+        """Add finished work; `numbers` are shown at the end of the bar or line."""
         self.done += amount
         self._bar.update(amount)
         if numbers:
@@ -59,7 +59,7 @@ class Progress:
             self._bar.write(text, file=sys.stderr)
 
     def line(self, **numbers: object) -> str:
-        """How far the work is, in one line."""
+        """Progress in one line."""
         done, rate = self.done - self._first, (self.done - self._first) / max(self.seconds, 1e-9)
         text = f"{self.name}: {self.done:,.10g}"
         if self.total:
@@ -76,7 +76,7 @@ class Progress:
         return time.monotonic() - self._start
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
 
     def __enter__(self) -> Progress:

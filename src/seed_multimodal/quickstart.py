@@ -4,7 +4,7 @@
 
 Leaves in the folder: `contact_sheet.png` (everything on one page), the single pictures, and `quickstart.json` (codes,
 texts, seconds, versions). One drawing asks for a thing in a style in which no picture of it was trained on;
-its label says so, after the data set's own split has been asked.
+its label says so, after a check of the data set's own split.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _pictures(run: Run, images: Path) -> None:
 
 
 def _drawings(run: Run) -> list[Cell]:
-    """Pictures from words; the last is a concept × style pair that was never trained on, where the data set says so."""
+    """Pictures from words; the last is a concept × style pair that was never trained on, by the data set's splits."""
     cells, found = [], []
     for number, (words, remark) in enumerate(drawing_requests(), 1):
         image = None

@@ -127,7 +127,7 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type says, or a ConfigError."""
+    """`value` as an instance of the type, or a ConfigError."""
     union = get_origin(hint) in (Union, types.UnionType)
     options = get_args(hint) if union else (hint,)
     if hint is Any or (value is None and type(None) in options):

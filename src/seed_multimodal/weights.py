@@ -114,7 +114,7 @@ def read_torch(file: Path, mapped: bool = False) -> Mapping[str, object]:
             f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is damaged; "
             f"re-save it as safetensors from a source you trust."
         ) from error
-    except MemoryError as error:  # wrong bytes may also say that the next word has 4 GB
+    except MemoryError as error:  # wrong bytes may also give a length of 4 GB
         raise CheckpointError(f"{file}: reading it takes more memory than there is; it is damaged, or too large for "
                               f"this machine.") from error
     except _DAMAGES as error:

@@ -140,7 +140,7 @@ class Outcomes:
 
 
 def sentence(error: SeedError, name: str) -> str:
-    """The error's own sentence, with the picture's name in front unless it already says it."""
+    """The error's own sentence, with the picture's name in front unless it holds it."""
     text = str(error)
     return text if Path(name).name in text else f"{name}: {text}"
 

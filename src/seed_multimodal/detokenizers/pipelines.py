@@ -81,7 +81,7 @@ class PipelineDetokenizer:
             left_out: parts that are not loaded; `options`: further arguments of the pipeline.
 
         Raises:
-            CheckpointError: not there, not complete, or damaged; says what to download.
+            CheckpointError: not there, not complete, or damaged; names the download.
         """
         from safetensors import SafetensorError
 

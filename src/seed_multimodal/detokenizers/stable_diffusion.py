@@ -74,7 +74,7 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
             safety_checker: use the folder's checker if it holds one.
 
         Raises:
-            CheckpointError: no such folder (says what to put where), a single checkpoint file, or a folder that is no
+            CheckpointError: no such folder (names what to put where), a single checkpoint file, or a folder that is no
                 complete Stable Diffusion model.
         """
         place = Path(folder)

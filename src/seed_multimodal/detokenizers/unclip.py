@@ -53,7 +53,7 @@ class UnclipDetokenizer(PipelineDetokenizer):
         """Load a diffusers folder; its CLIP image encoder is left on disk (embeddings are given).
 
         Raises:
-            CheckpointError: no such folder (says what to put where), or one that is not a complete unCLIP model.
+            CheckpointError: no such folder (names what to put where), or one that is not a complete unCLIP model.
         """
         place = Path(folder)
         made = cls.open_folder(place, dtype, left_out=("image_encoder", "feature_extractor"))

@@ -42,7 +42,7 @@ class OpenedTokenizer:
         folder: where it lies (its language tokenizer may lie there too).
         transform: picture → pixels the tokenizer reads.
         clip: frozen CLIP vision tower that gives the target embedding, and `clip_transform` for it; None if there is
-            none; `clip_source` says where it came from.
+            none; `clip_source`: its origin.
         judge: independent scorer of nano pictures, or None.
         fast: the tokenizer's encoder on packed weights, or None to encode with its own modules.
     """

@@ -1,9 +1,9 @@
-"""Opening pictures from outside: every file becomes a plain 8-bit RGB image, or one sentence that says why not.
+"""Opening pictures from outside: every file becomes a plain 8-bit RGB image, or is refused in one sentence.
 
 The choices, all in one place:
 
 * The header is checked before anything is decoded, so a decompression bomb costs nothing. Pillow's own guard
-  (twice `PIL.Image.MAX_IMAGE_PIXELS`) stays in force above whatever limits are given.
+  (twice `PIL.Image.MAX_IMAGE_PIXELS`) still applies, whatever limits are given.
 * Only raster formats are tried: Pillow would run Ghostscript for EPS.
 * Animations and multi-page files give their first frame. EXIF rotation is applied. Transparency is laid over white.
 * 16-bit grey is scaled to 8 bits (value / 257). 32-bit integers above 16 bits and floats outside [0, 1] have no

@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass
 class Row:
-    """A label on the left and cells beside it; cells past the sheet's `columns` go on in the next line."""
+    """A label on the left and cells beside it; cells past the sheet's `columns` continue in the next line."""
 
     label: str
     cells: list[Cell] = field(default_factory=list)

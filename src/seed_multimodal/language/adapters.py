@@ -81,7 +81,7 @@ class TrainedTensors:
         while any(plain.startswith(outer) for outer in _OUTER):
             plain = plain[next(len(outer) for outer in _OUTER if plain.startswith(outer)):]
         plain = plain.removeprefix(PREFIX)
-        # A bias of a layer with LoRA, trained where the adapter's `bias` says so; merged, it is the plain layer's.
+        # A bias of a layer with LoRA, trained by the adapter's `bias` setting; merged, it is the plain layer's.
         plain = plain.replace(".base_layer.bias", ".bias")
         if ".original_module." in plain or ".base_layer." in plain or "rotary_emb.inv_freq" in plain:
             return  # the base's own, kept beside the adapter

@@ -87,7 +87,7 @@ def merge_adapter(
         base: LLaMA folder (safetensors or old .bin shards); None if `trained` is a whole model.
         trained: folder of an adapter, a whole trained model, or a file or folder written by `zero_to_fp32.py`.
         tokenizer: `MultimodalTokenizer`; its words must be the result's, and its files are written beside the weights.
-        lora: r and lora_alpha where no `adapter_config.json` says them.
+        lora: r and lora_alpha where there is no `adapter_config.json`.
         dtype: fp32 (as released), bf16, fp16, or base (each tensor as the base has it).
         max_shard_size: bytes, or `5GB`, `500MiB`, …
         verify: compare logits of base and adapter through peft with the result's.

@@ -102,7 +102,7 @@ def added_words(vocabulary: ImageVocabulary) -> dict[str, int]:
 
 
 def _special_words(entries: dict[str, Any]) -> list[SpecialWord]:
-    """The special words; LLaMA's three are always there and strip nothing unless the file says so."""
+    """The special words; LLaMA's three are always there and strip nothing unless set in the file."""
     found: dict[str, SpecialWord] = {}
     plain: list[str] = []
     for value in entries.values():

@@ -56,7 +56,7 @@ class Backend(Protocol):
         ...
 
     def forced_words(self, request: GenerateRequest) -> str:
-        """The words that come before a forced picture, `""` when the model was not tuned to say any."""
+        """The words that come before a forced picture, `""` when the model was not tuned with any."""
         ...
 
 

@@ -75,11 +75,11 @@ class PretrainedTokenizer:
             vision: file of the vision tower, if it is not in or beside `source`.
             config: a `config_class`, where no config.json gives the sizes and the widths are not the released ones.
             image_size: resize the position table (bicubic) so that images of this size can be encoded.
-            log: receives one line that says what was loaded and what was ignored.
+            log: receives one line about what was loaded and ignored.
 
         Raises:
             CheckpointError: nothing there, damaged or unsafe file, another model's weights, missing tensors: one
-                sentence that names them and says what to put where.
+                sentence that names them and what to put where.
         """
         files = find_files(source, cls.layout, cls.config_class.model_type, vision)
         states = [load_state_dict(file) for file in files.weights]
@@ -169,7 +169,7 @@ class TokenizerFiles:
 
 def find_files(source: str | Path, layout: ReleasedLayout, model_type: str,
                vision: str | Path | None = None) -> TokenizerFiles:
-    """The files a source stands for; `CheckpointError` says what is missing and where to put it."""
+    """The files a source stands for; `CheckpointError` names missing ones and their place."""
     place = Path(source).expanduser()
     if vision is not None and not Path(vision).is_file():
         raise CheckpointError(f"{vision}: there is no such vision-tower file; download it from {VISION_URL}.")

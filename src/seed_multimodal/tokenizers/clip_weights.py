@@ -37,10 +37,10 @@ def load_clip_vision(path_or_id: str | Path, *, device: str | torch.device = "cp
         path_or_id: transformers folder of a whole CLIP or of its vision half, or a hub id.
 
     Returns:
-        The model; its `load_report` says what was loaded and which tensors (the text tower's) were not needed.
+        The model; its `load_report` names what was loaded and which tensors (the text tower's) were not needed.
 
     Raises:
-        CheckpointError: not there (says what to put where), damaged, or weights of another size than its config.json.
+        CheckpointError: not there (names what to put where), damaged, or weights of another size than its config.json.
     """
     return _load(path_or_id, "vision", device, dtype, log)
 

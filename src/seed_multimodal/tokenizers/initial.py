@@ -46,7 +46,7 @@ def load_blip2(model: Stage1Model, path_or_id: str | Path, log: Log = print) -> 
         log: gets the report as one line.
 
     Raises:
-        CheckpointError: not there (says what to download), damaged, another model's, or of another size; the vision
+        CheckpointError: not there (names the download), damaged, another model's, or of another size; the vision
             tower is never taken from this file (`load_eva` does that).
     """
     file = find_file(path_or_id, BLIP2_FILES, BLIP2_WHERE)
@@ -73,7 +73,7 @@ def load_eva(vit: EvaVit, path_or_id: str | Path, log: Log = print) -> LoadRepor
     """Start the vision tower from `eva_vit_g.pth`: all blocks but the file's last, positions resized to the grid.
 
     Raises:
-        CheckpointError: not there (says what to download), damaged, another model's, or of another size.
+        CheckpointError: not there (names the download), damaged, another model's, or of another size.
     """
     file = find_file(path_or_id, VISION_FILES, EVA_WHERE)
     report = fill_tower(vit, read_tower(file), file)
@@ -89,7 +89,7 @@ def check_unclip(path_or_id: str | Path, embedding_dim: int, log: Log = print) -
         The report: parts that are there, optional parts that are not (a text encoder), parts that are never used.
 
     Raises:
-        CheckpointError: not there (says what to put where), incomplete, or made for another width.
+        CheckpointError: not there (names what to put where), incomplete, or made for another width.
     """
     folder = find_folder(path_or_id, ("*.json", "*/*.json", "image_normalizer/*"), UNCLIP_WHERE)
     index = read_json(folder / "model_index.json", UNCLIP_WHERE)

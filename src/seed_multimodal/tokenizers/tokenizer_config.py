@@ -106,7 +106,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shape of a named tensor of a checkpoint, or a sentence that says which one is missing.
+    """Shapes of a checkpoint's tensors by name; a missing one is refused by name.
 
     Args:
         config: the configuration that is being read off the checkpoint.

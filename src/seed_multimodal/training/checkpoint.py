@@ -166,7 +166,7 @@ class CheckpointStore:
             publish(folder, step, {name: describe(folder, name) for name in files_of(folder)})
             self._is_saved(step)
             prune(self.home, self.limit, step)
-        except Exception as error:  # noqa: BLE001 (in a thread nobody else would hear of it)
+        except Exception as error:  # noqa: BLE001 (an exception in a thread would be lost)
             self.problem = unwritable(step, error, self.description())
             clean(self.home)
 
@@ -192,7 +192,7 @@ class CheckpointStore:
             self.group.agree(False)  # it has its name
         except (OSError, SafetensorError) as error:
             raise unwritable(step, error, self.description()) from error
-        except RuntimeError as error:  # torch.save says only that its file writer failed
+        except RuntimeError as error:  # torch.save reports only that its file writer failed
             if "write" not in str(error) and "inline_container" not in str(error):
                 raise
             raise unwritable(step, error, self.description()) from error

@@ -47,7 +47,7 @@ class ProcessGroup:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After a failure the others may never come to close the group with this process; its end closes it.
+        # After a failure the others may never close the group together with this process; its end closes it.
         if self._group is not None and kind is None:
             dist.destroy_process_group(self._group)
 

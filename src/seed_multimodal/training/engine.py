@@ -189,9 +189,9 @@ def start_accelerate(device: torch.device, group: ProcessGroup, precision: str, 
     """An `Accelerator` for `device` that counts the processes of `group`.
 
     Accelerate keeps one state per process and refuses a second precision, but a process may make several runs
-    (nano's stages, tests), so the state of the one before is dropped. Its process state is made before the
-    `Accelerator`, with `cpu` as the device says: an `Accelerator` for DeepSpeed must not be told that it runs on a
-    CPU, and would then, without a GPU, count every process as number 0 of 1 and train as many separate models.
+    (nano's stages, tests), so the state of the one before is dropped. Its process state, with `cpu` by the device, is
+    made before the `Accelerator`: one for DeepSpeed must not get `cpu=True`, and without it and without a GPU would
+    count every process as number 0 of 1 and train as many separate models.
 
     Raises:
         ConfigError: a precision that the device does not have. TrainingError: accelerate counts other processes.

@@ -148,7 +148,7 @@ class Run:
                     try:
                         result = self.optimizer_step.make(self.step, lambda: self._conditions(stop))
                     except RuntimeError as error:
-                        # A signal to the whole process group ends data workers, too; the weights have not moved.
+                        # A signal to the whole process group ends data workers, too; the weights are unchanged.
                         if not stop.requested or self.group.world > 1:
                             raise
                         self.log_line(f"step {self.step} was given up: {first_line(error)}")

@@ -1,4 +1,4 @@
-"""One optimiser step of all processes: micro-steps, agreement, and only then new weights."""
+"""One optimiser step of all processes: micro-steps, agreement, and only then the update of the weights."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ class OptimizerStep:
         self.task, self.engine, self.settings, self.group, self.average = task, engine, settings, group, average
 
     def make(self, step: int, conditions: Callable[[], tuple[bool, bool, bool]]) -> StepResult:
-        """Step number `step`, from 0; every process calls it. Nothing moves unless the numbers of all are finite.
+        """Step number `step`, from 0; every process calls it. Weights are updated only if the numbers of all are
+        finite.
 
         Args:
-            conditions: asked after the micro-steps: whether this process cannot go on (a file that was not written),
-                was asked to stop, and finds that a checkpoint is due by time.
+            conditions: called after the micro-steps: whether this process cannot continue (a file that was not
+                written), was asked to stop, and finds a checkpoint due by time.
         """
         task, engine, group = self.task, self.engine, self.group
         rate = task.learning_rate(step)

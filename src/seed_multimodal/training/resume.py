@@ -1,5 +1,5 @@
-"""How a run resumes from a checkpoint: whether it may, what it does differently from the run that saved it, and how its
-states come back."""
+"""Resuming from a checkpoint: whether a run may, which settings differ from the run that saved it, restoring its
+states."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _brief(value: Any) -> str:
 
 @dataclass
 class SavedState:
-    """What a checkpoint says beside its tensors. `states`: every process's own part."""
+    """A checkpoint's state besides its tensors. `states`: every process's own part."""
 
     trainer: dict[str, Any] = field(default_factory=dict)
     states: list[dict[str, Any]] = field(default_factory=list)
@@ -86,7 +86,7 @@ class SavedState:
 
 
 def read_states(folder: Path) -> SavedState:
-    """What a checkpoint says beside its tensors.
+    """The state of a checkpoint besides its tensors.
 
     Raises:
         CheckpointError: files are missing or damaged.
@@ -128,7 +128,7 @@ def load_task(folder: Path, saved: SavedState, task: Task) -> None:
 
 
 def load_average(folder: Path, average: Ema) -> None:
-    """Fill an average; one that the checkpoint does not have begins at the weights as they are.
+    """Fill a moving average; if the checkpoint has none, it starts from the current weights.
 
     Raises:
         CheckpointError: an average of other parameters.
@@ -144,7 +144,7 @@ def load_average(folder: Path, average: Ema) -> None:
 
 
 def warm_start(place: Path, task: Task) -> int:
-    """Take the (averaged) weights of another run's checkpoint; its optimiser is left behind. Returns its step.
+    """Load the (averaged) weights of another run's checkpoint, without its optimiser. Returns its step.
 
     Args:
         place: a checkpoint, or a folder of checkpoints, whose newest complete one is taken.

@@ -1,6 +1,6 @@
 """The one step log of a run: a console line, a line of JSON, TensorBoard scalars and, if asked, wandb.
 
-On a terminal the line under way is rewritten in place; in a log file only whole lines appear.
+On a terminal the current line is rewritten in place; in a log file only whole lines appear.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RunLog:
         self.wandb: Any = None
         if group.first:
             drop_lines_after(step if kept is None else kept, self.file)
-            # One folder per task: what a resume hides there is its own.
+            # One folder per task: a resume hides only its own events.
             self.board = open_board(home / "tensorboard" / name, step) if settings.tensorboard else None
             self.wandb = _open_wandb(settings, home) if settings.wandb else None
 
@@ -212,7 +212,7 @@ def open_board(folder: Path, step: int) -> Any:
 
 def _open_wandb(settings: LoopSettings, home: Path) -> Any:
     try:
-        wandb = importlib.import_module("wandb")  # not a dependency: used only where someone has it
+        wandb = importlib.import_module("wandb")  # not a dependency: used only where installed
     except ImportError as error:
         raise ConfigError("trainer: report_to has wandb, but the package is not installed: pip install wandb."
                           ) from error

@@ -62,7 +62,7 @@ class Task:
     # ------------------------------------------------------------------------------------------------- the training
 
     def prepare(self) -> None:
-        """Build `module` and `optimizer`; called when it is certain that the run may begin or go on."""
+        """Build `module` and `optimizer`; called when it is certain that the run may begin or resume."""
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
         """A configuration of `zero.fill_config`, if the engine is to be DeepSpeed's; called after `prepare`."""

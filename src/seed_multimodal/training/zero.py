@@ -1,9 +1,9 @@
 """The DeepSpeed engine: ZeRO 1, 2 and 3, with or without offload, from the original's JSON files.
 
-`fill_config` puts values where the JSON says "auto" and refuses what contradicts the run's settings; `ZeroEngine` has
-the interface of `engine.Engine`. The loop's optimiser and schedule are used also where a JSON names its own
-(`stage1_bf16.json`, whose linear schedule silently replaced the cosine); a remark says so. DeepSpeed's files are read
-back with torch's weights-only unpickler.
+`fill_config` replaces "auto" in the JSON and refuses what contradicts the run's settings; `ZeroEngine` has the
+interface of `engine.Engine`. The loop's optimiser and schedule are used also where a JSON names its own
+(`stage1_bf16.json`, whose linear schedule silently replaced the cosine), with a remark. DeepSpeed's files are read back
+with torch's weights-only unpickler.
 """
 
 from __future__ import annotations

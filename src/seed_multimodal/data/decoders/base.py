@@ -4,7 +4,7 @@ A decoder turns a record's fields into a `draft` (spans of text and pictures, le
 into ids and labels exactly as the released data code did. Two styles of labels existed:
 
 * whole: the sample is one string; every token is learned, but for `<unk>`, which the released code takes for padding.
-* spans: each span is encoded on its own; `<s>` and what the user says are not learned, `</s>` is.
+* spans: each span is encoded on its own; `<s>` and the user's turns are not learned, `</s>` is.
 
 `validate: false` gives the released behaviour exactly, defects included (pictures of any length, samples without
 content); by default such a record is refused with a sentence that starts with the field's name.
@@ -46,7 +46,7 @@ class Draft:
     whole: bool = False  # the labels' style, see above
     end: bool = True  # closed by </s>
     image_first: bool = False
-    unlearned: int = 0  # tokens at the start that are not learned whatever the spans say
+    unlearned: int = 0  # tokens at the start that are never learned
 
 
 # What a decoder needs of a field: a text, a text or a list of which one is drawn, one picture's codes (or, of several

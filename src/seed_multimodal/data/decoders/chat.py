@@ -33,7 +33,7 @@ class Chat(Decoder):
     Options:
         template: vicuna, llama2 or plain.
         answers: which are learned: "every" one; the "last" one; or "one" that is drawn, where the dialogue ends.
-        system_message: said before everything where the record says nothing.
+        system_message: put before everything in records without `system`.
     """
 
     name = "chat"

@@ -71,7 +71,7 @@ def convert_shards(
 
     Args:
         skip_bad: leave out refused samples (they are named and counted) instead of their whole shard.
-        force: convert again what the manifest says is done.
+        force: convert again what is done by the manifest.
         workers: processes.
 
     Raises:

@@ -25,7 +25,7 @@ _BLANK = " \t\r\n"
 
 
 class JsonFile:
-    """The lines of a .jsonl (blank ones passed over), or the items of a .json list, by number.
+    """The lines of a .jsonl (blank ones skipped), or the items of a .json list, by number.
 
     Args:
         lines: it is a .jsonl; else the content decides.

@@ -56,7 +56,7 @@ class Kind:
     views: bool = False
 
     def keys(self, given: str | Mapping[str, str], where: str = "fields") -> dict[str, str]:
-        """The keys in force: a preset by name, or a mapping over the kind's own.
+        """The keys used: a preset by name, or a mapping over the kind's own.
 
         Raises:
             ConfigError: an unknown preset or name; the nearest is named.

@@ -143,7 +143,7 @@ class StreamPlan:
         """Continue from what all ranks saved; `start_at` sets the number of the next step.
 
         Raises:
-            ConfigError: another number of streams than the settings ask for, or one that is missing.
+            ConfigError: another number of streams than in the settings, or one that is missing.
         """
         wanted = self.mixture.settings.lanes if self.packing else None
         streams, position = int(states[0]["lanes"]), int(states[0]["position"])

@@ -105,7 +105,7 @@ _OWN = ("resume", "device")  # ours: they do not bring the original's defaults
 
 @dataclass
 class Translated:
-    """What an argument list asks for.
+    """An argument list as settings.
 
     Attributes:
         groups: group -> file or name. values: dotted key -> value.

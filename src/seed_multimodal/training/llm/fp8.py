@@ -4,7 +4,7 @@
 is trained (adapters, norms, embeddings, head) stays as it is, and so does what a checkpoint holds.
 Numbers are e4m3 (3 mantissa bits, so at most 1/16 off), each row of an operand with a scale of its own: weights once,
 activations and gradients at each product. The backward pass multiplies with a second, transposed copy, because its
-scales run the other way and the hardware wants both operands stored along the summed axis: two bytes a number in all.
+scales run the other way and the hardware needs both operands stored along the summed axis: two bytes a number in all.
 Without FP8 tensor cores the same numbers are computed in fp64, which holds every sum of such products exactly: slow,
 the same on any machine and for any order of the sum, for tests.
 """

@@ -126,7 +126,7 @@ def token_losses(
 def find_llama(model: nn.Module) -> Any:
     """The `LlamaForCausalLM` inside peft's, torch.compile's or an engine's wrappers (LoRA layers stay in it)."""
     for module in model.modules():
-        # Looked up in `_modules`, because peft's wrappers hand out attributes of what they wrap.
+        # Looked up in `_modules`, because peft's wrappers forward attribute access to the wrapped module.
         if "lm_head" in module._modules and hasattr(module._modules.get("model"), "layers"):
             return module
     raise TypeError(f"{type(model).__name__} holds no LLaMA.")

@@ -167,7 +167,7 @@ def start_from_codebook(model: Any, codebook: Tensor, first_code: int, sections:
     turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=generator)
     projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
     spread = projected.std()
-    if spread > 0:  # sections of a single code have nothing to say
+    if spread > 0:  # sections of a single code have no neighbours
         scaled = projected * (rows[:first_code].std().float().cpu() / spread)
         rows[first_code:first_code + len(codebook)] = scaled.to(rows)
 

@@ -1,7 +1,7 @@
 """Which language model is trained and what of it: typed settings, from a YAML of ours or one of the original's.
 
-The original's files nest a base model and a peft configuration under `_target_` names. One table says what each name
-means; nothing is imported because a file names it.
+The original's files nest a base model and a peft configuration under `_target_` names. One table maps each name to its
+meaning; nothing is imported by a name in a file.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
     check_settings(settings, where)
     if (settings.path is None) == (settings.sizes is None):
         raise ConfigError(f"{where}: give either path (the folder of a LLaMA) or sizes (to start from random weights).")
-    whole = settings.lora is None and settings.adapter is None  # an adapter's folder says what LoRA it is
+    whole = settings.lora is None and settings.adapter is None  # an adapter's folder holds its LoRA settings
     if settings.quantization is not None and whole:
         raise ConfigError(f"{where}: a {settings.quantization} base cannot be trained itself; give lora.")
     if settings.quantization is not None and settings.path is None:

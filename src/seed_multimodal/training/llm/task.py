@@ -50,7 +50,7 @@ from seed_multimodal.weights import load_state_dict
 
 _LEAST = 1e-8  # of a step with nothing to learn
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What changes no number of the training, or is said elsewhere (`LlmTask.check_resume`).
+# Settings that change no number of the training, or are reported elsewhere (`LlmTask.check_resume`).
 _QUIET = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max_steps", "trainer.logging_steps",
           "trainer.save_steps", "trainer.save_total_limit", "trainer.async_save", "trainer.eval_steps",
           "trainer.eval_batches", "trainer.report_to", "trainer.dataloader_num_workers", "trainer.device",
@@ -219,7 +219,7 @@ class LlmTask(Task):
                 "rows_per_step": world * self.settings.gradient_accumulation_steps}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """Another engine, model or optimiser is refused, and another number of processes with ZeRO."""
+        """Refuse another engine, model or optimiser, and with ZeRO another number of processes."""
         names = {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model", "optimizer": "optimiser"}
         instead = "model.adapter, or model.path"
         refuse_other_kind(folder, saved, now, names, instead)
@@ -273,7 +273,7 @@ class LlmTask(Task):
     # ---------------------------------------------------------------------------------------------------- the start
 
     def _model_settings(self) -> LlmModelSettings:
-        """The model's settings with what the trainer and the engine ask of them."""
+        """The model's settings, adapted to the trainer and the engine."""
         found = read_model_settings(self.run.model)
         if self.settings.gradient_checkpointing is not None:
             found = replace(found, gradient_checkpointing=self.settings.gradient_checkpointing)

@@ -1,4 +1,4 @@
-"""`train_llm(config)` trains the language model as a composed configuration says and returns the run's record."""
+"""`train_llm(config)` trains the language model by a composed configuration and returns the run's record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from seed_multimodal.training.loop import run_task
 
 
 def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train as a resolved configuration says; under torchrun every process calls it.
+    """Train by a resolved configuration; under torchrun every process calls it.
 
     Returns:
         The run's record, also `output_dir/summary.json`: steps, seconds, tokens, last loss, evaluation, data, folder.
