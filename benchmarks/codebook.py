@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int:
         base, data = collect(options.model)
-        print(f"{len(data.queries)} pictures looked at; training {len(VARIANTS)} codebooks.", flush=True)
+        print(f"{len(data.queries)} pictures encoded; training {len(VARIANTS)} codebooks.", flush=True)
         records = []
         for variant in VARIANTS:
             if options.only not in variant.name:

@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("--batches", type=batch_sizes, default="1,8")
     parser.add_argument("--steps", type=positive, default=None, help="diffusion steps (default: the folder's, else 20)")
     parser.add_argument("--guidance", type=guidance, default=None, help="guidance (default: the folder's, else 10)")
-    parser.add_argument("--text", default="a twemoji drawing of cat face", help="what a whole drawing is asked for")
+    parser.add_argument("--text", default="a twemoji drawing of cat face", help="text of a whole drawing")
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")

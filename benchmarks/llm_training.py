@@ -239,7 +239,7 @@ def main() -> None:
     if wrong := [name for name in names if name not in LEVERS]:
         parser.error(f"unknown lever {wrong[0]!r}: use {', '.join(LEVERS)}")
     if [name for name in names if LEVERS[name].fp8] != names[sum(not LEVERS[name].fp8 for name in names):]:
-        parser.error("the fp8 levers must come last: they change the base for good")
+        parser.error("the fp8 levers must come last: they change the base permanently")
     peak = peak_tflops(options.peak_tflops, device, dtype)
     model = model_of(options, device, {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, "bf16"))
     first: float | None = None

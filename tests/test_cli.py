@@ -207,7 +207,7 @@ def test_chat_says_what_it_does_not_know(capsys, tiny, tmp_path, monkeypatch):
     code, lines, errors = run(capsys, "chat", "--model", tiny, "--out", str(tmp_path), "--json")
     assert code == 0 and [json.loads(line)["message"] for line in lines] == ["/usr/bin is a folder."]
     assert "There is no command /imgae. Type a message;" in errors and "no command /images." in errors
-    assert "/image needs a file" in errors and "/reset stands alone on its line." in errors
+    assert "/image needs a file" in errors and "/reset must be alone on its line." in errors
     assert "no command /reset" not in errors and "A new conversation" not in errors
 
 

@@ -36,11 +36,11 @@ class SeedModel(BaseModel):
     options_type: type[ModelOptions] = ModelOptions
     options: ModelOptions
     latest: Mapping[str, Tensor] = MappingProxyType({})
-    """Numbers of the last `forward`, detached: what the log shows; none before the first."""
+    """Numbers of the last `forward` for the log, detached; none before the first."""
     companions: tuple[str, ...] = ()
     """Names of frozen modules that are used beside the model and are no part of it or its checkpoints."""
     fast_tower: FastTower | None = None
-    """What computes the frozen tower instead of it, with `fast_tower` of stage 2's options."""
+    """Replacement of the frozen tower with `fast_tower` of stage 2's options."""
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> SeedModel:

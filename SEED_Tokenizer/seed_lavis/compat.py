@@ -55,7 +55,7 @@ class _StandIn(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.__name__ == "decord.bridge.set_bridge":
             return None  # called when LAVIS's data_utils is imported
-        raise LavisMissing(f"{self.__name__} is needed for what LAVIS was asked to do here; this project uses LAVIS "
+        raise LavisMissing(f"{self.__name__} is needed for this part of LAVIS; this project uses LAVIS "
                            f"without it (no downloads, no video).")
 
 

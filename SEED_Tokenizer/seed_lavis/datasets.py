@@ -72,7 +72,7 @@ def split_of(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[
         return next(iter(found.values()))
     for owner, name in found:
         if not isinstance(found[owner, name], BadSamples):
-            raise ConfigError(f"datasets.{owner} gives samples of another make than pairs: it cannot be joined with "
+            raise ConfigError(f"datasets.{owner} gives samples of another form than pairs: it cannot be joined with "
                               f"{' and '.join(sorted({other for other, _ in found} - {owner})) or 'other splits'}.")
     return JoinedPairs(list(found.values()))
 

@@ -94,7 +94,7 @@ def _check_names(file: Path, user: DictConfig) -> None:
     _known(f"{file}: run.runner", run.get("runner", "runner_seed"), registry.get_runner_class, registry.list_runners)
     if not issubclass(registry.get_runner_class(run.get("runner", "runner_seed")), RunnerSeed):
         raise ConfigError(f"{file}: run.runner must be runner_seed: LAVIS's own {run.runner} needs CUDA and data sets "
-                          "of another make.")
+                          "of another form.")
     _known(f"{file}: run.lr_sched", run.get("lr_sched", "linear_warmup_cosine_lr"), registry.get_lr_scheduler_class,
            registry.list_lr_schedulers)
 

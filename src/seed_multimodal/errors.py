@@ -43,7 +43,7 @@ def first_line(error: BaseException, longest: int = 300) -> str:
     """Message of another library's error, for use inside a sentence: its first line without the full stop.
 
     Returns:
-        At most `longest` letters; the error's type if it says nothing.
+        At most `longest` letters; the error's type if it has no message.
     """
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".")[:longest] if lines else type(error).__name__

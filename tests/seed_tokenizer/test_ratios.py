@@ -76,5 +76,5 @@ def test_sets_of_another_make_are_not_joined():
 
     views = NanoViews(torch.zeros(2, 1, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 1, 5), [["a"], ["b"]], [0, 1])
     pairs = PairDataset(range(3), lambda picture: picture)
-    with pytest.raises(ConfigError, match="datasets.nano_views gives samples of another make.*joined with nano"):
+    with pytest.raises(ConfigError, match="datasets.nano_views gives samples of another form.*joined with nano"):
         split_of({"nano": {"train": pairs}, "nano_views": {"train": views}}, ["train"])

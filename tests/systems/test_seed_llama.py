@@ -167,7 +167,7 @@ def test_options_are_checked(tiny) -> None:
     ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], RequestError, "last message"),
     ([{"role": "system", "content": "hi"}], RequestError, "'system'"),
     ([{"content": "hi"}], RequestError, "Message 0"),
-    ([{"role": "user", "content": "  "}], RequestError, "says nothing"),
+    ([{"role": "user", "content": "  "}], RequestError, "is empty"),
     ([{"role": "user", "content": [3.5]}], RequestError, "float"),
     ([{"role": "user", "content": 7}], RequestError, "int"),
     ([{"role": "user", "content": [[1, 2, 3]]}], CodesError, "32"),

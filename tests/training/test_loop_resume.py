@@ -107,7 +107,7 @@ def test_sigterm_that_ends_data_workers_too_still_saves(
     assert ended.value.code == 143 and seen == [0, 1, 2, 3, 4]
     saved = toy.saved(tmp_path, "stopped")
     assert saved["global_step"] == 5 and torch.equal(saved["model"]["weight"], model.weight)
-    assert "step 5 was given up: DataLoader worker" in capsys.readouterr().out
+    assert "step 5 was abandoned: DataLoader worker" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         run("lost", False)
 

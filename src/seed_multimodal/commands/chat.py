@@ -141,7 +141,7 @@ def _read_lines(talk: Talk) -> int:
             elif talk.show(rest):
                 log_line(f"{rest} goes with your next message.")
         elif word in ALONE:
-            log_line(f"{word} stands alone on its line.")
+            log_line(f"{word} must be alone on its line.")
         elif re.fullmatch(r"/[a-z]+", word) and word != "/picture":
             log_line(f"There is no command {word}. {HELP}")
         elif line:

@@ -69,7 +69,7 @@ def convert(args: argparse.Namespace) -> int:
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """`check` and `convert` with their flags."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    checker = commands.add_parser("check", help="look at every record before a training does")
+    checker = commands.add_parser("check", help="check every record before training")
     checker.add_argument("files", nargs="+", metavar="FILES", help="tar, jsonl, json, parquet; patterns, folders")
     checker.add_argument("--tokenizer", metavar="DIR", help="also check codes against it, and count tokens")
     checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each one's keys)")

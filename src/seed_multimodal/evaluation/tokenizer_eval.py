@@ -105,7 +105,7 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
                             fast=bool(settings.fast), log=log)
     texts = _text_sides(opened, settings, runtime.device)
     rows = choose_rows(len(source), settings.limit, settings.seed)
-    log(f"Looking at {len(rows)} of {len(source)} pictures.")
+    log(f"Measuring {len(rows)} of {len(source)} pictures.")
     seen = run_pass(source, rows, opened, stage1=texts.stage1, batch=settings.batch, log=log)
     rebuilt = _rebuild(opened, seen, settings, log)
     report: Section = {

@@ -71,7 +71,7 @@ def _content(message: Any, number: int) -> tuple[str, list[Any]]:
         raise RequestError(f"The content of message {number} is {type(content).__name__}; it must be text, or a "
                            f"list of texts and pictures.") from error
     if role == "user" and not any(item.strip() if isinstance(item, str) else True for item in items):
-        raise RequestError(f"Message {number} says nothing.")
+        raise RequestError(f"Message {number} is empty.")
     return role, items
 
 

@@ -151,7 +151,7 @@ class Run:
                         # A signal to the whole process group ends data workers, too; the weights are unchanged.
                         if not stop.requested or self.group.world > 1:
                             raise
-                        self.log_line(f"step {self.step} was given up: {first_line(error)}")
+                        self.log_line(f"step {self.step} was abandoned: {first_line(error)}")
                         stopped = True
                         break
                 if result.problem:

@@ -86,15 +86,15 @@ class StageTask(Task):
             return self.loss(model, micro_step)
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
-        """What was given for it."""
+        """Calls the function given."""
         return self._after_step(step) if self._after_step is not None else None
 
     def status(self) -> Mapping[str, float]:
-        """What was given for it."""
+        """Calls the function given."""
         return self._status()
 
     def finish(self) -> Mapping[str, Any]:
-        """What was given for it."""
+        """Calls the function given."""
         return self._finish()
 
     def gather_report(self, group: ProcessGroup) -> Mapping[str, Any]:
@@ -115,7 +115,7 @@ class StageTask(Task):
         return []
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What was given as `state`."""
+        """The `state` given."""
         return self.state.state_dict() if self.state is not None else {}
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:

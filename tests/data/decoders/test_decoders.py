@@ -153,9 +153,9 @@ def test_wrong_options_are_sentences(words, name, options, sentence) -> None:
 def test_dropped_samples_leave_a_reason(words, records) -> None:
     caption = get_decoder("pretrain.caption", words, {"mask_left_label": True, "reverse_ratio": 1.0})
     assert caption({**records["pretrain.caption"], "text": " .; "}, SeededDraws(0)) is None
-    assert caption.reason == "the text says nothing"
+    assert caption.reason == "the text is blank"
     assert caption(records["pretrain.caption"], SeededDraws(0), 5) is None
-    assert caption.reason == "what stands left does not end within 5 tokens"
+    assert caption.reason == "the left part does not end within 5 tokens"
     document = get_decoder("pretrain.interleaved", words, {})
     assert document({**records["pretrain.interleaved"], "texts": ["both", "then", None]}, SeededDraws(0)) is None
     assert document.reason == "place 0 of the document is not either a picture or a text"
@@ -178,8 +178,8 @@ def test_conversation_without_markers(words, records, name, key, sentence) -> No
 
 
 @pytest.mark.parametrize("name, extra, sentence", [
-    ("sft.story", {"caption3": "more"}, "image_ids: holds 3 pictures, but 4 captions tell of 4."),
-    ("sft.multi_edit", {"instruction1": "rain"}, "image_ids: holds 2 pictures, but 2 instructions tell of 3."),
+    ("sft.story", {"caption3": "more"}, "image_ids: holds 3 pictures, but 4 captions mention 4."),
+    ("sft.multi_edit", {"instruction1": "rain"}, "image_ids: holds 2 pictures, but 2 instructions mention 3."),
     ("pretrain.interleaved", {"texts": [None, "a"]},
      "image_ids: 3 places, but texts has 2; each place is one of both."),
     ("sft.video_conversation", {"answer": "Answer: c"}, "answer: holds 1 answers to 2 questions."),

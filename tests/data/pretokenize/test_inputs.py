@@ -136,12 +136,12 @@ def test_a_missing_folder_of_pictures_is_refused(tmp_path, jpeg, monkeypatch):
 def test_other_keys_are_named_with_the_flag_that_maps_them(tmp_path, kind, record, words):
     (tmp_path / "a.json").write_text(json.dumps([record]))
     (entry, _), = parse(kind, InputSettings(files=str(tmp_path / "a.json")))
-    assert f"a.json: item 0: {words} (it has {', '.join(sorted(record))}; --fields says" in entry.bad
+    assert f"a.json: item 0: {words} (it has {', '.join(sorted(record))}; name them by --fields)" in entry.bad
 
 
 @pytest.mark.parametrize(("record", "words"), [
     ({"pictures": ["a.jpg"] * 2, "captions": ["a"]}, "0 pictures under 'images' and 1 caption under 'captions' where 2 "
-     "of each belong (it has captions, pictures; --fields says which holds what)."),
+     "of each belong (it has captions, pictures; name them by --fields)."),
     ({"images": ["a.jpg"], "captions": ["a", "b"]}, "1 picture under 'images' and 2 captions under 'captions' where 2 "
      "of each belong.")])
 def test_stories_of_the_wrong_length_name_their_keys(tmp_path, record, words):

@@ -184,7 +184,7 @@ class _Checker:
                 yield Finding("missing picture", f"{path[:80]}: is an address, not a file; download it first.")
             elif find_image(path, self.settings.images, file) is None:
                 where = f"below {self.settings.images}" if self.settings.images else \
-                    "beside its list or in the current folder (--images says where pictures lie)"
+                    "beside its list or in the current folder (--images: their folder)"
                 shown = path if len(path) <= 200 else f"{path[:80]}…"  # some lists hold the picture itself, as base64
                 yield Finding("missing picture", f"the picture {shown} is not there, {where}.")
 

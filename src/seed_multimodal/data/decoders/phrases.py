@@ -11,7 +11,7 @@ NO_DIALOGUE = "Image Descriptions"  # a question holding this has no dialogue in
 VIDEO_ARTEFACT = "\nQA_GT_caption_based_noisy"  # left in some answers of ActivityNet-QA
 FIRST_IMAGE, SECOND_IMAGE = "This is the first image.", "This is the second image."
 NEXT_IMAGE_REQUEST, NEXT_IMAGE_RESPONSE = "Please generate an image.", "Here is an image."
-BLANK_CAPTION = " ;,[]{}'\".?:"  # a caption of these characters alone says nothing
+BLANK_CAPTION = " ;,[]{}'\".?:"  # a caption of these characters alone is blank
 
 # Requests for a picture of something, and the responses; from DRAW_QUESTION on they end in a question mark.
 # Of the released twenty pairs the specification and the fixtures show 0, 2, 4, 6, 8, 9, 12, 15 and 16, and two more

@@ -33,7 +33,7 @@ from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 
-EMPTY = "the text says nothing"
+EMPTY = "the text is blank"
 
 
 class Caption(Decoder):
@@ -45,7 +45,7 @@ class Caption(Decoder):
     Options:
         reverse_ratio: share of samples with the picture first.
         caption_prompt: a template with `{}` for the caption, or a list of which one is drawn.
-        mask_left_label: what stands left is not learned; a sample whose middle was cut off is dropped.
+        mask_left_label: the left part is not learned; a sample whose middle was cut off is dropped.
         use_caption_in_metadata, caption_key_in_metadata: where the caption stands.
         first_text: where `text` is a list of captions, the share of draws that take the first, else any (ours).
     """
@@ -114,7 +114,7 @@ class Caption(Decoder):
                 sequence.labels[:end] = [IGNORED] * end
             else:
                 sequence.extra["filter_flag"] = False
-                sequence.dropped = f"what stands left does not end within {max_length} tokens"
+                sequence.dropped = f"the left part does not end within {max_length} tokens"
         return sequence
 
 

@@ -59,7 +59,7 @@ class Tuned(Decoder):
         """Refuse another number of pictures than the texts mention."""
         if len(pictures) < wanted or (self.validate and len(pictures) != wanted):
             raise BadRecord("images and placeholders",
-                            f"image_ids: holds {len(pictures)} pictures, but {what} tell of {wanted}.")
+                            f"image_ids: holds {len(pictures)} pictures, but {what} mention {wanted}.")
 
 
 class QuestionAnswer(Tuned):

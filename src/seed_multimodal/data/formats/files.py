@@ -148,7 +148,7 @@ def _in_folder(folder: Path, format: str) -> dict[Path, str]:
         wanted = ", ".join(SUFFIXES if format == "auto" else (format,))
         raise DataError(f"{folder}: this folder holds no {wanted} files, at any depth.")
     if len(kinds) > 1:
-        raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; say which by format, or name "
+        raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; give the format, or name "
                         "files.")
     return {path: kind for kind, paths in kinds.items() for path in paths}
 
@@ -170,7 +170,7 @@ def _format_of(path: Path, format: str) -> str:
     kind = _suffix_format(path)
     if not kind:
         known = ", ".join(ending for endings in SUFFIXES.values() for ending in endings)
-        raise DataError(f"{path}: its suffix tells no format (known: {known}); say it by format.")
+        raise DataError(f"{path}: its suffix tells no format (known: {known}); give the format.")
     return kind
 
 

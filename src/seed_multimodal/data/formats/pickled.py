@@ -62,7 +62,7 @@ def _check_sizes(data: bytes) -> None:
         if "PUT" in opcode.name and int(argument or 0) > count + 256:
             raise ValueError(f"it numbers an object {argument}")
         if opcode.name in ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"):
-            raise ValueError(f"it uses {opcode.name}, which stands for something outside it")
+            raise ValueError(f"it uses {opcode.name}, which refers to something outside it")
 
 
 class _Plain(Unpickler):

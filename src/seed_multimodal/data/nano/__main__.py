@@ -66,7 +66,7 @@ def _summary(done: BuildReport, options: BuildOptions) -> None:
     for name, splits in done.counts.items():
         print(f"  {name:18} " + "  ".join(f"{split} {number}" for split, number in splits.items()))
     if SHARE_ALIKE & set(options.styles):
-        print("  The sharealike shards are CC BY-SA 4.0: so is what you make of them, weights included.")
+        print("  The sharealike shards are CC BY-SA 4.0: so is everything made of them, weights included.")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -58,7 +58,7 @@ class Encoder:
         codec = getattr(opened, "pictures", opened)
         model = getattr(codec, "model", None)
         if model is None or not hasattr(model, "encode"):
-            raise ConfigError("tokenizer: what its configuration builds cannot encode pictures.")
+            raise ConfigError("tokenizer: its configuration builds no picture encoder.")
         self.fingerprint = fingerprint(model)
         self.image_size: int = model.config.vit.image_size
         self.transform: ImageTransform = codec.transform

@@ -159,7 +159,7 @@ def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], ra
         if reason:
             log_line(f"{rank.name}{reason}; it is made again.")
     if len(left) < len(own):
-        log_line(f"{rank.name}{len(own) - len(left):,} of {len(own):,} units are finished and match their manifests.")
+        log_line(f"{rank.name}{len(own) - len(left):,} of {len(own):,} units were finished and match their manifests.")
     made = {"device": encoder.device.type, "dtype": encoder.dtype, "fast": encoder.fast,
             "batch_size": settings.batch_size, **versions()}
     log = log_line if rank.world == 1 else lambda line: log_line(rank.name + line)
@@ -222,7 +222,7 @@ def _spawn(settings: RunSettings, source: InputSettings, units: Sequence[Unit], 
     codes = [(child.name, child.exitcode or 0) for child in failed]
     reasons = ", ".join(f"{name} was killed by signal {-code}" if code < 0 else f"{name} ended with code {code}"
                         for name, code in codes)
-    log_line(f"{len(failed)} of {len(children)} processes failed ({reasons}); the same command makes what is missing.")
+    log_line(f"{len(failed)} of {len(children)} processes failed ({reasons}); the same command makes the rest.")
     return REFUSED if all(child.exitcode == REFUSED for child in failed) else SOME_FAILED
 
 

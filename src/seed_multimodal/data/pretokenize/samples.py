@@ -76,7 +76,7 @@ class Sample:
     def keys(self) -> str:
         """The keys that the sample has, and how to name the right ones, for an error."""
         have = ", ".join(sorted(map(str, self.fields))[:8]) or "no keys"
-        return f"it has {have}; --fields says which holds what"
+        return f"it has {have}; name them by --fields"
 
     def picture(self, value: Any, **options: Any) -> Picture:
         """The picture that a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the record's

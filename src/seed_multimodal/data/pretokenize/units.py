@@ -158,4 +158,4 @@ def _format_of(path: Path, format: str) -> str:
         return "tar"
     if suffix in COMPRESSED:
         raise DataError(f"{path}: compressed files cannot be read at random positions; unpack it first.")
-    raise DataError(f"{path}: neither a .tar nor a json file; say what it is by format.")
+    raise DataError(f"{path}: neither a .tar nor a json file; give its format.")

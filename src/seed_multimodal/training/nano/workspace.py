@@ -64,7 +64,7 @@ class Workspace:
         images = self.nano.images()
         size = self.config.image_size
         if images.shape[1] != size:
-            raise DataError(f"The pictures are {images.shape[1]} px, the settings want {size} px: "
+            raise DataError(f"The pictures are {images.shape[1]} px, the settings need {size} px: "
                             "rebuild the set or change image_size.")
         return build_views(images, self.config.views, self.config.seed, self.work / "views.u8")
 
