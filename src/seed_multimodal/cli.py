@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from seed_multimodal import __version__
-from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, plot, talk
+from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, plot
 from seed_multimodal.commands.common import (
     add_common,
     add_drawing,
@@ -67,20 +67,20 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--batch-size", type=whole_number(1), default=8, metavar="N")
     add_drawing(reconstruct)
 
-    describe = _command(commands, "describe", talk.describe, "a caption for each picture", language=True)
+    describe = _command(commands, "describe", pictures.describe, "a caption for each picture", language=True)
     describe.add_argument("pictures", nargs="+", metavar="PICTURE")
     describe.add_argument("--prompt", help="ask for the description in other words")
 
-    ask = _command(commands, "ask", talk.ask, "one question about each picture", language=True)
+    ask = _command(commands, "ask", pictures.ask, "one question about each picture", language=True)
     ask.add_argument("pictures", nargs="+", metavar="PICTURE")
     ask.add_argument("question", metavar="QUESTION")
 
-    draw = _command(commands, "draw", talk.draw, "pictures from words", language=True)
+    draw = _command(commands, "draw", pictures.draw, "pictures from words", language=True)
     draw.add_argument("texts", nargs="+", metavar="TEXT")
     add_out(draw)
     add_drawing(draw)
 
-    edit = _command(commands, "edit", talk.edit, "edit each picture", language=True)
+    edit = _command(commands, "edit", pictures.edit, "edit each picture", language=True)
     edit.add_argument("pictures", nargs="+", metavar="PICTURE")
     edit.add_argument("instruction", metavar="INSTRUCTION")
     add_out(edit)

@@ -9,8 +9,14 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.errors import ImageError
-from seed_multimodal.images.encode import image_from_base64, image_to_base64
-from seed_multimodal.images.geometry import chat_image, crop_to_aspect, fit_longer_side, request_image
+from seed_multimodal.images.encode import (
+    chat_image,
+    crop_to_aspect,
+    fit_longer_side,
+    image_from_base64,
+    image_to_base64,
+    request_image,
+)
 from seed_multimodal.images.open import ImageLimits
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))

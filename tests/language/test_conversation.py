@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from seed_multimodal.errors import ConfigError, RequestError
-from seed_multimodal.language.conversation import markdown, new_conversation
-from seed_multimodal.language.dialogue import Dialogue
+from seed_multimodal.language.conversation import Dialogue, markdown, new_conversation
 
 ANSWER = {"text": "Here: <image>", "images": ["cGl4ZWxz"], "images_ids": [[1, 2]], "error_msg": []}
 

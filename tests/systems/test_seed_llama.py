@@ -22,7 +22,7 @@ from seed_multimodal.errors import (
     RequestError,
 )
 from seed_multimodal.language.answer import TextPart
-from seed_multimodal.systems.answer import DrawnPart
+from seed_multimodal.systems.chat import DrawnPart
 
 
 @pytest.fixture()

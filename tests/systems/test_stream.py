@@ -8,7 +8,7 @@ import pytest
 
 from seed_multimodal.language.answer import BrokenImagePart, ImagePart, TextPart, split_answer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.systems.stream import AnswerReader, tokens_from_thread
+from seed_multimodal.systems.speaker import AnswerReader, tokens_from_thread
 
 MARKER = "\nUSER:"
 

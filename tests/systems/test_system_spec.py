@@ -100,6 +100,7 @@ def test_a_folder_without_system_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "words"), [
+    ('{"transform": {"keepratio": true}}', "transform: unknown key 'keepratio'"),
     ("{", "not valid json"), ("[]", "json object"), ('{"tokeniser": "x"}', "unknown key 'tokeniser'"),
     ('{"tasks": {"paint": "x"}}', "'paint'"), ('{"tasks": {"draw": "no place"}}', "caption")])
 def test_damaged_system_json(tmp_path: Path, text: str, words: str) -> None:

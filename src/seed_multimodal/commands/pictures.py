@@ -1,4 +1,7 @@
-"""`seed tokenize | reconstruct`: pictures ⇄ codes. No language model is loaded."""
+"""`seed tokenize | reconstruct | describe | ask | draw | edit`: one result a picture or text; a bad one is skipped.
+
+The first two load no language model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from seed_multimodal.commands.common import (
     Outcomes,
     OutputNames,
     drawing_settings,
+    each_picture,
     emit,
+    generation_settings,
+    load_system,
     opened,
     save_picture,
     write_text,
@@ -24,6 +30,8 @@ from seed_multimodal.errors import CodesError, ConfigError, DataError
 from seed_multimodal.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from seed_multimodal.systems.pictures import PictureCodec
 
 T = TypeVar("T")
@@ -122,3 +130,52 @@ def _checked(
             row = codec.check_codes(codes)[0].tolist()
         if row is not None:
             yield name, row
+
+
+def describe(args: argparse.Namespace) -> int:
+    """Print a caption for each picture."""
+    system = load_system(args)
+
+    def one(name: str, image: Image.Image) -> None:
+        text = system.describe(image, args.prompt, seed=args.seed, **generation_settings(args))
+        emit(args, {"picture": name, "description": text}, f"{name}: {text}")
+
+    return each_picture(args, one)
+
+
+def ask(args: argparse.Namespace) -> int:
+    """Print the answer to one question about each picture."""
+    system = load_system(args)
+
+    def one(name: str, image: Image.Image) -> None:
+        text = system.ask(image, args.question, seed=args.seed, **generation_settings(args))
+        emit(args, {"picture": name, "question": args.question, "answer": text}, f"{name}: {text}")
+
+    return each_picture(args, one)
+
+
+def draw(args: argparse.Namespace) -> int:
+    """Draw each text and save the pictures."""
+    names = OutputNames(args.out, "outputs", len(args.texts))
+    system = load_system(args)
+    outcomes = Outcomes(len(args.texts))
+    for text in args.texts:
+        with outcomes.one(text, args.debug):
+            image = system.draw(text, seed=args.seed, **generation_settings(args), **drawing_settings(args))
+            path = save_picture(image, names.next(text))
+            emit(args, {"text": text, "picture": str(path)}, f"{text}: {path}")
+    return outcomes.finish()
+
+
+def edit(args: argparse.Namespace) -> int:
+    """Change each picture as instructed and save the results."""
+    names = OutputNames(args.out, "outputs", len(args.pictures))
+    system = load_system(args)
+
+    def one(name: str, image: Image.Image) -> None:
+        changed = system.edit(image, args.instruction, seed=args.seed, **generation_settings(args),
+                              **drawing_settings(args))
+        path = save_picture(changed, names.next(Path(name).stem, "_edited"))
+        emit(args, {"picture": name, "instruction": args.instruction, "edited": str(path)}, f"{name}: {path}")
+
+    return each_picture(args, one)

@@ -19,11 +19,10 @@ from seed_multimodal.evaluation.tasks import Codes
 from seed_multimodal.language.answer import ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.prompts import Turn
-from seed_multimodal.systems.answer import Answer
-from seed_multimodal.systems.chat import turn_marker
+from seed_multimodal.systems.chat import Answer, turn_marker
 from seed_multimodal.systems.pictures import PictureCodec
 from seed_multimodal.systems.seed_llama import SeedLlama
-from seed_multimodal.systems.stream import AnswerReader
+from seed_multimodal.systems.speaker import AnswerReader
 
 LONGEST_TEXT = 64
 

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.errors import ConfigError, SeedError
-from seed_multimodal.images.encode import image_from_base64, image_to_base64, image_to_bytes
-from seed_multimodal.images.geometry import chat_image, request_image
+from seed_multimodal.images.encode import chat_image, image_from_base64, image_to_base64, image_to_bytes, request_image
 from seed_multimodal.images.open import open_image
-from seed_multimodal.language.dialogue import Dialogue
+from seed_multimodal.language.conversation import Dialogue
 from seed_multimodal.language.tasks import DEMO_QUESTIONS, DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.serving.client import post_generate

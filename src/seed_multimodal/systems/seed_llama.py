@@ -29,11 +29,9 @@ from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest
-from seed_multimodal.systems.answer import Answer, DrawnPart
-from seed_multimodal.systems.chat import as_parts, to_turns, turn_marker
+from seed_multimodal.systems.chat import Answer, DrawnPart, as_parts, to_turns, turn_marker
 from seed_multimodal.systems.pictures import Picture, PictureCodec, load_codec
-from seed_multimodal.systems.speaker import Speaker
-from seed_multimodal.systems.stream import Event
+from seed_multimodal.systems.speaker import Event, Speaker
 from seed_multimodal.systems.system_spec import SystemSpec, find_system
 
 Log = Callable[[str], None] | None
@@ -150,7 +148,7 @@ class SeedLlama:
         """Answer the last message of a conversation (see `systems.chat` for the form of messages).
 
         Args:
-            stream: give events (see `systems.stream`) while the answer is made, instead of the `Answer`.
+            stream: give events (see `systems.speaker`) while the answer is made, instead of the `Answer`.
             force_image: make the model answer with a picture.
         """
         decode = _take(options, DECODE_KEYS)

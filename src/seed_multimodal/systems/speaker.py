@@ -1,25 +1,191 @@
-"""The language half of a system: prompt ids in, the ids (or events) of one answer out.
+"""The language half of a system: prompt ids in, one answer out, whole or as events while it is made.
 
 An answer ends at `</s>`, at the token budget, or where the model begins a user's turn (`marker`). A forced answer opens
 with fixed words and `<img>`; they count as part of it.
+
+Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL, "codes": […]}`,
+`{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer": Answer}`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.answer import BrokenImagePart, ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.systems.stream import (
-    AnswerReader,
-    Event,
-    ReadingStreamer,
-    StopGeneration,
-    tokens_from_thread,
-)
+
+Event = dict[str, Any]
+_END = object()
+
+
+class StopGeneration(Exception):  # noqa: N818 (a signal, like StopIteration)
+    """Raised inside `model.generate` by a streamer to end it; never leaves this package."""
+
+
+class AnswerReader:
+    """Reads an answer token by token; `ids` are the tokens that belong to it so far.
+
+    Text is held back while its end may be incomplete: half a character, or the first letters of `marker` (the user's
+    role), at which the answer ends.
+    """
+
+    def __init__(self, tokenizer: MultimodalTokenizer, marker: str = "") -> None:
+        self.tokenizer = tokenizer
+        self.marker = marker
+        self.ids: list[int] = []
+        self.finished = False
+        self._run: list[int] = []  # tokens since the last change between text and picture
+        self._told = 0  # characters of the run's text already given out
+
+    def read(self, token: int) -> list[Event]:
+        """Add one token and return the events it completes (a picture's event holds codes, not yet the picture)."""
+        if self.finished:
+            return []
+        if token == self.tokenizer.eos_id:
+            self.ids.append(token)
+            return self.close()
+        boi, eoi = self.tokenizer.vocabulary.boi_id, self.tokenizer.vocabulary.eoi_id
+        events = [] if self._continues(token) else self._flush()
+        if token == boi:
+            events.append({"type": "image_start"})
+        self.ids.append(token)
+        self._run.append(token)
+        if not self.tokenizer.vocabulary.is_image_word(self._run[0]):
+            return events + self._new_text(final=False)
+        return events + (self._flush() if token == eoi else [])
+
+    def read_all(self, tokens: Iterable[int]) -> list[int]:
+        """Add a whole answer; returns the tokens that belong to it."""
+        for token in tokens:
+            self.read(token)
+        self.close()
+        return self.ids
+
+    def close(self) -> list[Event]:
+        """The events still held back."""
+        events = self._flush()
+        self.finished = True
+        return events
+
+    def _continues(self, token: int) -> bool:
+        """Whether `token` belongs to the present run: a text, a picture from its `<img>` on, or stray codes."""
+        words = self.tokenizer.vocabulary
+        if not self._run or self._run[0] == words.boi_id:
+            return token != words.boi_id
+        if words.is_code_id(self._run[0]):
+            return words.is_code_id(token)
+        return not self.tokenizer.vocabulary.is_image_word(token)
+
+    def _flush(self) -> list[Event]:
+        """End the present run and return its content."""
+        if not self._run:
+            return []
+        if self.tokenizer.vocabulary.is_image_word(self._run[0]):
+            events = [_event(part) for part in split_answer(self._run, self.tokenizer)]
+        else:
+            events = self._new_text(final=True)
+        self._run, self._told = [], 0
+        return events
+
+    def _new_text(self, final: bool) -> list[Event]:
+        text = self.tokenizer.decode(self._run, skip_special_tokens=True)
+        found = text.find(self.marker) if self.marker else -1
+        if found >= 0:
+            self._cut()
+            text, final, self.finished = text[:found], True, True
+        end = len(text) if final else len(text) - _unsettled(text, self.marker)
+        new, self._told = text[self._told:end], max(self._told, end)
+        return [{"type": "text", "text": new}] if new else []
+
+    def _cut(self) -> None:
+        """Drop the tokens of the marker, and all after it."""
+        while self._run:
+            text = self.tokenizer.decode(self._run, skip_special_tokens=True)
+            if self.marker not in text and not _overlap(text, self.marker):
+                break
+            self._run.pop()
+            self.ids.pop()
+
+
+def _event(part: Any) -> Event:
+    if isinstance(part, ImagePart):
+        return {"type": "image", "codes": list(part.codes)}
+    if isinstance(part, BrokenImagePart):
+        return {"type": "image_broken", "reason": part.reason}
+    return {"type": "text", "text": part.text}
+
+
+def _unsettled(text: str, marker: str) -> int:
+    """Characters at the end of `text` that later tokens may still change."""
+    broken = len(text) - len(text.rstrip("\ufffd"))
+    return max(broken, _overlap(text, marker))
+
+
+def _overlap(text: str, marker: str) -> int:
+    """The longest beginning of `marker` that `text` ends with."""
+    return next((n for n in range(min(len(text), len(marker)), 0, -1) if text.endswith(marker[:n])), 0)
+
+
+class ReadingStreamer:
+    """A transformers streamer that reads the answer as it grows and ends generation where it ends."""
+
+    def __init__(self, take: Callable[[int], bool]) -> None:
+        self._take = take
+        self._seen_prompt = False
+
+    def put(self, value: Tensor) -> None:
+        """Called by `generate`: first with the prompt, then with each new token."""
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            return
+        for token in value.flatten().tolist():
+            if not self._take(int(token)):
+                raise StopGeneration
+
+    def end(self) -> None:
+        """Called by `generate` at the end; nothing to do."""
+
+
+def tokens_from_thread(produce: Callable[[ReadingStreamer], Any]) -> Iterator[int]:
+    """Run `produce(streamer)` in a thread and give its tokens as they come.
+
+    Leaving the iterator early ends the generation; an exception in the thread is raised here.
+    """
+    channel: queue.Queue[Any] = queue.Queue()
+    left = threading.Event()
+
+    def take(token: int) -> bool:
+        channel.put(token)
+        return not left.is_set()
+
+    def work() -> None:
+        try:
+            produce(ReadingStreamer(take))
+        except StopGeneration:
+            pass
+        except BaseException as error:  # noqa: BLE001 (handed over to the consumer's thread, where it is raised)
+            channel.put(error)
+        finally:
+            channel.put(_END)
+
+    thread = threading.Thread(target=work, name="seed-generate", daemon=True)
+    thread.start()
+    try:
+        while (item := channel.get()) is not _END:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        left.set()
+        thread.join()
 
 
 class Speaker:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import PARTS, download, is_hub_name, llm_kind, locate, locate_system, not_on_disk
 from seed_multimodal.language.tasks import NANO_TASKS, RELEASED_TASKS, TaskPrompts
-from seed_multimodal.settings import nearest, read_settings
+from seed_multimodal.settings import check_keys, nearest, read_settings
 
 # The released inference scripts' settings (top_k 50 is the library default they run under).
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
@@ -99,12 +100,16 @@ def read_system_json(folder: Path) -> SystemFile:
     Raises:
         CheckpointError: no such file; ConfigError: not JSON, or keys or values that mean nothing.
     """
+    from seed_multimodal.images.transforms import get_transform
+
     file = folder / "system.json"
     if not file.is_file():
         raise CheckpointError(f"{file}: there is no such file; a system folder names its parts there.")
     values = read_json_object(file, ConfigError)
-    return read_settings(SystemFile, {key: value for key, value in values.items() if not key.startswith("_")},
-                         str(file))
+    found = read_settings(SystemFile, {key: value for key, value in values.items() if not key.startswith("_")},
+                          str(file))
+    check_keys(found.transform, inspect.signature(get_transform).parameters, f"{file}: transform")
+    return found
 
 
 def _from_folder(folder: Path, parts: dict[str, Path], template: str | None) -> SystemSpec:

@@ -21,10 +21,15 @@ from PIL import Image
 from runner import assert_same, files_named, golden_tokenizer_folder, read_json
 
 from seed_multimodal.errors import RequestError
-from seed_multimodal.images.encode import image_from_base64, image_to_base64
-from seed_multimodal.images.geometry import chat_image, crop_to_aspect, fit_longer_side, request_image
-from seed_multimodal.language.conversation import new_conversation, with_errors
-from seed_multimodal.language.dialogue import Dialogue
+from seed_multimodal.images.encode import (
+    chat_image,
+    crop_to_aspect,
+    fit_longer_side,
+    image_from_base64,
+    image_to_base64,
+    request_image,
+)
+from seed_multimodal.language.conversation import Dialogue, new_conversation, with_errors
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
 from seed_multimodal.serving.rendering import render_original
