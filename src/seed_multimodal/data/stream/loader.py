@@ -125,6 +125,7 @@ class StepLoader:
         _WITH_WORKERS.add(self)
         with _no_sigchld_handler(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with newer torch
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
             loader = StatefulDataLoader(self._fetch, batch_size=None, sampler=turns, num_workers=self.workers,
                                         collate_fn=_as_is, worker_init_fn=_enter, generator=torch.Generator(),
                                         prefetch_factor=self.ahead, snapshot_every_n_steps=None)
