@@ -14,7 +14,7 @@ import pytest
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
 from seed_multimodal.training.failures import TrainingError, translate_errors
-from seed_multimodal.training.llm.summary import summary_lines
+from seed_multimodal.training.llm.summary import save_config, summary_lines
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(runs, train, tmp_path):
@@ -29,8 +29,13 @@ def test_a_full_disk_ends_the_run(runs, train, tmp_path):
     out = train("out", "trainer.max_steps=2")
     before = {path.name: path.read_bytes() for path in (out / "checkpoint-2").iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    config = (out / "config.yaml").read_text()
     try:
+        with pytest.raises(CheckpointError, match="the output folder cannot be written: the disk or quota is full"):
+            save_config(out, {"model": {"path": "x" * 200}})
+        assert (out / "config.yaml").read_text() == config and not list(out.glob(".config*"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
         for more in ((), ("trainer.async_save=false",)):
             with pytest.raises(TrainingError, match=r"The checkpoint of step 4 cannot be written: the disk or quota is "
                                                     r"full .*checkpoint-2\) is intact"):

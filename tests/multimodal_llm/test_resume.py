@@ -96,7 +96,11 @@ def test_keep_last_and_torn_checkpoints(runs, train, tmp_path, capsys):
     capsys.readouterr()
     train("out", "trainer.max_steps=8")  # there is nothing left to do
     assert "8 steps" in capsys.readouterr().out and runs.losses(out) == whole
-    for _, folder in checkpoints(out):
+    (_, first), *others = checkpoints(out)
+    for manifest in ("{}", "[]", '{"step": 8, "files": {"model.safetensors": 3}}', '{"files": {}}'):
+        (first / "manifest.json").write_text(manifest)
+        assert fault_of(first) == "its manifest.json is damaged"
+    for _, folder in others:
         (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="none of its 3 checkpoints is complete"):
         train("out")

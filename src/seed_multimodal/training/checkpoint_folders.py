@@ -104,18 +104,19 @@ def fault_of(folder: Path, *, part: int = 0, parts: int = 1, hashes: bool = True
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
+        files = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        int(manifest["step"])
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is damaged"
     for name in sorted(files)[part::parts]:
-        place = folder / name
+        place, (size, digest) = folder / name, files[name]
         if not place.is_file():
             return f"{name} is missing"
-        if place.stat().st_size != files[name]["size"]:
-            return f"{name} has {place.stat().st_size} of {files[name]['size']} bytes"
-        if hashes and describe(folder, name, flush=False)["sha256"] != files[name]["sha256"]:
+        if place.stat().st_size != size:
+            return f"{name} has {place.stat().st_size} of {size} bytes"
+        if hashes and describe(folder, name, flush=False)["sha256"] != digest:
             return f"{name} has another content than when it was saved"
     return ""
 

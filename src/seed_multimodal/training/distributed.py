@@ -101,6 +101,8 @@ def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool =
                               "more processes per node than that.")
         place = torch.device("cuda", place.index if place.index is not None and world == 1 else local)
         torch.cuda.set_device(place)
+    elif place.type == "cpu":  # DeepSpeed, which transformers imports to save a model, warns of no GPU else
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     timeout = timedelta(minutes=timeout_minutes) if timeout_minutes else _FOR_EVER
     backend = "nccl" if place.type == "cuda" else "gloo"
     if not dist.is_initialized():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.stream.statistics import add_skipped
-from seed_multimodal.disk import disk_reason
+from seed_multimodal.disk import disk_reason, replace_text
 from seed_multimodal.errors import CheckpointError
 
 
@@ -21,7 +21,7 @@ def save_config(home: Path, config: Mapping[str, Any]) -> None:
 
     try:
         home.mkdir(parents=True, exist_ok=True)
-        (home / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), encoding="utf-8")
+        replace_text(home / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
     except OSError as error:
         raise CheckpointError(f"{home}: the output folder cannot be written: {disk_reason(error)}.") from error
 
