@@ -10,12 +10,11 @@ import argparse
 from typing import Any
 
 import torch
-from shared import batch_sizes, guidance, part_of, positive, runtime_of
+from shared import common_flags, fill_random, guidance, measure, part_of, positive, print_line, runtime_of
 
 from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
 from seed_multimodal.device import Runtime
 from seed_multimodal.entry import DONE, guarded
-from seed_multimodal.evaluation.timing import fill_random, measure, print_line
 
 # SD-2.1-unCLIP U-Net + VAE, 768 px, 20 steps, guidance, fp16, stock diffusers on one H200 (2026-11-20).
 REFERENCES = {"eager_seconds_batch_1": 0.657, "eager_images_per_second_batch_8": 3.13,
@@ -104,15 +103,10 @@ def timed(options: argparse.Namespace, runtime: Runtime) -> int:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Time the de-tokenizer and a drawing.")
-    parser.add_argument("--model", help="folder of a system; without it random weights of --size are timed")
-    parser.add_argument("--size", choices=("nano", "released"), default="nano")
-    parser.add_argument("--batches", type=batch_sizes, default="1,8")
+    common_flags(parser, ("nano", "released"), 3, batches="1,8", model=True)
     parser.add_argument("--steps", type=positive, default=None, help="diffusion steps (default: the folder's, else 20)")
     parser.add_argument("--guidance", type=guidance, default=None, help="guidance (default: the folder's, else 10)")
     parser.add_argument("--text", default="a twemoji drawing of cat face", help="text of a whole drawing")
-    parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     runtime = runtime_of(parser, options)
     return guarded("draw", False, lambda: timed(options, runtime))

@@ -11,11 +11,10 @@ import argparse
 from typing import Any
 
 import torch
-from shared import batch_sizes, part_of, positive, runtime_of
+from shared import common_flags, fill_random, measure, part_of, positive, print_line, runtime_of
 
 from seed_multimodal.device import Runtime
 from seed_multimodal.entry import DONE, guarded
-from seed_multimodal.evaluation.timing import fill_random, measure, print_line
 
 # LLaMA-7B (vocabulary 40,194), random weights, fp16, 128 + 128 tokens, transformers on one H200 (2026-11-20).
 REFERENCES = {"tokens_per_second": {"1": 24.8, "16": 253}, "static_cache_compiled_batch_1": 151,
@@ -70,14 +69,9 @@ def timed(options: argparse.Namespace, runtime: Runtime) -> int:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Time the language model.")
-    parser.add_argument("--model", help="folder of a system; without it random weights of --size are timed")
-    parser.add_argument("--size", choices=tuple(SIZES), default="nano")
-    parser.add_argument("--batches", type=batch_sizes, default="1,16")
+    common_flags(parser, tuple(SIZES), 3, batches="1,16", model=True)
     parser.add_argument("--prompt", type=positive, default=128, help="tokens of each prompt")
     parser.add_argument("--new", type=positive, default=128, help="tokens to generate")
-    parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
     runtime = runtime_of(parser, options)
     return guarded("llm", False, lambda: timed(options, runtime))

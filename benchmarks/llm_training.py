@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +24,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from shared import peak as peak_given
-from shared import peak_tflops, positive, rounded, runtime_of
+from shared import (
+    common_flags,
+    failure,
+    forget,
+    measure,
+    peak_tflops,
+    positive,
+    print_line,
+    refuse_unknown,
+    rounded,
+    runtime_of,
+    utilisation,
+)
 from torch import Tensor
 
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.packing import best_fit, make_row
-from seed_multimodal.evaluation.timing import measure, print_line
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.flops import step_flops
 from seed_multimodal.training.llm.fp8 import freeze_in_fp8, has_fp8
@@ -155,7 +164,6 @@ def model_of(options: argparse.Namespace, device: torch.device, dtype: str) -> A
 
 def prepare(model: Any, lever: Lever, device: torch.device) -> None:
     """Set the model to a lever's switches, whatever it was set to before; only from FP8 there is no way back."""
-    torch.compiler.reset()
     if lever.fp8:
         freeze_in_fp8(model)
     llama = find_llama(model)
@@ -209,56 +217,45 @@ def timed(model: Any, lever: Lever, options: argparse.Namespace, device: torch.d
     taken = measure(step, device, options.repeats, warmup=2 if device.type == "cuda" else 1)
     mean_length = batch.tokens / batch.sequences
     tflops = step_flops(model, batch.tokens, mean_length) / taken["seconds"] / 1e12
-    figures = {"useful_tokens_per_second": rounded(batch.tokens / taken["seconds"]),
-               "positions_per_second": rounded(rows * length / taken["seconds"]),
-               "fill": round(batch.tokens / (rows * length), 4), "rows": rows, "length": length,
-               "seconds_per_step": rounded(taken["seconds"]), "model_tflops": rounded(tflops),
-               "first_step_seconds": round(first, 2), "first_loss": round(first_loss, 4),
-               "loss": round(float(step()), 4)}
-    return figures | ({} if peak is None else {"mfu": rounded(tflops / peak), "peak_tflops": rounded(peak)})
+    return {"useful_tokens_per_second": rounded(batch.tokens / taken["seconds"]),
+            "positions_per_second": rounded(rows * length / taken["seconds"]),
+            "fill": round(batch.tokens / (rows * length), 4), "rows": rows, "length": length,
+            "seconds_per_step": rounded(taken["seconds"]), "first_step_seconds": round(first, 2),
+            "first_loss": round(first_loss, 4), "loss": round(float(step()), 4), **utilisation(tflops, peak)}
 
 
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Time the language model's training, lever by lever.")
-    parser.add_argument("--size", choices=tuple(SIZES), default="nano")
+    common_flags(parser, tuple(SIZES), 5, peak_flag=True)
     parser.add_argument("--levers", help=f"only these, with commas: {', '.join(LEVERS)}")
     parser.add_argument("--rows", type=positive, help="packed rows of a step")
     parser.add_argument("--length", type=row_length, help="positions of a packed row")
-    parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--peak-tflops", type=peak_given,
-                        help="for the MFU: a number, or `measured` for one large product now")
     options = parser.parse_args()
     runtime = runtime_of(parser, options)
     device, dtype = runtime.device, runtime.dtype
     names = options.levers.split(",") if options.levers else [
         name for name, lever in LEVERS.items() if has_fp8(device) or not lever.fp8
         if device.type == "cuda" or not (lever.compile or lever.loss == "liger")]
-    if wrong := [name for name in names if name not in LEVERS]:
-        parser.error(f"unknown lever {wrong[0]!r}: use {', '.join(LEVERS)}")
+    refuse_unknown(parser, names, LEVERS, "lever")
     if [name for name in names if LEVERS[name].fp8] != names[sum(not LEVERS[name].fp8 for name in names):]:
         parser.error("the fp8 levers must come last: they change the base permanently")
     peak = peak_tflops(options.peak_tflops, device, dtype)
     model = model_of(options, device, {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, "bf16"))
     first: float | None = None
     for name in names:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+        forget(device)
         try:
             results = timed(model, LEVERS[name], options, device, dtype, peak)
             first = first or results["useful_tokens_per_second"]
             results[f"ratio_to_{names[0]}"] = round(results["useful_tokens_per_second"] / first, 3)
-        except RuntimeError as error:  # out of memory in one setting is a result; the others are still measured
-            results = {"error": str(error).strip().splitlines()[0][:300]}
+        except RuntimeError as error:
+            results = failure(error)
         print_line("llm_training", device, {
             "size": options.size, "lever": name, **dataclasses.asdict(LEVERS[name]), "runtime": str(runtime),
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "repeats": options.repeats}, results, REFERENCES if options.size == "7b" else None)
-        gc.collect()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import batch_sizes, part_of, peak, peak_tflops, positive, rounded
+from shared import (
+    common_flags,
+    failure,
+    fill_random,
+    forget,
+    measure,
+    part_of,
+    peak_tflops,
+    positive,
+    print_line,
+    rounded,
+    utilisation,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import SeedError
-from seed_multimodal.evaluation.timing import fill_random, measure, print_line
 from seed_multimodal.tokenizers.fast import GRAPH_SIZES, Levers, optimise
 from seed_multimodal.tokenizers.flops import encode_flops
 from seed_multimodal.tokenizers.qformer import QFormerConfig
@@ -183,11 +193,9 @@ class Bench:
         figures: dict[str, Any] = {
             "images_per_second": round(batch / seconds, 1), "latency_ms": rounded(1e3 * seconds),
             "share_equal_fp32": round(float((codes == self.exact).float().mean()), 5),
-            "model_tflops": rounded(tflops), "first_call_seconds": round(first, 2)}
+            "first_call_seconds": round(first, 2), **utilisation(tflops, self.peak)}
         if batch in self.plain:
             figures["times_plain"] = round(self.plain[batch] / seconds, 2)
-        if self.peak is not None:
-            figures |= {"mfu": rounded(tflops / self.peak), "peak_tflops": rounded(self.peak)}
         return figures
 
     def decode_per_second(self, batch: int) -> float:
@@ -226,12 +234,12 @@ def ladder(bench: Bench, names: list[str]) -> None:
             try:
                 encode = encode or encoder_of(rung, bench.master, bench.runtime.dtype)
                 results = bench.figures(name, batch, encode)
-            except (RuntimeError, SeedError) as error:  # the other levers are still measured
-                results = {"error": str(error).strip().splitlines()[0][:300]}
+            except (RuntimeError, SeedError) as error:
+                results = failure(error)
             bench.line({"lever": name, "batch": batch}, results)
         if encode is not None and bench.options.profile and batches:
             profile(name, encode, bench.pixels[: batches[-1]].to(bench.runtime.dtype), Path(bench.options.profile))
-        _forget(bench.device)
+        forget(bench.device)
 
 
 def single(bench: Bench, name: str | None) -> None:
@@ -248,7 +256,7 @@ def single(bench: Bench, name: str | None) -> None:
         figures = {"encode_" + key if key == "images_per_second" else key: value for key, value in figures.items()}
         for key, value in {**figures, "lever": lever, "decode_per_second": bench.decode_per_second(batch)}.items():
             results.setdefault(key, {})[str(batch)] = value
-        _forget(bench.device)
+        forget(bench.device)
     bench.line({}, results)
 
 
@@ -265,29 +273,14 @@ def profile(name: str, encode: Callable[..., Tensor], images: Tensor, file: Path
         out.write(f"{name}, batch {len(images)}\n{table}\n")
 
 
-def _forget(device: torch.device) -> None:
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Time the SEED-2 tokenizer.")
-    parser.add_argument("--model", help="folder of a system; without it weights of --size are timed")
-    parser.add_argument("--size", choices=("nano", "released"), default="nano")
-    parser.add_argument("--batches", type=batch_sizes, default="1,32,256")
-    parser.add_argument("--repeats", type=positive, default=5)
+    common_flags(parser, ("nano", "released"), 5, batches="1,32,256", model=True, peak_flag=True)
     parser.add_argument("--images", type=positive,
                         help="pictures whose codes are compared with fp32 (256, on a CPU 64)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--ladder", action="store_true", help="one line per lever and batch size")
     parser.add_argument("--levers", help=f"only these, with commas: {', '.join(RUNGS)}")
-    parser.add_argument("--peak-tflops", type=peak,
-                        help="for the MFU: a number, or `measured` for one large product now")
     parser.add_argument("--profile", help="with --ladder: append tables of kernels to this file")
     options = parser.parse_args()
     names = options.levers.split(",") if options.levers else None

@@ -13,18 +13,26 @@ training). Encoders: `modules` as the model has them, with the frozen Q-Former's
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from shared import batch_sizes, peak_tflops, positive, rounded, runtime_of
-from shared import peak as peak_given
+from shared import (
+    common_flags,
+    failure,
+    forget,
+    measure,
+    peak_tflops,
+    print_line,
+    refuse_unknown,
+    rounded,
+    runtime_of,
+    utilisation,
+)
 from torch import Tensor, nn
 
-from seed_multimodal.evaluation.timing import measure, print_line
 from seed_multimodal.tokenizers.fast import Levers, optimise
 from seed_multimodal.tokenizers.flops import stage2_flops, vision_flops
 from seed_multimodal.tokenizers.seed2 import Seed2Config
@@ -89,12 +97,11 @@ def timed(options: argparse.Namespace, config: Seed2Config, encoder: str, batch:
     taken = measure(lambda: step(pixels, target), device, options.repeats, warmup=2 if device.type == "cuda" else 1)
     flops = stage2_flops(config) + (0 if clip is None else vision_flops(CLIP_VIT_H))
     tflops = flops * batch / taken["seconds"] / 1e12
-    figures = {"images_per_second": rounded(batch / taken["seconds"]), "seconds_per_step": rounded(taken["seconds"]),
-               "model_tflops": rounded(tflops), "gflop_per_image": round(flops / 1e9, 3),
-               "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-               "first_step_seconds": round(first, 2), "first_loss": round(first_loss, 4),
-               "loss": round(float(step(pixels, target)), 4)}
-    return figures | ({} if peak is None else {"mfu": rounded(tflops / peak), "peak_tflops": rounded(peak)})
+    return {"images_per_second": rounded(batch / taken["seconds"]), "seconds_per_step": rounded(taken["seconds"]),
+            "gflop_per_image": round(flops / 1e9, 3),
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "first_step_seconds": round(first, 2), "first_loss": round(first_loss, 4),
+            "loss": round(float(step(pixels, target)), 4), **utilisation(tflops, peak)}
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -111,17 +118,11 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Time stage 2 of the SEED-2 tokenizer's training.")
-    parser.add_argument("--size", choices=("nano", "released"), default="nano")
+    common_flags(parser, ("nano", "released"), 5, batches="64", peak_flag=True)
     parser.add_argument("--head", choices=("image_down", "reverse"), default="reverse",
                         help="decode head: the published training code's Reverse Q-Former of 4 layers, or image_down")
     parser.add_argument("--encoders", help=f"only these, with commas: {', '.join(ENCODERS)}")
-    parser.add_argument("--batches", type=batch_sizes, default="64")
-    parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--clip", action="store_true", help="compute the targets with CLIP ViT-H (released size)")
-    parser.add_argument("--peak-tflops", type=peak_given,
-                        help="for the MFU: a number, or `measured` for one large product now")
     options = parser.parse_args()
     if options.clip and options.size != "released":
         parser.error("--clip goes with --size released")
@@ -131,25 +132,20 @@ def main() -> None:
     config = Seed2Config.from_dict({**sizes, "use_qformer_image": options.head == "reverse", "reverse_depth": 4,
                                     "recon_s": True})
     encoders = options.encoders.split(",") if options.encoders else ENCODERS if device.type == "cuda" else ENCODERS[:2]
-    if wrong := [name for name in encoders if name not in ENCODERS]:
-        parser.error(f"unknown encoder {wrong[0]!r}: use {', '.join(ENCODERS)}")
+    refuse_unknown(parser, encoders, ENCODERS, "encoder")
     peak = peak_tflops(options.peak_tflops, device, dtype)
     clip = clip_model(device, dtype) if options.clip else None
     for encoder in encoders:
         for batch in options.batches:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
+            forget(device)
             try:
                 results = timed(options, config, encoder, batch, device, dtype, peak, clip)
-            except RuntimeError as error:  # out of memory at one batch size is a result; the others are still measured
-                results = {"error": str(error).strip().splitlines()[0][:300]}
+            except RuntimeError as error:
+                results = failure(error)
             print_line("tokenizer_training", device, {
                 "stage": 2, "size": options.size, "head": options.head, "encoder": encoder, "batch": batch,
                 "targets": "CLIP ViT-H" if clip is not None else "given", "runtime": str(runtime),
                 "repeats": options.repeats}, {**results, **peak_memory(device)})
-            torch.compiler.reset()
-            gc.collect()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,16 @@ def test_records_of_both_places_are_rows(tmp_path: Path) -> None:
     assert "| `part` | 12 |" in text and "Not run: clip, stage1," in text
 
 
+def test_damaged_records_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    for content, sentence in (("[1]", "must hold a json object"), ('{"seconds": 1}', "it has no key 'stage'")):
+        (tmp_path / "vae.done.json").write_text(content)
+        with pytest.raises(DataError, match=sentence):
+            write_card(tmp_path, tmp_path, DATA, "the command")
+    record(tmp_path, "vae.done.json", stage="vae")
+    with pytest.raises(DataError, match="cannot be written"):
+        write_card(tmp_path / "nowhere", tmp_path, DATA, "the command")
+
+
 def test_a_work_folder_without_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no stage has left a record"):
         write_card(tmp_path, tmp_path, DATA, "the command")

@@ -9,7 +9,8 @@ import pytest
 
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import metrics
-from seed_multimodal.evaluation.texts import canonical_caption, style_of_text
+from seed_multimodal.evaluation.judge import canonical_caption
+from seed_multimodal.evaluation.train_judge import style_of_text
 
 
 def test_retrieval_by_hand() -> None:

@@ -156,8 +156,9 @@ def test_written_report(toy, world: World, tmp_path: Path) -> None:
 
 
 def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
-    assert report.main(["--model", str(tmp_path / "none"), "--limit", "0"]) == 2
-    assert "--limit" in capsys.readouterr().err
+    for flag, value in (("--limit", "0"), ("--questions", "0"), ("--batch", "0"), ("--seed", "-1")):
+        assert report.main(["--model", str(tmp_path / "none"), flag, value]) == 2
+        assert f"{flag} must be at least" in capsys.readouterr().err
     taken = tmp_path / "taken"
     taken.write_text("a file")
     assert report.main(["--model", "nano", "--out", str(taken), "--limit", "1"]) == 2

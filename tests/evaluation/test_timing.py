@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import warm_python
 from torch import nn
 
-from seed_multimodal.evaluation import machine, timing
+from seed_multimodal.evaluation import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_measure_takes_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def timing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("shared")
+
+
+def test_measure_takes_the_median(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     lasts, clock = iter([8.0, 2.0, 16.0, 1.0]), [100.0]  # on a clock of its own: a real one measures the machine's load
 
     def work() -> None:
@@ -29,11 +37,11 @@ def test_measure_takes_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == {"seconds": 2.0, "fastest": 1.0, "slowest": 16.0}  # neither the mean nor the warm-up's 8
 
 
-def test_measure_reads_a_running_clock() -> None:
+def test_measure_reads_a_running_clock(timing: ModuleType) -> None:
     assert timing.measure(lambda: time.sleep(0.02), torch.device("cpu"), repeats=1)["fastest"] > 0.015
 
 
-def test_random_weights_replace_meta_tensors() -> None:
+def test_random_weights_replace_meta_tensors(timing: ModuleType) -> None:
     with torch.device("meta"):
         module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4))
     timing.fill_random(module, torch.device("cpu"), torch.float64)
@@ -43,7 +51,7 @@ def test_random_weights_replace_meta_tensors() -> None:
 
 
 @pytest.mark.process
-def test_lines_carry_references_only_where_they_were_measured(monkeypatch, capsys) -> None:
+def test_lines_carry_references_only_where_they_were_measured(timing: ModuleType, monkeypatch, capsys) -> None:
     line = timing.print_line("x", torch.device("cpu"), {"model": "m"}, {"a": 1}, {"b": 2})
     assert "reference_h200" not in line and json.loads(capsys.readouterr().out) == line
     monkeypatch.setattr(machine, "hardware", lambda device: {"gpu": "NVIDIA H200"})

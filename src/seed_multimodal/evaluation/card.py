@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.disk import read_json_object
+from seed_multimodal.disk import read_json_object, replace_text, writing
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
@@ -42,8 +42,8 @@ def write_card(model: Path, work: Path, data: Path, command: str, earlier: Seque
     if not run:
         raise DataError(f"{work}: no stage has left a record (NAME.done.json) in this work folder.")
     skipped = [stage for stage in STAGES if stage not in run]
-    records = [_record(_file(work, stage)) for stage in run]
-    before = [{**_record(_file(leg, stage)), "leg": number} for number, leg in enumerate(earlier, 1)
+    records = [_stage_record(_file(work, stage)) for stage in run]
+    before = [{**_stage_record(_file(leg, stage)), "leg": number} for number, leg in enumerate(earlier, 1)
               for stage in STAGES if _file(leg, stage).is_file()]
     records = [{**record, **({"leg": len(earlier) + 1} if earlier else {})} for record in records]
     first: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -54,7 +54,8 @@ def write_card(model: Path, work: Path, data: Path, command: str, earlier: Seque
         *([note, ""] if note else []),
         *_data(data), *_report(model), *_limits()])
     file = model / "README.md"
-    file.write_text(text.rstrip() + "\n", encoding="utf-8")
+    with writing(file, DataError):
+        replace_text(file, text.rstrip() + "\n")
     return file
 
 
@@ -68,6 +69,14 @@ def _record(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{file}: there is no such record.")
     return read_json_object(file, DataError)
+
+
+def _stage_record(file: Path) -> dict[str, Any]:
+    record = _record(file)
+    missing = next((key for key in ("stage", "seconds") if key not in record), None)
+    if missing is not None:
+        raise DataError(f"{file}: no record of a stage: it has no key {missing!r}.")
+    return record
 
 
 def _opening(model: Path) -> list[str]:

@@ -61,6 +61,11 @@ def split_words(text: str) -> list[str]:
     return [word for word in _WORD.findall(text.lower()) if word not in _ARTICLES]
 
 
+def canonical_caption(record: Any) -> str:
+    """The first caption of a `NanoRecord`: it names style and thing, and pictures are drawn from it."""
+    return str(record.captions[0])
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch norm and a shortcut; `stride` 2 halves the picture."""
 

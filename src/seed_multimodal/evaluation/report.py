@@ -156,8 +156,9 @@ def write_report(report: dict[str, Any], shown: Sequence[SheetPictures], answers
 def build_report(options: argparse.Namespace, log: Log) -> Path:
     """Load everything, measure, write; returns the folder."""
     settings = ReportSettings(tuple(options.splits.split(",")), options.limit, options.questions, options.seed)
-    if settings.limit < 1 or settings.questions < 1:
-        raise ConfigError("--limit and --questions must be at least 1.")
+    for name, least in (("limit", 1), ("questions", 1), ("batch", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name} must be at least {least}, not {getattr(options, name)}.")
     from seed_multimodal.data.nano import load_nano
 
     start = time.monotonic()

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from seed_multimodal.evaluation.judge import Judge
+from seed_multimodal.evaluation.judge import Judge, canonical_caption
 from seed_multimodal.evaluation.metrics import (
     FloatArray,
     bootstrap,
@@ -30,7 +30,6 @@ from seed_multimodal.evaluation.metrics import (
     same_answer,
     same_items,
 )
-from seed_multimodal.evaluation.texts import canonical_caption
 
 Section = dict[str, Any]
 Codes = list[int]

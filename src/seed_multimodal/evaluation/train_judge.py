@@ -28,9 +28,8 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.entry import DONE, guarded
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.augment import augment
-from seed_multimodal.evaluation.judge import PAD, UNKNOWN, Judge, JudgeConfig, split_words
-from seed_multimodal.evaluation.metrics import retrieval_at_k, same_items
-from seed_multimodal.evaluation.texts import canonical_caption, style_of_text
+from seed_multimodal.evaluation.judge import PAD, UNKNOWN, Judge, JudgeConfig, canonical_caption, split_words
+from seed_multimodal.evaluation.metrics import mentions, retrieval_at_k, same_items
 from seed_multimodal.settings import check_settings, setting
 from seed_multimodal.training.loop import train
 from seed_multimodal.training.loop_settings import StageSettings
@@ -82,6 +81,12 @@ def build_corpus(nano: Any) -> Corpus:
                   torch.tensor([styles.index(r.style) for r in records]), torch.tensor(canonical), captions,
                   [text for text, _ in known], torch.tensor([label for _, label in known]),
                   torch.tensor(text_styles), styles)
+
+
+def style_of_text(text: str, styles: Sequence[str]) -> int:
+    """Index of the only one of `styles` that `text` names, or -1."""
+    named = [i for i, style in enumerate(styles) if mentions(text, style)]
+    return named[0] if len(named) == 1 else -1
 
 
 def new_judge(corpus: Corpus, seed: int) -> Judge:

@@ -206,6 +206,8 @@ def test_command_exit_codes(built: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_sheet_command(built: Path, tmp_path: Path) -> None:
     assert main(["sheet", str(built), "--out", str(tmp_path / "sheet.png")]) == 0
     assert Image.open(tmp_path / "sheet.png").width > 500
+    (tmp_path / "taken").touch()
+    assert main(["sheet", str(built), "--out", str(tmp_path / "taken" / "sheet.png")]) == 2
 
 
 def test_package_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from seed_multimodal.data.nano.check import check_folder, report
 from seed_multimodal.data.nano.load import load_nano
 from seed_multimodal.data.nano.packages import SHARE_ALIKE, SOURCES
 from seed_multimodal.data.nano.sheet import nano_sheet
+from seed_multimodal.disk import writing
 from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import DataError
 
@@ -80,8 +81,10 @@ def _check(args: argparse.Namespace) -> None:
 def _sheet(args: argparse.Namespace) -> None:
     nano = load_nano(args.folder)
     path = args.out or Path("outputs") / f"{nano.folder.name}-sheet.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nano_sheet(nano).save(path)
+    sheet = nano_sheet(nano)
+    with writing(path, DataError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
     print(f"Wrote {path}.")
 
 
