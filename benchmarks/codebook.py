@@ -147,14 +147,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="append the JSON lines to this file too")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args(arguments)
+    variants = [variant for variant in VARIANTS if options.only in variant.name]
+    if not variants:
+        parser.error(f"--only {options.only!r}: no variant has this in its name")
 
     def work() -> int:
         base, data = collect(options.model)
-        print(f"{len(data.queries)} pictures encoded; training {len(VARIANTS)} codebooks.", flush=True)
+        print(f"{len(data.queries)} pictures encoded; training {len(variants)} codebooks.", flush=True)
         records = []
-        for variant in VARIANTS:
-            if options.only not in variant.name:
-                continue
+        for variant in variants:
             record = {"benchmark": "codebook", **train(variant, base, data, options.steps, options.batch),
                       "date": today(), "hardware": hardware(), "versions": versions()}
             print(json.dumps(record), flush=True)
