@@ -277,6 +277,9 @@ def test_other_troubles_are_one_sentence(tmp_path, old):
         assert archive.getnames() == ["00000000.json", "00000000.jpg", "00000001.json", "00000001.jpg"]
         stream = archive.extractfile("00000001.json")
         assert stream is not None and json.load(io.TextIOWrapper(stream)) == items[1]
+    (tmp_path / "b" / "manifest.json").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read \(Is a directory\)"):
+        convert_shards([old], tmp_path / "b", progress=False)
     (tmp_path / "a" / "manifest.json").write_text('{"shards": [1]}')
     with pytest.raises(DataError, match=r"manifest\.json: is no manifest of converted shards"):
         convert_shards([old], tmp_path / "a", progress=False)

@@ -338,6 +338,9 @@ def test_a_pattern_that_cannot_be_looked_up_is_a_sentence(tmp_path, monkeypatch)
         open_records("A" * 5000)
     with pytest.raises(DataError, match="cannot be looked up"):
         expand_pattern("A" * 5000)
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    with pytest.raises(DataError, match=r"fifo\.jsonl: is no file on disk"):
+        open_records(tmp_path / "fifo.jsonl")
 
     def closed(path: Path, **options: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))

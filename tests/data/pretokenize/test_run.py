@@ -368,6 +368,7 @@ def test_a_refusal_in_a_process_is_the_exit_code(start, tmp_path, capfd):
     ([], "--tokenizer is not given"), (["--shard", "3"], "must be I/N"),
     (["--image_processor", "a", "--image_transform", "b"], "exclude each other"),
     (["--tokenizer", "configs/none.yaml"], "no such configuration file"), (["--data", "none.yaml"], "none.yaml"),
+    (["--save_dir", "n" * 300], "cannot be written (File name too long)"),
     (["--gpus", "0"], "at least 1"), (["--shard", "2/2"], "I from 0 to N-1"), (["--fields", "vqa"], "no preset")])
 def test_wrong_flags_are_one_sentence(flags, message, data, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(APP)

@@ -215,9 +215,12 @@ def _is_done(entry: dict[str, Any], source: Path, target: Path) -> bool:
 
 def _read_manifest(out: Path) -> dict[str, dict[str, Any]]:
     path = out / MANIFEST
-    if not path.exists():
+    try:
+        content = parse_object(path.read_bytes(), str(path))
+    except FileNotFoundError:
         return {}
-    content = parse_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     known = set(ShardReport.__dataclass_fields__)
     shards = content.get("shards")
     if not isinstance(shards, list) or not all(isinstance(one, dict) and set(one) == known for one in shards):

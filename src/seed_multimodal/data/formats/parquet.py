@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from seed_multimodal.data.formats.record import BadRecord, Record
 from seed_multimodal.errors import DataError, first_line
@@ -57,13 +57,13 @@ class ParquetFile:
             return [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
 
     @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum(self.sizes, dtype=np.int64)
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.sizes))
 
     def locate(self, row: int) -> Record:
         """A record, read: columns without a value are left out; its key is `rowN`."""
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        at = row - int(self._ends[number] - self.sizes[number])
+        number = bisect_right(self._ends, row)
+        at = row - (self._ends[number] - self.sizes[number])
         try:
             fields = self._groups.get(self.path, number).slice(at, 1).to_pylist()[0]
         except UnicodeDecodeError as error:

@@ -11,8 +11,10 @@ forking workers (`len(source)`), so that they share it.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -120,8 +122,8 @@ class FileRecords:
         self._groups = groups
 
     @cached_property
-    def _ends(self) -> np.ndarray:
-        ends = np.cumsum([sum(map(int, part.sizes)) for part in self.parts], dtype=np.int64)
+    def _ends(self) -> list[int]:
+        ends = list(accumulate(sum(map(int, part.sizes)) for part in self.parts))
         if not ends[-1]:
             others = f", nor do the other {len(self.parts) - 1} files" if len(self.parts) > 1 else ""
             raise DataError(f"{self.files[0]}: holds no record{others}.")
@@ -134,14 +136,14 @@ class FileRecords:
         return sizes[sizes > 0]
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def locate(self, index: int) -> Record:
         """One record, unread where that is possible. Raises DataError as `read`."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: there is no record {index} among {len(self)}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return self.parts[number].locate(index - int(self._ends[number - 1] if number else 0))
+        number = bisect_right(self._ends, index)
+        return self.parts[number].locate(index - (self._ends[number - 1] if number else 0))
 
     def read(self, index: int) -> Record:
         """One record, read by seek, with `messages` if it is a conversation.

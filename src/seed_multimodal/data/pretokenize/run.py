@@ -40,6 +40,7 @@ from seed_multimodal.data.pretokenize.output import (
 )
 from seed_multimodal.data.pretokenize.units import Unit, list_units
 from seed_multimodal.data.pretokenize.work import Extractor
+from seed_multimodal.disk import writing
 from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, guarded, log_line
 from seed_multimodal.errors import ConfigError, DataError, counted
 from seed_multimodal.progress import Progress
@@ -119,7 +120,8 @@ def run(settings: RunSettings) -> int:
     units = list_units(source, settings.block)
     ranks = _ranks(settings, len(units[settings.shard[0]::settings.shard[1]]))
     save_dir = Path(settings.save_dir)
-    _refuse_existing(settings, units, ranks)
+    with writing(save_dir, DataError):
+        _refuse_existing(settings, units, ranks)
     refuse_other_settings(save_dir, _of_folder(settings, source))
     share = f", of which share {settings.shard[0]} of {settings.shard[1]}" if settings.shard[1] > 1 else ""
     log_line(f"{counted(len(units), 'unit')} of {source.files or source.format} as {kind.name} records to "
