@@ -6,7 +6,6 @@ Stage 1: BLIP-2's Q-Former (`pretrained`) and the EVA tower (`vit_weights`). Sta
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from seed_lavis.base import frozen_names
 from seed_lavis.log import log
 from seed_lavis.options import locate
 from seed_multimodal.device import DTYPES
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.initial import load_blip2, load_eva
@@ -95,10 +95,7 @@ def load_tower(tower: nn.Module, source: str) -> None:
 
 
 def _is_clip(file: Path) -> bool:
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")).startswith("clip")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a readable JSON file ({error}).") from error
+    return str(read_json_object(file).get("model_type", "")).startswith("clip")
 
 
 def clip_target(source: str | None, precision: str, wanted_by: str) -> Any:

@@ -155,8 +155,9 @@ def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str
     Raises:
         ConfigError: it is a file, is not empty, or replacing it would take away what is read.
     """
+    out = Path(out)
     try:
-        target, here = Path(out).resolve(), Path.cwd()
+        target, here = out.resolve(), Path.cwd()
     except (OSError, RuntimeError) as error:  # links in a circle; the current folder was removed
         raise ConfigError(f"{out}: cannot be written ({error}).") from error
     if target.is_file():
@@ -204,10 +205,15 @@ def set_default_mode(file: str | Path) -> None:
     os.chmod(file, 0o666 & ~mask)
 
 
-def read_json_object(file: Path, kind: type[SeedError] = CheckpointError) -> dict[str, Any]:
-    """A JSON file that holds an object; raises `kind` if it is not JSON, or holds something else."""
+def read_json_object(file: Path, kind: type[SeedError] = CheckpointError, advice: str = "") -> dict[str, Any]:
+    """A JSON file that holds an object; raises `kind` if it is missing (then with `advice`), not JSON, or holds
+    something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise kind(f"{file}: there is no such file{advice and f'; {advice}'}.") from error
+    except OSError as error:
+        raise kind(f"{file}: cannot be read ({disk_reason(error)}).") from error
     except ValueError as error:
         raise kind(f"{file}: not valid json ({error}).") from error
     if not isinstance(values, dict):

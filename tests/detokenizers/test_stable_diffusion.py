@@ -208,6 +208,11 @@ def test_missing_and_damaged_folders(folder: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="broken: not a complete Stable Diffusion folder"):
         StableDiffusionDetokenizer.from_pretrained(broken)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    shutil.copytree(folder, tmp_path / "unclip")
+    (tmp_path / "unclip" / "unet" / "config.json").write_text(json.dumps({**config, "class_embed_type": "identity"}))
+    with pytest.raises(CheckpointError, match="needs class embeddings"):
+        StableDiffusionDetokenizer.from_pretrained(tmp_path / "unclip")
     (broken / "model_index.json").write_text("{")
     with pytest.raises(CheckpointError, match="broken: not a complete Stable Diffusion folder"):
         StableDiffusionDetokenizer.from_pretrained(broken)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 from seed_multimodal.language.answer import (
     BrokenImagePart,
     ImagePart,
     TextPart,
-    codes_before_end,
-    original_split,
     split_answer,
 )
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -65,17 +61,3 @@ def test_every_id_is_accounted_for(tokenizer: MultimodalTokenizer) -> None:
                 rebuilt += tokenizer.encode(part.text)
         decoded = tokenizer.decode([i for i in ids if i >= words.n_text])
         assert tokenizer.decode([i for i in rebuilt if i >= words.n_text]) == decoded
-
-
-def test_the_released_scripts_keep_only_the_first_picture(tokenizer: MultimodalTokenizer) -> None:
-    ids = tokenizer.encode_parts(["Look.", CODES, "lost", CODES[::-1]])
-    answer = original_split(ids, tokenizer)
-    assert (answer.printed, answer.codes, answer.error) == ("Look.\n", CODES, None)
-    assert "IndexError" in (original_split([tokenizer.vocabulary.boi_id], tokenizer).error or "")
-
-
-@pytest.mark.parametrize("tail", [[], [2, 5]])
-def test_codes_before_the_end(tokenizer: MultimodalTokenizer, tail: list[int]) -> None:
-    words = tokenizer.vocabulary
-    assert codes_before_end([*words.code_to_id(CODES), words.eoi_id, *tail], words) == CODES
-    assert codes_before_end(words.code_to_id(CODES), words) == CODES

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from seed_multimodal.errors import ConfigError, RequestError
@@ -25,19 +27,19 @@ def test_typed_placeholders_are_refused_without_a_trace() -> None:
     dialogue.add_text("look ")
     with pytest.raises(RequestError, match="<image>"):
         dialogue.add_text("at <image>")
-    assert dialogue.view() == [["look ", None]]
+    assert dialogue.conversation.to_pairs() == [["look ", None]]
 
 
 def test_an_answer_that_does_not_fit_leaves_the_conversation_as_it_was() -> None:
     dialogue = Dialogue()
     dialogue.add_text("draw")
-    before = dialogue.state()
+    before = copy.deepcopy((dialogue.conversation.messages, dialogue.pending))
     for wrong in ({**ANSWER, "images_ids": []}, {**ANSWER, "text": "no flag"}):
         with pytest.raises(RequestError):
             dialogue.receive(wrong, lambda text: "a.png")
-    assert dialogue.state() == before
+    assert (dialogue.conversation.messages, dialogue.pending) == before
     dialogue.receive(ANSWER, lambda text: "a.png")
-    assert dialogue.view() == [["draw", "Here: ![](file=a.png)"]]
+    assert dialogue.conversation.to_pairs() == [["draw", "Here: ![](file=a.png)"]]
 
 
 def test_markdown_of_broken_pictures() -> None:

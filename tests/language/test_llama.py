@@ -84,6 +84,13 @@ def test_other_models_are_refused(changed: Callable[..., Path]) -> None:
 
 def test_damaged_configuration(changed: Callable[..., Path]) -> None:
     folder = changed()
+    for name in ("config.json", "generation_config.json"):
+        for content in ("[]", "null"):
+            whole = (folder / name).read_text()
+            (folder / name).write_text(content)
+            with pytest.raises(CheckpointError, match=f"{name}: must hold a json object"):
+                load_llm(folder)
+            (folder / name).write_text(whole)
     (folder / "config.json").write_text("{ not json")
     with pytest.raises(CheckpointError, match="configuration cannot be read"):
         load_llm(folder)

@@ -149,7 +149,7 @@ def test_a_config_beside_the_released_files_gives_the_sizes(original: Seed1Token
     (folder / "config.json").write_text(json.dumps(original.config.to_dict()))
     _same(Seed1Tokenizer.from_pretrained(folder), original, images)
     (folder / "config.json").write_text("{half")
-    with pytest.raises(CheckpointError, match=r"config\.json: not a readable JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not valid json"):
         Seed1Tokenizer.from_pretrained(folder)
 
 

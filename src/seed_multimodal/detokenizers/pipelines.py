@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import read_settings, setting
 
-DEFAULTS_FILE = "seed_decode.json"
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -37,14 +37,8 @@ class DecodeDefaults:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Defaults of a folder; `ConfigError` for an unreadable file or an unknown setting."""
-        file = folder / DEFAULTS_FILE
-        if not file.is_file():
-            return cls()
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: not a JSON mapping of decode settings ({error}).") from error
-        return read_settings(cls, values, str(file))
+        file = folder / "seed_decode.json"
+        return read_settings(cls, read_json_object(file, ConfigError), str(file)) if file.is_file() else cls()
 
 
 class PipelineDetokenizer:

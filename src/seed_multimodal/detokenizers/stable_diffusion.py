@@ -85,6 +85,9 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
                 f"(StableDiffusionPipeline.from_single_file, then save_pretrained).")
         checks = safety_checker and (place / "safety_checker").is_dir()
         made = cls.open_folder(place, dtype, () if checks else CHECKER_PARTS, requires_safety_checker=checks)
+        if made.pipeline.unet.config.class_embed_type is not None:
+            raise CheckpointError(f"{place}: the U-Net needs class embeddings (as unCLIP's), so it is no Stable "
+                                  f"Diffusion 1; {WHERE}.")
         return made.to(device, dtype)
 
     @property

@@ -2,7 +2,6 @@
 
 `split_answer` accepts a picture only when exactly `tokens_per_image` codes stand between `<img>` and `</img>`; anything
 else that looks like a picture becomes a `BrokenImagePart` with the reason, and the rest of the answer is parsed on.
-`original_split` repeats the released scripts (first picture only, text after it lost, no check), for comparison.
 """
 
 from __future__ import annotations
@@ -94,34 +93,3 @@ def _image_part(ids: list[int], vocabulary: ImageVocabulary) -> ImagePart | Brok
     if len(inside) != wanted:
         return BrokenImagePart(ids, f"A picture has {len(inside)} codes instead of {wanted}.")
     return ImagePart(vocabulary.id_to_code(inside))
-
-
-def codes_before_end(ids: Sequence[int], vocabulary: ImageVocabulary) -> list[int]:
-    """Ids generated after a forced `<img>` -> what stands before the first `</img>`, minus the shift (not checked)."""
-    ids = [int(id) for id in ids]
-    end = ids.index(vocabulary.eoi_id) if vocabulary.eoi_id in ids else len(ids)
-    return [id - vocabulary.n_text for id in ids[:end]]
-
-
-@dataclass(frozen=True)
-class OriginalAnswer:
-    """Result of the released scripts for an answer: standard output, codes given to the decoder, the exception."""
-
-    printed: str
-    codes: list[int] | None = None
-    error: str | None = None
-
-
-def original_split(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> OriginalAnswer:
-    """Repeat the released scripts' post-processing, defects included."""
-    ids = [int(id) for id in ids]
-    vocabulary = tokenizer.vocabulary
-    if vocabulary.boi_id not in ids and vocabulary.eoi_id not in ids:
-        return OriginalAnswer(tokenizer.decode(ids, skip_special_tokens=True) + "\n")
-    if vocabulary.boi_id not in ids or vocabulary.eoi_id not in ids:
-        return OriginalAnswer("", error="IndexError: index 0 is out of bounds for dimension 0 with size 0")
-    opening, closing = ids.index(vocabulary.boi_id), ids.index(vocabulary.eoi_id)
-    printed = tokenizer.decode(ids[:opening], skip_special_tokens=True) + "\n" if opening else ""
-    codes = [id - vocabulary.n_text for id in ids[opening + 1:closing]]
-    # With no codes the decoder returns no picture, and the script takes the first of none.
-    return OriginalAnswer(printed, codes, None if codes else "IndexError: list index out of range")

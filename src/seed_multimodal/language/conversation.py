@@ -14,14 +14,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import PurePath
 from typing import Any
 
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 Message = dict[str, Any]
-ERROR_RULE = "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
 CORRUPT = "<corrupt_image>"
 
 
@@ -41,7 +39,6 @@ class Conversation:
     style: SeparatorStyle
     separator: str = "\n"
     messages: list[Message] = field(default_factory=list)
-    offset: int = 0
 
     def copy(self) -> Conversation:
         """An independent conversation with the same messages."""
@@ -105,14 +102,6 @@ class Conversation:
                 pairs[-1][1] = text
         return pairs
 
-    def to_log(self) -> dict[str, Any]:
-        """The conversation as logged: pictures by file name only."""
-        messages = copy.deepcopy(self.messages)
-        for entry in messages:
-            entry["message"]["images"] = [PurePath(path).name for path in entry["message"]["images"]]
-        return {"system": self.system, "roles": list(self.roles), "messages": messages, "offset": self.offset,
-                "sep": self.separator, "sep2": None}
-
 
 def markdown(message: Message) -> str:
     """A message's text with each `<image>` replaced by a Markdown picture (`<corrupt_image>` where none was drawn).
@@ -128,14 +117,6 @@ def markdown(message: Message) -> str:
     for path, piece in zip(message["images"], pieces[1:], strict=True):
         text += (f"![](file={path})" if path else CORRUPT) + piece
     return text
-
-
-def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[list[str | None]]:
-    """The pairs with error messages under the last answer (unchanged without errors)."""
-    shown = copy.deepcopy(pairs)
-    if errors and shown:
-        shown[-1][1] = (shown[-1][1] or "") + ERROR_RULE + "\n".join(errors)
-    return shown
 
 
 _VICUNA_SYSTEM = "A chat between a curious user and an artificial intelligence assistant. "
@@ -179,10 +160,6 @@ class Dialogue:
 
     def __post_init__(self) -> None:
         self.conversation = new_conversation(self.template)
-
-    def view(self) -> list[list[str | None]]:
-        """[user, assistant] pairs to show, the last answer's errors included."""
-        return with_errors(self.conversation.to_pairs(), self.errors)
 
     def add_text(self, text: str) -> Buttons:
         """Put text into the pending message.
@@ -267,7 +244,3 @@ class Dialogue:
         self.conversation = new_conversation(self.template)
         self.pending, self.errors = _empty(), []
         return ALL_OFF
-
-    def state(self) -> tuple[list[Message], Message]:
-        """Copies of the stored messages and of the pending one."""
-        return copy.deepcopy(self.conversation.messages), copy.deepcopy(self.pending)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.errors import GenerationError
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.settings import check_settings, setting
 
@@ -51,18 +51,6 @@ class GenerationSettings:
     def samples(self) -> bool:
         """Whether tokens are drawn (temperature 0 turns drawing off)."""
         return self.do_sample and self.temperature > 0
-
-
-def released_settings(program: str) -> dict[str, Any]:
-    """The generation settings the released programs pass: `script`, `server`, or `caption_to_image`."""
-    table: dict[str, dict[str, Any]] = {
-        "script": {"temperature": 1.0, "num_beams": 1, "max_new_tokens": 512, "top_p": 0.5, "do_sample": True},
-        "server": {"temperature": 0.7, "num_beams": 1, "max_new_tokens": 256, "top_p": 0.5, "do_sample": True},
-        "caption_to_image": {"temperature": 0.0, "num_beams": 4, "max_new_tokens": 120, "do_sample": False},
-    }
-    if program not in table:
-        raise ConfigError(f"Unknown program {program!r}: use {', '.join(table)}.")
-    return dict(table[program])
 
 
 class ImageSpanLogitsProcessor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.hub import PARTS, is_hub_name
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -78,8 +79,11 @@ def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             raise CheckpointError(f"{folder}: there are no weights in it (*.safetensors or *.bin).")
     try:
+        for file in (folder / "config.json", folder / "generation_config.json"):
+            if file.is_file():
+                read_json_object(file)  # transformers fails inside if it holds something else than an object
         values, _ = LlamaConfig.get_config_dict(str(source))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         if _on_hub(source):
             raise CheckpointError(f"{source}: not in the local cache of the model hub, and not fetched from it (set "
                                   f"HF_HUB_OFFLINE=0 to allow that, or give a folder).") from error

@@ -21,10 +21,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.disk import replace_text
+from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.hub import is_hub_name
-from seed_multimodal.tokenizers.pretrained_files import download, first_file, read_json
+from seed_multimodal.hub import fetch, first_file, is_hub_name
 from seed_multimodal.tokenizers.released import (
     IGNORED_IN_TOWER,
     LAYOUTS,
@@ -177,7 +176,7 @@ def find_files(source: str | Path, layout: ReleasedLayout, model_type: str,
         if not (layout.on_hub and is_hub_name(source)):
             raise CheckpointError(f"{place}: there is no such {layout.noun}; {layout.advice(place)}.")
         wanted = ("config.json", OURS, *(name for names in layout.files for name in names), *VISION_FILES)
-        place = download(str(source), wanted, layout.advice("a folder and give its path"))
+        place = fetch(str(source), wanted, layout.advice("a folder and give its path"))
     folder = place if place.is_dir() else place.parent
     config = our_config(folder, model_type)
     found = [first_file(folder, names) for names in layout.files]
@@ -199,7 +198,7 @@ def find_files(source: str | Path, layout: ReleasedLayout, model_type: str,
 def our_config(folder: Path, model_type: str) -> Path | None:
     """`config.json` if it is this model's: a released folder may hold the text tokenizer's or the LLM's."""
     file = folder / "config.json"
-    return file if file.is_file() and read_json(file).get("model_type") == model_type else None
+    return file if file.is_file() and read_json_object(file).get("model_type") == model_type else None
 
 
 def _refuse_folder(folder: Path, layout: ReleasedLayout, missing: Sequence[str]) -> None:

@@ -6,16 +6,20 @@ Note: the width of a whole CLIP's projection is the model's own `projection_dim`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.hub import find_folder
 from seed_multimodal.tokenizers.checkpoints import empty_model
-from seed_multimodal.tokenizers.pretrained_files import Log, find_folder, read_json
 from seed_multimodal.weights import assign_strictly, load_state_dict
+
+Log = Callable[[str], None] | None
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
@@ -70,7 +74,7 @@ def _load(path_or_id: str | Path, half: str, device: str | torch.device, dtype: 
 
 def _settings(folder: Path, half: str) -> dict[str, Any]:
     """Sizes of one half from the folder's config.json."""
-    values = read_json(folder / "config.json", CLIP_WHERE)
+    values = read_json_object(folder / "config.json", advice=CLIP_WHERE)
     kind = values.get("model_type")
     if kind == "clip":
         width = {key: values[key] for key in ("projection_dim",) if key in values}
@@ -88,7 +92,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
         if file.is_file():
             return load_state_dict(file), file
         if index.is_file():
-            shards = read_json(index, CLIP_WHERE).get("weight_map")
+            shards = read_json_object(index, advice=CLIP_WHERE).get("weight_map")
             if not isinstance(shards, dict) or not shards:
                 raise CheckpointError(f"{index}: not an index of shards: it holds no 'weight_map'.")
             return {key: value for shard in sorted(set(map(str, shards.values())))

@@ -10,19 +10,22 @@ enlarged, so a table of one row more or less than the model's is fitted (a new l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.hub import find_file, find_folder
 from seed_multimodal.tokenizers.checkpoints import fill_tower, read_tower
-from seed_multimodal.tokenizers.pretrained_files import Log, find_file, find_folder, read_json
 from seed_multimodal.tokenizers.released import TOWER, VISION_FILES, VISION_URL
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.vision.eva import EvaVit
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
+
+Log = Callable[[str], None] | None
 
 BLIP2_FILES = ("blip2_pretrained.safetensors", "blip2_pretrained.pth")
 BLIP2_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/blip2_pretrained.pth"
@@ -92,14 +95,14 @@ def check_unclip(path_or_id: str | Path, embedding_dim: int, log: Log = print) -
         CheckpointError: not there (names what to put where), incomplete, or made for another width.
     """
     folder = find_folder(path_or_id, ("*.json", "*/*.json", "image_normalizer/*"), UNCLIP_WHERE)
-    index = read_json(folder / "model_index.json", UNCLIP_WHERE)
+    index = read_json_object(folder / "model_index.json", advice=UNCLIP_WHERE)
     parts = {name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     for name in UNCLIP_PARTS:
         if name not in parts or not (folder / name).is_dir():
             raise CheckpointError(f"{folder}: not a complete stable-unCLIP folder: it holds no {name!r}; "
                                   f"{UNCLIP_WHERE}.")
     _check_normaliser(folder / "image_normalizer", embedding_dim)
-    unet = read_json(folder / "unet" / "config.json", UNCLIP_WHERE)
+    unet = read_json_object(folder / "unet" / "config.json", advice=UNCLIP_WHERE)
     wide = unet.get("projection_class_embeddings_input_dim")
     if wide != 2 * embedding_dim:
         raise CheckpointError(f"{folder / 'unet'}: its class embedding takes {wide} numbers, image embeddings of "
@@ -138,7 +141,7 @@ def _check_normaliser(folder: Path, embedding_dim: int) -> None:
         mean = load_state_dict(file).get("mean")
         shape = shape if mean is None else tuple(mean.shape)
     if shape is None:
-        shape = (1, int(read_json(folder / "config.json", UNCLIP_WHERE).get("embedding_dim", 0)))
+        shape = (1, int(read_json_object(folder / "config.json", advice=UNCLIP_WHERE).get("embedding_dim", 0)))
     if shape != (1, embedding_dim):
         raise CheckpointError(f"{folder}: weights of another size: 'mean' has {shape}, the tokenizer's image "
                               f"embeddings need {(1, embedding_dim)}.")

@@ -6,7 +6,6 @@ A tensor's shape shows every size but the number of attention heads, which is kn
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.tokenizers.qformer import QFormerConfig
@@ -82,13 +82,7 @@ class TokenizerConfig:
     @classmethod
     def read(cls, file: Path) -> Self:
         """Read `config.json`; raises `ConfigError` when it is damaged or describes another model."""
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: not a readable JSON file ({error}).") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file}: holds a {type(values).__name__}, not a mapping of sizes.")
-        return cls.from_dict(values, file)
+        return cls.from_dict(read_json_object(file, ConfigError), file)
 
     @classmethod
     def infer(cls, state: Mapping[str, Tensor], source: str | Path) -> Self:

@@ -10,9 +10,11 @@ order); generation settings the server adds (kind `flask_api`); and what the ori
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,13 @@ from seed_multimodal.images.encode import (
     image_to_base64,
     request_image,
 )
-from seed_multimodal.language.conversation import Dialogue, new_conversation, with_errors
+from seed_multimodal.language.conversation import Conversation, Dialogue, new_conversation
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
 from seed_multimodal.serving.rendering import render_original
 
 KIND = "conversation"
+ERROR_RULE = "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
 TEMPLATES = {"flows_8b.json": "conv_seed_vicuna", "flows_14b.json": "conv_seed_llama2"}
 
 
@@ -98,15 +101,16 @@ class Replay:
                     self.do(step, tokenizer)
                 return
             buttons = self.do(step, tokenizer)
-            messages, pending = self.dialogue.state()
-            actual = {"chatbot": self.dialogue.view(), "messages": messages, "next_input_state": pending}
+            conversation = self.dialogue.conversation
+            actual = {"chatbot": with_errors(conversation.to_pairs(), self.dialogue.errors),
+                      "messages": conversation.messages, "next_input_state": self.dialogue.pending}
             assert_same(_numbered(actual), _numbered({key: step[key] for key in actual}), where)
             assert_same([{} if buttons is None else {"interactive": on} for on in buttons or (None,) * 4],
                         [button["button"] for button in step["buttons"]], f"{where}: buttons")
         assert_same(self.posted, len(self.flow["http"]), f"{self.name}: number of requests")
         assert_same(self.dialogue.conversation.get_prompt(self._encode), self.flow["prompt_at_end"],
                     f"{self.name}: prompt at the end")
-        assert_same(_numbered(self.dialogue.conversation.to_log()), _numbered(self.flow["dict_at_end"]),
+        assert_same(_numbered(log_record(self.dialogue.conversation)), _numbered(self.flow["dict_at_end"]),
                     f"{self.name}: log record")
 
     def do(self, step: dict[str, Any], tokenizer: MultimodalTokenizer) -> Any:
@@ -177,6 +181,23 @@ def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None
             continue
         a, b = (np.asarray(image_from_base64(text)).astype(int) for text in (mine, theirs))
         assert a.shape == b.shape and abs(a - b).max() <= 1, f"{name}: the posted picture differs"
+
+
+def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[list[str | None]]:
+    """What the released page shows: error messages under the last answer (unchanged without errors)."""
+    shown = copy.deepcopy(pairs)
+    if errors and shown:
+        shown[-1][1] = (shown[-1][1] or "") + ERROR_RULE + "\n".join(errors)
+    return shown
+
+
+def log_record(conversation: Conversation) -> dict[str, Any]:
+    """The conversation as the released server logs it: pictures by file name only."""
+    messages = copy.deepcopy(conversation.messages)
+    for entry in messages:
+        entry["message"]["images"] = [PurePath(path).name for path in entry["message"]["images"]]
+    return {"system": conversation.system, "roles": list(conversation.roles), "messages": messages,
+            "offset": 0, "sep": conversation.separator, "sep2": None}
 
 
 def _numbered(value: Any) -> Any:

@@ -265,7 +265,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     """A json object, or None where there is none or it is damaged."""
     try:
         return read_json_object(path, DataError)
-    except (OSError, DataError):
+    except DataError:
         return None
 
 
