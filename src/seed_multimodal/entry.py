@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
+import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 
 from seed_multimodal.errors import SeedError
 
@@ -34,6 +37,20 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
         # The reader of our output has ended (`seed … | head`); the rest of the output is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is dead, by SIGKILL too: it must not write beside the next
+    run. For processes of `multiprocessing`; others are left alone."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(SOME_FAILED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def add_debug(parser: ArgumentParser) -> None:

@@ -26,6 +26,7 @@ from seed_multimodal.data.formats.pickled import STAND_INS, read_pickle
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.disk import lock
 from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -238,6 +239,37 @@ def test_a_killed_conversion_goes_on(tmp_path):
     source = open_records(new)
     assert [source.read(n).fields for n in range(len(source))] == expected
     assert not list(new.glob(".*.tmp"))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("killed", ["parent", "worker"])
+def test_no_conversion_process_outlives_its_run(tmp_path, killed):
+    for part in range(6):
+        old_shard(tmp_path / "old" / f"{part}.tar", 10_000 * part, 3000)
+    code = ("import sys; from seed_multimodal.data.formats.convert import convert_shards\n"
+            "if __name__ == '__main__': convert_shards([sys.argv[1]], sys.argv[2], workers=2, progress=False)")
+    (tmp_path / "run.py").write_text(code)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path / "old"), str(tmp_path / "new")],
+                               env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (scratch := list((tmp_path / "new").glob(".*.tmp"))):
+        time.sleep(0.002)
+    worker = int(scratch[0].name.split(".")[-2])
+    os.kill(process.pid if killed == "parent" else worker, signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    assert killed == "parent" or "a conversion process was killed" in said
+    end = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
+    assert convert_shards([tmp_path / "old"], tmp_path / "new", progress=False).samples == 18_000
+
+
+def test_two_runs_do_not_convert_into_one_folder(tmp_path, old):
+    (tmp_path / "new").mkdir()
+    with lock(tmp_path / "new" / ".lock"), pytest.raises(DataError, match="new: another run is converting into this"):
+        convert_shards([old], tmp_path / "new", progress=False)
+    assert convert_shards([old], tmp_path / "new", progress=False).converted == 3
+    assert not (tmp_path / "new" / ".lock").exists()
 
 
 def test_a_refused_sample_keeps_its_shard_out_or_is_left_out(tmp_path, old):

@@ -7,6 +7,7 @@ one. A shard with a refused sample is left out, unless `skip_bad` leaves out the
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,13 @@ from seed_multimodal.data.formats.records import PICKLED
 from seed_multimodal.data.formats.tar import OpenFiles, tar_records
 from seed_multimodal.data.formats.tar_headers import Damaged
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.disk import replace_text, sha256_of, writing
-from seed_multimodal.entry import log_line
+from seed_multimodal.disk import lock, replace_text, sha256_of, writing
+from seed_multimodal.entry import end_with_parent, log_line
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.progress import Progress
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 
 
 @dataclass
@@ -79,6 +82,18 @@ def convert_shards(
     """
     out = Path(out)
     jobs = _names(tars, out)
+    with contextlib.ExitStack() as held:
+        with writing(out, DataError):
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(lock(out / LOCK, timeout=0, remove=True))
+            except TimeoutError:
+                raise DataError(f"{out}: another run is converting into this folder; let it end first.") from None
+        return _convert(jobs, out, skip_bad, force, workers, progress)
+
+
+def _convert(jobs: dict[str, Path], out: Path, skip_bad: bool, force: bool, workers: int,
+             progress: bool) -> ConvertReport:
     done = _read_manifest(out)
     report = ConvertReport()
     left = {}
@@ -201,10 +216,14 @@ def _run(jobs: dict[str, Path], out: Path, skip_bad: bool, workers: int,
             return
         # Spawned processes: this one may hold threads, which do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=end_with_parent) as pool:
             running = {pool.submit(_one, path, out / name, name, skip_bad): name for name, path in jobs.items()}
             for future in as_completed(running):
-                yield running[future], future.result()
+                try:
+                    yield running[future], future.result()
+                except BrokenProcessPool:
+                    raise DataError(f"{out}: a conversion process was killed (often because memory ran out); the same "
+                                    "command goes on.") from None
                 bar.update()
 
 
@@ -233,5 +252,4 @@ def _write_manifest(out: Path, done: dict[str, dict[str, Any]]) -> None:
     content = {"shards": shards, "samples": sum(one["samples"] for one in shards),
                "skipped": sum(len(one["skipped"]) for one in shards)}
     with writing(out / MANIFEST, DataError):
-        out.mkdir(parents=True, exist_ok=True)
         replace_text(out / MANIFEST, json.dumps(content, ensure_ascii=False, indent=1) + "\n")

@@ -14,10 +14,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,7 @@ from seed_multimodal.data.pretokenize.output import (
 from seed_multimodal.data.pretokenize.units import Unit, list_units
 from seed_multimodal.data.pretokenize.work import Extractor
 from seed_multimodal.disk import writing
-from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, guarded, log_line
+from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, end_with_parent, guarded, log_line
 from seed_multimodal.errors import ConfigError, DataError, counted
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_settings, setting
@@ -229,7 +227,7 @@ def _spawn(settings: RunSettings, source: InputSettings, units: Sequence[Unit], 
 
 
 def _child(settings: RunSettings, source: InputSettings, units: Sequence[Unit], rank: Rank, here: int) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     if rank.device in ("cpu", "auto") and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
 
@@ -238,14 +236,6 @@ def _child(settings: RunSettings, source: InputSettings, units: Sequence[Unit], 
         return DONE
 
     sys.exit(guarded(f"process {rank.rank}", settings.debug, job))
-
-
-def _end_with_parent() -> None:
-    """End with the parent: a process whose parent was killed must not write beside the next run."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(SOME_FAILED)
 
 
 # ---- refusals
