@@ -8,7 +8,6 @@ or must name a public function or class of this package. Unknown keys are errors
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import os
@@ -34,7 +33,7 @@ ALIASES = {
     "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
 }
 ALLOWED_PREFIXES = ("seed_multimodal.",)
-_RESERVED = ("_target_", "_recursive_", "_convert_", "_partial_")
+_RESERVED = ("_target_", "_recursive_", "_convert_")
 # What OmegaConf and yaml raise for texts they cannot read; ValueError: a number too long, a file that is not UTF-8.
 _UNREADABLE = (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
 
@@ -134,8 +133,6 @@ def _build(node: dict[str, Any], where: str) -> Any:
     signature = inspect.signature(target)
     if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         check_keys(arguments, [n for n in signature.parameters if n not in ("self", "cls")], where)
-    if node.get("_partial_", False):
-        return functools.partial(target, **arguments)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     missing = [name for name, p in signature.parameters.items()
                if p.default is p.empty and p.kind in named and name not in arguments]

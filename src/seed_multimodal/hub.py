@@ -14,6 +14,8 @@ from pathlib import Path
 from seed_multimodal.errors import CheckpointError, first_line
 
 NANO = "pretrained/nano"
+UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
+                "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 

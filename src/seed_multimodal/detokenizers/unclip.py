@@ -19,20 +19,18 @@ from torch import Tensor
 
 from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import UNCLIP_WHERE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
 
-WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror of it) "
-         "and put it at pretrained/stable-diffusion-2-1-unclip")
-
 
 class UnclipDetokenizer(PipelineDetokenizer):
     """Image embeddings `[B, E]` → PIL pictures. `pipeline` is a `SeedUnclipPipeline`, `layout` a `LayoutReadout`."""
 
-    kind, where = "stable-unCLIP", WHERE
+    kind, where = "stable-unCLIP", UNCLIP_WHERE
     parts = ("unet", "vae", "scheduler", "image_normalizer", "image_noising_scheduler")
 
     def __init__(self, pipeline: SeedUnclipPipeline, defaults: DecodeDefaults | None = None,

@@ -106,10 +106,7 @@ class PictureCodec:
         Raises:
             CodesError: wrong number of codes, or one outside the codebook.
         """
-        try:
-            return self.model.check_codes(codes)
-        except OverflowError as error:  # a Python integer that no tensor holds
-            raise CodesError(f"A code is outside the codebook 0..{self.model.config.codebook_size - 1}.") from error
+        return self.model.check_codes(codes)
 
     def draw(
         self, codes: Codes | Sequence[Sequence[int]], *, seed: int | Sequence[int] = 0, batch_size: int = 8,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.hub import find_file, find_folder
+from seed_multimodal.hub import UNCLIP_WHERE, find_file, find_folder
 from seed_multimodal.tokenizers.checkpoints import fill_tower, read_tower
 from seed_multimodal.tokenizers.released import TOWER, VISION_FILES, VISION_URL
 from seed_multimodal.tokenizers.stage1 import Stage1Model
@@ -31,8 +31,6 @@ BLIP2_FILES = ("blip2_pretrained.safetensors", "blip2_pretrained.pth")
 BLIP2_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/blip2_pretrained.pth"
 BLIP2_WHERE = f"download {BLIP2_URL} and give its path, for example pretrained/{BLIP2_FILES[-1]}"
 EVA_WHERE = f"download {VISION_URL} and give its path, for example pretrained/{VISION_FILES[-1]}"
-UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
-                "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
 # Parts of the files that training does not start from.
 BLIP2_IGNORED = ("itm_head.*", "visual_encoder.*")
 UNCLIP_PARTS = ("image_normalizer", "image_noising_scheduler", "scheduler", "unet", "vae")
