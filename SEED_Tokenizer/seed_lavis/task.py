@@ -46,7 +46,7 @@ class TokenizerTask(StageTask):
     quiet_keys = QUIET
 
     def __init__(self, run: RunContext, lavis: RunnerBase, batches: StepBatches, account: BadSamples | None) -> None:
-        self.run, self.lavis, self.batches = run, lavis, batches
+        self.run, self.lavis, self.batches, self.account = run, lavis, batches, account
         self.codebook: CodebookMaintenance | None = None
         self.last_loss: Tensor | None = None
         self.bad = 0  # different bad samples of all processes, known at the end
@@ -54,13 +54,17 @@ class TokenizerTask(StageTask):
         model = run.model
         if isinstance(model, CodebookMixin):
             self.codebook = CodebookMaintenance(model, self.batch, run.steps, run.options.batch_size_train)
-        super().__init__(
-            run.stage, model if self.codebook is None else self.codebook.counts, self.step_loss, run.settings(),
-            optimizer=lavis.optimizer, cost=sample_cost(run), state=account, wrapped_part=model,
-            # Buffers are equal by construction, or (code counts) each process's own.
-            ddp_options={"broadcast_buffers": False,
-                         "find_unused_parameters": getattr(model, "skips_parameters", False)})
+        super().__init__(run.stage, model if self.codebook is None else self.codebook.counts, run.settings(),
+                         optimizer=lavis.optimizer, cost=sample_cost(run))
+        # Buffers are equal by construction, or (code counts) each process's own.
+        self.ddp_options = {"broadcast_buffers": False,
+                            "find_unused_parameters": getattr(model, "skips_parameters", False)}
         self.config = OmegaConf.to_container(run.config.config)
+
+    @property
+    def wrapped_part(self) -> nn.Module:
+        """The model; `module` may hold code counts beside it."""
+        return self.run.model
 
     def learning_rate(self, step: int) -> float:
         """LAVIS's schedule as a function of the optimiser step: that of its last iteration."""
@@ -123,6 +127,15 @@ class TokenizerTask(StageTask):
         return {"checkpoint": str(self.run.last_checkpoint),
                 **{name: round(float(value), 6) for name, value in self.run.model.latest.items()},
                 "bad_samples": max(self.bad, len(self.batches.bad_samples()))}  # no step may have been left to make
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """The bad samples that this process found."""
+        return {} if self.account is None else self.account.state_dict()
+
+    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
+        """Inverse of `state_dict`."""
+        if self.account is not None:
+            self.account.load_state_dict(states[rank])
 
     def _write_checkpoint(self, epoch: int) -> None:
         model, keep = self.run.model, self.run.options.keep_checkpoints

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,17 @@ def move_bias(model: nn.Sequential) -> None:
     """Random work between steps, as restarting dead codes is."""
     with torch.no_grad():
         model[2].bias.add_(0.01 * torch.randn(1))
+
+
+class ToyTask(StageTask):
+    """A stage whose methods are given as functions."""
+
+    def __init__(self, name: str, module: nn.Module, loss: Callable[[nn.Module, int], Any], settings: StageSettings, *,
+                 methods: Mapping[str, Callable[..., Any] | None] | None = None, **more: Any) -> None:
+        super().__init__(name, module, settings, **more)
+        for method, function in {"step_loss": loss, **(methods or {})}.items():
+            if function is not None:
+                setattr(self, method, function)
 
 
 def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float = 0.1, stop_at: int = -1,
@@ -82,15 +93,15 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
     def finish() -> dict[str, Any]:
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
 
-    return train_stage(StageTask(name, model, loss, StageSettings(**choices), finish=finish,
-                                 after_step=on_step if noise else None, status=status or dict, cost=cost), folder)
+    methods = {"finish": finish, "after_step": on_step if noise else None, "status": status}
+    return train_stage(ToyTask(name, model, loss, StageSettings(**choices), methods=methods, cost=cost), folder)
 
 
 def run_stage(name: str, module: nn.Module, loss: Callable[[int], Any], settings: StageSettings, folder: Path,
               **more: Any) -> dict[str, Any]:
     """A stage whose loss closes over its module."""
     settings = replace(settings, curves=False)
-    return train_stage(StageTask(name, module, lambda model, step: loss(step), settings, **more), folder)
+    return train_stage(ToyTask(name, module, lambda model, step: loss(step), settings, **more), folder)
 
 
 def newest(folder: Path, name: str = "toy") -> Path:
@@ -127,8 +138,7 @@ def main() -> int:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
         try:
-            train_stage(StageTask("single", nn.Linear(1, 1), lambda model, step: (torch.zeros(()), {}),
-                                  StageSettings(steps=1), parallel=False), sys.argv[1])
+            train_stage(StageTask("single", nn.Linear(1, 1), StageSettings(steps=1), parallel=False), sys.argv[1])
         except SeedError as error:
             print(f"refused: {error}", flush=True)
     try:

@@ -133,7 +133,8 @@ def test_given_optimiser_and_schedule(toy: ModuleType, tmp_path: Path) -> None:
         model.weight.fill_(1.0)
     groups = [{"params": [model.weight], "lr_scale": 0.5}]
     toy.run_stage("sgd", model, lambda step: (model.weight.sum(), {}), StageSettings(steps=2, clip=0, precision="fp32"),
-              tmp_path, optimizer=torch.optim.SGD(groups, lr=9.0), schedule=lambda step: 0.1 * (step + 1))
+              tmp_path, optimizer=torch.optim.SGD(groups, lr=9.0),
+                  methods={"learning_rate": lambda step: 0.1 * (step + 1)})
     torch.testing.assert_close(model.weight.detach(), torch.full((2, 3), 1.0 - 0.05 - 0.1))
     other = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match="trains 1 tensors that are not in the trained modules"):

@@ -143,7 +143,7 @@ class JudgeTask(StageTask):
         self.started = time.monotonic()
         settings = StageSettings(steps=plan.steps or 1_000_000, batch_size=plan.batch, lr=plan.lr, clip=1.0,
                                  precision="fp32", seed=plan.seed)
-        super().__init__("judge", self.judge, self.step_loss, settings, optimizer=optimizer_for(self.judge, plan.lr),
+        super().__init__("judge", self.judge, settings, optimizer=optimizer_for(self.judge, plan.lr),
                          parallel=False)
 
     def learning_rate(self, step: int) -> float:

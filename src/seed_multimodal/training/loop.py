@@ -63,25 +63,16 @@ def train(task: Task, settings: LoopSettings, folder: str | Path, *, group: Proc
         SystemExit: 143 after SIGTERM: the step was finished and saved. With several processes, data workers must
             ignore the signal for that (torchrun sends it to them, too).
     """
-    with contextlib.ExitStack() as stack:
-        processes = group or stack.enter_context(ProcessGroup())
-        stack.enter_context(output_folder_lock(Path(folder) / task.checkpoint_folder, processes))
-        return run_task(task, settings, Path(folder), processes, device)
-
-
-def run_task(task: Task, settings: LoopSettings, home: Path, group: ProcessGroup, device: torch.device | None = None
-             ) -> dict[str, Any]:
-    """As `train`, by a caller that holds the folder's lock."""
     check_settings(settings, task.name)
-    with Watchdog(60 * settings.timeout_minutes if group.world > 1 else 0, task.name) as watchdog:
-        try:
-            run = Run(task, settings, home, group, watchdog, device)
-            try:
-                return run.train()
-            finally:
-                run.close()
-        finally:
-            stop_accelerate()
+    with contextlib.ExitStack() as stack:
+        group = group or stack.enter_context(ProcessGroup())
+        stack.enter_context(output_folder_lock(Path(folder) / task.checkpoint_folder, group))
+        stack.callback(stop_accelerate)
+        watchdog = stack.enter_context(
+            Watchdog(60 * settings.timeout_minutes if group.world > 1 else 0, task.name))
+        run = Run(task, settings, Path(folder), group, watchdog, device)
+        stack.callback(run.close)
+        return run.train()
 
 
 class Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,60 +14,28 @@ from seed_multimodal.training.loop_settings import SampleCost
 _EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
 
 
-class Meter(Protocol):
-    """Numbers of steps, in this process."""
-
-    own_evaluation_line: bool  # whether numbers of an evaluation get a line of their own
-
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
-        """Numbers of a step from those of its micro-steps (`loss` is among them), with few transfers from the device.
-
-        Args:
-            norm: of the gradients; None: not known yet.
-        """
-        ...
-
-    def shared(self, numbers: Mapping[str, float]) -> list[float]:
-        """Those of a step's numbers that are summed over the processes at once."""
-        ...
-
-    def add(self, numbers: Mapping[str, float], sums: Sequence[float]) -> None:
-        """Fold in a step that was made; `sums`: of what `shared` gave, over all processes."""
-        ...
-
-    def numbers(self) -> dict[str, float]:
-        """This process's numbers of a log line, which are merged over the processes."""
-        ...
-
-    def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
-        """All processes' numbers of a log line; called after each line's steps, which `steps` and `seconds` count."""
-        ...
-
-    def text(self, line: Mapping[str, float]) -> tuple[str, str]:
-        """The line as text: losses, other numbers, speed."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class SmoothedMeter:
+class Meter:
     """Exponentially smoothed numbers of each step, averaged over the processes at log lines, and samples per second.
+    `llm.token_meter` overrides it with sums over all tokens of a line's steps.
 
     Args:
         samples: of one step in one process.
         cost: of a sample, for `tflops` and `mfu`.
     """
 
-    own_evaluation_line = False
+    own_evaluation_line = False  # whether numbers of an evaluation get a line of their own
 
     def __init__(self, samples: int, cost: SampleCost | None = None) -> None:
         self.samples, self.cost = samples, cost
         self.smooth: dict[str, float] = {}
 
     def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
-        """Means over the micro-steps, and `grad` and `lr`."""
+        """Numbers of a step from those of its micro-steps (`loss` is among them), with few transfers from the device:
+        means, `grad` and `lr`.
+
+        Args:
+            norm: of the gradients; None: not known yet.
+        """
         count = len(found)
         parts = {key: sum((one[key] for one in found[1:]), found[0][key]) for key in found[0] if key != "loss"}
         if count > 1:
@@ -76,11 +44,11 @@ class SmoothedMeter:
         return _read({"loss": loss, **({} if norm is None else {"grad": norm}), "lr": rate, **parts})
 
     def shared(self, numbers: Mapping[str, float]) -> list[float]:
-        """Nothing: processes are averaged at log lines only."""
+        """Those of a step's numbers that are summed over the processes at once; none: averages at log lines do."""
         return []
 
     def add(self, numbers: Mapping[str, float], sums: Sequence[float]) -> None:
-        """Fold in a step."""
+        """Fold in a step that was made; `sums`: of what `shared` gave, over all processes."""
         for key, value in numbers.items():
             if key in _EXACT or not math.isfinite(self.smooth.get(key, math.nan)):
                 self.smooth[key] = value  # also when all before were not finite: fp16 often begins with an overflow
@@ -88,16 +56,17 @@ class SmoothedMeter:
                 self.smooth[key] = 0.95 * self.smooth[key] + 0.05 * value
 
     def numbers(self) -> dict[str, float]:
-        """The smoothed numbers."""
+        """This process's numbers of a log line, which are merged over the processes: the smoothed ones."""
         return dict(self.smooth)
 
     def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
-        """Samples per second of all processes, and utilisation."""
+        """All processes' numbers of a log line, called after the line's steps, which `steps` and `seconds` count:
+        samples per second, and utilisation."""
         pace = seconds / steps
         return {"samples_per_s": self.samples * world / pace, **utilisation(self.cost, self.samples / pace)}
 
     def text(self, line: Mapping[str, float]) -> tuple[str, str]:
-        """All numbers but those that every line ends with."""
+        """The line as text: numbers, speed; the first without those that every line ends with."""
         tail = ("step", "samples_per_s", "seconds_per_step", "eta_seconds", "peak_memory_mib", "wait_share", "tflops",
                 "mfu")
         return (" ".join(f"{key} {value:.4g}" for key, value in line.items() if key not in tail),

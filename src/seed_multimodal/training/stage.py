@@ -1,10 +1,10 @@
-"""A task out of a module and a loss function: the small stages, the tokenizers' trainings, the judge."""
+"""The usual task, a module and a loss of each batch: the small stages, the tokenizers' trainings, the judge."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,85 +17,48 @@ from seed_multimodal.training.checkpoint_folders import checkpoints
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.loop import train
 from seed_multimodal.training.loop_settings import SampleCost, StageSettings
-from seed_multimodal.training.meter import SmoothedMeter
+from seed_multimodal.training.meter import Meter
 from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.resume import refuse_other_numbers
 from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.task import Task
 
-Loss = Callable[[nn.Module, int], tuple[Tensor, Mapping[str, Any]]]
-
-
-class OwnState(Protocol):
-    """State of one process, such as the samples it found unreadable; `state_dict` is JSON-able."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
 
 class StageTask(Task):
-    """One stage.
+    """One stage; a subclass has `step_loss`, and overrides the methods of `Task` in which it differs.
 
     Args:
         module: everything that is trained and saved.
-        loss: (model, micro-step) → (scalar mean loss, numbers to log); draws its randomness from torch's global
-            generator, which is seeded before every call.
-        finish: called once at the end, in the first process only (so no collective calls), with the final (EMA)
-            weights in place; saves them and returns metrics that JSON can hold.
-        after_step, status, schedule: as the methods of `Task`; `learning_rate` is linear warm-up and cosine.
         optimizer: trains (some of) the parameters of `module`; AdamW on all that need gradients by default.
         cost: of a sample, for the log's `tflops` and `mfu`.
-        state: each process's own state; saved and restored with the checkpoints.
-        wrapped_part: what several processes wrap and `loss` gets; `module` by default.
-        parallel: False if `loss` calls parts of `module` past its `forward`, which no engine for several processes can
-            follow.
+        parallel: False if the loss calls parts of `module` past its `forward`, which no engine for several processes
+            can follow.
     """
 
-    def __init__(self, name: str, module: nn.Module, loss: Loss, settings: StageSettings, *,
-                 finish: Callable[[], Mapping[str, Any]] = dict,
-                 after_step: Callable[[int], Mapping[str, float] | None] | None = None,
-                 status: Callable[[], Mapping[str, float]] = dict,
-                 schedule: Callable[[int], float] | None = None, optimizer: Any = None,
-                 cost: SampleCost | None = None, state: OwnState | None = None, wrapped_part: nn.Module | None = None,
-                 parallel: bool = True, ddp_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, name: str, module: nn.Module, settings: StageSettings, *, optimizer: Any = None,
+                 cost: SampleCost | None = None, parallel: bool = True) -> None:
         check_settings(settings, f"[{name}]")
         self.name, self.module, self.settings, self.parallel = name, module, settings, parallel
-        self.loss, self._finish, self._after_step, self._status = loss, finish, after_step, status
-        self._schedule, self.state, self._wrapped_part = schedule, state, wrapped_part
-        self.ddp_options = dict(ddp_options or {})
         self.optimizer = optimizer or torch.optim.AdamW(
             parameter_groups(module, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99))
-        self.meter = SmoothedMeter(settings.batch_size * settings.accumulate, cost)
+        self.meter = Meter(settings.batch_size * settings.accumulate, cost)
 
-    @property
-    def wrapped_part(self) -> nn.Module:
-        """What the engine wraps."""
-        return self.module if self._wrapped_part is None else self._wrapped_part
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """Scalar mean loss of a micro-step, and numbers to log; draws its randomness from torch's global generator,
+        which is seeded before every call."""
+        raise NotImplementedError
 
     def learning_rate(self, step: int) -> float:
-        """The schedule."""
-        return learning_rate(step, self.settings) if self._schedule is None else self._schedule(step)
+        """Linear warm-up and cosine."""
+        return learning_rate(step, self.settings)
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """The loss. On CPUs attention by plain matrix products: the backward pass of the fused bf16 kernel is several
         times slower there."""
         if next(self.module.parameters()).device.type != "cpu":
-            return self.loss(model, micro_step)
+            return self.step_loss(model, micro_step)
         with sdpa_kernel(SDPBackend.MATH):
-            return self.loss(model, micro_step)
-
-    def after_step(self, step: int) -> Mapping[str, float] | None:
-        """Calls the function given."""
-        return self._after_step(step) if self._after_step is not None else None
-
-    def status(self) -> Mapping[str, float]:
-        """Calls the function given."""
-        return self._status()
-
-    def finish(self) -> Mapping[str, Any]:
-        """Calls the function given."""
-        return self._finish()
+            return self.step_loss(model, micro_step)
 
     def gather_report(self, group: ProcessGroup) -> Mapping[str, Any]:
         """How large a step was."""
@@ -113,15 +76,6 @@ class StageTask(Task):
         refuse_other_numbers(folder, saved, now, {"processes": "processes", "samples_per_step": "samples per step"},
                              self.start_hint)
         return []
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """The `state` given."""
-        return self.state.state_dict() if self.state is not None else {}
-
-    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
-        """Inverse of `state_dict`."""
-        if self.state is not None and states:
-            self.state.load_state_dict(states[rank])
 
 
 def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None = None) -> dict[str, Any]:

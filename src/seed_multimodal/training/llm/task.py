@@ -68,12 +68,9 @@ class LlmTask(Task):
     quiet_keys = _QUIET
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
-        """Write the configuration into the output folder, open data and tokenizer. Raises as `train_llm`."""
+        """Open data and tokenizer. Raises as `train_llm`."""
         self.run, self.settings, self.group, self.device = run, run.trainer, group, device
         self.config = run.plain
-        if group.first:
-            save_config(run.output_dir, run.plain)
-        check_shared(run.output_dir / "config.yaml", group)
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         self.optim = read_settings(OptimSettings, run.optim, "optim")
@@ -97,7 +94,10 @@ class LlmTask(Task):
     # ------------------------------------------------------------------------------------------------- the training
 
     def prepare(self) -> None:
-        """Build the model and its optimiser."""
+        """Write the configuration into the output folder, build the model and its optimiser."""
+        if self.group.first:
+            save_config(self.run.output_dir, self.run.plain)
+        check_shared(self.run.output_dir / "config.yaml", self.group)
         self.llm = build_llm(self.model_settings, self.tokenizer, self.device)
         self.module = LossModule(self.llm, kind=self.settings.loss_kernel, weights=self.loss_weights)
         self.optimizer = build_optimizer(self.module, self.optim)

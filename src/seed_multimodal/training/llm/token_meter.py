@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seed_multimodal.training.meter import Meter
+
 # Numbers of a step that are summed over micro-steps and processes.
 _SUMS = ("loss", "text_sum", "text_count", "image_sum", "image_count", "tokens", "positions", "sequences")
 _LINE = ("text_sum", "text_count", "image_sum", "image_count", "tokens", "positions")
 _LEAST = 1e-8  # of a step with nothing to learn
 
 
-class TokenMeter:
+class TokenMeter(Meter):
     """Sums since the last log line; part of a checkpoint, so that a resumed run writes the same lines.
 
     Attributes:
@@ -32,10 +34,10 @@ class TokenMeter:
     own_evaluation_line = True
 
     def __init__(self) -> None:
+        super().__init__(samples=0)
         self.flops: tuple[float, float, float] = (0.0, 0.0, 0.0)
         self.peak: float | None = None
         self.divisor = 1.0
-        self.smooth: dict[str, float] = {}
         self.total = {"tokens": 0.0, "positions": 0.0}
         self.timed = dict.fromkeys(("tokens", "positions", "sequences", "learned"), 0.0)  # since the line before
         self.history: list[dict[str, float]] = []
@@ -101,10 +103,10 @@ class TokenMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums since the last log line and of the run, and the last lines."""
-        return {"smooth": dict(self.smooth), "total": dict(self.total), "log_history": self.history}
+        return {**super().state_dict(), "total": dict(self.total), "log_history": self.history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.smooth.update(state.get("smooth", {}))
+        super().load_state_dict(state)
         self.total.update(state.get("total", {}))
         self.history.extend(state.get("log_history", []))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from seed_multimodal.quiet import quiet_libraries
-from seed_multimodal.training.checkpoint_folders import output_folder_lock
 from seed_multimodal.training.distributed import leave_processes, start_processes
 from seed_multimodal.training.failures import translate_errors
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.llm.trainer_settings import read_run
-from seed_multimodal.training.loop import run_task
+from seed_multimodal.training.loop import train
 
 
 def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,17 +31,14 @@ def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
                                         group_of_one=run.deepspeed is not None)
     clean = False
     try:
-        with output_folder_lock(run.output_dir, group):
-            with translate_errors("the start", "nothing was trained yet"):
-                task = LlmTask(run, group, device)
-            try:
-                record = run_task(task, run.trainer.loop_settings(), run.output_dir, group, device)
-            except SystemExit:
-                clean = True
-                raise
-            finally:
-                task.data.close()
+        with translate_errors("the start", "nothing was trained yet"):
+            task = LlmTask(run, group, device)
+        with contextlib.closing(task.data):
+            record = train(task, run.trainer.loop_settings(), run.output_dir, group=group, device=device)
         clean = True
         return record
+    except SystemExit:
+        clean = True
+        raise
     finally:
         leave_processes(clean)

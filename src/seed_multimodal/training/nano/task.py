@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor, nn
 
 from seed_multimodal.training.nano.workspace import Workspace
@@ -17,12 +14,8 @@ class NanoTask(StageTask):
 
     def __init__(self, space: Workspace, name: str, module: nn.Module) -> None:
         # Not in parallel: the losses call parts of the module past its `forward`.
-        super().__init__(name, module, self.step_loss, getattr(space.config, f"train_{name}"), parallel=False)
+        super().__init__(name, module, getattr(space.config, f"train_{name}"), parallel=False)
         self.space, self.views = space, space.views  # made now if they are not there, not under a step's autocast
-
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """Loss of a micro-step, and numbers to log."""
-        raise NotImplementedError
 
     def chosen(self, micro_step: int) -> Tensor:
         """The training pictures of a micro-step: indices int64 `[B]` into the set."""
