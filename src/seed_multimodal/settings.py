@@ -66,7 +66,7 @@ def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: 
         raise ConfigError(f"{where}: must be a mapping of keys to values, not {plain!r}.")
     known = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
     check_keys([str(key) for key in plain], known, where)
-    hints = _hints(kind)
+    hints = get_type_hints(kind)
     typed = {str(key): _typed(hints[str(key)], value, f"{where}: {key}") for key, value in plain.items()}
     for name, entry in known.items():
         if name in typed:
@@ -82,7 +82,7 @@ def check_settings(settings: Any, where: str) -> None:
     Raises:
         ConfigError: as `read_settings`.
     """
-    hints = _hints(type(settings))
+    hints = get_type_hints(type(settings))
     for entry in dataclasses.fields(settings):
         value = getattr(settings, entry.name)
         if dataclasses.is_dataclass(value):
@@ -120,10 +120,6 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], silent: 
     old, new = dict(_leaves(before)), dict(_leaves(now))
     return [f"{key}: {_shown(old, key)} -> {_shown(new, key)}" for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not any(key == one or key.startswith(f"{one}.") for one in silent)]
-
-
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

@@ -20,19 +20,10 @@ from seed_multimodal.language.answer import ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.prompts import Turn
 from seed_multimodal.systems.chat import Answer, turn_marker
-from seed_multimodal.systems.pictures import PictureCodec
 from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.systems.speaker import AnswerReader
 
 LONGEST_TEXT = 64
-
-
-def encode(codec: PictureCodec, pictures: NDArray[np.uint8], batch: int) -> NDArray[np.int64]:
-    """uint8 [N, H, W, 3] → codes [N, T] by a codec, `batch` at a time."""
-    parts = [codec.tokenize([Image.fromarray(p) for p in pictures[i : i + batch]])
-             for i in range(0, len(pictures), batch)]
-    return torch.cat(parts).numpy()
-
 
 
 class BatchedSystem:
@@ -67,7 +58,9 @@ class BatchedSystem:
 
     def codes(self, pictures: NDArray[np.uint8]) -> NDArray[np.int64]:
         """uint8 [N, H, W, 3] → codes [N, T]."""
-        return encode(self.inner.pictures, pictures, self.batch)
+        parts = [self.inner.pictures.tokenize([Image.fromarray(p) for p in pictures[i : i + self.batch]])
+                 for i in range(0, len(pictures), self.batch)]
+        return torch.cat(parts).numpy()
 
     def pictures(self, codes: Sequence[Codes]) -> list[Image.Image]:
         """Codes of N pictures → N pictures."""

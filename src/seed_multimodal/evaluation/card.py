@@ -24,6 +24,7 @@ from seed_multimodal.weights import count_parameters
 STAGES = ("vae", "clip", "stage1", "stage2", "tokenizer", "unet", "unet2", "vae2", "pretrain", "sft")
 HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "leg", "checkpoint", "processes", "accumulate",
           "begun")
+NEEDED = ("stage", "seconds")
 
 
 def write_card(model: Path, work: Path, data: Path, command: str, earlier: Sequence[Path] = (),
@@ -42,8 +43,8 @@ def write_card(model: Path, work: Path, data: Path, command: str, earlier: Seque
     if not run:
         raise DataError(f"{work}: no stage has left a record (NAME.done.json) in this work folder.")
     skipped = [stage for stage in STAGES if stage not in run]
-    records = [_stage_record(_file(work, stage)) for stage in run]
-    before = [{**_stage_record(_file(leg, stage)), "leg": number} for number, leg in enumerate(earlier, 1)
+    records = [_record(_file(work, stage), *NEEDED) for stage in run]
+    before = [{**_record(_file(leg, stage), *NEEDED), "leg": number} for number, leg in enumerate(earlier, 1)
               for stage in STAGES if _file(leg, stage).is_file()]
     records = [{**record, **({"leg": len(earlier) + 1} if earlier else {})} for record in records]
     first: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -65,17 +66,13 @@ def _file(work: Path, stage: str) -> Path:
     return own if own.is_file() else work / f"{stage}.done.json"
 
 
-def _record(file: Path) -> dict[str, Any]:
+def _record(file: Path, *needed: str) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{file}: there is no such record.")
-    return read_json_object(file, DataError)
-
-
-def _stage_record(file: Path) -> dict[str, Any]:
-    record = _record(file)
-    missing = next((key for key in ("stage", "seconds") if key not in record), None)
+    record = read_json_object(file, DataError)
+    missing = next((key for key in needed if key not in record), None)
     if missing is not None:
-        raise DataError(f"{file}: no record of a stage: it has no key {missing!r}.")
+        raise DataError(f"{file}: an incomplete record: it has no key {missing!r}.")
     return record
 
 
@@ -121,7 +118,7 @@ def _training(records: list[dict[str, Any]], work: Path, command: str, skipped: 
 
 
 def _data(data: Path) -> list[str]:
-    manifest = _record(data / "manifest.json")
+    manifest = _record(data / "manifest.json", "counts", "records", "size", "styles")
     counts = manifest["counts"]["pictures"]
     return ["## Data", "", f"`{data.name}`: {manifest['records']} drawings at {manifest['size']} px in the styles "
             f"{', '.join(manifest['styles'])} ({', '.join(f'{k} {v}' for k, v in counts.items())}). Trained on `train` "

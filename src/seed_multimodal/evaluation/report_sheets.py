@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal.evaluation.tasks import World
-from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+from seed_multimodal.images.sheet import Cell, Row, contact_sheet, interleaved_rows
 
 SHOWN, COLUMNS, CELL = 24, 8, 80
 MAX_BYTES = 300_000
@@ -47,23 +47,20 @@ def save_sheets(shown: Sequence[SheetPictures], world: World, out: Path) -> list
 
 def reconstruction_sheet(part: SheetPictures, world: World) -> Image.Image:
     """Real pictures above their rebuilt copies, with the description under each copy."""
-    rows = []
-    for start in range(0, min(SHOWN, len(part.targets)), COLUMNS):
-        span = slice(start, min(start + COLUMNS, SHOWN))
-        rows.append(Row("real", [Cell(_real(world, t), world.nano.records[t].label) for t in part.targets[span]]))
-        rows.append(Row("from 32 codes; described as", [
-            Cell(p, text) for p, text in zip(part.rebuilt[span], part.texts[span], strict=True)]))
+    rows = interleaved_rows(
+        COLUMNS, ("real", [Cell(_real(world, t), world.nano.records[t].label) for t in part.targets[:SHOWN]]),
+        ("from 32 codes; described as",
+         [Cell(p, text) for p, text in zip(part.rebuilt[:SHOWN], part.texts[:SHOWN], strict=True)]))
     return contact_sheet(rows, f"Reconstructions: {part.split}", CELL, COLUMNS, 5)
 
 
 def drawing_sheet(part: SheetPictures, world: World) -> Image.Image:
     """Requests and drawings, above the real picture of that name."""
-    rows = []
-    for start in range(0, min(SHOWN, len(part.targets)), COLUMNS):
-        span = slice(start, min(start + COLUMNS, SHOWN))
-        rows.append(Row("drawn from the words", [
-            Cell(p, world.names[t]) for p, t in zip(part.drawn[span], part.targets[span], strict=True)]))
-        rows.append(Row("real picture of that name", [Cell(_real(world, t)) for t in part.targets[span]]))
+    targets = part.targets[:SHOWN]
+    rows = interleaved_rows(
+        COLUMNS, ("drawn from the words",
+                  [Cell(p, world.names[t]) for p, t in zip(part.drawn[:SHOWN], targets, strict=True)]),
+        ("real picture of that name", [Cell(_real(world, t)) for t in targets]))
     return contact_sheet(rows, f"Drawings: {part.split}", CELL, COLUMNS, 5)
 
 

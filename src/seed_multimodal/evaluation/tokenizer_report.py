@@ -14,7 +14,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.evaluation.report_text import facts, show, table
 from seed_multimodal.evaluation.tokenizer_pass import PassResult
-from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+from seed_multimodal.images.sheet import Cell, contact_sheet, interleaved_rows
 
 COLUMNS, CELL = 8, 96
 LEVELS = (1, 5, 10)
@@ -86,15 +86,11 @@ def reconstruction_sheet(seen: PassResult, rebuilt: Sequence[Image.Image], real:
                          nearest: Sequence[Image.Image]) -> Image.Image:
     """Pictures with a caption, above what their codes draw (where they were drawn) and the other picture whose
     codes decode nearest; the first of the sample, good or bad."""
-    rows = []
-    for start in range(0, len(real), COLUMNS):
-        part = slice(start, start + COLUMNS)
-        rows.append(Row("picture", [Cell(picture, captions[0]) for picture, captions
-                                    in zip(real[part], seen.captions[part], strict=False)]))
-        if rebuilt[part]:
-            rows.append(Row("from 32 codes", [Cell(picture) for picture in rebuilt[part][:len(real[part])]]))
-        if nearest[part]:
-            rows.append(Row("nearest other by its codes", [Cell(picture) for picture in nearest[part]]))
+    rows = interleaved_rows(
+        COLUMNS, ("picture", [Cell(picture, captions[0]) for picture, captions
+                              in zip(real, seen.captions, strict=False)]),
+        ("from 32 codes", [Cell(picture) for picture in rebuilt[:len(real)]]),
+        ("nearest other by its codes", [Cell(picture) for picture in nearest]))
     return contact_sheet(rows, f"{len(seen.rows)} pictures", CELL, COLUMNS, 4)
 
 

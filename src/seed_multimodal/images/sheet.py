@@ -31,6 +31,17 @@ class Row:
     cells: list[Cell] = field(default_factory=list)
 
 
+def interleaved_rows(columns: int, *lines: tuple[str, Sequence[Cell]]) -> list[Row]:
+    """Rows for lines of cells that stand above each other: the first `columns` cells of each line, then the next.
+
+    Args:
+        lines: (label, cells); a line that is shorter ends earlier.
+    """
+    longest = max(len(cells) for _, cells in lines)
+    return [Row(label, list(cells[start:start + columns])) for start in range(0, longest, columns)
+            for label, cells in lines if cells[start:start + columns]]
+
+
 @dataclass
 class _Line:
     """One printed line of cells, with its texts already wrapped."""
