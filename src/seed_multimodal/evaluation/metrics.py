@@ -11,8 +11,8 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from seed_multimodal.errors import DataError
 
 FloatArray = NDArray[np.floating]
+RESAMPLES = 1000
+PREFIXES = (1, 2, 4, 8, 16, 32)
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {word: str(i) for i, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}
@@ -29,28 +31,19 @@ _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}“”‘’…]+")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its bootstrap interval (95 % unless asked otherwise) and the number of samples it rests on."""
+    """A mean with its bootstrap interval (95 %) and the number of samples it rests on."""
 
     value: float
     low: float
     high: float
     n: int
 
-    def __str__(self) -> str:
-        return "not measured" if self.n == 0 else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
-
     def to_json(self) -> dict[str, float | int | None]:
         """The fields as JSON values, rounded; an empty estimate has `None` for its numbers."""
         return {k: (None if isinstance(v, float) and math.isnan(v) else round(v, 4)) for k, v in asdict(self).items()}
 
 
-def bootstrap(
-    values: Sequence[float] | FloatArray,
-    groups: Sequence[Hashable] | None = None,
-    samples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Estimate:
+def bootstrap(values: Sequence[float] | FloatArray, groups: Sequence[Hashable] | None = None) -> Estimate:
     """Mean of `values` [N] and its percentile bootstrap interval.
 
     Args:
@@ -72,9 +65,9 @@ def bootstrap(
         order = {name: i for i, name in enumerate(dict.fromkeys(groups))}
         index = np.fromiter((order[name] for name in groups), dtype=np.int64, count=data.size)
         sums, counts = np.bincount(index, weights=data).astype(float), np.bincount(index).astype(float)
-    draws = np.random.default_rng(seed).integers(0, sums.size, size=(samples, sums.size))
+    draws = np.random.default_rng(0).integers(0, sums.size, size=(RESAMPLES, sums.size))
     means = sums[draws].sum(1) / counts[draws].sum(1)
-    tail = (1.0 - level) / 2
+    tail = (1.0 - 0.95) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Estimate(float(data.mean()), float(low), float(high), int(data.size))
 
@@ -130,28 +123,6 @@ def cosine(left: FloatArray, right: FloatArray) -> FloatArray:
     return np.divide((a * b).sum(1), norms, out=np.zeros(len(a)), where=norms > 0)
 
 
-@dataclass(frozen=True)
-class CodebookStatistics:
-    """How a set of code sequences uses its codebook.
-
-    Attributes:
-        usage: share of the codebook's entries that occur at least once.
-        perplexity: exp of the entropy (nats) of the distribution of all codes; at most the codebook's size.
-        position_perplexity: mean over positions of the perplexity of the codes at that position.
-        distinct: number of different sequences among `sequences`.
-        prefix_bits: prefix length → entropy in bits of the first codes of a sequence; at most log2(sequences).
-    """
-
-    sequences: int
-    codebook: int
-    used: int
-    usage: float
-    perplexity: float
-    position_perplexity: float
-    distinct: int
-    prefix_bits: dict[int, float] = field(default_factory=dict)
-
-
 def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
     """Entropy in nats of the distribution proportional to `counts`."""
     p = np.asarray(counts, dtype=np.float64)
@@ -159,10 +130,15 @@ def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
     return float(max(-(p * np.log(p)).sum(), 0.0))
 
 
-def codebook_statistics(
-    codes: NDArray[np.integer], codebook: int, prefixes: Sequence[int] = (1, 2, 4, 8, 16, 32)
-) -> CodebookStatistics:
-    """Use of a codebook with `codebook` entries by `codes` [N, T].
+def codebook_statistics(codes: NDArray[np.integer], codebook: int) -> dict[str, Any]:
+    """Use of a codebook with `codebook` entries by `codes` [N, T], as rounded numbers for a report.
+
+    Returns:
+        sequences: N; codebook: its entries; used: those that occur at least once; usage: their share.
+        perplexity: exp of the entropy (nats) of the distribution of all codes; at most the codebook's size.
+        position_perplexity: mean over positions of the perplexity of the codes at that position.
+        distinct: number of different sequences.
+        prefix_bits: prefix length → entropy in bits of the first codes of a sequence; at most log2(N).
 
     Raises:
         DataError: on an empty array, or codes outside 0..codebook-1.
@@ -175,20 +151,12 @@ def codebook_statistics(
     counts = np.bincount(table.ravel(), minlength=codebook)
     by_position = [math.exp(entropy_nats(np.bincount(column))) for column in table.T]
     rows = [tuple(row) for row in table.tolist()]
-    bits = {n: entropy_nats(list(Counter(row[:n] for row in rows).values())) / math.log(2)
-            for n in prefixes if n <= table.shape[1]}
-    return CodebookStatistics(
-        sequences=len(rows), codebook=codebook, used=int((counts > 0).sum()),
-        usage=float((counts > 0).mean()), perplexity=math.exp(entropy_nats(counts)),
-        position_perplexity=float(np.mean(by_position)), distinct=len(set(rows)), prefix_bits=bits)
-
-
-def code_section(codes: NDArray[np.integer], codebook: int) -> dict[str, Any]:
-    """`codebook_statistics` as rounded numbers for a report."""
-    stats = asdict(codebook_statistics(codes, codebook))
-    bits = {str(n): round(value, 3) for n, value in stats.pop("prefix_bits").items()}
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in stats.items()} | {
-        "prefix_bits": bits}
+    bits = {str(n): round(entropy_nats(list(Counter(row[:n] for row in rows).values())) / math.log(2), 3)
+            for n in PREFIXES if n <= table.shape[1]}
+    return {"sequences": len(rows), "codebook": codebook, "used": int((counts > 0).sum()),
+            "usage": round(float((counts > 0).mean()), 4), "perplexity": round(math.exp(entropy_nats(counts)), 4),
+            "position_perplexity": round(float(np.mean(by_position)), 4), "distinct": len(set(rows)),
+            "prefix_bits": bits}
 
 
 def plain(value: Any) -> Any:
@@ -217,10 +185,7 @@ def mentions(text: str, label: str) -> bool:
     return bool(wanted) and f" {wanted} " in f" {normalise_answer(text)} "
 
 
-def majority_baseline(
-    train: Sequence[tuple[Hashable, str]], test: Sequence[tuple[Hashable, str]],
-    right: Callable[[str, str], bool] = same_answer,
-) -> FloatArray:
+def majority_baseline(train: Sequence[tuple[Hashable, str]], test: Sequence[tuple[Hashable, str]]) -> FloatArray:
     """Baseline without pictures: the most frequent training answer of each kind, [len(test)].
 
     Args:
@@ -230,4 +195,4 @@ def majority_baseline(
     for kind, answer in train:
         tally.setdefault(kind, Counter())[normalise_answer(answer)] += 1
     guess = {kind: counter.most_common(1)[0][0] for kind, counter in tally.items()}
-    return np.array([float(kind in guess and right(guess[kind], answer)) for kind, answer in test])
+    return np.array([float(kind in guess and same_answer(guess[kind], answer)) for kind, answer in test])

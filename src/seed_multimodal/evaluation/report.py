@@ -26,7 +26,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.batched import BatchedSystem
 from seed_multimodal.evaluation.judge import Judge
-from seed_multimodal.evaluation.metrics import code_section, plain
+from seed_multimodal.evaluation.metrics import codebook_statistics, plain
 from seed_multimodal.evaluation.report_sheets import SheetPictures, save_sheets
 from seed_multimodal.evaluation.report_text import aims, markdown
 from seed_multimodal.evaluation.tasks import (
@@ -88,7 +88,7 @@ def _evaluate_split(system: System, world: World, split: str, settings: ReportSe
     all_codes = system.codes(nano.images()[rows])
     where = {row: i for i, row in enumerate(rows)}
     codes = [all_codes[where[t]].tolist() for t in targets]
-    section: Section = {"pictures": len(rows), "codes": code_section(all_codes, system.codebook_size),
+    section: Section = {"pictures": len(rows), "codes": codebook_statistics(all_codes, system.codebook_size),
                         "chance": chance(world, targets, rows)}
     rebuilt = system.pictures(codes)
     section["reconstruction"] = score_pictures(world, rebuilt, targets, rows, by_name=False)

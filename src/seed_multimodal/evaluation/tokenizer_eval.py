@@ -30,7 +30,7 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
-from seed_multimodal.evaluation.metrics import FloatArray, bootstrap, code_section, cosine, plain, retrieval_at_k
+from seed_multimodal.evaluation.metrics import FloatArray, bootstrap, codebook_statistics, cosine, plain, retrieval_at_k
 from seed_multimodal.evaluation.tokenizer_open import NONE, OpenedTokenizer, open_tokenizer
 from seed_multimodal.evaluation.tokenizer_pass import PassResult, choose_rows, clip_embeddings, read_picture, run_pass
 from seed_multimodal.evaluation.tokenizer_report import reconstruction_sheet, write_report
@@ -113,7 +113,7 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
         "left_out": [f"{name}: {reason}" for name, reason in seen.bad],
         "retrieval": _retrieval_sections(seen, rebuilt, opened, texts, settings),
         "reconstruction": _reconstruction(seen, rebuilt, opened),
-        "codes": code_section(seen.codes, opened.tokenizer.config.codebook_size),
+        "codes": codebook_statistics(seen.codes, opened.tokenizer.config.codebook_size),
         "settings": {key: value for key, value in asdict(settings).items() if key != "data"},
         "runtime": str(runtime), **machine.circumstances(runtime.device, command or machine.script_line())}
     report["seconds"] = round(time.monotonic() - start, 1)
