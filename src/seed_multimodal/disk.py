@@ -21,6 +21,7 @@ import filelock
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 
+LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)
 
@@ -53,6 +54,27 @@ def lock(file: str | Path, timeout: float = -1.0, *, remove: bool = False) -> It
             if remove:
                 with contextlib.suppress(OSError):
                     Path(file).unlink()
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a folder (`LOCK` in it), which is made if it is not there; the file is gone at the end.
+
+    Args:
+        busy: what another run is doing that holds it, for the sentence.
+        timeout: as of `lock`.
+
+    Raises:
+        kind: another run holds it, or the disk refuses.
+    """
+    with contextlib.ExitStack() as held:
+        with writing(folder, kind):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(lock(folder / LOCK, timeout, remove=True))
+            except TimeoutError:
+                raise kind(f"{folder}: another run is {busy}; let it end first.") from None
+        yield
 
 
 def disk_reason(error: OSError) -> str:

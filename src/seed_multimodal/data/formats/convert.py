@@ -7,7 +7,6 @@ one. A shard with a refused sample is left out, unless `skip_bad` leaves out the
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import multiprocessing
@@ -27,13 +26,12 @@ from seed_multimodal.data.formats.records import PICKLED
 from seed_multimodal.data.formats.tar import OpenFiles, tar_records
 from seed_multimodal.data.formats.tar_headers import Damaged
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.disk import lock, replace_text, sha256_of, writing
+from seed_multimodal.disk import folder_lock, replace_text, sha256_of, writing
 from seed_multimodal.entry import end_with_parent, log_line
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.progress import Progress
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"
 
 
 @dataclass
@@ -82,13 +80,7 @@ def convert_shards(
     """
     out = Path(out)
     jobs = _names(tars, out)
-    with contextlib.ExitStack() as held:
-        with writing(out, DataError):
-            out.mkdir(parents=True, exist_ok=True)
-            try:
-                held.enter_context(lock(out / LOCK, timeout=0, remove=True))
-            except TimeoutError:
-                raise DataError(f"{out}: another run is converting into this folder; let it end first.") from None
+    with folder_lock(out, DataError, "converting into this folder"):
         return _convert(jobs, out, skip_bad, force, workers, progress)
 
 

@@ -16,19 +16,18 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from seed_multimodal.data.formats.writer import ShardWriter, open_shard
 from seed_multimodal.data.pretokenize.units import Unit
-from seed_multimodal.disk import lock, read_json_object, replace_text, sha256_of, writing
+from seed_multimodal.disk import LOCK, folder_lock, read_json_object, replace_text, sha256_of, writing
 from seed_multimodal.errors import DataError, counted
 from seed_multimodal.settings import changed_settings
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
-LOCK = ".lock"
 PROBES, PROBE = 32, 4096  # places of an input that are hashed, bytes at each
 SUMS = ("read", "samples", "pictures", "bad", "lost_pictures")
 CHANGED = "the inputs have changed (new ones belong at the end of the list): choose another --save_dir."
@@ -60,12 +59,8 @@ class PartWriter:
         self._shard: ShardWriter | None = None
 
     def __enter__(self) -> PartWriter:
+        self._held.enter_context(folder_lock(self.folder, DataError, "writing this part"))
         with writing(self.folder, DataError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._held.enter_context(lock(self.folder / LOCK, timeout=0, remove=True))
-            except TimeoutError:
-                raise DataError(f"{self.folder}: another run is writing this part; let it end first.") from None
             self._clear()  # of a run that was killed, or of an input that has changed
         return self
 
@@ -188,7 +183,7 @@ def agree_on_settings(save_dir: Path, settings: Mapping[str, Any]) -> None:
         DataError: another setting, named, with both values; or parts without (readable) settings.
     """
     file = save_dir / SETTINGS
-    with _locked(save_dir):
+    with folder_lock(save_dir, DataError, timeout=-1):
         if _read_json(file) is None:
             if file.exists() or any(save_dir.glob(f"part-*/{MANIFEST}")):
                 raise DataError(f"{file}: is missing or damaged, so the settings of the parts beside it are "
@@ -211,7 +206,7 @@ def versions() -> dict[str, str]:
 def merge(save_dir: Path, units: Sequence[Unit]) -> dict[str, Any] | None:
     """Write `manifest.json` when every unit's part is finished, and return it; None: some are not yet, or were made of
     inputs that have changed since."""
-    with _locked(save_dir):
+    with folder_lock(save_dir, DataError, timeout=-1):
         parts = [_read_json(part_folder(save_dir, unit) / MANIFEST) for unit in units]
         finished = [part for unit, part in zip(units, parts, strict=True)
                     if part is not None and is_of(part, unit)]
@@ -227,7 +222,8 @@ def merge(save_dir: Path, units: Sequence[Unit]) -> dict[str, Any] | None:
              "tars": part["tars"], "made": part["made"]} for unit, part in zip(units, finished, strict=True)]}
         _write_json(save_dir / MANIFEST, manifest)
         for unit in units:  # of processes that were killed just before they removed it
-            (part_folder(save_dir, unit) / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (part_folder(save_dir, unit) / LOCK).unlink()
         return manifest
 
 
@@ -244,15 +240,6 @@ def summary(manifest: Mapping[str, Any], save_dir: Path) -> str:
     if manifest["bad"]:
         text += f"; broken: {manifest['bad']:,} (named in the parts' {MANIFEST})"
     return text + "."
-
-
-@contextlib.contextmanager
-def _locked(save_dir: Path) -> Iterator[None]:
-    """While active, no other process is inside for this folder, which is made if it is not there."""
-    with writing(save_dir, DataError):
-        save_dir.mkdir(parents=True, exist_ok=True)
-        with lock(save_dir / LOCK, remove=True):
-            yield
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
