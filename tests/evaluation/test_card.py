@@ -36,6 +36,7 @@ def test_records_of_both_places_are_rows(tmp_path: Path) -> None:
     assert "| `part` | 12 |" in text and "Not run: clip, stage1," in text
 
 
+@pytest.mark.process  # the card names the machine
 def test_damaged_records_and_missing_folders_are_refused(tmp_path: Path) -> None:
     for content, sentence in (("[1]", "must hold a json object"), ('{"seconds": 1}', "it has no key 'stage'")):
         (tmp_path / "vae.done.json").write_text(content)
