@@ -181,8 +181,7 @@ def _refuse_missing(model: str | Path, tokenizer: str | Path) -> None:
             named.append((llm_kind(name), name))
         elif builder is seed_llama_tokenizer:
             named.append(("tokenizer", name))
-            folder = locate(name) or locate(released_folder(name)) if fetched and is_hub_name(name) else (
-                local_folder(name))
+            folder = local_folder(name, cache=not fetched)
             drawing = node.get("diffusion_path")
             if drawing or folder is None or not (folder / "diffusion_model").is_dir():
                 named.append(("unclip", str(drawing or PARTS["unclip"].folder)))

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -198,13 +201,19 @@ def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str
 
 @contextlib.contextmanager
 def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[Path]:
-    """A new folder that takes the name of `target` at the end, complete or not at all.
+    """A new folder that takes the name of `target` at the end, complete or not at all. What killed runs left of it, on
+    this machine, is removed.
 
     Args:
         shown: the folder's name in the sentence if the disk refuses, which is raised as `kind`.
     """
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")  # another machine may have our number
+    here = f".{target.name}.{platform.node()}"
+    temporary = target.with_name(f"{here}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        for left in target.parent.glob(f"{glob.escape(here)}.*.tmp"):
+            owner = re.fullmatch(r"\.(\d+)\.[0-9a-f]{8}\.tmp", left.name.removeprefix(here))
+            if owner and not _is_running(int(owner[1])):
+                shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         replace_folder(temporary, target)
@@ -212,6 +221,19 @@ def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = Check
         raise kind(f"{shown}: cannot be written ({disk_reason(error)}).") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this machine is alive; Windows cannot tell by a signal, so there all are."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def sha256_of(file: str | Path) -> str:

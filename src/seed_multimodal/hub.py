@@ -64,20 +64,17 @@ def released_folder(name: str | Path) -> str:
     return next((part.folder for part in PARTS.values() if part.hub == str(name)), str(name))
 
 
-def local_folder(name: str | Path) -> Path | None:
-    """`name` as a folder here or below the repository root, else its snapshot in the local hub cache, else None.
+def local_folder(name: str | Path, *, cache: bool = True) -> Path | None:
+    """`name` as a folder here or below the repository root, else (`cache`) its snapshot of the hub, else None.
 
     What the released files name as on the hub is looked for in its folder of `pretrained/`, too.
     """
     found = locate(name) or locate(released_folder(name))
-    if found is not None or not is_hub_name(name):
+    if found is not None or not (cache and is_hub_name(name)):
         return found
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        return Path(snapshot_download(str(name)))  # the local cache only, unless HF_HUB_OFFLINE=0
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
+        return fetch(str(name))  # from the local cache only, unless HF_HUB_OFFLINE=0
+    except CheckpointError:
         return None
 
 
@@ -133,8 +130,9 @@ def find_folder(path_or_id: str | Path, files: Sequence[str], advice: str) -> Pa
     return fetch(str(path_or_id), files, advice)
 
 
-def fetch(hub_id: str, files: Sequence[str], advice: str) -> Path:
-    """Snapshot folder of those `files` (shell patterns) of a hub repository, from the local cache when it is there.
+def fetch(hub_id: str, files: Sequence[str] | None = None, advice: str = "") -> Path:
+    """Snapshot folder of those `files` (shell patterns; None: all) of a hub repository, from the local cache when it is
+    there.
 
     Raises:
         CheckpointError: not reachable, with `advice` on what to put where instead.
@@ -143,7 +141,7 @@ def fetch(hub_id: str, files: Sequence[str], advice: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
+        return Path(snapshot_download(hub_id, allow_patterns=None if files is None else list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         if os.environ.get("HF_HUB_OFFLINE") == "1":

@@ -172,4 +172,6 @@ def test_which_judge_scores(tmp_path: Path) -> None:
     assert report.find_judge(tmp_path, None).resolve() == shipped  # a system of one's own has none
     assert report.find_judge(tmp_path, tmp_path / "other") == tmp_path / "other"
     (tmp_path / "judge").mkdir()
+    assert report.find_judge(tmp_path, None).resolve() == shipped  # the folder holds no judge
+    (tmp_path / "judge" / "config.json").write_text("{}")
     assert report.find_judge(tmp_path, None) == tmp_path / "judge"

@@ -303,6 +303,7 @@ def test_a_killed_export_leaves_no_folder(trained: Trained, tmp_path: Path) -> N
     process.wait()
     assert not (tmp_path / "out").exists()
     _export(trained, tmp_path / "out")
+    assert not list(tmp_path.glob(".out.*"))
     assert Seed2Tokenizer.from_pretrained(tmp_path / "out").config == trained.config
 
 

@@ -280,7 +280,8 @@ def test_unsafe_pickles_are_refused_and_never_run(original: Seed2Tokenizer, tmp_
 
 
 def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match=r"there is no such tokenizer; put seed_quantizer\.pt"):
+    with pytest.raises(CheckpointError, match=r"no such tokenizer; put seed_quantizer\.pt .* into a folder "
+                                               r"such as pretrained/seed_tokenizer and give its path\."):
         Seed2Tokenizer.from_pretrained(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no tokenizer weights"):

@@ -31,24 +31,19 @@ def main(program: str, description: str, arguments: Sequence[str] | None = None)
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from seed_multimodal.hub import locate
     from seed_multimodal.language.merge import merge_adapter
     from seed_multimodal.quiet import quiet_libraries
 
     quiet_libraries(options.debug)
     base, lora = _model(Path(options.model_cfg), options.base_model)
     report = merge_adapter(
-        _folder(base) if base else None, _folder(options.lora_model), options.save_path,
+        (locate(base) or Path(base)) if base else None, locate(options.lora_model) or Path(options.lora_model),
+        options.save_path,
         tokenizer=_tokenizer(options.tokenizer_cfg), lora=lora, dtype=options.dtype,
         max_shard_size=options.max_shard_size, verify=options.verify, force=options.force, log=log_line)
     log_line(str(report))
     return DONE
-
-
-def _folder(path: str) -> Path:
-    """A path as it is, or below the repository's root."""
-    from seed_multimodal.hub import locate
-
-    return locate(path) or Path(path)
 
 
 def _plain(file: Path) -> dict[str, Any]:
@@ -77,9 +72,10 @@ def _model(file: Path, base: str | None) -> tuple[str | None, Mapping[str, Any] 
 def _tokenizer(file: str | None) -> Any:
     if file is None:
         return None
+    from seed_multimodal.hub import locate
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
     folder = _plain(Path(file)).get("pretrained_model_name_or_path")
     if folder in (None, "", "???"):
         raise ConfigError(f"{file}: pretrained_model_name_or_path is needed: the tokenizer's folder.")
-    return MultimodalTokenizer.from_pretrained(_folder(str(folder)))
+    return MultimodalTokenizer.from_pretrained(locate(str(folder)) or Path(str(folder)))

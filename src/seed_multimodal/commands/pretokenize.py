@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from seed_multimodal.data.pretokenize import RELEASED_GPUS
-from seed_multimodal.entry import guarded
+from seed_multimodal.entry import run_program
 from seed_multimodal.errors import ConfigError
 
 
@@ -19,8 +19,7 @@ class DefaultNumber(int):
 
 def main(kind: str, program: str, description: str, argv: Sequence[str] | None = None) -> int:
     """Run the tool that writes `kind` records; returns the exit code (2: refused, with one sentence on stderr)."""
-    args = build_parser(program, description).parse_args(argv)
-    return guarded(program, args.debug, lambda: _run(kind, args))
+    return run_program(build_parser(program, description), lambda args: _run(kind, args), argv)
 
 
 def build_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -59,7 +58,6 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--max_bad", type=int, default=20, metavar="N",
                         help="so many broken samples in a row end the run (default: 20)")
     parser.add_argument("--log_every", type=float, default=10.0, metavar="S", help="seconds between progress lines")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

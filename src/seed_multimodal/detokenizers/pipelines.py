@@ -47,6 +47,7 @@ class PipelineDetokenizer:
     Attributes:
         kind: of folder, in messages; `where`: what to download for it.
         parts: of the pipeline that must be there. optional: may be left out of the folder.
+        axes: of the embeddings before their width, such as "B, n"; `use`: what the model does with the width.
         defaults_class: what `seed_decode.json` is read as.
         own_schedulers: further names of schedulers, each with how one is made from another's configuration.
     """
@@ -55,6 +56,8 @@ class PipelineDetokenizer:
     where: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "scheduler")
     optional: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    axes: ClassVar[str]
+    use: ClassVar[str]
     defaults_class: ClassVar[type[DecodeDefaults]] = DecodeDefaults
     own_schedulers: ClassVar[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {}
 
@@ -113,23 +116,26 @@ class PipelineDetokenizer:
         """Whether the folder's own text encoder gives the empty prompt."""
         return self.pipeline.text_encoder is not None and self.pipeline.tokenizer is not None
 
-    def checked(self, embeds: Tensor, name: str, shape: str, width: int, verb: str, count: int | None = None) -> Tensor:
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the embeddings this model was trained on."""
+        raise NotImplementedError
+
+    def checked(self, embeds: Tensor, name: str, count: int | None = None) -> Tensor:
         """Embeddings on the pipeline's device.
 
         Args:
-            shape: what they must be, such as "B, n"; the last axis is `width`.
-            verb: what the model does with that width, for the message.
             count: number of pictures, if one for all may be given; the result has one each.
 
         Raises:
             ConfigError: no floating tensor of that many axes, or of another batch. CheckpointError: another width.
         """
-        axes = shape.count(",") + 2
-        if not isinstance(embeds, Tensor) or embeds.ndim != axes or not embeds.is_floating_point():
+        ndim, width = self.axes.count(",") + 2, self.embedding_dim
+        if not isinstance(embeds, Tensor) or embeds.ndim != ndim or not embeds.is_floating_point():
             got = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-            raise ConfigError(f"{name} must be a floating tensor [{shape}, {width}], got {got}.")
+            raise ConfigError(f"{name} must be a floating tensor [{self.axes}, {width}], got {got}.")
         if embeds.shape[-1] != width:
-            raise CheckpointError(f"{name} have width {embeds.shape[-1]}, but this diffusion model {verb} "
+            raise CheckpointError(f"{name} have width {embeds.shape[-1]}, but this diffusion model {self.use} "
                                   f"width {width}: tokenizer and de-tokenizer do not belong together.")
         embeds = embeds.to(self.device)
         return embeds if count is None else for_each(embeds, count, name)

@@ -54,6 +54,7 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
     """Embeddings `[B, n, W]` in the place of a prompt's → PIL pictures, through a `StableDiffusionPipeline`."""
 
     kind, where = "Stable Diffusion", WHERE
+    axes, use = "B, n", "is conditioned on"
     optional = ("tokenizer", "text_encoder", "image_encoder", *CHECKER_PARTS)
     defaults_class = StableDiffusionDefaults
     own_schedulers = {PLMS: plms}
@@ -129,9 +130,9 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
         Raises:
             CheckpointError: embeddings of another width. ConfigError: settings out of range or of another batch.
         """
-        embeds = self._check_embeds(embeds, "embeds")
+        embeds = self.checked(embeds, "embeds")
         if negative_embeds is not None:
-            negative_embeds = self._check_embeds(negative_embeds, "negative_embeds", len(embeds))
+            negative_embeds = self.checked(negative_embeds, "negative_embeds", len(embeds))
         elif not self.has_text:
             negative_embeds = torch.zeros_like(embeds)
         steps, guidance = self.with_defaults(num_inference_steps, guidance_scale)
@@ -146,9 +147,9 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
         return self.in_batches(render, embeds, negative_embeds, generator, latents, scheduler=scheduler,
                                batch_size=batch_size)
 
-    def _check_embeds(self, embeds: Tensor, name: str, count: int | None = None) -> Tensor:
-        found = self.checked(embeds, name, "B, n", self.embedding_dim, "is conditioned on", count)
-        return found.to(self.pipeline.unet.dtype)
+    def checked(self, embeds: Tensor, name: str, count: int | None = None) -> Tensor:
+        """As the base's, in the U-Net's precision."""
+        return super().checked(embeds, name, count).to(self.pipeline.unet.dtype)
 
     def _check_size(self, height: int | None, width: int | None) -> None:
         if (height is None) != (width is None):

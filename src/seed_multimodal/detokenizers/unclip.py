@@ -31,6 +31,7 @@ class UnclipDetokenizer(PipelineDetokenizer):
     """Image embeddings `[B, E]` → PIL pictures. `pipeline` is a `SeedUnclipPipeline`, `layout` a `LayoutReadout`."""
 
     kind, where = "stable-unCLIP", UNCLIP_WHERE
+    axes, use = "B", "renders"
     parts = ("unet", "vae", "scheduler", "image_normalizer", "image_noising_scheduler")
 
     def __init__(self, pipeline: SeedUnclipPipeline, defaults: DecodeDefaults | None = None,
@@ -97,10 +98,9 @@ class UnclipDetokenizer(PipelineDetokenizer):
         Raises:
             CheckpointError: embeddings of another width. ConfigError: settings out of range or of another batch.
         """
-        image_embeds = self._check_embeds(image_embeds, "image_embeds")
+        image_embeds = self.checked(image_embeds, "image_embeds")
         if negative_image_embeds is not None:
-            negative_image_embeds = self._check_embeds(negative_image_embeds, "negative_image_embeds",
-                                                       len(image_embeds))
+            negative_image_embeds = self.checked(negative_image_embeds, "negative_image_embeds", len(image_embeds))
         steps, guidance = self.with_defaults(num_inference_steps, guidance_scale)
         levels = self.pipeline.image_noising_scheduler.config.num_train_timesteps
         if not 0 <= noise_level < levels:
@@ -141,9 +141,6 @@ class UnclipDetokenizer(PipelineDetokenizer):
         else:
             return {"prompt": [""] * len(embeds)}
         return {"prompt_embeds": tokens, "negative_prompt_embeds": torch.zeros_like(tokens) if guided else None}
-
-    def _check_embeds(self, embeds: Tensor, name: str, count: int | None = None) -> Tensor:
-        return self.checked(embeds, name, "B", self.embedding_dim, "renders", count)
 
 
 def _for_layout(layout: Any, embeds: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from seed_multimodal.systems.system_spec import RELEASED_NAMES, RELEASED_TRANSFO
 from seed_multimodal.tokenizers.clip_weights import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.tokenizers.fast import FastTokenizer, optimise
 from seed_multimodal.tokenizers.initial import check_unclip
-from seed_multimodal.tokenizers.released import SEED2_WHERE
+from seed_multimodal.tokenizers.released import SEED2
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 RELEASED_TOKENIZER, UNCLIP = PARTS["tokenizer"].folder, PARTS["unclip"].folder
@@ -112,7 +112,8 @@ def _parts(model: str) -> tuple[str | Path, Path | None, Path | None, dict[str, 
     if model.lower() in RELEASED_NAMES:
         folder = local_folder(RELEASED_TOKENIZER)
         if folder is None:
-            raise CheckpointError(f"{RELEASED_TOKENIZER}: the released tokenizer is not on this disk; {SEED2_WHERE}.")
+            raise CheckpointError(f"{RELEASED_TOKENIZER}: the released tokenizer is not on this disk; "
+                                  f"{SEED2.advice(RELEASED_TOKENIZER, missing=True)}.")
         return folder, None, _decoder_of(folder), dict(RELEASED_TRANSFORM)
     place = locate_system(model)
     if place is None:
@@ -168,11 +169,11 @@ def _fitting(tower: Any, source: Path, tokenizer: Seed2Tokenizer, required: bool
 
 
 def find_judge(model: str | Path, given: str | Path | None = None) -> Path:
-    """Folder of the scorer: `given`, or the system's own, or the shipped one (it is independent of every system)."""
+    """Folder of the scorer: `given`, or the system's own if it holds one, or the shipped one (of no system)."""
     if given is not None:
         return Path(given)
     own = (locate_system(model) or Path(model)) / "judge"
-    return own if own.is_dir() else locate(NANO_JUDGE) or own
+    return own if (own / "config.json").is_file() else locate(NANO_JUDGE) or own
 
 
 def _judge(model: str | Path, given: PartPath, runtime: Runtime) -> Judge | None:

@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from seed_multimodal.device import choose_device
-from seed_multimodal.entry import DONE, guarded
+from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.augment import augment
 from seed_multimodal.evaluation.judge import PAD, UNKNOWN, Judge, JudgeConfig, canonical_caption, split_words
@@ -263,9 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seed", type=int, default=77)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
-    return guarded("train judge", options.debug, lambda: _train(options))
+    return run_program(parser, _train, arguments, "train judge")
 
 
 def _train(options: argparse.Namespace) -> int:

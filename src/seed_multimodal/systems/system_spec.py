@@ -35,31 +35,22 @@ RELEASED_NAMES = ("released", *TEMPLATES)
 class SystemFile:
     """`system.json`: paths relative to its folder, and the settings that belong to the weights."""
 
-    tokenizer: str = "seed_tokenizer"
-    llm: str = "seed_llama"
-    detokenizer: str | None = "seed_tokenizer/diffusion_model"
-    vision: str | None = None
-    template: str = "vicuna"
-    image_size: int = 224
-    transform: dict[str, Any] = field(default_factory=dict)
-    generation: dict[str, Any] = field(default_factory=dict)
-    tasks: TaskPrompts = NANO_TASKS
-
-
-@dataclass(frozen=True)
-class SystemSpec:
-    """Everything `SeedLlama` needs to know before it loads a tensor."""
-
-    name: str
-    tokenizer: Path
-    llm: Path
-    detokenizer: Path | None
+    tokenizer: Path = Path("seed_tokenizer")
+    llm: Path = Path("seed_llama")
+    detokenizer: Path | None = Path("seed_tokenizer/diffusion_model")
     vision: Path | None = None
     template: str = "vicuna"
     image_size: int = 224
     transform: dict[str, Any] = field(default_factory=lambda: dict(RELEASED_TRANSFORM))
     generation: dict[str, Any] = field(default_factory=dict)
     tasks: TaskPrompts = NANO_TASKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemSpec(SystemFile):
+    """Everything `SeedLlama` needs to know before it loads a tensor: the file's settings, with the parts' own paths."""
+
+    name: str
 
 
 def find_system(
@@ -114,12 +105,9 @@ def read_system_json(folder: Path) -> SystemFile:
 
 def _from_folder(folder: Path, parts: dict[str, Path], template: str | None) -> SystemSpec:
     file = read_system_json(folder)
-    own = {"tokenizer": file.tokenizer, "llm": file.llm, "detokenizer": file.detokenizer, "vision": file.vision}
-    parts = {**{key: folder / value for key, value in own.items() if value is not None}, **parts}
-    spec = SystemSpec(
-        name=str(folder), tokenizer=parts["tokenizer"], llm=parts["llm"], detokenizer=parts.get("detokenizer"),
-        vision=parts.get("vision"), template=template or file.template, image_size=file.image_size,
-        transform={**RELEASED_TRANSFORM, **file.transform}, generation=file.generation, tasks=file.tasks)
+    own = {key: folder / value for key, value in vars(file).items() if isinstance(value, Path)}
+    spec = SystemSpec(**{**vars(file), **own, **parts, "name": str(folder), "template": template or file.template,
+                         "transform": {**RELEASED_TRANSFORM, **file.transform}})
     for what, path in (("tokenizer", spec.tokenizer), ("language model", spec.llm)):
         if not path.exists():
             raise CheckpointError(f"{path}: the {what} of {folder} is not there; the folder is incomplete.")

@@ -173,10 +173,11 @@ def find_files(source: str | Path, layout: ReleasedLayout, model_type: str,
     if vision is not None and not Path(vision).is_file():
         raise CheckpointError(f"{vision}: there is no such vision-tower file; download it from {VISION_URL}.")
     if not place.exists():
+        advice = layout.advice(place, missing=True)
         if not (layout.on_hub and is_hub_name(source)):
-            raise CheckpointError(f"{place}: there is no such {layout.noun}; {layout.advice(place)}.")
+            raise CheckpointError(f"{place}: there is no such {layout.noun}; {advice}.")
         wanted = ("config.json", OURS, *(name for names in layout.files for name in names), *VISION_FILES)
-        place = fetch(str(source), wanted, layout.advice("a folder and give its path"))
+        place = fetch(str(source), wanted, advice)
     folder = place if place.is_dir() else place.parent
     config = our_config(folder, model_type)
     found = [first_file(folder, names) for names in layout.files]

@@ -44,6 +44,7 @@ class ReleasedLayout:
         loader: name of the class that reads it; `also`: what else a user can do with its folder.
         where: which of its files come from where, as in "put … into".
         on_hub: whether a hub id may be given instead of a folder.
+        usual: the folder suggested where none is there.
         wrapped: the released files hold `{"model": tensors}` (the tower's never does).
     """
 
@@ -56,6 +57,7 @@ class ReleasedLayout:
     where: str
     also: str = ""
     on_hub: bool = False
+    usual: str = ""
     wrapped: bool = False
 
     @property
@@ -63,15 +65,17 @@ class ReleasedLayout:
         """The released name of the file to open."""
         return self.files[-1][-1]
 
-    def advice(self, folder: str | Path) -> str:
-        """What to download for `folder`, without a full stop."""
-        return f"put {self.where} and {VISION_FILES[-1]} (from {VISION_URL}) into {folder}"
+    def advice(self, folder: str | Path, *, missing: bool = False) -> str:
+        """What to download for `folder`, without a full stop; `missing`: it is not there, so the usual one will do."""
+        into = f"a folder such as {self.usual} and give its path" if missing and self.usual else folder
+        return f"put {self.where} and {VISION_FILES[-1]} (from {VISION_URL}) into {into}"
 
 
 SEED2 = ReleasedLayout(
     "SEED-2", "tokenizer", (("seed_quantizer.safetensors", "seed_quantizer.pt"),),
     ("distill_image_proj.weight", "query_tokens"), "one image embedding", "Seed2Tokenizer",
-    "seed_quantizer.pt (from AILab-CVC/seed-tokenizer-2 on the Hugging Face hub)", on_hub=True)
+    "seed_quantizer.pt (from AILab-CVC/seed-tokenizer-2 on the Hugging Face hub)", on_hub=True,
+    usual="pretrained/seed_tokenizer")
 SEED1 = ReleasedLayout(
     "SEED-1", "SEED-1 tokenizer", (("causal_qformer.safetensors", "causal_qformer.pth"),
                                    ("seed_tokenizer.safetensors", "seed_tokenizer.pth")),
@@ -79,4 +83,3 @@ SEED1 = ReleasedLayout(
     "causal_qformer.pth and seed_tokenizer.pth (the two files that SEED-1.md of github.com/AILab-CVC/SEED links to)",
     also="draw with it: python demo_recon.py --model", wrapped=True)
 LAYOUTS = (SEED2, SEED1)
-SEED2_WHERE = f"{SEED2.advice('a folder such as pretrained/seed_tokenizer')} and give its path"

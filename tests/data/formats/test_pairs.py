@@ -333,6 +333,7 @@ def test_captions_cut_inside_an_emoji(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("content", "words"), [
     ([{"image": "0.jpg", "caption": "x"}, {"image": "1.jpg", "text": "y"}], ["item 1", "'caption'", "has image, text"]),
     ([{"img": "0.jpg", "caption": "x"}], ["item 0", "picture path", "'image'", "did you mean 'img'?"]),
+    ([{"image": None, "caption": "x"}], ["picture path under key 'image' (it is 'None')."]),
     ([{"image": "0.jpg", "caption": 5}], ["item 0", "'caption'", "5"]),
     (["0.jpg"], ["item 0", "a str"]),
     ([], ["holds no record"]),

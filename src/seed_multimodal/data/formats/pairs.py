@@ -242,4 +242,6 @@ def _file_name(text: str) -> str:
 
 
 def _other(key: str, item: Mapping[str, Any]) -> str:
+    if key in item:
+        return f" (it is {str(item[key])[:60]!r})"
     return nearest(key, item) or f" (it has {', '.join(sorted(map(str, item))[:8]) or 'no keys'})"

@@ -108,13 +108,9 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
 
 def find_folder(path: str | Path) -> Path:
     """A path as it is, else below the project's root or the folders around it; unchanged if nowhere."""
-    given = Path(path).expanduser()
-    if not given.exists() and not given.is_absolute():
-        root = project_root()
-        for place in (root, *root.parents):
-            if (place / given).exists():
-                return place / given
-    return given
+    given, root = Path(path).expanduser(), project_root()
+    return next((place for place in (given, root / given, *(folder / given for folder in root.parents))
+                 if place.exists()), given)
 
 
 def _released(node: dict[str, Any], where: str) -> dict[str, Any]:

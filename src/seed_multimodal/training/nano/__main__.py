@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.entry import guarded
+from seed_multimodal.entry import run_program
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.nano.assemble import assemble
 from seed_multimodal.training.nano.clip import ClipTask
@@ -60,15 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/nano/system"), help="the finished system")
     parser.add_argument("--only", default="", help=f"comma-separated stages out of {', '.join(STAGES)}")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", help="dotted settings such as train_vae.steps=100")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return guarded("nano training", options.debug, lambda: _run(options))
+    return run_program(parser, _run, arguments, "nano training")
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.threads:
+        torch.set_num_threads(options.threads)
     config = load_config(options.config, options.overrides)
     wanted = [s for s in options.only.split(",") if s] or list(STAGES)
     unknown = [s for s in wanted if s not in STAGES]
