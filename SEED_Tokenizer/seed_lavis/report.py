@@ -19,13 +19,11 @@ def short_path(path: str | Path) -> str:
     return str(path) if near.startswith("..") else near
 
 
-def summary(run: RunContext, record: dict[str, Any], seconds: float) -> list[str]:
+def summary(run: RunContext, record: dict[str, Any]) -> list[str]:
     """Lines for the end of a run."""
-    options = run.options
-    # The record's sizes, since a run that was done before may have had others.
     earlier = record.get("begun", 0)  # steps that another run made, before its checkpoint
-    own = (record["steps"] - earlier) * record.get("batch_size", options.batch_size_train) * record.get("accumulate", 1)
-    samples, spent = own * record.get("processes", 1), float(record.get("seconds", seconds))
+    own = (record["steps"] - earlier) * record["batch_size"] * record.get("accumulate", 1)
+    samples, spent = own * record.get("processes", 1), float(record["seconds"])
     speed = utilisation_text(utilisation(sample_cost(run), own / spent)) if spent else ""
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,6 @@ class RunnerSeed(RunnerBase):
                 raise ConfigError("model.cache_vision needs the data set nano_views: others make new views each time.")
             data.cache_tower(model.tower, self.device)
         ratios = dataset_ratios(self.config.datasets_cfg, options.train_dataset_ratios)
-        started = time.monotonic()
         # Data workers ignore SIGTERM, as the loop does during a step; the end of `with` stops them.
         with StepBatches(data, options.batch_size_train, seed=options.seed, rank=self.run.rank, world=self.run.world,
                          workers=options.num_workers,
@@ -85,7 +83,7 @@ class RunnerSeed(RunnerBase):
             task = TokenizerTask(self.run, self, self.batches, data if isinstance(data, BadSamples) else None)
             prepare_resume(self.run, task)
             record = train_stage(task, self.run.folder)
-        for line in summary(self.run, record, time.monotonic() - started):
+        for line in summary(self.run, record):
             log(line)
         return record
 

@@ -8,7 +8,6 @@ the set; an iteration is a micro-step, so with `accum_grad_iters` there are fewe
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from seed_lavis.validation import mean_losses
 from seed_multimodal.data.stream.skip_budget import BadSamples
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.stage import StageTask
 
 # Settings that change no number of the training: not reported when they differ at a resume.
@@ -50,7 +50,6 @@ class TokenizerTask(StageTask):
         self.codebook: CodebookMaintenance | None = None
         self.last_loss: Tensor | None = None
         self.bad = 0  # different bad samples of all processes, known at the end
-        self.aside = 0.0  # seconds spent on evaluation
         model = run.model
         if isinstance(model, CodebookMixin):
             self.codebook = CodebookMaintenance(model, self.batch, run.steps, run.options.batch_size_train)
@@ -114,17 +113,17 @@ class TokenizerTask(StageTask):
         return {} if epochs % self.run.options.valid_every_epochs else self._validate(epochs - 1)
 
     def status(self) -> dict[str, float]:
-        """Time and bad samples, the loss as it is (`loss` is smoothed), the use of codes."""
+        """Seconds spent waiting for data, bad samples, the loss as it is (`loss` is smoothed), the use of codes."""
         codes = self.codebook.status() if self.codebook is not None else {}
         last = {} if self.last_loss is None else {"last_loss": float(self.last_loss)}
-        return {"wait_seconds": self.batches.wait_seconds, "aside_seconds": self.aside,
-                "bad_samples": len(self.batches.bad_samples()), **last, **codes}
+        return {"wait_seconds": self.batches.wait_seconds, "bad_samples": len(self.batches.bad_samples()), **last,
+                **codes}
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, group: ProcessGroup) -> dict[str, Any]:
         """Write the last checkpoint again if the averaged weights are the result."""
-        if self.settings.ema:
+        if self.settings.ema and group.first:
             self._write_checkpoint(self.run.options.max_epoch - 1)
-        return {"checkpoint": str(self.run.last_checkpoint),
+        return {**super().finish(group), "checkpoint": str(self.run.last_checkpoint),
                 **{name: round(float(value), 6) for name, value in self.run.model.latest.items()},
                 "bad_samples": max(self.bad, len(self.batches.bad_samples()))}  # no step may have been left to make
 
@@ -147,14 +146,13 @@ class TokenizerTask(StageTask):
 
     def _validate(self, epoch: int) -> dict[str, float]:
         """`valid/SPLIT/NAME` of each of `run.valid_splits`, for the log; log.txt gets a line of each."""
-        started, numbers = time.monotonic(), {}
+        numbers: dict[str, float] = {}
         for split in self.run.options.valid_splits:
             means = split_losses(self.run, self.lavis.datasets, split, self.run.options.valid_batches)
             if self.run.rank == 0:
                 with writing(self.run.folder):
                     self.lavis.log_stats({"epoch": epoch, "split": split, **means}, "valid")
             numbers |= {f"valid/{split}/{name}": value for name, value in means.items() if isinstance(value, float)}
-        self.aside += time.monotonic() - started
         return numbers
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.loop_settings import SampleCost, StageSettings
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.training.stage import StageTask, train_stage
@@ -55,6 +56,12 @@ class ToyTask(StageTask):
         for method, function in {"step_loss": loss, **(methods or {})}.items():
             if function is not None:
                 setattr(self, method, function)
+
+    def measures(self) -> dict[str, Any]:
+        return {}
+
+    def finish(self, group: ProcessGroup) -> dict[str, Any]:
+        return {**super().finish(group), **self.measures()}
 
 
 def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float = 0.1, stop_at: int = -1,
@@ -90,10 +97,10 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
             move_bias(model)
         return evaluate(step) if evaluate else None
 
-    def finish() -> dict[str, Any]:
+    def measures() -> dict[str, Any]:
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
 
-    methods = {"finish": finish, "after_step": on_step if noise else None, "status": status}
+    methods = {"measures": measures, "after_step": on_step if noise else None, "status": status}
     return train_stage(ToyTask(name, model, loss, StageSettings(**choices), methods=methods, cost=cost), folder)
 
 

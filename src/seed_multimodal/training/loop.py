@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +162,17 @@ class Run:
 
     def _after_step(self, save: bool) -> None:
         self.step += 1
+        begun = time.monotonic()
         numbers = self.task.after_step(self.step)
-        self._log_step(numbers)
+        if numbers:  # an evaluation
+            self.evaluation = {"step": self.step, **numbers}
+            self.log.pause(time.monotonic() - begun)
+        self.log.add(self.step, numbers)
         every = self.settings.save_every_steps
         if save or (every and self.step % every == 0):
             begun = time.monotonic()
             self._save()
             self.log.pause(time.monotonic() - begun)
-
-    def _log_step(self, numbers: Mapping[str, float] | None) -> None:
-        if numbers:
-            self.evaluation = {"step": self.step, **numbers}
-        self.log.add(self.step, numbers)
 
     def _failure(self, problem: str) -> Exception:
         """Why the weights must not be updated, as a sentence."""
@@ -231,13 +229,13 @@ class Run:
         if self.average is not None:
             self.average.copy_to(self.task.module)
         self.task.module.eval()
-        report = dict(self.task.gather_report(self.group))
-        record: dict[str, Any] = {}
+        record: dict[str, Any] = {"steps": self.step, **({"begun": self.begun} if self.begun else {}),
+                                  "seconds": round(time.monotonic() - self.started, 1),
+                                  **self.task.finish(self.group)}
         if self.group.first:
-            record = {"steps": self.step, **({"begun": self.begun} if self.begun else {}),
-                      "seconds": round(time.monotonic() - self.started, 1), **report,
-                      **self.task.finish()}
-            write_json(self.home / self.task.record_file, record)
+            file = self.home / self.task.record_file
+            with writing(file):
+                replace_text(file, json.dumps(record, indent=1))
             if self.settings.curves:
                 from seed_multimodal.training.plots import save_curves  # here: it needs matplotlib
 
@@ -264,13 +262,3 @@ class Run:
         """Log a line of text, in the first process only."""
         if self.group.first:
             print(f"[{self.task.name}] {text}", flush=True)
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file whole.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    with writing(file):
-        replace_text(file, json.dumps(value, indent=1))

@@ -120,11 +120,16 @@ def load_task(folder: Path, saved: SavedState, task: Task) -> None:
     Raises:
         CheckpointError: weights of another model, or other frozen weights than the checkpoint was trained beside.
     """
-    without = saved.trainer.get("frozen") is not None
-    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)] if without else [])
-    if without and saved.trainer["frozen"] != frozen_check_sum(task.module):
+    if _load_weights(folder, saved, task) and saved.trainer["frozen"] != frozen_check_sum(task.module):
         raise CheckpointError(f"{folder}: the frozen weights are not those that it was trained beside; start from the "
                               "same initial weights, or in a new folder.")
+
+
+def _load_weights(folder: Path, saved: SavedState, task: Task) -> bool:
+    """Fill a task's module; returns whether the checkpoint leaves out the frozen weights."""
+    without = saved.trainer.get("frozen") is not None
+    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)] if without else [])
+    return without
 
 
 def load_average(folder: Path, average: Ema) -> None:
@@ -156,8 +161,7 @@ def warm_start(place: Path, task: Task) -> int:
     if not (folder / TRAINER_STATE).is_file():
         raise CheckpointError(f"{place}: there is no such checkpoint to start from.")
     saved = read_states(folder)
-    without = saved.trainer.get("frozen") is not None
-    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)] if without else [])
+    _load_weights(folder, saved, task)
     if (folder / AVERAGE).is_file():
         assign_strictly(task.module, load_state_dict(folder / AVERAGE), folder / AVERAGE, allow_missing=["*"])
     return saved.step

@@ -51,8 +51,7 @@ class RunLog:
         self.mark_step, self.waiting = step, False
         self.mark = self.ticked = time.monotonic()
         self.pace: float | None = None  # seconds per step, smoothed over log lines
-        now = dict(status())
-        self.waited, self.aside = now.get("wait_seconds"), float(now.get("aside_seconds", 0.0))
+        self.waited = status().get("wait_seconds")
         self.alive = group.first and sys.stdout.isatty()
         self.board: Any = None
         self.wandb: Any = None
@@ -105,7 +104,7 @@ class RunLog:
                                          f"{disk_reason(error)}.")
 
     def pause(self, seconds: float) -> None:
-        """Leave time spent outside of steps (saving) out of the rates."""
+        """Leave time spent outside of steps (saving, an evaluation) out of the rates."""
         self.mark += seconds
 
     def last_line_with(self, key: str) -> dict[str, float]:
@@ -128,15 +127,15 @@ class RunLog:
     def _write_line(self, step: int, more: Mapping[str, float]) -> None:
         now = time.monotonic()
         status = dict(self.status())
-        waited, aside = status.pop("wait_seconds", None), float(status.pop("aside_seconds", 0.0))
-        seconds, steps = max(1e-6, now - self.mark - (aside - self.aside)), max(1, step - self.mark_step)
+        waited = status.pop("wait_seconds", None)
+        seconds, steps = max(1e-6, now - self.mark), max(1, step - self.mark_step)
         pace = seconds / steps
         self.pace = pace if self.pace is None else 0.5 * self.pace + 0.5 * pace
         own: dict[str, float] = {"peak_memory_mib": peak_memory_mib(self.device)}
         if waited is not None:
             own["wait_share"] = min(1.0, max(0.0, waited - (self.waited or 0.0)) / seconds)
         merged = merge(self.group.gather({**own, **self.meter.numbers(), **status, **more}))
-        self.mark, self.mark_step, self.waited, self.aside = now, step, waited, aside
+        self.mark, self.mark_step, self.waited = now, step, waited
         self.write(step, {"step": step, **self.meter.rates(step, steps, seconds, self.group.world),
                           "seconds_per_step": pace, "eta_seconds": (self.settings.steps - step) * self.pace, **merged})
 

@@ -60,8 +60,8 @@ class StageTask(Task):
         with sdpa_kernel(SDPBackend.MATH):
             return self.step_loss(model, micro_step)
 
-    def gather_report(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """How large a step was."""
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+        """How large a step was; subclasses add their measures."""
         shared = {"accumulate": self.settings.accumulate, "processes": group.world}
         return {"stage": self.name, "batch_size": self.settings.batch_size,
                 **{key: count for key, count in shared.items() if count > 1}}

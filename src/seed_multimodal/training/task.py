@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.meter import Meter
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -91,7 +92,8 @@ class Task:
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
         """After each optimiser step, with the number of steps made, in every process; may change weights if it leaves
-        all processes' equal. Numbers (of an evaluation: the same keys in every process) are logged at once."""
+        all processes' equal. Numbers (of an evaluation: the same keys in every process) are logged at once, and the
+        time of a call that returns some is left out of the speed."""
         return None
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
@@ -99,22 +101,18 @@ class Task:
         return None
 
     def status(self) -> Mapping[str, float]:
-        """More numbers of a log line: counts (int, summed over processes), measures (float, averaged),
-        `wait_seconds` (all time spent waiting for data; logged as `wait_share`) and `aside_seconds` (all time spent on
-        other things than steps; left out of the speed)."""
+        """More numbers of a log line: counts (int, summed over processes), measures (float, averaged)
+        and `wait_seconds` (all time spent waiting for data; logged as `wait_share`)."""
         return {}
 
-    def finish(self) -> Mapping[str, Any]:
-        """At the end, in the first process only: save the final weights; returns measures for the record."""
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+        """At the end, in every process: save the final weights (the first process only); returns what the record holds
+        beside steps and seconds, in which only the first process's answer counts."""
         return {}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
         """Lines that summarise the run at its end."""
         return [f"done: {json.dumps(record)}"]
-
-    def gather_report(self, group: Any) -> Mapping[str, Any]:
-        """At the end, in every process, before `finish`: collects what the record holds of all processes."""
-        return {}
 
     # ---------------------------------------------------------------------------------------------- the checkpoints
 

@@ -48,6 +48,8 @@ def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *
     Raises:
         ConfigError: an unknown flag, group, configuration or override, or a file that cannot be read.
     """
+    from omegaconf import OmegaConf
+
     home = Path(folder).resolve()
     if not (home / f"{name}.yaml").is_file():
         raise ConfigError(f"{home / name}.yaml: there is no such configuration file (--config-path, --config-name).")
@@ -73,7 +75,7 @@ def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *
             choices.setdefault(group, "original")
     config = _composed(home, name, choices, overrides)
     for key, value in values.items():
-        _set(config, key, value)
+        OmegaConf.update(config, key, value, force_add=True)
     return Composed(_resolved(config, home, whole), given.remarks)
 
 
@@ -166,12 +168,6 @@ def _unresolved(file: Path) -> dict[str, Any]:
     plain = OmegaConf.to_container(read_yaml(file), resolve=False)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def _set(config: Any, key: str, value: Any) -> None:
-    from omegaconf import OmegaConf
-
-    OmegaConf.update(config, key, value, force_add=True)
 
 
 def _resolved(config: Any, home: Path, whole: bool) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the first backward pass. Else the micro-batches' means are averaged, as released
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +88,6 @@ class LlmTask(Task):
         self.llm: Any = None
         self.batches: list[LlmBatch] = []
         self.share = self.each = 1.0
-        self.aside = 0.0
 
     # ------------------------------------------------------------------------------------------------- the training
 
@@ -171,17 +169,14 @@ class LlmTask(Task):
         return self._evaluate() if due else None
 
     def status(self) -> Mapping[str, float]:
-        """Seconds spent waiting for data, and evaluating."""
-        return {"wait_seconds": self.data.wait_seconds, "aside_seconds": self.aside}
+        """Seconds spent waiting for data."""
+        return {"wait_seconds": self.data.wait_seconds}
 
-    def gather_report(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """The data of all processes."""
-        return {"data": join_reports(group.gather(self.data.report())), "processes": group.world}
-
-    def finish(self) -> Mapping[str, Any]:
-        """Measures for summary.json."""
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+        """For summary.json: the data of all processes, and measures."""
         history = self.meter.history
-        return {**self.meter.total, "loss": history[-1]["loss"] if history else None,
+        return {"data": join_reports(group.gather(self.data.report())), "processes": group.world,
+                **self.meter.total, "loss": history[-1]["loss"] if history else None,
                 "evaluation": self.loop.evaluation, "checkpoint": str(self.loop.store.place)}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
@@ -192,10 +187,8 @@ class LlmTask(Task):
         """Mean loss of the evaluation mixture's first micro-batches; does not change the training."""
         if self.held_out is None:
             return None
-        begun = time.monotonic()
         with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
             numbers = evaluate(self.loop.engine, self.group, self.held_out)
-        self.aside += time.monotonic() - begun
         if not numbers:
             self._log("eval_data has nothing to learn in its first micro-batches, so there is no evaluation.")
         return numbers

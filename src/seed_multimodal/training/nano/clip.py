@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.task import NanoTask
 from seed_multimodal.training.nano.vae import latents
@@ -86,7 +87,7 @@ class ClipTask(NanoTask):
         contrastive, error = self.pair(to_clip(space.views[chosen, view], space.device), ids, latent)
         return 0.2 * contrastive + 2.0 * error, {"itc": contrastive.detach(), "mse": error.detach()}
 
-    def finish(self) -> Mapping[str, Any]:
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         space, pair = self.space, self.pair.cpu()
         first = space.train_index[:1024]
         scale = _unit_scale(pair, space.views[first, 0])
@@ -95,8 +96,9 @@ class ClipTask(NanoTask):
         gate, held_out = space.config.gate_r2, r2(pair, space.views, self.latents, space.held_out_index, scale)
         if held_out < gate:
             print(f"The gate was missed: held-out R² {held_out} < {gate}; pictures will be less faithful.", flush=True)
-        return {"r2_train": r2(pair, space.views, self.latents, first, scale), "r2": held_out, "gate_r2": gate,
-                "gate_passed": held_out >= gate, "parameters": sum(p.numel() for p in pair.vision.parameters())}
+        return {**super().finish(group), "r2_train": r2(pair, space.views, self.latents, first, scale),
+                "r2": held_out, "gate_r2": gate, "gate_passed": held_out >= gate,
+                "parameters": sum(p.numel() for p in pair.vision.parameters())}
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.detokenizers.layout import LayoutReadout
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.group_norm import restore_group_norm, use_fast_group_norm
 from seed_multimodal.training.nano.clip import embeddings
 from seed_multimodal.training.nano.config import NanoConfig
@@ -133,10 +134,10 @@ class UnetTask(NanoTask):
         layout_error = F.mse_loss(mean.float(), x0)
         return error + 0.5 * layout_error, {"v": error.detach(), "layout": layout_error.detach()}
 
-    def finish(self) -> Mapping[str, Any]:
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         restore_group_norm(self.decoder.unet)
         save_decoder(self.decoder.cpu(), self.scheduler, self.noising, self.normaliser.cpu(), self.out)
-        return {"parameters": self.parameter_count()}
+        return {**super().finish(group), "parameters": self.parameter_count()}
 
 
 class UnetOfCodesTask(UnetTask):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.group_norm import restore_group_norm, use_fast_group_norm
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.task import NanoTask
@@ -75,11 +76,11 @@ class VaeTask(NanoTask):
         value = reconstruction_loss(output.float(), x) + 1e-6 * posterior.kl().float().mean()
         return value, {"mse": (output.detach().float() - x).square().mean()}
 
-    def finish(self) -> Mapping[str, Any]:
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         restore_group_norm(self.vae).cpu()
         self.before_saving()
         self.vae.save_pretrained(self.folder)
-        return {"psnr": psnr(self.vae, self.views[self.space.held_out_index, 0]),
+        return {**super().finish(group), "psnr": psnr(self.vae, self.views[self.space.held_out_index, 0]),
                 "parameters": self.parameter_count()}
 
     def before_saving(self) -> None:

@@ -49,14 +49,12 @@ class Workspace:
     @cached_property
     def train(self) -> list[int]:
         """Indices of the training pictures (the first `limit` if the settings say so)."""
-        index = self.nano.split("train")
-        return index[: self.config.limit] if self.config.limit else index
+        return self.nano.split("train")[: self.config.limit or None]
 
     @cached_property
     def held_out(self) -> list[int]:
         """Indices of pictures that gates are measured on: the val split."""
-        index = self.nano.split("val")
-        return index[: self.config.limit] if self.config.limit else index
+        return self.nano.split("val")[: self.config.limit or None]
 
     @cached_property
     def views(self) -> Tensor:
