@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from seed_multimodal.data.decoders.base import Decoder
+from seed_multimodal.data.decoders.base import CODE_FIELDS, Decoder
 
-CODES = ("image_ids", "source_image_ids", "target_image_ids")
 PATHS = ("image", "images", "source_image", "target_image")
 # Of records whose pictures are not tokenised yet, whatever they will become.
 RAW_TEXTS = ("text", "caption", "question", "answer", "instruction", "instruction_gpt", "outputs",
@@ -16,7 +15,7 @@ RAW_TEXTS = ("text", "caption", "question", "answer", "instruction", "instructio
 
 def is_raw(fields: Mapping[str, Any]) -> bool:
     """Whether a record has pictures, and none of them is tokenised yet (in conversations, that is no other kind)."""
-    return ("messages" not in fields and not any(key in fields for key in (*CODES, "views"))
+    return ("messages" not in fields and not any(key in fields for key in (*CODE_FIELDS, "views"))
             and any(fields.get(key) for key in PATHS))
 
 
@@ -30,7 +29,7 @@ def code_lists(fields: Mapping[str, Any], decoder: type[Decoder] | None) -> Iter
                     views = isinstance(codes, list) and bool(codes) and isinstance(codes[0], list)
                     yield from ((f"turn {turn}", one, 1) for one in (codes if views else [codes]))
         return
-    for key in CODES:
+    for key in CODE_FIELDS:
         value = fields.get(key)
         if value is None:
             continue
@@ -50,7 +49,7 @@ def image_paths(fields: Mapping[str, Any]) -> list[str]:
     if "messages" in fields:
         found = [part["image"] for message in fields["messages"] for part in message["content"]
                  if isinstance(part, dict) and "image" in part]
-    elif any(key in fields for key in (*CODES, "views")):
+    elif any(key in fields for key in (*CODE_FIELDS, "views")):
         return []  # where the codes came from
     else:
         found = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from seed_multimodal.data.check.words import ControlWords
@@ -60,5 +60,5 @@ class CheckReport:
                    "histogram": [{"from": low, "to": high, "records": n} for low, high, n in self.histogram()]}
         return {"files": self.files, "records": self.records, "images": self.images, "kinds": dict(self.kinds),
                 "errors": dict(self.errors), "wrong": self.wrong,
-                "findings": [{"kind": one.kind, "sentence": one.sentence} for one in self.findings],
+                "findings": [asdict(one) for one in self.findings],
                 "control_words": self.control.as_json(), "lengths": lengths if self.lengths else None}

@@ -18,9 +18,9 @@ from typing import Any
 
 from seed_multimodal.data.check.fields import RAW_TEXTS, as_tokenised, code_lists, image_paths, is_raw
 from seed_multimodal.data.check.report import CheckReport, Finding
-from seed_multimodal.data.decoders.base import TEXT, TEXTS
+from seed_multimodal.data.decoders.base import TEXT, TEXTS, Decoder
 from seed_multimodal.data.decoders.phrases import BLANK_CAPTION
-from seed_multimodal.data.decoders.registry import DECODERS, Decoder, get_decoder, guess_decoder
+from seed_multimodal.data.decoders.registry import DECODERS, get_decoder, guess_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.record import BadRecord, Record, find_image

@@ -13,7 +13,7 @@ content); by default such a record is refused with a sentence that starts with t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,7 +25,6 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import read_settings, setting
 
 Part = str | Sequence[int]  # text, or the codes of one picture
-NoiseSource = Callable[[Draws], Sequence[int]]  # -> the codes of some picture
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Draft:
 # What a decoder needs of a field: a text, a text or a list of which one is drawn, one picture's codes (or, of several
 # pictures, one long list or a list each), a list, an object.
 TEXT, TEXTS, PICTURE, PICTURES, LIST, OBJECT = "text", "texts", "picture", "pictures", "list", "object"
+CODE_FIELDS = ("image_ids", "source_image_ids", "target_image_ids")  # fields with the codes of pictures
 
 
 @dataclass(frozen=True)
@@ -289,8 +289,3 @@ class Decoder:
         wrong = [draws.uniform() < level for _ in codes]
         other = self.codes([int(code) for code in self.options.noise_source(draws)], "noise_source")
         return [o if w else c for c, o, w in zip(codes, other, wrong, strict=False)]
-
-
-def only_blank(value: str, blank: str) -> bool:
-    """Whether a text holds nothing but these characters."""
-    return not value.strip(blank)

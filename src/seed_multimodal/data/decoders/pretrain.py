@@ -26,7 +26,6 @@ from seed_multimodal.data.decoders.base import (
     Draft,
     Part,
     Span,
-    only_blank,
 )
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.data.formats.record import BadRecord, shorten
@@ -84,7 +83,7 @@ class Caption(Decoder):
         picture = self.picture(fields, draws, read=image_first)
         caption = self._caption(fields, draws)
         parts = [picture, prompt.format(caption)]
-        blank = only_blank(caption, phrases.BLANK_CAPTION)
+        blank = not caption.strip(phrases.BLANK_CAPTION)
         return Draft([Span(parts if image_first else parts[::-1])], {"text": caption, "filter_flag": not blank},
                      dropped=EMPTY if blank else "", whole=True, image_first=image_first)
 
@@ -236,7 +235,7 @@ class Text(Decoder):
         if fields.get("text") is None:
             return self.lacking(["text"], {"filter_flag": False})
         value = self.text(fields, "text")
-        blank = only_blank(value, phrases.BLANK_CAPTION)
+        blank = not value.strip(phrases.BLANK_CAPTION)
         return Draft([Span([value])], {"text": value, "filter_flag": not blank}, EMPTY if blank else "", whole=True)
 
 

@@ -14,14 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from seed_multimodal.data.decoders import pretrain, pretrain_context, sft, sft_dialogues, turns
-from seed_multimodal.data.decoders.base import Decoder
+from seed_multimodal.data.decoders.base import CODE_FIELDS, Decoder
 from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest
-
-__all__ = ["DECODERS", "Decoder", "get_decoder", "guess_decoder", "some_picture"]
 
 DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
     pretrain.Caption, pretrain.Interleaved, pretrain.Video, pretrain.Text, pretrain.Edit, pretrain_context.Retrieval,
@@ -66,12 +64,11 @@ def some_picture(fields: Mapping[str, Any], draws: Draws, tokens_per_image: int)
 
     Use: a `noise_source` draws a record and gives this.
     """
-    names = ("source_image_ids", "target_image_ids") if fields.get("views") else (
-        "image_ids", "source_image_ids", "target_image_ids")
-    found: list[Any] = [fields["views"]] if fields.get("views") else []
-    for name in names:
+    views = fields.get("views")
+    found: list[Any] = [views] if views else []
+    for name in CODE_FIELDS:
         value = fields.get(name)
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, list | tuple) or (views and name == "image_ids"):
             continue
         if value and all(isinstance(code, int) for code in value):
             found += [value[start:start + tokens_per_image] for start in range(0, len(value), tokens_per_image)]

@@ -13,7 +13,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-from seed_multimodal.data.decoders.registry import Decoder, get_decoder, some_picture
+from seed_multimodal.data.decoders.base import Decoder
+from seed_multimodal.data.decoders.registry import get_decoder, some_picture
 from seed_multimodal.data.decoders.sequence import Draws, SeededDraws, TokenSequence
 from seed_multimodal.data.formats.records import FileRecords, open_records
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, SourceSettings

@@ -41,13 +41,9 @@ class DataStatistics:
         for sample in samples:
             name = self._names[sample.source]
             group = self.sources[name]["too_long" if sample.kind == TOO_LONG else "skipped"]
-            entry = group.setdefault(sample.reason, {"count": 0, "first": []})
-            entry["count"] += 1
-            if sample.where not in entry["first"] and len(entry["first"]) < NAMED:
-                entry["first"].append(sample.where)
-                if self.log is not None:
-                    what = f"too long, {sample.reason}" if sample.kind == TOO_LONG else f"skipped ({sample.reason})"
-                    self.log(f"{name}: {what}: {sample.where}")
+            if _add_skipped(group, sample.reason, 1, [sample.where]) and self.log is not None:
+                what = f"too long, {sample.reason}" if sample.kind == TOO_LONG else f"skipped ({sample.reason})"
+                self.log(f"{name}: {what}: {sample.where}")
 
     def report(self, sizes: Sequence[int], settings: Sequence[SourceSettings]) -> dict[str, Any]:
         """`{"fill", "positions", "tokens", "sources": {name: {...}}}` of this rank.
@@ -80,15 +76,24 @@ class DataStatistics:
             for name in self._names}
         for state in states:
             for name, counts in state["sources"].items():
-                for key in ("sequences", "tokens", "further_pieces"):
-                    self.sources[name][key] += counts[key]
-                add_skipped(self.sources[name], counts)
+                add_counts(self.sources[name], counts)
 
 
-def add_skipped(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
-    """Add the `skipped` and `too_long` of a source to those of another process or run."""
-    for group in ("skipped", "too_long"):
-        for reason, more in counts[group].items():
-            entry = into[group].setdefault(reason, {"count": 0, "first": []})
-            entry["count"] += more["count"]
-            entry["first"] = [*dict.fromkeys([*entry["first"], *more["first"]])][:NAMED]
+def add_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
+    """Add the counts of a source in another process or run, of the keys that `into` has: numbers, and records skipped
+    by reason."""
+    for key, own in into.items():
+        if isinstance(own, dict):
+            for reason, more in counts[key].items():
+                _add_skipped(own, reason, more["count"], more["first"])
+        else:
+            into[key] = own + counts[key]
+
+
+def _add_skipped(group: dict[str, Any], reason: str, count: int, places: Sequence[str]) -> bool:
+    """Count records skipped for a reason and name the first few; whether one of them is newly named."""
+    entry = group.setdefault(reason, {"count": 0, "first": []})
+    known = entry["first"]
+    entry["count"] += count
+    entry["first"] = [*dict.fromkeys([*known, *places])][:NAMED]
+    return len(entry["first"]) > len(known)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.stream.statistics import add_skipped
+from seed_multimodal.data.stream.statistics import add_counts
 from seed_multimodal.disk import disk_reason, replace_text
 from seed_multimodal.errors import CheckpointError
 
@@ -35,9 +35,7 @@ def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name, source in report["sources"].items():
             into = joined["sources"].setdefault(name, {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {},
                                                        "too_long": {}})
-            for key in ("sequences", "tokens", "epochs"):
-                into[key] += source[key]
-            add_skipped(into, source)
+            add_counts(into, source)
     joined["fill"] = joined["tokens"] / joined["positions"] if joined["positions"] else 1.0
     return joined
 
