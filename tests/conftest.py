@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import seed_multimodal  # noqa: F401  (before transformers: it mends a torchvision built for another torch)
+
 PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 started: list[str] = []
 
