@@ -97,6 +97,23 @@ def writing(place: str | Path, kind: type[SeedError] = CheckpointError) -> Itera
 
 
 @contextlib.contextmanager
+def replacing_path(file: str | Path) -> Iterator[Path]:
+    """As `replacing`, for libraries that write by path: the file made at the path given takes the name of `file`."""
+    file = Path(file)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        with open(scratch, "r+b") as handle:
+            os.fsync(handle.fileno())
+        os.replace(scratch, file)
+        flush_folder(file.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
     """A handle whose content takes the name of `file` at the end, flushed to the disk, whole or not at all.
 
@@ -106,21 +123,10 @@ def replacing(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
     Raises:
         OSError: the disk refuses; what was there stays, and nothing else is left behind.
     """
-    file = Path(file)
     if "b" not in mode:
         options = {"encoding": "utf-8", **options}
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(scratch, mode, **options) as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(scratch, file)
-        flush_folder(file.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
-        raise
+    with replacing_path(file) as scratch, open(scratch, mode, **options) as handle:
+        yield handle
 
 
 def flush_folder(folder: str | Path) -> None:

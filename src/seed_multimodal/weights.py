@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.disk import replacing, set_default_mode
+from seed_multimodal.disk import replacing, replacing_path, set_default_mode
 from seed_multimodal.errors import CheckpointError, first_line
 
 _WRAPPERS = ("model", "state_dict", "module")
@@ -141,7 +141,7 @@ def _unwrap(loaded: Mapping[str, object], file: Path) -> dict[str, Tensor]:
 def save_state_dict(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write safetensors atomically: a temporary file beside the target, flushed, then renamed over it.
+    """Write safetensors, flushed, whole or not at all.
 
     Raises:
         OSError: the disk refuses; what was there stays, and nothing else is left behind.
@@ -151,21 +151,16 @@ def save_state_dict(
 
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     content = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
     try:
-        save_file(content, temporary, metadata={"format": "pt", **(metadata or {})})
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        set_default_mode(temporary)
-        os.replace(temporary, file)
+        with replacing_path(file) as scratch:
+            save_file(content, scratch, metadata={"format": "pt", **(metadata or {})})
+            set_default_mode(scratch)
     except SafetensorError as error:  # "… I/O error: No space left on device (os error 28)"
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return file
 
 

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.disk import disk_reason, flush_folder, lock, replace_text, sha256_of, writing
+from seed_multimodal.disk import disk_reason, flush_folder, lock, replace_folder, replace_text, sha256_of, writing
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.failures import TrainingError
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_HIDDEN = re.compile(r"\.checkpoint-\d+\.(tmp|old)")
+_HIDDEN = re.compile(r"\.checkpoint-\d+\.(tmp|(\d+\.)?old)")  # the number: of the process that replaced it
 Entry = dict[str, Any]  # {"size": bytes, "sha256": hex}
 
 
@@ -82,17 +82,14 @@ def files_of(folder: Path) -> list[str]:
                   if path.is_file() and path.name != MANIFEST)
 
 
-def publish(temporary: Path, step: int, entries: Mapping[str, Entry]) -> Path:
+def publish(temporary: Path, step: int, entries: Mapping[str, Entry]) -> None:
     """Write the manifest and give the folder its name, in place of what had it before."""
     replace_text(temporary / MANIFEST, json.dumps({"step": step, "files": dict(sorted(entries.items()))}, indent=1))
     for place in {temporary, *((temporary / name).parent for name in entries)}:
         flush_folder(place)
     target = temporary.parent / f"checkpoint-{step}"
-    if target.exists():
-        _remove(target)
-    os.replace(temporary, target)
+    replace_folder(temporary, target)
     flush_folder(target.parent)
-    return target
 
 
 def fault_of(folder: Path, *, part: int = 0, parts: int = 1, hashes: bool = True) -> str:
