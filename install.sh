@@ -9,7 +9,8 @@
 # uv is used when present, else pip. Which torch: SEED_TORCH="torch==2.13.0" if set; one already installed is kept;
 # with an NVIDIA GPU (or on a Mac) the package index's build; otherwise a CPU build (1.4 GB instead of 5.8 GB in all)
 # from pip's find-links or PyTorch's CPU index, where one can be had; else the package index's build, which also runs
-# without a GPU. Everything else follows the installed torch.
+# without a GPU. Everything else follows the installed torch. Which Python: SEED_PYTHON=/path if set, else the first of
+# python3 and python3.11 to python3.14 that is new enough; where a CPU build is wanted, one that has it is preferred.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/scripts/environment.sh"
 PYTHON="$ENVIRONMENT/bin/python"
@@ -33,21 +34,42 @@ fail() { printf '[install] %s\n' "$*" >&2; exit 1; }
 # --- the environment -------------------------------------------------------------------------------------------------
 modern_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+has_nvidia_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+wants_cpu_torch() { [ -z "${SEED_TORCH:-}" ] && [ "$(uname -s)" = Linux ] && ! has_nvidia_gpu; }
+
+CPU_INDEX="https://download.pytorch.org/whl/cpu"
+cpu_torch() {  # VERSION PIP_OPTIONS…: the newest CPU build of torch (2.11 or newer) for that Python, or nothing
+    "$PYTHON" -m pip index versions torch --python-version "$1" --only-binary=:all: --timeout 4 --retries 0 "${@:2}" \
+        2>/dev/null | grep -oE '[0-9.]+\+cpu' | awk -F. '$1 > 2 || $2 >= 11' | head -n 1 || true
+}
+any_cpu_torch() { [ -n "$(cpu_torch "$1" --no-index)$(cpu_torch "$1" --index-url "$CPU_INDEX")" ]; }
+
+environment_with() {  # PYTHON
+    rm -rf "$ENVIRONMENT"
+    if command -v uv >/dev/null; then uv venv --quiet --seed --clear --python "${1:-3.12}" "$ENVIRONMENT"; return; fi
+    [ -n "$1" ] || fail "Python 3.11 or newer is needed: install it, or name one with SEED_PYTHON=/path/to/python3.11."
+    "$1" -m venv "$ENVIRONMENT" || fail "$1 cannot make an environment: on Debian, apt-get install python3-venv."
+}
+
 make_environment() {
-    local candidate base=""
+    local candidate found=() versions=""
     for candidate in "${SEED_PYTHON:-}" python3 python python3.13 python3.12 python3.11 python3.14; do
-        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null && modern_python "$candidate"; then
-            base="$candidate"; break
-        fi
+        [ -n "$candidate" ] && command -v "$candidate" >/dev/null && modern_python "$candidate" || continue
+        case "$versions" in *"|$(version_of "$candidate")|"*) continue ;; esac
+        found+=("$candidate") versions="$versions|$(version_of "$candidate")|"
+        [ "$candidate" != "${SEED_PYTHON:-}" ] || break
     done
     say "making the environment $ENVIRONMENT"
-    if command -v uv >/dev/null; then
-        uv venv --quiet --seed --clear --python "${base:-3.12}" "$ENVIRONMENT"
-        return
-    fi
-    [ -n "$base" ] || fail "Python 3.11 or newer is needed: install it, or name one with SEED_PYTHON=/path/to/python3.11."
-    rm -rf "$ENVIRONMENT"
-    "$base" -m venv "$ENVIRONMENT" || fail "$base cannot make an environment: on Debian, apt-get install python3-venv."
+    environment_with "${found[0]:-}"
+    if [ "${#found[@]}" -lt 2 ] || ! wants_cpu_torch || any_cpu_torch "$(version_of "$PYTHON")"; then return; fi
+    for candidate in "${found[@]:1}"; do
+        if any_cpu_torch "$(version_of "$candidate")"; then
+            say "torch has a CPU build for $candidate, but none for Python $(version_of "$PYTHON"): taking $candidate"
+            environment_with "$candidate"
+            return
+        fi
+    done
 }
 
 if ! modern_python "$PYTHON"; then
@@ -79,33 +101,22 @@ if command -v uv >/dev/null; then
     [ -n "${SSL_CERT_FILE:-}" ] || { v="$(pip_setting cert)"; [ -z "$v" ] || export SSL_CERT_FILE="$v"; }
 fi
 
-packages() {
+packages() {  # OPTIONS…: quietly, but on a terminal and with LOUD=1 with the installer's own sizes and progress bars
+    local quiet=--quiet
+    [ -z "${LOUD:-}" ] && [ ! -t 1 ] || quiet=""
     if command -v uv >/dev/null; then
-        uv pip install --quiet --python "$PYTHON" "$@" && return
+        uv pip install $quiet --python "$PYTHON" "$@" && return
         say "uv could not do it; trying pip"
     fi
     # pip repeats a warning for every configured place that lacks a package; its errors stay visible.
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" 2> >(grep -v '^WARNING: Location' >&2)
+    "$PYTHON" -m pip install $quiet --disable-pip-version-check "$@" 2> >(grep -v '^WARNING: Location' >&2)
 }
 
 # --- torch -----------------------------------------------------------------------------------------------------------
 installed_torch() { "$PYTHON" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true; }
-has_nvidia_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
-
-cpu_torch_in_find_links() {  # the version of a CPU build that pip finds without any index, or nothing
-    "$PYTHON" -m pip install --dry-run --no-index --no-deps --ignore-installed --quiet --report - 'torch>=2.11' 2>/dev/null |
-        "$PYTHON" -c 'import json, sys
-version = json.load(sys.stdin)["install"][0]["metadata"]["version"]
-print(version if version.endswith("+cpu") else "")' 2>/dev/null || true
-}
-
-CPU_INDEX="https://download.pytorch.org/whl/cpu"
-cpu_index_answers() {
-    "$PYTHON" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=4).read(64)' "$CPU_INDEX/torch/" 2>/dev/null
-}
 
 install_torch() {
-    local version
+    local version python LOUD=1
     if [ -n "${SEED_TORCH:-}" ]; then
         say "torch: $SEED_TORCH, as asked"; packages "$SEED_TORCH"; return
     fi
@@ -113,19 +124,21 @@ install_torch() {
     if [ -n "$version" ]; then
         say "torch: $version is already there"; return
     fi
-    if [ "$(uname -s)" = Linux ] && ! has_nvidia_gpu; then
-        version="$(cpu_torch_in_find_links)"
+    if wants_cpu_torch; then
+        python="$(version_of "$PYTHON")"
+        version="$(cpu_torch "$python" --no-index)"
         if [ -n "$version" ]; then
-            say "torch: no NVIDIA GPU here; CPU build $version from find-links"
+            say "torch: no NVIDIA GPU here; CPU build $version from find-links (about 0.2 GB)"
             packages "torch==$version" && return
         fi
-        if cpu_index_answers; then
-            say "torch: no NVIDIA GPU here; CPU build from PyTorch's CPU index"
-            packages --index-url "$CPU_INDEX" 'torch>=2.11' torchvision && return
+        version="$(cpu_torch "$python" --index-url "$CPU_INDEX")"
+        if [ -n "$version" ]; then
+            say "torch: no NVIDIA GPU here; CPU build $version from PyTorch's CPU index (about 0.2 GB to download)"
+            packages --index-url "$CPU_INDEX" "torch==$version" torchvision && return
         fi
-        say "torch: no NVIDIA GPU here and no CPU build within reach; the index's build (large, runs without a GPU too)"
+        say "torch: no NVIDIA GPU here and no CPU build for Python $python within reach; the index's build (about 3 GB to download, runs without a GPU too)"
     else
-        say "torch: the package index's build"
+        say "torch: the package index's build (on Linux about 3 GB to download)"
     fi
     packages 'torch>=2.11'
 }
