@@ -168,6 +168,18 @@ def test_edit_saves_a_picture(capsys, tiny, tmp_path):
     assert Image.open(record["edited"]).size == (16, 16)
 
 
+def test_the_limit_of_tokens_and_beams_are_followed_everywhere(capsys, tiny, tmp_path):
+    whole = ("--model", tiny, "--out", str(tmp_path), "--json")
+    for words in (("draw", "a cat"), ("edit", CAT, "Make it green.")):
+        code, _, errors = run(capsys, *words, *whole, "--max-new-tokens", "20")
+        assert code == 2 and "A picture needs 33 new tokens: max_new_tokens 20 is too small" in errors
+        assert run(capsys, *words, *whole, "--max-new-tokens", "40", "--num-beams", "2")[0] == 0
+    code, lines, _ = run(capsys, "chat", "--message", "hello", *whole, "--num-beams", "2", "--max-new-tokens", "8")
+    assert code == 0 and json.loads(lines[0])["answer"]
+    code, _, _ = run(capsys, "ask", CAT, "What?", "--model", tiny, "--temperature", "0.7", "--top-p", "0")
+    assert code == 0
+
+
 def test_a_place_that_cannot_be_written_is_told(capsys, tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     code, _, errors = run(capsys, "edit", CAT, "Make it green.", "--model", tiny, "--out", str(tmp_path / "file" / "x"))

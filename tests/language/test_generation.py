@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,35 @@ def eager(llm_folder: Path, tokenizer: MultimodalTokenizer) -> LlamaForCausalLM:
 def prompts(tokenizer: MultimodalTokenizer) -> list[list[int]]:
     texts = ["USER: hello\nASSISTANT:", "USER: What is this animal? It is a cat, a cat, a cat.\nASSISTANT:", "a"]
     return [tokenizer.encode(text, add_bos=True) for text in texts]
+
+
+ODD = {"temperature": 0.01, "top_p": 0.1, "top_k": 1, "do_sample": True, "num_beams": 3, "repetition_penalty": 5.0,
+       "forced_eos_token_id": 7, "bad_words_ids": [[5], [6], [40]], "min_length": 60,
+       "min_new_tokens": 30, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(20, 200)), "length_penalty": -9.0,
+       "sequence_bias": [[[300], 50.0]], "exponential_decay_length_penalty": [1, 9.0], "begin_suppress_tokens": [3],
+       "encoder_repetition_penalty": 3.0, "typical_p": 0.1, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5, "min_p": 0.9,
+       "max_length": 3, "max_time": 1e-9, "stop_strings": ["a"], "num_return_sequences": 3, "eos_token_id": 11,
+       "guidance_scale": 4.0, "renormalize_logits": True, "return_dict_in_generate": True, "output_scores": True,
+       "remove_invalid_values": True, "use_cache": False, "cache_implementation": "static", "unknown_thing": 1}
+
+
+WRONG = {"forced_bos_token_id": 5, "suppress_tokens": [5], "temperature": "hot", "num_beams": 0}
+
+
+@pytest.mark.parametrize("odd_values", [ODD, WRONG])
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_the_checkpoints_own_generation_settings_do_not_leak(
+    where: str, odd_values: dict, model: LlamaForCausalLM, llm_folder: Path, tokenizer: MultimodalTokenizer,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(llm_folder, tmp_path / "odd")
+    file = tmp_path / "odd" / where
+    file.write_text(json.dumps({**json.loads(file.read_text()), **odd_values}))
+    odd = load_llm(tmp_path / "odd")
+    for settings in (GREEDY, GenerationSettings(max_new_tokens=40, seed=3, top_p=1.0, temperature=2.0),
+                     GenerationSettings(max_new_tokens=20, num_beams=2, do_sample=False)):
+        expected = generate_ids(model, prompts(tokenizer), settings, tokenizer)
+        assert generate_ids(odd, prompts(tokenizer), settings, tokenizer) == expected
 
 
 def assert_well_formed(ids: list[int], tokenizer: MultimodalTokenizer) -> int:
@@ -173,7 +204,7 @@ def test_bad_prompts_and_settings(model: LlamaForCausalLM, tokenizer: Multimodal
     for prompt in ([], [1, len(tokenizer)], [-1]):
         with pytest.raises(GenerationError):
             generate_ids(model, [prompt], GREEDY, tokenizer)
-    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"num_beams": 0},
+    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": -0.1}, {"top_p": 1.5}, {"num_beams": 0},
                   {"top_k": -1}, {"seed": 2**64}, {"seed": -2**63 - 1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             GenerationSettings(**wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 import sys
@@ -147,11 +148,58 @@ def test_leaving_a_stream_early_ends_its_thread(tiny, picture) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "seed-generate"]
 
 
-def test_beams_answer_but_do_not_stream(tiny, picture) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_beams_stream_their_best_answer(tiny, picture, force: bool) -> None:
+    options = {"num_beams": 2, "force_image": force, "max_new_tokens": 34}
+    answer = tiny.chat([{"role": "user", "content": picture}], **options)
+    events = list(tiny.chat([{"role": "user", "content": picture}], stream=True, **options))
+    assert events[-1]["answer"].ids == answer.ids and len(answer.codes) >= force
+    assert [event["codes"] for event in events if event["type"] == "image"] == answer.codes
+
+
+def test_a_given_limit_of_tokens_holds_where_a_picture_is_forced(tiny, picture) -> None:
+    """33 tokens are a picture; the system's own default of 12 is raised, a caller's number is not."""
+    requests = (lambda **given: tiny.draw("a red apple", **given), lambda **given: tiny.edit(picture, "More.", **given),
+                lambda **given: tiny.chat([{"role": "user", "content": "a"}], force_image=True, **given).images[0])
+    for request in requests:
+        whole = request()
+        with pytest.raises(ConfigError, match="A picture needs 33 new tokens: max_new_tokens 32 is too small"):
+            request(max_new_tokens=32)
+        assert same(request(max_new_tokens=33), whole)
+    assert same(tiny.draw("a red apple", max_new_tokens=200), tiny.draw("a red apple"))
+
+
+def test_pictures_as_transformers_chat_messages_name_them(tiny, picture, tmp_path: Path) -> None:
+    file = tmp_path / "a b.png"
+    picture.save(file)
+    coded = base64.b64encode(file.read_bytes()).decode()
+
+    def said(item: object) -> tuple:
+        return tuple(tiny.chat([{"role": "user", "content": [item, {"type": "text", "text": "hello"}]}]).ids)
+
+    by_path = said(file)
+    assert by_path != said("a b.png")
+    for named in ({"image": str(file)}, {"image": file}, {"image": picture}, {"image": file.as_uri()},
+                  {"path": str(file)}, {"url": file.as_uri()}, {"base64": coded},
+                  {"url": f"data:image/png;base64,{coded}"}, {"image": tiny.tokenize(file)[0].tolist()}):
+        assert said({"type": "image", **named}) == by_path, named
+    for item, error, words in (({"type": "image", "url": "https://host/a.png"}, RequestError, "nothing is downloaded"),
+                               ({"type": "image", "image": "absent.png"}, ImageError, "absent.png"),
+                               ({"type": "image", "base64": "%%"}, ImageError, "not base64"),
+                               ({"type": "image"}, RequestError, "neither .*'path'"),
+                               ({"type": "video", "video": "a.mp4"}, RequestError, "neither"),
+                               ({"type": "text", "text": file}, RequestError, "neither")):
+        with pytest.raises(error, match=words) as caught:
+            said(item)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 3.0, "top_p": 0.0}])
+def test_zero_temperature_or_top_p_is_the_likeliest_token(tiny, picture, how) -> None:
     messages = [{"role": "user", "content": picture}]
-    assert len(tiny.chat(messages, num_beams=2, force_image=True, max_new_tokens=34).codes) == 1
-    with pytest.raises(ConfigError, match="streamed"):
-        tiny.chat(messages, stream=True, num_beams=2)
+    greedy = tiny.chat(messages, do_sample=False, max_new_tokens=30)
+    assert not tiny.settings(**how).samples
+    assert all(tiny.chat(messages, seed=seed, max_new_tokens=30, **how).ids == greedy.ids for seed in (0, 1))
 
 
 def test_options_are_checked(tiny) -> None:

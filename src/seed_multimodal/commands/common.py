@@ -79,7 +79,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=int, metavar="N")
     group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time")
-    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--top-p", type=float, metavar="P", help="0 does so, too")
     group.add_argument("--num-beams", type=int, metavar="N")
 
 

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 class GenerationSettings:
     """How to generate; the defaults are those of the released scripts, except that spans are kept well-formed.
 
-    `temperature` 0 means greedy. `seed` None takes torch's global random state as it is. `force_image` puts `<img>` at
-    the end of every prompt and returns it as part of the answer.
+    `temperature` 0 and `top_p` 0 mean greedy: the likeliest token each time. `seed` None takes torch's global random
+    state as it is. `force_image` puts `<img>` at the end of every prompt and returns it as part of the answer.
     """
 
     max_new_tokens: int = setting(512, least=1)
     temperature: float = setting(1.0, least=0)
-    top_p: float = setting(0.5, above=0, most=1)
+    top_p: float = setting(0.5, least=0, most=1)
     top_k: int = setting(50, least=0)  # 0: off
     num_beams: int = setting(1, least=1)
     do_sample: bool = True
@@ -49,8 +49,8 @@ class GenerationSettings:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn (temperature 0 turns drawing off)."""
-        return self.do_sample and self.temperature > 0
+        """Whether tokens are drawn (temperature 0 or top_p 0 turns drawing off)."""
+        return self.do_sample and self.temperature > 0 and self.top_p > 0
 
 
 class ImageSpanLogitsProcessor:
@@ -134,7 +134,7 @@ def generate_ids(
 
 
 def _config(settings: GenerationSettings, budget: int, tokenizer: MultimodalTokenizer) -> Any:
-    """Every setting given explicitly, so that none comes from the checkpoint's own generation_config."""
+    """The call's settings; the model's own configuration holds nothing that could fill the rest (`llama`)."""
     from transformers import GenerationConfig
 
     drawing = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}

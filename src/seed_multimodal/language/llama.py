@@ -59,12 +59,21 @@ def load_llm(
 
 
 def force_special_ids(model: Any) -> None:
-    """bos 1, eos 2, pad 0 and the key-value cache on, in both configurations of a model."""
-    for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id, config.pad_token_id, config.use_cache = BOS, EOS, PAD, True
-    # The files may also carry sampling values that contradict each other; every call sets its own.
-    model.generation_config.do_sample = False
-    model.generation_config.temperature = model.generation_config.top_p = 1.0
+    """bos 1, eos 2, pad 0 and the key-value cache on, in both configurations of a model.
+
+    No other setting of generation stays: transformers would fill from it whatever a call does not name (penalties,
+    forced or forbidden words, least lengths, …).
+    """
+    config = model.config
+    config.bos_token_id, config.eos_token_id, config.pad_token_id, config.use_cache = BOS, EOS, PAD, True
+    model.generation_config = plain_generation()
+
+
+def plain_generation() -> Any:
+    """A `GenerationConfig` that sets the special ids and the key-value cache, and nothing else."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, use_cache=True)
 
 
 def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
@@ -135,8 +144,9 @@ def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: di
         # Old .bin shards are read by transformers through torch.load(weights_only=True). Its own report of wrong
         # tensors becomes one sentence in `_check_names`.
         with quiet_loading("transformers"):
-            return LlamaForCausalLM.from_pretrained(str(source), config=config, dtype=dtype, output_loading_info=True,
-                                                    ignore_mismatched_sizes=True, **extra)
+            return LlamaForCausalLM.from_pretrained(
+                str(source), config=config, dtype=dtype, generation_config=plain_generation(),
+                output_loading_info=True, ignore_mismatched_sizes=True, **extra)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{source}: its weights were refused, because they hold more than tensors (unsafe pickle "
                               f"content) or are damaged; re-save them as safetensors from a source you trust."

@@ -24,7 +24,7 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import making_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, counted, first_line
 from seed_multimodal.language.adapters import ADAPTER_CONFIG, TrainedTensors
-from seed_multimodal.language.llama import BOS, EOS, PAD
+from seed_multimodal.language.llama import BOS, EOS, PAD, plain_generation
 from seed_multimodal.language.merge_check import compare_logits
 from seed_multimodal.language.shards import CODES, Shards, TensorEntry, parse_size, write_shards
 
@@ -229,10 +229,8 @@ def _check_room(target: Path, plan: _Plan, shown: str | Path) -> None:
 
 
 def _write_settings(folder: Path, plan: _Plan, tokenizer: Any) -> None:
-    from transformers import GenerationConfig
-
     plan.config.save_pretrained(folder)
-    GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD).save_pretrained(folder)
+    plain_generation().save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

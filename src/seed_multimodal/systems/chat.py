@@ -2,24 +2,33 @@
 
 A message is `{"role": "user" | "assistant", "content": …}`. Content is one text, or a list of texts (`str`), pictures
 (PIL, `Path`, bytes) and codes (a list of ints), in any order and number. An assistant's content may be the `Answer`
-that an earlier call returned. A `str` is always text: give file names as `Path`.
+that an earlier call returned. A bare `str` is always text: give file names as `Path`, or as transformers' chat messages
+do: `{"type": "image", "image": "cat.png"}` (also "path", "url" with `file:` or `data:`, and "base64"), beside
+`{"type": "text", "text": …}`. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import RequestError
+from seed_multimodal.images.encode import image_from_base64
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
 from seed_multimodal.language.prompts import ROLES, PromptTemplate, Turn
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.systems.pictures import is_codes
+
+PICTURE_KEYS = ("image", "path", "url", "base64")
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # two letters at least: a drive of Windows is no address
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,8 @@ def _content(message: Any, number: int) -> tuple[str, list[Any]]:
 
 
 def _item(item: Any, number: int) -> Any:
-    if isinstance(item, Mapping) and item.get("type") in ("text", "image") and item["type"] in item:
-        item = item[item["type"]]  # {"type": "text", "text": …}, {"type": "image", "image": …}
+    if isinstance(item, Mapping):
+        item = _named_item(item, number)
     if isinstance(item, TextPart):
         return item.text
     if isinstance(item, ImagePart):
@@ -136,6 +145,27 @@ def _item(item: Any, number: int) -> Any:
         return item
     raise RequestError(f"Message {number} holds a {type(item).__name__}; content is text, pictures (PIL, Path, bytes) "
                        f"or codes (a list of whole numbers).")
+
+
+def _named_item(item: Mapping[str, Any], number: int) -> Any:
+    """The text, picture or codes in one item of a transformers chat message."""
+    kind = item.get("type")
+    if kind == "text" and isinstance(item.get("text"), str):
+        return item["text"]
+    key = next((key for key in PICTURE_KEYS if key in item), None) if kind == "image" else None
+    if key is None:
+        raise RequestError(f"Message {number} holds a mapping that is neither {{'type': 'text', 'text': …}} nor "
+                           f"{{'type': 'image', {' or '.join(map(repr, PICTURE_KEYS))}: …}}.")
+    value = item[key]
+    if not isinstance(value, str):
+        return value
+    if key == "base64" or value.lstrip().startswith("data:"):
+        return image_from_base64(value, name=f"The picture of message {number}")
+    if key == "path" or Path(value).is_file() or not (address := _URL.match(value)):
+        return Path(value)
+    if address[0].lower() == "file:":
+        return Path(url2pathname(urlsplit(value).path))
+    raise RequestError(f"Message {number}: {value[:80]} is an address, and nothing is downloaded; give the file.")
 
 
 def turn_marker(template: PromptTemplate) -> str:

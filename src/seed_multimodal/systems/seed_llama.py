@@ -159,7 +159,7 @@ class SeedLlama:
         if force_image:
             edits = any(not isinstance(part, str) for part in turns[-1].content)
             opening = self.tasks.edit_response if edits else self.tasks.draw_response
-            settings = self._forced(settings)
+            settings = self._forced(settings, options)
         if stream:
             return self._stream(self.speaker.events(prompt, settings, opening), settings.seed, decode)
         return self._finish(self.speaker.answer(prompt, settings, opening), settings.seed, decode)
@@ -197,9 +197,16 @@ class SeedLlama:
         """Pictures of a task's message; a string is a file name there."""
         return [Path(item) if isinstance(item, str) else item for item in as_parts(image)]
 
-    def _forced(self, settings: GenerationSettings) -> GenerationSettings:
-        """Settings that force a picture and leave room for it."""
+    def _forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
+        """Settings that force a picture; the system's own limit is raised to leave room for it, a given one is kept.
+
+        Raises:
+            ConfigError: a given `max_new_tokens` that no picture fits into.
+        """
         needed = self.tokenizer.vocabulary.tokens_per_image + 1
+        if "max_new_tokens" in given and settings.max_new_tokens < needed:
+            raise ConfigError(f"A picture needs {needed} new tokens: max_new_tokens {settings.max_new_tokens} is too "
+                              f"small for a request that must be answered with one.")
         return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
 
     def _say(self, content: list[Any], options: dict[str, Any]) -> str:
@@ -210,8 +217,8 @@ class SeedLlama:
 
     def _one_picture(self, content: list[Any], opening: str, options: dict[str, Any]) -> Image.Image:
         decode = _take(options, DECODE_KEYS)
-        settings = replace(self.settings(**options), force_image=True,
-                           max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)
+        settings = self._forced(self.settings(**options), options)
+        settings = replace(settings, max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)  # no words after it
         _ = self.pictures.decoder  # a missing de-tokenizer is reported before generation
         turns = to_turns([{"role": "user", "content": content}], self.tokenize, self.pictures.check_codes)
         ids = self.speaker.answer(self.prompt_ids(turns), settings, opening)

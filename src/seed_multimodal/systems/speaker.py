@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import Tensor
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.answer import BrokenImagePart, ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -201,8 +200,7 @@ class Speaker:
         prompt, fixed = self._open(prompt, opening, settings)
         reader = AnswerReader(self.tokenizer, self.marker)
         if settings.num_beams > 1:  # beams cannot be watched: read the best one afterwards
-            best = generate_ids(self.llm, [prompt], settings, self.tokenizer)[0]
-            return reader.read_all([*fixed, *best[int(settings.force_image):]])
+            return reader.read_all([*fixed, *self._best(prompt, settings)])
         for token in fixed:
             reader.read(token)
 
@@ -217,11 +215,8 @@ class Speaker:
     def events(self, prompt: Sequence[int], settings: GenerationSettings, opening: str = "") -> Iterator[Event]:
         """The same answer as events while it is made (pictures as codes); the last one is `{"type": "end", "ids": …}`.
 
-        Raises:
-            ConfigError: beam search, whose tokens are known only at the end.
+        With several beams all events come at the end, when the best one is known.
         """
-        if settings.num_beams > 1:
-            raise ConfigError("An answer cannot be streamed with num_beams above 1.")
         prompt, fixed = self._open(prompt, opening, settings)
         return self._events(prompt, fixed, settings)
 
@@ -229,8 +224,12 @@ class Speaker:
         reader = AnswerReader(self.tokenizer, self.marker)
         for token in fixed:
             yield from reader.read(token)
-        tokens = tokens_from_thread(
-            lambda streamer: generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=streamer))
+        tokens: Iterator[int]
+        if settings.num_beams > 1:
+            tokens = (token for token in self._best(prompt, settings))
+        else:
+            tokens = tokens_from_thread(
+                lambda streamer: generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=streamer))
         with contextlib.closing(tokens):  # type: ignore[type-var]  # leaving early ends the thread
             for token in tokens:
                 yield from reader.read(token)
@@ -238,6 +237,10 @@ class Speaker:
                     break
         yield from reader.close()
         yield {"type": "end", "ids": reader.ids}
+
+    def _best(self, prompt: Sequence[int], settings: GenerationSettings) -> list[int]:
+        """The best beam's tokens, without a forced `<img>`."""
+        return generate_ids(self.llm, [prompt], settings, self.tokenizer)[0][int(settings.force_image):]
 
     def _open(self, prompt: Sequence[int], opening: str, settings: GenerationSettings) -> tuple[list[int], list[int]]:
         """The prompt with the words of a forced answer, and the tokens of the answer that are fixed already."""
