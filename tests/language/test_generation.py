@@ -185,6 +185,45 @@ def test_seeds(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
     assert draw(None) != draw(None)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_batch_draws_what_single_prompts_draw(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer,
+                                                beams: int) -> None:
+    settings = GenerationSettings(max_new_tokens=20, top_p=1.0, top_k=0, seed=7, num_beams=beams)
+    alone = [generate_ids(model, [prompt], settings, tokenizer)[0] for prompt in prompts(tokenizer)]
+    assert generate_ids(model, prompts(tokenizer), settings, tokenizer) == alone
+    unseeded = GenerationSettings(max_new_tokens=20, top_p=1.0, top_k=0, num_beams=beams)
+    torch.manual_seed(3)
+    alone = [generate_ids(model, [prompt], unseeded, tokenizer)[0] for prompt in prompts(tokenizer)]
+    torch.manual_seed(3)
+    assert generate_ids(model, prompts(tokenizer), unseeded, tokenizer) == alone
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_global_random_state_is_neither_read_nor_set(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer,
+                                                     beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the CPU's nor that of any GPU; other people's draws during the generation change nothing."""
+    settings = GenerationSettings(max_new_tokens=20, top_p=1.0, top_k=0, seed=7, num_beams=beams)
+    want = generate_ids(model, prompts(tokenizer), settings, tokenizer)
+    forward, states = model.model.forward, []
+
+    def disturbed(*args, **kwargs):
+        states.append(torch.get_rng_state())
+        return forward(*args, **kwargs)
+
+    def refused(*args, **kwargs):
+        raise AssertionError("the global random state was touched")
+
+    state = torch.get_rng_state()
+    monkeypatch.setattr(model.model, "forward", disturbed)
+    for place, name in ((torch, "manual_seed"), (torch.random, "fork_rng"), (torch, "set_rng_state"),
+                        (torch.cuda, "manual_seed_all"), (torch.cuda, "set_rng_state"), (torch.cuda, "get_rng_state")):
+        monkeypatch.setattr(place, name, refused)
+    assert generate_ids(model, prompts(tokenizer), settings, tokenizer) == want
+    assert len(states) > 10 and all(torch.equal(one, state) for one in [*states, torch.get_rng_state()])
+    monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: (torch.rand(5), forward(*args, **kwargs))[1])
+    assert generate_ids(model, prompts(tokenizer), settings, tokenizer) == want
+
+
 def test_temperature_zero_is_greedy(model: LlamaForCausalLM, tokenizer: MultimodalTokenizer) -> None:
     cold = GenerationSettings(max_new_tokens=15, temperature=0.0)
     assert generate_ids(model, prompts(tokenizer), cold, tokenizer) == generate_ids(

@@ -59,7 +59,8 @@ def test_a_forced_picture_is_drawn(client, tiny, png) -> None:
     assert status == 200 and answer["text"] == "Here is the picture. <image>" and answer["error_msg"] == []
     image = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
     assert image.format == "PNG" and image.size == (16, 16)
-    assert np.array_equal(np.asarray(image), np.asarray(tiny.reconstruct(answer["images_ids"])[0]))
+    assert np.array_equal(np.asarray(image), np.asarray(tiny.reconstruct(answer["images_ids"], seed=1)[0]))
+    assert not np.array_equal(np.asarray(image), np.asarray(tiny.reconstruct(answer["images_ids"], seed=0)[0]))
     edited = ask(client, text="USER: <image>Make it green.\nASSISTANT:", images=[b64(png)], force_boi=True,
                  max_new_tokens=33)[1]
     assert edited["text"] == "Here it is. <image>" and len(edited["images_ids"]) == 2

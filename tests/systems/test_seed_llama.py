@@ -139,6 +139,25 @@ def test_stream_says_what_the_answer_says(tiny, picture, options) -> None:
     assert text.split() == " ".join(part.text for part in answer.parts if isinstance(part, TextPart)).split() or images
 
 
+@pytest.mark.parametrize("seed", [5, None])
+def test_a_stream_says_what_chat_says_whatever_the_caller_draws_between(tiny, picture, seed) -> None:
+    messages = [{"role": "user", "content": [picture, "hello"]}]
+    options = {"temperature": 3.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 80, "seed": seed}
+    torch.manual_seed(11)
+    answer = tiny.chat(messages, **options)
+    assert seed is None or answer.ids != tiny.chat(messages, **{**options, "seed": 6}).ids
+    torch.manual_seed(11)
+    stream, events = tiny.chat(messages, stream=True, **options), []
+    torch.manual_seed(99)  # before the first token
+    for event in stream:
+        torch.manual_seed(len(events))  # and between all others
+        torch.rand(3)
+        events.append(event)
+    streamed = events[-1]["answer"]
+    assert len(events) > 2 and streamed.ids == answer.ids
+    assert all(same(a, b) for a, b in zip(streamed.images, answer.images, strict=True))
+
+
 def test_leaving_a_stream_early_ends_its_thread(tiny, picture) -> None:
     import threading
 

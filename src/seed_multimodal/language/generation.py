@@ -9,14 +9,15 @@ budget reaches to its end.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from seed_multimodal.errors import GenerationError
+from seed_multimodal.language.sampling import DrawnBeams, DrawnTokens, Draws, FiniteScores, own_seed
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.settings import check_settings, setting
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 class GenerationSettings:
     """How to generate; the defaults are those of the released scripts, except that spans are kept well-formed.
 
-    `temperature` 0 and `top_p` 0 mean greedy: the likeliest token each time. `seed` None takes torch's global random
-    state as it is. `force_image` puts `<img>` at the end of every prompt and returns it as part of the answer.
+    `temperature` 0 and `top_p` 0 mean greedy: the likeliest token each time. Tokens are drawn from generators of the
+    call's own (`sampling`); `seed` None takes one number from torch's global generator as the seed. `force_image` puts
+    `<img>` at the end of every prompt and returns it as part of the answer.
     """
 
     max_new_tokens: int = setting(512, least=1)
@@ -51,6 +53,10 @@ class GenerationSettings:
     def samples(self) -> bool:
         """Whether tokens are drawn (temperature 0 or top_p 0 turns drawing off)."""
         return self.do_sample and self.temperature > 0 and self.top_p > 0
+
+    def with_seed(self) -> GenerationSettings:
+        """With a seed of its own where none was given."""
+        return self if self.seed is not None or not self.samples else replace(self, seed=own_seed())
 
 
 class ImageSpanLogitsProcessor:
@@ -106,10 +112,11 @@ def generate_ids(
 
     Returns:
         The new ids of each prompt up to and including `</s>`; a forced `<img>` comes first. The budget is cut to what
-        the model's context has room for.
+        the model's context has room for. With a seed, each prompt gets what it would get alone.
 
     Raises:
-        GenerationError: a prompt too long for the model, or no room for a forced picture.
+        GenerationError: a prompt too long for the model, no room for a forced picture, or scores that are not numbers.
+        CheckpointError: weights that are not numbers.
     """
     if not prompts:
         return []
@@ -125,8 +132,17 @@ def generate_ids(
         ids[number, longest - len(row):] = torch.tensor(row)
         mask[number, longest - len(row):] = 1
     device = model.get_input_embeddings().weight.device
-    processors = [ImageSpanLogitsProcessor(vocabulary, longest + budget)] if settings.constrain else []
-    with _seeded(settings.seed, device):
+    processors: list[Any] = [FiniteScores(model)]
+    if settings.constrain:
+        processors.append(ImageSpanLogitsProcessor(vocabulary, longest + budget))
+    inside: Any = contextlib.nullcontext()
+    if settings.samples:
+        draws = Draws([own_seed() if settings.seed is None else settings.seed for _ in rows])
+        if settings.num_beams > 1:
+            inside = DrawnBeams(draws)
+        else:
+            processors.append(DrawnTokens(draws, settings.temperature, settings.top_k, settings.top_p))
+    with inside:
         output = model.generate(
             ids.to(device), attention_mask=mask.to(device), streamer=streamer, logits_processor=processors,
             generation_config=_config(settings, budget, tokenizer))
@@ -137,12 +153,14 @@ def _config(settings: GenerationSettings, budget: int, tokenizer: MultimodalToke
     """The call's settings; the model's own configuration holds nothing that could fill the rest (`llama`)."""
     from transformers import GenerationConfig
 
+    # Without beams the last logits processor draws the token, and `generate` takes the only one that is left.
+    samples = settings.samples and settings.num_beams > 1
     drawing = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     return GenerationConfig(
-        max_new_tokens=budget, num_beams=settings.num_beams, do_sample=settings.samples, use_cache=True,
+        max_new_tokens=budget, num_beams=settings.num_beams, do_sample=samples, use_cache=True,
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
         repetition_penalty=1.0, length_penalty=1.0, early_stopping=False, num_return_sequences=1,
-        **(drawing if settings.samples else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}))
+        **(drawing if samples else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}))
 
 
 def _check_ids(rows: list[list[int]], vocabulary: ImageVocabulary) -> None:
@@ -168,17 +186,3 @@ def _budget(length: int, settings: GenerationSettings, model: Any, vocabulary: I
 
 def _until_end(ids: list[int], eos_id: int) -> list[int]:
     return ids[:ids.index(eos_id) + 1] if eos_id in ids else ids
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from `seed` inside, and leave the global random state as it was."""
-    if seed is None:
-        yield
-        return
-    devices = []
-    if device.type == "cuda":
-        devices = [torch.cuda.current_device() if device.index is None else device.index]
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

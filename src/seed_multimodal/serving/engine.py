@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
@@ -47,8 +48,8 @@ class Backend(Protocol):
         """Prompt ids -> the new ids only."""
         ...
 
-    def decode(self, codes: list[int]) -> Image.Image:
-        """The codes of one picture -> that picture."""
+    def decode(self, codes: list[int], request: GenerateRequest) -> Image.Image:
+        """The codes of one picture -> that picture, drawn from the request's seed."""
         ...
 
     def spans(self, text: str) -> list[str]:
@@ -83,8 +84,8 @@ class SystemBackend:
             options.update(do_sample=False)
         return self.system.generate(prompt_ids, self.system.settings(**options))
 
-    def decode(self, codes: list[int]) -> Image.Image:
-        return self.system.reconstruct(codes)[0]
+    def decode(self, codes: list[int], request: GenerateRequest) -> Image.Image:
+        return self.system.reconstruct(codes, seed=request.seed or 0)[0]
 
     def spans(self, text: str) -> list[str]:
         return cut_at_turns(text, self.system.template)
@@ -130,7 +131,7 @@ class Engine:
             prompt, opening = self._prompt(request, codes)
             new_ids = opening + list(self.backend.generate(prompt, request))
             render = render_original if self.exact_original else render_answer
-            response = render(new_ids, self.backend.tokenizer, self.backend.decode)
+            response = render(new_ids, self.backend.tokenizer, partial(self.backend.decode, request=request))
             self.answered += 1
         response.images_ids = codes + response.images_ids
         return response

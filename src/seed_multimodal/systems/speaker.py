@@ -217,6 +217,7 @@ class Speaker:
 
         With several beams all events come at the end, when the best one is known.
         """
+        settings = settings.with_seed()  # now: the caller may reseed torch before the first token is asked for
         prompt, fixed = self._open(prompt, opening, settings)
         return self._events(prompt, fixed, settings)
 
