@@ -1,4 +1,4 @@
-"""One choice of device and dtype for every command, printed with its reason.
+"""One choice of device and dtype for every command; what is chosen here is printed with its reason.
 
 Note: bf16 is chosen on CUDA devices that compute it, fp16 on older ones, fp32 on CPU and MPS, because half
 precision LayerNorms are slow or missing there. Nothing in the project calls `.cuda()`.
@@ -36,7 +36,8 @@ def choose_device(
     dtype: str | torch.dtype = "auto",
     log: Callable[[str], None] | None = print,
 ) -> Runtime:
-    """Resolve `auto` (CUDA, then MPS, then CPU) and report the choice through `log`.
+    """Resolve `auto` (CUDA, then MPS, then CPU) and report the result through `log`, with reasons for what was `auto`:
+    a device or dtype that is given may come from the user, a file or the program, which know why.
 
     Raises:
         ConfigError: for an unknown device or dtype name, or a device this machine does not have.
@@ -45,7 +46,8 @@ def choose_device(
     precision, why_dtype = _resolve_dtype(dtype, place)
     runtime = Runtime(place, precision)
     if log is not None:
-        log(f"Running on {runtime} ({why}; {why_dtype}).")
+        reasons = "; ".join(filter(None, (why, why_dtype)))
+        log(f"Running on {runtime}{f' ({reasons})' if reasons else ''}.")
     return runtime
 
 
@@ -59,7 +61,7 @@ def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
             raise ConfigError(f"Device {str(device)!r} was asked for, but this machine has no usable CUDA device.")
         if place.type == "mps" and not torch.backends.mps.is_available():
             raise ConfigError("Device 'mps' was asked for, but this machine has no usable Apple GPU.")
-        return place, "as asked"
+        return place, ""
     if torch.cuda.is_available():
         return torch.device("cuda"), "a CUDA device is present"
     if torch.backends.mps.is_available():
@@ -69,7 +71,7 @@ def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
 
 def _resolve_dtype(dtype: str | torch.dtype, place: torch.device) -> tuple[torch.dtype, str]:
     if isinstance(dtype, torch.dtype):
-        return dtype, "dtype as asked"
+        return dtype, ""
     if dtype == "auto":
         if place.type != "cuda":
             return torch.float32, f"float32 is the safe precision on {place.type}"
@@ -78,4 +80,4 @@ def _resolve_dtype(dtype: str | torch.dtype, place: torch.device) -> tuple[torch
         return torch.float16, "this GPU has no bfloat16"
     if dtype not in DTYPES:
         raise ConfigError(f"Unknown dtype {dtype!r}: use auto, {', '.join(sorted(DTYPES))}.")
-    return DTYPES[dtype], "dtype as asked"
+    return DTYPES[dtype], ""

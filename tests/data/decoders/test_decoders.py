@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -331,3 +332,14 @@ def test_records_that_say_nothing_are_refused(words, records, name, change, sent
     with pytest.raises(BadRecord, match=sentence):
         get_decoder(name, words)(fields, SeededDraws(0))
     assert get_decoder(name, words, {"validate": False})(fields, SeededDraws(0)) is not None
+
+
+def test_the_documentation_says_which_released_sentences_are_known() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "multimodal-llm.md").read_text(encoding="utf-8")
+    page = " ".join(page.split())
+    assert "equal to the original's token for token" not in page
+    for said in (f"{len(phrases.DRAW_KNOWN)} of the {len(phrases.DRAW_REQUESTS)} pairs that ask for a picture",
+                 f"first {len(phrases.EDIT_KNOWN)} of the {len(phrases.EDIT_RESPONSES)} responses to an edit "
+                 f"({phrases.EDIT_DRAWN} are ever drawn)",
+                 f"{len(phrases.STORY_KNOWN)} of the {len(phrases.STORY_REQUESTS)} pairs of a story"):
+        assert said in page

@@ -14,8 +14,7 @@ NEXT_IMAGE_REQUEST, NEXT_IMAGE_RESPONSE = "Please generate an image.", "Here is 
 BLANK_CAPTION = " ;,[]{}'\".?:"  # a caption of these characters alone is blank
 
 # Requests for a picture of something, and the responses; from DRAW_QUESTION on they end in a question mark.
-# Of the released twenty pairs the specification and the fixtures show 0, 2, 4, 6, 8, 9, 12, 15 and 16, and two more
-# without their places (1 and 3 here); the others are ours.
+DRAW_KNOWN = (0, 1, 2, 3, 4, 6, 8, 9, 12, 15, 16)  # seen in recordings of the original, 1 and 3 without their places
 DRAW_REQUESTS = (
     "Please show me a picture of", "Please generate an image of", "Please produce a photo of", "Generate an image of",
     "Please draw a painting of", "Please make a drawing of", "I'd love to see an illustration of", "I need an image of",
@@ -32,14 +31,14 @@ DRAW_RESPONSES = (
     "Absolutely, here is a painting.", "Sure, here is a picture.", "Yes, here is the photo.",
     "Yes, here is the picture.", "Yes, here is the illustration.")
 
-# Responses to an editing instruction; the released decoders only ever draw the first EDIT_DRAWN of them, of which the
-# fixtures show 0 to 4; the others are ours.
+# Responses to an editing instruction; the released decoders only ever draw the first EDIT_DRAWN of them.
+EDIT_KNOWN = (0, 1, 2, 3, 4)  # seen in recordings; the others are ours
 EDIT_RESPONSES = (
     "Here is a picture.", "I have created an image.", "Enjoy this picture.", "I have generated an image.",
     "Here's a picture.", "Here is the edited picture.", "Here is the changed image.", "Here is the new picture.")
 EDIT_DRAWN = 6
 
-# Of the released ten pairs the fixtures show 1 and 5; the others are ours.
+STORY_KNOWN = (1, 5)  # pairs seen in recordings; the others are ours
 STORY_REQUESTS = (
     "Please go on with the story in pictures and texts.",
     "Would you utilize pictures and texts to show me the following story?",

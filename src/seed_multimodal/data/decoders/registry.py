@@ -3,9 +3,10 @@
     decoder = get_decoder("sft.qa", tokenizer, {"reverse_ratio": 0.5})
     sequence = decoder(record.fields, SeededDraws(seed, source, position))      # TokenSequence, or None: dropped
 
-`pretrain.*` and `sft.*` are the decoders of the released data modules, token for token (ids, labels and the draws they
-make, in their order); `chat` is ours. A dropped sample leaves its reason in `decoder.reason`; a broken record raises a
-`BadRecord` (a DataError) whose sentence starts with the field, ready for "FILE: sample KEY: " in front.
+`pretrain.*` and `sft.*` are the decoders of the released data modules: ids, labels and the draws they make, in their
+order, are the released ones, but for the sentences that a drawn place takes from a list, which are known in part
+(`phrases` says which are ours). `chat` is ours. A dropped sample leaves its reason in `decoder.reason`; a broken record
+raises a `BadRecord` (a DataError) whose sentence starts with the field, ready for "FILE: sample KEY: " in front.
 """
 
 from __future__ import annotations
