@@ -165,6 +165,7 @@ class RunOptions:
     use_dist_eval_sampler: bool = False
     train_dataset_ratios: dict[str, float] = setting(factory=dict)
     # ours
+    lr_scheduler_kwargs: dict[str, Any] = setting(factory=dict)
     valid_every_epochs: int = setting(1, least=1)
     valid_batches: int = setting(0, least=0)
     peak_tflops: float = setting(0.0, least=0)

@@ -1,4 +1,5 @@
-"""A learning-rate schedule beside LAVIS's own: linear warm-up, then cosine, by iteration and not by epoch.
+"""Learning-rate schedules beside LAVIS's own, by iteration and not by epoch: linear warm-up, then a cosine
+(`linear_warmup_cosine_steps`) or any schedule that has a name of transformers' `SchedulerType`.
 
 LAVIS's `linear_warmup_cosine_lr` steps down once an epoch and ends a warm-up that is longer than the first epoch with
 a jump; runs of a few hundred iterations, such as nano's, are a single epoch.
@@ -6,28 +7,38 @@ a jump; runs of a few hundred iterations, such as nano's, are a single epoch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from seed_lavis.compat import registry
 from seed_multimodal.training.loop_settings import StageSettings
-from seed_multimodal.training.schedules import learning_rate
+from seed_multimodal.training.schedules import USABLE, check_kind, learning_rate
 
 
 @registry.register_lr_scheduler("linear_warmup_cosine_steps")
 class LinearWarmupCosineSteps:
     """`training.schedules.learning_rate` over all iterations of the run; called as LAVIS's schedules are."""
 
+    kind: ClassVar[str] = "cosine"
+
     def __init__(self, optimizer: torch.optim.Optimizer, max_epoch: int, min_lr: float, init_lr: float,
                  warmup_steps: int = 0, **_: Any) -> None:
         self.optimizer = optimizer
-        self.iterations = int(registry.get("configuration").run_cfg.iters_per_epoch)
+        run = registry.get("configuration").run_cfg
+        self.iterations = int(run.iters_per_epoch)
+        options = {str(key): value for key, value in (run.get("lr_scheduler_kwargs") or {}).items()}
+        check_kind(self.kind, options)
         self.settings = StageSettings(steps=max_epoch * self.iterations, lr=init_lr, warmup=warmup_steps,
-                                      min_lr_ratio=min_lr / init_lr if init_lr else 0.0)
+                                      min_lr_ratio=min_lr / init_lr if init_lr else 0.0, lr_scheduler_type=self.kind,
+                                      lr_scheduler_kwargs=options)
 
     def step(self, cur_epoch: int, cur_step: int) -> None:
         """Set the rate of iteration `cur_step` of epoch `cur_epoch`."""
         rate = learning_rate(cur_epoch * self.iterations + cur_step, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+
+
+for _kind in USABLE:
+    registry.register_lr_scheduler(_kind)(type(f"Steps_{_kind}", (LinearWarmupCosineSteps,), {"kind": _kind}))

@@ -43,6 +43,13 @@ def test_learning_rates_are_the_originals(yaml, options, rates):
     assert halved.learning_rate(999) == task.learning_rate(1999)  # the rate of its last iteration
 
 
+def test_schedules_of_transformers_go_by_their_names(yaml):
+    options = ["run.lr_sched=polynomial", "run.lr_scheduler_kwargs={power: 2.0}", "run.init_lr=1e-3", "run.min_lr=1e-4",
+               "run.warmup_steps=2", "run.max_epoch=2", "run.iters_per_epoch=6"]
+    rates = [task_of(built(yaml("stage1", *options))).learning_rate(step) for step in (0, 1, 6, 11)]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-4 + 9e-4 * 0.25, 1e-4])  # the square of what is left of the way
+
+
 def test_what_decays_is_lavis_rule(yaml):
     runner = built(yaml("stage1"))
     names = {id(p): name for name, p in runner._model.named_parameters()}

@@ -11,8 +11,9 @@ from torch import nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
+from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, OptimSettings, build_optimizer, schedule
-from seed_multimodal.training.schedules import scheduled_rate
+from seed_multimodal.training.schedules import KINDS, USABLE, learning_rate, scheduled_rate
 
 
 def toy() -> nn.Module:
@@ -132,3 +133,69 @@ def test_released_run_to_all_printed_digits() -> None:
               19989: 1.5000226082220341e-06, 20000: 1.5e-06}
     for step, rate in logged.items():
         assert schedule(step, settings, 20000) == pytest.approx(rate, rel=1e-12)
+
+
+# Options that a schedule needs, or that differ from its defaults.
+OPTIONS = {"cosine_with_restarts": {"num_cycles": 3}, "polynomial": {"power": 2.0},
+           "inverse_sqrt": {"timescale": 7}, "warmup_stable_decay": {"num_decay_steps": 6, "decay_type": "1-sqrt"}}
+
+
+def transformers_rates(kind: str, warmup: int, total: int, options: dict) -> list[float]:
+    """The rates of transformers' own scheduler, stepped as its Trainer does."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    made = get_scheduler(kind, optimizer, warmup, total, options or None)
+    rates = []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        made.step()
+    return rates
+
+
+def test_every_schedule_of_transformers_has_its_name() -> None:
+    from transformers import SchedulerType
+
+    assert {kind.value for kind in SchedulerType} <= set(KINDS)
+
+
+@pytest.mark.parametrize("kind", USABLE)
+def test_every_schedule_is_that_of_transformers(kind: str) -> None:
+    """Without a floor; a language model's warm-up starts at 0, and so does transformers'."""
+    options = OPTIONS.get(kind, {})
+    settings = read_settings(OptimSettings, {"learning_rate": 2.0, "warmup_steps": 4, "min_lr_ratio": 0.0,
+                                             "lr_scheduler_type": kind, "lr_scheduler_kwargs": options}, "optim")
+    theirs = {"min_lr_rate": 0.0} if kind.endswith("with_min_lr") else options
+    wanted = transformers_rates(kind, 4, 20, theirs)
+    assert [schedule(step, settings, 20) for step in range(20)] == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+    # A stage's first step has a rate already (its cosine is counted in another way).
+    stage = StageSettings(steps=20, lr=2.0, warmup=4, min_lr_ratio=0.0, lr_scheduler_type=kind,
+                          lr_scheduler_kwargs=options)
+    if kind != "cosine":
+        assert [learning_rate(step, stage) for step in range(19)] == pytest.approx(wanted[1:], rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("kind", "options", "end"), [
+    ("cosine", {}, 0.5), ("linear", {}, 0.5), ("polynomial", {}, 0.5), ("polynomial", {"lr_end": 0.1}, 0.1),
+    ("cosine_with_restarts", {}, 0.5), ("cosine_with_min_lr", {}, 0.5), ("cosine_with_min_lr", {"min_lr": 0.2}, 0.2),
+    ("cosine_warmup_with_min_lr", {}, 0.5144),  # it counts a step ahead
+    ("warmup_stable_decay", {"num_decay_steps": 3}, 0.5),
+    ("constant_with_warmup", {}, 2.0), ("inverse_sqrt", {}, 2.0 / math.sqrt(5))])
+def test_min_lr_ratio_is_where_a_schedule_ends(kind: str, options: dict, end: float) -> None:
+    settings = OptimSettings(learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.25, lr_scheduler_type=kind,
+                             lr_scheduler_kwargs=options)
+    assert schedule(4, settings, 20) == pytest.approx(2.0, rel=0.01)
+    assert schedule(20, settings, 20) == pytest.approx(end, rel=1e-4)
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"lr_scheduler_type": "polynomal"}, "did you mean 'polynomial'"),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "follows a measured loss"),
+    ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"power": 2}}, "takes no lr_scheduler_kwargs"),
+    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"powr": 2}}, "'polynomial' with .*powr"),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps")])
+def test_schedules_that_cannot_be_made_are_one_sentence(settings: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        schedule(0, read_settings(OptimSettings, settings, "optim"), 20)
+    assert "\n" not in str(caught.value)

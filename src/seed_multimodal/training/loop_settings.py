@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from seed_multimodal.settings import setting
 
@@ -57,13 +58,16 @@ class LoopSettings:
 @dataclass(kw_only=True)
 class StageSettings(LoopSettings):
     """Settings of one stage whose optimiser and schedule are the usual ones; a step takes `batch_size · accumulate ·
-    processes` samples, and the rate rises for `warmup` steps to `lr` and falls to `lr · min_lr_ratio`."""
+    processes` samples, and the rate rises for `warmup` steps to `lr` and falls to `lr · min_lr_ratio`, along a cosine
+    or another of `schedules.KINDS` (`lr_scheduler_type`, with transformers' options in `lr_scheduler_kwargs`)."""
 
     steps: int = setting(least=0)
     batch_size: int = setting(64, least=1)
     lr: float = setting(1e-3, least=0)
     warmup: int = setting(100, least=0)
     min_lr_ratio: float = setting(0.02, least=0)
+    lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = setting(factory=dict)
     weight_decay: float = setting(0.01, least=0)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
-from seed_multimodal.training.schedules import KINDS, scheduled_rate, warmup_count
+from seed_multimodal.training.schedules import KINDS, check_kind, scheduled_rate, warmup_count
 
 OUTER_PARTS = ("embed", "lm_head", "proj_out")
 
@@ -34,6 +34,7 @@ class OptimSettings:
         name: adamw (torch, fused on CUDA), adamw_hf (the original's) or muon (matrices by Muon, the rest by AdamW;
             plain engine only; its AdamW part has betas 0.9 and 0.99 and spares norms).
         decay: `all`: weight decay on everything trained, as released; `matrices`: not on norms and biases.
+        lr_scheduler_type: a name of transformers' `SchedulerType`, see `schedules`; lr_scheduler_kwargs: its options.
         warmup_steps: used instead of `warmup_ratio` (rounded up) if above 0.
         min_lr_ratio: the last step's rate over the highest.
         schedule_per_micro_batch: as in SEED-X, see `schedules.scheduled_rate`.
@@ -47,10 +48,15 @@ class OptimSettings:
     weight_decay: float = setting(0.05, least=0)
     decay: str = setting("all", choices=("all", "matrices"))
     lr_scheduler_type: str = setting("cosine", choices=KINDS)
+    lr_scheduler_kwargs: dict[str, Any] = setting(factory=dict)
     warmup_ratio: float = setting(0.03, least=0, most=1)
     warmup_steps: int = setting(0, least=0)
     min_lr_ratio: float = setting(0.05, least=0, most=1)
     schedule_per_micro_batch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lr_scheduler_type in KINDS:  # others are refused where settings are read
+            check_kind(self.lr_scheduler_type, self.lr_scheduler_kwargs)
 
 
 def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int = 1) -> float:
@@ -59,7 +65,7 @@ def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int
     return scheduled_rate(
         settings.lr_scheduler_type, step, settings.learning_rate, max_steps, floor=settings.min_lr_ratio,
         warmup=warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps), micro_batches=micro,
-        clamp=not settings.schedule_per_micro_batch)
+        clamp=not settings.schedule_per_micro_batch, options=settings.lr_scheduler_kwargs)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,23 +1,48 @@
-"""Learning rates as functions of the step, optimiser groups, and the endless seeded order of samples."""
+"""Learning rates as functions of the step, for language models and stages, and the endless seeded order of samples.
+
+`cosine` with its floor is the released schedule and is computed here, as are `linear` and the constant ones; every
+other name of transformers' `SchedulerType` is computed by the function that `transformers.get_scheduler` takes for it.
+The two that follow a measured loss (`reduce_lr_on_plateau`, `greedy`) are refused: a rate that is a function of the
+step continues exactly after a kill.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seed_multimodal.data.stream.order import EpochOrder
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import nearest
 from seed_multimodal.training.loop_settings import StageSettings
 
-KINDS = ("cosine", "linear", "constant", "constant_with_warmup")
+OWN = ("cosine", "linear", "constant", "constant_with_warmup")
+# transformers' other names -> the option of its function that says where the rate ends, as a share of the highest
+# (`rate`) or as a rate (`end`); `scaled`: it has none, so its course is scaled to end there; `none`: it has no end.
+_FLOORS = {"cosine_with_restarts": "scaled", "polynomial": "end", "inverse_sqrt": "none", "cosine_with_min_lr": "rate",
+           "cosine_warmup_with_min_lr": "rate", "warmup_stable_decay": "min_lr_ratio"}
+_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
+USABLE = (*OWN, *_FLOORS)
+KINDS = (*USABLE, *_BY_LOSS)
 
 
 def learning_rate(step: int, settings: StageSettings) -> float:
-    """Linear warm-up, then cosine from `lr` to `lr · min_lr_ratio` at the last step."""
+    """Linear warm-up, then by default a cosine from `lr` to `lr · min_lr_ratio` at the last step.
+
+    A stage's first step has a rate already: other kinds than the cosine are therefore one step ahead of a language
+    model's.
+    """
+    kind = settings.lr_scheduler_type
+    if kind != "cosine":
+        return scheduled_rate(kind, step + 1, settings.lr, settings.steps, warmup=settings.warmup,
+                              floor=settings.min_lr_ratio, options=settings.lr_scheduler_kwargs)
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
@@ -35,27 +60,30 @@ def warmup_count(max_steps: int, ratio: float = 0.0, steps: int = 0) -> int:
 
 def scheduled_rate(
     kind: str, step: int, lr: float, max_steps: int, *, warmup: int = 0, floor: float = 0.0, micro_batches: int = 1,
-    clamp: bool = True,
+    clamp: bool = True, options: Mapping[str, Any] | None = None,
 ) -> float:
     """The language models' schedules: linear warm-up from 0, then `kind`, down to `lr · floor` at `max_steps`.
 
     Args:
-        kind: cosine, linear, constant_with_warmup, or constant (without warm-up).
+        kind: one of `KINDS`; `constant` has no warm-up, and those without an end (`constant_with_warmup`,
+            `inverse_sqrt`) no floor.
         step: optimiser steps taken before this one; the first has a rate of 0 if there is a warm-up.
         micro_batches: SEED-X's loop advances its schedule once per micro-batch; the number of them in an optimiser step
             then makes warm-up and decay so much faster, and every step takes the rate of its last micro-batch.
         clamp: stay at the end's rate beyond `max_steps`. The released schedules rise again along the cosine.
+        options: of the kinds that transformers computes (its `scheduler_specific_kwargs`: `power`, `num_cycles`, …).
 
     Source: AILab-CVC/SEED `MultiModalLLM/src/train/optimization.py`; golden fixture `lr_schedule`.
 
     Raises:
-        ConfigError: an unknown kind.
+        ConfigError: an unknown kind, one that follows the loss, or options that its function does not take.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"Unknown schedule {kind!r}{nearest(kind, KINDS)}: use one of {', '.join(KINDS)}.")
+    check_kind(kind, options)
     if kind == "constant":
         return lr
     at = micro_batches * (step + 1) - 1
+    if kind in _FLOORS:
+        return _by_transformers(kind, at, lr, max_steps, warmup, floor, dict(options or {}))
     if at < warmup:
         return lr * at / max(1, warmup)
     if kind == "constant_with_warmup":
@@ -66,6 +94,52 @@ def scheduled_rate(
     if kind == "linear":
         return lr * max(0.0, 1.0 - (1.0 - floor) * progress)
     return lr * max(0.0, 0.5 * ((1.0 + floor) + (1.0 - floor) * math.cos(math.pi * progress)))
+
+
+def check_kind(kind: str, options: Mapping[str, Any] | None = None) -> None:
+    """Refuse a schedule that is unknown or follows the loss, and options where there are none.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"Unknown schedule {kind!r}{nearest(kind, USABLE)}: use one of {', '.join(USABLE)}.")
+    if kind in _BY_LOSS:
+        raise ConfigError(f"The schedule {kind!r} follows a measured loss; here the rate is a function of the step, so "
+                          f"that a killed run continues exactly: use one of {', '.join(USABLE)}.")
+    if options and kind in OWN:
+        raise ConfigError(f"The schedule {kind!r} takes no lr_scheduler_kwargs ({', '.join(options)}); it has warm-up "
+                          f"and min_lr_ratio.")
+
+
+def _by_transformers(kind: str, at: int, lr: float, max_steps: int, warmup: int, floor: float,
+                     options: dict[str, Any]) -> float:
+    """The rate by transformers' own function of this kind, which ends at `lr · floor` unless `options` say where."""
+    if lr == 0:
+        return 0.0
+    how = _FLOORS[kind]
+    if how == "rate" and not {"min_lr", "min_lr_rate"} & options.keys():
+        options["min_lr_rate"] = floor
+    elif how == "end" and floor:
+        options.setdefault("lr_end", lr * floor)
+    elif how not in ("rate", "end", "scaled", "none"):
+        options.setdefault(how, floor)
+    share = _function(kind, lr, max_steps, warmup, json.dumps(options, sort_keys=True))(at)
+    return lr * (floor + (1.0 - floor) * share) if how == "scaled" and at >= warmup else lr * share
+
+
+@lru_cache(maxsize=32)
+def _function(kind: str, lr: float, max_steps: int, warmup: int, options: str) -> Callable[[int], float]:
+    """Step -> share of the highest rate, out of the scheduler that transformers makes for an optimiser of this rate."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    try:
+        made: Any = get_scheduler(kind, optimizer, warmup, max_steps, json.loads(options))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The schedule {kind!r} with lr_scheduler_kwargs {options}: {first_line(error)}") from error
+    function: Callable[[int], float] = made.lr_lambdas[0]
+    return function
 
 
 def epoch_rate(

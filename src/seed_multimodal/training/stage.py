@@ -20,7 +20,7 @@ from seed_multimodal.training.loop_settings import SampleCost, StageSettings
 from seed_multimodal.training.meter import Meter
 from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.resume import refuse_other_numbers
-from seed_multimodal.training.schedules import learning_rate
+from seed_multimodal.training.schedules import check_kind, learning_rate
 from seed_multimodal.training.task import Task
 
 
@@ -38,6 +38,7 @@ class StageTask(Task):
     def __init__(self, name: str, module: nn.Module, settings: StageSettings, *, optimizer: Any = None,
                  cost: SampleCost | None = None, parallel: bool = True) -> None:
         check_settings(settings, f"[{name}]")
+        check_kind(settings.lr_scheduler_type, settings.lr_scheduler_kwargs)
         self.name, self.module, self.settings, self.parallel = name, module, settings, parallel
         self.optimizer = optimizer or torch.optim.AdamW(
             parameter_groups(module, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99))
@@ -49,7 +50,7 @@ class StageTask(Task):
         raise NotImplementedError
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up and cosine."""
+        """Linear warm-up and, by default, a cosine."""
         return learning_rate(step, self.settings)
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:

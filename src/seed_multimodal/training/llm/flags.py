@@ -10,6 +10,7 @@ with a remark; unsupported ones are refused.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -45,6 +46,16 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"needs a number, not {text!r}.") from error
 
 
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"needs a JSON object, as {{\"power\": 2}}, not {text!r}.")
+    return found
+
+
 # Flag -> (key of the configuration, type of its value).
 KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "output_dir": ("output_dir", str),
@@ -62,6 +73,7 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
                                                    "adam_beta1", "adam_beta2", "adam_epsilon")},
     "warmup_steps": ("optim.warmup_steps", _whole),
     "lr_scheduler_type": ("optim.lr_scheduler_type", str),
+    "lr_scheduler_kwargs": ("optim.lr_scheduler_kwargs", _mapping),
     "gradient_checkpointing": ("trainer.gradient_checkpointing", _boolean),
     "torch_compile": ("trainer.compile", _boolean),
     "device": ("trainer.device", str),
