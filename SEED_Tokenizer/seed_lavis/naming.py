@@ -21,6 +21,7 @@ from seed_lavis.options import Stage2Options, locate
 from seed_lavis.text import caption_words
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.word_pieces import PieceWords
+from seed_multimodal.tokenizers.contrast import similarities
 from seed_multimodal.vision.clip_towers import MAX_TEXT, load_text_tower
 
 SCALE = 14.0  # inverse temperature
@@ -58,6 +59,6 @@ class Naming:
         ids, _ = self.words(captions_of(samples))
         with torch.no_grad():
             text = self.tower(input_ids=ids.to(image_embeds.device)).text_embeds
-        scores = SCALE * F.normalize(image_embeds.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
+        scores = SCALE * similarities(F.normalize(image_embeds.float(), dim=-1), F.normalize(text.float(), dim=-1))
         target = torch.arange(len(scores), device=scores.device)
         return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2

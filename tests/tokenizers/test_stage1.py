@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -126,12 +127,54 @@ def test_a_few_steps_learn_the_pairs() -> None:
     assert last < 0.7 * first
 
 
+class _Given(torch.nn.Module):
+    """Hidden states in place of the Q-Former's: the contrast alone is measured."""
+
+    def __init__(self, image: torch.Tensor, text: torch.Tensor) -> None:
+        super().__init__()
+        self.image, self.text = torch.nn.Parameter(image), torch.nn.Parameter(text)
+
+    def forward(self, *args: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        return (self.image if args else self.text)[:, None]
+
+
+def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[torch.Tensor]:
+    """Gradients of the contrast of 64 pairs that are about as alike as a trained model's, temperature 0.07."""
+    source = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64)  # noqa: E731
+    common, pairs = draw(1, 768), draw(64, 768)  # embeddings of all pictures have much in common
+    image, text = (4 * common + pairs + 0.5 * draw(64, 768) for _ in range(2))
+    torch.manual_seed(0)
+    model = Stage1Model(TINY, vocab_size=WORDS, embed_dim=256)
+    model.vision_proj, model.text_proj = torch.nn.Linear(768, 256), torch.nn.Linear(768, 256)
+    model.text_proj.load_state_dict(model.vision_proj.state_dict())
+    model.Qformer = given = _Given(image, text)  # type: ignore[assignment]
+    model.ln_vision = torch.nn.Identity()  # type: ignore[assignment]
+    model.to(dtype)
+    scale = 1024.0 if mixed is torch.float16 else 1.0  # as GradScaler's
+    with torch.autocast("cpu", mixed, enabled=mixed is not None):
+        loss = model(None, torch.zeros(64, 2), vit_features=torch.zeros(64, 1, 1, dtype=dtype)).loss
+    (loss * scale).backward()
+    trained = [given.image, given.text, model.vision_proj.weight, model.text_proj.weight, model.temp]
+    return [one.grad.double() / scale for one in trained]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
+def test_the_contrast_is_computed_in_fp32_under_autocast(mixed: torch.dtype) -> None:
+    """Error of the gradient against fp64; with half-precision products it is 2 to 4 % in bf16, 0.2 % in fp16."""
+    exact, made = _contrast_gradients(torch.float64, None), _contrast_gradients(torch.float32, mixed)
+    errors = [float((one - other).norm() / other.norm()) for one, other in zip(made, exact, strict=True)]
+    assert max(errors) < 1e-4, errors
+
+
 def _worker(rank: int, rendezvous: str, place: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     try:
         model = _model(gather_gradient=True)
-        model(*(part.chunk(2)[rank] for part in _batch(4))).loss.backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # torch's own gather with gradients is deprecated
+            model(*(part.chunk(2)[rank] for part in _batch(4))).loss.backward()
         torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"{place}/{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -2,6 +2,8 @@
 
 Only the last query (the one that sees all others) is compared with the caption's first token. Parameter names are the
 released training checkpoint's, so `Stage2Model.load_stage1` and `Seed2Tokenizer` take them by name.
+The contrast (both projections and the logits) is computed in fp32 under autocast too: divided by a temperature of 0.07,
+bf16 products alone put several per cent of error into the gradient (a test measures it against fp64).
 Note: features gathered from other processes carry no gradient, and with a process group of any size this holds
 for a process's own features too (`gather_gradient` changes it). Text comes as ids: any tokenizer will do.
 Ours, off by default: `embedding_dim` adds a head that regresses an image embedding from the first k queries.
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.contrast import gather_rows, similarities, unit_rows
 from seed_multimodal.tokenizers.layers import LayerNorm
 from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.seed2 import Seed2Config
@@ -98,7 +101,7 @@ class Stage1Model(nn.Module):
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Word pieces `[B, T]` (first one `[CLS]`) → normalised features `[B, embed_dim]`."""
         hidden = self.Qformer(input_ids=input_ids, attention_mask=attention_mask)
-        return F.normalize(self.text_proj(hidden[:, 0]), dim=-1)
+        return unit_rows(self.text_proj, hidden[:, 0])
 
     def predict_embedding(self, query_BQD: Tensor, keep: Tensor | None = None) -> Tensor:
         """First `keep` `[B]` queries of each image (default all) → image embedding `[B, embedding_dim]`."""
@@ -122,11 +125,11 @@ class Stage1Model(nn.Module):
         """
         vit = self.vit_features(images) if vit_features is None else vit_features
         query_output = self.query_features(vit)
-        query_feats = F.normalize(self.vision_proj(query_output), dim=-1)
+        query_feats = unit_rows(self.vision_proj, query_output)
         text_feats = self.text_features(input_ids, attention_mask)
         image_feats = query_feats[:, -1]
-        sim_i2t = image_feats @ self._gather(text_feats).T / self.temp
-        sim_t2i = text_feats @ self._gather(image_feats).T / self.temp
+        sim_i2t = similarities(image_feats, self._gather(text_feats)) / self.temp
+        sim_t2i = similarities(text_feats, self._gather(image_feats)) / self.temp
         rank = dist.get_rank() if _has_group() else 0
         targets = rank * len(image_feats) + torch.arange(len(image_feats), device=sim_i2t.device)
         loss_itc = (F.cross_entropy(sim_i2t, targets, label_smoothing=self.label_smoothing)
@@ -150,15 +153,8 @@ class Stage1Model(nn.Module):
     def _gather(self, features: Tensor) -> Tensor:
         """Features of all processes in rank order `[B · processes, E]`."""
         with_gradient = not _has_group() if self.gather_gradient is None else self.gather_gradient
-        if not _has_group():
-            return features if with_gradient else features.detach()
-        if with_gradient:
-            from torch.distributed.nn.functional import all_gather
-
-            return torch.cat(all_gather(features))
-        everyone = [torch.empty_like(features) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, features.detach().contiguous())
-        return torch.cat(everyone)
+        shown = features if with_gradient else features.detach()
+        return gather_rows(shown) if _has_group() else shown
 
 
 def _has_group() -> bool:
