@@ -189,3 +189,36 @@ def test_deepspeed_files_must_agree_with_the_trainer():
         fill_config(mefft, loop_settings({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
     with pytest.raises(ConfigError, match="stage must be 1, 2 or 3"):
         fill_config({"zero_optimization": {"stage": 5}}, loop_settings({}), world=1, rows=1, hidden_size=8)
+
+
+@pytest.mark.parametrize(("precision", "given", "used"), [
+    ("fp16", None, "fp16"), ("bf16", None, "bf16"), ("fp32", None, "fp32"),  # the run's own: released fp16 stays exact
+    ("fp16", "bf16", "bf16"), ("bf16", "fp16", "fp16"), ("bf16", "fp32", "fp32"),  # as the file says
+    ("fp32", "fp16", "fp32")])  # said, because products need one type
+def test_the_base_is_loaded_in_the_precision_of_the_run_or_the_file(runs, tmp_path, capsys, precision, given, used):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.training.distributed import ProcessGroup
+    from seed_multimodal.training.llm.model import build_llm
+    from seed_multimodal.training.llm.task import LlmTask
+
+    words = MultimodalTokenizer.from_pretrained(runs.TOKENIZER).vocabulary.size
+    base = LlamaForCausalLM(LlamaConfig(**runs.SIZES, vocab_size=words)).half()
+    base.save_pretrained(tmp_path / "base")
+    model = {"_target_": "src.model.peft_model.get_peft_model_with_resize_embedding", "model": {
+        "_target_": "src.model.llama_xformer.LlamaForCausalLM.from_pretrained",
+        "pretrained_model_name_or_path": str(tmp_path / "base"), **({"torch_dtype": given} if given else {})},
+        "peft_config": {"_target_": "peft.LoraConfig", "r": 2, "target_modules": ["q_proj"]}}
+    files = runs.write_files(tmp_path)
+    files["model"].write_text(yaml.safe_dump(model))
+    made = compose(runs.overrides(files, tmp_path / "out", f"trainer.precision={precision}"), CONFIGS)
+    task = LlmTask(read_run(made.config), ProcessGroup(), torch.device("cuda"))  # where fp16 may run; nothing is put there
+    llm = build_llm(task.model_settings, task.tokenizer, "cpu")
+    frozen = llm.get_base_model().model.layers[0].mlp.up_proj.weight
+    assert frozen.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[used]
+    exact = torch.equal(frozen.float(), base.model.layers[0].mlp.up_proj.weight.float())
+    assert exact == (used != "bf16") and all(p.dtype == torch.float32 for p in llm.parameters() if p.requires_grad)
+    assert ("dtype fp16 needs trainer.precision bf16 or fp16" in capsys.readouterr().out) == (precision == "fp32" and
+                                                                                             given == "fp16")

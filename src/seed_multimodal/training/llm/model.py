@@ -278,5 +278,5 @@ def _set_precision(model: Any, settings: LlmModelSettings) -> None:
             parameter.data = parameter.data.to(DTYPES[settings.trained_dtype])
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    return DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    return DTYPES[name or "bf16"] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -7,7 +7,7 @@ meaning; nothing is imported by a name in a file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,8 @@ class LlmModelSettings:
     Attributes:
         path: folder of the base model; or
         sizes: a `LlamaConfig` to start from random weights; its vocabulary is the tokenizer's.
-        dtype: precision of weights that stay frozen (auto: bf16 on CUDA, else fp32).
+        dtype: precision of weights that stay frozen; None: the run's own, so that released fp16 weights stay exact in
+            fp16 runs (see `for_precision`; outside of a run bf16). auto: bf16 on CUDA, else fp32.
         trained_dtype: precision of trained weights; `same` keeps them in `dtype` (for engines with fp32 copies of
             their own).
         quantization: None, 8bit or 4bit: the frozen base through bitsandbytes (QLoRA).
@@ -57,7 +58,7 @@ class LlmModelSettings:
 
     path: str | None = None
     sizes: dict[str, Any] | None = None
-    dtype: str = setting("bf16", choices=(*DTYPES, "auto"))
+    dtype: str | None = setting(None, choices=(*DTYPES, "auto"))
     trained_dtype: str = setting("fp32", choices=(*DTYPES, "same"))
     quantization: str | None = setting(None, choices=QUANTIZATIONS)
     fp8: bool = False
@@ -104,6 +105,17 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
         raise ConfigError(f"{where}: fp8 and quantization exclude each other: a {settings.quantization} base has no "
                           "weights to put into fp8.")
     return settings
+
+
+def for_precision(settings: LlmModelSettings, precision: str) -> tuple[LlmModelSettings, str]:
+    """The settings of a model in a run of `precision`, and a remark if a dtype that was given cannot be kept ("")."""
+    if precision != "fp32":
+        return (settings if settings.dtype else replace(settings, dtype=precision)), ""
+    # Without autocast all factors of a product must be of one type.
+    remark = "" if settings.dtype in (None, "auto", "fp32") or settings.quantization is not None else (
+        f"model: dtype {settings.dtype} needs trainer.precision bf16 or fp16; in this fp32 run the base is loaded in "
+        "fp32.")
+    return replace(settings, dtype="fp32", trained_dtype="fp32"), remark
 
 
 def find_folder(path: str | Path) -> Path:

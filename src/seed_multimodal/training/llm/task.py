@@ -36,7 +36,12 @@ from seed_multimodal.training.llm.loss import (
     round_residual,
 )
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
-from seed_multimodal.training.llm.model_settings import LlmModelSettings, find_folder, read_model_settings
+from seed_multimodal.training.llm.model_settings import (
+    LlmModelSettings,
+    find_folder,
+    for_precision,
+    read_model_settings,
+)
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
 from seed_multimodal.training.llm.token_meter import TokenMeter
 from seed_multimodal.training.llm.trainer_settings import RunSettings
@@ -272,8 +277,9 @@ class LlmTask(Task):
             found = replace(found, gradient_checkpointing=self.settings.gradient_checkpointing)
         if self.settings.compile is not None:
             found = replace(found, compile=self.settings.compile)
-        if self.settings.precision == "fp32":
-            found = replace(found, dtype="fp32", trained_dtype="fp32")
+        found, remark = for_precision(found, self.settings.precision)
+        if remark:
+            self._log(remark)
         if self.run.deepspeed is not None and found.quantization is not None:
             raise ConfigError("A quantised base cannot be spread by DeepSpeed; use the plain engine.")
         if self.run.deepspeed is not None and found.fp8:
