@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from seed_lavis.context import RunContext
 from seed_lavis.cost import sample_cost
+from seed_lavis.options import locate
+from seed_multimodal.hub import PARTS
+from seed_multimodal.language.tokenizer_files import MODEL
 from seed_multimodal.progress import duration
 from seed_multimodal.training.meter import utilisation, utilisation_text
 
@@ -53,8 +58,23 @@ def _next(run: RunContext, record: dict[str, Any]) -> list[str]:
     if run.stage == "stage1":
         nano = "CONFIG=lavis/projects/nano/pretrain_codebook.yaml " if not options.load_pretrained else ""
         return [f"Next: {nano}sh train_scripts/codebook.sh --options model.pretrained={checkpoint}"]
-    if run.stage == "stage2":
-        first = short_path(options.pretrained) if options.load_pretrained else "STAGE1.pth"
-        vision = f" --vision {options.vit_weights}" if options.vit_weights else ""
-        return [f"Next: seed export-tokenizer --stage1 {first} --stage2 {checkpoint}{vision} --out tokenizer"]
-    return []
+    stage1 = locate(str(options.pretrained)) if options.load_pretrained else "STAGE1.pth"
+    vision = f" --vision {short_path(locate(str(options.vit_weights)))}" if options.vit_weights else ""
+    export = f"Next: seed export-tokenizer --stage1 {short_path(stage1)} --stage2 {checkpoint}{vision}"
+    if run.stage != "stage2":  # SEED-1's language models are not served here
+        return [f"{export} --out tokenizer"]
+    words = language_tokenizer(Path(stage1), options.text_tokenizer)
+    if words is not None:
+        return [f"{export} --text-tokenizer {short_path(words)} --out tokenizer"]
+    return [f"{export} --out tokenizer",
+            f"  with --text-tokenizer FOLDER ({PARTS['tokenizer'].folder}, or another that holds a {MODEL}) the result "
+            "also serves a language model and `seed eval tokenizer`'s captions."]
+
+
+def language_tokenizer(stage1: Path, given: str | None) -> Path | None:
+    """The folder of the language tokenizer for an export: the one whose word pieces a stage read (`given`, or in the
+    config.yaml beside stage 1's checkpoint), else the released one; None: neither is here."""
+    config = stage1.with_name("config.yaml")
+    read = OmegaConf.select(OmegaConf.load(config), "model.text_tokenizer") if config.is_file() else None
+    places = (Path(locate(str(name))) for name in (given, read, PARTS["tokenizer"].folder) if name)
+    return next((place for place in places if (place / MODEL).is_file()), None)

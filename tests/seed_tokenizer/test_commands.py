@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import torch
-from lavis_runs import TINY, TINY_STAGE2
+from lavis_runs import ROOT, TINY, TINY_STAGE2
 
 SHORT = [*TINY, "run.iters_per_epoch=2"]
 
@@ -26,16 +28,20 @@ def test_both_stages_and_export(start, tmp_path):
                    CONFIG="lavis/projects/nano/pretrain_codebook.yaml")
     out, error = second.communicate(timeout=150)
     assert second.returncode == 0, error
-    assert f"Next: seed export-tokenizer --stage1 {tmp_path}/q/checkpoint_1.pth" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("Next: "))
+    assert line.startswith(f"Next: seed export-tokenizer --stage1 {tmp_path}/q/checkpoint_1.pth")
+    tokenizer = ROOT / "pretrained" / "nano" / "seed_tokenizer"  # whose word pieces stage 1 read
+    assert f"--text-tokenizer {tokenizer} --out tokenizer" in line
     log = (tmp_path / "c" / "stage2.log.jsonl").read_text()
     for key in ("samples_per_s", "loss_embed", "loss_recon_s", "loss_distil_image", "codebook_used", "perplexity",
                 "wait_share", "peak_memory_mib", "eta_seconds", "lr", "grad", "bad_samples"):
         assert f'"{key}"' in log, key
 
-    from seed_multimodal.tokenizers.export import export_tokenizer
+    from seed_multimodal.cli import main
     from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
-    last = [tmp_path / stage / "checkpoint_1.pth" for stage in "qc"]
-    export_tokenizer(last[1], tmp_path / "tokenizer", stage1=last[0])
+    command = shlex.split(line.removeprefix("Next: seed "))  # as it is printed, but for the folder
+    assert main([*command[:-1], str(tmp_path / "tokenizer")]) == 0
+    assert (tmp_path / "tokenizer" / "tokenizer.model").is_file()
     codes = Seed2Tokenizer.from_pretrained(tmp_path / "tokenizer").encode(torch.rand(2, 3, 64, 64))
     assert codes.shape == (2, 32) and int(codes.max()) < 64
