@@ -214,7 +214,7 @@ def test_the_base_is_loaded_in_the_precision_of_the_run_or_the_file(runs, tmp_pa
     files = runs.write_files(tmp_path)
     files["model"].write_text(yaml.safe_dump(model))
     made = compose(runs.overrides(files, tmp_path / "out", f"trainer.precision={precision}"), CONFIGS)
-    task = LlmTask(read_run(made.config), ProcessGroup(), torch.device("cuda"))  # where fp16 may run; nothing is put there
+    task = LlmTask(read_run(made.config), ProcessGroup(), torch.device("cuda"))  # may run fp16; nothing is put there
     llm = build_llm(task.model_settings, task.tokenizer, "cpu")
     frozen = llm.get_base_model().model.layers[0].mlp.up_proj.weight
     assert frozen.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[used]

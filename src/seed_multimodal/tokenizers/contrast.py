@@ -44,6 +44,9 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(features: Tensor) -> Tensor:
-    """Features `[B, E]` of all processes in rank order `[B · processes, E]`; gradients (if `features`
-    has any) flow back to where each row came from, summed over the processes. Every process must call it, with as many rows."""
+    """Features `[B, E]` of all processes in rank order `[B · processes, E]`.
+
+    Gradients, if `features` has any, flow back to where each row came from, summed over the processes. Every process
+    must call it, with as many rows.
+    """
     return _Gather.apply(features.contiguous())
