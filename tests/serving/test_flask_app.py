@@ -66,6 +66,22 @@ def test_a_forced_picture_is_drawn(client, tiny, png) -> None:
     assert edited["text"] == "Here it is. <image>" and len(edited["images_ids"]) == 2
 
 
+def test_a_picture_that_is_sent_again_is_not_encoded_again(client, tiny, png) -> None:
+    passes: list[int] = []
+    hook = tiny.pictures.model.visual_encoder.register_forward_hook(lambda *_: passes.append(1))
+    other = io.BytesIO()
+    Image.new("RGB", (33, 44), (9, 200, 77)).save(other, format="PNG")
+    body = {"text": ASK, "images": [b64(other.getvalue())], "max_new_tokens": 3}
+    try:
+        first = ask(client, **body)[1]
+        again = {**body, "text": f"{ASK} a cat.\n{ASK}", "images": [b64(other.getvalue()), b64(png)]}
+        assert ask(client, **again)[1]["images_ids"] == [first["images_ids"][0], *tiny.tokenize(png).tolist()]
+        passes.clear()
+        assert ask(client, **again)[1]["images_ids"][0] == first["images_ids"][0] and not passes
+    finally:
+        hook.remove()
+
+
 def test_the_prompt_is_the_one_of_tuning(tiny, png) -> None:
     """A client's single string and the library's turns give the same ids, pictures in answers included."""
     seen: list[list[int]] = []

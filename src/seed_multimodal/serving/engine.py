@@ -72,7 +72,7 @@ class SystemBackend:
         return self.system.transform(image)
 
     def encode(self, pixels: Tensor) -> Sequence[Sequence[int]]:
-        return self.system.encode_pixels(pixels).tolist()
+        return self.system.pictures.encode_once(pixels).tolist()  # clients send earlier turns again
 
     def generate(self, prompt_ids: list[int], request: GenerateRequest) -> list[int]:
         needed = self.tokenizer.vocabulary.tokens_per_image + 1 if request.force_boi else 1

@@ -2,12 +2,15 @@
 
 Every picture gets its own random generator from the same seed, so a drawing depends on its codes and the seed, never on
 the rest of the batch. Parts that are seldom used can be kept on the CPU (`offload_*`, as the released demo does on 16
-GB cards).
+GB cards). A codec may be used from several threads: it reads or draws for one of them at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 Picture = Image.Image | str | Path | bytes
 Codes = Tensor | Sequence[int]
+REMEMBERED = 1024  # pictures whose codes `encode_once` keeps, about 0.5 KB each
 
 
 class PictureCodec:
@@ -52,15 +56,18 @@ class PictureCodec:
         self.limits = limits or ImageLimits()
         self._load_decoder = load_decoder
         self._decoder: Any = None
+        self._lock = threading.RLock()  # held while the models compute, or move between devices
+        self._known: OrderedDict[bytes, list[int]] = OrderedDict()  # digest of the pixels -> codes, oldest use first
         self.offload(encoder=offload_encoder, decoder=offload_decoder)
 
     def offload(self, *, encoder: bool, decoder: bool) -> None:
         """Choose which parts stay on the CPU while they are not in use."""
-        self.offload_encoder, self.offload_decoder = encoder, decoder
-        if encoder:
-            self.model.visual_encoder.to("cpu")
-        if decoder and self._decoder is not None:
-            self._decoder.to("cpu")
+        with self._lock:
+            self.offload_encoder, self.offload_decoder = encoder, decoder
+            if encoder:
+                self.model.visual_encoder.to("cpu")
+            if decoder and self._decoder is not None:
+                self._decoder.to("cpu")
 
     @property
     def can_draw(self) -> bool:
@@ -74,31 +81,50 @@ class PictureCodec:
         Raises:
             CheckpointError: the system was opened without one, or its folder is not there.
         """
-        if self._decoder is None:
-            if self._load_decoder is None:
-                raise CheckpointError("This system was opened without its de-tokenizer (load_decoder=False), so it "
-                                      "cannot draw.")
-            with quiet_loading("diffusers", "transformers"):
-                self._decoder = self._load_decoder()
-            if self.offload_decoder:
-                self._decoder.to("cpu")
-        return self._decoder
+        with self._lock:
+            if self._decoder is None:
+                if self._load_decoder is None:
+                    raise CheckpointError("This system was opened without its de-tokenizer (load_decoder=False), so it "
+                                          "cannot draw.")
+                with quiet_loading("diffusers", "transformers"):
+                    self._decoder = self._load_decoder()
+                if self.offload_decoder:
+                    self._decoder.to("cpu")
+            return self._decoder
 
     def open(self, picture: Picture) -> Image.Image:
         """A picture from a file, bytes or PIL, as RGB; raises `ImageError` naming it."""
         return open_image(picture, limits=self.limits)
 
-    def tokenize(self, pictures: Picture | Sequence[Picture]) -> Tensor:
-        """One picture or several -> codes [B, 32] int64 on the CPU."""
+    def tokenize(self, pictures: Picture | Sequence[Picture], *, once: bool = False) -> Tensor:
+        """One picture or several -> codes [B, 32] int64 on the CPU; `once`: by `encode_once`."""
         several: list[Any] = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
         if not several:
             return torch.empty(0, self.model.config.num_query, dtype=torch.long)
-        return self.encode(torch.stack([self.transform(self.open(picture)) for picture in several]))
+        pixels = torch.stack([self.transform(self.open(picture)) for picture in several])
+        return self.encode_once(pixels) if once else self.encode(pixels)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S] -> codes [B, 32] int64 on the CPU."""
-        with self._resident(self.model.visual_encoder, self.offload_encoder):
+        with self._lock, self._resident(self.model.visual_encoder, self.offload_encoder):
             return self.model.encode(pixels.to(self.device)).cpu()
+
+    def encode_once(self, pixels: Tensor) -> Tensor:
+        """As `encode`, but pictures seen lately are not encoded again, such as those of a conversation's earlier turns.
+
+        The codes of the last `REMEMBERED` different pictures are kept by the content of their pixels.
+        """
+        names = [hashlib.blake2b(row.contiguous().numpy(), digest_size=16).digest() for row in pixels.float().cpu()]
+        with self._lock:
+            new = {name: row for name, row in zip(names, pixels, strict=True) if name not in self._known}
+            if new:
+                self._known.update(zip(new, self.encode(torch.stack([*new.values()])).tolist(), strict=True))
+            for name in names:
+                self._known.move_to_end(name)
+            codes = torch.tensor([self._known[name] for name in names], dtype=torch.long)
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        return codes
 
     def check_codes(self, codes: Codes | Sequence[Sequence[int]]) -> Tensor:
         """Codes of one picture or several -> [B, 32] int64.
@@ -133,7 +159,7 @@ class PictureCodec:
         if outside:
             raise ConfigError(f"The seed of a drawing must be a number of 64 bits, not {outside[0]}.")
         decoder, pictures = self.decoder, []
-        with self._resident(decoder, self.offload_decoder):
+        with self._lock, self._resident(decoder, self.offload_decoder):
             for start in range(0, len(rows), batch_size):
                 embeds = self.model.decode(rows[start:start + batch_size])
                 generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[start:start + batch_size]]

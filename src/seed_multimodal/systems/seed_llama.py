@@ -6,8 +6,8 @@
     print(seed.describe("cat.png"))
     seed.draw("a blue fish").save("fish.png")
 
-One instance serves one caller at a time (`serving.engine` puts a lock around it). Nothing is printed but the choice of
-the device, through `log`.
+One instance may be used from several threads; its language model and its picture half each serve one at a time, and
+answers are those of calls one after another. Nothing is printed but the choice of the device, through `log`.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class SeedLlama:
         """
         decode = _take(options, DECODE_KEYS)
         settings = self.settings(**options)
-        turns = to_turns(messages, self.tokenize, self.pictures.check_codes)
+        turns = to_turns(messages, self._known_codes, self.pictures.check_codes)
         prompt = self.prompt_ids(turns)
         opening = ""
         if force_image:
@@ -193,6 +193,10 @@ class SeedLlama:
 
     # ---- inside
 
+    def _known_codes(self, images: Sequence[Picture]) -> Tensor:
+        """Codes [B, 32] of the pictures of a conversation, each encoded once."""
+        return self.pictures.tokenize(images, once=True)
+
     def _shown(self, image: Any) -> list[Any]:
         """Pictures of a task's message; a string is a file name there."""
         return [Path(item) if isinstance(item, str) else item for item in as_parts(image)]
@@ -211,7 +215,7 @@ class SeedLlama:
 
     def _say(self, content: list[Any], options: dict[str, Any]) -> str:
         """The text of an answer; pictures in it are not drawn."""
-        turns = to_turns([{"role": "user", "content": content}], self.tokenize, self.pictures.check_codes)
+        turns = to_turns([{"role": "user", "content": content}], self._known_codes, self.pictures.check_codes)
         ids = self.speaker.answer(self.prompt_ids(turns), self.settings(**options))
         return Answer(split_answer(ids, self.tokenizer)).text
 
@@ -220,7 +224,7 @@ class SeedLlama:
         settings = self._forced(self.settings(**options), options)
         settings = replace(settings, max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)  # no words after it
         _ = self.pictures.decoder  # a missing de-tokenizer is reported before generation
-        turns = to_turns([{"role": "user", "content": content}], self.tokenize, self.pictures.check_codes)
+        turns = to_turns([{"role": "user", "content": content}], self._known_codes, self.pictures.check_codes)
         ids = self.speaker.answer(self.prompt_ids(turns), settings, opening)
         answer = self._finish(ids, settings.seed, decode)
         if len(answer.images) != 1:

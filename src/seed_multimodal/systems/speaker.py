@@ -153,10 +153,14 @@ class ReadingStreamer:
         """Called by `generate` at the end; nothing to do."""
 
 
-def tokens_from_thread(produce: Callable[[ReadingStreamer], Any]) -> Iterator[int]:
+def tokens_from_thread(produce: Callable[[ReadingStreamer], Any], lock: threading.Lock | None = None) -> Iterator[int]:
     """Run `produce(streamer)` in a thread and give its tokens as they come.
 
-    Leaving the iterator early ends the generation; an exception in the thread is raised here.
+    The thread begins with the first token that is asked for, and does not wait for its tokens to be read. Leaving the
+    iterator early ends the generation; an exception in the thread is raised here.
+
+    Args:
+        lock: held by the thread while it produces, so never while the reader of the tokens does something else.
     """
     channel: queue.Queue[Any] = queue.Queue()
     left = threading.Event()
@@ -167,7 +171,8 @@ def tokens_from_thread(produce: Callable[[ReadingStreamer], Any]) -> Iterator[in
 
     def work() -> None:
         try:
-            produce(ReadingStreamer(take))
+            with lock or contextlib.nullcontext():
+                produce(ReadingStreamer(take))
         except StopGeneration:
             pass
         except BaseException as error:  # noqa: BLE001 (handed over to the consumer's thread, where it is raised)
@@ -188,12 +193,17 @@ def tokens_from_thread(produce: Callable[[ReadingStreamer], Any]) -> Iterator[in
 
 
 class Speaker:
-    """A LLaMA and its tokenizer, answering one prompt at a time."""
+    """A LLaMA and its tokenizer, answering one prompt at a time.
+
+    It may be used from several threads: a lock is held while tokens are generated, by streams too. These generate at
+    their own pace, whoever reads them, so one that is not read on keeps others waiting no longer than its answer takes.
+    """
 
     def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, marker: str = "") -> None:
         self.llm = llm
         self.tokenizer = tokenizer
         self.marker = marker
+        self._lock = threading.Lock()
 
     def answer(self, prompt: Sequence[int], settings: GenerationSettings, opening: str = "") -> list[int]:
         """The ids of one answer; `opening`: fixed first words of it."""
@@ -208,7 +218,7 @@ class Speaker:
             reader.read(token)
             return not reader.finished
 
-        with contextlib.suppress(StopGeneration):
+        with self._lock, contextlib.suppress(StopGeneration):
             generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=ReadingStreamer(take))
         return reader.read_all(())
 
@@ -230,7 +240,8 @@ class Speaker:
             tokens = (token for token in self._best(prompt, settings))
         else:
             tokens = tokens_from_thread(
-                lambda streamer: generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=streamer))
+                lambda streamer: generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=streamer),
+                self._lock)
         with contextlib.closing(tokens):  # type: ignore[type-var]  # leaving early ends the thread
             for token in tokens:
                 yield from reader.read(token)
@@ -241,7 +252,8 @@ class Speaker:
 
     def _best(self, prompt: Sequence[int], settings: GenerationSettings) -> list[int]:
         """The best beam's tokens, without a forced `<img>`."""
-        return generate_ids(self.llm, [prompt], settings, self.tokenizer)[0][int(settings.force_image):]
+        with self._lock:
+            return generate_ids(self.llm, [prompt], settings, self.tokenizer)[0][int(settings.force_image):]
 
     def _open(self, prompt: Sequence[int], opening: str, settings: GenerationSettings) -> tuple[list[int], list[int]]:
         """The prompt with the words of a forced answer, and the tokens of the answer that are fixed already."""
