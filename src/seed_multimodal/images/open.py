@@ -2,14 +2,14 @@
 
 The choices, all in one place:
 
-* The header is checked before anything is decoded, so a decompression bomb costs nothing. Pillow's own guard
-  (twice `PIL.Image.MAX_IMAGE_PIXELS`) still applies, whatever limits are given.
+* The header is checked before anything is decoded (pixels, and the memory that decoding takes: `images.memory`), so a
+  decompression bomb costs nothing. Pillow's own guard (twice `PIL.Image.MAX_IMAGE_PIXELS`) still applies, whatever
+  limits are given.
 * Only raster formats are tried: Pillow would run Ghostscript for EPS.
-* Animations and multi-page files give their first frame. EXIF rotation is applied. Transparency is laid over white.
-* 16-bit grey is scaled to 8 bits (value / 257). 32-bit integers above 16 bits and floats outside [0, 1] have no
-  natural white, so their own range is stretched.
-* CMYK and the other colour spaces go through Pillow's plain conversion; embedded colour profiles are not applied,
-  as in the released preprocessing.
+* Animations and multi-page files give their first frame. EXIF rotation is applied. Colours: `images.rgb`.
+* A caller that needs no more than N pixels a side says so (`at_least`): a picture of more than `exact_up_to` pixels is
+  then halved, quartered or divided by eight while it is decoded, JPEGs by their decoder, the others strip by strip.
+  Smaller pictures are read as ever, pixel for pixel. How little it changes is measured in `tests/images/test_rgb.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from PIL import IcoImagePlugin, Image, JpegImagePlugin
 
-from seed_multimodal.errors import ImageError
+from seed_multimodal.errors import ImageError, first_line
+from seed_multimodal.images.memory import decoding_bytes, reduction
+from seed_multimodal.images.rgb import to_rgb as to_rgb  # part of this module's interface
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "PCX", "TGA")
 _ORIENTATION_TAG = 0x0112
@@ -38,15 +39,20 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyErr
                   AttributeError, RuntimeError, MemoryError, struct.error, zlib.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image
+EXACT_UP_TO = 16_000_000
+# A picture reduced to three times what is then resized cannot be told from one resized directly.
+DETAIL = 3
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits checked before decoding: pixels (width × height), bytes of the file, and length of one side in pixels."""
+    """Limits checked before decoding: pixels (width × height), bytes of the file, length of one side in pixels, and
+    bytes of memory that decoding takes."""
 
     max_pixels: int = 100_000_000
     max_bytes: int = 200 << 20
     max_side: int = 30_000
+    max_memory: int = 512 << 20
 
     def check_size(self, size: tuple[int, int], name: str) -> None:
         """Raise ImageError for a picture of `size` (width, height) outside the limits."""
@@ -56,6 +62,13 @@ class ImageLimits:
         if width * height > self.max_pixels or max(width, height) > self.max_side:
             raise ImageError(f"{name}: refused unread, because its header claims {width}x{height} pixels "
                              f"(limit: {self.max_pixels} pixels, {self.max_side} a side).")
+
+    def check_memory(self, count: int, name: str) -> None:
+        """Raise ImageError for a picture whose decoding takes too much memory."""
+        if count > self.max_memory:
+            raise ImageError(f"{name}: refused unread, because decoding it takes about {count / 1e6:,.0f} MB of memory "
+                             f"(limit: {self.max_memory / 1e6:,.0f} MB); make it smaller, or store it as a JPEG, not "
+                             f"a progressive one.")
 
     def check_bytes(self, count: int, name: str) -> None:
         """Raise ImageError for an empty or too long file."""
@@ -68,12 +81,25 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
-def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+@dataclass(frozen=True)
+class Header:
+    """What a picture's header says: its size (width, height), and the bytes of memory that decoding takes."""
+
+    size: tuple[int, int]
+    memory: int
+
+
+def open_image(
+    source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS, at_least: int | None = None,
+    exact_up_to: int = EXACT_UP_TO,
+) -> Image.Image:
     """Read one picture.
 
     Args:
         source: a path, the bytes of a file, or a PIL image (which gets the same conversions).
         name: for error sentences; default: the file's name, or "image".
+        at_least: the picture may be reduced while it is decoded to no fewer than this many pixels a side; None: never.
+        exact_up_to: pictures of up to this many pixels (width × height) are not reduced.
 
     Returns:
         An RGB image, 8 bits a channel, upright, without metadata.
@@ -81,10 +107,39 @@ def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLim
     Raises:
         ImageError: missing, a folder, empty, not a picture, damaged, or outside `limits`.
     """
+    image, shown = _open(source, name, limits)
+    try:
+        factor = reduction(image.size, at_least, exact_up_to)
+        _header(image, factor, shown, limits)
+        plain = _decode(image, shown, limits, factor)
+        turned = _orientation(image)
+    finally:
+        if image is not source:
+            image.close()  # frees its pixels before a turned copy is made
+    return plain if turned is None else plain.transpose(turned)
+
+
+def image_header(
+    source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS, at_least: int | None = None,
+    exact_up_to: int = EXACT_UP_TO,
+) -> Header:
+    """What `open_image` would read, and need for it; nothing is decoded.
+
+    Raises:
+        ImageError: as `open_image`, but for damaged contents.
+    """
+    image, shown = _open(source, name, limits)
+    try:
+        return _header(image, reduction(image.size, at_least, exact_up_to), shown, limits)
+    finally:
+        if image is not source:
+            image.close()
+
+
+def _open(source: ImageSource, name: str | None, limits: ImageLimits) -> tuple[Image.Image, str]:
+    """The picture, not yet decoded, and its name."""
     if isinstance(source, Image.Image):
-        shown = name or "image"
-        limits.check_size(source.size, shown)
-        return _decode(source, shown, limits)
+        return source, name or "image"
     if isinstance(source, (bytes, bytearray, memoryview)):
         shown, data = name or "image", bytes(source)
         limits.check_bytes(len(data), shown)
@@ -93,14 +148,35 @@ def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLim
         shown = name or path.name or str(path)
         data = _read(path, shown, limits)
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
+        return Image.open(io.BytesIO(data), formats=_formats()), shown
     except _BOMBS as error:
         raise ImageError(f"{shown}: refused unread, because its header claims too many pixels ({error}).") from error
     except _DECODE_ERRORS as error:
         raise ImageError(f"{shown}: not a picture in a known format, or its header is damaged.") from error
-    with image:
-        limits.check_size(image.size, shown)
-        return _decode(image, shown, limits)
+
+
+def _header(image: Image.Image, factor: int, name: str, limits: ImageLimits) -> Header:
+    limits.check_size(image.size, name)
+    frame = _inner_frame(image, name)
+    limits.check_size(frame.size, name)
+    try:
+        memory = max(decoding_bytes(frame, factor), decoding_bytes(image, factor))
+    except _DECODE_ERRORS as error:  # tags of a TIFF
+        raise ImageError(f"{name}: not a picture in a known format, or its header is damaged.") from error
+    limits.check_memory(memory, name)
+    return Header(frame.size, memory)
+
+
+def _inner_frame(image: Image.Image, name: str) -> Image.Image:
+    """The picture inside an icon, which may be larger than the icon's header says; other pictures as they are."""
+    if not isinstance(image, IcoImagePlugin.IcoImageFile):
+        return image
+    try:
+        return image.ico.frame(image.ico.getentryindex(image.size))
+    except _BOMBS as error:
+        raise ImageError(f"{name}: refused, because a part of it claims too many pixels ({error}).") from error
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{name}: the picture is truncated or damaged ({first_line(error)}).") from error
 
 
 @functools.cache
@@ -126,52 +202,27 @@ def _read(path: Path, name: str, limits: ImageLimits) -> bytes:
         raise ImageError(f"{name}: cannot be read ({reason}).") from error
 
 
-def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
+def _decode(image: Image.Image, name: str, limits: ImageLimits, factor: int) -> Image.Image:
+    if factor > 1 and isinstance(image, JpegImagePlugin.JpegImageFile):
+        whole = image.size
+        image.draft(None, (whole[0] // factor, whole[1] // factor))
+        factor = factor if image.size == whole else 1
     try:
         image.load()
     except _BOMBS as error:
         raise ImageError(f"{name}: refused, because a part of it claims too many pixels ({error}).") from error
     except _DECODE_ERRORS as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise ImageError(f"{name}: the picture is truncated or damaged ({reason}).") from error
-    limits.check_size(image.size, name)  # some formats (ICO) hold a frame larger than in their header
+        raise ImageError(f"{name}: the picture is truncated or damaged ({first_line(error)}).") from error
+    limits.check_size(image.size, name)
     try:
-        return to_rgb(_apply_orientation(image))
+        return to_rgb(image, factor)
     except ValueError as error:  # Pillow has no conversion from this mode
         raise ImageError(f"{name}: pictures of mode {image.mode} cannot be turned into RGB ({error}).") from error
 
 
-def _apply_orientation(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> Image.Transpose | None:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except _DECODE_ERRORS:  # damaged metadata must not make the picture unreadable
-        return image
-    method = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> a new RGB image without metadata; transparent pixels are laid over white."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_8_bit(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        canvas = Image.new("RGBA", layered.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(canvas, layered)
-    plain = image.convert("RGB")
-    if plain is image:
-        plain = image.copy()
-    plain.info = {}
-    return plain
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "F" and 0 <= low and high <= 1:
-        values = values * 255
-    elif image.mode != "F" and 0 <= low and high <= 65535:
-        values = values / 257
-    else:
-        values = (values - low) * (255 / max(high - low, 1e-12))
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+        return None
+    return _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None

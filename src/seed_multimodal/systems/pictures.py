@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
-from seed_multimodal.images.open import ImageLimits, open_image
+from seed_multimodal.images.open import DETAIL, ImageLimits, open_image
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.tokenizers.encoder import check_batch_size
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -93,8 +93,12 @@ class PictureCodec:
             return self._decoder
 
     def open(self, picture: Picture) -> Image.Image:
-        """A picture from a file, bytes or PIL, as RGB; raises `ImageError` naming it."""
-        return open_image(picture, limits=self.limits)
+        """A picture from a file, bytes or PIL, as RGB; raises `ImageError` naming it.
+
+        One of more than 16 megapixels is reduced while it is decoded, to three times the tower's size or more.
+        """
+        size = getattr(self.transform, "image_size", None)
+        return open_image(picture, limits=self.limits, at_least=None if size is None else DETAIL * size)
 
     def tokenize(self, pictures: Picture | Sequence[Picture], *, once: bool = False) -> Tensor:
         """One picture or several -> codes [B, 32] int64 on the CPU; `once`: by `encode_once`."""
