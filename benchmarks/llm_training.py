@@ -128,31 +128,32 @@ def padded_batch(vocabulary: ImageVocabulary, rows: int, length: int) -> LlmBatc
     for row in range(rows):
         one = draw()[:length]
         ids[row, :len(one)], labels[row, :len(one)], mask[row, :len(one)] = one, one, 1
-    return _batch(ids, labels, np.broadcast_to(np.arange(length), ids.shape), mask, rows)
+    return _batch(ids, labels, np.broadcast_to(np.arange(length), ids.shape), mask, mask.sum(1))
 
 
 def packed_batch(vocabulary: ImageVocabulary, rows: int, length: int) -> LlmBatch:
     """Captions packed into rows by the training data's own packing."""
-    draw, made, waiting, sequences = captions(vocabulary), [], [], 0
+    draw, made, waiting, lengths = captions(vocabulary), [], [], []
     for _ in range(rows):
         while sum(map(len, waiting)) < 2 * length:
             waiting.append(draw())
         chosen = best_fit([len(one) for one in waiting], length)
         made.append(make_row([(waiting[i], waiting[i]) for i in chosen], length, 0))
+        lengths += [len(waiting[i]) for i in chosen]
         waiting = [one for i, one in enumerate(waiting) if i not in set(chosen)]
-        sequences += len(chosen)
     ids, labels, positions = (np.stack([getattr(row, name) for row in made]).astype(np.int64)
                               for name in ("input_ids", "labels", "position_ids"))
-    return _batch(ids, labels, positions, None, sequences)
+    return _batch(ids, labels, positions, None, np.array(lengths))
 
 
 def _batch(ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, mask: np.ndarray | None,
-           sequences: int) -> LlmBatch:
+           lengths: np.ndarray) -> LlmBatch:
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array))
 
     return LlmBatch(tensor(ids), tensor(labels), tensor(positions), None if mask is None else tensor(mask),
-                    int((ids != 0).sum()), int((labels[:, 1:] != -100).sum()), sequences, sequences)
+                    int((ids != 0).sum()), int((labels[:, 1:] != -100).sum()), len(lengths), len(lengths),
+                    int((lengths.astype(np.int64)**2).sum()))
 
 
 def model_of(options: argparse.Namespace, device: torch.device, dtype: str) -> Any:
@@ -215,8 +216,7 @@ def timed(model: Any, lever: Lever, options: argparse.Namespace, device: torch.d
     first_loss = float(step())
     first = time.perf_counter() - started
     taken = measure(step, device, options.repeats, warmup=2 if device.type == "cuda" else 1)
-    mean_length = batch.tokens / batch.sequences
-    tflops = step_flops(model, batch.tokens, mean_length) / taken["seconds"] / 1e12
+    tflops = step_flops(model, batch.tokens, batch.squares / batch.tokens, batch.learned) / taken["seconds"] / 1e12
     return {"useful_tokens_per_second": rounded(batch.tokens / taken["seconds"]),
             "positions_per_second": rounded(rows * length / taken["seconds"]),
             "fill": round(batch.tokens / (rows * length), 4), "rows": rows, "length": length,

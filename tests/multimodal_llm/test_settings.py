@@ -17,7 +17,7 @@ from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.trainer_settings import TrainerSettings, read_run
 from seed_multimodal.training.loop_settings import LoopSettings
 from seed_multimodal.training.optimizers import OptimSettings
-from seed_multimodal.training.zero import fill_config
+from seed_multimodal.training.zero import fill_config, use_offload_threads
 
 CONFIGS = Path(__file__).resolve().parents[2] / "MultiModalLLM" / "configs"
 JSONS = sorted((CONFIGS / "deepspeed").glob("*.json"))
@@ -176,6 +176,27 @@ def test_deepspeed_files_are_filled(file):
     assert filled["zero_optimization"]["stage"] == stage
     offload = filled["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     assert (offload == "cpu") == ("offload" in file.stem)
+
+
+@pytest.mark.parametrize(("name", "processes", "given", "threads", "words"), [
+    ("stage2_offload_bf16", 4, "1", 16, "16 CPU threads in each of this node's 4 processes"),  # torchrun's own 1
+    ("stage3_offload_opt_fp16", 3, None, 21, "21 CPU threads"),
+    ("stage2_offload_bf16", 128, "1", 1, "1 CPU thread in each"),
+    ("stage2_offload_bf16", 4, "3", None, "OMP_NUM_THREADS=3 CPU threads a process, as set"),
+    ("stage2_offload_bf16", 1, "1", None, ""), ("stage2_bf16", 4, "1", None, "")])
+def test_offloaded_states_get_their_share_of_the_cores(name, processes, given, threads, words, monkeypatch):
+    import torch
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before = torch.get_num_threads()
+    try:
+        said = use_offload_threads(json.loads((CONFIGS / "deepspeed" / f"{name}.json").read_text()))
+        assert torch.get_num_threads() == (before if threads is None else threads)
+    finally:
+        torch.set_num_threads(before)
+    assert words in said if words else not said
 
 
 def test_deepspeed_files_must_agree_with_the_trainer():

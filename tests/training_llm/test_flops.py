@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seed_multimodal.training.llm.flops import step_flops, token_flops
 from seed_multimodal.training.llm.lora import add_lora
 from seed_multimodal.training.llm.loss import packed_loss
+from seed_multimodal.training.llm.token_meter import TokenMeter
 
 LENGTH = 40
 
@@ -36,6 +37,30 @@ def test_counted_as_torch_counts(lora: bool) -> None:
     wanted = tokens * (body + 2 * attention) + learned * head
     assert counter.get_total_flops() == pytest.approx(wanted, rel=0.005)
     assert step_flops(model, tokens, LENGTH, learned) == pytest.approx(wanted - tokens * attention)
+
+
+def test_the_log_counts_sequences_of_several_lengths_and_no_padding() -> None:
+    """TFLOP/s of a line times its seconds is what torch counts for the sequences, each alone."""
+    model, lengths, padding = build(False), (5, 30, 11), 50
+    counted = 0
+    for length in lengths:
+        ids = torch.randint(3, 96, (1, length))
+        batch = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
+        with FlopCounterMode(display=False) as counter:
+            packed_loss(model, batch, kind="plain").sum.backward()
+        counted += counter.get_total_flops()
+    meter = TokenMeter()
+    meter.flops = token_flops(model, 1.0)
+    tokens, learned, zero = sum(lengths), sum(lengths) - len(lengths), torch.zeros(())
+    found = {"loss": zero, "text_sum": zero, "text_count": torch.tensor(float(learned)), "image_sum": zero,
+             "image_count": zero, "tokens": tokens, "positions": tokens + padding,
+             "squares": sum(length**2 for length in lengths)}
+    numbers = meter.combine([found], None, 0.1)
+    meter.add(numbers, meter.shared(numbers))
+    line = meter.rates(1, 1, 2.0, 1)
+    masked = meter.flops[2] * found["squares"]  # eager attention computes the half that the mask hides, too
+    assert line["tflops"] * 2.0 * 1e12 == pytest.approx(counted - masked, rel=0.005)
+    assert line["tokens_per_s"] == (tokens + padding) / 2 and line["useful_tokens_per_s"] == tokens / 2
 
 
 def test_lora_is_near_four_a_weight_and_full_training_six() -> None:

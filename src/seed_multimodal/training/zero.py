@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.errors import CheckpointError, ConfigError, counted, first_line
+from seed_multimodal.training.distributed import ProcessGroup, environment_number
 from seed_multimodal.training.engine import Engine, keeping_hyperparameters, start_accelerate
 from seed_multimodal.training.loop_settings import LoopSettings
 from seed_multimodal.training.task import Task
@@ -77,6 +77,26 @@ def fill_config(config: Mapping[str, Any], settings: LoopSettings, *, world: int
     if left:
         raise ConfigError(f"deepspeed: {left[0]} cannot be 'auto'.")
     return filled, remarks
+
+
+def use_offload_threads(config: Mapping[str, Any]) -> str:
+    """Give this process its share of the node's cores if its optimiser's states are offloaded, so on the CPU's side of
+    every step; returns a remark ("": nothing was changed).
+
+    torchrun sets OMP_NUM_THREADS=1 where there are several processes, which would leave all cores but one a process
+    idle meanwhile. Any other value is the user's and stays.
+    """
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    processes = environment_number("LOCAL_WORLD_SIZE", 1)
+    if offload.get("device") not in ("cpu", "nvme") or processes < 2:
+        return ""
+    if (given := os.environ.get("OMP_NUM_THREADS", "1")) != "1":
+        return f"offloaded optimiser states: OMP_NUM_THREADS={given} CPU threads a process, as set"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // processes)
+    torch.set_num_threads(threads)
+    return (f"offloaded optimiser states: {counted(threads, 'CPU thread')} in each of this node's {processes} "
+            f"processes ({counted(cores, 'core')}; torchrun's OMP_NUM_THREADS=1 is not kept, another value is)")
 
 
 def _agree(filled: dict[str, Any], key: str, value: float) -> None:

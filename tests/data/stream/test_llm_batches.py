@@ -29,8 +29,8 @@ def same(left: LlmBatch, right: LlmBatch) -> bool:
             and (masks[0] is None or torch.equal(*masks)) and counts(left) == counts(right))
 
 
-def counts(batch: LlmBatch) -> tuple[int, int, int, int]:
-    return batch.tokens, batch.learned, batch.sequences, batch.images
+def counts(batch: LlmBatch) -> tuple[int, int, int, int, int]:
+    return batch.tokens, batch.learned, batch.sequences, batch.images, batch.squares
 
 
 def joined(batches: list[LlmBatch]) -> LlmBatch:
@@ -54,6 +54,7 @@ def test_a_batch_is_what_it_says(mixed: Callable, words, sequences: Callable, nu
         found = sequences(batch)
         assert len(found) == batch.sequences == len(numbers(batch))
         assert sum(len(ids) for ids, _ in found) == batch.tokens
+        assert sum(len(ids)**2 for ids, _ in found) == batch.squares
         assert int((batch.labels[:, 1:] != -100).sum()) == batch.learned
         assert sum(ids.count(words.vocabulary.boi_id) for ids, _ in found) == batch.images
         for ids, labels in found:

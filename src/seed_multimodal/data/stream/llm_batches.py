@@ -40,7 +40,8 @@ class LlmBatch:
         position_ids: int64 [B, L], from 0 in each packed sequence; padding counts as one of its own.
         attention_mask: int64 [B, L] 1/0, or None when packed (position ids hold the borders).
         tokens: positions that are no padding. learned: targets after the shift.
-        sequences, images: how many of them.
+        sequences, images: how many of them. squares: sum of the squares of the sequences' lengths, which attention
+            costs (each within itself).
     """
 
     input_ids: Tensor
@@ -51,6 +52,7 @@ class LlmBatch:
     learned: int
     sequences: int
     images: int
+    squares: int
 
     def to(self, device: str | torch.device, non_blocking: bool = True) -> LlmBatch:
         """The same batch on a device."""
@@ -208,4 +210,5 @@ def _as_batch(batch: MicroBatch) -> LlmBatch:
         mask = torch.from_numpy(positions < batch.lengths[:, None]).long()
     return LlmBatch(torch.from_numpy(batch.input_ids).long(), labels, torch.from_numpy(positions).long(), mask,
                     tokens=int(batch.lengths.sum()), learned=int((labels[:, 1:] != IGNORED).sum()),
-                    sequences=len(batch.used), images=batch.images)
+                    sequences=len(batch.used), images=batch.images,
+                    squares=sum(tokens * tokens for _, tokens, _ in batch.used))

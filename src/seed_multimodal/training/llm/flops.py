@@ -3,8 +3,9 @@
 A multiply-add counts as two. A frozen matrix of n numbers costs 4 n a token (its product, and the gradient that goes
 on to its input), a trained one 6 n (and its own gradient); so LoRA is close to 4 N a token, full fine-tuning 6 N.
 A matrix in FP8 counts as a frozen one of any precision, its transposed copy not at all. Attention is counted as the
-causal half of each sequence of a packed row. Not counted, as usual for a model-FLOP utilisation (MFU): norms, softmax,
-rotary positions, lookups, and products made a second time by activation checkpointing or by the chunked loss.
+causal half of each sequence of a packed row, padding not at all. Not counted, as usual for a model-FLOP utilisation
+(MFU): norms, softmax, rotary positions, lookups, and products made a second time by activation checkpointing or by the
+chunked loss.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ FROZEN, TRAINED = 4, 6
 
 
 def step_flops(model: nn.Module, positions: float, length: float, learned: float | None = None) -> float:
-    """Training on `positions` tokens in sequences of `length`, with `learned` of them through the head (all)."""
+    """Training on `positions` tokens (no padding) in sequences of `length`, with `learned` of them through the head
+    (all). For sequences of several lengths give the mean of the squares over the mean of the lengths."""
     body, head, attention = token_flops(model, length)
     return positions * (body + attention) + (positions if learned is None else learned) * head
 
@@ -25,7 +27,7 @@ def step_flops(model: nn.Module, positions: float, length: float, learned: float
 def token_flops(model: nn.Module, length: float) -> tuple[int, int, float]:
     """FLOP of one token: in the layers' matrices, in the head, and in attention over a sequence of `length`.
 
-    For sequences of several lengths give the mean of the squares over the mean of the lengths.
+    `length` as in `step_flops`; attention is proportional to it.
     """
     llama = find_llama(model)
     config = llama.config

@@ -45,7 +45,7 @@ def blank_batch() -> LlmBatch:
     """A batch with nothing to learn, for a process whose data have ended before the others'."""
     ids = torch.zeros(1, 2, dtype=torch.int64)
     return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], None, tokens=0, learned=0, sequences=0,
-                    images=0)
+                    images=0, squares=0)
 
 
 def evaluate(engine: Engine, group: ProcessGroup, batches: Sequence[LlmBatch]) -> dict[str, float]:

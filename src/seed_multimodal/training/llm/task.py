@@ -49,7 +49,7 @@ from seed_multimodal.training.loop import Run
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.resume import refuse_other_kind
 from seed_multimodal.training.task import Task
-from seed_multimodal.training.zero import fill_config
+from seed_multimodal.training.zero import fill_config, use_offload_threads
 from seed_multimodal.weights import load_state_dict
 
 _LEAST = 1e-8  # of a step with nothing to learn
@@ -117,7 +117,7 @@ class LlmTask(Task):
         config, remarks = fill_config(self.run.deepspeed, self.settings.loop_settings(), world=world, rows=self.rows,
                                       hidden_size=int(find_llama(self.llm).config.hidden_size),
                                       cpu_adam=self.settings.cpu_adam)
-        for remark in remarks:
+        for remark in filter(None, [*remarks, use_offload_threads(config)]):
             self._log(remark)
         return config
 
@@ -161,7 +161,7 @@ class LlmTask(Task):
         return value * self.share, {
             "loss": shown, "text_sum": parts.text_sum, "text_count": parts.text_count, "image_sum": parts.image_sum,
             "image_count": parts.image_count, "tokens": real.tokens if real else 0,
-            "positions": real.input_ids.numel() if real else 0, "sequences": real.sequences if real else 0}
+            "positions": real.input_ids.numel() if real else 0, "squares": real.squares if real else 0}
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate when it is due."""

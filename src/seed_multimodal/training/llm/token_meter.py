@@ -16,7 +16,7 @@ from torch import Tensor
 from seed_multimodal.training.meter import Meter
 
 # Numbers of a step that are summed over micro-steps and processes.
-_SUMS = ("loss", "text_sum", "text_count", "image_sum", "image_count", "tokens", "positions", "sequences")
+_SUMS = ("loss", "text_sum", "text_count", "image_sum", "image_count", "tokens", "positions", "squares")
 _LINE = ("text_sum", "text_count", "image_sum", "image_count", "tokens", "positions")
 _LEAST = 1e-8  # of a step with nothing to learn
 
@@ -26,7 +26,9 @@ class TokenMeter(Meter):
 
     Attributes:
         flops: of one token: in the layers, in the head (learned tokens only), and in attention per token of its
-            sequence; see `flops.token_flops`. peak: of one device, in TFLOP/s, if it is known.
+            sequence; see `flops.token_flops`. Padding is no work, and a token attends within its own sequence, so
+            attention goes by the sum of the squares of the sequences' lengths.
+        peak: of one device, in TFLOP/s, if it is known.
         divisor: what the loss summed over all processes is divided by; set before each step.
         total: over the run. history: the last thousand lines.
     """
@@ -39,7 +41,7 @@ class TokenMeter(Meter):
         self.peak: float | None = None
         self.divisor = 1.0
         self.total = {"tokens": 0.0, "positions": 0.0}
-        self.timed = dict.fromkeys(("tokens", "positions", "sequences", "learned"), 0.0)  # since the line before
+        self.timed = dict.fromkeys(("tokens", "positions", "squares", "learned"), 0.0)  # since the line before
         self.history: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
 
@@ -80,8 +82,7 @@ class TokenMeter(Meter):
             if sums[f"{kind}_count"] and sums["image_count"]:
                 line[f"{kind}_loss"] = sums[f"{kind}_sum"] / sums[f"{kind}_count"]
         body, head, attention = self.flops
-        length = timed["tokens"] / max(1.0, timed["sequences"])
-        work = timed["positions"] * (body + attention * length) + timed["learned"] * head
+        work = timed["tokens"] * body + timed["squares"] * attention + timed["learned"] * head
         tflops = work / seconds / world / 1e12  # of one process
         line |= {"learning_rate": self.last["lr"], "grad_norm": self.last["grad"],
                  "tokens_per_s": timed["positions"] / seconds, "useful_tokens_per_s": timed["tokens"] / seconds,
