@@ -12,7 +12,9 @@ import torch.distributed as dist
 from seed_multimodal.data.stream.order import SHUFFLE_BLOCK, MixedOrder
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.stream.skip_budget import BadSamples
+from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.transforms import normalise
 from seed_multimodal.settings import check_keys
 
 
@@ -131,6 +133,10 @@ def count_bad(own: Sequence[tuple[str, str]]) -> int:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`; texts stay as they are."""
-    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for key, value in batch.items()}
+    """The batch with its tensors on `device`, pictures (uint8 from the data workers) normalised there; texts stay as
+    they are."""
+    there = {key: copy_to(device, value) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    image = there.get("image")
+    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
+        there["image"] = normalise(image)
+    return there

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from seed_lavis.compat import BaseProcessor, registry
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.open import ImageSource
 from seed_multimodal.images.train_transforms import TrainTransform
-from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.language.captions import BlipCaption
 from seed_multimodal.settings import check_keys
 
@@ -36,11 +37,21 @@ class Processor(BaseProcessor):
         return cls(**{str(key): value for key, value in values.items() if key != "name"})
 
 
+class ImageProcessor(Processor):
+    """`transform`: one of the library's."""
+
+    transform: TrainTransform | ImageTransform
+
+    def read(self, source: ImageSource, *, name: str | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """A stored picture → uint8 `[3, S, S]`, what the data workers hand over."""
+        return self.transform.read(source, name=name, generator=generator)
+
+
 @registry.register_processor("blip2_image_train")
-class Blip2ImageTrain(Processor):
+class Blip2ImageTrain(ImageProcessor):
     """A picture → a random view, float32 `[3, S, S]`; keys as of `TrainTransform`."""
 
-    keys, where = ("image_size", "min_scale", "max_scale"), "vis_processor blip2_image_train"
+    keys, where = ("image_size", "min_scale", "max_scale", "scaled_decoding"), "vis_processor blip2_image_train"
 
     def __init__(self, **sizes: Any) -> None:
         self.transform = TrainTransform(**sizes)  # not LAVIS's own start, a lambda: data workers may be pickled
@@ -50,7 +61,7 @@ class Blip2ImageTrain(Processor):
 
 
 @registry.register_processor("blip_image_eval")
-class BlipImageEval(Processor):
+class BlipImageEval(ImageProcessor):
     """A picture → float32 `[3, S, S]`, the same every time."""
 
     keys, where = ("image_size",), "vis_processor blip_image_eval"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
 
@@ -49,6 +50,14 @@ def choose_device(
         reasons = "; ".join(filter(None, (why, why_dtype)))
         log(f"Running on {runtime}{f' ({reasons})' if reasons else ''}.")
     return runtime
+
+
+def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on a device; on a GPU from page-locked memory, so that the process need not wait for the copy (of
+    other memory a copy waits until all earlier work is done)."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # nothing is copied where it is so already
+    return tensor.to(device, non_blocking=True)
 
 
 def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torchvision import transforms
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, ImageError
+from seed_multimodal.images.open import open_image
 from seed_multimodal.images.train_transforms import TrainTransform
-from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, denormalise
+from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, denormalise, normalise, to_bytes
 
 
 def smooth(width: int, height: int) -> Image.Image:
@@ -56,6 +61,88 @@ def test_half_are_mirrored_and_the_whole_can_be_kept() -> None:
 def test_pictures_of_other_modes() -> None:
     assert TrainTransform(8)(Image.new("L", (20, 20), 128), torch.Generator()).shape == (3, 8, 8)
     assert denormalise(TrainTransform(8)(Image.new("RGBA", (20, 20)), torch.Generator())).getpixel((3, 3)) == (255,) * 3
+
+
+def photo(width: int, height: int, turned: int = 1, **options: Any) -> bytes:
+    """A JPEG with detail of all sizes, as photographs have it."""
+    draw = np.random.default_rng(0)
+    layers = [Image.fromarray(draw.integers(0, 256, (height // d + 1, width // d + 1, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC) for d in (128, 64, 32, 16, 8)]
+    mixed = np.average([np.asarray(layer, np.float32) for layer in layers], 0, [16, 8, 4, 2, 1])
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    file = io.BytesIO()
+    Image.fromarray(mixed.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90, exif=exif, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("stored", [photo(90, 70), photo(640, 480), photo(480, 640, 6, progressive=True)])
+def test_a_stored_picture_decoded_in_full_gives_the_released_view(stored: bytes) -> None:
+    transform = TrainTransform(64, scaled_decoding=False)
+    for seed in range(4):
+        mine, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        assert torch.equal(normalise(transform.read(stored, generator=mine)), transform(open_image(stored), theirs))
+        assert torch.equal(mine.get_state(), theirs.get_state())
+
+
+@pytest.mark.parametrize("size, turned, options", [
+    ((640, 480), 1, {}), ((480, 640), 1, {"progressive": True}), ((1001, 777), 1, {"subsampling": 0}),
+    ((1403, 605), 6, {}), ((640, 480), 2, {}), ((640, 480), 3, {}), ((641, 479), 8, {})])
+def test_scaled_decoding_gives_the_same_view(size: tuple[int, int], turned: int, options: dict) -> None:
+    """After the same draws, of the crop with edges at whole pixels of the scaled picture; to within 38 dB of that view of
+    the picture decoded in full."""
+    stored, transform = photo(*size, turned, **options), TrainTransform(64)
+    picture = open_image(stored)
+    for seed in range(4):
+        mine, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        view, (left, top, width, height) = transform.read(stored, generator=mine), transform.crop_box(
+            picture.size, theirs)
+        by = next(d for d in (8, 4, 2) if min(width, height) // d >= 64)
+        left, top, right, bottom = (by * round(edge / by) for edge in (left, top, left + width, top + height))
+        wanted = picture.resize((64, 64), Image.Resampling.BICUBIC, box=(left, top, min(right, picture.width),
+                                                                         min(bottom, picture.height)))
+        if torch.rand(1, generator=theirs).item() < 0.5:
+            wanted = wanted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        error = (view.float() - to_bytes(wanted).float()).square().mean()
+        assert view.shape == (3, 64, 64) and view.dtype == torch.uint8
+        assert 0 < error < 255**2 / 10**3.8
+        assert torch.equal(mine.get_state(), theirs.get_state())
+
+
+def test_a_crop_is_never_decoded_below_the_size_of_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 1/2, 1/4 and 1/8 where it stays at least as large as the view; small pictures and other formats in full."""
+    seen: list[tuple[int, int, int]] = []
+    drawn, drafted = TrainTransform.crop_box, JpegImageFile.draft
+
+    def crop_box(self: TrainTransform, *draws: Any) -> Any:
+        box = drawn(self, *draws)
+        seen.append((min(box[2:]), 1, self.image_size))
+        return box
+
+    def draft(self: JpegImageFile, mode: Any, size: Any) -> Any:
+        seen[-1] = (seen[-1][0], self.width // size[0], seen[-1][2])
+        return drafted(self, mode, size)
+
+    monkeypatch.setattr(TrainTransform, "crop_box", crop_box)
+    monkeypatch.setattr(JpegImageFile, "draft", draft)
+    stored = [photo(640, 480), photo(90, 70)]
+    for size in (16, 32, 64, 128, 224):
+        for seed in range(6):
+            for one in stored:
+                TrainTransform(size).read(one, generator=torch.Generator().manual_seed(seed))
+    assert {by for _, by, _ in seen} == {1, 2, 4, 8}
+    assert all(side // by >= size or by == 1 for side, by, size in seen)
+    assert all(side // (2 * by) < size or by == 8 for side, by, size in seen)
+    file = io.BytesIO()
+    open_image(stored[0]).save(file, "PNG")
+    png = TrainTransform(32).read(file.getvalue(), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(png, to_bytes(TrainTransform(32).view(open_image(stored[0]), torch.Generator().manual_seed(0))))
+
+
+def test_a_damaged_jpeg_is_refused_at_any_scale() -> None:
+    for scaled in (True, False):
+        with pytest.raises(ImageError, match="truncated or damaged"):
+            TrainTransform(32, scaled_decoding=scaled).read(photo(640, 480)[:-2000], generator=torch.Generator())
 
 
 @pytest.mark.parametrize("settings", [{"image_size": 0}, {"image_size": 2.5}, {"image_size": True}, {"min_scale": 0.0},

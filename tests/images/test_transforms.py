@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.open import open_image
 from seed_multimodal.images.train_transforms import TrainTransform
 from seed_multimodal.images.transforms import (
     CLIP_MEAN,
     CLIP_STD,
+    ImageTransform,
     denormalise,
     get_transform,
     normalise,
     resize_passes,
     seed_image_processor,
+    to_bytes,
 )
 
 
@@ -79,7 +84,28 @@ def test_other_modes_become_rgb_over_white() -> None:
 
 def test_normalise_and_back() -> None:
     picture = noise(9, 5)
-    assert denormalise(normalise(picture)).tobytes() == picture.tobytes()
+    pixels = to_bytes(picture)
+    assert pixels.shape == (3, 5, 9) and pixels.dtype == torch.uint8
+    assert denormalise(normalise(pixels)).tobytes() == picture.tobytes()
+
+
+def test_bytes_normalised_in_a_batch_are_the_released_pixels() -> None:
+    """As torchvision's ToTensor and Normalize make them of each picture, bit for bit."""
+    from torchvision import transforms as T
+
+    theirs = T.Compose([T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+    pictures = [noise(16, 16, seed) for seed in range(6)]
+    mine = normalise(torch.stack([to_bytes(picture) for picture in pictures]))
+    assert torch.equal(mine, torch.stack([theirs(picture) for picture in pictures]))
+
+
+@pytest.mark.parametrize("transform", [get_transform("clip", False, 16), get_transform("clip", True, 16),
+                                       seed_image_processor(16)])
+def test_a_stored_picture_is_read_as_released(transform: ImageTransform) -> None:
+    """Never at a lower resolution: codes would differ."""
+    file = io.BytesIO()
+    noise(300, 200).save(file, "JPEG")
+    assert torch.equal(normalise(transform.read(file.getvalue())), transform(open_image(file.getvalue())))
 
 
 def test_batch() -> None:

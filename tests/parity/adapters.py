@@ -32,12 +32,21 @@ def pair_batches(spec: dict[str, Any], seed: int, batch_size: int, world: int, w
     from seed_multimodal.data.stream.pair_dataset import PairDataset
     from seed_multimodal.data.stream.step_batches import StepBatches
     from seed_multimodal.images.train_transforms import TrainTransform
+    from seed_multimodal.images.transforms import normalise
     from seed_multimodal.language.captions import BlipCaption
 
+    class OnDevice(StepBatches):
+        """Pictures arrive as bytes and are normalised where they are used."""
+
+        def at(self, step: int) -> Any:
+            batch = super().at(step)
+            return {**batch, "image": normalise(batch["image"])}
+
+    transform = TrainTransform(16, scaled_decoding=False)  # the recorded views are of pictures decoded in full
     with ExitStack() as stack:
         source = open_pairs(spec)
-        yield [stack.enter_context(StepBatches(
-            PairDataset(source, TrainTransform(16), BlipCaption(), seed=seed, log=None), batch_size, seed=seed,
+        yield [stack.enter_context(OnDevice(
+            PairDataset(source, transform, BlipCaption(), seed=seed, log=None), batch_size, seed=seed,
             rank=rank, world=world, workers=workers)) for rank in range(world)]
 
 

@@ -10,6 +10,7 @@ The choices, all in one place:
 * A caller that needs no more than N pixels a side says so (`at_least`): a picture of more than `exact_up_to` pixels is
   then halved, quartered or divided by eight while it is decoded, JPEGs by their decoder, the others strip by strip.
   Smaller pictures are read as ever, pixel for pixel. How little it changes is measured in `tests/images/test_rgb.py`.
+  A training view needs a crop only, so it chooses the factor itself (`divisor`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import functools
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +36,13 @@ _ORIENTATIONS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED = [_ORIENTATIONS[number] for number in (5, 6, 7, 8)]  # width and height change places
 # What Pillow's decoders raise on damaged bytes; anything else is a programming error and is not caught.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
                   AttributeError, RuntimeError, MemoryError, struct.error, zlib.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image
+Divisor = Callable[[tuple[int, int]], int]
 EXACT_UP_TO = 16_000_000
 # A picture reduced to three times what is then resized cannot be told from one resized directly.
 DETAIL = 3
@@ -91,7 +95,7 @@ class Header:
 
 def open_image(
     source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS, at_least: int | None = None,
-    exact_up_to: int = EXACT_UP_TO,
+    exact_up_to: int = EXACT_UP_TO, divisor: Divisor | None = None,
 ) -> Image.Image:
     """Read one picture.
 
@@ -100,6 +104,8 @@ def open_image(
         name: for error sentences; default: the file's name, or "image".
         at_least: the picture may be reduced while it is decoded to no fewer than this many pixels a side; None: never.
         exact_up_to: pictures of up to this many pixels (width × height) are not reduced.
+        divisor: in place of these two, for JPEGs: called once with the upright size (width, height), before anything is
+            decoded; what it answers (8, 4, 2 or 1) divides both sides, rounded up.
 
     Returns:
         An RGB image, 8 bits a channel, upright, without metadata.
@@ -109,7 +115,8 @@ def open_image(
     """
     image, shown = _open(source, name, limits)
     try:
-        factor = reduction(image.size, at_least, exact_up_to)
+        jpeg = divisor if isinstance(image, JpegImagePlugin.JpegImageFile) else None
+        factor = reduction(image.size, at_least, exact_up_to) if jpeg is None else jpeg(_upright_size(image))
         _header(image, factor, shown, limits)
         plain = _decode(image, shown, limits, factor)
         turned = _orientation(image)
@@ -218,6 +225,11 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits, factor: int) -> 
         return to_rgb(image, factor)
     except ValueError as error:  # Pillow has no conversion from this mode
         raise ImageError(f"{name}: pictures of mode {image.mode} cannot be turned into RGB ({error}).") from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if _orientation(image) in _TURNED else (width, height)
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:

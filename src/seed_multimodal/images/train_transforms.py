@@ -1,6 +1,10 @@
 """`blip2_image_train`, the random transform of tokenizer training: a crop of half to all of the area, resized
 bicubically, mirrored half of the time, with CLIP's normalisation; no RandAugment.
 
+`read` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the crop then still has the view's size: the same crop, a view
+of the same quality (docs/seed-tokenizer.md has the figures), half of the time. `scaled_decoding=False` is the released
+full decoding.
+
 Draws come from the `torch.Generator` given by the caller (or torch's global one) in torchvision's order, so the same
 state gives torchvision's crops. torchvision's own classes take no generator, so that a sample's view could not be a
 function of (seed, epoch, index); resizing is `transforms.resize_passes`. Evaluation uses
@@ -13,12 +17,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.open import to_rgb
-from seed_multimodal.images.transforms import normalise, resize_passes
+from seed_multimodal.images.memory import reduction
+from seed_multimodal.images.open import ImageSource, open_image, to_rgb
+from seed_multimodal.images.transforms import normalise, resize_passes, to_bytes
 from seed_multimodal.settings import check_settings, setting
 
 RATIO = (3 / 4, 4 / 3)
@@ -29,13 +35,14 @@ class TrainTransform:
     """A picture -> a random view, float32 [3, S, S] normalised with CLIP's mean and deviation.
 
     `min_scale`, `max_scale`: range of the crop's share of the picture's area (released: 0.5 to 1), whose width / height
-    is in `RATIO`; `flip`: probability of the mirror image.
+    is in `RATIO`; `flip`: probability of the mirror image; `scaled_decoding`: see above (of `read` alone).
     """
 
     image_size: int = setting(224, least=1)
     min_scale: float = setting(0.5, above=0, most=1)
     max_scale: float = setting(1.0, above=0, most=1)
     flip: float = setting(0.5, least=0, most=1)
+    scaled_decoding: bool = True
 
     def __post_init__(self) -> None:
         check_settings(self, "training transform")
@@ -43,17 +50,54 @@ class TrainTransform:
             raise ConfigError(f"min_scale {self.min_scale} must be at most max_scale {self.max_scale}.")
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        return normalise(self.view(image, generator))
+        return normalise(to_bytes(self.view(image, generator)))
 
     def view(self, image: Image.Image, generator: torch.Generator | None = None) -> Image.Image:
         """The random view as an RGB image of S x S pixels."""
         image = image if image.mode == "RGB" else to_rgb(image)
-        left, top, width, height = self.crop_box(image.size, generator)
+        view = self._cut(image, self.crop_box(image.size, generator))
+        return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self._mirrored(generator) else view
+
+    def read(self, source: ImageSource, *, name: str | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """A stored picture -> a random view, uint8 [3, S, S] for `normalise`; draws as `view`.
+
+        Raises:
+            ImageError: see `open_image`.
+        """
+        if not self.scaled_decoding:
+            return to_bytes(self.view(open_image(source, name=name), generator))
+        box, by = (0, 0, 0, 0), 1
+
+        def divisor(size: tuple[int, int]) -> int:
+            nonlocal box, by
+            box = self.crop_box(size, generator)
+            by = reduction(box[2:], self.image_size, exact_up_to=0)
+            return by
+
+        image = open_image(source, name=name, divisor=divisor)
+        if not box[2]:  # no JPEG
+            box = self.crop_box(image.size, generator)
+        view = to_bytes(self._cut(image, box)) if by == 1 else self._cut_scaled(image, box, by)
+        return view.flip(2) if self._mirrored(generator) else view
+
+    def _cut(self, image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+        left, top, width, height = box
         cut = image.crop((left, top, left + width, top + height))
-        view = resize_passes(cut, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        if torch.rand(1, generator=generator).item() < self.flip:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return view
+        return resize_passes(cut, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
+
+    def _cut_scaled(self, image: Image.Image, box: tuple[int, int, int, int], by: int) -> Tensor:
+        """The box, of the picture's full size, out of the picture decoded at 1/by -> uint8 [3, S, S].
+
+        torch's resampling is Pillow's with rounder weights (single grey levels differ), in a third of the time.
+        """
+        left, top, width, height = box
+        edges = (round(edge / by) for edge in (left, top, left + width, top + height))
+        pixels = to_bytes(image.crop(tuple(edges)))  # type: ignore[arg-type]
+        size = (self.image_size, self.image_size)
+        return F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+
+    def _mirrored(self, generator: torch.Generator | None) -> bool:
+        return torch.rand(1, generator=generator).item() < self.flip
 
     def crop_box(self, size: tuple[int, int], generator: torch.Generator | None = None) -> tuple[int, int, int, int]:
         """Draw (left, top, width, height) inside a picture of `size` (width, height)."""

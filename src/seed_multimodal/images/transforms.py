@@ -14,6 +14,7 @@ the one the golden fixtures hold, whatever Pillow is installed; torchvision's `R
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.open import to_rgb
+from seed_multimodal.images.open import ImageSource, open_image, to_rgb
 from seed_multimodal.settings import check_settings, setting
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,18 +39,28 @@ INTERPOLATIONS = {
 _MAX_OVERSIZE = 16
 
 
-def normalise(image: Image.Image) -> Tensor:
-    """RGB image -> float32 [3, H, W], (value / 255 - CLIP_MEAN) / CLIP_STD."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div(255)
-    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD).view(3, 1, 1)
-    return pixels.sub_(mean).div_(std)
+def to_bytes(image: Image.Image) -> Tensor:
+    """RGB image -> its pixels, uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 [..., 3, H, W] -> float32 on the same device, (value / 255 - CLIP_MEAN) / CLIP_STD."""
+    mean, std = _mean_and_deviation(pixels.device)
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """[3, 1, 1] each; kept, because a copy to a GPU waits for it."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values).view(3, 1, 1).to(device) for values in (CLIP_MEAN, CLIP_STD))
+    return mean, std
 
 
 def denormalise(pixels: Tensor) -> Image.Image:
     """float [3, H, W] as made by `normalise` -> RGB image (values outside the 8-bit range are clipped)."""
-    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD).view(3, 1, 1)
+    mean, std = _mean_and_deviation(torch.device("cpu"))
     levels = (pixels.detach().float().cpu() * std + mean).mul(255).round().clamp(0, 255).byte()
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
@@ -74,7 +85,15 @@ class ImageTransform:
         check_settings(self, "image transform")
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return normalise(self.resize(image))
+        return normalise(to_bytes(self.resize(image)))
+
+    def read(self, source: ImageSource, *, name: str | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """A stored picture -> uint8 [3, S, S] for `normalise`, decoded in full as released; nothing is random.
+
+        Raises:
+            ImageError: see `open_image`.
+        """
+        return to_bytes(self.resize(open_image(source, name=name)))
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any sizes -> [B, 3, S, S]; an empty list gives [0, 3, S, S]."""

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.config import find_target, instantiate, load_yaml
-from seed_multimodal.device import DTYPES, choose_device
+from seed_multimodal.device import DTYPES, choose_device, copy_to
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
+from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, normalise
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.settings import check_keys, setting
 from seed_multimodal.tokenizers.fast import Levers, optimise
@@ -69,8 +69,6 @@ class Encoder:
         self.dtype = str(dtype).removeprefix("torch.")
         self._model = optimise(model, compile=settings.compile, levers=Levers(dtype=dtype)) if self.fast \
             else model.to(dtype)
-        self._mean = torch.tensor(CLIP_MEAN, device=self.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(CLIP_STD, device=self.device).view(1, 3, 1, 1)
 
     def _vocabulary(self, opened: Any, model: Any) -> ImageVocabulary:
         """The words of the codes; refused when the text tokenizer has others."""
@@ -89,7 +87,7 @@ class Encoder:
         on_gpu = self.device.type == "cuda"  # the copy from page-locked memory overlaps with decoding the next batch
         pixels = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
         torch.stack(tuple(rows), out=pixels)
-        normal = pixels.to(self.device, non_blocking=True).float().div_(255).sub_(self._mean).div_(self._std)
+        normal = normalise(copy_to(self.device, pixels))
         try:
             codes = self._model.encode(normal).to(torch.int32)
         except torch.OutOfMemoryError as error:

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.data.formats.pairs import PairSource
+from seed_multimodal.data.formats.pairs import Pair, PairSource
 from seed_multimodal.data.stream.skip_budget import BadSamples, SkipBudget
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.images.open import open_image
@@ -29,9 +28,10 @@ class PairDataset(BadSamples):
 
     Args:
         source: stored pairs (`data.formats.pairs`).
-        image_transform: picture -> tensor. If it has an argument named `generator` it gets the sample's
-            `torch.Generator` (`images.train_transforms.TrainTransform`); if not, the global generators of torch, numpy
-            and Python are seeded around the call and put back, so other libraries' augmentations repeat as well.
+        image_transform: one of ours (`images.train_transforms.TrainTransform`, `images.transforms.ImageTransform`),
+            whose `read` gives uint8 to be normalised on the device; or any picture -> tensor. If that has an argument
+            named `generator` it gets the sample's `torch.Generator`; if not, the global generators of torch, numpy and
+            Python are seeded around the call and put back, so other libraries' augmentations repeat as well.
         text_transform: caption -> caption (`language.captions.BlipCaption`); None keeps it. Must draw nothing.
         log: gets one sentence for each bad sample, the first time it is met.
     """
@@ -53,6 +53,7 @@ class PairDataset(BadSamples):
         super().__init__(log)
         self.source, self.seed, self.max_bad_in_a_row = source, seed, max_bad_in_a_row
         self.image_transform, self.text_transform = image_transform, text_transform
+        self._reads = hasattr(image_transform, "read")
         self._takes_generator = _takes_generator(image_transform)
 
     @property
@@ -81,7 +82,7 @@ class PairDataset(BadSamples):
             try:
                 pair = self.source.read(place)
                 chosen = int(torch.randint(len(pair.captions), (), generator=generator))
-                image = self._transformed(open_image(pair.image, name=pair.name), generator, number)
+                image = self._read(pair, generator, number)
             except ImageError as error:
                 self.note_bad(self.source.key(place), str(error))
                 if budget.spend():
@@ -93,7 +94,12 @@ class PairDataset(BadSamples):
             return {"image": image, "caption": self.text_transform(caption) if self.text_transform else caption,
                     "key": pair.key, "index": place}
 
-    def _transformed(self, picture: Image.Image, generator: torch.Generator, number: int) -> Tensor:
+    def _read(self, pair: Pair, generator: torch.Generator, number: int) -> Tensor:
+        if self._reads:
+            pixels: Tensor = self.image_transform.read(  # type: ignore[attr-defined]
+                pair.image, name=pair.name, generator=generator)
+            return pixels
+        picture = open_image(pair.image, name=pair.name)
         if self._takes_generator:
             return self.image_transform(picture, generator=generator)
         with seeded_globals(number):
