@@ -89,8 +89,8 @@ def test_a_stored_picture_decoded_in_full_gives_the_released_view(stored: bytes)
     ((640, 480), 1, {}), ((480, 640), 1, {"progressive": True}), ((1001, 777), 1, {"subsampling": 0}),
     ((1403, 605), 6, {}), ((640, 480), 2, {}), ((640, 480), 3, {}), ((641, 479), 8, {})])
 def test_scaled_decoding_gives_the_same_view(size: tuple[int, int], turned: int, options: dict) -> None:
-    """After the same draws, of the crop with edges at whole pixels of the scaled picture; to within 38 dB of that view of
-    the picture decoded in full."""
+    """After the same draws, of the crop with edges at whole pixels of the scaled picture; to within 38 dB of that view
+    of the picture decoded in full."""
     stored, transform = photo(*size, turned, **options), TrainTransform(64)
     picture = open_image(stored)
     for seed in range(4):

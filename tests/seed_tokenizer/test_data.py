@@ -57,6 +57,29 @@ def test_json_list(pictures):
     assert torch.equal(sample["image"], again["image"]) and not torch.equal(sample["image"], other["image"])
 
 
+@pytest.mark.process
+def test_pictures_arrive_as_bytes_and_are_normalised_on_the_device(tmp_path):
+    """Bit for bit what the workers normalised before; `scaled_decoding` is a key of the YAML."""
+    shard(tmp_path / "0.tar", [(f"{n:03d}", {"caption": "one two"}) for n in range(4)])
+    exact = {"vis_processor": {"train": {"name": "blip2_image_train", "image_size": 32, "scaled_decoding": False}}}
+    data = build("laion_coco", {"storage": str(tmp_path / "0.tar")}, to=str(tmp_path), **exact)["train"]
+    from seed_lavis.datasets import to_device
+
+    from seed_multimodal.data.stream.pair_dataset import PairDataset
+    from seed_multimodal.data.stream.step_batches import StepBatches
+
+    def before(picture: Image.Image, generator: torch.Generator) -> torch.Tensor:
+        return data.image_transform(picture, generator)
+
+    earlier = PairDataset(data.source, before, data.text_transform, seed=data.seed)
+    with StepBatches(data, 4, seed=0, workers=1) as sent, StepBatches(earlier, 4, seed=0) as made:
+        batch, wanted = sent.at(0), made.at(0)
+    assert batch["image"].dtype == torch.uint8 and wanted["image"].dtype == torch.float32
+    there = to_device(batch, torch.device("cpu"))
+    assert there["image"].dtype == torch.float32 and torch.equal(there["image"], wanted["image"])
+    assert there["caption"] == wanted["caption"] and batch["image"].dtype == torch.uint8
+
+
 def test_shards_with_another_caption_key(tmp_path):
     for number in range(2):
         shard(tmp_path / f"{number:05d}.tar", [(f"{number}{i}", {"top_caption": "A Red FIELD, far away"})

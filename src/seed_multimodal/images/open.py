@@ -115,8 +115,11 @@ def open_image(
     """
     image, shown = _open(source, name, limits)
     try:
-        jpeg = divisor if isinstance(image, JpegImagePlugin.JpegImageFile) else None
-        factor = reduction(image.size, at_least, exact_up_to) if jpeg is None else jpeg(_upright_size(image))
+        if divisor is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+            limits.check_size(image.size, shown)
+            factor = divisor(_upright_size(image))
+        else:
+            factor = reduction(image.size, at_least, exact_up_to)
         _header(image, factor, shown, limits)
         plain = _decode(image, shown, limits, factor)
         turned = _orientation(image)

@@ -1,9 +1,8 @@
 """`blip2_image_train`, the random transform of tokenizer training: a crop of half to all of the area, resized
 bicubically, mirrored half of the time, with CLIP's normalisation; no RandAugment.
 
-`read` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the crop then still has the view's size: the same crop, a view
-of the same quality (docs/seed-tokenizer.md has the figures), half of the time. `scaled_decoding=False` is the released
-full decoding.
+`read` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the crop then still has the view's size: the same crop in
+half of the time; docs/seed-tokenizer.md says what it changes. `scaled_decoding=False` is the released full decoding.
 
 Draws come from the `torch.Generator` given by the caller (or torch's global one) in torchvision's order, so the same
 state gives torchvision's crops. torchvision's own classes take no generator, so that a sample's view could not be a

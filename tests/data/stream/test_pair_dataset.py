@@ -96,7 +96,8 @@ def test_broken_pictures_are_named_counted_and_replaced(broken: Path, jpeg: Call
     data = PairDataset(TarPairs(broken), PLAIN, log=logged.append)
     used = [data.get(index, 0)["index"] for index in range(12)]
     assert used == [0, 1, 2, 6, 6, 6, 6, 7, 9, 9, 10, 0]
-    assert torch.equal(normalise(data.get(3, 0)["image"]), PLAIN(open_image(jpeg(6)))) and data.get(3, 0)["key"] == "006"
+    replaced = data.get(3, 0)
+    assert torch.equal(normalise(replaced["image"]), PLAIN(open_image(jpeg(6)))) and replaced["key"] == "006"
     keys = [key for key, _ in data.bad]
     assert keys == ["003", "004", "005", "008", "011"]
     for (key, reason), words in zip(data.bad, ["truncated", "0 bytes", "no picture", "not a picture", "truncated"],
