@@ -62,7 +62,7 @@ def test_pictures_arrive_as_bytes_and_are_normalised_on_the_device(tmp_path):
     """Bit for bit what the workers normalised before; `scaled_decoding` is a key of the YAML."""
     shard(tmp_path / "0.tar", [(f"{n:03d}", {"caption": "one two"}) for n in range(4)])
     exact = {"vis_processor": {"train": {"name": "blip2_image_train", "image_size": 32, "scaled_decoding": False}}}
-    data = build("laion_coco", {"storage": str(tmp_path / "0.tar")}, to=str(tmp_path), **exact)["train"]
+    data = build("unsplash", {"storage": str(tmp_path / "0.tar")}, to=str(tmp_path), **exact)["train"]
     from seed_lavis.datasets import to_device
 
     from seed_multimodal.data.stream.pair_dataset import PairDataset
