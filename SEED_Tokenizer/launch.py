@@ -10,14 +10,13 @@ sentence and exit code 2 in both cases.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
 import train
 
-from seed_multimodal.entry import guarded, log_line
+from seed_multimodal.entry import guarded
 from seed_multimodal.errors import ConfigError
 
 
@@ -30,10 +29,8 @@ def count(name: str, default: int) -> int:
 
 
 def torchrun(args: argparse.Namespace, nodes: int, processes: int, script: list[str]) -> int:
-    """Run `train.py` under torchrun; its own exit code if it fails, without torchrun's report unless `--debug`."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    """Run `train.py` under torchrun; its own exit code if it fails."""
+    from seed_multimodal.training.torchrun import run_torchrun
 
     place = ["--standalone"]
     if nodes > 1 or args.master_addr:
@@ -42,21 +39,8 @@ def torchrun(args: argparse.Namespace, nodes: int, processes: int, script: list[
         place = [f"--nnodes={nodes}", f"--node-rank={args.node_rank}", f"--master-addr={args.master_addr}",
                  f"--master-port={os.environ.get('MASTER_PORT') or args.port}"]
     check(script)
-    if not args.debug:
-        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    try:
-        run(parse_args([*place, f"--nproc-per-node={processes}", str(train.HERE / "train.py"), *script]))
-    except ChildFailedError as error:
-        if args.debug:
-            raise
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
-    except SignalException as error:  # torchrun has passed the signal on, and the processes have ended
-        if args.debug:
-            raise
-        log_line(f"launch.py: ended by {error.sigval.name}, and its {processes} processes with it.")
-        return 128 + error.sigval
-    return 0
+    return run_torchrun([*place, f"--nproc-per-node={processes}", str(train.HERE / "train.py"), *script], "launch.py",
+                        args.debug)
 
 
 def check(script: list[str]) -> None:

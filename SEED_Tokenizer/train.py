@@ -22,7 +22,7 @@ for place in (HERE, HERE.parent / "src"):  # runs from a checkout that is not in
     if str(place) not in sys.path:
         sys.path.insert(0, str(place))
 
-from seed_multimodal.entry import guarded  # noqa: E402
+from seed_multimodal.entry import guarded, run_and_exit  # noqa: E402
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -60,17 +60,24 @@ def build(args: argparse.Namespace) -> RunnerSeed:
 
 def train(args: argparse.Namespace) -> int:
     """Build and train (or evaluate, with `run.evaluate`); exit code 0."""
-    import torch.distributed as dist
+    from seed_multimodal.training.distributed import leave_processes
+    from seed_multimodal.training.failures import translate_errors
 
+    clean = False
     try:
-        runner = build(args)
-        if runner.options.evaluate:
-            print(json.dumps(runner.evaluate()))
-        else:
-            runner.train()
+        with translate_errors("the start", "nothing was changed"):
+            runner = build(args)
+        with translate_errors("the start", "checkpoints of earlier runs are intact"):  # the loop has its own
+            if runner.options.evaluate:
+                print(json.dumps(runner.evaluate()))
+            else:
+                runner.train()
+        clean = True
+    except SystemExit:  # stopped by SIGTERM, and saved
+        clean = True
+        raise
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes(clean)
     return 0
 
 
@@ -83,4 +90,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

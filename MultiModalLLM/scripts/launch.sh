@@ -33,7 +33,9 @@ launch() {
     if [ "$nodes" = 1 ] && [ "$processes" = 1 ]; then
         exec "$PYTHON" src/train/train.py "$@"
     fi
-    exec "$PYTHON" -m torch.distributed.run --nnodes="$nodes" --node_rank="${NODE_RANK:-${INDEX:-0}}" \
+    PYTHONPATH=$(cd ../src && pwd)${PYTHONPATH:+:$PYTHONPATH}  # a checkout need not be installed
+    export PYTHONPATH
+    exec "$PYTHON" -m seed_multimodal.training.torchrun --nnodes="$nodes" --node_rank="${NODE_RANK:-${INDEX:-0}}" \
         --nproc_per_node="$processes" --master_addr="${MASTER_ADDR:-${CHIEF_IP:-127.0.0.1}}" \
         --master_port="${MASTER_PORT:-$port}" src/train/train.py "$@"
 }

@@ -19,7 +19,6 @@ Obstacles and workarounds:
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import importlib.util
 import os
@@ -37,7 +36,6 @@ _BARE = ("lavis", "lavis.models", "lavis.processors", "lavis.tasks", "lavis.data
 _UNUSED = ("timm", "timm.models", "timm.models.hub", "torchvision", "torchvision.datasets",
            "torchvision.datasets.utils", "decord", "decord.bridge", "iopath", "iopath.common", "iopath.common.download",
            "iopath.common.file_io", "pandas")
-GROUP_TIMEOUT = datetime.timedelta(hours=2)  # ranks wait for rank 0 while it reads large checkpoints
 
 
 class LavisMissing(SeedError):
@@ -98,24 +96,19 @@ def _bare_packages(folder: Path) -> None:
 
 
 def init_distributed_mode(args: Any) -> None:
-    """As LAVIS's, for any device: joins the group that torchrun's variables describe, or stays a single process.
+    """As LAVIS's, for any device: joins the group that torchrun's variables describe, or stays a single process; no
+    exchange waits longer than `args.timeout_minutes`.
 
     Sets `rank`, `world_size`, `gpu` and `distributed` on `args` (LAVIS's run section).
     """
-    import torch
-    import torch.distributed as dist
+    from seed_multimodal.training.distributed import environment_number, join_processes
 
     args.rank, args.world_size, args.gpu, args.distributed = 0, 1, 0, False
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return
-    args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    args.gpu, args.distributed = int(os.environ.get("LOCAL_RANK", "0")), True
-    cuda = str(args.device).startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(args.gpu)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", init_method=args.get("dist_url", "env://"),
-                                rank=args.rank, world_size=args.world_size, timeout=GROUP_TIMEOUT)
+    args.rank, args.world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    args.gpu, args.distributed = environment_number("LOCAL_RANK", 0), True
+    join_processes(str(args.device), args.timeout_minutes, group_of_one=True, address=args.get("dist_url", "env://"))
 
 
 def _load() -> None:

@@ -66,4 +66,4 @@ class RunContext:
             steps=self.steps, batch_size=run.batch_size_train, lr=run.init_lr, weight_decay=run.weight_decay,
             clip=run.clip_grad, ema=run.ema, precision=self.precision, seed=run.seed, save_seconds=run.save_seconds,
             log_every=run.log_freq, accumulate=run.accum_grad_iters, save_every_steps=run.save_every_steps,
-            save_frozen=False, tensorboard=run.tensorboard, further=True)
+            save_frozen=False, tensorboard=run.tensorboard, further=True, timeout_minutes=run.timeout_minutes)

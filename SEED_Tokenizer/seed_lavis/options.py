@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
+from seed_multimodal.training.loop_settings import WAIT_MINUTES
 
 APPLICATION = Path(__file__).resolve().parents[1]
 REPOSITORY = APPLICATION.parent
@@ -179,6 +180,7 @@ class RunOptions:
     save_every_steps: int = setting(0, least=0)
     keep_checkpoints: int = setting(0, least=0)
     max_bad_in_a_row: int = setting(20, least=1)
+    timeout_minutes: float = setting(WAIT_MINUTES, least=0)
     # set while running
     rank: int = 0
     gpu: int = 0

@@ -32,7 +32,8 @@ from seed_multimodal.training.stage import StageTask
 QUIET = tuple(f"run.{key}" for key in (
     "output_dir", "resume", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps", "keep_checkpoints",
     "num_workers", "tensorboard", "valid_splits", "valid_every_epochs", "valid_batches", "test_splits", "evaluate",
-    "batch_size_eval", "peak_tflops", "device", "gpu", "rank", "world_size", "distributed", "dist_url"))
+    "batch_size_eval", "peak_tflops", "timeout_minutes", "device", "gpu", "rank", "world_size", "distributed",
+    "dist_url"))
 
 
 class TokenizerTask(StageTask):
@@ -44,6 +45,7 @@ class TokenizerTask(StageTask):
     """
 
     quiet_keys = QUIET
+    start_hint = "run.resume_ckpt_path"
 
     def __init__(self, run: RunContext, lavis: RunnerBase, batches: StepBatches, account: BadSamples | None) -> None:
         self.run, self.lavis, self.batches, self.account = run, lavis, batches, account
@@ -134,7 +136,8 @@ class TokenizerTask(StageTask):
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
         """Inverse of `state_dict`."""
         if self.account is not None:
-            self.account.load_state_dict(states[rank])
+            for state in states[rank::self.run.world]:  # there may have been more processes, or fewer
+                self.account.load_state_dict(state)
 
     def _write_checkpoint(self, epoch: int) -> None:
         model, keep = self.run.model, self.run.options.keep_checkpoints

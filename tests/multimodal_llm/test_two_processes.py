@@ -176,8 +176,27 @@ def test_a_dead_process_ends_the_other_with_a_sentence(runs, tmp_path):
     assert started[0].returncode not in (0, None)
     sentence = next(line for line in complained.splitlines() if "Another process died" in line)
     assert "train.py: " in sentence and "is intact; the same command resumes from there" in sentence, complained
+    assert "Traceback" not in complained, complained
     step, folder = checkpoints(out)[0]
     assert not fault_of(folder) and step >= 2
+
+
+@pytest.mark.process
+def test_a_killed_process_of_a_node_is_a_sentence_without_torchruns_traceback(runs, tmp_path):
+    out = tmp_path / "out"
+    arguments = chosen(runs, tmp_path, out, "trainer.max_steps=100000", "trainer.dataloader_num_workers=0")
+    env = runs.environment(NPROC="2", MASTER_PORT=free_port(), VIRTUAL_ENV=sys.prefix)  # children of its own
+    process = subprocess.Popen(["sh", SCRIPT, *arguments], cwd=runs.APPLICATION, env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    STARTED.append(process)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and len(runs.losses(out)) < 3:
+        time.sleep(0.05)
+    os.kill(max(children(process.pid)), signal.SIGKILL)
+    _, complained = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGKILL, complained
+    assert "train.py: process" in complained and "was killed by signal 9" in complained, complained
+    assert "resumes from" in complained and "Traceback" not in complained, complained
 
 
 def children(parent: int) -> list[int]:

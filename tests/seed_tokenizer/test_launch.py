@@ -74,3 +74,20 @@ def test_a_signal_to_the_launcher_ends_all_with_a_sentence(start, tmp_path, numb
     assert process.returncode == 128 + number, error
     assert error.splitlines()[-1] == f"launch.py: ended by {number.name}, and its 2 processes with it."
     assert "Traceback" not in error and [(tmp_path / r).read_text() for r in "01"] == [str(int(number))] * 2
+
+
+@pytest.mark.process
+def test_a_lost_process_is_a_sentence(start, tmp_path):
+    """It cannot speak for itself, and torchrun would show a traceback of its own."""
+    (tmp_path / "train.py").write_text("import os, signal, time\n"
+                                       "if os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+                                       "time.sleep(60)\n")
+    script = ("import sys; from argparse import Namespace; from pathlib import Path; import launch, train\n"
+              "train.HERE, launch.check = Path(sys.argv[1]), lambda script: None\n"
+              "sys.exit(launch.torchrun(Namespace(master_addr='', debug=False), 1, 2, []))")
+    process = start(sys.executable, "-c", script, str(tmp_path))
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL, error
+    assert error.strip() == ("launch.py: process 1 was killed by signal 9 (which often means that memory ran out), and "
+                             "the others of this node were ended with it; the same command resumes from the last "
+                             "checkpoint.")

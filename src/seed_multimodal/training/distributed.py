@@ -21,6 +21,7 @@ import torch.distributed as dist
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.training.failures import TrainingError
+from seed_multimodal.training.loop_settings import WAIT_MINUTES
 
 _FOR_EVER = timedelta(days=30)
 
@@ -35,7 +36,7 @@ class ProcessGroup:
         timeout: how long a call waits for the other processes.
     """
 
-    def __init__(self, timeout: timedelta = timedelta(hours=6)) -> None:
+    def __init__(self, timeout: timedelta = timedelta(minutes=WAIT_MINUTES)) -> None:
         ready = dist.is_available() and dist.is_initialized()
         self.timeout = timeout
         self.world = dist.get_world_size() if ready else 1
@@ -77,14 +78,30 @@ class ProcessGroup:
         return [json.loads(bytes(text[:int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]
 
 
+def wait_limit(timeout_minutes: float) -> timedelta:
+    """How long a collective waits; 0 minutes: for ever."""
+    return timedelta(minutes=timeout_minutes) if timeout_minutes else _FOR_EVER
+
+
 def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False
                     ) -> tuple[ProcessGroup, torch.device]:
+    """`join_processes`, and the group for everything beside gradients."""
+    place = join_processes(device, timeout_minutes, group_of_one=group_of_one)
+    return ProcessGroup(wait_limit(timeout_minutes)), place
+
+
+def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False, address: str = "env://"
+                   ) -> torch.device:
     """Join the process group that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes.
 
     Args:
         device: as `device.choose_device`; `auto` takes each node's GPUs by local rank.
         timeout_minutes: how long a collective waits; 0: for ever.
         group_of_one: make a process group for a single process, too (DeepSpeed needs one).
+        address: where the processes meet, as torch's `init_method`.
+
+    Returns:
+        This process's device.
 
     Raises:
         ConfigError: more processes on this node than GPUs, or an incomplete environment.
@@ -103,14 +120,14 @@ def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool =
         torch.cuda.set_device(place)
     elif place.type == "cpu":  # DeepSpeed, which transformers imports to save a model, warns of no GPU else
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    timeout = timedelta(minutes=timeout_minutes) if timeout_minutes else _FOR_EVER
+    timeout = wait_limit(timeout_minutes)
     backend = "nccl" if place.type == "cuda" else "gloo"
     if not dist.is_initialized():
         if world > 1:
-            _join(backend, timeout)
+            _join(backend, timeout, address)
         elif group_of_one:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return ProcessGroup(timeout), place
+    return place
 
 
 def leave_processes(clean: bool) -> None:
@@ -119,13 +136,17 @@ def leave_processes(clean: bool) -> None:
         dist.destroy_process_group()
 
 
-def _join(backend: str, timeout: timedelta) -> None:
+def _join(backend: str, timeout: timedelta, address: str) -> None:
     """Join the other processes.
 
     Raises:
         ConfigError: an incomplete environment. TrainingError: they did not join in time, or nothing listens at the
             address.
     """
+    if address != "env://":
+        dist.init_process_group(backend, init_method=address, timeout=timeout, rank=environment_number("RANK", 0),
+                                world_size=environment_number("WORLD_SIZE", 1))
+        return
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set: start several "
@@ -137,7 +158,7 @@ def _join(backend: str, timeout: timedelta) -> None:
         raise TrainingError(
             f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at MASTER_ADDR "
             f"{os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']} ({first_line(error)}); start all "
-            "processes within trainer.timeout_minutes of each other.") from error
+            "processes within timeout_minutes of each other.") from error
 
 
 def environment_number(name: str, default: int) -> int:

@@ -21,7 +21,7 @@ from seed_multimodal.errors import first_line
 from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint import CheckpointStore, frozen_check_sum
 from seed_multimodal.training.checkpoint_folders import output_folder_lock
-from seed_multimodal.training.distributed import ProcessGroup, StopRequest
+from seed_multimodal.training.distributed import ProcessGroup, StopRequest, wait_limit
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.engine import Engine, stop_accelerate
 from seed_multimodal.training.failures import STOPPED, TrainingError, Watchdog, translate_errors
@@ -64,7 +64,7 @@ def train(task: Task, settings: LoopSettings, folder: str | Path, *, group: Proc
     """
     check_settings(settings, task.name)
     with contextlib.ExitStack() as stack:
-        group = group or stack.enter_context(ProcessGroup())
+        group = group or stack.enter_context(ProcessGroup(wait_limit(settings.timeout_minutes)))
         stack.enter_context(output_folder_lock(Path(folder) / task.checkpoint_folder, group))
         stack.callback(stop_accelerate)
         watchdog = stack.enter_context(
@@ -163,6 +163,7 @@ class Run:
     def _after_step(self, save: bool) -> None:
         self.step += 1
         begun = time.monotonic()
+        self.watchdog.beat(f"the work after step {self.step}", self.store.description())  # of an evaluation
         numbers = self.task.after_step(self.step)
         if numbers:  # an evaluation
             self.evaluation = {"step": self.step, **numbers}

@@ -9,6 +9,7 @@ from typing import Any
 from seed_multimodal.settings import setting
 
 PRECISIONS = ("bf16", "fp16", "fp32")
+WAIT_MINUTES = 30.0  # for a process that does not answer: default of `timeout_minutes` everywhere
 
 
 @dataclass(kw_only=True)
@@ -28,7 +29,7 @@ class LoopSettings:
         start: a checkpoint, or a folder of them, whose weights (not the optimiser) the first step starts from.
         curves: draw `curves.png` from the log at the end.
         further: a completed run continues if it is asked for more steps.
-        timeout_minutes: how long one step may wait for another process; 0 waits for ever.
+        timeout_minutes: how long a step, and any exchange, waits for another process; 0 waits for ever.
         fsdp: spread weights, gradients and optimiser states over the processes with FSDP2.
     """
 
@@ -51,7 +52,7 @@ class LoopSettings:
     run_name: str | None = None
     curves: bool = True
     further: bool = False
-    timeout_minutes: float = setting(360.0, least=0)
+    timeout_minutes: float = setting(WAIT_MINUTES, least=0)
     fsdp: bool = False
 
 

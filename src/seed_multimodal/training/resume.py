@@ -49,8 +49,14 @@ def refuse_other_numbers(folder: Path, saved: Mapping[str, Any], now: Mapping[st
         if saved.get(key) != now[key]:
             raise CheckpointError(
                 f"{folder}: was saved by a run with {saved.get(key)} {noun}, this one has {now[key]}, so it would not "
-                f"continue with the same numbers; use {saved.get(key)} again, or take only its weights ({instead}) in "
-                "a new folder.")
+                f"continue with the same numbers; use {saved.get(key)} again, of all processes together, or take only "
+                f"its weights ({instead}) in a new folder.")
+
+
+def other_numbers(saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """A remark without full stop on each of the counts (`names`: key → noun) that differs from the checkpoint's."""
+    return [f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
+            for key, noun in names.items() if saved.get(key) != now[key]]
 
 
 def refuse_other_kind(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str],

@@ -14,12 +14,12 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint_folders import checkpoints
-from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.distributed import ProcessGroup, wait_limit
 from seed_multimodal.training.loop import train
 from seed_multimodal.training.loop_settings import SampleCost, StageSettings
 from seed_multimodal.training.meter import Meter
 from seed_multimodal.training.optimizers import parameter_groups
-from seed_multimodal.training.resume import refuse_other_numbers
+from seed_multimodal.training.resume import other_numbers, refuse_other_numbers
 from seed_multimodal.training.schedules import check_kind, learning_rate
 from seed_multimodal.training.task import Task
 
@@ -68,15 +68,15 @@ class StageTask(Task):
                 **{key: count for key, count in shared.items() if count > 1}}
 
     def identity(self, world: int) -> dict[str, Any]:
-        """Processes, and samples of a step over all of them: the order of samples follows from both."""
+        """Processes, and samples of a step over all of them, from which their order follows."""
         return {"processes": world,
                 "samples_per_step": self.settings.batch_size * self.settings.accumulate * world}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """Refuse another number of processes or of samples per step: the order of samples follows from both."""
-        refuse_other_numbers(folder, saved, now, {"processes": "processes", "samples_per_step": "samples per step"},
-                             self.start_hint)
-        return []
+        """Refuse another number of samples per step, from which their order follows; another number of processes, which
+        share them out in another way, is a remark."""
+        refuse_other_numbers(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
+        return other_numbers(saved, now, {"processes": "processes"})
 
 
 def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None = None) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None 
     """
     home = Path(folder)
     if group is None:
-        with ProcessGroup() as own:
+        with ProcessGroup(wait_limit(task.settings.timeout_minutes)) as own:
             return train_stage(task, home, own)
     done = home / task.record_file
     here = done.is_file()

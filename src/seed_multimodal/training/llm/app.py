@@ -9,15 +9,13 @@ configuration and stop), `--help`, `--debug` (tracebacks). Under torchrun every 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from seed_multimodal.entry import guarded
+from seed_multimodal.entry import guarded, run_and_exit
 from seed_multimodal.training.llm.compose import GROUPS, compose
 from seed_multimodal.training.llm.flags import translate
 
@@ -37,26 +35,8 @@ def main(argv: Sequence[str] | None = None, configs: str | Path = "configs") -> 
 
 
 def main_process(configs: str | Path) -> NoReturn:
-    """`main` as a program. One of several processes leaves at once, with its exit code.
-
-    After a run over gloo, more than one run in four was aborted by C++ while a process tore itself down (torch 2.13,
-    "terminate called without an active exception"): torchrun then reports a failure although all was done and saved,
-    and other nodes wait. Logs, checkpoints and data workers are closed by then, so nothing is left to tear down.
-    """
-    code: object = 1
-    try:
-        code = main(configs=configs)
-    except SystemExit as stopped:
-        code = stopped.code
-    finally:
-        if os.environ.get("WORLD_SIZE") not in (None, "", "0", "1"):
-            if sys.exc_info()[0] is not None:  # a bug: Python would show it after this
-                traceback.print_exc()
-            logging.shutdown()
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(code if isinstance(code, int) else 1)
-    sys.exit(code)  # type: ignore[arg-type]
+    """`main` as a program."""
+    run_and_exit(lambda: main(configs=configs))
 
 
 def run(arguments: Sequence[str], configs: Path) -> int:

@@ -47,7 +47,7 @@ from seed_multimodal.training.llm.token_meter import TokenMeter
 from seed_multimodal.training.llm.trainer_settings import RunSettings
 from seed_multimodal.training.loop import Run
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
-from seed_multimodal.training.resume import refuse_other_kind
+from seed_multimodal.training.resume import other_numbers, refuse_other_kind
 from seed_multimodal.training.task import Task
 from seed_multimodal.training.zero import fill_config, use_offload_threads
 from seed_multimodal.weights import load_state_dict
@@ -227,8 +227,7 @@ class LlmTask(Task):
                               f"folder ({instead}). The plain engine may change their number.")
         nouns = {"world_size": "processes", "max_steps": "steps in all (the schedule follows)",
                  "rows_per_step": "micro-batches a step"}
-        return [f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
-                for key, noun in nouns.items() if saved.get(key) != now[key]]
+        return other_numbers(saved, now, nouns)
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The position in the data."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from seed_multimodal.config import find_target
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, read_settings, setting
-from seed_multimodal.training.loop_settings import PRECISIONS, LoopSettings
+from seed_multimodal.training.loop_settings import PRECISIONS, WAIT_MINUTES, LoopSettings
 
 TOKENIZER_TARGET = "seed_multimodal.configured"
 KEYS = ("output_dir", "model", "data", "optim", "trainer", "deepspeed", "tokenizer", "eval_data")
@@ -39,7 +39,7 @@ class TrainerSettings:
         async_save: write checkpoints beside the training (plain engine).
         resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a checkpoint's folder.
         eval_steps: 0 never evaluates; eval_batches: micro-batches of the evaluation mixture per process.
-        timeout_minutes: how long one step may wait for another process; 0 waits for ever.
+        timeout_minutes: how long a step, and any exchange, waits for another process; 0 waits for ever.
         peak_tflops: of one device at this precision, for the MFU; known devices need none.
         gradient_checkpointing, compile: override the model's settings if given.
         fsdp: spread weights, gradients and optimiser states over the processes with FSDP2 (plain engine; whole models
@@ -67,7 +67,7 @@ class TrainerSettings:
     resume: str = "auto"
     eval_steps: int = setting(0, least=0)
     eval_batches: int = setting(16, least=1)
-    timeout_minutes: float = setting(30.0, least=0)
+    timeout_minutes: float = setting(WAIT_MINUTES, least=0)
     peak_tflops: float | None = None
     gradient_checkpointing: bool | Literal["selective"] | None = None
     compile: bool | None = None
