@@ -43,7 +43,7 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
     compare_losses(toy, tmp_path)
     compare_logs(tmp_path)
     assert_stopped_together(toy, folder, said)
-    assert_another_world_is_refused(toy, folder)
+    assert_another_batch_is_refused(toy, folder)
 
 
 @pytest.mark.process
@@ -115,9 +115,9 @@ def assert_stopped_together(toy: ModuleType, folder: Path, said: str) -> None:
     assert not list(folder.glob(".*tmp"))
 
 
-def assert_another_world_is_refused(toy: ModuleType, folder: Path) -> None:
+def assert_another_batch_is_refused(toy: ModuleType, folder: Path) -> None:
     content = toy.content(folder, "endless")
-    with pytest.raises(CheckpointError, match="run with 2 processes, this one has 1, so it would not continue"):
+    with pytest.raises(CheckpointError, match="run with 8 samples per step, this one has 4, so it would not"):
         toy.train(folder, **ENDLESS)
     assert toy.content(folder, "endless") == content
 
