@@ -87,6 +87,22 @@ def test_imports_are_declared():
     assert not {name: file for name, file in distributions(SOURCES).items() if name not in required()}
 
 
+def test_the_extra_demo_brings_what_the_backends_import():
+    """From the two programs on, through every module of ours that they can reach; and what 8-bit weights need."""
+    paths = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in SOURCES}
+    waiting, reached = [*(ROOT / "gradio_demo").glob("*.py")], set()
+    while waiting:
+        source = waiting.pop()
+        if source not in reached:
+            reached.add(source)
+            waiting += [paths[name] for name in imported(source) if name in paths]
+    assert {PACKAGE / "serving" / "flask_app.py", PACKAGE / "language" / "llama.py"} <= reached
+    there = {name_of(r) for r in [*project()["dependencies"], *project()["optional-dependencies"]["demo"]]}
+    assert not {name: file for name, file in distributions(reached).items() if name not in there}
+    for file in (ROOT / "configs" / "llm").glob("*_8bit.yaml"):
+        assert "load_in_8bit: True" in file.read_text() and "bitsandbytes" in there
+
+
 def test_what_is_required_is_imported_or_has_a_reason():
     places = ("src", "SEED_Tokenizer", "MultiModalLLM", "benchmarks", "scripts", "tests")
     used = set(distributions(file for place in places for file in (ROOT / place).rglob("*.py")))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,11 @@ def test_a_program_refuses_in_one_sentence_unless_it_is_debugged(capsys: pytest.
     assert capsys.readouterr().err == "x: no.\n"
     with pytest.raises(ConfigError):
         run_program(argparse.ArgumentParser(), work, ["--debug"])
+
+
+@pytest.mark.process
+def test_a_program_says_warnings_as_sentences() -> None:
+    work = ("import warnings; from seed_multimodal import entry, errors\n"
+            "entry.guarded('seed', False, lambda: warnings.warn('a.pt: look at it.', errors.SeedWarning) or 0)")
+    run = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True)
+    assert run.stderr == "seed: warning: a.pt: look at it.\n"

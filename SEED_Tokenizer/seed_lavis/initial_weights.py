@@ -80,7 +80,8 @@ def load_finetuned(model: Any) -> None:
     if not options.finetuned:
         raise ConfigError("model.load_finetuned is true, but model.finetuned names no checkpoint.")
     file = locate(options.finetuned)
-    log(str(assign_strictly(model, load_state_dict(file), file, allow_missing=sorted(frozen_names(model)))))
+    log(str(assign_strictly(model, load_state_dict(file), file, allow_missing=sorted(frozen_names(model)),
+                            foreign=True)))
 
 
 def load_tower(tower: nn.Module, source: str) -> None:

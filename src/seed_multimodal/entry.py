@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 import os
 import sys
 import threading
 import traceback
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from seed_multimodal.errors import SeedError
+from seed_multimodal.errors import SeedError, SeedWarning
 
+_PLAIN = warnings.formatwarning
 DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -26,6 +29,7 @@ def log_line(text: str) -> None:
 
 def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; a `SeedError` becomes its sentence and `REFUSED` unless `debug`."""
+    warnings.formatwarning = functools.partial(_warning_line, program)
     try:
         return work()
     except SeedError as error:
@@ -63,6 +67,13 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
                 stream.flush()
             os._exit(code if isinstance(code, int) else 1)
     sys.exit(code)  # type: ignore[arg-type]
+
+
+def _warning_line(program: str, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """How a program shows warnings: a `SeedWarning` is its sentence, without the line of code it comes from."""
+    if issubclass(category, SeedWarning):
+        return f"{program}: warning: {message}\n"
+    return _PLAIN(message, category, *place, **more)
 
 
 def end_with_parent() -> None:

@@ -39,6 +39,10 @@ class GenerationError(SeedError):
     """The language model's answer does not hold what was asked for (for example no picture)."""
 
 
+class SeedWarning(UserWarning):
+    """Something a user should look at, in one sentence; the work goes on."""
+
+
 def first_line(error: BaseException, longest: int = 300) -> str:
     """Message of another library's error, for use inside a sentence: its first line without the full stop.
 

@@ -1,7 +1,8 @@
 """Reading and writing weights: safetensors, or old torch files through `weights_only=True`, never arbitrary pickles.
 
-`assign_strictly` is the only place that copies a state dict into a module: it names what is missing or unexpected
-and refuses when anything outside the allowed lists differs (DESIGN.md, decision 1).
+`assign_strictly` is the only place that puts a state dict into a module: it names what is missing or unexpected. A
+needed tensor that is missing or of another shape is refused; one that nobody needs is refused in our own files and left
+out with a warning in files made elsewhere, whose contents nobody here can list in full.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.disk import replacing, replacing_path, set_default_mode
-from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.errors import CheckpointError, SeedWarning, counted, first_line
 
 _WRAPPERS = ("model", "state_dict", "module")
 # What torch's reader raises for a file with some wrong bytes.
@@ -32,13 +34,14 @@ _DAMAGES = (RuntimeError, EOFError, ValueError, OSError, LookupError, AssertionE
 
 @dataclass
 class LoadReport:
-    """Result of a load: names of parameters filled, left as they were, ignored in the file, and of tensors fitted to
-    the model's size (name → what was done)."""
+    """Result of a load: names of parameters filled, left as they were, ignored in the file (`unlisted`: those of them
+    that nobody expected), and of tensors fitted to the model's size (name → what was done)."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
     fitted: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -204,15 +207,23 @@ def assign_strictly(
     source: str | Path,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
+    *,
+    foreign: bool = False,
+    device: str | torch.device = "cpu",
 ) -> LoadReport:
-    """Copy `state` into `module` and account for every name.
+    """Put `state` into `module` and account for every name.
+
+    A module on the meta device takes the tensors themselves, moved to `device` and converted to its precision: those
+    of a file read `mapped` stay views of the file where nothing changes. Any other module copies them.
 
     Args:
         allow_missing: shell patterns of names that may be absent from the file.
-        allow_unexpected: shell patterns of names in the file that may be ignored.
+        allow_unexpected: shell patterns of names in the file that are known and left out.
+        foreign: a file made elsewhere: other names are left out, too, with a warning that names and counts them.
 
     Raises:
-        CheckpointError: nothing matches, a shape differs, or a name outside the patterns is missing or unexpected.
+        CheckpointError: nothing matches, a shape differs, or a name outside the patterns is missing or (unless
+            `foreign`) unexpected.
     """
     own = module.state_dict()
     report = LoadReport(str(source))
@@ -229,9 +240,34 @@ def assign_strictly(
         raise CheckpointError(f"{source}: {len(shapes)} tensors have another size, first {name!r}: the file has "
                               f"{tuple(state[name].shape)}, the model needs {tuple(own[name].shape)}.")
     refuse_tensors(report.missing, allow_missing, source, "missing from the file")
-    refuse_tensors(report.ignored, allow_unexpected, source, "unknown to the model")
-    module.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
+    if foreign:
+        report.unlisted = warn_tensors(report.ignored, allow_unexpected, source)
+    else:
+        refuse_tensors(report.ignored, allow_unexpected, source, "unknown to the model")
+    bare = {name for name in report.loaded if own[name].is_meta}
+    module.load_state_dict({name: _placed(state[name], device, own[name].dtype) for name in bare}, strict=False,
+                           assign=True)
+    module.load_state_dict({name: state[name] for name in report.loaded if name not in bare}, strict=False)
     return report
+
+
+def _placed(value: Tensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+    """`value` itself if it lies so already; numbers that have no precision to convert are copied, so that a few of them
+    do not keep a whole file mapped."""
+    placed = value.to(device, dtype)
+    return placed.contiguous() if placed.is_floating_point() else placed.clone()
+
+
+def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path) -> list[str]:
+    """Warn (`SeedWarning`) of tensors in a file that nothing uses and no shell pattern of `known` covers; gives their
+    names."""
+    patterns = list(known)
+    unlisted = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    if unlisted:
+        shown = ", ".join(map(repr, unlisted)) if len(unlisted) <= 5 else grouped(unlisted)
+        warnings.warn(f"{source}: {counted(len(unlisted), 'tensor')} that the model does not know "
+                      f"{'was' if len(unlisted) == 1 else 'were'} left out: {shown}.", SeedWarning, stacklevel=3)
+    return unlisted
 
 
 def refuse_tensors(names: Iterable[str], allowed: Iterable[str], source: str | Path, what: str) -> None:

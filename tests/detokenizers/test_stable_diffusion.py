@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_seed1
 import torch
+from safetensors.torch import load_file, save_file
 
 from seed_multimodal.detokenizers.stable_diffusion import StableDiffusionDefaults, StableDiffusionDetokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -216,3 +217,15 @@ def test_missing_and_damaged_folders(folder: Path, tmp_path: Path) -> None:
     (broken / "model_index.json").write_text("{")
     with pytest.raises(CheckpointError, match="broken: not a complete Stable Diffusion folder"):
         StableDiffusionDetokenizer.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_missing_tensor_is_refused_and_never_made_up(folder: Path, tmp_path: Path, part: str) -> None:
+    shutil.copytree(folder, tmp_path / "less")
+    file = next((tmp_path / "less" / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    lost = sorted(tensors)[-1]
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"less/{part}: 1 tensors are missing from the file: '.*{lost[-12:]}'"):
+        StableDiffusionDetokenizer.from_pretrained(tmp_path / "less")

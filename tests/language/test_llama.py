@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
+from seed_multimodal.language import llama
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -108,8 +111,12 @@ def test_incomplete_and_foreign_tensors(changed: Callable[..., Path], tmp_path: 
     with pytest.raises(CheckpointError, match=r"1 tensors are missing from the file: 'model\.norm\.weight'"):
         load_llm(changed(tensors=without))
     shutil.rmtree(tmp_path / "changed")
-    with pytest.raises(CheckpointError, match=r"unknown to the model: 'other\.weight'"):
-        load_llm(changed(tensors=lambda state: {**state, "other.weight": torch.ones(2)}))
+    with pytest.warns(SeedWarning, match=r"changed: 1 tensor that the model does not know was left out: 'other\.w'"):
+        load_llm(changed(tensors=lambda state: {**state, "other.w": torch.ones(2)}))
+    shutil.rmtree(tmp_path / "changed")
+    deeper = {"model.layers.2.input_layernorm.weight": torch.ones(32)}  # then config.json is another model's
+    with pytest.raises(CheckpointError, match="config.json says 2 layers, but the weights have 3"):
+        load_llm(changed(tensors=lambda state: state | deeper))
 
 
 def test_another_size(changed: Callable[..., Path]) -> None:
@@ -151,6 +158,62 @@ def test_old_torch_files_load(changed: Callable[..., Path], llm_folder: Path) ->
     state = load_file(llm_folder / "model.safetensors")
     torch.save(state, folder / "pytorch_model.bin")
     assert torch.equal(load_llm(folder).lm_head.weight, state["lm_head.weight"])
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_sharded_weights_with_an_unlisted_tensor(
+    llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, where: str
+) -> None:
+    state = load_file(llm_folder / "model.safetensors") | {"further.weight": torch.ones(2)}
+    name = "owner/llama"
+    cached = tmp_path / "cache" / "models--owner--llama"
+    folder = cached / "snapshots" / ("0" * 40) if where == "hub" else tmp_path / "llama"
+    folder.mkdir(parents=True)
+    if where == "hub":
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("0" * 40)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    shutil.copy(llm_folder / "config.json", folder)
+    stem, ending = ("model", "safetensors") if form == "safetensors" else ("pytorch_model", "bin")
+    places = {key: f"{stem}-{1 + number % 3:05d}-of-00003.{ending}" for number, key in enumerate(sorted(state))}
+    for file in sorted(set(places.values())):
+        part = {key: value for key, value in state.items() if places[key] == file}
+        save_file(part, folder / file, metadata={"format": "pt"}) if ending == "safetensors" else torch.save(
+            part, folder / file)
+    index = folder / f"{stem}.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    source = name if where == "hub" else folder
+    with pytest.warns(SeedWarning, match="1 tensor that the model does not know was left out: 'further.weight'"):
+        model = load_llm(source, dtype=torch.float16)
+    found = model.state_dict()
+    assert all(torch.equal(found[key], value.half()) for key, value in state.items() if "further" not in key)
+    assert model.dtype == torch.float16 and not hasattr(model, "_hf_hook")
+    (folder / places["lm_head.weight"]).unlink()
+    with pytest.raises(CheckpointError, match="cannot be read|not in the local cache"):  # a shard of the index is lost
+        load_llm(source)
+
+
+def test_weights_go_straight_to_their_device(llm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No machine of the tests has a GPU: what the loader is told, and that the model is not moved afterwards."""
+    from transformers import LlamaForCausalLM
+
+    told = []
+    read = LlamaForCausalLM.from_pretrained.__func__
+
+    def watch(kind: type, *args: object, **options: object) -> object:
+        told.append((options["device_map"], options["dtype"]))
+        return read(kind, *args, **options)
+
+    def refuse(model: object, *args: object) -> None:
+        raise AssertionError("moved after loading")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(watch))
+    monkeypatch.setattr(LlamaForCausalLM, "to", refuse)
+    assert load_llm(llm_folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert told == [({"": "cpu"}, torch.bfloat16)]
+    assert [llama._place(torch.device(name)) for name in ("cuda", "cuda:2", "mps", "cpu")] == [0, 2, "mps", "cpu"]
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])

@@ -22,6 +22,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.weights import refuse_tensors
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -88,8 +89,9 @@ class PipelineDetokenizer:
         try:
             index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
             absent = {*left_out, *(name for name in cls.optional if (index.get(name) or [None])[0] is None)}
-            with quiet_loading("diffusers"), warnings.catch_warnings():
+            with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # every diffusers below 1 accepts the name `torch_dtype`
+                options |= _text_parts(place, index, dtype, absent)
                 pipeline = cls.pipeline_class().from_pretrained(
                     str(place), torch_dtype=dtype, local_files_only=True, **dict.fromkeys(absent), **options)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -98,6 +100,11 @@ class PipelineDetokenizer:
         for name in cls.parts:
             if getattr(pipeline, name, None) is None:
                 raise CheckpointError(f"{place}: the diffusion folder holds no {name!r}; {cls.where}.")
+        for name, part in pipeline.components.items():
+            # What its file lacks, diffusers leaves without memory, and warns only.
+            lacking = [key for key, value in part.state_dict().items() if value.is_meta] if isinstance(
+                part, torch.nn.Module) else []
+            refuse_tensors(lacking, (), place / name, "missing from the file")
         return cls(pipeline, defaults)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
@@ -220,3 +227,22 @@ def for_each(values: Tensor, count: int, name: str) -> Tensor:
     if len(values) not in (1, count):
         raise ConfigError(f"{name} hold {len(values)} samples for {count} pictures.")
     return values.expand(count, *values.shape[1:])
+
+
+def _text_parts(place: Path, index: Mapping[str, Any], dtype: torch.dtype, absent: Iterable[str]) -> dict[str, Any]:
+    """Parts of a diffusion folder that are transformers models: diffusers would fill what their files lack at random.
+
+    Raises:
+        CheckpointError: tensors missing from a part's file.
+    """
+    import transformers
+
+    parts = {}
+    for name, kind in index.items():
+        found = getattr(transformers, str(kind[1]), None) if isinstance(kind, list) and kind[:1] == ["transformers"] \
+            else None
+        if name not in absent and isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            parts[name], info = found.from_pretrained(place / name, dtype=dtype, local_files_only=True,
+                                                      output_loading_info=True)
+            refuse_tensors(sorted(info["missing_keys"]), (), place / name, "missing from the file")
+    return parts

@@ -99,7 +99,7 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
     positions = model.Qformer.bert.embeddings.position_ids
     positions.copy_(torch.arange(positions.shape[1])[None])
     rest = {name: value for name, value in state.items() if not name.startswith(TOWER)}
-    assign_strictly(model, rest, file, allow_missing=["*position_ids"], allow_unexpected=STAGE1_IGNORED)
+    assign_strictly(model, rest, file, allow_missing=["*position_ids"], allow_unexpected=STAGE1_IGNORED, foreign=True)
     tower = {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)}
     model.visual_encoder = _shared_tower(tower, tokenizer, file)
     return model.to(tokenizer.device, tokenizer.dtype).requires_grad_(False).eval()

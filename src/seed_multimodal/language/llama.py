@@ -7,8 +7,10 @@ also hold rotary frequencies, which are computed here.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +21,15 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.hub import PARTS, is_hub_name
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.quiet import quiet_loading
-from seed_multimodal.weights import refuse_tensors
+from seed_multimodal.weights import refuse_tensors, warn_tensors
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 BOS, EOS, PAD = 1, 2, 0
 QUANTIZATIONS = (None, "8bit", "4bit")
+ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def load_llm(
@@ -38,22 +42,24 @@ def load_llm(
 ) -> LlamaForCausalLM:
     """Read a LLaMA folder (or, on machines that may reach the hub, a hub id) for inference.
 
+    Every tensor goes straight to `device` in `dtype`; on the CPU in the file's precision it stays a view of the file.
+    Tensors that a LLaMA does not have are left out with a warning.
+
     Args:
         dtype: precision of the weights (with quantisation: of the rest).
         quantization: "8bit" or "4bit" through bitsandbytes, on CUDA devices and on CPUs (smaller there, not faster).
         vocabulary: the tokenizer's; the model must have exactly its words.
 
     Raises:
-        CheckpointError: missing or damaged files, another architecture, tensors missing, another vocabulary.
+        CheckpointError: missing or damaged files, another architecture, tensors missing or of another size, layers
+            beyond those of config.json, another vocabulary.
         ConfigError: a quantisation this machine cannot do.
     """
     device = torch.device(device)
-    extra = _quantization(quantization, device, dtype)
+    packed = _quantization(quantization, device, dtype)
     config = _config(folder_or_id, vocabulary)
-    model, info = _read_weights(folder_or_id, config, dtype, extra)
-    _check_names(info, folder_or_id)
-    if not extra:
-        model = model.to(device)
+    model, info = _read_weights(folder_or_id, config, dtype, {"device_map": {"": _place(device)}, **packed})
+    _check_names(info, folder_or_id, config.num_hidden_layers)
     force_special_ids(model)
     return model.eval()
 
@@ -128,12 +134,17 @@ def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) ->
     if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"{name} weights need a CUDA device or a CPU, not {device}.")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{name} weights need the package bitsandbytes: pip install bitsandbytes.")
+        raise ConfigError(f"{name} weights need the package bitsandbytes: bash install.sh --extras demo, or pip install bitsandbytes.")
     from transformers import BitsAndBytesConfig
 
     bits = (BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype))
-    return {"quantization_config": bits, "device_map": {"": "cpu" if device.type == "cpu" else device.index or 0}}
+    return {"quantization_config": bits}
+
+
+def _place(device: torch.device) -> str | int:
+    """A device as a `device_map` names it."""
+    return (device.index or 0) if device.type == "cuda" else str(device)
 
 
 def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: dict[str, Any]) -> tuple[Any, Any]:
@@ -157,9 +168,14 @@ def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: di
         raise CheckpointError(f"{source}: the weights cannot be read ({first_line(error)}).") from error
 
 
-def _check_names(info: Any, source: str | Path) -> None:
+def _check_names(info: Any, source: str | Path, layers: int) -> None:
     resized = sorted(f"{name} (file {tuple(there)}, model {tuple(here)})"
                      for name, there, here in info["mismatched_keys"])
     refuse_tensors(resized, (), source, "of another size")
     refuse_tensors(sorted(info["missing_keys"]), (), source, "missing from the file")
-    refuse_tensors(sorted(info["unexpected_keys"]), ("*rotary_emb.inv_freq*",), source, "unknown to the model")
+    extra = sorted(name for name in info["unexpected_keys"] if not fnmatch.fnmatchcase(name, ROTARY))
+    deeper = {int(found[1]) for name in extra if (found := _LAYER.match(name))}
+    if deeper and max(deeper) >= layers:
+        raise CheckpointError(f"{source}: config.json says {layers} layers, but the weights have {max(deeper) + 1}; "
+                              f"they do not belong together.")
+    warn_tensors(extra, (), source)

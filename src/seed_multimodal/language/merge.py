@@ -24,9 +24,10 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import making_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, counted, first_line
 from seed_multimodal.language.adapters import ADAPTER_CONFIG, TrainedTensors
-from seed_multimodal.language.llama import BOS, EOS, PAD, plain_generation
+from seed_multimodal.language.llama import BOS, EOS, PAD, ROTARY, plain_generation
 from seed_multimodal.language.merge_check import compare_logits
 from seed_multimodal.language.shards import CODES, Shards, TensorEntry, parse_size, write_shards
+from seed_multimodal.weights import warn_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Log = Callable[[str], None] | None
@@ -142,6 +143,7 @@ def _plan(base: str | Path | None, trained: str | Path | None, tokenizer: Any, l
     for stale in ("torch_dtype", "dtype", "max_sequence_length", "_name_or_path", "quantization_config"):
         values.pop(stale, None)
     config, tensors = _llama(values, config_file)
+    warn_tensors((name for name in shards.entries if name not in tensors), (ROTARY, HEAD), shards.source)
     plan = _Plan(config, shards, adapter, tensors)
     for name, tensor in tensors.items():
         own = _source(plan, name).dtype

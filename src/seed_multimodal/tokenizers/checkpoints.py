@@ -7,7 +7,8 @@
     a hub id          `owner/name` (SEED-2), downloaded with huggingface_hub, then a released or our folder
 
 `PretrainedTokenizer` gives a model class `from_pretrained`. Every tensor of every file is accounted for: training-only
-names on a list are ignored and reported, anything else unknown or missing is refused.
+names on a list are ignored and reported, unlisted ones too, with a warning; a needed one that is missing is refused.
+Files are mapped into memory: weights on the CPU in the file's precision stay views of the file.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class PretrainedTokenizer:
                 sentence that names them and what to put where.
         """
         files = find_files(source, cls.layout, cls.config_class.model_type, vision)
-        states = [load_state_dict(file) for file in files.weights]
+        states = [load_state_dict(file, mapped=True) for file in files.weights]
         state: State = {name: value for tensors in states for name, value in tensors.items()}
         replaced = sum(map(len, states)) - len(state)
         del states
@@ -108,25 +109,30 @@ class PretrainedTokenizer:
                      dtype: torch.dtype = torch.float32) -> Self:
         """A tokenizer in eval mode from tensors, every name of which is accounted for in its `load_report`.
 
+        The given tensors become its own where they are on `device` and of `dtype` already.
+
         Args:
             state: everything but the vision tower; training-only tensors are ignored by name.
             tower: the vision tower's tensors by their names in the tower.
 
         Raises:
-            CheckpointError: another size, or anything else missing or unknown.
+            CheckpointError: another size, or a tensor missing.
         """
-        model = empty_model(cls, config, device, dtype)
+        with torch.device("meta"):
+            model = cls(config)  # type: ignore[call-arg]
+        model = model.to(dtype)  # type: ignore[attr-defined]
         rest = [name for name in model.state_dict() if name.startswith(TOWER)]
         report = assign_strictly(model, state, source, allow_missing=[*rest, "*position_ids"],
-                                 allow_unexpected=cls.ignored_names(config))
-        seen = fill_tower(model.visual_encoder, tower, tower_source)
+                                 allow_unexpected=cls.ignored_names(config), foreign=True, device=device)
+        seen = fill_tower(model.visual_encoder, tower, tower_source, device)
         report.loaded += [TOWER + name for name in seen.loaded]
         report.missing = [name for name in report.missing if not name.startswith(TOWER)]
         report.ignored += [TOWER + name for name in seen.ignored]
+        report.unlisted += [TOWER + name for name in seen.unlisted]
         if str(tower_source) != str(source):
             report.source = f"{source} and {tower_source}"
         model.load_report = report
-        return model
+        return with_buffers(model, device)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors` (weights in their present dtype); each appears whole or not."""
@@ -144,11 +150,24 @@ def empty_model(kind: type[Any], config: Any, device: str | torch.device, dtype:
         model = kind(config)
     model = model.to(dtype).to_empty(device=device)
     for name, buffer in model.named_buffers():
-        if name.endswith("position_ids"):
-            buffer.copy_(torch.arange(buffer.shape[1], device=buffer.device)[None])
-        else:
-            buffer.zero_()
+        buffer.copy_(_start(name, buffer))
     return model.requires_grad_(False).eval()
+
+
+def with_buffers(model: Any, device: str | torch.device) -> Any:
+    """A model in eval mode whose weights are there; buffers still on the meta device get their start values."""
+    for path, part in model.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                part._buffers[name] = _start(f"{path}.{name}", buffer).to(device)
+    return model.requires_grad_(False).eval()
+
+
+def _start(name: str, buffer: Tensor) -> Tensor:
+    """A buffer's start value on the CPU: positions count, all others are zero."""
+    if name.endswith("position_ids"):
+        return torch.arange(buffer.shape[1], dtype=buffer.dtype)[None]
+    return torch.zeros(buffer.shape, dtype=buffer.dtype)
 
 
 # ---- which files
@@ -246,7 +265,7 @@ def read_tower(file: Path) -> State:
     Raises:
         CheckpointError: not an EVA tower, or a damaged file.
     """
-    state = load_state_dict(file)
+    state = load_state_dict(file, mapped=True)
     tower = {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)} or state
     if "patch_embed.proj.weight" not in tower:
         raise CheckpointError(f"{file}: not an EVA vision tower: it holds no 'patch_embed.proj.weight' "
@@ -254,17 +273,20 @@ def read_tower(file: Path) -> State:
     return tower
 
 
-def fill_tower(vit: EvaVit, tower: Mapping[str, Tensor], source: str | Path) -> LoadReport:
-    """Copy tower tensors into `vit`: positions resized to its grid, a file's block after the last used one left out.
+def fill_tower(vit: EvaVit, tower: Mapping[str, Tensor], source: str | Path,
+               device: str | torch.device = "cpu") -> LoadReport:
+    """Put tower tensors into `vit` (on `device`, if it is on the meta device): positions resized to its grid, a file's
+    block after the last used one left out.
 
     Raises:
-        CheckpointError: another size, or anything else missing or unknown.
+        CheckpointError: another size, or a tensor missing.
     """
     fitted, before = dict(tower), tower.get("pos_embed")
     if before is not None and before.ndim == 3:
         fitted["pos_embed"] = resize_positions(before, vit.config.grid)
     report = assign_strictly(vit, fitted, source,
-                             allow_unexpected=[*IGNORED_IN_TOWER, f"blocks.{vit.config.depth}.*"])
+                             allow_unexpected=[*IGNORED_IN_TOWER, f"blocks.{vit.config.depth}.*"], foreign=True,
+                             device=device)
     if before is not None and before.shape != vit.pos_embed.shape:
         report.fitted["pos_embed"] = f"resized from {tuple(before.shape)} to {tuple(vit.pos_embed.shape)}"
     return report

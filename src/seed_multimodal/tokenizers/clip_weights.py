@@ -65,7 +65,8 @@ def _load(path_or_id: str | Path, half: str, device: str | torch.device, dtype: 
     config = getattr(transformers, f"{name}Config").from_dict(_settings(folder, half))
     state, source = _tensors(folder)
     model = empty_model(getattr(transformers, f"{name}ModelWithProjection"), config, device, dtype)
-    report = assign_strictly(model, state, source, allow_missing=["*position_ids"], allow_unexpected=IGNORED[half])
+    report = assign_strictly(model, state, source, allow_missing=["*position_ids"], allow_unexpected=IGNORED[half],
+                             foreign=True)
     model.load_report = report
     if log is not None:
         log(report.describe())

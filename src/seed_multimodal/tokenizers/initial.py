@@ -62,7 +62,7 @@ def load_blip2(model: Stage1Model, path_or_id: str | Path, log: Log = print) -> 
     fitted = _fit_words(state, own)
     report = assign_strictly(
         model, state, file, allow_unexpected=ignored,
-        allow_missing=("visual_encoder.*", "embedding_head.*", "*position_ids", "Qformer.cls.*"))
+        allow_missing=("visual_encoder.*", "embedding_head.*", "*position_ids", "Qformer.cls.*"), foreign=True)
     report.ignored += tower
     report.fitted = fitted
     if log is not None:
