@@ -134,7 +134,9 @@ def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) ->
     if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"{name} weights need a CUDA device or a CPU, not {device}.")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{name} weights need the package bitsandbytes: bash install.sh --extras demo, or pip install bitsandbytes.")
+        raise ConfigError(f"{name} weights need the package bitsandbytes: bash install.sh --extras demo, or pip "
+                          f"install bitsandbytes.")
+
     from transformers import BitsAndBytesConfig
 
     bits = (BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else
