@@ -1,13 +1,13 @@
-"""Dataset builders: one for each set of the YAMLs, all of which read json lists, webdataset shards or the nano set.
+"""Dataset builders: one for each set of the YAMLs, all of which read lists, shards, picture folders or the nano set.
 
     datasets:
       conceptual_caption_3m:
         vis_processor:  {train: {name: blip2_image_train, image_size: 224}}
         text_processor: {train: {name: blip_caption}}
         build_info:
-          annotations: {train: {storage: [cc3m.json]}}     json lists of {"image": path, "caption": text or texts}
-          images: {storage: /data/cc3m}                     folder of those paths (default: paths as they are)
-          storage: cc3m/{00000..00331}.tar                  or shards of KEY.jpg and KEY.json members
+          annotations: {train: {storage: [cc3m.json]}}     lists (.json, .jsonl, .parquet) of pictures and captions
+          images: {storage: /data/cc3m}                     folder of the paths in them (default: beside the list)
+          storage: cc3m/{00000..00331}.tar                  or shards, or a folder of pictures and .txt files
 
 Nothing is downloaded. A split is a `PairDataset`, addressed by (index, epoch).
 """
@@ -29,7 +29,7 @@ from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.errors import ConfigError, DataError, first_line
 from seed_multimodal.settings import check_keys
 
-FORMATS = ("json", "webdataset", "nano")
+FORMATS = ("auto", "json", "jsonl", "parquet", "folder", "webdataset", "nano")
 BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", "image_key", "image_keys", "caption_key",
               "caption_file", "index_folder", "folder")
 DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info", "sample_ratio")
@@ -48,7 +48,7 @@ class PairBuilder(BaseDatasetBuilder):
         """LAVIS's download by one process before the others: sets are local files, so only shards are indexed."""
         if get_world_size() > 1:
             for spec in self.sources().values():
-                if spec["format"] == "webdataset":
+                if "index_folder" in spec:
                     self.open(spec)
 
     def build(self) -> dict[str, PairDataset]:
@@ -75,9 +75,8 @@ class PairBuilder(BaseDatasetBuilder):
         info = self.build_info()
         specs = split_sources(info, f"datasets.{self.name}.build_info")
         for spec in specs.values():
-            if spec["format"] == "webdataset":
-                kept = spec.get("index_folder") or (f"{run.output_dir}/index" if run.get("output_dir") else None)
-                spec.update({"log": log, "index_folder": kept})
+            if spec["format"] != "nano" and not spec.get("index_folder") and run.get("output_dir"):
+                spec["index_folder"] = f"{run.output_dir}/index"
         return {split: spec for split, spec in specs.items() if split in wanted}
 
     def build_info(self) -> dict[str, Any]:
@@ -118,20 +117,20 @@ class PairBuilder(BaseDatasetBuilder):
 def split_sources(info: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
     """`build_info` → for each split what `open_pairs` takes."""
     check_keys(map(str, info), BUILD_KEYS, where)
-    kind = info.get("format") or ("webdataset" if info.get("storage") else "json")
+    kind = info.get("format") or "auto"
     if kind not in FORMATS:
         raise ConfigError(f"{where}.format must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, not {kind!r}.")
     if kind == "nano":
         folder = info.get("folder")
         return {split: {"format": kind, "split": own, **({"folder": locate(folder)} if folder else {})}
                 for split, own in (section_at(info, "splits", where) or {"train": "train", "val": "val"}).items()}
-    if kind == "webdataset":
-        shards = section_at(info, "splits", where) or {"train": info.get("storage")}
-        keys = ("image_keys", "caption_key", "caption_file", "index_folder")
-        return {split: {"format": kind, "pattern": _located(pattern, f"{where}.storage"), **_given(info, keys)}
-                for split, pattern in shards.items()}
     root = section_at(info, "images", where).get("storage")
-    more = {**({"image_root": locate(root)} if root else {}), **_given(info, ("image_key", "caption_key"))}
+    keys = ("image_key", "image_keys", "caption_key", "caption_file", "index_folder")
+    more = {**({"image_root": locate(root)} if root else {}), **_given(info, keys)}
+    if kind == "webdataset" or (kind != "json" and (info.get("storage") or info.get("splits"))):
+        shards = section_at(info, "splits", where) or {"train": info.get("storage")}
+        return {split: {"format": kind, "files": _located(pattern, f"{where}.storage"), **more}
+                for split, pattern in shards.items()}
     parts = section_at(info, "annotations", where) or {"train": None}
     lists = {split: section_at(parts, split, f"{where}.annotations").get("storage") for split in parts}
     return {split: {"format": kind, "files": _located(files, f"{where}.annotations.{split}.storage"), **more}

@@ -268,12 +268,12 @@ def test_data_specs(tmp_path: Path) -> None:
     assert data_spec(str(ROOT / "data" / "nano64"), "test_combo") == {
         "format": "nano", "split": "test_combo", "folder": str(ROOT / "data" / "nano64")}
     assert data_spec("a/{0..3}.tar", caption_key="top_caption", image_root=None) == {
-        "format": "webdataset", "pattern": "a/{0..3}.tar", "caption_key": "top_caption"}
+        "format": "auto", "files": "a/{0..3}.tar", "caption_key": "top_caption"}
     file = tmp_path / "data.yaml"
     file.write_text("format: webdataset\npattern: x/*.tar\ncaption_file: txt\n")
     assert data_spec(str(file)) == {"format": "webdataset", "pattern": "x/*.tar", "caption_file": "txt"}
-    with pytest.raises(ConfigError, match="--data somewhere: not nano, a nano folder"):
-        data_spec("somewhere")
+    with pytest.raises(DataError, match="somewhere: there is no such file or folder"):
+        open_pairs(data_spec("somewhere"))
     with pytest.raises(ConfigError, match="only the nano set has splits"):
         data_spec("a.json", "val")
     rows = choose_rows(50, None, 1)
@@ -284,9 +284,9 @@ def test_bad_pictures_in_a_row_end_the_run(stages: tuple[Path, Path, Path], tmp_
     (tmp_path / "list.json").write_text(json.dumps([{"image": f"{i}.png", "caption": "a"} for i in range(30)]))
     source = open_pairs({"format": "json", "files": str(tmp_path / "list.json"), "image_root": str(tmp_path)})
     opened = open_tokenizer(stages[0], CPU, decoder="none", clip="none")
-    with pytest.raises(DataError, match="20 pictures in a row cannot be read"):
+    with pytest.raises(DataError, match="20 samples in a row cannot be used"):
         run_pass(source, range(30), opened)
-    with pytest.raises(DataError, match="none of the 3 pictures could be read"):
+    with pytest.raises(DataError, match="none of the 3 samples could be used"):
         run_pass(source, range(3), opened)
 
 

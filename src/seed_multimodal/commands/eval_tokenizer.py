@@ -55,12 +55,13 @@ def data_spec(text: str, split: str | None = None, **keys: Any) -> dict[str, Any
     """`--data` as the mapping that `data.formats.pairs.open_pairs` reads.
 
     Args:
-        text: `nano`, a nano folder, a .yaml file with such a mapping, a .json list, or a pattern of .tar shards.
+        text: `nano`, a nano folder, a .yaml file with such a mapping, or what `formats.pairs.Pairs` reads: a folder, a
+            file or a pattern.
         split: of the nano set (default: val).
         keys: further keys of the mapping (`image_root`, `caption_key`, …); None means not given.
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: a split of anything but the nano set.
     """
     given = {key: value for key, value in keys.items() if value is not None}
     suffix = Path(text).suffix
@@ -68,12 +69,8 @@ def data_spec(text: str, split: str | None = None, **keys: Any) -> dict[str, Any
         spec: dict[str, Any] = {str(key): value for key, value in load_yaml(text).items()}
     elif text == "nano" or (Path(text) / "manifest.json").is_file():
         spec = {"format": "nano", "split": split or "val", **({} if text == "nano" else {"folder": text})}
-    elif suffix == ".json":
-        spec = {"format": "json", "files": text}
-    elif suffix == ".tar":
-        spec = {"format": "webdataset", "pattern": text}
     else:
-        raise ConfigError(f"--data {text}: not nano, a nano folder, a .json list, a .tar pattern or a .yaml file.")
+        spec = {"format": "auto", "files": text}
     if split is not None and spec.get("format") != "nano":
         raise ConfigError(f"--data {text}: only the nano set has splits.")
     return {**spec, **given}
@@ -83,14 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     parser.add_argument("--model", default="pretrained/nano", metavar="DIR", help="system or tokenizer folder, nano, "
                         "or released (default: %(default)s)")
-    parser.add_argument("--data", default="nano", metavar="SPEC", help="nano, a nano folder, a .json list of picture "
-                        "and captions, a pattern of .tar shards, or a .yaml file (default: nano)")
+    parser.add_argument("--data", default="nano", metavar="SPEC", help="nano, a nano folder, a folder of pictures "
+                        "and captions, a list (.json, .jsonl, .parquet), a pattern of .tar shards, or a .yaml file "
+                        "(default: nano)")
     parser.add_argument("--out", required=True, metavar="DIR", help="for report.json, report.md, evaluate.txt, sheet")
     parser.add_argument("--stage1", metavar="CKPT", help="stage-1 checkpoint: its text path for retrieval")
     parser.add_argument("--limit", type=int, metavar="N", help="look at N pictures, drawn by --seed (default: all)")
     data = parser.add_argument_group("data")
     data.add_argument("--split", help="of the nano set (default: val)")
-    data.add_argument("--image-root", metavar="DIR", help="folder of a .json list's pictures")
+    data.add_argument("--image-root", metavar="DIR", help="folder of the pictures that a list names")
     data.add_argument("--image-key", metavar="KEY")
     data.add_argument("--caption-key", metavar="KEY")
     data.add_argument("--k-test", type=int, default=128, metavar="N", help="scores that are kept of each query "

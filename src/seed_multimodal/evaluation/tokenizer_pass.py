@@ -1,6 +1,7 @@
 """One pass over the pictures: everything that is compared later, computed once per picture.
 
-A picture that cannot be opened is named, left out and counted; 20 of them in a row end the run.
+A sample that cannot be used, for its picture or its caption, is named, left out and counted; 20 of them in a row end
+the run.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.data.formats.pairs import PairSource
+from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, PairSource
 from seed_multimodal.data.stream.skip_budget import SkipBudget
-from seed_multimodal.errors import DataError, ImageError
+from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.metrics import FloatArray
 from seed_multimodal.evaluation.tokenizer_open import OpenedTokenizer
 from seed_multimodal.images.open import open_image
@@ -39,7 +40,7 @@ class PassResult:
         causal: unit features of the last query under stage 1 [N, P], or None.
         rebuilt: the same from the codes, rebuilt by `blocks` [N, P], or None.
         judged: the judge's unit embedding of the picture [N, D], or None.
-        bad: (name, reason) of pictures that could not be read.
+        bad: (name, reason) of samples that could not be used.
     """
 
     rows: list[int]
@@ -60,7 +61,7 @@ def choose_rows(count: int, limit: int | None, seed: int) -> list[int]:
 
 
 def read_picture(source: PairSource, row: int) -> tuple[str, list[str], Image.Image]:
-    """Name, captions and picture of a row; raises `ImageError` for one that cannot be read."""
+    """Name, captions and picture of a row; raises one of `SAMPLE_FAULTS` where it cannot be used."""
     pair = source.read(row)
     name = f"{pair.name} ({pair.image})" if isinstance(pair.image, Path) else pair.name
     return pair.key, list(pair.captions), open_image(pair.image, name=name)
@@ -72,7 +73,7 @@ def run_pass(source: PairSource, rows: Sequence[int], opened: OpenedTokenizer, *
     """Encode the pictures `rows` of `source` in batches.
 
     Raises:
-        DataError: no picture could be read, too many in a row could not, or one gave numbers that are not finite.
+        DataError: no sample could be used, too many in a row could not, or one gave numbers that are not finite.
     """
     found: dict[str, list[Tensor]] = {}
     seen = PassResult([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None, None)
@@ -80,7 +81,7 @@ def run_pass(source: PairSource, rows: Sequence[int], opened: OpenedTokenizer, *
         for name, value in _features(pictures, opened, stage1).items():
             found.setdefault(name, []).append(value.cpu())
     if not seen.rows:
-        raise DataError(f"none of the {len(rows)} pictures could be read.")
+        raise DataError(f"none of the {len(rows)} samples could be used.")
     for name, parts in found.items():
         value = torch.cat(parts)
         finite = value.isfinite().all(dim=1)
@@ -99,11 +100,11 @@ def _batches(source: PairSource, rows: Sequence[int], batch: int, seen: PassResu
     for row in rows:
         try:
             key, captions, picture = read_picture(source, row)
-        except ImageError as error:
+        except SAMPLE_FAULTS as error:
             seen.bad.append((source.key(row), str(error)))
             log(f"left out: {error}")
             if budget.spend():
-                raise DataError(f"{budget.broken} pictures in a row cannot be read, the last: {error}") from error
+                raise DataError(f"{budget.broken} samples in a row cannot be used, the last: {error}") from error
             continue
         budget.good()
         seen.rows.append(row)

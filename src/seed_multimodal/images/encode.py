@@ -28,19 +28,27 @@ def image_to_base64(image: Image.Image, format: str = "PNG") -> str:
 
 
 def image_from_base64(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """Read a picture from base64 text (a `data:image/…;base64,` prefix and line breaks are allowed).
+    """Read a picture from base64 text (see `bytes_from_base64`).
 
     Raises:
         ImageError: not base64, or what `open_image` refuses.
+    """
+    return open_image(bytes_from_base64(text, name, limits), name=name, limits=limits)
+
+
+def bytes_from_base64(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """A picture's file from base64 text (a `data:image/…;base64,` prefix and line breaks are allowed).
+
+    Raises:
+        ImageError: not base64, or longer than the limit.
     """
     prefix = _DATA_URL.match(text)
     body = re.sub(r"\s+", "", text[prefix.end():] if prefix else text)
     limits.check_bytes(len(body) * 3 // 4, name)  # before the decoded copy is made
     try:
-        data = base64.b64decode(body, validate=True)
+        return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"{name}: this is not base64 text ({error}).") from error
-    return open_image(data, name=name, limits=limits)
 
 
 def fit_longer_side(image: Image.Image, length: int = 512) -> Image.Image:

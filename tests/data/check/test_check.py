@@ -200,9 +200,10 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path):
     write_shard(tmp_path / "c.tar", [("k", {"pkl": b"."})])
     write_shard(tmp_path / "d.tar", [("z", {"json": b'{"text": "a"}'})])
     report = check(tmp_path)
-    assert report.files == 4 and report.records == 6 and report.errors == {"damaged file": 1, "pickled": 1}
-    assert "b.tar: torn or damaged after sample" in report.findings[0].sentence
-    assert "seed data convert" in report.findings[1].sentence
+    assert report.files == 4 and report.records == 9  # the torn sample is one
+    assert report.errors == {"damaged file": 1, "pickled": 1, "duplicate id": 2}
+    assert "b.tar: torn or damaged after sample" in report.findings[2].sentence
+    assert "seed data convert" in report.findings[3].sentence
     (tmp_path / "e.json").write_text('[{"text": "a"},\n{"text": ]')
     (finding,) = check(tmp_path / "e.json").findings
     assert finding.kind == "malformed json" and "e.json: line 2, item 1" in finding.sentence

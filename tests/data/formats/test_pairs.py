@@ -19,11 +19,12 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.data.formats.files import expand_pattern, nearest_path
 from seed_multimodal.data.formats.packed import PackedStrings
-from seed_multimodal.data.formats.pairs import JsonPairs, NanoPairs, TarPairs, open_pairs
+from seed_multimodal.data.formats.pairs import NanoPairs, Pairs, open_pairs
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.tar import OpenFiles, scan_tar
 from seed_multimodal.data.formats.tar_headers import tar_members
 from seed_multimodal.data.nano import load_nano
-from seed_multimodal.errors import ConfigError, DataError, ImageError
+from seed_multimodal.errors import ConfigError, DataError
 
 
 def sentence(error: pytest.ExceptionInfo[Exception]) -> str:
@@ -52,17 +53,18 @@ def test_patterns(tmp_path: Path) -> None:
     ("{0}/none-*.tar", ["none-*.tar", "matches"]),
     ("{0}/n-{{00..02}}.tar", ["n-{00..02}.tar", "matches"]),
     ("{0}/a-{{0..3}}.tar", ["a-{0..3}.tar", "3 of its 4", "a-1.tar"]),
-    ("{0}", ["folder", "/*"]),
     ("pipe:aws s3 cp x -", ["pipe:", "on disk"]),
     ("https://host/a-0.tar", ["https://", "on disk"]),
 ])
 def test_patterns_that_match_nothing(tmp_path: Path, pattern: str, words: list[str]) -> None:
     (tmp_path / "a-0.tar").touch()
     with pytest.raises(DataError) as error:
-        TarPairs(pattern.format(tmp_path))
+        Pairs(pattern.format(tmp_path))
     assert all(word in sentence(error) for word in words)
     with pytest.raises(DataError, match="empty"):
         expand_pattern([])
+    with pytest.raises(DataError, match=r"it is a folder; try .*/\*"):
+        expand_pattern(tmp_path)
 
 
 def test_a_plain_path_with_a_typo_is_told_as_one(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_packed_strings() -> None:
 
 @pytest.mark.parametrize("caption_file", ["json", "txt"])
 def test_shards_read_as_webdataset_reads_them(shards: Path, caption_file: str) -> None:
-    pairs = TarPairs(f"{shards}/s-{{000..003}}.tar", caption_file=caption_file)
+    pairs = Pairs(f"{shards}/s-{{000..003}}.tar", caption_file=caption_file)
     files = [str(p) for p in sorted(shards.glob("*.tar"))]
     theirs = list(webdataset.WebDataset(files, shardshuffle=False).decode())
     assert len(pairs) == len(theirs) == 40 and pairs.shard_sizes.tolist() == [13, 7, 1, 19]
@@ -144,9 +146,9 @@ def test_keys_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
 def test_preferred_picture_and_other_caption_keys(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
     path = write_tar(tmp_path / "x.tar", [{"__key__": "0", "png": b"P", "jpg": jpeg(0),
                                            "json": {"top_caption": ["a", "b"]}}])
-    assert TarPairs(path, ("jpg", "png"), "top_caption").read(0).image == jpeg(0)
-    assert TarPairs(path, ["png", "jpg"], "top_caption").read(0).image == b"P"
-    assert TarPairs(path, "png", "top_caption").read(0).captions == ["a", "b"]
+    assert Pairs(path, image_keys=("jpg", "png"), caption_key="top_caption").read(0).image == jpeg(0)
+    assert Pairs(path, image_keys=["png", "jpg"], caption_key="top_caption").read(0).image == b"P"
+    assert Pairs(path, image_keys="png", caption_key="top_caption").read(0).captions == ["a", "b"]
 
 
 @pytest.mark.parametrize("cut", ["in a picture", "in a header", "between samples", "to nothing", "zeroed header"])
@@ -164,16 +166,21 @@ def test_a_torn_shard_is_named(tmp_path: Path, shards: Path, cut: str) -> None:
                 "between samples": seventh.offset, "to nothing": 0}[cut]
         del data[keep:]
     path.write_bytes(data)
-    with pytest.raises(DataError) as error:
-        TarPairs(f"{tmp_path}/*.tar")
-    assert str(path) in sentence(error) and "torn or damaged" in str(error.value)
     if cut == "to nothing":
+        with pytest.raises(DataError, match=r"torn\.tar: torn or damaged in its first sample"):
+            Pairs(path)
+        shutil.copy(shards / "s-001.tar", tmp_path / "whole.tar")
+        assert len(Pairs(f"{tmp_path}/*.tar")) == 1 + 7  # beside others it is one bad sample
         return
-    logged: list[str] = []
-    kept = TarPairs(path, keep_torn=True, log=logged.append)
-    # Nothing tells that the sixth sample has all its members, so it is left out as well.
-    assert len(kept) == 5 and kept.read(4).captions == ["Picture 4."]
-    assert str(path) in logged[0] and "after sample 00004" in logged[0]
+    for _ in range(2):  # the second time by its kept index
+        kept = Pairs(path, index_folder=tmp_path / "index")
+        # Unless the seventh has begun, nothing tells that the sixth has all its members, so it is left out as well.
+        whole = 6 if cut == "in a picture" else 5
+        assert len(kept) == whole + 1 and kept.read(4).captions == ["Picture 4."] and kept.key(whole) == "torn"
+        with pytest.raises(BadRecord) as error:
+            kept.read(whole)
+        assert sentence(error).startswith(f"{path}: torn or damaged after sample 0000{whole - 1} (")
+        assert error.value.kind == "damaged file"
 
 
 def test_what_is_no_plain_tar(tmp_path: Path, shards: Path) -> None:
@@ -184,15 +191,15 @@ def test_what_is_no_plain_tar(tmp_path: Path, shards: Path) -> None:
     disguised = shutil.copy(packed, tmp_path / "x.tar")
     for path in (packed, disguised):
         with pytest.raises(DataError, match="compressed") as error:
-            TarPairs(path)
+            Pairs(path)
         assert str(path) in sentence(error) and "gunzip" in str(error.value)
     (tmp_path / "text.tar").write_text("not a tar " * 200)
     with pytest.raises(DataError, match=r"text\.tar: torn or damaged in its first sample"):
-        TarPairs(tmp_path / "text.tar")
+        Pairs(tmp_path / "text.tar")
     with tarfile.open(tmp_path / "none.tar", "w"):
         pass
     with pytest.raises(DataError, match=r"none\.tar: holds no record"):
-        TarPairs(tmp_path / "none.tar")
+        Pairs(tmp_path / "none.tar")
 
 
 def test_missing_captions_and_pictures(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
@@ -207,53 +214,60 @@ def test_missing_captions_and_pictures(tmp_path: Path, jpeg: Callable, write_tar
         {"__key__": "a-list", "jpg": jpeg(3), "json": b"[1]"},
         {"__key__": "blind", "json": {"caption": "no picture"}},
     ])
-    pairs = TarPairs(path)
+    pairs = Pairs(path)
     assert pairs.read(0).captions == ["fine"]
     for index in range(1, 7):
         with pytest.raises(DataError) as error:
             pairs.read(index)
-        assert f"{path}: {pairs.key(index)}: " in sentence(error)
+        assert f"{path}: sample {pairs.key(index)}: " in sentence(error)
     with pytest.raises(DataError, match=r"no caption key 'caption' \(did you mean 'captions'\?\)"):
         pairs.read(1)
-    with pytest.raises(ImageError, match=r"x\.tar: blind: has no picture"):
+    with pytest.raises(BadRecord, match=r"x\.tar: sample blind: has no picture"):
         pairs.read(7)
     with pytest.raises(DataError, match=r"x\.tar: .* extension webp"):
-        TarPairs(path, image_keys=("webp",))
+        Pairs(path, image_keys=("webp",))
     with pytest.raises(DataError, match=r"x\.tar: .* extension txt"):
-        TarPairs(path, caption_file="txt")
+        Pairs(path, caption_file="txt")
     with pytest.raises(ConfigError, match="caption_file"):
-        TarPairs(path, caption_file="yaml")
+        Pairs(path, caption_file="yaml")
 
 
-def test_a_member_that_is_there_twice(tmp_path: Path, write_tar: Callable) -> None:
+def test_a_member_that_is_there_twice(tmp_path: Path, jpeg: Callable) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for _ in range(2):
-            archive.addfile(tarfile.TarInfo("a.jpg"))
-    with pytest.raises(DataError, match=r"x\.tar: sample a has two \.jpg members"):
-        TarPairs(tmp_path / "x.tar")
+        for name, data in (("a.jpg", b"1"), ("a.png", b"2"), ("a.png", b"3"), ("a.txt", b"t"), ("b.jpg", jpeg(1)),
+                           ("b.txt", b"good")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    for _ in range(2):  # the second time by its kept index
+        pairs = Pairs(tmp_path / "x.tar", index_folder=tmp_path / "index")
+        assert pairs.read(1).captions == ["good"]
+        with pytest.raises(BadRecord, match=r"x\.tar: sample a has two \.png members") as error:
+            pairs.read(0)
+        assert error.value.kind == "duplicate id"
 
 
 def test_the_index_is_kept_and_follows_the_shard(tmp_path: Path, shards: Path, jpeg: Callable,
                                                  write_tar: Callable) -> None:
     path, folder = Path(shutil.copy(shards / "s-001.tar", tmp_path / "x.tar")), tmp_path / "index"
-    first = TarPairs(path, index_folder=folder)
+    first = Pairs(path, index_folder=folder)
     (kept,) = folder.iterdir()
     stamp = kept.stat().st_mtime_ns
-    again = TarPairs(path, index_folder=folder)
+    again = Pairs(path, index_folder=folder)
     assert kept.stat().st_mtime_ns == stamp and again.read(3) == first.read(3)
     kept.write_bytes(kept.read_bytes()[:50])  # torn: the shard itself is read
-    assert TarPairs(path, index_folder=folder).read(6) == first.read(6)
+    assert Pairs(path, index_folder=folder).read(6) == first.read(6)
     write_tar(path, [{"__key__": "new", "jpg": jpeg(9), "json": {"caption": "new"}}])
-    renewed = TarPairs(path, index_folder=folder)
+    renewed = Pairs(path, index_folder=folder)
     assert len(renewed) == 1 and renewed.read(0).key == "new" and len(list(folder.iterdir())) == 2
     with pytest.raises(DataError, match="cannot be written"):
-        TarPairs(path, index_folder=path)
+        Pairs(path, index_folder=path)
     # a full disk (RLIMIT_FSIZE) leaves nothing half written
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
         with pytest.raises(DataError, match=r"cannot be written there \(File too large\)"):
-            TarPairs(path, index_folder=tmp_path / "full")
+            Pairs(path, index_folder=tmp_path / "full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "full").iterdir())
@@ -261,19 +275,19 @@ def test_the_index_is_kept_and_follows_the_shard(tmp_path: Path, shards: Path, j
 
 def test_a_shard_cut_after_indexing(tmp_path: Path, shards: Path) -> None:
     path = Path(shutil.copy(shards / "s-001.tar", tmp_path / "x.tar"))
-    pairs = TarPairs(path)
+    pairs = Pairs(path)
     os.truncate(path, 2000)
     with pytest.raises(DataError, match=r"x\.tar: it is shorter than when it was indexed"):
         pairs.read(5)
 
 
-def _descriptors(pairs: TarPairs) -> tuple[str, list[int]]:
+def _descriptors(pairs: Pairs) -> tuple[str, list[int]]:
     return pairs.read(15).key, list(pairs._records.open_files._open.values())
 
 
 @pytest.mark.process
 def test_files_are_opened_per_process(shards: Path) -> None:
-    pairs = TarPairs(f"{shards}/*.tar")
+    pairs = Pairs(f"{shards}/*.tar")
     pairs.read(0)
     assert len(pairs._records.open_files._open) == 1
     with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -310,49 +324,60 @@ def test_few_files_stay_open(tmp_path: Path) -> None:
 # ---- json and nano
 
 
-def test_json(tmp_path: Path, jpeg: Callable) -> None:
-    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+def test_json(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("0.jpg", "sub/1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(jpeg(0))
     (tmp_path / "a.json").write_text(json.dumps([{"image": "0.jpg", "caption": "one – eins"},
                                                  {"image": "sub/1.jpg", "caption": ["two", "deux"], "id": 3}]))
-    (tmp_path / "b.json").write_text(json.dumps([{"image": "/abs/2.jpg", "caption": "three"}]))
-    pairs = JsonPairs([tmp_path / "a.json", tmp_path / "b.json"], image_root=tmp_path)
+    (tmp_path / "b.json").write_text(json.dumps([{"image": f"{tmp_path}/2.jpg", "caption": "three"}]))
+    pairs = Pairs([tmp_path / "a.json", tmp_path / "b.json"], image_root=tmp_path)
     assert len(pairs) == 3
     assert [pairs.read(i).captions for i in range(3)] == [["one – eins"], ["two", "deux"], ["three"]]
-    assert [pairs.read(i).image for i in range(3)] == [tmp_path / "0.jpg", tmp_path / "sub/1.jpg", Path("/abs/2.jpg")]
+    assert [pairs.read(i).image for i in range(3)] == [tmp_path / name for name in ("0.jpg", "sub/1.jpg", "2.jpg")]
     assert pairs.read(1).name == f"{tmp_path}/a.json: item 1" and pairs.read(2).name == f"{tmp_path}/b.json: item 0"
-    assert JsonPairs(tmp_path / "a.json").read(0).image == Path("0.jpg")  # as the released code: opened as it is
+    assert Pairs(tmp_path / "a.json").read(0).image == tmp_path / "0.jpg"  # beside the list
+    monkeypatch.chdir(tmp_path / "sub")
+    (tmp_path / "sub" / "c.json").write_text('[{"image": "../2.jpg", "caption": "four"}]')
+    (tmp_path / "d.json").write_text('[{"image": "1.jpg", "caption": "five"}]')
+    assert Pairs("c.json").read(0).image == Path("../2.jpg")
+    assert Pairs(tmp_path / "d.json").read(0).image == Path("1.jpg")  # from the current folder, as the released code
 
 
 def test_captions_cut_inside_an_emoji(tmp_path: Path) -> None:
     """Half a surrogate pair, which json can spell and no tokenizer takes."""
     (tmp_path / "a.json").write_text('[{"image": "0\\ud83d.jpg", "caption": ["cat \\ud83d", "\\ud83d\\ude00"]}]')
-    pair = JsonPairs(tmp_path / "a.json").read(0)
-    assert pair.captions == ["cat ?", "\U0001f600"] and pair.image == Path("0?.jpg")
+    (tmp_path / "0?.jpg").touch()
+    pair = Pairs(tmp_path / "a.json").read(0)
+    assert pair.captions == ["cat ?", "\U0001f600"] and pair.image == tmp_path / "0?.jpg"
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ([{"image": "0.jpg", "caption": "x"}, {"image": "1.jpg", "text": "y"}], ["item 1", "'caption'", "has image, text"]),
-    ([{"img": "0.jpg", "caption": "x"}], ["item 0", "picture path", "'image'", "did you mean 'img'?"]),
-    ([{"image": None, "caption": "x"}], ["picture path under key 'image' (it is 'None')."]),
+    ([{"image": "0.jpg", "title": "x"}, {"image": "1.jpg", "title": "y"}], ["item 0", "'caption'", "has image, title"]),
+    ([{"img": "0.jpg", "caption": "x"}], ["item 0", "has no picture", "'image'", "did you mean 'img'?"]),
+    ([{"image": None, "caption": "x"}], ["has no picture: nothing under key 'image' (it is 'None')."]),
+    ([{"image": 5, "caption": "x"}], ["item 0", "a picture is 5, not a path"]),
+    ([{"image": "0.jpg", "caption": ["x", " "]}], ["item 0", "its 'caption' is empty"]),
+    ([{"image": "0.jpg", "caption": None}], ["item 0", "has no caption, its 'caption' is null"]),
     ([{"image": "0.jpg", "caption": 5}], ["item 0", "'caption'", "5"]),
     (["0.jpg"], ["item 0", "a str"]),
     ([], ["holds no record"]),
-    ({"image": "x"}, ["must hold a list"]),
+    ({"images": []}, ["line 1", "has no caption key"]),
 ])
 def test_json_that_does_not_fit(tmp_path: Path, content: object, words: list[str]) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
     with pytest.raises(DataError) as error:
-        JsonPairs(path)
+        Pairs(path)
     assert sentence(error).startswith(str(path)) and all(word in str(error.value) for word in words)
 
 
 def test_json_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('[{"image": ')
     with pytest.raises(DataError, match=r"x\.json: line 1, item 0: is not a json list"):
-        JsonPairs(tmp_path / "x.json")
+        Pairs(tmp_path / "x.json")
     with pytest.raises(DataError, match=r"y\.json: there is no such file or folder \(did you mean .*x\.json\?\)"):
-        JsonPairs(tmp_path / "y.json")
+        Pairs(tmp_path / "y.json")
 
 
 @pytest.mark.slow
@@ -371,13 +396,14 @@ def test_nano() -> None:
 
 def test_open_pairs(tmp_path: Path, shards: Path) -> None:
     pairs = open_pairs({"format": "webdataset", "pattern": f"{shards}/*.tar", "caption_file": "txt"})
-    assert isinstance(pairs, TarPairs) and pairs.read(0).captions == ["Picture 0."]
+    assert isinstance(pairs, Pairs) and pairs.read(0).captions == ["Picture 0."]
     spec = OmegaConf.create({"format": "webdataset", "pattern": [f"{shards}/s-001.tar"], "image_keys": ["jpg"]})
     assert len(open_pairs(spec)) == 7
     (tmp_path / "a.json").write_text('[{"picture": "a", "caption": "b"}]')
     spec = {"format": "json", "files": str(tmp_path / "a.json"), "image_key": "picture", "image_root": None}
-    assert isinstance(open_pairs(spec), JsonPairs)
-    for spec, words in (({"format": "tar"}, "format must be json, webdataset, nano"), ({}, "not None"),
+    assert isinstance(open_pairs(spec), Pairs)
+    for spec, words in (({"format": "tar"}, "must be auto, json, jsonl, parquet, folder, webdataset, nano"),
+                        ({}, "not None"),
                         ({"format": "json", "file": "x"}, r"unknown key 'file' \(did you mean 'files'"),
                         ({"format": "webdataset"}, "pattern is not given")):
         with pytest.raises(ConfigError, match=words):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from seed_multimodal.data.formats import json_lines
+from seed_multimodal.data.formats import parquet as parquet_rows
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.files import expand_pattern
 from seed_multimodal.data.formats.parquet import RowGroups
@@ -71,7 +72,7 @@ def test_a_broken_member_is_named_and_the_others_are_read(tmp_path):
     assert source.read(0).fields == caption(1) and source.read(5).fields == {"t": "😀"}
 
 
-def test_pickled_torn_and_compressed_tars_are_refused_in_a_sentence(tmp_path):
+def test_pickled_torn_and_compressed_tars_are_told_in_a_sentence(tmp_path):
     write_shard(tmp_path / "old.tar", [("k1", {"json": b"{}"}), ("k2", {"pkl": b"\x80\x04}."})])
     with pytest.raises(DataError, match=r"old\.tar: sample k2 is a pickle.*seed data convert .*old\.tar --out"):
         len(open_records(tmp_path / "old.tar"))
@@ -83,8 +84,13 @@ def test_pickled_torn_and_compressed_tars_are_refused_in_a_sentence(tmp_path):
         len(open_records(tmp_path / "x.tar"))
     whole = tar(tmp_path / "w.tar", {f"s{n}": caption(n) for n in range(9)}).read_bytes()
     torn = written(tmp_path / "torn.tar", whole[:5000])
-    with pytest.raises(DataError, match=r"torn\.tar: torn or damaged after sample s3"):
-        len(open_records(torn))
+    source = open_records(torn)
+    assert len(source) == 5 and source.read(3).fields == caption(3)
+    with pytest.raises(BadRecord, match=r"torn\.tar: torn or damaged after sample s3"):
+        source.read(4)
+    written(tmp_path / "nothing.tar", b"")
+    with pytest.raises(DataError, match=r"nothing\.tar: torn or damaged in its first sample"):
+        len(open_records(tmp_path / "nothing.tar"))
     write_shard(tmp_path / "pictures.tar", [("k", {"jpg": b"x"})])
     with pytest.raises(DataError, match=r"pictures\.tar: none of its 1 samples has a \.json member"):
         len(open_records(tmp_path / "pictures.tar"))
@@ -392,9 +398,9 @@ def test_parquet_files_share_what_they_keep_in_memory(tmp_path, monkeypatch):
 
     count, get, read = RowGroups.kept + 6, RowGroups.get, {}
 
-    def watched(self: RowGroups, path: Path, number: int) -> object:
-        table = get(self, path, number)
-        read[path] = weakref.ref(table)
+    def watched(self: RowGroups, path: str, *number: int) -> object:
+        table = get(self, path, *number)
+        read[Path(path)] = weakref.ref(table)
         return table
 
     # Weak references, not arrow's count of bytes: its pool gives those back when its own threads get to it.
@@ -411,6 +417,38 @@ def test_parquet_files_share_what_they_keep_in_memory(tmp_path, monkeypatch):
     gc.collect()
     assert all(table() is None for table in read.values())
     assert source.read(count - 1).fields["text"] == f"t{count - 1}"
+
+
+def test_large_row_groups_are_read_by_pieces(tmp_path, monkeypatch):
+    """In order, backwards, at random and from two files by turns, with little memory."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(parquet_rows, "PIECE", 20_000)
+    monkeypatch.setattr(RowGroups, "limit", 80_000)
+    rng = np.random.default_rng(0)
+    wanted = {}
+    for name, groups in (("a", [70, 30, 1]), ("b", [101])):
+        rows = [{"number": number, "data": rng.bytes(1000 + number)} for number in range(sum(groups))]
+        wanted[name] = rows
+        table = pa.Table.from_pylist(rows)
+        with parquet.ParquetWriter(tmp_path / f"{name}.parquet", table.schema, compression="none") as writer:
+            start = 0
+            for size in groups:
+                writer.write_table(table.slice(start, size))
+                start += size
+    source = open_records([tmp_path / "a.parquet", tmp_path / "b.parquet"])
+    tables, rows = source.open_files.tables, wanted["a"] + wanted["b"]
+    assert source.shard_sizes.tolist() == [70, 30, 1, 101]
+    opened, read = [], parquet_rows._pieces
+    monkeypatch.setattr(parquet_rows, "_pieces", lambda *a: opened.append(a[:2]) or read(*a))
+    order = [*range(202), *reversed(range(202)), *rng.permutation(202).tolist()]
+    for place, index in enumerate(order):
+        assert source.read(index).fields == rows[index]
+        assert tables._bytes() <= 80_000 and max(table.num_rows for table in tables._pieces.values()) <= 20
+        assert place != 201 or len(opened) == 3, "each group was read in one pass"
+    source.close()
+    assert not tables._pieces and not tables._running
 
 
 def test_parquet_texts_that_are_not_utf8_are_that_rows_fault(tmp_path):

@@ -162,7 +162,7 @@ def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
         if number:
             (tmp_path / f"{number}.txt").write_text(f"picture {number}\n")
     entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path)))]
-    assert entries[0].dropped == "no text"
+    assert "0.jpg: has no caption key 'caption'" in entries[0].bad
     assert [entry.record["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
 
 
@@ -176,12 +176,12 @@ def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
     entries = [entry for entry, _ in parse("caption", settings)]
     assert entries[0].record["text"] == "a text" and entries[0].record["metadata"] == {"top_caption": "a top", "n": 1}
     assert entries[1].record["text"] == "only json"
-    assert [entry.dropped for entry in entries[2:4]] == ["no picture", "no text"]
-    for entry, words in zip(entries[4:], ("not UTF-8", "truncated or damaged", "is not json"), strict=True):
+    for entry, words in zip(entries[2:], ("has no picture", "has no caption", "not UTF-8", "truncated or damaged",
+                                          "is not json"), strict=True):
         assert words in entry.bad and f"a.tar: sample 00{entry.number}" in entry.bad
     settings.use_caption_in_metadata = True
     entries = [entry for entry, _ in parse("caption", settings)]
-    assert entries[0].record["text"] == "a top" and entries[1].dropped == "no text"
+    assert entries[0].record["text"] == "a top" and "has no caption key 'top_caption'" in entries[1].bad
 
 
 def test_a_torn_tar_gives_what_is_whole(tmp_path, jpeg):

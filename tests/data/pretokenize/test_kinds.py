@@ -181,12 +181,12 @@ def test_interleaved_documents(make, codec, pictures, words, tmp_path, capfd):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["lost_pictures"], manifest["bad"], manifest["dropped"]) == (1, 1, {"no picture": 1})
     told = capfd.readouterr().err
-    assert "left out of its document: " in told and "item 0: there is no picture 'gone.png'." in told
-    assert "item 1: there is no picture 'gone.png'; none of its pictures can be read." in told
+    assert "left out of its document: " in told and "item 0: the picture gone.png is not there, " in told
+    assert "item 1: the picture gone.png is not there, " in told and "; none of its pictures can be read." in told
 
 
 def test_documents_whose_pictures_lie_elsewhere_end_the_run(make):
-    with pytest.raises(DataError, match="item 1: there is no picture .* none of its .* .2 broken samples in a row"):
+    with pytest.raises(DataError, match="item 1: the picture elsewhere/1.png .* none of .* .2 broken samples in a row"):
         make("interleaved", [{"images": [f"elsewhere/{n}.png", None], "texts": [None, "text"]} for n in range(5)],
              max_bad=2)
 

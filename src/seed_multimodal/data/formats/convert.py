@@ -158,10 +158,10 @@ def _samples(path: Path, report: ShardReport, skip_bad: bool) -> Iterator[tuple[
     key = ""
     try:
         for record in tar_records(path):
-            if record.problem:
-                raise DataError(record.problem)
             key = record.key
             try:
+                if record.problem is not None:
+                    raise BadRecord(*record.problem)
                 yield key, _converted({extension: record.member(extension, files=files) or b""
                                        for extension in record.members}, record.where)
             except BadRecord as error:

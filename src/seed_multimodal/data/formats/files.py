@@ -13,12 +13,14 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from seed_multimodal.data.formats.pictures import is_picture
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest
 
 SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),
             "json": (".json", ".json.gz"),  # compressed ones are found in order to be refused, not passed over
             "parquet": (".parquet",)}
+OF_DOWNLOADS = "_stats.json"  # what img2dataset writes beside its shards
 OF_EXTRACTIONS = ("manifest.json", "settings.json")  # what pre-tokenisation writes beside its shards
 _WILD = re.compile(r"[*?\[{]")
 _COMPARED = 2000  # names: a folder of pictures may hold a million, to compare which would take minutes
@@ -54,15 +56,22 @@ def expand_pattern(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
-def find_files(given: Sequence[str | Path], format: str = "auto") -> list[tuple[Path, str]]:
+def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False,
+               recursive: bool = True) -> list[tuple[Path, str]]:
     """(file, its format) of each file behind the patterns and folders, each once.
+
+    Args:
+        pictures: a folder may hold pictures, too: lists and tables in it name them, and without any it is one input of
+            format `folder`.
+        recursive: folders are searched at any depth.
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
     """
-    if format not in ("auto", *SUFFIXES):
-        raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(SUFFIXES)}, not {format!r}"
-                          f"{nearest(format, SUFFIXES)}.")
+    known = [*SUFFIXES, *(["folder"] if pictures else [])]
+    if format not in ("auto", *known):
+        raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
+                          f"{nearest(format, known)}.")
     found: dict[Path, str] = {}
     if not given:
         raise DataError("The list of files is empty.")
@@ -70,7 +79,7 @@ def find_files(given: Sequence[str | Path], format: str = "auto") -> list[tuple[
         with _looking(one):
             folders = _folders(str(one))
             for folder in folders:
-                found.update(_in_folder(folder, format))
+                found.update(_in_folder(folder, format, pictures, recursive))
             if not folders:
                 found.update((path, _format_of(path, format)) for path in expand_pattern(one))
     return list(found.items())
@@ -131,25 +140,35 @@ def _folders(pattern: str) -> list[Path]:
     return places
 
 
-def _in_folder(folder: Path, format: str) -> dict[Path, str]:
+def _in_folder(folder: Path, format: str, pictures: bool, recursive: bool) -> dict[Path, str]:
     kinds: dict[str, list[Path]] = {}
     notes: set[str] = set()
-    for path in sorted(folder.rglob("*")):
+    shown: set[Path] = set()  # pictures, without their suffixes
+    for path in sorted(folder.rglob("*") if recursive else folder.glob("*")):
         kind = _suffix_format(path)
-        if kind and format in ("auto", kind) and path.is_file() and not path.name.startswith("."):
+        if pictures and is_picture(path):
+            shown.add(path.with_suffix(""))
+        elif kind and format in ("auto", kind, kind[:4]) and path.is_file() and not path.name.startswith("."):
             if _is_note(path):
                 notes.add(path.name)
             else:
                 kinds.setdefault(kind, []).append(path)
     if "tar" in kinds:
         kinds.pop("json", None)  # beside shards these are manifests and statistics
+    if pictures and "json" in kinds:
+        kinds["json"] = [path for path in kinds["json"]
+                         if path.with_suffix("") not in shown and not path.name.endswith(OF_DOWNLOADS)]
+    kinds = {kind: paths for kind, paths in kinds.items() if paths}
+    if pictures and format in ("auto", "folder") and shown and not kinds:
+        return {folder: "folder"}
     if not kinds and notes:
         raise DataError(f"{folder}: there are no records in it, only {' and '.join(sorted(notes))}: "
                         "the extraction that made it wrote none.")
     if not kinds:
-        wanted = ", ".join(SUFFIXES if format == "auto" else (format,))
-        raise DataError(f"{folder}: this folder holds no {wanted} files, at any depth.")
-    if len(kinds) > 1:
+        wanted = ", ".join(SUFFIXES if format == "auto" else (format,)) + " files"
+        wanted = "pictures" if format == "folder" else f"{wanted} or pictures" if pictures else wanted
+        raise DataError(f"{folder}: this folder holds no {wanted}{', at any depth' if recursive else ''}.")
+    if len(kinds) > 1 and format == "auto":
         raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; give the format, or name "
                         "files.")
     return {path: kind for kind, paths in kinds.items() for path in paths}
@@ -167,9 +186,9 @@ def _is_note(path: Path) -> bool:
 
 
 def _format_of(path: Path, format: str) -> str:
-    if format != "auto":
-        return format
     kind = _suffix_format(path)
+    if format != "auto":
+        return kind if kind[:4] == format else format  # lines of json are json
     if not kind:
         known = ", ".join(ending for endings in SUFFIXES.values() for ending in endings)
         raise DataError(f"{path}: its suffix tells no format (known: {known}); give the format.")

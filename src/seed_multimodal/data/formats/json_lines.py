@@ -6,7 +6,7 @@ import codecs
 import io
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,18 @@ class JsonFile:
 
     Args:
         lines: it is a .jsonl; else the content decides.
-        visit: must be a list, of which each item is looked at while it is indexed: `visit(item, where)` may refuse it.
     """
 
-    def __init__(self, path: Path, lines: bool = False, visit: Callable[[Any, str], object] | None = None) -> None:
-        self.path, self._lines, self._visit = path, lines, visit
+    def __init__(self, path: Path, lines: bool = False) -> None:
+        self.path, self._lines = path, lines
         self._name = str(path)
 
     @cached_property
     def index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """(first byte, end, line number; None of a list) of each record, each int64 [N]."""
-        if self._visit is None and (self._lines or is_lines(self.path)):
+        if self._lines or is_lines(self.path):
             return index_lines(self.path)
-        return (*index_array(self.path, self._visit), None)
+        return (*index_array(self.path), None)
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -104,17 +103,14 @@ def index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return _joined(starts), _joined(ends), _joined(numbers)
 
 
-def index_array(path: Path, visit: Callable[[Any, str], object] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def index_array(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(first byte, end) of each item of a json list, each int64 [N]; the list may stand under `annotations`.
-
-    Args:
-        visit: is called with each item and `FILE: item N`.
 
     Raises:
         DataError: no json list; the sentence names the line and the item where it breaks off.
     """
     with _opened(path) as file:
-        return _Scanner(path, file).items(visit)
+        return _Scanner(path, file).items()
 
 
 class _Scanner:
@@ -131,7 +127,7 @@ class _Scanner:
         self.item = -1
         self.ended = False
 
-    def items(self, visit: Callable[[Any, str], object] | None) -> tuple[np.ndarray, np.ndarray]:
+    def items(self) -> tuple[np.ndarray, np.ndarray]:
         """See `index_array`."""
         self._more()
         if self.bom:
@@ -150,10 +146,8 @@ class _Scanner:
             self._next()
             self.item += 1
             starts.append(self.byte)
-            value = self._value()
+            self._value()
             ends.append(self.byte)
-            if visit is not None:
-                visit(value, f"{self.path}: item {self.item}")
             after = self._next()
             if after == "]":
                 self._finish()

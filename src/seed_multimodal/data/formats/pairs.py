@@ -1,33 +1,35 @@
-"""Picture-caption pairs by number, as a view of records: image-caption json, webdataset shards, the nano set.
+"""Picture-caption pairs by number, as a view of records: shards, lists, tables, folders of pictures, the nano set.
 
     source = open_pairs({"format": "webdataset", "pattern": "cc3m/{00000..00331}.tar"})
     source.read(17)                # Pair(key, name, image, captions)
 
-Nothing is decoded here. A missing picture is an ImageError (the training set replaces the sample); a missing or
-unusable caption is a DataError naming file and sample, since it points to a wrong data set or key.
+Nothing is decoded here. What is wrong with a sample (no picture, no caption or an empty one, a member that cannot be
+read) is that sample's fault: whoever reads names, skips and counts it (`stream.skip_budget`).
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.data.formats.files import expand_pattern
-from seed_multimodal.data.formats.json_lines import JsonFile
+from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.nano import NanoFile, find_nano
-from seed_multimodal.data.formats.pictures import IMAGE_KEYS
-from seed_multimodal.data.formats.record import Place, Record, parse_json
-from seed_multimodal.data.formats.records import FileRecords
+from seed_multimodal.data.formats.parquet import ParquetFile
+from seed_multimodal.data.formats.pictures import CAPTION_FIELDS, IMAGE_FIELDS, IMAGE_KEYS, image_field, stored_picture
+from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record, shorten
+from seed_multimodal.data.formats.records import FileRecords, open_file
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.settings import check_keys, nearest
 
+SAMPLE_FAULTS = (ImageError, DataError)  # what a sample that cannot be used raises: named, skipped and counted
+PROBED = 20  # samples that are looked at before a source is refused
 
 @dataclass(frozen=True)
 class Pair:
@@ -43,7 +45,7 @@ class Pair:
 
 
 class PairSource(Protocol):
-    """Pairs by number. `read` raises ImageError for a sample without picture, DataError for one without caption."""
+    """Pairs by number; what is wrong with one is a `SAMPLE_FAULTS` of its `read`."""
 
     def __len__(self) -> int: ...
 
@@ -54,111 +56,119 @@ class PairSource(Protocol):
         """One sample."""
 
 
-class JsonPairs:
-    """Json lists of `{"image": path, "caption": text or list of texts}`, as the released training code reads them.
+class Pairs:
+    """Pairs of files of any kind: shards, lists, tables, folders of pictures.
+
+    | format | a sample |
+    | --- | --- |
+    | tar (`webdataset`) | KEY.jpg with its caption in KEY.json, or in KEY.txt |
+    | json, jsonl, parquet | a picture (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption |
+    | folder | pictures with KEY.txt or KEY.json beside them |
 
     Args:
-        files: a path or pattern, or a list of them.
-        image_root: folder of the pictures; without it paths are opened as they are (absolute, or from the current
-            folder), as the released code does.
+        files: a path, folder or pattern, or a list of them.
+        format: one of these; auto goes by the suffixes and by what a folder holds.
+        image_root: folder of the pictures that lists name; None: paths count from their list's folder, else from the
+            current one.
+        image_key, caption_key: keys of lists, tables and .json members (`top_caption` for LAION-COCO); None: the first
+            of `pictures.IMAGE_FIELDS` and `CAPTION_FIELDS` that is there.
+        image_keys: extensions of a tar's pictures, the preferred first.
+        caption_file: json or txt: the only member looked at for a caption; None: .json, and .txt where that has none.
+        index_folder: see `tar.TarFile`.
+
+    `shard_sizes` (samples of each shard or row group; None: there are only lists and folders) lets the training order
+    keep reads near each other.
 
     Raises:
-        DataError: no such file, not a json list, or an item without picture path or caption (named by its number).
+        DataError: no such files; a file that cannot be indexed; no usable sample among the first `PROBED`.
     """
 
-    def __init__(self, files: str | Path | Sequence[str | Path], image_root: str | Path | None = None,
-                 image_key: str = "image", caption_key: str = "caption") -> None:
-        self.image_root = Path(image_root) if image_root else Path()
-        self.image_key, self.caption_key = image_key, caption_key
-        self._records = FileRecords([JsonFile(path, visit=self._pair) for path in expand_pattern(files)])
-        self._length = len(self._records)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def key(self, index: int) -> str:
-        """`item N` of its file."""
-        return _place(self._records.locate(index))
-
-    def read(self, index: int) -> Pair:
-        """One sample; the picture is a path, not yet opened."""
-        record = self._records.locate(index)
-        item = parse_json(record.member("json", files=self._records.open_files) or b"", record.where)
-        image, captions = self._pair(item, record.where)
-        return Pair(_place(record), record.where, self.image_root / image, captions)
-
-    def _pair(self, item: Any, where: str) -> tuple[str, list[str]]:
-        if not isinstance(item, dict):
-            raise DataError(f"{where}: a {type(item).__name__}, not an object with {self.image_key!r} and "
-                            f"{self.caption_key!r}.")
-        path = item.get(self.image_key)
-        if not isinstance(path, str) or not path:
-            raise DataError(f"{where}: has no picture path under key {self.image_key!r}{_other(self.image_key, item)}.")
-        return _file_name(path), _captions(item, self.caption_key, where)
-
-
-class TarPairs:
-    """Webdataset shards (plain .tar) of KEY.jpg and KEY.json or KEY.txt members.
-
-    Args:
-        pattern: braces, wildcards, or a list of them: `cc3m/{00000..00331}.tar`.
-        image_keys: extensions of the picture, the preferred first.
-        caption_key: key of the caption inside the .json member (`top_caption` for LAION-COCO).
-        caption_file: the member that holds the caption: "json", or "txt", which is the caption itself.
-        keep_torn, index_folder, log: see `tar.TarFile`.
-
-    `shard_sizes` (samples per shard) lets the training order keep reads near each other.
-    """
-
-    def __init__(self, pattern: str | Path | Sequence[str | Path], image_keys: Sequence[str] = IMAGE_KEYS,
-                 caption_key: str = "caption", caption_file: str = "json", *, keep_torn: bool = False,
-                 index_folder: str | Path | None = None, log: Callable[[str], None] | None = print) -> None:
-        if caption_file not in ("json", "txt"):
+    def __init__(self, files: str | Path | Sequence[str | Path], format: str = "auto", *,
+                 image_root: str | Path | None = None, image_key: str | None = None,
+                 image_keys: Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
+                 caption_file: str | None = None, index_folder: str | Path | None = None) -> None:
+        if caption_file not in (None, "json", "txt"):
             raise ConfigError(f"caption_file must be json or txt, not {caption_file!r}.")
         image_keys = (image_keys,) if isinstance(image_keys, str) else tuple(image_keys)
         self.image_keys = tuple(key.lower().lstrip(".") for key in image_keys)
-        self.caption_key, self.caption_file = caption_key, caption_file
-        columns = {"image": self.image_keys, "text": (caption_file,)}
-        shards = [TarFile(path, columns, keep_torn=keep_torn, index_folder=index_folder, log=log)
-                  for path in expand_pattern(pattern)]
-        self._records = FileRecords(shards)
+        self.image_root, self.image_key, self.caption_key = image_root, image_key or "", caption_key or ""
+        self.caption_files = (caption_file,) if caption_file else ("json", "txt")
+        given = [files] if isinstance(files, str | Path) else list(files)
+        columns = {"image": self.image_keys, **{name: (name,) for name in self.caption_files}}
+        parts = [TarFile(path, columns, index_folder=index_folder) if kind == "tar" else open_file(path, kind)
+                 for path, kind in find_files(given, format, pictures=True)]
+        self._records = FileRecords(parts, ", ".join(map(str, given)))
         self._length = len(self._records)
-        self.shard_sizes = self._records.shard_sizes
-        for column, wanted in columns.items():
-            if not any(shard.has(column).any() for shard in shards):
-                raise DataError(f"{shards[0].path}: neither this nor any other shard of {pattern} has a member with "
-                                f"extension {' or '.join(wanted)}.")
+        shards = [part for part in parts if isinstance(part, TarFile)]
+        if shards:
+            self._refuse_without(shards, ["image"], self.image_keys)
+            self._refuse_without(shards, self.caption_files, self.caption_files)
+        near = any(isinstance(part, TarFile | ParquetFile) for part in parts)  # lists are small, so any order is good
+        self.shard_sizes = self._records.shard_sizes if near else None
+        self._probe()
 
     def __len__(self) -> int:
         return self._length
 
     def key(self, index: int) -> str:
-        """The sample's key in its shard."""
-        return self._records.locate(index).key
+        """The sample's place in its file: key, item, line or row."""
+        return _key(self._records.locate(index))
 
     def read(self, index: int) -> Pair:
-        """One sample, read by seek."""
-        record, files = self._records.locate(index), self._records.open_files
-        name = f"{record.file}: {record.key}"
-        text = record.member("text", files=files)
-        if text is None:
-            raise DataError(f"{name}: has no .{self.caption_file} member with its caption.")
-        captions = self._read_captions(text, name)
-        image = record.member("image", files=files)
-        if image is None:
-            raise ImageError(f"{name}: has no picture (no .{', .'.join(self.image_keys)} member).")
-        return Pair(record.key, name, image, captions)
+        """One sample.
 
-    def _read_captions(self, data: bytes, name: str) -> list[str]:
-        try:
-            if self.caption_file == "txt":
-                return [data.decode("utf-8").strip()]
-            item = json.loads(data)
-        except ValueError as error:  # also undecodable bytes
-            raise DataError(f"{name}: its .{self.caption_file} member cannot be read ({error}).") from None
-        if not isinstance(item, dict):
-            raise DataError(f"{name}: its .json member holds a {type(item).__name__}, not an object.")
-        return _captions(item, self.caption_key, name)
+        Raises:
+            BadRecord: it is damaged, names no picture, or has no usable caption. ImageError: its picture is not there.
+        """
+        return self.pair(self._records.locate(index))
+
+    def pair(self, record: Record) -> Pair:
+        """The pair of a record, which may be unread. Raises as `read`."""
+        files = self._records.open_files
+        read = record.parsed(files, half_pairs=True)  # captions cut inside an emoji are mended
+        captions = self._captions(read)
+        image: bytes | Path | None = read.member("image", files=files)
+        if image is None:
+            value = image_field(read.fields, self.image_key)
+            if value is None:
+                key = self.image_key or IMAGE_FIELDS[0]
+                where = f"no .{', .'.join(self.image_keys)} member" if self._in_tar(record) else \
+                    f"nothing under key {key!r}{_other(key, read.fields)}"
+                raise BadRecord("missing picture", f"{read.where}: has no picture: {where}.")
+            image = stored_picture(value, read, self.image_root)
+        return Pair(_key(read), read.where, image, captions)
+
+    def _in_tar(self, record: Record) -> bool:
+        return record.row is None and record.where.startswith(f"{record.file}: sample ")
+
+    def _captions(self, record: Record) -> list[str]:
+        if "json" not in self.caption_files or not has_caption(record.fields, self.caption_key):
+            text = text_member(record, self._records.open_files) if "txt" in self.caption_files else None
+            if text is not None:
+                return [text]
+            if "json" not in self.caption_files:
+                raise BadRecord("missing member", f"{record.where}: has no .txt with its caption.")
+        return captions(record.fields, self.caption_key, record.where)
+
+    def _refuse_without(self, shards: Sequence[TarFile], columns: Sequence[str], wanted: Sequence[str]) -> None:
+        """Refuse shards of which none has any of these parts: they are another data set's."""
+        if not any(shard.has(column).any() for shard in shards for column in columns):
+            raise DataError(f"{shards[0].path}: neither this nor any other shard of {self._records.name} has a member "
+                            f"with extension {' or '.join(wanted)}.")
+
+    def _probe(self) -> None:
+        """Refuse at once what a training would refuse after its model is loaded: the wrong key, say."""
+        first: DataError | None = None
+        for index in range(min(PROBED, self._length)):
+            try:
+                self.read(index)
+                return
+            except ImageError:
+                return  # files may be gone; what was read has a caption
+            except DataError as error:
+                first = first or error
+        assert first is not None
+        raise first
 
 
 class NanoPairs:
@@ -184,15 +194,18 @@ class NanoPairs:
         record = self._records[index]
         image = record.members["webp"]
         assert not isinstance(image, Place)
-        captions = _captions(record.fields, "captions", record.where)
-        return Pair(record.key, f"{self.folder}: {record.key}", image, captions)
+        return Pair(record.key, f"{self.folder}: {record.key}", image,
+                    captions(record.fields, "captions", record.where))
 
 
-FORMATS: dict[str, Callable[..., PairSource]] = {"json": JsonPairs, "webdataset": TarPairs, "nano": NanoPairs}
+FORMATS: dict[str, Callable[..., PairSource]] = {
+    "auto": Pairs, **{name: partial(Pairs, format=name) for name in ("json", "jsonl", "parquet", "folder")},
+    "webdataset": partial(Pairs, format="tar"), "nano": NanoPairs}
 
 
 def open_pairs(spec: Mapping[str, Any]) -> PairSource:
-    """The source a configuration describes: `format` (json, webdataset or nano) and that class's arguments.
+    """The source a configuration describes: `format`, `files` (of webdataset also `pattern`), and the other arguments
+    of `Pairs`; or, of `nano`, those of `NanoPairs`.
 
     Raises:
         ConfigError: an unknown format, an unknown key (the nearest is named), or a missing one.
@@ -204,41 +217,71 @@ def open_pairs(spec: Mapping[str, Any]) -> PairSource:
     kind = options.pop("format", None)
     if kind not in FORMATS:
         raise ConfigError(f"data: format must be {', '.join(FORMATS)}, not {kind!r}{nearest(str(kind), FORMATS)}.")
-    known = inspect.signature(FORMATS[kind]).parameters
+    named = "pattern" if kind == "webdataset" and "files" not in options else "files"
+    known = [named if one == "files" else one for one in inspect.signature(FORMATS[kind]).parameters if one != "format"]
     check_keys(options, known, f"data of format {kind}")
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and not options.get(name):
-            raise ConfigError(f"data of format {kind}: {name} is not given.")
+    if kind != "nano":
+        files = options.pop(named, None)
+        if not files:
+            raise ConfigError(f"data of format {kind}: {named} is not given.")
+        options["files"] = files
     return FORMATS[kind](**options)
 
 
-def _place(record: Record) -> str:
-    return record.where.removeprefix(f"{record.file}: ")
+def has_caption(fields: Mapping[str, Any], key: str = "") -> bool:
+    """Whether something stands where captions do: under `key`, or without one under one of `CAPTION_FIELDS`."""
+    return any(fields.get(one) is not None for one in ((key,) if key else CAPTION_FIELDS))
 
 
-def _captions(item: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """The captions under `key`: a text or a list of texts."""
-    if key not in item:
-        raise DataError(f"{where}: has no caption key {key!r}{_other(key, item)}.")
-    captions = [item[key]] if isinstance(item[key], str) else item[key]
-    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-        raise DataError(f"{where}: its {key!r} is {str(item[key])[:60]!r}, not a text or a list of texts.")
-    return [_whole_letters(text) for text in captions]
+def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """The captions of a record: a text or a list of texts under `key`, or without one under the first of
+    `CAPTION_FIELDS` that holds something.
+
+    Raises:
+        BadRecord: there is none, one is blank, or it is something else.
+    """
+    key = key or next((one for one in CAPTION_FIELDS if fields.get(one) is not None), CAPTION_FIELDS[0])
+    if key not in fields:
+        raise BadRecord("missing key", f"{where}: has no caption key {key!r}{_other(key, fields)}.")
+    value = fields[key]
+    found = [value] if isinstance(value, str) else value
+    if value is None or found == []:
+        raise BadRecord("missing key", f"{where}: has no caption, its {key!r} is {'null' if value is None else '[]'}.")
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise BadRecord("wrong type", f"{where}: its {key!r} is {shorten(value)}, not a text or a list of texts.")
+    if not all(text.strip() for text in found):
+        raise BadRecord("empty text", f"{where}: its {key!r} is empty.")
+    return [_whole_letters(text) for text in found]
+
+
+def text_member(record: Record, files: FileReader) -> str | None:
+    """The text of a record's .txt; None without one.
+
+    Raises:
+        BadRecord: it is blank, or not UTF-8.
+    """
+    data = record.member("txt", files=files)
+    if data is None:
+        return None
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadRecord("malformed text", f"{record.where}: its .txt is not UTF-8 ({error.reason}).") from None
+    if not text:
+        raise BadRecord("empty text", f"{record.where}: its .txt is empty.")
+    return text
+
+
+def _key(record: Record) -> str:
+    """`item N`, `line N` or `row N`; the key of a shard's sample, the path of a folder's picture."""
+    place = record.where.removeprefix(f"{record.file}: ")
+    return record.key if place == record.where or place.startswith("sample ") else place
 
 
 def _whole_letters(text: str) -> str:
     """The text with `?` for half a surrogate pair: captions cut inside an emoji end in one, and no tokenizer accepts
     it."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _file_name(text: str) -> str:
-    """The same for a file's name, which may hold bytes that are no letters."""
-    try:
-        text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return _whole_letters(text)
-    return text
 
 
 def _other(key: str, item: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Rows of parquet files by number."""
+"""Rows of parquet files by number, read by the row group, or by pieces of one that is too large for the memory."""
 
 from __future__ import annotations
 
@@ -11,69 +11,126 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, Record
+from seed_multimodal.data.formats.record import BadRecord, Record, Row
 from seed_multimodal.errors import DataError, first_line
 
-
-class RowGroups:
-    """The row groups last used of a source's files: together, since a source may have thousands of files.
-
-    So many are kept because the local shuffle reads from about ten places at once, twenty where two blocks meet.
-    """
-
-    kept = 24
-
-    def __init__(self) -> None:
-        self._groups: OrderedDict[tuple[Path, int], Any] = OrderedDict()
-
-    def get(self, path: Path, number: int) -> Any:
-        """A row group as arrow's table. Raises DataError when it cannot be read."""
-        key = path, number
-        if key not in self._groups:
-            while len(self._groups) >= self.kept:
-                self._groups.popitem(last=False)
-            with _opened(path) as file:
-                # One thread: arrow's thread pool does not survive a fork.
-                self._groups[key] = file.read_row_group(number, use_threads=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]
-
-    def clear(self) -> None:
-        """Drop them."""
-        self._groups.clear()
+PIECE = 64 << 20  # bytes: row groups above it are read by pieces of about this size
+_BUFFER = 1 << 20
 
 
 class ParquetFile:
-    """The rows of a parquet file by number; the row groups last used are kept in `groups`."""
+    """The rows of a parquet file by number, unread."""
 
-    def __init__(self, path: Path, groups: RowGroups | None = None) -> None:
-        self.path = path
-        self._groups = groups or RowGroups()
+    def __init__(self, path: Path) -> None:
+        self.path, self._name = path, str(path)
 
     @cached_property
     def sizes(self) -> Sequence[int]:
-        """Rows of each row group."""
-        with _opened(self.path) as file:
+        """Rows of each row group. Raises BadRecord: it cannot be read as parquet."""
+        with opened(self.path) as file:
             return [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
 
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(accumulate(self.sizes))
-
     def locate(self, row: int) -> Record:
-        """A record, read: columns without a value are left out; its key is `rowN`."""
-        number = bisect_right(self._ends, row)
-        at = row - (self._ends[number] - self.sizes[number])
+        """A record, unread; its key is `rowN`."""
+        return Record(f"row{row}", f"{self._name}: row {row}", file=self._name, row=Row(self._name, row))
+
+
+class RowGroups:
+    """Reads rows; keeps the row groups last used of all files of a source, of which there may be thousands.
+
+    At most `kept` of them, since the local shuffle reads from about ten places at once (twenty where two blocks meet),
+    and about `limit` bytes: those of pictures are large. A row group of more than `PIECE` bytes is never held as a
+    whole: its rows are read on from where the last piece ended, so that reading in order costs one pass; each step back
+    reads it anew from its start.
+    """
+
+    kept = 24
+    limit = 4 * PIECE
+
+    def __init__(self) -> None:
+        self._pieces: OrderedDict[tuple[str, int, int], Any] = OrderedDict()
+        self._layouts: dict[str, _Layout] = {}
+        self._running: OrderedDict[tuple[str, int], tuple[int, Iterator[Any]]] = OrderedDict()  # next piece, the rest
+
+    def row(self, path: str, number: int) -> dict[str, Any]:
+        """The values of a row; columns without one are left out.
+
+        Raises:
+            BadRecord: its row group cannot be read, or a text in it is not UTF-8.
+        """
+        if path not in self._layouts:
+            with opened(path) as file:
+                self._layouts[path] = _Layout(file.metadata)
+        group, piece, place = self._layouts[path].find(number)
         try:
-            fields = self._groups.get(self.path, number).slice(at, 1).to_pylist()[0]
+            fields: dict[str, Any] = self.get(path, group, piece).slice(place, 1).to_pylist()[0]
         except UnicodeDecodeError as error:
-            raise BadRecord("wrong type", f"{self.path}: row {row}: a text is not UTF-8 ({error.reason}).") from None
-        fields = {key: value for key, value in fields.items() if value is not None}
-        return Record(f"row{row}", f"{self.path}: row {row}", fields, file=str(self.path))
+            raise BadRecord("wrong type", f"{path}: row {number}: a text is not UTF-8 ({error.reason}).") from None
+        return {key: value for key, value in fields.items() if value is not None}
+
+    def get(self, path: str, group: int, piece: int = 0) -> Any:
+        """A piece of a row group as arrow's table. Raises BadRecord when it cannot be read."""
+        key = path, group, piece
+        if key not in self._pieces:
+            rows = self._layouts[path].rows_of_piece[group] if path in self._layouts else 0
+            table = self._read_piece(path, group, piece, rows) if rows else _whole_group(path, group)
+            while self._pieces and (len(self._pieces) >= self.kept
+                                    or self._bytes() + table.nbytes > self.limit):
+                self._pieces.popitem(last=False)
+            self._pieces[key] = table
+        self._pieces.move_to_end(key)
+        return self._pieces[key]
+
+    def clear(self) -> None:
+        """Drop them."""
+        self._pieces.clear()
+        self._running.clear()
+
+    def _bytes(self) -> int:
+        return sum(table.nbytes for table in self._pieces.values())
+
+    def _read_piece(self, path: str, group: int, piece: int, rows: int) -> Any:
+        following, rest = self._running.pop((path, group), (0, None))
+        if rest is None or following > piece:
+            following, rest = 0, _pieces(path, group, rows)
+        for number in range(following, piece + 1):
+            table = next(rest)
+            self._running[path, group] = number + 1, rest
+        while len(self._running) > 4:
+            self._running.popitem(last=False)
+        return table
+
+
+class _Layout:
+    """Where the rows of a file are: `rows_of_piece` of each row group, 0: it is read as a whole."""
+
+    def __init__(self, metadata: Any) -> None:
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        self.ends = list(accumulate(group.num_rows for group in groups))
+        self.rows_of_piece = [max(1, group.num_rows * PIECE // group.total_byte_size)
+                              if group.total_byte_size > PIECE else 0 for group in groups]
+
+    def find(self, number: int) -> tuple[int, int, int]:
+        """(row group, its piece, place in the piece) of a row."""
+        group = bisect_right(self.ends, number)
+        place = number - (self.ends[group - 1] if group else 0)
+        rows = self.rows_of_piece[group]
+        return (group, *divmod(place, rows)) if rows else (group, 0, place)
+
+
+def _whole_group(path: str, group: int) -> Any:
+    with opened(path) as file:
+        return file.read_row_group(group, use_threads=False)  # arrow's thread pool does not survive a fork
+
+
+def _pieces(path: str, group: int, rows: int) -> Iterator[Any]:
+    """The pieces of a row group, read through a small buffer."""
+    with opened(path, buffer_size=_BUFFER) as file:
+        yield from file.iter_batches(rows, [group], use_threads=False)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: str | Path, **options: Any) -> Iterator[Any]:
     """A parquet file for one reading; arrow's errors become one sentence."""
     try:
         import pyarrow
@@ -81,7 +138,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except ImportError:
         raise DataError(f"{path}: reading parquet needs pyarrow (pip install pyarrow).") from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, **options) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise BadRecord("damaged file", f"{path}: cannot be read as parquet ({first_line(error)}).") from None

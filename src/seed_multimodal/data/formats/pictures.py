@@ -1,15 +1,72 @@
-"""A folder of pictures as records: each picture with its caption in a .txt file of the same name."""
+"""Pictures in records: where a record has one, in whatever way it is stored; and a folder of pictures as records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from seed_multimodal.data.formats.record import Place, Record
+from seed_multimodal.data.formats.record import BadRecord, Place, Record, find_image, shorten
+from seed_multimodal.errors import ImageError
+from seed_multimodal.images.encode import bytes_from_base64
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")  # extensions of pictures in webdataset shards
 PICTURE_ENDINGS = (*(f".{key}" for key in IMAGE_KEYS), ".bmp", ".gif", ".tif", ".tiff", ".avif")
+# Where a picture and its caption stand when no key is given: ours first, then those of Hugging Face's picture folders
+# (metadata.jsonl) and tables, and of shards written as tables.
+IMAGE_FIELDS = ("image", "file_name", *IMAGE_KEYS)
+CAPTION_FIELDS = ("caption", "text")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+
+
+def image_field(fields: Mapping[str, Any], key: str = "") -> Any:
+    """The value under `key`, or without one under the first of `IMAGE_FIELDS` that holds something; None: none."""
+    return next((fields[one] for one in ((key,) if key else IMAGE_FIELDS) if fields.get(one) is not None), None)
+
+
+def stored_picture(value: Any, record: Record, root: str | Path | None = None) -> bytes | Path:
+    """The file of the picture that a field names: its bytes, or where it lies.
+
+    Args:
+        value: bytes, base64 text, a path, or `{"bytes": …, "path": …}` as Hugging Face's tables have it.
+        root: the folder that paths are relative to; None: the folder of the record's file, then the current one.
+
+    Raises:
+        BadRecord: none of these. ImageError: there is no such file, or no base64.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value:
+        raise BadRecord("wrong type", f"{record.where}: a picture is {shorten(value)}, not a path.")
+    if value.startswith("data:"):
+        return bytes_from_base64(value, record.where)
+    path = find_image(_file_name(value), root, record.file)
+    if path is None and _BASE64.fullmatch(value):
+        return bytes_from_base64(value, record.where)
+    if path is None:
+        value = value.encode("utf-8", "replace").decode()
+        shown = value if len(value) <= 200 else f"{value[:80]}…"
+        why = "is an address, not a file; download it first" if "://" in value else \
+            f"is not there, {_places(root)}"
+        raise ImageError(f"{record.where}: the picture {shown} {why}.")
+    return path
+
+
+def _file_name(text: str) -> str:
+    """The name with `?` for half a surrogate pair, which no file has; bytes that are no letters stay."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def _places(root: str | Path | None) -> str:
+    return f"below {root}" if root is not None else "beside its list or in the current folder"
 
 
 class PictureFolder:
@@ -21,8 +78,7 @@ class PictureFolder:
     @cached_property
     def pictures(self) -> list[Path]:
         """In the order of their names."""
-        return sorted(path for path in self.path.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS
-                      and path.is_file() and not path.name.startswith("."))
+        return sorted(path for path in self.path.rglob("*") if is_picture(path))
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -30,11 +86,18 @@ class PictureFolder:
         return [len(self.pictures)]
 
     def locate(self, row: int) -> Record:
-        """A record with the path of its picture under `image`, and the member `txt` if that file is there."""
+        """A record with the path of its picture under `image`, and the members `txt` and `json` if those files are
+        there."""
         path = self.pictures[row]
         record = Record(path.relative_to(self.path).as_posix(), str(path), {"image": str(path.resolve())},
                         file=str(path))
-        text = path.with_suffix(".txt")
-        if text.is_file():
-            record.members["txt"] = Place(str(text), 0, text.stat().st_size)
+        for extension in ("txt", "json"):
+            beside = path.with_suffix(f".{extension}")
+            if beside.is_file():
+                record.members[extension] = Place(str(beside), 0, beside.stat().st_size)
         return record
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file has a picture's suffix and is not hidden."""
+    return path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".") and path.is_file()

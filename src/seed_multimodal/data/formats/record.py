@@ -22,11 +22,21 @@ class Place(NamedTuple):
     size: int
 
 
+class Row(NamedTuple):
+    """A row of a parquet file that is not read yet."""
+
+    file: str
+    number: int
+
+
 class FileReader(Protocol):
-    """Reads a `Place`; implemented by `tar.OpenFiles`."""
+    """Reads a `Place` and a `Row`; implemented by `tar.OpenFiles`."""
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`."""
+
+    def row(self, path: str | Path, number: int) -> dict[str, Any]:
+        """The fields of a table's row."""
 
 
 @dataclass
@@ -40,7 +50,8 @@ class Record:
             `messages` for conversations (see `conversations`).
         members: other parts by lower-case extension (`jpg`, `txt`, and `json` until it is parsed), read or not.
         file: the file it stands in, which paths of pictures may be relative to.
-        problem: why the record cannot be used, where that is known before it is read.
+        problem: (kind, sentence) of the defect, where it is known before the record is read.
+        row: the table row that its fields are, until they are read.
     """
 
     key: str
@@ -48,7 +59,8 @@ class Record:
     fields: dict[str, Any] = field(default_factory=dict)
     members: dict[str, bytes | Place] = field(default_factory=dict)
     file: str = ""
-    problem: str = ""
+    problem: tuple[str, str] | None = None
+    row: Row | None = None
 
     def member(self, *extensions: str, files: FileReader) -> bytes | None:
         """The bytes of the first of these members that the record has; None without any."""
@@ -58,19 +70,24 @@ class Record:
                 return files.read(*found) if isinstance(found, Place) else found
         return None
 
-    def parsed(self, files: FileReader) -> Record:
-        """The record with its json member among `fields`.
+    def parsed(self, files: FileReader, *, half_pairs: bool = False) -> Record:
+        """The record with its json member, or its table row, among `fields`.
+
+        Args:
+            half_pairs: texts of the json may hold half of a surrogate pair.
 
         Raises:
-            BadRecord: its `problem`, or a json member that holds no object.
+            BadRecord: its `problem`, a json member that holds no object, a row that cannot be read.
         """
-        if self.problem:
-            raise BadRecord("duplicate id", self.problem)
+        if self.problem is not None:
+            raise BadRecord(*self.problem)
+        if self.row is not None:
+            return Record(self.key, self.where, self.fields | files.row(*self.row), self.members, self.file)
         data = self.member("json", files=files)
         if data is None:
             return self
         others = {extension: part for extension, part in self.members.items() if extension != "json"}
-        return Record(self.key, self.where, self.fields | parse_object(data, self.where), others, self.file)
+        return Record(self.key, self.where, parse_object(data, self.where, half_pairs) | self.fields, others, self.file)
 
 
 class BadRecord(DataError):
@@ -84,16 +101,18 @@ class BadRecord(DataError):
         return BadRecord, (self.kind, str(self))
 
 
-def parse_object(data: bytes | str, where: str) -> dict[str, Any]:
+def parse_object(data: bytes | str, where: str, half_pairs: bool = False) -> dict[str, Any]:
     """A json object from its bytes.
 
     Raises:
-        BadRecord: no json, no object, or text with half of a surrogate pair (which no tokenizer can encode).
+        BadRecord: no json, no object, or (unless `half_pairs`) a text with half of a surrogate pair, which no tokenizer
+            can encode.
     """
     value = parse_json(data, where)
     if not isinstance(value, dict):
         raise BadRecord("malformed json", f"{where}: holds a {type(value).__name__}, not an object.")
-    refuse_half_pairs(value, data, where)
+    if not half_pairs:
+        refuse_half_pairs(value, data, where)
     return value
 
 

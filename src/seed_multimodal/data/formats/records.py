@@ -24,7 +24,7 @@ from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.json_lines import JsonFile
 from seed_multimodal.data.formats.nano import NanoFile, find_nano
-from seed_multimodal.data.formats.parquet import ParquetFile, RowGroups
+from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.pictures import PictureFolder
 from seed_multimodal.data.formats.record import BadRecord, Record
 from seed_multimodal.data.formats.tar import OpenFiles, TarFile
@@ -67,18 +67,17 @@ class JsonTar(TarFile):
     def locate(self, row: int) -> Record:
         """A sample, unread. Raises BadRecord: it has no .json."""
         record = super().locate(row)
-        if "json" not in record.members:
+        if record.problem is None and "json" not in record.members:
             raise BadRecord("missing member", f"{record.where}: has no .json member.")
         return record
 
 
-def open_file(path: Path, format: str, *, index_folder: str | Path | None = None,
-              groups: RowGroups | None = None) -> RecordFile:
+def open_file(path: Path, format: str, *, index_folder: str | Path | None = None) -> RecordFile:
     """The records of one file: tar, jsonl, json, parquet, folder (of pictures) or nano; nothing is read yet."""
     if format == "tar":
         return JsonTar(path, index_folder)
     if format == "parquet":
-        return ParquetFile(path, groups)
+        return ParquetFile(path)
     if format in ("json", "jsonl"):
         return JsonFile(path, lines=format == "jsonl")
     return NanoFile(path) if format == "nano" else PictureFolder(path)
@@ -107,23 +106,24 @@ def open_records(
         found = [(find_nano(one), format) for one in given or (None,)]
     else:
         found = [(Path(one), format) for one in given] if format == "folder" else find_files(given, format)
-    groups = RowGroups()
-    return FileRecords([open_file(path, format, index_folder=index_folder, groups=groups) for path, format in found],
-                       name or ", ".join(map(str, given)), groups)
+    return FileRecords([open_file(path, format, index_folder=index_folder) for path, format in found],
+                       name or ", ".join(map(str, given)))
 
 
 class FileRecords:
     """The records of several files, numbered through."""
 
-    def __init__(self, parts: Sequence[RecordFile], name: str = "", groups: RowGroups | None = None) -> None:
+    def __init__(self, parts: Sequence[RecordFile], name: str = "") -> None:
         self.parts, self.name = parts, name
         self.files = [part.path for part in parts]
         self.open_files = OpenFiles()
-        self._groups = groups
 
     @cached_property
     def _ends(self) -> list[int]:
         ends = list(accumulate(sum(map(int, part.sizes)) for part in self.parts))
+        damages = [part.damage for part in self.parts if isinstance(part, TarFile) and part.damage]
+        if ends[-1] == len(damages) > 0:
+            raise BadRecord("damaged file", damages[0])
         if not ends[-1]:
             others = f", nor do the other {len(self.parts) - 1} files" if len(self.parts) > 1 else ""
             raise DataError(f"{self.files[0]}: holds no record{others}.")
@@ -158,5 +158,3 @@ class FileRecords:
     def close(self) -> None:
         """Close this process's open files and drop rows kept in memory; reading opens them again."""
         self.open_files.close()
-        if self._groups is not None:
-            self._groups.clear()

@@ -10,21 +10,25 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
 from seed_multimodal.data.formats.packed import PackedStrings
+from seed_multimodal.data.formats.parquet import RowGroups
 from seed_multimodal.data.formats.record import Place, Record
 from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members, unpacked
 from seed_multimodal.disk import replacing
 from seed_multimodal.errors import DataError
 
 Columns = Mapping[str, Sequence[str]]  # a part of a sample -> the extensions of its member, the preferred first
-SPAN = np.dtype([("offset", "<i8"), ("size", "<u4")])  # of one member in bytes; offset -1: the sample has none
+# Of one member in bytes. Offset ABSENT: the sample has none; TWICE: it has two of one extension, of number `size`.
+SPAN = np.dtype([("offset", "<i8"), ("size", "<u4")])
+ABSENT, TWICE = -1, -2
 
 
 def tar_records(path: Path, wanted: Collection[str] | None = None, *, unpack: bool = False) -> Iterator[Record]:
@@ -50,7 +54,9 @@ def tar_records(path: Path, wanted: Collection[str] | None = None, *, unpack: bo
             current = Record(key, f"{path}: sample {key}", file=str(path))
         if wanted is None or extension in wanted:
             if extension in current.members:
-                current.problem = f"{path}: sample {key} has two .{extension} members."
+                current.problem = _twice(current.where, extension)
+                current.members[extension] = Place(str(path), TWICE, 0)
+                continue
             current.members[extension] = (Place(str(path), offset, size) if content is None else
                                           content[offset:offset + size])
     if current is not None:
@@ -60,78 +66,95 @@ def tar_records(path: Path, wanted: Collection[str] | None = None, *, unpack: bo
 class TarFile:
     """The samples of a plain tar by number.
 
+    Of a torn tar the whole samples before its damage are records, and the sample it tears in is a last one that has
+    a `problem`: one bad sample, as a picture cut off is.
+
     Args:
         columns: the parts of a sample; a record's members have these names.
         index_folder: where indexes of earlier runs are found and new ones written (each whole or not at all).
-        keep_torn: use the whole samples before the damage of a torn shard, and `log` its sentence.
     """
 
-    def __init__(self, path: Path, columns: Columns, *, index_folder: str | Path | None = None,
-                 keep_torn: bool = False, log: Callable[[str], None] | None = print) -> None:
+    def __init__(self, path: Path, columns: Columns, *, index_folder: str | Path | None = None) -> None:
         self.path, self._name = path, str(path)
         self.columns = {name: tuple(extensions) for name, extensions in columns.items()}
-        self._index_folder, self._keep_torn, self._log = index_folder, keep_torn, log
+        self._index_folder = index_folder
 
     @cached_property
-    def index(self) -> tuple[np.ndarray, PackedStrings]:
-        """(spans of type SPAN [N, columns], keys).
+    def index(self) -> tuple[np.ndarray, PackedStrings, str]:
+        """(spans of type SPAN [N, columns], keys, a sentence about the tar's damage; empty: none) of its whole samples.
 
         Raises:
-            DataError: naming the tar that cannot be opened, is compressed, torn or no tar, or names a member twice.
+            DataError: naming the tar that cannot be opened or is compressed.
         """
         kept = _kept_file(self.path, self.columns, Path(self._index_folder)) if self._index_folder else None
         found = _read_kept(kept) if kept else None
         if found is not None:
             return found
-        spans, keys, damage = scan_tar(self.path, self.columns)
-        if damage and not self._keep_torn:
-            raise DataError(damage)
-        if damage and self._log is not None:
-            self._log(f"{damage} The {len(keys)} whole samples before that are used.")
-        if kept and not damage:
-            _write_kept(kept, spans, keys)
-        return spans, keys
+        found = scan_tar(self.path, self.columns)
+        if kept:
+            _write_kept(kept, *found)
+        return found
+
+    @property
+    def damage(self) -> str:
+        """A sentence about where the tar is torn; empty: it is whole."""
+        return self.index[2]
 
     @property
     def sizes(self) -> Sequence[int]:
-        """All samples are one piece."""
-        return [len(self.index[0])]
+        """All samples are one piece; a torn one is among them."""
+        return [len(self.index[0]) + bool(self.damage)]
 
     def has(self, column: str) -> np.ndarray:
         """Which samples have this part, bool [N]."""
-        return np.asarray(self.index[0]["offset"][:, list(self.columns).index(column)] >= 0)
+        return np.asarray(self.index[0]["offset"][:, list(self.columns).index(column)] != ABSENT)
 
     def locate(self, row: int) -> Record:
         """A sample, unread; its key is that in the shard."""
-        spans, keys = self.index
-        file, key = self._name, keys[row]
-        members: dict[str, bytes | Place] = {
-            name: Place(file, offset, size)
-            for name, (offset, size) in zip(self.columns, spans[row].tolist(), strict=True) if offset >= 0}
-        return Record(key, f"{file}: sample {key}", {}, members, file)
+        spans, keys, damage = self.index
+        file = self._name
+        if row == len(keys):
+            return Record("torn", file, file=file, problem=("damaged file", damage))
+        found = Record(keys[row], f"{file}: sample {keys[row]}", file=file)
+        for (name, extensions), (offset, size) in zip(self.columns.items(), spans[row].tolist(), strict=True):
+            if offset == TWICE:
+                found.problem = _twice(found.where, extensions[size])
+            elif offset != ABSENT:
+                found.members[name] = Place(file, offset, size)
+        return found
+
+
+def _twice(where: str, extension: str) -> tuple[str, str]:
+    return "duplicate id", f"{where} has two .{extension} members."
 
 
 def scan_tar(path: Path, columns: Columns) -> tuple[np.ndarray, PackedStrings, str]:
     """Index one tar: (spans, keys) of the whole samples, and a sentence about its damage (empty: none).
 
     Raises:
-        DataError: it cannot be opened, is compressed, or a sample has two members of one extension.
+        DataError: it cannot be opened, or is compressed.
     """
     keys: list[str] = []
     spans: list[tuple[int, int]] = []
     damage = ""
     try:
         for record in tar_records(path, {extension for several in columns.values() for extension in several}):
-            if record.problem:
-                raise DataError(record.problem)
             keys.append(record.key)
             for extensions in columns.values():
-                found = next((record.members[one] for one in extensions if one in record.members), None)
-                spans.append((found.offset, found.size) if isinstance(found, Place) else (-1, 0))
+                spans.append(_span([record.members.get(one) for one in extensions]))
     except Damaged as error:
         after = f"after sample {keys[-1]}" if keys else "in its first sample"
         damage = f"{path}: torn or damaged {after} ({error})."
     return np.array(spans, SPAN).reshape(-1, len(columns)), PackedStrings.of(keys), damage
+
+
+def _span(members: Sequence[bytes | Place | None]) -> tuple[int, int]:
+    """The span of the first member that is there."""
+    there = [(number, found) for number, found in enumerate(members) if isinstance(found, Place)]
+    twice = next((number for number, found in there if found.offset == TWICE), None)
+    if twice is not None:
+        return TWICE, twice
+    return (there[0][1].offset, there[0][1].size) if there else (ABSENT, 0)
 
 
 def _kept_file(shard: Path, columns: Columns, folder: Path) -> Path:
@@ -144,37 +167,37 @@ def _kept_file(shard: Path, columns: Columns, folder: Path) -> Path:
     return folder / f"{shard.name}.{hashlib.sha256(mark.encode()).hexdigest()[:16]}.npz"
 
 
-def _read_kept(file: Path) -> tuple[np.ndarray, PackedStrings] | None:
+def _read_kept(file: Path) -> tuple[np.ndarray, PackedStrings, str] | None:
     try:
         with np.load(file, allow_pickle=False) as kept:
-            return kept["spans"], PackedStrings(kept["data"], kept["ends"])
+            return kept["spans"], PackedStrings(kept["data"], kept["ends"]), str(kept["damage"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none yet, or damaged: the shard is read instead
         return None
 
 
-def _write_kept(file: Path, spans: np.ndarray, keys: PackedStrings) -> None:
+def _write_kept(file: Path, spans: np.ndarray, keys: PackedStrings, damage: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as handle:
-            np.savez(handle, spans=spans, data=keys.data, ends=keys.ends)
+            np.savez(handle, spans=spans, data=keys.data, ends=keys.ends, damage=np.array(damage))
     except OSError as error:
         raise DataError(f"{file.parent}: the index of a shard cannot be written there ({error.strerror}).") from None
 
 
 class OpenFiles:
-    """Reads pieces of files; at most `limit` files stay open, and each process (a forked worker) opens its own."""
+    """Reads pieces of files, and rows of parquet files; at most `limit` files stay open, and each process (a forked
+    worker) opens its own."""
 
     def __init__(self, limit: int = 64) -> None:
         self.limit = limit
         self._owner = os.getpid()
         self._open: OrderedDict[str, int] = OrderedDict()
+        self.tables = RowGroups()
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """`size` bytes of a file from `offset`. Raises DataError when they are no longer there."""
         path = str(path)
-        if self._owner != os.getpid():
-            self.close()
-            self._owner = os.getpid()
+        self._leave_parents()
         try:
             if path not in self._open:
                 self._open[path] = os.open(path, os.O_RDONLY)
@@ -191,10 +214,22 @@ class OpenFiles:
             raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
         return data
 
+    def row(self, path: str | Path, number: int) -> dict[str, Any]:
+        """The fields of a row of a parquet file. Raises BadRecord when it cannot be read."""
+        self._leave_parents()
+        return self.tables.row(str(path), number)
+
     def close(self) -> None:
-        """Close what this process holds open."""
+        """Close what this process holds open, and drop rows kept in memory."""
         while self._open:
             os.close(self._open.popitem()[1])
+        self.tables.clear()
+
+    def _leave_parents(self) -> None:
+        """A forked process shares positions in the files that it inherits, so it closes them."""
+        if self._owner != os.getpid():
+            self.close()
+            self._owner = os.getpid()
 
     def __del__(self) -> None:
         self.close()

@@ -25,7 +25,8 @@ class Damaged(Exception):
 
 
 def tar_members(tar: Path | bytes) -> Iterator[tuple[str, int, int]]:
-    """(name, byte offset, size) of each regular file; stops at the first end mark, as `tar` and `tarfile` do.
+    """(name, byte offset, size) of each regular file; stops at the first end mark, as `tar` and `tarfile` do. Of a file
+    that is cut off the last member given is the one whose end is missing, so that its sample is known.
 
     Args:
         tar: a file, or its content.
@@ -87,10 +88,12 @@ def _walk(read: Callable[[int, int], bytes], total: int) -> Iterator[tuple[str, 
         start = position + BLOCK
         if kind in (b"0", b"\0", b"7"):
             size = extra.get("size", size)
-        if start + size > total:
+        if start + size > total and kind not in (b"0", b"\0", b"7"):
             raise Damaged("its end is missing")
         if kind in (b"0", b"\0", b"7"):
             yield extra.get("path", name).decode("utf-8", "surrogateescape"), start, size
+            if start + size > total:
+                raise Damaged("its end is missing")
             extra = {}
         elif kind == b"L":  # GNU: the next name in full
             extra["path"] = read(size, start).rstrip(b"\0")

@@ -1,7 +1,7 @@
 """Settings of the input: a description in our keys, or one of the released pre-tokenisation files.
 
     files: data/unsplash/webdataset        # folders, patterns with braces, lists of them
-    format: auto                           # tar, json (lists or an object per line), folder (pictures), nano
+    format: auto                           # tar, json (lists or an object per line), parquet, folder (pictures), nano
     fields: vqa                            # which keys hold what: a preset of the kind, or a mapping
     min_resolution: 180                    # filters; without a key nothing is dropped for it
 
@@ -30,9 +30,8 @@ class InputSettings:
 
     Attributes:
         files: folders, patterns or files; for `nano` the set's folder (None: the one in the repository).
-        recursive: folders of tars are searched at any depth, as released (json files only in the folder itself).
-        image_root: folder of the pictures that json records name; without it: beside the json file, then the current
-            folder.
+        recursive: folders are searched at any depth.
+        image_root: folder of the pictures that records name; without it: beside the list, then the current folder.
         fields: keys of the input by what they hold, merged over the kind's own (`kinds.py`); or a preset's name.
         use_caption_in_metadata, caption_key_in_metadata: of tars, take the caption from KEY.json instead of KEY.txt.
         similarity_thr, min_resolution, min_aspect_ratio: see `images.filters`; None: that filter is off.
@@ -43,7 +42,7 @@ class InputSettings:
     """
 
     files: str | list[str] | None = None
-    format: str = setting("auto", choices=("auto", "tar", "json", "folder", "nano"))
+    format: str = setting("auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", "nano"))
     recursive: bool = True
     image_root: str | None = None
     fields: str | dict[str, Any] = setting(factory=dict)

@@ -88,17 +88,9 @@ def get_kind(name: str) -> Kind:
 
 def _parse_caption(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
     data = sample.picture_member()
-    value = data if data is not None else sample.fields.get(keys["image"])
-    if value is None:
-        raise Dropped("no picture")
-    key = settings.caption_key_in_metadata if settings.use_caption_in_metadata else keys["caption"]
-    text = None if settings.use_caption_in_metadata else sample.text_member()
-    if text is None:
-        several = sample.fields.get(key)
-        is_list = isinstance(several, list) and several and all(isinstance(one, str) for one in several)
-        text = several if is_list else sample.text(key, required=False)  # the decoder draws one of several
-    if text is None:
-        raise Dropped("no text")
+    value = sample.image(keys["image"])
+    named = settings.use_caption_in_metadata
+    text = sample.caption(settings.caption_key_in_metadata if named else keys["caption"], member=not named)
     metadata = sample.fields if data is not None else {
         key: sample.fields[key] for key in ("image_id", "id") if key in sample.fields}
     return {**_one_picture(), "text": text, "metadata": metadata}, [sample.picture(value)]
@@ -123,8 +115,7 @@ def _question(sample: Sample, keys: Mapping[str, str], *, required: bool = True)
 
 def _parse_qa(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
     texts = {"question": _question(sample, keys), "answer": sample.text(keys["answer"])}
-    value: Any = sample.picture_member()
-    value = value if value is not None else sample.fields.get(keys["image"])
+    value = sample.image(keys["image"])
     several = value if isinstance(value, list) else [value]
     if not several:
         raise BadRecord("missing key", f"{sample.where}: its list of pictures is empty.")
@@ -164,8 +155,8 @@ def _parse_story(sample: Sample, settings: InputSettings, keys: Mapping[str, str
         raise BadRecord("images and captions", f"{sample.where}: {counted(len(pictures), 'picture')} under "
                         f"{keys['images']!r} and {counted(len(captions), 'caption')} under {keys['captions']!r} "
                         f"where {wanted} of each belong{keys_there}.")
-    if not all(isinstance(text, str) for text in captions):
-        raise BadRecord("wrong type", f"{sample.where}: one of its {keys['captions']!r} is no text.")
+    if not all(isinstance(text, str) and text.strip() for text in captions):
+        raise BadRecord("wrong type", f"{sample.where}: one of its {keys['captions']!r} is no text, or empty.")
     texts = {f"caption{number}": text for number, text in enumerate(captions)}
     return {"image_ids": Slot(tuple(range(wanted))), **texts}, [sample.picture(picture) for picture in pictures]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,15 +9,19 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.data.formats.pictures import IMAGE_KEYS
+from seed_multimodal.data.formats.pairs import captions, text_member
+from seed_multimodal.data.formats.pictures import (
+    CAPTION_FIELDS,
+    IMAGE_FIELDS,
+    IMAGE_KEYS,
+    image_field,
+    stored_picture,
+)
 from seed_multimodal.data.formats.record import BadRecord, Record, find_image
 from seed_multimodal.data.formats.tar import OpenFiles
 from seed_multimodal.data.pretokenize.pictures import Picture
 from seed_multimodal.errors import ImageError
-from seed_multimodal.images.encode import image_from_base64
 from seed_multimodal.images.open import open_image
-
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
 class Dropped(Exception):
@@ -43,20 +46,34 @@ class Sample:
         """The bytes of the picture that is a member."""
         return self._record.member(*IMAGE_KEYS, files=self._files)
 
-    def text_member(self) -> str | None:
-        """The .txt member.
+    def image(self, key: str) -> Any:
+        """What names the picture: the member's bytes, else the value under `key` (`image`: or where else one stands).
 
         Raises:
-            BadRecord: it is not UTF-8.
+            BadRecord: nothing does.
         """
-        data = self._record.member("txt", files=self._files)
-        try:
-            return None if data is None else data.decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise BadRecord("malformed text", f"{self.where}: its .txt is not UTF-8 ({error.reason}).") from None
+        found: Any = self.picture_member()
+        if found is None:
+            found = image_field(self.fields, "" if key == IMAGE_FIELDS[0] else key)
+        if found is None:
+            raise BadRecord("missing picture", f"{self.where}: has no picture where one is looked for ({self.keys()}).")
+        return found
+
+    def caption(self, key: str, *, member: bool) -> str | list[str]:
+        """The caption: the .txt member's (if `member`), else the text or texts under `key` (`caption`: or `text`).
+
+        Raises:
+            BadRecord: there is none, or it is blank or no text.
+        """
+        text = text_member(self._record, self._files) if member else None
+        if text is not None:
+            return text
+        found = captions(self.fields, "" if key == CAPTION_FIELDS[0] else key, self.where)
+        return found if len(found) > 1 else found[0]
 
     def text(self, key: str, *, required: bool = True) -> str | None:
-        """The text under a key; a number counts as text (NaN as nothing), of a list of texts the most frequent one.
+        """The text under a key; a number counts as text (NaN, like blanks, as nothing), of a list of texts the most
+        frequent one.
 
         Raises:
             BadRecord: another type, or nothing where something is required.
@@ -66,8 +83,11 @@ class Sample:
             value = max(value, key=value.count)
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value) if value == value else None  # NaN: an empty field of a table
-        if value is None and not required:
+        blank = isinstance(value, str) and not value.strip()
+        if (value is None or blank) and not required:
             return None
+        if blank:
+            raise BadRecord("empty text", f"{self.where}: its {key!r} is empty.")
         if not isinstance(value, str):
             problem = "has no text under" if value is None else f"holds a {type(value).__name__} under"
             raise BadRecord("missing key", f"{self.where}: {problem} {key!r} ({self.keys()}).")
@@ -85,30 +105,25 @@ class Sample:
         Raises:
             BadRecord: none of these.
         """
-        if isinstance(value, Mapping):
-            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-        if isinstance(value, bytes):
-            return Picture(self.where, partial(open_image, value, name=self.where), **options)
-        if value is None:
-            raise BadRecord("missing key", f"{self.where}: has no picture where one is looked for ({self.keys()}).")
-        if not isinstance(value, str) or not value:
-            raise BadRecord("missing key", f"{self.where}: a picture is {value!r:.60}, not a path.")
-        own = self._record.members.get(value)
+        own = self._record.members.get(value) if isinstance(value, str) else None
         if isinstance(own, bytes):
             name = f"{self._record.file}: picture {value}"
             return Picture(name, partial(open_image, own, name=name), f"own:{value}", **options)
-        path = None if value.startswith("data:") else self.path(value)
-        if path is not None:
-            name = f"{self.where}: {value}"
-            return Picture(name, partial(open_image, path, name=name), str(path), **options)
-        if value.startswith("data:") or _BASE64.fullmatch(value):
-            return Picture(self.where, partial(image_from_base64, value, name=self.where), **options)
-        return Picture(self.where, partial(_missing, self.where, value), **options)
+        if value is None:
+            raise BadRecord("missing picture", f"{self.where}: has no picture where one is looked for ({self.keys()}).")
+        try:
+            found = stored_picture(value, self._record, self._root)
+        except ImageError as error:
+            return Picture(self.where, partial(_raise, error), **options)
+        if isinstance(found, bytes):
+            return Picture(self.where, partial(open_image, found, name=self.where), **options)
+        name = f"{self.where}: {value['path'] if isinstance(value, Mapping) else value}"
+        return Picture(name, partial(open_image, found, name=name), str(found), **options)
 
     def path(self, value: str) -> Path | None:
         """The file a field names, or None."""
         return find_image(value, self._root, self._record.file)
 
 
-def _missing(where: str, value: str) -> Image.Image:
-    raise ImageError(f"{where}: there is no picture {value[:200]!r}.")
+def _raise(error: ImageError) -> Image.Image:
+    raise error

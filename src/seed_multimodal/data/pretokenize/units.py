@@ -1,6 +1,6 @@
 """Input files as units of work, and the records of a unit.
 
-A unit is one tar, or a block of records of a json file, of a folder of pictures or of the nano set. Units are numbered
+A unit is one tar, or a block of records of a list, a table, a folder of pictures or the nano set. Units are numbered
 in the order of the inputs, and each becomes one output folder; nothing of one depends on another.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.files import expand_pattern, nearest_path
+from seed_multimodal.data.formats.files import find_files, nearest_path
 from seed_multimodal.data.formats.nano import find_nano
 from seed_multimodal.data.formats.pictures import IMAGE_KEYS
 from seed_multimodal.data.formats.record import Record
@@ -23,8 +23,7 @@ from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.nano import nano_records
 from seed_multimodal.errors import DataError
 
-JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
-COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+COMPRESSED = (".gz", ".tgz")
 TAR_MEMBERS = (*IMAGE_KEYS, "txt", "json")  # the members read from a tar
 
 
@@ -76,7 +75,7 @@ def list_units(settings: InputSettings, block: int) -> list[Unit]:
             units.append(Unit(len(units), format, str(path), size=path.stat().st_size))
             continue
         total, _ = _numbered(str(path), format, settings)
-        size = path.stat().st_size if format == "json" else total
+        size = total if path.is_dir() else path.stat().st_size
         for start in range(0, total, block):
             units.append(Unit(len(units), format, str(path), start, min(total, start + block), size))
     if not units:
@@ -114,11 +113,7 @@ def _numbered(path: str, format: str, settings: InputSettings) -> tuple[int, Cal
 
 @functools.lru_cache(maxsize=2)
 def _opened(path: Path, format: str) -> RecordFile:
-    lines = format == "json" and path.suffix.lower() != ".json"
-    return open_file(path, "jsonl" if lines else format)
-
-
-# ---- which files
+    return open_file(path, format)
 
 
 def _inputs(settings: InputSettings) -> list[tuple[Path, str]]:
@@ -126,36 +121,9 @@ def _inputs(settings: InputSettings) -> list[tuple[Path, str]]:
     if settings.format == "nano":
         return [(find_nano(settings.files if isinstance(settings.files, str) else None), "nano")]
     wanted = [settings.files] if isinstance(settings.files, str) else settings.files or []
-    found: dict[Path, str] = {}
-    for one in wanted:
-        place = Path(one).expanduser()
-        if place.is_dir():
-            found |= _in_folder(place, settings)
-        else:
-            found |= {path: _format_of(path, settings.format) for path in expand_pattern(str(place))}
-    return list(found.items())
-
-
-def _in_folder(folder: Path, settings: InputSettings) -> dict[Path, str]:
-    tars = sorted(folder.rglob("*.tar") if settings.recursive else folder.glob("*.tar"))
-    jsons = sorted(path for path in folder.iterdir() if path.suffix.lower() in JSON_ENDINGS)
-    for format, files in (("tar", tars), ("json", jsons)):
-        if files and settings.format in ("auto", format):
-            return {path: format for path in files if path.is_file() and not path.name.startswith(".")}
-    if settings.format in ("auto", "folder") and sum(_opened(folder, "folder").sizes) > 0:
-        return {folder: "folder"}
-    wanted = "tars, json files or pictures" if settings.format == "auto" else f"files of format {settings.format}"
-    raise DataError(f"{folder}: this folder holds no {wanted}.")
-
-
-def _format_of(path: Path, format: str) -> str:
-    if format != "auto":
-        return format
-    suffix = path.suffix.lower()
-    if suffix in JSON_ENDINGS:
-        return "json"
-    if suffix == ".tar":
-        return "tar"
-    if suffix in COMPRESSED:
-        raise DataError(f"{path}: compressed files cannot be read at random positions; unpack it first.")
-    raise DataError(f"{path}: neither a .tar nor a json file; give its format.")
+    found = find_files([str(Path(one).expanduser()) for one in wanted], settings.format, pictures=True,
+                       recursive=settings.recursive)
+    packed = next((path for path, _ in found if path.suffix.lower() in COMPRESSED), None)
+    if packed is not None:
+        raise DataError(f"{packed}: compressed files cannot be read at random positions; unpack it first.")
+    return found

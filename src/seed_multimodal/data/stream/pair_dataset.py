@@ -1,8 +1,8 @@
 """From stored pairs to training samples: the picture opened and transformed, one caption chosen and cleaned.
 
 What is random about a sample (which of its captions, which crop) is a function of (seed, epoch, index), so workers,
-ranks and restarts do not change it. A picture that cannot be read is named once, counted, and replaced by the next
-readable sample; `max_bad_in_a_row` in a row end the run. A missing caption ends it at once (see `data.formats.pairs`).
+ranks and restarts do not change it. A sample that cannot be used, for its picture or its caption, is named once,
+counted, and replaced by the next usable one; `max_bad_in_a_row` in a row end the run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.formats.pairs import Pair, PairSource
+from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pair, PairSource
 from seed_multimodal.data.stream.skip_budget import BadSamples, SkipBudget
-from seed_multimodal.errors import ConfigError, DataError, ImageError
+from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.open import open_image
 
 
@@ -68,7 +68,7 @@ class PairDataset(BadSamples):
         """One sample: `image` (what the transform gives), `caption`, `key`, and `index` of the sample really used.
 
         Raises:
-            DataError: a caption is missing, or `max_bad_in_a_row` samples from `index` on have no readable picture.
+            DataError: `max_bad_in_a_row` samples from `index` on cannot be used.
         """
         total = len(self.source)
         if not 0 <= index < total:
@@ -83,11 +83,11 @@ class PairDataset(BadSamples):
                 pair = self.source.read(place)
                 chosen = int(torch.randint(len(pair.captions), (), generator=generator))
                 image = self._read(pair, generator, number)
-            except ImageError as error:
+            except SAMPLE_FAULTS as error:
                 self.note_bad(self.source.key(place), str(error))
                 if budget.spend():
-                    raise DataError(f"{budget.broken} samples in a row, from number {index} on, have no readable "
-                                    f"picture; the last is {error}") from error
+                    raise DataError(f"{budget.broken} samples in a row, from number {index} on, cannot be used; the "
+                                    f"last is {error}") from error
                 place = (place + 1) % total
                 continue
             caption = pair.captions[chosen]
