@@ -91,6 +91,32 @@ def test_shards_with_another_caption_key(tmp_path):
         build("laion_coco", {"storage": str(tmp_path / "*.tar"), "caption_key": "caption"})["train"].get(0)
 
 
+@pytest.mark.parametrize("item", [{"caption": None}, {"caption": ""}, {"title": "x"}, [1]])
+def test_a_sample_without_a_caption_is_replaced_and_counted(tmp_path, item):
+    shard(tmp_path / "a.tar", [("a", {"caption": "red"}), ("b", item), ("c", {"caption": "blue"})])
+    data = build("unsplash", {"storage": str(tmp_path / "a.tar")})["train"]
+    assert [data.get(index)["caption"] for index in range(3)] == ["red", "blue", "blue"]
+    assert [key for key, _ in data.bad] == ["b"]
+
+
+def test_tables_and_folders_of_pictures_are_sets_too(tmp_path, pictures):
+    import pyarrow
+    from pyarrow import parquet
+
+    listed = json.loads((pictures / "pairs.json").read_text())
+    rows = [{"image": {"bytes": (pictures / one["image"]).read_bytes(), "path": one["image"]}, "text": "a text"}
+            for one in listed]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "folder").mkdir()
+    for number, row in enumerate(rows):
+        (tmp_path / "folder" / f"{number}.png").write_bytes(row["image"]["bytes"])
+        (tmp_path / "folder" / f"{number}.txt").write_text("a text")
+    for info in ({"storage": str(tmp_path / "a.parquet")}, {"storage": str(tmp_path / "folder")},
+                 {"annotations": {"train": {"storage": str(tmp_path / "a.parquet")}}}):
+        data = build("unsplash", info)["train"]
+        assert len(data) == len(listed) == 24 and data.get(7)["caption"] == "a text" and not data.bad
+
+
 def test_nano_has_a_split_to_evaluate_on():
     built = build("nano", {})
     assert set(built) == {"train", "val"} and len(built["train"]) > 10 * 8
