@@ -24,7 +24,7 @@ from PIL import Image
 from shared import positive, print_line, rounded
 from torch import Tensor
 
-from seed_multimodal.data.formats.pairs import TarPairs
+from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.stream.step_batches import StepBatches
@@ -69,7 +69,7 @@ def released(size: int) -> Any:
 def timed(pattern: str, size: int, batches: int, repeats: int) -> dict[str, Any]:
     """Views per second of a core for each way, medians of alternating runs."""
     ways = {"old": released(size), "bytes": TrainTransform(size, scaled_decoding=False), "new": TrainTransform(size)}
-    source, seconds = TarPairs(pattern, log=None), {name: list[float]() for name in ways}
+    source, seconds = Pairs(pattern, log=None), {name: list[float]() for name in ways}
     for repeat in range(repeats + 1):  # the first is a warm-up
         for name, transform in ways.items():
             loader = StepBatches(PairDataset(source, transform, log=None), BATCH, seed=0)
