@@ -23,6 +23,13 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags: the original's, and ours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_offload_decoder", dest="offload_decoder", action="store_false")
     parser.add_argument("--exact_original", action="store_true",
                         help="answer as the released server does to the letter, its quirks included")
+    parser.add_argument("--max_megapixels", type=positive, default=32,
+                        help="pixels of all pictures of a request, and of all being decoded (default: 32 millions)")
+    parser.add_argument("--max_waiting", type=positive, default=16,
+                        help="requests that wait while one is answered, before others get 429 (default: 16)")
     return parser
 
 
@@ -49,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from seed_multimodal.configured import system_from_configs
     from seed_multimodal.quiet import quiet_libraries
     from seed_multimodal.serving.flask_app import check_address, create_app, serve
+    from seed_multimodal.serving.schema import Limits
     from seed_multimodal.systems.seed_llama import SeedLlama
 
     check_address(args.host, args.port)
@@ -65,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
         lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
         raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
     _ = system.pictures.decoder  # a missing part shows now, not at the first drawing
-    serve(create_app(system, exact_original=args.exact_original), host=args.host, port=args.port)
+    pixels = args.max_megapixels * 1_000_000
+    limits = Limits(max_image_pixels=pixels, max_request_pixels=pixels, max_decoding_pixels=pixels,
+                    max_waiting=args.max_waiting)
+    serve(create_app(system, limits=limits, exact_original=args.exact_original), host=args.host, port=args.port)
     return 0
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from seed_multimodal.configured import system_from_configs
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.serving.engine import SystemBackend
+from seed_multimodal.serving.backend import SystemBackend
 from seed_multimodal.serving.flask_app import check_address, create_app, serve
 from seed_multimodal.serving.schema import Limits
 

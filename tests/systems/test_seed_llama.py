@@ -69,9 +69,9 @@ def test_describe_and_ask_send_the_released_sentences(tiny, picture, monkeypatch
     seen: list[list[int]] = []
     generate = speaker.generate_ids
 
-    def watch(model, prompts, settings, tokenizer, streamer=None):
+    def watch(model, prompts, *args, **options):
         seen.extend(prompts)
-        return generate(model, prompts, settings, tokenizer, streamer=streamer)
+        return generate(model, prompts, *args, **options)
 
     monkeypatch.setattr(speaker, "generate_ids", watch)
     codes = tiny.tokenize(picture)[0].tolist()

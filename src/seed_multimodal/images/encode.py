@@ -12,7 +12,7 @@ from PIL import Image
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.open import DEFAULT_LIMITS, ImageLimits, open_image
 
-_DATA_URL = re.compile(r"\s*data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.ASCII)
+_DATA_URL = re.compile(rb"\s*data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.ASCII)
 
 
 def image_to_bytes(image: Image.Image, format: str = "PNG") -> bytes:
@@ -27,7 +27,7 @@ def image_to_base64(image: Image.Image, format: str = "PNG") -> str:
     return base64.b64encode(image_to_bytes(image, format)).decode("ascii")
 
 
-def image_from_base64(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+def image_from_base64(text: str | bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Read a picture from base64 text (see `bytes_from_base64`).
 
     Raises:
@@ -36,16 +36,17 @@ def image_from_base64(text: str, name: str = "image", limits: ImageLimits = DEFA
     return open_image(bytes_from_base64(text, name, limits), name=name, limits=limits)
 
 
-def bytes_from_base64(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+def bytes_from_base64(text: str | bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
     """A picture's file from base64 text (a `data:image/…;base64,` prefix and line breaks are allowed).
 
     Raises:
         ImageError: not base64, or longer than the limit.
     """
-    prefix = _DATA_URL.match(text)
-    body = re.sub(r"\s+", "", text[prefix.end():] if prefix else text)
-    limits.check_bytes(len(body) * 3 // 4, name)  # before the decoded copy is made
     try:
+        body = text.encode("ascii") if isinstance(text, str) else text
+        body = body[prefix.end():] if (prefix := _DATA_URL.match(body)) else body
+        body = body.translate(None, b" \t\r\n\f\v")
+        limits.check_bytes(len(body) * 3 // 4, name)  # before the decoded copy is made
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"{name}: this is not base64 text ({error}).") from error

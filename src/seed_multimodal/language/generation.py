@@ -9,7 +9,7 @@ budget reaches to its end.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -103,12 +103,14 @@ def generate_ids(
     settings: GenerationSettings,
     tokenizer: MultimodalTokenizer,
     streamer: Any = None,
+    watch: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt.
 
     Args:
         prompts: token ids with their `<s>`; of different lengths (padded on the left, masked).
         streamer: a transformers streamer (`put`, `end`), for a single prompt without beams.
+        watch: called before each token; what it raises ends the generation and is raised here.
 
     Returns:
         The new ids of each prompt up to and including `</s>`; a forced `<img>` comes first. The budget is cut to what
@@ -133,6 +135,8 @@ def generate_ids(
         mask[number, longest - len(row):] = 1
     device = model.get_input_embeddings().weight.device
     processors: list[Any] = [FiniteScores(model)]
+    if watch is not None:
+        processors.append(_Watched(watch))
     if settings.constrain:
         processors.append(ImageSpanLogitsProcessor(vocabulary, longest + budget))
     inside: Any = contextlib.nullcontext()
@@ -173,15 +177,36 @@ def _check_ids(rows: list[list[int]], vocabulary: ImageVocabulary) -> None:
 
 def _budget(length: int, settings: GenerationSettings, model: Any, vocabulary: ImageVocabulary) -> int:
     """New tokens there is room for; a forced picture needs its codes and `</img>`."""
-    context = int(model.config.max_position_embeddings)
-    budget = min(settings.max_new_tokens, context - length)
-    if budget < 1:
-        raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; "
-                              f"shorten the conversation.")
+    budget = min(settings.max_new_tokens, room_for_answer(length, model))
     if settings.force_image and settings.constrain and budget < vocabulary.tokens_per_image + 1:
         raise GenerationError(f"A picture needs {vocabulary.tokens_per_image + 1} new tokens, but only {budget} are "
-                              f"left (max_new_tokens {settings.max_new_tokens}, context {context}).")
+                              f"left (max_new_tokens {settings.max_new_tokens}, context "
+                              f"{model.config.max_position_embeddings}).")
     return budget
+
+
+def room_for_answer(length: int, model: Any) -> int:
+    """Tokens that fit behind a prompt of `length`.
+
+    Raises:
+        GenerationError: none.
+    """
+    context = int(model.config.max_position_embeddings)
+    if length >= context:
+        raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; "
+                              f"shorten the conversation.")
+    return context - length
+
+
+class _Watched:
+    """A logits processor that leaves the scores alone and calls `watch`, once for each token of all beams."""
+
+    def __init__(self, watch: Callable[[], None]) -> None:
+        self._watch = watch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._watch()
+        return scores
 
 
 def _until_end(ids: list[int], eos_id: int) -> list[int]:

@@ -1,99 +1,48 @@
-"""One model behind a lock: the only place where the server uses weights.
+"""One model, and the line of requests in front of it: the only place where the server uses weights.
 
-Flask answers in threads, and a model (its caches, its random state, its moves between devices) serves one
-request at a time; `Engine.answer` holds one lock from the first picture read to the last drawn. A queue that batches
-requests could replace that lock without changes outside this file.
+A request passes, in this order: the count of those that wait (429 when it is full), a place for its body, the checks of
+every limit and of the prompt's length, the headers of its pictures, a place for decoding each of them (they are reduced
+and turned into the model's pixels at once), and the model, one request at a time. Nobody holds the model while reading
+or decoding; whoever has left is dropped in each line and between two tokens of an answer.
 """
 
 from __future__ import annotations
 
-import re
+import contextlib
+import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING
 
 from PIL import Image
 
-from seed_multimodal.errors import RequestError
-from seed_multimodal.images.encode import image_from_base64
-from seed_multimodal.images.open import ImageLimits
-from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
+from seed_multimodal.errors import RequestError, SeedError
+from seed_multimodal.images.encode import bytes_from_base64
+from seed_multimodal.images.open import DETAIL, ImageLimits, image_header, open_image
+from seed_multimodal.language.vocabulary import BOI
+from seed_multimodal.serving.backend import Backend
+from seed_multimodal.serving.body import read_body
+from seed_multimodal.serving.gate import Gate, Vanished
 from seed_multimodal.serving.rendering import render_answer, render_original
-from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Limits
+from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Limits, parse_request
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from seed_multimodal.language.prompts import PromptTemplate
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
-    from seed_multimodal.systems.seed_llama import SeedLlama
+
+DECODERS = 2  # threads that decode pictures at once
+BYTES_PER_PIXEL = 4.5  # of memory for decoding, per pixel of the limits: Pillow's four, and a reduced copy
+PARSING_BYTES = 8 << 20  # what a body needs beside its pictures
 
 
-class Backend(Protocol):
-    """Interface of a model for the engine; `SystemBackend` implements it with `SeedLlama`."""
+class Busy(SeedError):
+    """As many requests wait as may; `seconds`: after which it makes sense to ask again."""
 
-    tokenizer: MultimodalTokenizer
-
-    def transform(self, image: Image.Image) -> Tensor:
-        """One picture -> float32 [3, S, S]."""
-        ...
-
-    def encode(self, pixels: Tensor) -> Sequence[Sequence[int]]:
-        """[B, 3, S, S] -> B rows of codes."""
-        ...
-
-    def generate(self, prompt_ids: list[int], request: GenerateRequest) -> list[int]:
-        """Prompt ids -> the new ids only."""
-        ...
-
-    def decode(self, codes: list[int], request: GenerateRequest) -> Image.Image:
-        """The codes of one picture -> that picture, drawn from the request's seed."""
-        ...
-
-    def spans(self, text: str) -> list[str]:
-        """A stretch of prompt text cut where the model was tuned to read separately encoded spans."""
-        ...
-
-    def forced_words(self, request: GenerateRequest) -> str:
-        """The words that come before a forced picture, `""` when the model was not tuned with any."""
-        ...
-
-
-class SystemBackend:
-    """`SeedLlama` as a backend."""
-
-    def __init__(self, system: SeedLlama) -> None:
-        self.system = system
-        self.tokenizer = system.tokenizer
-
-    def transform(self, image: Image.Image) -> Tensor:
-        return self.system.transform(image)
-
-    def encode(self, pixels: Tensor) -> Sequence[Sequence[int]]:
-        return self.system.pictures.encode_once(pixels).tolist()  # clients send earlier turns again
-
-    def generate(self, prompt_ids: list[int], request: GenerateRequest) -> list[int]:
-        needed = self.tokenizer.vocabulary.tokens_per_image + 1 if request.force_boi else 1
-        options: dict[str, Any] = {"num_beams": request.num_beams, "seed": request.seed,
-                                   "max_new_tokens": max(request.max_new_tokens, needed)}
-        if request.do_sample and request.top_p > 0:
-            options.update(do_sample=True, temperature=request.temperature, top_p=request.top_p)
-        else:  # temperature or top_p 0 mean the likeliest token
-            options.update(do_sample=False)
-        return self.system.generate(prompt_ids, self.system.settings(**options))
-
-    def decode(self, codes: list[int], request: GenerateRequest) -> Image.Image:
-        return self.system.reconstruct(codes, seed=request.seed or 0)[0]
-
-    def spans(self, text: str) -> list[str]:
-        return cut_at_turns(text, self.system.template)
-
-    def forced_words(self, request: GenerateRequest) -> str:
-        last_turn = request.text.rpartition(self.system.template.user_marker)[2]
-        tasks = self.system.tasks
-        return tasks.edit_response if PLACEHOLDER in last_turn else tasks.draw_response
+    def __init__(self, waiting: int, seconds: int) -> None:
+        self.seconds = seconds
+        super().__init__(f"The model is busy and {waiting} requests wait already; try again in {seconds} seconds.")
 
 
 class Engine:
@@ -109,60 +58,158 @@ class Engine:
         self.limits = limits or Limits()
         self.exact_original = exact_original
         self.answered = 0
-        self._lock = threading.Lock()
+        self.stopping = threading.Event()  # set: everybody who waits is sent away
+        self._model = Gate(1)
+        self._bodies = Gate(self.limits.max_body_bytes + PARSING_BYTES)
+        self._decoding = Gate(int(self.limits.max_decoding_pixels * BYTES_PER_PIXEL))
+        self._files = ImageLimits(
+            max_bytes=self.limits.max_image_bytes, max_pixels=self.limits.max_image_pixels,
+            max_memory=self._decoding.capacity)
+        self._detail = DETAIL * int(getattr(backend, "image_size", 448))
+        self._admitted = 0
+        self._counting = threading.Lock()
+        self._seconds = 1.0  # of one answer, on average
         self._started = time.monotonic()
 
     def health(self) -> dict[str, object]:
         """Answer of `GET /health`; never waits for the model."""
-        return {"status": "ok", "busy": self._lock.locked(), "answered": self.answered,
+        busy = self._model.inside > 0
+        return {"status": "ok", "busy": busy, "waiting": max(0, self._admitted - busy), "answered": self.answered,
                 "seconds_up": round(time.monotonic() - self._started, 1),
                 "codes": self.backend.tokenizer.vocabulary.n_codes,
                 "tokens_per_image": self.backend.tokenizer.vocabulary.tokens_per_image}
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Be counted as one of those who wait or are answered.
+
+        Raises:
+            Busy: `max_waiting` wait already.
+        """
+        with self._counting:
+            if self._admitted > self.limits.max_waiting:  # one of them is being answered
+                seconds = math.ceil(self._seconds * self._admitted)
+                raise Busy(self.limits.max_waiting, min(max(seconds, 1), 600))
+            self._admitted += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._admitted -= 1
+
+    def handle(self, stream: IO[bytes], length: int, gone: Callable[[], bool] = lambda: False) -> GenerateResponse:
+        """Answer the JSON body in `stream`.
+
+        Args:
+            length: bytes of the body, as its header says.
+            gone: whether the client has left; asked in each line and before each token.
+
+        Raises:
+            Busy, `gate.Vanished`; RequestError: a body, and what `answer` raises.
+        """
+        def left() -> bool:
+            return self.stopping.is_set() or gone()
+
+        with self.admitted():
+            with self._bodies.hold(length + PARSING_BYTES, left):
+                request = parse_request(read_body(stream, self.limits), self.limits, left)
+                pixels = self._read_pictures(request)
+            return self._answer(request, pixels)
 
     def answer(self, request: GenerateRequest) -> GenerateResponse:
         """Read the pictures, generate, draw.
 
         Raises:
-            ImageError: a picture that cannot be read; RequestError: code lists that are no picture.
+            ImageError: a picture that cannot be read; RequestError: code lists that are no picture, pictures with too
+                many pixels; GenerationError: a prompt too long for the model.
         """
-        pictures = self._open(request)  # before the lock: reading a bad file must not block the model
-        with self._lock:
-            codes = self._codes(request, pictures)
+        return self._answer(request, self._read_pictures(request))
+
+    def _answer(self, request: GenerateRequest, pixels: list[Tensor]) -> GenerateResponse:
+        with self._model.hold(gone=request.gone):
+            began = time.monotonic()
+            codes = self._codes(request, pixels)
             prompt, opening = self._prompt(request, codes)
             new_ids = opening + list(self.backend.generate(prompt, request))
             render = render_original if self.exact_original else render_answer
-            response = render(new_ids, self.backend.tokenizer, partial(self.backend.decode, request=request))
+            response = render(new_ids, self.backend.tokenizer, partial(self._draw, request=request))
             self.answered += 1
+            self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
         response.images_ids = codes + response.images_ids
         return response
 
-    def _open(self, request: GenerateRequest) -> dict[int, Image.Image]:
-        """Pictures by their position in the request; code lists are checked against the vocabulary."""
-        limits = ImageLimits(max_bytes=self.limits.max_image_bytes, max_pixels=self.limits.max_image_pixels)
-        vocabulary = self.backend.tokenizer.vocabulary
-        pictures: dict[int, Image.Image] = {}
-        for number, item in enumerate(request.images):
-            if isinstance(item, str):
-                pictures[number] = image_from_base64(item, name=f"images[{number}]", limits=limits)
-            elif not self.exact_original:
-                if len(item) != vocabulary.tokens_per_image:
-                    raise RequestError(f"images[{number}] has {len(item)} codes; a picture has "
-                                       f"{vocabulary.tokens_per_image}.")
-                wrong = [code for code in item if not 0 <= code < vocabulary.n_codes]
-                if wrong:
-                    raise RequestError(f"images[{number}] holds code {wrong[0]}; codes lie between 0 and "
-                                       f"{vocabulary.n_codes - 1}.")
-        return pictures
+    def _draw(self, codes: list[int], request: GenerateRequest) -> Image.Image:
+        if request.gone():
+            raise Vanished
+        return self.backend.decode(codes, request)
 
-    def _codes(self, request: GenerateRequest, pictures: dict[int, Image.Image]) -> list[list[int]]:
+    def _read_pictures(self, request: GenerateRequest) -> list[Tensor]:
+        """The pictures of a request as the model's pixels [3, S, S]; all that can be refused is refused before the
+        first one is decoded. What was read is taken out of the request."""
+        self._check_codes(request)
+        self._check_length(request)
+        numbers = [number for number, item in enumerate(request.images) if not isinstance(item, list)]
+        costs = self._check_headers(request, numbers)
+        pixels = []
+        for number, cost in zip(numbers, costs, strict=True):
+            # A small picture counts as one of DECODERS, so that no more threads than that decode.
+            with self._decoding.hold(max(cost, self._decoding.capacity // DECODERS), request.gone):
+                data, name = self._file(request, number), f"images[{number}]"
+                request.images[number] = ""
+                picture = open_image(data, name=name, limits=self._files, at_least=self._detail)
+                del data
+                pixels.append(self.backend.transform(picture))
+        return pixels
+
+    def _check_length(self, request: GenerateRequest) -> None:
+        """Refuse a prompt too long for the model; pictures have the same length whatever they show."""
+        check = getattr(self.backend, "check_prompt", None)
+        if check is not None:
+            some = [0] * self.backend.tokenizer.vocabulary.tokens_per_image
+            rows = [item if isinstance(item, list) else some for item in request.images]
+            check(sum(map(len, rows)), request)  # quickly, before a very long one is made
+            check(len(self._prompt(request, rows)[0]), request)
+
+    def _check_headers(self, request: GenerateRequest, numbers: list[int]) -> list[int]:
+        """The bytes that decoding each of these pictures takes."""
+        total, costs = 0, []
+        for number in numbers:
+            header = image_header(self._file(request, number), name=f"images[{number}]", limits=self._files,
+                                  at_least=self._detail)
+            total += header.size[0] * header.size[1]
+            if total > self.limits.max_request_pixels:
+                raise RequestError(f"The pictures up to images[{number}] have {total / 1e6:.1f} megapixels; a request "
+                                   f"may have {self.limits.max_request_pixels / 1e6:g}. Send them smaller: the model "
+                                   f"sees a few hundred pixels a side.")
+            costs.append(header.memory)
+        return costs
+
+    def _file(self, request: GenerateRequest, number: int) -> bytes:
+        item = request.images[number]
+        assert isinstance(item, str | bytes)
+        return bytes_from_base64(item, f"images[{number}]", self._files)
+
+    def _check_codes(self, request: GenerateRequest) -> None:
+        vocabulary = self.backend.tokenizer.vocabulary
+        for number, item in enumerate(request.images):
+            if self.exact_original or not isinstance(item, list):
+                continue
+            if len(item) != vocabulary.tokens_per_image:
+                raise RequestError(f"images[{number}] has {len(item)} codes; a picture has "
+                                   f"{vocabulary.tokens_per_image}.")
+            wrong = [code for code in item if not 0 <= code < vocabulary.n_codes]
+            if wrong:
+                raise RequestError(f"images[{number}] holds code {wrong[0]}; codes lie between 0 and "
+                                   f"{vocabulary.n_codes - 1}.")
+
+    def _codes(self, request: GenerateRequest, pixels: list[Tensor]) -> list[list[int]]:
         """Codes of every picture of the request, in order; new pictures are encoded in one batch."""
         rows: Iterator[list[int]] = iter(())
-        if pictures:
+        if pixels:
             import torch
 
-            pixels = torch.stack([self.backend.transform(picture) for picture in pictures.values()])
-            rows = iter([[int(code) for code in row] for row in self.backend.encode(pixels)])
-        codes = [next(rows) if isinstance(item, str) else list(item) for item in request.images]
+            rows = iter([[int(code) for code in row] for row in self.backend.encode(torch.stack(pixels))])
+        codes = [list(item) if isinstance(item, list) else next(rows) for item in request.images]
         lengths = {len(row) for row in codes}
         if len(lengths) > 1:
             raise RequestError(f"The pictures of one request have code lists of different lengths {sorted(lengths)}.")
@@ -185,16 +232,3 @@ class Engine:
         for row, span in zip(codes, spans[1:], strict=True):
             parts += [row, *self.backend.spans(span)]
         return [*tokenizer.encode_parts([part for part in parts if part], add_bos=True), *forced], forced
-
-
-def cut_at_turns(text: str, template: PromptTemplate) -> list[str]:
-    """Prompt text as its turns were encoded in tuning: a question up to where the answer begins, an answer, and so on.
-
-    One long string would put answers and the markers around them into one span, which the models never saw. Blanks
-    that clients leave in front of an answer are dropped.
-    """
-    marker = template.separator + template.user_marker
-    if not template.user_prefix:
-        return [text]
-    spans = re.split(f"(?<={re.escape(template.user_suffix)})|(?={re.escape(marker)})", text)
-    return [spans[0], *(span if span.startswith(marker) else span.lstrip(" ") for span in spans[1:])]

@@ -1,7 +1,8 @@
 """The HTTP backend: `/generate` (POST, or GET with a JSON body, as the released server) and `GET /health`.
 
 Every refusal is JSON with one sentence: 400 a request that cannot be answered, 404/405 a wrong address, 413 a body that
-is too large, 415 not JSON, 500 a programming error. Binds the loopback address unless told otherwise: there is no
+is too large, 415 not JSON, 429 (with Retry-After) too many requests at once, 503 the server is being stopped, 500 a
+programming error. Binds the loopback address unless told otherwise: there is no
 authentication, so a reverse proxy belongs in front of any other address.
 
 Run: `bash scripts/start_backend_nano.sh`, or from Python `serve(create_app(SeedLlama.from_pretrained("nano")))`.
@@ -12,11 +13,14 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, RequestError, SeedError
-from seed_multimodal.serving.engine import Backend, Engine, SystemBackend
-from seed_multimodal.serving.schema import Limits, error_json, parse_request
+from seed_multimodal.serving.backend import Backend, SystemBackend
+from seed_multimodal.serving.body import BodyTooLong
+from seed_multimodal.serving.engine import Busy, Engine
+from seed_multimodal.serving.gate import Vanished
+from seed_multimodal.serving.schema import Limits, error_json
 
 if TYPE_CHECKING:
     from flask import Flask, Response
@@ -40,7 +44,7 @@ def create_app(
         system: a `SeedLlama`, or anything with the methods of `engine.Backend`.
         exact_original: see `Engine`; for clients that rely on the released server's quirks.
     """
-    from flask import Flask, jsonify, request
+    from flask import Flask, abort, jsonify, request
     from werkzeug.exceptions import HTTPException
 
     limits = limits or Limits()
@@ -52,22 +56,34 @@ def create_app(
 
     @app.route("/generate", methods=["GET", "POST"])
     def generate() -> Response:
-        parsed = parse_request(request.get_json(), limits)
-        return jsonify(engine.answer(parsed).to_json())
+        if not request.is_json:
+            abort(415)
+        gone = request.environ.get("waitress.client_disconnected", lambda: False)
+        answer = engine.handle(request.stream, request.content_length or 0, gone)
+        return jsonify(answer.to_json())
 
     @app.route("/health", methods=["GET"])
     def health() -> Response:
         return jsonify(engine.health())
 
     @app.errorhandler(SeedError)
-    def refuse(error: SeedError) -> tuple[Response, int]:
-        return jsonify(error_json(str(error))), 400 if isinstance(error, ASKED_WRONGLY) else 500
+    def refuse(error: SeedError) -> tuple[Response, int] | tuple[Response, int, dict[str, str]]:
+        body = jsonify(error_json(str(error)))
+        if isinstance(error, Busy):
+            return body, 429, {"Retry-After": str(error.seconds)}
+        if isinstance(error, Vanished):
+            return body, 503  # read only when the server is being stopped: the others have left
+        return body, 400 if isinstance(error, ASKED_WRONGLY) else 500
+
+    @app.errorhandler(BodyTooLong)
+    def too_long(error: BodyTooLong) -> tuple[Response, int]:
+        return jsonify(error_json(_sentence(413, "", limits))), 413
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> HTTPException | tuple[Response, int]:
         if error.code is None or error.code < 400:
             return error
-        return jsonify(error_json(_sentence(error, limits))), error.code
+        return jsonify(error_json(_sentence(error.code, error.description or error.name, limits))), error.code
 
     @app.errorhandler(Exception)
     def fault(error: Exception) -> tuple[Response, int]:
@@ -77,15 +93,17 @@ def create_app(
     return app
 
 
-def _sentence(error: HTTPException, limits: Limits) -> str:
+def _sentence(code: int, otherwise: str, limits: Limits) -> str:
     known = {
-        400: "The request body is not valid JSON.",
+        400: "The request is no valid HTTP request with a JSON body.",
         404: "There is nothing at this address; use /generate or /health.",
         405: "This method is not allowed here; use POST /generate or GET /health.",
         413: f"The request body is larger than {limits.max_body_bytes >> 20} MiB.",
         415: "The request body must be JSON, sent with Content-Type: application/json.",
+        431: "The request's header is too long.",
+        501: "Only bodies with a Content-Length or with Transfer-Encoding: chunked are read.",
     }
-    return known.get(error.code or 500, error.description or error.name)
+    return known.get(code, otherwise)
 
 
 def check_address(host: str, port: int) -> None:
@@ -94,10 +112,17 @@ def check_address(host: str, port: int) -> None:
     Raises:
         ConfigError: the port is taken or not allowed.
     """
-    if host.startswith(SOCKET_FILE):
-        return  # werkzeug makes it
+    if not host.startswith(SOCKET_FILE):  # that is made
+        _listen(host, port).close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    from seed_multimodal.serving.wsgi import listen_on_file
+
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        if host.startswith(SOCKET_FILE):
+            return listen_on_file(host.removeprefix(SOCKET_FILE))
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:  # a port above 65535 overflows
         raise ConfigError(CANNOT_LISTEN.format(host=host, port=port)) from error
 
@@ -105,28 +130,31 @@ def check_address(host: str, port: int) -> None:
 def serve(
     app: Flask, *, host: str = "127.0.0.1", port: int = 7890, log: Callable[[str], None] | None = print
 ) -> None:
-    """Serve until interrupted, a thread per connection; port 0 takes a free one and prints it.
+    """Serve by waitress until interrupted or ended by SIGTERM; port 0 takes a free one and prints it.
 
     Raises:
         ConfigError: the port is taken or not allowed.
     """
-    from werkzeug.serving import make_server
+    from PIL import PngImagePlugin
 
-    check_address(host, port)
-    try:
-        server = make_server(host, port, app, threaded=True)
-    except (OSError, SystemExit) as error:  # werkzeug exits by itself when the port is taken
-        raise ConfigError(CANNOT_LISTEN.format(host=host, port=port)) from error
+    from seed_multimodal.serving.wsgi import ended_by_sigterm, make_server
+
+    engine: Engine = app.extensions["seed_engine"]
+    PngImagePlugin.MAX_TEXT_MEMORY = 1 << 20  # compressed comments in a PNG; Pillow would keep 64 MiB of them
+    sock = _listen(host, port)
+    server: Any = make_server(app, sock, workers=engine.limits.max_waiting + 1,
+                              max_body_bytes=engine.limits.max_body_bytes,
+                              refusal=lambda code: error_json(_sentence(code, "", engine.limits)))
     if log is not None and host.startswith(SOCKET_FILE):
         log(f"Init Done... answering at {host} (Ctrl-C stops).")
     elif log is not None:
         if host not in LOOPBACK:
             log(f"Warning: {host} is reachable from other machines and this server asks for no password.")
-        log(f"Init Done... answering at http://{host}:{server.server_port}/generate (Ctrl-C stops).")
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        if log is not None:
-            log("Stopped.")
-    finally:
-        server.server_close()
+        log(f"Init Done... answering at http://{host}:{sock.getsockname()[1]}/generate (Ctrl-C stops).")
+    with ended_by_sigterm(engine.stopping.set):
+        try:
+            server.run()  # takes KeyboardInterrupt as the order to end, and waits for its threads
+            if log is not None:
+                log("Stopped.")
+        finally:
+            server.close()

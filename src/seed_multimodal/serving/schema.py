@@ -7,7 +7,7 @@ checked before any model runs, and a bad one gets one sentence.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +17,20 @@ from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one request; `None`: no limit of that kind."""
+    """Limits of one request, of all requests being decoded (`max_decoding_pixels`), and of those waiting."""
 
     max_text_chars: int = 32_000
     max_images: int = 16
+    max_codes: int = 32_768  # in one list
     max_new_tokens: int = 2048
     max_beams: int = 8
     max_temperature: float = 5.0
     max_body_bytes: int = 64 << 20
     max_image_bytes: int = 20 << 20
-    max_image_pixels: int = 50_000_000
+    max_image_pixels: int = 32_000_000
+    max_request_pixels: int = 32_000_000  # of all pictures together
+    max_decoding_pixels: int = 32_000_000
+    max_waiting: int = 16
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,20 @@ class GenerateRequest:
     """One checked request.
 
     `text` is the whole conversation so far, without `<s>`, holding one `<image>` per entry of `images`; an entry is
-    base64 text of an encoded picture, or the list of its codes. `seed` is ours: the same seed, the same answer.
+    base64 text of an encoded picture (`bytes` if it is long), or the list of its codes. `seed` is ours: the same seed,
+    the same answer. `gone` is asked while the request waits and before each token of its answer: whether the client
+    has left.
     """
 
     text: str
-    images: list[str | list[int]]
+    images: list[str | bytes | list[int]]
     temperature: float = 0.7
     num_beams: int = 1
     max_new_tokens: int = 256
     top_p: float = 0.5
     force_boi: bool = False
     seed: int | None = None
+    gone: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     @property
     def do_sample(self) -> bool:
@@ -79,8 +86,10 @@ def error_json(sentence: str) -> dict[str, Any]:
     return {"error": sentence, **GenerateResponse(error_msg=[sentence]).to_json()}
 
 
-def parse_request(body: object, limits: Limits | None = None) -> GenerateRequest:
-    """Check a decoded JSON body.
+def parse_request(
+    body: object, limits: Limits | None = None, gone: Callable[[], bool] = lambda: False
+) -> GenerateRequest:
+    """Check a decoded JSON body; `gone`: see `GenerateRequest`.
 
     Raises:
         RequestError: one sentence naming the field that is missing, of the wrong type or out of range.
@@ -100,6 +109,7 @@ def parse_request(body: object, limits: Limits | None = None) -> GenerateRequest
         top_p=_number(body, "top_p", GenerateRequest.top_p, 0.0, 1.0),
         force_boi=_flag(body, "force_boi"),
         seed=_integer(body, "seed", 0, 0, 2**31 - 1) if body.get("seed") is not None else None,
+        gone=gone,
     )
     flags = len(request.text_spans) - 1
     if flags != len(request.images):
@@ -109,6 +119,8 @@ def parse_request(body: object, limits: Limits | None = None) -> GenerateRequest
 
 
 def _text(value: object, limits: Limits) -> str:
+    if isinstance(value, bytes):  # see `body.read_body`
+        raise RequestError(f"'text' has more than the {limits.max_text_chars} characters that are accepted.")
     if not isinstance(value, str):
         raise RequestError(f"'text' must be a string, not {_kind(value)}.")
     if len(value) > limits.max_text_chars:
@@ -116,16 +128,18 @@ def _text(value: object, limits: Limits) -> str:
     return value
 
 
-def _images(value: object, limits: Limits) -> list[str | list[int]]:
+def _images(value: object, limits: Limits) -> list[str | bytes | list[int]]:
     if not isinstance(value, list):
         raise RequestError(f"'images' must be a list, not {_kind(value)}.")
     if len(value) > limits.max_images:
         raise RequestError(f"'images' has {len(value)} entries; at most {limits.max_images} are accepted.")
     for number, item in enumerate(value):
         if isinstance(item, list):
+            if len(item) > limits.max_codes:
+                raise RequestError(f"images[{number}] has {len(item)} codes; at most {limits.max_codes} are accepted.")
             if not item or not all(isinstance(code, int) and not isinstance(code, bool) for code in item):
                 raise RequestError(f"images[{number}] must be a non-empty list of whole numbers (image codes).")
-        elif not isinstance(item, str):
+        elif not isinstance(item, str | bytes):
             raise RequestError(f"images[{number}] must be base64 text or a list of image codes, not {_kind(item)}.")
     return list(value)
 

@@ -187,9 +187,13 @@ class SeedLlama:
         """`<s>` and a conversation (turns of texts and codes) up to where the answer begins."""
         return self.tokenizer.encode_parts(self.template.render(turns), add_bos=True)
 
-    def generate(self, prompt: Sequence[int], settings: GenerationSettings) -> list[int]:
-        """Prompt ids -> the ids of the answer, which ends where the model ends it or begins a user's turn."""
-        return self.speaker.answer(prompt, settings)
+    def generate(self, prompt: Sequence[int], settings: GenerationSettings,
+                 watch: Callable[[], None] | None = None) -> list[int]:
+        """Prompt ids -> the ids of the answer, which ends where the model ends it or begins a user's turn.
+
+        `watch` is called before each token; what it raises ends the generation.
+        """
+        return self.speaker.answer(prompt, settings, watch=watch)
 
     # ---- inside
 

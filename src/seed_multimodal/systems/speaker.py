@@ -205,12 +205,13 @@ class Speaker:
         self.marker = marker
         self._lock = threading.Lock()
 
-    def answer(self, prompt: Sequence[int], settings: GenerationSettings, opening: str = "") -> list[int]:
-        """The ids of one answer; `opening`: fixed first words of it."""
+    def answer(self, prompt: Sequence[int], settings: GenerationSettings, opening: str = "",
+               watch: Callable[[], None] | None = None) -> list[int]:
+        """The ids of one answer; `opening`: fixed first words of it; `watch`: see `generate_ids`."""
         prompt, fixed = self._open(prompt, opening, settings)
         reader = AnswerReader(self.tokenizer, self.marker)
         if settings.num_beams > 1:  # beams cannot be watched: read the best one afterwards
-            return reader.read_all([*fixed, *self._best(prompt, settings)])
+            return reader.read_all([*fixed, *self._best(prompt, settings, watch)])
         for token in fixed:
             reader.read(token)
 
@@ -219,7 +220,7 @@ class Speaker:
             return not reader.finished
 
         with self._lock, contextlib.suppress(StopGeneration):
-            generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=ReadingStreamer(take))
+            generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=ReadingStreamer(take), watch=watch)
         return reader.read_all(())
 
     def events(self, prompt: Sequence[int], settings: GenerationSettings, opening: str = "") -> Iterator[Event]:
@@ -250,10 +251,12 @@ class Speaker:
         yield from reader.close()
         yield {"type": "end", "ids": reader.ids}
 
-    def _best(self, prompt: Sequence[int], settings: GenerationSettings) -> list[int]:
+    def _best(self, prompt: Sequence[int], settings: GenerationSettings,
+              watch: Callable[[], None] | None = None) -> list[int]:
         """The best beam's tokens, without a forced `<img>`."""
         with self._lock:
-            return generate_ids(self.llm, [prompt], settings, self.tokenizer)[0][int(settings.force_image):]
+            best = generate_ids(self.llm, [prompt], settings, self.tokenizer, watch=watch)[0]
+        return best[int(settings.force_image):]
 
     def _open(self, prompt: Sequence[int], opening: str, settings: GenerationSettings) -> tuple[list[int], list[int]]:
         """The prompt with the words of a forced answer, and the tokens of the answer that are fixed already."""

@@ -53,7 +53,7 @@ class RecordedBackend:
             "max_new_tokens": request.max_new_tokens, "top_p": request.top_p, "do_sample": request.do_sample}}
         return list(self.new_ids)
 
-    def decode(self, codes: list[int]) -> Image.Image:
+    def decode(self, codes: list[int], request: Any = None) -> Image.Image:
         self.decoded.append([list(codes)])
         return Image.new("RGB", (4, 4), (codes[0] % 256, codes[1] % 256, len(codes) % 256))
 

@@ -1,0 +1,117 @@
+"""What the server needs of a model, and `SeedLlama` as that."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from PIL import Image
+
+from seed_multimodal.language.generation import room_for_answer
+from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.serving.gate import Vanished
+from seed_multimodal.serving.schema import GenerateRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from seed_multimodal.language.prompts import PromptTemplate
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.systems.seed_llama import SeedLlama
+
+
+class Backend(Protocol):
+    """Interface of a model for the engine; `SystemBackend` implements it with `SeedLlama`.
+
+    A backend may also have `image_size` (the pixels a side that `transform` makes; larger pictures may reach it
+    reduced) and `check_prompt(length, request)`, which refuses a prompt of so many tokens before any picture is read.
+    `request.gone()` says whether the client has left.
+    """
+
+    tokenizer: MultimodalTokenizer
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """One picture -> float32 [3, S, S]."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Sequence[Sequence[int]]:
+        """[B, 3, S, S] -> B rows of codes."""
+        ...
+
+    def generate(self, prompt_ids: list[int], request: GenerateRequest) -> list[int]:
+        """Prompt ids -> the new ids only."""
+        ...
+
+    def decode(self, codes: list[int], request: GenerateRequest) -> Image.Image:
+        """The codes of one picture -> that picture, drawn from the request's seed."""
+        ...
+
+    def spans(self, text: str) -> list[str]:
+        """A stretch of prompt text cut where the model was tuned to read separately encoded spans."""
+        ...
+
+    def forced_words(self, request: GenerateRequest) -> str:
+        """The words that come before a forced picture, `""` when the model was not tuned with any."""
+        ...
+
+
+class SystemBackend:
+    """`SeedLlama` as a backend."""
+
+    def __init__(self, system: SeedLlama) -> None:
+        self.system = system
+        self.tokenizer = system.tokenizer
+
+    def transform(self, image: Image.Image) -> Tensor:
+        return self.system.transform(image)
+
+    def encode(self, pixels: Tensor) -> Sequence[Sequence[int]]:
+        return self.system.pictures.encode_once(pixels).tolist()  # clients send earlier turns again
+
+    def generate(self, prompt_ids: list[int], request: GenerateRequest) -> list[int]:
+        needed = self.tokenizer.vocabulary.tokens_per_image + 1 if request.force_boi else 1
+        options: dict[str, Any] = {"num_beams": request.num_beams, "seed": request.seed,
+                                   "max_new_tokens": max(request.max_new_tokens, needed)}
+        if request.do_sample and request.top_p > 0:
+            options.update(do_sample=True, temperature=request.temperature, top_p=request.top_p)
+        else:  # temperature or top_p 0 mean the likeliest token
+            options.update(do_sample=False)
+        def watch() -> None:
+            if request.gone():
+                raise Vanished
+
+        return self.system.generate(prompt_ids, self.system.settings(**options), watch)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of what the vision tower reads."""
+        return self.system.spec.image_size
+
+    def check_prompt(self, length: int, request: GenerateRequest) -> None:
+        """Refuse a prompt that leaves no room for an answer."""
+        room_for_answer(length, self.system.llm)
+
+    def decode(self, codes: list[int], request: GenerateRequest) -> Image.Image:
+        return self.system.reconstruct(codes, seed=request.seed or 0)[0]
+
+    def spans(self, text: str) -> list[str]:
+        return cut_at_turns(text, self.system.template)
+
+    def forced_words(self, request: GenerateRequest) -> str:
+        last_turn = request.text.rpartition(self.system.template.user_marker)[2]
+        tasks = self.system.tasks
+        return tasks.edit_response if PLACEHOLDER in last_turn else tasks.draw_response
+
+
+def cut_at_turns(text: str, template: PromptTemplate) -> list[str]:
+    """Prompt text as its turns were encoded in tuning: a question up to where the answer begins, an answer, and so on.
+
+    One long string would put answers and the markers around them into one span, which the models never saw. Blanks
+    that clients leave in front of an answer are dropped.
+    """
+    marker = template.separator + template.user_marker
+    if not template.user_prefix:
+        return [text]
+    spans = re.split(f"(?<={re.escape(template.user_suffix)})|(?={re.escape(marker)})", text)
+    return [spans[0], *(span if span.startswith(marker) else span.lstrip(" ") for span in spans[1:])]
