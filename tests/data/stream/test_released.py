@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from seed_multimodal.data.decoders.registry import DECODERS
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.released_settings import BUILDERS, is_released
+from seed_multimodal.data.stream.released_size import released_size
 from seed_multimodal.errors import ConfigError, DataError
 
 DATA = Path(__file__).resolve().parents[3] / "MultiModalLLM" / "configs" / "data"
@@ -77,8 +79,7 @@ def test_every_builder_has_its_decoder() -> None:
         assert (source.files, source.max_length, source.batch_size, source.cycles) == ("somewhere", 64, 2, 3)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_released_file_runs_on_small_shards(sets: Path, words, tmp_path: Path, packing: bool) -> None:
+def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
     """Our pretraining file with the folders of small sets in place of the released ones, read back from YAML."""
     config = yaml.safe_load(PRETRAIN.read_text())
     folders = {"caption": sets / "captions", "interleaved": sets / "documents", "text": sets / "texts"}
@@ -86,15 +87,62 @@ def test_a_released_file_runs_on_small_shards(sets: Path, words, tmp_path: Path,
     for pipe in config["datapipes"]:
         decoder = BUILDERS[pipe["_target_"]][0].partition(".")[2]
         pipe["data_dir"] = str(folders[decoder])
+        pipe["cycle_count"] = None
     del config["sample_weights"][4]
-    config.update(packing=packing, length=256)
+    config.update(more)
     file = tmp_path / "data.yaml"
     file.write_text(yaml.safe_dump(config))
-    batches = LlmBatches(read_data_settings(load_yaml(file)), words)
-    for step in range(10):
-        batch = batches.at(step)
-        assert batch.learned > 0 and (batch.input_ids.shape == (1, 256) if packing else len(batch.input_ids) > 1)
-    assert set(batches.report()["sources"]) == {"captions", "captions-2", "documents", "documents-2", "texts"}
+    return read_data_settings(load_yaml(file))
+
+
+def test_a_released_file_runs_on_small_shards_and_packing_gives_the_released_tokens(sets: Path, words, tmp_path: Path
+                                                                                    ) -> None:
+    tokens = {}
+    for packing in (True, False):
+        batches = LlmBatches(small_sets(sets, tmp_path, packing=packing, length=256), words)
+        found = [batches.at(step) for step in range(40)]
+        assert all(batch.learned > 0 for batch in found)
+        assert set(batches.report()["sources"]) == {"captions", "captions-2", "documents", "documents-2", "texts"}
+        tokens[packing] = sum(batch.tokens for batch in found) / len(found)
+        if packing:
+            assert {batch.input_ids.shape for batch in found} == {(batches.settings.rows, 256)}
+            size = released_size(batches.mixture)
+            assert size is not None and size.positions == pytest.approx(232_896 / 9.5)  # without the videos
+            assert abs(batches.settings.rows * 256 - size.tokens) <= 128
+    assert tokens[True] == pytest.approx(tokens[False], rel=0.2)  # 40 draws of few sources
+
+
+def test_rows_follow_from_the_sizes_of_the_released_micro_batches(tmp_path: Path, words) -> None:
+    """Two sources of known lengths: 3 and 1 of 4 draws, micro-batches of 10 x 100 and 4 x 50 positions."""
+    codes = [place * 32 for place in range(32)]
+    sources = []
+    short, long = "a", "a red fox sits " * 20
+    for name, text, weight, size, length in (("short", short, 3.0, 10, 100), ("long", long, 1.0, 4, 50)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"image_ids": codes, "text": text}) + "\n")
+        sources.append({"name": name, "files": str(tmp_path / f"{name}.jsonl"), "decoder": "pretrain.caption",
+                        "weight": weight, "batch_size": size, "max_length": length})
+    given = {"sources": sources, "length": 128}
+    tokens = len(words.encode_parts([short])) + 36  # <s> <img> codes </img> ... </s>
+    batches = LlmBatches(read_data_settings(given), words)
+    size = released_size(batches.mixture)
+    assert (size.positions, size.measured) == (0.75 * 1000 + 0.25 * 200, 2)
+    assert size.tokens == pytest.approx(0.75 * 10 * tokens + 0.25 * 4 * 50)  # the long ones are cut at 50
+    assert batches.settings.rows == batches.plan.rows == round(size.tokens / 128) > 1
+    assert LlmBatches(read_data_settings({**given, "rows": "auto"}), words).settings.rows == batches.settings.rows
+    assert LlmBatches(read_data_settings({**given, "rows": 5}), words).settings.rows == 5
+    del sources[0]["max_length"]
+    assert LlmBatches(read_data_settings(given), words).settings.rows == 1
+    (tmp_path / "short.jsonl").write_text("{}\n")  # nothing to measure: as if it had no padding
+    sources[0]["max_length"] = 100
+    assert released_size(LlmBatches(read_data_settings(given), words).mixture).tokens == 0.75 * 1000 + 0.25 * 200
+
+
+@pytest.mark.parametrize("file", [PRETRAIN, SFT])
+def test_the_published_files_leave_their_rows_open(file: Path) -> None:
+    settings = read_data_settings(load_yaml(file))
+    assert settings.packing and settings.rows is None
+    positions = [source.max_length * source.batch_size for source in settings.sources]
+    assert min(positions) >= 22_960 and max(positions) <= 32_768
 
 
 def test_folders_that_are_not_to_be_searched_deeply(sets: Path) -> None:

@@ -8,7 +8,7 @@
         weight: 5.0
     packing: true
     length: 2048
-    rows: 4
+    rows: 4                        # or null: as many as hold the tokens of a released micro-batch
 
 A mapping with `datapipes` or a `_target_` is one of the released data files; `stream.released_settings` reads it.
 """
@@ -62,7 +62,9 @@ class LlmDataSettings:
     Attributes:
         packing: several sequences in each row of `length` positions; False: padded micro-batches of one source, as
             released.
-        rows: rows of a rank's micro-step (packing).
+        rows: rows of a rank's micro-step (packing). None (in YAML also `auto`): as many as hold the useful tokens of a
+            released micro-batch, `batch_size` rows of `max_length` without their padding (`stream.released_size`); one
+            where a source has no such sizes.
         too_long: treatment of a sequence longer than `length` (packing): `skip`, `truncate` (the decoder's released cut
             on the right), or `split` (documents of the decoder `pretrain.text` become several pieces; others are
             skipped). Each is counted and named. Without packing sequences are cut, as released, and counted.
@@ -76,7 +78,7 @@ class LlmDataSettings:
     sources: list[SourceSettings]
     packing: bool = True
     length: int = setting(2048, least=2)
-    rows: int = setting(1, least=1)
+    rows: int | None = setting(None, least=1)
     too_long: str = setting("skip", choices=("skip", "truncate", "split"))
     max_bad_in_a_row: int = setting(20, least=1)
     seed: int = setting(0, least=0)
@@ -95,7 +97,7 @@ class LlmDataSettings:
     def padded_shape(self, source: int) -> tuple[int, int]:
         """Rows and positions of a padded micro-batch of a source, by its number."""
         length = self.sources[source].max_length or self.length
-        return self.sources[source].batch_size or max(1, self.rows * self.length // length), length
+        return self.sources[source].batch_size or max(1, (self.rows or 1) * self.length // length), length
 
 
 def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "data") -> LlmDataSettings:
@@ -110,6 +112,8 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
         given = released_data_config(given, [one.name for one in fields(LlmDataSettings)], where)
     if given.get("packing") in ("on", "off"):  # overrides leave YAML's true and false as texts
         given["packing"] = given["packing"] == "on"
+    if given.get("rows") == "auto":
+        given["rows"] = None
     settings = read_settings(LlmDataSettings, {**given, "sources": _read_sources(given.get("sources"), where)}, where)
     _check_sources(settings, where)
     return settings

@@ -24,6 +24,7 @@ from seed_multimodal.data.stream.data_settings import LlmDataSettings
 from seed_multimodal.data.stream.loader import StepLoader
 from seed_multimodal.data.stream.mixture import EndOfData, Mixture
 from seed_multimodal.data.stream.plan import MicroBatch, StreamPlan
+from seed_multimodal.data.stream.released_size import released_size
 from seed_multimodal.data.stream.statistics import DataStatistics
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -69,6 +70,8 @@ class LlmBatches(StepLoader):
     Args:
         workers: data processes; 0 loads in this process when asked. Batches are the same either way. With packing at
             most `lanes / (world · rows)` of them are used.
+        rows: gives the rows of a packed micro-batch where the settings leave them open; by default those that hold the
+            tokens of a released one.
         log: gets one sentence for each of the first few records skipped for a reason.
 
     Raises:
@@ -76,12 +79,16 @@ class LlmBatches(StepLoader):
     """
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer, *, rank: int = 0, world: int = 1,
-                 workers: int = 0, log: Callable[[str], None] | None = None) -> None:
+                 workers: int = 0, rows: Callable[[Mixture], int] | None = None,
+                 log: Callable[[str], None] | None = None) -> None:
         if not 0 <= rank < world or workers < 0:
             raise ConfigError(f"Rank {rank} of {world} with {workers} workers: rank must be below world, and nothing "
                               f"negative.")
-        self.settings, self.rank, self.world = settings, rank, world
+        self.rank, self.world = rank, world
         self.mixture = Mixture(settings, tokenizer)
+        if settings.packing and settings.rows is None:
+            self.mixture.settings = replace(settings, rows=(rows or _released_rows)(self.mixture))
+        self.settings = self.mixture.settings
         self.plan = StreamPlan(self.mixture, rank, world, tokenizer.pad_id, tokenizer.vocabulary.boi_id)
         self.statistics = DataStatistics(self.mixture.names, log)
         self._restored = False  # and no batch asked for since
@@ -184,6 +191,11 @@ class LlmBatches(StepLoader):
             return {**own, "length": settings.length, "too_long": settings.too_long, "buffer": settings.buffer}
         # a source's n-th micro-batch begins at n times its rows
         return {**own, "rows of micro-batches": dict(zip(sources, self.plan.steps, strict=True))}
+
+
+def _released_rows(mixture: Mixture) -> int:
+    size = released_size(mixture)
+    return 1 if size is None else size.rows(mixture.settings.length)
 
 
 _FIXED = ("decoder", "cycles", "batch_size", "max_length")  # other weights are allowed: later draws follow them

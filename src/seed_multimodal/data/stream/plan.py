@@ -61,7 +61,7 @@ class StreamPlan:
         settings = mixture.settings
         self.mixture, self.rank, self.pad_id, self.boi_id = mixture, rank, pad_id, boi_id
         self.packing, self.length = settings.packing, settings.length
-        self.rows = settings.rows if settings.packing else 1
+        self.rows = (settings.rows or 1) if settings.packing else 1
         self.stride = world * self.rows
         self._first_row, self._first_step = 0, 0  # rows done by all ranks before that step
         self._start((settings.lanes or math.lcm(STREAMS, self.stride)) if self.packing else 1, {})

@@ -8,7 +8,7 @@ import torch
 
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.data.stream.mixture import EndOfData
+from seed_multimodal.data.stream.mixture import EndOfData, Mixture
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
@@ -16,9 +16,13 @@ from seed_multimodal.training.llm.loss import IGNORED
 from seed_multimodal.training.llm.trainer_settings import RunSettings
 
 
-def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGroup, log: Callable[[str], None]
-             ) -> list[LlmBatch] | None:
-    """Evaluation batches, read before the first step so that mistakes in them show at once; None: no evaluation."""
+def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGroup, log: Callable[[str], None],
+             rows: Callable[[Mixture], int] | None = None) -> list[LlmBatch] | None:
+    """Evaluation batches, read before the first step so that mistakes in them show at once; None: no evaluation.
+
+    Args:
+        rows: as in `LlmBatches`.
+    """
     if run.eval_data is None or not run.trainer.eval_steps:
         if run.trainer.eval_steps:
             log("trainer.eval_steps is set, but there is no eval_data: nothing is evaluated.")
@@ -26,7 +30,7 @@ def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGro
             log("there is eval_data, but trainer.eval_steps is 0: nothing is evaluated.")
         return None
     settings = read_data_settings(run.eval_data, "eval_data")
-    with LlmBatches(settings, tokenizer, rank=group.rank, world=group.world) as batches:
+    with LlmBatches(settings, tokenizer, rank=group.rank, world=group.world, rows=rows) as batches:
         return first_batches(batches, run.trainer.eval_batches)
 
 

@@ -42,6 +42,7 @@ from seed_multimodal.training.llm.model_settings import (
     for_precision,
     read_model_settings,
 )
+from seed_multimodal.training.llm.step_plan import StepPlan
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
 from seed_multimodal.training.llm.token_meter import TokenMeter
 from seed_multimodal.training.llm.trainer_settings import RunSettings
@@ -59,7 +60,7 @@ _QUIET = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max
           "trainer.save_steps", "trainer.save_total_limit", "trainer.async_save", "trainer.eval_steps",
           "trainer.eval_batches", "trainer.report_to", "trainer.dataloader_num_workers", "trainer.device",
           "trainer.timeout_minutes", "trainer.gradient_accumulation_steps", "trainer.gradient_checkpointing",
-          "trainer.compile", "trainer.fsdp", "model.compile", "model.gradient_checkpointing")
+          "trainer.compile", "trainer.fsdp", "trainer.memory_gib", "model.compile", "model.gradient_checkpointing")
 
 
 class LlmTask(Task):
@@ -81,13 +82,16 @@ class LlmTask(Task):
         self.model_settings = self._model_settings()
         self.tokenizer = MultimodalTokenizer.from_pretrained(find_folder(run.tokenizer))
         data_settings = read_data_settings(run.data)
-        self.rows = data_settings.rows
+        self.plan = StepPlan(self.settings, self.model_settings, run.deepspeed, self.tokenizer.vocabulary.size, group,
+                             device)
         self.by_tokens = (self.settings.loss_average or ("tokens" if data_settings.packing else "batch")) == "tokens"
         self.loss_weights = LossWeights(self.tokenizer.vocabulary.n_text, self.settings.text_weight,
                                         self.settings.image_weight)
         self.data = LlmBatches(data_settings, self.tokenizer, rank=group.rank, world=group.world,
-                               workers=self.settings.dataloader_num_workers, log=self._log)
-        self.held_out = held_out(run, self.tokenizer, group, self._log)
+                               workers=self.settings.dataloader_num_workers, rows=self.plan.rows, log=self._log)
+        self.settings = replace(self.settings, gradient_accumulation_steps=self.plan.accumulate)
+        self.rows = self.data.settings.rows or 1
+        self.held_out = held_out(run, self.tokenizer, group, self._log, self.plan.held_out_rows(self.rows))
         self.meter = TokenMeter()
         self.loop: Run
         self.llm: Any = None
@@ -133,10 +137,12 @@ class LlmTask(Task):
                   f"{world} process{'es' if world > 1 else ''} on {self.device.type}, {run.engine.kind}; "
                   f"{'mean over tokens' if self.by_tokens else 'mean of micro-batches'}; "
                   f"output in {self.run.output_dir}.")
+        for line in self.plan.lines(self.data.settings):
+            self._log(line)
 
     def learning_rate(self, step: int) -> float:
         """By `OptimSettings`."""
-        return schedule(step, self.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps)
+        return schedule(step, self.optim, self.settings.max_steps, self.run.trainer.gradient_accumulation_steps)
 
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches (fewer where this process's data end) and count their learned tokens."""
@@ -181,6 +187,7 @@ class LlmTask(Task):
         """For summary.json: the data of all processes, and measures."""
         history = self.meter.history
         return {"data": join_reports(group.gather(self.data.report())), "processes": group.world,
+                "rows": self.rows, "micro_steps": self.settings.gradient_accumulation_steps,
                 **self.meter.total, "loss": history[-1]["loss"] if history else None,
                 "evaluation": self.loop.evaluation, "checkpoint": str(self.loop.store.place)}
 
@@ -214,7 +221,7 @@ class LlmTask(Task):
                 "model": {"path": model.path, "sizes": model.sizes, "lora": model.lora,
                           "words": self.tokenizer.vocabulary.size},
                 "optimizer": self.optim.name, "world_size": world, "max_steps": self.settings.max_steps,
-                "rows_per_step": world * self.settings.gradient_accumulation_steps}
+                "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Refuse another engine, model or optimiser, and with ZeRO another number of processes."""
@@ -226,7 +233,7 @@ class LlmTask(Task):
                               f"{now['world_size']}; use {saved['world_size']}, or start from its weights in a new "
                               f"folder ({instead}). The plain engine may change their number.")
         nouns = {"world_size": "processes", "max_steps": "steps in all (the schedule follows)",
-                 "rows_per_step": "micro-batches a step"}
+                 "rows_per_step": "rows a step"}
         return other_numbers(saved, now, nouns)
 
     def state_dict(self, step: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
         with translate_errors("the start", "nothing was trained yet"):
             task = LlmTask(run, group, device)
         with contextlib.closing(task.data):
-            record = train(task, run.trainer.loop_settings(), run.output_dir, group=group, device=device)
+            record = train(task, task.settings.loop_settings(), run.output_dir, group=group, device=device)
         clean = True
         return record
     except SystemExit:

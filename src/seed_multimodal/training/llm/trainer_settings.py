@@ -41,6 +41,7 @@ class TrainerSettings:
         eval_steps: 0 never evaluates; eval_batches: micro-batches of the evaluation mixture per process.
         timeout_minutes: how long a step, and any exchange, waits for another process; 0 waits for ever.
         peak_tflops: of one device at this precision, for the MFU; known devices need none.
+        memory_gib: of one device, for the memory plan (`step_plan`); by default a GPU's own, and none on a CPU.
         gradient_checkpointing, compile: override the model's settings if given.
         fsdp: spread weights, gradients and optimiser states over the processes with FSDP2 (plain engine; whole models
             of one dtype, so not beside a half-precision base with LoRA).
@@ -69,6 +70,7 @@ class TrainerSettings:
     eval_batches: int = setting(16, least=1)
     timeout_minutes: float = setting(WAIT_MINUTES, least=0)
     peak_tflops: float | None = None
+    memory_gib: float | None = setting(None, above=0)
     gradient_checkpointing: bool | Literal["selective"] | None = None
     compile: bool | None = None
     fsdp: bool = False
