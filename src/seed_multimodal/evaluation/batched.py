@@ -101,9 +101,9 @@ class BatchedSystem:
     def _say(self, contents: Sequence[tuple[Any, ...]]) -> list[str]:
         settings = self.inner.settings(seed=self.seed)
         settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, LONGEST_TEXT))
-        return [self._text(ids) for ids in self._generate([self._prompt(c) for c in contents], settings)]
+        return [self.text(ids) for ids in self.generate([self._prompt(c) for c in contents], settings)]
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def text(self, ids: Sequence[int]) -> str:
         """The words of an answer up to the marker of a user's turn."""
         reader = AnswerReader(self.inner.tokenizer, turn_marker(self.inner.template))
         return Answer(split_answer(reader.read_all(ids), self.inner.tokenizer)).text
@@ -113,7 +113,7 @@ class BatchedSystem:
         settings = replace(self.inner.settings(seed=self.seed), force_image=True,
                            max_new_tokens=self.inner.tokenizer.vocabulary.tokens_per_image + 1)
         found: list[Codes | None] = []
-        for ids in self._generate([[*self._prompt(c), *words] for c in contents], settings):
+        for ids in self.generate([[*self._prompt(c), *words] for c in contents], settings):
             drawn = [part.codes for part in split_answer(ids, self.inner.tokenizer) if isinstance(part, ImagePart)]
             found.append(list(drawn[0]) if len(drawn) == 1 else None)
         return found
@@ -121,7 +121,8 @@ class BatchedSystem:
     def _prompt(self, content: tuple[Any, ...]) -> list[int]:
         return self.inner.prompt_ids([Turn("user", content)])
 
-    def _generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[list[int]]:
+        """Prompt ids with their `<s>` → the ids of each answer."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), self.batch):

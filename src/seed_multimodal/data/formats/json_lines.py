@@ -29,18 +29,19 @@ class JsonFile:
 
     Args:
         lines: it is a .jsonl; else the content decides.
+        key: the list stands under this key of an object (or is the whole file); else under one of `LISTS`.
     """
 
-    def __init__(self, path: Path, lines: bool = False) -> None:
-        self.path, self._lines = path, lines
+    def __init__(self, path: Path, lines: bool = False, key: str | None = None) -> None:
+        self.path, self._lines, self._key = path, lines, key
         self._name = str(path)
 
     @cached_property
     def index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """(first byte, end, line number; None of a list) of each record, each int64 [N]."""
-        if self._lines or is_lines(self.path):
+        if self._key is None and (self._lines or is_lines(self.path)):
             return index_lines(self.path)
-        return (*index_array(self.path), None)
+        return (*index_array(self.path, LISTS if self._key is None else (self._key,)), None)
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -103,21 +104,21 @@ def index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return _joined(starts), _joined(ends), _joined(numbers)
 
 
-def index_array(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(first byte, end) of each item of a json list, each int64 [N]; the list may stand under `annotations`.
+def index_array(path: Path, keys: Sequence[str] = LISTS) -> tuple[np.ndarray, np.ndarray]:
+    """(first byte, end) of each item of a json list, each int64 [N]; the list may stand under one of these keys.
 
     Raises:
         DataError: no json list; the sentence names the line and the item where it breaks off.
     """
     with _opened(path) as file:
-        return _Scanner(path, file).items()
+        return _Scanner(path, file, keys).items()
 
 
 class _Scanner:
     """Walks through the list of a json file, a window of text at a time."""
 
-    def __init__(self, path: Path, file: io.BufferedReader) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: io.BufferedReader, keys: Sequence[str]) -> None:
+        self.path, self.file, self.keys = path, file, keys
         self.bom = file.peek(3).startswith(BOM)
         self.decode = codecs.getincrementaldecoder("utf-8-sig")()
         self.parse = json.JSONDecoder().raw_decode
@@ -136,7 +137,8 @@ class _Scanner:
         if opening == "{":
             opening = self._enter()
         if opening != "[":
-            raise self._broken("must hold a list of records, or one object per line")
+            raise self._broken("must hold a list of records, or one object per line" if self.keys is LISTS else
+                               f"must hold a list of records, by itself or under {' or '.join(map(repr, self.keys))}")
         self._step(1)
         starts, ends = array("q"), array("q")
         if self._next() == "]":
@@ -157,14 +159,14 @@ class _Scanner:
             self._step(1)
 
     def _enter(self) -> str:
-        """Enter the list under one of `LISTS` of the object that opens here; returns "[" when it is found."""
+        """Enter the list under one of `keys` of the object that opens here; returns "[" when it is found."""
         self._step(1)
         while self._next() == '"':
             key = self._value()
             if self._next() != ":":
                 break
             self._step(1)
-            if key in LISTS:
+            if key in self.keys:
                 return self._next()
             self._next()
             self._value()

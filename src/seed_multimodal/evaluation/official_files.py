@@ -1,0 +1,260 @@
+"""Questions, annotations and captions in the files that benchmarks publish, read item by item.
+
+    VQA (v1, v2, OK-VQA)    {"questions": [{image_id, question, question_id}]}
+                            {"annotations": [{question_id, answers: [{answer}], answer_type, question_type}]}
+    COCO captions           {"images": [{id, file_name}], "annotations": [{image_id, caption}]}
+    Karpathy's split        {"images": [{filepath, filename, cocoid, split, sentences: [{raw}]}]}
+    lists, as LAVIS's       [{image, caption: text or list, …}], [{image, question, question_id, answer: text or list}]
+    texts                   a .txt with one caption a line
+
+Files are checked when they are opened; pictures are looked up, but not opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.data.formats.files import nearest_path
+from seed_multimodal.data.formats.json_lines import JsonFile
+from seed_multimodal.data.formats.record import BadRecord, find_image
+from seed_multimodal.data.formats.records import FileRecords
+from seed_multimodal.errors import DataError, ImageError
+
+# How the pictures of a COCO id are named; {} is the id. Each may lie in a folder of its split's name.
+_COCO_NAMES = [name for split in ("val2014", "test2015", "train2014") for name in
+               (f"COCO_{split}_{{:012d}}.jpg", f"{split}/COCO_{split}_{{:012d}}.jpg")]
+_COCO_NAMES += ["{:012d}.jpg", "val2017/{:012d}.jpg", "train2017/{:012d}.jpg"]
+
+
+@dataclass
+class Question:
+    """A question about a picture; `name` is its place in the file, `picture` what names the picture there."""
+
+    key: int | str
+    name: str
+    text: str
+    picture: int | str
+
+
+@dataclass
+class Annotation:
+    """What the annotators answered, and how the official files class the question."""
+
+    answers: list[str]
+    answer_type: str = ""
+    question_type: str = ""
+
+
+@dataclass
+class CaptionedPicture:
+    """A picture with its captions, of which there may be none; `picture` as in `Question` ("" for texts alone)."""
+
+    key: int | str
+    name: str
+    picture: int | str
+    captions: list[str] = field(default_factory=list)
+
+
+class Items:
+    """The items of a json list, by itself or under `key`, by number."""
+
+    def __init__(self, path: str | Path, key: str) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise DataError(f"{path}: there is no such file{nearest_path(path)}.")
+        self._records = FileRecords([JsonFile(self.path, key=key)])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, row: int) -> tuple[dict[str, Any], str]:
+        """The item, and `FILE: item N`; raises BadRecord for what is no object."""
+        record = self._records.locate(row)
+        return record.parsed(self._records.open_files).fields, record.where
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
+        return (self.read(row) for row in range(len(self)))
+
+
+class Questions:
+    """The questions of a file, read when they are asked for.
+
+    Raises:
+        DataError: no file of questions, an item without `question_id`, or two with the same.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.items = Items(path, "questions")
+        self.rows = _rows_by_id(self.items, "question_id")
+        self.keys = list(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, number: int) -> Question:
+        """Raises BadRecord: no question, or no picture is named."""
+        item, where = self.items.read(self.rows[self.keys[number]])
+        return Question(self.keys[number], where, _text(item, ("question",), where), _picture_of(item, where))
+
+
+class Annotations:
+    """The annotators' answers by `question_id`.
+
+    Raises:
+        DataError: as `Questions`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.items = Items(path, "annotations")
+        self.rows = _rows_by_id(self.items, "question_id")
+
+    def require(self, keys: Sequence[int | str]) -> None:
+        """Raises DataError unless every question is annotated."""
+        missing = [key for key in keys if key not in self.rows]
+        if missing:
+            raise DataError(f"{self.items.path}: {len(missing):,} of {len(keys):,} questions are not annotated in it, "
+                            f"first question_id {missing[0]}: questions and annotations belong to different sets.")
+        for key in keys:
+            self.read(key)
+
+    def read(self, key: int | str) -> Annotation:
+        """Raises BadRecord: no answers."""
+        item, where = self.items.read(self.rows[key])
+        given = item.get("answers", item.get("answer"))
+        answers = _texts(given, "answer")
+        if not answers:
+            raise BadRecord("missing key", f"{where}: has no answers (a list of texts, or of objects with 'answer').")
+        return Annotation(answers, str(item.get("answer_type", "")), str(item.get("question_type", "")))
+
+
+def read_captions(path: str | Path, split: str = "test") -> list[CaptionedPicture]:
+    """The pictures of a file with their captions, in its order.
+
+    Args:
+        split: the part of Karpathy's file that is meant.
+
+    Raises:
+        DataError: no such file, another layout, an item without picture or caption, or no picture of the split.
+    """
+    path = Path(path)
+    if path.suffix == ".txt":
+        return _text_lines(path)
+    images = _optional(path, "images")
+    if images is not None and "sentences" in (images.read(0)[0] if len(images) else {}):
+        return _karpathy(images, split)
+    found: dict[int | str, CaptionedPicture] = {}
+    for item, where in images or ():
+        key = _key(item, ("id",), where)
+        found[key] = CaptionedPicture(key, where, item.get("file_name") or key)
+    for item, where in Items(path, "annotations"):
+        captions = _texts(item.get("caption", item.get("captions")), "caption")
+        if not captions:
+            raise BadRecord("missing key", f"{where}: has no caption (a text or a list of texts).")
+        picture = _picture_of(item, where)
+        key = item["image_id"] if isinstance(item.get("image_id"), int | str) else _coco_id(picture)
+        found.setdefault(key, CaptionedPicture(key, where, picture)).captions.extend(captions)
+    return [one for one in found.values() if one.captions]
+
+
+def find_picture(picture: int | str, root: Path | None, beside: Path, where: str) -> Path:
+    """The file of a picture that a benchmark names by path or by COCO's number.
+
+    Raises:
+        ImageError: it is not there; names the places that were tried.
+    """
+    names = [name.format(picture) for name in _COCO_NAMES] if isinstance(picture, int) else [picture]
+    found = next(filter(None, (find_image(name, root, beside) for name in names)), None)
+    if found is None:
+        more = f" or its other names for picture {picture}" if isinstance(picture, int) else ""
+        raise ImageError(f"{where}: its picture is not there: {root or beside.parent}/{names[0]}{more}.")
+    return found
+
+
+def _text_lines(path: Path) -> list[CaptionedPicture]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'it is not UTF-8'}).") from None
+    found = [CaptionedPicture(number, f"{path}: line {number}", "", [line.strip()])
+             for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DataError(f"{path}: holds no caption.")
+    return found
+
+
+def _karpathy(images: Items, split: str) -> list[CaptionedPicture]:
+    found, splits = [], dict[str, None]()
+    for item, where in images:
+        splits[str(item.get("split"))] = None
+        if item.get("split") != split:
+            continue
+        captions = _texts(item.get("sentences"), "raw")
+        if not captions:
+            raise BadRecord("missing key", f"{where}: has no sentences with 'raw'.")
+        key = _key(item, ("cocoid", "imgid"), where)
+        folder = f"{item['filepath']}/" if item.get("filepath") else ""
+        found.append(CaptionedPicture(key, where, f"{folder}{_text(item, ('filename',), where)}", captions))
+    if not found:
+        raise DataError(f"{images.path}: has no picture of the split {split!r}; there are {', '.join(splits)}.")
+    return found
+
+
+def _optional(path: Path, key: str) -> Items | None:
+    """The list under a key, if the file is an object that has it."""
+    items = Items(path, key)
+    try:
+        with open(path, "rb") as file:
+            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                return None
+        return items if len(items) else None
+    except DataError:  # none, or damaged: then who reads the list that must be there says so
+        return None
+
+
+def _rows_by_id(items: Items, name: str) -> dict[int | str, int]:
+    rows: dict[int | str, int] = {}
+    for row in range(len(items)):
+        item, where = items.read(row)
+        key = _key(item, (name,), where)
+        if rows.setdefault(key, row) != row:
+            raise BadRecord("duplicate id", f"{where}: has the {name} {key} of item {rows[key]}.")
+    return rows
+
+
+def _key(item: Mapping[str, Any], names: Sequence[str], where: str) -> int | str:
+    value = next((item[name] for name in names if name in item), None)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise BadRecord("missing key", f"{where}: has no {' or '.join(names)} (it has {', '.join(item) or 'no keys'}).")
+    return value
+
+
+def _texts(given: Any, name: str) -> list[str]:
+    """A text, a list of texts, or of objects that hold one under `name`; an empty list for anything else."""
+    several = given if isinstance(given, list) else [given]
+    texts = [one.get(name) if isinstance(one, Mapping) else one for one in several]
+    found = [one for one in texts if isinstance(one, str)]
+    return found if len(found) == len(texts) else []
+
+
+def _text(item: Mapping[str, Any], names: Sequence[str], where: str) -> str:
+    value = next((item[name] for name in names if name in item), None)
+    if not isinstance(value, str) or not value.strip():
+        raise BadRecord("missing key", f"{where}: has no {' or '.join(names)}.")
+    return value.strip()
+
+
+def _picture_of(item: Mapping[str, Any], where: str) -> int | str:
+    value = next((item[name] for name in ("image", "file_name", "image_id") if item.get(name) not in (None, "")), None)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise BadRecord("missing key", f"{where}: names no picture (image, file_name or image_id).")
+    return value
+
+
+def _coco_id(picture: int | str) -> int | str:
+    """The number at the end of a COCO file's name, by which its results are filed; else the name itself."""
+    number = re.fullmatch(r"(?:.*_)?0*(\d+)", Path(picture).stem) if isinstance(picture, str) else None
+    return int(number[1]) if number else picture

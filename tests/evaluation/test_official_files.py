@@ -1,0 +1,107 @@
+"""Benchmarks' own files: every layout that is taken, pictures by COCO's names, damage named with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seed_multimodal.errors import DataError, ImageError
+from seed_multimodal.evaluation.official_files import Annotations, Questions, find_picture, read_captions
+
+
+def write(path: Path, value: object) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+def test_vqa_files(tmp_path):
+    questions = Questions(write(tmp_path / "q.json", {
+        "info": {"questions": 3}, "data_subtype": "val2014", "license": {},
+        "questions": [{"image_id": 9, "question": "What is it?", "question_id": 9000},
+                      {"image_id": 9, "question": "What colour?", "question_id": 9001}]}))
+    assert questions.keys == [9000, 9001]
+    assert questions.read(1).text == "What colour?" and questions.read(1).picture == 9
+    annotations = Annotations(write(tmp_path / "a.json", {"annotations": [
+        {"question_id": 9001, "answer_type": "other", "question_type": "what color",
+         "answers": [{"answer": "red", "answer_confidence": "yes", "answer_id": 1}] * 10}]}))
+    found = annotations.read(9001)
+    assert found.answers == ["red"] * 10 and (found.answer_type, found.question_type) == ("other", "what color")
+    with pytest.raises(DataError, match="1 of 2 questions are not annotated in it, first question_id 9000"):
+        annotations.require(questions.keys)
+
+
+def test_a_list_as_lavis_writes_it_serves_as_questions_and_as_annotations(tmp_path):
+    path = write(tmp_path / "vqa.json", [
+        {"image": "a.jpg", "question": "q?", "question_id": "one", "answer": ["x", "y"]},
+        {"image": "b.jpg", "question": "q?", "question_id": "two", "answer": "z"}])
+    assert Questions(path).read(0).picture == "a.jpg"
+    assert Annotations(path).read("one").answers == ["x", "y"] and Annotations(path).read("two").answers == ["z"]
+
+
+COCO = {"images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}, {"id": 8, "file_name": "b.jpg"}],
+        "annotations": [{"id": 1, "image_id": 7, "caption": "one"}, {"id": 2, "image_id": 8, "caption": "two"},
+                        {"id": 3, "image_id": 7, "caption": "three"}]}
+KARPATHY = {"dataset": "coco", "images": [
+    {"filepath": "val2014", "filename": "COCO_val2014_000000000007.jpg", "cocoid": 7, "split": "test",
+     "sentences": [{"raw": "one", "tokens": ["one"]}, {"raw": "three", "tokens": ["three"]}]},
+    {"filepath": "val2014", "filename": "x.jpg", "cocoid": 8, "split": "val", "sentences": [{"raw": "two"}]}]}
+LAVIS = [{"image": "val2014/COCO_val2014_000000000007.jpg", "caption": ["one", "three"]}]
+LAVIS_TRAIN = [{"image": "val2014/COCO_val2014_000000000007.jpg", "caption": one} for one in ("one", "three")]
+
+
+@pytest.mark.parametrize(("value", "picture"), [
+    (COCO, "COCO_val2014_000000000007.jpg"), (KARPATHY, "val2014/COCO_val2014_000000000007.jpg"),
+    (LAVIS, "val2014/COCO_val2014_000000000007.jpg"), (LAVIS_TRAIN, "val2014/COCO_val2014_000000000007.jpg")])
+def test_caption_files(tmp_path, value, picture):
+    first, *others = read_captions(write(tmp_path / "c.json", value))
+    assert (first.key, first.picture, first.captions) == (7, picture, ["one", "three"])
+    assert [one.captions for one in others] == ([["two"]] if value is COCO else [])
+
+
+def test_ground_truth_without_file_names_and_lines_of_text(tmp_path):
+    truth = {"annotations": [{"image_id": 7, "caption": "one", "id": 0}], "images": [{"id": 7}]}
+    (found,) = read_captions(write(tmp_path / "coco_karpathy_test_gt.json", truth))
+    assert (found.key, found.picture, found.captions) == (7, 7, ["one"])
+    texts = read_captions(write(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \n"))
+    assert [(one.key, one.captions) for one in texts] == [(1, ["a fox"]), (3, ["a hill"])]
+
+
+def test_pictures_are_found_by_cocos_names(tmp_path):
+    (tmp_path / "val2014").mkdir()
+    for name in ("val2014/COCO_val2014_000000000007.jpg", "000000000008.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    for number in (7, 8):
+        assert f"{number:012d}" in find_picture(number, tmp_path, tmp_path / "q.json", "here").name
+    with pytest.raises(ImageError, match=r"^q.json: item 3: its picture is not there: .*COCO_val2014_000000000009.jpg"):
+        find_picture(9, tmp_path, tmp_path / "q.json", "q.json: item 3")
+
+
+@pytest.mark.parametrize(("value", "sentence"), [
+    ("", "is not a json list"), ('{"questions": [{"question_id": 1}', "is not a json list"),
+    ([1], "item 0: holds a int"), ({"annotations": []}, "or under 'questions'"), ({"questions": []}, "holds no record"),
+    ([{"question": "q?"}], "item 0: has no question_id"),
+    ([{"question_id": 1}, {"question_id": 1}], "item 1: has the question_id 1 of item 0")])
+def test_damaged_questions_are_refused_with_their_place(tmp_path, value, sentence):
+    with pytest.raises(DataError, match=f"q.json: .*{sentence}"):
+        Questions(write(tmp_path / "q.json", value))
+
+
+@pytest.mark.parametrize(("value", "sentence"), [
+    ({"images": [{"id": 1}]}, "'annotations'"), ([{"image": "a.jpg"}], "item 0: has no caption"),
+    ([{"image": "a.jpg", "caption": [None]}], "item 0: has no caption"), ([{"caption": "x"}], "names no picture"),
+    ({"images": [{**KARPATHY["images"][0], "split": "train"}]}, "no picture of the split 'test'; there are train"),
+    ({"images": [{"sentences": [], "cocoid": 1, "split": "test", "filename": "a"}]}, "has no sentences")])
+def test_damaged_captions_are_refused_with_their_place(tmp_path, value, sentence):
+    with pytest.raises(DataError, match=f"c.json: .*{sentence}"):
+        read_captions(write(tmp_path / "c.json", value))
+
+
+def test_missing_files_name_the_nearest(tmp_path):
+    write(tmp_path / "questions.json", [])
+    with pytest.raises(DataError, match="did you mean .*questions.json"):
+        Questions(tmp_path / "question.json")
+    with pytest.raises(DataError, match="there is no such file"):
+        read_captions(tmp_path / "nothing.json")
