@@ -45,7 +45,7 @@ from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.flops import step_flops
 from seed_multimodal.training.llm.fp8 import freeze_in_fp8, has_fp8
 from seed_multimodal.training.llm.loss import find_llama, packed_loss
-from seed_multimodal.training.llm.model import attention_kind, build_llm, set_checkpointing
+from seed_multimodal.training.llm.model import build_llm, set_attention, set_checkpointing
 from seed_multimodal.training.llm.model_settings import LlmModelSettings
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
 
@@ -168,7 +168,7 @@ def prepare(model: Any, lever: Lever, device: torch.device) -> None:
     if lever.fp8:
         freeze_in_fp8(model)
     llama = find_llama(model)
-    llama.set_attn_implementation(attention_kind(lever.attention, device))
+    set_attention(llama, lever.attention, device)
     set_checkpointing(llama, True)
     for number, layer in enumerate(llama.model.layers):
         layer.gradient_checkpointing = lever.checkpointing is True or (

@@ -163,6 +163,16 @@ def test_groups_of_the_application_have_their_files():
         read_settings(OptimSettings, yaml.safe_load(file.read_text()), "optim")
 
 
+@pytest.mark.parametrize(("kernel", "more", "words"), [
+    ("liger", ["deepspeed=stage3_offload_bf16", "trainer.precision=bf16"], "liger reads the whole lm_head .* ZeRO-3"),
+    ("liger", [], "liger needs the package liger-kernel and a CUDA device"),
+    ("ligre", [], "loss_kernel must be one of auto, plain, chunked, liger")])
+def test_a_loss_kernel_that_cannot_run_is_refused_at_the_start(kernel, more, words, train, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        train("out", f"trainer.loss_kernel={kernel}", *more)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("file", JSONS, ids=lambda path: path.stem)
 def test_deepspeed_files_are_filled(file):
     precision = "bf16" if "bf16" in file.stem else "fp16"

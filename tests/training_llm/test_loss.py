@@ -112,6 +112,19 @@ def test_flex_attention_keeps_sequences_apart() -> None:
     torch.testing.assert_close(parts.sum, wanted.detach(), atol=1e-3, rtol=1e-4)
 
 
+def test_packed_and_padded_rows_have_an_attention_each() -> None:
+    """As on a GPU, where `auto` is flash or flex for packed rows and SDPA for padded ones."""
+    model = build(lora=True)
+    llama = find_llama(model)
+    llama.attentions = {True: "eager", False: "sdpa"}
+    wanted, count = separate(model)
+    assert llama.config._attn_implementation == "sdpa"
+    for batch, attention in ((packed(), "eager"), (padded(), "sdpa"), (packed(), "eager")):
+        parts = packed_loss(model, batch, kind="plain")
+        assert llama.config._attn_implementation == attention and int(parts.count) == count
+        torch.testing.assert_close(parts.sum, wanted, atol=1e-4, rtol=1e-5)
+
+
 def rows_as_flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Attention as the flash path of transformers does it: packed sequences are only seen in a single row."""
     positions = kwargs["position_ids"]

@@ -18,7 +18,14 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.lora import MODULES_TO_SAVE, TARGET_MODULES, adapter_state, load_adapter
 from seed_multimodal.training.llm.loss import find_llama, packed_loss
-from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
+from seed_multimodal.training.llm.model import (
+    attention_kind,
+    build_llm,
+    load_trained,
+    save_trained,
+    set_attention,
+    trained_state,
+)
 from seed_multimodal.training.llm.model_settings import LlmModelSettings, read_model_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +52,19 @@ def build(path: Path | None, resume: Path | None = None, **settings: Any) -> Any
     values = {"dtype": "fp32", **settings}
     return build_llm(LlmModelSettings(path=None if path is None else str(path), **values), TOKENIZER, "cpu",
                      resume=resume)
+
+
+def test_attention_goes_by_the_rows() -> None:
+    """Flex attention would be compiled for each length of padded rows; SDPA's fast kernels cannot mask packed ones."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert attention_kind("auto", cuda, packed=True) in ("flash_attention_2", "flex_attention")
+    assert attention_kind("auto", cuda, packed=False) == "sdpa"
+    assert attention_kind("auto", cpu, packed=True) == attention_kind("auto", cpu, packed=False) == "sdpa"
+    assert {attention_kind(name, cuda, packed) for name in ("flash", "eager") for packed in (True, False)} == {
+        "flash_attention_2", "eager"}  # as asked
+    llama = find_llama(build(None, sizes=SIZES, lora={"r": 2}))
+    set_attention(llama, "eager", cpu)
+    assert llama.attentions == {True: "eager", False: "eager"} and llama.config._attn_implementation == "eager"
 
 
 def batch(rows: int = 2, length: int = 20) -> SimpleNamespace:

@@ -48,8 +48,9 @@ def first_batches(batches: LlmBatches, count: int, start: int = 0) -> list[LlmBa
 def blank_batch() -> LlmBatch:
     """A batch with nothing to learn, for a process whose data have ended before the others'."""
     ids = torch.zeros(1, 2, dtype=torch.int64)
-    return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], None, tokens=0, learned=0, sequences=0,
-                    images=0, squares=0)
+    # As a padded batch: the attention of packed rows may be compiled for each length.
+    return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], torch.ones_like(ids), tokens=0,
+                    learned=0, sequences=0, images=0, squares=0)
 
 
 def evaluate(engine: Engine, group: ProcessGroup, batches: Sequence[LlmBatch]) -> dict[str, float]:

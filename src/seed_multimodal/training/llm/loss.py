@@ -140,6 +140,37 @@ def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
     return targets.masked_fill(position_ids.expand_as(labels)[:, 1:] == 0, IGNORED)
 
 
+def use_attention(llama: Any, packed: bool) -> None:
+    """Attention for packed or padded rows, if the model has two kinds (`model.set_attention`). It stays until the next
+    forward pass, because activation checkpointing computes in the backward pass again."""
+    wanted = getattr(llama, "attentions", {}).get(packed)
+    if wanted is not None and wanted != llama.config._attn_implementation:
+        llama.set_attn_implementation(wanted)
+
+
+def check_kernel(kind: str, device: torch.device, zero_stage: int = 0, llm: nn.Module | None = None) -> None:
+    """Refuse a loss kernel that cannot run, before anything is trained.
+
+    Args:
+        llm: the model, once it is built.
+
+    Raises:
+        ConfigError: an unknown kind; liger without its package, without a GPU, under ZeRO-3, or with LoRA on the head.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"Unknown loss {kind!r}: use one of {', '.join(KINDS)}.")
+    if kind != "liger":
+        return
+    if zero_stage == 3:
+        raise ConfigError("The loss kernel liger reads the whole lm_head at once, and ZeRO-3 spreads it over the "
+                          "processes; use trainer.loss_kernel=auto (chunked), or ZeRO-2.")
+    if importlib.util.find_spec("liger_kernel") is None or device.type != "cuda":
+        raise ConfigError("The loss kernel liger needs the package liger-kernel and a CUDA device; use auto.")
+    if llm is not None and hasattr(find_llama(llm).lm_head, "lora_A"):
+        raise ConfigError("The loss kernel liger needs an lm_head without LoRA; put it under modules_to_save or use "
+                          "auto.")
+
+
 def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None
              ) -> tuple[Tensor, Tensor]:
     """Last hidden states that have something to predict `[T, width]`, and what `[T]`."""
@@ -147,6 +178,7 @@ def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, 
         positions = None
         if not bool((mask[:, 1:] > mask[:, :-1]).any()):
             mask = None  # padded on the right: causal attention hides it
+    use_attention(llama, positions is not None)
     shape = ids.shape
     if positions is not None and "flash" in str(llama.config._attn_implementation):
         ids, positions = ids.reshape(1, -1), positions.expand(shape).reshape(1, -1)
@@ -159,8 +191,7 @@ def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, 
 
 def _parts(model: nn.Module, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None, kind: str,
            weights: LossWeights | None) -> LossParts:
-    if kind not in KINDS:
-        raise ConfigError(f"Unknown loss {kind!r}: use one of {', '.join(KINDS)}.")
+    check_kernel(kind, ids.device, llm=model)
     llama = find_llama(model)
     hidden, targets = _learned(llama, ids, labels, positions, mask)
     image = targets >= weights.first_code if weights is not None else torch.zeros_like(targets, dtype=torch.bool)
@@ -194,11 +225,6 @@ def _head_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 def _liger(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """Sum of the cross-entropies by liger-kernel, which makes the gradient in the forward pass."""
-    if importlib.util.find_spec("liger_kernel") is None or hidden.device.type != "cuda":
-        raise ConfigError("The loss kernel liger needs the package liger-kernel and a CUDA device; use auto.")
-    if hasattr(head, "lora_A"):
-        raise ConfigError("The loss kernel liger needs an lm_head without LoRA; put it under modules_to_save or use "
-                          "auto.")
     if not len(targets):
         return head(hidden).float().sum()
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

@@ -70,7 +70,7 @@ def build_llm(
     if settings.attention == "flex" and place.type == "cpu":
         raise ConfigError("attention flex has no backward pass on a CPU; use auto, sdpa or eager.")
     try:
-        llama.set_attn_implementation(attention_kind(settings.attention, place))
+        set_attention(llama, settings.attention, place)
     except (ImportError, ValueError) as error:  # flash without its package, or on hardware it is not made for
         raise ConfigError(f"attention {settings.attention}: {first_line(error)}") from error
     model: Any = llama
@@ -190,11 +190,23 @@ def read_codebook(folder: Path, n_codes: int) -> tuple[Tensor, int]:
     return codebook.float(), int(sections)
 
 
-def attention_kind(name: str, device: torch.device) -> str:
-    """transformers' name of an attention implementation; see `LlmModelSettings.attention`."""
+def set_attention(llama: Any, name: str, device: torch.device) -> None:
+    """Give a LLaMA its attention; where it differs for packed and padded rows, `loss.use_attention` changes it by the
+    batch."""
+    llama.attentions = {packed: attention_kind(name, device, packed) for packed in (True, False)}
+    llama.set_attn_implementation(llama.attentions[True])
+
+
+def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:
+    """transformers' name of an attention implementation; see `LlmModelSettings.attention`.
+
+    Args:
+        packed: for rows of several sequences; padded rows need no mask but the causal one, which SDPA's fast kernels
+            know, and their lengths change, for each of which flex attention would be compiled anew.
+    """
     if name != "auto":
         return ATTENTIONS[name]
-    if device.type != "cuda":
+    if device.type != "cuda" or not packed:
         return ATTENTIONS["sdpa"]
     from transformers.utils import is_flash_attn_2_available
 

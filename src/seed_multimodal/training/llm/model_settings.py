@@ -47,7 +47,8 @@ class LlmModelSettings:
         quantization: None, 8bit or 4bit: the frozen base through bitsandbytes (QLoRA).
         fp8: the frozen matrices of the layers, and products with them, in FP8 (GPUs from Ada and Hopper on; a CPU
             emulates it for tests).
-        attention: auto (CUDA: flash if installed, else flex; elsewhere sdpa), sdpa, eager, flex or flash.
+        attention: auto (packed rows on CUDA: flash if installed, else flex; padded rows and elsewhere: sdpa), sdpa,
+            eager, flex or flash.
         lora: fields of `peft.LoraConfig`; None trains every weight.
         adapter: folder of a trained adapter (or of trained weights) to resume from.
         seed: of new weights: random start, rows of new words, LoRA.

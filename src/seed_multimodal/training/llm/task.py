@@ -31,6 +31,7 @@ from seed_multimodal.training.llm.loss import (
     IGNORED,
     LossModule,
     LossWeights,
+    check_kernel,
     find_llama,
     learned_targets,
     round_residual,
@@ -79,6 +80,8 @@ class LlmTask(Task):
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         self.optim = read_settings(OptimSettings, run.optim, "optim")
+        self.zero_stage = int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
+        check_kernel(self.settings.loss_kernel, device, self.zero_stage)
         self.model_settings = self._model_settings()
         self.tokenizer = MultimodalTokenizer.from_pretrained(find_folder(run.tokenizer))
         data_settings = read_data_settings(run.data)
@@ -106,6 +109,7 @@ class LlmTask(Task):
             save_config(self.run.output_dir, self.run.plain)
         check_shared(self.run.output_dir / "config.yaml", self.group)
         self.llm = build_llm(self.model_settings, self.tokenizer, self.device)
+        check_kernel(self.settings.loss_kernel, self.device, self.zero_stage, self.llm)
         self.module = LossModule(self.llm, kind=self.settings.loss_kernel, weights=self.loss_weights)
         self.optimizer = build_optimizer(self.module, self.optim)
         self.meter.flops = token_flops(self.llm, 1.0)  # now: ZeRO-3 takes the weights apart
@@ -135,8 +139,7 @@ class LlmTask(Task):
         world = self.group.world
         self._log(f"{trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
                   f"{world} process{'es' if world > 1 else ''} on {self.device.type}, {run.engine.kind}; "
-                  f"{'mean over tokens' if self.by_tokens else 'mean of micro-batches'}; "
-                  f"output in {self.run.output_dir}.")
+                  f"{'mean over tokens' if self.by_tokens else 'mean of micro-batches'}; output in {self.run.output_dir}.")
         for line in self.plan.lines(self.data.settings):
             self._log(line)
 
@@ -216,8 +219,8 @@ class LlmTask(Task):
 
     def identity(self, world: int) -> dict[str, Any]:
         """Engine, model, optimiser and sizes."""
-        model, zero = self.model_settings, (self.run.deepspeed or {}).get("zero_optimization", {})
-        return {"engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": zero.get("stage", 0),
+        model = self.model_settings
+        return {"engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": self.zero_stage,
                 "model": {"path": model.path, "sizes": model.sizes, "lora": model.lora,
                           "words": self.tokenizer.vocabulary.size},
                 "optimizer": self.optim.name, "world_size": world, "max_steps": self.settings.max_steps,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from seed_multimodal.config import find_target
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, read_settings, setting
+from seed_multimodal.training.llm.loss import KINDS
 from seed_multimodal.training.loop_settings import PRECISIONS, WAIT_MINUTES, LoopSettings
 
 TOKENIZER_TARGET = "seed_multimodal.configured"
@@ -53,7 +54,7 @@ class TrainerSettings:
     precision: str = setting("bf16", choices=PRECISIONS)
     max_grad_norm: float = setting(1.0, least=0, most=math.inf)
     loss_average: str | None = setting(None, choices=("tokens", "batch"))
-    loss_kernel: str = "auto"
+    loss_kernel: str = setting("auto", choices=KINDS)
     text_weight: float = setting(1.0, least=0)
     image_weight: float = setting(1.0, least=0)
     seed: int = setting(42, least=0)
