@@ -72,6 +72,7 @@ class LossModule(nn.Module):
 
     def __init__(self, llm: nn.Module, *, kind: str = "auto", weights: LossWeights | None = None) -> None:
         super().__init__()
+        check_kernel(kind, next(llm.parameters()).device, llm=llm)
         self.llm, self.kind, self.weights = llm, kind, weights
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,

@@ -109,7 +109,6 @@ class LlmTask(Task):
             save_config(self.run.output_dir, self.run.plain)
         check_shared(self.run.output_dir / "config.yaml", self.group)
         self.llm = build_llm(self.model_settings, self.tokenizer, self.device)
-        check_kernel(self.settings.loss_kernel, self.device, self.zero_stage, self.llm)
         self.module = LossModule(self.llm, kind=self.settings.loss_kernel, weights=self.loss_weights)
         self.optimizer = build_optimizer(self.module, self.optim)
         self.meter.flops = token_flops(self.llm, 1.0)  # now: ZeRO-3 takes the weights apart
@@ -137,9 +136,10 @@ class LlmTask(Task):
         trained = sum(p.numel() for p in run.engine.module.parameters() if p.requires_grad)
         total = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
         world = self.group.world
+        mean = "mean over tokens" if self.by_tokens else "mean of micro-batches"
         self._log(f"{trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
-                  f"{world} process{'es' if world > 1 else ''} on {self.device.type}, {run.engine.kind}; "
-                  f"{'mean over tokens' if self.by_tokens else 'mean of micro-batches'}; output in {self.run.output_dir}.")
+                  f"{world} process{'es' if world > 1 else ''} on {self.device.type}, {run.engine.kind}; {mean}; "
+                  f"output in {self.run.output_dir}.")
         for line in self.plan.lines(self.data.settings):
             self._log(line)
 
