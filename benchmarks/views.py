@@ -69,7 +69,7 @@ def released(size: int) -> Any:
 def timed(pattern: str, size: int, batches: int, repeats: int) -> dict[str, Any]:
     """Views per second of a core for each way, medians of alternating runs."""
     ways = {"old": released(size), "bytes": TrainTransform(size, scaled_decoding=False), "new": TrainTransform(size)}
-    source, seconds = Pairs(pattern, log=None), {name: list[float]() for name in ways}
+    source, seconds = Pairs(pattern), {name: list[float]() for name in ways}
     for repeat in range(repeats + 1):  # the first is a warm-up
         for name, transform in ways.items():
             loader = StepBatches(PairDataset(source, transform, log=None), BATCH, seed=0)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.commands.common import add_json, whole_number
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError, counted
 
+if TYPE_CHECKING:
+    from seed_multimodal.data.check.report import CheckReport
+
 
 def check(args: argparse.Namespace) -> int:
     """Check every record; prints errors and a summary. Exit code 1 if anything is wrong."""
     from seed_multimodal.data.check.run import CheckSettings, check_records
+    from seed_multimodal.data.pretokenize.input_settings import parse_fields
 
     if args.images is not None and not Path(args.images).is_dir():
         raise ConfigError(f"--images {args.images}: there is no such folder.")
     report = check_records(CheckSettings(
         files=args.files, format=args.format, tokenizer=args.tokenizer, decoder=args.decoder,
         options=dict(args.option), images=args.images, max_errors=args.max_errors,
-        length=args.length))
+        length=args.length, stage=args.stage, fields=parse_fields(args.fields) or {}, pictures=args.pictures))
     if args.json:
         print(json.dumps(report.as_json(), ensure_ascii=False))
         return SOME_FAILED if report.wrong else DONE
@@ -29,7 +33,8 @@ def check(args: argparse.Namespace) -> int:
         print(f"{finding.kind}: {finding.sentence}")
     if report.wrong > len(report.findings):
         print(f"… and {report.wrong - len(report.findings):,} more (--max-errors 0 shows all)")
-    print(f"{counted(report.files, 'file')}, {counted(report.records, 'record')}, {counted(report.images, 'picture')}")
+    print(f"{counted(report.files, 'file')}, {counted(report.records, 'record')}, {counted(report.images, 'picture')}"
+          + _opened(report, args.pictures))
     for kind, number in report.kinds.most_common():
         print(f"  {kind}: {number:,}")
     if report.lengths:
@@ -45,6 +50,13 @@ def check(args: argparse.Namespace) -> int:
         return DONE
     print(f"{counted(report.wrong, 'error')}: " + ", ".join(f"{kind} {n:,}" for kind, n in report.errors.most_common()))
     return SOME_FAILED
+
+
+def _opened(report: CheckReport, wanted: int | None) -> str:
+    """How many of the pictures were opened, where there are any to open."""
+    if not any(kind.endswith("(not tokenised)") for kind in report.kinds):
+        return ""
+    return f" ({report.opened:,} opened{'' if wanted is None else '; --pictures all opens all'})"
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -75,8 +87,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each one's keys)")
     checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the "
                          "decoder, as reverse_ratio=0.5; repeat for more")
-    checker.add_argument("--format", default="auto", help="tar, jsonl, json or parquet (default: by the suffix)")
+    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder (default: by the suffix)")
     checker.add_argument("--images", metavar="DIR", help="folder of the pictures that records name")
+    checker.add_argument("--stage", metavar="NAME", help="the tool that will take them: tokenizer (training and "
+                         "evaluation), llm, or an extraction: caption, qa, video, edit, story, interleaved, chat "
+                         "(default: by each record's keys)")
+    checker.add_argument("--fields", metavar="NAME | A=B,…", help="of that stage: a preset, or which keys hold what")
+    checker.add_argument("--pictures", type=_pictures, default=200, metavar="N", help="open about N pictures that are "
+                         "not tokenised yet, or all (default: 200)")
     checker.add_argument("--max-errors", type=whole_number(0), default=20, metavar="N", help="show N errors; 0: all "
                          "(default: 20; all are counted)")
     checker.add_argument("--length", type=whole_number(1), metavar="N",
@@ -91,6 +109,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     converter.set_defaults(work=convert)
     for each in (checker, converter):
         add_json(each)
+
+
+def _pictures(text: str) -> int | None:
+    return None if text == "all" else whole_number(0)(text)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -84,7 +84,10 @@ def test_the_decoder_that_is_guessed_can_be_named(tmp_path, tokenizer, name):
 BAD = [
     ('{"text": "a', "malformed json", "is not json"),
     ("[1]", "malformed json", "holds a list"),
-    ({"image": __file__}, "missing key", "has a picture but no text"),
+    ({"image": __file__}, "missing key", "has no caption key 'caption' .it has image."),
+    ({"image": __file__, "caption": None}, "missing key", "has no caption, its 'caption' is null"),
+    ({"image": __file__, "caption": "a"}, "broken picture", "not a picture"),
+    ({"file_name": "gone.jpg", "text": "a"}, "missing picture", "gone.jpg is not there"),
     ({"picture": [1], "words": "a"}, "missing key", "picture, words.* no known kind"),
     ({"image_ids": [0, 1, 2, N_CODES], "text": "a"}, "codes out of range", f"code {N_CODES} is out of range .0 to 63"),
     ({"image_ids": [0, -1, 2, 3], "text": "a"}, "codes out of range", "code -1"),
@@ -166,9 +169,9 @@ def test_ids_that_are_there_twice_across_files(tmp_path):
         f"{tmp_path}/d.tar: sample k2: id k2 is there already, in {third}: sample k2."]
 
 
-def test_pictures_are_looked_for_where_they_were_said_to_be(tmp_path):
+def test_pictures_are_looked_for_where_they_were_said_to_be(tmp_path, jpeg):
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg(0))
     items = [{"id": str(n), "image": name, "conversations": [
         {"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "a"}]}
         for n, name in enumerate(("a.jpg", "b.jpg"))]
@@ -182,11 +185,12 @@ def test_pictures_are_looked_for_where_they_were_said_to_be(tmp_path):
     raw = jsonl(tmp_path / "qa.jsonl", {"image": "pictures/a.jpg", "question": "q", "answer": "a"},
                 {"image": "pictures/a.jpg", "caption": " "}, {"image_ids": [1], "image": "gone.jpg", "text": "a"})
     report = check(raw)
-    assert report.errors == {"empty text": 1} and report.kinds == {"not tokenised": 2, "pretrain.caption": 1}
+    assert report.errors == {"empty text": 1} and report.opened == 1
+    assert report.kinds == {"qa (not tokenised)": 1, "tokenizer (not tokenised)": 1, "pretrain.caption": 1}
 
 
-def test_pictures_that_are_still_files_count_with_their_length(tmp_path, tokenizer):
-    (tmp_path / "a.jpg").write_bytes(b"x")
+def test_pictures_that_are_still_files_count_with_their_length(tmp_path, tokenizer, jpeg):
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
     with_file = check(jsonl(tmp_path / "a.jsonl", chat([{"image": "a.jpg"}, "what"], ["a cat"])), tokenizer=tokenizer)
     with_codes = check(jsonl(tmp_path / "b.jsonl", chat([{"codes": picture(1)}, "what"], ["a cat"])),
                        tokenizer=tokenizer)
@@ -259,8 +263,32 @@ def test_pictures_of_mixed_types_are_told(tmp_path, tokenizer, codes):
 def test_a_picture_written_into_its_list_is_told_briefly(tmp_path, tokenizer):
     path = jsonl(tmp_path / "a.jsonl", {"image": "A" * 9000, "conversations": [
         {"from": "human", "value": "<image>what"}, {"from": "gpt", "value": "a cat"}]})
-    report = check(path, tokenizer=tokenizer)
-    assert report.errors == {"missing picture": 1} and len(report.findings[0].sentence) < 400 + len(str(path))
+    report = check(path, tokenizer=tokenizer)  # it is base64, of no picture
+    assert report.errors == {"broken picture": 1} and len(report.findings[0].sentence) < 400 + len(str(path))
+
+
+def test_a_sample_of_the_pictures_is_opened_or_all(tmp_path, jpeg):
+    for name, count in (("a", 60), ("b", 25)):
+        samples = [(f"{name}{n:02d}", {"jpg": jpeg(n), "txt": b"a text", "json": b'{"width": 64}'})
+                   for n in range(count)]
+        samples[7][1]["jpg"] = samples[7][1]["jpg"][:-400]
+        write_shard(tmp_path / f"{name}.tar", samples)
+    for wanted, opened, broken in ((20, 10 + 9, 0), (None, 85, 2), (0, 0, 0), (2, 2, 0), (200, 85, 2)):
+        report = check(tmp_path, pictures=wanted)
+        assert (report.images, report.opened, report.errors["broken picture"]) == (85, opened, broken)
+        assert report.wrong == broken and report.kinds == {"tokenizer (not tokenised)": 85}
+
+
+def test_fields_and_stages_that_do_not_exist_are_refused(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"picture": "a.jpg", "title": "a"})
+    for settings, words in (({"stage": "captoin"}, "did you mean 'caption'"), ({"fields": {"image": "x"}}, "--stage"),
+                            ({"stage": "tokenizer", "fields": {"imag": "x"}}, "did you mean 'image'"),
+                            ({"stage": "qa", "fields": "vqq"}, "did you mean 'vqa'")):
+        with pytest.raises(ConfigError, match=words):
+            check(path, **settings)
+    fields = {"image": "picture", "caption": "title"}
+    for stage in ("tokenizer", "caption"):
+        assert check(path, stage=stage, fields=fields).errors == {"missing picture": 1}
 
 
 def test_an_empty_id_is_none(tmp_path: Path, lines: Callable) -> None:

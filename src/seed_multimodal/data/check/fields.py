@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from seed_multimodal.data.decoders.base import CODE_FIELDS, Decoder
+from seed_multimodal.data.formats.pictures import IMAGE_KEYS, PICTURE_ENDINGS
 
-PATHS = ("image", "images", "source_image", "target_image")
+PICTURES = ("image", "images", "video", "source_image", "target_image", *IMAGE_KEYS)
 # Of records whose pictures are not tokenised yet, whatever they will become.
 RAW_TEXTS = ("text", "caption", "question", "answer", "instruction", "instruction_gpt", "outputs",
              *(f"caption{number}" for number in range(5)), *(f"instruction{number}" for number in range(3)))
@@ -16,7 +17,8 @@ RAW_TEXTS = ("text", "caption", "question", "answer", "instruction", "instructio
 def is_raw(fields: Mapping[str, Any]) -> bool:
     """Whether a record has pictures, and none of them is tokenised yet (in conversations, that is no other kind)."""
     return ("messages" not in fields and not any(key in fields for key in (*CODE_FIELDS, "views"))
-            and any(fields.get(key) for key in PATHS))
+            and (any(fields.get(key) for key in PICTURES)
+                 or str(fields.get("file_name")).lower().endswith(PICTURE_ENDINGS)))
 
 
 def code_lists(fields: Mapping[str, Any], decoder: type[Decoder] | None) -> Iterator[tuple[str, Any, int]]:
@@ -44,19 +46,10 @@ def code_lists(fields: Mapping[str, Any], decoder: type[Decoder] | None) -> Iter
             yield f"context[{place}].image_ids", one["image_ids"], 1
 
 
-def image_paths(fields: Mapping[str, Any]) -> list[str]:
-    """Paths of the pictures of a record that are not tokenised yet."""
-    if "messages" in fields:
-        found = [part["image"] for message in fields["messages"] for part in message["content"]
-                 if isinstance(part, dict) and "image" in part]
-    elif any(key in fields for key in (*CODE_FIELDS, "views")):
-        return []  # where the codes came from
-    else:
-        found = []
-        for key in PATHS:
-            value = fields.get(key)
-            found += value if isinstance(value, list) else [value]
-    return [path for path in found if isinstance(path, str) and path]
+def has_pictures(fields: Mapping[str, Any]) -> bool:
+    """Whether a conversation has pictures that are not tokenised yet."""
+    return any(isinstance(part, dict) and "image" in part
+               for message in fields.get("messages", ()) for part in message["content"])
 
 
 def as_tokenised(fields: dict[str, Any], tokens: int) -> dict[str, Any]:

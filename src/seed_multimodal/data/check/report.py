@@ -19,12 +19,19 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """Counts and findings. `kinds`: records by decoder; `lengths`: records by their number of tokens (with a
-    tokenizer); `control`: names of control words in texts, which are reported but not wrong."""
+    """Counts and findings.
+
+    Attributes:
+        images: pictures, of which `opened` were opened (tokenised ones need not be).
+        kinds: records by decoder, or by the stage for pictures.
+        lengths: records by their number of tokens (with a tokenizer).
+        control: names of control words in texts, which are reported but not wrong.
+    """
 
     files: int = 0
     records: int = 0
     images: int = 0
+    opened: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
@@ -58,7 +65,8 @@ class CheckReport:
         lengths = {"median": self.length_at(0.5), "p95": self.length_at(0.95), "longest": max(self.lengths, default=0),
                    "tokens": sum(n * count for n, count in self.lengths.items()),
                    "histogram": [{"from": low, "to": high, "records": n} for low, high, n in self.histogram()]}
-        return {"files": self.files, "records": self.records, "images": self.images, "kinds": dict(self.kinds),
+        return {"files": self.files, "records": self.records, "images": self.images, "opened": self.opened,
+                "kinds": dict(self.kinds),
                 "errors": dict(self.errors), "wrong": self.wrong,
                 "findings": [asdict(one) for one in self.findings],
                 "control_words": self.control.as_json(), "lengths": lengths if self.lengths else None}

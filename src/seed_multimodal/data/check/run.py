@@ -2,10 +2,10 @@
 
 Found and named with file and line (or sample, item, row): malformed json, torn files, missing keys, wrong types, codes
 out of range, a wrong number of codes, pictures and placeholders that differ in number, empty texts, ids that are there
-twice, picture files that are not there, and records longer than a limit. Everything is counted.
+twice, pictures that are not there or cannot be opened, and records longer than a limit. Everything is counted.
 
-Without a tokenizer the codebook is unknown: codes must be whole numbers from 0, and all pictures of one length. With
-one, each record also goes through its decoder, so training accepts what passes here.
+Records go through the readers and decoders of the tool that will take them (`stage`), so it takes what passes here.
+Without a tokenizer the codebook is unknown: codes must be whole numbers from 0, and all pictures of one length.
 """
 
 from __future__ import annotations
@@ -16,19 +16,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.check.fields import RAW_TEXTS, as_tokenised, code_lists, image_paths, is_raw
+from seed_multimodal.data.check.fields import as_tokenised, code_lists, has_pictures, is_raw
+from seed_multimodal.data.check.pictures import LLM, STAGES, TOKENIZER, PictureReader, guess_stage
 from seed_multimodal.data.check.report import CheckReport, Finding
 from seed_multimodal.data.decoders.base import TEXT, TEXTS, Decoder
 from seed_multimodal.data.decoders.phrases import BLANK_CAPTION
 from seed_multimodal.data.decoders.registry import DECODERS, get_decoder, guess_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
+from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.files import find_files
-from seed_multimodal.data.formats.record import BadRecord, Record, find_image
-from seed_multimodal.data.formats.records import FileRecords, open_file
+from seed_multimodal.data.formats.record import BadRecord, Record
+from seed_multimodal.data.formats.records import FileRecords, RecordFile, open_file
+from seed_multimodal.data.formats.tar import TarFile
+from seed_multimodal.data.pretokenize.samples import Dropped
 from seed_multimodal.entry import log_line
-from seed_multimodal.errors import ConfigError, DataError, SeedError
+from seed_multimodal.errors import ConfigError, DataError, ImageError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
+from seed_multimodal.settings import nearest
+
+OPENED = 200
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,11 @@ class CheckSettings:
     """Settings of the check.
 
     Args:
-        files: as `open_records` takes them; `format` too.
+        files: as `open_records` and `pairs.Pairs` take them; `format` too.
+        stage: the tool that will take them, of `pictures.STAGES`; only what it cannot use is an error then. None: each
+            record is looked at by its keys.
+        fields: keys that hold what, for a stage that looks at pictures.
+        pictures: about so many pictures are opened, evenly over the files; None: all.
         tokenizer: folder of the tokenizer the training will use. `length`: tokens a record may have (needs it).
         decoder: of all records; None: guessed from each record's keys. `options` go to it.
         images: folder of pictures; None: paths count from their file's folder, or from the current one.
@@ -51,6 +62,9 @@ class CheckSettings:
     images: str | Path | None = None
     max_errors: int = 20
     length: int | None = None
+    stage: str | None = None
+    fields: str | Mapping[str, str] = field(default_factory=dict)
+    pictures: int | None = OPENED
 
 
 def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckReport:
@@ -61,19 +75,20 @@ def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckRep
             tokenizer.
     """
     checker = _Checker(settings)
-    files = find_files(settings.files, settings.format)
+    files = find_files(settings.files, settings.format, pictures=settings.stage != LLM)
     checker.report.files = len(files)
     with Progress("check", None, "record", delay=1, log=log_line if progress else None) as bar:
         for path, format in files:
-            source = FileRecords([open_file(path, format)], str(path))
             try:
+                source = FileRecords([checker.open(path, format)], str(path))
                 count = len(source)
             except DataError as error:
                 checker.note(getattr(error, "kind", "damaged file"), str(error))
                 continue
             checker.sources.append(source)
+            every = 1 if settings.pictures is None else -(-count * len(files) // max(settings.pictures, 1))
             for index in range(count):
-                checker.read(source, index)
+                checker.read(source, index, opens=index % every == 0 and settings.pictures != 0)
                 bar.update()
             source.close()
     return checker.report
@@ -87,7 +102,13 @@ class _Checker:
             raise ConfigError("--option needs --decoder.")
         if settings.length is not None and (settings.tokenizer is None or settings.length < 1):
             raise ConfigError("--length needs --tokenizer, and must be 1 or more.")
+        if settings.stage is not None and settings.stage not in STAGES:
+            raise ConfigError(f"--stage {settings.stage}: use {', '.join(STAGES)}{nearest(settings.stage, STAGES)}.")
+        if settings.fields and settings.stage in (None, LLM):
+            raise ConfigError("--fields needs the --stage that looks at pictures.")
         self.settings = settings
+        self._pictures = PictureReader(None if settings.images is None else str(settings.images), settings.fields,
+                                       settings.stage)
         self.report = CheckReport()
         self.tokenizer: MultimodalTokenizer | None = None
         if settings.tokenizer is not None:
@@ -109,43 +130,95 @@ class _Checker:
     def _has_room(self) -> bool:
         return not self.settings.max_errors or len(self.report.findings) < self.settings.max_errors
 
-    def read(self, source: FileRecords, index: int) -> None:
-        """Look at one record."""
+    def open(self, path: Path, format: str) -> RecordFile:
+        """A file's records as the stage opens them; a tar of pictures and of unknown use as those of pictures."""
+        stage = self.settings.stage
+        if format == "tar" and stage != LLM:
+            shard = TarFile(path, self._pictures.pair.columns)
+            if stage is not None or shard.has("image").any():
+                return shard
+        return open_file(path, format)
+
+    def read(self, source: FileRecords, index: int, *, opens: bool = True) -> None:
+        """Look at one record; `opens`: open its pictures."""
         self.report.records += 1
+        stage = self.settings.stage
         try:
-            record = source.read(index)
+            found = source.locate(index)
+            record = found.parsed(source.open_files, half_pairs=stage == TOKENIZER)
+            raw = stage if stage != LLM else None
+            if stage is None and ("image" in found.members or (is_raw(record.fields) and not self.settings.decoder)):
+                raw = guess_stage(record.fields)
+            if raw is None or (stage is None and "image" not in found.members):
+                record.fields = with_messages(record.fields, record.where)
         except DataError as error:
             self.note(getattr(error, "kind", "damaged file"), str(error))
             return
-        self._check_id(record, source, index)
-        raw = is_raw(record.fields) and self.settings.decoder is None
-        decoder = None if raw else (DECODERS[self.settings.decoder] if self.settings.decoder else
-                                    guess_decoder(record.fields, self._tokens))
-        if decoder is None and not raw:
+        if stage is None:
+            self._check_id(record, source, index)
+        if raw is not None and (stage is not None or "messages" not in record.fields):
+            self.report.kinds[f"{raw} (not tokenised)"] += 1
+            self.report.control.look(record, "", self.tokenizer)
+            self._see(raw, record, source, opens)
+            return
+        self._read_tokenised(record, source, opens)
+
+    def _read_tokenised(self, record: Record, source: FileRecords, opens: bool) -> None:
+        settings = self.settings
+        decoder = DECODERS[settings.decoder] if settings.decoder else guess_decoder(record.fields, self._tokens)
+        if decoder is None:
             self.report.kinds["unknown"] += 1
             self.note("missing key", f"{record.where}: its keys ({', '.join(sorted(record.fields)) or 'none'}) are "
                       "those of no known kind of record.")
             return
-        self.report.control.look(record, decoder.name if decoder else "", self.tokenizer)
-        paths = image_paths(record.fields)
-        self.report.kinds[decoder.name + (" (not tokenised)" if paths else "") if decoder else "not tokenised"] += 1
-        problems = [*self._problems(record.fields, decoder), *self._lost(source.files[0], paths)]
+        self.report.control.look(record, decoder.name, self.tokenizer)
+        raw = has_pictures(record.fields) and settings.stage != LLM
+        self.report.kinds[decoder.name + (" (not tokenised)" if raw else "")] += 1
+        problems = list(self._problems(record.fields, decoder))
         for problem in problems:
             self.note(problem.kind, f"{record.where}: {problem.sentence}")
-        if not problems and self.tokenizer is not None and decoder is not None:
+        whole = not raw or self._see("chat", record, source, opens)
+        if whole and not problems and self.tokenizer is not None:
             self._decode(record, decoder)
+
+    def _see(self, stage: str, record: Record, source: FileRecords, opens: bool) -> bool:
+        """Read a record as a stage that looks at pictures, and open them; whether nothing is wrong."""
+        before = self.report.wrong
+        try:
+            pictures = self._pictures.read(stage, record, source.open_files)
+            self.report.images += len(pictures)
+        except Dropped as reason:
+            self.note("dropped", f"{record.where}: is left out ({reason}).")
+            return False
+        except (DataError, ImageError) as error:
+            self.report.images += isinstance(error, ImageError)
+            self.note(getattr(error, "kind", "missing picture"), self._with_hint(str(error)))
+            return False
+        for picture in pictures:
+            if picture.problem:
+                self.note("missing picture", self._with_hint(picture.problem))
+            elif opens:
+                self.report.opened += 1
+                try:
+                    picture.load()
+                except ImageError as error:
+                    self.note("broken picture", str(error))
+        return self.report.wrong == before
+
+    def _with_hint(self, sentence: str) -> str:
+        if self.settings.images is not None or " is not there, " not in sentence:
+            return sentence
+        return f"{sentence.removesuffix('.')} (--images: their folder)."
 
     # ------------------------------------------------------------------------------------------ parts
 
-    def _problems(self, fields: Mapping[str, Any], decoder: type[Decoder] | None) -> Iterable[Finding]:
-        """What is wrong by the fields that the decoder needs; None: with pictures that are not tokenised yet."""
-        needs: Mapping[str, str] = dict.fromkeys(RAW_TEXTS, TEXT)
-        if decoder is not None:
-            needs = decoder.needed(fields)
-            for key in decoder.missing(fields):
-                yield Finding("missing key", f"has no key {key!r}, which decoder {decoder.name} needs.")
-            if "image_ids" in needs and "views" in fields and not fields["views"] and fields.get("image_ids") is None:
-                yield Finding("missing key", "'views' is empty, and there are no 'image_ids'.")
+    def _problems(self, fields: Mapping[str, Any], decoder: type[Decoder]) -> Iterable[Finding]:
+        """What is wrong by the fields that the decoder needs."""
+        needs = decoder.needed(fields)
+        for key in decoder.missing(fields):
+            yield Finding("missing key", f"has no key {key!r}, which decoder {decoder.name} needs.")
+        if "image_ids" in needs and "views" in fields and not fields["views"] and fields.get("image_ids") is None:
+            yield Finding("missing key", "'views' is empty, and there are no 'image_ids'.")
         for key, kind in needs.items():
             if kind not in (TEXT, TEXTS) or fields.get(key) is None:
                 continue
@@ -155,8 +228,6 @@ class _Checker:
                 yield Finding("wrong type", f"{key!r} is a {type(fields[key]).__name__}, not a text.")
             elif not all(text.strip(BLANK_CAPTION if key == "text" else None) for text in texts):
                 yield Finding("empty text", f"{key!r} is empty.")
-        if decoder is None and not any(key in fields for key in RAW_TEXTS):
-            yield Finding("missing key", "has a picture but no text.")
         for name, codes, pictures in code_lists(fields, decoder):
             yield from self._wrong_codes(name, codes, pictures)
 
@@ -177,17 +248,6 @@ class _Checker:
             yield Finding("number of codes", f"{name}: has {len(codes)} codes; a picture has {size}{hint}"
                           + (f", and this holds {pictures}." if pictures > 1 else "."))
 
-    def _lost(self, file: Path, paths: Sequence[str]) -> Iterable[Finding]:
-        self.report.images += len(paths)
-        for path in paths:
-            if "://" in path or path.startswith("data:"):
-                yield Finding("missing picture", f"{path[:80]}: is an address, not a file; download it first.")
-            elif find_image(path, self.settings.images, file) is None:
-                where = f"below {self.settings.images}" if self.settings.images else \
-                    "beside its list or in the current folder (--images: their folder)"
-                shown = path if len(path) <= 200 else f"{path[:80]}…"  # some lists hold the picture itself, as base64
-                yield Finding("missing picture", f"the picture {shown} is not there, {where}.")
-
     def _check_id(self, record: Record, source: FileRecords, index: int) -> None:
         file = source.files[0]
         mark = record.fields.get("id")
@@ -201,11 +261,8 @@ class _Checker:
         first = self._ids.setdefault(short, here)
         if first != here:
             other = self.sources[first >> 40]
-            # Read again only for a sentence that is kept: it may take a whole row group.
-            before = other.read(first & (1 << 40) - 1).where if self._has_room() else ""
+            before = other.locate(first & (1 << 40) - 1).where
             self.note("duplicate id", f"{record.where}: id {mark} is there already, in {before}.")
-            if other is not source:
-                other.close()
 
     def _decoder(self, name: str, **guessed: Any) -> Decoder:
         options = guessed if self.settings.decoder is None else self.settings.options
@@ -219,7 +276,8 @@ class _Checker:
         decoder = self._decoder(kind.name, **({} if self.settings.decoder else
                                               kind.guess_options(record.fields, self._tokens)))
         try:
-            sequence = decoder(as_tokenised(record.fields, self._tokens), SeededDraws(0, self.report.records))
+            fields = record.fields if self.settings.stage == LLM else as_tokenised(record.fields, self._tokens)
+            sequence = decoder(fields, SeededDraws(0, self.report.records))
         except SeedError as error:
             self.note(error.kind if isinstance(error, BadRecord) else "codes", f"{record.where}: {error}")
             return

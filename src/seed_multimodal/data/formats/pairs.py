@@ -56,6 +56,49 @@ class PairSource(Protocol):
         """One sample."""
 
 
+class PairReader:
+    """What makes a pair of a record; the arguments are those of `Pairs`."""
+
+    def __init__(self, image_root: str | Path | None = None, image_key: str | None = None,
+                 image_keys: Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
+                 caption_file: str | None = None) -> None:
+        if caption_file not in (None, "json", "txt"):
+            raise ConfigError(f"caption_file must be json or txt, not {caption_file!r}.")
+        image_keys = (image_keys,) if isinstance(image_keys, str) else tuple(image_keys)
+        self.image_keys = tuple(key.lower().lstrip(".") for key in image_keys)
+        self.image_root, self.image_key, self.caption_key = image_root, image_key or "", caption_key or ""
+        self.caption_files = (caption_file,) if caption_file else ("json", "txt")
+        self.columns = {"image": self.image_keys, **{name: (name,) for name in self.caption_files}}
+
+    def __call__(self, record: Record, files: FileReader) -> Pair:
+        """The pair of a record, which may be unread; of a tar its members are named as in `columns`.
+
+        Raises:
+            BadRecord: it is damaged, names no picture, or has no usable caption. ImageError: its picture is not there.
+        """
+        read = record.parsed(files, half_pairs=True)  # captions cut inside an emoji are mended
+        captions = self._captions(read, files)
+        image: bytes | Path | None = read.member("image", files=files)
+        if image is None:
+            value = image_field(read.fields, self.image_key)
+            if value is None:
+                key = self.image_key or IMAGE_FIELDS[0]
+                where = f"no .{', .'.join(self.image_keys)} member" if _in_tar(record) else \
+                    f"nothing under key {key!r}{_other(key, read.fields)}"
+                raise BadRecord("missing picture", f"{read.where}: has no picture: {where}.")
+            image = stored_picture(value, read, self.image_root)
+        return Pair(_key(read), read.where, image, captions)
+
+    def _captions(self, record: Record, files: FileReader) -> list[str]:
+        if "json" not in self.caption_files or not has_caption(record.fields, self.caption_key):
+            text = text_member(record, files) if "txt" in self.caption_files else None
+            if text is not None:
+                return [text]
+            if "json" not in self.caption_files:
+                raise BadRecord("missing member", f"{record.where}: has no .txt with its caption.")
+        return captions(record.fields, self.caption_key, record.where)
+
+
 class Pairs:
     """Pairs of files of any kind: shards, lists, tables, folders of pictures.
 
@@ -87,22 +130,17 @@ class Pairs:
                  image_root: str | Path | None = None, image_key: str | None = None,
                  image_keys: Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
                  caption_file: str | None = None, index_folder: str | Path | None = None) -> None:
-        if caption_file not in (None, "json", "txt"):
-            raise ConfigError(f"caption_file must be json or txt, not {caption_file!r}.")
-        image_keys = (image_keys,) if isinstance(image_keys, str) else tuple(image_keys)
-        self.image_keys = tuple(key.lower().lstrip(".") for key in image_keys)
-        self.image_root, self.image_key, self.caption_key = image_root, image_key or "", caption_key or ""
-        self.caption_files = (caption_file,) if caption_file else ("json", "txt")
+        self._reader = PairReader(image_root, image_key, image_keys, caption_key, caption_file)
+        columns = self._reader.columns
         given = [files] if isinstance(files, str | Path) else list(files)
-        columns = {"image": self.image_keys, **{name: (name,) for name in self.caption_files}}
         parts = [TarFile(path, columns, index_folder=index_folder) if kind == "tar" else open_file(path, kind)
                  for path, kind in find_files(given, format, pictures=True)]
         self._records = FileRecords(parts, ", ".join(map(str, given)))
         self._length = len(self._records)
         shards = [part for part in parts if isinstance(part, TarFile)]
         if shards:
-            self._refuse_without(shards, ["image"], self.image_keys)
-            self._refuse_without(shards, self.caption_files, self.caption_files)
+            self._refuse_without(shards, ["image"], columns["image"])
+            self._refuse_without(shards, self._reader.caption_files, self._reader.caption_files)
         near = any(isinstance(part, TarFile | ParquetFile) for part in parts)  # lists are small, so any order is good
         self.shard_sizes = self._records.shard_sizes if near else None
         self._probe()
@@ -115,40 +153,8 @@ class Pairs:
         return _key(self._records.locate(index))
 
     def read(self, index: int) -> Pair:
-        """One sample.
-
-        Raises:
-            BadRecord: it is damaged, names no picture, or has no usable caption. ImageError: its picture is not there.
-        """
-        return self.pair(self._records.locate(index))
-
-    def pair(self, record: Record) -> Pair:
-        """The pair of a record, which may be unread. Raises as `read`."""
-        files = self._records.open_files
-        read = record.parsed(files, half_pairs=True)  # captions cut inside an emoji are mended
-        captions = self._captions(read)
-        image: bytes | Path | None = read.member("image", files=files)
-        if image is None:
-            value = image_field(read.fields, self.image_key)
-            if value is None:
-                key = self.image_key or IMAGE_FIELDS[0]
-                where = f"no .{', .'.join(self.image_keys)} member" if self._in_tar(record) else \
-                    f"nothing under key {key!r}{_other(key, read.fields)}"
-                raise BadRecord("missing picture", f"{read.where}: has no picture: {where}.")
-            image = stored_picture(value, read, self.image_root)
-        return Pair(_key(read), read.where, image, captions)
-
-    def _in_tar(self, record: Record) -> bool:
-        return record.row is None and record.where.startswith(f"{record.file}: sample ")
-
-    def _captions(self, record: Record) -> list[str]:
-        if "json" not in self.caption_files or not has_caption(record.fields, self.caption_key):
-            text = text_member(record, self._records.open_files) if "txt" in self.caption_files else None
-            if text is not None:
-                return [text]
-            if "json" not in self.caption_files:
-                raise BadRecord("missing member", f"{record.where}: has no .txt with its caption.")
-        return captions(record.fields, self.caption_key, record.where)
+        """One sample. Raises as `PairReader`."""
+        return self._reader(self._records.locate(index), self._records.open_files)
 
     def _refuse_without(self, shards: Sequence[TarFile], columns: Sequence[str], wanted: Sequence[str]) -> None:
         """Refuse shards of which none has any of these parts: they are another data set's."""
@@ -272,10 +278,14 @@ def text_member(record: Record, files: FileReader) -> str | None:
     return text
 
 
+def _in_tar(record: Record) -> bool:
+    return record.where.startswith(f"{record.file}: sample ")
+
+
 def _key(record: Record) -> str:
     """`item N`, `line N` or `row N`; the key of a shard's sample, the path of a folder's picture."""
     place = record.where.removeprefix(f"{record.file}: ")
-    return record.key if place == record.where or place.startswith("sample ") else place
+    return record.key if place == record.where or _in_tar(record) else place
 
 
 def _whole_letters(text: str) -> str:

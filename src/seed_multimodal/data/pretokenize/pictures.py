@@ -35,6 +35,7 @@ class Picture:
         key: pictures with equal keys are equal (empty: not known).
         read: a model reads it, so that it may be seen in several views; else it is one to be drawn.
         optional: a sample without it is still worth keeping.
+        problem: why `load` will raise, where that is known before.
     """
 
     name: str
@@ -42,13 +43,15 @@ class Picture:
     key: str = ""
     read: bool = True
     optional: bool = False
+    problem: str = ""
 
 
 def frames(path: Path | None, name: str, count: int) -> list[Picture]:
     """The pictures of `count` frames of the video `name` (None: there is none); opened when the first is loaded."""
     reader = _Frames(path, name, count)
     key = "" if path is None else f"{path}@{count}:"
-    return [Picture(f"{name} frame {number}", partial(reader.frame, number), key and f"{key}{number}")
+    problem = f"{name}: there is no such video." if path is None else ""
+    return [Picture(f"{name} frame {number}", partial(reader.frame, number), key and f"{key}{number}", problem=problem)
             for number in range(count)]
 
 

@@ -17,8 +17,7 @@ from seed_multimodal.data.formats.pictures import (
     image_field,
     stored_picture,
 )
-from seed_multimodal.data.formats.record import BadRecord, Record, find_image
-from seed_multimodal.data.formats.tar import OpenFiles
+from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image
 from seed_multimodal.data.pretokenize.pictures import Picture
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.open import open_image
@@ -38,13 +37,13 @@ class Sample:
         BadRecord: its json is none, or the record is known to be broken.
     """
 
-    def __init__(self, record: Record, files: OpenFiles, image_root: str | None = None) -> None:
+    def __init__(self, record: Record, files: FileReader, image_root: str | None = None) -> None:
         self._record, self._files, self._root = record.parsed(files), files, image_root
         self.where, self.fields = record.where, self._record.fields
 
     def picture_member(self) -> bytes | None:
         """The bytes of the picture that is a member."""
-        return self._record.member(*IMAGE_KEYS, files=self._files)
+        return self._record.member("image", *IMAGE_KEYS, files=self._files)
 
     def image(self, key: str) -> Any:
         """What names the picture: the member's bytes, else the value under `key` (`image`: or where else one stands).
@@ -114,7 +113,7 @@ class Sample:
         try:
             found = stored_picture(value, self._record, self._root)
         except ImageError as error:
-            return Picture(self.where, partial(_raise, error), **options)
+            return Picture(self.where, partial(_raise, error), problem=str(error), **options)
         if isinstance(found, bytes):
             return Picture(self.where, partial(open_image, found, name=self.where), **options)
         name = f"{self.where}: {value['path'] if isinstance(value, Mapping) else value}"
