@@ -360,7 +360,7 @@ KINDS = {
 
 @pytest.mark.parametrize(("form", "kind", "change"), [
     (form, kind, change) for form in ("paths in jsonl", "structs in parquet") for kind, (_, changes) in KINDS.items()
-    for change in [{}, *changes] if form != "structs in parquet" or change not in ({"caption": {"a": 1}}, {"image": 5})])
+    for change in [{}, *changes] if form == "paths in jsonl" or change not in ({"caption": {"a": 1}}, {"image": 5})])
 def test_the_check_says_what_every_extraction_does(tmp_path: Path, jpeg: Callable, form: str, kind: str,
                                                    change: dict[str, Any]) -> None:
     for number in range(2):

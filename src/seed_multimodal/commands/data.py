@@ -56,7 +56,9 @@ def _opened(report: CheckReport, wanted: int | None) -> str:
     """How many of the pictures were opened, where there are any to open."""
     if not any(kind.endswith("(not tokenised)") for kind in report.kinds):
         return ""
-    return f" ({report.opened:,} opened{'' if wanted is None else '; --pictures all opens all'})"
+    if wanted is None or report.opened == report.images:
+        return f" ({report.opened:,} opened)"
+    return f" ({report.opened:,} opened; --pictures all opens all)"
 
 
 def convert(args: argparse.Namespace) -> int:
