@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from seed_multimodal.detokenizers.unclip import UnclipDetokenizer as UnclipDetokenizer
     from seed_multimodal.images.open import open_image as open_image
     from seed_multimodal.language.tokenizer import MultimodalTokenizer as MultimodalTokenizer
+    from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer as SeedLlamaTokenizer
     from seed_multimodal.systems.seed_llama import SeedLlama as SeedLlama
     from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer as Seed2Tokenizer
 
@@ -36,6 +37,7 @@ torchvision_shim.install()
 
 _LAZY = {
     "SeedLlama": "seed_multimodal.systems.seed_llama",
+    "SeedLlamaTokenizer": "seed_multimodal.systems.llama_tokenizer",
     "Seed2Tokenizer": "seed_multimodal.tokenizers.seed2",
     "UnclipDetokenizer": "seed_multimodal.detokenizers.unclip",
     "MultimodalTokenizer": "seed_multimodal.language.tokenizer",

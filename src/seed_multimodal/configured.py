@@ -6,8 +6,6 @@ the original code works unchanged; keys without meaning here (`low_cpu_mem_usage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,32 +14,9 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import PARTS, is_hub_name, llm_kind, local_folder, locate, not_on_disk, released_folder
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer
     from seed_multimodal.systems.pictures import PictureCodec
     from seed_multimodal.systems.seed_llama import SeedLlama
-
-YAML_RUNS = "of the shipped ones `--tokenizer configs/tokenizer/nano.yaml`, in MultiModalLLM, runs now"
-
-
-@dataclass
-class SeedLlamaTokenizer:
-    """The original's tokenizer object: text ids, and pictures ⇄ codes."""
-
-    text: MultimodalTokenizer
-    pictures: PictureCodec
-
-    def encode_image(self, image: Image.Image | str | Path) -> Tensor:
-        """One picture → codes [1, 32] int64."""
-        return self.pictures.tokenize(image)
-
-    def decode_image(
-        self, indices: Tensor | Sequence[Sequence[int]], seed: int = 0, **decode: Any
-    ) -> list[Image.Image]:
-        """Codes [B, 32] → B pictures."""
-        return self.pictures.draw(indices, seed=seed, **decode)
 
 
 def language_model(
@@ -63,14 +38,15 @@ def language_model(
     Raises:
         CheckpointError, ConfigError: as `language.llama.load_llm` and `device.choose_device`.
     """
-    from seed_multimodal.device import choose_device
+    from seed_multimodal.device import BESIDE_8BIT, choose_device
     from seed_multimodal.language.llama import load_llm
 
     if load_in_8bit and load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other.")
     if device_map is not None and not isinstance(device_map, str):
         raise ConfigError("device_map must be the name of one device here, for example 'cuda:0'.")
-    runtime = choose_device(device_map if device_map not in (None, "auto") else device, torch_dtype)
+    runtime = choose_device(device_map if device_map not in (None, "auto") else device, torch_dtype,
+                            fp16=BESIDE_8BIT if load_in_8bit else "")
     quantization = "8bit" if load_in_8bit else "4bit" if load_in_4bit else None
     name, released = pretrained_model_name_or_path, released_folder(pretrained_model_name_or_path)
     place = locate(released) if released != name else None  # named as on the hub, but downloaded into pretrained/
@@ -79,37 +55,15 @@ def language_model(
 
 
 def seed_llama_tokenizer(
-    pretrained_model_name_or_path: str,
-    fp16: bool = True,
-    load_diffusion: bool = False,
-    encoder_url: str | None = None,
-    diffusion_path: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    pretrained_model_name_or_path: str, fp16: bool = True, load_diffusion: bool = False,
+    encoder_url: str | None = None, diffusion_path: str | None = None, device: str = "auto", dtype: str = "auto",
 ) -> SeedLlamaTokenizer:
-    """The released SEED-2 tokenizer from a folder (or a hub name whose files are in the local cache).
+    """`SeedLlamaTokenizer.from_pretrained`, which says what the keys mean."""
+    from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer
 
-    Args:
-        fp16: kept for the original's files; half precision is used where `dtype` resolves to it.
-        load_diffusion: load the drawing half now rather than when the first picture is drawn.
-        encoder_url: where the original downloaded `seed_quantizer.pt` from; the file in the folder is used.
-        diffusion_path: diffusers folder or hub name; default: the folder's `diffusion_model`, else
-            `pretrained/stable-diffusion-2-1-unclip`.
-
-    Raises:
-        CheckpointError: a part that is not there: what to download and where to put it.
-    """
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
-
-    folder = local_folder(pretrained_model_name_or_path)
-    if folder is None:
-        raise CheckpointError(f"{not_on_disk([('tokenizer', pretrained_model_name_or_path)])}; {YAML_RUNS}.")
-    inside = folder / "diffusion_model"
-    drawing = diffusion_path or (inside if inside.is_dir() else PARTS["unclip"].folder)
-    codec = _codec(folder, None, drawing, {"type": "clip", "keep_ratio": False, "image_size": 224}, device, dtype)
-    if load_diffusion:
-        _ = codec.decoder
-    return SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(folder), codec)
+    return SeedLlamaTokenizer.from_pretrained(
+        pretrained_model_name_or_path, fp16=fp16, load_diffusion=load_diffusion, encoder_url=encoder_url,
+        diffusion_path=diffusion_path, device=device, dtype=dtype)
 
 
 def picture_codec(model: str, *, device: str = "auto", dtype: str = "auto") -> PictureCodec:
@@ -144,6 +98,7 @@ def system_from_configs(
             file that is missing or builds something else.
     """
     from seed_multimodal.language.tasks import RELEASED_TASKS
+    from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer
     from seed_multimodal.systems.seed_llama import SeedLlama
     from seed_multimodal.systems.system_spec import RELEASED_GENERATION, SystemSpec, template_for
 
@@ -196,10 +151,10 @@ def _codec(
     tokenizer: Path, vision: Path | None, detokenizer: str | Path | None, transform: dict[str, Any], device: str,
     dtype: str,
 ) -> PictureCodec:
-    from seed_multimodal.device import choose_device
+    from seed_multimodal.device import RELEASED_FP16, choose_device
     from seed_multimodal.systems.pictures import open_codec
 
-    runtime = choose_device(device, dtype)
+    runtime = choose_device(device, dtype, fp16=RELEASED_FP16)
     where = None if detokenizer is None else local_folder(detokenizer) or Path(detokenizer)
     return open_codec(tokenizer, vision=vision, detokenizer=where, transform=transform, device=runtime.device,
                       dtype=runtime.dtype)

@@ -1,7 +1,9 @@
 """One choice of device and dtype for every command; what is chosen here is printed with its reason.
 
-Note: bf16 is chosen on CUDA devices that compute it, fp16 on older ones, fp32 on CPU and MPS, because half
-precision LayerNorms are slow or missing there. Nothing in the project calls `.cuda()`.
+Note: for language models bf16 is chosen on CUDA devices that compute it, fp16 on older ones; for tokenizers and
+de-tokenizers fp16 on all of them, as released: of nano's pictures bf16 keeps all 32 codes of far fewer
+(`benchmarks/precision.py`). On CPU and MPS it is fp32, because half precision LayerNorms are slow or missing there.
+Nothing in the project calls `.cuda()`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,11 @@ DTYPES = {
 }
 
 
+# Reasons for `choose_device(fp16=…)`.
+RELEASED_FP16 = "as pictures were read and drawn by the released programs"
+BESIDE_8BIT = "beside 8-bit weights"
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where tensors live and in which precision models compute."""
@@ -36,19 +43,26 @@ def choose_device(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     log: Callable[[str], None] | None = print,
+    *,
+    fp16: str = "",
+    doing: str = "Running",
 ) -> Runtime:
     """Resolve `auto` (CUDA, then MPS, then CPU) and report the result through `log`, with reasons for what was `auto`:
     a device or dtype that is given may come from the user, a file or the program, which know why.
+
+    Args:
+        fp16: why `auto` means float16 on every CUDA device here; "": it means bfloat16 where there is that.
+        doing: what is done there, the first words of the report.
 
     Raises:
         ConfigError: for an unknown device or dtype name, or a device this machine does not have.
     """
     place, why = _resolve_device(device)
-    precision, why_dtype = _resolve_dtype(dtype, place)
+    precision, why_dtype = _resolve_dtype(dtype, place, fp16)
     runtime = Runtime(place, precision)
     if log is not None:
         reasons = "; ".join(filter(None, (why, why_dtype)))
-        log(f"Running on {runtime}{f' ({reasons})' if reasons else ''}.")
+        log(f"{doing} on {runtime}{f' ({reasons})' if reasons else ''}.")
     return runtime
 
 
@@ -78,12 +92,14 @@ def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
     return torch.device("cpu"), "no GPU found"
 
 
-def _resolve_dtype(dtype: str | torch.dtype, place: torch.device) -> tuple[torch.dtype, str]:
+def _resolve_dtype(dtype: str | torch.dtype, place: torch.device, fp16: str) -> tuple[torch.dtype, str]:
     if isinstance(dtype, torch.dtype):
         return dtype, ""
     if dtype == "auto":
         if place.type != "cuda":
             return torch.float32, f"float32 is the safe precision on {place.type}"
+        if fp16:
+            return torch.float16, f"float16 {fp16}"
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "this GPU computes bfloat16"
         return torch.float16, "this GPU has no bfloat16"

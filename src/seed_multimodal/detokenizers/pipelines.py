@@ -49,6 +49,7 @@ class PipelineDetokenizer:
         kind: of folder, in messages; `where`: what to download for it.
         parts: of the pipeline that must be there. optional: may be left out of the folder.
         axes: of the embeddings before their width, such as "B, n"; `use`: what the model does with the width.
+        negatives: the argument of `decode` for embeddings to steer away from.
         defaults_class: what `seed_decode.json` is read as.
         own_schedulers: further names of schedulers, each with how one is made from another's configuration.
     """
@@ -59,6 +60,7 @@ class PipelineDetokenizer:
     optional: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     axes: ClassVar[str]
     use: ClassVar[str]
+    negatives: ClassVar[str] = "negative_image_embeds"
     defaults_class: ClassVar[type[DecodeDefaults]] = DecodeDefaults
     own_schedulers: ClassVar[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {}
 

@@ -54,7 +54,7 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
     """Embeddings `[B, n, W]` in the place of a prompt's → PIL pictures, through a `StableDiffusionPipeline`."""
 
     kind, where = "Stable Diffusion", WHERE
-    axes, use = "B, n", "is conditioned on"
+    axes, use, negatives = "B, n", "is conditioned on", "negative_embeds"
     optional = ("tokenizer", "text_encoder", "image_encoder", *CHECKER_PARTS)
     defaults_class = StableDiffusionDefaults
     own_schedulers = {PLMS: plms}

@@ -49,7 +49,7 @@ class MultimodalTokenizer:
         self._added = dict(files.added)
         self._added_names = {id: name for name, id in files.added.items()}
         self._special = {word.text: word for word in files.special}
-        special_ids = {word.text: self._word_id(word.text) for word in files.special}
+        special_ids = {word.text: self.word_id(word.text) for word in files.special}
         self._special_ids = frozenset(special_ids.values())
         self._control = {**self._added, **special_ids}
         # Code words by their shape: an alternative for each of thousands would be tried one by one.
@@ -93,7 +93,8 @@ class MultimodalTokenizer:
     def __len__(self) -> int:
         return self.vocabulary.size
 
-    def _word_id(self, word: str) -> int:
+    def word_id(self, word: str) -> int:
+        """Id of a piece or word (`▁hell`, `<img_00005>`); `unk_id` for what is none."""
         return self._added[word] if word in self._added else self._sp.PieceToId(word)
 
     # ---------------------------------------------------------------------------------------------- encoding

@@ -69,6 +69,15 @@ class PictureCodec:
             if decoder and self._decoder is not None:
                 self._decoder.to("cpu")
 
+    def to(self, device: torch.device) -> None:
+        """Move everything to another device; what is offloaded stays on the CPU while it is not in use."""
+        with self._lock:
+            self.device = device
+            self.model.to(device)
+            if self._decoder is not None:
+                self._decoder.to(device)
+            self.offload(encoder=self.offload_encoder, decoder=self.offload_decoder)
+
     @property
     def can_draw(self) -> bool:
         """Whether codes can become pictures here."""
@@ -88,8 +97,7 @@ class PictureCodec:
                                           "cannot draw.")
                 with quiet_loading("diffusers", "transformers"):
                     self._decoder = self._load_decoder()
-                if self.offload_decoder:
-                    self._decoder.to("cpu")
+                self._decoder.to("cpu" if self.offload_decoder else self.device)
             return self._decoder
 
     def open(self, picture: Picture) -> Image.Image:
@@ -140,18 +148,19 @@ class PictureCodec:
 
     def draw(
         self, codes: Codes | Sequence[Sequence[int]], *, seed: int | Sequence[int] = 0, batch_size: int = 8,
-        **decode: Any,
+        negative_codes: Codes | Sequence[Sequence[int]] | None = None, **decode: Any,
     ) -> list[Image.Image]:
         """Codes -> pictures.
 
         Args:
             codes: [B, 32], or the 32 codes of one picture.
+            negative_codes: codes of what to steer away from: one row for all pictures, or one for each.
             seed: one for all pictures, or one each.
             batch_size: pictures per pass through the U-Net.
             decode: passed to the de-tokenizer (`num_inference_steps`, `guidance_scale`, `noise_level`, `scheduler`).
 
         Raises:
-            CodesError: codes outside the codebook, or not as many seeds as pictures.
+            CodesError: codes outside the codebook, or not as many seeds or negatives as pictures.
             ConfigError: a seed of more than 64 bits, a batch size below 1.
         """
         check_batch_size(batch_size)
@@ -159,6 +168,10 @@ class PictureCodec:
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(rows):
             raise CodesError(f"{len(rows)} pictures were given with {len(seeds)} seeds.")
+        avoided = None if negative_codes is None else self.check_codes(negative_codes)
+        if avoided is not None and len(avoided) not in (1, len(rows)):
+            raise CodesError(f"{len(rows)} pictures were given with {len(avoided)} rows of negative codes; give one "
+                             f"for all, or one each.")
         outside = [one for one in seeds if not -2**63 <= one < 2**64]  # what torch's generators take
         if outside:
             raise ConfigError(f"The seed of a drawing must be a number of 64 bits, not {outside[0]}.")
@@ -166,6 +179,9 @@ class PictureCodec:
         with self._lock, self._resident(decoder, self.offload_decoder):
             for start in range(0, len(rows), batch_size):
                 embeds = self.model.decode(rows[start:start + batch_size])
+                if avoided is not None:
+                    own = avoided.expand(len(rows), -1)[start:start + len(embeds)]
+                    decode[decoder.negatives] = self.model.decode(own)
                 generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[start:start + batch_size]]
                 pictures += decoder.decode(embeds, generator=generators, **decode)
         return pictures

@@ -35,7 +35,7 @@ from seed_multimodal.systems.speaker import Event, Speaker
 from seed_multimodal.systems.system_spec import SystemSpec, find_system
 
 Log = Callable[[str], None] | None
-DECODE_KEYS = ("num_inference_steps", "guidance_scale", "noise_level", "scheduler")
+DECODE_KEYS = ("num_inference_steps", "guidance_scale", "noise_level", "scheduler", "negative_codes")
 
 
 class SeedLlama:

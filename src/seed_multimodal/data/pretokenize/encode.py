@@ -36,7 +36,8 @@ class EncoderSettings:
     Attributes:
         tokenizer: its YAML (the released form) or that as a mapping.
         fast: the packed encoder; None: on CUDA.
-        dtype: of the packed encoder, or of a plain one on CUDA; `auto`: float16 on CUDA as released, else float32.
+        dtype: of the packed encoder, or of a plain one on CUDA; `auto`: float16 on CUDA as released, float32
+            elsewhere and where the tokenizer's YAML says `fp16: False`.
         compile: let torch compile the packed encoder (minutes before the first picture).
     """
 
@@ -64,7 +65,8 @@ class Encoder:
         self.transform: ImageTransform = codec.transform
         self.vocabulary = self._vocabulary(opened, model)
         on_gpu = self.device.type == "cuda"
-        dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if on_gpu else torch.float32
+        half = on_gpu and getattr(opened, "fp16", True)  # `fp16: False` in the tokenizer's YAML
+        dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if half else torch.float32
         self.fast = on_gpu if settings.fast is None else settings.fast
         self.dtype = str(dtype).removeprefix("torch.")
         self._model = optimise(model, compile=settings.compile, levers=Levers(dtype=dtype)) if self.fast \
