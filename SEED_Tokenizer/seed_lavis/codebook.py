@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seed_lavis.base import evaluation_mode, qformer_sizes, vit_sizes
 from seed_lavis.options import CodebookOptions
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.quantizer import CodebookUsage
+from seed_multimodal.tokenizers.quantizer import CodebookUsage, add_counts
 
 
 class CodebookMixin:
@@ -91,6 +91,7 @@ class CodebookMaintenance:
         self.steps, self.images_per_batch = steps, images_per_batch
         self.counts = CodeCounts(model, model.quantize.size)
         self.since_log = torch.zeros_like(self.counts.since_restart)
+        self.uncounted = torch.zeros_like(self.counts.since_restart)
         if self.options.codebook_warmup and not self.options.kmeans_start:
             raise ConfigError("model.codebook_warmup trains without codes first, so it needs model.kmeans_start: true.")
         if self.options.codebook_warmup >= steps:
@@ -104,26 +105,33 @@ class CodebookMaintenance:
             self.kmeans()
 
     def after_micro_step(self) -> None:
-        """Count the batch's codes over all processes."""
-        if self.model.codes is None:
-            return
-        count = torch.bincount(self.model.codes.flatten(), minlength=self.model.quantize.size)
+        """Count the batch's codes of this process, on its device: nothing waits for it."""
+        if self.model.codes is not None:
+            add_counts(self.uncounted, self.model.codes)
+
+    def add_up(self) -> None:
+        """Add the processes' counts; all must call it: before a log line, a checkpoint, a restart of codes."""
         if dist.is_initialized():
-            dist.all_reduce(count)
-        self.counts.since_restart += count
-        self.since_log += count
+            dist.all_reduce(self.uncounted)
+        self.counts.since_restart += self.uncounted
+        self.since_log += self.uncounted
+        self.uncounted.zero_()
 
     def after(self, step: int) -> None:
         """After an optimiser step: move dead codes onto features of the last batch, when due."""
-        every = self.options.restart_every
-        past = step - self.options.codebook_warmup
-        if not every or past <= 0 or past % every or step > self.options.restart_until * self.steps:
+        if not self.restarts(step):
             return
+        self.add_up()
         first = not dist.is_initialized() or dist.get_rank() == 0
         counts = self.model.quantize.counts  # its own are lost with the process; `restart_dead` adds up all processes'
         counts.copy_(self.counts.since_restart if first else torch.zeros_like(counts))
         self.model.quantize.restart_dead(self.model.features)
         self.counts.since_restart.zero_()
+
+    def restarts(self, step: int) -> bool:
+        """Whether codes are moved after this step."""
+        every, past = self.options.restart_every, step - self.options.codebook_warmup
+        return every > 0 and past > 0 and past % every == 0 and step <= self.options.restart_until * self.steps
 
     def kmeans(self) -> None:
         """Start the codebook at k-means centres of the features of the run's first batches."""
@@ -134,6 +142,7 @@ class CodebookMaintenance:
 
     def status(self) -> dict[str, float]:
         """Codes used since the last log line, as a share, and their perplexity."""
+        self.add_up()
         use = codebook_use(self.since_log)
         self.since_log.zero_()
         return use

@@ -114,6 +114,10 @@ class TokenizerTask(StageTask):
             self._write_checkpoint(epochs - 1)
         return {} if epochs % self.run.options.valid_every_epochs else self._validate(epochs - 1)
 
+    def acts_after(self, step: int) -> bool:
+        """At the ends of epochs and at restarts of codes."""
+        return step % self.run.steps_per_epoch == 0 or (self.codebook is not None and self.codebook.restarts(step))
+
     def status(self) -> dict[str, float]:
         """Seconds spent waiting for data, bad samples, the loss as it is (`loss` is smoothed), the use of codes."""
         codes = self.codebook.status() if self.codebook is not None else {}
@@ -130,7 +134,10 @@ class TokenizerTask(StageTask):
                 "bad_samples": max(self.bad, len(self.batches.bad_samples()))}  # no step may have been left to make
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The bad samples that this process found."""
+        """The bad samples that this process found; the counts of codes, which are saved with the module, are added
+        up."""
+        if self.codebook is not None:
+            self.codebook.add_up()
         return {} if self.account is None else self.account.state_dict()
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:

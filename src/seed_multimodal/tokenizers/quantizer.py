@@ -99,7 +99,7 @@ class VectorQuantizer(nn.Module):
         indices = self.nearest(z)
         z = self.prepare(z)
         if self.training:
-            self.counts += torch.bincount(indices.flatten(), minlength=self.size)
+            add_counts(self.counts, indices)
         chosen = self.lookup(indices)
         commitment = F.mse_loss(z, chosen.detach())
         if self.ema_decay is None:
@@ -113,7 +113,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _follow(self, points: Tensor, indices: Tensor, decay: float) -> None:
-        count = torch.bincount(indices, minlength=self.size).to(points.dtype)
+        count = add_counts(points.new_zeros(self.size), indices)
         total = torch.zeros_like(self.ema_sum).index_add_(0, indices, points)
         if _is_distributed():
             dist.all_reduce(count)
@@ -179,6 +179,15 @@ class VectorQuantizer(nn.Module):
     def usage(self, codes: Tensor) -> CodebookUsage:
         """Statistics of any codes `[...]` int64, for example of a whole validation set."""
         return CodebookUsage.of_counts(torch.bincount(codes.flatten().cpu(), minlength=self.size))
+
+
+def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
+    """Add to `counts` `[K]`, in place, how often each code occurs in `codes` `[...]` int64.
+
+    Not `torch.bincount`, which waits for a GPU to learn the largest code.
+    """
+    codes = codes.flatten()
+    return counts.scatter_add_(0, codes, counts.new_ones(()).expand(len(codes)))
 
 
 def _sample_rows(points: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

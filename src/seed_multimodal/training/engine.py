@@ -128,6 +128,11 @@ class Engine:
         """fp16's scale of the loss; None in other precisions."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else None
 
+    @property
+    def reads_numbers(self) -> bool:
+        """Whether a step waits for the device anyway: fp16 looks for overflows."""
+        return self.scaler.is_enabled()
+
     def problem(self, norm: float | None) -> str:
         """What is wrong with the gradients ("": nothing)."""
         if self.scaler.is_enabled():

@@ -26,7 +26,7 @@ from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.engine import Engine, stop_accelerate
 from seed_multimodal.training.failures import STOPPED, TrainingError, Watchdog, translate_errors
 from seed_multimodal.training.loop_settings import LoopSettings
-from seed_multimodal.training.optimizer_step import OptimizerStep
+from seed_multimodal.training.optimizer_step import OptimizerStep, StepResult
 from seed_multimodal.training.resume import (
     SavedState,
     load_average,
@@ -142,10 +142,9 @@ class Run:
                         if not stop.requested or self.group.world > 1:
                             raise
                         self.log_line(f"step {self.step} was abandoned: {first_line(error)}")
-                        stopped = True
-                        break
+                        result = self.optimizer_step.read_all(StepResult(stopped=True))
                 if result.problem:
-                    raise self._failure(result.problem)
+                    raise self._failure(result)
                 stopped, ended = result.stopped, result.ended
                 if result.made:
                     with translate_errors(where, self.store.description()):
@@ -175,11 +174,11 @@ class Run:
             self._save()
             self.log.pause(time.monotonic() - begun)
 
-    def _failure(self, problem: str) -> Exception:
+    def _failure(self, result: StepResult) -> Exception:
         """Why the weights must not be updated, as a sentence."""
         self.store.join()
         own = self.store.problem or self.log.problem
-        return own or TrainingError(f"{problem} at step {self.step + 1}; {self.store.description()}.")
+        return own or TrainingError(f"{result.problem} at step {result.problem_step + 1}; {self.store.description()}.")
 
     # ---------------------------------------------------------------------------------------------- saving, the end
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,19 @@ from torch import Tensor
 from seed_multimodal.training.loop_settings import SampleCost
 
 _EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
+
+
+@dataclass
+class StepNumbers:
+    """A step's numbers, still on the device: `values` `[n]`, and what makes them numbers by name. Nothing waits for the
+    device before `read`."""
+
+    values: Tensor
+    named: Callable[[list[float]], dict[str, float]]
+
+    def read(self) -> dict[str, float]:
+        """The numbers, with one transfer, which waits until the step is done."""
+        return self.named(self.values.tolist())
 
 
 class Meter:
@@ -29,9 +43,8 @@ class Meter:
         self.samples, self.cost = samples, cost
         self.smooth: dict[str, float] = {}
 
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
-        """Numbers of a step from those of its micro-steps (`loss` is among them), with few transfers from the device:
-        means, `grad` and `lr`.
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> StepNumbers:
+        """Numbers of a step from those of its micro-steps (`loss` is among them): means, `grad` and `lr`.
 
         Args:
             norm: of the gradients; None: not known yet.
@@ -41,7 +54,7 @@ class Meter:
         if count > 1:
             parts = {key: number / count for key, number in parts.items()}
         loss = found[0]["loss"] if count == 1 else torch.stack([one["loss"] for one in found]).mean()
-        return _read({"loss": loss, **({} if norm is None else {"grad": norm}), "lr": rate, **parts})
+        return _unread({"loss": loss, **({} if norm is None else {"grad": norm}), "lr": rate, **parts})
 
     def shared(self, numbers: Mapping[str, float]) -> list[float]:
         """Those of a step's numbers that are summed over the processes at once; none: averages at log lines do."""
@@ -97,10 +110,13 @@ def utilisation_text(numbers: Mapping[str, float]) -> str:
     return f", {numbers['tflops']:.3g} TFLOP/s{share}"
 
 
-def _read(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers and scalar tensors as floats, with one transfer from the device (every transfer waits for it)."""
+def _unread(numbers: Mapping[str, Any]) -> StepNumbers:
+    """Numbers and scalar tensors, put together on the device of the first."""
     tensors = {key: value.detach() for key, value in numbers.items() if isinstance(value, Tensor)}
     device = next(iter(tensors.values())).device
-    read = torch.stack([value.reshape(()).to(device, torch.float32) for value in tensors.values()]).tolist()
-    known = dict(zip(tensors, read, strict=True))
-    return {key: known[key] if key in known else float(value) for key, value in numbers.items()}
+
+    def named(values: list[float]) -> dict[str, float]:
+        known = dict(zip(tensors, values, strict=True))
+        return {key: known[key] if key in known else float(value) for key, value in numbers.items()}
+
+    return StepNumbers(torch.stack([value.reshape(()).to(device, torch.float32) for value in tensors.values()]), named)

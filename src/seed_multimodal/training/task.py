@@ -96,6 +96,11 @@ class Task:
         time of a call that returns some is left out of the speed."""
         return None
 
+    def acts_after(self, step: int) -> bool:
+        """Whether `after_step` of this step does anything. Until it does, and between log lines and checkpoints, the
+        numbers of steps stay on the device, unchecked, so that no step waits for them."""
+        return True
+
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
         """As `after_step`, once, after the last step of a run that was not stopped."""
         return None

@@ -173,6 +173,11 @@ class ZeroEngine(Engine):
         """DeepSpeed's own; it is not logged."""
         return
 
+    @property
+    def reads_numbers(self) -> bool:
+        """DeepSpeed reads the norm of the gradients at each step."""
+        return True
+
     def problem(self, norm: float | None) -> str:
         """What is wrong with the gradients ("": nothing); fp16 steps that overflow are skipped by DeepSpeed."""
         finite = norm is None or math.isfinite(norm)

@@ -174,8 +174,12 @@ class LlmTask(Task):
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate when it is due."""
+        return self._evaluate() if self.acts_after(step) else None
+
+    def acts_after(self, step: int) -> bool:
+        """At evaluations."""
         every = self.settings.eval_steps
-        return self._evaluate() if every and step % every == 0 else None
+        return bool(every) and step % every == 0
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate if that was not done after this step."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.training.meter import Meter
+from seed_multimodal.training.meter import Meter, StepNumbers
 
 # Numbers of a step that are summed over micro-steps and processes.
 _SUMS = ("loss", "text_sum", "text_count", "image_sum", "image_count", "tokens", "positions", "squares")
@@ -45,13 +45,19 @@ class TokenMeter(Meter):
         self.history: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
 
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
-        """Sums over the micro-steps, with one transfer from the device."""
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> StepNumbers:
+        """Sums over the micro-steps; `divisor` as it is for this step."""
         keys = [key for key in _SUMS if isinstance(found[0][key], Tensor)]
-        stacked = torch.stack([torch.stack([one[key].detach().float() for key in keys]) for one in found])
-        sums = dict(zip(keys, stacked.cpu().double().sum(0).tolist(), strict=True))
-        numbers = {key: sums[key] if key in sums else float(sum(one[key] for one in found)) for key in _SUMS}
-        return {**numbers, "lr": rate, **({} if norm is None else {"grad": float(norm)})}
+        known = {"lr": rate, "divisor": self.divisor,
+                 **{key: float(sum(one[key] for one in found)) for key in _SUMS if key not in keys}}
+        parts = [one[key].detach().float() for one in found for key in keys]
+
+        def named(values: list[float]) -> dict[str, float]:
+            by_micro_step = torch.tensor(values[:len(parts)], dtype=torch.float64).view(len(found), len(keys))
+            sums = dict(zip(keys, by_micro_step.sum(0).tolist(), strict=True))
+            return {**known, **sums, **({} if norm is None else {"grad": values[-1]})}
+
+        return StepNumbers(torch.stack([*parts, *([] if norm is None else [norm.detach().float()])]), named)
 
     def shared(self, numbers: Mapping[str, float]) -> list[float]:
         """All sums."""
@@ -60,7 +66,7 @@ class TokenMeter(Meter):
     def add(self, numbers: Mapping[str, float], sums: Sequence[float]) -> None:
         """Fold in a step."""
         step = dict(zip(_SUMS, sums, strict=True))
-        step["loss"] /= max(self.divisor, _LEAST)
+        step["loss"] /= max(numbers["divisor"], _LEAST)
         self.last = {"lr": numbers["lr"], "grad": numbers.get("grad", math.nan)}
         for key, value in {"loss": step["loss"], "steps": 1.0, **{key: step[key] for key in _LINE}}.items():
             self.smooth[key] = self.smooth.get(key, 0.0) + value
