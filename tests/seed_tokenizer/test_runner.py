@@ -169,6 +169,7 @@ def test_kmeans_starts_the_codebook_on_the_features(yaml, tmp_path, run):
     codebook.before(0, first_micro_step=True)
     assert float(model(samples)["loss_embed"]) < 0.2 * uniform
     codebook.after_micro_step()
+    codebook.add_up()
     assert int(codebook.counts.since_restart.sum()) == 8 * 32
 
 
