@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import filelock
 
-from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedError, first_line
 
 LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -264,8 +264,8 @@ def read_json_object(file: Path, kind: type[SeedError] = CheckpointError, advice
         raise kind(f"{file}: there is no such file{advice and f'; {advice}'}.") from error
     except OSError as error:
         raise kind(f"{file}: cannot be read ({disk_reason(error)}).") from error
-    except ValueError as error:
-        raise kind(f"{file}: not valid json ({error}).") from error
+    except (ValueError, RecursionError) as error:  # also undecodable bytes, and brackets nested without end
+        raise kind(f"{file}: not valid json ({first_line(error)}).") from error
     if not isinstance(values, dict):
         raise kind(f"{file}: must hold a json object.")
     return values

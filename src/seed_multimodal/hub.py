@@ -51,7 +51,7 @@ def locate(path: str | Path) -> Path | None:
     """`path` as it is, or relative to the repository root when that is where this code runs from; None: neither."""
     plain = Path(path).expanduser()
     root = Path(__file__).resolve().parents[2]
-    return next((place for place in (plain, root / plain) if place.exists()), None)
+    return next((place for place in (plain, root / plain) if os.path.exists(place)), None)
 
 
 def locate_system(name: str | Path) -> Path | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,20 @@ def check_settings(settings: Any, where: str) -> None:
         _check_limits(entry.metadata, value, f"{where}: {entry.name}")
 
 
+def check_value(hint: Any, value: Any, where: str, **limits: Any) -> Any:
+    """One value given in code, as `read_settings` would take it for a field of type `hint`.
+
+    Args:
+        limits: as of `setting`.
+
+    Raises:
+        ConfigError: another type, or out of range.
+    """
+    typed = _typed(hint, value, where)
+    _check_limits(limits, typed, where)
+    return typed
+
+
 def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
     """Refuse the first key of `given` that is not in `known`, naming the nearest that is.
 
@@ -139,7 +154,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 def _as_one(option: Any, value: Any, where: str) -> tuple[bool, Any]:
     """(whether `value` fits this type, the value in it)."""
     origin, inner = get_origin(option), get_args(option)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # numpy's, too
     if option is Any:
         return True, value
     if origin is Literal:
@@ -166,7 +181,8 @@ def _as_one(option: Any, value: Any, where: str) -> tuple[bool, Any]:
         except OverflowError:  # a whole number beyond all floats
             return True, math.inf
     if option is int:
-        return number and isinstance(value, int), value
+        whole = number and isinstance(value, numbers.Integral)
+        return whole, int(value) if whole else None
     if option is Path:
         return isinstance(value, str | Path) and bool(str(value)), Path(value) if isinstance(value, str) else value
     return isinstance(option, type) and isinstance(value, option), value

@@ -281,11 +281,3 @@ def refuse_tensors(names: Iterable[str], allowed: Iterable[str], source: str | P
     if bad:
         shown = ", ".join(repr(n) for n in bad[:3]) + (" …" if len(bad) > 3 else "")
         raise CheckpointError(f"{source}: {len(bad)} tensors are {what}: {shown}.")
-
-
-def damaged_tensor(module: nn.Module) -> str | None:
-    """The name of the first parameter or buffer that holds NaN or infinity (None: none does); it reads all of them."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            return name
-    return None

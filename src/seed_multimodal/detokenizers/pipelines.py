@@ -9,21 +9,26 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.finite import not_numbers
 from seed_multimodal.quiet import quiet_loading
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import check_value, read_settings, setting
 from seed_multimodal.weights import refuse_tensors
 
+# What diffusers' schedulers of other kinds of models raise, dozens of classes, each in its own place.
+_MISFITS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -85,7 +90,7 @@ class PipelineDetokenizer:
         """
         from safetensors import SafetensorError
 
-        if not (place / "model_index.json").is_file():
+        if not os.path.isfile(place / "model_index.json"):
             raise CheckpointError(f"{place}: there is no diffusion model here (no model_index.json): {cls.where}.")
         defaults = cls.defaults_class.read(place)
         try:
@@ -152,15 +157,22 @@ class PipelineDetokenizer:
     def with_defaults(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
         """Steps and guidance, the folder's defaults for None; `ConfigError` for more steps than it was trained with."""
         steps = self.defaults.num_inference_steps if steps is None else steps
+        guidance = self.defaults.guidance_scale if guidance is None else guidance
         total = self.pipeline.scheduler.config.num_train_timesteps
-        if not 1 <= steps <= total:
-            raise ConfigError(f"num_inference_steps must be in 1..{total}, got {steps}.")
-        return steps, self.defaults.guidance_scale if guidance is None else guidance
+        return (check_value(int, steps, "num_inference_steps", least=1, most=total),
+                check_value(float, guidance, "guidance_scale"))
+
+    def made_type(self, output_type: str) -> str:
+        """What the pipeline must give for `output_type`; `ConfigError` for one that it has not."""
+        check_value(str, output_type, "output_type", choices=("pil", "np", "pt", "latent"))
+        return "pt" if output_type == "pil" else output_type  # `in_batches` checks the tensor and makes the pictures
 
     def in_batches(self, render: Callable[..., Iterable[Any]], embeds: Tensor, negatives: Tensor | None,
                    generator: Generators, latents: Tensor | None, *, scheduler: Any | None,
-                   batch_size: int | None) -> list[Any]:
+                   batch_size: int | None, as_pil: bool) -> list[Any]:
         """`render(embeds, negatives, generators, latents)` for `batch_size` pictures at a time (None: all).
+
+        A tensor that it gives is checked to hold numbers, and becomes PIL pictures if `as_pil`.
 
         Args:
             embeds: one per picture; negatives: so, or None. latents: one per picture, one for all, or None.
@@ -168,29 +180,55 @@ class PipelineDetokenizer:
             scheduler: what to sample with (see `using`).
 
         Raises:
-            ConfigError: another number of latents or generators than pictures.
+            ConfigError: another number of latents or generators than pictures, or a scheduler that does not fit.
+            CheckpointError, GenerationError: NaN in weights or pictures.
         """
         pictures: list[Any] = []
+        check_value(int | None, batch_size, "batch_size", least=1)
         count = len(embeds)
         values = (embeds, negatives, one_each(generator, count),
                   None if latents is None else for_each(latents, count, "latents"))
-        with self.using(scheduler or self.defaults.scheduler):
+        with self.using(self.defaults.scheduler if scheduler is None else scheduler):
             for start in range(0, count, batch_size or max(count, 1)):
                 part = slice(start, start + (batch_size or count))
-                pictures.extend(render(*(None if value is None else value[part] for value in values)))
+                pictures.extend(self._finished(render(*(None if value is None else value[part] for value in values)),
+                                               as_pil))
         return pictures
+
+    def _finished(self, images: Any, as_pil: bool) -> Any:
+        finite = torch.isfinite(images).all() if isinstance(images, Tensor) else np.isfinite(images).all()
+        if not bool(finite):
+            raise not_numbers("The diffusion model", *(part for part in self.pipeline.components.values()
+                                                       if isinstance(part, nn.Module)))
+        processor = self.pipeline.image_processor  # these two steps are what output_type="pil" does
+        return processor.numpy_to_pil(processor.pt_to_numpy(images)) if as_pil else images
 
     @contextlib.contextmanager
     def using(self, scheduler: Any | None) -> Iterator[None]:
-        """Run with another scheduler (by name: built from the present one's noise schedule), and put the old back."""
-        usual = self.pipeline.scheduler
-        if isinstance(scheduler, str):
-            own = self.own_schedulers.get(scheduler)
-            scheduler = own(usual.config) if own else scheduler_class(scheduler).from_config(usual.config)
-        if scheduler is not None:
-            self.pipeline.scheduler = scheduler
-        try:
+        """Run with another scheduler (by name: built from the present one's noise schedule), and put the old back.
+
+        Raises:
+            ConfigError: it is none, or fails inside: one of another kind of model, or a package it needs is missing.
+        """
+        if scheduler is None:
             yield
+            return
+        usual = self.pipeline.scheduler
+        name = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
+        if not isinstance(scheduler, str) and not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
+            raise ConfigError(f"A scheduler is the name of a diffusers class or such an object, not {name}.")
+        try:
+            if isinstance(scheduler, str):
+                own = self.own_schedulers.get(scheduler)
+                scheduler = own(usual.config) if own else scheduler_class(scheduler).from_config(usual.config)
+            self.pipeline.scheduler = scheduler
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except _MISFITS as error:
+            fits = ", ".join(sorted(one.__name__ for one in usual.compatibles))
+            raise ConfigError(f"The scheduler {name} does not work with this model and these settings "
+                              f"({first_line(error)}); made for such models are {fits}.") from error
         finally:
             self.pipeline.scheduler = usual
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import check_value, setting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,15 +137,16 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
             negative_embeds = torch.zeros_like(embeds)
         steps, guidance = self.with_defaults(num_inference_steps, guidance_scale)
         self._check_size(height, width)
+        eta, made = check_value(float, eta, "eta"), self.made_type(output_type)
 
         def render(embeds: Tensor, negatives: Tensor | None, own: Any, start: Tensor | None) -> Any:
             return self.pipeline(
                 prompt_embeds=embeds, negative_prompt_embeds=negatives, num_inference_steps=steps,
-                guidance_scale=guidance, height=height, width=width, eta=eta, generator=own, output_type=output_type,
+                guidance_scale=guidance, height=height, width=width, eta=eta, generator=own, output_type=made,
                 latents=None if start is None else start.to(self.device, self.pipeline.unet.dtype)).images
 
         return self.in_batches(render, embeds, negative_embeds, generator, latents, scheduler=scheduler,
-                               batch_size=batch_size)
+                               batch_size=batch_size, as_pil=output_type == "pil")
 
     def checked(self, embeds: Tensor, name: str, count: int | None = None) -> Tensor:
         """As the base's, in the U-Net's precision."""
@@ -156,5 +157,5 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
             raise ConfigError("Give height and width both, or neither.")
         unit = max(8, self.factor)
         for name, value in (("height", height), ("width", width)):
-            if value is not None and (value < unit or value % unit):
+            if check_value(int | None, value, f"The {name}") is not None and (value < unit or value % unit):
                 raise ConfigError(f"The {name} must be a multiple of {unit} pixels, got {value}.")

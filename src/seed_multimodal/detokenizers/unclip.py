@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import UNCLIP_WHERE
+from seed_multimodal.settings import check_value
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,14 +103,15 @@ class UnclipDetokenizer(PipelineDetokenizer):
             negative_image_embeds = self.checked(negative_image_embeds, "negative_image_embeds", len(image_embeds))
         steps, guidance = self.with_defaults(num_inference_steps, guidance_scale)
         levels = self.pipeline.image_noising_scheduler.config.num_train_timesteps
-        if not 0 <= noise_level < levels:
-            raise ConfigError(f"noise_level must be in 0..{levels - 1}, got {noise_level}.")
+        noise_level = check_value(int, noise_level, "noise_level", least=0, most=levels - 1)
+
+        made = self.made_type(output_type)
 
         def render(embeds: Tensor, negatives: Tensor | None, own: Any, start: Tensor | None) -> Any:
-            return self._render(embeds, negatives, own, start, steps, guidance, noise_level, output_type)
+            return self._render(embeds, negatives, own, start, steps, guidance, noise_level, made)
 
         return self.in_batches(render, image_embeds, negative_image_embeds, generator, latents, scheduler=scheduler,
-                               batch_size=batch_size)
+                               batch_size=batch_size, as_pil=output_type == "pil")
 
     def _render(self, embeds: Tensor, negatives: Tensor | None, generators: list[torch.Generator] | None,
                 latents: Tensor | None, steps: int, guidance: float, noise_level: int, output_type: str) -> Any:

@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
 from PIL import IcoImagePlugin, Image, JpegImagePlugin
 
 from seed_multimodal.errors import ImageError, first_line
@@ -41,7 +44,7 @@ _TURNED = [_ORIENTATIONS[number] for number in (5, 6, 7, 8)]  # width and height
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
                   AttributeError, RuntimeError, MemoryError, struct.error, zlib.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray
 Divisor = Callable[[tuple[int, int]], int]
 EXACT_UP_TO = 16_000_000
 # A picture reduced to three times what is then resized cannot be told from one resized directly.
@@ -100,7 +103,8 @@ def open_image(
     """Read one picture.
 
     Args:
-        source: a path, the bytes of a file, or a PIL image (which gets the same conversions).
+        source: a path, the bytes of a file, an open file (read from its beginning), a PIL image (which gets the same
+            conversions), or an array uint8 [H, W], [H, W, 3] or [H, W, 4].
         name: for error sentences; default: the file's name, or "image".
         at_least: the picture may be reduced while it is decoded to no fewer than this many pixels a side; None: never.
         exact_up_to: pictures of up to this many pixels (width × height) are not reduced.
@@ -150,19 +154,54 @@ def _open(source: ImageSource, name: str | None, limits: ImageLimits) -> tuple[I
     """The picture, not yet decoded, and its name."""
     if isinstance(source, Image.Image):
         return source, name or "image"
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        shown, data = name or "image", bytes(source)
-        limits.check_bytes(len(data), shown)
-    else:
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name or "image"), name or "image"
+    if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         shown = name or path.name or str(path)
         data = _read(path, shown, limits)
+    else:
+        shown = name or "image"
+        data = _bytes(source, shown, limits)
+        limits.check_bytes(len(data), shown)
     try:
         return Image.open(io.BytesIO(data), formats=_formats()), shown
     except _BOMBS as error:
         raise ImageError(f"{shown}: refused unread, because its header claims too many pixels ({error}).") from error
     except _DECODE_ERRORS as error:
         raise ImageError(f"{shown}: not a picture in a known format, or its header is damaged.") from error
+
+
+def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise ImageError(f"{name}: an array of {pixels.dtype} {list(pixels.shape)} is no picture; give uint8 values, "
+                         f"[height, width], [height, width, 3] or [height, width, 4].")
+    if not pixels.size:
+        raise ImageError(f"{name}: the picture has no pixels ({list(pixels.shape)}).")
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
+
+
+def _bytes(source: Any, name: str, limits: ImageLimits) -> bytes:
+    """The bytes of a picture's file, from memory or an open file."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if not is_file(source):
+        raise ImageError(f"{name}: a value of type {type(source).__name__} is no picture; give a file, its bytes, a "
+                         f"PIL image or an array.")
+    try:
+        if source.seekable():
+            source.seek(0)  # a conversation reads its pictures anew at each turn
+        data = source.read(limits.max_bytes + 1)
+    except (OSError, ValueError) as error:  # closed, or not open for reading
+        raise ImageError(f"{name}: cannot be read ({first_line(error)}).") from error
+    if not isinstance(data, bytes):
+        raise ImageError(f"{name}: the file is open as text; open it in binary mode ('rb').")
+    return data
+
+
+def is_file(value: object) -> bool:
+    """Whether `value` is an open file (or something like it)."""
+    return hasattr(value, "read") and hasattr(value, "seekable")
 
 
 def _header(image: Image.Image, factor: int, name: str, limits: ImageLimits) -> Header:

@@ -27,17 +27,21 @@ if TYPE_CHECKING:
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 
+# Below it the likeliest token is certain (scores differ by more than 0.0001 of it), and above scores do not overflow.
+COLDEST, HOTTEST = 1e-5, 1e5
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """How to generate; the defaults are those of the released scripts, except that spans are kept well-formed.
 
-    `temperature` 0 and `top_p` 0 mean greedy: the likeliest token each time. Tokens are drawn from generators of the
-    call's own (`sampling`); `seed` None takes one number from torch's global generator as the seed. `force_image` puts
-    `<img>` at the end of every prompt and returns it as part of the answer.
+    `temperature` 0 (or below `COLDEST`) and `top_p` 0 mean greedy: the likeliest token each time. Tokens are drawn from
+    generators of the call's own (`sampling`); `seed` None takes one number from torch's global generator as the seed.
+    `force_image` puts `<img>` at the end of every prompt and returns it as part of the answer.
     """
 
     max_new_tokens: int = setting(512, least=1)
-    temperature: float = setting(1.0, least=0)
+    temperature: float = setting(1.0, least=0, most=HOTTEST)
     top_p: float = setting(0.5, least=0, most=1)
     top_k: int = setting(50, least=0)  # 0: off
     num_beams: int = setting(1, least=1)
@@ -52,7 +56,7 @@ class GenerationSettings:
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn (temperature 0 or top_p 0 turns drawing off)."""
-        return self.do_sample and self.temperature > 0 and self.top_p > 0
+        return self.do_sample and self.temperature >= COLDEST and self.top_p > 0
 
     def with_seed(self) -> GenerationSettings:
         """With a seed of its own where none was given."""

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from seed_multimodal.errors import CheckpointError, GenerationError
-from seed_multimodal.weights import damaged_tensor
+from seed_multimodal.finite import not_numbers
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -89,12 +88,8 @@ class FiniteScores:
         """
         if bool(torch.isfinite(scores.amax(dim=-1)).all()):  # NaN anywhere, or +inf, or nothing but -inf
             return scores
-        name = damaged_tensor(self._model)
-        if name is not None:
-            raise CheckpointError(f"The language model cannot answer: its tensor {name} holds NaN or infinity, so the "
-                                  f"checkpoint is damaged; get it again.")
-        raise GenerationError("The language model's scores are not numbers (NaN or infinity), though its weights are; "
-                              "float16 may be too narrow for it: use bfloat16 or float32.")
+        raise not_numbers("The language model", self._model)
+
 
 
 def _warpers(temperature: float, top_k: int, top_p: float) -> list[Processor]:

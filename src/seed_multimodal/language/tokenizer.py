@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from seed_multimodal.errors import CodesError
+from seed_multimodal.errors import CodesError, RequestError
 from seed_multimodal.language.tokenizer_files import (
     CODE_WORD,
     TokenizerFiles,
@@ -113,7 +113,7 @@ class MultimodalTokenizer:
             if place % 2:
                 ids.append(self._control[piece])
             elif piece:
-                ids.extend(self._sp.EncodeAsIds(piece))
+                ids.extend(self._pieces(piece))
         return ids
 
     def control_words(self, text: str) -> list[str]:
@@ -147,6 +147,7 @@ class MultimodalTokenizer:
 
         Raises:
             CodesError: a picture without exactly `tokens_per_image` codes of the codebook.
+            RequestError: a text that is not Unicode.
         """
         ids = [self.bos_id] if add_bos else []
         for place, part in enumerate(parts):
@@ -158,8 +159,24 @@ class MultimodalTokenizer:
             if strip and place + 1 < len(parts) and not isinstance(parts[place + 1], str):
                 part = part.rstrip()
             if part:
-                ids.extend(self.encode(part) if allow_control else self._sp.EncodeAsIds(part))
+                ids.extend(self.encode(part) if allow_control else self._pieces(part))
         return ids
+
+    def _pieces(self, text: str) -> list[int]:
+        """Ids of ordinary text.
+
+        Raises:
+            RequestError: it holds what is no character: a lone surrogate, or (from a file name, the command line or a
+                pipe) a byte that is not UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            what = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8" if 0xDC80 <= code <= 0xDCFF else (
+                f"half a character (\\u{code:04x})")
+            raise RequestError(f"The text holds {what}; give plain Unicode text.") from None
+        return list(self._sp.EncodeAsIds(text))
 
     # ---------------------------------------------------------------------------------------------- decoding
 

@@ -1,16 +1,16 @@
 """What goes into a conversation and what comes out: messages -> turns for a prompt template, and answers.
 
 A message is `{"role": "user" | "assistant", "content": …}`. Content is one text, or a list of texts (`str`), pictures
-(PIL, `Path`, bytes) and codes (a list of ints), in any order and number. An assistant's content may be the `Answer`
-that an earlier call returned. A bare `str` is always text: give file names as `Path`, or as transformers' chat messages
-do: `{"type": "image", "image": "cat.png"}` (also "path", "url" with `file:` or `data:`, and "base64"), beside
-`{"type": "text", "text": …}`. Nothing is downloaded.
+(PIL, `Path`, bytes, an open file, an array) and codes (a list of ints), in any order and number. An assistant's content
+may be the `Answer` that an earlier call returned. A bare `str` is always text: give file names as `Path`, or as
+transformers' chat messages do: `{"type": "image", "image": "cat.png"}` (also "path", "url" with `file:` or `data:`, and
+"base64"), beside `{"type": "text", "text": …}`. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from seed_multimodal.images.encode import image_from_base64
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
 from seed_multimodal.language.prompts import ROLES, PromptTemplate, Turn
 from seed_multimodal.language.vocabulary import PLACEHOLDER
-from seed_multimodal.systems.pictures import is_codes
+from seed_multimodal.systems.pictures import is_codes, is_picture
 
 PICTURE_KEYS = ("image", "path", "url", "base64")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # two letters at least: a drive of Windows is no address
@@ -93,27 +93,49 @@ def to_turns(messages: Sequence[Any], tokenize: Tokenize, check_codes: Callable[
         RequestError: no messages, a message of another shape, or an empty one; `ImageError` and `CodesError` for a
             picture that cannot be read.
     """
+    if not isinstance(messages, Iterable):
+        raise RequestError(f"A conversation is a list of messages, not {type(messages).__name__}.")
     contents = [_content(message, number) for number, message in enumerate(messages)]
     if not contents:
         raise RequestError("A conversation needs at least one message.")
     if contents[-1][0] != "user":
         raise RequestError("The last message must be the user's: it is the one that gets an answer.")
-    pictures = [item for _, content in contents for item in content if isinstance(item, (Image.Image, Path, bytes))]
+    pictures = [item for _, content in contents for item in content if is_picture(item)]
     rows = iter(tokenize(pictures).tolist() if pictures else ())
     turns = []
     for role, content in contents:
         spans = [item if isinstance(item, str) else
-                 next(rows) if isinstance(item, (Image.Image, Path, bytes)) else
+                 next(rows) if is_picture(item) else
                  check_codes(item)[0].tolist() for item in content]
         turns.append(Turn(role, tuple(spans)))
     return turns
 
 
-def as_parts(content: Any) -> list[Any]:
-    """One text, picture or row of codes, or a sequence of them -> a list of them."""
-    if isinstance(content, (str, Image.Image, Path, bytes)) or is_codes(content):
+def as_parts(content: Any, what: str) -> list[Any]:
+    """One text, picture or row of codes, or a sequence of them -> a list of them.
+
+    Raises:
+        RequestError: something else; the sentence begins with `what`.
+    """
+    if isinstance(content, (str, Mapping)) or is_picture(content) or is_codes(content):
         return [content]
+    if not isinstance(content, Iterable):
+        raise RequestError(f"{what} is {type(content).__name__}; it must be text, a picture (PIL, Path, bytes, an open "
+                           f"file, an array) or codes (a list of whole numbers), or a list of them.")
     return list(content)
+
+
+def as_text(value: Any, what: str) -> str:
+    """A text that says something.
+
+    Raises:
+        RequestError: not a text, or an empty one; the sentence begins with `what`.
+    """
+    if not isinstance(value, str):
+        raise RequestError(f"{what} must be a text, not {type(value).__name__}.")
+    if not value.strip(". \t\r\n"):
+        raise RequestError(f"{what} is empty.")
+    return value
 
 
 def _content(message: Any, number: int) -> tuple[str, list[Any]]:
@@ -124,11 +146,7 @@ def _content(message: Any, number: int) -> tuple[str, list[Any]]:
         raise RequestError(f"Message {number} has the unknown role {role!r}; use {' or '.join(ROLES)}.")
     if isinstance(content, Answer):
         return role, content.as_content()
-    try:
-        items = [_item(item, number) for item in as_parts(content)]
-    except TypeError as error:
-        raise RequestError(f"The content of message {number} is {type(content).__name__}; it must be text, or a "
-                           f"list of texts and pictures.") from error
+    items = [_item(item, number) for item in as_parts(content, f"The content of message {number}")]
     if role == "user" and not any(item.strip() if isinstance(item, str) else True for item in items):
         raise RequestError(f"Message {number} is empty.")
     return role, items
@@ -141,10 +159,10 @@ def _item(item: Any, number: int) -> Any:
         return item.text
     if isinstance(item, ImagePart):
         return list(item.codes)
-    if isinstance(item, (str, Image.Image, Path, bytes)) or is_codes(item):
+    if isinstance(item, str) or is_picture(item) or is_codes(item):
         return item
-    raise RequestError(f"Message {number} holds a {type(item).__name__}; content is text, pictures (PIL, Path, bytes) "
-                       f"or codes (a list of whole numbers).")
+    raise RequestError(f"Message {number} holds a {type(item).__name__}; content is text, pictures (PIL, Path, bytes, "
+                       f"an open file, an array) or codes (a list of whole numbers).")
 
 
 def _named_item(item: Mapping[str, Any], number: int) -> Any:
@@ -161,11 +179,18 @@ def _named_item(item: Mapping[str, Any], number: int) -> Any:
         return value
     if key == "base64" or value.lstrip().startswith("data:"):
         return image_from_base64(value, name=f"The picture of message {number}")
-    if key == "path" or Path(value).is_file() or not (address := _URL.match(value)):
+    if key == "path" or _is_there(value) or not (address := _URL.match(value)):
         return Path(value)
     if address[0].lower() == "file:":
         return Path(url2pathname(urlsplit(value).path))
     raise RequestError(f"Message {number}: {value[:80]} is an address, and nothing is downloaded; give the file.")
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name too long; a null byte
+        return False
 
 
 def turn_marker(template: PromptTemplate) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
-from seed_multimodal.images.open import DETAIL, ImageLimits, open_image
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, ImageError
+from seed_multimodal.finite import damaged_tensor, not_numbers
+from seed_multimodal.images.open import DETAIL, ImageLimits, ImageSource, is_file, open_image
 from seed_multimodal.quiet import quiet_loading
+from seed_multimodal.settings import check_keys, check_value
 from seed_multimodal.tokenizers.encoder import check_batch_size
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from seed_multimodal.language.vocabulary import ImageVocabulary
     from seed_multimodal.systems.system_spec import SystemSpec
 
-Picture = Image.Image | str | Path | bytes
+Picture = ImageSource
 Codes = Tensor | Sequence[int]
 REMEMBERED = 1024  # pictures whose codes `encode_once` keeps, about 0.5 KB each
 
@@ -57,6 +61,7 @@ class PictureCodec:
         self._load_decoder = load_decoder
         self._decoder: Any = None
         self._lock = threading.RLock()  # held while the models compute, or move between devices
+        self._sound = False  # all weights were looked at
         self._known: OrderedDict[bytes, list[int]] = OrderedDict()  # digest of the pixels -> codes, oldest use first
         self.offload(encoder=offload_encoder, decoder=offload_decoder)
 
@@ -101,7 +106,7 @@ class PictureCodec:
             return self._decoder
 
     def open(self, picture: Picture) -> Image.Image:
-        """A picture from a file, bytes or PIL, as RGB; raises `ImageError` naming it.
+        """A picture from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it.
 
         One of more than 16 megapixels is reduced while it is decoded, to three times the tower's size or more.
         """
@@ -117,15 +122,33 @@ class PictureCodec:
         return self.encode_once(pixels) if once else self.encode(pixels)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, S, S] -> codes [B, 32] int64 on the CPU."""
+        """Normalised pixels [B, 3, S, S] -> codes [B, 32] int64 on the CPU.
+
+        Raises:
+            ImageError: pixels of another shape or type, or NaN. CheckpointError: weights that are NaN.
+        """
+        pixels = self.model.check_images(pixels)
         with self._lock, self._resident(self.model.visual_encoder, self.offload_encoder):
-            return self.model.encode(pixels.to(self.device)).cpu()
+            codes = self.model.encode(pixels.to(self.device)).cpu()
+            if bool((codes == codes[:, :1]).all(dim=1).any()):  # NaN features have one code in all 32 places
+                self._check_features(pixels)
+        return codes
+
+    @torch.no_grad()
+    def _check_features(self, pixels: Tensor) -> None:
+        if not bool(torch.isfinite(pixels).all()):
+            raise ImageError("The pixels hold NaN or infinity.")
+        self._sound = self._sound or damaged_tensor(self.model) is None
+        features = self.model.pre_quant(pixels.to(self.model.device, self.model.dtype))
+        if not (self._sound and bool(torch.isfinite(features).all())):
+            raise not_numbers("The image tokenizer", self.model)
 
     def encode_once(self, pixels: Tensor) -> Tensor:
         """As `encode`, but pictures seen lately are not encoded again, such as those of a conversation's earlier turns.
 
         The codes of the last `REMEMBERED` different pictures are kept by the content of their pixels.
         """
+        pixels = self.model.check_images(pixels)
         names = [hashlib.blake2b(row.contiguous().numpy(), digest_size=16).digest() for row in pixels.float().cpu()]
         with self._lock:
             new = {name: row for name, row in zip(names, pixels, strict=True) if name not in self._known}
@@ -161,11 +184,13 @@ class PictureCodec:
 
         Raises:
             CodesError: codes outside the codebook, or not as many seeds or negatives as pictures.
-            ConfigError: a seed of more than 64 bits, a batch size below 1.
+            ConfigError: a seed that is no whole number of 64 bits, a batch size below 1, an unknown option.
         """
-        check_batch_size(batch_size)
+        check_batch_size(check_value(int, batch_size, "batch_size"))
         rows = self.check_codes(codes)
-        seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
+        given: Any = seed.tolist() if isinstance(seed, (Tensor, np.ndarray)) else seed
+        seeds = [check_value(int, one, "The seed of a drawing") for one in (
+            given if isinstance(given, (list, tuple, range)) else [given] * len(rows))]
         if len(seeds) != len(rows):
             raise CodesError(f"{len(rows)} pictures were given with {len(seeds)} seeds.")
         avoided = None if negative_codes is None else self.check_codes(negative_codes)
@@ -176,9 +201,14 @@ class PictureCodec:
         if outside:
             raise ConfigError(f"The seed of a drawing must be a number of 64 bits, not {outside[0]}.")
         decoder, pictures = self.decoder, []
+        options = [name for name, kind in inspect.signature(decoder.decode).parameters.items()
+                   if kind.kind is kind.KEYWORD_ONLY and name not in ("generator", "batch_size")]
+        check_keys(decode, options, "Drawing setting")
         with self._lock, self._resident(decoder, self.offload_decoder):
             for start in range(0, len(rows), batch_size):
                 embeds = self.model.decode(rows[start:start + batch_size])
+                if not bool(torch.isfinite(embeds).all()):
+                    raise not_numbers("The image tokenizer", self.model)
                 if avoided is not None:
                     own = avoided.expand(len(rows), -1)[start:start + len(embeds)]
                     decode[decoder.negatives] = self.model.decode(own)
@@ -201,10 +231,18 @@ class PictureCodec:
                 torch.cuda.empty_cache()
 
 
+def is_picture(value: object) -> bool:
+    """Whether `value` is a picture that `PictureCodec.open` may read; a `str` is a text rather than a file's name."""
+    return isinstance(value, (Image.Image, Path, bytes, bytearray, memoryview)) or is_file(value) or (
+        isinstance(value, np.ndarray) and not is_codes(value))
+
+
 def is_codes(value: object) -> bool:
     """Whether `value` is a row of picture codes rather than a picture or text: an integer tensor or a list of ints."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() and value.ndim == 1
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "iu" and value.ndim == 1
     return (isinstance(value, (list, tuple)) and len(value) > 0
             and all(isinstance(code, int) and not isinstance(code, bool) for code in value))
 
@@ -243,4 +281,7 @@ def load_codec(
     if has != (vocabulary.n_codes, vocabulary.tokens_per_image):
         raise ConfigError(f"{spec.tokenizer}: the image tokenizer has {has[0]} codes, {has[1]} to a picture, but the "
                           f"vocabulary has {vocabulary.n_codes} and {vocabulary.tokens_per_image}.")
+    size = codec.model.config.vit.image_size
+    if spec.image_size != size:
+        raise ConfigError(f"{spec.name}: image_size is {spec.image_size}, but the image tokenizer reads {size} pixels.")
     return codec

@@ -28,9 +28,9 @@ from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.settings import nearest
-from seed_multimodal.systems.chat import Answer, DrawnPart, as_parts, to_turns, turn_marker
-from seed_multimodal.systems.pictures import Picture, PictureCodec, load_codec
+from seed_multimodal.settings import nearest, read_settings
+from seed_multimodal.systems.chat import Answer, DrawnPart, as_parts, as_text, to_turns, turn_marker
+from seed_multimodal.systems.pictures import Picture, PictureCodec, is_picture, load_codec
 from seed_multimodal.systems.speaker import Event, Speaker
 from seed_multimodal.systems.system_spec import SystemSpec, find_system
 
@@ -108,7 +108,8 @@ class SeedLlama:
     def reconstruct(self, images_or_codes: Any, seed: int = 0, **decode: Any) -> list[Image.Image]:
         """Pictures, or their codes ([B, 32] or the 32 of one), drawn again; `decode` goes to the de-tokenizer."""
         several = isinstance(images_or_codes, (list, tuple)) and len(images_or_codes) > 0
-        if isinstance(images_or_codes[0] if several else images_or_codes, (str, Path, bytes, Image.Image)):
+        first = images_or_codes[0] if several else images_or_codes
+        if isinstance(first, str) or is_picture(first):
             images_or_codes = self.tokenize(images_or_codes)
         return self.pictures.draw(images_or_codes, seed=seed, **decode)
 
@@ -116,10 +117,12 @@ class SeedLlama:
 
     def describe(self, image: Any, prompt: str | None = None, **options: Any) -> str:
         """What `image` shows (a picture, its codes, or several of them); `prompt` replaces the usual request."""
-        return self._say([*self._shown(image), self.tasks.describe if prompt is None else prompt], options)
+        return self._say([*self._shown(image), self.tasks.describe if prompt is None
+                          else as_text(prompt, "The request")], options)
 
     def ask(self, image: Any, question: str, *, short: bool = True, **options: Any) -> str:
         """The answer to `question` about `image` (or several); `short` adds the one-word-or-phrase suffix."""
+        question = as_text(question, "The question")
         return self._say([*self._shown(image), self.tasks.question(question) if short else question], options)
 
     def draw(self, text: str, seed: int = 0, *, verbatim: bool = False, **options: Any) -> Image.Image:
@@ -128,13 +131,14 @@ class SeedLlama:
         Raises:
             GenerationError: the model gave no whole picture.
         """
+        text = as_text(text, "The text to draw")
         request = text if verbatim else self.tasks.draw_request(text)
         return self._one_picture([request], self.tasks.draw_response, {**options, "seed": seed})
 
     def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
         """`image` (a picture or its codes) after `instruction`; raises `GenerationError` as `draw`."""
-        return self._one_picture([*self._shown(image), instruction], self.tasks.edit_response,
-                                 {**options, "seed": seed})
+        return self._one_picture([*self._shown(image), as_text(instruction, "The instruction")],
+                                 self.tasks.edit_response, {**options, "seed": seed})
 
     @overload
     def chat(self, messages: Sequence[Any], stream: Literal[False] = False, **options: Any) -> Answer: ...
@@ -181,7 +185,7 @@ class SeedLlama:
                 raise ConfigError(f"Unknown option {name!r}{nearest(name, [*known, *DECODE_KEYS])}.")
         if "do_sample" not in options and any(key in options for key in ("temperature", "top_p", "top_k")):
             merged["do_sample"] = True
-        return GenerationSettings(**merged)
+        return read_settings(GenerationSettings, merged, "Generation setting")
 
     def prompt_ids(self, turns: Sequence[Any]) -> list[int]:
         """`<s>` and a conversation (turns of texts and codes) up to where the answer begins."""
@@ -203,7 +207,7 @@ class SeedLlama:
 
     def _shown(self, image: Any) -> list[Any]:
         """Pictures of a task's message; a string is a file name there."""
-        return [Path(item) if isinstance(item, str) else item for item in as_parts(image)]
+        return [Path(item) if isinstance(item, str) else item for item in as_parts(image, "The picture")]
 
     def _forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
         """Settings that force a picture; the system's own limit is raised to leave room for it, a given one is kept.

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import PARTS, download, is_hub_name, llm_kind, locate, locate_system, not_on_disk
 from seed_multimodal.language.tasks import NANO_TASKS, RELEASED_TASKS, TaskPrompts
-from seed_multimodal.settings import check_keys, nearest, read_settings
+from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 
 # The released inference scripts' settings (top_k 50 is the library default they run under).
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
@@ -40,7 +41,7 @@ class SystemFile:
     detokenizer: Path | None = Path("seed_tokenizer/diffusion_model")
     vision: Path | None = None
     template: str = "vicuna"
-    image_size: int = 224
+    image_size: int = setting(224, least=1)
     transform: dict[str, Any] = field(default_factory=lambda: dict(RELEASED_TRANSFORM))
     generation: dict[str, Any] = field(default_factory=dict)
     tasks: TaskPrompts = NANO_TASKS
@@ -109,7 +110,7 @@ def _from_folder(folder: Path, parts: dict[str, Path], template: str | None) -> 
     spec = SystemSpec(**{**vars(file), **own, **parts, "name": str(folder), "template": template or file.template,
                          "transform": {**RELEASED_TRANSFORM, **file.transform}})
     for what, path in (("tokenizer", spec.tokenizer), ("language model", spec.llm)):
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises for a name too long
             raise CheckpointError(f"{path}: the {what} of {folder} is not there; the folder is incomplete.")
     return spec
 

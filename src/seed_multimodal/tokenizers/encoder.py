@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
+from seed_multimodal.settings import check_value
 from seed_multimodal.tokenizers.checkpoints import PretrainedTokenizer
 from seed_multimodal.tokenizers.layers import LayerNorm, run_blocks
 from seed_multimodal.tokenizers.qformer import QFormer
@@ -171,8 +172,7 @@ def chunked(function: Callable[[Tensor], Tensor], batch: Tensor, size: int | Non
 
 def check_batch_size(size: int | None) -> None:
     """Refuse a number that no batch can have; raises `ConfigError`."""
-    if size is not None and size < 1:
-        raise ConfigError(f"batch_size must be at least 1, not {size}.")
+    check_value(int | None, size, "batch_size", least=1)
 
 
 @contextlib.contextmanager
