@@ -97,10 +97,11 @@ def system_from_configs(
         CheckpointError: weights that are not there (names what to download and where to put it); `ConfigError` for a
             file that is missing or builds something else.
     """
+    from seed_multimodal.language.prompts import template_for
     from seed_multimodal.language.tasks import RELEASED_TASKS
     from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer
     from seed_multimodal.systems.seed_llama import SeedLlama
-    from seed_multimodal.systems.system_spec import RELEASED_GENERATION, SystemSpec, template_for
+    from seed_multimodal.systems.system_spec import RELEASED_GENERATION, SystemSpec
 
     _refuse_missing(model, tokenizer)
     words = instantiate(tokenizer, device=tokenizer_device)

@@ -105,6 +105,15 @@ TEMPLATES = {template.name: template for template in (
 )}
 
 
+LLAMA2_WIDTH = 5120
+TUNED_TEMPLATES = ("vicuna", "llama2")  # of models that answer
+
+
+def template_for(hidden_size: int | None) -> str:
+    """LLaMA-2's template for the 14B (built on LLaMA-2-chat 13B), Vicuna's for all others."""
+    return "llama2" if hidden_size == LLAMA2_WIDTH else "vicuna"
+
+
 def get_template(name: str) -> PromptTemplate:
     """Look up a template.
 

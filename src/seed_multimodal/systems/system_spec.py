@@ -19,6 +19,7 @@ from seed_multimodal.data.formats.files import nearest_path
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import PARTS, download, is_hub_name, llm_kind, locate, locate_system, not_on_disk
+from seed_multimodal.language.prompts import template_for
 from seed_multimodal.language.tasks import NANO_TASKS, RELEASED_TASKS, TaskPrompts
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 
@@ -26,7 +27,6 @@ from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
 RELEASED_TRANSFORM = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
 NANO_RUNS = "The shipped model runs now, under the name nano."
-LLAMA2_WIDTH = 5120
 TEMPLATES = {"8b": "vicuna", "14b": "llama2"}  # of the released models by their short names
 NAMES = ("nano", *TEMPLATES)
 RELEASED_NAMES = ("released", *TEMPLATES)
@@ -131,11 +131,6 @@ def _released(short: str, parts: dict[str, Path], template: str | None) -> Syste
         detokenizer=locate(detokenizer) or detokenizer,  # read later, and only when a picture is drawn
         vision=parts.get("vision"), template=template or TEMPLATES.get(short) or _template_of(model),
         generation=dict(RELEASED_GENERATION), tasks=RELEASED_TASKS)
-
-
-def template_for(hidden_size: int | None) -> str:
-    """LLaMA-2's template for the 14B (built on LLaMA-2-chat 13B), Vicuna's for all others."""
-    return "llama2" if hidden_size == LLAMA2_WIDTH else "vicuna"
 
 
 def _template_of(llm: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from seed_multimodal.data.decoders.registry import DECODERS, get_decoder, some_p
 from seed_multimodal.data.decoders.sequence import IGNORED, SeededDraws, TokenSequence, pad
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 
@@ -332,6 +334,45 @@ def test_records_that_say_nothing_are_refused(words, records, name, change, sent
     with pytest.raises(BadRecord, match=sentence):
         get_decoder(name, words)(fields, SeededDraws(0))
     assert get_decoder(name, words, {"validate": False})(fields, SeededDraws(0)) is not None
+
+
+TUNED = [name for name in DECODERS if name.startswith("sft.") or name == "chat"]
+
+
+@pytest.mark.parametrize("template", ["vicuna", "llama2"])
+@pytest.mark.parametrize("name", TUNED)
+def test_questions_are_asked_as_the_trained_model_is(words, records, name, template) -> None:
+    """Ids up to each answer are those of the template's own words around the same content, as at inference; what is
+    learned is the same in both."""
+    plain = get_decoder(name, words, {})(records[name], SeededDraws(3, 1))
+    made = get_decoder(name, words, {"template": template})(records[name], SeededDraws(3, 1))
+    assert [label for label in made.labels if label != IGNORED] == [one for one in plain.labels if one != IGNORED]
+    assert template != "vicuna" or made == plain
+    around = get_template(template)
+    opened, closed, again = (words.encode_parts([text]) for text in (
+        around.user_prefix.strip(), around.user_suffix, around.separator + around.user_prefix.strip()))
+    asked = [id for id, label in zip(made.ids, made.labels, strict=True) if label == IGNORED]
+    assert asked[1:1 + len(opened)] == opened
+    assert closed[1:] == asked[-len(closed) + 1:]  # the blank before it belongs to the question
+    turns = sum(1 for before, now in itertools.pairwise(made.labels) if before == IGNORED != now)
+    marks = [start for start in range(len(asked)) if asked[start:start + len(again)] == again]
+    assert len(marks) == turns - 1
+
+
+@pytest.mark.parametrize("template", ["vicuna", "llama2"])
+def test_a_tuned_question_is_the_prompt_at_inference(words, codes, template) -> None:
+    record = {"image_ids": codes(1), "question": "What is it?", "answer": "a cat"}
+    made = get_decoder("sft.qa", words, {"template": template})(record, SeededDraws(3, 1))
+    prompt = words.encode_parts(get_template(template).render([("user", [codes(1), "What is it?"])]), add_bos=True)
+    assert made.ids[:len(prompt)] == prompt and made.labels[:len(prompt)] == [IGNORED] * len(prompt)
+    assert made.labels[len(prompt)] != IGNORED
+    talk = {"image_ids": codes(1), "question": "Question: What? Question: Red?", "answer": "Answer: Cat Answer: No"}
+    made = get_decoder("sft.conversation", words, {"template": template})(talk, SeededDraws(3, 1))
+    turns = [("user", [codes(1), "What?"]), ("assistant", "Cat."), ("user", "Red?")]
+    prompt = words.encode_parts(get_template(template).render(turns), add_bos=True)
+    assert made.ids[:len(prompt)] == prompt
+    with pytest.raises(ConfigError, match="template must be one of vicuna, llama2"):
+        get_decoder("sft.qa", words, {"template": "alpaca"})
 
 
 def test_the_documentation_says_which_released_sentences_are_known() -> None:

@@ -1,6 +1,7 @@
 """Decoders of the instruction-tuning data: the user's turns are not learned, answers and the final `</s>` are.
 
     <s>USER: [picture]question\\nASSISTANT:answer</s>        further turns start with "\\nUSER: "
+    <s>[INST] [picture]question [/INST]\\nanswer</s>          with `template: llama2`, the 14B's; then "\\n[INST] "
 
 Each turn is tokenised on its own. Sentences that the data does not bring are in `phrases`.
 """
@@ -13,19 +14,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from seed_multimodal.data.decoders import phrases
-from seed_multimodal.data.decoders.base import PICTURE, PICTURES, TEXT, Decoder, DecoderOptions, Draft, Part, Span
+from seed_multimodal.data.decoders.base import PICTURE, PICTURES, TEXT, Decoder, Draft, Part, Span
 from seed_multimodal.data.decoders.sequence import Draws
-from seed_multimodal.data.decoders.turns import with_full_stop
+from seed_multimodal.data.decoders.turns import Prompted, with_full_stop
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.prompts import get_template
 from seed_multimodal.settings import setting
 
 NO_DIALOGUE = "there is no dialogue in it"
-
-
-def user(*said: Part, first: bool) -> Span:
-    """A user's turn, up to where the answer begins."""
-    return Span([("" if first else "\n") + phrases.USER + " ", *said, "\n" + phrases.ASSISTANT], learned=False)
 
 
 def numbered(fields: Mapping[str, Any], prefix: str) -> list[str]:
@@ -37,7 +34,7 @@ def numbered(fields: Mapping[str, Any], prefix: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Reversible(DecoderOptions):
+class Reversible(Prompted):
     """Options of decoders that have two directions."""
 
     reverse_ratio: float = setting(0.0, least=-1, most=1)
@@ -46,7 +43,13 @@ class Reversible(DecoderOptions):
 class Tuned(Decoder):
     """Base of the decoders of this module."""
 
+    Options = Prompted
     without_effect: ClassVar[Sequence[str]] = ("reverse_ratio", "caption_prompt")
+
+    def user(self, *said: Part, first: bool) -> Span:
+        """A user's turn, up to where the answer begins."""
+        words = get_template(self.options.template)
+        return Span([("" if first else words.separator) + words.user_prefix, *said, words.user_suffix], learned=False)
 
     def answer(self, fields: Mapping[str, Any], name: str) -> str:
         """A text to learn; validation refuses an empty one, of which only a full stop would be learned."""
@@ -84,12 +87,12 @@ class QuestionAnswer(Tuned):
         if ask:
             question = self.text(fields, "question").strip()
             picture = self.picture(fields, draws, read=True)
-            return Draft([user(picture, question, first=True), Span([with_full_stop(said)])])
+            return Draft([self.user(picture, question, first=True), Span([with_full_stop(said)])])
         number = draws.randint(0, len(phrases.DRAW_REQUESTS) - 1)
         end = "?" if number >= phrases.DRAW_QUESTION else "."
         request = f"{phrases.DRAW_REQUESTS[number]} {said.rstrip('.')}{end}"
         picture = self.picture(fields, draws, read=False)
-        return Draft([user(request, first=True), Span([phrases.DRAW_RESPONSES[number], picture])])
+        return Draft([self.user(request, first=True), Span([phrases.DRAW_RESPONSES[number], picture])])
 
 
 class Edit(Tuned):
@@ -117,7 +120,7 @@ class Edit(Tuned):
         response = response or phrases.EDIT_RESPONSES[draws.randint(0, phrases.EDIT_DRAWN - 1)]
         source = self.picture(fields, draws, read=True, name="source_image_ids")
         target = self.picture(fields, draws, read=False, name="target_image_ids")
-        return Draft([user(source, instruction, first=True), Span([response, target])])
+        return Draft([self.user(source, instruction, first=True), Span([response, target])])
 
 
 class MultiEdit(Tuned):
@@ -155,7 +158,8 @@ class MultiEdit(Tuned):
         spans: list[Span] = []
         for place, name in enumerate(names):
             seen = [self.add_code_noise(pictures[0], draws)] if place == 0 else []
-            spans += [user(*seen, self.text(fields, name), first=place == 0), Span([response, pictures[place + 1]])]
+            spans += [self.user(*seen, self.text(fields, name), first=place == 0),
+                      Span([response, pictures[place + 1]])]
         return Draft(spans)
 
 
@@ -199,12 +203,12 @@ class Story(Tuned):
         opening: list[Part] = [captions[0], self.add_code_noise(pictures[0], draws)]
         if self.options.reverse_ratio != 0:
             told = [part for place in range(1, len(captions)) for part in ("\n" + captions[place], pictures[place])]
-            return Draft([user(*opening, phrases.STORY_REQUESTS[number], first=True),
+            return Draft([self.user(*opening, phrases.STORY_REQUESTS[number], first=True),
                           Span([phrases.STORY_RESPONSES[number], *told])])
         spans: list[Span] = []
         for place in range(1, len(captions)):
             request = f"{captions[place]} {phrases.NEXT_IMAGE_REQUEST}"
-            spans += [user(*(opening if place == 1 else []), request, first=place == 1),
+            spans += [self.user(*(opening if place == 1 else []), request, first=place == 1),
                       Span([phrases.NEXT_IMAGE_RESPONSE, pictures[place]])]
         return Draft(spans)
 
@@ -245,7 +249,7 @@ class Difference(Tuned):
             said: list[Part] = [first, phrases.FIRST_IMAGE, second, f"{phrases.SECOND_IMAGE} {question}"]
         else:
             said = [phrases.FIRST_IMAGE, first, phrases.SECOND_IMAGE, second, question]
-        return Draft([user(*said, first=True), Span([with_full_stop(answer)])])
+        return Draft([self.user(*said, first=True), Span([with_full_stop(answer)])])
 
     def _named(self, text: str) -> str:
         """"image a" -> "the first image"; the released code also did so inside "image and"."""
@@ -270,7 +274,7 @@ class Interleaved(Tuned):
         said = {name: self.text(fields, name) for name in ("instruction", "response")}
         for name, value in said.items() if self.validate else ():
             self._check(value, name)
-        return Draft([user(said["instruction"], first=True), Span([said["response"]])])
+        return Draft([self.user(said["instruction"], first=True), Span([said["response"]])])
 
     def _check(self, value: str, name: str) -> None:
         """Every picture whole, its codes within the codebook."""

@@ -11,7 +11,7 @@ from typing import Any
 from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import PICTURE, PICTURES, TEXT, Draft, Part, Span
 from seed_multimodal.data.decoders.sequence import Draws
-from seed_multimodal.data.decoders.sft import NO_DIALOGUE, Tuned, user
+from seed_multimodal.data.decoders.sft import NO_DIALOGUE, Tuned
 from seed_multimodal.data.decoders.turns import with_full_stop
 from seed_multimodal.data.formats.record import BadRecord
 
@@ -39,7 +39,7 @@ class Conversation(Tuned):
         pictures: list[Part] = self.question_pictures(fields, draws)
         spans: list[Span] = []
         for question, answer in zip(asked, said, strict=False):
-            spans += [user(*pictures, question, first=not spans), Span([self.learned_answer(answer)])]
+            spans += [self.user(*pictures, question, first=not spans), Span([self.learned_answer(answer)])]
             pictures = []
         return Draft(spans)
 
@@ -103,4 +103,4 @@ class Video(Tuned):
             raise BadRecord("number of frames", "image_ids: holds no frame.")
         question = self.text(fields, "question").strip()
         answer = self.answer(fields, "answer").replace(phrases.VIDEO_ARTEFACT, "").strip()
-        return Draft([user(*frames, question, first=True), Span([with_full_stop(answer)])])
+        return Draft([self.user(*frames, question, first=True), Span([with_full_stop(answer)])])

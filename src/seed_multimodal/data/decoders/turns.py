@@ -2,7 +2,7 @@
 turns.
 
     pretrain.*   "USER: " question "\\nASSISTANT: "   (a blank at the end, which becomes a token of its own)
-    sft.*        "USER: " question "\\nASSISTANT:"
+    sft.*        "USER: " question "\\nASSISTANT:"       (with `template: llama2` "[INST] " question " [/INST]\\n")
 
 Answers and the `</s>` at the very end are learned. Each turn is tokenised on its own.
 """
@@ -17,11 +17,21 @@ from seed_multimodal.data.decoders.base import LIST, PICTURES, TEXT, Decoder, De
 from seed_multimodal.data.decoders.phrases import ASSISTANT, USER
 from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.data.formats.record import BadRecord, shorten
+from seed_multimodal.language.prompts import TUNED_TEMPLATES, get_template
+from seed_multimodal.settings import setting
 
 
 def with_full_stop(answer: str) -> str:
     """The answer, ending in a full stop."""
     return answer if answer.endswith(".") else answer + "."
+
+
+@dataclass(frozen=True)
+class Prompted(DecoderOptions):
+    """Options of instruction tuning. template: the words around a user's turn, those that the trained model is asked
+    with; the released data code has Vicuna's only."""
+
+    template: str = setting("vicuna", choices=TUNED_TEMPLATES)
 
 
 class _Turns(Decoder):
@@ -39,8 +49,12 @@ class _Turns(Decoder):
         """`first`: the whole content of the first question, pictures included."""
         user, assistant = (USER[:-1], ASSISTANT[:-1]) if self.tuned else self.options.roles
         sep = self.options.sep
-        opening = f"{sep}{assistant}:" + ("" if self.tuned else " ")
+        before, after = f"{user}: ", f"{sep}{assistant}:" + ("" if self.tuned else " ")
         spans: list[Span] = []
+        if self.tuned and self.options.template != "vicuna":
+            words = get_template(self.options.template)
+            before, after, sep = words.user_prefix, words.user_suffix, words.separator
+            system = f"{words.system_prefix}{system}{words.system_suffix}" if system else ""
         if system:
             spans.append(Span([system if system.endswith(sep) else system + sep], learned=False))
         for place, said in enumerate(turns):
@@ -48,7 +62,7 @@ class _Turns(Decoder):
                 spans.append(Span([said]))
             else:
                 content = first if place == 0 else [said]
-                spans.append(Span([f"{sep if place else ''}{user}: ", *content, opening], learned=False))
+                spans.append(Span([f"{sep if place else ''}{before}", *content, after], learned=False))
         return spans
 
     def _texts(self, fields: Mapping[str, Any]) -> list[str]:
@@ -89,6 +103,10 @@ class TextConversationTuned(TextConversation):
 
     name = "sft.text_conversation"
     tuned = True
+
+    @dataclass(frozen=True)
+    class Options(_Turns.Options, Prompted):
+        """Both."""
 
 
 class VisualQuestion(_Turns):
@@ -134,3 +152,4 @@ class VisualQuestionTuned(VisualQuestion):
 
     name = "sft.visual_question"
     tuned = True
+    Options = TextConversationTuned.Options

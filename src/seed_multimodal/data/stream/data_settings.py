@@ -16,14 +16,16 @@ A mapping with `datapipes` or a `_target_` is one of the released data files; `s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from seed_multimodal.data.decoders.registry import DECODERS
 from seed_multimodal.data.stream.released_settings import is_released, released_data_config
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.prompts import TUNED_TEMPLATES
 from seed_multimodal.settings import read_settings, setting
 
 Files = str | list[str]
@@ -69,6 +71,8 @@ class LlmDataSettings:
             on the right), or `split` (documents of the decoder `pretrain.text` become several pieces; others are
             skipped). Each is counted and named. Without packing sequences are cut, as released, and counted.
         max_bad_in_a_row: this many broken records one after another end the run.
+        template: words around a user's turn (vicuna, llama2) for the decoders that have such an option, in sources that
+            do not set it themselves; None: those of the model that is trained.
         concat_type: `sample` (weighted draws), `concat` (one source after the other), `mux_longest` (round robin).
         lanes: independent streams of draws, see `stream.plan`; None: a number chosen at the first start.
         shuffle_block: samples of a source with several files that are shuffled among each other (reads stay near).
@@ -82,6 +86,7 @@ class LlmDataSettings:
     too_long: str = setting("skip", choices=("skip", "truncate", "split"))
     max_bad_in_a_row: int = setting(20, least=1)
     seed: int = setting(0, least=0)
+    template: str | None = setting(None, choices=TUNED_TEMPLATES)
     concat_type: str = setting("sample", choices=("sample", "concat", "mux_longest"))
     lanes: int | None = setting(None, least=1)
     shuffle_block: int = setting(10_000, least=1)
@@ -116,7 +121,23 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
         given["rows"] = None
     settings = read_settings(LlmDataSettings, {**given, "sources": _read_sources(given.get("sources"), where)}, where)
     _check_sources(settings, where)
-    return settings
+    return with_template(settings, settings.template)
+
+
+def prompted_sources(settings: LlmDataSettings) -> list[SourceSettings]:
+    """The sources whose decoders have the option `template`."""
+    return [source for source in settings.sources
+            if source.decoder in DECODERS and "template" in DECODERS[source.decoder].option_names()]
+
+
+def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSettings:
+    """The settings with this template in the sources that have such an option and do not set it."""
+    if template is None:
+        return settings
+    prompted = {source.name for source in prompted_sources(settings)}
+    return replace(settings, sources=[
+        replace(source, options={"template": template, **source.options}) if source.name in prompted else source
+        for source in settings.sources])
 
 
 def _read_sources(given: Any, where: str) -> list[SourceSettings]:

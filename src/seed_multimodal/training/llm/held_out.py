@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.data_settings import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.mixture import EndOfData, Mixture
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -17,11 +17,11 @@ from seed_multimodal.training.llm.trainer_settings import RunSettings
 
 
 def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGroup, log: Callable[[str], None],
-             rows: Callable[[Mixture], int] | None = None) -> list[LlmBatch] | None:
+             rows: Callable[[Mixture], int] | None = None, template: str | None = None) -> list[LlmBatch] | None:
     """Evaluation batches, read before the first step so that mistakes in them show at once; None: no evaluation.
 
     Args:
-        rows: as in `LlmBatches`.
+        rows: as in `LlmBatches`. template: of prompts, where the evaluation data leave it open.
     """
     if run.eval_data is None or not run.trainer.eval_steps:
         if run.trainer.eval_steps:
@@ -29,7 +29,7 @@ def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGro
         elif run.eval_data is not None:
             log("there is eval_data, but trainer.eval_steps is 0: nothing is evaluated.")
         return None
-    settings = read_data_settings(run.eval_data, "eval_data")
+    settings = with_template(read_data_settings(run.eval_data, "eval_data"), template)
     with LlmBatches(settings, tokenizer, rank=group.rank, world=group.world, rows=rows) as batches:
         return first_batches(batches, run.trainer.eval_batches)
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from seed_multimodal.config import project_root
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.llama import QUANTIZATIONS
+from seed_multimodal.language.prompts import TUNED_TEMPLATES
 from seed_multimodal.settings import check_keys, check_settings, nearest, read_settings, setting
+
+if TYPE_CHECKING:
+    from seed_multimodal.training.llm.trainer_settings import TrainerSettings
 
 ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
 PEFT, BASE, LORA = "peft", "base", "lora"
@@ -52,6 +56,8 @@ class LlmModelSettings:
         lora: fields of `peft.LoraConfig`; None trains every weight.
         adapter: folder of a trained adapter (or of trained weights) to resume from.
         seed: of new weights: random start, rows of new words, LoRA.
+        template: prompts that the model is tuned with, vicuna or llama2; None: by its width, as at inference (LLaMA-2's
+            for the 14B).
         gradient_checkpointing: False, True, or selective (every other layer).
         compile: torch.compile of each layer.
         codebook_start: tokenizer folder whose codebook the new image words start from.
@@ -67,6 +73,7 @@ class LlmModelSettings:
     lora: dict[str, Any] | None = None
     adapter: str | None = None
     seed: int = 0
+    template: str | None = setting(None, choices=TUNED_TEMPLATES)
     gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
     codebook_start: str | None = None
@@ -117,6 +124,25 @@ def for_precision(settings: LlmModelSettings, precision: str) -> tuple[LlmModelS
         f"model: dtype {settings.dtype} needs trainer.precision bf16 or fp16; in this fp32 run the base is loaded in "
         "fp32.")
     return replace(settings, dtype="fp32", trained_dtype="fp32"), remark
+
+
+def for_run(config: Mapping[str, Any], trainer: TrainerSettings, deepspeed: bool) -> tuple[LlmModelSettings, str]:
+    """The settings of a mapping, adapted to the trainer and the engine, and a remark ("").
+
+    Raises:
+        ConfigError: as `read_model_settings`; a base that DeepSpeed cannot hold.
+    """
+    found = read_model_settings(config)
+    if trainer.gradient_checkpointing is not None:
+        found = replace(found, gradient_checkpointing=trainer.gradient_checkpointing)
+    if trainer.compile is not None:
+        found = replace(found, compile=trainer.compile)
+    found, remark = for_precision(found, trainer.precision)
+    if deepspeed and found.quantization is not None:
+        raise ConfigError("A quantised base cannot be spread by DeepSpeed; use the plain engine.")
+    if deepspeed and found.fp8:
+        raise ConfigError("DeepSpeed would cast fp8 weights back to the run's precision; use the plain engine.")
+    return found, remark
 
 
 def find_folder(path: str | Path) -> Path:

@@ -37,12 +37,8 @@ from seed_multimodal.training.llm.loss import (
     round_residual,
 )
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
-from seed_multimodal.training.llm.model_settings import (
-    LlmModelSettings,
-    find_folder,
-    for_precision,
-    read_model_settings,
-)
+from seed_multimodal.training.llm.model_settings import find_folder, for_run
+from seed_multimodal.training.llm.prompting import template_of, with_prompts
 from seed_multimodal.training.llm.step_plan import StepPlan
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
 from seed_multimodal.training.llm.token_meter import TokenMeter
@@ -82,9 +78,12 @@ class LlmTask(Task):
         self.optim = read_settings(OptimSettings, run.optim, "optim")
         self.zero_stage = int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
         check_kernel(self.settings.loss_kernel, device, self.zero_stage)
-        self.model_settings = self._model_settings()
+        self.model_settings, remark = for_run(run.model, self.settings, run.deepspeed is not None)
         self.tokenizer = MultimodalTokenizer.from_pretrained(find_folder(run.tokenizer))
-        data_settings = read_data_settings(run.data)
+        data_settings, remarks = with_prompts(read_data_settings(run.data), self.model_settings,
+                                              find_folder(run.tokenizer))
+        for one in filter(None, [remark, *remarks]):
+            self._log(one)
         self.plan = StepPlan(self.settings, self.model_settings, run.deepspeed, self.tokenizer.vocabulary.size, group,
                              device)
         self.by_tokens = (self.settings.loss_average or ("tokens" if data_settings.packing else "batch")) == "tokens"
@@ -94,7 +93,8 @@ class LlmTask(Task):
                                workers=self.settings.dataloader_num_workers, rows=self.plan.rows, log=self._log)
         self.settings = replace(self.settings, gradient_accumulation_steps=self.plan.accumulate)
         self.rows = self.data.settings.rows or 1
-        self.held_out = held_out(run, self.tokenizer, group, self._log, self.plan.held_out_rows(self.rows))
+        self.held_out = held_out(run, self.tokenizer, group, self._log, self.plan.held_out_rows(self.rows),
+                                 template_of(self.model_settings))
         self.meter = TokenMeter()
         self.loop: Run
         self.llm: Any = None
@@ -282,22 +282,6 @@ class LlmTask(Task):
         load_trained(self.llm, state, str(folder))
 
     # ---------------------------------------------------------------------------------------------------- the start
-
-    def _model_settings(self) -> LlmModelSettings:
-        """The model's settings, adapted to the trainer and the engine."""
-        found = read_model_settings(self.run.model)
-        if self.settings.gradient_checkpointing is not None:
-            found = replace(found, gradient_checkpointing=self.settings.gradient_checkpointing)
-        if self.settings.compile is not None:
-            found = replace(found, compile=self.settings.compile)
-        found, remark = for_precision(found, self.settings.precision)
-        if remark:
-            self._log(remark)
-        if self.run.deepspeed is not None and found.quantization is not None:
-            raise ConfigError("A quantised base cannot be spread by DeepSpeed; use the plain engine.")
-        if self.run.deepspeed is not None and found.fp8:
-            raise ConfigError("DeepSpeed would cast fp8 weights back to the run's precision; use the plain engine.")
-        return found
 
     def _log(self, text: str) -> None:
         if self.group.first:
