@@ -39,7 +39,6 @@ def test_packed_steps_have_the_tokens_of_padded_ones(runs, train, open_rows, cap
 
 
 def test_rows_that_do_not_fit_become_micro_steps_of_the_same_step(runs, train, open_rows, capsys):
-    open_rows["lanes"] = 240  # else they follow from the rows of a micro-batch, and other streams are other draws
     whole = train("whole", f"trainer.max_steps={STEPS}", data=open_rows)
     assert "would not fit" not in capsys.readouterr().out
     rows = json.loads((whole / "summary.json").read_text())["rows"]

@@ -70,8 +70,8 @@ class LlmBatches(StepLoader):
     Args:
         workers: data processes; 0 loads in this process when asked. Batches are the same either way. With packing at
             most `lanes / (world · rows)` of them are used.
-        rows: gives the rows of a packed micro-batch where the settings leave them open; by default those that hold the
-            tokens of a released one.
+        rows: gives the rows of a packed micro-batch where the settings leave them open, and how many it would have if
+            there were room for all tokens of a released one; by default these.
         log: gets one sentence for each of the first few records skipped for a reason.
 
     Raises:
@@ -79,17 +79,20 @@ class LlmBatches(StepLoader):
     """
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer, *, rank: int = 0, world: int = 1,
-                 workers: int = 0, rows: Callable[[Mixture], int] | None = None,
+                 workers: int = 0, rows: Callable[[Mixture], tuple[int, int]] | None = None,
                  log: Callable[[str], None] | None = None) -> None:
         if not 0 <= rank < world or workers < 0:
             raise ConfigError(f"Rank {rank} of {world} with {workers} workers: rank must be below world, and nothing "
                               f"negative.")
         self.rank, self.world = rank, world
         self.mixture = Mixture(settings, tokenizer)
+        released = 1
         if settings.packing and settings.rows is None:
-            self.mixture.settings = replace(settings, rows=(rows or _released_rows)(self.mixture))
+            fitting, released = (rows or _released_rows)(self.mixture)
+            self.mixture.settings = replace(settings, rows=fitting)
         self.settings = self.mixture.settings
-        self.plan = StreamPlan(self.mixture, rank, world, tokenizer.pad_id, tokenizer.vocabulary.boi_id)
+        self.plan = StreamPlan(self.mixture, rank, world, tokenizer.pad_id, tokenizer.vocabulary.boi_id,
+                               released)
         self.statistics = DataStatistics(self.mixture.names, log)
         self._restored = False  # and no batch asked for since
         self._next_step = 0
@@ -193,9 +196,10 @@ class LlmBatches(StepLoader):
         return {**own, "rows of micro-batches": dict(zip(sources, self.plan.steps, strict=True))}
 
 
-def _released_rows(mixture: Mixture) -> int:
+def _released_rows(mixture: Mixture) -> tuple[int, int]:
     size = released_size(mixture)
-    return 1 if size is None else size.rows(mixture.settings.length)
+    rows = 1 if size is None else size.rows(mixture.settings.length)
+    return rows, rows
 
 
 _FIXED = ("decoder", "cycles", "batch_size", "max_length")  # other weights are allowed: later draws follow them

@@ -2,9 +2,11 @@
 
 Row p of a run belongs to stream p % V; rank r of micro-step s takes rows (s · world + r) · rows and on. V is fixed when
 a run starts (the smallest common multiple of 48 and world · rows, so that usual worlds on one machine have the same V,
-hence the same data) and kept in the state: a run can resume with another world size, number of rows or workers, and the
-rows stay the same. Steps that use the same streams are made by the same worker, so no sequence is made twice (unless V
-is no multiple of world · rows: then streams are made by each rank that takes rows of them).
+hence the same data; where rows follow from the released micro-batches, of 48 times these and world · rows, so that the
+rows that a GPU has room for do not change the data either) and kept in the state: a run can resume with another world
+size, number of rows or workers, and the rows stay the same. Steps that use the same streams are made by the same worker,
+so no sequence is made twice (unless V is no multiple of world · rows: then streams are made by each rank that takes
+rows of them).
 
 Padded micro-batches are the rows of one stream (V = 1), which any rank and worker can follow without reading.
 """
@@ -57,14 +59,15 @@ class StreamPlan:
     whichever is nearest before the wanted row.
     """
 
-    def __init__(self, mixture: Mixture, rank: int, world: int, pad_id: int, boi_id: int) -> None:
+    def __init__(self, mixture: Mixture, rank: int, world: int, pad_id: int, boi_id: int, released_rows: int = 1
+                 ) -> None:
         settings = mixture.settings
         self.mixture, self.rank, self.pad_id, self.boi_id = mixture, rank, pad_id, boi_id
         self.packing, self.length = settings.packing, settings.length
         self.rows = (settings.rows or 1) if settings.packing else 1
         self.stride = world * self.rows
         self._first_row, self._first_step = 0, 0  # rows done by all ranks before that step
-        self._start((settings.lanes or math.lcm(STREAMS, self.stride)) if self.packing else 1, {})
+        self._start((settings.lanes or math.lcm(STREAMS * released_rows, self.stride)) if self.packing else 1, {})
 
     def _start(self, streams: int, states: dict[int, State]) -> None:
         self.streams, self.states = streams, states

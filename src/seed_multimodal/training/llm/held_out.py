@@ -17,7 +17,8 @@ from seed_multimodal.training.llm.trainer_settings import RunSettings
 
 
 def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGroup, log: Callable[[str], None],
-             rows: Callable[[Mixture], int] | None = None, template: str | None = None) -> list[LlmBatch] | None:
+             rows: Callable[[Mixture], tuple[int, int]] | None = None, template: str | None = None
+             ) -> list[LlmBatch] | None:
     """Evaluation batches, read before the first step so that mistakes in them show at once; None: no evaluation.
 
     Args:

@@ -52,22 +52,24 @@ class StepPlan:
         # A DeepSpeed file that sets the micro-steps itself is obeyed.
         self.may_split = deepspeed is None or deepspeed.get("gradient_accumulation_steps") in (None, "auto")
 
-    def rows(self, mixture: Mixture) -> int:
-        """Rows of a packed micro-batch of the training data, where their settings leave them open."""
+    def rows(self, mixture: Mixture) -> tuple[int, int]:
+        """Rows of a packed micro-batch of the training data, where their settings leave them open, and how many would
+        hold all tokens of a released one."""
         self.size = self._measured(mixture)
         length, self.derived = mixture.settings.length, True
         asked = 1 if self.size is None else self.size.rows(length)
         plan = self.memory_plan(asked * length)
         if plan is None or self.memory is None or not self.may_split:
-            return asked
+            return asked, asked
         rows, self.accumulate = split_rows(asked, self.accumulate, plan.rows(self.memory, length))
-        return rows
+        return rows, asked
 
-    def held_out_rows(self, most: int) -> Callable[[Mixture], int]:
+    def held_out_rows(self, most: int) -> Callable[[Mixture], tuple[int, int]]:
         """As `rows` for evaluation data: at most the training's."""
-        def rows(mixture: Mixture) -> int:
+        def rows(mixture: Mixture) -> tuple[int, int]:
             size = self._measured(mixture)
-            return most if size is None else min(most, size.rows(mixture.settings.length))
+            asked = most if size is None else size.rows(mixture.settings.length)
+            return min(most, asked), asked
 
         return rows
 
