@@ -4,9 +4,9 @@ Row p of a run belongs to stream p % V; rank r of micro-step s takes rows (s · 
 a run starts (the smallest common multiple of 48 and world · rows, so that usual worlds on one machine have the same V,
 hence the same data; where rows follow from the released micro-batches, of 48 times these and world · rows, so that the
 rows that a GPU has room for do not change the data either) and kept in the state: a run can resume with another world
-size, number of rows or workers, and the rows stay the same. Steps that use the same streams are made by the same worker,
-so no sequence is made twice (unless V is no multiple of world · rows: then streams are made by each rank that takes
-rows of them).
+size, number of rows or workers, and the rows stay the same. Steps that use the same streams are made by the same
+worker, so no sequence is made twice (unless V is no multiple of world · rows: then streams are made by each rank that
+takes rows of them).
 
 Padded micro-batches are the rows of one stream (V = 1), which any rank and worker can follow without reading.
 """
