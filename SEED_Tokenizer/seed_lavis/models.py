@@ -18,6 +18,7 @@ from seed_lavis.initial_weights import clip_target, readout_matrix, start_stage1
 from seed_lavis.naming import Naming
 from seed_lavis.options import Stage1Options, Stage2Options
 from seed_lavis.text import caption_words
+from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
 from seed_multimodal.tokenizers.seed2 import Seed2Config
@@ -79,7 +80,7 @@ class Blip2Casual(SeedModel, Stage1Model):
         if self.words is None:
             raise ConfigError("model.text_tokenizer is null, so the samples must hold input_ids and attention_mask.")
         ids, mask = self.words(captions_of(samples))
-        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
+        return copy_to(self.device, ids), copy_to(self.device, mask)
 
 
 @registry.register_model("blip2_codebook_all_image")

@@ -26,6 +26,7 @@ from seed_multimodal.data.stream.mixture import EndOfData, Mixture
 from seed_multimodal.data.stream.plan import MicroBatch, StreamPlan
 from seed_multimodal.data.stream.released_size import released_size
 from seed_multimodal.data.stream.statistics import DataStatistics
+from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -55,13 +56,12 @@ class LlmBatch:
     images: int
     squares: int
 
-    def to(self, device: str | torch.device, non_blocking: bool = True) -> LlmBatch:
+    def to(self, device: str | torch.device) -> LlmBatch:
         """The same batch on a device."""
-        mask = self.attention_mask
-        return replace(self, input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-                       labels=self.labels.to(device, non_blocking=non_blocking),
-                       position_ids=self.position_ids.to(device, non_blocking=non_blocking),
-                       attention_mask=None if mask is None else mask.to(device, non_blocking=non_blocking))
+        place, mask = torch.device(device), self.attention_mask
+        return replace(self, input_ids=copy_to(place, self.input_ids), labels=copy_to(place, self.labels),
+                       position_ids=copy_to(place, self.position_ids),
+                       attention_mask=None if mask is None else copy_to(place, mask))
 
 
 class LlmBatches(StepLoader):

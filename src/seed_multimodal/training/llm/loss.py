@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.llm.row_facts import IGNORED, RowFacts, learned_targets, packing_known, row_facts
 
-IGNORED = -100
 KINDS = ("auto", "plain", "chunked", "liger")
 LARGEST_LOGITS = 2**26  # entries that may exist at once: 256 MiB in fp32
 
@@ -33,6 +33,13 @@ class LossWeights:
     first_code: int
     text: float = 1.0
     image: float = 1.0
+
+
+    def count(self, labels: Tensor, position_ids: Tensor | None) -> float:
+        """Weighted number of learned tokens of a batch on the CPU; `position_ids` of packed rows."""
+        targets = learned_targets(labels, position_ids)
+        learned, images = int((targets != IGNORED).sum()), int((targets >= self.first_code).sum())
+        return self.text * (learned - images) + self.image * images
 
 
 class LossParts(NamedTuple):
@@ -76,9 +83,14 @@ class LossModule(nn.Module):
         self.llm, self.kind, self.weights = llm, kind, weights
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
-                attention_mask: Tensor | None = None) -> LossParts:
-        """As `packed_loss`, from the batch's tensors `[B, L]`."""
-        return _parts(self.llm, input_ids, labels, position_ids, attention_mask, self.kind, self.weights)
+                attention_mask: Tensor | None = None, facts: RowFacts | None = None) -> LossParts:
+        """As `packed_loss`, from the batch's tensors `[B, L]`; with their `facts` it does not wait for a GPU."""
+        return _parts(self.llm, input_ids, labels, position_ids, attention_mask, self.kind, self.weights, facts)
+
+    def facts(self, labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> RowFacts:
+        """What `forward` needs to know of a batch, from its tensors on the CPU."""
+        by_kind = self.kind == "liger" and self.weights is not None
+        return row_facts(labels, position_ids, attention_mask, self.weights.first_code if by_kind else None)
 
 
 def round_residual(module: nn.Module, precision: str) -> None:
@@ -133,14 +145,6 @@ def find_llama(model: nn.Module) -> Any:
     raise TypeError(f"{type(model).__name__} holds no LLaMA.")
 
 
-def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
-    """What each position but the last has to predict: `[B, L]` → `[B, L-1]`, -100 where nothing."""
-    targets = labels[:, 1:]
-    if position_ids is None:
-        return targets
-    return targets.masked_fill(position_ids.expand_as(labels)[:, 1:] == 0, IGNORED)
-
-
 def use_attention(llama: Any, packed: bool) -> None:
     """Attention for packed or padded rows, if the model has two kinds (`model.set_attention`). It stays until the next
     forward pass, because activation checkpointing computes in the backward pass again."""
@@ -172,34 +176,39 @@ def check_kernel(kind: str, device: torch.device, zero_stage: int = 0, llm: nn.M
                           "auto.")
 
 
-def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None
-             ) -> tuple[Tensor, Tensor]:
+def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None,
+             facts: RowFacts | None = None) -> tuple[Tensor, Tensor]:
     """Last hidden states that have something to predict `[T, width]`, and what `[T]`."""
     if mask is not None:
         positions = None
-        if not bool((mask[:, 1:] > mask[:, :-1]).any()):
-            mask = None  # padded on the right: causal attention hides it
+        masked = bool((mask[:, 1:] > mask[:, :-1]).any()) if facts is None else facts.masked
+        mask = mask if masked else None  # padded on the right: causal attention hides it
     use_attention(llama, positions is not None)
-    shape = ids.shape
+    shape, ends = ids.shape, {}
     if positions is not None and "flash" in str(llama.config._attn_implementation):
         ids, positions = ids.reshape(1, -1), positions.expand(shape).reshape(1, -1)
-    hidden = llama.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+        ends = {} if facts is None else facts.flash
+    with packing_known(None if facts is None else positions is not None and facts.packed):
+        hidden = llama.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False,
+                             **ends).last_hidden_state
     hidden = hidden.reshape(*shape, -1)[:, :-1].flatten(0, 1)
     targets = learned_targets(labels, None if positions is None else positions.reshape(-1, shape[1])).flatten()
-    learned = targets != IGNORED
-    return hidden[learned], targets[learned]
+    learned = (targets != IGNORED).nonzero().flatten() if facts is None else facts.learned
+    return hidden.index_select(0, learned), targets.index_select(0, learned)
 
 
 def _parts(model: nn.Module, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None, kind: str,
-           weights: LossWeights | None) -> LossParts:
+           weights: LossWeights | None, facts: RowFacts | None = None) -> LossParts:
     check_kernel(kind, ids.device, llm=model)
     llama = find_llama(model)
-    hidden, targets = _learned(llama, ids, labels, positions, mask)
+    hidden, targets = _learned(llama, ids, labels, positions, mask, facts)
     image = targets >= weights.first_code if weights is not None else torch.zeros_like(targets, dtype=torch.bool)
     text_weight, image_weight = (weights.text, weights.image) if weights is not None else (1.0, 1.0)
     if kind == "liger":
-        text_sum = _liger(llama.lm_head, hidden[~image], targets[~image])
-        image_sum = _liger(llama.lm_head, hidden[image], targets[image])
+        texts, images = (~image, image) if facts is None or facts.texts < 0 else (
+            slice(facts.texts), slice(facts.texts, None))
+        text_sum = _liger(llama.lm_head, hidden[texts], targets[texts])
+        image_sum = _liger(llama.lm_head, hidden[images], targets[images])
     else:
         values = _losses(llama, hidden, targets, kind)
         text_sum, image_sum = torch.where(image, 0.0, values).sum(), torch.where(image, values, 0.0).sum()

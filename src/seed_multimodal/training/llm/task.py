@@ -27,15 +27,7 @@ from seed_multimodal.training.llm.flops import token_flops
 from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
 from seed_multimodal.training.llm.held_out import blank_batch, evaluate, first_batches, held_out
 from seed_multimodal.training.llm.lora import is_lora, load_adapter
-from seed_multimodal.training.llm.loss import (
-    IGNORED,
-    LossModule,
-    LossWeights,
-    check_kernel,
-    find_llama,
-    learned_targets,
-    round_residual,
-)
+from seed_multimodal.training.llm.loss import LossModule, LossWeights, check_kernel, find_llama, round_residual
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
 from seed_multimodal.training.llm.model_settings import find_folder, for_run
 from seed_multimodal.training.llm.prompting import template_of, with_prompts
@@ -66,6 +58,7 @@ class LlmTask(Task):
     name, record_file, checkpoint_folder = "train", "summary.json", ""
     averages = False
     meter: TokenMeter
+    module: LossModule
     layer_classes = ("LlamaDecoderLayer",)
     quiet_keys = _QUIET
 
@@ -163,8 +156,10 @@ class LlmTask(Task):
         pass may include a collective operation."""
         place = micro_step % self.settings.gradient_accumulation_steps
         real = self.batches[place] if place < len(self.batches) else None
-        batch = (real or blank_batch()).to(self.device)
-        parts = model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
+        batch = real or blank_batch()
+        facts = self.module.facts(batch.labels, batch.position_ids, batch.attention_mask).to(self.device)
+        batch = batch.to(self.device)
+        parts = model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, facts)
         value = parts.sum if self.by_tokens else parts.mean
         shown = value.detach() if self.by_tokens else value.detach() / self.each
         return value * self.share, {
@@ -214,10 +209,7 @@ class LlmTask(Task):
 
     def _learned(self, batch: LlmBatch) -> float:
         """Weighted number of learned tokens."""
-        targets = learned_targets(batch.labels, None if batch.attention_mask is not None else batch.position_ids)
-        learned = int((targets != IGNORED).sum())
-        images = int((targets >= self.loss_weights.first_code).sum())
-        return self.loss_weights.text * (learned - images) + self.loss_weights.image * images
+        return self.loss_weights.count(batch.labels, None if batch.attention_mask is not None else batch.position_ids)
 
     # ---------------------------------------------------------------------------------------------- the checkpoints
 
