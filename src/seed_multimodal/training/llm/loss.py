@@ -89,8 +89,8 @@ class LossModule(nn.Module):
 
     def facts(self, labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> RowFacts:
         """What `forward` needs to know of a batch, from its tensors on the CPU."""
-        by_kind = self.kind == "liger" and self.weights is not None
-        return row_facts(labels, position_ids, attention_mask, self.weights.first_code if by_kind else None)
+        first_code = self.weights.first_code if self.weights is not None and self.kind == "liger" else None
+        return row_facts(labels, position_ids, attention_mask, first_code)
 
 
 def round_residual(module: nn.Module, precision: str) -> None:
