@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from seed_lavis.compat import BaseDatasetBuilder, get_world_size, registry
+from seed_lavis.compat import BaseDatasetBuilder, registry
 from seed_lavis.log import log, log_rank
 from seed_lavis.options import APPLICATION, locate, section_at
 from seed_lavis.processors import BlipImageEval
@@ -45,11 +45,7 @@ class PairBuilder(BaseDatasetBuilder):
     DATASET_CONFIG_DICT: dict[str, str] = {}
 
     def _download_data(self) -> None:
-        """LAVIS's download by one process before the others: sets are local files, so only shards are indexed."""
-        if get_world_size() > 1:
-            for spec in self.sources().values():
-                if "index_folder" in spec:
-                    self.open(spec)
+        """Nothing: sets are local files."""
 
     def build(self) -> dict[str, PairDataset]:
         """Split name → its samples.
@@ -75,8 +71,8 @@ class PairBuilder(BaseDatasetBuilder):
         info = self.build_info()
         specs = split_sources(info, f"datasets.{self.name}.build_info")
         for spec in specs.values():
-            if spec["format"] != "nano" and not spec.get("index_folder") and run.get("output_dir"):
-                spec["index_folder"] = f"{run.output_dir}/index"
+            if spec["format"] != "nano" and run.get("output_dir"):
+                spec["index_instead"] = f"{run.output_dir}/index"  # where nothing can be written beside the data
         return {split: spec for split, spec in specs.items() if split in wanted}
 
     def build_info(self) -> dict[str, Any]:

@@ -155,7 +155,6 @@ def _import_parts(folder: Path) -> None:
 _load()
 
 from lavis.common.config import Config  # noqa: E402
-from lavis.common.dist_utils import get_world_size  # noqa: E402
 from lavis.common.registry import registry  # noqa: E402
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder  # noqa: E402
 from lavis.models.base_model import BaseModel  # noqa: E402
@@ -165,4 +164,4 @@ from lavis.tasks.base_task import BaseTask  # noqa: E402
 from lavis.tasks.image_text_pretrain import ImageTextPretrainTask  # noqa: E402
 
 __all__ = ["BaseDatasetBuilder", "BaseModel", "BaseProcessor", "BaseTask", "Config", "ImageTextPretrainTask",
-           "LavisMissing", "RunnerBase", "get_world_size", "init_distributed_mode", "lavis_folder", "registry"]
+           "LavisMissing", "RunnerBase", "init_distributed_mode", "lavis_folder", "registry"]

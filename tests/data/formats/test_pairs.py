@@ -259,14 +259,14 @@ def test_the_index_is_kept_and_follows_the_shard(tmp_path: Path, shards: Path, j
     assert Pairs(path, index_folder=folder).read(6) == first.read(6)
     write_tar(path, [{"__key__": "new", "jpg": jpeg(9), "json": {"caption": "new"}}])
     renewed = Pairs(path, index_folder=folder)
-    assert len(renewed) == 1 and renewed.read(0).key == "new" and len(list(folder.iterdir())) == 2
+    assert len(renewed) == 1 and renewed.read(0).key == "new" and len(list(folder.iterdir())) == 1
     with pytest.raises(DataError, match="cannot be written"):
         Pairs(path, index_folder=path)
     # a full disk (RLIMIT_FSIZE) leaves nothing half written
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
-        with pytest.raises(DataError, match=r"cannot be written there \(File too large\)"):
+        with pytest.raises(DataError, match=r"cannot be written there \(.*File too large"):
             Pairs(path, index_folder=tmp_path / "full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

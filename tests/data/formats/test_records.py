@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seed_multimodal.data.formats import json_lines
+from seed_multimodal.data.formats import json_lines, json_lists
 from seed_multimodal.data.formats import parquet as parquet_rows
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.files import expand_pattern
@@ -162,7 +162,7 @@ ITEMS = [{"text": "ä\n\"]},{[", "n": -12.5e3}, {"nested": [[1, 2], {"a": None}]
 @pytest.mark.parametrize("window", [4, 40, 1 << 22])
 @pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
 def test_json_lists_are_indexed_by_windows(tmp_path, monkeypatch, window, style):
-    monkeypatch.setattr(json_lines, "BLOCK", 4 * window)
+    monkeypatch.setattr(json_lists, "BLOCK", 4 * window)
     path = written(tmp_path / "a.json", json.dumps(ITEMS, **style))
     assert fields(open_records(path)) == ITEMS
     assert open_records(path).read(2).where == f"{path}: item 2"
@@ -180,7 +180,7 @@ def test_json_lists_are_indexed_by_windows(tmp_path, monkeypatch, window, style)
     ("[" * 200_000, "nested too deeply")])
 @pytest.mark.parametrize("window", [8, 1 << 22])
 def test_broken_json_lists_name_line_and_item(tmp_path, monkeypatch, content, words, window):
-    monkeypatch.setattr(json_lines, "BLOCK", 4 * window)
+    monkeypatch.setattr(json_lists, "BLOCK", 4 * window)
     path = written(tmp_path / "b.json", content)
     with pytest.raises(DataError, match=rf"b\.json: {words if words.startswith('line') else '.*' + words}"):
         len(open_records(path))
@@ -251,7 +251,7 @@ def test_two_hundred_thousand_lines_cost_little_memory(tmp_path):
             file.write(f'{{"text": "number {number}"}}\n')
     source = open_records(path)
     assert source.read(199_999).fields == {"text": "number 199999"}
-    assert sum(part.nbytes for part in source.parts[0].index) <= 24 * 200_000
+    assert sum(part.nbytes for part in source.parts[0].arrays.values()) <= 12 * 200_000
 
 
 # ---- spellings of conversations

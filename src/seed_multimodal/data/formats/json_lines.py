@@ -1,30 +1,28 @@
-"""Positions of the records in a .jsonl or .json file, found without keeping the file in memory."""
+"""Records of a .jsonl or .json file by number; positions of lines, found without keeping the file in memory."""
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
-from array import array
+import os
+import sys
 from collections.abc import Sequence
-from functools import cached_property
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.formats.record import BadRecord, Place, Record
-from seed_multimodal.errors import DataError, first_line
+from seed_multimodal.data.formats.index_file import Arrays, IndexedFile, Scan
+from seed_multimodal.data.formats.json_lists import BOM, LISTS, index_array, opened
+from seed_multimodal.data.formats.record import Place, Record
 
 BLOCK = 1 << 24
-LISTS = ("annotations",)  # keys whose list is meant, in a file that holds one object around it (COCO captions)
-BOM = b"\xef\xbb\xbf"
+CHUNK = 1 << 27  # bytes of a file of lines that are indexed at a time
 _SPACE = np.zeros(256, bool)
 _SPACE[list(b" \t\r\n\v\f")] = True
-_BLANK = " \t\r\n"
 
 
-class JsonFile:
+class JsonFile(IndexedFile):
     """The lines of a .jsonl (blank ones skipped), or the items of a .json list, by number.
 
     Args:
@@ -33,32 +31,82 @@ class JsonFile:
     """
 
     def __init__(self, path: Path, lines: bool = False, key: str | None = None) -> None:
-        self.path, self._lines, self._key = path, lines, key
-        self._name = str(path)
+        super().__init__(path)
+        self._lines, self._keys = lines and key is None, LISTS if key is None else (key,)
+        self.kind = "jsonl" if self._lines else f"json {self._keys}"
 
-    @cached_property
-    def index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """(first byte, end, line number; None of a list) of each record, each int64 [N]."""
-        if self._key is None and (self._lines or is_lines(self.path)):
-            return index_lines(self.path)
-        return (*index_array(self.path, LISTS if self._key is None else (self._key,)), None)
+    def scans(self) -> Sequence[Scan]:
+        """One for each `CHUNK` of lines; a list can only be read from its start."""
+        if not self._lines and (self._keys != LISTS or not is_lines(self.path)):
+            return [partial(_items, self.path, self._keys)]
+        cuts = _line_starts(self.path)
+        return [partial(_lines_between, self.path, start, end) for start, end in pairwise(cuts)]
+
+    def join(self, found: Sequence[Arrays]) -> Arrays:
+        """The index (`_compact`) of all pieces."""
+        if "breaks" not in found[0]:
+            return _compact(found[0]["starts"], found[0]["ends"], None)
+        before = np.cumsum([0, *(int(one["breaks"][0]) for one in found)])
+        numbers = [one["numbers"] + first for one, first in zip(found, before[:-1], strict=True)]
+        return _compact(_joined([one["starts"] for one in found]), _joined([one["ends"] for one in found]),
+                        _joined(numbers))
 
     @property
     def sizes(self) -> Sequence[int]:
         """All records are one piece."""
-        return [len(self.index[0])]
+        return [len(self.arrays["starts"])]
 
     def locate(self, row: int) -> Record:
         """A record, unread; its key is the line or item."""
-        starts, ends, numbers = self.index
-        place = f"item {row}" if numbers is None else f"line {numbers[row]}"
-        data = Place(self._name, int(starts[row]), int(ends[row] - starts[row]))
+        found = self.arrays
+        numbers = found.get("numbers")
+        place = f"item {row}" if numbers is None else f"line {numbers[row] if len(numbers) else row + 1}"
+        data = Place(self._name, int(found["starts"][row]), int(found["lengths"][row]))
         return Record(place.replace(" ", ""), f"{self._name}: {place}", {}, {"json": data}, self._name)
+
+
+def _compact(starts: np.ndarray, ends: np.ndarray, numbers: np.ndarray | None) -> Arrays:
+    """12 bytes a record: first byte (int64 [N]) and `lengths` (uint32 [N] where that holds them); the numbers of lines
+    (none of a list) only where blank lines make them other than 1, 2, 3 …"""
+    lengths = ends - starts
+    small = not len(lengths) or int(lengths.max()) < 1 << 32
+    found = {"starts": starts, "lengths": lengths.astype(np.uint32) if small else lengths}
+    if numbers is not None:
+        plain = not len(numbers) or int(numbers[-1]) == len(numbers)
+        found["numbers"] = numbers[:0] if plain else numbers
+    return found
+
+
+def _items(path: Path, keys: Sequence[str]) -> Arrays:
+    starts, ends = index_array(path, keys)
+    return {"starts": starts, "ends": ends}
+
+
+def _lines_between(path: Path, start: int, end: int) -> Arrays:
+    starts, ends, numbers, breaks = _scan_lines(path, start, end)
+    return {"starts": starts, "ends": ends, "numbers": numbers, "breaks": np.array([breaks])}
+
+
+def _line_starts(path: Path) -> list[int]:
+    """Places to cut a file of lines at: its start, the first line after each `CHUNK` bytes, its end."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        cuts = [0]
+        while cuts[-1] + 2 * CHUNK < size:
+            position = cuts[-1] + CHUNK
+            file.seek(position)
+            while block := file.read(1 << 16):
+                place = block.find(b"\n")
+                position += len(block) if place < 0 else place + 1
+                if place >= 0:
+                    break
+            cuts.append(position)
+        return [*cuts, size]
 
 
 def is_lines(path: Path) -> bool:
     """Whether a file named .json holds an object per line."""
-    with _opened(path) as file:
+    with opened(path) as file:
         start = file.read(4096).lstrip(BOM + b" \t\r\n")
         if not start.startswith(b"{"):
             return False
@@ -75,13 +123,20 @@ def is_lines(path: Path) -> bool:
 
 def index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(first byte, end, line number from 1) of each line that is not blank, each int64 [N]."""
+    return _scan_lines(path)[:3]
+
+
+def _scan_lines(path: Path, begin: int = 0, end: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """As `index_lines`, of a piece that begins with a line and ends with one; and how many line ends it has."""
     starts, ends, numbers = [], [], []
-    position, line_start, line, filled = 0, 0, 1, False
-    with _opened(path) as file:
-        if file.read(3) != BOM:
-            file.seek(0)
+    line, filled = 1, False
+    with opened(path) as file:
+        if begin or file.read(3) != BOM:
+            file.seek(begin)
         position = line_start = file.tell()
-        while block := file.read(BLOCK):
+        left = sys.maxsize if end is None else end - position
+        while left > 0 and (block := file.read(min(BLOCK, left))):
+            left -= len(block)
             data = np.frombuffer(block, np.uint8)
             breaks = np.flatnonzero(data == 10)
             cuts = np.concatenate([[0], breaks + 1])  # where the pieces between line ends begin
@@ -101,155 +156,7 @@ def index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         starts.append(np.array([line_start]))
         ends.append(np.array([position]))
         numbers.append(np.array([line]))
-    return _joined(starts), _joined(ends), _joined(numbers)
-
-
-def index_array(path: Path, keys: Sequence[str] = LISTS) -> tuple[np.ndarray, np.ndarray]:
-    """(first byte, end) of each item of a json list, each int64 [N]; the list may stand under one of these keys.
-
-    Raises:
-        DataError: no json list; the sentence names the line and the item where it breaks off.
-    """
-    with _opened(path) as file:
-        return _Scanner(path, file, keys).items()
-
-
-class _Scanner:
-    """Walks through the list of a json file, a window of text at a time."""
-
-    def __init__(self, path: Path, file: io.BufferedReader, keys: Sequence[str]) -> None:
-        self.path, self.file, self.keys = path, file, keys
-        self.bom = file.peek(3).startswith(BOM)
-        self.decode = codecs.getincrementaldecoder("utf-8-sig")()
-        self.parse = json.JSONDecoder().raw_decode
-        self.text, self.place = "", 0  # the window, and the position in it
-        self.byte = 0  # the byte in the file of `text[place]`
-        self.line = 1
-        self.item = -1
-        self.ended = False
-
-    def items(self) -> tuple[np.ndarray, np.ndarray]:
-        """See `index_array`."""
-        self._more()
-        if self.bom:
-            self.byte = len(BOM)
-        opening = self._next()
-        if opening == "{":
-            opening = self._enter()
-        if opening != "[":
-            raise self._broken("must hold a list of records, or one object per line" if self.keys is LISTS else
-                               f"must hold a list of records, by itself or under {' or '.join(map(repr, self.keys))}")
-        self._step(1)
-        starts, ends = array("q"), array("q")
-        if self._next() == "]":
-            self._finish()
-            return _joined([]), _joined([])
-        while True:
-            self._next()
-            self.item += 1
-            starts.append(self.byte)
-            self._value()
-            ends.append(self.byte)
-            after = self._next()
-            if after == "]":
-                self._finish()
-                return np.array(starts, np.int64), np.array(ends, np.int64)
-            if after != ",":
-                raise self._broken(f"',' or ']' is missing after item {self.item}")
-            self._step(1)
-
-    def _enter(self) -> str:
-        """Enter the list under one of `keys` of the object that opens here; returns "[" when it is found."""
-        self._step(1)
-        while self._next() == '"':
-            key = self._value()
-            if self._next() != ":":
-                break
-            self._step(1)
-            if key in self.keys:
-                return self._next()
-            self._next()
-            self._value()
-            if self._next() != ",":
-                break
-            self._step(1)
-        return ""
-
-    def _finish(self) -> None:
-        """Check that nothing follows a bare list; what follows a list under a key is ignored."""
-        self._step(1)
-        rest = self._next()
-        if rest and rest not in ",}":
-            raise self._broken("there is more after the list's end")
-
-    def _next(self) -> str:
-        """The next character that is no blank ("" at the end); `place` stands at it."""
-        while True:
-            rest = self.text[self.place:self.place + 4096]
-            blanks = len(rest) - len(rest.lstrip(_BLANK))
-            self._step(blanks)
-            if self.place < len(self.text):
-                return self.text[self.place]
-            if not self._more():
-                return ""
-
-    def _value(self) -> Any:
-        """Parse one json value and move past it."""
-        while True:
-            problem: Exception
-            try:
-                value, end = self.parse(self.text, self.place)
-                if end < len(self.text) or self.ended or self.text[end - 1] in '"]}':
-                    self._step(end - self.place)
-                    return value  # a number may continue past the window's end
-                problem = ValueError("breaks off")
-            except json.JSONDecodeError as error:
-                problem = error
-                # Deep inside the window it is an error; at its end, or in an open string, more text may complete it.
-                if not error.msg.startswith("Unterminated string") and error.pos < len(self.text) - 16:
-                    raise self._broken(error.msg, error.pos) from None
-            except (ValueError, RecursionError) as error:
-                deep = isinstance(error, RecursionError)
-                raise self._broken("it is nested too deeply" if deep else first_line(error)) from None
-            if not self._more():
-                raise self._broken(getattr(problem, "msg", str(problem)), getattr(problem, "pos", self.place)) from None
-
-    def _step(self, count: int) -> None:
-        if count:
-            passed = self.text[self.place:self.place + count]
-            self.byte += count if passed.isascii() else len(passed.encode())
-            self.line += passed.count("\n")
-            self.place += count
-
-    def _more(self) -> bool:
-        """Drop the text already parsed and read more: at least as much as is left, so that a huge item is not parsed
-        over and over again; False at the end."""
-        if self.ended:
-            return False
-        data = self.file.read(max(BLOCK // 4, len(self.text) - self.place))
-        self.ended = not data
-        try:
-            self.text, self.place = self.text[self.place:] + self.decode.decode(data, final=self.ended), 0
-        except UnicodeDecodeError as error:
-            raise self._broken(f"it is not UTF-8: {error.reason}") from None
-        return not self.ended
-
-    def _broken(self, reason: str, position: int | None = None) -> DataError:
-        line = self.line + (self.text.count("\n", self.place, position) if position is not None else 0)
-        item = f", item {self.item}" if self.item >= 0 else ""
-        return BadRecord("malformed json", f"{self.path}: line {line}{item}: is not a json list ({reason}).")
-
-
-def _opened(path: Path) -> io.BufferedReader:
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}).") from None
-    if file.peek(2)[:2] == b"\x1f\x8b":
-        file.close()
-        raise BadRecord("damaged file", f"{path}: compressed files cannot be read at random positions; unpack it with "
-                        "gunzip first.")
-    return file
+    return _joined(starts), _joined(ends), _joined(numbers), line - 1
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 
 class PackedStrings:
-    """An immutable sequence of strings: UTF-8 bytes (uint8 [total]) and where each ends (int64 [N])."""
+    """An immutable sequence of strings: UTF-8 bytes (uint8 [total]) and where each ends (uint32 or int64 [N])."""
 
     def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
         self.data, self.ends = data, ends
@@ -27,7 +27,7 @@ class PackedStrings:
             except UnicodeEncodeError:
                 data += string.encode("utf-8", "replace")
             ends.append(len(data))
-        return cls(np.frombuffer(bytes(data), np.uint8), np.array(ends, np.int64))
+        return cls(np.frombuffer(bytes(data), np.uint8), np.array(ends, np.uint32 if len(data) < 1 << 32 else np.int64))
 
     def __len__(self) -> int:
         return len(self.ends)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.data.formats.files import find_files
+from seed_multimodal.data.formats.index_store import IndexStore
 from seed_multimodal.data.formats.nano import NanoFile, find_nano
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.pictures import CAPTION_FIELDS, IMAGE_FIELDS, IMAGE_KEYS, image_field, stored_picture
@@ -117,7 +118,7 @@ class Pairs:
             of `pictures.IMAGE_FIELDS` and `CAPTION_FIELDS` that is there.
         image_keys: extensions of a tar's pictures, the preferred first.
         caption_file: json or txt: the only member looked at for a caption; None: .json, and .txt where that has none.
-        index_folder: see `tar.TarFile`.
+        index_folder, index_instead: of the files' indexes, see `index_store.IndexStore`.
 
     `shard_sizes` (samples of each shard or row group; None: there are only lists and folders) lets the training order
     keep reads near each other.
@@ -129,13 +130,14 @@ class Pairs:
     def __init__(self, files: str | Path | Sequence[str | Path], format: str = "auto", *,
                  image_root: str | Path | None = None, image_key: str | None = None,
                  image_keys: Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
-                 caption_file: str | None = None, index_folder: str | Path | None = None) -> None:
+                 caption_file: str | None = None, index_folder: str | Path | None = None,
+                 index_instead: str | Path | None = None) -> None:
         self._reader = PairReader(image_root, image_key, image_keys, caption_key, caption_file)
         columns = self._reader.columns
         given = [files] if isinstance(files, str | Path) else list(files)
-        parts = [TarFile(path, columns, index_folder=index_folder) if kind == "tar" else open_file(path, kind)
+        parts = [TarFile(path, columns) if kind == "tar" else open_file(path, kind)
                  for path, kind in find_files(given, format, pictures=True)]
-        self._records = FileRecords(parts, ", ".join(map(str, given)))
+        self._records = FileRecords(parts, ", ".join(map(str, given)), IndexStore(index_folder, index_instead))
         self._length = len(self._records)
         shards = [part for part in parts if isinstance(part, TarFile)]
         if shards:
@@ -158,7 +160,7 @@ class Pairs:
 
     def _refuse_without(self, shards: Sequence[TarFile], columns: Sequence[str], wanted: Sequence[str]) -> None:
         """Refuse shards of which none has any of these parts: they are another data set's."""
-        if not any(shard.has(column).any() for shard in shards for column in columns):
+        if not any(shard.count(column) for shard in shards for column in columns):
             raise DataError(f"{shards[0].path}: neither this nor any other shard of {self._records.name} has a member "
                             f"with extension {' or '.join(wanted)}.")
 

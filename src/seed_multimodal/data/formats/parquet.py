@@ -6,11 +6,14 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from seed_multimodal.data.formats.index_file import Arrays, IndexedFile, Scan
 from seed_multimodal.data.formats.record import BadRecord, Record, Row
 from seed_multimodal.errors import DataError, first_line
 
@@ -18,21 +21,29 @@ PIECE = 64 << 20  # bytes: row groups above it are read by pieces of about this 
 _BUFFER = 1 << 20
 
 
-class ParquetFile:
+class ParquetFile(IndexedFile):
     """The rows of a parquet file by number, unread."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._name = path, str(path)
+    kind = "parquet"
 
-    @cached_property
+    def scans(self) -> Sequence[Scan]:
+        """One: the file's footer."""
+        return [partial(_rows_of_groups, self.path)]
+
+    @property
     def sizes(self) -> Sequence[int]:
         """Rows of each row group. Raises BadRecord: it cannot be read as parquet."""
-        with opened(self.path) as file:
-            return [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+        return self.arrays["rows"]
 
     def locate(self, row: int) -> Record:
         """A record, unread; its key is `rowN`."""
         return Record(f"row{row}", f"{self._name}: row {row}", file=self._name, row=Row(self._name, row))
+
+
+def _rows_of_groups(path: Path) -> Arrays:
+    with opened(path) as file:
+        rows = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+    return {"rows": np.array(rows, np.int64)}
 
 
 class RowGroups:

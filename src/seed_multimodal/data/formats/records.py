@@ -22,6 +22,8 @@ import numpy as np
 
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.files import find_files
+from seed_multimodal.data.formats.index_file import IndexedFile
+from seed_multimodal.data.formats.index_store import IndexStore
 from seed_multimodal.data.formats.json_lines import JsonFile
 from seed_multimodal.data.formats.nano import NanoFile, find_nano
 from seed_multimodal.data.formats.parquet import ParquetFile
@@ -49,19 +51,20 @@ class RecordFile(Protocol):
 class JsonTar(TarFile):
     """The `KEY.json` members of a plain tar."""
 
-    def __init__(self, path: Path, index_folder: str | Path | None = None) -> None:
-        super().__init__(path, {"json": ("json",), "pickle": PICKLED}, index_folder=index_folder)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, {"json": ("json",), "pickle": PICKLED})
 
     @property
     def sizes(self) -> Sequence[int]:
         """All samples are one piece. Raises BadRecord: a sample is a pickle, or none has a .json."""
-        known, pickled = self.has("json"), self.has("pickle")
-        if (pickled & ~known).any():
-            key = self.index[1][int((pickled & ~known).argmax())]
+        whole = len(self.keys)
+        pickled = self.has("pickle") & ~self.has("json") if self.count("json") < whole and self.count("pickle") else ()
+        if np.any(pickled):
+            key = self.keys[int(np.argmax(pickled))]
             raise BadRecord("pickled", f"{self.path}: sample {key} is a pickle, which may hold code; convert the "
                             f"shards once: seed data convert {self.path} --out FOLDER.")
-        if len(known) and not known.any():
-            raise BadRecord("missing member", f"{self.path}: none of its {len(known)} samples has a .json member.")
+        if whole and not self.count("json"):
+            raise BadRecord("missing member", f"{self.path}: none of its {whole} samples has a .json member.")
         return super().sizes
 
     def locate(self, row: int) -> Record:
@@ -72,10 +75,10 @@ class JsonTar(TarFile):
         return record
 
 
-def open_file(path: Path, format: str, *, index_folder: str | Path | None = None) -> RecordFile:
+def open_file(path: Path, format: str) -> RecordFile:
     """The records of one file: tar, jsonl, json, parquet, folder (of pictures) or nano; nothing is read yet."""
     if format == "tar":
-        return JsonTar(path, index_folder)
+        return JsonTar(path)
     if format == "parquet":
         return ParquetFile(path)
     if format in ("json", "jsonl"):
@@ -96,7 +99,7 @@ def open_records(
         format: tar, jsonl, json or parquet; auto goes by each file's suffix, and by the kind of file a folder holds.
             `folder`: pictures with their captions in .txt files beside them. `nano`: the nano set (None: where it is).
         name: name of the source in logs and counts; default: what was given as `files`.
-        index_folder: where the indexes of tars are kept between runs.
+        index_folder: of the files' indexes, see `index_store.IndexStore`.
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
@@ -106,20 +109,26 @@ def open_records(
         found = [(find_nano(one), format) for one in given or (None,)]
     else:
         found = [(Path(one), format) for one in given] if format == "folder" else find_files(given, format)
-    return FileRecords([open_file(path, format, index_folder=index_folder) for path, format in found],
-                       name or ", ".join(map(str, given)))
+    return FileRecords([open_file(path, format) for path, format in found], name or ", ".join(map(str, given)),
+                       IndexStore(index_folder))
 
 
 class FileRecords:
-    """The records of several files, numbered through."""
+    """The records of several files, numbered through.
 
-    def __init__(self, parts: Sequence[RecordFile], name: str = "") -> None:
-        self.parts, self.name = parts, name
+    Args:
+        store: where their indexes are kept; None: each is made when it is needed.
+    """
+
+    def __init__(self, parts: Sequence[RecordFile], name: str = "", store: IndexStore | None = None) -> None:
+        self.parts, self.name, self._store = parts, name, store
         self.files = [part.path for part in parts]
         self.open_files = OpenFiles()
 
     @cached_property
     def _ends(self) -> list[int]:
+        if self._store is not None:
+            self._store.fill([part for part in self.parts if isinstance(part, IndexedFile)])
         ends = list(accumulate(sum(map(int, part.sizes)) for part in self.parts))
         damages = [part.damage for part in self.parts if isinstance(part, TarFile) and part.damage]
         if ends[-1] == len(damages) > 0:

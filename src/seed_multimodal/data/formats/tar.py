@@ -1,28 +1,26 @@
 """Webdataset shards: members grouped into samples, and random access by an index of the headers, read once.
 
-Why an index: the order of samples must be a function of (seed, step), which a stream cannot give. About 41 bytes per
-sample are kept, in arrays; with an `index_folder` they are kept on disk between runs, and a shard that changed is
-indexed again. Plain .tar only, since a position inside a .tar.gz cannot be read without unpacking all before it.
+Why an index: the order of samples must be a function of (seed, step), which a stream cannot give. About 29 bytes per
+sample are kept, in arrays (`index_store` keeps them on disk between runs). Plain .tar only, since a position inside a
+.tar.gz cannot be read without unpacking all before it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
+from seed_multimodal.data.formats.index_file import Arrays, IndexedFile, Scan
 from seed_multimodal.data.formats.packed import PackedStrings
 from seed_multimodal.data.formats.parquet import RowGroups
 from seed_multimodal.data.formats.record import Place, Record
 from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members, unpacked
-from seed_multimodal.disk import replacing
 from seed_multimodal.errors import DataError
 
 Columns = Mapping[str, Sequence[str]]  # a part of a sample -> the extensions of its member, the preferred first
@@ -63,7 +61,7 @@ def tar_records(path: Path, wanted: Collection[str] | None = None, *, unpack: bo
         yield current
 
 
-class TarFile:
+class TarFile(IndexedFile):
     """The samples of a plain tar by number.
 
     Of a torn tar the whole samples before its damage are records, and the sample it tears in is a last one that has
@@ -71,57 +69,72 @@ class TarFile:
 
     Args:
         columns: the parts of a sample; a record's members have these names.
-        index_folder: where indexes of earlier runs are found and new ones written (each whole or not at all).
     """
 
-    def __init__(self, path: Path, columns: Columns, *, index_folder: str | Path | None = None) -> None:
-        self.path, self._name = path, str(path)
+    def __init__(self, path: Path, columns: Columns) -> None:
+        super().__init__(path)
         self.columns = {name: tuple(extensions) for name, extensions in columns.items()}
-        self._index_folder = index_folder
+        self.kind = f"tar {self.columns}"
+
+    def scans(self) -> Sequence[Scan]:
+        """One: the headers form a chain."""
+        return [partial(_tar_arrays, self.path, self.columns)]
 
     @cached_property
-    def index(self) -> tuple[np.ndarray, PackedStrings, str]:
-        """(spans of type SPAN [N, columns], keys, a sentence about the tar's damage; empty: none) of its whole samples.
-
-        Raises:
-            DataError: naming the tar that cannot be opened or is compressed.
-        """
-        kept = _kept_file(self.path, self.columns, Path(self._index_folder)) if self._index_folder else None
-        found = _read_kept(kept) if kept else None
-        if found is not None:
-            return found
-        found = scan_tar(self.path, self.columns)
-        if kept:
-            _write_kept(kept, *found)
-        return found
+    def keys(self) -> PackedStrings:
+        """The keys of the whole samples."""
+        return PackedStrings(self.arrays["keys"], self.arrays["ends"])
 
     @property
     def damage(self) -> str:
         """A sentence about where the tar is torn; empty: it is whole."""
-        return self.index[2]
+        reason = self.arrays["damage"].tobytes().decode("utf-8", "surrogateescape")
+        return f"{self.path}: {reason}" if reason else ""
 
     @property
     def sizes(self) -> Sequence[int]:
         """All samples are one piece; a torn one is among them."""
-        return [len(self.index[0]) + bool(self.damage)]
+        return [len(self.keys) + bool(self.damage)]
+
+    def count(self, column: str) -> int:
+        """How many samples have this part."""
+        return int(self.arrays["counts"][list(self.columns).index(column)])
 
     def has(self, column: str) -> np.ndarray:
-        """Which samples have this part, bool [N]."""
-        return np.asarray(self.index[0]["offset"][:, list(self.columns).index(column)] != ABSENT)
+        """Which samples have this part, bool [N]; reads the whole index, unlike `count`."""
+        if not self.count(column):
+            return np.zeros(len(self.keys), bool)
+        return np.asarray(self.arrays[f"spans of {column}"]["offset"] != ABSENT)
 
     def locate(self, row: int) -> Record:
         """A sample, unread; its key is that in the shard."""
-        spans, keys, damage = self.index
         file = self._name
-        if row == len(keys):
-            return Record("torn", file, file=file, problem=("damaged file", damage))
-        found = Record(keys[row], f"{file}: sample {keys[row]}", file=file)
-        for (name, extensions), (offset, size) in zip(self.columns.items(), spans[row].tolist(), strict=True):
+        if row == len(self.keys):
+            return Record("torn", file, file=file, problem=("damaged file", self.damage))
+        key = self.keys[row]
+        found = Record(key, f"{file}: sample {key}", file=file)
+        for (name, extensions), spans in zip(self.columns.items(), self._spans, strict=True):
+            offset, size = (ABSENT, 0) if spans is None else spans[row].item()
             if offset == TWICE:
                 found.problem = _twice(found.where, extensions[size])
             elif offset != ABSENT:
                 found.members[name] = Place(file, offset, size)
         return found
+
+    @cached_property
+    def _spans(self) -> list[np.ndarray | None]:
+        """Of each column, SPAN [N]; None: no sample has it."""
+        return [self.arrays.get(f"spans of {name}") for name in self.columns]
+
+
+def _tar_arrays(path: Path, columns: Columns) -> Arrays:
+    """The index of a tar; columns that no sample has are left out."""
+    spans, keys, damage = scan_tar(path, columns)
+    counts = (spans["offset"] != ABSENT).sum(0)
+    reason = damage.removeprefix(f"{path}: ").encode("utf-8", "surrogateescape")  # the file may move
+    return {"keys": keys.data, "ends": keys.ends, "counts": counts, "damage": np.frombuffer(reason, np.uint8),
+            **{f"spans of {name}": np.ascontiguousarray(spans[:, number])
+               for number, name in enumerate(columns) if counts[number]}}
 
 
 def _twice(where: str, extension: str) -> tuple[str, str]:
@@ -155,33 +168,6 @@ def _span(members: Sequence[bytes | Place | None]) -> tuple[int, int]:
     if twice is not None:
         return TWICE, twice
     return (there[0][1].offset, there[0][1].size) if there else (ABSENT, 0)
-
-
-def _kept_file(shard: Path, columns: Columns, folder: Path) -> Path:
-    """The file of a shard's index; its name changes with the shard's place, size and time."""
-    try:
-        about = shard.stat()
-    except OSError as error:
-        raise DataError(f"{shard}: cannot be opened ({error.strerror}).") from None
-    mark = repr((str(shard.resolve()), about.st_size, about.st_mtime_ns, columns))
-    return folder / f"{shard.name}.{hashlib.sha256(mark.encode()).hexdigest()[:16]}.npz"
-
-
-def _read_kept(file: Path) -> tuple[np.ndarray, PackedStrings, str] | None:
-    try:
-        with np.load(file, allow_pickle=False) as kept:
-            return kept["spans"], PackedStrings(kept["data"], kept["ends"]), str(kept["damage"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none yet, or damaged: the shard is read instead
-        return None
-
-
-def _write_kept(file: Path, spans: np.ndarray, keys: PackedStrings, damage: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as handle:
-            np.savez(handle, spans=spans, data=keys.data, ends=keys.ends, damage=np.array(damage))
-    except OSError as error:
-        raise DataError(f"{file.parent}: the index of a shard cannot be written there ({error.strerror}).") from None
 
 
 class OpenFiles:

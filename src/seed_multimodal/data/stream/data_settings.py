@@ -77,6 +77,7 @@ class LlmDataSettings:
         lanes: independent streams of draws, see `stream.plan`; None: a number chosen at the first start.
         shuffle_block: samples of a source with several files that are shuffled among each other (reads stay near).
         buffer: tokens of sequences, in rows of `length`, that a stream looks ahead for packing.
+        index_folder: where the indexes of all files are kept; None: beside each file (see `formats.index_store`).
     """
 
     sources: list[SourceSettings]
@@ -91,6 +92,7 @@ class LlmDataSettings:
     lanes: int | None = setting(None, least=1)
     shuffle_block: int = setting(10_000, least=1)
     buffer: float = setting(2.0, above=0)
+    index_folder: str | None = None
 
     def draw_weights(self) -> list[float]:
         """Weight of one draw of each source, summing to 1 (see `SourceSettings.weight`)."""

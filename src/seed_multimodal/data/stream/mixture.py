@@ -42,7 +42,8 @@ class Mixture:
         self.settings = settings
         self.names = [source.name for source in settings.sources]
         self.choice = SourceChoice(settings.draw_weights(), settings.concat_type, settings.seed)
-        self.records = [open_records(source.files, format=source.format, name=source.name)
+        self.records = [open_records(source.files, format=source.format, name=source.name,
+                                     index_folder=settings.index_folder)
                         for source in settings.sources]
         self.decoders = [_decoder(source, records, tokenizer)
                          for source, records in zip(settings.sources, self.records, strict=True)]
