@@ -17,6 +17,7 @@ import pytest
 import webdataset
 from omegaconf import OmegaConf
 
+from seed_multimodal.data.formats import tar_headers
 from seed_multimodal.data.formats.files import expand_pattern, nearest_path
 from seed_multimodal.data.formats.packed import PackedStrings
 from seed_multimodal.data.formats.pairs import NanoPairs, Pairs, open_pairs
@@ -230,6 +231,49 @@ def test_missing_captions_and_pictures(tmp_path: Path, jpeg: Callable, write_tar
         Pairs(path, caption_file="txt")
     with pytest.raises(ConfigError, match="caption_file"):
         Pairs(path, caption_file="yaml")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_headers_read_by_the_window_are_those_read_one_by_one(tmp_path: Path, seed: int,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small and large members, long names, folders and links between them, torn and damaged in places."""
+    draw, path = np.random.default_rng(seed), tmp_path / "x.tar"
+    monkeypatch.setattr(tar_headers, "_FIRST", int(draw.choice([512, 1024, 4096, 1 << 16])))
+    monkeypatch.setattr(tar_headers, "WINDOW", int(draw.choice([1024, 5120, 1 << 20])))
+    monkeypatch.setattr(tar_headers, "SMALL", int(draw.choice([600, 2000, 1 << 13])))
+    with tarfile.open(path, "w", format=int(draw.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT]))) as archive:
+        for number in range(60):
+            info = tarfile.TarInfo(("long-folder/" * 11 if draw.random() < 0.02 else "") + f"é{number:04d}.json")
+            info.size = int(draw.choice([0, 1, 511, 512, 513, 3000, 20_000], p=[.1, .1, .1, .2, .3, .15, .05]))
+            if draw.random() < 0.02:
+                info.type, info.size = tarfile.DIRTYPE, 0
+            archive.addfile(info, io.BytesIO(draw.bytes(info.size)))
+    whole = path.read_bytes()
+    for damage in ("none", "torn", "zeros", "flipped"):
+        content = bytearray(whole)
+        place = int(draw.integers(len(content) // 3, len(content)))
+        if damage == "torn":
+            del content[place:]
+        elif damage == "zeros":
+            content[place:] = bytes(len(content) - place)
+        elif damage == "flipped":
+            for spot in draw.integers(0, len(content), 40).tolist():
+                content[spot] ^= int(draw.integers(1, 256))
+        path.write_bytes(content)
+        assert _walked(path) == _walked(bytes(content)), damage
+    monkeypatch.undo()
+    path.write_bytes(whole)
+    assert _walked(path) == _walked(whole) and len(_walked(whole)[0]) > 50
+
+
+def _walked(tar: Path | bytes) -> tuple[list[tuple[str, int, int]], str]:
+    found = []
+    try:
+        for member in tar_members(tar):
+            found.append(member)
+    except tar_headers.Damaged as error:
+        return found, str(error)
+    return found, ""
 
 
 def test_a_member_that_is_there_twice(tmp_path: Path, jpeg: Callable) -> None:

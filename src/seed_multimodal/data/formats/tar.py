@@ -27,6 +27,7 @@ Columns = Mapping[str, Sequence[str]]  # a part of a sample -> the extensions of
 # Of one member in bytes. Offset ABSENT: the sample has none; TWICE: it has two of one extension, of number `size`.
 SPAN = np.dtype([("offset", "<i8"), ("size", "<u4")])
 ABSENT, TWICE = -1, -2
+_NONE = 1 << 30
 
 
 def tar_records(path: Path, wanted: Collection[str] | None = None, *, unpack: bool = False) -> Iterator[Record]:
@@ -147,27 +148,39 @@ def scan_tar(path: Path, columns: Columns) -> tuple[np.ndarray, PackedStrings, s
     Raises:
         DataError: it cannot be opened, or is compressed.
     """
+    places: dict[str, list[tuple[int, int]]] = {}  # extension -> columns that want it, and its number in them
+    for column, extensions in enumerate(columns.values()):
+        for number, extension in enumerate(extensions):
+            places.setdefault(extension, []).append((column, number))
     keys: list[str] = []
     spans: list[tuple[int, int]] = []
-    damage = ""
+    current, damage = "", ""
+    row: list[tuple[int, int]] = []
+    taken: list[int] = []  # of each column the number of the extension in `row`
+    seen: list[str] = []
     try:
-        for record in tar_records(path, {extension for several in columns.values() for extension in several}):
-            keys.append(record.key)
-            for extensions in columns.values():
-                spans.append(_span([record.members.get(one) for one in extensions]))
+        for name, offset, size in tar_members(path):
+            key, extension = split_name(name)
+            if not key:
+                continue
+            if key != current:
+                if current:
+                    keys.append(current)
+                    spans += row
+                current, row, taken, seen = key, [(ABSENT, 0)] * len(columns), [_NONE] * len(columns), []
+            for column, number in places.get(extension, ()):
+                if extension in seen:
+                    row[column] = (TWICE, min(number, row[column][1]) if row[column][0] == TWICE else number)
+                elif number < taken[column] and row[column][0] != TWICE:
+                    row[column], taken[column] = (offset, size), number
+            seen.append(extension)
+        if current:
+            keys.append(current)
+            spans += row
     except Damaged as error:
         after = f"after sample {keys[-1]}" if keys else "in its first sample"
         damage = f"{path}: torn or damaged {after} ({error})."
     return np.array(spans, SPAN).reshape(-1, len(columns)), PackedStrings.of(keys), damage
-
-
-def _span(members: Sequence[bytes | Place | None]) -> tuple[int, int]:
-    """The span of the first member that is there."""
-    there = [(number, found) for number, found in enumerate(members) if isinstance(found, Place)]
-    twice = next((number for number, found in there if found.offset == TWICE), None)
-    if twice is not None:
-        return TWICE, twice
-    return (there[0][1].offset, there[0][1].size) if there else (ABSENT, 0)
 
 
 class OpenFiles:

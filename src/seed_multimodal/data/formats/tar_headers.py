@@ -1,5 +1,7 @@
 """The members of a plain tar, by reading only its headers (512 bytes each): names, positions, sizes.
 
+Headers of small members (codes, captions) are read by the window and checked together, the others one by one.
+
 Why not `tarfile`: at a damaged header, or where the end mark is missing, it stops without an error, so the rest of a
 shard would be lost unnoticed; and it takes 2.6 times as long (14.5 against 5.6 µs per member on one CPU core). Formats:
 ustar, GNU long names, pax; a test compares with `tarfile`.
@@ -11,13 +13,19 @@ import functools
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from seed_multimodal.errors import DataError
 
 BLOCK = 512
+WINDOW = 1 << 22  # bytes that are read at a time where members are small
+SMALL = 1 << 13  # bytes: the mean member up to which that is quicker than to read single headers
+_FIRST = 1 << 16
+_OCTAL = 8 ** np.arange(10, -1, -1, dtype=np.int64)
 
 
 class Damaged(Exception):
@@ -36,7 +44,7 @@ def tar_members(tar: Path | bytes) -> Iterator[tuple[str, int, int]]:
         Damaged: it is cut off, has no end mark, or has something else where a header is due.
     """
     if isinstance(tar, bytes):
-        yield from _walk(lambda size, offset: tar[offset:offset + size], len(tar))
+        yield from _walk(lambda size, offset: tar[offset:offset + size], len(tar), 0)
         return
     try:
         file = os.open(tar, os.O_RDONLY)
@@ -46,7 +54,9 @@ def tar_members(tar: Path | bytes) -> Iterator[tuple[str, int, int]]:
         if os.pread(file, 2, 0) == b"\x1f\x8b" or tar.suffix == ".gz":
             raise DataError(f"{tar}: compressed shards cannot be read at random positions (only plain .tar can); "
                             "unpack it with gunzip first.")
-        yield from _walk(functools.partial(os.pread, file), os.fstat(file).st_size)
+        total = os.fstat(file).st_size
+        position = yield from _plain_members(file, total)
+        yield from _walk(functools.partial(os.pread, file), total, position)
     finally:
         os.close(file)
 
@@ -75,8 +85,47 @@ def split_name(name: str) -> tuple[str, str]:
     return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")
 
 
-def _walk(read: Callable[[int, int], bytes], total: int) -> Iterator[tuple[str, int, int]]:
-    position = 0
+def _plain_members(file: int, total: int) -> Generator[tuple[str, int, int], None, int]:
+    """The members of a tar up to the first header that is not a plain, whole one of a regular file, or until they are
+    not small; returns its position."""
+    position, window = 0, _FIRST
+    while True:
+        data = os.pread(file, window, position)
+        blocks = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
+        digits = blocks[:, 124:135] - ord("0")  # of what may be no header; wraps below 0
+        sized = (digits < 8).all(1) & np.isin(blocks[:, 135], (0, 32))
+        sizes = digits.astype(np.int64) @ _OCTAL
+        steps = np.where(sized, 1 + (sizes + BLOCK - 1) // BLOCK, 0).tolist()
+        heads, place = [], 0
+        while place < len(steps) and steps[place]:
+            heads.append(place)
+            place += steps[place]
+        chosen = np.array(heads, np.int64)
+        starts = position + (chosen + 1) * BLOCK
+        good = _plain(blocks[chosen]) & (starts + sizes[chosen] <= total)
+        count = len(heads) if good.all() else int(good.argmin())
+        names = np.ascontiguousarray(blocks[chosen[:count], :100]).view("S100")[:, 0].tolist()
+        for name, start, size in zip(names, starts.tolist(), sizes[chosen].tolist(), strict=False):
+            yield name.decode("utf-8", "surrogateescape"), start, size
+        if count < len(heads):
+            return position + heads[count] * BLOCK
+        position += place * BLOCK
+        if place < len(steps) or not heads or place * BLOCK > SMALL * len(heads):
+            return position
+        window = WINDOW
+
+
+def _plain(headers: np.ndarray) -> np.ndarray:
+    """Which headers `[N, 512]` have the right sum, are of regular files and have plain names, bool [N]."""
+    ends = headers[:, :100] == 0
+    digits = headers[:, 148:154] - ord("0")
+    sums = headers.sum(1, dtype=np.int64) - headers[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
+    return ((digits < 8).all(1) & np.isin(headers[:, 154], (0, 32)) & (digits.astype(np.int64) @ _OCTAL[-6:] == sums)
+            & np.isin(headers[:, 156], (0, ord("0"))) & ~headers[:, 345:500].any(1)
+            & ~ends[:, 0] & ~(ends[:, :-1] & ~ends[:, 1:]).any(1))
+
+
+def _walk(read: Callable[[int, int], bytes], total: int, position: int) -> Iterator[tuple[str, int, int]]:
     extra: dict[str, Any] = {}  # values for the next member, from an extra header
     while True:
         header = read(BLOCK, position)
