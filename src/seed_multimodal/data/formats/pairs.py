@@ -133,15 +133,13 @@ class Pairs:
                  caption_file: str | None = None, index_folder: str | Path | None = None,
                  index_instead: str | Path | None = None) -> None:
         self._reader = PairReader(image_root, image_key, image_keys, caption_key, caption_file)
-        columns = self._reader.columns
         given = [files] if isinstance(files, str | Path) else list(files)
-        parts = [TarFile(path, columns) if kind == "tar" else open_file(path, kind)
+        parts = [TarFile(path, self._reader.columns) if kind == "tar" else open_file(path, kind)
                  for path, kind in find_files(given, format, pictures=True)]
         self._records = FileRecords(parts, ", ".join(map(str, given)), IndexStore(index_folder, index_instead))
         self._length = len(self._records)
-        shards = [part for part in parts if isinstance(part, TarFile)]
-        if shards:
-            self._refuse_without(shards, ["image"], columns["image"])
+        if shards := [part for part in parts if isinstance(part, TarFile)]:
+            self._refuse_without(shards, ["image"], self._reader.columns["image"])
             self._refuse_without(shards, self._reader.caption_files, self._reader.caption_files)
         near = any(isinstance(part, TarFile | ParquetFile) for part in parts)  # lists are small, so any order is good
         self.shard_sizes = self._records.shard_sizes if near else None
