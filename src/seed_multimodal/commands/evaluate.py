@@ -103,8 +103,8 @@ def _parser(program: str, description: str, out: str, prompts: str) -> argparse.
 
 
 def _vqa(args: argparse.Namespace) -> int:
+    from seed_multimodal.data.formats.benchmark_files import Annotations, Questions
     from seed_multimodal.evaluation.benchmark_work import ANSWERING, question_work
-    from seed_multimodal.evaluation.official_files import Annotations, Questions
 
     if args.questions is None:
         if args.annotations:
@@ -135,8 +135,8 @@ def _probe(args: argparse.Namespace) -> int:
 
 
 def _caption(args: argparse.Namespace) -> int:
+    from seed_multimodal.data.formats.benchmark_files import read_captions
     from seed_multimodal.evaluation.benchmark_work import CAPTIONING, caption_work
-    from seed_multimodal.evaluation.official_files import read_captions
 
     pictures = read_captions(args.captions, args.split)
     work, score = caption_work(_benchmark(args, CAPTIONING), Path(args.captions), pictures, args.caption_prompt,
@@ -145,8 +145,8 @@ def _caption(args: argparse.Namespace) -> int:
 
 
 def _draw(args: argparse.Namespace) -> int:
+    from seed_multimodal.data.formats.benchmark_files import CaptionedPicture, read_captions
     from seed_multimodal.evaluation.benchmark_work import DRAWING, DRAWING_GUIDANCE, Drawing
-    from seed_multimodal.evaluation.official_files import CaptionedPicture, read_captions
 
     texts = (read_captions(args.captions, args.split) if args.captions else
              [CaptionedPicture(number, "built in", "", [text]) for number, text in enumerate(CAPTIONS, 1)])

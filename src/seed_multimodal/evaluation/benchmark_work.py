@@ -23,18 +23,18 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.disk import writing
-from seed_multimodal.errors import GenerationError, ImageError
-from seed_multimodal.evaluation.answer_folder import Line, Work
-from seed_multimodal.evaluation.batched import BatchedSystem
-from seed_multimodal.evaluation.official_files import (
+from seed_multimodal.data.formats.benchmark_files import (
     Annotations,
     CaptionedPicture,
     Question,
     Questions,
     find_picture,
 )
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.disk import writing
+from seed_multimodal.errors import GenerationError, ImageError
+from seed_multimodal.evaluation.answer_folder import Line, Work
+from seed_multimodal.evaluation.batched import BatchedSystem
 from seed_multimodal.evaluation.vqa_accuracy import vqa_accuracy
 from seed_multimodal.language.answer import ImagePart, split_answer
 from seed_multimodal.language.caption_scores import caption_scores

@@ -108,9 +108,9 @@ class RunLog:
         self.mark += seconds
 
     def last_line_with(self, key: str) -> dict[str, float]:
-        """The last line of the first process's log that has a key; the same in all processes."""
+        """The last line of the first process's log that has a key (beginning so); the same in all processes."""
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.group.first and self.file.is_file() else []
-        found: dict[str, float] = next((json.loads(line) for line in reversed(lines) if f'"{key}"' in line), {})
+        found: dict[str, float] = next((json.loads(line) for line in reversed(lines) if f'"{key}' in line), {})
         return self.group.gather(found)[0]
 
     def close(self) -> None:

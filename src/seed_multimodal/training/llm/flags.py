@@ -77,6 +77,7 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "gradient_checkpointing": ("trainer.gradient_checkpointing", _boolean),
     "torch_compile": ("trainer.compile", _boolean),
     "device": ("trainer.device", str),
+    "coco_caption_root": ("trainer.coco_caption_root", str),
 }
 # Flags that several keys, or values of special forms, follow from -> type of the value.
 _SPECIAL: dict[str, Callable[[str], Any]] = {
@@ -99,7 +100,7 @@ IGNORED = {
                      "full_determinism", "tf32", "bf16_full_eval", "fp16_full_eval", "fp16_opt_level",
                      "half_precision_backend"), "the engine decides"),
     **dict.fromkeys(("overwrite_output_dir", "do_train", "do_eval", "save_safetensors", "prediction_loss_only",
-                     "past_index", "save_on_each_node", "include_inputs_for_metrics", "coco_caption_root",
+                     "past_index", "save_on_each_node", "include_inputs_for_metrics",
                      "eval_accumulation_steps", "eval_delay"), "it changes nothing here"),
 }
 _REFUSED = ("fsdp", "load_best_model_at_end", "push_to_hub", "label_smoothing_factor", "num_train_epochs")

@@ -23,9 +23,10 @@ from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint_folders import check_shared
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.failures import TrainingError, translate_errors
+from seed_multimodal.training.llm.caption_eval import open_evaluation
 from seed_multimodal.training.llm.flops import token_flops
 from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
-from seed_multimodal.training.llm.held_out import blank_batch, evaluate, first_batches, held_out
+from seed_multimodal.training.llm.held_out import blank_batch, first_batches
 from seed_multimodal.training.llm.lora import is_lora, load_adapter
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, check_kernel, find_llama, round_residual
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
@@ -49,7 +50,8 @@ _QUIET = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max
           "trainer.save_steps", "trainer.save_total_limit", "trainer.async_save", "trainer.eval_steps",
           "trainer.eval_batches", "trainer.report_to", "trainer.dataloader_num_workers", "trainer.device",
           "trainer.timeout_minutes", "trainer.gradient_accumulation_steps", "trainer.gradient_checkpointing",
-          "trainer.compile", "trainer.fsdp", "trainer.memory_gib", "model.compile", "model.gradient_checkpointing")
+          "trainer.compile", "trainer.fsdp", "trainer.memory_gib", "model.compile", "model.gradient_checkpointing",
+          "trainer.coco_caption_root")
 
 
 class LlmTask(Task):
@@ -86,8 +88,8 @@ class LlmTask(Task):
                                workers=self.settings.dataloader_num_workers, rows=self.plan.rows, log=self._log)
         self.settings = replace(self.settings, gradient_accumulation_steps=self.plan.accumulate)
         self.rows = self.data.settings.rows or 1
-        self.held_out = held_out(run, self.tokenizer, group, self._log, self.plan.held_out_rows(self.rows),
-                                 template_of(self.model_settings))
+        self.evaluation = open_evaluation(run, self.tokenizer, group, self._log, self.plan.held_out_rows(self.rows),
+                                          template_of(self.model_settings))
         self.meter = TokenMeter()
         self.loop: Run
         self.llm: Any = None
@@ -125,7 +127,7 @@ class LlmTask(Task):
         """Log what is trained."""
         self.loop = run
         # The last evaluation may be younger than the checkpoint of its step.
-        run.evaluation = run.log.last_line_with("eval_loss") or run.evaluation
+        run.evaluation = run.log.last_line_with("eval_") or run.evaluation
         trained = sum(p.numel() for p in run.engine.module.parameters() if p.requires_grad)
         total = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
         world = self.group.world
@@ -198,14 +200,11 @@ class LlmTask(Task):
         return summary_lines(record)
 
     def _evaluate(self) -> Mapping[str, float] | None:
-        """Mean loss of the evaluation mixture's first micro-batches; does not change the training."""
-        if self.held_out is None:
+        """Numbers of the evaluation data, if there are any; does not change the training."""
+        if self.evaluation is None:
             return None
         with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
-            numbers = evaluate(self.loop.engine, self.group, self.held_out)
-        if not numbers:
-            self._log("eval_data has nothing to learn in its first micro-batches, so there is no evaluation.")
-        return numbers
+            return self.evaluation(self.loop, self.llm)
 
     def _learned(self, batch: LlmBatch) -> float:
         """Weighted number of learned tokens."""

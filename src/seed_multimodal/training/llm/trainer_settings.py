@@ -40,6 +40,7 @@ class TrainerSettings:
         async_save: write checkpoints beside the training (plain engine).
         resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a checkpoint's folder.
         eval_steps: 0 never evaluates; eval_batches: micro-batches of the evaluation mixture per process.
+        coco_caption_root: folder (or file) of reference captions; the evaluation then captions, see `caption_eval`.
         timeout_minutes: how long a step, and any exchange, waits for another process; 0 waits for ever.
         peak_tflops: of one device at this precision, for the MFU; known devices need none.
         memory_gib: of one device, for the memory plan (`step_plan`); by default a GPU's own, and none on a CPU.
@@ -69,6 +70,7 @@ class TrainerSettings:
     resume: str = "auto"
     eval_steps: int = setting(0, least=0)
     eval_batches: int = setting(16, least=1)
+    coco_caption_root: str | None = None
     timeout_minutes: float = setting(WAIT_MINUTES, least=0)
     peak_tflops: float | None = None
     memory_gib: float | None = setting(None, above=0)

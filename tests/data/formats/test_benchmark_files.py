@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from seed_multimodal.data.formats.benchmark_files import Annotations, Questions, find_picture, read_captions
 from seed_multimodal.errors import DataError, ImageError
-from seed_multimodal.evaluation.official_files import Annotations, Questions, find_picture, read_captions
 
 
 def write(path: Path, value: object) -> Path:
