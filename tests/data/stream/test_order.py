@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from seed_multimodal.data.stream.order import MixedOrder
+from seed_multimodal.data.stream.order import EpochOrder, MixedOrder
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.errors import ConfigError, DataError
 
@@ -99,3 +100,46 @@ def test_weights_that_make_no_sense(weights: list[float]) -> None:
 def test_an_empty_set_is_refused() -> None:
     with pytest.raises(DataError, match="Set 2 of the 3 of the mixture is empty"):
         MixedOrder([3, 0, 4], [1, 1, 1], 0)
+
+
+def whole_epoch(sizes: list[int], block: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch, made at once: pieces of a tenth of a block over all shards, then samples in each block."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
+    if not block:
+        return torch.randperm(sum(sizes), generator=generator).numpy()
+    piece = max(1, block // 10)
+    starts = np.cumsum([0, *sizes[:-1]])
+    pieces = [np.arange(first + place, first + min(place + piece, size))
+              for first, size in zip(starts, sizes, strict=True) for place in range(0, size, piece)]
+    order = np.concatenate([pieces[place] for place in torch.randperm(len(pieces), generator=generator).tolist()])
+    for start in range(0, len(order), block):
+        run = order[start:start + block]
+        order[start:start + block] = run[torch.randperm(len(run), generator=generator).numpy()]
+    return order
+
+
+@pytest.mark.parametrize("block", [0, 1, 7, 10, 100, 5000])
+def test_an_epoch_computed_where_it_is_asked_for_is_the_whole_one(block: int) -> None:
+    sizes, draw = [40, 1, 0, 700, 62, 333], np.random.default_rng(block)
+    epochs = [whole_epoch(sizes, block, 3, epoch) for epoch in range(3)]
+    endless, total = np.concatenate(epochs), sum(sizes)
+    order = EpochOrder(total, 3, sizes=sizes, block=block, keep=2)
+    for _ in range(200):
+        start = int(draw.integers(0, len(endless)))
+        count = int(draw.integers(1, min(300, len(endless) - start) + 1))
+        parts = order.parts(start, count)
+        assert np.concatenate([indices for _, indices in parts]).tolist() == endless[start:start + count].tolist()
+        assert all(indices.dtype == np.int64 for _, indices in parts)
+        assert parts[0][0] == start // total
+
+
+def test_the_order_of_a_hundred_million_samples_takes_little_memory() -> None:
+    """Each data worker holds its own; an array of it would be 800 MB."""
+    sizes = np.full(10_000, 10_000)
+    tracemalloc.start()
+    order = EpochOrder(100_000_000, 0, sizes=sizes, block=10_000, keep=2)
+    for position in (0, 1_000_000, 100_000_000, 100_500_000):
+        assert len(order.parts(position, 50)[0][1]) == 50
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6, peak

@@ -16,7 +16,7 @@ order (with a seed of its own): a small one with a large weight has its next epo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -50,7 +50,7 @@ class EpochOrder:
                  keep: int = 1) -> None:
         self.total, self.seed, self.shuffle, self.block, self.keep = total, seed, shuffle, block, keep
         self.sizes = np.asarray([total] if sizes is None else sizes, np.int64)
-        self._kept: dict[int, np.ndarray] = {}  # the one used last at the end
+        self._kept: dict[int, Callable[[int, int], np.ndarray]] = {}  # the one used last at the end
 
     def parts(self, start: int, count: int) -> list[Part]:
         """Positions `start` .. `start + count` of the order, cut where an epoch ends."""
@@ -58,38 +58,96 @@ class EpochOrder:
         end = start + count
         while start < end:
             epoch, offset = divmod(start, self.total)
-            taken.append((epoch, self._of(epoch)[offset:offset + end - start]))
-            start += len(taken[-1][1])
+            stop = min(offset + end - start, self.total)
+            taken.append((epoch, self._of(epoch)(offset, stop)))
+            start += stop - offset
         return taken
 
-    def _of(self, epoch: int) -> np.ndarray:
+    def _of(self, epoch: int) -> Callable[[int, int], np.ndarray]:
+        """The order of an epoch, from one position to another."""
+        if not self.shuffle:
+            return np.arange
         order = self._kept.pop(epoch, None)
         if order is None:
             while len(self._kept) >= self.keep:
                 del self._kept[next(iter(self._kept))]
-            order = self._permutation(epoch)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
+            order = _Blocks(self.sizes, self.block, generator) if self.block else _Whole(self.total, generator)
         self._kept[epoch] = order
         return order
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.total)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
-        if not self.block:
-            return torch.randperm(self.total, generator=generator).numpy()
-        piece = max(1, self.block // 10)
-        counts = -(-self.sizes // piece)
-        shard = np.repeat(np.arange(len(self.sizes)), counts)
+
+class _Whole:
+    """A permutation of all samples, 4 bytes each (8 from 2³¹ samples on)."""
+
+    def __init__(self, total: int, generator: torch.Generator) -> None:
+        dtype = torch.int32 if total < 1 << 31 else torch.int64  # the numbers are the same
+        self.order = torch.randperm(total, generator=generator, dtype=dtype).numpy()
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        """Positions `start` .. `stop`, int64."""
+        return self.order[start:stop].astype(np.int64)
+
+
+class _Blocks:
+    """An epoch that is shuffled in blocks, which are computed where they are asked for: the order of 100 million
+    samples would take 0.8 GB in every data worker.
+
+    The blocks' permutations are drawn from one generator, one after the other; its state at every `EVERY`-th block is
+    kept, from which the others are reached.
+    """
+
+    EVERY, KEPT = 64, 8
+
+    def __init__(self, sizes: np.ndarray, block: int, generator: torch.Generator) -> None:
+        self.block, self.total = block, int(sizes.sum())
+        piece = max(1, block // 10)
+        counts = -(-sizes // piece)
+        shard = np.repeat(np.arange(len(sizes)), counts)
         within = (np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)) * piece
         mixed = torch.randperm(len(shard), generator=generator).numpy()
         shard, within = shard[mixed], within[mixed]
-        firsts = (np.cumsum(self.sizes) - self.sizes)[shard] + within
-        lengths = np.minimum(piece, self.sizes[shard] - within)
-        order = np.arange(self.total) + np.repeat(firsts - (np.cumsum(lengths) - lengths), lengths)
-        for start in range(0, self.total, self.block):
-            run = order[start:start + self.block]
-            order[start:start + self.block] = run[torch.randperm(len(run), generator=generator).numpy()]
-        return order
+        firsts = (np.cumsum(sizes) - sizes)[shard] + within
+        lengths = np.minimum(piece, sizes[shard] - within)
+        self.ends = np.cumsum(lengths)
+        self.moved = firsts - (self.ends - lengths)  # from a position in the mixed pieces to its sample
+        self._generator, self._next = generator, 0  # the block that the generator draws next
+        self._states = [generator.get_state()]
+        self._blocks: dict[int, np.ndarray] = {}  # the last ones asked for
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        """Positions `start` .. `stop`, int64."""
+        numbers = range(start // self.block, -(-stop // self.block))
+        parts = [self._block(number)[max(0, start - number * self.block):stop - number * self.block]
+                 for number in numbers]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
+
+    def _block(self, number: int) -> np.ndarray:
+        found = self._blocks.get(number)
+        if found is None:
+            first = number * self.block
+            places = np.arange(first, min(first + self.block, self.total))
+            places += self.moved[np.searchsorted(self.ends, places, side="right")]
+            found = places[self._permutation(number)]
+            while len(self._blocks) >= self.KEPT:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[number] = found
+        return found
+
+    def _permutation(self, number: int) -> np.ndarray:
+        """What the generator gives for a block, after all blocks before it."""
+        if not number // self.EVERY * self.EVERY <= self._next <= number:
+            nearest = min(number // self.EVERY, len(self._states) - 1)
+            self._generator.set_state(self._states[nearest])
+            self._next = nearest * self.EVERY
+        while True:
+            if self._next == len(self._states) * self.EVERY:
+                self._states.append(self._generator.get_state())
+            length = min(self.block, self.total - self._next * self.block)
+            drawn = torch.randperm(length, generator=self._generator)
+            self._next += 1
+            if self._next > number:
+                return drawn.numpy()
 
 
 class MixedOrder:
