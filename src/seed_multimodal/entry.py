@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ def log_line(text: str) -> None:
 def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; a `SeedError` becomes its sentence and `REFUSED` unless `debug`."""
     warnings.formatwarning = functools.partial(_warning_line, program)
+    _take_any_bytes()
     try:
         return work()
     except SeedError as error:
@@ -74,6 +76,15 @@ def _warning_line(program: str, message: Warning | str, category: type[Warning],
     if issubclass(category, SeedWarning):
         return f"{program}: warning: {message}\n"
     return _PLAIN(message, category, *place, **more)
+
+
+def _take_any_bytes() -> None:
+    """Lines and file names that are no UTF-8 neither end the program nor get lost: read as Python reads file names, and
+    written as escapes (which JSON reads back)."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"),
+                           (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def end_with_parent() -> None:

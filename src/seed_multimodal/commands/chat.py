@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from seed_multimodal.commands.common import (
@@ -105,7 +105,7 @@ class Talk:
 def chat(args: argparse.Namespace) -> int:
     """Run the conversation; without `--message` it reads lines until /quit or end of input."""
     for picture in args.image:
-        if not Path(picture).is_file():
+        if not os.path.isfile(picture):
             raise RequestError(f"{picture}: there is no such picture.")
     talk = Talk(load_system(args), args)
     if not all(talk.show(picture) for picture in args.image):
@@ -148,7 +148,7 @@ def _read_lines(talk: Talk) -> int:
             text = rest if word == "/picture" else line
             try:
                 talk.send(text, talk.args.force_image or text != line)
-            except (*OF_ONE_PICTURE, RequestError) as error:
+            except OF_ONE_PICTURE as error:
                 if talk.args.debug:
                     raise
                 log_line(f"seed: {error}")  # the conversation continues

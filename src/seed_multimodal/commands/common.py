@@ -23,12 +23,20 @@ from PIL import Image
 from seed_multimodal.config import project_root
 from seed_multimodal.disk import disk_reason, writing
 from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, log_line
-from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, SeedError
+from seed_multimodal.errors import (
+    CodesError,
+    ConfigError,
+    GenerationError,
+    ImageError,
+    RequestError,
+    SeedError,
+    first_line,
+)
 from seed_multimodal.quiet import quiet_libraries
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# Errors of one picture; any other (weights, settings) stops the whole command.
-OF_ONE_PICTURE = (ImageError, CodesError, GenerationError)
+# Errors of one picture or text; any other (weights, settings) stops the whole command.
+OF_ONE_PICTURE = (ImageError, CodesError, GenerationError, RequestError)
 
 
 def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, debug: bool = True) -> None:
@@ -135,7 +143,7 @@ class Outcomes:
         if not self.failed:
             return DONE
         log_line(f"seed: {self.total - len(self.failed)} of {self.total} done, {len(self.failed)} refused: "
-                 f"{', '.join(self.failed)}.")
+                 f"{', '.join(name or repr(name) for name in self.failed)}.")
         return SOME_FAILED
 
 
@@ -179,7 +187,7 @@ class OutputNames:
         self._single = Path(out) if out and Path(out).suffix.lower() in PICTURE_SUFFIXES else None
         if self._single is not None and count > 1:
             raise ConfigError(f"{out}: one file for {count} pictures; give --out a folder.")
-        if out and self._single is None and not out.endswith(os.sep) and not Path(out).is_dir():
+        if out and self._single is None and not out.endswith(os.sep) and not os.path.isdir(out):
             ending = Path(out).suffix
             if _of_a_picture(ending.lower()):  # a file was meant, as in apple.gif; folders may have dots, too
                 raise ConfigError(f"{out}: {ending} is no picture format that can be written; use one of "
@@ -236,8 +244,11 @@ def write_text(text: str, path: str | Path) -> None:
         ConfigError: the place cannot be written.
     """
     with writing(path, ConfigError):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name need not be UTF-8
+        except ValueError as error:  # a null byte in the name
+            raise ConfigError(f"{path}: cannot be written ({first_line(error)}).") from error
 
 
 def cat_picture() -> Path:

@@ -26,7 +26,7 @@ from seed_multimodal.commands.common import (
     save_picture,
     write_text,
 )
-from seed_multimodal.errors import CodesError, ConfigError, DataError
+from seed_multimodal.errors import CodesError, ConfigError, DataError, first_line
 from seed_multimodal.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def read_codes(path: str) -> list[tuple[str, Any]]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also no text file, or no file's name
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not a text file'}).") from error
     found = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -100,8 +100,8 @@ def read_codes(path: str) -> list[tuple[str, Any]]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+        except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits, and brackets nested without end
+            raise DataError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', first_line(error))}).") from error
         codes = value.get("codes") if isinstance(value, dict) else value
         name = str(value.get("picture", f"codes_{number}")) if isinstance(value, dict) else f"codes_{number}"
         if not isinstance(codes, list):
@@ -115,7 +115,7 @@ def read_codes(path: str) -> list[tuple[str, Any]]:
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of up to `size` items, in order."""
     source = iter(items)
-    while batch := list(itertools.islice(source, size)):
+    while batch := list(itertools.islice(source, min(size, sys.maxsize))):
         yield batch
 
 
