@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import logging
@@ -84,7 +85,8 @@ def _take_any_bytes() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"),
                            (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+            with contextlib.suppress(OSError, ValueError):  # closed, or half read by another process
+                stream.reconfigure(errors=errors)
 
 
 def end_with_parent() -> None:

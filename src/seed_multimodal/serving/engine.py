@@ -26,7 +26,7 @@ from seed_multimodal.serving.backend import Backend
 from seed_multimodal.serving.body import read_body
 from seed_multimodal.serving.gate import Gate, Vanished
 from seed_multimodal.serving.rendering import render_answer, render_original
-from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Limits, parse_request
+from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Limits, parse_request, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,7 +199,7 @@ class Engine:
                                    f"{vocabulary.tokens_per_image}.")
             wrong = [code for code in item if not 0 <= code < vocabulary.n_codes]
             if wrong:
-                raise RequestError(f"images[{number}] holds code {wrong[0]}; codes lie between 0 and "
+                raise RequestError(f"images[{number}] holds code {shown(wrong[0])}; codes lie between 0 and "
                                    f"{vocabulary.n_codes - 1}.")
 
     def _codes(self, request: GenerateRequest, pixels: list[Tensor]) -> list[list[int]]:

@@ -125,6 +125,11 @@ def _text(value: object, limits: Limits) -> str:
         raise RequestError(f"'text' must be a string, not {_kind(value)}.")
     if len(value) > limits.max_text_chars:
         raise RequestError(f"'text' has {len(value)} characters; at most {limits.max_text_chars} are accepted.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"'text' holds half a character (\\u{ord(value[error.start]):04x}) at place "
+                           f"{error.start + 1}; give plain Unicode text.") from None
     return value
 
 
@@ -146,10 +151,10 @@ def _images(value: object, limits: Limits) -> list[str | bytes | list[int]]:
 
 def _number(body: Mapping[str, Any], key: str, default: float, low: float, high: float) -> float:
     value = body.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == math.inf:
         raise RequestError(f"{key!r} must be a number, not {_kind(value)}.")
     if not low <= value <= high:
-        raise RequestError(f"{key!r} is {value}; it must lie between {low:g} and {high:g}.")
+        raise RequestError(f"{key!r} is {shown(value)}; it must lie between {low:g} and {high:g}.")
     return float(value)
 
 
@@ -160,7 +165,7 @@ def _integer(body: Mapping[str, Any], key: str, default: int, low: int, high: in
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(f"{key!r} must be a whole number, not {_kind(value)}.")
     if not low <= value <= high:
-        raise RequestError(f"{key!r} is {value}; it must lie between {low} and {high}.")
+        raise RequestError(f"{key!r} is {shown(value)}; it must lie between {low} and {high}.")
     return value
 
 
@@ -169,6 +174,11 @@ def _flag(body: Mapping[str, Any], key: str) -> bool:
     if not isinstance(value, bool):
         raise RequestError(f"{key!r} must be true or false, not {_kind(value)}.")
     return value
+
+
+def shown(value: float) -> str:
+    """A number in a sentence: one of thousands of digits by how many it has."""
+    return str(value) if abs(value) < 10**30 else "a number of over 30 digits"
 
 
 def _kind(value: object) -> str:
