@@ -9,9 +9,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from seed_multimodal.data.stream.order import SHUFFLE_BLOCK, MixedOrder
+from seed_multimodal.data.stream.order import MixedOrder
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.stream.skip_budget import BadSamples
+from seed_multimodal.data.stream.step_batches import block_of
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import normalise
@@ -48,6 +49,11 @@ class JoinedPairs(BadSamples):
             return None
         return np.concatenate([np.array([len(part)]) if size is None else np.asarray(size)
                                for part, size in zip(self.parts, sizes, strict=True)])
+
+    @property
+    def shuffle_block(self) -> int | None:
+        """The smallest of the sets' that have one."""
+        return min((part.shuffle_block for part in self.parts if part.shuffle_block is not None), default=None)
 
     @property
     def log(self) -> Callable[[str], None] | None:
@@ -120,7 +126,8 @@ def mixed_order(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequen
     whole = {owner: sum(len(part) for other, part in found if other == owner) for owner, _ in found}
     return MixedOrder([len(part) for _, part in found],
                       [ratios[owner] * len(part) / whole[owner] for owner, part in found], seed,
-                      sizes=[part.shard_sizes for _, part in found], block=SHUFFLE_BLOCK)
+                      sizes=[part.shard_sizes for _, part in found],
+                      block=min(block_of(part) for _, part in found))
 
 
 def count_bad(own: Sequence[tuple[str, str]]) -> int:

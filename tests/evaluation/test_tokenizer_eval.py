@@ -10,10 +10,12 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pyarrow import parquet
 
 from seed_multimodal.cli import main
 from seed_multimodal.commands.eval_tokenizer import data_spec
@@ -401,6 +403,50 @@ def test_the_fast_encoder_sees_the_same(stages: tuple[Path, Path, Path], tmp_pat
         assert main([*run, *flags]) == 0
         used.append(json.loads(capsys.readouterr().out)["settings"]["fast"])
     assert used == [False, True, False]
+
+
+def _folder(place: Path, form: str) -> str:
+    """Five pictures with captions in one of the forms of `--data`, one of them broken and one without a caption."""
+    place.mkdir()
+    names = [*COLOURS, "cut", "untold"]
+    data = {name: _picture(name if name in COLOURS else "red") for name in names}
+    data["cut"] = data["cut"][:40]
+    told = {name: f"a {name} square" for name in names if name != "untold"}
+    if "parquet" in form:
+        rows = [{"image": {"bytes": data[name], "path": name}, "text": told.get(name)} for name in names]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), place / "train.parquet", row_group_size=2)
+        return str(place / "train.parquet" if "file" in form else place)
+    for name in names:
+        (place / f"{name}.png").write_bytes(data[name])
+    if form == "txt":
+        for name, text in told.items():
+            (place / f"{name}.txt").write_text(text)
+    elif form == "captions.json":
+        items = [{"image": f"{name}.png", "caption": told.get(name)} for name in names]
+        (place / form).write_text(json.dumps(items))
+    else:
+        items = [{"file_name" if "metadata" in form else "image": f"{name}.png",
+                  "text" if "metadata" in form else "caption": [told[name]] if name in told else None}
+                 for name in names]
+        (place / form).write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(place)
+
+
+@pytest.mark.parametrize("form", ["txt", "captions.json", "captions.jsonl", "metadata.jsonl", "parquet in a folder",
+                                  "parquet file"])
+def test_a_folder_of_pictures_and_captions_is_evaluated(stages: tuple[Path, Path, Path], tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture, form: str) -> None:
+    data = _folder(tmp_path / "own", form)
+    assert main(["eval", "tokenizer", "--model", str(stages[0]), "--data", data, "--decoder", "none", "--clip", "none",
+                 "--device", "cpu", "--stage1", str(stages[1]), "--text-tokenizer", str(stages[2]), "--json", "--out",
+                 str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert (report["n"], report["captions"], len(report["left_out"])) == (len(COLOURS), len(COLOURS), 2)
+    said = " ".join(report["left_out"])
+    assert "not a picture" in said and re.search(r"has no (caption|\.txt)", said)
+    assert printed.err.count("left out: ") == 2
+    assert "causal_embeddings" in report["retrieval"]["routes"]
 
 
 @pytest.mark.process

@@ -396,7 +396,7 @@ def test_parquet_files_share_what_they_keep_in_memory(tmp_path, monkeypatch):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    count, get, read = RowGroups.kept + 6, RowGroups.get, {}
+    count, get, read = 30, RowGroups.get, {}
 
     def watched(self: RowGroups, path: str, *number: int) -> object:
         table = get(self, path, *number)
@@ -406,10 +406,12 @@ def test_parquet_files_share_what_they_keep_in_memory(tmp_path, monkeypatch):
     # Weak references, not arrow's count of bytes: its pool gives those back when its own threads get to it.
     monkeypatch.setattr(RowGroups, "get", watched)
     for number in range(count):
-        parquet.write_table(pa.table({"text": [f"t{number}"]}), tmp_path / f"{number:03d}.parquet")
+        table = pa.table({"text": [f"t{number:02d}"]})
+        parquet.write_table(table, tmp_path / f"{number:03d}.parquet")
     source = open_records(tmp_path)
-    assert [one["text"] for one in fields(source)] == [f"t{number}" for number in range(count)]
-    assert source.read(0).fields["text"] == "t0"
+    source.open_files.tables.kept = 24 * table.nbytes
+    assert [one["text"] for one in fields(source)] == [f"t{number:02d}" for number in range(count)]
+    assert source.read(0).fields["text"] == "t00"
     gc.collect()
     held = [path.name for path, table in read.items() if table() is not None]
     assert sorted(held) == ["000.parquet", *(f"{number:03d}.parquet" for number in range(7, count))]
@@ -425,7 +427,7 @@ def test_large_row_groups_are_read_by_pieces(tmp_path, monkeypatch):
     from pyarrow import parquet
 
     monkeypatch.setattr(parquet_rows, "PIECE", 20_000)
-    monkeypatch.setattr(RowGroups, "limit", 80_000)
+    monkeypatch.setattr(parquet_rows, "WHOLE", 30_000)
     rng = np.random.default_rng(0)
     wanted = {}
     for name, groups in (("a", [70, 30, 1]), ("b", [101])):
@@ -439,14 +441,16 @@ def test_large_row_groups_are_read_by_pieces(tmp_path, monkeypatch):
                 start += size
     source = open_records([tmp_path / "a.parquet", tmp_path / "b.parquet"])
     tables, rows = source.open_files.tables, wanted["a"] + wanted["b"]
+    tables.kept = 80_000
     assert source.shard_sizes.tolist() == [70, 30, 1, 101]
     opened, read = [], parquet_rows._pieces
     monkeypatch.setattr(parquet_rows, "_pieces", lambda *a: opened.append(a[:2]) or read(*a))
     order = [*range(202), *reversed(range(202)), *rng.permutation(202).tolist()]
     for place, index in enumerate(order):
         assert source.read(index).fields == rows[index]
-        assert tables._bytes() <= 80_000 and max(table.num_rows for table in tables._pieces.values()) <= 20
-        assert place != 201 or len(opened) == 3, "each group was read in one pass"
+        assert tables.held <= 80_000 and max(table.num_rows for table in tables._pieces.values()) <= 20
+        assert place != 201 or sorted(Path(path).name for path, _ in opened) == ["a.parquet"] * 2 + ["b.parquet"], \
+            "each group was read in one pass"
     source.close()
     assert not tables._pieces and not tables._running
 

@@ -162,7 +162,7 @@ def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
         if number:
             (tmp_path / f"{number}.txt").write_text(f"picture {number}\n")
     entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path)))]
-    assert "0.jpg: has no caption key 'caption'" in entries[0].bad
+    assert "0.jpg: has no .txt beside it" in entries[0].bad
     assert [entry.record["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
 
 

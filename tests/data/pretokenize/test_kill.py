@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
@@ -36,13 +40,24 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(inputs: Path) -> Callable[[Path], int]:
+def table(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable) -> Path:
+    """The same as a parquet file with row groups that are no multiple of the blocks."""
+    folder = tmp_path_factory.mktemp("table")
+    rows = [{"image": {"bytes": b"broken" if n == 77 else jpeg(n), "path": f"{n}.jpg"}, "text": f"picture {n}"}
+            for n in range(SHARDS * SIZE)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train.parquet", row_group_size=31)
+    (folder / "data.yaml").write_text(f"files: {folder}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(inputs: Path) -> Callable[..., int]:
     """`start(save_dir)`: run in this process."""
 
-    def run_it(save_dir: Path) -> int:
+    def run_it(save_dir: Path, data: Path = inputs, **settings: Any) -> int:
         encoder = EncoderSettings(str(APP / "configs" / "tokenizer" / "nano.yaml"), device="cpu")
-        return run(RunSettings(kind="caption", data=str(inputs / "data.yaml"), save_dir=str(save_dir), workers=0,
-                               batch_size=1, encoder=encoder))
+        return run(RunSettings(kind="caption", data=str(data / "data.yaml"), save_dir=str(save_dir), workers=0,
+                               batch_size=1, encoder=encoder, **settings))
 
     return run_it
 
@@ -98,6 +113,36 @@ def test_killed_in_the_middle_and_gone_on(inputs, whole, start, tmp_path, capfd)
     assert start(out) == 0
     assert f"{done} of 8 units were finished" in capfd.readouterr().err
     assert content(out) == whole
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_table_is_killed_in_the_middle_and_gone_on(table, whole, start, tmp_path, capfd):
+    out = tmp_path / "out"
+    process = tool(table, out, "--num_workers", "2", "--block", str(SIZE))
+    wait_for(lambda: parts(out) >= 2, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = parts(out)
+    assert 2 <= done < SHARDS
+    assert start(out, table, block=SIZE) == 0
+    assert f"{done} of 8 units were finished" in capfd.readouterr().err
+    assert start(tmp_path / "undisturbed", table, block=SIZE) == 0
+    assert content(out) == content(tmp_path / "undisturbed")
+    # and what a table holds becomes what tars of it become
+    manifest = json.loads(content(out)["manifest.json"])
+    assert (manifest["read"], manifest["samples"], manifest["bad"]) == (SHARDS * SIZE, SHARDS * SIZE - 1, 1)
+    tars = json.loads(whole["manifest.json"])
+    assert [part["samples"] for part in manifest["parts"]] == [part["samples"] for part in tars["parts"]]
+    source = open_records(out)
+    (tmp_path / "tars").mkdir()
+    for name, data in whole.items():
+        if name.endswith(".tar"):
+            (tmp_path / "tars" / name.replace("/", "-")).write_bytes(data)
+    other = open_records(tmp_path / "tars")
+    for number in range(0, len(source), 20):
+        own, theirs = source.read(number).fields, other.read(number).fields
+        assert (own["image_ids"], own["text"]) == (theirs["image_ids"], theirs["text"])
 
 
 @pytest.mark.process

@@ -25,9 +25,10 @@ from seed_multimodal.data.decoders.registry import DECODERS, get_decoder, guess_
 from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.files import find_files
+from seed_multimodal.data.formats.parquet import WHOLE
 from seed_multimodal.data.formats.record import BadRecord, Record
 from seed_multimodal.data.formats.records import FileRecords, RecordFile, open_file
-from seed_multimodal.data.formats.tar import TarFile
+from seed_multimodal.data.formats.tar import OpenFiles, TarFile
 from seed_multimodal.data.pretokenize.samples import Dropped
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError, ImageError, SeedError
@@ -81,6 +82,7 @@ def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckRep
         for path, format in files:
             try:
                 source = FileRecords([checker.open(path, format)], str(path))
+                source.open_files = OpenFiles(rows=2 * WHOLE)  # they are read in order
                 count = len(source)
             except DataError as error:
                 checker.note(getattr(error, "kind", "damaged file"), str(error))

@@ -18,12 +18,13 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
+from seed_multimodal.data.formats.captions import captions, has_caption, other_keys, text_member
 from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.index_store import IndexStore
 from seed_multimodal.data.formats.nano import NanoFile, find_nano
-from seed_multimodal.data.formats.parquet import ParquetFile
-from seed_multimodal.data.formats.pictures import CAPTION_FIELDS, IMAGE_FIELDS, IMAGE_KEYS, image_field, stored_picture
-from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record, shorten
+from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
+from seed_multimodal.data.formats.pictures import IMAGE_FIELDS, IMAGE_KEYS, image_field, stored_picture
+from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record
 from seed_multimodal.data.formats.records import FileRecords, open_file
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError, ImageError
@@ -85,7 +86,7 @@ class PairReader:
             if value is None:
                 key = self.image_key or IMAGE_FIELDS[0]
                 where = f"no .{', .'.join(self.image_keys)} member" if _in_tar(record) else \
-                    f"nothing under key {key!r}{_other(key, read.fields)}"
+                    f"nothing under key {key!r}{other_keys(key, read.fields)}"
                 raise BadRecord("missing picture", f"{read.where}: has no picture: {where}.")
             image = stored_picture(value, read, self.image_root)
         return Pair(_key(read), read.where, image, captions)
@@ -121,7 +122,7 @@ class Pairs:
         index_folder, index_instead: of the files' indexes, see `index_store.IndexStore`.
 
     `shard_sizes` (samples of each shard or row group; None: there are only lists and folders) lets the training order
-    keep reads near each other.
+    keep reads near each other; `shuffle_block`: so many rows of a table with pictures fit into memory (None: no table).
 
     Raises:
         DataError: no such files; a file that cannot be indexed; no usable sample among the first `PROBED`.
@@ -143,6 +144,8 @@ class Pairs:
             self._refuse_without(shards, self._reader.caption_files, self._reader.caption_files)
         near = any(isinstance(part, TarFile | ParquetFile) for part in parts)  # lists are small, so any order is good
         self.shard_sizes = self._records.shard_sizes if near else None
+        tables = [part for part in parts if isinstance(part, ParquetFile)]
+        self.shuffle_block = KEPT // 3 // max(1, tables[0].bytes_of_row()) if tables else None
         self._probe()
 
     def __len__(self) -> int:
@@ -234,50 +237,6 @@ def open_pairs(spec: Mapping[str, Any]) -> PairSource:
     return FORMATS[kind](**options)
 
 
-def has_caption(fields: Mapping[str, Any], key: str = "") -> bool:
-    """Whether something stands where captions do: under `key`, or without one under one of `CAPTION_FIELDS`."""
-    return any(fields.get(one) is not None for one in ((key,) if key else CAPTION_FIELDS))
-
-
-def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """The captions of a record: a text or a list of texts under `key`, or without one under the first of
-    `CAPTION_FIELDS` that holds something.
-
-    Raises:
-        BadRecord: there is none, one is blank, or it is something else.
-    """
-    key = key or next((one for one in CAPTION_FIELDS if fields.get(one) is not None), CAPTION_FIELDS[0])
-    if key not in fields:
-        raise BadRecord("missing key", f"{where}: has no caption key {key!r}{_other(key, fields)}.")
-    value = fields[key]
-    found = [value] if isinstance(value, str) else value
-    if value is None or found == []:
-        raise BadRecord("missing key", f"{where}: has no caption, its {key!r} is {'null' if value is None else '[]'}.")
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise BadRecord("wrong type", f"{where}: its {key!r} is {shorten(value)}, not a text or a list of texts.")
-    if not all(text.strip() for text in found):
-        raise BadRecord("empty text", f"{where}: its {key!r} is empty.")
-    return [_whole_letters(text) for text in found]
-
-
-def text_member(record: Record, files: FileReader) -> str | None:
-    """The text of a record's .txt; None without one.
-
-    Raises:
-        BadRecord: it is blank, or not UTF-8.
-    """
-    data = record.member("txt", files=files)
-    if data is None:
-        return None
-    try:
-        text = data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise BadRecord("malformed text", f"{record.where}: its .txt is not UTF-8 ({error.reason}).") from None
-    if not text:
-        raise BadRecord("empty text", f"{record.where}: its .txt is empty.")
-    return text
-
-
 def _in_tar(record: Record) -> bool:
     return record.where.startswith(f"{record.file}: sample ")
 
@@ -286,15 +245,3 @@ def _key(record: Record) -> str:
     """`item N`, `line N` or `row N`; the key of a shard's sample, the path of a folder's picture."""
     place = record.where.removeprefix(f"{record.file}: ")
     return record.key if place == record.where or _in_tar(record) else place
-
-
-def _whole_letters(text: str) -> str:
-    """The text with `?` for half a surrogate pair: captions cut inside an emoji end in one, and no tokenizer accepts
-    it."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _other(key: str, item: Mapping[str, Any]) -> str:
-    if key in item:
-        return f" (it is {str(item[key])[:60]!r})"
-    return nearest(key, item) or f" (it has {', '.join(sorted(map(str, item))[:8]) or 'no keys'})"

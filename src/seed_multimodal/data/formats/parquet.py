@@ -17,7 +17,11 @@ from seed_multimodal.data.formats.index_file import Arrays, IndexedFile, Scan
 from seed_multimodal.data.formats.record import BadRecord, Record, Row
 from seed_multimodal.errors import DataError, first_line
 
-PIECE = 64 << 20  # bytes: row groups above it are read by pieces of about this size
+# Bytes. The local shuffle reads from about ten places at once, twenty where two blocks meet: so many row groups of
+# WHOLE bytes, or pieces of larger ones, are kept.
+KEPT = 512 << 20
+WHOLE = KEPT // 20
+PIECE = WHOLE // 3
 _BUFFER = 1 << 20
 
 
@@ -35,6 +39,12 @@ class ParquetFile(IndexedFile):
         """Rows of each row group. Raises BadRecord: it cannot be read as parquet."""
         return self.arrays["rows"]
 
+    def bytes_of_row(self) -> int:
+        """Bytes of a row, on average."""
+        with opened(self.path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            return sum(group.total_byte_size for group in groups) // max(1, file.metadata.num_rows)
+
     def locate(self, row: int) -> Record:
         """A record, unread; its key is `rowN`."""
         return Record(f"row{row}", f"{self._name}: row {row}", file=self._name, row=Row(self._name, row))
@@ -49,16 +59,15 @@ def _rows_of_groups(path: Path) -> Arrays:
 class RowGroups:
     """Reads rows; keeps the row groups last used of all files of a source, of which there may be thousands.
 
-    At most `kept` of them, since the local shuffle reads from about ten places at once (twenty where two blocks meet),
-    and about `limit` bytes: those of pictures are large. A row group of more than `PIECE` bytes is never held as a
-    whole: its rows are read on from where the last piece ended, so that reading in order costs one pass; each step back
-    reads it anew from its start.
+    A row group of more than `WHOLE` bytes is never held as a whole but in pieces of about `PIECE` bytes, and read on
+    from where its last piece ended: reading in order costs one pass, each step back reads it anew from its start.
+
+    Args:
+        kept: bytes that are kept (one row group or piece is, in any case).
     """
 
-    kept = 24
-    limit = 4 * PIECE
-
-    def __init__(self) -> None:
+    def __init__(self, kept: int = KEPT) -> None:
+        self.kept, self.held = kept, 0
         self._pieces: OrderedDict[tuple[str, int, int], Any] = OrderedDict()
         self._layouts: dict[str, _Layout] = {}
         self._running: OrderedDict[tuple[str, int], tuple[int, Iterator[Any]]] = OrderedDict()  # next piece, the rest
@@ -85,9 +94,9 @@ class RowGroups:
         if key not in self._pieces:
             rows = self._layouts[path].rows_of_piece[group] if path in self._layouts else 0
             table = self._read_piece(path, group, piece, rows) if rows else _whole_group(path, group)
-            while self._pieces and (len(self._pieces) >= self.kept
-                                    or self._bytes() + table.nbytes > self.limit):
-                self._pieces.popitem(last=False)
+            self.held += table.nbytes
+            while self._pieces and self.held > self.kept:
+                self.held -= self._pieces.popitem(last=False)[1].nbytes
             self._pieces[key] = table
         self._pieces.move_to_end(key)
         return self._pieces[key]
@@ -96,9 +105,7 @@ class RowGroups:
         """Drop them."""
         self._pieces.clear()
         self._running.clear()
-
-    def _bytes(self) -> int:
-        return sum(table.nbytes for table in self._pieces.values())
+        self.held = 0
 
     def _read_piece(self, path: str, group: int, piece: int, rows: int) -> Any:
         following, rest = self._running.pop((path, group), (0, None))
@@ -119,7 +126,7 @@ class _Layout:
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         self.ends = list(accumulate(group.num_rows for group in groups))
         self.rows_of_piece = [max(1, group.num_rows * PIECE // group.total_byte_size)
-                              if group.total_byte_size > PIECE else 0 for group in groups]
+                              if group.total_byte_size > WHOLE else 0 for group in groups]
 
     def find(self, number: int) -> tuple[int, int, int]:
         """(row group, its piece, place in the piece) of a row."""
@@ -136,7 +143,7 @@ def _whole_group(path: str, group: int) -> Any:
 
 def _pieces(path: str, group: int, rows: int) -> Iterator[Any]:
     """The pieces of a row group, read through a small buffer."""
-    with opened(path, buffer_size=_BUFFER) as file:
+    with opened(path, buffer_size=_BUFFER, pre_buffer=False) as file:
         yield from file.iter_batches(rows, [group], use_threads=False)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from seed_multimodal.data.formats.index_file import Arrays, IndexedFile, Scan
 from seed_multimodal.data.formats.packed import PackedStrings
-from seed_multimodal.data.formats.parquet import RowGroups
+from seed_multimodal.data.formats.parquet import KEPT, RowGroups
 from seed_multimodal.data.formats.record import Place, Record
 from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members, unpacked
 from seed_multimodal.errors import DataError
@@ -184,14 +184,17 @@ def scan_tar(path: Path, columns: Columns) -> tuple[np.ndarray, PackedStrings, s
 
 
 class OpenFiles:
-    """Reads pieces of files, and rows of parquet files; at most `limit` files stay open, and each process (a forked
-    worker) opens its own."""
+    """Reads pieces of files, and rows of parquet files; each process (a forked worker) opens its own.
 
-    def __init__(self, limit: int = 64) -> None:
+    Args:
+        limit: files that stay open. rows: bytes of rows that are kept.
+    """
+
+    def __init__(self, limit: int = 64, rows: int = KEPT) -> None:
         self.limit = limit
         self._owner = os.getpid()
         self._open: OrderedDict[str, int] = OrderedDict()
-        self.tables = RowGroups()
+        self.tables = RowGroups(rows)
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """`size` bytes of a file from `offset`. Raises DataError when they are no longer there."""
@@ -233,5 +236,5 @@ class OpenFiles:
     def __del__(self) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type[OpenFiles], tuple[int]]:
-        return OpenFiles, (self.limit,)  # open files stay behind when a worker is spawned
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[int, int]]:
+        return OpenFiles, (self.limit, self.tables.kept)  # open files stay behind when a worker is spawned

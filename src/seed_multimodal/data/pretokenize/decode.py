@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seed_multimodal.data.formats.parquet import WHOLE
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.tar import OpenFiles
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
@@ -85,7 +86,7 @@ class TaskDecoder:
         self.views, self.seed = views if kind.views else 1, seed
         self._keys = kind.keys(settings.fields)
         self._filter = ImageTextFilter(settings.similarity_thr, settings.min_resolution, settings.min_aspect_ratio)
-        self._files = OpenFiles()
+        self._files = OpenFiles(rows=2 * WHOLE)  # they are read in order
 
     def enter_worker(self) -> None:
         """Ignore interrupts: the encoding process ends its workers."""

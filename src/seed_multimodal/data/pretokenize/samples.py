@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.data.formats.pairs import captions, text_member
+from seed_multimodal.data.formats.captions import captions, text_member
 from seed_multimodal.data.formats.pictures import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,

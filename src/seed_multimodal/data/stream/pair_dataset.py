@@ -61,6 +61,11 @@ class PairDataset(BadSamples):
         """Samples per shard, int64 [shards], where the source has shards."""
         return getattr(self.source, "shard_sizes", None)
 
+    @property
+    def shuffle_block(self) -> int | None:
+        """At most so many samples are shuffled among each other, where the source says so."""
+        return getattr(self.source, "shuffle_block", None)
+
     def __len__(self) -> int:
         return len(self.source)
 

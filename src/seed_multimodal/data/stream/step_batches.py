@@ -41,7 +41,8 @@ class StepBatches(StepLoader):
         batch_size: samples of this rank in each (micro) step.
         workers: data processes; 0 loads in this process when asked. Batches are the same either way.
         collate: list of samples -> batch; default: torch's (tensors stacked, texts listed).
-        block: samples shuffled among each other; None: 10,000 for sets with shards, everything for others; 0: all.
+        block: samples shuffled among each other; None: for sets with shards 10,000, or `dataset.shuffle_block` if that
+            is less, for others everything; 0: all.
         order: another order than that of epochs (then `shuffle` and `block` do nothing).
 
     Raises:
@@ -58,7 +59,7 @@ class StepBatches(StepLoader):
             raise DataError("The training set is empty.")
         sizes = getattr(dataset, "shard_sizes", None)
         if block is None:
-            block = 0 if sizes is None else SHUFFLE_BLOCK
+            block = 0 if sizes is None else block_of(dataset)
         self.dataset = dataset
         order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block)
         self.parts: Callable[[int], list[Part]] = partial(_share, order, batch_size, rank, world)
@@ -78,6 +79,11 @@ class StepBatches(StepLoader):
     def bad_samples(self) -> list[tuple[str, str]]:
         """(key, reason) of each sample of this rank that had to be replaced so far."""
         return list(getattr(self.dataset, "bad", ()))
+
+
+def block_of(dataset: Any) -> int:
+    """Samples of a set with shards that are shuffled among each other."""
+    return max(10, min(SHUFFLE_BLOCK, getattr(dataset, "shuffle_block", None) or SHUFFLE_BLOCK))
 
 
 def _share(order: Order, batch_size: int, rank: int, world: int, step: int) -> list[Part]:
