@@ -7,6 +7,7 @@ import io
 import re
 import struct
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -117,6 +118,27 @@ def test_the_memory_of_decoding_is_known_from_the_header() -> None:
     with pytest.raises(ImageError) as caught:
         open_image(stored(picture), name="big", limits=ImageLimits(max_memory=1_000_000))
     assert "big: refused unread" in str(caught.value) and "about 2 MB of memory (limit: 1 MB)" in str(caught.value)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_picture_opened_by_pillow_is_read_as_its_file(loaded) -> None:
+    for kind, options in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})):
+        data = stored(photo(600, 500), kind, **options)
+        opened = Image.open(io.BytesIO(data))
+        if loaded:
+            opened.load()
+        assert open_image(opened).tobytes() == open_image(data).tobytes()
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    """Each scan costs a pass over the picture: 100,000 of 40 bytes took 10 s at 0.8 megapixels."""
+    whole = stored(photo(600, 500), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    began = time.perf_counter()
+    with pytest.raises(ImageError, match="^many: refused unread, because it is a JPEG of more than 200 scans"):
+        open_image(whole[:last] + whole[last:-2][:40] * 100_000, name="many")
+    assert time.perf_counter() - began < 1
+    assert open_image(whole + b"\xff\xda" * 1000).size == (600, 500)  # what stands behind the end is no scan
 
 
 def test_a_tile_larger_than_its_picture_is_counted() -> None:

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import IcoImagePlugin, Image, JpegImagePlugin
 
 from seed_multimodal.errors import ImageError, first_line
-from seed_multimodal.images.memory import decoding_bytes, reduction
+from seed_multimodal.images.memory import decoding_bytes, reduction, scans
 from seed_multimodal.images.rgb import to_rgb as to_rgb  # part of this module's interface
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "PCX", "TGA")
@@ -46,9 +46,10 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyErr
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray
 Divisor = Callable[[tuple[int, int]], int]
-EXACT_UP_TO = 16_000_000
+EXACT_UP_TO = 12_500_000  # what phones and cameras call 12 megapixels
 # A picture reduced to three times what is then resized cannot be told from one resized directly.
 DETAIL = 3
+MOST_SCANS = 200  # of a progressive JPEG; programs write about ten, and each costs as much time as a whole picture
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,8 @@ def _header(image: Image.Image, factor: int, name: str, limits: ImageLimits) -> 
     except _DECODE_ERRORS as error:  # tags of a TIFF
         raise ImageError(f"{name}: not a picture in a known format, or its header is damaged.") from error
     limits.check_memory(memory, name)
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and scans(image, MOST_SCANS) > MOST_SCANS:
+        raise ImageError(f"{name}: refused unread, because it is a JPEG of more than {MOST_SCANS} scans.")
     return Header(frame.size, memory)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-STRIP_PIXELS = 1 << 20
+STRIP_PIXELS = 1 << 17
 
 
 def to_rgb(image: Image.Image, factor: int = 1) -> Image.Image:

@@ -137,10 +137,11 @@ def serve(
     """
     from PIL import PngImagePlugin
 
-    from seed_multimodal.serving.wsgi import ended_by_sigterm, make_server
+    from seed_multimodal.serving.wsgi import ended_by_sigterm, make_server, return_freed_memory
 
     engine: Engine = app.extensions["seed_engine"]
     PngImagePlugin.MAX_TEXT_MEMORY = 1 << 20  # compressed comments in a PNG; Pillow would keep 64 MiB of them
+    return_freed_memory()
     sock = _listen(host, port)
     server: Any = make_server(app, sock, workers=engine.limits.max_waiting + 1,
                               max_body_bytes=engine.limits.max_body_bytes,

@@ -108,7 +108,7 @@ class PictureCodec:
     def open(self, picture: Picture) -> Image.Image:
         """A picture from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it.
 
-        One of more than 16 megapixels is reduced while it is decoded, to three times the tower's size or more.
+        One of more than 12.5 megapixels is reduced while it is decoded, to three times the tower's size or more.
         """
         size = getattr(self.transform, "image_size", None)
         return open_image(picture, limits=self.limits, at_least=None if size is None else DETAIL * size)
