@@ -116,7 +116,6 @@ def test_the_prompt_is_the_one_of_tuning(tiny, png) -> None:
     ({"text": "x", "images": [], "temperature": "hot"}, "'temperature'"),
     ({"text": "x", "images": [], "temperature": -1}, "'temperature'"),
     ({"text": "x", "images": [], "top_p": 1.5}, "'top_p'"),
-    ({"text": "x", "images": [], "top_p": 10**400}, "'top_p' is 1000000"),
     ({"text": "x", "images": [], "num_beams": 0}, "'num_beams'"),
     ({"text": "x", "images": [], "num_beams": 1.5}, "'num_beams'"),
     ({"text": "x", "images": [], "max_new_tokens": 10**9}, "'max_new_tokens'"),
