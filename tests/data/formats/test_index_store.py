@@ -19,7 +19,10 @@ from seed_multimodal.data.formats.index_file import read_index, stamp_of
 from seed_multimodal.data.formats.index_store import FOLDER, IndexStore
 from seed_multimodal.data.formats.records import FileRecords, open_records
 from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.errors import DataError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 COUNT = 300
 
@@ -209,3 +212,14 @@ def test_of_several_processes_one_makes_it_and_the_others_wait(data: Path) -> No
     scanned = (data.parent / "scanned").read_text().split()
     assert sorted(scanned[::2]) == ["0.tar", "1.tar", "2.tar"] and len(set(scanned[1::2])) == 1, scanned
     assert len(list((data / FOLDER).iterdir())) == 3, "no lock is left"
+
+
+def test_a_mixtures_index_folder(data: Path, words: MultimodalTokenizer) -> None:
+    sources = [{"name": kind, "files": str(data / f"*.{kind}"), "decoder": "pretrain.text"}
+               for kind in ("tar", "jsonl", "json", "parquet")]
+    settings = read_data_settings({"sources": sources, "index_folder": str(data.parent / "index")})
+    mixture = Mixture(settings, words)
+    assert mixture.sizes == [COUNT] * 4 and not (data / FOLDER).exists()
+    kept = list((data.parent / "index").iterdir())
+    assert len(kept) == 6 and {one.suffix for one in kept} == {".idx"}
+    assert all("record" in words.decode(mixture.sequence(source, 5)[0].ids) for source in range(4))  # type: ignore[index]

@@ -108,8 +108,7 @@ def write_index(place: Path, stamp: tuple[int, int], kind: str, arrays: Arrays) 
         file.write(start + head)
         file.write(b"\0" * (-file.tell() % _ALIGN))
         for array in arrays.values():
-            data = memoryview(np.ascontiguousarray(array)).cast("B") if array.nbytes else b""
-            file.write(data)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             file.write(b"\0" * (-array.nbytes % _ALIGN))
 
 

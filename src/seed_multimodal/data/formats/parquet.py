@@ -37,7 +37,7 @@ class ParquetFile(IndexedFile):
     @property
     def sizes(self) -> Sequence[int]:
         """Rows of each row group. Raises BadRecord: it cannot be read as parquet."""
-        return self.arrays["rows"]
+        return list(self.arrays["rows"].tolist())
 
     def bytes_of_row(self) -> int:
         """Bytes of a row, on average."""
