@@ -213,8 +213,8 @@ class Drawing:
         opening = system.tokenizer.encode_parts([tasks.draw_response]) if chat and tasks.draw_response else []
         codes = self.codes([[*self.benchmark.prompt(tasks.draw_request(text) if chat else text), *opening]
                             for _, text in block])
-        made = system.pictures.draw(codes, seed=self.seed, batch_size=len(block), **self.decode,
-                                    negative_image_embeds=self.negative)
+        made = system.pictures.draw(codes, negative_codes=self.negative, seed=self.seed, batch_size=len(block),
+                                    **self.decode)
         lines = []
         for (number, text), row, image in zip(block, codes, made, strict=True):
             path = self.folder / f"{number:06d}_{_file_stem(text)}.jpg"
@@ -224,10 +224,9 @@ class Drawing:
         return lines
 
     @cached_property
-    def negative(self) -> Tensor:
-        """Image embedding [1, E] of what follows `<s><img>`."""
-        system = self.benchmark.system.inner
-        return system.pictures.model.decode(torch.tensor(self.codes([[system.tokenizer.bos_id]])))
+    def negative(self) -> list[list[int]]:
+        """The codes that follow `<s><img>`, [1, 32]."""
+        return self.codes([[self.benchmark.system.inner.tokenizer.bos_id]])
 
     def codes(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The codes that follow `<img>` after each prompt."""
