@@ -113,7 +113,7 @@ def _vqa(args: argparse.Namespace) -> int:
     questions = Questions(args.questions)
     annotations = None if args.annotations is None else Annotations(args.annotations)
     if annotations is not None:
-        annotations.require(questions.keys[:args.limit])
+        annotations.require(questions, args.limit)
     benchmark = _benchmark(args, ANSWERING)
     work, score = question_work(benchmark, questions, annotations, args.limit)
     return _run(args, work, score)
@@ -138,6 +138,8 @@ def _caption(args: argparse.Namespace) -> int:
     from seed_multimodal.data.formats.benchmark_files import read_captions
     from seed_multimodal.evaluation.benchmark_work import CAPTIONING, caption_work
 
+    if args.captions.endswith(".txt"):
+        raise ConfigError(f"{args.captions}: holds captions without pictures; give a .json file.")
     pictures = read_captions(args.captions, args.split)
     work, score = caption_work(_benchmark(args, CAPTIONING), Path(args.captions), pictures, args.caption_prompt,
                                args.limit)

@@ -147,7 +147,7 @@ def _answered(work: Work[S], good: Sequence[tuple[int | str, S]], refuse: Callab
         yield from zip([key for key, _ in good], work.answer([sample for _, sample in good]), strict=True)
     except (GenerationError, ImageError) as error:
         if len(good) == 1:
-            refuse(good[0][0], str(error))
+            refuse(good[0][0], f"sample {good[0][0]}: {error}")
             return
         for one in good:
             yield from _answered(work, [one], refuse)

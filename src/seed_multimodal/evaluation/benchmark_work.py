@@ -123,7 +123,7 @@ def question_work(benchmark: Benchmark, questions: Questions, annotations: Annot
                   ) -> tuple[Work[tuple[Question, Tensor]], Score]:
     """Answers to a file of questions; results as the official server takes them, accuracy in percent if annotated.
 
-    A question without an answer counts as wrong.
+    A question without an answer counts as wrong; an item that is no question does not count.
     """
     path = questions.items.path
 
@@ -134,12 +134,13 @@ def question_work(benchmark: Benchmark, questions: Questions, annotations: Annot
         return [{"answer": text.removesuffix(".")} for text in said]  # the tuned models end answers in a full stop
 
     def score(lines: Sequence[Line]) -> tuple[Any, dict[str, Any]]:
-        results = [{"question_id": line["id"], "answer": line.get("answer", "")} for line in lines]
+        asked = [line for line in lines if line["id"] not in questions.problems]
+        results = [{"question_id": line["id"], "answer": line.get("answer", "")} for line in asked]
         if annotations is None:
             return results, {}
         sums: dict[str, dict[str, list[float]]] = {"per_answer_type": {}, "per_question_type": {}}
         total = 0.0
-        for line in lines:
+        for line in asked:
             truth = annotations.read(line["id"])
             value = 100 * vqa_accuracy(line["answer"], truth.answers) if "answer" in line else 0.0
             total += value
@@ -147,7 +148,7 @@ def question_work(benchmark: Benchmark, questions: Questions, annotations: Annot
                 sums[name].setdefault(kind, []).append(value)
         means = {name: {kind: round(sum(values) / len(values), 2) for kind, values in kinds.items() if kind}
                  for name, kinds in sums.items()}
-        return results, {"accuracy": round(total / len(lines), 2), **means}
+        return results, {"accuracy": round(total / max(1, len(asked)), 2), **means}
 
     samples = PictureSamples(questions.keys, questions.read, lambda one: benchmark.pixels(one.picture, path, one.name),
                              lambda one: one.picture)
@@ -168,12 +169,12 @@ def caption_work(benchmark: Benchmark, path: Path, pictures: Sequence[CaptionedP
         return [{"caption": text} for text in said]
 
     def score(lines: Sequence[Line]) -> tuple[Any, dict[str, Any]]:
-        captions = {line["id"]: line.get("caption", "") for line in lines}
-        references = {one.key: one.captions for one in pictures}
+        references = {one.key: one.captions for one in pictures if not one.problem}
+        captions = {line["id"]: line.get("caption", "") for line in lines if line["id"] in references}
         return ([{"image_id": key, "caption": text} for key, text in captions.items()],
                 {name: round(value, 4) for name, value in caption_scores(captions, references).items()})
 
-    samples = PictureSamples([one.key for one in pictures], pictures.__getitem__,
+    samples = PictureSamples([one.key for one in pictures], lambda number: pictures[number].checked(),
                              lambda one: benchmark.pixels(one.picture, path, one.name), lambda one: one.picture)
     settings = {"task": "caption", "captions": _identity(path), "caption_prompt": prompt, **benchmark.facts()}
     return Work(samples, answer, settings, limit), score
@@ -201,7 +202,7 @@ class Drawing:
 
     def read(self, number: int) -> tuple[int, str]:
         """The caption with its number. Raises BadRecord: an empty one."""
-        text = self.texts[number].captions[0].strip()
+        text = self.texts[number].checked().captions[0].strip()
         if not text:
             raise BadRecord("empty text", f"{self.texts[number].name}: its caption is empty.")
         return number, text

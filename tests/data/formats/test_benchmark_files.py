@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.formats.benchmark_files import Annotations, Questions, find_picture, read_captions
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import DataError, ImageError
 
 
@@ -30,7 +31,7 @@ def test_vqa_files(tmp_path):
     found = annotations.read(9001)
     assert found.answers == ["red"] * 10 and (found.answer_type, found.question_type) == ("other", "what color")
     with pytest.raises(DataError, match="1 of 2 questions are not annotated in it, first question_id 9000"):
-        annotations.require(questions.keys)
+        annotations.require(questions)
 
 
 def test_a_list_as_lavis_writes_it_serves_as_questions_and_as_annotations(tmp_path):
@@ -81,22 +82,47 @@ def test_pictures_are_found_by_cocos_names(tmp_path):
 
 @pytest.mark.parametrize(("value", "sentence"), [
     ("", "is not a json list"), ('{"questions": [{"question_id": 1}', "is not a json list"),
-    ([1], "item 0: holds a int"), ({"annotations": []}, "or under 'questions'"), ({"questions": []}, "holds no record"),
-    ([{"question": "q?"}], "item 0: has no question_id"),
-    ([{"question_id": 1}, {"question_id": 1}], "item 1: has the question_id 1 of item 0")])
-def test_damaged_questions_are_refused_with_their_place(tmp_path, value, sentence):
+    ({"annotations": []}, "or under 'questions'"), ({"questions": []}, "holds no record")])
+def test_what_is_no_file_of_questions_is_refused(tmp_path, value, sentence):
     with pytest.raises(DataError, match=f"q.json: .*{sentence}"):
         Questions(write(tmp_path / "q.json", value))
 
 
+@pytest.mark.parametrize(("item", "sentence"), [
+    (1, "holds a int"), ({"question": "q?"}, "has no question_id"), ({"question_id": True}, "has no question_id"),
+    ({"question_id": 1}, "has the question_id 1 of item 0"), ({"question_id": 2, "image": "a"}, "has no question"),
+    ({"question_id": 2, "question": "q?"}, "names no picture"),
+    ({"question_id": 2, "question": "\ud83d"}, "surrogate")])
+def test_a_bad_question_is_one_bad_sample(tmp_path, item, sentence):
+    good = [{"question_id": number, "question": "q?", "image": "a.jpg"} for number in (1, 9)]
+    questions = Questions(write(tmp_path / "q.json", [good[0], item, good[1]]))
+    assert len(questions) == 3 and [questions.read(row).key for row in (0, 2)] == [1, 9]
+    with pytest.raises(BadRecord, match=f"q.json: item 1: .*{sentence}"):
+        questions.read(1)
+    annotations = [{"question_id": number, "answers": ["x"]} for number in (1, 2, 9)]
+    Annotations(write(tmp_path / "a.json", annotations)).require(questions)
+
+
 @pytest.mark.parametrize(("value", "sentence"), [
-    ({"images": [{"id": 1}]}, "'annotations'"), ([{"image": "a.jpg"}], "item 0: has no caption"),
-    ([{"image": "a.jpg", "caption": [None]}], "item 0: has no caption"), ([{"caption": "x"}], "names no picture"),
-    ({"images": [{**KARPATHY["images"][0], "split": "train"}]}, "no picture of the split 'test'; there are train"),
-    ({"images": [{"sentences": [], "cocoid": 1, "split": "test", "filename": "a"}]}, "has no sentences")])
-def test_damaged_captions_are_refused_with_their_place(tmp_path, value, sentence):
+    ({"images": [{"id": 1}]}, "is not a json list"),
+    ({"images": [{**KARPATHY["images"][0], "split": "train"}]}, "no picture of the split 'test'; there are train")])
+def test_what_is_no_file_of_captions_is_refused(tmp_path, value, sentence):
     with pytest.raises(DataError, match=f"c.json: .*{sentence}"):
         read_captions(write(tmp_path / "c.json", value))
+
+
+@pytest.mark.parametrize(("value", "sentence"), [
+    ([LAVIS[0], {"image": "a.jpg"}], "item 1: has no caption"),
+    ([LAVIS[0], {"caption": "x"}], "item 1: names no picture"),
+    ([LAVIS[0], {"image": "a.jpg", "caption": [None]}], "item 1: has no caption"),
+    ({"images": [KARPATHY["images"][0], {"sentences": [], "cocoid": 1, "split": "test"}]}, "item 1: has no sentences"),
+    ({**COCO, "images": [{"id": None}]}, "item 0: has no id")])
+def test_a_bad_item_of_captions_is_one_bad_sample(tmp_path, value, sentence):
+    found = read_captions(write(tmp_path / "c.json", value))
+    assert [one.captions for one in found if one.key == 7] == [["one", "three"]]
+    (bad,) = [one for one in found if one.problem]
+    with pytest.raises(BadRecord, match=f"c.json: {sentence}"):
+        bad.checked()
 
 
 def test_missing_files_name_the_nearest(tmp_path):

@@ -7,16 +7,17 @@
     lists, as LAVIS's       [{image, caption: text or list, …}], [{image, question, question_id, answer: text or list}]
     texts                   a .txt with one caption a line
 
-Files are checked when they are opened; pictures are looked up, but not opened.
+A file of another layout is refused. An item that cannot be used is one bad sample, under its place (`item 3`) where it
+has no name of its own; reading it raises BadRecord. Pictures are looked up, but not opened.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from seed_multimodal.data.formats.files import nearest_path
 from seed_multimodal.data.formats.json_lines import JsonFile
@@ -27,6 +28,7 @@ from seed_multimodal.errors import DataError, ImageError
 # How the pictures of a COCO id are named; {} is the id. Each may lie in a folder of its split's name.
 _COCO_NAMES = [name for split in ("val2014", "test2015", "train2014") for name in
                (f"COCO_{split}_{{:012d}}.jpg", f"{split}/COCO_{split}_{{:012d}}.jpg")]
+T = TypeVar("T")
 _COCO_NAMES += ["{:012d}.jpg", "val2017/{:012d}.jpg", "train2017/{:012d}.jpg"]
 
 
@@ -51,12 +53,19 @@ class Annotation:
 
 @dataclass
 class CaptionedPicture:
-    """A picture with its captions, of which there may be none; `picture` as in `Question` ("" for texts alone)."""
+    """A picture with its captions; `picture` as in `Question` ("" of a text); `problem`: why it cannot be used."""
 
     key: int | str
     name: str
     picture: int | str
     captions: list[str] = field(default_factory=list)
+    problem: str = ""
+
+    def checked(self) -> CaptionedPicture:
+        """Itself. Raises BadRecord: it cannot be used."""
+        if self.problem:
+            raise BadRecord("unusable", self.problem)
+        return self
 
 
 class Items:
@@ -64,8 +73,10 @@ class Items:
 
     def __init__(self, path: str | Path, key: str) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not self.path.exists():
             raise DataError(f"{path}: there is no such file{nearest_path(path)}.")
+        if not self.path.is_file():
+            raise DataError(f"{path}: is no file of records.")
         self._records = FileRecords([JsonFile(self.path, key=key)])
 
     def __len__(self) -> int:
@@ -76,29 +87,36 @@ class Items:
         record = self._records.locate(row)
         return record.parsed(self._records.open_files).fields, record.where
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
-        return (self.read(row) for row in range(len(self)))
+    def usable(self, take: Callable[[dict[str, Any], str], T]) -> Iterator[tuple[str, T | BadRecord]]:
+        """`item N` and what `take` makes of each item, or why it cannot be used."""
+        for row in range(len(self)):
+            try:
+                yield f"item {row}", take(*self.read(row))
+            except BadRecord as error:
+                yield f"item {row}", error
 
 
 class Questions:
     """The questions of a file, read when they are asked for.
 
     Raises:
-        DataError: no file of questions, an item without `question_id`, or two with the same.
+        DataError: no file of questions.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.items = Items(path, "questions")
-        self.rows = _rows_by_id(self.items, "question_id")
+        self.rows, self.problems = _rows_by_id(self.items, "question_id")
         self.keys = list(self.rows)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, number: int) -> Question:
-        """Raises BadRecord: no question, or no picture is named."""
+        """Raises BadRecord: no question, no picture is named, no `question_id`, or that of an earlier one."""
+        if self.keys[number] in self.problems:
+            raise self.problems[self.keys[number]]
         item, where = self.items.read(self.rows[self.keys[number]])
-        return Question(self.keys[number], where, _text(item, ("question",), where), _picture_of(item, where))
+        return Question(self.keys[number], where, _text(item, "question", where), _picture_of(item, where))
 
 
 class Annotations:
@@ -110,10 +128,11 @@ class Annotations:
 
     def __init__(self, path: str | Path) -> None:
         self.items = Items(path, "annotations")
-        self.rows = _rows_by_id(self.items, "question_id")
+        self.rows, _ = _rows_by_id(self.items, "question_id")
 
-    def require(self, keys: Sequence[int | str]) -> None:
-        """Raises DataError unless every question is annotated."""
+    def require(self, questions: Questions, limit: int | None = None) -> None:
+        """Raises DataError unless the (first) questions are annotated, those apart that cannot be used."""
+        keys = [key for key in questions.keys[:limit] if key not in questions.problems]
         missing = [key for key in keys if key not in self.rows]
         if missing:
             raise DataError(f"{self.items.path}: {len(missing):,} of {len(keys):,} questions are not annotated in it, "
@@ -124,8 +143,7 @@ class Annotations:
     def read(self, key: int | str) -> Annotation:
         """Raises BadRecord: no answers."""
         item, where = self.items.read(self.rows[key])
-        given = item.get("answers", item.get("answer"))
-        answers = _texts(given, "answer")
+        answers = _texts(item.get("answers", item.get("answer")), "answer")
         if not answers:
             raise BadRecord("missing key", f"{where}: has no answers (a list of texts, or of objects with 'answer').")
         return Annotation(answers, str(item.get("answer_type", "")), str(item.get("question_type", "")))
@@ -138,7 +156,7 @@ def read_captions(path: str | Path, split: str = "test") -> list[CaptionedPictur
         split: the part of Karpathy's file that is meant.
 
     Raises:
-        DataError: no such file, another layout, an item without picture or caption, or no picture of the split.
+        DataError: no such file, another layout, or no picture of the split.
     """
     path = Path(path)
     if path.suffix == ".txt":
@@ -147,30 +165,45 @@ def read_captions(path: str | Path, split: str = "test") -> list[CaptionedPictur
     if images is not None and "sentences" in (images.read(0)[0] if len(images) else {}):
         return _karpathy(images, split)
     found: dict[int | str, CaptionedPicture] = {}
-    for item, where in images or ():
-        key = _key(item, ("id",), where)
-        found[key] = CaptionedPicture(key, where, item.get("file_name") or key)
-    for item, where in Items(path, "annotations"):
-        captions = _texts(item.get("caption", item.get("captions")), "caption")
-        if not captions:
-            raise BadRecord("missing key", f"{where}: has no caption (a text or a list of texts).")
-        picture = _picture_of(item, where)
-        key = item["image_id"] if isinstance(item.get("image_id"), int | str) else _coco_id(picture)
-        found.setdefault(key, CaptionedPicture(key, where, picture)).captions.extend(captions)
-    return [one for one in found.values() if one.captions]
+    for place, made in images.usable(_image) if images else ():
+        one = _unusable(f"image {place}", made) if isinstance(made, BadRecord) else made
+        found[one.key] = one
+    for place, made in Items(path, "annotations").usable(_caption):
+        if isinstance(made, BadRecord):
+            found[place] = _unusable(place, made)
+        else:
+            found.setdefault(made.key, replace(made, captions=[])).captions.extend(made.captions)
+    return [one for one in found.values() if one.captions or one.problem]
+
+
+def _unusable(place: str, error: BadRecord) -> CaptionedPicture:
+    return CaptionedPicture(place, place, "", problem=str(error))
+
+
+def _image(item: Mapping[str, Any], where: str) -> CaptionedPicture:
+    key = _key(item, "id", where)
+    return CaptionedPicture(key, where, item.get("file_name") or key)
+
+
+def _caption(item: Mapping[str, Any], where: str) -> CaptionedPicture:
+    captions = _texts(item.get("caption", item.get("captions")), "caption")
+    if not captions:
+        raise BadRecord("missing key", f"{where}: has no caption (a text or a list of texts).")
+    picture = _picture_of(item, where)
+    key = _key(item, "image_id", where) if item.get("image_id") is not None else _coco_id(picture)
+    return CaptionedPicture(key, where, picture, captions)
 
 
 def find_picture(picture: int | str, root: Path | None, beside: Path, where: str) -> Path:
     """The file of a picture that a benchmark names by path or by COCO's number.
 
     Raises:
-        ImageError: it is not there; names the places that were tried.
+        ImageError: it is not there; names the first place that was tried.
     """
     names = [name.format(picture) for name in _COCO_NAMES] if isinstance(picture, int) else [picture]
     found = next(filter(None, (find_image(name, root, beside) for name in names)), None)
     if found is None:
-        more = f" or its other names for picture {picture}" if isinstance(picture, int) else ""
-        raise ImageError(f"{where}: its picture is not there: {root or beside.parent}/{names[0]}{more}.")
+        raise ImageError(f"{where}: its picture is not there: {root or beside.parent}/{names[0][:200]}.")
     return found
 
 
@@ -188,23 +221,27 @@ def _text_lines(path: Path) -> list[CaptionedPicture]:
 
 def _karpathy(images: Items, split: str) -> list[CaptionedPicture]:
     found, splits = [], dict[str, None]()
-    for item, where in images:
+
+    def take(item: Mapping[str, Any], where: str) -> CaptionedPicture | None:
         splits[str(item.get("split"))] = None
         if item.get("split") != split:
-            continue
+            return None
         captions = _texts(item.get("sentences"), "raw")
         if not captions:
             raise BadRecord("missing key", f"{where}: has no sentences with 'raw'.")
-        key = _key(item, ("cocoid", "imgid"), where)
         folder = f"{item['filepath']}/" if item.get("filepath") else ""
-        found.append(CaptionedPicture(key, where, f"{folder}{_text(item, ('filename',), where)}", captions))
-    if not found:
+        return CaptionedPicture(_key(item, "cocoid" if "cocoid" in item else "imgid", where), where,
+                                f"{folder}{_text(item, 'filename', where)}", captions)
+
+    for place, made in images.usable(take):
+        if made is not None:
+            found.append(_unusable(place, made) if isinstance(made, BadRecord) else made)
+    if all(one.problem for one in found):
         raise DataError(f"{images.path}: has no picture of the split {split!r}; there are {', '.join(splits)}.")
     return found
 
 
-def _optional(path: Path, key: str) -> Items | None:
-    """The list under a key, if the file is an object that has it."""
+def _optional(path: Path, key: str) -> Items | None:  # the list under a key, if the file is an object that has it
     items = Items(path, key)
     try:
         with open(path, "rb") as file:
@@ -215,20 +252,23 @@ def _optional(path: Path, key: str) -> Items | None:
         return None
 
 
-def _rows_by_id(items: Items, name: str) -> dict[int | str, int]:
+def _rows_by_id(items: Items, name: str) -> tuple[dict[int | str, int], dict[int | str, BadRecord]]:
+    """Id → row; and why rows cannot be used, which stand under their places."""
     rows: dict[int | str, int] = {}
-    for row in range(len(items)):
-        item, where = items.read(row)
-        key = _key(item, (name,), where)
-        if rows.setdefault(key, row) != row:
-            raise BadRecord("duplicate id", f"{where}: has the {name} {key} of item {rows[key]}.")
-    return rows
+    problems: dict[int | str, BadRecord] = {}
+    for row, (place, key) in enumerate(items.usable(lambda item, where: _key(item, name, where))):
+        if not isinstance(key, BadRecord) and key in rows:
+            key = BadRecord("duplicate id", f"{items.path}: {place}: has the {name} {key} of item {rows[key]}.")
+        if isinstance(key, BadRecord):
+            problems[place] = key
+        rows[place if isinstance(key, BadRecord) else key] = row
+    return rows, problems
 
 
-def _key(item: Mapping[str, Any], names: Sequence[str], where: str) -> int | str:
-    value = next((item[name] for name in names if name in item), None)
+def _key(item: Mapping[str, Any], name: str, where: str) -> int | str:
+    value = item.get(name)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise BadRecord("missing key", f"{where}: has no {' or '.join(names)} (it has {', '.join(item) or 'no keys'}).")
+        raise BadRecord("missing key", f"{where}: has no {name} that is a number or a text.")
     return value
 
 
@@ -240,10 +280,10 @@ def _texts(given: Any, name: str) -> list[str]:
     return found if len(found) == len(texts) else []
 
 
-def _text(item: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    value = next((item[name] for name in names if name in item), None)
+def _text(item: Mapping[str, Any], name: str, where: str) -> str:
+    value = item.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise BadRecord("missing key", f"{where}: has no {' or '.join(names)}.")
+        raise BadRecord("missing key", f"{where}: has no {name}.")
     return value.strip()
 
 

@@ -37,7 +37,7 @@ class JsonFile(IndexedFile):
 
     def scans(self) -> Sequence[Scan]:
         """One for each `CHUNK` of lines; a list can only be read from its start."""
-        if not self._lines and (self._keys != LISTS or not is_lines(self.path)):
+        if not self._lines and (self._keys is not LISTS or not is_lines(self.path)):
             return [partial(_items, self.path, self._keys)]
         cuts = _line_starts(self.path)
         return [partial(_lines_between, self.path, start, end) for start, end in pairwise(cuts)]

@@ -91,7 +91,7 @@ class CaptionEvaluation:
                               "eval/eval_caption.py.")
         settings = read_data_settings(run.eval_data or {}, "eval_data")
         self.truth = _truth_file(Path(str(run.trainer.coco_caption_root)))
-        self.references = {str(one.key): one.captions for one in read_captions(self.truth)}
+        self.references = {str(one.key): one.captions for one in read_captions(self.truth) if not one.problem}
         self.tokenizer, self.group, self.log, self.folder = tokenizer, group, log, run.output_dir / "captions"
         self.prompts = dict(self._prompts(settings))
 
