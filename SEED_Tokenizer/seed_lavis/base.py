@@ -40,7 +40,7 @@ class SeedModel(BaseModel):
     companions: tuple[str, ...] = ()
     """Names of frozen modules that are used beside the model and are no part of it or its checkpoints."""
     fast_tower: FastTower | None = None
-    """Replacement of the frozen tower with `fast_tower` of stage 2's options."""
+    """The frozen tower on packed weights, by the option `fast_tower`."""
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> SeedModel:
@@ -66,7 +66,7 @@ class SeedModel(BaseModel):
                 getattr(self, name).to(device)
         if self.options.freeze_vit:
             low_precision(self.visual_encoder, self.tower_dtype(device))
-        if getattr(self.options, "fast_tower", False):
+        if self.uses_fast_tower(device):
             self.fast_tower = FastTower(self.visual_encoder, self.tower_dtype(device), compile=self.options.compile)
         if self.options.use_grad_checkpoint:
             checkpoint_layers(self)
@@ -75,6 +75,17 @@ class SeedModel(BaseModel):
                 if hasattr(self, part):
                     getattr(self, part).compile()
         return self
+
+    def uses_fast_tower(self, device: torch.device) -> bool:
+        """Whether the tower computes on packed weights: as asked, else on CUDA where it is frozen.
+
+        Raises:
+            ConfigError: asked for, but the tower is trained.
+        """
+        wanted, frozen = self.options.fast_tower, self.options.freeze_vit
+        if wanted and not frozen:
+            raise ConfigError("model.fast_tower computes a frozen tower, but model.freeze_vit is false: leave one out.")
+        return wanted if wanted is not None else frozen and device.type == "cuda"
 
     def tower_dtype(self, device: torch.device) -> torch.dtype:
         """The frozen tower's precision; fp16 means fp32 on a CPU, which computes fp16 slowly."""

@@ -25,7 +25,8 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 
 @dataclass
 class ModelOptions:
-    """Options of all models. `vit` and `qformer` (ours) override single sizes of `EvaConfig` and `QFormerConfig`."""
+    """Options of all models. `vit` and `qformer` (ours) override single sizes of `EvaConfig` and `QFormerConfig`;
+    `fast_tower` (None: on CUDA, if the tower is frozen) computes the tower on packed weights."""
 
     arch: str = ""
     model_type: str = "pretrain"
@@ -47,6 +48,7 @@ class ModelOptions:
     vit: dict[str, Any] = setting(factory=dict)
     qformer: dict[str, Any] = setting(factory=dict)
     compile: bool = False
+    fast_tower: bool | None = None
 
 
 @dataclass
@@ -86,8 +88,6 @@ class CodebookOptions(ModelOptions):
     frozen_dropout: bool = True
     corrupt: float = setting(0.0, least=0, most=1)
     nested: float = setting(0.0, least=0, most=1)
-    # ours: speed
-    fast_tower: bool = False
     # ours: codebook health
     ema_decay: float | None = setting(None, least=0, most=0.999999)
     normalize_codes: bool = False

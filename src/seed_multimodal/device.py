@@ -28,6 +28,11 @@ RELEASED_FP16 = "as pictures were read and drawn by the released programs"
 BESIDE_8BIT = "beside 8-bit weights"
 
 
+# Of the CPU's allocator (two wordings) and its matrix library, of a GPU's, of Apple's GPUs.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "could not create a primitive", "ALLOC_FAILED",
+                  "MPS backend out of memory")
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where tensors live and in which precision models compute."""
@@ -72,6 +77,12 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # nothing is copied where it is so already
     return tensor.to(device, non_blocking=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a GPU or of this machine, did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
 
 
 def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:

@@ -40,7 +40,8 @@ def model_of(config: dict[str, Any]) -> Any:
     return registry.get_model_class(arch).from_config(OmegaConf.create(config)).place(torch.device("cpu")).train()
 
 
-def test_stage1():
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast_tower"])
+def test_stage1(fast):
     from runner import assert_close
     from seed2_common import qformer_config, vit_config
 
@@ -52,7 +53,8 @@ def test_stage1():
                                                                                  given["cross_attention_freq"])),
         "num_query_token": given["num_query_token"], "embed_dim": given["embed_dim"], "temperature": given["temp"],
         "label_smoothing": given["label_smoothing"], "text_tokenizer": None,
-        "vocab_size": weights["Qformer.bert.embeddings.word_embeddings.weight"].shape[0]})
+        "vocab_size": weights["Qformer.bert.embeddings.word_embeddings.weight"].shape[0], "fast_tower": fast})
+    assert (model.fast_tower is not None) == fast
     assign_strictly(model, weights, "the fixture")
     assert [name for name, p in model.named_parameters() if p.requires_grad] == meta["trainable"]
     output = model(inputs)  # image, input_ids, attention_mask
@@ -104,3 +106,27 @@ def test_stage2(kind, fast, tmp_path):
     for name in names:
         gradient = own[name.removeprefix("grad.")].grad
         assert_close(gradient[:near] if name.startswith("grad.quantize") else gradient, want[name], 1e-6, 1e-3, name)
+
+
+@pytest.mark.parametrize("options, device, used", [
+    ({}, "cpu", False), ({}, "cuda", True), ({"fast_tower": False}, "cuda", False), ({"fast_tower": True}, "cpu", True),
+    ({"freeze_vit": False}, "cuda", False)])
+def test_where_the_tower_is_packed(options, device, used):
+    from seed_lavis.models import Blip2Casual
+    from seed_lavis.options import Stage1Options
+
+    model = Blip2Casual.__new__(Blip2Casual)
+    model.__dict__["options"] = Stage1Options(**options)
+    assert model.uses_fast_tower(torch.device(device)) is used
+
+
+def test_a_tower_that_is_trained_is_not_packed():
+    from seed_lavis.models import Blip2Casual
+    from seed_lavis.options import Stage1Options
+
+    from seed_multimodal.errors import ConfigError
+
+    model = Blip2Casual.__new__(Blip2Casual)
+    model.__dict__["options"] = Stage1Options(fast_tower=True, freeze_vit=False)
+    with pytest.raises(ConfigError, match="freeze_vit"):
+        model.uses_fast_tower(torch.device("cpu"))

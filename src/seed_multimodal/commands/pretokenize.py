@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from seed_multimodal.data.pretokenize import RELEASED_GPUS
+from seed_multimodal.data.pretokenize import RELEASED_BATCH, RELEASED_GPUS
 from seed_multimodal.entry import run_program
 from seed_multimodal.errors import ConfigError
 
@@ -36,7 +36,8 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=DefaultNumber(RELEASED_GPUS), metavar="N",
                         help="processes, one per GPU, never more than units of work (default: 4, or as many as there "
                              "are GPUs; on a CPU 1)")
-    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="pictures at once (default: 256)")
+    parser.add_argument("--batch_size", type=int, default=DefaultNumber(RELEASED_BATCH), metavar="N",
+                        help="pictures at once; halved where they do not fit into memory (default: 256, on a CPU 32)")
     parser.add_argument("--num_workers", type=int, default=4, metavar="N",
                         help="decode workers of each process (default: 4)")
     parser.add_argument("--shard", default="0/1", metavar="I/N",
@@ -52,7 +53,8 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
                         help="the packed encoder (default: on CUDA)")
     parser.add_argument("--dtype", default="auto",
                         help="precision (default: float16 on CUDA as released, else float32)")
-    parser.add_argument("--compile", action="store_true", help="compile the packed encoder (minutes before the start)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                        help="compile the packed encoder, minutes before the start (default: on CUDA)")
     parser.add_argument("--block", type=int, default=10_000, metavar="N", help="records of a unit where no tar is read")
     parser.add_argument("--maxcount", type=int, default=10_000, metavar="N", help="records per output tar")
     parser.add_argument("--max_bad", type=int, default=20, metavar="N",
@@ -74,10 +76,15 @@ def _run(kind: str, args: argparse.Namespace) -> int:
     return run(RunSettings(
         kind=kind, data=args.data, save_dir=args.save_dir,
         encoder=EncoderSettings(args.tokenizer, args.device, args.fast, args.dtype, args.compile),
-        fields=parse_fields(args.fields), gpus=None if isinstance(args.gpus, DefaultNumber) else args.gpus,
+        fields=parse_fields(args.fields), gpus=_given(args.gpus),
         shard=_shard(args.shard), image_transform=args.image_transform or args.image_processor,
-        batch_size=args.batch_size, workers=args.num_workers, views=args.views, seed=args.seed, block=args.block,
+        batch_size=_given(args.batch_size), workers=args.num_workers, views=args.views, seed=args.seed, block=args.block,
         limit=args.maxcount, resume=args.resume, max_bad=args.max_bad, log_every=args.log_every, debug=args.debug))
+
+
+def _given(number: int) -> int | None:
+    """A flag's number; None: it was not given."""
+    return None if isinstance(number, DefaultNumber) else number
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.config import find_target, instantiate, load_yaml
-from seed_multimodal.device import DTYPES, choose_device, copy_to
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.device import DTYPES, choose_device, copy_to, is_out_of_memory
+from seed_multimodal.entry import log_line
+from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, normalise
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.settings import check_keys, setting
@@ -35,23 +37,29 @@ class EncoderSettings:
 
     Attributes:
         tokenizer: its YAML (the released form) or that as a mapping.
-        fast: the packed encoder; None: on CUDA.
+        fast: the packed encoder; None: on CUDA, and where `compile` is asked for.
         dtype: of the packed encoder, or of a plain one on CUDA; `auto`: float16 on CUDA as released, float32
             elsewhere and where the tokenizer's YAML says `fp16: False`.
-        compile: let torch compile the packed encoder (minutes before the first picture).
+        compile: let torch compile the packed encoder (minutes before the first picture); None: on CUDA, unless it
+            fails there.
     """
 
     tokenizer: str | Mapping[str, Any]
     device: str = "auto"
     fast: bool | None = None
     dtype: str = setting("auto", choices=("auto", *sorted(DTYPES)))
-    compile: bool = False
+    compile: bool | None = None
 
 
 class Encoder:
-    """Pictures → codes; `fingerprint`: sha256 of the tokenizer's weights."""
+    """Pictures → codes; `fingerprint`: sha256 of the tokenizer's weights.
 
-    def __init__(self, settings: EncoderSettings) -> None:
+    Attributes:
+        most: pictures that are encoded at once; halved whenever they did not fit into memory.
+        compiled: whether the packed encoder is compiled.
+    """
+
+    def __init__(self, settings: EncoderSettings, log: Callable[[str], None] = log_line) -> None:
         self.device = choose_device(settings.device, "float32", log=None).device
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # else page-locked memory would be made through the first GPU
@@ -67,10 +75,18 @@ class Encoder:
         on_gpu = self.device.type == "cuda"
         half = on_gpu and getattr(opened, "fp16", True)  # `fp16: False` in the tokenizer's YAML
         dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if half else torch.float32
-        self.fast = on_gpu if settings.fast is None else settings.fast
+        self.fast = (on_gpu or bool(settings.compile)) if settings.fast is None else settings.fast
         self.dtype = str(dtype).removeprefix("torch.")
-        self._model = optimise(model, compile=settings.compile, levers=Levers(dtype=dtype)) if self.fast \
-            else model.to(dtype)
+        if settings.compile and not self.fast:
+            raise ConfigError("--compile compiles the packed encoder, which --no-fast leaves out; give one of them.")
+        self._log, self.most, self.compiled = log, sys.maxsize, False
+        if not self.fast:
+            self._model = model.to(dtype)
+        elif settings.compile is None and on_gpu:
+            self._model, self.compiled = compiled_or_not(model, Levers(dtype=dtype), log)
+        else:
+            self.compiled = bool(settings.compile)
+            self._model = optimise(model, compile=self.compiled, levers=Levers(dtype=dtype))
 
     def _vocabulary(self, opened: Any, model: Any) -> ImageVocabulary:
         """The words of the codes; refused when the text tokenizer has others."""
@@ -85,17 +101,52 @@ class Encoder:
         return vocabulary
 
     def start(self, rows: Sequence[Tensor]) -> Codes:
-        """Begin to encode pictures, uint8 [3, S, S] each; on a GPU this returns before it is done."""
+        """Begin to encode pictures, uint8 [3, S, S] each; on a GPU this returns before it is done.
+
+        Where so many do not fit into memory, they are encoded in halves, and so are all later ones.
+
+        Raises:
+            ConfigError: not even one picture fits.
+        """
+        while True:
+            count = min(self.most, len(rows))
+            try:
+                parts = [self._encode(rows[at:at + count]) for at in range(0, len(rows), count)]
+                return Codes(parts[0] if len(parts) == 1 else torch.cat(parts))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if count == 1:
+                    raise ConfigError(f"Not even one picture fits into the memory of {self.device} "
+                                      f"({first_line(error)}); end what else uses it.") from error
+            # After the handler: until then the error holds on to the batch's memory.
+            self.most = count // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._log(f"{count} pictures at once do not fit into the memory of {self.device}: {self.most} from now on "
+                      f"(--batch_size {self.most} starts so); nothing is lost.")
+
+    def _encode(self, rows: Sequence[Tensor]) -> Tensor:
+        """Codes of one batch, [B, tokens_per_image] int32 on the device."""
         on_gpu = self.device.type == "cuda"  # the copy from page-locked memory overlaps with decoding the next batch
         pixels = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
         torch.stack(tuple(rows), out=pixels)
-        normal = normalise(copy_to(self.device, pixels))
-        try:
-            codes = self._model.encode(normal).to(torch.int32)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(f"{len(pixels)} pictures at once do not fit into the memory of {self.device}: give a "
-                              "smaller --batch_size.") from error
-        return Codes(codes)
+        return self._model.encode(normalise(copy_to(self.device, pixels))).to(torch.int32)
+
+
+def compiled_or_not(model: Any, levers: Levers, log: Callable[[str], None]) -> tuple[Any, bool]:
+    """The packed encoder of a tokenizer, compiled, or as it is where this machine cannot compile; and which."""
+    log("compiling the encoder, which takes minutes (--no-compile starts at once) …")
+    fast = optimise(model, compile=True, levers=levers)
+    try:
+        fast.warm_up([1])
+    except RuntimeError as error:  # also those of the compiler
+        if is_out_of_memory(error):
+            raise
+        log(f"the encoder cannot be compiled here ({first_line(error)}); it runs uncompiled, somewhat slower.")
+        torch.compiler.reset()
+        return optimise(model, levers=levers), False
+    return fast, True
 
 
 class Codes:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.data.pretokenize import RELEASED_GPUS
+from seed_multimodal.data.pretokenize import RELEASED_BATCH, RELEASED_GPUS
 from seed_multimodal.data.pretokenize.decode import TaskDecoder
 from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, read_transform
 from seed_multimodal.data.pretokenize.input_settings import InputSettings, read_input_settings
@@ -44,6 +44,8 @@ from seed_multimodal.errors import ConfigError, DataError, counted
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_settings, setting
 
+CPU_BATCH = 32  # what is fastest there
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -57,7 +59,7 @@ class RunSettings:
         shard: (number, count): this run makes only every count-th unit, from `number` on (job arrays).
         image_transform: YAML of the pictures' transform; None: squashed bilinearly to the tokenizer's size (of a
             system's tokenizer: the system's own).
-        batch_size: pictures encoded at once.
+        batch_size: pictures encoded at once, fewer where they do not fit into memory; None: as released 256, on a CPU 32.
         workers: decode processes for each encoding process; 0: none.
         views: of each picture (kinds caption, qa and chat); all but the first are augmented, from `seed`.
         block: records of a unit where the input is no tar; limit: records per output tar.
@@ -74,7 +76,7 @@ class RunSettings:
     gpus: int | None = setting(None, least=1)
     shard: tuple[int, int] = (0, 1)
     image_transform: str | None = None
-    batch_size: int = setting(256, least=1)
+    batch_size: int | None = setting(None, least=1)
     workers: int = setting(4, least=0)
     views: int = setting(1, least=1)
     seed: int = 0
@@ -144,7 +146,9 @@ def run(settings: RunSettings) -> int:
 def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], rank: Rank) -> None:
     """Encode the unfinished units of one process's share."""
     save_dir = Path(settings.save_dir)
-    encoder = Encoder(replace(settings.encoder, device=rank.device))
+    log = log_line if rank.world == 1 else lambda line: log_line(rank.name + line)
+    encoder = Encoder(replace(settings.encoder, device=rank.device), log)
+    batch_size = settings.batch_size or (CPU_BATCH if encoder.device.type == "cpu" else RELEASED_BATCH)
     transform = read_transform(settings.image_transform, encoder.transform, encoder.image_size)
     kind, vocabulary = get_kind(settings.kind), encoder.vocabulary
     decoder = TaskDecoder(kind, source, transform, views=settings.views, seed=settings.seed)
@@ -161,12 +165,11 @@ def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], ra
     if len(left) < len(own):
         log_line(f"{rank.name}{len(own) - len(left):,} of {len(own):,} units were finished and match their manifests.")
     made = {"device": encoder.device.type, "dtype": encoder.dtype, "fast": encoder.fast,
-            "batch_size": settings.batch_size, **versions()}
-    log = log_line if rank.world == 1 else lambda line: log_line(rank.name + line)
+            "compiled": encoder.compiled, "batch_size": batch_size, **versions()}
     weight_unit = "byte" if any(unit.format == "tar" for unit in left) else "record"
     with Progress("extraction", sum(unit.weight for unit in left), weight_unit, every=settings.log_every,
                   log=log) as progress:
-        extractor = Extractor(encoder, decoder, left, save_dir, batch_size=settings.batch_size, limit=settings.limit,
+        extractor = Extractor(encoder, decoder, left, save_dir, batch_size=batch_size, limit=settings.limit,
                               workers=settings.workers, max_bad=settings.max_bad, made=made, progress=progress)
         extractor.run()
     log_line(f"{rank.name}{extractor.summary()}")
