@@ -78,8 +78,9 @@ def _run(kind: str, args: argparse.Namespace) -> int:
         encoder=EncoderSettings(args.tokenizer, args.device, args.fast, args.dtype, args.compile),
         fields=parse_fields(args.fields), gpus=_given(args.gpus),
         shard=_shard(args.shard), image_transform=args.image_transform or args.image_processor,
-        batch_size=_given(args.batch_size), workers=args.num_workers, views=args.views, seed=args.seed, block=args.block,
-        limit=args.maxcount, resume=args.resume, max_bad=args.max_bad, log_every=args.log_every, debug=args.debug))
+        batch_size=_given(args.batch_size), workers=args.num_workers, views=args.views, seed=args.seed,
+        block=args.block, limit=args.maxcount, resume=args.resume, max_bad=args.max_bad, log_every=args.log_every,
+        debug=args.debug))
 
 
 def _given(number: int) -> int | None:

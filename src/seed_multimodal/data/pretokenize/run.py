@@ -59,7 +59,8 @@ class RunSettings:
         shard: (number, count): this run makes only every count-th unit, from `number` on (job arrays).
         image_transform: YAML of the pictures' transform; None: squashed bilinearly to the tokenizer's size (of a
             system's tokenizer: the system's own).
-        batch_size: pictures encoded at once, fewer where they do not fit into memory; None: as released 256, on a CPU 32.
+        batch_size: pictures encoded at once, fewer where they do not fit into memory; None: as released 256, on a CPU
+            32.
         workers: decode processes for each encoding process; 0: none.
         views: of each picture (kinds caption, qa and chat); all but the first are augmented, from `seed`.
         block: records of a unit where the input is no tar; limit: records per output tar.
