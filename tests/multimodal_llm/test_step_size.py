@@ -56,3 +56,16 @@ def test_rows_that_do_not_fit_become_micro_steps_of_the_same_step(runs, train, o
     assert "memory plan (an estimate): " in said
     # The same rows, so the same steps; each micro-batch has its place in the mean over the step's tokens.
     assert runs.losses(split) == pytest.approx(runs.losses(whole), rel=1e-4)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_first_of_several_processes_decides(runs, train, open_rows, tmp_path):
+    """Two processes make the steps of one with twice the micro-steps: the same rows of the same streams."""
+    one = train("one", f"trainer.max_steps={STEPS}", "trainer.gradient_accumulation_steps=2", data=open_rows)
+    rows = json.loads((one / "summary.json").read_text())["rows"]
+    two = tmp_path / "two"
+    said, _ = runs.run(runs.overrides(runs.write_files(tmp_path / "files", data=open_rows), two,
+                                      f"trainer.max_steps={STEPS}"), before=runs.torchrun())
+    assert said.count(f"a step: {rows} packed rows of 160 x 1 micro-step x 2 processes = ") == 1
+    assert runs.losses(two) == pytest.approx(runs.losses(one), rel=1e-4)

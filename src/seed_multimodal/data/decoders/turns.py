@@ -152,4 +152,7 @@ class VisualQuestionTuned(VisualQuestion):
 
     name = "sft.visual_question"
     tuned = True
-    Options = TextConversationTuned.Options
+
+    @dataclass(frozen=True)
+    class Options(_Turns.Options, Prompted):
+        """Both."""
