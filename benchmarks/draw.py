@@ -13,7 +13,7 @@ import torch
 from shared import common_flags, fill_random, guidance, measure, part_of, positive, print_line, runtime_of
 
 from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
-from seed_multimodal.device import Runtime
+from seed_multimodal.device import RELEASED_FP16, Runtime
 from seed_multimodal.entry import DONE, guarded
 
 # SD-2.1-unCLIP U-Net + VAE, 768 px, 20 steps, guidance, fp16, stock diffusers on one H200 (2026-11-20).
@@ -108,7 +108,7 @@ def main() -> int:
     parser.add_argument("--guidance", type=guidance, default=None, help="guidance (default: the folder's, else 10)")
     parser.add_argument("--text", default="a twemoji drawing of cat face", help="text of a whole drawing")
     options = parser.parse_args()
-    runtime = runtime_of(parser, options)
+    runtime = runtime_of(parser, options, RELEASED_FP16)
     return guarded("draw", False, lambda: timed(options, runtime))
 
 

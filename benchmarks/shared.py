@@ -136,10 +136,10 @@ def refuse_unknown(parser: argparse.ArgumentParser, names: Sequence[str], known:
         parser.error(f"unknown {what} {wrong[0]!r}: use {', '.join(options)}")
 
 
-def runtime_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Runtime:
-    """Device and precision by `--device` and `--dtype`; ends as argparse does where they are impossible."""
+def runtime_of(parser: argparse.ArgumentParser, options: argparse.Namespace, fp16: str = "") -> Runtime:
+    """Device and precision by `--device` and `--dtype` (`fp16` as of `choose_device`); ends as argparse does where they are impossible."""
     try:
-        return choose_device(options.device, options.dtype, log=None)
+        return choose_device(options.device, options.dtype, log=None, fp16=fp16)
     except ConfigError as error:
         parser.error(str(error))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.entry import run_program  # noqa: E402
+from seed_multimodal.entry import AUTO, add_dtype, add_quantization, run_program  # noqa: E402
 from seed_multimodal.errors import ConfigError  # noqa: E402
 
 
@@ -41,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=7890, help="port to listen on, 0 for a free one (default: 7890)")
     parser.add_argument("--llm_device", default="auto", help="device of the language model (default: auto)")
     parser.add_argument("--tokenizer_device", default="auto", help="device that reads and draws (default: auto)")
+    add_dtype(parser, "auto", f"{AUTO}; with YAML files, what they say")
+    add_quantization(parser)
     parser.add_argument("--offload_encoder", nargs="?", const=True, default=False, type=boolean,
                         help="keep the vision tower on the CPU while no picture is read")
     parser.add_argument("--offload_decoder", nargs="?", const=True, default=True, type=boolean,
@@ -66,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     check_address(args.host, args.port)
     quiet_libraries(args.debug)
     files = {"model": args.model, "tokenizer": args.tokenizer, "image_transform": args.image_transform}
-    placement = {"offload_encoder": args.offload_encoder, "offload_decoder": args.offload_decoder}
+    placement = {"offload_encoder": args.offload_encoder, "offload_decoder": args.offload_decoder,
+                 "dtype": args.dtype, "quantization": args.quantization}
     if args.system:
         system = SeedLlama.from_pretrained(args.system, device=args.llm_device, image_device=args.tokenizer_device,
                                            **placement)

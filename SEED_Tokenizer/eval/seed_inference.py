@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.entry import DONE, guarded, log_line  # noqa: E402
+from seed_multimodal.entry import DONE, add_device, guarded, log_line  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--guidance-scale", type=float, metavar="G")
     parser.add_argument("--noise-level", type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", help="as the original: float32")
+    add_device(parser, "float32", "float32, as the original")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     return guarded(parser.prog, args.debug, lambda: reconstruct(args))

@@ -32,10 +32,9 @@ from seed_multimodal.commands.common import (
     add_generation,
     add_json,
     add_out,
-    add_quantization,
     whole_number,
 )
-from seed_multimodal.entry import guarded
+from seed_multimodal.entry import add_quantization, guarded
 from seed_multimodal.settings import nearest
 
 

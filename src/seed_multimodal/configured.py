@@ -89,9 +89,13 @@ def picture_codec(model: str, *, device: str = "auto", dtype: str = "auto") -> P
 
 def system_from_configs(
     *, model: str | Path, tokenizer: str | Path, image_transform: str | Path, llm_device: str = "auto",
-    tokenizer_device: str = "auto", offload_encoder: bool = False, offload_decoder: bool = True,
+    tokenizer_device: str = "auto", offload_encoder: bool = False, offload_decoder: bool = True, dtype: str = "auto",
+    quantization: str | None = None,
 ) -> SeedLlama:
     """A system from the released demo's three YAML files (its server's `--image_transform --tokenizer --model`).
+
+    Args:
+        dtype, quantization: if given, in the place of what the files say (`fp16`, `torch_dtype`, `load_in_8bit`).
 
     Raises:
         CheckpointError: weights that are not there (names what to download and where to put it); `ConfigError` for a
@@ -104,12 +108,15 @@ def system_from_configs(
     from seed_multimodal.systems.system_spec import RELEASED_GENERATION, SystemSpec
 
     _refuse_missing(model, tokenizer)
-    words = instantiate(tokenizer, device=tokenizer_device)
+    precision = {} if dtype == "auto" else {"dtype": dtype}
+    words = instantiate(tokenizer, device=tokenizer_device, **precision)
     if not isinstance(words, SeedLlamaTokenizer):
         raise ConfigError(f"{tokenizer}: describes a {type(words).__name__}, not a SEED tokenizer.")
     words.pictures.transform = instantiate(image_transform)
     words.pictures.offload(encoder=offload_encoder, decoder=offload_decoder)
-    llm = instantiate(model, device_map=llm_device)
+    precision = {} if dtype == "auto" else {"torch_dtype": dtype}
+    packed = {} if quantization is None else {f"load_in_{bits}": bits == quantization for bits in ("8bit", "4bit")}
+    llm = instantiate(model, device_map=llm_device, **precision, **packed)
     spec = SystemSpec(name=str(model), tokenizer=Path(tokenizer), llm=Path(model), detokenizer=None,
                       template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION),
                       tasks=RELEASED_TASKS)

@@ -2,7 +2,7 @@
 
 Note: for language models bf16 is chosen on CUDA devices that compute it, fp16 on older ones; for tokenizers and
 de-tokenizers fp16 on all of them, as released: of nano's pictures bf16 keeps all 32 codes of far fewer
-(`benchmarks/precision.py`). On CPU and MPS it is fp32, because half precision LayerNorms are slow or missing there.
+(docs/benchmarks.md). On CPU and MPS it is fp32, because half precision LayerNorms are slow or missing there.
 Nothing in the project calls `.cuda()`.
 """
 
@@ -69,6 +69,16 @@ def choose_device(
         reasons = "; ".join(filter(None, (why, why_dtype)))
         log(f"{doing} on {runtime}{f' ({reasons})' if reasons else ''}.")
     return runtime
+
+
+def choose_for_pictures(device: str | torch.device, dtype: str | torch.dtype, language: Runtime,
+                        log: Callable[[str], None] | None = print) -> Runtime:
+    """Where pictures are read and drawn beside a language model: `auto` is float16 on CUDA; reported if it differs from
+    `language`."""
+    chosen = choose_device(device, dtype, None, fp16=RELEASED_FP16)
+    if chosen != language:
+        choose_device(device, dtype, log, fp16=RELEASED_FP16, doing="Reading and drawing pictures")
+    return chosen
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""How programs end: a refusal is one sentence and an exit code; a traceback only with `--debug`."""
+"""How programs end: a refusal is one sentence and an exit code; a traceback only with `--debug`. And the flags for
+device and precision, which are the same in all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import sys
 import threading
 import traceback
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ActionsContainer
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 from seed_multimodal.errors import SeedError, SeedWarning
 
 _PLAIN = warnings.formatwarning
+AUTO = "auto: on CUDA float16 for pictures, bfloat16 for the language model; float32 elsewhere"
 DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -106,6 +108,22 @@ def end_with_parent() -> None:
 def add_debug(parser: ArgumentParser) -> None:
     """`--debug`, which every program has."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_device(parser: _ActionsContainer, dtype: str | None = "auto", meaning: str = AUTO) -> None:
+    """`--device`, and `--dtype` as of `add_dtype`."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add_dtype(parser, dtype, meaning)
+
+
+def add_dtype(parser: _ActionsContainer, dtype: str | None = "auto", meaning: str = AUTO) -> None:
+    """`--dtype`, its default, and what that means in words."""
+    parser.add_argument("--dtype", default=dtype, help=f"auto, float32, bfloat16 or float16 (default: {meaning})")
+
+
+def add_quantization(parser: _ActionsContainer) -> None:
+    """`--quantization`, for programs that load a language model."""
+    parser.add_argument("--quantization", choices=("8bit", "4bit"), help="load the language model in 8 or 4 bit")
 
 
 def run_program(parser: ArgumentParser, work: Callable[[Namespace], int], argv: Sequence[str] | None = None,

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seed_multimodal import __version__
-from seed_multimodal.commands.common import add_common, add_quantization, load_system, save_picture, write_text
+from seed_multimodal.commands.common import add_common, load_system, save_picture, write_text
 from seed_multimodal.config import project_root
-from seed_multimodal.entry import run_program
+from seed_multimodal.entry import add_quantization, run_program
 from seed_multimodal.errors import DataError, GenerationError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet

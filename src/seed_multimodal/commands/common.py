@@ -22,7 +22,7 @@ from PIL import Image
 
 from seed_multimodal.config import project_root
 from seed_multimodal.disk import disk_reason, writing
-from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, log_line
+from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, add_device, log_line
 from seed_multimodal.errors import (
     CodesError,
     ConfigError,
@@ -50,12 +50,6 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, debug: b
         add_debug(parser)
 
 
-def add_device(parser: argparse._ActionsContainer) -> None:
-    """`--device` and `--dtype`."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-
-
 def add_json(parser: argparse.ArgumentParser, what: str = "one JSON object on stdout") -> None:
     """`--json` and `--debug`, for commands without a system."""
     parser.add_argument("--json", action="store_true", help=what)
@@ -65,11 +59,6 @@ def add_json(parser: argparse.ArgumentParser, what: str = "one JSON object on st
 def add_out(parser: argparse.ArgumentParser) -> None:
     """`--out` of commands that save pictures."""
     parser.add_argument("--out", metavar="PATH", help="folder, or a file for one picture (default: outputs)")
-
-
-def add_quantization(parser: argparse.ArgumentParser) -> None:
-    """`--quantization`, for commands that load the language model."""
-    parser.add_argument("--quantization", choices=("8bit", "4bit"), help="load the language model in 8 or 4 bit")
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.commands.common import add_device, add_json
+from seed_multimodal.commands.common import add_json
 from seed_multimodal.config import load_yaml
-from seed_multimodal.entry import DONE, log_line
+from seed_multimodal.entry import DONE, add_device, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.quiet import quiet_libraries
 

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from seed_multimodal.data.pretokenize import RELEASED_BATCH, RELEASED_GPUS
-from seed_multimodal.entry import run_program
+from seed_multimodal.entry import add_device, run_program
 from seed_multimodal.errors import ConfigError
 
 
@@ -48,11 +48,9 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--views", type=int, default=1, metavar="N",
                         help="views of each picture (caption, qa and chat records; all but the first augmented)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the augmented views")
-    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps")
+    add_device(parser, "auto", "auto: float16 on CUDA as released, else float32")
     parser.add_argument("--fast", action=argparse.BooleanOptionalAction, default=None,
                         help="the packed encoder (default: on CUDA)")
-    parser.add_argument("--dtype", default="auto",
-                        help="precision (default: float16 on CUDA as released, else float32)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="compile the packed encoder, minutes before the start (default: on CUDA)")
     parser.add_argument("--block", type=int, default=10_000, metavar="N", help="records of a unit where no tar is read")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from seed_multimodal.commands.common import Outcomes, cat_picture, opened, require_room, save_picture
-from seed_multimodal.entry import log_line, run_program
+from seed_multimodal.entry import add_device, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.quiet import quiet_libraries
 
@@ -42,8 +42,7 @@ def _parser() -> argparse.ArgumentParser:
                       "seed_tokenizer.pth and eva_vit_g.pth, or one that we saved (default: %(default)s)")
     ours.add_argument("--out", "--outdir", dest="out", default="outputs/txt2img-samples", metavar="FOLDER",
                       help="for samples/0000.png … and grid-000.png (default: %(default)s)")
-    ours.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    ours.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: by --precision)")
+    add_device(ours, None, "by --precision")
     drawing = parser.add_argument_group("drawing, as the original's")
     drawing.add_argument("--ckpt", metavar="FOLDER", help="diffusers folder of Stable Diffusion 1.4 (default: beside "
                          "the tokenizer, or pretrained/stable-diffusion-v1-4)")

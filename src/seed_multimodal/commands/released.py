@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.commands.common import add_common, add_quantization, cat_picture, load_system, save_picture
-from seed_multimodal.entry import DONE, SOME_FAILED, log_line, run_program
+from seed_multimodal.commands.common import add_common, cat_picture, load_system, save_picture
+from seed_multimodal.entry import DONE, SOME_FAILED, add_quantization, log_line, run_program
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.tasks import DEMO_QUESTIONS
 
@@ -24,6 +24,7 @@ DRAWING_WORDS = "a dog on the green grass"
 def tokenizer_script(argv: Sequence[str] | None = None) -> int:
     """`scripts/seed_tokenizer_inference.py`: picture → 32 codes → picture."""
     parser = _parser("seed_tokenizer_inference.py", "A picture becomes 32 codes and a picture again.", "cat.jpg")
+    add_quantization(parser)  # of the model that answers --prompt
     return run_program(parser, _round_trip, argv)
 
 

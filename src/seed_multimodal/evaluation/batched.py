@@ -39,10 +39,12 @@ class BatchedSystem:
         self.codebook_size = seed_llama.tokenizer.vocabulary.n_codes
 
     @classmethod
-    def from_pretrained(cls, model: Any, *, device: str = "auto", dtype: str = "auto", batch: int = 64, seed: int = 0,
+    def from_pretrained(cls, model: Any, *, device: str = "auto", dtype: str = "auto",
+                        quantization: str | None = None, batch: int = 64, seed: int = 0,
                         log: Callable[[str], None] | None = print) -> BatchedSystem:
         """Load a system folder with its de-tokenizer; see `SeedLlama.from_pretrained` for errors."""
-        return cls(SeedLlama.from_pretrained(model, device=device, dtype=dtype, log=log), batch, seed)
+        return cls(SeedLlama.from_pretrained(model, device=device, dtype=dtype, quantization=quantization, log=log),
+                   batch, seed)
 
     @property
     def device(self) -> torch.device:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from seed_multimodal.disk import disk_reason, replace_text
-from seed_multimodal.entry import DONE, run_program
+from seed_multimodal.entry import DONE, add_device, add_quantization, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.batched import BatchedSystem
@@ -169,7 +169,8 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
     except OSError as error:
         raise ConfigError(f"--out {out}: no folder that can be written ({disk_reason(error)}).") from error
     system = BatchedSystem.from_pretrained(options.model, device=options.device, dtype=options.dtype,
-                                           batch=options.batch, seed=settings.seed, log=log)
+                                           quantization=options.quantization, batch=options.batch, seed=settings.seed,
+                                           log=log)
     judge = Judge.from_pretrained(judge_folder, device=system.device)
     world = World(load_nano(options.data), judge)
     log(f"Loaded in {time.monotonic() - start:.0f} s; measuring {', '.join(settings.splits)} by {judge_folder}.")
@@ -196,8 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=ReportSettings.questions, help="questions a split")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    add_device(parser)
+    add_quantization(parser)
 
     def work(options: argparse.Namespace) -> int:
         out = build_report(options, lambda line: print(line, flush=True))

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from seed_multimodal.data.formats.pairs import PairSource, open_pairs
-from seed_multimodal.device import choose_device
+from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
@@ -97,7 +97,7 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
     with writing(out, ConfigError):
         Path(out).mkdir(parents=True, exist_ok=True)
     source = open_pairs(settings.data)
-    runtime = choose_device(settings.device, settings.dtype, log=log)
+    runtime = choose_device(settings.device, settings.dtype, log=log, fp16=RELEASED_FP16)
     if settings.fast is None:
         settings = replace(settings, fast=runtime.device.type == "cuda")
     opened = open_tokenizer(model, runtime, decoder=settings.decoder, clip=settings.clip, judge=settings.judge,

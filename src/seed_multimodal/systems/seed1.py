@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.device import choose_device
+from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import seed_image_processor
@@ -68,7 +68,7 @@ class Seed1:
         place = locate(folder)
         if place is None:
             raise CheckpointError(f"{folder}: there is no such SEED-1 tokenizer; {SEED1.advice(folder)}.")
-        runtime = choose_device(device, dtype, log)
+        runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
         tokenizer = Seed1Tokenizer.from_pretrained(place, vision=vision, config=config, device=runtime.device,
                                                    dtype=runtime.dtype, log=log)
         load = partial(_open_decoder, find_diffusion(place, diffusion), runtime.device, runtime.dtype,

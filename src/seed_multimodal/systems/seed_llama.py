@@ -21,7 +21,7 @@ from typing import Any, Literal, overload
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.device import choose_device
+from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
 from seed_multimodal.language.answer import AnswerPart, ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings
@@ -71,7 +71,8 @@ class SeedLlama:
         Args:
             name: `nano`, `8b`, `14b`, or a folder with `system.json`.
             llm, tokenizer, detokenizer, vision, template: single parts, see `system_spec.find_system`.
-            device, dtype: see `choose_device`; the choice goes to `log`.
+            device, dtype: see `choose_device`; the choice goes to `log`. On CUDA `auto` is float16 for pictures and
+                beside 8-bit weights, bfloat16 for other language models.
             quantization: "8bit" or "4bit" for the language model, on CUDA devices and CPUs.
             image_device: where pictures are read and drawn, if not on `device`.
             load_decoder: False: a system that never draws.
@@ -82,12 +83,13 @@ class SeedLlama:
         """
         spec = find_system(name, llm=llm, tokenizer=tokenizer, detokenizer=detokenizer, vision=vision,
                            template=template)
-        runtime = choose_device(device, dtype, log=log)
-        here = runtime.device if image_device is None else choose_device(image_device, runtime.dtype, log=log).device
+        runtime = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
+        here = choose_for_pictures(runtime.device if image_device is None else image_device, dtype, runtime, log)
         words = MultimodalTokenizer.from_pretrained(spec.tokenizer)
         model = load_llm(spec.llm, device=runtime.device, dtype=runtime.dtype, quantization=quantization,
                          vocabulary=words.vocabulary)
-        pictures = load_codec(spec, words.vocabulary, device=here, dtype=runtime.dtype, load_decoder=load_decoder)
+        pictures = load_codec(spec, words.vocabulary, device=here.device, dtype=here.dtype,
+                              load_decoder=load_decoder)
         pictures.offload(encoder=offload_encoder, decoder=offload_decoder)
         return cls(spec, words, model, pictures)
 
