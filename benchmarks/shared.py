@@ -137,7 +137,8 @@ def refuse_unknown(parser: argparse.ArgumentParser, names: Sequence[str], known:
 
 
 def runtime_of(parser: argparse.ArgumentParser, options: argparse.Namespace, fp16: str = "") -> Runtime:
-    """Device and precision by `--device` and `--dtype` (`fp16` as of `choose_device`); ends as argparse does where they are impossible."""
+    """Device and precision by `--device` and `--dtype` (`fp16` as of `choose_device`); ends as argparse does where they
+    are impossible."""
     try:
         return choose_device(options.device, options.dtype, log=None, fp16=fp16)
     except ConfigError as error:
