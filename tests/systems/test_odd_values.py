@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,23 @@ def test_system_json(tiny_folder: Path, tmp_path: Path, key: str) -> None:
                 SeedLlama.from_pretrained(tmp_path, device="cpu", log=None).describe(PICTURE, max_new_tokens=1)
 
         answers_or_refuses(load, f"{key}: {value!r:.60}")
+
+
+@pytest.mark.parametrize(("file", "key"), [
+    ("seed_llama/config.json", "attention_bias"), ("seed_llama/config.json", "hidden_size"),
+    ("seed_tokenizer/diffusion_model/seed_decode.json", "guidance_scale"),
+    ("seed_tokenizer/diffusion_model/seed_decode.json", "scheduler"),
+    ("seed_tokenizer/diffusion_model/layout/config.json", "channels"),
+    ("seed_tokenizer/diffusion_model/model_index.json", "feature_extractor")])
+@pytest.mark.slow
+def test_settings_beside_the_weights(tiny_folder: Path, tmp_path: Path, file: str, key: str) -> None:
+    home = shutil.copytree(tiny_folder, tmp_path / "system")
+    whole = json.loads((home / file).read_text())
+    texts = [json.dumps({**whole, key: value}) for value in ("x", -1, math.nan, [], {"a": 1})]
+    for text in (*texts, "[" * 100_000, "null", ""):
+        (home / file).write_text(text)
+        answers_or_refuses(lambda: SeedLlama.from_pretrained(home, device="cpu", log=None).reconstruct(PICTURE),
+                           f"{file}: {text[:40]}")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "", "[]", "null", "1" * 5000, "\ufeff{}", "{"],

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 
@@ -73,8 +73,9 @@ class LayoutReadout(nn.Module):
         try:
             sizes = json.loads((home / "config.json").read_text())
             module = cls(**sizes)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{home / 'config.json'}: not a layout configuration ({error}).") from error
+        except (OSError, ValueError, TypeError, RuntimeError) as error:  # also brackets nested without end
+            raise CheckpointError(f"{home / 'config.json'}: not a layout configuration "
+                                  f"({first_line(error)}).") from error
         assign_strictly(module, load_state_dict(home / "model.safetensors"), home / "model.safetensors")
         return module.eval()
 

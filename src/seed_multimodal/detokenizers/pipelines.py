@@ -101,7 +101,7 @@ class PipelineDetokenizer:
                 options |= _text_parts(place, index, dtype, absent)
                 pipeline = cls.pipeline_class().from_pretrained(
                     str(place), torch_dtype=dtype, local_files_only=True, **dict.fromkeys(absent), **options)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{place}: not a complete {cls.kind} folder ({first_line(error)}); "
                                   f"{cls.where}.") from error
         for name in cls.parts:

@@ -157,5 +157,6 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
             raise ConfigError("Give height and width both, or neither.")
         unit = max(8, self.factor)
         for name, value in (("height", height), ("width", width)):
-            if check_value(int | None, value, f"The {name}") is not None and (value < unit or value % unit):
+            check_value(int | None, value, f"The {name}")
+            if value is not None and (value < unit or value % unit):
                 raise ConfigError(f"The {name} must be a multiple of {unit} pixels, got {value}.")

@@ -83,6 +83,7 @@ def plain_generation() -> Any:
 
 
 def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig
 
     folder = Path(source)
@@ -110,7 +111,11 @@ def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
         raise CheckpointError(f"{source}: the model has {values.get('vocab_size')} words, but the tokenizer has "
                               f"{vocabulary.size}; they do not belong together.")
     values.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, use_cache=True)
-    return LlamaConfig.from_dict(values)
+    try:
+        return LlamaConfig.from_dict(values)
+    except (StrictDataclassError, ValueError, TypeError) as error:  # a value of another type
+        raise CheckpointError(f"{source}: its configuration cannot be read "
+                              f"({' '.join(str(error).split())[:300].rstrip('.')}).") from error
 
 
 def _on_hub(source: str | Path) -> bool:
