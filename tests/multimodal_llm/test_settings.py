@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,45 @@ def test_the_published_command_line(published, files):
     assert run.deepspeed["zero_optimization"]["stage"] == 2
     assert run.model["sizes"]["hidden_size"] == 32 and len(run.data["sources"]) == 2
     assert any("per_device_train_batch_size has no effect" in remark for remark in made.remarks)
+
+
+# The published recipes: specification of the original's two scripts, flag by flag.
+PUBLISHED = {
+    "pretrain": {"max_steps": 30000, "save_steps": 1000, "gradient_accumulation_steps": 4, "learning_rate": 1.5e-4,
+                 "min_lr_ratio": 0.05, "warmup_ratio": 0.03},
+    "sft": {"max_steps": 50000, "save_steps": 10000, "gradient_accumulation_steps": 1, "learning_rate": 1e-4,
+            "min_lr_ratio": 0.1, "warmup_ratio": 0.07}}
+OF_BOTH = {"precision": "bf16", "gradient_checkpointing": True, "max_grad_norm": 1.0, "seed": 42,
+           "dataloader_num_workers": 2, "logging_steps": 1, "report_to": ["tensorboard"], "eval_steps": 0,
+           "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "weight_decay": 0.05, "decay": "all",
+           "lr_scheduler_type": "cosine", "warmup_steps": 0}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("way", ["script", "groups"])
+def test_the_published_recipes_are_the_originals(name, way, runs, monkeypatch):
+    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.training.llm.model_settings import read_model_settings
+
+    monkeypatch.chdir(runs.APPLICATION)
+    arguments = [f"optim={name}", f"trainer={name}", f"data=multi_torchdata_{name}", "output_dir=out"]
+    if way == "script":
+        text = Path(f"scripts/train_a100_lora_multi_node_{name}.sh").read_text().replace("\\\n", "")
+        words = shlex.split(text, comments=True)
+        arguments = words[words.index("launch") + 2:-1]  # between the port and "$@"
+    run = read_run(compose(arguments, CONFIGS).config)
+    optim = read_settings(OptimSettings, run.optim, "optim")
+    found = {**vars(optim), **vars(run.trainer)}
+    assert {key: found[key] for key in (*PUBLISHED[name], *OF_BOTH)} == {**PUBLISHED[name], **OF_BOTH}
+    assert found["name"] == ("adamw_hf" if way == "script" else "adamw")
+    data = read_data_settings(run.data)
+    assert data.packing and data.rows is None  # as many as hold a released micro-batch
+    lora = read_model_settings(run.model).lora
+    assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"]) == (16, 32, 0.05)
+    assert lora["modules_to_save"] == ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"]
+    if way == "script":
+        zero = run.deepspeed["zero_optimization"]
+        assert (zero["stage"], "offload_optimizer" in zero) == (2, name == "sft")
 
 
 def test_what_comes_later_wins(published, files):
