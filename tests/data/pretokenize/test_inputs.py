@@ -166,6 +166,22 @@ def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
     assert [entry.record["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
 
 
+@pytest.mark.parametrize("format", ["tar", "json", "jsonl", "parquet", "folder"])
+def test_what_identifies_a_unit_can_be_written(tmp_path, jpeg, format):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    row = {"image": "0.jpg", "caption": "a text"}
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    write_shard(tmp_path / "a.tar", [("0", {"jpg": jpeg(0), "txt": b"a text"})])
+    (unit,) = list_units(InputSettings(files=str(tmp_path if format == "folder" else tmp_path / f"a.{format}"),
+                                       format=format), 10)
+    assert unit.format == format and json.loads(json.dumps(unit.identity())) == unit.identity()
+
+
 def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
     samples = [("000", {"jpg": jpeg(0), "txt": b" a text \n", "json": b'{"top_caption": "a top", "n": 1}'}),
                ("001", {"png": jpeg(1), "json": b'{"caption": "only json"}'}), ("002", {"txt": b"no picture"}),

@@ -22,7 +22,9 @@ def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
     Raises:
         BadRecord: there is none, one is blank, or it is something else.
     """
-    key = key or next((one for one in CAPTION_FIELDS if fields.get(one) is not None), CAPTION_FIELDS[0])
+    if not key:
+        there = [one for one in CAPTION_FIELDS if one in fields] or CAPTION_FIELDS[:1]
+        key = next((one for one in there if fields.get(one) is not None), there[0])
     if fields.keys() == {"image"} and where.lower().endswith(PICTURE_ENDINGS):
         raise BadRecord("missing member", f"{where}: has no .txt beside it with its caption.")
     if key not in fields:
