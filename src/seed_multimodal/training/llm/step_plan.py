@@ -107,7 +107,7 @@ class StepPlan:
             return []
         if self.size is None:
             return ["data.rows is open, and not every source has the batch_size and max_length that it would follow "
-                    "from: one row a micro-batch."]
+                    "from: one row a micro-batch (the published recipes have 22,960 to 32,768 positions with padding)."]
         asked, released = self.trainer.gradient_accumulation_steps, self.size
         wanted = released.tokens * asked * self.group.world
         line = (f"data.rows follows from the released micro-batches: {released.positions:,.0f} positions, of which "
