@@ -279,8 +279,8 @@ def _text_parts(place: Path, index: Mapping[str, Any], dtype: torch.dtype, absen
 
     parts = {}
     for name, kind in index.items():
-        found = getattr(transformers, str(kind[1]), None) if isinstance(kind, list) and kind[:1] == ["transformers"] \
-            else None
+        theirs = isinstance(kind, list) and kind[:1] == ["transformers"]
+        found: Any = getattr(transformers, str(kind[1]), None) if theirs else None
         if name not in absent and isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             parts[name], info = found.from_pretrained(place / name, dtype=dtype, local_files_only=True,
                                                       output_loading_info=True)

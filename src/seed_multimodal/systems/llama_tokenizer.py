@@ -184,8 +184,8 @@ class SeedLlamaTokenizer:
         if (truncation or padding == "max_length") and max_length is None:
             raise ConfigError("truncation and padding='max_length' need max_length.")
         several = not isinstance(text, str)
-        rows = [self.encode(one, add_special_tokens)[:max_length if truncation else None]
-                for one in (text if several else [text])]
+        texts = [text] if isinstance(text, str) else text
+        rows = [self.encode(one, add_special_tokens)[:max_length if truncation else None] for one in texts]
         if padding is not False:
             length = max_length if padding == "max_length" else max(map(len, rows), default=0)
             filled = [[self.pad_token_id] * ((length or 0) - len(row)) for row in rows]
