@@ -100,6 +100,19 @@ def test_a_sample_without_a_caption_is_replaced_and_counted(tmp_path, item):
     assert [key for key, _ in data.bad] == ["b"]
 
 
+@pytest.mark.slow
+def test_a_training_passes_samples_that_cannot_be_used(yaml, run, pictures, tmp_path, capsys):
+    items = json.loads((pictures / "pairs.json").read_text())
+    items[1]["caption"], items[5]["caption"], items[9]["image"], items[13] = None, " ", "gone.png", [1]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items) + '{"image": \n')
+    info = "datasets.coco_caption.build_info"
+    run(yaml("stage1", f"{info}.annotations.train.storage=[{tmp_path}/own.jsonl]"))  # more than two epochs
+    told = [line for line in capsys.readouterr().out.splitlines() if "skipped: " in line]
+    assert len(told) == 5, told
+    for line, words in ((2, "is null"), (6, "is empty"), (10, "is not there"), (14, "holds a list"), (25, "not json")):
+        assert any(f"own.jsonl: line {line}: " in one and words in one for one in told)
+
+
 def test_tables_and_folders_of_pictures_are_sets_too(tmp_path, pictures):
     import pyarrow
     from pyarrow import parquet
