@@ -109,6 +109,15 @@ def test_scaled_decoding_gives_the_same_view(size: tuple[int, int], turned: int,
         assert torch.equal(mine.get_state(), theirs.get_state())
 
 
+@pytest.mark.parametrize("size", [(90, 70), (70, 120), (40, 50)])
+def test_a_jpeg_too_small_to_be_scaled_differs_by_single_grey_levels(size: tuple[int, int]) -> None:
+    stored = photo(*size)
+    for seed in range(6):
+        fast, exact = (TrainTransform(64, scaled_decoding=scaled).read(
+            stored, generator=torch.Generator().manual_seed(seed)).int() for scaled in (True, False))
+        assert (fast - exact).abs().max() <= 2 and (fast != exact).float().mean() < 0.06
+
+
 def test_a_crop_is_never_decoded_below_the_size_of_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 1/2, 1/4 and 1/8 where it stays at least as large as the view; small pictures and other formats in full."""
     seen: list[tuple[int, int, int]] = []

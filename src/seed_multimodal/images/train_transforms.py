@@ -2,7 +2,8 @@
 bicubically, mirrored half of the time, with CLIP's normalisation; no RandAugment.
 
 `read` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the crop then still has the view's size: the same crop in
-half of the time; docs/seed-tokenizer.md says what it changes. `scaled_decoding=False` is the released full decoding.
+half of the time; docs/seed-tokenizer.md says what it changes. `scaled_decoding=False` is the released full decoding,
+resized by Pillow.
 
 Draws come from the `torch.Generator` given by the caller (or torch's global one) in torchvision's order, so the same
 state gives torchvision's crops. torchvision's own classes take no generator, so that a sample's view could not be a
@@ -76,7 +77,9 @@ class TrainTransform:
         image = open_image(source, name=name, divisor=divisor)
         if not box[2]:  # no JPEG
             box = self.crop_box(image.size, generator)
-        view = to_bytes(self._cut(image, box)) if by == 1 else self._cut_scaled(image, box, by)
+            view = to_bytes(self._cut(image, box))
+        else:
+            view = self._cut_scaled(image, box, by)
         return view.flip(2) if self._mirrored(generator) else view
 
     def _cut(self, image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
