@@ -72,6 +72,8 @@ class Server:
             if found := re.search(r"answering at http://127\.0\.0\.1:(\d+)", line):
                 self.port = int(found[1])
                 break
+        else:
+            raise SystemExit(f"The server did not start: {self.process.stderr.read()}")
         for stream in (self.process.stdout, self.process.stderr):  # else a full pipe stops it
             threading.Thread(target=lambda stream=stream: self.log.extend(stream), daemon=True).start()
 
@@ -90,9 +92,9 @@ class Server:
 
     def send(self, request: bytes) -> bytes | None:
         """The whole answer; `b""`: the connection was closed without one; None: nothing in time."""
+        answer = bytearray()
         try:
             with self.connect() as sock:
-                answer = bytearray()
                 rest = memoryview(request)
                 deadline = time.monotonic() + HANG_SECONDS
                 sock.setblocking(False)

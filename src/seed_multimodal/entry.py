@@ -9,12 +9,13 @@ import io
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace, _ActionsContainer
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, NoReturn
 
@@ -103,6 +104,29 @@ def end_with_parent() -> None:
         os._exit(SOME_FAILED)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def ended_by_sigterm(first: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Make SIGTERM, and the end of the terminal, end the block as Ctrl-C does: by KeyboardInterrupt, after `first`.
+
+    In another thread than the main one, which gets no signals, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        first()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for name in ("SIGTERM", "SIGINT", "SIGHUP")
+              if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def add_debug(parser: ArgumentParser) -> None:

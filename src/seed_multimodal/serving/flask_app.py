@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, RequestError, SeedError
 from seed_multimodal.serving.backend import Backend, SystemBackend
 from seed_multimodal.serving.body import BodyTooLong
@@ -137,7 +138,7 @@ def serve(
     """
     from PIL import PngImagePlugin
 
-    from seed_multimodal.serving.wsgi import ended_by_sigterm, make_server, return_freed_memory
+    from seed_multimodal.serving.wsgi import make_server, return_freed_memory
 
     engine: Engine = app.extensions["seed_engine"]
     PngImagePlugin.MAX_TEXT_MEMORY = 1 << 20  # compressed comments in a PNG; Pillow would keep 64 MiB of them

@@ -1,7 +1,8 @@
 """The chat in the browser: pictures and text in, text and pictures out, over the backend's `/generate`.
 
 The page holds no model; `Dialogue` keeps the conversation, this file shows it. Works without internet: no analytics, no
-share link, no fonts from elsewhere. Pictures are kept in one temporary folder, removed at the program's end.
+share link, no fonts from elsewhere. Pictures are kept in one temporary folder, removed at the program's end, by SIGTERM
+too. Up to `VISITORS` wait for the model at the same time, each in a thread of his own.
 
 Run: `bash scripts/start_backend_nano.sh` and `bash scripts/start_frontend_nano.sh`, then open the address it prints.
 """
@@ -17,13 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.images.encode import chat_image, image_from_base64, image_to_base64, image_to_bytes, request_image
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.open import ImageLimits, open_image
 from seed_multimodal.language.conversation import Dialogue
 from seed_multimodal.language.tasks import DEMO_QUESTIONS, DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.serving.client import post_generate
+from seed_multimodal.serving.gate import Gate
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 LOST_PICTURE = "(a picture that could not be drawn)"
 WRITING = "Waiting for the model …"
+VISITORS = 64
+UPLOADS = ImageLimits(max_bytes=64 << 20, max_memory=144_000_000)
+STORED_SIDE = 512  # of what `chat_image` makes of a picture
 CSS = """
 #title h1 {margin-bottom: 0}
 #status {min-height: 1.6em}
@@ -79,6 +85,7 @@ class ChatPage:
     folder: Path
     timeout: float = 600.0
     post: Callable[..., dict[str, Any]] = field(default=post_generate)
+    decoding: Gate = field(default_factory=lambda: Gate(2), repr=False)  # so many pictures at once
 
     def new_dialogue(self) -> Dialogue:
         """The conversation a visitor starts with."""
@@ -88,7 +95,9 @@ class ChatPage:
         """Put a picture and/or a text into the pending message; returns a message about a problem (`""`: none)."""
         try:
             if image:
-                dialogue.add_image(self._store(chat_image(open_image(image))))
+                with self.decoding.hold():
+                    picture = chat_image(open_image(image, limits=UPLOADS, at_least=2 * STORED_SIDE))
+                dialogue.add_image(self._store(picture))
             if text and text.strip():
                 before = dialogue.pending["text"]
                 dialogue.add_text((" " if before and not before.endswith(PLACEHOLDER) else "") + text.strip())
@@ -162,6 +171,8 @@ def build_demo(page: ChatPage) -> gr.Blocks:
             with gr.Column(scale=3, min_width=300):
                 image = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=220,
                                  elem_id="picture")
+                # Gradio would decode the file whole, and show an error of its own in place of our sentence.
+                image.preprocess = _uploaded  # type: ignore[method-assign]
                 text = gr.Textbox(label="Message", lines=2, max_lines=6, elem_id="message", submit_btn=False,
                                   placeholder="Ask, or say what to draw (Shift+Enter sends)")
                 with gr.Row():
@@ -179,6 +190,11 @@ def build_demo(page: ChatPage) -> gr.Blocks:
                     clear = gr.Button("Clear history", elem_id="clear")
         _wire(page, state, image, text, settings, chat, status, add, submit, regenerate, clear)
     return demo
+
+
+def _uploaded(payload: Any) -> str | None:
+    """The file of an upload; Gradio has checked that it lies in its folder of uploads."""
+    return None if payload is None else payload.path
 
 
 def _settings(kind: Kind) -> list[Any]:
@@ -233,9 +249,10 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
 
     shown = [state, chat, status]
     add.click(on_add, [state, image, text], [*shown, image, text], show_progress="hidden")
+    asks: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": VISITORS, "concurrency_id": "ask"}
     gr.on([submit.click, text.submit], on_submit, [state, image, text, *settings],
-          [*shown, image, text, submit, regenerate], show_progress="hidden")
-    regenerate.click(on_regenerate, [state, *settings], [*shown, submit, regenerate], show_progress="hidden")
+          [*shown, image, text, submit, regenerate], **asks)
+    regenerate.click(on_regenerate, [state, *settings], [*shown, submit, regenerate], **asks)
     gr.on([clear.click, chat.clear], on_clear, [state], [*shown, image, text, regenerate], show_progress="hidden")
 
 
@@ -243,23 +260,24 @@ def launch(
     *, request_address: str = "http://127.0.0.1:7890/generate", model_type: str = "nano",
     server_name: str = "127.0.0.1", server_port: int = 7860, log: Callable[[str], None] | None = print,
 ) -> None:
-    """Serve the page until interrupted.
+    """Serve the page until interrupted or ended by SIGTERM; the visitors' pictures are removed then.
 
     Raises:
         ConfigError: an unknown model type, or a port that is taken.
     """
     kind = kind_of(model_type)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    with tempfile.TemporaryDirectory(prefix="seed_chat_") as folder:
+    with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="seed_chat_", ignore_cleanup_errors=True) as folder:
         os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))
         import gradio as gr
 
         demo = build_demo(ChatPage(request_address, kind, Path(folder)))
         theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:
-            demo.queue().launch(
+            demo.queue(default_concurrency_limit=VISITORS).launch(
                 server_name=server_name, server_port=server_port, share=False, prevent_thread_lock=True, quiet=True,
-                theme=theme, css=CSS, allowed_paths=[folder], show_error=True, footer_links=[])
+                theme=theme, css=CSS, allowed_paths=[folder], show_error=True, footer_links=[],
+                max_threads=VISITORS + 16, max_file_size=UPLOADS.max_bytes)
         except OSError as error:
             raise ConfigError(f"Cannot listen on {server_name}:{server_port}: the port is taken or not allowed; choose "
                               f"another with --server_port.") from error

@@ -17,11 +17,9 @@ import ctypes
 import json
 import logging
 import os
-import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,25 +163,3 @@ def listen_on_file(path: str) -> socket.socket:
             os.unlink(path)
     sock.bind(path)
     return sock
-
-
-@contextlib.contextmanager
-def ended_by_sigterm(first: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Make SIGTERM end the block as Ctrl-C does, by KeyboardInterrupt; `first` is called before, by both.
-
-    In another thread than the main one, which gets no signals, nothing is changed.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        first()
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,72 @@
+"""The page as a program, by Gradio's own client: a stalled backend, uploads that are no pictures, SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import warm_python
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = (1, 64, 0.0, 0.5, 3, False)  # beams, tokens, temperature, top_p, rounds, force
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+
+class Page:
+    """The program, its folder of temporary files, and visitors."""
+
+    def __init__(self, folder: Path, backend: int) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.process = subprocess.Popen(
+            [warm_python.PYTHON, str(ROOT / "gradio_demo" / "seed_llama_gradio.py"), "--model_type", "nano",
+             "--server_port", str(port), "--request_address", f"http://127.0.0.1:{backend}/generate"],
+            stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"})
+        assert self.process.stdout is not None
+        line = next(line for line in self.process.stdout if "The chat is at" in line)
+        self.address = line.split("The chat is at ")[1].split()[0]
+
+    def visitor(self) -> Any:
+        from gradio_client import Client
+
+        return Client(self.address, verbose=False, download_files=False)
+
+
+@pytest.fixture()
+def page(tmp_path: Path) -> Iterator[Page]:
+    """A page whose backend takes requests and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as stalled:
+        running = Page(tmp_path, stalled.getsockname()[1])
+        yield running
+        running.process.kill()
+        running.process.wait()
+
+
+def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_pictures(page: Page, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+
+    Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / "mine.png")
+    (tmp_path / "fake.png").write_bytes(b"no picture at all")
+    jobs = []
+    for number in range(3):  # each is told that the model works, though nobody gets an answer
+        jobs.append(page.visitor().submit(handle_file(tmp_path / "mine.png"), f"visitor {number}", *SETTINGS,
+                                          api_name="/on_submit"))
+        first = next(iter(jobs[-1]))
+        assert "Waiting for the model" in str(first)
+    said = page.visitor().predict(handle_file(tmp_path / "fake.png"), "hello", api_name="/on_add")
+    assert "fake.png: not a picture in a known format" in str(said)
+
+    kept = list(tmp_path.glob("seed_chat_*/**/*.png"))
+    assert len(kept) >= 2  # the upload, and the page's own copy
+    page.process.send_signal(signal.SIGTERM)
+    assert page.process.wait(30) in (0, 130)
+    assert not list(tmp_path.glob("seed_chat_*"))
