@@ -6,12 +6,12 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import warm_python
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +27,8 @@ class Page:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.process = subprocess.Popen(
-            [warm_python.PYTHON, str(ROOT / "gradio_demo" / "seed_llama_gradio.py"), "--model_type", "nano",
+        self.process = subprocess.Popen(  # a fresh process: a warm one has chosen its folder of temporary files
+            [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_gradio.py"), "--model_type", "nano",
              "--server_port", str(port), "--request_address", f"http://127.0.0.1:{backend}/generate"],
             stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"})
         assert self.process.stdout is not None
