@@ -191,6 +191,7 @@ def test_empty_batch(detokenizer: UnclipDetokenizer) -> None:
     ({"image_embeds": [[0.0]]}, ConfigError, "got list"),
     ({"negative_image_embeds": torch.zeros(3, E)}, ConfigError, "negative_image_embeds hold 3 samples for 2 pictures"),
     ({"latents": torch.zeros(3, 4, 8, 8)}, ConfigError, "latents hold 3 samples for 2 pictures"),
+    ({"latents": 1.5}, ConfigError, "latents must be a floating tensor with one sample for each picture, not float"),
     ({"generator": _generators(1)}, ConfigError, "1 generators were given for 2 pictures"),
     ({"noise_level": 1000}, ConfigError, "noise_level must be at most 999, not 1000"),
     ({"num_inference_steps": 0}, ConfigError, "num_inference_steps must be at least 1, not 0"),

@@ -263,7 +263,10 @@ def one_each(generator: Generators, count: int) -> list[torch.Generator] | None:
 
 
 def for_each(values: Tensor, count: int, name: str) -> Tensor:
-    """`[B, …]` or `[1, …]` as `[B, …]`; `ConfigError` for another number of samples than pictures."""
+    """`[B, …]` or `[1, …]` as `[B, …]`; `ConfigError` for no tensor, or another number of samples."""
+    if not isinstance(values, Tensor) or not values.is_floating_point() or not values.ndim:
+        raise ConfigError(f"{name} must be a floating tensor with one sample for each picture, not "
+                          f"{type(values).__name__}.")
     if len(values) not in (1, count):
         raise ConfigError(f"{name} hold {len(values)} samples for {count} pictures.")
     return values.expand(count, *values.shape[1:])
@@ -282,7 +285,8 @@ def _text_parts(place: Path, index: Mapping[str, Any], dtype: torch.dtype, absen
         theirs = isinstance(kind, list) and kind[:1] == ["transformers"]
         found: Any = getattr(transformers, str(kind[1]), None) if theirs else None
         if name not in absent and isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            parts[name], info = found.from_pretrained(place / name, dtype=dtype, local_files_only=True,
+            whole: Any = found
+            parts[name], info = whole.from_pretrained(place / name, dtype=dtype, local_files_only=True,
                                                       output_loading_info=True)
             refuse_tensors(sorted(info["missing_keys"]), (), place / name, "missing from the file")
     return parts
