@@ -184,6 +184,25 @@ def test_several_processes_make_it(data: Path, kind: str, monkeypatch: pytest.Mo
             len(opened(data, kind))
 
 
+UNGUARDED = """
+import os, sys
+from seed_multimodal.data.formats import index_store, records
+index_store.KEEP_FROM = index_store.PARALLEL_FROM = 1
+os.sched_getaffinity = lambda _: {0, 1}
+print(len(records.open_records(sys.argv[1] + "/*.tar")))
+"""
+
+
+@pytest.mark.process
+def test_a_script_without_a_guard_is_not_run_again_by_the_helpers(data: Path) -> None:
+    """Each would wait for the lock that its parent holds while that waits for it."""
+    script = data.parent / "script.py"
+    script.write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, str(script), str(data)], text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{COUNT}\n"), done.stderr
+    assert len(list((data / FOLDER).iterdir())) == 3
+
+
 RANK = """
 import os, sys, time
 from pathlib import Path

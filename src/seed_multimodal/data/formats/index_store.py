@@ -15,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,19 +149,33 @@ def _results(jobs: Sequence[_Job], size: float) -> Iterator[tuple[_Job, Arrays |
         # Spawned: this process may hold threads and a GPU, which do not survive a fork.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(helpers, mp_context=context, initializer=end_with_parent) as pool:
-            running: dict[Future[Arrays | None], _Job] = {
-                pool.submit(_work, job.file, job.scan, job.place, job.stamp): job for job in jobs}
+            with _main_hidden():
+                running: dict[Future[Arrays | None], _Job] = {
+                    pool.submit(_work, job.file, job.scan, job.place, job.stamp): job for job in jobs}
             try:
                 for future in as_completed(running):
                     arrays = future.result()
                     left.remove(running[future])
                     yield running.pop(future), arrays
-            except BrokenProcessPool:  # a script without `if __name__ == "__main__"`, or no memory: alone, then
+            except BrokenProcessPool:  # a helper was killed, often because memory ran out: alone, then
                 pass
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
     for job in left:
         yield job, _work(job.file, job.scan, job.place, job.stamp)
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Let processes be spawned that do not import the main module: a script without `if __name__ == "__main__"` would
+    run a second time in each, and wait there for the lock that is held here."""
+    main = sys.modules["__main__"]
+    hidden = {name: main.__dict__[name] for name in ("__spec__", "__file__") if name in main.__dict__}
+    main.__dict__.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        main.__dict__.update(hidden)
 
 
 def _work(file: IndexedFile, scan: Scan, place: Path | None, stamp: tuple[int, int]) -> Arrays | None:
