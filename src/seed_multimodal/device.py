@@ -29,7 +29,7 @@ BESIDE_8BIT = "beside 8-bit weights"
 
 
 # Of the CPU's allocator (two wordings) and its matrix library, of a GPU's, of Apple's GPUs.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "could not create a primitive", "ALLOC_FAILED",
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "could not create a ", "ALLOC_FAILED",
                   "MPS backend out of memory")
 
 

@@ -26,13 +26,13 @@ from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings
 torch.set_num_threads(1)
 said = []
 encoder = Encoder(EncoderSettings(sys.argv[1], device="cpu", fast=sys.argv[2] == "True"), said.append)
-pixels = torch.randint(256, (640, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+pixels = torch.randint(256, (960, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 rows = list(pixels)
-wanted = torch.cat([encoder.start(rows[at:at + 32]).result() for at in range(0, 640, 32)])
+wanted = torch.cat([encoder.start(rows[at:at + 32]).result() for at in range(0, 960, 32)])
 before = list(said)
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 _, hard = resource.getrlimit(resource.RLIMIT_AS)
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 80 * 2**20, hard))
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 120 * 2**20, hard))
 codes = encoder.start(rows).result()
 most = encoder.most
 later = encoder.start(rows[:most + 5]).result()
@@ -52,16 +52,16 @@ def rows() -> list[torch.Tensor]:
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads /proc")
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(fast):
-    """A process with 80 MiB left: its allocations fail as on a machine that is full."""
+    """A process with 120 MiB left: its allocations fail as on a machine that is full."""
     done = subprocess.run([warm_python.PYTHON, "-c", FULL, YAML, str(fast)], capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     said, (most, still) = found["said"], found["most"]
-    assert not found["before"] and said and said[0].startswith("640 pictures")
+    assert not found["before"] and said and said[0].startswith("960 pictures")
     assert all("pictures at once do not fit" in line and "nothing is lost" in line for line in said)
-    assert most == still == 640 // 2**len(said) < 640
-    assert found["shape"] == [640, 32] and min(found["equal"], found["later"]) > 0.999  # sums are rounded by batch
+    assert most == still == 960 // 2**len(said) < 960
+    assert found["shape"] == [960, 32] and min(found["equal"], found["later"]) > 0.999  # sums are rounded by batch
 
 
 def test_other_errors_pass():
