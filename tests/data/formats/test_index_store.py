@@ -140,6 +140,33 @@ def test_folders_that_cannot_be_written_are_indexed_in_memory_with_a_sentence(
         len(opened(data, "tar", index_folder=data / FOLDER))
 
 
+@pytest.mark.parametrize("kind", ["tar", "jsonl", "json", "parquet"])
+def test_a_file_that_changes_on_the_way_to_a_worker_is_a_sentence(data: Path, kind: str) -> None:
+    """Not another numbering of its records, nor an index out of range."""
+    source = opened(data, kind)
+    assert len(source) == COUNT
+    sent = pickle.dumps(source)
+    for file in source.files:
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": ["new"]}), file)
+        elif kind == "tar":
+            write_shard(file, [("new", {"json": b"{}"})])
+        else:
+            file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(DataError, match="(has changed since|has fewer rows than when) it was indexed; do not change"):
+        pickle.loads(sent).read(COUNT - 1)  # noqa: S301  (made here)
+
+
+def test_names_as_long_as_they_can_be(data: Path) -> None:
+    names = ["x" * 249 + ending for ending in ("a", "b")]  # alike but for their ends
+    for count, name in enumerate(names, 5):
+        (data / f"{name}.json").write_text('{"text": "a"}\n' * count)
+    for options in ({}, {"index_folder": data / "index"}):
+        for _ in range(2):
+            assert [len(open_records(data / f"{name}.json", **options)) for name in names] == [5, 6]
+    assert len(list((data / FOLDER).iterdir())) == len(list((data / "index").iterdir())) == 2
+
+
 def test_small_files_leave_no_index_beside_the_data(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for kind in ("tar", "jsonl", "json", "parquet"):

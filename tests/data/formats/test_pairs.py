@@ -291,6 +291,21 @@ def test_a_member_that_is_there_twice(tmp_path: Path, jpeg: Callable) -> None:
         assert error.value.kind == "duplicate id"
 
 
+def test_a_member_of_more_than_4_gib_is_one_bad_sample(tmp_path: Path, jpeg: Callable) -> None:
+    with open(tmp_path / "x.tar", "wb") as file:
+        for name, size, data in (("a.jpg", 5 << 30, b""), ("a.txt", 1, b"t"), ("b.jpg", len(jpeg(1)), jpeg(1)),
+                                 ("b.txt", 4, b"good")):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            file.write(member.tobuf(tarfile.GNU_FORMAT) + data)
+            file.seek(-(-size // 512) * 512 - len(data), os.SEEK_CUR)
+        file.write(bytes(1024))
+    pairs = Pairs(tmp_path / "x.tar")
+    assert len(pairs) == 2 and pairs.read(1).captions == ["good"]
+    with pytest.raises(BadRecord, match=r"sample a: its \.jpg has more than 4 GiB"):
+        pairs.read(0)
+
+
 def test_the_index_is_kept_and_follows_the_shard(tmp_path: Path, shards: Path, jpeg: Callable,
                                                  write_tar: Callable) -> None:
     path, folder = Path(shutil.copy(shards / "s-001.tar", tmp_path / "x.tar")), tmp_path / "index"

@@ -221,6 +221,9 @@ def test_parquet_rows_by_number_and_row_group(tmp_path):
 
 
 def test_files_are_found_or_it_is_said_why_not(tmp_path):
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match=r"gone\.jsonl: is a link to .*nowhere\.jsonl, which is not there"):
+        open_records(tmp_path / "gone.jsonl")
     with pytest.raises(DataError, match="no file matches"):
         open_records(str(tmp_path / "*.jsonl"))
     with pytest.raises(DataError, match="holds no tar, jsonl, json, parquet files"):
@@ -466,6 +469,58 @@ def test_parquet_texts_that_are_not_utf8_are_that_rows_fault(tmp_path):
     with pytest.raises(BadRecord, match=r"a\.parquet: row 0: a text is not UTF-8"):
         source.read(0)
     assert source.read(1).fields == {"text": "ok"}
+
+
+def test_parquet_values_that_python_has_not_are_that_rows_fault(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    days = pa.array([1, 2**30], pa.date32())
+    parquet.write_table(pa.table({"text": ["a", "b"], "day": days}), tmp_path / "a.parquet")
+    source = open_records(tmp_path / "a.parquet")
+    assert source.read(0).fields["text"] == "a"
+    with pytest.raises(BadRecord, match=r"a\.parquet: row 1: a value cannot be read \(days=1073741824"):
+        source.read(1)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_tables_that_shrink_while_they_are_read_are_a_sentence(tmp_path, monkeypatch, pieces):
+    """Not StopIteration, which a data worker's loader takes for the end of the data."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(parquet_rows, "WHOLE", 1000 if pieces else 1 << 30)
+    monkeypatch.setattr(parquet_rows, "PIECE", 1000)
+    rng = np.random.default_rng(0)
+    write = lambda rows: parquet.write_table(  # noqa: E731
+        pa.table({"data": [rng.bytes(100) for _ in range(rows)]}), tmp_path / "a.parquet", compression="none")
+    write(300)
+    source = open_records([tmp_path / "a.parquet"])
+    source.read(0)
+    source.open_files.tables._pieces.clear()
+    source.open_files.tables._running.clear()
+    write(100)
+    for row in (150, 299):
+        with pytest.raises(BadRecord, match=r"a\.parquet: (has fewer rows than when|cannot be read as parquet)"):
+            source.read(row)
+
+
+def test_the_footer_of_a_table_is_read_once(tmp_path, monkeypatch):
+    """Of a table of thousands of row groups it takes longer than the rows."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(parquet_rows, "PIECES", 8)
+    parquet.write_table(pa.table({"text": [f"t{number}" for number in range(100)]}), tmp_path / "a.parquet",
+                        row_group_size=1)
+    source = open_records(tmp_path / "a.parquet")
+    assert len(source) == 100
+    options = []
+    opened = parquet_rows.opened
+    monkeypatch.setattr(parquet_rows, "opened", lambda path, **given: options.append(given) or opened(path, **given))
+    assert [source.read(row).fields["text"] for row in range(100)] == [f"t{row}" for row in range(100)]
+    assert sum("metadata" not in given for given in options) == 1 and len(options) == 101
+    assert len(source.open_files.tables._pieces) == 8
 
 
 def test_a_folder_of_pictures_and_the_nano_set_are_records_too(tmp_path):

@@ -45,6 +45,8 @@ def expand_pattern(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
                 raise DataError(f"{one}: no file matches this pattern (it is a folder; try {one.rstrip('/')}/*).")
             if Path(one).exists():
                 raise DataError(f"{one}: is no file on disk, so it cannot be read at random positions.")
+            if Path(one).is_symlink():
+                raise DataError(f"{one}: is a link to {os.readlink(one)}, which is not there.")
             if not _WILD.search(one):
                 raise DataError(f"{one}: there is no such file or folder{nearest_path(one)}.")
             raise DataError(f"{one}: no file matches this pattern.")

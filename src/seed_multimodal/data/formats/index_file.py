@@ -41,6 +41,7 @@ class IndexedFile:
         self.path, self._name = path, str(path)
         self._arrays: Arrays | None = None
         self._kept: Path | None = None  # the file of its index
+        self._stamp: tuple[int, int] | None = None  # of the file, as the index in `_kept` has it
 
     def scans(self) -> Sequence[Scan]:
         """Calls (picklable) whose results `join` makes the index of; several can run beside each other.
@@ -57,7 +58,16 @@ class IndexedFile:
 
     @property
     def arrays(self) -> Arrays:
-        """The index, from a store or made now. Raises DataError: the file cannot be read."""
+        """The index, from a store or made now.
+
+        Raises:
+            DataError: the file cannot be read, or was changed on the way to this process, where others count its
+                records as they were.
+        """
+        if self._arrays is None and self._kept is not None:  # it came from another process
+            if self._stamp != stamp_of(self.path):
+                raise DataError(f"{self.path}: has changed since it was indexed; do not change files in use.")
+            self.take(self._kept)
         if self._arrays is None:
             self._arrays = self.join([scan() for scan in self.scans()])
         return self._arrays
@@ -69,9 +79,10 @@ class IndexedFile:
 
     def take(self, kept: Path) -> bool:
         """Use the index in this file; False: it does not belong to the file as it is now."""
-        arrays = read_index(kept, stamp_of(self.path), self.kind)
+        stamp = stamp_of(self.path)
+        arrays = read_index(kept, stamp, self.kind)
         if arrays is not None:
-            self._arrays, self._kept = arrays, kept
+            self._arrays, self._kept, self._stamp = arrays, kept, stamp
         return arrays is not None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,11 +91,6 @@ class IndexedFile:
         own = {name: value for name, value in self.__dict__.items()
                if not isinstance(getattr(type(self), name, None), cached_property)}
         return {**own, "_arrays": None}  # mapped anew where it arrives
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._kept is not None:
-            self.take(self._kept)  # or made, if the file was changed
 
 
 def stamp_of(path: Path) -> tuple[int, int]:

@@ -70,7 +70,7 @@ class IndexStore:
         if self.folder is not None:
             return self.folder / _name(file.path, f"{file.path.resolve()} {file.kind}")
         large = stamp_of(file.path)[0] >= KEEP_FROM
-        return file.path.parent / FOLDER / _name(file.path, file.kind) if large else None
+        return file.path.parent / FOLDER / _name(file.path, f"{file.path.name} {file.kind}") if large else None
 
     def _make(self, folder: Path, places: Mapping[IndexedFile, Path]) -> None:
         """Make the indexes of files in a folder, or wait for the process that does."""
@@ -187,4 +187,5 @@ def _work(file: IndexedFile, scan: Scan, place: Path | None, stamp: tuple[int, i
 
 
 def _name(path: Path, text: str) -> str:
-    return f"{path.name}.{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}.idx"
+    """The name of an index: a file's own may be as long as any can be, so of that the start."""
+    return f"{path.name[:50]}.{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}.idx"

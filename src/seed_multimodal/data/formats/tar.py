@@ -24,9 +24,10 @@ from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_me
 from seed_multimodal.errors import DataError
 
 Columns = Mapping[str, Sequence[str]]  # a part of a sample -> the extensions of its member, the preferred first
-# Of one member in bytes. Offset ABSENT: the sample has none; TWICE: it has two of one extension, of number `size`.
+# Of one member in bytes. Offset ABSENT: the sample has none; of extension number `size` it has two (TWICE), or one of
+# more than 4 GiB (HUGE), which is no picture or text.
 SPAN = np.dtype([("offset", "<i8"), ("size", "<u4")])
-ABSENT, TWICE = -1, -2
+ABSENT, TWICE, HUGE = -1, -2, -3
 _NONE = 1 << 30
 
 
@@ -118,6 +119,8 @@ class TarFile(IndexedFile):
             offset, size = (ABSENT, 0) if spans is None else spans[row].item()
             if offset == TWICE:
                 found.problem = _twice(found.where, extensions[size])
+            elif offset == HUGE:
+                found.problem = "damaged file", f"{found.where}: its .{extensions[size]} has more than 4 GiB."
             elif offset != ABSENT:
                 found.members[name] = Place(file, offset, size)
         return found
@@ -172,7 +175,7 @@ def scan_tar(path: Path, columns: Columns) -> tuple[np.ndarray, PackedStrings, s
                 if extension in seen:
                     row[column] = (TWICE, min(number, row[column][1]) if row[column][0] == TWICE else number)
                 elif number < taken[column] and row[column][0] != TWICE:
-                    row[column], taken[column] = (offset, size), number
+                    row[column], taken[column] = (offset, size) if size < 1 << 32 else (HUGE, number), number
             seen.append(extension)
         if current:
             keys.append(current)
