@@ -14,6 +14,7 @@ from seed_multimodal.settings import read_settings
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.schedules import KINDS, USABLE, learning_rate, scheduled_rate
+from seed_multimodal.training.stage import StageTask
 
 
 def toy() -> nn.Module:
@@ -194,8 +195,26 @@ def test_min_lr_ratio_is_where_a_schedule_ends(kind: str, options: dict, end: fl
     ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "follows a measured loss"),
     ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"power": 2}}, "takes no lr_scheduler_kwargs"),
     ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"powr": 2}}, "'polynomial' with .*powr"),
-    ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps")])
+    ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "two"}}, "'polynomial' with .*two"),
+    ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": [1]}}, "restarts' with .*1"),
+    ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}}, "'inverse_sqrt' with .*0"),
+    ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": -1}}, "'inverse_sqrt' with .*-1")])
 def test_schedules_that_cannot_be_made_are_one_sentence(settings: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence) as caught:
-        schedule(0, read_settings(OptimSettings, settings, "optim"), 20)
+        schedule(19, read_settings(OptimSettings, settings, "optim"), 20)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=sentence):
+        StageTask("stage", nn.Linear(2, 2), StageSettings(steps=20, warmup=3, **settings))
+
+
+@pytest.mark.parametrize("kind", USABLE)
+@pytest.mark.parametrize("warmup", [19, 20, 30])
+def test_a_warm_up_may_be_as_long_as_the_run(kind: str, warmup: int) -> None:
+    options = OPTIONS.get(kind, {})
+    settings = OptimSettings(warmup_steps=warmup, lr_scheduler_type=kind, lr_scheduler_kwargs=options)
+    stage = StageSettings(steps=20, lr=2.0, warmup=warmup, lr_scheduler_type=kind, lr_scheduler_kwargs=options)
+    for rates, most in (([schedule(step, settings, 20) for step in range(20)], settings.learning_rate),
+                        ([learning_rate(step, stage) for step in range(20)], stage.lr)):
+        assert kind == "constant" or rates[:18] == sorted(rates[:18])
+        assert all(0 <= rate <= most for rate in rates)

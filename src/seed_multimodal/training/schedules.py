@@ -124,7 +124,13 @@ def _by_transformers(kind: str, at: int, lr: float, max_steps: int, warmup: int,
         options.setdefault("lr_end", lr * floor)
     elif how not in ("rate", "end", "scaled", "none"):
         options.setdefault(how, floor)
-    share = _function(kind, lr, max_steps, warmup, json.dumps(options, sort_keys=True))(at)
+    given = json.dumps(options, sort_keys=True)
+    try:
+        share = float(_function(kind, lr, max(max_steps, warmup + 1), warmup, given)(at))
+        if not math.isfinite(share):
+            raise ValueError(f"the rate of step {at} is {share}")
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"The schedule {kind!r} with lr_scheduler_kwargs {given}: {first_line(error)}") from error
     return lr * (floor + (1.0 - floor) * share) if how == "scaled" and at >= warmup else lr * share
 
 
@@ -134,11 +140,9 @@ def _function(kind: str, lr: float, max_steps: int, warmup: int, options: str) -
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
-    try:
-        made: Any = get_scheduler(kind, optimizer, warmup, max_steps, json.loads(options))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"The schedule {kind!r} with lr_scheduler_kwargs {options}: {first_line(error)}") from error
+    made: Any = get_scheduler(kind, optimizer, warmup, max_steps, json.loads(options))
     function: Callable[[int], float] = made.lr_lambdas[0]
+    function(warmup)  # some options are looked at when a rate after the warm-up is computed
     return function
 
 

@@ -39,6 +39,7 @@ class StageTask(Task):
                  cost: SampleCost | None = None, parallel: bool = True) -> None:
         check_settings(settings, f"[{name}]")
         check_kind(settings.lr_scheduler_type, settings.lr_scheduler_kwargs)
+        learning_rate(settings.steps - 1, settings)  # impossible options of a schedule end here
         self.name, self.module, self.settings, self.parallel = name, module, settings, parallel
         self.optimizer = optimizer or torch.optim.AdamW(
             parameter_groups(module, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99))
