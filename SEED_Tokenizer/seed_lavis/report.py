@@ -41,7 +41,7 @@ def summary(run: RunContext, record: dict[str, Any]) -> list[str]:
         f"  log         {folder}/{run.stage}.log.jsonl, {folder}/config.yaml",
     ]
     if record.get("bad_samples"):
-        lines.append(f"  {record['bad_samples']} unreadable pictures were replaced; the log names them.")
+        lines.append(f"  {record['bad_samples']} samples that cannot be used were replaced; the log names them.")
     work = (run.config.datasets_cfg.get("nano_views") or {}).get("build_info", {}).get("work")
     return [*lines, *(_next_of_speedrun(run.stage, work) if work else _next(run, record))]
 

@@ -28,8 +28,8 @@ from seed_multimodal.data.formats.benchmark_files import (
     CaptionedPicture,
     Question,
     Questions,
-    find_picture,
 )
+from seed_multimodal.data.formats.pictures import HeldPicture, find_picture
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import GenerationError, ImageError
@@ -70,10 +70,11 @@ class Benchmark:
     settings: GenerationSettings
     images: Path | None = None
 
-    def pixels(self, picture: int | str, beside: Path, where: str) -> Tensor:
+    def pixels(self, picture: int | str | HeldPicture, beside: Path, where: str) -> Tensor:
         """A picture as the tokenizer takes it, [3, S, S]. Raises ImageError."""
         codec = self.system.inner.pictures
-        return codec.transform(codec.open(find_picture(picture, self.images, beside, where)))
+        found = find_picture(picture, self.images, beside, where)
+        return codec.transform(codec.open(found, where if isinstance(found, bytes) else None))
 
     def say(self, pixels: Sequence[Tensor], chat: Sequence[str], plain: Sequence[str]) -> list[str]:
         """The answers to a request about each picture. A plain answer ends with its line, since the pretrained model
@@ -106,7 +107,7 @@ class PictureSamples(Generic[T]):
     keys: Sequence[int | str]
     item: Callable[[int], T]
     pixels: Callable[[T], Tensor]
-    picture: Callable[[T], int | str]
+    picture: Callable[[T], int | str | HeldPicture]
     _last: tuple[int | str | None, Tensor | None] = (None, None)
 
     def read(self, number: int) -> tuple[T, Tensor]:

@@ -105,13 +105,13 @@ class PictureCodec:
                 self._decoder.to("cpu" if self.offload_decoder else self.device)
             return self._decoder
 
-    def open(self, picture: Picture) -> Image.Image:
+    def open(self, picture: Picture, name: str | None = None) -> Image.Image:
         """A picture from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it.
 
         One of more than 12.5 megapixels is reduced while it is decoded, to three times the tower's size or more.
         """
         size = getattr(self.transform, "image_size", None)
-        return open_image(picture, limits=self.limits, at_least=None if size is None else DETAIL * size)
+        return open_image(picture, name=name, limits=self.limits, at_least=None if size is None else DETAIL * size)
 
     def tokenize(self, pictures: Picture | Sequence[Picture], *, once: bool = False) -> Tensor:
         """One picture or several -> codes [B, 32] int64 on the CPU; `once`: by `encode_once`."""

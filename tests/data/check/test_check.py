@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from seed_multimodal.data.check.run import CheckReport, CheckSettings, check_records
+from seed_multimodal.data.formats.pictures import IMAGE_KEYS
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -88,6 +91,7 @@ BAD = [
     ({"image": __file__, "caption": None}, "missing key", "has no caption, its 'caption' is null"),
     ({"image": __file__, "caption": "a"}, "broken picture", "not a picture"),
     ({"file_name": "gone.jpg", "text": "a"}, "missing picture", "gone.jpg is not there"),
+    ({"image": "", "caption": "a"}, "missing picture", "its 'image' is empty"),
     ({"picture": [1], "words": "a"}, "missing key", "picture, words.* no known kind"),
     ({"image_ids": [0, 1, 2, N_CODES], "text": "a"}, "codes out of range", f"code {N_CODES} is out of range .0 to 63"),
     ({"image_ids": [0, -1, 2, 3], "text": "a"}, "codes out of range", "code -1"),
@@ -277,6 +281,27 @@ def test_a_sample_of_the_pictures_is_opened_or_all(tmp_path, jpeg):
         report = check(tmp_path, pictures=wanted)
         assert (report.images, report.opened, report.errors["broken picture"]) == (85, opened, broken)
         assert report.wrong == broken and report.kinds == {"tokenizer (not tokenised)": 85}
+
+
+def test_pictures_of_a_shard_are_those_of_a_folder(tmp_path, jpeg):
+    for ending in ("gif", "BMP", "tiff", "avif"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.open(io.BytesIO(jpeg(0))).save(tmp_path / "a" / f"{ending}.{ending}")
+        (tmp_path / "a" / f"{ending}.txt").write_text("words")
+    samples = [(path.stem, {path.suffix[1:]: path.read_bytes(), "txt": b"words"})
+               for path in sorted((tmp_path / "a").iterdir()) if path.suffix != ".txt"]
+    write_shard(tmp_path / "a.tar", [*samples, ("alone", {"txt": b"no picture"})])
+    assert check(tmp_path / "a").errors == {} and check(tmp_path / "a").opened == len(samples) == 4
+    report = check(tmp_path / "a.tar")
+    assert report.opened == 4 and report.kinds == {"tokenizer (not tokenised)": 5}
+    assert [finding.sentence for finding in report.findings] == [
+        f"{tmp_path}/a.tar: sample alone: has no picture: no .{', .'.join(IMAGE_KEYS)} member."]
+
+
+def test_the_training_takes_no_pictures_without_codes(tmp_path, jpeg):
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    talk = jsonl(tmp_path / "a.jsonl", chat(["a", {"image": "a.jpg"}], ["b"]))
+    assert check(talk).errors == {} and check(talk, stage="llm").errors == {"not tokenised": 1}
 
 
 def test_fields_and_stages_that_do_not_exist_are_refused(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from seed_multimodal.data.formats.benchmark_files import Annotations, Questions, find_picture, read_captions
+from seed_multimodal.data.formats.benchmark_files import Annotations, Questions, read_captions
+from seed_multimodal.data.formats.pictures import find_picture
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import DataError, ImageError
 
@@ -115,6 +117,7 @@ def test_what_is_no_file_of_captions_is_refused(tmp_path, value, sentence):
     ([LAVIS[0], {"image": "a.jpg"}], "item 1: has no caption"),
     ([LAVIS[0], {"caption": "x"}], "item 1: names no picture"),
     ([LAVIS[0], {"image": "a.jpg", "caption": [None]}], "item 1: has no caption"),
+    ([LAVIS[0], {"image": "a.jpg", "caption": " "}], "item 1: has no caption"),
     ({"images": [KARPATHY["images"][0], {"sentences": [], "cocoid": 1, "split": "test"}]}, "item 1: has no sentences"),
     ({**COCO, "images": [{"id": None}]}, "item 0: has no id")])
 def test_a_bad_item_of_captions_is_one_bad_sample(tmp_path, value, sentence):
@@ -123,6 +126,31 @@ def test_a_bad_item_of_captions_is_one_bad_sample(tmp_path, value, sentence):
     (bad,) = [one for one in found if one.problem]
     with pytest.raises(BadRecord, match=f"c.json: {sentence}"):
         bad.checked()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "base64", "parquet", "paths"])
+def test_lists_of_lines_and_rows_with_pictures_in_them(tmp_path, kind):
+    held = tmp_path / "b 07.png"
+    Image.effect_noise((40, 40), 90).save(held)
+    pictures = {"jsonl": "b 07.png", "base64": base64.b64encode(held.read_bytes()).decode(), "paths": "b 07.png",
+                "parquet": {"bytes": held.read_bytes(), "path": "b 07.png"}}
+    rows = [{"image": pictures[kind], "caption": caption, "question": "q?", "question_id": number}
+            for number, caption in enumerate((["one", "two"], None))]
+    if kind in ("parquet", "paths"):
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet")
+        path = tmp_path / "a.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, bad = read_captions(path)
+    assert found.captions == ["one", "two"] and found.key == ("line 1" if kind == "base64" else "b 07.png")
+    assert ("line 2" if path.suffix == ".jsonl" else "row 1") + ": has no caption" in bad.problem
+    data = find_picture(found.picture, None, path, found.name)
+    assert data == held.read_bytes() if isinstance(data, bytes) else data == held
+    questions = Questions(path)
+    assert len(questions) == 2 and find_picture(questions.read(1).picture, None, path, "here") == data
 
 
 def test_missing_files_name_the_nearest(tmp_path):

@@ -190,8 +190,12 @@ def test_json_that_is_lines_in_truth(tmp_path):
     path = written(tmp_path / "qa.json", '{"question": "a"}\n\n{"question": "b"}\n')
     assert fields(open_records(path)) == [{"question": "a"}, {"question": "b"}]
     assert open_records(path).read(1).where.endswith("qa.json: line 3")
-    with pytest.raises(BadRecord, match=r"not UTF-8"):
-        len(open_records(written(tmp_path / "latin.json", b'[{"a": "\xe4"}]')))
+    latin = open_records(written(tmp_path / "latin.json", b'[{"a": "\xc3\xa4"},\n {"a": "\xe4"}, {"a": "\xc3\xa4"}]'))
+    assert len(latin) == 3 and latin.read(0).fields == latin.read(2).fields == {"a": "\xe4"}
+    with pytest.raises(BadRecord, match=r"latin\.json: item 1: is not UTF-8"):
+        latin.read(1)
+    with pytest.raises(BadRecord, match=r"utf16\.json: line 1: .*not UTF-8"):
+        len(open_records(written(tmp_path / "utf16.json", '[{"a": 1}]'.encode("utf-16"))))
     numbers = open_records(written(tmp_path / "n.json", "[1, 23]"))
     with pytest.raises(BadRecord, match="item 1: holds a int, not an object"):
         numbers.read(1)

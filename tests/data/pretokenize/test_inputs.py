@@ -192,8 +192,8 @@ def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
     entries = [entry for entry, _ in parse("caption", settings)]
     assert entries[0].record["text"] == "a text" and entries[0].record["metadata"] == {"top_caption": "a top", "n": 1}
     assert entries[1].record["text"] == "only json"
-    for entry, words in zip(entries[2:], ("has no picture", "has no caption", "not UTF-8", "truncated or damaged",
-                                          "is not json"), strict=True):
+    for entry, words in zip(entries[2:], ("has no picture: no .jpg", "has no caption", "not UTF-8",
+                                          "truncated or damaged", "is not json"), strict=True):
         assert words in entry.bad and f"a.tar: sample 00{entry.number}" in entry.bad
     settings.use_caption_in_metadata = True
     entries = [entry for entry, _ in parse("caption", settings)]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.check.fields import as_tokenised, code_lists, has_pictures, is_raw
+from seed_multimodal.data.check.fields import PICTURES, as_tokenised, code_lists, has_pictures, is_raw
 from seed_multimodal.data.check.pictures import LLM, STAGES, TOKENIZER, PictureReader, guess_stage
 from seed_multimodal.data.check.report import CheckReport, Finding
 from seed_multimodal.data.decoders.base import TEXT, TEXTS, Decoder
@@ -149,7 +149,8 @@ class _Checker:
             found = source.locate(index)
             record = found.parsed(source.open_files, half_pairs=stage == TOKENIZER)
             raw = stage if stage != LLM else None
-            if stage is None and ("image" in found.members or (is_raw(record.fields) and not self.settings.decoder)):
+            if stage is None and (found.members.keys() & {"image", "txt"}
+                                  or (is_raw(record.fields) and not self.settings.decoder)):
                 raw = guess_stage(record.fields)
             if raw is None or (stage is None and "image" not in found.members):
                 record.fields = with_messages(record.fields, record.where)
@@ -170,6 +171,10 @@ class _Checker:
         decoder = DECODERS[settings.decoder] if settings.decoder else guess_decoder(record.fields, self._tokens)
         if decoder is None:
             self.report.kinds["unknown"] += 1
+            empty = next((key for key in PICTURES if record.fields.get(key) == ""), None)
+            if empty is not None:
+                self.note("missing picture", f"{record.where}: its {empty!r} is empty.")
+                return
             self.note("missing key", f"{record.where}: its keys ({', '.join(sorted(record.fields)) or 'none'}) are "
                       "those of no known kind of record.")
             return
@@ -179,6 +184,9 @@ class _Checker:
         problems = list(self._problems(record.fields, decoder))
         for problem in problems:
             self.note(problem.kind, f"{record.where}: {problem.sentence}")
+        if settings.stage == LLM and has_pictures(record.fields):
+            self.note("not tokenised", f"{record.where}: has pictures without codes; tokenise the data first.")
+            return
         whole = not raw or self._see("chat", record, source, opens)
         if whole and not problems and self.tokenizer is not None:
             self._decode(record, decoder)

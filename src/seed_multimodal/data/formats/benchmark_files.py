@@ -4,7 +4,8 @@
                             {"annotations": [{question_id, answers: [{answer}], answer_type, question_type}]}
     COCO captions           {"images": [{id, file_name}], "annotations": [{image_id, caption}]}
     Karpathy's split        {"images": [{filepath, filename, cocoid, split, sentences: [{raw}]}]}
-    lists, as LAVIS's       [{image, caption: text or list, …}], [{image, question, question_id, answer: text or list}]
+    lists, as LAVIS's       [{image, caption: text or list, …}], [{image, question, question_id, answer: text or list}];
+                            also .jsonl and .parquet, with pictures inside them
     texts                   a .txt with one caption a line
 
 A file of another layout is refused. An item that cannot be used is one bad sample, under its place (`item 3`) where it
@@ -21,15 +22,13 @@ from typing import Any, TypeVar
 
 from seed_multimodal.data.formats.files import nearest_path
 from seed_multimodal.data.formats.json_lines import JsonFile
-from seed_multimodal.data.formats.record import BadRecord, find_image
-from seed_multimodal.data.formats.records import FileRecords
-from seed_multimodal.errors import DataError, ImageError
+from seed_multimodal.data.formats.pictures import HeldPicture, is_base64
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.records import FileRecords, open_file
+from seed_multimodal.errors import DataError
 
-# How the pictures of a COCO id are named; {} is the id. Each may lie in a folder of its split's name.
-_COCO_NAMES = [name for split in ("val2014", "test2015", "train2014") for name in
-               (f"COCO_{split}_{{:012d}}.jpg", f"{split}/COCO_{split}_{{:012d}}.jpg")]
+LISTS = (".jsonl", ".parquet")
 T = TypeVar("T")
-_COCO_NAMES += ["{:012d}.jpg", "val2017/{:012d}.jpg", "train2017/{:012d}.jpg"]
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Question:
     key: int | str
     name: str
     text: str
-    picture: int | str
+    picture: int | str | HeldPicture
 
 
 @dataclass
@@ -57,7 +56,7 @@ class CaptionedPicture:
 
     key: int | str
     name: str
-    picture: int | str
+    picture: int | str | HeldPicture
     captions: list[str] = field(default_factory=list)
     problem: str = ""
 
@@ -69,7 +68,7 @@ class CaptionedPicture:
 
 
 class Items:
-    """The items of a json list, by itself or under `key`, by number."""
+    """The items of a json list, by itself or under `key`, or of a .jsonl or .parquet, by number."""
 
     def __init__(self, path: str | Path, key: str) -> None:
         self.path = Path(path)
@@ -77,15 +76,21 @@ class Items:
             raise DataError(f"{path}: there is no such file{nearest_path(path)}.")
         if not self.path.is_file():
             raise DataError(f"{path}: is no file of records.")
-        self._records = FileRecords([JsonFile(self.path, key=key)])
+        kind = self.path.suffix.lower()
+        self._records = FileRecords([open_file(self.path, kind[1:]) if kind in LISTS else JsonFile(self.path, key=key)])
 
     def __len__(self) -> int:
         return len(self._records)
 
     def read(self, row: int) -> tuple[dict[str, Any], str]:
         """The item, and `FILE: item N`; raises BadRecord for what is no object."""
-        record = self._records.locate(row)
-        return record.parsed(self._records.open_files).fields, record.where
+        record, files = self._records.locate(row), self._records.open_files
+        item = record.parsed(files).fields
+        image = item.get("image")
+        if isinstance(image, bytes | Mapping) or is_base64(image):  # not kept in memory
+            name = image.get("path") if isinstance(image, Mapping) else None
+            item["image"] = HeldPicture(record, files, str(name or record.where.removeprefix(f"{self.path}: ")))
+        return item, record.where
 
     def usable(self, take: Callable[[dict[str, Any], str], T]) -> Iterator[tuple[str, T | BadRecord]]:
         """`item N` and what `take` makes of each item, or why it cannot be used."""
@@ -187,24 +192,11 @@ def _image(item: Mapping[str, Any], where: str) -> CaptionedPicture:
 
 def _caption(item: Mapping[str, Any], where: str) -> CaptionedPicture:
     captions = _texts(item.get("caption", item.get("captions")), "caption")
-    if not captions:
+    if not any(text.strip() for text in captions):
         raise BadRecord("missing key", f"{where}: has no caption (a text or a list of texts).")
     picture = _picture_of(item, where)
     key = _key(item, "image_id", where) if item.get("image_id") is not None else _coco_id(picture)
     return CaptionedPicture(key, where, picture, captions)
-
-
-def find_picture(picture: int | str, root: Path | None, beside: Path, where: str) -> Path:
-    """The file of a picture that a benchmark names by path or by COCO's number.
-
-    Raises:
-        ImageError: it is not there; names the first place that was tried.
-    """
-    names = [name.format(picture) for name in _COCO_NAMES] if isinstance(picture, int) else [picture]
-    found = next(filter(None, (find_image(name, root, beside) for name in names)), None)
-    if found is None:
-        raise ImageError(f"{where}: its picture is not there: {root or beside.parent}/{names[0][:200]}.")
-    return found
 
 
 def _text_lines(path: Path) -> list[CaptionedPicture]:
@@ -243,6 +235,8 @@ def _karpathy(images: Items, split: str) -> list[CaptionedPicture]:
 
 def _optional(path: Path, key: str) -> Items | None:  # the list under a key, if the file is an object that has it
     items = Items(path, key)
+    if path.suffix.lower() in LISTS:
+        return None
     try:
         with open(path, "rb") as file:
             if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
@@ -287,14 +281,15 @@ def _text(item: Mapping[str, Any], name: str, where: str) -> str:
     return value.strip()
 
 
-def _picture_of(item: Mapping[str, Any], where: str) -> int | str:
+def _picture_of(item: Mapping[str, Any], where: str) -> int | str | HeldPicture:
     value = next((item[name] for name in ("image", "file_name", "image_id") if item.get(name) not in (None, "")), None)
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, bool) or not isinstance(value, int | str | HeldPicture):
         raise BadRecord("missing key", f"{where}: names no picture (image, file_name or image_id).")
     return value
 
 
-def _coco_id(picture: int | str) -> int | str:
+def _coco_id(picture: int | str | HeldPicture) -> int | str:
     """The number at the end of a COCO file's name, by which its results are filed; else the name itself."""
+    picture = picture.name if isinstance(picture, HeldPicture) else picture
     number = re.fullmatch(r"(?:.*_)?0*(\d+)", Path(picture).stem) if isinstance(picture, str) else None
     return int(number[1]) if number else picture

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from seed_multimodal.data.formats.pictures import CAPTION_FIELDS, PICTURE_ENDINGS
+from seed_multimodal.data.formats.pictures import CAPTION_FIELDS, PICTURE_ENDINGS, other_keys
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, shorten
-from seed_multimodal.settings import nearest
 
 
 def has_caption(fields: Mapping[str, Any], key: str = "") -> bool:
@@ -28,7 +27,8 @@ def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
     if fields.keys() == {"image"} and where.lower().endswith(PICTURE_ENDINGS):
         raise BadRecord("missing member", f"{where}: has no .txt beside it with its caption.")
     if key not in fields:
-        raise BadRecord("missing key", f"{where}: has no caption key {key!r}{other_keys(key, fields)}.")
+        null = " or null there" if ": row " in where else ""  # tables do not tell the two apart
+        raise BadRecord("missing key", f"{where}: has no caption key {key!r}{null}{other_keys(key, fields)}.")
     value = fields[key]
     found = [value] if isinstance(value, str) else value
     if value is None or found == []:
@@ -56,13 +56,6 @@ def text_member(record: Record, files: FileReader) -> str | None:
     if not text:
         raise BadRecord("empty text", f"{record.where}: its .txt is empty.")
     return text
-
-
-def other_keys(key: str, item: Mapping[str, Any]) -> str:
-    """What stands where `key` was looked for, or the nearest key, for a sentence."""
-    if key in item:
-        return f" (it is {str(item[key])[:60]!r})"
-    return nearest(key, item) or f" (it has {', '.join(sorted(map(str, item))[:8]) or 'no keys'})"
 
 
 def _whole_letters(text: str) -> str:

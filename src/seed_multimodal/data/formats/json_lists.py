@@ -37,7 +37,7 @@ class _Scanner:
     def __init__(self, path: Path, file: io.BufferedReader, keys: Sequence[str]) -> None:
         self.path, self.file, self.keys = path, file, keys
         self.bom = file.peek(3).startswith(BOM)
-        self.decode = codecs.getincrementaldecoder("utf-8-sig")()
+        self.decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")  # an item that is not UTF-8 is bad
         self.parse = json.JSONDecoder().raw_decode
         self.text, self.place = "", 0  # the window, and the position in it
         self.byte = 0  # the byte in the file of `text[place]`
@@ -53,6 +53,8 @@ class _Scanner:
         opening = self._next()
         if opening == "{":
             opening = self._enter()
+        if "\udc80" <= opening <= "\udcff":
+            raise self._broken("it is not UTF-8")
         if opening != "[":
             raise self._broken("must hold a list of records, or one object per line" if self.keys == LISTS else
                                f"must hold a list of records, by itself or under {' or '.join(map(repr, self.keys))}")
@@ -134,7 +136,7 @@ class _Scanner:
     def _step(self, count: int) -> None:
         if count:
             passed = self.text[self.place:self.place + count]
-            self.byte += count if passed.isascii() else len(passed.encode())
+            self.byte += count if passed.isascii() else len(passed.encode("utf-8", "surrogateescape"))
             self.line += passed.count("\n")
             self.place += count
 
@@ -145,10 +147,7 @@ class _Scanner:
             return False
         data = self.file.read(max(BLOCK // 4, len(self.text) - self.place))
         self.ended = not data
-        try:
-            self.text, self.place = self.text[self.place:] + self.decode.decode(data, final=self.ended), 0
-        except UnicodeDecodeError as error:
-            raise self._broken(f"it is not UTF-8: {error.reason}") from None
+        self.text, self.place = self.text[self.place:] + self.decode.decode(data, final=self.ended), 0
         return not self.ended
 
     def _broken(self, reason: str, position: int | None = None) -> DataError:

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.data.formats.captions import captions, has_caption, other_keys, text_member
+from seed_multimodal.data.formats.captions import captions, has_caption, text_member
 from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.index_store import IndexStore
 from seed_multimodal.data.formats.nano import NanoFile, find_nano
 from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
-from seed_multimodal.data.formats.pictures import IMAGE_FIELDS, IMAGE_KEYS, image_field, stored_picture
+from seed_multimodal.data.formats.pictures import IMAGE_KEYS, image_field, in_tar, no_picture, stored_picture
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record
 from seed_multimodal.data.formats.records import FileRecords, open_file
 from seed_multimodal.data.formats.tar import TarFile
@@ -84,10 +84,7 @@ class PairReader:
         if image is None:
             value = image_field(read.fields, self.image_key)
             if value is None:
-                key = self.image_key or IMAGE_FIELDS[0]
-                where = f"no .{', .'.join(self.image_keys)} member" if _in_tar(record) else \
-                    f"nothing under key {key!r}{other_keys(key, read.fields)}"
-                raise BadRecord("missing picture", f"{read.where}: has no picture: {where}.")
+                raise no_picture(read, self.image_key, self.image_keys)
             image = stored_picture(value, read, self.image_root)
         return Pair(_key(read), read.where, image, captions)
 
@@ -237,11 +234,7 @@ def open_pairs(spec: Mapping[str, Any]) -> PairSource:
     return FORMATS[kind](**options)
 
 
-def _in_tar(record: Record) -> bool:
-    return record.where.startswith(f"{record.file}: sample ")
-
-
 def _key(record: Record) -> str:
     """`item N`, `line N` or `row N`; the key of a shard's sample, the path of a folder's picture."""
     place = record.where.removeprefix(f"{record.file}: ")
-    return record.key if place == record.where or _in_tar(record) else place
+    return record.key if place == record.where or in_tar(record) else place

@@ -83,7 +83,7 @@ class RowGroups:
         try:
             found: list[dict[str, Any]] = self.get(path, group, piece).slice(place, 1).to_pylist()
         except UnicodeDecodeError as error:
-            raise BadRecord("wrong type", f"{path}: row {number}: a text is not UTF-8 ({error.reason}).") from None
+            raise BadRecord("malformed text", f"{path}: row {number}: a text is not UTF-8 ({error.reason}).") from None
         except (ValueError, OverflowError, LookupError) as error:  # a date after 9999, an unknown time zone
             raise BadRecord("wrong type", f"{path}: row {number}: a value cannot be read ({first_line(error)})."
                             ) from None

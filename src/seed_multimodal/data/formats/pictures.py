@@ -4,26 +4,52 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, Place, Record, find_image, shorten
+from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record, find_image, shorten
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.encode import bytes_from_base64
+from seed_multimodal.settings import nearest
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")  # extensions of pictures in webdataset shards
-PICTURE_ENDINGS = (*(f".{key}" for key in IMAGE_KEYS), ".bmp", ".gif", ".tif", ".tiff", ".avif")
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")  # extensions of pictures in shards
+PICTURE_ENDINGS = tuple(f".{key}" for key in IMAGE_KEYS)  # of files in folders
 # Where a picture and its caption stand when no key is given: ours first, then those of Hugging Face's picture folders
 # (metadata.jsonl) and tables, and of shards written as tables.
 IMAGE_FIELDS = ("image", "file_name", *IMAGE_KEYS)
 CAPTION_FIELDS = ("caption", "text")
+# How the pictures of a COCO id are named; {} is the id. Each may lie in a folder of its split's name.
+_COCO_NAMES = [name for split in ("val2014", "test2015", "train2014") for name in
+               (f"COCO_{split}_{{:012d}}.jpg", f"{split}/COCO_{split}_{{:012d}}.jpg")]
+_COCO_NAMES += ["{:012d}.jpg", "val2017/{:012d}.jpg", "train2017/{:012d}.jpg"]
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
 def image_field(fields: Mapping[str, Any], key: str = "") -> Any:
     """The value under `key`, or without one under the first of `IMAGE_FIELDS` that holds something; None: none."""
     return next((fields[one] for one in ((key,) if key else IMAGE_FIELDS) if fields.get(one) is not None), None)
+
+
+def no_picture(record: Record, key: str = "", extensions: Sequence[str] = IMAGE_KEYS) -> BadRecord:
+    """The error of a record without a picture where one is looked for."""
+    key = key or IMAGE_FIELDS[0]
+    where = f"no .{', .'.join(extensions)} member" if in_tar(record) else f"nothing under key {key!r}" \
+        + other_keys(key, record.fields)
+    return BadRecord("missing picture", f"{record.where}: has no picture: {where}.")
+
+
+def in_tar(record: Record) -> bool:
+    """Whether it is a sample of a tar."""
+    return record.where.startswith(f"{record.file}: sample ")
+
+
+def other_keys(key: str, item: Mapping[str, Any]) -> str:
+    """What stands where `key` was looked for, or the nearest key, for a sentence."""
+    if key in item:
+        return f" (it is {str(item[key])[:60]!r})"
+    return nearest(key, item) or f" (it has {', '.join(sorted(map(str, item))[:8]) or 'no keys'})"
 
 
 def stored_picture(value: Any, record: Record, root: str | Path | None = None) -> bytes | Path:
@@ -54,6 +80,40 @@ def stored_picture(value: Any, record: Record, root: str | Path | None = None) -
             f"is not there, {_places(root)}"
         raise ImageError(f"{record.where}: the picture {shown} {why}.")
     return path
+
+
+@dataclass(frozen=True)
+class HeldPicture:
+    """A picture that a record itself holds (bytes, base64 text), read when it is asked for; `name` is for results."""
+
+    record: Record
+    files: FileReader
+    name: str
+
+    def read(self, root: str | Path | None = None) -> bytes | Path:
+        """As `stored_picture`."""
+        record = self.record.parsed(self.files)
+        return stored_picture(record.fields["image"], record, root)
+
+
+def find_picture(picture: int | str | HeldPicture, root: Path | None, beside: Path, where: str) -> Path | bytes:
+    """The file of a picture that a benchmark names by path or by COCO's number, or holds.
+
+    Raises:
+        ImageError: it is not there; names the first place that was tried.
+    """
+    if isinstance(picture, HeldPicture):
+        return picture.read(root)
+    names = [name.format(picture) for name in _COCO_NAMES] if isinstance(picture, int) else [picture]
+    found = next(filter(None, (find_image(name, root, beside) for name in names)), None)
+    if found is None:
+        raise ImageError(f"{where}: its picture is not there: {root or beside.parent}/{names[0][:200]}.")
+    return found
+
+
+def is_base64(value: Any) -> bool:
+    """Whether a value is a picture as base64 text (a path of 64 signs has a dot)."""
+    return isinstance(value, str) and (value.startswith("data:") or _BASE64.fullmatch(value) is not None)
 
 
 def _file_name(text: str) -> str:

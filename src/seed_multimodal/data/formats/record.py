@@ -120,7 +120,9 @@ def parse_json(data: bytes | str, where: str) -> Any:
     """Any json value from its bytes. Raises BadRecord for what is not json."""
     try:
         return json.loads(data)
-    except (ValueError, RecursionError) as error:  # also undecodable bytes
+    except UnicodeDecodeError as error:
+        raise BadRecord("malformed text", f"{where}: is not UTF-8 ({error.reason}).") from None
+    except (ValueError, RecursionError) as error:
         reason = f"{error.msg}, at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise BadRecord("malformed json", f"{where}: is not json ({reason}).") from None
 

@@ -15,6 +15,8 @@ from seed_multimodal.data.formats.pictures import (
     IMAGE_FIELDS,
     IMAGE_KEYS,
     image_field,
+    in_tar,
+    no_picture,
     stored_picture,
 )
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image
@@ -54,6 +56,8 @@ class Sample:
         found: Any = self.picture_member()
         if found is None:
             found = image_field(self.fields, "" if key == IMAGE_FIELDS[0] else key)
+        if found is None and in_tar(self._record):
+            raise no_picture(self._record, key)
         if found is None:
             raise BadRecord("missing picture", f"{self.where}: has no picture where one is looked for ({self.keys()}).")
         return found
@@ -117,6 +121,8 @@ class Sample:
         if isinstance(found, bytes):
             return Picture(self.where, partial(open_image, found, name=self.where), **options)
         name = f"{self.where}: {value['path'] if isinstance(value, Mapping) else value}"
+        if self.where == self._record.file:
+            name = self.where  # of a folder: the record is the picture
         return Picture(name, partial(open_image, found, name=name), str(found), **options)
 
     def path(self, value: str) -> Path | None:
