@@ -64,12 +64,21 @@ def test_caption_files(tmp_path, value, picture):
     assert [one.captions for one in others] == ([["two"]] if value is COCO else [])
 
 
+def test_the_first_item_may_be_the_bad_one(tmp_path):
+    found = read_captions(write(tmp_path / "k.json", {"images": [17, *KARPATHY["images"]]}))
+    assert [one.captions for one in found] == [[], ["one", "three"]] and "item 0: holds a int" in found[0].problem
+    named = {"images": [{"id": 7, "file_name": [3]}, *COCO["images"][1:]], "annotations": COCO["annotations"]}
+    found = read_captions(write(tmp_path / "c.json", named))
+    assert "item 0: names no picture" in found[0].problem and ["two"] in [one.captions for one in found]
+
+
 def test_ground_truth_without_file_names_and_lines_of_text(tmp_path):
     truth = {"annotations": [{"image_id": 7, "caption": "one", "id": 0}], "images": [{"id": 7}]}
     (found,) = read_captions(write(tmp_path / "coco_karpathy_test_gt.json", truth))
     assert (found.key, found.picture, found.captions) == (7, 7, ["one"])
-    texts = read_captions(write(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \n"))
-    assert [(one.key, one.captions) for one in texts] == [(1, ["a fox"]), (3, ["a hill"])]
+    texts = read_captions(write(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \nfour\u2028and\x0cmore"))
+    assert [(one.key, one.captions) for one in texts] == [(1, ["a fox"]), (3, ["a hill"]),
+                                                          (4, ["four\u2028and\x0cmore"])]
 
 
 def test_pictures_are_found_by_cocos_names(tmp_path):

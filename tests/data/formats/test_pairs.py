@@ -22,7 +22,7 @@ from seed_multimodal.data.formats.files import expand_pattern, nearest_path
 from seed_multimodal.data.formats.packed import PackedStrings
 from seed_multimodal.data.formats.pairs import NanoPairs, Pairs, open_pairs
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.data.formats.tar import OpenFiles, scan_tar
+from seed_multimodal.data.formats.tar import OpenFiles, scan_tar, tar_records
 from seed_multimodal.data.formats.tar_headers import tar_members
 from seed_multimodal.data.nano import load_nano
 from seed_multimodal.errors import ConfigError, DataError
@@ -304,6 +304,8 @@ def test_a_member_of_more_than_4_gib_is_one_bad_sample(tmp_path: Path, jpeg: Cal
     assert len(pairs) == 2 and pairs.read(1).captions == ["good"]
     with pytest.raises(BadRecord, match=r"sample a: its \.jpg has more than 4 GiB"):
         pairs.read(0)
+    assert [record.problem for record in tar_records(tmp_path / "x.tar")] == [
+        ("damaged file", f"{tmp_path}/x.tar: sample a: its .jpg has more than 4 GiB."), None]
 
 
 def test_the_index_is_kept_and_follows_the_shard(tmp_path: Path, shards: Path, jpeg: Callable,

@@ -104,6 +104,12 @@ def test_units_of_tars_and_blocks(tmp_path, jpeg):
     assert [unit.stem for unit in units] == ["a", "b", "c"] and [unit.number for unit in units] == [0, 1, 2]
     with pytest.raises(DataError, match="holds no"):
         list_units(InputSettings(files=str(tmp_path), recursive=False), 10)
+    for name in ("one.jpg", "in/two.jpg"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / name).write_bytes(jpeg(0))
+    for recursive, keys in ((True, ["in/two.jpg", "one.jpg"]), (False, ["one.jpg"])):
+        settings = InputSettings(files=str(tmp_path / "pictures"), recursive=recursive)
+        assert [one.key for one in unit_records(list_units(settings, 10)[0], settings)[0]] == keys
     rows = [{"image": "x.jpg", "n": n} for n in range(7)]
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "coco.json").write_text(json.dumps({"info": {"a": [1]}, "annotations": rows}))

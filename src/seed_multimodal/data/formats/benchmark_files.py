@@ -72,10 +72,9 @@ class Items:
 
     def __init__(self, path: str | Path, key: str) -> None:
         self.path = Path(path)
-        if not self.path.exists():
-            raise DataError(f"{path}: there is no such file{nearest_path(path)}.")
         if not self.path.is_file():
-            raise DataError(f"{path}: is no file of records.")
+            what = "is no file of records" if self.path.exists() else f"there is no such file{nearest_path(path)}"
+            raise DataError(f"{path}: {what}.")
         kind = self.path.suffix.lower()
         self._records = FileRecords([open_file(self.path, kind[1:]) if kind in LISTS else JsonFile(self.path, key=key)])
 
@@ -167,8 +166,10 @@ def read_captions(path: str | Path, split: str = "test") -> list[CaptionedPictur
     if path.suffix == ".txt":
         return _text_lines(path)
     images = _optional(path, "images")
-    if images is not None and "sentences" in (images.read(0)[0] if len(images) else {}):
-        return _karpathy(images, split)
+    if images is not None:
+        whole = (item for _, item in images.usable(lambda item, _: item) if not isinstance(item, BadRecord))
+        if "sentences" in next(whole, {}):
+            return _karpathy(images, split)
     found: dict[int | str, CaptionedPicture] = {}
     for place, made in images.usable(_image) if images else ():
         one = _unusable(f"image {place}", made) if isinstance(made, BadRecord) else made
@@ -187,7 +188,7 @@ def _unusable(place: str, error: BadRecord) -> CaptionedPicture:
 
 def _image(item: Mapping[str, Any], where: str) -> CaptionedPicture:
     key = _key(item, "id", where)
-    return CaptionedPicture(key, where, item.get("file_name") or key)
+    return CaptionedPicture(key, where, _picture_of({"image": item.get("file_name"), "image_id": key}, where))
 
 
 def _caption(item: Mapping[str, Any], where: str) -> CaptionedPicture:
@@ -201,7 +202,7 @@ def _caption(item: Mapping[str, Any], where: str) -> CaptionedPicture:
 
 def _text_lines(path: Path) -> list[CaptionedPicture]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts at a form feed or U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'it is not UTF-8'}).") from None
     found = [CaptionedPicture(number, f"{path}: line {number}", "", [line.strip()])
@@ -269,9 +270,8 @@ def _key(item: Mapping[str, Any], name: str, where: str) -> int | str:
 def _texts(given: Any, name: str) -> list[str]:
     """A text, a list of texts, or of objects that hold one under `name`; an empty list for anything else."""
     several = given if isinstance(given, list) else [given]
-    texts = [one.get(name) if isinstance(one, Mapping) else one for one in several]
-    found = [one for one in texts if isinstance(one, str)]
-    return found if len(found) == len(texts) else []
+    texts: list[Any] = [one.get(name) if isinstance(one, Mapping) else one for one in several]
+    return texts if all(isinstance(one, str) for one in texts) else []
 
 
 def _text(item: Mapping[str, Any], name: str, where: str) -> str:

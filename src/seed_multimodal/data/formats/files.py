@@ -146,7 +146,7 @@ def _in_folder(folder: Path, format: str, pictures: bool, recursive: bool) -> di
     kinds: dict[str, list[Path]] = {}
     notes: set[str] = set()
     shown: set[Path] = set()  # pictures, without their suffixes
-    for path in sorted(folder.rglob("*") if recursive else folder.glob("*")):
+    for path in sorted(folder.glob("**/*" if recursive else "*")):
         kind = _suffix_format(path)
         if pictures and is_picture(path):
             shown.add(path.with_suffix(""))

@@ -130,15 +130,15 @@ def _places(root: str | Path | None) -> str:
 
 
 class PictureFolder:
-    """The pictures of a folder, at any depth, by number; hidden files are skipped."""
+    """The pictures of a folder, at any depth (or, not `recursive`, in itself), by number; hidden files are skipped."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, recursive: bool = True) -> None:
+        self.path, self.recursive = path, recursive
 
     @cached_property
     def pictures(self) -> list[Path]:
         """In the order of their names."""
-        return sorted(path for path in self.path.rglob("*") if is_picture(path))
+        return sorted(path for path in self.path.glob("**/*" if self.recursive else "*") if is_picture(path))
 
     @property
     def sizes(self) -> Sequence[int]:

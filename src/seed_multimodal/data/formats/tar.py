@@ -43,24 +43,35 @@ def tar_records(path: Path, wanted: Collection[str] | None = None, *, unpack: bo
         Damaged: where the tar breaks off; the incomplete sample there is left out.
     """
     content = unpacked(path) if unpack and path.suffix in (".gz", ".tgz") else None
-    current: Record | None = None
-    for name, offset, size in tar_members(path if content is None else content):
+    for key, members in _samples(path if content is None else content):
+        record = Record(key, f"{path}: sample {key}", file=str(path))
+        for extension, offset, size in members:
+            if wanted is None or extension in wanted:
+                if extension in record.members:
+                    record.problem = _problem(record.where, extension, TWICE)
+                elif content is not None:
+                    record.members[extension] = content[offset:offset + size]
+                else:
+                    record.members[extension] = Place(str(path), offset, size)
+                    record.problem = record.problem or _problem(record.where, extension, HUGE if size >> 32 else 0)
+        yield record
+
+
+def _samples(tar: Path | bytes) -> Iterator[tuple[str, list[tuple[str, int, int]]]]:
+    """(key, its members as (extension, offset, size)) of each whole sample; raises as `tar_members`."""
+    current: str = ""
+    members: list[tuple[str, int, int]] = []
+    for name, offset, size in tar_members(tar):
         key, extension = split_name(name)
         if not key:
             continue
-        if current is None or current.key != key:
-            if current is not None:
-                yield current
-            current = Record(key, f"{path}: sample {key}", file=str(path))
-        if wanted is None or extension in wanted:
-            if extension in current.members:
-                current.problem = _twice(current.where, extension)
-                current.members[extension] = Place(str(path), TWICE, 0)
-                continue
-            current.members[extension] = (Place(str(path), offset, size) if content is None else
-                                          content[offset:offset + size])
-    if current is not None:
-        yield current
+        if key != current:
+            if current:
+                yield current, members
+            current, members = key, []
+        members.append((extension, offset, size))
+    if current:
+        yield current, members
 
 
 class TarFile(IndexedFile):
@@ -117,12 +128,10 @@ class TarFile(IndexedFile):
         found = Record(key, f"{file}: sample {key}", file=file)
         for (name, extensions), spans in zip(self.columns.items(), self._spans, strict=True):
             offset, size = (ABSENT, 0) if spans is None else spans[row].item()
-            if offset == TWICE:
-                found.problem = _twice(found.where, extensions[size])
-            elif offset == HUGE:
-                found.problem = "damaged file", f"{found.where}: its .{extensions[size]} has more than 4 GiB."
-            elif offset != ABSENT:
+            if offset >= 0:
                 found.members[name] = Place(file, offset, size)
+            elif offset != ABSENT:
+                found.problem = _problem(found.where, extensions[size], offset)
         return found
 
     @cached_property
@@ -141,8 +150,11 @@ def _tar_arrays(path: Path, columns: Columns) -> Arrays:
                for number, name in enumerate(columns) if counts[number]}}
 
 
-def _twice(where: str, extension: str) -> tuple[str, str]:
-    return "duplicate id", f"{where} has two .{extension} members."
+def _problem(where: str, extension: str, offset: int) -> tuple[str, str] | None:
+    """Of a sample with a member at `offset`: TWICE or HUGE."""
+    if offset == TWICE:
+        return "duplicate id", f"{where} has two .{extension} members."
+    return ("damaged file", f"{where}: its .{extension} has more than 4 GiB.") if offset == HUGE else None
 
 
 def scan_tar(path: Path, columns: Columns) -> tuple[np.ndarray, PackedStrings, str]:
@@ -157,28 +169,20 @@ def scan_tar(path: Path, columns: Columns) -> tuple[np.ndarray, PackedStrings, s
             places.setdefault(extension, []).append((column, number))
     keys: list[str] = []
     spans: list[tuple[int, int]] = []
-    current, damage = "", ""
-    row: list[tuple[int, int]] = []
-    taken: list[int] = []  # of each column the number of the extension in `row`
-    seen: list[str] = []
+    damage = ""
     try:
-        for name, offset, size in tar_members(path):
-            key, extension = split_name(name)
-            if not key:
-                continue
-            if key != current:
-                if current:
-                    keys.append(current)
-                    spans += row
-                current, row, taken, seen = key, [(ABSENT, 0)] * len(columns), [_NONE] * len(columns), []
-            for column, number in places.get(extension, ()):
-                if extension in seen:
-                    row[column] = (TWICE, min(number, row[column][1]) if row[column][0] == TWICE else number)
-                elif number < taken[column] and row[column][0] != TWICE:
-                    row[column], taken[column] = (offset, size) if size < 1 << 32 else (HUGE, number), number
-            seen.append(extension)
-        if current:
-            keys.append(current)
+        for key, members in _samples(path):
+            row = [(ABSENT, 0)] * len(columns)
+            taken = [_NONE] * len(columns)  # of each column the number of the extension in `row`
+            seen: list[str] = []
+            for extension, offset, size in members:
+                for column, number in places.get(extension, ()):
+                    if extension in seen:
+                        row[column] = (TWICE, min(number, row[column][1]) if row[column][0] == TWICE else number)
+                    elif number < taken[column] and row[column][0] != TWICE:
+                        row[column], taken[column] = (HUGE, number) if size >> 32 else (offset, size), number
+                seen.append(extension)
+            keys.append(key)
             spans += row
     except Damaged as error:
         after = f"after sample {keys[-1]}" if keys else "in its first sample"

@@ -14,7 +14,7 @@ from typing import Any
 
 from seed_multimodal.data.formats.files import find_files, nearest_path
 from seed_multimodal.data.formats.nano import find_nano
-from seed_multimodal.data.formats.pictures import IMAGE_KEYS
+from seed_multimodal.data.formats.pictures import IMAGE_KEYS, PictureFolder
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.records import RecordFile, open_file
 from seed_multimodal.data.formats.tar import tar_records
@@ -107,13 +107,13 @@ def _numbered(path: str, format: str, settings: InputSettings) -> tuple[int, Cal
     if format == "nano":
         records = nano_records(path, settings)
         return len(records), records.__getitem__
-    file = _opened(Path(path), format)
+    file = _opened(Path(path), format, settings.recursive)
     return sum(file.sizes), file.locate
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(path: Path, format: str) -> RecordFile:
-    return open_file(path, format)
+def _opened(path: Path, format: str, recursive: bool) -> RecordFile:
+    return PictureFolder(path, recursive) if format == "folder" else open_file(path, format)
 
 
 def _inputs(settings: InputSettings) -> list[tuple[Path, str]]:
