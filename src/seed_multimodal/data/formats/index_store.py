@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from seed_multimodal.data.formats.index_file import Arrays, IndexedFile, Scan, stamp_of, write_index
 from seed_multimodal.disk import LOCK, disk_reason, lock
@@ -170,7 +171,7 @@ def _main_hidden() -> Iterator[None]:
     """Let processes be spawned that do not import the main module: a script without `if __name__ == "__main__"` would
     run a second time in each, and wait there for the lock that is held here."""
     main = sys.modules["__main__"]
-    hidden = {name: main.__dict__[name] for name in ("__spec__", "__file__") if name in main.__dict__}
+    hidden: dict[str, Any] = {name: main.__dict__[name] for name in ("__spec__", "__file__") if name in main.__dict__}
     main.__dict__.update(dict.fromkeys(hidden))
     try:
         yield
