@@ -12,6 +12,7 @@ import torch
 
 from seed_multimodal import device as choosing
 from seed_multimodal.device import BESIDE_8BIT, RELEASED_FP16, Runtime, choose_device, choose_for_pictures
+from seed_multimodal.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +35,7 @@ def test_reasons_are_given_for_what_is_chosen_here(device: str, dtype: object, s
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would be chosen on a GPU with bfloat16; nothing is put there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
 
 
@@ -50,6 +52,18 @@ def test_pictures_and_8_bit_weights_are_in_float16_on_a_gpu(gpu: None) -> None:
         one = choose_device("cuda", asked, said.append, fp16=RELEASED_FP16)
         assert choose_for_pictures("cuda", asked, one, said.append) == one
     assert len(said) == 3 and choose_device("cpu", "auto", None, fp16=RELEASED_FP16).dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["meta", "xla", "", None, torch.device("meta"), object(), "cuda:1", "cuda:-1"])
+def test_devices_that_are_not_there(gpu: None, device: object) -> None:
+    with pytest.raises(ConfigError, match="Unknown device|last CUDA device is cuda:0"):
+        choose_device(device)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float8", "", None, 16, [], torch.int8, torch.complex64])
+def test_precisions_that_are_none(dtype: object) -> None:
+    with pytest.raises(ConfigError, match="Unknown dtype"):
+        choose_device("cpu", dtype)  # type: ignore[arg-type]
 
 
 def test_every_reader_of_pictures_asks_for_it(gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

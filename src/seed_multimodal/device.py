@@ -99,10 +99,15 @@ def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
     if isinstance(device, torch.device) or device != "auto":
         try:
             place = torch.device(device)
-        except RuntimeError as error:
-            raise ConfigError(f"Unknown device {device!r}: use auto, cpu, cuda, cuda:N or mps.") from error
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise _unknown(device) from error
+        if place.type not in ("cpu", "cuda", "mps"):  # of meta, torch throws the weights away
+            raise _unknown(device)
         if place.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"Device {str(device)!r} was asked for, but this machine has no usable CUDA device.")
+        if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"Device {str(device)!r} was asked for, but this machine's last CUDA device is "
+                              f"cuda:{torch.cuda.device_count() - 1}.")
         if place.type == "mps" and not torch.backends.mps.is_available():
             raise ConfigError("Device 'mps' was asked for, but this machine has no usable Apple GPU.")
         return place, ""
@@ -113,8 +118,12 @@ def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
     return torch.device("cpu"), "no GPU found"
 
 
+def _unknown(device: object) -> ConfigError:
+    return ConfigError(f"Unknown device {device!r}: use auto, cpu, cuda, cuda:N or mps.")
+
+
 def _resolve_dtype(dtype: str | torch.dtype, place: torch.device, fp16: str) -> tuple[torch.dtype, str]:
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype, ""
     if dtype == "auto":
         if place.type != "cuda":
@@ -124,6 +133,6 @@ def _resolve_dtype(dtype: str | torch.dtype, place: torch.device, fp16: str) -> 
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "this GPU computes bfloat16"
         return torch.float16, "this GPU has no bfloat16"
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ConfigError(f"Unknown dtype {dtype!r}: use auto, {', '.join(sorted(DTYPES))}.")
     return DTYPES[dtype], ""

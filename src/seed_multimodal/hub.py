@@ -43,7 +43,7 @@ PARTS = {
 def is_hub_name(name: str | Path) -> bool:
     """Whether `name` has the form `owner/name` and `owner` is no folder here; `pretrained/…` is always a folder."""
     owner, _, rest = str(name).partition("/")
-    local = owner in ("", ".", "..", "~", "pretrained") or Path(owner).exists()
+    local = owner in ("", ".", "..", "~", "pretrained") or os.path.exists(owner)
     return bool(rest) and "/" not in rest and not owner.startswith(".") and not local
 
 
@@ -110,7 +110,7 @@ def find_file(path_or_id: str | Path, names: Sequence[str], advice: str) -> Path
     Raises:
         CheckpointError: not there; the sentence ends with `advice`.
     """
-    if Path(path_or_id).is_file():
+    if os.path.isfile(path_or_id):
         return Path(path_or_id)
     folder = find_folder(path_or_id, names, advice)
     found = first_file(folder, names)

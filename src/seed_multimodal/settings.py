@@ -158,7 +158,7 @@ def _as_one(option: Any, value: Any, where: str) -> tuple[bool, Any]:
     if option is Any:
         return True, value
     if origin is Literal:
-        return value in inner, value
+        return isinstance(value, tuple(map(type, inner))) and value in inner, value
     if origin in (list, Sequence, tuple):
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
             return False, None

@@ -73,7 +73,7 @@ def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tens
         CheckpointError: missing, empty, truncated or unsafe file, or one that holds no tensors.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path.is_file raises for a name too long
         raise CheckpointError(f"{file}: there is no such weights file.")
     if file.stat().st_size == 0:
         raise CheckpointError(f"{file}: the weights file is empty.")

@@ -18,7 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError, ImageError, RequestError, SeedError
+from seed_multimodal.errors import (
+    CheckpointError,
+    CodesError,
+    ConfigError,
+    GenerationError,
+    ImageError,
+    RequestError,
+    SeedError,
+)
+from seed_multimodal.language.generation import generate_ids
+from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer
 from seed_multimodal.systems.seed_llama import SeedLlama
 
 NUMBERS: list[Any] = [
@@ -71,7 +81,7 @@ def answers_or_refuses(call: Callable[[], Any], what: str) -> str | None:
                                  "constrain", "repetition_penalty"])
 def test_generation_settings(tiny: SeedLlama, key: str) -> None:
     values = [one for one in NUMBERS if key not in ("num_beams", "max_new_tokens") or not isinstance(one, int)
-              or one < 100]
+              or one < 100 or one > 2000]
     refused = 0
     for value in values:
         options = {"max_new_tokens": 3, "do_sample": True, key: value}
@@ -118,10 +128,52 @@ def test_texts(tiny: SeedLlama) -> None:
         assert told[repr("\ud800")] is not None and told["1"] is not None, name
         if name in ("ask", "draw", "edit", "describe", "verbatim"):
             assert "empty" in (told["''"] or "") and "empty" in (told["' '"] or "") and told["'<image>'"] is None
-    with pytest.raises(RequestError, match=r"half a character \(\\ud800\); give"):
+    with pytest.raises(RequestError, match=r"half a character \(\\ud800\) at place 3; give"):
         tiny.draw("ab\ud800")
     with pytest.raises(RequestError, match="the byte 0xff, which is not UTF-8"):
         tiny.ask(codes, "\udcff?")
+
+
+def test_texts_and_ids_of_the_tokenizer_object(tiny: SeedLlama) -> None:
+    words = SeedLlamaTokenizer(tiny.tokenizer, tiny.pictures)
+    flags = ("add_special_tokens", "padding", "truncation", "max_length", "return_tensors")
+    calls: dict[str, Callable[[Any], Any]] = {
+        "call": words, **{key: lambda v, k=key: words(["a", "a b"], **{k: v}) for key in flags[1:]},
+        **{name: getattr(words, name) for name in ("encode", "tokenize", "decode", "batch_decode", "to",
+                                                   "convert_tokens_to_ids", "convert_ids_to_tokens")}}
+    for name, call in calls.items():
+        said = [answers_or_refuses(lambda v=value, f=call: f(v), f"{name}({value!r:.40})")
+                for value in (*NUMBERS, *TEXTS, [None], [-1], [10**6], [1.5], torch.tensor([1, 5]), np.array(5.5),
+                              *(("meta", "xla", "cuda:0", torch.device("meta")) if name == "to" else ()))]
+        assert sum(one is not None for one in said) >= 10, name
+    assert words.to("cpu") is words and words.decode(words.encode("hello"), True) == "hello"
+    for prompts in (None, 1, [1], [[1.5]], [["a"]], "ab", [[10**30]], [[]]):
+        with pytest.raises(GenerationError, match="^Prompt"):
+            generate_ids(tiny.llm, prompts, tiny.settings(), tiny.tokenizer)  # type: ignore[arg-type]
+
+
+def test_names_that_no_file_has(tiny_folder: Path) -> None:
+    for name in ("x" * 5000, "a\0b", "owner/" + "x" * 5000):
+        for part in ("llm", "tokenizer", "vision"):
+            with pytest.raises(CheckpointError):
+                SeedLlama.from_pretrained(tiny_folder, log=None, **{part: name})
+        for call in (SeedLlama.from_pretrained, SeedLlamaTokenizer.from_pretrained):
+            with pytest.raises(CheckpointError):
+                call(name)
+
+
+def test_tensors(tiny: SeedLlama) -> None:
+    pixels, codes = torch.zeros(1, 3, 32, 32), torch.zeros(1, 32, dtype=torch.long)
+    for wrong in (pixels.to("meta"), pixels.to_sparse()):
+        with pytest.raises(ImageError, match="floating tensor"):
+            tiny.encode_pixels(wrong)
+    for value in (codes.to("meta"), codes.to_sparse()):
+        with pytest.raises(CodesError, match="plain tensor"):
+            tiny.reconstruct(value)
+    embeds = tiny.pictures.model.decode(codes)
+    for more in ({"generator": object()}, {"generator": [None]}, {"latents": torch.zeros(1, 3, 8, 8)},
+                 {"latents": torch.zeros(4, 8, 8)}):
+        assert answers_or_refuses(lambda o=more: tiny.pictures.decoder.decode(embeds, **o), f"{more}")
 
 
 def test_pictures(tiny: SeedLlama) -> None:

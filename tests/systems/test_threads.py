@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from seed_multimodal.systems import pictures
+from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer
 from seed_multimodal.systems.seed_llama import SeedLlama
 
 WILD = {"temperature": 3.0, "top_p": 1.0, "top_k": 0}
@@ -78,6 +79,23 @@ def test_many_threads_answer_as_one_after_another(tiny_folder: Path) -> None:
             together = [one.result() for one in [pool.submit(job) for job in work]]
         assert llm["most"] == 1 and tower["most"] == 1 and llm["passes"] > 100
     assert together == [job() for job in work]
+
+
+def test_torchs_global_state_is_left_alone(tiny_folder: Path) -> None:
+    """Also by what is loaded when the first picture is drawn; a call without a seed takes one number."""
+    before, plain = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
+    system = SeedLlama.from_pretrained(tiny_folder, log=None)
+    system.draw("a fish", num_inference_steps=1)
+    SeedLlamaTokenizer.from_pretrained(tiny_folder / "seed_tokenizer", load_diffusion=True)
+    for job in jobs(system):
+        job()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], plain)  # type: ignore[index]
+    system.describe(picture(1), max_new_tokens=2, **WILD)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.randint(2**63 - 1, ())
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 def test_a_stream_that_nobody_reads_on_stops_nobody(tiny: SeedLlama) -> None:

@@ -185,7 +185,9 @@ class PipelineDetokenizer:
         """
         pictures: list[Any] = []
         check_value(int | None, batch_size, "batch_size", least=1)
-        count = len(embeds)
+        count, channels = len(embeds), self.pipeline.unet.config.in_channels
+        if isinstance(latents, Tensor) and (latents.ndim != 4 or latents.shape[1] != channels):
+            raise ConfigError(f"latents must be a tensor [B, {channels}, h, w], got {list(latents.shape)}.")
         values = (embeds, negatives, one_each(generator, count),
                   None if latents is None else for_each(latents, count, "latents"))
         with self.using(self.defaults.scheduler if scheduler is None else scheduler):
@@ -254,6 +256,9 @@ def one_each(generator: Generators, count: int) -> list[torch.Generator] | None:
     if generator is None:
         return None
     if not isinstance(generator, torch.Generator):
+        if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):
+            raise ConfigError(f"generator must be a torch.Generator, or a list of one for each picture, not "
+                              f"{generator!r:.80}.")
         if len(generator) != count:
             raise ConfigError(f"{len(generator)} generators were given for {count} pictures.")
         return list(generator)

@@ -9,6 +9,7 @@ budget reaches to its end.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import GenerationError
+from seed_multimodal.errors import GenerationError, first_line
 from seed_multimodal.language.sampling import DrawnBeams, DrawnTokens, Draws, FiniteScores, own_seed
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.settings import check_settings, setting
@@ -44,7 +45,7 @@ class GenerationSettings:
     temperature: float = setting(1.0, least=0, most=HOTTEST)
     top_p: float = setting(0.5, least=0, most=1)
     top_k: int = setting(50, least=0)  # 0: off
-    num_beams: int = setting(1, least=1)
+    num_beams: int = setting(1, least=1, most=1000)
     do_sample: bool = True
     seed: int | None = setting(None, least=-2**63, most=2**64 - 1)
     force_image: bool = False
@@ -124,11 +125,14 @@ def generate_ids(
         GenerationError: a prompt too long for the model, no room for a forced picture, or scores that are not numbers.
         CheckpointError: weights that are not numbers.
     """
-    if not prompts:
-        return []
     vocabulary = tokenizer.vocabulary
     forced = [vocabulary.boi_id] if settings.force_image else []
-    rows = [[*map(int, prompt), *forced] for prompt in prompts]
+    try:
+        rows = [[*map(operator.index, prompt), *forced] for prompt in prompts]
+    except TypeError as error:
+        raise GenerationError(f"Prompts are lists of token ids ({first_line(error)}).") from error
+    if not rows:
+        return []
     _check_ids(rows, vocabulary)
     longest = max(len(row) for row in rows)
     budget = _budget(longest, settings, model, vocabulary)

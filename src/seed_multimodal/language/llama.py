@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
+import os
 import pickle
 import re
 from pathlib import Path
@@ -88,7 +89,7 @@ def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
 
     folder = Path(source)
     if not _on_hub(source):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
             raise CheckpointError(_missing(folder))
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: there is no config.json in it, so this is not a language model's folder.")

@@ -91,7 +91,6 @@ class FiniteScores:
         raise not_numbers("The language model", self._model)
 
 
-
 def _warpers(temperature: float, top_k: int, top_p: float) -> list[Processor]:
     """transformers' own narrowing of the scores, in the order of `generate`; what changes nothing is left out."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

@@ -16,11 +16,12 @@ differently and give ids the models never saw. The rules, on the plain `sentence
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from seed_multimodal.errors import CodesError, RequestError
+from seed_multimodal.errors import CodesError, RequestError, first_line
 from seed_multimodal.language.tokenizer_files import (
     CODE_WORD,
     TokenizerFiles,
@@ -95,14 +96,19 @@ class MultimodalTokenizer:
 
     def word_id(self, word: str) -> int:
         """Id of a piece or word (`▁hell`, `<img_00005>`); `unk_id` for what is none."""
-        return self._added[word] if word in self._added else self._sp.PieceToId(word)
+        found = self._added.get(plain_text(word))
+        return self._sp.PieceToId(word) if found is None else found
 
     # ---------------------------------------------------------------------------------------------- encoding
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """One string -> ids, control words in it included; `add_bos` puts `<s>` in front."""
+        """One string -> ids, control words in it included; `add_bos` puts `<s>` in front.
+
+        Raises:
+            RequestError: no text, or one that is not Unicode.
+        """
         ids = [self.bos_id] if add_bos else []
-        pieces = self._cut(text)  # text, word, text, word, …, text
+        pieces = self._cut(plain_text(text))  # text, word, text, word, …, text
         for place in range(1, len(pieces), 2):
             strip_left, strip_right = self._strips(pieces[place])
             if strip_left:
@@ -113,7 +119,7 @@ class MultimodalTokenizer:
             if place % 2:
                 ids.append(self._control[piece])
             elif piece:
-                ids.extend(self._pieces(piece))
+                ids.extend(self._sp.EncodeAsIds(piece))
         return ids
 
     def control_words(self, text: str) -> list[str]:
@@ -159,24 +165,8 @@ class MultimodalTokenizer:
             if strip and place + 1 < len(parts) and not isinstance(parts[place + 1], str):
                 part = part.rstrip()
             if part:
-                ids.extend(self.encode(part) if allow_control else self._pieces(part))
+                ids.extend(self.encode(part) if allow_control else self._sp.EncodeAsIds(plain_text(part)))
         return ids
-
-    def _pieces(self, text: str) -> list[int]:
-        """Ids of ordinary text.
-
-        Raises:
-            RequestError: it holds what is no character: a lone surrogate, or (from a file name, the command line or a
-                pipe) a byte that is not UTF-8.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            what = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8" if 0xDC80 <= code <= 0xDCFF else (
-                f"half a character (\\u{code:04x})")
-            raise RequestError(f"The text holds {what}; give plain Unicode text.") from None
-        return list(self._sp.EncodeAsIds(text))
 
     # ---------------------------------------------------------------------------------------------- decoding
 
@@ -184,14 +174,11 @@ class MultimodalTokenizer:
         """Ids -> text with image words written out and blanks as transformers 4.30.2 places them.
 
         Raises:
-            CodesError: an id outside the vocabulary.
+            CodesError: what is no id, or one outside the vocabulary.
         """
         texts: list[str] = []
         stretch: list[int] = []
-        for raw in ids:
-            id = int(raw)
-            if not 0 <= id < self.vocabulary.size:
-                raise CodesError(f"Token id {id} is outside the vocabulary of {self.vocabulary.size} words.")
+        for id in self._checked(ids):
             if skip_special_tokens and id in self._special_ids:
                 continue
             if id in self._added_names:
@@ -222,6 +209,35 @@ class MultimodalTokenizer:
         return text + self._sp.DecodeIds(pieces)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Ids -> their pieces or words (`▁hell`, `<0x0A>`, `<img_00005>`)."""
-        return [self._added_names[int(id)] if int(id) in self._added_names else self._sp.IdToPiece(int(id))
-                for id in ids]
+        """Ids -> their pieces or words (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `decode`."""
+        return [self._added_names[id] if id in self._added_names else self._sp.IdToPiece(id)
+                for id in self._checked(ids)]
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        try:
+            found = list(map(operator.index, ids))
+        except TypeError as error:
+            raise CodesError(f"Token ids are whole numbers ({first_line(error)}).") from error
+        outside = next((id for id in found if not 0 <= id < self.vocabulary.size), None)
+        if outside is not None:
+            raise CodesError(f"Token id {outside} is outside the vocabulary of {self.vocabulary.size} words.")
+        return found
+
+
+def plain_text(text: str, what: str = "The text") -> str:
+    """The text itself.
+
+    Raises:
+        RequestError: it is none, or holds what is no character: a lone surrogate, or (from a file name, the command
+            line or a pipe) a byte that is not UTF-8. The sentence begins with `what`.
+    """
+    if not isinstance(text, str):
+        raise RequestError(f"{what} must be a text, not {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        found = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8," if 0xDC80 <= code <= 0xDCFF else (
+            f"half a character (\\u{code:04x})")
+        raise RequestError(f"{what} holds {found} at place {error.start + 1}; give plain Unicode text.") from None
+    return text

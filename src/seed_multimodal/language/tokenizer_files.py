@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ def read_files(folder: Path) -> TokenizerFiles:
     Raises:
         CheckpointError: a file that is missing or damaged, or ids that leave the released layout.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
         raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {MODEL} and {ADDED}); "
                               "pretrained/README.md says where the released one comes from, pretrained/nano has one.")
     raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}

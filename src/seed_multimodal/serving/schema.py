@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from seed_multimodal.errors import RequestError
+from seed_multimodal.language.tokenizer import plain_text
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 
@@ -125,12 +126,7 @@ def _text(value: object, limits: Limits) -> str:
         raise RequestError(f"'text' must be a string, not {_kind(value)}.")
     if len(value) > limits.max_text_chars:
         raise RequestError(f"'text' has {len(value)} characters; at most {limits.max_text_chars} are accepted.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"'text' holds half a character (\\u{ord(value[error.start]):04x}) at place "
-                           f"{error.start + 1}; give plain Unicode text.") from None
-    return value
+    return plain_text(value, "'text'")
 
 
 def _images(value: object, limits: Limits) -> list[str | bytes | list[int]]:

@@ -24,6 +24,7 @@ from seed_multimodal.errors import RequestError
 from seed_multimodal.images.encode import image_from_base64
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
 from seed_multimodal.language.prompts import ROLES, PromptTemplate, Turn
+from seed_multimodal.language.tokenizer import plain_text
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.systems.pictures import is_codes, is_picture
 
@@ -131,9 +132,7 @@ def as_text(value: Any, what: str) -> str:
     Raises:
         RequestError: not a text, or an empty one; the sentence begins with `what`.
     """
-    if not isinstance(value, str):
-        raise RequestError(f"{what} must be a text, not {type(value).__name__}.")
-    if not value.strip(". \t\r\n"):
+    if not plain_text(value, what).strip(". \t\r\n"):
         raise RequestError(f"{what} is empty.")
     return value
 
@@ -182,7 +181,10 @@ def _named_item(item: Mapping[str, Any], number: int) -> Any:
     if key == "path" or _is_there(value) or not (address := _URL.match(value)):
         return Path(value)
     if address[0].lower() == "file:":
-        return Path(url2pathname(urlsplit(value).path))
+        try:
+            return Path(url2pathname(urlsplit(value).path))
+        except ValueError as error:
+            raise RequestError(f"Message {number}: {value[:80]} is no address ({error}).") from error
     raise RequestError(f"Message {number}: {value[:80]} is an address, and nothing is downloaded; give the file.")
 
 

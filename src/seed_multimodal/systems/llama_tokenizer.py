@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seed_multimodal.device import RELEASED_FP16, choose_device
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, first_line
 from seed_multimodal.hub import PARTS, local_folder, not_on_disk
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.settings import check_value
 from seed_multimodal.systems.pictures import Codes, Picture, PictureCodec, open_codec
 
 if TYPE_CHECKING:
@@ -179,8 +181,11 @@ class SeedLlamaTokenizer:
         """
         from transformers import BatchEncoding
 
-        if padding not in (False, True, "longest", "max_length"):
-            raise ConfigError(f"padding must be False, True, 'longest' or 'max_length', not {padding!r}.")
+        check_value(str | Sequence[str], text, "text")
+        check_value(Literal[False, True, "longest", "max_length"], padding, "padding")
+        check_value(bool, truncation, "truncation")
+        check_value(int | None, max_length, "max_length", least=0)
+        check_value(Literal["pt", "np"] | None, return_tensors, "return_tensors")
         if (truncation or padding == "max_length") and max_length is None:
             raise ConfigError("truncation and padding='max_length' need max_length.")
         several = not isinstance(text, str)
@@ -207,12 +212,18 @@ class SeedLlamaTokenizer:
 
     def decode(self, token_ids: int | Iterable[int], skip_special_tokens: bool = False) -> str:
         """Ids → text."""
-        several = [token_ids] if isinstance(token_ids, int) else torch.as_tensor(token_ids).flatten().tolist()
-        return self.text.decode(several, skip_special_tokens=skip_special_tokens)
+        if isinstance(token_ids, Tensor | np.ndarray):
+            token_ids = token_ids.flatten().tolist()
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        return self.text.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
         """Rows of ids → texts."""
-        return [self.decode(row, skip_special_tokens) for row in sequences]
+        try:
+            rows = list(sequences)
+        except TypeError as error:
+            raise CodesError(f"batch_decode takes rows of token ids ({first_line(error)}).") from error
+        return [self.decode(row, skip_special_tokens) for row in rows]
 
     def tokenize(self, text: str) -> list[str]:
         """Text → its pieces and words (`▁hell`, `<img_00005>`)."""
@@ -222,7 +233,7 @@ class SeedLlamaTokenizer:
         """Pieces or words → ids; what is none is `<unk>`."""
         if isinstance(tokens, str):
             return self.text.word_id(tokens)
-        return [self.text.word_id(token) for token in tokens]
+        return [self.text.word_id(token) for token in check_value(Sequence[str], tokens, "tokens")]
 
     def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | list[str]:
         """Ids → pieces or words."""

@@ -14,6 +14,7 @@ Files are mapped into memory: weights on the CPU in the file's precision stay vi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,9 +190,9 @@ def find_files(source: str | Path, layout: ReleasedLayout, model_type: str,
                vision: str | Path | None = None) -> TokenizerFiles:
     """The files a source stands for; `CheckpointError` names missing ones and their place."""
     place = Path(source).expanduser()
-    if vision is not None and not Path(vision).is_file():
+    if vision is not None and not os.path.isfile(vision):
         raise CheckpointError(f"{vision}: there is no such vision-tower file; download it from {VISION_URL}.")
-    if not place.exists():
+    if not os.path.exists(place):  # Path.exists raises for a name too long
         advice = layout.advice(place, missing=True)
         if not (layout.on_hub and is_hub_name(source)):
             raise CheckpointError(f"{place}: there is no such {layout.noun}; {advice}.")

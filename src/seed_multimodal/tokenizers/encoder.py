@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CodesError, ConfigError, ImageError
+from seed_multimodal.errors import CodesError, ConfigError, ImageError, first_line
 from seed_multimodal.settings import check_value
 from seed_multimodal.tokenizers.checkpoints import PretrainedTokenizer
 from seed_multimodal.tokenizers.layers import LayerNorm, run_blocks
@@ -129,7 +130,7 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
     def check_images(self, images: Tensor) -> Tensor:
         """Pixels as `[B, 3, S, S]`; raises `ImageError` in one sentence."""
         size = self.config.vit.image_size
-        if not isinstance(images, Tensor) or not images.is_floating_point():
+        if not _holds_numbers(images) or not images.is_floating_point():
             got = f"{images.dtype} tensor" if isinstance(images, Tensor) else type(images).__name__
             raise ImageError(f"Images must be a normalised floating tensor [B, 3, {size}, {size}], got a {got}.")
         if images.ndim == 3:
@@ -144,7 +145,9 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
         try:
             codes = torch.as_tensor(codes)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise CodesError(f"Codes must be rows of {count} whole numbers ({error}).") from error
+            raise CodesError(f"Codes must be rows of {count} whole numbers ({first_line(error)}).") from error
+        if not _holds_numbers(codes):
+            raise CodesError(f"Codes must be a plain tensor, not one of {codes.device.type}, {codes.layout}.")
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             if codes.numel():
                 raise CodesError(f"Codes must be whole numbers, got {str(codes.dtype).removeprefix('torch.')}.")
@@ -173,6 +176,11 @@ def chunked(function: Callable[[Tensor], Tensor], batch: Tensor, size: int | Non
 def check_batch_size(size: int | None) -> None:
     """Refuse a number that no batch can have; raises `ConfigError`."""
     check_value(int | None, size, "batch_size", least=1)
+
+
+def _holds_numbers(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor whose numbers can be read one by one: not a sparse one, nor one without memory."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 @contextlib.contextmanager
