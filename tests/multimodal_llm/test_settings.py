@@ -171,6 +171,8 @@ def test_what_is_only_printed_needs_no_output_folder(files, capsys):
     (["trainer.precision=fp8"], "precision must be one of bf16, fp16, fp32"),
     (["trainer.report_to=[mlflow]"], "report_to must be one of tensorboard, wandb, not 'mlflow'"),
     (["trainer.gradient_accumulation_steps=0"], "at least 1"),
+    (["trainer.memory_gib=1.0e+300"], "memory_gib must be at most 1000000, not 1e"),
+    (["trainer.peak_tflops=-1"], "peak_tflops must be above 0"),
     (["output_dir=null"], "output_dir is needed"),
     (["tokenizer._target_=os.system"], "os.system"),
     (["tokenizer._target_=models.transforms.get_transform"], "builds no tokenizer"),

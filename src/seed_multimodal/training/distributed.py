@@ -80,7 +80,8 @@ class ProcessGroup:
 
 def wait_limit(timeout_minutes: float) -> timedelta:
     """How long a collective waits; 0 minutes: for ever."""
-    return timedelta(minutes=timeout_minutes) if timeout_minutes else _FOR_EVER
+    most = _FOR_EVER / timedelta(minutes=1)
+    return timedelta(minutes=min(timeout_minutes or most, most))
 
 
 def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False

@@ -172,6 +172,7 @@ def test_small_files_leave_no_index_beside_the_data(data: Path, monkeypatch: pyt
     for kind in ("tar", "jsonl", "json", "parquet"):
         assert len(opened(data, kind)) == COUNT
     assert not (data / FOLDER).exists()
+    assert IndexStore("").folder is None  # an empty setting is not the folder that happens to be the current one
 
 
 @pytest.mark.parametrize("chunk", [1, 50, 1000, 100_000])

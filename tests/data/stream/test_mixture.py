@@ -301,6 +301,7 @@ def test_noise_comes_from_other_pictures_of_the_source(tmp_path: Path, words, sh
     ({"packing": "yes"}, "packing must be true or false"),
     ({"sources": []}, "at least one source"),
     ({"buffer": 0}, "data: buffer must be above 0, not 0"),
+    ({"buffer": 1e300}, "data: buffer must be at most 1000, not 1e"),  # would read for ever
 ])
 def test_settings_that_make_no_sense(mixed: Callable, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -45,7 +45,7 @@ class IndexStore:
 
     def __init__(self, folder: str | Path | None = None, instead: str | Path | None = None,
                  log: Callable[[str], None] | None = log_line) -> None:
-        self.folder, self.instead = (None if one is None else Path(one) for one in (folder, instead))
+        self.folder, self.instead = (Path(one) if one else None for one in (folder, instead))
         self.log = log if os.environ.get("RANK", "0") == "0" else None
 
     def fill(self, files: Sequence[IndexedFile]) -> None:

@@ -91,7 +91,7 @@ class LlmDataSettings:
     concat_type: str = setting("sample", choices=("sample", "concat", "mux_longest"))
     lanes: int | None = setting(None, least=1)
     shuffle_block: int = setting(10_000, least=1)
-    buffer: float = setting(2.0, above=0)
+    buffer: float = setting(2.0, above=0, most=1000)
     index_folder: str | None = None
 
     def draw_weights(self) -> list[float]:

@@ -72,8 +72,8 @@ class TrainerSettings:
     eval_batches: int = setting(16, least=1)
     coco_caption_root: str | None = None
     timeout_minutes: float = setting(WAIT_MINUTES, least=0)
-    peak_tflops: float | None = None
-    memory_gib: float | None = setting(None, above=0)
+    peak_tflops: float | None = setting(None, above=0)
+    memory_gib: float | None = setting(None, above=0, most=1_000_000)
     gradient_checkpointing: bool | Literal["selective"] | None = None
     compile: bool | None = None
     fsdp: bool = False
