@@ -20,7 +20,7 @@ from seed_multimodal.data.formats.index_file import Arrays, IndexedFile, Scan
 from seed_multimodal.data.formats.packed import PackedStrings
 from seed_multimodal.data.formats.parquet import KEPT, RowGroups
 from seed_multimodal.data.formats.record import Place, Record
-from seed_multimodal.data.formats.tar_headers import Damaged, split_name, tar_members, unpacked
+from seed_multimodal.data.formats.tar_headers import COMPRESSED, Damaged, split_name, tar_members, unpacked
 from seed_multimodal.errors import DataError
 
 Columns = Mapping[str, Sequence[str]]  # a part of a sample -> the extensions of its member, the preferred first
@@ -42,7 +42,7 @@ def tar_records(path: Path, wanted: Collection[str] | None = None, *, unpack: bo
         DataError: the file cannot be opened, or is compressed.
         Damaged: where the tar breaks off; the incomplete sample there is left out.
     """
-    content = unpacked(path) if unpack and path.suffix in (".gz", ".tgz") else None
+    content = unpacked(path) if unpack and path.suffix in COMPRESSED else None
     for key, members in _samples(path if content is None else content):
         record = Record(key, f"{path}: sample {key}", file=str(path))
         for extension, offset, size in members:

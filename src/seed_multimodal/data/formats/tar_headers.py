@@ -22,6 +22,7 @@ import numpy as np
 from seed_multimodal.errors import DataError
 
 BLOCK = 512
+COMPRESSED = (".gz", ".tgz")
 WINDOW = 1 << 22  # bytes that are read at a time where members are small
 SMALL = 1 << 13  # bytes: the mean member up to which that is quicker than to read single headers
 _FIRST = 1 << 16
@@ -51,7 +52,7 @@ def tar_members(tar: Path | bytes) -> Iterator[tuple[str, int, int]]:
     except OSError as error:
         raise DataError(f"{tar}: cannot be opened ({error.strerror}).") from None
     try:
-        if os.pread(file, 2, 0) == b"\x1f\x8b" or tar.suffix == ".gz":
+        if os.pread(file, 2, 0) == b"\x1f\x8b" or tar.suffix in COMPRESSED:
             raise DataError(f"{tar}: compressed shards cannot be read at random positions (only plain .tar can); "
                             "unpack it with gunzip first.")
         total = os.fstat(file).st_size

@@ -18,12 +18,11 @@ from seed_multimodal.data.formats.pictures import IMAGE_KEYS, PictureFolder
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.records import RecordFile, open_file
 from seed_multimodal.data.formats.tar import tar_records
-from seed_multimodal.data.formats.tar_headers import Damaged
+from seed_multimodal.data.formats.tar_headers import COMPRESSED, Damaged
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.nano import nano_records
 from seed_multimodal.errors import DataError
 
-COMPRESSED = (".gz", ".tgz")
 TAR_MEMBERS = (*IMAGE_KEYS, "txt", "json")  # the members read from a tar
 
 
