@@ -108,7 +108,7 @@ class PictureSamples(Generic[T]):
     item: Callable[[int], T]
     pixels: Callable[[T], Tensor]
     picture: Callable[[T], int | str | HeldPicture]
-    _last: tuple[int | str | None, Tensor | None] = (None, None)
+    _last: tuple[int | str | HeldPicture | None, Tensor | None] = (None, None)
 
     def read(self, number: int) -> tuple[T, Tensor]:
         """The item and its picture [3, S, S]. Raises as `answer_folder.Samples`."""
