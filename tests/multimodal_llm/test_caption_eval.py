@@ -107,3 +107,13 @@ def test_a_picture_without_reference_is_named_at_the_start(train, evaluation, tm
     file.write_text(json.dumps(truth))
     with pytest.raises(DataError, match=r"eval.jsonl: line 5: its picture 3 has no caption in .*coco_karpathy_test_gt"):
         train("refused", *evaluation)
+
+
+@pytest.mark.parametrize("name", [None, [1], {}, True, "", 1.5])
+def test_an_image_id_that_names_no_picture_is_one_bad_record(train, evaluation, name, tmp_path, runs, capsys):
+    prompts = tmp_path / "eval.jsonl"
+    bad = json.loads(prompts.read_text().splitlines()[-1]) | {"metadata": {"image_id": name}}
+    prompts.write_text(prompts.read_text() + json.dumps(bad) + "\n")
+    output = train("out", *evaluation, "trainer.max_steps=1", "trainer.eval_steps=1")
+    assert "metadata: image_id must be a number or a text" in capsys.readouterr().out
+    assert len(json.loads((output / "captions" / "step-1.json").read_text())) == COUNT

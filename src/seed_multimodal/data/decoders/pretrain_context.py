@@ -88,4 +88,7 @@ class CaptionEval(Decoder):
         metadata = fields.get("metadata")
         if not isinstance(metadata, Mapping) or "image_id" not in metadata:
             raise BadRecord("missing key", "metadata: holds no image_id.")
-        return Draft([Span(parts, learned=False)], {"image_id": metadata["image_id"], "filter_flag": True}, end=False)
+        name = metadata["image_id"]
+        if isinstance(name, bool) or not isinstance(name, int | str) or name == "":
+            raise BadRecord("wrong type", "metadata: image_id must be a number or a text.")
+        return Draft([Span(parts, learned=False)], {"image_id": name, "filter_flag": True}, end=False)
