@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from seed_multimodal.device import Runtime, choose_device
+from seed_multimodal.entry import whole_number
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.evaluation import machine
 from seed_multimodal.peaks import known_peak
@@ -81,11 +82,7 @@ def print_line(name: str, device: torch.device, settings: Mapping[str, Any], res
     return line
 
 
-def positive(text: str) -> int:
-    """A flag's whole number of at least 1, for argparse."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+positive = whole_number(1)  # a flag's number, for argparse
 
 
 def batch_sizes(text: str) -> list[int]:

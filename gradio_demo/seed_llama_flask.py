@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.entry import AUTO, add_dtype, add_quantization, run_program  # noqa: E402
+from seed_multimodal.entry import AUTO, add_dtype, add_quantization, run_program, whole_number  # noqa: E402
 from seed_multimodal.errors import ConfigError  # noqa: E402
 
 
@@ -21,13 +21,6 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in ("true", "1", "yes")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,9 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_offload_decoder", dest="offload_decoder", action="store_false")
     parser.add_argument("--exact_original", action="store_true",
                         help="answer as the released server does to the letter, its quirks included")
-    parser.add_argument("--max_megapixels", type=positive, default=32,
+    parser.add_argument("--max_megapixels", type=whole_number(1), default=32,
                         help="pixels of all pictures of a request, and of all being decoded (default: 32 millions)")
-    parser.add_argument("--max_waiting", type=positive, default=16,
+    parser.add_argument("--max_waiting", type=whole_number(1), default=16,
                         help="requests that wait while one is answered, before others get 429 (default: 16)")
     return parser
 

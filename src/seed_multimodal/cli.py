@@ -32,9 +32,8 @@ from seed_multimodal.commands.common import (
     add_generation,
     add_json,
     add_out,
-    whole_number,
 )
-from seed_multimodal.entry import add_quantization, guarded
+from seed_multimodal.entry import add_quantization, guarded, whole_number
 from seed_multimodal.settings import nearest
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 import warnings
-from argparse import ArgumentParser, Namespace, _ActionsContainer
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, _ActionsContainer
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, NoReturn
@@ -148,6 +148,16 @@ def add_dtype(parser: _ActionsContainer, dtype: str | None = "auto", meaning: st
 def add_quantization(parser: _ActionsContainer) -> None:
     """`--quantization`, for programs that load a language model."""
     parser.add_argument("--quantization", choices=("8bit", "4bit"), help="load the language model in 8 or 4 bit")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A flag's type: whole numbers from `least` on."""
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"must be a whole number, {least} or more, not {text!r}")
+        return int(text)
+
+    return number
 
 
 def run_program(parser: ArgumentParser, work: Callable[[Namespace], int], argv: Sequence[str] | None = None,

@@ -13,7 +13,7 @@ MODEL_LIBRARIES = ("transformers", "diffusers")  # these have a logging module o
 
 @contextlib.contextmanager
 def quiet_loading(*libraries: str) -> Iterator[None]:
-    """Inside, `libraries` (of `MODEL_LIBRARIES`) show no progress bars and log errors only."""
+    """Inside, `libraries` (of `MODEL_LIBRARIES`) show no progress bars and log nothing: what fails is raised, too."""
     with contextlib.ExitStack() as before:
         for library in libraries:
             own = importlib.import_module(f"{library}.utils.logging")
@@ -21,7 +21,7 @@ def quiet_loading(*libraries: str) -> Iterator[None]:
             if own.is_progress_bar_enabled():
                 before.callback(own.enable_progress_bar)
             own.disable_progress_bar()
-            own.set_verbosity_error()
+            own.set_verbosity(logging.CRITICAL)
         yield
 
 

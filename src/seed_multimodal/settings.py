@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from seed_multimodal.errors import ConfigError, first_line
 
 T = TypeVar("T")
+SEEDS: dict[str, Any] = {"least": -2**63, "most": 2**64 - 1}  # limits of the seeds that torch's generators take
 
 
 def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | None = None, least: float | None = None,

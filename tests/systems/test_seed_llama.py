@@ -58,7 +58,7 @@ def test_reconstruct_depends_on_codes_and_seed_only(tiny, picture, other) -> Non
     assert same(tiny.reconstruct(codes[1].tolist(), seed=3)[0], both[1])
     assert not same(tiny.reconstruct(picture, seed=4)[0], both[0])
     assert not same(tiny.reconstruct(picture, seed=3, num_inference_steps=5)[0], both[0])
-    with pytest.raises(ConfigError, match="must be a number of 64 bits"):
+    with pytest.raises(ConfigError, match="must be at (most|least)"):
         tiny.reconstruct(picture, seed=2**64)
     assert tiny.reconstruct(picture, seed=2**64 - 1)[0].size == both[0].size  # torch.seed() returns such numbers
 

@@ -77,7 +77,7 @@ def test_flags_that_time_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) ->
             with pytest.raises(argparse.ArgumentTypeError):
                 check(text)
     done = run("tokenizer_training.py", "--batches", "1,0")
-    assert done.returncode == 2 and "'0' is not a whole number of at least 1" in done.stderr and not done.stdout
+    assert done.returncode == 2 and "must be a whole number, 1 or more, not '0'" in done.stderr and not done.stdout
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> str:
@@ -92,14 +92,14 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 @pytest.mark.parametrize(("script", "flag", "text", "sentence"), [
-    ("llm_training", "--repeats", "0", "'0' is not a whole number"),
-    ("llm_training", "--rows", "-1", "'-1' is not a whole number"),
-    ("llm_training", "--length", "x", "'x' is not a whole number"),
+    ("llm_training", "--repeats", "0", "1 or more, not '0'"),
+    ("llm_training", "--rows", "-1", "1 or more, not '-1'"),
+    ("llm_training", "--length", "x", "1 or more, not 'x'"),
     ("llm_training", "--length", "75", "'75' is less than a picture with its caption can have (76)"),
     ("llm_training", "--peak-tflops", "abc", "'abc' is neither a number above 0 nor `measured`"),
     ("llm_training", "--dtype", "fp7", "Unknown dtype 'fp7'"),
-    ("llm", "--prompt", "0", "'0' is not a whole number"), ("llm", "--new", "-3", "'-3' is not a whole number"),
-    ("draw", "--steps", "0", "'0' is not a whole number"), ("draw", "--guidance", "nan", "'nan' is not a number"),
+    ("llm", "--prompt", "0", "1 or more, not '0'"), ("llm", "--new", "-3", "1 or more, not '-3'"),
+    ("draw", "--steps", "0", "1 or more, not '0'"), ("draw", "--guidance", "nan", "'nan' is not a number"),
     ("llm", "--model", "pretrained/nan", "llm: pretrained/nan/system.json: there is no such file"),
     ("draw", "--model", "pretrained/nan", "draw: pretrained/nan/system.json: there is no such file")])
 def test_wrong_flags_and_folders_are_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -61,16 +61,6 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="PATH", help="folder, or a file for one picture (default: outputs)")
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """A flag's type: whole numbers from `least` on."""
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, not {text!r}")
-        return int(text)
-
-    return number
-
-
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Flags of text generation; what is not given follows the system's own settings."""
     group = parser.add_argument_group("generation")

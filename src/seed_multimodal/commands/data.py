@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seed_multimodal.commands.common import add_json, whole_number
-from seed_multimodal.entry import DONE, SOME_FAILED, log_line
+from seed_multimodal.commands.common import add_json
+from seed_multimodal.entry import DONE, SOME_FAILED, log_line, whole_number
 from seed_multimodal.errors import ConfigError, counted
 
 if TYPE_CHECKING:

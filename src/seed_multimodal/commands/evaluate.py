@@ -22,9 +22,8 @@ from seed_multimodal.commands.common import (
     drawing_settings,
     generation_settings,
     load_system,
-    whole_number,
 )
-from seed_multimodal.entry import DONE, SOME_FAILED, add_quantization, log_line, run_program
+from seed_multimodal.entry import DONE, SOME_FAILED, add_quantization, log_line, run_program, whole_number
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.tasks import DEMO_QUESTIONS
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from seed_multimodal.errors import GenerationError, first_line
 from seed_multimodal.language.sampling import DrawnBeams, DrawnTokens, Draws, FiniteScores, own_seed
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.settings import check_settings, setting
+from seed_multimodal.settings import SEEDS, check_settings, setting
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -47,7 +47,7 @@ class GenerationSettings:
     top_k: int = setting(50, least=0)  # 0: off
     num_beams: int = setting(1, least=1, most=1000)
     do_sample: bool = True
-    seed: int | None = setting(None, least=-2**63, most=2**64 - 1)
+    seed: int | None = setting(None, **SEEDS)
     force_image: bool = False
     constrain: bool = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
@@ -71,17 +71,15 @@ class SystemBackend:
 
     def generate(self, prompt_ids: list[int], request: GenerateRequest) -> list[int]:
         needed = self.tokenizer.vocabulary.tokens_per_image + 1 if request.force_boi else 1
-        options: dict[str, Any] = {"num_beams": request.num_beams, "seed": request.seed,
-                                   "max_new_tokens": max(request.max_new_tokens, needed)}
-        if request.do_sample and request.top_p > 0:
-            options.update(do_sample=True, temperature=request.temperature, top_p=request.top_p)
-        else:  # temperature or top_p 0 mean the likeliest token
-            options.update(do_sample=False)
+        settings = self.system.settings(
+            num_beams=request.num_beams, seed=request.seed, max_new_tokens=max(request.max_new_tokens, needed),
+            do_sample=request.do_sample, temperature=request.temperature, top_p=request.top_p)
+
         def watch() -> None:
             if request.gone():
                 raise Vanished
 
-        return self.system.generate(prompt_ids, self.system.settings(**options), watch)
+        return self.system.generate(prompt_ids, settings, watch)
 
     @property
     def image_size(self) -> int:

@@ -26,8 +26,7 @@ from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, Ima
 from seed_multimodal.finite import damaged_tensor, not_numbers
 from seed_multimodal.images.open import DETAIL, ImageLimits, ImageSource, is_file, open_image
 from seed_multimodal.quiet import quiet_loading
-from seed_multimodal.settings import check_keys, check_value
-from seed_multimodal.tokenizers.encoder import check_batch_size
+from seed_multimodal.settings import SEEDS, check_keys, check_value
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 if TYPE_CHECKING:
@@ -186,10 +185,10 @@ class PictureCodec:
             CodesError: codes outside the codebook, or not as many seeds or negatives as pictures.
             ConfigError: a seed that is no whole number of 64 bits, a batch size below 1, an unknown option.
         """
-        check_batch_size(check_value(int, batch_size, "batch_size"))
+        check_value(int, batch_size, "batch_size", least=1)
         rows = self.check_codes(codes)
         given: Any = seed.tolist() if isinstance(seed, (Tensor, np.ndarray)) else seed
-        seeds = [check_value(int, one, "The seed of a drawing") for one in (
+        seeds = [check_value(int, one, "The seed of a drawing", **SEEDS) for one in (
             given if isinstance(given, (list, tuple, range)) else [given] * len(rows))]
         if len(seeds) != len(rows):
             raise CodesError(f"{len(rows)} pictures were given with {len(seeds)} seeds.")
@@ -197,9 +196,6 @@ class PictureCodec:
         if avoided is not None and len(avoided) not in (1, len(rows)):
             raise CodesError(f"{len(rows)} pictures were given with {len(avoided)} rows of negative codes; give one "
                              f"for all, or one each.")
-        outside = [one for one in seeds if not -2**63 <= one < 2**64]  # what torch's generators take
-        if outside:
-            raise ConfigError(f"The seed of a drawing must be a number of 64 bits, not {outside[0]}.")
         decoder, pictures = self.decoder, []
         options = [name for name, kind in inspect.signature(decoder.decode).parameters.items()
                    if kind.kind is kind.KEYWORD_ONLY and name not in ("generator", "batch_size")]
