@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -156,6 +157,12 @@ def test_another_run_in_the_same_folder_is_refused(world, tiny_folder, capsys):
     assert read(world / "out" / "summary.json")["samples"] == 2
     assert vqa(world, tiny_folder, "--prompts", "plain") == 2
     assert "was begun with other settings (prompts: chat -> plain)" in capsys.readouterr().err
+    assert vqa(world, tiny_folder, "--dtype", "bfloat16") == 2
+    assert "(dtype: float32 -> bfloat16)" in capsys.readouterr().err
+    asked = (world / "q.json").read_text()
+    (world / "q.json").write_text(asked.replace("What", "Whom"))  # a file of the same size
+    assert vqa(world, tiny_folder) == 2 and "questions.sha256" in capsys.readouterr().err
+    (world / "q.json").write_text(asked)
     assert vqa(world, tiny_folder, "--limit", "4") == 0  # more of the same set goes on
     assert len(lines(world / "out")) == 4
 
@@ -169,6 +176,33 @@ def test_a_single_question_as_the_original_asked(world, tiny_folder, capsys):
     assert capsys.readouterr().out != ""
     assert vqa_program("eval_vqa.py", "", arguments) == 0 and capsys.readouterr().out == said
     assert vqa_program("eval_vqa.py", "", [*arguments, "--annotations", "a.json"]) == 2
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(world, tiny_folder, capsys):
+    for picture in (world / "val2014").iterdir():
+        picture.unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    assert vqa(world, tiny_folder, "--limit", "1") == 1  # the settings are written
+    assert capsys.readouterr().err.count("skipped") == 1
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
+        assert vqa(world, tiny_folder) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "samples-0.jsonl: cannot be written (the disk or quota is full" in said
+    assert vqa(world, tiny_folder) == 1
+    assert read(world / "out" / "summary.json")["samples"] == COUNT
+
+
+@pytest.mark.parametrize(("rank", "count"), [("0", "0"), ("2", "2")])
+def test_a_process_that_is_none_of_the_processes_is_refused(world, tiny_folder, monkeypatch, capsys, rank, count):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    assert vqa(world, tiny_folder) == 2 and not (world / "out").exists()
+    assert f"RANK must be below WORLD_SIZE, but is {rank} of {count}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompts", ["chat", "plain"])

@@ -22,6 +22,7 @@ def open_rows(runs, tmp_path) -> dict:
     return {**data, "rows": "auto"}
 
 
+@pytest.mark.slow
 def test_packed_steps_have_the_tokens_of_padded_ones(runs, train, open_rows, capsys):
     padded = train("padded", "trainer.max_steps=30", data={**open_rows, "packing": False})
     said = capsys.readouterr().out
@@ -38,6 +39,7 @@ def test_packed_steps_have_the_tokens_of_padded_ones(runs, train, open_rows, cap
     assert "memory plan: none on cpu" in said
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_become_micro_steps_of_the_same_step(runs, train, open_rows, capsys):
     whole = train("whole", f"trainer.max_steps={STEPS}", data=open_rows)
     assert "would not fit" not in capsys.readouterr().out

@@ -21,6 +21,7 @@ def test_a_step_that_is_not_logged_waits_for_nothing(train, monkeypatch, more):
     assert guarded == [1, 2, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_numbers_that_are_read_later_are_the_same(train):
     """Sums of a line's steps, whenever they are read; the last line of both runs stands for the last steps' sum."""
     lines = []

@@ -14,6 +14,7 @@ STAGE2 = ["model.load_pretrained=False", "model.restart_every=6"]
 CLIP = ["model.clip_model=pretrained/nano/seed_tokenizer/diffusion_model/image_encoder", "model.clip_precision=fp32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, options", [
     ("stage1", []), ("stage1", ["model.freeze_vit=True", "model.fast_tower=True"]),
     ("stage1", [*CLIP, "model.embedding_weight=1.0"]), ("stage2", [*STAGE2, *CLIP]),
@@ -30,6 +31,7 @@ def test_a_step_that_is_not_logged_waits_for_nothing(yaml, run, tmp_path, monkey
     assert len(guarded) >= 2
 
 
+@pytest.mark.slow
 def test_numbers_that_are_read_later_are_the_same(yaml, run, tmp_path):
     """Of a run that logs each step and one that logs every fourth: the smoothed loss, the codes' use, the weights."""
     lines = []

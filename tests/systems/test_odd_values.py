@@ -109,6 +109,7 @@ def test_drawing_settings(tiny: SeedLlama, key: str) -> None:
             key in ("scheduler", "height")
 
 
+@pytest.mark.slow
 def test_texts(tiny: SeedLlama) -> None:
     codes = tiny.tokenize(PICTURE)[0].tolist()
     calls: dict[str, Callable[[Any], Any]] = {

@@ -26,7 +26,7 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, counted
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings
-from seed_multimodal.training.distributed import environment_number
+from seed_multimodal.training.distributed import environment_place
 
 SETTINGS, SUMMARY, RESULTS = "settings.json", "summary.json", "results.json"
 NAMED = 5  # bad samples that the summary names
@@ -72,9 +72,10 @@ def work_off(work: Work[S], folder: Path, *, batch: int, max_bad: int = 20) -> N
     Raises:
         DataError: the folder belongs to another run, another process writes there with this rank, the disk refuses,
             or `max_bad` samples in a row cannot be used.
+        ConfigError: RANK and WORLD_SIZE do not belong together.
     """
+    rank, world = environment_place()
     _agree(folder, work.settings)
-    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     own = folder / f"samples-{rank}.jsonl"
     with _held(own):
         known, keys = read_lines(folder), work.keys
@@ -188,8 +189,11 @@ def _appending(own: Path) -> Iterator[IO[str]]:
                 size -= 1
             tail.truncate(size)
         file = open(own, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)
-    with file:
+    try:
         yield file
+    finally:
+        with writing(own, DataError):  # what a full disk refused is tried again
+            file.close()
 
 
 def _agree(folder: Path, settings: Mapping[str, Any]) -> None:

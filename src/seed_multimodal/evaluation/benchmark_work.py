@@ -31,7 +31,7 @@ from seed_multimodal.data.formats.benchmark_files import (
 )
 from seed_multimodal.data.formats.pictures import HeldPicture, find_picture
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.disk import writing
+from seed_multimodal.disk import sha256_of, writing
 from seed_multimodal.errors import GenerationError, ImageError
 from seed_multimodal.evaluation.answer_folder import Line, Work
 from seed_multimodal.evaluation.batched import BatchedSystem
@@ -96,8 +96,10 @@ class Benchmark:
     def facts(self) -> dict[str, Any]:
         """What answers depend on."""
         inner = self.system.inner
+        bits = next((bits for bits in ("8bit", "4bit") if getattr(inner.llm, f"is_loaded_in_{bits}", False)), None)
         return {"prompts": self.prompts, "template": inner.template.name, "generation": asdict(self.settings),
-                "model": inner.spec.name, "llm": str(inner.spec.llm), "transform": repr(inner.pictures.transform)}
+                "model": inner.spec.name, "llm": str(inner.spec.llm), "transform": repr(inner.pictures.transform),
+                "dtype": str(inner.llm.dtype).removeprefix("torch."), "quantization": bits}
 
 
 @dataclass
@@ -254,4 +256,4 @@ def _file_stem(text: str) -> str:
 
 def _identity(path: Path) -> dict[str, Any]:
     """What tells a file from another version of it."""
-    return {"file": str(path), "bytes": path.stat().st_size}
+    return {"file": str(path), "sha256": sha256_of(path)}

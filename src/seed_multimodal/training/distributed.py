@@ -108,10 +108,7 @@ def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = 
         ConfigError: more processes on this node than GPUs, or an incomplete environment.
         TrainingError: the others did not join in time.
     """
-    world, local = environment_number("WORLD_SIZE", 1), environment_number("LOCAL_RANK", 0)
-    rank = environment_number("RANK", 0)
-    if world < 1 or rank >= max(world, 1):
-        raise ConfigError(f"RANK must be below WORLD_SIZE, but is {rank} of {world}.")
+    world, local = environment_place()[1], environment_number("LOCAL_RANK", 0)
     place = choose_device(device, log=None).device
     if place.type == "cuda":
         if local >= torch.cuda.device_count():
@@ -160,6 +157,18 @@ def _join(backend: str, timeout: timedelta, address: str) -> None:
             f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at MASTER_ADDR "
             f"{os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']} ({first_line(error)}); start all "
             "processes within timeout_minutes of each other.") from error
+
+
+def environment_place() -> tuple[int, int]:
+    """RANK and WORLD_SIZE; this process is 0 of 1 where they are not set.
+
+    Raises:
+        ConfigError: they are no numbers, or do not belong together.
+    """
+    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    if rank >= world:
+        raise ConfigError(f"RANK must be below WORLD_SIZE, but is {rank} of {world}.")
+    return rank, world
 
 
 def environment_number(name: str, default: int) -> int:

@@ -72,6 +72,11 @@ def test_the_first_item_may_be_the_bad_one(tmp_path):
     assert "item 0: names no picture" in found[0].problem and ["two"] in [one.captions for one in found]
 
 
+def test_a_picture_that_stands_twice_in_karpathys_file_is_one(tmp_path):
+    found = read_captions(write(tmp_path / "k.json", {"images": KARPATHY["images"] * 2}))
+    assert [(one.key, one.captions) for one in found] == [(7, ["one", "three"] * 2)]
+
+
 def test_ground_truth_without_file_names_and_lines_of_text(tmp_path):
     truth = {"annotations": [{"image_id": 7, "caption": "one", "id": 0}], "images": [{"id": 7}]}
     (found,) = read_captions(write(tmp_path / "coco_karpathy_test_gt.json", truth))

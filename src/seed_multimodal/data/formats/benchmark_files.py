@@ -213,7 +213,7 @@ def _text_lines(path: Path) -> list[CaptionedPicture]:
 
 
 def _karpathy(images: Items, split: str) -> list[CaptionedPicture]:
-    found, splits = [], dict[str, None]()
+    found, splits = dict[int | str, CaptionedPicture](), dict[str, None]()
 
     def take(item: Mapping[str, Any], where: str) -> CaptionedPicture | None:
         splits[str(item.get("split"))] = None
@@ -227,11 +227,13 @@ def _karpathy(images: Items, split: str) -> list[CaptionedPicture]:
                                 f"{folder}{_text(item, 'filename', where)}", captions)
 
     for place, made in images.usable(take):
-        if made is not None:
-            found.append(_unusable(place, made) if isinstance(made, BadRecord) else made)
-    if all(one.problem for one in found):
+        if isinstance(made, BadRecord):
+            found[place] = _unusable(place, made)
+        elif made is not None:
+            found.setdefault(made.key, replace(made, captions=[])).captions.extend(made.captions)
+    if all(one.problem for one in found.values()):
         raise DataError(f"{images.path}: has no picture of the split {split!r}; there are {', '.join(splits)}.")
-    return found
+    return list(found.values())
 
 
 def _optional(path: Path, key: str) -> Items | None:  # the list under a key, if the file is an object that has it
