@@ -41,7 +41,7 @@ wants_cpu_torch() { [ -z "${SEED_TORCH:-}" ] && [ "$(uname -s)" = Linux ] && ! h
 CPU_INDEX="https://download.pytorch.org/whl/cpu"
 cpu_torch() {  # VERSION PIP_OPTIONS…: the newest CPU build of torch (2.11 or newer) for that Python, or nothing
     "$PYTHON" -m pip index versions torch --python-version "$1" --only-binary=:all: --timeout 4 --retries 0 "${@:2}" \
-        2>/dev/null | grep -oE '[0-9.]+\+cpu' | awk -F. '$1 > 2 || $2 >= 11' | head -n 1 || true
+        2>/dev/null | grep -oE '[0-9.]+\+cpu' | awk -F. '$1 > 2 || ($1 == 2 && $2 >= 11)' | head -n 1 || true
 }
 any_cpu_torch() { [ -n "$(cpu_torch "$1" --no-index)$(cpu_torch "$1" --index-url "$CPU_INDEX")" ]; }
 

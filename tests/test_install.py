@@ -150,6 +150,7 @@ def test_of_several_pythons_one_with_a_cpu_build_of_torch_is_taken(tmp_path, rep
 def test_the_large_build_shows_its_size_and_a_progress_bar(tmp_path, repository, served):
     folder, address = served
     torch_wheel(folder / "simple" / "torch", "2.15.0", "py3-none-any")
+    torch_wheel(folder / "links", "1.13.1+cpu", "py3-none-any")  # too old to be the CPU build
     python = str(Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}").resolve())
     variables = environment(tmp_path, address, {"python3": python})
     screen, terminal = pty.openpty()
