@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import waitress
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
+from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.receiver import ChunkedReceiver
 from waitress.task import ErrorTask
-from waitress.utilities import RequestEntityTooLarge
+from waitress.utilities import BadRequest, RequestEntityTooLarge
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -36,7 +37,9 @@ PATIENCE = 20.0  # seconds
 SLOWEST = 16 << 10  # bytes a second
 SWALLOWED = 256 << 20  # bytes
 CONNECTIONS = 512
+HEADER_BYTES = 16 << 10  # of a request's header, and of a line between chunks
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # of malloc.h
+PIECE = 8 << 10  # bytes read at once: thousands of tiny requests or chunks in larger ones would hold up everybody
 SPARE_THREADS = 8  # for refusals and /health, beside one for each request that waits
 
 
@@ -63,9 +66,19 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress has no types
         super().__init__(adj)
         self.started = time.monotonic()
 
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # a length of over 4300 digits, an address with half an IPv6 one
+            raise ParsingError(str(error)) from error
+
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
         body = self.body_rcv
+        if isinstance(body, ChunkedReceiver) and len(body.control_line) + len(body.trailer) > HEADER_BYTES:
+            # waitress would copy such a line whole at each piece, and answer nobody meanwhile
+            self.error, self.completed = BadRequest("a line between chunks is too long"), True
+            body.control_line = body.trailer = b""
         if not isinstance(self.error, RequestEntityTooLarge) or body is None:
             return consumed
         if getattr(self, "expect_continue", False) or self.content_length > SWALLOWED:
@@ -125,7 +138,7 @@ def make_server(app: Flask, sock: socket.socket, *, workers: int, max_body_bytes
     server = waitress.create_server(
         app, sockets=[sock], threads=workers + SPARE_THREADS, connection_limit=_connections(), asyncore_use_poll=True,
         channel_request_lookahead=1,  # reads on while a request is answered: that is how a client's end is noticed
-        recv_bytes=1 << 16, inbuf_overflow=1 << 16, outbuf_overflow=1 << 16, max_request_header_size=16 << 10,
+        recv_bytes=PIECE, inbuf_overflow=1 << 16, outbuf_overflow=1 << 16, max_request_header_size=HEADER_BYTES,
         max_request_body_size=max_body_bytes + 1, log_socket_errors=False, ident="SEED Multimodal")
     server.channel_class, server.refusal = Channel, refusal
     for name in ("waitress", "waitress.queue"):  # lost connections and full lines are no news
