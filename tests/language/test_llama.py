@@ -193,6 +193,10 @@ def test_sharded_weights_with_an_unlisted_tensor(
     (folder / places["lm_head.weight"]).unlink()
     with pytest.raises(CheckpointError, match="cannot be read|not in the local cache"):  # a shard of the index is lost
         load_llm(source)
+    for damaged in ([1], {**places, "lm_head.weight": 3}, {}, None):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": damaged}))
+        with pytest.raises(CheckpointError):
+            load_llm(source)
 
 
 def test_weights_go_straight_to_their_device(llm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

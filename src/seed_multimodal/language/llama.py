@@ -170,7 +170,8 @@ def _read_weights(source: str | Path, config: Any, dtype: torch.dtype, extra: di
         raise CheckpointError(f"{source}: its weights were refused, because they hold more than tensors (unsafe pickle "
                               f"content) or are damaged; re-save them as safetensors from a source you trust."
                               ) from error
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, LookupError, TypeError,
+            AttributeError) as error:  # the last two: an index of shards with values of other types
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise CheckpointError(f"{source}: the weights cannot be read ({first_line(error)}).") from error
