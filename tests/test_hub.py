@@ -41,7 +41,7 @@ def test_quiet_libraries_speak_again_afterwards() -> None:
         logging.set_verbosity_info()
         logging.enable_progress_bar()
         with quiet_loading("transformers"):
-            assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+            assert logging.get_verbosity() == logging.CRITICAL and not logging.is_progress_bar_enabled()
         assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
     finally:
         logging.set_verbosity(before[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,7 +86,7 @@ def test_the_schedule_is_the_library_s() -> None:
 
     settings = StageSettings(steps=12, lr=2e-3, warmup=5, min_lr_ratio=0.02)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    registry.register("configuration", SimpleNamespace(run_cfg=SimpleNamespace(iters_per_epoch=4)))
+    registry.register("configuration", OmegaConf.create({"run_cfg": {"iters_per_epoch": 4}}))
     schedule = LinearWarmupCosineSteps(optimizer, max_epoch=3, min_lr=4e-5, init_lr=2e-3, warmup_steps=5,
                                        warmup_start_lr=-1, decay_rate=None)
     for step in range(12):

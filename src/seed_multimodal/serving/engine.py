@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 DECODERS = 2  # threads that decode pictures at once
 BYTES_PER_PIXEL = 4.5  # of memory for decoding, per pixel of the limits: Pillow's four, and a reduced copy
 PARSING_BYTES = 8 << 20  # what a body needs beside its pictures
+BODIES_BYTES = 32 << 20  # of bodies that are parsed and decoded at once; a longer one is alone
 
 
 class Busy(SeedError):
@@ -60,7 +61,7 @@ class Engine:
         self.answered = 0
         self.stopping = threading.Event()  # set: everybody who waits is sent away
         self._model = Gate(1)
-        self._bodies = Gate(self.limits.max_body_bytes + PARSING_BYTES)
+        self._bodies = Gate(BODIES_BYTES)
         self._decoding = Gate(int(self.limits.max_decoding_pixels * BYTES_PER_PIXEL))
         self._files = ImageLimits(
             max_bytes=self.limits.max_image_bytes, max_pixels=self.limits.max_image_pixels,

@@ -130,7 +130,7 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
     def check_images(self, images: Tensor) -> Tensor:
         """Pixels as `[B, 3, S, S]`; raises `ImageError` in one sentence."""
         size = self.config.vit.image_size
-        if not _holds_numbers(images) or not images.is_floating_point():
+        if not _is_dense(images) or not images.is_floating_point():
             got = f"{images.dtype} tensor" if isinstance(images, Tensor) else type(images).__name__
             raise ImageError(f"Images must be a normalised floating tensor [B, 3, {size}, {size}], got a {got}.")
         if images.ndim == 3:
@@ -146,7 +146,7 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
             codes = torch.as_tensor(codes)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise CodesError(f"Codes must be rows of {count} whole numbers ({first_line(error)}).") from error
-        if not _holds_numbers(codes):
+        if not _is_dense(codes) or codes.is_meta:
             raise CodesError(f"Codes must be a plain tensor, not one of {codes.device.type}, {codes.layout}.")
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             if codes.numel():
@@ -178,9 +178,9 @@ def check_batch_size(size: int | None) -> None:
     check_value(int | None, size, "batch_size", least=1)
 
 
-def _holds_numbers(value: object) -> TypeGuard[Tensor]:
-    """Whether it is a tensor whose numbers can be read one by one: not a sparse one, nor one without memory."""
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+def _is_dense(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor whose numbers lie one by one: not a sparse or nested one."""
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 @contextlib.contextmanager

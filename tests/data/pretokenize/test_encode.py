@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm_python
+from torch._inductor import config as inductor_config
 
 from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, compiled_or_not
 from seed_multimodal.device import is_out_of_memory
@@ -78,8 +79,8 @@ def test_where_nothing_can_be_compiled_the_encoder_runs_as_it_is(rows, monkeypat
     said: list[str] = []
     encoder = Encoder(EncoderSettings(YAML, device="cpu", fast=True))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/a-compiler"))
-    model, compiled = compiled_or_not(encoder._model.tokenizer, Levers(), said.append)
+    with inductor_config.patch({"cpp.cxx": (None, "/nowhere/a-compiler")}):
+        model, compiled = compiled_or_not(encoder._model.tokenizer, Levers(), said.append)
     assert not compiled and "--no-compile" in said[0] and "cannot be compiled here" in said[1]
     pixels = torch.rand(2, 3, 64, 64)
     assert torch.equal(model.encode(pixels), encoder._model.encode(pixels))
