@@ -130,8 +130,10 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
     def check_images(self, images: Tensor) -> Tensor:
         """Pixels as `[B, 3, S, S]`; raises `ImageError` in one sentence."""
         size = self.config.vit.image_size
-        if not _is_dense(images) or not images.is_floating_point():
-            got = f"{images.dtype} tensor" if isinstance(images, Tensor) else type(images).__name__
+        shapes_only = isinstance(images, Tensor) and images.is_meta and self.device.type != "meta"
+        if not _is_dense(images) or shapes_only or not images.is_floating_point():
+            got = (f"{images.dtype} tensor on {images.device.type}, {images.layout}" if isinstance(images, Tensor)
+                   else type(images).__name__)
             raise ImageError(f"Images must be a normalised floating tensor [B, 3, {size}, {size}], got a {got}.")
         if images.ndim == 3:
             images = images[None]

@@ -16,7 +16,7 @@ from seed_multimodal.entry import guarded, log_line
 from seed_multimodal.errors import first_line
 from seed_multimodal.training.failures import TrainingError
 
-_KILLED = 9
+_KILLED, _ENDED = 9, 15
 
 
 def run_torchrun(arguments: Sequence[str], program: str, debug: bool = False) -> int:
@@ -64,8 +64,10 @@ def _lost(error: object, program: str) -> int:
     """The exit code for processes that failed; one that was killed could not say anything, so it is said here."""
     failures = getattr(error, "failures", {})
     killed = {rank: -failure.exitcode for rank, failure in failures.items() if failure.exitcode < 0}
-    if not killed:
-        return int(error.get_first_failure()[1].exitcode)  # type: ignore[attr-defined]
+    refused = sorted((failure.timestamp, failure.exitcode) for failure in failures.values() if failure.exitcode > 0)
+    # torchrun ends the others by SIGTERM, which may be recorded before the exit code that it did it for.
+    if refused and set(killed.values()) <= {_ENDED}:
+        return int(refused[0][1])
     rank, signal = next(iter(killed.items()))
     hint = " (which often means that memory ran out)" if signal == _KILLED else ""
     log_line(f"{program}: process {rank} was killed by signal {signal}{hint}, and the others of this node were "
