@@ -1,0 +1,137 @@
+"""The drawings of nano's things with their transparency: built once from pinned packages, committed as one shard.
+
+A sprite is trimmed to what is visible, its longer side `SIDE` pixels. Its colours are used premultiplied with alpha, so
+that no colour of an invisible pixel gets into an edge when a picture is reduced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from contextlib import closing
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from seed_multimodal.data.formats.record import Place
+from seed_multimodal.data.formats.tar import OpenFiles, tar_records
+from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.nano.packages import SOURCES, drawings, fetch
+from seed_multimodal.data.scenes.things import STYLES, THINGS
+from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.errors import DataError
+
+SIDE = 112
+SHARD = "sprites.tar"
+BUILD_HINT = "build it with: python -m seed_multimodal.data.scenes build --out data/nano"
+
+
+def find_world(path: str | Path | None = None) -> Path:
+    """Folder of the sprites: `path`, else $SEED_NANO_DATA, else data/nano of the project or the current folder.
+
+    Raises:
+        DataError: no manifest.json is there.
+    """
+    given = path or os.environ.get("SEED_NANO_DATA")
+    project = Path(__file__).resolve().parents[4]
+    places = [Path(given)] if given else [project / "data" / "nano", Path.cwd() / "data" / "nano"]
+    for place in places:
+        if (place / "manifest.json").is_file():
+            return place
+    raise DataError(f"{places[0]}: nano's drawings are not there (no manifest.json); {BUILD_HINT}")
+
+
+@lru_cache(maxsize=4)
+def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.Image]:
+    """Every sprite by (style, thing), RGBA with premultiplied colours (mode `RGBa`).
+
+    Raises:
+        DataError: the shard is missing, torn or lacks a drawing.
+    """
+    folder = find_world(path)
+    sprites = {}
+    with closing(OpenFiles()) as files:
+        for record in tar_records(folder / SHARD):
+            style, _, name = record.key.partition("-")
+            try:
+                drawing = Image.open(io.BytesIO(_bytes(files, record.members["webp"])))
+                sprites[style, name.replace("_", " ")] = drawing.convert("RGBA").convert("RGBa")
+            except (UnidentifiedImageError, OSError, KeyError) as error:
+                raise DataError(f"{record.where}: its drawing cannot be read ({error}).") from None
+    missing = next(((s, n) for s in STYLES for n in THINGS if (s, n) not in sprites), None)
+    if missing:
+        raise DataError(f"{folder / SHARD}: it has no drawing of {missing[1]!r} in style {missing[0]!r}; {BUILD_HINT}")
+    return sprites
+
+
+def _bytes(files: OpenFiles, place: Place | bytes) -> bytes:
+    return place if isinstance(place, bytes) else files.read(place.file, place.offset, place.size)
+
+
+def draw_sprite(svg: str, name: str, side: int = SIDE) -> Image.Image:
+    """One SVG as RGBA, trimmed to its visible part, its longer side `side` pixels.
+
+    Raises:
+        DataError: naming the drawing, when the SVG cannot be rendered or shows nothing.
+    """
+    import resvg_py
+
+    try:
+        # Drawn at four times the size and reduced once, so that thin lines survive; dpi lets sizes in mm render.
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=side * 4, dpi=96, skip_system_fonts=True)
+    except ValueError as error:
+        raise DataError(f"{name}: its SVG cannot be rendered ({error}).") from None
+    drawn = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    box = drawn.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
+    if box is None:
+        raise DataError(f"{name}: its SVG shows nothing.")
+    drawn = drawn.crop(box).convert("RGBa")
+    scale = side / max(drawn.size)
+    size = (max(1, round(drawn.width * scale)), max(1, round(drawn.height * scale)))
+    return drawn.resize(size, Image.Resampling.BOX).convert("RGBA")
+
+
+def build(out: Path, cache: Path) -> dict[str, int]:
+    """Fetch the packages, draw every thing in every style, write shard and manifest to `out`.
+
+    Returns:
+        Numbers: `sprites`, `bytes`.
+
+    Raises:
+        DataError: a package cannot be had or is not the pinned one; a thing has no drawing in a style.
+    """
+    members = []
+    for style in STYLES:
+        svgs = {drawing.code: drawing.svg for drawing in drawings(style, fetch(SOURCES[style], cache))}
+        for thing in THINGS.values():
+            if thing.code not in svgs:
+                raise DataError(f"{SOURCES[style].package}: it has no drawing of {thing.name!r} ({thing.code}).")
+            buffer = io.BytesIO()
+            sprite = draw_sprite(svgs[thing.code], f"{style} {thing.name}")
+            sprite.save(buffer, "WEBP", lossless=True, quality=100, method=4)
+            members.append((f"{style}-{thing.name.replace(' ', '_')}", {"webp": buffer.getvalue()}))
+    write_shard(out / SHARD, members)
+    data = (out / SHARD).read_bytes()
+    manifest = {
+        "format": 2, "side": SIDE, "styles": list(STYLES), "things": len(THINGS),
+        "files": {SHARD: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
+        # Other versions of these may round a pixel differently; the same ones give the same bytes.
+        "libraries": {"resvg_py": version("resvg_py"), "pillow": version("pillow")},
+        "sources": [{"name": s.name, "package": f"{s.package}@{s.version}", "integrity": s.integrity,
+                     "licence": s.licence, "credit": s.credit} for s in (SOURCES[style] for style in STYLES)],
+    }
+    replace_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    return {"sprites": len(members), "bytes": len(data)}
+
+
+def check_files(folder: Path) -> None:
+    """Raise DataError when a file of the set is not the one its manifest names."""
+    manifest = read_json_object(folder / "manifest.json", DataError)
+    for name, entry in manifest["files"].items():
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        if digest != entry["sha256"]:
+            raise DataError(f"{folder / name}: its sha256 is not the manifest's; it is damaged or from elsewhere.")
