@@ -1,8 +1,8 @@
-"""The nano data set's command.
+"""Nano's world of scenes.
 
-    python -m seed_multimodal.data.nano build --out data/nano64     fetch, render, split, write
-    python -m seed_multimodal.data.nano check data/nano64           prove that nothing leaks
-    python -m seed_multimodal.data.nano sheet data/nano64           write a contact sheet to look at
+    python -m seed_multimodal.data.nano build --out data/nano     fetch the drawings, write the shard
+    python -m seed_multimodal.data.nano check                     prove that nothing held out is trained on
+    python -m seed_multimodal.data.nano sheet                     write a sheet of scenes to look at
 """
 
 from __future__ import annotations
@@ -11,33 +11,32 @@ import argparse
 import sys
 from pathlib import Path
 
-from seed_multimodal.data.nano.build import BuildOptions, BuildReport, build
-from seed_multimodal.data.nano.check import check_folder, report
-from seed_multimodal.data.nano.load import load_nano
-from seed_multimodal.data.nano.packages import SHARE_ALIKE, SOURCES
-from seed_multimodal.data.nano.sheet import nano_sheet
+import numpy as np
+from PIL import Image
+
+from seed_multimodal.data.nano.check import check_no_leak
+from seed_multimodal.data.nano.scene import render
+from seed_multimodal.data.nano.splits import SPLITS, scene_at
+from seed_multimodal.data.nano.sprites import build, check_files, find_world
 from seed_multimodal.disk import writing
-from seed_multimodal.entry import DONE, log_line, run_program
+from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import DataError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="python -m seed_multimodal.data.nano", description=__doc__.splitlines()[0])
+    top = argparse.ArgumentParser(prog="python -m seed_multimodal.data.nano", description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = top.add_subparsers(dest="verb", required=True)
-    made = verbs.add_parser("build", help="fetch the pinned packages and build the set")
+    made = verbs.add_parser("build", help="fetch the pinned packages and draw every thing in every style")
     made.add_argument("--out", required=True, type=Path, help="folder to write")
-    made.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default 64)")
-    made.add_argument("--styles", default="twemoji,noto,fluent",
-                      help="comma-separated: twemoji, noto, fluent, openmoji (share-alike, in shards of its own)")
-    made.add_argument("--all-tones", action="store_true", help="keep every skin tone, and make tone edits")
-    made.add_argument("--quality", type=int, default=101, help="WebP quality 1..100, or 101 for lossless (default)")
     made.add_argument("--cache", type=Path, default=Path(".seed-cache/packages"), help="where packages are kept")
-    checked = verbs.add_parser("check", help="prove that no held-out label or picture is in train")
-    checked.add_argument("folder", type=Path)
-    shown = verbs.add_parser("sheet", help="write a contact sheet")
-    shown.add_argument("folder", type=Path)
-    shown.add_argument("--out", type=Path, default=None, help="PNG to write (default outputs/NAME-sheet.png)")
+    checked = verbs.add_parser("check", help="prove that nothing held out is trained on")
+    checked.add_argument("--samples", type=int, default=5000, help="training samples of every kind to look at")
+    checked.add_argument("--seed", type=int, default=0)
+    shown = verbs.add_parser("sheet", help="write a sheet: a row of scenes for every split")
+    shown.add_argument("--out", type=Path, default=Path("outputs/nano-scenes.png"))
+    shown.add_argument("--size", type=int, default=96, help="side of a scene in pixels")
     return top
 
 
@@ -51,41 +50,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace) -> None:
-    styles = tuple(dict.fromkeys(style.strip() for style in args.styles.split(",") if style.strip()))
-    if not 1 <= args.quality <= 101:
-        raise DataError(f"--quality {args.quality}: it must be 1..100, or 101 for lossless.")
-    options = BuildOptions(size=args.size, styles=styles, all_tones=args.all_tones, quality=args.quality)
-    packages = ", ".join(f"{SOURCES[s].package}@{SOURCES[s].version}" for s in (*styles, "emojibase") if s in SOURCES)
-    print(f"Building {args.size} px pictures from {packages} (packages in {args.cache}).")
-    _summary(build(args.out, args.cache, options, log_line), options)
-
-
-def _summary(done: BuildReport, options: BuildOptions) -> None:
-    print(f"Done in {done.seconds:.0f} s: {done.kept} pictures, {done.bytes / 1e6:.2f} MB in {done.out}.")
-    for reason, number in done.skipped.items():
-        print(f"  skipped {number}: {reason}")
-    for name, splits in done.counts.items():
-        print(f"  {name:18} " + "  ".join(f"{split} {number}" for split, number in splits.items()))
-    if SHARE_ALIKE & set(options.styles):
-        print("  The sharealike shards are CC BY-SA 4.0: so is everything made of them, weights included.")
+    made = build(args.out, args.cache)
+    print(f"{made['sprites']} drawings, {made['bytes'] / 1e6:.2f} MB, in {args.out}.")
 
 
 def _check(args: argparse.Namespace) -> None:
-    report(check_folder(args.folder))
-    nano = load_nano(args.folder)
-    splits = ", ".join(f"{split} {len(nano.split(split))}" for split in ("train", "val", "test_concept", "test_combo"))
-    print(f"{args.folder}: sound; no held-out label or picture is in train ({splits}; {len(nano.edits)} edits, "
-          f"{len(nano.conversations)} conversations).")
+    folder = find_world()
+    check_files(folder)
+    seen = check_no_leak(args.samples, args.seed)
+    print(f"{folder}: its files are those of the manifest. Nothing held out is trained on, of "
+          + ", ".join(f"{number} scenes of kind {kind!r}" for kind, number in seen.items()) + ".")
 
 
-def _sheet(args: argparse.Namespace) -> None:
-    nano = load_nano(args.folder)
-    path = args.out or Path("outputs") / f"{nano.folder.name}-sheet.png"
-    sheet = nano_sheet(nano)
-    with writing(path, DataError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
-    print(f"Wrote {path}.")
+def _sheet(args: argparse.Namespace, columns: int = 14) -> None:
+    gap = np.full((args.size, 2, 3), 255, np.uint8)
+    rows = []
+    for split in SPLITS:
+        row = [render(scene_at(0, index, split), args.size) for index in range(columns)]
+        rows.append(np.concatenate([part for picture in row for part in (picture, gap)], 1))
+        rows.append(np.full((2, rows[-1].shape[1], 3), 255, np.uint8))
+    with writing(args.out, DataError):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate(rows)).save(args.out)
+    print(f"Wrote {args.out}: a row each for {', '.join(SPLITS)}.")
 
 
 if __name__ == "__main__":

@@ -1,77 +1,130 @@
-"""Edit pairs: the same thing in another style, another person or tone, or another thing in the same style.
-
-Both pictures are of one split. In test_combo the target is held out and the source may be a train picture,
-because it is only given; no train pair touches a held-out picture.
-"""
+"""Edits of scenes: an instruction and the exact scene that it asks for. What it does not name stays as it was."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from seed_multimodal.data.nano.concepts import fold_label
-from seed_multimodal.data.nano.families import choose
-from seed_multimodal.data.nano.grammar import with_article
-from seed_multimodal.data.nano.types import STYLE_NAMES, Edit, NanoRecord
+from seed_multimodal.data.nano.scene import WHERE, Scene
+from seed_multimodal.data.nano.things import BACKGROUNDS, COLOURS, NAMES, STYLES
+from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, NUMBERS, WHERE_PHRASES, some
 
-RESPONSE = "Here it is."
 
-INSTRUCTIONS = {
-    "style": ("Make it in {style} style.", "Redraw this in {style} style.", "Turn this into a {style} drawing.",
-              "Change the style to {style}.", "Show the same thing in {style} style."),
-    "person": ("Make it {person}.", "Change the person to {person}.", "Show {person} instead."),
-    "swap": ("Draw {thing} instead.", "Replace it with {thing}.", "Now show {thing} in the same style."),
-    "tone": ("Change the skin tone to {tone}.", "Give it {tone} skin tone."),
+@dataclass(frozen=True)
+class Edit:
+    """`kind` is one of `EDITS`; `instruction` in English, lower case; `value` is what the same change of another
+    scene would need (a background, a style, a thing, a number)."""
+
+    kind: str
+    instruction: str
+    target: Scene
+    value: str = ""
+
+
+def make_edit(scene: Scene, kind: str, shake: random.Random, value: str = "") -> Edit | None:
+    """An edit of one kind, or None where the scene does not allow it. `value` fixes the new thing, background, …"""
+    return EDITS[kind](scene, shake, value)
+
+
+def make_any_edit(scene: Scene, shake: random.Random) -> Edit:
+    """An edit of a kind that the scene allows; every kind equally often."""
+    for kind in shake.sample(list(EDITS), len(EDITS)):
+        edit = make_edit(scene, kind, shake)
+        if edit is not None:
+            return edit
+    raise AssertionError("the background of every scene can be changed")
+
+
+def background_words(background: str, shake: random.Random) -> str:
+    """`change the background to blue`, `put it in a meadow`."""
+    if background in COLOURS:
+        return shake.choice((f"change the background to {background}", f"make the background {background}"))
+    return f"put it {BACKGROUND_PHRASES[background][0]}"
+
+
+def _background(scene: Scene, shake: random.Random, value: str) -> Edit | None:
+    new = value or shake.choice([name for name in BACKGROUNDS if name != scene.background])
+    if new == scene.background:
+        return None
+    return Edit("background", background_words(new, shake), scene.but(background=new), new)
+
+
+def _style(scene: Scene, shake: random.Random, value: str) -> Edit | None:
+    new = value or shake.choice([name for name in STYLES if name != scene.style])
+    if new == scene.style:
+        return None
+    words = shake.choice((f"draw it in {new} style", f"make it {new}"))
+    return Edit("style", words, scene.but(style=new), new)
+
+
+def _replace(scene: Scene, shake: random.Random, value: str) -> Edit | None:
+    new = value or shake.choice([name for name in NAMES if name not in scene.things])
+    if new in scene.things:
+        return None
+    number = shake.randrange(len(scene.things))
+    things = tuple(new if i == number else name for i, name in enumerate(scene.things))
+    count = scene.counts[number]
+    old = "the " + some(count, scene.things[number]).split(" ", 1)[1]
+    words = shake.choice((f"replace {old} with {some(count, new)}", f"turn {old} into {some(count, new)}"))
+    return Edit("replace", words, scene.but(things=things), new)
+
+
+def _add(scene: Scene, shake: random.Random, value: str) -> Edit | None:
+    if scene.layout not in ("left", "right"):
+        return None
+    new = value or shake.choice([name for name in NAMES if name not in scene.things])
+    if new in scene.things:
+        return None
+    other = "right" if scene.layout == "left" else "left"
+    things = (*scene.things, new) if other == "right" else (new, *scene.things)
+    words = f"add {some(1, new)} {shake.choice(WHERE_PHRASES[other])}"
+    return Edit("add", words, scene.but(layout="left of", things=things, counts=(1, 1)), new)
+
+
+def _remove(scene: Scene, shake: random.Random, value: str) -> Edit | None:
+    if scene.layout != "left of":
+        return None
+    number = shake.randrange(2)
+    target = scene.but(layout=("right", "left")[number], things=(scene.things[1 - number],), counts=(1,))
+    return Edit("remove", f"{shake.choice(('remove', 'take away'))} the {scene.things[number]}", target)
+
+
+def _swap(scene: Scene, shake: random.Random, value: str) -> Edit | None:
+    if scene.layout not in ("left of", "above"):
+        return None
+    first, second = shake.sample(scene.things, 2)
+    words = shake.choice((f"swap the {first} and the {second}", "swap their places"))
+    return Edit("swap", words, scene.but(things=scene.things[::-1]))
+
+
+def _move(scene: Scene, shake: random.Random, value: str) -> Edit | None:
+    if scene.layout not in WHERE or value == scene.layout:
+        return None
+    new = value or shake.choice([name for name in WHERE if name != scene.layout])
+    where = {"left": "to the left", "middle": "to the middle", "right": "to the right"}[new]
+    return Edit("move", f"move {shake.choice(('it', 'the ' + scene.things[0]))} {where}", scene.but(layout=new), new)
+
+
+def _size(scene: Scene, shake: random.Random, value: str) -> Edit | None:
+    new = {"large": "middle", "middle": "large"}.get(scene.layout)
+    if new is None:
+        return None
+    words = f"make {shake.choice(('it', 'the ' + scene.things[0]))} {'bigger' if new == 'large' else 'smaller'}"
+    return Edit("size", words, scene.but(layout=new))
+
+
+def _number(scene: Scene, shake: random.Random, value: str) -> Edit | None:
+    if scene.layout not in ("many", "large"):
+        return None
+    counts = [count for count in NUMBERS if count != scene.counts[0]]
+    new = int(value) if value else shake.choice(counts)
+    if new not in counts:
+        return None
+    return Edit("number", f"make it {some(new, scene.things[0])}", scene.but(layout="many", counts=(new,)), str(new))
+
+
+EDITS: dict[str, Callable[[Scene, random.Random, str], Edit | None]] = {
+    "replace": _replace, "add": _add, "remove": _remove, "swap": _swap, "move": _move, "size": _size,
+    "background": _background, "style": _style, "number": _number,
 }
-PEOPLE = {"man": "a man", "woman": "a woman", "person": "a person"}
-
-
-def allowed(source: NanoRecord, target: NanoRecord) -> bool:
-    """Whether a pair may be made at all: one split, or a train picture given for a held-out combination."""
-    return source.split == target.split or (target.split == "test_combo" and source.split == "train")
-
-
-def make_edits(records: list[NanoRecord]) -> list[Edit]:
-    """All edit pairs of the records, ordered by source and target."""
-    same_code, same_shape, same_kind = defaultdict(list), defaultdict(list), defaultdict(list)
-    for record in records:
-        same_code[record.code].append(record)
-        same_kind[record.style, record.subgroup].append(record)
-        if record.gender:
-            same_shape[record.style, record.family, record.tone, fold_label(record.label)].append(record)
-    found: list[Edit] = []
-    for members in same_code.values():
-        found += [_edit("style", a, b, style=STYLE_NAMES[b.style]) for a in members for b in members
-                  if a.style != b.style and allowed(a, b)]
-    for members in same_shape.values():
-        genders = [member.gender for member in members]
-        found += [_edit("person", a, b, person=PEOPLE[b.gender or ""]) for a in members for b in members
-                  if a.gender != b.gender and allowed(a, b) and genders.count(b.gender) == 1]
-    found += _tone_edits(records)
-    for members in same_kind.values():
-        for source in members:
-            others = [m for m in members if m.label != source.label and allowed(source, m)]
-            # Every held-out combination is a target; otherwise a picture gets one partner of its own split.
-            own = [m for m in others if m.split == source.split]
-            if own:
-                target = choose(own, "swap", source.key)
-                found.append(_edit("swap", source, target, thing=with_article(target.label)))
-    return sorted(found, key=lambda edit: (edit.source, edit.target, edit.kind))
-
-
-def _tone_edits(records: list[NanoRecord]) -> list[Edit]:
-    """Pairs of one label and style in two skin tones (only builds with all tones have them)."""
-    toned = defaultdict(list)
-    for record in records:
-        if record.tone and " and " not in record.tone:
-            toned[record.style, record.label].append(record)
-    found = []
-    for members in toned.values():
-        for source in members:
-            others = [m for m in members if m.tone != source.tone and allowed(source, m)]
-            found += [_edit("tone", source, target, tone=target.tone or "") for target in others]
-    return found
-
-
-def _edit(kind: str, source: NanoRecord, target: NanoRecord, **words: str) -> Edit:
-    text = choose(list(INSTRUCTIONS[kind]), "edit", kind, source.key, target.key)
-    return Edit(source.key, target.key, text.format(**words), RESPONSE, kind, target.split)

@@ -1,4 +1,4 @@
-"""Sources of the pictures and words: pinned packages of the npm registry, checked against fixed sha512 values.
+"""Sources of the drawings: pinned packages of the npm registry, checked against fixed sha512 values.
 
 Packages are fetched by the registry's own client (`npm pack NAME@VERSION`) and nothing else; a file whose
 sha512 is not the pinned one is refused. The archives are read in place, never unpacked or run.
@@ -21,7 +21,7 @@ from seed_multimodal.errors import DataError
 
 @dataclass(frozen=True)
 class Source:
-    """One pinned package: npm name and version, Subresource-Integrity value, licence of the artwork or text."""
+    """One pinned package: npm name and version, Subresource-Integrity value, licence of the artwork."""
 
     name: str
     package: str
@@ -63,19 +63,8 @@ SOURCES = {
             "sha512-RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
             "MIT", "Fluent Emoji (flat), copyright Microsoft Corporation",
         ),
-        Source(
-            "openmoji", "openmoji", "17.0.0",
-            "sha512-EBnYrNGdcdw+OSXmENeNE1yBNRu6tOraTmoOyUbJkTmvT/+XETp8RZLSJFzD3lrPc5N9CzsyPnRTk0Vp4UaI9w==",
-            "CC-BY-SA-4.0", "OpenMoji, the open-source emoji and icon project (openmoji.org)",
-        ),
-        Source(
-            "emojibase", "emojibase-data", "17.0.0",
-            "sha512-Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
-            "MIT AND Unicode-3.0", "emojibase, copyright Miles Johnson; annotations from Unicode CLDR",
-        ),
     )
 }
-SHARE_ALIKE = frozenset({"openmoji"})
 
 
 def fetch(source: Source, cache: Path) -> Path:
@@ -120,25 +109,20 @@ def plain_code(code: str) -> str:
 
 def drawings(style: str, archive: Path) -> Iterator[Drawing]:
     """Every SVG of a style, ordered by code."""
-    reader = {"twemoji": _svg_files, "openmoji": _svg_files, "noto": _iconify, "fluent": _iconify}[style]
+    reader = {"twemoji": _svg_files, "noto": _iconify, "fluent": _iconify}[style]
     yield from sorted(reader(style, archive), key=lambda drawing: drawing.code)
 
 
 def _svg_files(style: str, archive: Path) -> Iterator[Drawing]:
-    folder = {"twemoji": "package", "openmoji": "package/color/svg"}[style]
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             parent, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")
-            if not member.isreg() or parent != folder or extension != "svg":
-                continue
-            try:
-                code = plain_code(stem)
-            except ValueError:  # OpenMoji has drawings of its own without a code point
+            if not member.isreg() or parent != "package" or extension != "svg":
                 continue
             stream = tar.extractfile(member)
             if stream is not None:
-                yield Drawing(style, code, stream.read().decode("utf-8"))
+                yield Drawing(style, plain_code(stem), stream.read().decode("utf-8"))
 
 
 def _iconify(style: str, archive: Path) -> Iterator[Drawing]:

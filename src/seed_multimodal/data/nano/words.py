@@ -1,69 +1,152 @@
-"""Captions and questions of one picture, all decided by its key.
+"""Captions of scenes: the canonical one, varied ones for training, and what a caption says about each label.
 
-The first caption names style and thing and is the one used for drawing and describing. A yes/no question's
-wrong thing comes from the same split, and tags that are labels of held-out families are left out of train.
+    describe(scene)            "a noto tiger left of a chicken on a blue background"
+    read_caption(text)         Labels(style="noto", background="blue", layout="left of", things=("tiger", "chicken"), …)
+
+`read_caption` takes every caption that `describe` can make, so that a model's words can be compared label by label.
 """
 
 from __future__ import annotations
 
-from seed_multimodal.data.nano.families import choose, draw
-from seed_multimodal.data.nano.grammar import with_article
-from seed_multimodal.data.nano.types import QA, STYLE_NAMES, NanoRecord
+import difflib
+import random
+import re
+from dataclasses import dataclass
 
-MAX_TAGS = 4
-# A main colour is asked for only when it covers this share of the drawn pixels.
-CLEAR_COLOUR = 0.45
+from seed_multimodal.data.nano.scene import WHERE, Scene
+from seed_multimodal.data.nano.things import COLOURS, NAMES, STYLES, THINGS, article
 
-QUESTIONS = {
-    "thing": ("What is this?", "What does this picture show?", "What is in the picture?", "Name the thing you see."),
-    "style": ("Which style is this drawn in?", "What is the style of this picture?", "Which drawing style is this?"),
-    "group": ("Which group does this belong to?", "What group of things is this in?"),
-    "subgroup": ("What kind of thing is this?", "Which category is this?", "What category does this belong to?"),
-    "colour": ("What is the main colour?", "Which colour is it mostly?", "What colour is this mostly?"),
-    "tone": ("What is the skin tone?", "Which skin tone is shown?"),
-    "yesno": ("Is this {thing}?", "Does this show {thing}?", "Can you see {thing} here?"),
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+
+BACKGROUND_PHRASES = {
+    **{name: (f"on a {name} background", f"on {name}", f"against a {name} background") for name in COLOURS},
+    "meadow": ("in a meadow", "on a meadow", "on the grass"),
+    "sea": ("on the sea", "at sea", "in the water"),
+    "night": ("at night", "under the stars", "in the night sky"),
+    "room": ("in a room", "indoors", "inside a room"),
 }
+"""The canonical phrase first."""
+
+WHERE_PHRASES = {
+    "left": ("on the left", "at the left"), "middle": ("in the middle", "in the centre"),
+    "right": ("on the right", "at the right"),
+}
+RELATIONS = {
+    "left of": ("left of", "to the left of"), "above": ("above", "over"),
+    "right of": ("right of", "to the right of"), "below": ("below", "under"),
+}
+_TURNED = {"left of": "right of", "above": "below"}
 
 
-def captions(style: str, label: str, subgroup: str, tags: list[str], tone: str | None = None) -> list[str]:
-    """Captions of a picture; the first is the canonical one, naming style and thing."""
-    name = STYLE_NAMES[style]
-    thing = with_article(label) + (f" with {tone} skin tone" if tone else "")
-    made = [f"a {name} drawing of {thing}", label, f"{thing} in {name} style", f"a {name} picture of {thing}",
-            f"{label}, {subgroup}"]
-    return made + [f"{label}: {', '.join(tags[:MAX_TAGS])}"] if tags else made
+@dataclass(frozen=True)
+class Labels:
+    """What a caption says of a scene; None or empty: it does not say."""
+
+    style: str | None = None
+    background: str | None = None
+    layout: str | None = None
+    things: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
 
 
-def questions(record: NanoRecord, colour_share: float, wrong_labels: list[str]) -> list[QA]:
-    """Questions with short lower-case answers.
+def labels(scene: Scene) -> Labels:
+    """All labels of a scene."""
+    return Labels(scene.style, scene.background, scene.layout, scene.things, scene.counts)
+
+
+def some(count: int, name: str, adjectives: str = "") -> str:
+    """`a noto tiger`, `three noto tigers`."""
+    words = f"{adjectives} {THINGS[name].plural if count > 1 else name}".strip()
+    return f"{NUMBERS[count] if count > 1 else article(words)} {words}"
+
+
+def describe(scene: Scene, shake: random.Random | None = None, background_first: bool = True) -> str:
+    """The canonical caption; with `shake`, one of many others that say the same or less.
 
     Args:
-        record: the picture (its `qa` is not read).
-        colour_share: share (0..1) of the drawn pixels that have `record.colour`.
-        wrong_labels: labels of the same split, for the question whose answer is no.
+        background_first: such a caption may begin with the background (`at night, a noto owl`).
     """
-    answers = {"thing": record.label, "style": STYLE_NAMES[record.style], "group": record.group,
-               "subgroup": record.subgroup}
-    if colour_share >= CLEAR_COLOUR:
-        answers["colour"] = record.colour
-    if record.tone:
-        answers["tone"] = record.tone
-    made = [QA(choose(list(QUESTIONS[kind]), "question", kind, record.key), answer, kind)
-            for kind, answer in answers.items()]
-    for answer in ("yes", "no"):
-        label = record.label if answer == "yes" else _wrong(record, wrong_labels)
-        if label is not None:
-            text = choose(list(QUESTIONS["yesno"]), "yesno", answer, record.key)
-            made.append(QA(text.format(thing=with_article(label)), answer, "yesno"))
-    return made
+    def one_of(options: tuple[str, ...]) -> str:
+        return shake.choice(options) if shake else options[0]
+
+    def leave_out(share: float) -> bool:
+        return shake is not None and shake.random() < share
+
+    style = "" if leave_out(0.15) else scene.style
+    first = some(scene.counts[0], scene.things[0], style)
+    if scene.layout == "large" or scene.layout in WHERE:
+        size = "" if leave_out(0.3) else "large" if scene.layout == "large" else "small"
+        words = some(1, scene.things[0], f"{size} {style}".strip())
+        if scene.layout in WHERE and not leave_out(0.1):
+            words += f" {one_of(WHERE_PHRASES[scene.layout])}"
+    elif scene.layout == "many":
+        words = first
+    elif scene.layout == "two kinds":
+        words = f"{first} and {some(scene.counts[1], scene.things[1])}"
+    elif leave_out(0.35):  # seen from the other thing
+        words = (f"{some(1, scene.things[1], style)} {one_of(RELATIONS[_TURNED[scene.layout]])} "
+                 f"{some(1, scene.things[0])}")
+    else:
+        words = f"{first} {one_of(RELATIONS[scene.layout])} {some(1, scene.things[1])}"
+    if leave_out(0.15):
+        return words
+    phrase = one_of(BACKGROUND_PHRASES[scene.background])
+    return f"{phrase}, {words}" if background_first and leave_out(0.2) else f"{words} {phrase}"
 
 
-def _wrong(record: NanoRecord, labels: list[str]) -> str | None:
-    """A label of the pool that is not this picture's and does not contain or sit in it (`cat`, `cat face`)."""
-    own = set(record.label.split())
-    for attempt in range(20):
-        label = labels[int(draw("wrong", attempt, record.key) * len(labels))]
-        words = set(label.split())
-        if not (words <= own or own <= words):
-            return label
-    return None
+_PHRASES = {phrase: name for name, phrases in BACKGROUND_PHRASES.items() for phrase in phrases}
+_SPOTS = {phrase: name for name, phrases in WHERE_PHRASES.items() for phrase in phrases}
+_RELATION_WORDS = {phrase: name for name, phrases in RELATIONS.items() for phrase in phrases}
+_NAMED = {form: name for name, thing in THINGS.items() for form in (name, thing.plural)}
+_COUNTED = {"a": 1, "an": 1, **{word: number for number, word in NUMBERS.items()}}
+
+
+def _either(options: dict[str, str] | dict[str, int]) -> str:
+    return "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+
+
+_SOME = (rf"(?P<count{{0}}>{_either(_COUNTED)}) (?:(?P<size{{0}}>large|small) )?"
+         rf"(?:(?P<style{{0}}>{'|'.join(STYLES)}) )?(?P<name{{0}}>{_either(_NAMED)})")
+_CAPTION = re.compile(
+    _SOME.format(1) + rf"(?: (?P<spot>{_either(_SPOTS)}))?"
+    + rf"(?: (?:and|(?P<relation>{_either(_RELATION_WORDS)})) " + _SOME.format(2) + r")?")
+_BACKGROUND = re.compile(
+    rf"^(?P<before>{_either(_PHRASES)}), (?P<rest>.*)$|^(?P<rest2>.*) (?P<after>{_either(_PHRASES)})$")
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no full stop: what captions are compared in."""
+    return " ".join(text.lower().split()).rstrip(".!").strip()
+
+
+def read_caption(text: str) -> Labels | None:
+    """What a caption says, or None when it is no sentence of nano's grammar."""
+    words, background = normalise(text), None
+    found = _BACKGROUND.match(words)
+    if found:
+        background = _PHRASES[found["before"] or found["after"]]
+        words = found["rest"] or found["rest2"]
+    read = _CAPTION.fullmatch(words)
+    if read is None:
+        return None
+    things = [_NAMED[read["name1"]]] + ([_NAMED[read["name2"]]] if read["name2"] else [])
+    counts = [_COUNTED[read["count1"]]] + ([_COUNTED[read["count2"]]] if read["name2"] else [])
+    layout = None
+    if len(things) == 2:
+        relation = _RELATION_WORDS.get(read["relation"] or "", "two kinds")
+        turned = {after: before for before, after in _TURNED.items()}
+        if relation in turned:
+            things, counts, relation = things[::-1], counts[::-1], turned[relation]
+        layout = relation
+    elif counts[0] > 1:
+        layout = "many"
+    elif read["size1"] == "large":
+        layout = "large"
+    elif read["spot"]:
+        layout = _SPOTS[read["spot"]]
+    return Labels(read["style1"] or read["style2"], background, layout, tuple(things), tuple(counts))
+
+
+def nearest_things(word: str, number: int = 3) -> list[str]:
+    """Names of nano's world that look like a word it does not know."""
+    return difflib.get_close_matches(word.lower(), NAMES, number, 0.0)

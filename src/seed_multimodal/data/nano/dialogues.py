@@ -10,12 +10,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from seed_multimodal.data.scenes.edits import Edit, background_words, make_any_edit, make_edit
-from seed_multimodal.data.scenes.questions import ask_any
-from seed_multimodal.data.scenes.scene import Scene
-from seed_multimodal.data.scenes.splits import draw_scene, held_out
-from seed_multimodal.data.scenes.things import BACKGROUNDS, NAMES, STYLES, THINGS
-from seed_multimodal.data.scenes.words import BACKGROUND_PHRASES, NUMBERS, describe, some
+from seed_multimodal.data.nano.edits import Edit, background_words, make_any_edit, make_edit
+from seed_multimodal.data.nano.questions import ask_any
+from seed_multimodal.data.nano.scene import Scene
+from seed_multimodal.data.nano.splits import draw_scene, held_out
+from seed_multimodal.data.nano.things import BACKGROUNDS, NAMES, STYLES, THINGS
+from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, NUMBERS, describe, some
 
 Part = str | Scene
 DRAW_REQUESTS = ("Draw {}.", "Please draw {}.", "Show me {}.", "Make a picture of {}.")

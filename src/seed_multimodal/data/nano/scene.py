@@ -15,8 +15,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from seed_multimodal.data.scenes.sprites import load_sprites
-from seed_multimodal.data.scenes.things import BACKGROUNDS, COLOURS, STYLES, THINGS
+from seed_multimodal.data.nano.sprites import load_sprites
+from seed_multimodal.data.nano.things import BACKGROUNDS, COLOURS, STYLES, THINGS
 from seed_multimodal.errors import DataError
 
 SIZE = 64

@@ -9,17 +9,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from seed_multimodal.data.scenes import splits
-from seed_multimodal.data.scenes.__main__ import main
-from seed_multimodal.data.scenes.check import check_no_leak, samples
-from seed_multimodal.data.scenes.dialogues import Message, conversation, document, in_context, story
-from seed_multimodal.data.scenes.edits import EDITS, make_any_edit, make_edit
-from seed_multimodal.data.scenes.questions import KINDS, ask, ask_any
-from seed_multimodal.data.scenes.scene import LAYOUTS, Scene, boxes, render, thing_mask
-from seed_multimodal.data.scenes.splits import SPLITS, held_out, scene_at, split_of
-from seed_multimodal.data.scenes.sprites import load_sprites
-from seed_multimodal.data.scenes.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES, THINGS
-from seed_multimodal.data.scenes.words import describe, labels, nearest_things, read_caption
+from seed_multimodal.data.nano import splits
+from seed_multimodal.data.nano.__main__ import main
+from seed_multimodal.data.nano.check import check_no_leak, samples
+from seed_multimodal.data.nano.dialogues import Message, conversation, document, in_context, story
+from seed_multimodal.data.nano.edits import EDITS, make_any_edit, make_edit
+from seed_multimodal.data.nano.questions import KINDS, ask, ask_any
+from seed_multimodal.data.nano.scene import LAYOUTS, Scene, boxes, render, thing_mask
+from seed_multimodal.data.nano.splits import SPLITS, held_out, scene_at, split_of
+from seed_multimodal.data.nano.sprites import load_sprites
+from seed_multimodal.data.nano.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES, THINGS
+from seed_multimodal.data.nano.words import describe, labels, nearest_things, read_caption
 from seed_multimodal.errors import DataError
 
 EXAMPLES = [scene_at(3, index) for index in range(400)]

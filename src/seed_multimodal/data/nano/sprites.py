@@ -21,13 +21,13 @@ from seed_multimodal.data.formats.record import Place
 from seed_multimodal.data.formats.tar import OpenFiles, tar_records
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.nano.packages import SOURCES, drawings, fetch
-from seed_multimodal.data.scenes.things import STYLES, THINGS
+from seed_multimodal.data.nano.things import STYLES, THINGS
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import DataError
 
 SIDE = 112
 SHARD = "sprites.tar"
-BUILD_HINT = "build it with: python -m seed_multimodal.data.scenes build --out data/nano"
+BUILD_HINT = "build it with: python -m seed_multimodal.data.nano build --out data/nano"
 
 
 def find_world(path: str | Path | None = None) -> Path:

@@ -10,8 +10,8 @@ import hashlib
 import random
 from collections.abc import Sequence
 
-from seed_multimodal.data.scenes.scene import LAYOUTS, Scene
-from seed_multimodal.data.scenes.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES, THINGS
+from seed_multimodal.data.nano.scene import LAYOUTS, Scene
+from seed_multimodal.data.nano.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES, THINGS
 
 SPLITS = ("train", "val", "pairs", "places", "counts", "styles", "things")
 SHARES = {"val": 0.05, "pairs": 0.15, "places": 0.10, "counts": 0.15, "styles": 0.06}

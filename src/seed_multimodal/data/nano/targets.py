@@ -1,0 +1,52 @@
+"""A scene's labels as class numbers: what the tower is taught, what probes and the judge read.
+
+    ids = label_ids(scene)     # {"first": 3, "second": 150, "style": 0, "background": 6, "layout": 4}
+
+`first` is the thing at the left or above (or the only one), `second` the other one; `layout` holds the counts, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.data.nano.scene import Scene
+from seed_multimodal.data.nano.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES
+
+ARRANGEMENTS = ("large", "left", "middle", "right", "left of", "above", "many 2", "many 3", "many 4", "two kinds 1 2",
+                "two kinds 2 1", "two kinds 2 2")
+"""Layouts with their counts."""
+
+NOTHING = "nothing"
+"""The second thing of a scene with one kind."""
+
+CLASSES: dict[str, tuple[str, ...]] = {
+    "first": NAMES, "second": (*NAMES, NOTHING), "style": STYLES, "background": BACKGROUNDS, "layout": ARRANGEMENTS}
+"""Label -> its classes, as the tower learns them."""
+
+JUDGED: dict[str, tuple[str, ...]] = {
+    **CLASSES, "first": NAMES + HELD_OUT, "second": (*NAMES, *HELD_OUT, NOTHING)}
+"""The same with the things that are held out."""
+
+IGNORED = -100
+"""Class number of a thing that is not among the classes; cross entropy leaves it out."""
+
+
+def arrangement(scene: Scene) -> str:
+    """One of `ARRANGEMENTS`."""
+    return " ".join([scene.layout, *map(str, scene.counts)]) if scene.layout in ("many", "two kinds") else scene.layout
+
+
+def label_ids(scene: Scene, classes: dict[str, tuple[str, ...]] = CLASSES) -> dict[str, int]:
+    """Class number of every label; `IGNORED` where the scene's class is not among `classes`."""
+    second = scene.things[1] if len(scene.things) == 2 else NOTHING
+    found = {"first": scene.things[0], "second": second, "style": scene.style, "background": scene.background,
+             "layout": arrangement(scene)}
+    return {name: classes[name].index(value) if value in classes[name] else IGNORED for name, value in found.items()}
+
+
+def label_tensor(scenes: Sequence[Scene], classes: dict[str, tuple[str, ...]] = CLASSES) -> Tensor:
+    """Class numbers int64 [N, 5], in the order of `classes`."""
+    return torch.tensor([list(label_ids(scene, classes).values()) for scene in scenes], dtype=torch.long)

@@ -1,1 +1,0 @@
-"""Nano's world: scenes composed of openly licensed drawings, with exact words, answers, boxes and edits."""
