@@ -31,7 +31,7 @@ from seed_multimodal.settings import check_keys
 
 FORMATS = ("auto", "json", "jsonl", "parquet", "folder", "webdataset", "nano")
 BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", "image_key", "image_keys", "caption_key",
-              "caption_file", "index_folder", "folder")
+              "caption_file", "index_folder", "folder", "number", "seed", "size")
 DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info", "sample_ratio")
 DEFAULTS = APPLICATION / "lavis" / "configs" / "datasets"
 
@@ -118,7 +118,8 @@ def split_sources(info: Mapping[str, Any], where: str) -> dict[str, dict[str, An
         raise ConfigError(f"{where}.format must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, not {kind!r}.")
     if kind == "nano":
         folder = info.get("folder")
-        return {split: {"format": kind, "split": own, **({"folder": locate(folder)} if folder else {})}
+        more = {**({"folder": locate(folder)} if folder else {}), **_given(info, ("number", "seed", "size"))}
+        return {split: {"format": kind, "split": own, **more}
                 for split, own in (section_at(info, "splits", where) or {"train": "train", "val": "val"}).items()}
     root = section_at(info, "images", where).get("storage")
     keys = ("image_key", "image_keys", "caption_key", "caption_file", "index_folder")

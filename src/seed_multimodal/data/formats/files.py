@@ -14,6 +14,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from seed_multimodal.data.formats.pictures import is_picture
+from seed_multimodal.data.nano.sprites import is_world
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest
 
@@ -64,13 +65,13 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
 
     Args:
         pictures: a folder may hold pictures, too: lists and tables in it name them, and without any it is one input of
-            format `folder`.
+            format `folder`; nano's folder is one of format `nano`.
         recursive: folders are searched at any depth.
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
     """
-    known = [*SUFFIXES, *(["folder"] if pictures else [])]
+    known = [*SUFFIXES, *(["folder", "nano"] if pictures else [])]
     if format not in ("auto", *known):
         raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
                           f"{nearest(format, known)}.")
@@ -81,7 +82,8 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
         with _looking(one):
             folders = _folders(str(one))
             for folder in folders:
-                found.update(_in_folder(folder, format, pictures, recursive))
+                found.update({folder: "nano"} if pictures and format in ("auto", "nano") and is_world(folder) else
+                             _in_folder(folder, format, pictures, recursive))
             if not folders:
                 found.update((path, _format_of(path, format)) for path in expand_pattern(one))
     return list(found.items())
@@ -97,7 +99,7 @@ def _looking(pattern: str | Path) -> Iterator[None]:
 
 
 def nearest_path(path: str | Path) -> str:
-    """` (did you mean data/nano64?)` for a path that is not there: the most similar name beside its first missing part;
+    """` (did you mean data/nano?)` for a path that is not there: the most similar name beside its first missing part;
     an empty string where there is none, or too many to compare."""
     place = Path(path)
     while not place.parent.is_dir() and place.parent != place:

@@ -1,94 +1,83 @@
-"""The shards of a nano set (see `data.nano`) as records: every picture with its captions, questions and split."""
+"""Nano's world of scenes as records: pictures that are drawn when they are opened, with their captions.
+
+    open_pairs({"format": "nano", "split": "train", "number": 400_000})
+
+The training scenes are a stream without end, of which the first `number` are one epoch. Scene and captions are
+functions of (seed, index), so nothing is stored and any run can be resumed or repeated.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import random
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, Record
-from seed_multimodal.data.formats.tar import OpenFiles, tar_records
-from seed_multimodal.data.formats.tar_headers import Damaged
-from seed_multimodal.errors import DataError
+import numpy as np
 
-BUILD_HINT = "build it with: python -m seed_multimodal.data.nano build --out data/nano64"
+from seed_multimodal.data.formats.record import Record
+from seed_multimodal.data.nano.scene import SIZE, Scene, render
+from seed_multimodal.data.nano.splits import SPLITS, scene_at
+from seed_multimodal.data.nano.sprites import find_world, load_sprites
+from seed_multimodal.data.nano.words import describe
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.settings import nearest
+
+EPOCH = 100_000  # training scenes, where no number is given
+LISTED = 1_000  # scenes of every other split
+CAPTIONS = 4  # of a training scene: one is drawn each time it is seen
 
 
-def find_nano(path: str | Path | None = None) -> Path:
-    """Folder of the set: `path`, else $SEED_NANO_DATA, else data/nano64 of the project or the current folder."""
-    given = path or os.environ.get("SEED_NANO_DATA")
-    project = Path(__file__).resolve().parents[4]
-    places = [Path(given)] if given else [project / "data" / "nano64", Path.cwd() / "data" / "nano64"]
-    for place in places:
-        if (place / "manifest.json").is_file():
-            return place
-    raise DataError(f"{places[0]}: no nano data set there (no manifest.json); {BUILD_HINT}")
+@dataclass(frozen=True)
+class Drawing:
+    """The picture of a scene, drawn when it is called: pixels uint8 [size, size, 3]; small enough to be sent to a
+    worker. Its `repr` names it."""
+
+    scene: Scene
+    size: int = SIZE
+    folder: str | Path | None = None
+
+    def __call__(self) -> np.ndarray:
+        return render(self.scene, self.size, self.folder)
 
 
 class NanoFile:
-    """The records of a set by number, sorted by key; a record has the member `webp`."""
+    """Records of one split by number: a `Drawing` under `image`, captions under `caption`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        folder: of the sprites, see `find_world`; None: where they are.
+        split: `train`, or a held-out one.
+        number: of scenes; None: 100,000 of train. Of the other splits never more than 1,000.
+        seed: another one gives another stream.
+        size: side of the pictures in pixels.
 
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """The set's manifest: `size` of the pictures, number of `records`, `files`.
+    Raises:
+        ConfigError: a setting out of range. DataError: an unknown split, or no sprites.
+    """
 
-        Raises:
-            DataError: it is no json, or lacks one of these.
-        """
-        path = self.path / "manifest.json"
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: not JSON ({error}).") from None
-        for key in ("size", "records", "files"):
-            if not isinstance(manifest, dict) or key not in manifest:
-                raise DataError(f"{path}: no key {key!r}; {BUILD_HINT}")
-        return manifest
-
-    @cached_property
-    def records(self) -> list[Record]:
-        """All of them, read.
-
-        Raises:
-            DataError: naming file and sample, when anything is missing, damaged or not as the manifest counts it.
-        """
-        found = [record for name in self.manifest["files"] if ".tar" in name for record in _read(self.path / name)]
-        if len(found) != self.manifest["records"]:
-            raise DataError(f"{self.path}: the shards hold {len(found)} samples, the manifest says "
-                            f"{self.manifest['records']}; {BUILD_HINT}")
-        if len({record.key for record in found}) != len(found):
-            raise DataError(f"{self.path}: two samples have the same key.")
-        return sorted(found, key=lambda record: record.key)
+    def __init__(self, folder: str | Path | None = None, split: str = "train", number: int | None = None,
+                 seed: int = 0, size: int = SIZE) -> None:
+        if split not in SPLITS:
+            raise DataError(f"nano: unknown split {split!r}{nearest(split, SPLITS)}; there are {', '.join(SPLITS)}.")
+        number = EPOCH if number is None else number
+        for name, value, least in (("number", number, 1), ("seed", seed, 0), ("size", size, 8)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"nano: {name} is {value!r}; it must be a whole number of at least {least}.")
+        self.path, self.split, self.seed, self.size = find_world(folder), split, seed, size
+        self.number = number if split == "train" else min(number, LISTED)
+        self._folder = folder
+        load_sprites(folder)  # before workers are forked, so that they share it
 
     @property
     def sizes(self) -> Sequence[int]:
-        """All records are one piece."""
-        return [len(self.records)]
+        """All scenes are one piece."""
+        return [self.number]
 
     def locate(self, row: int) -> Record:
-        """A record, read."""
-        return replace(self.records[row])
-
-
-def _read(shard: Path) -> list[Record]:
-    found: list[Record] = []
-    files = OpenFiles(limit=1)
-    try:
-        for record in tar_records(shard, ("webp", "json"), unpack=True):
-            parsed = record.parsed(files)
-            for extension in ("webp", "json"):
-                if extension not in record.members:
-                    raise BadRecord("missing member", f"{record.where}: has no .{extension} member.")
-            parsed.members["webp"] = record.member("webp", files=files) or b""
-            found.append(parsed)
-    except Damaged as error:
-        after = f"after sample {found[-1].key}" if found else "in its first sample"
-        raise DataError(f"{shard}: torn or damaged {after} ({error}).") from None
-    return found
+        """Scene number `row`, not drawn."""
+        scene = scene_at(self.seed, row, self.split)
+        shake = random.Random(f"{self.seed} captions {row}")
+        several = [describe(scene, shake) for _ in range(CAPTIONS)] if self.split == "train" else [describe(scene)]
+        key = f"{self.split} {self.seed} {row}"
+        return Record(key, f"{self.path}: scene {key}", {"image": Drawing(scene, self.size, self._folder),
+                      "caption": several}, file=str(self.path))

@@ -1,4 +1,4 @@
-"""Picture-caption pairs by number, as a view of records: shards, lists, tables, folders of pictures, the nano set.
+"""Picture-caption pairs by number, as a view of records: shards, lists, tables, folders of pictures, nano's scenes.
 
     source = open_pairs({"format": "webdataset", "pattern": "cc3m/{00000..00331}.tar"})
     source.read(17)                # Pair(key, name, image, captions)
@@ -21,12 +21,20 @@ from omegaconf import DictConfig, OmegaConf
 from seed_multimodal.data.formats.captions import captions, has_caption, text_member
 from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.index_store import IndexStore
-from seed_multimodal.data.formats.nano import NanoFile, find_nano
+from seed_multimodal.data.formats.nano import NanoFile
 from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
-from seed_multimodal.data.formats.pictures import IMAGE_KEYS, image_field, in_tar, no_picture, stored_picture
-from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record
+from seed_multimodal.data.formats.pictures import (
+    IMAGE_KEYS,
+    StoredPicture,
+    image_field,
+    in_tar,
+    no_picture,
+    stored_picture,
+)
+from seed_multimodal.data.formats.record import BadRecord, FileReader, Record
 from seed_multimodal.data.formats.records import FileRecords, open_file
-from seed_multimodal.data.formats.tar import TarFile
+from seed_multimodal.data.formats.tar import OpenFiles, TarFile
+from seed_multimodal.data.nano.scene import SIZE
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.settings import check_keys, nearest
 
@@ -35,14 +43,15 @@ PROBED = 20  # samples that are looked at before a source is refused
 
 @dataclass(frozen=True)
 class Pair:
-    """The picture's file (bytes, or where it lies) and the captions (at least one) of a record.
+    """The picture's file (bytes, or where it lies) or pixels (uint8 [H, W, 3]) and the captions (at least one) of a
+    record.
 
     `name` identifies it in errors and logs: `file: sample`.
     """
 
     key: str
     name: str
-    image: bytes | Path
+    image: StoredPicture
     captions: list[str]
 
 
@@ -80,7 +89,7 @@ class PairReader:
         """
         read = record.parsed(files, half_pairs=True)  # captions cut inside an emoji are mended
         captions = self._captions(read, files)
-        image: bytes | Path | None = read.member("image", files=files)
+        image: StoredPicture | None = read.member("image", files=files)
         if image is None:
             value = image_field(read.fields, self.image_key)
             if value is None:
@@ -178,30 +187,22 @@ class Pairs:
 
 
 class NanoPairs:
-    """One split of the nano set (`data.nano`), every picture with all its captions; `folder`: see `find_nano`."""
+    """One split of nano's world of scenes; the arguments are those of `NanoFile`."""
 
-    def __init__(self, folder: str | Path | None = None, split: str = "train") -> None:
-        self.folder = find_nano(folder)
-        records = NanoFile(self.folder).records
-        self._records = [record for record in records if record.fields.get("split") == split]
-        if not self._records:
-            known = sorted({str(record.fields.get("split")) for record in records})
-            raise DataError(f"{self.folder}: unknown split {split!r}; the splits are {', '.join(known)}.")
+    def __init__(self, folder: str | Path | None = None, split: str = "train", number: int | None = None,
+                 seed: int = 0, size: int = SIZE) -> None:
+        self._file, self._reader = NanoFile(folder, split, number, seed, size), PairReader()
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._file.number
 
     def key(self, index: int) -> str:
-        """The picture's key in the set."""
-        return self._records[index].key
+        """Split, seed and number of the scene."""
+        return _key(self._file.locate(index))
 
     def read(self, index: int) -> Pair:
-        """One sample."""
-        record = self._records[index]
-        image = record.members["webp"]
-        assert not isinstance(image, Place)
-        return Pair(record.key, f"{self.folder}: {record.key}", image,
-                    captions(record.fields, "captions", record.where))
+        """One scene, drawn."""
+        return self._reader(self._file.locate(index), OpenFiles(limit=1))
 
 
 FORMATS: dict[str, Callable[..., PairSource]] = {

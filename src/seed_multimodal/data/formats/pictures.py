@@ -9,11 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record, find_image, shorten
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.encode import bytes_from_base64
 from seed_multimodal.settings import nearest
 
+StoredPicture = bytes | Path | np.ndarray  # a file's bytes, where it lies, or pixels uint8 [H, W, 3]
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")  # extensions of pictures in shards
 PICTURE_ENDINGS = tuple(f".{key}" for key in IMAGE_KEYS)  # of files in folders
 # Where a picture and its caption stand when no key is given: ours first, then those of Hugging Face's picture folders
@@ -52,16 +55,20 @@ def other_keys(key: str, item: Mapping[str, Any]) -> str:
     return nearest(key, item) or f" (it has {', '.join(sorted(map(str, item))[:8]) or 'no keys'})"
 
 
-def stored_picture(value: Any, record: Record, root: str | Path | None = None) -> bytes | Path:
-    """The file of the picture that a field names: its bytes, or where it lies.
+def stored_picture(value: Any, record: Record, root: str | Path | None = None) -> StoredPicture:
+    """The file of the picture that a field names: its bytes, or where it lies; of one that is drawn, its pixels.
 
     Args:
-        value: bytes, base64 text, a path, or `{"bytes": …, "path": …}` as Hugging Face's tables have it.
+        value: bytes, base64 text, a path, `{"bytes": …, "path": …}` as Hugging Face's tables have it, or a
+            function that draws it (uint8 [H, W, 3]).
         root: the folder that paths are relative to; None: the folder of the record's file, then the current one.
 
     Raises:
         BadRecord: none of these. ImageError: there is no such file, or no base64.
     """
+    if callable(value):
+        pixels: np.ndarray = value()
+        return pixels
     if isinstance(value, Mapping):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if isinstance(value, bytes):
@@ -90,13 +97,13 @@ class HeldPicture:
     files: FileReader
     name: str
 
-    def read(self, root: str | Path | None = None) -> bytes | Path:
+    def read(self, root: str | Path | None = None) -> StoredPicture:
         """As `stored_picture`."""
         record = self.record.parsed(self.files)
         return stored_picture(record.fields["image"], record, root)
 
 
-def find_picture(picture: int | str | HeldPicture, root: Path | None, beside: Path, where: str) -> Path | bytes:
+def find_picture(picture: int | str | HeldPicture, root: Path | None, beside: Path, where: str) -> StoredPicture:
     """The file of a picture that a benchmark names by path or by COCO's number, or holds.
 
     Raises:

@@ -1,6 +1,6 @@
 """The one record type of all data: readers return it; decoders, picture–text pairs and pre-tokenisation take it.
 
-Every format (tar, jsonl, json, parquet, a folder of pictures, the nano set) is read into it by `records.open_records`.
+Every format (tar, jsonl, json, parquet, a folder of pictures, nano's scenes) is read into it by `records.open_records`.
 A record that is not read yet holds only the positions of its parts, so that it can be sent to a worker process.
 """
 

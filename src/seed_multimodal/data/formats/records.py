@@ -1,4 +1,4 @@
-"""Records by number from files of any kind: webdataset tars, jsonl, json lists, parquet, pictures, the nano set.
+"""Records by number from files of any kind: webdataset tars, jsonl, json lists, parquet, pictures, nano.
 
     source = open_records("dataset/part-{0000..0031}/*.tar")      # or a folder, a .jsonl, a list of them
     source.read(17)                                               # Record(key, where, fields)
@@ -25,11 +25,12 @@ from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.index_file import IndexedFile
 from seed_multimodal.data.formats.index_store import IndexStore
 from seed_multimodal.data.formats.json_lines import JsonFile
-from seed_multimodal.data.formats.nano import NanoFile, find_nano
+from seed_multimodal.data.formats.nano import NanoFile
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.pictures import PictureFolder
 from seed_multimodal.data.formats.record import BadRecord, Record
 from seed_multimodal.data.formats.tar import OpenFiles, TarFile
+from seed_multimodal.data.nano.sprites import find_world
 from seed_multimodal.errors import DataError
 
 PICKLED = ("pkl", "pickle")
@@ -97,7 +98,8 @@ def open_records(
 
     Args:
         format: tar, jsonl, json or parquet; auto goes by each file's suffix, and by the kind of file a folder holds.
-            `folder`: pictures with their captions in .txt files beside them. `nano`: the nano set (None: where it is).
+            `folder`: pictures with their captions in .txt files beside them. `nano`: scenes to
+            train on (None: where its folder is).
         name: name of the source in logs and counts; default: what was given as `files`.
         index_folder: of the files' indexes, see `index_store.IndexStore`.
 
@@ -106,7 +108,7 @@ def open_records(
     """
     given = [files] if isinstance(files, str | Path) else list(files or ())
     if format == "nano":
-        found = [(find_nano(one), format) for one in given or (None,)]
+        found = [(find_world(one), format) for one in given or (None,)]
     else:
         found = [(Path(one), format) for one in given] if format == "folder" else find_files(given, format)
     return FileRecords([open_file(path, format) for path, format in found], name or ", ".join(map(str, given)),

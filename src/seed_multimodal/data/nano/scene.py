@@ -9,8 +9,10 @@ Everything else (words, questions, boxes, edits, stories) is a function of the s
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -99,7 +101,8 @@ def slots(scene: Scene) -> list[Slot]:
     elif scene.layout == "above":
         places = [(first, MIDDLE, LOW, SIDE), (second, MIDDLE, HIGH, SIDE)]
     else:
-        rows = {(2,): (2,), (3,): (1, 2), (4,): (2, 2)}.get(scene.counts, scene.counts)
+        halves: dict[tuple[int, ...], tuple[int, ...]] = {(3,): (1, 2), (4,): (2, 2)}
+        rows = halves.get(scene.counts, scene.counts)
         names = [name for name, count in zip(scene.things, scene.counts, strict=True) for _ in range(count)]
         heights = (MIDDLE,) if len(rows) == 1 else (LOW, HIGH)
         spots = [(x, y) for y, row in zip(heights, rows, strict=True) for x in ((MIDDLE,) if row == 1 else (LOW, HIGH))]
@@ -122,23 +125,23 @@ def boxes(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
     return found
 
 
-def render(scene: Scene, size: int = SIZE) -> np.ndarray:
-    """The picture, uint8 [size, size, 3] RGB: drawn at four times the size and reduced once."""
+def render(scene: Scene, size: int = SIZE, folder: str | Path | None = None) -> np.ndarray:
+    """The picture, uint8 [size, size, 3] RGB: drawn at four times the size and reduced once; `folder`: of the drawings,
+    see `find_world`."""
     canvas = _background(scene.background, size * OVERSAMPLE).copy()
-    _draw(canvas, scene)
+    _draw(canvas, scene, load_sprites(folder))
     return np.asarray(canvas.reduce(OVERSAMPLE))
 
 
 def thing_mask(scene: Scene, size: int = SIZE) -> np.ndarray:
     """How much of each pixel is covered by a thing, float32 [size, size] in 0..1."""
     canvas = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
-    _draw(canvas, scene)
+    _draw(canvas, scene, load_sprites())
     return np.asarray(canvas.reduce(OVERSAMPLE), np.float32) / 255
 
 
-def _draw(canvas: Image.Image, scene: Scene) -> None:
+def _draw(canvas: Image.Image, scene: Scene, sprites: Mapping[tuple[str, str], Image.Image]) -> None:
     """Paste a scene's drawings; on a mode-L canvas, white shapes."""
-    sprites = load_sprites()
     for slot in slots(scene):
         sprite = sprites[scene.style, slot.thing]
         scale = slot.side * canvas.width / max(sprite.size)
@@ -182,8 +185,9 @@ def _background(name: str, side: int) -> Image.Image:
         bands(0, 64, (14, 16, 48), (52, 40, 92))
         shake = random.Random(5)
         for _ in range(26):
-            x, y, r = shake.uniform(1, 63), shake.uniform(1, 63), shake.choice((0.4, 0.5, 0.8))
-            draw.ellipse([(x - r) * unit, (y - r) * unit, (x + r) * unit, (y + r) * unit], (255, 250, 214))
+            left, top, radius = shake.uniform(1, 63), shake.uniform(1, 63), shake.choice((0.4, 0.5, 0.8))
+            draw.ellipse([(left - radius) * unit, (top - radius) * unit, (left + radius) * unit, (top + radius) * unit],
+                         (255, 250, 214))
     else:
         bands(0, 44, (250, 226, 196), (244, 214, 180))
         bands(44, 64, (176, 122, 82), (142, 94, 60))

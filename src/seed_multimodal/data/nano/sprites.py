@@ -45,6 +45,11 @@ def find_world(path: str | Path | None = None) -> Path:
     raise DataError(f"{places[0]}: nano's drawings are not there (no manifest.json); {BUILD_HINT}")
 
 
+def is_world(folder: Path) -> bool:
+    """Whether a folder holds nano's drawings."""
+    return (folder / SHARD).is_file() and (folder / "manifest.json").is_file()
+
+
 @lru_cache(maxsize=4)
 def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.Image]:
     """Every sprite by (style, thing), RGBA with premultiplied colours (mode `RGBa`).

@@ -118,8 +118,9 @@ class Sample:
             found = stored_picture(value, self._record, self._root)
         except ImageError as error:
             return Picture(self.where, partial(_raise, error), problem=str(error), **options)
-        if isinstance(found, bytes):
-            return Picture(self.where, partial(open_image, found, name=self.where), **options)
+        if not isinstance(found, Path):
+            key = repr(value) if callable(value) else ""
+            return Picture(self.where, partial(open_image, found, name=self.where), key, **options)
         name = f"{self.where}: {value['path'] if isinstance(value, Mapping) else value}"
         if self.where == self._record.file:
             name = self.where  # of a folder: the record is the picture

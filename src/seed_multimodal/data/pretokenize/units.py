@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.formats.files import find_files, nearest_path
-from seed_multimodal.data.formats.nano import find_nano
 from seed_multimodal.data.formats.pictures import IMAGE_KEYS, PictureFolder
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.records import RecordFile, open_file
 from seed_multimodal.data.formats.tar import tar_records
 from seed_multimodal.data.formats.tar_headers import COMPRESSED, Damaged
+from seed_multimodal.data.nano.sprites import find_world
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.nano import nano_records
 from seed_multimodal.errors import DataError
@@ -118,7 +118,7 @@ def _opened(path: Path, format: str, recursive: bool) -> RecordFile:
 def _inputs(settings: InputSettings) -> list[tuple[Path, str]]:
     """Files (folders of pictures, the nano set) with their format, in the order written."""
     if settings.format == "nano":
-        return [(find_nano(settings.files if isinstance(settings.files, str) else None), "nano")]
+        return [(find_world(settings.files if isinstance(settings.files, str) else None), "nano")]
     wanted = [settings.files] if isinstance(settings.files, str) else settings.files or []
     found = find_files([str(Path(one).expanduser()) for one in wanted], settings.format, pictures=True,
                        recursive=settings.recursive)
