@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # Train every part of nano from scratch and report on it; each stage continues where it stopped.
 #   bash scripts/nano_speedrun.sh               full settings (one GPU)
-#   bash scripts/nano_speedrun.sh --cpu         what a 2-core machine does in about three hours
+#   bash scripts/nano_speedrun.sh --cpu         what a 2-core machine does in under four hours
 #   bash scripts/nano_speedrun.sh --pico        the same line in minutes on 2 CPU cores
-# Options: --config FILE  --data DIR  --work DIR  --out DIR  --no-report; further words are dotted settings.
+# Options: --config FILE  --work DIR  --out DIR  --no-report; further words are dotted settings.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 config=configs/nano/full.yaml
 name=full
-data=data/nano64
 work=""
 out=""
 report=1
@@ -19,7 +18,6 @@ while [ $# -gt 0 ]; do
     --pico) config=configs/nano/pico.yaml; name=pico ;;
     --cpu) config=configs/nano/cpu.yaml; name=cpu ;;
     --config) config=$2; name=$(basename "$2" .yaml); shift ;;
-    --data) data=$2; shift ;;
     --work) work=$2; shift ;;
     --out) out=$2; shift ;;
     --no-report) report=0 ;;
@@ -39,45 +37,69 @@ cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)  # those this process ma
 half=$(( cores > 1 ? cores / 2 : 1 ))
 started=$SECONDS
 
-stages() {  # stages NAMES THREADS
-  "$python" -m seed_multimodal.training.nano --config "$config" --data "$data" --work "$work" --out "$out" \
-    --only "$1" --threads "$2" ${overrides[@]+"${overrides[@]}"}
+stages() {  # stages NAMES
+  "$python" -m seed_multimodal.training.nano --config "$config" --work "$work" --out "$out" --only "$1" \
+    --threads "$half" ${overrides[@]+"${overrides[@]}"}
 }
+
+judge=$out/judge
+amount=()
+if [ "$name" = pico ] && [ -f pretrained/nano/judge/model.safetensors ]; then
+  judge=pretrained/nano/judge  # training a judge of its own would take longer than everything before it
+  amount=(--limit 24)
+fi
 
 "$python" -c 'import importlib.util as u; s = u.find_spec("lavis"); raise SystemExit(s is None or s.origin is None)' || {
   echo "The tokenizer is trained through LAVIS, which is not installed: bash install.sh --lavis" >&2; exit 2; }
 "$python" -c 'import hydra' 2>/dev/null || {
   echo "The language model is trained through Hydra, which is not installed: bash install.sh --extras train" >&2; exit 2; }
 
-stages vae,clip,recipe "$cores"
-for stage in stage1 stage2; do
-  echo "== $stage"
-  OMP_NUM_THREADS=$cores "$python" SEED_Tokenizer/train.py --cfg-path "$work/$stage.yaml"
-done
-stages tokenizer,codes,records "$cores"
-# The decoder and the language model both start from the codes and not from each other.
-OMP_NUM_THREADS=$half stages unet,unet2,vae2 "$half" &
-decoder=$!
-trap 'kill "$decoder" 2>/dev/null || true' EXIT  # if the language model fails, nothing goes on unseen
-for stage in llm_pretrain llm_sft; do
-  echo "== $stage"
-  OMP_NUM_THREADS=$half "$python" MultiModalLLM/src/train/train.py --config-path "$work" --config-name "$stage"
-done
-wait "$decoder"
-trap - EXIT
-stages llm,assemble "$cores"
+# Two lines side by side, half of the cores each; if one fails, the other does not go on unseen.
+both() {  # both FIRST SECOND
+  set -m  # a process group of its own, so that its programs end with it
+  "$1" &
+  set +m
+  first=$!
+  trap 'kill -- "-$first" 2>/dev/null || true' EXIT
+  "$2"
+  wait "$first"
+  trap - EXIT
+}
 
+vae() { stages vae; }
+clip() { stages clip; }
+decoder() { stages unet; }
+tokenizer() {
+  stages recipe
+  for stage in stage1 stage2; do
+    echo "== $stage"
+    "$python" SEED_Tokenizer/train.py --cfg-path "$work/$stage.yaml"
+  done
+  stages tokenizer,codes
+}
+decoder_of_codes() { stages unet2; train_judge; }
+language_model() {
+  stages records
+  for stage in llm_pretrain llm_sft; do
+    echo "== $stage"
+    "$python" MultiModalLLM/src/train/train.py --config-path "$work" --config-name "$stage"
+  done
+  stages llm
+}
+train_judge() {
+  [ "$report" = 1 ] && [ "$judge" = "$out/judge" ] && [ ! -f "$judge/model.safetensors" ] || return 0
+  echo "== judge"
+  steps=$("$python" -c "from seed_multimodal.training.nano.config import load_config as l; print(l('$config').judge_steps)")
+  "$python" -m seed_multimodal.evaluation.train_judge --out "$judge" --work "$work/judge" --steps "$steps"
+}
+
+export OMP_NUM_THREADS=$half
+both vae clip
+both decoder tokenizer
+both decoder_of_codes language_model
+stages assemble
 if [ "$report" = 1 ]; then
-  judge=$out/judge
-  amount=()
-  if [ "$name" = pico ] && [ -f pretrained/nano/judge/model.safetensors ]; then
-    judge=pretrained/nano/judge  # training a judge of its own would take longer than everything before it
-    amount=(--limit 24 --questions 100)
-  elif [ ! -f "$judge/model.safetensors" ]; then
-    steps=$("$python" -c "from seed_multimodal.training.nano.config import load_config as l; print(l('$config').judge_steps)")
-    "$python" -m seed_multimodal.evaluation.train_judge --data "$data" --out "$judge" --work "$work/judge" --steps "$steps"
-  fi
-  "$python" -m seed_multimodal.evaluation.report --model "$out" --data "$data" --judge "$judge" --out "$out/report" \
+  "$python" -m seed_multimodal.evaluation.report --model "$out" --judge "$judge" --out "$out/report" \
     ${amount[@]+"${amount[@]}"}
   echo "The report card is $out/report/report.md."
 fi

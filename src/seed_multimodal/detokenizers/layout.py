@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, first_line
@@ -21,20 +22,25 @@ from seed_multimodal.weights import assign_strictly, load_state_dict, save_state
 
 
 class LayoutReadout(nn.Module):
-    """Embedding `[B, E]` → expected latents `[B, C, g, g]` and position tokens `[B, g·g, D]`."""
+    """Embedding `[B, E]` → expected latents `[B, C, g, g]` and position tokens `[B, (g/p)², D]`.
 
-    def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, hidden: int = 256) -> None:
+    Args:
+        patch: side p of the square of latents that one token stands for.
+    """
+
+    def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, hidden: int = 256,
+                 patch: int = 1) -> None:
         super().__init__()
         self.sizes = {"embedding": embedding, "channels": channels, "grid": grid, "cross_dim": cross_dim,
-                      "hidden": hidden}
+                      "hidden": hidden, "patch": patch}
         latent = channels * grid * grid
         self.mean = nn.Linear(embedding, latent)
         self.refine = nn.Sequential(nn.Linear(embedding, hidden), nn.GELU(), nn.Linear(hidden, latent))
         nn.init.zeros_(self.refine[2].weight)
         nn.init.zeros_(self.refine[2].bias)
-        self.value = nn.Linear(channels, cross_dim)
+        self.value = nn.Linear(channels * patch**2, cross_dim)
         self.context = nn.Linear(embedding, cross_dim)
-        self.position = nn.Parameter(torch.randn(1, grid * grid, cross_dim) * 0.5)
+        self.position = nn.Parameter(torch.randn(1, (grid // patch) ** 2, cross_dim) * 0.5)
 
     def latents(self, embedding: Tensor) -> Tensor:
         """Expected latents `[B, C, g, g]`."""
@@ -42,9 +48,9 @@ class LayoutReadout(nn.Module):
         return flat.view(len(embedding), self.sizes["channels"], self.sizes["grid"], self.sizes["grid"])
 
     def prompt_embeds(self, embedding: Tensor) -> Tensor:
-        """One token a latent position, row by row: `[B, g·g, D]`."""
-        mean = self.latents(embedding).flatten(2).transpose(1, 2)
-        return self.value(mean) + self.position + self.context(embedding)[:, None]
+        """One token for each square of latents, row by row: `[B, (g/p)², D]`."""
+        mean = F.pixel_unshuffle(self.latents(embedding), self.sizes["patch"])
+        return self.value(mean.flatten(2).transpose(1, 2)) + self.position + self.context(embedding)[:, None]
 
     def warm_latents(
         self, embedding: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None, scheduler: Any

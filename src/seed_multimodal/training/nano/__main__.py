@@ -23,10 +23,10 @@ from seed_multimodal.training.nano.clip import ClipTask
 from seed_multimodal.training.nano.config import load_config, save_config
 from seed_multimodal.training.nano.llm_recipe import install_llm, records
 from seed_multimodal.training.nano.task import NanoTask
-from seed_multimodal.training.nano.tokenizer import codes
+from seed_multimodal.training.nano.tokenizer import pool_codes
 from seed_multimodal.training.nano.tokenizer_recipe import join_stages, recipe
 from seed_multimodal.training.nano.unet import UnetOfCodesTask, UnetTask
-from seed_multimodal.training.nano.vae import DecoderTask, VaeTask
+from seed_multimodal.training.nano.vae import VaeTask
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.training.stage import train_stage
 
@@ -40,13 +40,12 @@ def _trained(kind: Callable[[Workspace], NanoTask]) -> Callable[[Workspace], dic
 
 
 def _codes(space: Workspace) -> dict[str, Any]:
-    made = codes(space)
-    return {"pictures": len(made), "views": made.shape[1]}
+    return {"scenes": len(pool_codes(space))}
 
 
 STAGES: dict[str, Callable[[Workspace], dict[str, Any]]] = {
     "vae": _trained(VaeTask), "clip": _trained(ClipTask), "recipe": recipe, "tokenizer": join_stages, "codes": _codes,
-    "unet": _trained(UnetTask), "unet2": _trained(UnetOfCodesTask), "vae2": _trained(DecoderTask),
+    "unet": _trained(UnetTask), "unet2": _trained(UnetOfCodesTask),
     "records": records, "llm": install_llm, "assemble": assemble,
 }
 
@@ -55,7 +54,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, run the stages, print a summary; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m seed_multimodal.training.nano", description=__doc__)
     parser.add_argument("--config", default="configs/nano/pico.yaml", help="settings (configs/nano/*.yaml)")
-    parser.add_argument("--data", type=Path, default=None, help="nano set folder (default: the committed shard)")
     parser.add_argument("--work", type=Path, default=Path("runs/nano"), help="states, caches and logs")
     parser.add_argument("--out", type=Path, default=Path("runs/nano/system"), help="the finished system")
     parser.add_argument("--only", default="", help=f"comma-separated stages out of {', '.join(STAGES)}")
@@ -74,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
         raise SeedError(f"Unknown stage {unknown[0]!r}: use {', '.join(STAGES)}.")
     options.work.mkdir(parents=True, exist_ok=True)
     save_config(config, options.work / "config.yaml")
-    space = Workspace(config, options.data, options.work, options.out)
+    space = Workspace(config, options.work, options.out)
     started = time.monotonic()
     found = []
     for stage in wanted:

@@ -1,9 +1,9 @@
-"""Stage `clip`: the small CLIP pair whose image embedding the codes must carry and the U-Net draws from.
+"""Stage `clip`: the small vision tower whose image embedding the codes must carry and the U-Net draws from.
 
-Beside the contrastive loss with captions, a linear read-out of the image embedding regresses the VAE latents. A
-contrastive loss alone gives embeddings from which the picture cannot be rebuilt; the stage ends with a gate on the
-held-out R² of that read-out. Caption tokens get one extra id at the end of the vocabulary as end-of-text, because
-transformers' CLIP text tower reads its embedding at the largest id.
+Its architecture is CLIP's, its objective is not: a contrast with captions leaves the identity of things out (background
+and layout nearly suffice to tell the pictures of a batch apart). Linear heads on the embedding name the thing in each
+place, style, background and layout, and a linear read-out gives the picture reduced to 16×16 pixels, where pixels of
+things weigh four times. The stage ends with a gate on the labels of held-out scenes.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.data.nano.scene import Scene
+from seed_multimodal.data.nano.targets import CLASSES, label_tensor
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.nano.config import NanoConfig
-from seed_multimodal.training.nano.task import NanoTask
-from seed_multimodal.training.nano.vae import latents
-from seed_multimodal.training.nano.views import to_clip
+from seed_multimodal.training.nano.pixels import scene_pixels, to_clip, to_signed
+from seed_multimodal.training.nano.task import SceneTask
+from seed_multimodal.training.nano.vae import THINGS_WEIGHT
 from seed_multimodal.training.nano.workspace import Workspace
-from seed_multimodal.vision.clip_towers import caption_ids, text_tower
-from seed_multimodal.weights import save_state_dict
+from seed_multimodal.vision.label_heads import LabelHeads
+from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
-TEXT_FILE = "clip-text.safetensors"
+HEADS_FILE, READOUT_FILE = "heads.safetensors", "readout.safetensors"
+REDUCED = 16  # side of the picture that is read out of an embedding
 
 
-class ClipPair(nn.Module):
-    """Vision tower, text tower, temperature and the latent read-out.
+class Tower(nn.Module):
+    """Vision tower (transformers' `CLIPVisionModelWithProjection`), label heads and picture read-out."""
 
-    Shapes: images `[B, 3, S, S]` CLIP-normalised, token ids `[B, L]`, latents `[B, C, h, w]`; embeddings `[B, E]`.
-    """
-
-    def __init__(self, config: NanoConfig, text_vocabulary: int, latent_size: int) -> None:
+    def __init__(self, config: NanoConfig) -> None:
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -42,95 +42,103 @@ class ClipPair(nn.Module):
             hidden_size=sizes.width, intermediate_size=4 * sizes.width, num_hidden_layers=sizes.layers,
             num_attention_heads=sizes.heads, image_size=config.image_size, patch_size=sizes.patch,
             projection_dim=sizes.embedding, hidden_act="gelu"))
-        self.text = text_tower(text_vocabulary, width=sizes.text_width, layers=sizes.text_layers,
-                               embedding=sizes.embedding)
-        for tower in (self.vision, self.text):
-            tower.set_attn_implementation("eager")  # the fused bf16 kernel's backward is slow on CPUs
-        self.readout = nn.Linear(sizes.embedding, latent_size)
-        self.logit_scale = nn.Parameter(torch.tensor(2.66))
-
-    def forward(self, images: Tensor, ids: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Contrastive loss (label smoothing 0.1) and mean squared error of the latent read-out."""
-        image = self.vision(pixel_values=images).image_embeds
-        text = self.text(input_ids=ids).text_embeds
-        scores = F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
-        scores = scores * self.logit_scale.clamp(max=4.6).exp()
-        target = torch.arange(len(image), device=image.device)
-        contrastive = (F.cross_entropy(scores, target, label_smoothing=0.1)
-                       + F.cross_entropy(scores.T, target, label_smoothing=0.1)) / 2
-        return contrastive, F.mse_loss(self.readout(image).float(), latents.flatten(1))
+        self.vision.set_attn_implementation("eager")  # the fused bf16 kernel's backward is slow on CPUs
+        self.heads = label_heads(sizes.embedding)
+        self.readout = nn.Linear(sizes.embedding, 3 * REDUCED**2)
 
 
-
-def draw_caption_ids(captions: Sequence[Sequence[Sequence[int]]], chosen: Tensor, end: int) -> Tensor:
-    """One random caption of each picture in `chosen`, as `caption_ids` rows."""
-    texts = [captions[i][int(torch.randint(len(captions[i]), ()))] for i in chosen.tolist()]
-    return caption_ids(texts, end)
+def label_heads(width: int) -> LabelHeads:
+    """Untrained heads of all labels of a scene."""
+    return LabelHeads(width, {name: len(found) for name, found in CLASSES.items()})
 
 
-class ClipTask(NanoTask):
-    """Stage `clip`: train on views of the training pictures; the vision tower goes to `decoder_folder/image_encoder`,
-    the text tower to `work/clip-text.safetensors`."""
+def load_label_heads(file: Any) -> LabelHeads:
+    """The heads that stage `clip` has written.
+
+    Raises:
+        CheckpointError: no such file, or heads of another size.
+    """
+    state = load_state_dict(file)
+    heads = label_heads(next(iter(state.values())).shape[-1])
+    assign_strictly(heads, state, file)
+    return heads.eval()
+
+
+class ClipTask(SceneTask):
+    """Stage `clip`: train on scenes; the vision tower goes to `decoder_folder/image_encoder`, heads and read-out to
+    `work`."""
 
     def __init__(self, space: Workspace) -> None:
-        self.latents, self.captions = latents(space), space.captions
-        self.end = space.words.vocabulary.n_text
         torch.manual_seed(space.config.seed + 1)
-        self.pair = ClipPair(space.config, self.end, self.latents[0, 0].numel()).to(space.device)
-        super().__init__(space, "clip", self.pair)
+        self.tower = Tower(space.config).to(space.device)
+        super().__init__(space, "clip", self.tower)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        space, chosen = self.space, self.chosen(micro_step)
-        view = torch.randint(0, space.views.shape[1], (len(chosen),))
-        ids = draw_caption_ids(self.captions, chosen, self.end).to(space.device)
-        latent = self.latents[chosen, view].to(space.device).float()
-        contrastive, error = self.pair(to_clip(space.views[chosen, view], space.device), ids, latent)
-        return 0.2 * contrastive + 2.0 * error, {"itc": contrastive.detach(), "mse": error.detach()}
+        batch, device = self.scenes.at(micro_step), self.space.device
+        labels = batch["labels"].to(device)
+        embedding = self.tower.vision(pixel_values=to_clip(batch["image"], device)).image_embeds
+        naming = self.tower.heads.loss(embedding, labels)
+        pool = batch["image"].shape[-1] // REDUCED
+        target = F.avg_pool2d(to_signed(batch["image"], device), pool)
+        weight = 1.0 + THINGS_WEIGHT * F.avg_pool2d(batch["mask"].to(device), pool)
+        error = (self.tower.readout(embedding).float().view_as(target) - target).square()
+        right = self.tower.heads.right(embedding.detach(), labels).float().mean(0)
+        numbers = {"naming": naming.detach(), "mse": error.detach().mean(), "first": right[0], "second": right[1],
+                   "style": right[2]}
+        return naming + 2.0 * (error * weight).mean(), numbers
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        space, pair = self.space, self.pair.cpu()
-        first = space.train_index[:1024]
-        scale = _unit_scale(pair, space.views[first, 0])
-        pair.vision.save_pretrained(space.decoder_folder / "image_encoder")
-        save_state_dict(pair.text.state_dict(), space.work / TEXT_FILE)
-        gate, held_out = space.config.gate_r2, r2(pair, space.views, self.latents, space.held_out_index, scale)
-        if held_out < gate:
-            print(f"The gate was missed: held-out R² {held_out} < {gate}; pictures will be less faithful.", flush=True)
-        return {**super().finish(group), "r2_train": r2(pair, space.views, self.latents, first, scale),
-                "r2": held_out, "gate_r2": gate, "gate_passed": held_out >= gate,
-                "parameters": sum(p.numel() for p in pair.vision.parameters())}
+        space, tower = self.space, self.tower.cpu().eval()
+        size = space.config.image_size
+        unit_scale(tower, scene_pixels(space.pool[:1024], size))
+        tower.vision.save_pretrained(space.decoder_folder / "image_encoder")
+        save_state_dict(tower.heads.state_dict(), space.work / HEADS_FILE)
+        save_state_dict({"readout": tower.readout.weight}, space.work / READOUT_FILE)
+        found: dict[str, Any] = {}
+        for split in ("val", "pairs", "styles"):
+            scenes = space.held_out(split)
+            found[split] = named_right(tower.heads, embed_images(tower.vision, scene_pixels(scenes, size)), scenes)
+        gate = space.config.gate_named
+        worst = min(found["val"][name] for name in ("first", "second", "style"))
+        if worst < gate:
+            print(f"The gate was missed: {worst} of a label of val scenes named right < {gate}.", flush=True)
+        return {**super().finish(group), **found, "gate": gate, "gate_passed": worst >= gate,
+                "parameters": sum(p.numel() for p in tower.vision.parameters())}
 
 
 @torch.no_grad()
-def _unit_scale(pair: ClipPair, images: Tensor) -> float:
-    """Scale the projection so that embeddings have unit mean variance; cosines do not change."""
-    spread = embed_images(pair.vision, images).float().std(0).square().mean().sqrt().item()
-    pair.vision.visual_projection.weight /= spread
-    return spread
+def unit_scale(tower: Tower, images: Tensor) -> None:
+    """Scale the projection so that embeddings have unit mean variance; what is read from them does not change."""
+    spread = embed_images(tower.vision, images).std(0).square().mean().sqrt().item()
+    tower.vision.visual_projection.weight /= spread
+    for layer in (*tower.heads.layers.values(), tower.readout):
+        layer.weight *= spread  # type: ignore[union-attr,operator]
 
 
 @torch.no_grad()
 def embed_images(vision: Any, images: Tensor, batch: int = 256) -> Tensor:
     """Image embeddings float32 `[N, E]` of uint8 `images [N, 3, S, S]`."""
     vision.eval()
-    return torch.cat([vision(pixel_values=to_clip(chunk)).image_embeds.float() for chunk in images.split(batch)])
+    device = next(vision.parameters()).device
+    return torch.cat([vision(pixel_values=to_clip(chunk, device)).image_embeds.float().cpu()
+                      for chunk in images.split(batch)])
+
+
+def named_right(heads: LabelHeads, embeddings: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of scenes of which the heads read each label right, and `all` labels."""
+    right = heads.right(embeddings, label_tensor(scenes)).float()
+    found = {name: round(value, 4) for name, value in zip(heads.classes, right.mean(0).tolist(), strict=True)}
+    return {**found, "all": round(right.amin(1).mean().item(), 4)}
 
 
 def embeddings(space: Workspace) -> Tensor:
-    """Image embeddings of all views, float16 `[N, V, E]`; made once by the tower of stage `clip`."""
+    """Image embeddings of the pool, float16 `[N, E]`; made once by the tower of stage `clip`."""
     def make() -> Tensor:
         from transformers import CLIPVisionModelWithProjection
 
-        vision = CLIPVisionModelWithProjection.from_pretrained(space.decoder_folder / "image_encoder")
-        return embed_images(vision, space.views.flatten(0, 1)).half().unflatten(0, space.views.shape[:2])
+        vision = CLIPVisionModelWithProjection.from_pretrained(space.decoder_folder / "image_encoder").to(space.device)
+        size = space.config.image_size
+        return torch.cat([embed_images(vision, scene_pixels(space.pool[at:at + 1024], size)).half()
+                          for at in range(0, len(space.pool), 1024)])
 
     return space.cached("embeddings", make)
-
-
-@torch.no_grad()
-def r2(pair: ClipPair, views: Tensor, latents: Tensor, chosen: Tensor, scale: float) -> float:
-    """R² of the latent read-out over the unaugmented views of the pictures `chosen`."""
-    embedding = embed_images(pair.vision, views[chosen, 0]) * scale
-    target = latents[chosen, 0].float().flatten(1)
-    error = (pair.readout(embedding) - target).square().sum()
-    return round(1.0 - (error / (target - target.mean(0)).square().sum()).item(), 4)

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from seed_multimodal.config import read_yaml
+from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.loop_settings import StageSettings
@@ -22,25 +23,23 @@ from seed_multimodal.training.loop_settings import StageSettings
 
 @dataclass
 class VaeSizes:
-    """AutoencoderKL: 64 px → 8×8 latents of `latent_channels`."""
+    """AutoencoderKL: 64 px → 16×16 latents of `latent_channels`."""
 
-    channels: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
+    channels: list[int] = field(default_factory=lambda: [24, 48, 96])
     layers: int = 1
-    latent_channels: int = 8
+    latent_channels: int = 4
     groups: int = 8
 
 
 @dataclass
 class ClipSizes:
-    """The CLIP pair: vision tower (transformers' `CLIPVisionModelWithProjection`) and text tower."""
+    """The vision tower, transformers' `CLIPVisionModelWithProjection`."""
 
     width: int = 192
     layers: int = 6
     heads: int = 6
     patch: int = 16
     embedding: int = 256
-    text_width: int = 160
-    text_layers: int = 2
 
 
 @dataclass
@@ -48,7 +47,7 @@ class TokenizerSizes:
     """SEED-2 tokenizer: EVA ViT, causal Q-Former, codebook, decode blocks."""
 
     vit_width: int = 192
-    vit_layers: int = 4
+    vit_layers: int = 6
     vit_heads: int = 6
     patch: int = 16
     hidden: int = 192
@@ -64,10 +63,11 @@ class TokenizerSizes:
 class UnetSizes:
     """Latent U-Net (`UNet2DConditionModel`), v-prediction."""
 
-    channels: list[int] = field(default_factory=lambda: [80, 128])
+    channels: list[int] = field(default_factory=lambda: [48, 96, 128])
     layers: int = 1
     heads: int = 4
     cross_dim: int = 96
+    hidden: int = 512
 
 
 @dataclass
@@ -91,13 +91,14 @@ def _stage(steps: int, batch: int, lr: float, **more: Any) -> Any:
 class NanoConfig:
     """Everything one run needs; the resolved file is saved beside its outputs.
 
-    `views` of each picture are kept with their latents and embeddings; the language model reads `code_views` of it.
+    Latents, embeddings and codes of the first `pool` training scenes are kept; gates are measured on `gate_scenes` of
+    a held-out split. `workers` processes draw scenes ahead (0: the process that trains).
     """
 
     image_size: int = setting(64, least=1)
-    views: int = setting(8, least=1)
-    code_views: int = setting(8, least=1)
-    limit: int = setting(0, least=0)
+    pool: int = setting(60_000, least=8)
+    gate_scenes: int = setting(1000, least=1)
+    workers: int = setting(0, least=0)
     device: str = "auto"
     seed: int = 0
     vae: VaeSizes = field(default_factory=VaeSizes)
@@ -105,17 +106,17 @@ class NanoConfig:
     tokenizer: TokenizerSizes = field(default_factory=TokenizerSizes)
     unet: UnetSizes = field(default_factory=UnetSizes)
     llm: LlmSizes = field(default_factory=LlmSizes)
-    train_vae: StageSettings = _stage(1500, 32, 2e-3, ema=0.995)
-    train_vae2: StageSettings = _stage(1500, 32, 1e-3, ema=0.995)
-    train_clip: StageSettings = _stage(3000, 128, 1e-3)
-    train_stage1: StageSettings = _stage(2000, 128, 1e-3)
-    train_stage2: StageSettings = _stage(2000, 128, 1e-3)
-    train_unet: StageSettings = _stage(6000, 96, 1e-3, ema=0.999)
+    train_vae: StageSettings = _stage(4000, 32, 2e-3, ema=0.995)
+    train_clip: StageSettings = _stage(3500, 128, 1e-3, ema=0.99)
+    train_stage1: StageSettings = _stage(1500, 128, 1e-3)
+    train_stage2: StageSettings = _stage(4000, 128, 1e-3)
+    train_unet: StageSettings = _stage(5000, 96, 1e-3, ema=0.999)
     train_unet2: StageSettings = _stage(3000, 96, 5e-4, ema=0.999)
-    train_pretrain: StageSettings = _stage(4000, 64, 2e-3)
-    train_sft: StageSettings = _stage(2000, 64, 1e-3)
+    train_pretrain: StageSettings = _stage(2500, 64, 2e-3, weight_decay=0.1)
+    train_sft: StageSettings = _stage(5000, 64, 2e-3, weight_decay=0.1)
     judge_steps: int = setting(2000, least=1)
-    gate_r2: float = 0.85
+    gate_psnr: float = 22.0
+    gate_named: float = 0.95
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> NanoConfig:
@@ -138,4 +139,4 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> NanoConfig:
 
 def save_config(config: NanoConfig, path: str | Path) -> None:
     """Write the resolved settings as YAML."""
-    OmegaConf.save(OmegaConf.create(asdict(config)), Path(path))
+    replace_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(asdict(config))))

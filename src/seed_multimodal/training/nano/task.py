@@ -1,11 +1,15 @@
-"""Base of nano's own stages: one process, batches of training pictures by step, the count of parameters."""
+"""Base of nano's own stages: one process, batches of training scenes by step, the count of parameters."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Mapping
+from typing import Any
 
+from torch import nn
+
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.nano.scenes import SceneStream, scene_batches
 from seed_multimodal.training.nano.workspace import Workspace
-from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.training.stage import StageTask
 
 
@@ -15,13 +19,21 @@ class NanoTask(StageTask):
     def __init__(self, space: Workspace, name: str, module: nn.Module) -> None:
         # Not in parallel: the losses call parts of the module past its `forward`.
         super().__init__(name, module, getattr(space.config, f"train_{name}"), parallel=False)
-        self.space, self.views = space, space.views  # made now if they are not there, not under a step's autocast
-
-    def chosen(self, micro_step: int) -> Tensor:
-        """The training pictures of a micro-step: indices int64 `[B]` into the set."""
-        index, settings = self.space.train_index, self.settings
-        return index[batch_indices(micro_step, settings.batch_size, len(index), settings.seed)]
+        self.space = space
 
     def parameter_count(self) -> int:
         """Parameters of the module."""
         return sum(p.numel() for p in self.module.parameters())
+
+
+class SceneTask(NanoTask):
+    """A stage that sees fresh scenes in every step."""
+
+    def __init__(self, space: Workspace, name: str, module: nn.Module, masks: bool = True) -> None:
+        super().__init__(space, name, module)
+        stream = SceneStream(space.config.image_size, space.config.seed, masks)
+        self.scenes = scene_batches(stream, self.settings.batch_size, space.config.workers)
+
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+        self.scenes.close()
+        return super().finish(group)

@@ -24,12 +24,14 @@ from seed_multimodal.training.group_norm import restore_group_norm, use_fast_gro
 from seed_multimodal.training.nano.clip import embeddings
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.task import NanoTask
-from seed_multimodal.training.nano.tokenizer import codes
+from seed_multimodal.training.nano.tokenizer import pool_codes
 from seed_multimodal.training.nano.vae import latents
 from seed_multimodal.training.nano.workspace import Workspace
+from seed_multimodal.training.schedules import batch_indices
 
 TRAIN_STEPS = 1000
 FINAL_SIGNAL = 0.15
+TOKENS = 8  # side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times as much
 # Best of 10–20 steps and guidance 1–4 on val pictures by the judge (docs/LOG.md).
 DECODE_DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 4.0}
 
@@ -42,15 +44,16 @@ def cosine_betas(steps: int = TRAIN_STEPS, final_signal: float = FINAL_SIGNAL) -
 
 
 def build_unet(config: NanoConfig, latent_channels: int, grid: int, embedding: int) -> Any:
-    """An untrained `UNet2DConditionModel`; in cross-attention blocks `attention_head_dim` is the number of heads."""
+    """An untrained `UNet2DConditionModel` that attends where its grid is that of the layout's tokens, and in the middle;
+    in such blocks `attention_head_dim` is the number of heads."""
     from diffusers import UNet2DConditionModel
 
     sizes = config.unet
-    levels = len(sizes.channels)
+    attends = [grid // 2**level == TOKENS for level in range(len(sizes.channels))]
     return UNet2DConditionModel(
         sample_size=grid, in_channels=latent_channels, out_channels=latent_channels,
-        down_block_types=("CrossAttnDownBlock2D",) + ("DownBlock2D",) * (levels - 1),
-        up_block_types=("UpBlock2D",) * (levels - 1) + ("CrossAttnUpBlock2D",),
+        down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
         block_out_channels=tuple(sizes.channels), layers_per_block=sizes.layers, norm_num_groups=8,
         cross_attention_dim=sizes.cross_dim, attention_head_dim=sizes.heads, use_linear_projection=True,
         class_embed_type="projection", projection_class_embeddings_input_dim=2 * embedding)
@@ -86,7 +89,7 @@ class Decoder(nn.Module):
 
 
 class UnetTask(NanoTask):
-    """Stage `unet`: train on latents and embeddings of the training pictures' views; goes to `work/unet`."""
+    """Stage `unet`: train on latents and embeddings of the pool; goes to `work/unet`."""
 
     def __init__(self, space: Workspace, name: str = "unet") -> None:
         from diffusers import DDIMScheduler, DDPMScheduler
@@ -103,24 +106,24 @@ class UnetTask(NanoTask):
             num_train_timesteps=TRAIN_STEPS, trained_betas=cosine_betas(), clip_sample=False,
             prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=True)
         self.noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-        self.normaliser = build_normaliser(self.embeddings[space.train_index, 0].float()).to(space.device)
+        self.normaliser = build_normaliser(self.embeddings.float()).to(space.device)
         super().__init__(space, name, self.decoder)
 
     def start(self, space: Workspace) -> tuple[Any, LayoutReadout]:
         """U-Net and layout read-out that training begins with."""
-        config, (channels, grid), width = space.config, self.latents.shape[2:4], self.embeddings.shape[-1]
+        config, (channels, grid), width = space.config, self.latents.shape[1:3], self.embeddings.shape[-1]
         unet = build_unet(config, channels, grid, width)
-        return unet, LayoutReadout(width, channels, grid, config.unet.cross_dim)
+        return unet, LayoutReadout(width, channels, grid, config.unet.cross_dim, config.unet.hidden, grid // TOKENS)
 
-    def conditions(self, chosen: Tensor, view: Tensor) -> Tensor:
-        """Embeddings `[B, E]` that the U-Net is conditioned on, of some views of some pictures."""
-        return self.embeddings[chosen, view].float()
+    def conditions(self, chosen: Tensor) -> Tensor:
+        """Embeddings `[B, E]` that the U-Net is conditioned on, of some scenes of the pool."""
+        return self.embeddings[chosen].float()
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        chosen, device = self.chosen(micro_step), self.space.device
-        view = torch.randint(0, self.latents.shape[1], (len(chosen),))
-        x0 = self.latents[chosen, view].float().to(device)
-        embedding, count = self.conditions(chosen, view).to(device), len(x0)
+        settings, device = self.settings, self.space.device
+        chosen = batch_indices(micro_step, settings.batch_size, len(self.latents), settings.seed)
+        x0 = self.latents[chosen].float().to(device)
+        embedding, count = self.conditions(chosen).to(device), len(x0)
         level = torch.randint(0, 300, (count,), device=device) * (torch.rand(count, device=device) < 0.25)
         labels = class_labels(embedding, level, self.normaliser, self.noising)
         keep = (torch.rand(count, device=device) >= 0.1).float()
@@ -155,11 +158,10 @@ class UnetOfCodesTask(UnetTask):
         unet = UNet2DConditionModel.from_pretrained(self.out / "unet")
         return unet, LayoutReadout.from_pretrained(self.out / "layout")
 
-    def conditions(self, chosen: Tensor, view: Tensor) -> Tensor:
-        embedding = super().conditions(chosen, view)
-        draw = torch.randint(0, self.decoded.shape[0], (len(chosen),))
+    def conditions(self, chosen: Tensor) -> Tensor:
+        draw = torch.randint(0, len(self.decoded), (len(chosen),))
         mixed = torch.rand(len(chosen), 1) < 2 / 3
-        return torch.where(mixed, self.decoded[draw, chosen, view].float(), embedding)
+        return torch.where(mixed, self.decoded[draw, chosen].float(), super().conditions(chosen))
 
 
 def _eager_attention(unet: Any) -> None:
@@ -180,24 +182,19 @@ def save_decoder(decoder: Decoder, scheduler: Any, noising: Any, normaliser: Any
 
 
 def decoded_embeddings(space: Workspace) -> Tensor:
-    """Embeddings float16 `[M, N, V, E]` of all views' codes: as they are, then with up to 15 % of them replaced."""
-    return space.cached("decoded", lambda: _decode(space, codes(space)[:, :space.config.views]))
+    """Embeddings float16 `[2, N, E]` of the pool's codes: as they are, and with up to 15 % of them those of another
+    scene."""
+    return space.cached("decoded", lambda: _decode(space, pool_codes(space).long()))
 
 
 @torch.no_grad()
-def _decode(space: Workspace, codes: Tensor, draws: int = 2, corrupt: float = 0.15) -> Tensor:
+def _decode(space: Workspace, codes: Tensor, corrupt: float = 0.15) -> Tensor:
     from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
-    tokenizer = Seed2Tokenizer.from_pretrained(space.tokenizer_folder)
-    flat = codes.flatten(0, 1).long()
-    generator = torch.Generator().manual_seed(0)
-    size = tokenizer.config.codebook_size
-    results = []
-    for draw in range(draws + 1):
-        current = flat
-        if draw:
-            share = corrupt * torch.rand(len(flat), 1, generator=generator)
-            swap = torch.rand(flat.shape, generator=generator) < share
-            current = torch.where(swap, torch.randint(size, flat.shape, generator=generator), flat)
-        results.append(tokenizer.decode(current, batch_size=512).half().unflatten(0, codes.shape[:2]))
-    return torch.stack(results)
+    tokenizer = Seed2Tokenizer.from_pretrained(space.tokenizer_folder).to(space.device)
+    generator = torch.Generator().manual_seed(space.config.seed)
+    share = corrupt * torch.rand(len(codes), 1, generator=generator)
+    swap = torch.rand(codes.shape, generator=generator) < share
+    others = codes[torch.randperm(len(codes), generator=generator)]  # a place has codes of its own
+    swapped = torch.where(swap, others, codes)
+    return torch.stack([tokenizer.decode(kind, batch_size=512).half().cpu() for kind in (codes, swapped)])

@@ -1,0 +1,47 @@
+"""Scenes as training batches by step: drawn when they are asked for, never stored; any step can be had alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from seed_multimodal.data.nano.scene import thing_mask
+from seed_multimodal.data.nano.splits import scene_at
+from seed_multimodal.data.nano.targets import label_tensor
+from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.training.nano.pixels import scene_pixels
+
+ENDLESS = 2**40
+"""Length of the stream: more than any training takes."""
+
+
+class SceneStream:
+    """Training scenes by number, for `StepBatches`; a batch has `image` uint8 `[B, 3, S, S]`, `labels` int64 `[B, 5]`
+    (`data.nano.targets`), and with `masks` `mask` float32 `[B, 1, S, S]`: how much of each pixel is a thing."""
+
+    shard_sizes = None
+
+    def __init__(self, size: int, seed: int, masks: bool = True, split: str = "train") -> None:
+        self.size, self.seed, self.masks, self.split = size, seed, masks, split
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """One scene: `get_batch` of one, without the batch's axis."""
+        return {name: value[0] for name, value in self.get_batch(np.array([index]), epoch).items()}
+
+    def get_batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, Any]:
+        """The scenes of some numbers."""
+        scenes = [scene_at(self.seed, int(index), self.split) for index in indices]
+        batch = {"image": scene_pixels(scenes, self.size), "labels": label_tensor(scenes)}
+        if self.masks:
+            batch["mask"] = torch.from_numpy(np.stack([thing_mask(scene, self.size) for scene in scenes]))[:, None]
+        return batch
+
+
+def scene_batches(stream: SceneStream, batch_size: int, workers: int) -> StepBatches:
+    """The stream in its own order."""
+    return StepBatches(stream, batch_size, seed=0, workers=workers, shuffle=False)
