@@ -44,7 +44,7 @@ def cosine_betas(steps: int = TRAIN_STEPS, final_signal: float = FINAL_SIGNAL) -
 
 
 def build_unet(config: NanoConfig, latent_channels: int, grid: int, embedding: int) -> Any:
-    """An untrained `UNet2DConditionModel` that attends where its grid is that of the layout's tokens, and in the middle;
+    """An untrained `UNet2DConditionModel` that attends on the grid of the layout's tokens and in the middle;
     in such blocks `attention_head_dim` is the number of heads."""
     from diffusers import UNet2DConditionModel
 
