@@ -27,6 +27,6 @@ def test_wrong_type_and_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such settings file"):
         load_config(tmp_path / "none.yaml")
     file = tmp_path / "bad.yaml"
-    file.write_text("views: many\n")
+    file.write_text("pool: many\n")
     with pytest.raises(ConfigError, match="bad.yaml"):
         load_config(file)

@@ -1,0 +1,114 @@
+"""Nano's own stages on scenes: streams by step, the autoencoder's loss and latents, the tower's labels, the decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from seed_multimodal.data.nano.scene import thing_mask
+from seed_multimodal.data.nano.splits import scene_at
+from seed_multimodal.data.nano.targets import CLASSES, IGNORED, JUDGED, label_ids, label_tensor
+from seed_multimodal.detokenizers.layout import LayoutReadout
+from seed_multimodal.training.nano.clip import Tower, load_label_heads, named_right, unit_scale
+from seed_multimodal.training.nano.config import NanoConfig, load_config
+from seed_multimodal.training.nano.pixels import scene_pixels, to_signed
+from seed_multimodal.training.nano.scenes import SceneStream, scene_batches
+from seed_multimodal.training.nano.unet import build_unet
+from seed_multimodal.training.nano.vae import (
+    build_vae,
+    normalise_latents,
+    reconstruction_loss,
+    round_trip,
+    things_psnr,
+)
+from seed_multimodal.vision.label_heads import LabelHeads
+from seed_multimodal.weights import save_state_dict
+
+TEST = Path(__file__).resolve().parents[2] / "configs" / "nano" / "test.yaml"
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
+def test_a_step_s_scenes_are_the_same_alone_and_in_order(workers: int) -> None:
+    stream = SceneStream(32, seed=3)
+    with scene_batches(stream, 5, workers) as batches:
+        following = [batches.at(step) for step in (0, 1, 2)]
+    with scene_batches(stream, 5, 0) as batches:
+        alone = batches.at(2)
+    assert all(torch.equal(alone[name], following[2][name]) for name in alone)
+    assert not torch.equal(following[0]["image"], following[1]["image"])
+    assert torch.equal(alone["labels"], label_tensor([scene_at(3, number) for number in range(10, 15)]))
+    assert alone["image"].shape == (5, 3, 32, 32) and alone["mask"].shape == (5, 1, 32, 32)
+
+
+def test_labels_of_things_that_no_class_knows_are_left_out() -> None:
+    scene = scene_at(0, 0, "things")
+    assert label_ids(scene)["first"] == IGNORED != label_ids(scene, JUDGED)["first"]
+    heads = LabelHeads(8, {name: len(found) for name, found in CLASSES.items()})
+    x, labels = torch.randn(4, 8), label_tensor([scene_at(0, n, "val") for n in range(3)] + [scene])
+    assert heads.loss(x, labels).isfinite() and not heads.right(x, labels)[3, 0]
+
+
+def test_the_loss_weighs_things_and_sees_a_lost_colour_axis() -> None:
+    target, mask = torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
+    mask[..., :8, :] = 1
+    there, elsewhere = target.clone(), target.clone()
+    there[..., :8, :], elsewhere[..., 8:, :] = 0.5, 0.5
+    assert reconstruction_loss(there, target, mask) > 2.5 * reconstruction_loss(elsewhere, target, mask)
+    grey, green = torch.full_like(target, 0.1), target.clone()
+    green[:, 1] = 0.3  # the same sum of errors
+    assert reconstruction_loss(green, target, 0 * mask) > 1.2 * reconstruction_loss(grey, target, 0 * mask)
+    assert reconstruction_loss(target, target, mask) == 0
+
+
+def test_latents_are_normalised_without_changing_the_round_trip() -> None:
+    torch.manual_seed(0)
+    config = load_config(TEST)
+    vae, images = build_vae(config).eval(), scene_pixels([scene_at(0, n) for n in range(16)], 64)
+    before = round_trip(vae, images)
+    normalise_latents(vae, to_signed(images))
+    torch.testing.assert_close(round_trip(vae, images), before, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        moments = vae.encode(to_signed(images)).latent_dist.mean
+    assert moments.shape == (16, 4, 16, 16)
+    torch.testing.assert_close(moments.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(moments.std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
+
+
+def test_the_gate_looks_at_things() -> None:
+    scenes = [scene_at(0, n, "val") for n in range(4)]
+    images = scene_pixels(scenes, 64)
+    masks = torch.stack([torch.from_numpy(thing_mask(scene)) for scene in scenes])[:, None] > 0.5
+    wrong = torch.where(masks, -to_signed(images), to_signed(images))  # backgrounds perfect, things inverted
+    found = things_psnr(wrong, images, scenes)
+    assert found["psnr"] > found["psnr_things"] + 3 and things_psnr(to_signed(images), images, scenes)["psnr"] > 70
+
+
+def test_scaling_the_tower_changes_no_reading(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    tower = Tower(load_config(TEST)).eval()
+    scenes = [scene_at(0, n) for n in range(24)]
+    images = scene_pixels(scenes, 64)
+    with torch.no_grad():
+        before = tower.vision(pixel_values=to_signed(images)).image_embeds
+        read = tower.heads(before)["style"], tower.readout(before)
+        unit_scale(tower, images)
+        after = tower.vision(pixel_values=to_signed(images)).image_embeds
+    torch.testing.assert_close(tower.heads(after)["style"], read[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tower.readout(after), read[1], atol=1e-4, rtol=1e-4)
+    save_state_dict(tower.heads.state_dict(), tmp_path / "heads.safetensors")
+    heads = load_label_heads(tmp_path / "heads.safetensors")
+    assert named_right(heads, after, scenes) == named_right(tower.heads, after, scenes)
+
+
+def test_layout_tokens_stand_for_squares_of_latents() -> None:
+    layout = LayoutReadout(6, 4, 16, 10, hidden=8, patch=2)
+    assert layout.prompt_embeds(torch.randn(3, 6)).shape == (3, 64, 10)
+    assert layout.latents(torch.randn(3, 6)).shape == (3, 4, 16, 16)
+
+
+def test_the_unet_attends_on_the_grid_of_the_tokens_only() -> None:
+    unet = build_unet(NanoConfig(), 4, 16, 256)
+    assert [type(block).__name__ for block in unet.down_blocks] == [
+        "DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
