@@ -24,6 +24,7 @@ from seed_multimodal.data.formats.pairs import NanoPairs, Pairs, open_pairs
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.tar import OpenFiles, scan_tar, tar_records
 from seed_multimodal.data.formats.tar_headers import tar_members
+from seed_multimodal.data.nano.evaluation import scenes
 from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.splits import scene_at
 from seed_multimodal.data.nano.sprites import find_world
@@ -455,7 +456,8 @@ def test_scenes_of_nano() -> None:
     assert pairs.read(8).captions != pair.captions and not np.array_equal(pairs.read(8).image, pair.image)
     other = NanoPairs(split="val", size=32, number=50)
     assert len(other) == 50 and len(NanoPairs(split="val")) == 1000 and len(NanoPairs()) == 100_000
-    assert other.read(0).captions == [describe(other._file.locate(0).fields["image"].scene)]
+    assert other.read(9).captions == [describe(scenes("val")[9])] and other.key(9) == "scene val 9"
+    assert np.array_equal(other.read(9).image, render(scenes("val")[9], 32))
     with pytest.raises(DataError, match=r"unknown split 'vall' \(did you mean 'val'\?\); there are train, val, pairs"):
         NanoPairs(split="vall")
     for wrong, words in (({"number": 0}, "number is 0"), ({"seed": -1}, "seed is -1"), ({"size": 1.5}, "size is 1.5"),

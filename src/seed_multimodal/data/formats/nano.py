@@ -3,7 +3,8 @@
     open_pairs({"format": "nano", "split": "train", "number": 400_000})
 
 The training scenes are a stream without end, of which the first `number` are one epoch. Scene and captions are
-functions of (seed, index), so nothing is stored and any run can be resumed or repeated.
+functions of (seed, index), so nothing is stored and any run can be resumed or repeated. The other splits are the fixed
+lists of `data.nano.evaluation`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from seed_multimodal.data.formats.record import Record
+from seed_multimodal.data.nano.evaluation import scenes
 from seed_multimodal.data.nano.scene import SIZE, Scene, render
 from seed_multimodal.data.nano.splits import SPLITS, scene_at
 from seed_multimodal.data.nano.sprites import find_world, load_sprites
@@ -24,7 +26,6 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest
 
 EPOCH = 100_000  # training scenes, where no number is given
-LISTED = 1_000  # scenes of every other split
 CAPTIONS = 4  # of a training scene: one is drawn each time it is seen
 
 
@@ -47,8 +48,8 @@ class NanoFile:
     Args:
         folder: of the sprites, see `find_world`; None: where they are.
         split: `train`, or a held-out one.
-        number: of scenes; None: 100,000 of train. Of the other splits never more than 1,000.
-        seed: another one gives another stream.
+        number: of scenes; None: 100,000 of train, all of a list. Of a list never more than it has.
+        seed: of training scenes; another one gives others.
         size: side of the pictures in pixels.
 
     Raises:
@@ -64,7 +65,8 @@ class NanoFile:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"nano: {name} is {value!r}; it must be a whole number of at least {least}.")
         self.path, self.split, self.seed, self.size = find_world(folder), split, seed, size
-        self.number = number if split == "train" else min(number, LISTED)
+        self._listed = scenes(split, folder) if split != "train" else []
+        self.number = min(number, len(self._listed)) if self._listed else number
         self._folder = folder
         load_sprites(folder)  # before workers are forked, so that they share it
 
@@ -75,9 +77,12 @@ class NanoFile:
 
     def locate(self, row: int) -> Record:
         """Scene number `row`, not drawn."""
-        scene = scene_at(self.seed, row, self.split)
-        shake = random.Random(f"{self.seed} captions {row}")
-        several = [describe(scene, shake) for _ in range(CAPTIONS)] if self.split == "train" else [describe(scene)]
-        key = f"{self.split} {self.seed} {row}"
+        if self._listed:
+            scene, key = self._listed[row], f"{self.split} {row}"
+            told = [describe(scene)]
+        else:
+            scene, key = scene_at(self.seed, row), f"{self.split} {self.seed} {row}"
+            shake = random.Random(f"{self.seed} captions {row}")
+            told = [describe(scene, shake) for _ in range(CAPTIONS)]
         return Record(key, f"{self.path}: scene {key}", {"image": Drawing(scene, self.size, self._folder),
-                      "caption": several}, file=str(self.path))
+                      "caption": told}, file=str(self.path))

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from seed_multimodal.data.nano.check import check_no_leak
+from seed_multimodal.data.nano.evaluation import check_lists, write_lists
 from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.splits import SPLITS, scene_at
-from seed_multimodal.data.nano.sprites import build, check_files, find_world
+from seed_multimodal.data.nano.sprites import LISTS, build, check_files, find_world
 from seed_multimodal.disk import writing
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import DataError
@@ -50,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace) -> None:
+    if not (args.out / LISTS).is_file():  # else they stay as they are, whatever became of the code
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_lists(args.out)
     made = build(args.out, args.cache)
     print(f"{made['sprites']} drawings, {made['bytes'] / 1e6:.2f} MB, in {args.out}.")
 
@@ -57,9 +62,14 @@ def _build(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     folder = find_world()
     check_files(folder)
+    listed = check_lists(folder)
     seen = check_no_leak(args.samples, args.seed)
-    print(f"{folder}: its files are those of the manifest. Nothing held out is trained on, of "
-          + ", ".join(f"{number} scenes of kind {kind!r}" for kind, number in seen.items()) + ".")
+    print(f"{folder}: its files are those of the manifest. The lists are of their splits: {_numbers(listed)} scenes.\n"
+          f"Nothing held out is trained on, of {_numbers(seen)} scenes.")
+
+
+def _numbers(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in counts.items())
 
 
 def _sheet(args: argparse.Namespace, columns: int = 14) -> None:

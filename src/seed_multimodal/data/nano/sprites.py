@@ -6,7 +6,6 @@ that no colour of an invisible pixel gets into an edge when a picture is reduced
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -15,18 +14,20 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from seed_multimodal.data.formats.record import Place
 from seed_multimodal.data.formats.tar import OpenFiles, tar_records
+from seed_multimodal.data.formats.tar_headers import Damaged
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.nano.packages import SOURCES, drawings, fetch
 from seed_multimodal.data.nano.things import STYLES, THINGS
-from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.disk import read_json_object, replace_text, sha256_of
 from seed_multimodal.errors import DataError
 
 SIDE = 112
 SHARD = "sprites.tar"
+LISTS = "evaluation.json"  # the fixed lists of scenes, see `evaluation`
 BUILD_HINT = "build it with: python -m seed_multimodal.data.nano build --out data/nano"
 
 
@@ -57,19 +58,19 @@ def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.
     Raises:
         DataError: the shard is missing, torn or lacks a drawing.
     """
-    folder = find_world(path)
+    file = find_world(path) / SHARD
     sprites = {}
-    with closing(OpenFiles()) as files:
-        for record in tar_records(folder / SHARD):
-            style, _, name = record.key.partition("-")
-            try:
+    try:
+        with closing(OpenFiles()) as files:
+            for record in tar_records(file):
+                style, _, name = record.key.partition("-")
                 drawing = Image.open(io.BytesIO(_bytes(files, record.members["webp"])))
                 sprites[style, name.replace("_", " ")] = drawing.convert("RGBA").convert("RGBa")
-            except (UnidentifiedImageError, OSError, KeyError) as error:
-                raise DataError(f"{record.where}: its drawing cannot be read ({error}).") from None
+    except (Damaged, OSError, KeyError) as error:  # Pillow's own errors are OSErrors
+        raise DataError(f"{file}: torn, damaged or no shard of drawings ({error}); {BUILD_HINT}") from None
     missing = next(((s, n) for s in STYLES for n in THINGS if (s, n) not in sprites), None)
     if missing:
-        raise DataError(f"{folder / SHARD}: it has no drawing of {missing[1]!r} in style {missing[0]!r}; {BUILD_HINT}")
+        raise DataError(f"{file}: it has no drawing of {missing[1]!r} in style {missing[0]!r}; {BUILD_HINT}")
     return sprites
 
 
@@ -101,7 +102,7 @@ def draw_sprite(svg: str, name: str, side: int = SIDE) -> Image.Image:
 
 
 def build(out: Path, cache: Path) -> dict[str, int]:
-    """Fetch the packages, draw every thing in every style, write shard and manifest to `out`.
+    """Fetch the packages, draw every thing in every style, write shard and manifest to `out`; lists there stay.
 
     Returns:
         Numbers: `sprites`, `bytes`.
@@ -117,26 +118,28 @@ def build(out: Path, cache: Path) -> dict[str, int]:
                 raise DataError(f"{SOURCES[style].package}: it has no drawing of {thing.name!r} ({thing.code}).")
             buffer = io.BytesIO()
             sprite = draw_sprite(svgs[thing.code], f"{style} {thing.name}")
-            sprite.save(buffer, "WEBP", lossless=True, quality=100, method=4)
+            sprite.save(buffer, "WEBP", lossless=True, quality=100, method=6)
             members.append((f"{style}-{thing.name.replace(' ', '_')}", {"webp": buffer.getvalue()}))
     write_shard(out / SHARD, members)
-    data = (out / SHARD).read_bytes()
     manifest = {
         "format": 2, "side": SIDE, "styles": list(STYLES), "things": len(THINGS),
-        "files": {SHARD: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
+        "files": {name: {"bytes": (out / name).stat().st_size, "sha256": sha256_of(out / name)}
+                  for name in (SHARD, LISTS) if (out / name).is_file()},
         # Other versions of these may round a pixel differently; the same ones give the same bytes.
         "libraries": {"resvg_py": version("resvg_py"), "pillow": version("pillow")},
         "sources": [{"name": s.name, "package": f"{s.package}@{s.version}", "integrity": s.integrity,
                      "licence": s.licence, "credit": s.credit} for s in (SOURCES[style] for style in STYLES)],
     }
     replace_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    return {"sprites": len(members), "bytes": len(data)}
+    return {"sprites": len(members), "bytes": (out / SHARD).stat().st_size}
 
 
 def check_files(folder: Path) -> None:
-    """Raise DataError when a file of the set is not the one its manifest names."""
-    manifest = read_json_object(folder / "manifest.json", DataError)
-    for name, entry in manifest["files"].items():
-        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        if digest != entry["sha256"]:
+    """Raise DataError when a file of the set is missing or not the one that its manifest names."""
+    named = read_json_object(folder / "manifest.json", DataError).get("files")
+    for name in (SHARD, LISTS):
+        entry = named.get(name) if isinstance(named, dict) else None
+        if not isinstance(entry, dict) or not (folder / name).is_file():
+            raise DataError(f"{folder}: {name} is not there, or not in its manifest.json; {BUILD_HINT}")
+        if sha256_of(folder / name) != entry.get("sha256"):
             raise DataError(f"{folder / name}: its sha256 is not the manifest's; it is damaged or from elsewhere.")
