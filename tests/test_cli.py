@@ -93,6 +93,48 @@ def test_reconstruct_from_pictures_and_from_their_codes_is_the_same(capsys, tiny
         assert Image.open(path).tobytes() == Image.open(tmp_path / "b" / path.name).tobytes()
 
 
+def test_reconstruct_from_the_first_codes(capsys, tiny, tmp_path):
+    flags = ("--model", tiny, "--steps", "2", "--json", "--out")
+    code, lines, _ = run(capsys, "reconstruct", CAT, FOX, "--codes", "4,8,32", *flags, str(tmp_path / "a"))
+    records = [json.loads(line) for line in lines]
+    assert code == 0 and [list(record["rebuilt"]) for record in records] == 2 * [["4", "8", "32"]]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
+        f"{stem}_rebuilt_{end}.png" for stem in ("cat", "fox") for end in (4, 8, 32, "codes"))
+    assert all(Image.open(record["sheet"]).width > 3 * 128 for record in records)
+    run(capsys, "reconstruct", FOX, *flags, str(tmp_path / "whole.png"))
+    code, lines, _ = run(capsys, "reconstruct", FOX, "--codes", "8", *flags, str(tmp_path / "eight.png"))
+    assert json.loads(lines[0])["from_codes"] == 8
+    pixels = {name: Image.open(path).tobytes() for name, path in (
+        ("whole", tmp_path / "whole.png"), ("eight", tmp_path / "eight.png"), *records[1]["rebuilt"].items())}
+    assert pixels["whole"] == pixels["32"] and pixels["eight"] == pixels["8"] and len(set(pixels.values())) == 3
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    (("--codes", "33"), "The number of codes to draw from must be at most 32, not 33."),
+    (("--codes", "8,16", "--out", "one.png"), "one file for 2 pictures"),
+    (("--codes", "nowhere.jsonl"), "give either pictures or --codes-file FILE"),
+])
+def test_numbers_of_codes_that_cannot_be_are_refused(capsys, tiny, given, words):
+    code, lines, errors = run(capsys, "reconstruct", FOX, "--model", tiny, *given)
+    assert (code, lines) == (2, []) and words in errors
+    for odd in ("0", "8,", "8,-1"):
+        with pytest.raises(SystemExit):
+            main(["draw", "a cat", "--model", tiny, "--codes", odd])
+    assert capsys.readouterr().err.count("argument --codes: must be a whole number, 1 or more") == 3
+
+
+def test_codes_are_drawn_as_strips(capsys, tiny, tmp_path):
+    from seed_multimodal.images.code_strip import UNKNOWN, above_strip, code_colour, code_strip
+
+    code, _, _ = run(capsys, "tokenize", CAT, FOX, "--model", tiny, "--save-plot", str(tmp_path / "codes.png"))
+    assert code == 0 and Image.open(tmp_path / "codes.png").width > 6 * 88
+    assert code_colour(5, 16) == code_colour(21, 16) and len({code_colour(code, 64) for code in range(64)}) == 64
+    strip = code_strip([3, 7, 3, 9], 16, first=3, cell=4, gap=1)
+    cells = [strip.getpixel((x, 2)) for x in (2, 7, 12, 17)]
+    assert cells[0] == cells[2] == (*code_colour(3, 16), 255) != cells[1] and cells[3] == (*UNKNOWN, 255)
+    assert above_strip(Image.new("RGB", (8, 4)), strip, 6).size == (19, 10 + 6 + 4)
+
+
 def test_reconstruct_refuses_bad_codes_one_by_one(capsys, tiny, tmp_path):
     codes = tmp_path / "codes.jsonl"
     codes.write_text(json.dumps([1] * 32) + "\n" + json.dumps([1] * 31) + "\n" + json.dumps([99] * 32) + "\n"
@@ -155,6 +197,16 @@ def test_draw_follows_the_seed(capsys, tiny, tmp_path):
     assert pictures["a"] == pictures["b"] != pictures["c"]
 
 
+def test_draw_from_the_first_codes(capsys, tiny, tmp_path):
+    code, lines, _ = run(capsys, "draw", "a red apple", "--model", tiny, "--steps", "2", "--json", "--codes", "8,32",
+                         "--out", str(tmp_path))
+    record = json.loads(lines[0])
+    run(capsys, "draw", "a red apple", "--model", tiny, "--steps", "2", "--out", str(tmp_path))
+    drawn = {count: Image.open(path).tobytes() for count, path in record["picture"].items()}
+    assert code == 0 and drawn["8"] != drawn["32"] == Image.open(tmp_path / "a_red_apple.png").tobytes()
+    assert Path(record["sheet"]).name == "a_red_apple_codes.png"
+
+
 def test_draw_names_files_after_their_words(capsys, tiny, tmp_path):
     code, _, _ = run(capsys, "draw", "a/b: ../c", "a/b: ../c", "--model", tiny, "--out", str(tmp_path / "deep" / "er"))
     assert code == 0
@@ -212,6 +264,18 @@ def test_chat_puts_one_blank_between_words_and_pictures(capsys, tiny, tmp_path):
     for _ in range(2):
         talk._follow(iter(events))
     assert capsys.readouterr().out == 2 * "[picture: not drawn] Here it is. [picture: not drawn] [31 codes]\n"
+
+
+def test_chat_replaces_a_preview_by_the_picture(capsys, tiny, tmp_path):
+    def shown(grey: int, kind: str = "image_preview") -> dict:
+        return {"type": kind, "codes": [1] * (32 if kind == "image" else 8), "image": Image.new("L", (4, 4), grey)}
+
+    talk = Talk(None, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
+    parts, _ = talk._follow(iter([shown(9), shown(80), shown(200, "image"), shown(9), shown(100, "image")]))
+    names = [tmp_path / "turn_1.png", tmp_path / "turn_1_2.png"]
+    assert [part["picture"] for part in parts] == list(map(str, names)) and len(list(tmp_path.iterdir())) == 2
+    assert [Image.open(name).getpixel((0, 0)) for name in names] == [200, 100]
+    assert capsys.readouterr().out.startswith(f"[after 8 codes: {names[0]}] [after 8 codes: {names[0]}] [picture: ")
 
 
 def test_chat_says_what_it_does_not_know(capsys, tiny, tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from seed_multimodal import SeedLlama, open_image
+from seed_multimodal.data.nano.scene import render
+from seed_multimodal.data.nano.splits import scene_at
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "pretrained" / "nano"
@@ -44,6 +46,20 @@ def test_rebuilt_pictures_are_nearest_to_their_originals(seed: SeedLlama) -> Non
 def test_the_same_seed_draws_the_same_picture(seed: SeedLlama) -> None:
     first, again = (seed.draw("a fluent drawing of a red apple", seed=3) for _ in range(2))
     assert first.size == (64, 64) and np.array_equal(np.asarray(first), np.asarray(again))
+
+
+def test_pictures_come_out_of_their_first_codes(seed: SeedLlama) -> None:
+    """The more codes, the nearer to the whole picture, on average."""
+    counts = (4, 8, 16, 32)
+    scenes = [Image.fromarray(render(scene_at(5, number, "val"))) for number in range(12)]
+    codes = seed.tokenize(scenes)
+    ladder = [seed.reconstruct(codes, codes=count, num_inference_steps=4, batch_size=16) for count in counts]
+    distance = [np.mean([np.square(_pixels(a) - _pixels(b)).mean() for a, b in zip(step, ladder[-1], strict=True)])
+                for step in ladder]
+    assert distance[0] > distance[1] > distance[2] > distance[3] == 0
+    embeddings = [seed.pictures.model.decode(codes, first=count) for count in counts]
+    likeness = [float(torch.cosine_similarity(step, embeddings[-1]).mean()) for step in embeddings]
+    assert likeness == sorted(likeness) and likeness[0] < likeness[2]
 
 
 def test_red_apple_is_red_and_the_edit_is_a_picture(seed: SeedLlama) -> None:

@@ -1,7 +1,7 @@
 """The console command `seed`: pictures to codes and back, questions, drawings, edits, conversations.
 
     seed tokenize cat.jpg                       32 codes
-    seed reconstruct cat.jpg --out rebuilt      picture → codes → picture
+    seed reconstruct cat.jpg --out rebuilt      picture → codes → picture (--codes 4,8,16,32: after so many of them)
     seed describe cat.jpg                       a caption
     seed ask cat.jpg "What is this animal?"     an answer
     seed draw "a red apple"                     a picture from words
@@ -27,6 +27,7 @@ from typing import NoReturn
 from seed_multimodal import __version__
 from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, plot
 from seed_multimodal.commands.common import (
+    add_codes,
     add_common,
     add_drawing,
     add_generation,
@@ -56,11 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize = _command(commands, "tokenize", pictures.tokenize, "pictures → codes")
     tokenize.add_argument("pictures", nargs="+", metavar="PICTURE")
     tokenize.add_argument("--out", metavar="FILE", help="also write the codes, one JSON object a line")
+    tokenize.add_argument("--save-plot", metavar="FILE", help="also draw the codes: a coloured strip for each picture")
     tokenize.add_argument("--batch-size", type=whole_number(1), default=32, metavar="N")
 
     reconstruct = _command(commands, "reconstruct", pictures.reconstruct, "pictures (or codes) → codes → pictures")
     reconstruct.add_argument("pictures", nargs="*", metavar="PICTURE")
-    reconstruct.add_argument("--codes", metavar="FILE", help="draw the codes that `seed tokenize --out FILE` wrote")
+    reconstruct.add_argument("--codes-file", metavar="FILE", help="draw the codes that `seed tokenize --out` wrote")
+    add_codes(reconstruct, pictures.counts_or_file, "; a FILE here is taken as --codes-file")
     add_out(reconstruct)
     reconstruct.add_argument("--batch-size", type=whole_number(1), default=8, metavar="N")
     add_drawing(reconstruct)
@@ -75,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     draw = _command(commands, "draw", pictures.draw, "pictures from words", language=True)
     draw.add_argument("texts", nargs="+", metavar="TEXT")
+    add_codes(draw)
     add_out(draw)
     add_drawing(draw)
 
@@ -90,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     talking.add_argument("--image", action="append", default=[], metavar="PICTURE", help="shown with the first message")
     talking.add_argument("--out", metavar="FOLDER", default="outputs/chat",
                          help="for drawn pictures (default: %(default)s)")
+    talking.add_argument("--no-previews", action="store_true", help="on a terminal, too: no picture before it is whole")
     add_drawing(talking)
 
     converter = commands.add_parser("convert", help="old .pt/.pth/.bin weights → safetensors")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from seed_multimodal.commands.recon import make_grid, next_name, recon_script
 from seed_multimodal.config import instantiate
-from seed_multimodal.errors import CheckpointError, CodesError, ImageError
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, ImageError
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.systems.seed1 import Seed1, find_diffusion
 
@@ -82,6 +82,8 @@ def test_bad_input_is_one_sentence(model: Seed1, pictures: list[Path], tmp_path:
         model.draw([50] * 32)
     with pytest.raises(CodesError, match="1 pictures were given with 2 seeds"):
         model.draw([1] * 32, seed=[1, 2])
+    with pytest.raises(ConfigError, match="^SEED-1.* makes no picture from its first codes alone; SEED-2 does.$"):
+        model.draw([1] * 32, first=8)
 
 
 def test_parts_are_found_and_missed(folder: Path, tmp_path: Path) -> None:

@@ -158,6 +158,41 @@ def test_a_stream_says_what_chat_says_whatever_the_caller_draws_between(tiny, pi
     assert all(same(a, b) for a, b in zip(streamed.images, answer.images, strict=True))
 
 
+def test_a_stream_shows_a_picture_while_it_is_made(tiny, picture) -> None:
+    asked = [{"role": "user", "content": picture}]
+    options = {"force_image": True, "max_new_tokens": 33, "seed": 3}
+    events = list(tiny.chat(asked, stream=True, num_inference_steps=2, **options))
+    kinds = [event["type"] for event in events]
+    assert kinds[kinds.index("image_start"):] == ["image_start", "image_preview", "image_preview", "image", "done"]
+    shown, whole = [event for event in events if event["type"] == "image_preview"], events[-2]
+    assert [event["codes"] for event in shown] == [whole["codes"][:8], whole["codes"][:16]]
+    for event in shown:
+        again = tiny.reconstruct(whole["codes"], seed=3, codes=len(event["codes"]), num_inference_steps=2)
+        assert same(event["image"], again[0]) and not same(event["image"], whole["image"])
+    quiet = list(tiny.chat(asked, stream=True, previews=(), num_inference_steps=2, **options))
+    with_them, without = events[-1]["answer"], quiet[-1]["answer"]
+    assert "image_preview" not in {event["type"] for event in quiet} and without.ids == with_them.ids
+    assert all(same(a, b) for a, b in zip(without.images, with_them.images, strict=True))
+    with pytest.raises(ConfigError, match="previews must be at least 1, not 0"):
+        tiny.chat(asked, stream=True, previews=(0,), **options)
+
+
+def test_progressive_drawing(tiny, picture, other) -> None:
+    codes = tiny.tokenize([picture, other])
+    ladder = tiny.reconstruct(picture, codes=(4, 8, 32), num_inference_steps=2)
+    assert len(ladder) == 3 and same(ladder[2], tiny.reconstruct(picture, num_inference_steps=2)[0])
+    assert same(ladder[1], tiny.reconstruct(codes[0, :8], codes=8, num_inference_steps=2)[0])
+    assert not same(ladder[0], ladder[1])
+    assert all(same(a, b) for a, b in zip(
+        tiny.reconstruct([picture, other], codes=[8, 4], num_inference_steps=2, batch_size=1),
+        [ladder[1], tiny.reconstruct(other, codes=4, num_inference_steps=2)[0]], strict=True))
+    drawn = tiny.draw("a blue fish", codes=[8, 32], num_inference_steps=2)
+    assert same(drawn[0], tiny.draw("a blue fish", codes=8, num_inference_steps=2))
+    assert same(drawn[1], tiny.draw("a blue fish", num_inference_steps=2)) and not same(*drawn)
+    with pytest.raises(ConfigError, match="The number of codes to draw from must be at most 32, not 33"):
+        tiny.draw("a blue fish", codes=33)
+
+
 def test_leaving_a_stream_early_ends_its_thread(tiny, picture) -> None:
     import threading
 

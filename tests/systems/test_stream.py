@@ -39,6 +39,19 @@ def test_events_come_with_their_tokens(words: MultimodalTokenizer) -> None:
     assert not any("\ufffd" in event.get("text", "") for event in events)
 
 
+def test_previews_come_with_the_codes_they_are_made_of(words: MultimodalTokenizer) -> None:
+    codes = [k % 16 for k in range(32)]
+    ids = [*words.encode("Two:"), *2 * words.vocabulary.image_ids(codes), words.eos_id]
+    reader, seen = AnswerReader(words, MARKER, (16, 8, 32)), []
+    for place, id in enumerate(ids):
+        seen += [(place, event["codes"]) for event in reader.read(id) if event["type"] == "image_preview"]
+    begins = [place + 1 for place, id in enumerate(ids) if id == words.vocabulary.boi_id]
+    assert seen == [(begin + k - 1, codes[:k]) for begin in begins for k in (8, 16, 32)]
+    broken = AnswerReader(words, MARKER, (8,))  # an unconstrained model may write words among the codes
+    odd = [words.vocabulary.boi_id, *words.encode("a"), *words.vocabulary.code_to_id(codes[:9])]
+    assert not [event for id in odd for event in broken.read(id) if event["type"] == "image_preview"]
+
+
 def test_the_answer_ends_where_the_user_would_speak(words: MultimodalTokenizer) -> None:
     said = words.encode("a red apple")
     beyond = [*words.encode("\nUSER: What is this?"), *words.vocabulary.image_ids([0] * 32)]

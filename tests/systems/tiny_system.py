@@ -40,7 +40,7 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
         "tokenizer": "seed_tokenizer", "llm": "seed_llama", "detokenizer": "seed_tokenizer/diffusion_model",
         "template": "vicuna", "image_size": IMAGE_SIZE,
         "transform": {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"},
-        "generation": {"max_new_tokens": 12, "do_sample": False},
+        "generation": {"max_new_tokens": 12, "do_sample": False}, "previews": [8, 16],
     }))
     return home
 

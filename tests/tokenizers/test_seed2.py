@@ -158,3 +158,43 @@ def test_config_round_trip_and_refusals(tiny: Seed2Config) -> None:
         Seed2Config.from_dict({"model_type": "llama"})
     with pytest.raises(ConfigError, match="decode heads"):
         Seed2Tokenizer(dataclasses.replace(tiny, decode_heads=7))
+
+
+# ---- progressive decoding
+
+
+def test_the_first_codes_decode_as_stage_2_trained_them(model: Seed2Tokenizer, images: torch.Tensor) -> None:
+    codes = model.encode(images)
+    for first in (1, 8, 31):
+        rows = model.quantize.lookup(codes)
+        rows[:, first:] = 0
+        expected = model.decode_embeddings(rows)
+        torch.testing.assert_close(model.decode(codes, first=first), expected)
+        torch.testing.assert_close(model.decode(codes[:, :first], first=first), expected)
+        torch.testing.assert_close(optimise(model, compile=False).decode(codes, first=first), expected)
+    torch.testing.assert_close(model.decode(codes, first=32), model.decode(codes))
+    other = codes.clone()
+    other[:, 8:] = codes[:, 8:].flip(1)
+    torch.testing.assert_close(model.decode(other, first=8), model.decode(codes, first=8))
+
+
+def test_a_number_of_codes_for_each_row_or_several_for_one(model: Seed2Tokenizer, images: torch.Tensor) -> None:
+    codes = model.encode(images)
+    each = torch.cat([model.decode(codes[i], first=k) for i, k in enumerate((4, 8, 16, 31, 32))])
+    torch.testing.assert_close(model.decode(codes, first=[4, 8, 16, 31, 32], batch_size=2), each)
+    ladder = model.decode(codes[0], first=torch.tensor([4, 32]))
+    torch.testing.assert_close(ladder, torch.cat([model.decode(codes[0], first=4), model.decode(codes[0])]))
+
+
+def test_short_lists_and_odd_numbers_of_codes_are_refused(model: Seed2Tokenizer, images: torch.Tensor) -> None:
+    codes = model.encode(images)
+    with pytest.raises(CodesError, match="An image has 32 codes"):
+        model.decode(codes[:, :8])
+    with pytest.raises(CodesError, match="An image has 32 codes"):
+        model.decode(codes[:, :8], first=9)
+    for first in (0, 33, 2.0, True, "8"):
+        with pytest.raises(ConfigError, match="The number of codes to draw from must be"):
+            model.decode(codes, first=first)
+    for first in ([8, 16], []):
+        with pytest.raises(ConfigError, match=f"5 pictures were given with {len(first)} numbers of codes"):
+            model.decode(codes, first=first)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from seed_multimodal.commands.common import (
@@ -51,6 +52,8 @@ class Talk:
         messages."""
         asked = {"role": "user", "content": [*self.shown, text]}
         options = {"seed": self.args.seed, **generation_settings(self.args), **drawing_settings(self.args)}
+        if self.args.json or self.args.no_previews or not sys.stdout.isatty():  # nobody looks on
+            options["previews"] = ()
         parts, answer = self._follow(self.system.chat([*self.messages, asked], stream=True, force_image=force_image,
                                                       **options))
         self.shown = []
@@ -65,7 +68,7 @@ class Talk:
     def _follow(self, events: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
         """Print events (unless `--json`) and collect them: the parts of the answer, and the answer itself."""
         parts: list[dict[str, Any]] = []
-        answer = None
+        answer, path = None, None  # path: where a preview of the picture that is being made lies
         for event in events:
             if event["type"] == "text":
                 if parts and "text" in parts[-1]:
@@ -73,20 +76,28 @@ class Talk:
                 else:
                     parts.append({"text": event["text"]})
                 self._print(event["text"])
+            elif event["type"] == "image_preview":  # in the place of the picture, which replaces it
+                path = save_picture(event["image"], path or self._next_name())
+                self._print_aside(f"after {len(event['codes'])} codes: {path}")
             elif event["type"] == "image":
                 part: dict[str, Any] = {"codes": list(event["codes"])}
                 if event["image"] is not None:
-                    path = save_picture(event["image"], self.names.next(f"turn_{len(self.messages) // 2 + 1}"))
+                    path = save_picture(event["image"], path or self._next_name())
                     part["picture"] = str(path)
                 parts.append(part)
+                path = None
                 self._print_aside(f"picture: {part.get('picture', 'not drawn')}")
             elif event["type"] == "image_broken":
                 parts.append({"broken": event["reason"]})
+                path = None
                 self._print_aside(event["reason"])
             elif event["type"] == "done":
                 answer = event["answer"]
         self._print("\n")
         return parts, answer
+
+    def _next_name(self) -> Path:
+        return self.names.next(f"turn_{len(self.messages) // 2 + 1}")
 
     def _print(self, text: str) -> None:
         """Print words of the answer, with a blank after a preceding bracket."""

@@ -22,7 +22,7 @@ from PIL import Image
 
 from seed_multimodal.config import project_root
 from seed_multimodal.disk import disk_reason, writing
-from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, add_device, log_line
+from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, add_device, log_line, whole_number
 from seed_multimodal.errors import (
     CodesError,
     ConfigError,
@@ -75,6 +75,17 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("drawing")
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     group.add_argument("--guidance-scale", type=float, metavar="G")
+
+
+def code_counts(text: str) -> list[int]:
+    """The type of `--codes`: numbers of codes, `8` or `4,8,16,32`."""
+    return [whole_number(1)(word) for word in text.split(",")]
+
+
+def add_codes(parser: argparse.ArgumentParser, kind: Callable[[str], Any] = code_counts, more: str = "") -> None:
+    """`--codes` of commands that draw; `more`: what else it takes."""
+    parser.add_argument("--codes", type=kind, metavar="N,N,…", help="progressive drawing: the picture after the first "
+                        f"N codes; several numbers (4,8,16,32): one picture each, and a sheet of them{more}")
 
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:

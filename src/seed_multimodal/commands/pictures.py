@@ -9,14 +9,16 @@ import argparse
 import contextlib
 import itertools
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from seed_multimodal.commands.common import (
     Outcomes,
     OutputNames,
+    code_counts,
     drawing_settings,
     each_picture,
     emit,
@@ -42,37 +44,77 @@ def tokenize(args: argparse.Namespace) -> int:
     codec = load_codec(args)
     outcomes = Outcomes(len(args.pictures))
     lines = []
+    shown: list[tuple[str, Image.Image, list[int]]] = []
     for batch in batched(opened(args.pictures, outcomes, args.debug), args.batch_size):
-        for (name, _), codes in zip(batch, codec.tokenize([image for _, image in batch]).tolist(), strict=True):
+        for (name, image), codes in zip(batch, codec.tokenize([image for _, image in batch]).tolist(), strict=True):
+            if args.save_plot:
+                image.thumbnail((176, 176))
+                shown.append((name, image, codes))
             record = {"picture": name, "codes": codes}
             lines.append(json.dumps(record, ensure_ascii=False))
             emit(args, record, f"{name}: {' '.join(map(str, codes))}")
+    if args.save_plot:
+        save_strips(shown, codec, Path(args.save_plot))
     if args.out:
         write_text("".join(line + "\n" for line in lines), args.out)
     return outcomes.finish()
 
 
 def reconstruct(args: argparse.Namespace) -> int:
-    """Rebuild pictures from their codes, or from a file of codes, and save them."""
-    if bool(args.pictures) == bool(args.codes):
-        raise ConfigError("seed reconstruct: give either pictures or --codes FILE.")
-    stored = read_codes(args.codes) if args.codes else []
-    total = len(stored) if args.codes else len(args.pictures)
-    names, outcomes = OutputNames(args.out, "outputs", total), Outcomes(total)
+    """Rebuild pictures from their codes, or from a file of codes, whole or from the first of them, and save them."""
+    file, counts = (args.codes, None) if isinstance(args.codes, str) else (args.codes_file, args.codes)
+    if bool(args.pictures) == bool(file):
+        raise ConfigError("seed reconstruct: give either pictures or --codes-file FILE.")
+    stored = read_codes(file) if file else []
+    total = (len(stored) if file else len(args.pictures)) * len(counts or (0,))
+    names, outcomes = OutputNames(args.out, "outputs", total), Outcomes(len(stored) or len(args.pictures))
     codec = load_codec(args)
     named: Iterable[tuple[str, list[int]]]
-    if args.codes:
+    if file:
         named = _checked(codec, stored, outcomes, args.debug)
     else:
         named = ((name, codec.tokenize(image)[0].tolist())
                  for name, image in opened(args.pictures, outcomes, args.debug))
     for batch in batched(named, args.batch_size):
-        images = codec.draw([codes for _, codes in batch], seed=args.seed, **drawing_settings(args))
-        for (name, codes), image in zip(batch, images, strict=True):
+        images = codec.draw([codes for _, codes in batch for _ in counts or (0,)], seed=args.seed,
+                            first=counts and counts * len(batch), **drawing_settings(args))
+        for (name, codes), own in zip(batch, batched(images, len(counts or (0,))), strict=True):
             with outcomes.one(name, args.debug):
-                path = save_picture(image, names.next(Path(name).stem, "_rebuilt"))
-                emit(args, {"picture": name, "codes": codes, "rebuilt": str(path)}, f"{name}: {path}")
+                saved, said = _save_drawn(own, counts, names, Path(name).stem, "_rebuilt", "rebuilt")
+                emit(args, {"picture": name, "codes": codes, **saved}, f"{name}: {said}")
     return outcomes.finish()
+
+
+def _save_drawn(images: Sequence[Image.Image], counts: Sequence[int] | None, names: OutputNames, stem: str,
+                ending: str, key: str) -> tuple[dict[str, Any], str]:
+    """Save a picture, or the ones of several numbers of codes and a sheet of them; for JSON under `key`, and in words.
+    """
+    if counts is None or len(counts) == 1:
+        path = str(save_picture(images[0], names.next(stem, ending)))
+        return {key: path, **({"from_codes": counts[0]} if counts else {})}, path
+    from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+
+    paths = [str(save_picture(image, names.next(stem, f"{ending}_{count}")))
+             for count, image in zip(counts, images, strict=True)]
+    cells = [Cell(image, f"{count} codes") for count, image in zip(counts, images, strict=True)]
+    sheet = str(save_picture(contact_sheet([Row("", cells)]), names.next(stem, f"{ending}_codes")))
+    return {key: dict(zip(map(str, counts), paths, strict=True)), "sheet": sheet}, f"{sheet} ({', '.join(paths)})"
+
+
+def counts_or_file(text: str) -> list[int] | str:
+    """The type of `seed reconstruct --codes`: numbers of codes, or a file of codes."""
+    return code_counts(text) if re.fullmatch(r"[\d,]+", text) else text
+
+
+def save_strips(shown: Sequence[tuple[str, Image.Image, Sequence[int]]], codec: PictureCodec, path: Path) -> None:
+    """Draw a strip of codes beside each picture, on one page."""
+    from seed_multimodal.images.code_strip import code_strip
+    from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+
+    section = codec.model.config.codebook_size // codec.model.config.codebook_sections
+    rows = [Row(name, [Cell(image), Cell(code_strip(codes, section), wide=5)]) for name, image, codes in shown]
+    title = "Pictures and their codes: equal colours in a column are equal codes"
+    save_picture(contact_sheet(rows, title, cell=88), path)
 
 
 def load_codec(args: argparse.Namespace) -> PictureCodec:
@@ -156,14 +198,16 @@ def ask(args: argparse.Namespace) -> int:
 
 def draw(args: argparse.Namespace) -> int:
     """Draw each text and save the pictures."""
-    names = OutputNames(args.out, "outputs", len(args.texts))
+    names = OutputNames(args.out, "outputs", len(args.texts) * len(args.codes or (0,)))
     system = load_system(args)
+    counts = args.codes or [system.tokenizer.vocabulary.tokens_per_image]
     outcomes = Outcomes(len(args.texts))
     for text in args.texts:
         with outcomes.one(text, args.debug):
-            image = system.draw(text, seed=args.seed, **generation_settings(args), **drawing_settings(args))
-            path = save_picture(image, names.next(text))
-            emit(args, {"text": text, "picture": str(path)}, f"{text}: {path}")
+            drawn = system.draw(text, seed=args.seed, codes=counts, **generation_settings(args),
+                                **drawing_settings(args))
+            saved, said = _save_drawn(drawn, args.codes, names, text, "", "picture")
+            emit(args, {"text": text, **saved}, f"{text}: {said}")
     return outcomes.finish()
 
 

@@ -27,6 +27,7 @@ from seed_multimodal.finite import damaged_tensor, not_numbers
 from seed_multimodal.images.open import DETAIL, ImageLimits, ImageSource, is_file, open_image
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import SEEDS, check_keys, check_value
+from seed_multimodal.tokenizers.encoder import First
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 Picture = ImageSource
 Codes = Tensor | Sequence[int]
+PREVIEW_STEPS = 3  # a quarter of nano's own
 REMEMBERED = 1024  # pictures whose codes `encode_once` keeps, about 0.5 KB each
 
 
@@ -170,12 +172,14 @@ class PictureCodec:
 
     def draw(
         self, codes: Codes | Sequence[Sequence[int]], *, seed: int | Sequence[int] = 0, batch_size: int = 8,
-        negative_codes: Codes | Sequence[Sequence[int]] | None = None, **decode: Any,
+        first: First = None, negative_codes: Codes | Sequence[Sequence[int]] | None = None, **decode: Any,
     ) -> list[Image.Image]:
         """Codes -> pictures.
 
         Args:
             codes: [B, 32], or the 32 codes of one picture.
+            first: draw from so many of the codes only; one number for all pictures, one each, or several for one
+                picture, which is then drawn from each number (see `CodeTokenizer.decode`).
             negative_codes: codes of what to steer away from: one row for all pictures, or one for each.
             seed: one for all pictures, or one each.
             batch_size: pictures per pass through the U-Net.
@@ -186,7 +190,7 @@ class PictureCodec:
             ConfigError: a seed that is no whole number of 64 bits, a batch size below 1, an unknown option.
         """
         check_value(int, batch_size, "batch_size", least=1)
-        rows = self.check_codes(codes)
+        rows, wanted = self.model.check_prefixes(codes, first)
         given: Any = seed.tolist() if isinstance(seed, (Tensor, np.ndarray)) else seed
         seeds = [check_value(int, one, "The seed of a drawing", **SEEDS) for one in (
             given if isinstance(given, (list, tuple, range)) else [given] * len(rows))]
@@ -202,7 +206,8 @@ class PictureCodec:
         check_keys(decode, options, "Drawing setting")
         with self._lock, self._resident(decoder, self.offload_decoder):
             for start in range(0, len(rows), batch_size):
-                embeds = self.model.decode(rows[start:start + batch_size])
+                embeds = self.model.decode(rows[start:start + batch_size],
+                                           first=None if wanted is None else wanted[start:start + batch_size])
                 if not bool(torch.isfinite(embeds).all()):
                     raise not_numbers("The image tokenizer", self.model)
                 if avoided is not None:
@@ -211,6 +216,12 @@ class PictureCodec:
                 generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[start:start + batch_size]]
                 pictures += decoder.decode(embeds, generator=generators, **decode)
         return pictures
+
+    def preview(self, codes: Sequence[int], seed: int | None = None, **decode: Any) -> Image.Image:
+        """What the first codes of a picture show, as `draw` draws it, in `PREVIEW_STEPS` steps or a smaller number."""
+        steps = check_value(int, decode.pop("num_inference_steps", None) or PREVIEW_STEPS, "num_inference_steps")
+        return self.draw(list(codes), seed=seed or 0, first=len(codes), num_inference_steps=min(steps, PREVIEW_STEPS),
+                         **decode)[0]
 
     @contextlib.contextmanager
     def _resident(self, part: nn.Module | Any, offload: bool) -> Iterator[None]:

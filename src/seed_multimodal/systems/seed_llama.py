@@ -28,11 +28,12 @@ from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.settings import nearest, read_settings
+from seed_multimodal.settings import check_value, nearest, read_settings
 from seed_multimodal.systems.chat import Answer, DrawnPart, as_parts, as_text, to_turns, turn_marker
 from seed_multimodal.systems.pictures import Picture, PictureCodec, is_picture, load_codec
 from seed_multimodal.systems.speaker import Event, Speaker
 from seed_multimodal.systems.system_spec import SystemSpec, find_system
+from seed_multimodal.tokenizers.encoder import First
 
 Log = Callable[[str], None] | None
 DECODE_KEYS = ("num_inference_steps", "guidance_scale", "noise_level", "scheduler", "negative_codes")
@@ -107,13 +108,19 @@ class SeedLlama:
         """One picture or several (PIL, path, bytes) -> codes [B, 32] int64."""
         return self.pictures.tokenize(images)
 
-    def reconstruct(self, images_or_codes: Any, seed: int = 0, **decode: Any) -> list[Image.Image]:
-        """Pictures, or their codes ([B, 32] or the 32 of one), drawn again; `decode` goes to the de-tokenizer."""
+    def reconstruct(self, images_or_codes: Any, seed: int = 0, *, codes: First = None,
+                    **decode: Any) -> list[Image.Image]:
+        """Pictures, or their codes ([B, 32] or the 32 of one), drawn again; `decode` goes to the de-tokenizer.
+
+        Args:
+            codes: progressive drawing, from so many of the 32 codes: one number for all, one each, or several for one
+                picture. What released weights make of few codes: see `CodeTokenizer.decode`.
+        """
         several = isinstance(images_or_codes, (list, tuple)) and len(images_or_codes) > 0
         first = images_or_codes[0] if several else images_or_codes
         if isinstance(first, str) or is_picture(first):
             images_or_codes = self.tokenize(images_or_codes)
-        return self.pictures.draw(images_or_codes, seed=seed, **decode)
+        return self.pictures.draw(images_or_codes, seed=seed, first=codes, **decode)
 
     # ---- tasks
 
@@ -127,20 +134,31 @@ class SeedLlama:
         question = as_text(question, "The question")
         return self._say([*self._shown(image), self.tasks.question(question) if short else question], options)
 
-    def draw(self, text: str, seed: int = 0, *, verbatim: bool = False, **options: Any) -> Image.Image:
+    @overload
+    def draw(self, text: str, seed: int = 0, *, codes: int | None = None, **options: Any) -> Image.Image: ...
+
+    @overload
+    def draw(self, text: str, seed: int = 0, *, codes: Sequence[int], **options: Any) -> list[Image.Image]: ...
+
+    def draw(self, text: str, seed: int = 0, *, codes: int | Sequence[int] | None = None, verbatim: bool = False,
+             **options: Any) -> Image.Image | list[Image.Image]:
         """A picture of `text`, which is put into the system's drawing request unless `verbatim`.
 
+        Args:
+            codes: progressive drawing, see `reconstruct`; several numbers give a list, one picture for each.
+
         Raises:
-            GenerationError: the model gave no whole picture.
+            GenerationError: no whole picture.
         """
         text = as_text(text, "The text to draw")
         request = text if verbatim else self.tasks.draw_request(text)
-        return self._one_picture([request], self.tasks.draw_response, {**options, "seed": seed})
+        drawn = self._one_picture([request], self.tasks.draw_response, {**options, "seed": seed}, codes)
+        return drawn if isinstance(codes, Sequence) else drawn[0]
 
     def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
         """`image` (a picture or its codes) after `instruction`; raises `GenerationError` as `draw`."""
         return self._one_picture([*self._shown(image), as_text(instruction, "The instruction")],
-                                 self.tasks.edit_response, {**options, "seed": seed})
+                                 self.tasks.edit_response, {**options, "seed": seed})[0]
 
     @overload
     def chat(self, messages: Sequence[Any], stream: Literal[False] = False, **options: Any) -> Answer: ...
@@ -149,13 +167,16 @@ class SeedLlama:
     def chat(self, messages: Sequence[Any], stream: Literal[True], **options: Any) -> Iterator[Event]: ...
 
     def chat(
-        self, messages: Sequence[Any], stream: bool = False, *, force_image: bool = False, **options: Any
+        self, messages: Sequence[Any], stream: bool = False, *, force_image: bool = False,
+        previews: Sequence[int] | None = None, **options: Any
     ) -> Answer | Iterator[Event]:
         """Answer the last message of a conversation (see `systems.chat` for the form of messages).
 
         Args:
             stream: give events (see `systems.speaker`) while the answer is made, instead of the `Answer`.
             force_image: make the model answer with a picture.
+            previews: after how many codes of a picture a stream shows what there is, drawn in few steps; None: as
+                `system.json` says (released systems: never); `()`: never.
         """
         decode = _take(options, DECODE_KEYS)
         settings = self.settings(**options)
@@ -167,7 +188,9 @@ class SeedLlama:
             opening = self.tasks.edit_response if edits else self.tasks.draw_response
             settings = self._forced(settings, options)
         if stream:
-            return self._stream(self.speaker.events(prompt, settings, opening), settings.seed, decode)
+            due = check_value(Sequence[int], self.spec.previews if previews is None else previews, "previews", least=1)
+            events = self.speaker.events(prompt, settings, opening, due if self.pictures.can_draw else ())
+            return self._stream(events, settings.seed, decode)
         return self._finish(self.speaker.answer(prompt, settings, opening), settings.seed, decode)
 
     # ---- building blocks
@@ -212,11 +235,8 @@ class SeedLlama:
         return [Path(item) if isinstance(item, str) else item for item in as_parts(image, "The picture")]
 
     def _forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
-        """Settings that force a picture; the system's own limit is raised to leave room for it, a given one is kept.
-
-        Raises:
-            ConfigError: a given `max_new_tokens` that no picture fits into.
-        """
+        """Settings that force a picture; the system's own limit is raised to leave room for it, a given one is kept,
+        or refused (`ConfigError`) if no picture fits into it."""
         needed = self.tokenizer.vocabulary.tokens_per_image + 1
         if "max_new_tokens" in given and settings.max_new_tokens < needed:
             raise ConfigError(f"A picture needs {needed} new tokens: max_new_tokens {settings.max_new_tokens} is too "
@@ -229,25 +249,28 @@ class SeedLlama:
         ids = self.speaker.answer(self.prompt_ids(turns), self.settings(**options))
         return Answer(split_answer(ids, self.tokenizer)).text
 
-    def _one_picture(self, content: list[Any], opening: str, options: dict[str, Any]) -> Image.Image:
+    def _one_picture(self, content: list[Any], opening: str, options: dict[str, Any],
+                     first: First = None) -> list[Image.Image]:
         decode = _take(options, DECODE_KEYS)
         settings = self._forced(self.settings(**options), options)
         settings = replace(settings, max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)  # no words after it
         _ = self.pictures.decoder  # a missing de-tokenizer is reported before generation
         turns = to_turns([{"role": "user", "content": content}], self._known_codes, self.pictures.check_codes)
         ids = self.speaker.answer(self.prompt_ids(turns), settings, opening)
-        answer = self._finish(ids, settings.seed, decode)
-        if len(answer.images) != 1:
+        answer = Answer(split_answer(ids, self.tokenizer))
+        if len(answer.codes) != 1:
             raise GenerationError("The model's answer holds no whole picture"
                                   + (f": {answer.problems[0]}" if answer.problems else "."))
-        return answer.images[0]
+        return self.pictures.draw(answer.codes, seed=settings.seed or 0, first=first, **decode)
 
     def _stream(self, events: Iterator[Event], seed: int | None, decode: dict[str, Any]) -> Iterator[Event]:
         """A speaker's events with the pictures drawn, and the whole answer at the end."""
         images: list[Image.Image | None] = []
         with contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
-                if event["type"] == "image":
+                if event["type"] == "image_preview":
+                    event = {**event, "image": self.pictures.preview(event["codes"], seed, **decode)}
+                elif event["type"] == "image":
                     images += self._draw_codes([event["codes"]], seed, decode)
                     event = {**event, "image": images[-1]}
                 elif event["type"] == "end":

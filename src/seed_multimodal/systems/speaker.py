@@ -4,7 +4,8 @@ An answer ends at `</s>`, at the token budget, or where the model begins a user'
 with fixed words and `<img>`; they count as part of it.
 
 Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL, "codes": […]}`,
-`{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer": Answer}`.
+`{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer": Answer}`; where previews are asked for,
+`{"type": "image_preview", "image": PIL, "codes": […]}` with the first codes of a picture and what they show.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ class AnswerReader:
     """Reads an answer token by token; `ids` are the tokens that belong to it so far.
 
     Text is held back while its end may be incomplete: half a character, or the first letters of `marker` (the user's
-    role), at which the answer ends.
+    role), at which the answer ends. After so many codes of a picture as `previews` name there is an event with them.
     """
 
-    def __init__(self, tokenizer: MultimodalTokenizer, marker: str = "") -> None:
+    def __init__(self, tokenizer: MultimodalTokenizer, marker: str = "", previews: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.marker = marker
+        self.previews = previews
         self.ids: list[int] = []
         self.finished = False
         self._run: list[int] = []  # tokens since the last change between text and picture
@@ -59,7 +61,7 @@ class AnswerReader:
         self._run.append(token)
         if not self.tokenizer.vocabulary.is_image_word(self._run[0]):
             return events + self._new_text(final=False)
-        return events + (self._flush() if token == eoi else [])
+        return events + (self._flush() if token == eoi else self._preview())
 
     def read_all(self, tokens: Iterable[int]) -> list[int]:
         """Add a whole answer; returns the tokens that belong to it."""
@@ -93,6 +95,12 @@ class AnswerReader:
             events = self._new_text(final=True)
         self._run, self._told = [], 0
         return events
+
+    def _preview(self) -> list[Event]:
+        """The codes of a picture so far, where a preview is due."""
+        words, (first, *rest) = self.tokenizer.vocabulary, self._run
+        due = first == words.boi_id and len(rest) in self.previews and all(map(words.is_code_id, rest))
+        return [{"type": "image_preview", "codes": words.id_to_code(rest)}] if due else []
 
     def _new_text(self, final: bool) -> list[Event]:
         text = self.tokenizer.decode(self._run, skip_special_tokens=True)
@@ -223,26 +231,35 @@ class Speaker:
             generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=ReadingStreamer(take), watch=watch)
         return reader.read_all(())
 
-    def events(self, prompt: Sequence[int], settings: GenerationSettings, opening: str = "") -> Iterator[Event]:
+    def events(self, prompt: Sequence[int], settings: GenerationSettings, opening: str | Sequence[int] = "",
+               previews: Sequence[int] = (), watch: Callable[[], None] | None = None) -> Iterator[Event]:
         """The same answer as events while it is made (pictures as codes); the last one is `{"type": "end", "ids": …}`.
 
-        With several beams all events come at the end, when the best one is known.
+        With several beams all events come at the end, when the best one is known, and there are no previews.
+
+        Args:
+            opening: as of `answer`; or the ids at the prompt's end that belong to the answer already.
+            previews: after how many of a picture's codes there is an `image_preview`.
         """
         settings = settings.with_seed()  # now: the caller may reseed torch before the first token is asked for
-        prompt, fixed = self._open(prompt, opening, settings)
-        return self._events(prompt, fixed, settings)
+        if isinstance(opening, str):
+            prompt, fixed = self._open(prompt, opening, settings)
+        else:
+            prompt, fixed = list(prompt), list(opening)
+        return self._events(prompt, fixed, settings, previews if settings.num_beams == 1 else (), watch)
 
-    def _events(self, prompt: list[int], fixed: list[int], settings: GenerationSettings) -> Iterator[Event]:
-        reader = AnswerReader(self.tokenizer, self.marker)
+    def _events(self, prompt: list[int], fixed: list[int], settings: GenerationSettings, previews: Sequence[int],
+                watch: Callable[[], None] | None) -> Iterator[Event]:
+        reader = AnswerReader(self.tokenizer, self.marker, previews)
         for token in fixed:
             yield from reader.read(token)
         tokens: Iterator[int]
         if settings.num_beams > 1:
-            tokens = (token for token in self._best(prompt, settings))
+            tokens = (token for token in self._best(prompt, settings, watch))
         else:
             tokens = tokens_from_thread(
-                lambda streamer: generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=streamer),
-                self._lock)
+                lambda streamer: generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=streamer,
+                                              watch=watch), self._lock)
         with contextlib.closing(tokens):  # type: ignore[type-var]  # leaving early ends the thread
             for token in tokens:
                 yield from reader.read(token)

@@ -4,7 +4,7 @@
 
     {"tokenizer": "seed_tokenizer", "llm": "seed_llama", "detokenizer": "seed_tokenizer/diffusion_model",
      "template": "vicuna", "image_size": 64, "transform": {"type": "clip", "keep_ratio": false},
-     "generation": {"max_new_tokens": 128}, "tasks": {"draw_response": "Here is the picture."}}
+     "generation": {"max_new_tokens": 128}, "tasks": {"draw_response": "Here is the picture."}, "previews": [8, 16]}
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ RELEASED_NAMES = ("released", *TEMPLATES)
 
 @dataclass(frozen=True)
 class SystemFile:
-    """`system.json`: paths relative to its folder, and the settings that belong to the weights."""
+    """`system.json`: paths relative to its folder, and the settings that belong to the weights.
+
+    `previews`: after how many of a picture's codes a stream shows it, for weights trained on prefixes of the codes.
+    """
 
     tokenizer: Path = Path("seed_tokenizer")
     llm: Path = Path("seed_llama")
@@ -45,6 +48,7 @@ class SystemFile:
     transform: dict[str, Any] = field(default_factory=lambda: dict(RELEASED_TRANSFORM))
     generation: dict[str, Any] = field(default_factory=dict)
     tasks: TaskPrompts = NANO_TASKS
+    previews: tuple[int, ...] = setting((), least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

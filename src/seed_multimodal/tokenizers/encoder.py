@@ -3,14 +3,15 @@
     images ─► visual_encoder ─► ln_vision ─► Qformer(query_tokens) ─► encode_task_layer ─► quantize ─► codes
 
 A tokenizer derives from `CodeTokenizer` and adds how codes are decoded. Attribute names are the released ones.
-Note: code k depends on queries 0..k only (causal).
+Note: code k depends on queries 0..k only (causal), so the first k codes are a picture of their own: progressive
+decoding gives the decoder zeros for the rest (`first_rows`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeGuard
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,15 @@ from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 from seed_multimodal.vision.eva import EvaVit
 
+First = int | Sequence[int] | Tensor | None
+
 
 class CodeTokenizer(PretrainedTokenizer, nn.Module):
     """The encode side. A subclass makes its parameters, calls `add_encoder`, then makes its decode side, of which
     `decode_embeddings` is the whole; `config` is a `TokenizerConfig`."""
 
     query_tokens: nn.Parameter
+    progressive: ClassVar[bool] = False  # whether its decoder takes the first codes alone
 
     def add_encoder(self, ema_decay: float | None) -> None:
         """Tower, Q-Former, codebook and the layers around it, in the released order of the state dict."""
@@ -100,16 +104,29 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
     # ---- codes → embedding
 
     @torch.no_grad()
-    def decode(self, codes: Tensor | Sequence, *, batch_size: int | None = None) -> Tensor:
+    def decode(self, codes: Tensor | Sequence, *, first: First = None, batch_size: int | None = None) -> Tensor:
         """Codes `[B, 32]` (or one row of 32) → embeddings `[B, *config.embedding_shape]`.
+
+        Args:
+            first: progressive decoding: how many of the codes to decode from, see `check_prefixes`. The places after
+                them hold zeros, as in a stage 2 trained with `nested`. The released weights were not trained so: from
+                their first codes comes a picture, but nobody taught the decoder what to make of the gap, and it need
+                not resemble the whole one.
 
         Raises:
             CodesError: wrong number of codes, or one outside the codebook.
+            ConfigError: `first` that `check_prefixes` refuses.
         """
-        codes = self.check_codes(codes)
+        codes, wanted = self.check_prefixes(codes, first)
+        both = codes if wanted is None else torch.cat([codes, wanted[:, None]], 1)
+
+        def embed(part: Tensor) -> Tensor:
+            quant = self.quantize.lookup(part[:, :self.config.num_query])
+            return self.decode_embeddings(quant if wanted is None else first_rows(quant, part[:, -1:]))
+
         empty = torch.empty(0, *self.config.embedding_shape, device=self.device, dtype=self.dtype)
         with evaluating(self):
-            return chunked(lambda part: self.decode_embeddings(self.quantize.lookup(part)), codes, batch_size, empty)
+            return chunked(embed, both, batch_size, empty)
 
     def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
         """Codebook rows (or straight-through codes) `[B, 32, d]` → embeddings, with gradients."""
@@ -141,8 +158,37 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
             raise ImageError(f"Images must be [B, 3, {size}, {size}], got {list(images.shape)}.")
         return images
 
-    def check_codes(self, codes: Tensor | Sequence) -> Tensor:
-        """Codes as `[B, 32]` int64 on the model's device; raises `CodesError` in one sentence."""
+    def check_prefixes(self, codes: Tensor | Sequence, first: First) -> tuple[Tensor, Tensor | None]:
+        """Codes `[B, 32]`, and how many of each row count `[B]` (None: all), int64 on the model's device.
+
+        Args:
+            first: one number for all rows, one each, or several for one row, which is then repeated. Rows may be as
+                short as the largest number, and are filled up with code 0.
+
+        Raises:
+            CodesError: as `check_codes`.
+            ConfigError: numbers that are not from 1 to 32, too many or too few, or a model that is not `progressive`.
+        """
+        if first is None:
+            return self.check_codes(codes), None
+        if not self.progressive:
+            raise ConfigError(f"{self.layout.name} makes no picture from its first codes alone; SEED-2 does.")
+        given = first.tolist() if isinstance(first, Tensor) else first
+        numbers = [check_value(int, one, "The number of codes to draw from", least=1, most=self.config.num_query)
+                   for one in (given if isinstance(given, list | tuple) else [given])]
+        rows = self.check_codes(codes, max(numbers, default=self.config.num_query))
+        rows = rows.expand(len(numbers), -1) if len(rows) == 1 else rows
+        if len(numbers) not in (1, len(rows)):
+            raise ConfigError(f"{len(rows)} pictures were given with {len(numbers)} numbers of codes; give one for "
+                              f"all, or one each.")
+        return rows, torch.tensor(numbers, device=rows.device).expand(len(rows))
+
+    def check_codes(self, codes: Tensor | Sequence, shortest: int = 0) -> Tensor:
+        """Codes as `[B, 32]` int64 on the model's device; raises `CodesError` in one sentence.
+
+        Args:
+            shortest: if given, rows may have so few codes; they are filled up with code 0.
+        """
         count, size = self.config.num_query, self.config.codebook_size
         try:
             codes = torch.as_tensor(codes)
@@ -155,7 +201,7 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
                 raise CodesError(f"Codes must be whole numbers, got {str(codes.dtype).removeprefix('torch.')}.")
         if codes.ndim == 1:
             codes = codes[None]
-        if codes.ndim != 2 or codes.shape[1] != count:
+        if codes.ndim != 2 or not (shortest or count) <= codes.shape[1] <= count:
             raise CodesError(f"An image has {count} codes, got an array of shape {list(codes.shape)}.")
         codes = codes.long()
         outside = (codes < 0) | (codes >= size)
@@ -163,7 +209,13 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
             row, column = outside.nonzero()[0].tolist()
             raise CodesError(f"Code {int(codes[row, column])} (image {row}, position {column}) is outside the "
                              f"codebook 0..{size - 1}.")
-        return codes.to(self.device)
+        return nn.functional.pad(codes, (0, count - codes.shape[1])).to(self.device)
+
+
+def first_rows(quant_BQd: Tensor, first: Tensor) -> Tensor:
+    """Codebook rows `[B, 32, d]` with zeros after the first k of each, `first` int64 `[B, 1]`."""
+    shown = torch.arange(quant_BQd.shape[1], device=first.device) < first
+    return quant_BQd * shown.to(quant_BQd)[..., None]
 
 
 def chunked(function: Callable[[Tensor], Tensor], batch: Tensor, size: int | None, empty: Tensor) -> Tensor:

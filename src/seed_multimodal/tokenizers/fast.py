@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_settings, setting
-from seed_multimodal.tokenizers.encoder import CodeTokenizer, check_batch_size, evaluating
+from seed_multimodal.tokenizers.encoder import CodeTokenizer, First, check_batch_size, evaluating
 from seed_multimodal.tokenizers.fast_encoder import FastEncoder, FastVision, compiler
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 from seed_multimodal.vision.eva import EvaVit
@@ -157,9 +157,9 @@ class FastTokenizer:
         with self._setting():
             return self.encoder.codes_from(vit_BNW)
 
-    def decode(self, codes: Tensor | Sequence, *, batch_size: int | None = None) -> Tensor:
-        """Codes `[B, 32]` → embeddings; the tokenizer's own."""
-        return self.tokenizer.decode(codes, batch_size=batch_size)
+    def decode(self, codes: Tensor | Sequence, *, first: First = None, batch_size: int | None = None) -> Tensor:
+        """Codes `[B, 32]` (or the first of them) → embeddings; the tokenizer's own."""
+        return self.tokenizer.decode(codes, first=first, batch_size=batch_size)
 
     def check_codes(self, codes: Tensor | Sequence) -> Tensor:
         """Codes as `[B, 32]` int64 on the device, or `CodesError`; the tokenizer's own."""

@@ -68,7 +68,7 @@ class Seed2Config(TokenizerConfig):
 class Seed2Tokenizer(CodeTokenizer):
     """Encoder, codebook and decoder; sizes from `config`. Construct, or load with `from_pretrained`."""
 
-    layout, config_class = SEED2, Seed2Config
+    layout, config_class, progressive = SEED2, Seed2Config, True
     config: Seed2Config
 
     def __init__(self, config: Seed2Config, *, ema_decay: float | None = None) -> None:

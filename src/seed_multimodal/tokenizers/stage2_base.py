@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
-from seed_multimodal.tokenizers.encoder import CodeTokenizer
+from seed_multimodal.tokenizers.encoder import CodeTokenizer, first_rows
 from seed_multimodal.tokenizers.released import ENCODER_PARTS, TOWER
 from seed_multimodal.weights import LoadReport, assign_strictly
 
@@ -160,8 +160,7 @@ class Stage2Base(CodeTokenizer):
         device = quant.device if generator is None else generator.device
         keep = torch.randint(1, places + 1, (count, 1), generator=generator, device=device)
         whole = torch.rand(count, 1, generator=generator, device=device) >= self.nested
-        shown = whole | (torch.arange(places, device=device) < keep)
-        return quant * shown.to(quant)[..., None]
+        return first_rows(quant, torch.where(whole, places, keep).to(quant.device))
 
     def load_stage1(self, state: Mapping[str, Tensor], source: str = "the stage-1 model") -> LoadReport:
         """Take the encoder side by name from a stage-1 state dict (text path and projections are left behind).
