@@ -1,11 +1,14 @@
 """Request sentences of each task: training data is written with them, systems ask with them.
 
-`DESCRIBE_PROMPT` and `QA_SUFFIX` are the sentences the released models were tuned on; the others are nano's.
+`DESCRIBE_PROMPT` and `QA_SUFFIX` are the sentences the released models were tuned on; the others are nano's. The first
+of several requests is the one that systems send; nano is trained with all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from seed_multimodal.errors import ConfigError
 
@@ -14,7 +17,12 @@ DESCRIBE_VIDEO_PROMPT = "Please provide an accurate and concise description of t
 QA_SUFFIX = " Please provide an accurate answer consisting of only one word or phrase."
 DRAW_PROMPT = "Please draw {caption}."
 DRAW_RESPONSE = "Here is the picture."
-EDIT_RESPONSE = "Here it is."
+EDIT_RESPONSE = "Here it is."  # also to a request for a picture in a conversation that has one already
+
+DESCRIBE_REQUESTS = (DESCRIBE_PROMPT, "Describe the picture.", "What do you see?", "What is this a picture of?")
+DRAW_REQUESTS = (DRAW_PROMPT, "Draw {caption}.", "Show me {caption}.", "Make a picture of {caption}.")
+CONTINUE_REQUESTS = ("Please go on.", "Continue.", "What comes next?")
+STORY_LENGTHS = {3: " in three pictures", 4: " in four pictures"}
 
 # One of the released models' own request and response pairs (same index in their instruction-tuning data).
 RELEASED_DRAW_PROMPT = "Please generate an image of {caption}."
@@ -54,5 +62,19 @@ class TaskPrompts:
 
 
 NANO_TASKS = TaskPrompts()
+Picture = TypeVar("Picture")
+
+
+def examples_request(pictures: Sequence[Picture]) -> list[str | Picture]:
+    """Two examples of a change (before, after, before, after) and a fifth picture, as the content of a message."""
+    first, second, third, fourth, fifth = pictures
+    return [first, "becomes", second, "and", third, "becomes", fourth, "Do the same with this one:", fifth]
+
+
+def story_request(somebody: str, friend: str, frames: int = 0) -> str:
+    """`Tell a story about a dog and a cat in three pictures.`; `frames` 0 leaves the number open."""
+    return f"Tell a story about {somebody} and {friend}{STORY_LENGTHS.get(frames, '')}."
+
+
 RELEASED_TASKS = TaskPrompts(draw=RELEASED_DRAW_PROMPT, draw_response=RELEASED_DRAW_RESPONSE,
                              edit_response=RELEASED_DRAW_RESPONSE)

@@ -184,7 +184,7 @@ class SeedLlama:
         prompt = self.prompt_ids(turns)
         opening = ""
         if force_image:
-            edits = any(not isinstance(part, str) for part in turns[-1].content)
+            edits = any(not isinstance(part, str) for turn in turns for part in turn.content)
             opening = self.tasks.edit_response if edits else self.tasks.draw_response
             settings = self._forced(settings, options)
         if stream:

@@ -16,11 +16,9 @@ from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import draw_scene, held_out
 from seed_multimodal.data.nano.things import BACKGROUNDS, NAMES, STYLES, THINGS
 from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, NUMBERS, describe, some
+from seed_multimodal.language.tasks import DESCRIBE_REQUESTS, DRAW_REQUESTS, DRAW_RESPONSE, EDIT_RESPONSE
 
 Part = str | Scene
-DRAW_REQUESTS = ("Draw {}.", "Please draw {}.", "Show me {}.", "Make a picture of {}.")
-DESCRIBE_REQUESTS = ("Describe the picture.", "What do you see?", "What is this a picture of?")
-EDIT_ANSWER = "Here it is."
 IN_CONTEXT = ("background", "style", "replace", "size", "number")
 """Kinds of edits that examples can show."""
 LETTERS = sorted({name[0] for name in NAMES})
@@ -56,6 +54,10 @@ class Talk:
         self.messages += [Message("user", asked), Message("assistant", answered)]
         self.scenes += [part for part in (*asked, *answered) if isinstance(part, Scene)]
 
+    def show(self, asked: str, scene: Scene) -> None:
+        """A turn that is answered with a picture; the words before it are those that systems open it with."""
+        self.say([asked], [EDIT_RESPONSE if self.scenes else DRAW_RESPONSE, scene])
+
     @property
     def now(self) -> Scene:
         """The picture shown last."""
@@ -90,7 +92,7 @@ def sentence(words: str) -> str:
 def _draw(talk: Talk) -> None:
     scene = talk.scene()
     words = describe(scene, talk.shake, background_first=False)
-    talk.say([talk.shake.choice(DRAW_REQUESTS).format(words)], [EDIT_ANSWER, scene])
+    talk.show(talk.shake.choice(DRAW_REQUESTS).format(caption=words), scene)
 
 
 def _look(talk: Talk) -> None:
@@ -105,7 +107,7 @@ def _question(talk: Talk) -> None:
 
 def _edit(talk: Talk) -> None:
     edit = edit_where(talk.now, talk.shake, talk.allowed)
-    talk.say([sentence(edit.instruction)], [EDIT_ANSWER, edit.target])
+    talk.show(sentence(edit.instruction), edit.target)
 
 
 def _back(talk: Talk) -> None:
@@ -116,8 +118,7 @@ def _back(talk: Talk) -> None:
     if len(talk.scenes) < 2 or not talk.allowed(target):
         return _edit(talk)
     words = background_words(new, shake)
-    talk.say([f"Now the first picture again, but {words}."], [EDIT_ANSWER, target])
-    return None
+    return talk.show(f"Now the first picture again, but {words}.", target)
 
 
 def conversation(shake: random.Random, allowed: Allowed = trainable, turns: int = 0) -> list[Message]:

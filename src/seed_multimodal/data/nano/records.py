@@ -1,0 +1,177 @@
+"""Samples of nano's language model: the records that a user's own data would be, with scenes in the place of pictures.
+
+    record_at("edits", seed, 17)      {"messages": [{"role": "user", "content": [Scene(…), "Swap their places."]}, …]}
+
+A record is a function of its kind, seed and index. Kinds whose number of sorts is even (questions, edits) take the
+sorts in turn. `with_pictures` puts something else (codes, file names) in the place of the scenes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from seed_multimodal.data.nano.dialogues import (
+    Allowed,
+    Message,
+    Part,
+    conversation,
+    document,
+    in_context,
+    sentence,
+    story,
+    trainable,
+)
+from seed_multimodal.data.nano.edits import EDITS, make_edit
+from seed_multimodal.data.nano.questions import KINDS as QUESTIONS
+from seed_multimodal.data.nano.questions import ask
+from seed_multimodal.data.nano.scene import Scene
+from seed_multimodal.data.nano.splits import held_out, scene_at
+from seed_multimodal.data.nano.words import describe, some
+from seed_multimodal.language.tasks import (
+    CONTINUE_REQUESTS,
+    DESCRIBE_REQUESTS,
+    DRAW_REQUESTS,
+    DRAW_RESPONSE,
+    EDIT_RESPONSE,
+    NANO_TASKS,
+    examples_request,
+    story_request,
+)
+
+Record = dict[str, Any]
+Scenes = Iterator[Scene]
+
+
+def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int = 0) -> Record:
+    """Record number `index` of a kind (see `KINDS`).
+
+    Args:
+        split: no scene is held out otherwise.
+        pool: kinds about a single picture take it from the first `pool` of the split's stream, so that what is
+            encoded once serves many records; 0: number `index` of the stream.
+    """
+    shake = random.Random(f"{seed} {split} {kind} {index}")
+    allowed = trainable if split == "train" else partial(_only, split)
+    start = shake.randrange(pool) if pool else index
+
+    def scenes() -> Scenes:
+        number = start
+        while True:
+            yield scene_at(seed, number % pool if pool else number, split)
+            number += 1
+
+    return KINDS[kind](shake, scenes(), allowed, index)
+
+
+def _only(split: str, scene: Scene) -> bool:
+    return held_out(scene) <= {split}
+
+
+def scenes_of(record: Record) -> list[Scene]:
+    """The scenes of a record, in order."""
+    found: list[Scene] = []
+    with_pictures(record, lambda scene: found.append(scene))
+    return found
+
+
+def with_pictures(value: Any, picture: Callable[[Scene], Any]) -> Any:
+    """The same with `picture(scene)` in the place of every scene."""
+    if isinstance(value, Scene):
+        return picture(value)
+    if isinstance(value, dict):
+        return {key: with_pictures(one, picture) for key, one in value.items()}
+    return [with_pictures(one, picture) for one in value] if isinstance(value, list | tuple) else value
+
+
+# ------------------------------------------------------------------------------------------------------ the kinds
+
+
+def _messages(*contents: list[Part]) -> Record:
+    return {"messages": [{"role": ("user", "assistant")[place % 2], "content": content}
+                         for place, content in enumerate(contents)]}
+
+
+def _half(shake: random.Random, requests: tuple[str, ...]) -> str:
+    """The request that systems send, or one of all of them."""
+    return requests[0] if shake.random() < 0.5 else shake.choice(requests)
+
+
+def _caption(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    scene = next(scenes)
+    return {"image_ids": scene, "text": [describe(scene), *(describe(scene, shake) for _ in range(2))]}
+
+
+def _describe(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    scene = next(scenes)
+    return _messages([scene, _half(shake, DESCRIBE_REQUESTS)], [sentence(describe(scene))])
+
+
+def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    for scene in scenes:
+        question = ask(scene, QUESTIONS[index % len(QUESTIONS)], shake)
+        if question is not None:
+            break
+    if shake.random() < 0.75:
+        return _messages([scene, NANO_TASKS.question(question.question)], [question.answer])
+    return _messages([scene, question.question], [sentence(question.answer)])
+
+
+def _draw(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    scene = next(scenes)
+    words = describe(scene, None if shake.random() < 0.6 else shake, background_first=False)
+    return _messages([_half(shake, DRAW_REQUESTS).format(caption=words)], [DRAW_RESPONSE, scene])
+
+
+def _edit(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    kind = list(EDITS)[index % len(EDITS)]
+    for scene in scenes:
+        edit = make_edit(scene, kind, shake)
+        if edit is not None and allowed(edit.target):
+            break
+    words = sentence(edit.instruction) if shake.random() < 0.5 else edit.instruction
+    return _messages([scene, words], [EDIT_RESPONSE, edit.target])
+
+
+def _conversation(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    def plain(message: Message) -> Record:
+        return {"role": message.role, "content": message.content}
+
+    return {"messages": list(map(plain, conversation(shake, allowed)))}
+
+
+def _in_context(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    examples, answer = in_context(shake, allowed)
+    return _messages(examples_request(examples), [EDIT_RESPONSE, answer])
+
+
+def _story(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    pages = story(shake, allowed)
+    together = pages[1][1]
+    hero, friend = (some(1, name, style) for name, style in
+                    zip(together.things, (together.style if shake.random() < 0.5 else "", ""), strict=True))
+    request = story_request(hero, friend, len(pages) if shake.random() < 0.7 else 0)
+    return _messages([request], [part for page in pages for part in page])
+
+
+def _document(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    pages = document(shake, allowed)
+    return {"texts": [part for words, _ in pages for part in (words, None)],
+            "image_ids": [part for _, scene in pages for part in (None, scene)], "metadata": {}}
+
+
+def _continued(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    pages = document(shake, allowed)
+    shown = shake.randrange(1, len(pages))
+    parts: list[list[Part]] = [[part for page in chosen for part in page] for chosen in (pages[:shown], pages[shown:])]
+    return _messages([*parts[0], shake.choice(CONTINUE_REQUESTS)], parts[1])
+
+
+KINDS: dict[str, Callable[[random.Random, Scenes, Allowed, int], Record]] = {
+    "captions": _caption, "describe": _describe, "questions": _question, "draw": _draw, "edits": _edit,
+    "conversations": _conversation, "in_context": _in_context, "stories": _story, "documents": _document,
+    "continued": _continued,
+}
+"""Captions are pairs of a picture and texts, documents are interleaved pictures and texts, all others `messages`."""
