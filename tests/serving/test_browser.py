@@ -160,6 +160,15 @@ class Page:
             "return [...document.querySelectorAll(arguments[0])].filter(i => i.complete && i.naturalWidth)"
             ".map(i => [i.naturalWidth, i.naturalHeight])", f"#chat .{role} img")]
 
+    def watch(self, role: str) -> Callable[[], list[str]]:
+        """From now on note each picture that appears in messages of `role`; gives their addresses so far, in order."""
+        self.browser.execute_script(
+            "const seen = window.seen = []; const look = () => document.querySelectorAll(arguments[0]).forEach("
+            "i => { if (i.src && !seen.includes(i.src)) seen.push(i.src) }); look();"
+            "new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true})"
+            .replace("arguments[0]", repr(f"#chat .{role} img")))
+        return lambda: self.browser.execute_script("return window.seen")
+
     def answered(self) -> bool:
         """The model's turn is over: nothing waits, and Regenerate can be pressed."""
         return "Waiting" not in self.text("#status") and self.all("#regenerate")[0].is_enabled()
@@ -194,11 +203,12 @@ def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, p
 
     page.write("Please draw a red apple.")
     page.force_picture()
+    appeared = page.watch("bot")
     page.click("#submit")
-    page.until(lambda: page.pictures("bot"), "the drawn picture")
+    page.until(lambda: "Here is the picture." in page.text("#chat .bot") and page.answered(), "the drawn picture")
     assert page.pictures("bot") == [(16, 16)]
-    assert "Here is the picture." in page.text("#chat .bot")
-    page.until(page.answered, "the end of the second answer")
+    final = page.all("#chat .bot img")[0].get_attribute("src")
+    assert len(appeared()) >= 2 and appeared()[-1] == final, "previews in the place of the picture, then the picture"
     page.screenshot("3_drawn")
 
     page.click("#regenerate")

@@ -6,12 +6,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError, RequestError
-from seed_multimodal.serving.client import post_generate
+from seed_multimodal.serving.client import follow_generate
 from seed_multimodal.serving.flask_app import create_app
 from seed_multimodal.serving.gradio_app import KINDS, ChatPage, build_demo, kind_of
 
@@ -41,33 +42,56 @@ def file(picture: Image.Image, tmp_path: Path) -> str:
     return str(tmp_path / "stripes.png")
 
 
+def ended(ask: Any, dialogue: Any, **settings: Any) -> str:
+    """Run a button's work to its end; what it says."""
+    made = ask(dialogue, **settings)
+    while True:
+        try:
+            next(made)
+        except StopIteration as end:
+            return end.value
+
+
 def test_a_conversation_with_pictures_both_ways(page: ChatPage, file: str) -> None:
     dialogue = page.new_dialogue()
     assert page.add(dialogue, file, "What is it?") == ""
-    assert page.answer(dialogue, **ASKED) == ""
+    assert ended(page.answer, dialogue, **ASKED) == ""
     shown = page.messages(dialogue)
     assert [message["role"] for message in shown] == ["user", "assistant"]
     assert Path(shown[0]["content"][0]["path"]).is_file() and shown[0]["content"][1] == "What is it?"
     assert page.add(dialogue, None, "Make it green.") == ""
-    assert page.answer(dialogue, **{**ASKED, "force_boi": True}) == ""
+    assert ended(page.answer, dialogue, **{**ASKED, "force_boi": True}) == ""
     drawn = page.messages(dialogue)[3]["content"]
     assert Image.open(drawn[1]["path"]).size == (16, 16)
     assert all(codes is not None for entry in dialogue.conversation.messages
                for codes in entry["message"]["images_ids"])  # later turns send codes, not pictures
 
 
+def test_previews_stand_where_the_picture_will(page: ChatPage, tmp_path: Path) -> None:
+    dialogue, seen = page.new_dialogue(), []
+    page.add(dialogue, None, "Please draw a fish.")
+    for previews in page.answer(dialogue, **{**ASKED, "force_boi": True}):
+        shown = page.messages(dialogue, previews)
+        assert [message["role"] for message in shown] == ["user", "assistant"]
+        seen.append(Image.open(shown[1]["content"][0]["path"]).tobytes())
+    drawn = page.messages(dialogue)[1]["content"]
+    assert len(seen) >= 2 and Image.open(drawn[1]["path"]).tobytes() not in seen[:2] and seen[0] != seen[1]
+    assert {Path(drawn[1]["path"])} <= set(tmp_path.rglob("*.png"))
+    assert len(list(tmp_path.rglob("*.png"))) == sum(isinstance(part, dict) for part in drawn)  # no preview is kept
+
+
 def test_several_pictures_in_one_message(page: ChatPage, file: str) -> None:
     dialogue = page.new_dialogue()
     for text in ("Compare", "and"):
         assert page.add(dialogue, file, text) == ""
-    assert page.answer(dialogue, **ASKED) == ""
+    assert ended(page.answer, dialogue, **ASKED) == ""
     kinds = [isinstance(part, dict) for part in page.messages(dialogue)[0]["content"]]
     assert kinds == [True, False, True, False]
 
 
 def test_nothing_to_send_and_unreadable_pictures_are_said(page: ChatPage, tmp_path: Path) -> None:
     dialogue = page.new_dialogue()
-    assert "Write a message" in page.answer(dialogue, **ASKED)
+    assert "Write a message" in ended(page.answer, dialogue, **ASKED)
     (tmp_path / "fake.png").write_bytes(b"no picture")
     assert page.add(dialogue, str(tmp_path / "fake.png"), "x").startswith("fake.png")
     assert "do not type" in page.add(dialogue, None, "an <image> here")
@@ -77,7 +101,7 @@ def test_long_histories_are_refused_until_cleared(page: ChatPage) -> None:
     dialogue = page.new_dialogue()
     for _ in range(2):
         page.add(dialogue, None, "again")
-        assert page.answer(dialogue, **{**ASKED, "max_turns": 1}) == ""
+        assert ended(page.answer, dialogue, **{**ASKED, "max_turns": 1}) == ""
     assert "clear history" in page.messages(dialogue)[-1]["content"][0]
     dialogue.clear()
     assert page.messages(dialogue) == []
@@ -89,41 +113,42 @@ def test_without_backend_the_message_waits_and_can_be_sent_later(page: ChatPage,
         page.address = f"http://127.0.0.1:{free.getsockname()[1]}/generate"
         dialogue = page.new_dialogue()
         page.add(dialogue, None, "hello")
-        said = page.answer(dialogue, **ASKED)
+        said = ended(page.answer, dialogue, **ASKED)
     assert "start the backend" in said and dialogue.waits()
     page.add(dialogue, None, "anybody?")
     page.address = address
-    assert page.answer(dialogue, **ASKED) == ""
+    assert ended(page.answer, dialogue, **ASKED) == ""
     assert [message["content"] for message in page.messages(dialogue)][0] == ["hello anybody?"]
 
 
 def test_a_failed_regeneration_keeps_the_old_answer(page: ChatPage, address: str) -> None:
     dialogue = page.new_dialogue()
     page.add(dialogue, None, "hello")
-    page.answer(dialogue, **ASKED)
+    ended(page.answer, dialogue, **ASKED)
     before = page.messages(dialogue)
     page.address = address.replace("generate", "elsewhere")
-    assert "nothing at this address" in page.regenerate(dialogue, **ASKED)
+    assert "nothing at this address" in ended(page.regenerate, dialogue, **ASKED)
     assert page.messages(dialogue) == before
     page.address = address
-    assert page.regenerate(dialogue, **ASKED) == "" and page.messages(dialogue) == before  # greedy: the same again
+    assert ended(page.regenerate, dialogue, **ASKED) == ""
+    assert page.messages(dialogue) == before  # greedy: the same again
 
 
 def test_the_client_names_what_is_wrong(address: str) -> None:
     with pytest.raises(RequestError, match="lacks 'images'"):
-        post_generate(address, {"text": "x"})
+        list(follow_generate(address, {"text": "x"}))
     with pytest.raises(RequestError, match="nothing at this address"):
-        post_generate(address.replace("generate", "elsewhere"), {"text": "x"})
+        list(follow_generate(address.replace("generate", "elsewhere"), {"text": "x"}))
     with pytest.raises(RequestError, match="is not an address"):
-        post_generate("127.0.0.1", {})
+        list(follow_generate("127.0.0.1", {}))
 
 
 def test_a_picture_that_failed_keeps_its_place(page: ChatPage) -> None:
     dialogue = page.new_dialogue()
     page.add(dialogue, None, "draw")
-    page.post = lambda *a, **k: {"text": "Here <image> done", "images": [""], "images_ids": [[1, 2]],
-                                 "error_msg": ["A picture has 2 codes instead of 32."]}
-    assert page.answer(dialogue, **ASKED) == ""
+    page.post = lambda *a, **k: iter([{"text": "Here <image> done", "images": [""], "images_ids": [[1, 2]],
+                                       "error_msg": ["A picture has 2 codes instead of 32."]}])
+    assert ended(page.answer, dialogue, **ASKED) == ""
     assert page.messages(dialogue)[1]["content"] == [
         "Here", "(a picture that could not be drawn)", "done",
         "Some pictures failed: A picture has 2 codes instead of 32."]

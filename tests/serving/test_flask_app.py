@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import socket
@@ -22,9 +23,10 @@ from PIL import Image
 
 from seed_multimodal.configured import system_from_configs
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.images.encode import image_to_base64
 from seed_multimodal.serving.backend import SystemBackend
 from seed_multimodal.serving.flask_app import check_address, create_app, serve
-from seed_multimodal.serving.schema import Limits
+from seed_multimodal.serving.schema import JSON_LINES, Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +53,34 @@ def test_a_question_about_a_picture(client, tiny, png, picture) -> None:
     assert answer["images_ids"] == tiny.tokenize(picture).tolist() and answer["images"] == []
     again = ask(client, text=ASK, images=answer["images_ids"], max_new_tokens=8, temperature=0)[1]
     assert again["text"] == answer["text"]  # codes say the same as the picture
+
+
+def test_previews_come_before_the_answer_if_they_are_asked_for(client, tiny) -> None:
+    body = {"text": "USER: Please draw a fish.\nASSISTANT:", "images": [], "force_boi": True, "max_new_tokens": 34,
+            "seed": 1, "temperature": 0}
+    plain = ask(client, **body)[1]
+    response = client.post("/generate", json={**body, "previews": True})
+    *previews, answer = map(json.loads, response.get_data(as_text=True).splitlines())
+    assert response.status_code == 200 and response.mimetype == JSON_LINES and answer == plain
+    assert [(one["picture"], one["codes"]) for one in previews][:2] == [(0, 8), (0, 16)]
+    for one in previews[:2]:
+        codes = plain["images_ids"][0][:one["codes"]]
+        assert one["preview"] == image_to_base64(tiny.pictures.preview(codes, 1)) != plain["images"][0]
+    words = ask(client, text=ASK.replace("<image>", ""), images=[], max_new_tokens=2, temperature=0, previews=True)
+    assert words[0] == 200 and set(words[1]) == {"text", "images", "images_ids", "error_msg"}  # nothing to preview
+    assert ask(client, text="x", images=[], previews=1)[1]["error"] == "'previews' must be true or false, not a number."
+    assert ask(client, text="<image>", images=[[1]], previews=True)[0] == 400  # before anything is sent
+
+
+def test_a_fault_after_a_preview_is_the_last_line(tiny) -> None:
+    class Failing(SystemBackend):
+        def decode(self, codes: list[int], request: Any) -> Image.Image:
+            raise ValueError("a bug")
+
+    response = create_app(Failing(tiny)).test_client().post("/generate", json={
+        "text": "USER: Draw.\nASSISTANT:", "images": [], "force_boi": True, "previews": True, "temperature": 0})
+    last = json.loads(response.get_data(as_text=True).splitlines()[-1])
+    assert last["error"] == "The server failed inside; its log has the details."
 
 
 def test_a_forced_picture_is_drawn(client, tiny, png) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
-from seed_multimodal.language.generation import room_for_answer
+from seed_multimodal.images.encode import image_to_base64
+from seed_multimodal.language.generation import GenerationSettings, room_for_answer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.serving.gate import Vanished
-from seed_multimodal.serving.schema import GenerateRequest
+from seed_multimodal.serving.schema import GenerateRequest, Preview
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +27,9 @@ class Backend(Protocol):
     """Interface of a model for the engine; `SystemBackend` implements it with `SeedLlama`.
 
     A backend may also have `image_size` (the pixels a side that `transform` makes; larger pictures may reach it
-    reduced) and `check_prompt(length, request)`, which refuses a prompt of so many tokens before any picture is read.
+    reduced), `check_prompt(length, request)`, which refuses a prompt of so many tokens before any picture is read, and
+    `follow(prompt_ids, opening, request)`, which generates as `generate` does, gives each `Preview` on its way and
+    returns `opening` (the ids at the prompt's end that belong to the answer) with the new ids.
     `request.gone()` says whether the client has left.
     """
 
@@ -70,6 +74,26 @@ class SystemBackend:
         return self.system.pictures.encode_once(pixels).tolist()  # clients send earlier turns again
 
     def generate(self, prompt_ids: list[int], request: GenerateRequest) -> list[int]:
+        return self.system.generate(prompt_ids, *self._settings(request))
+
+    def follow(self, prompt_ids: list[int], opening: list[int],
+               request: GenerateRequest) -> Generator[Preview, None, list[int]]:
+        """As `generate`, with previews as `system.json` names them; returns the whole answer's ids."""
+        settings, watch = self._settings(request)
+        pictures, due = self.system.pictures, self.system.spec.previews if self.system.pictures.can_draw else ()
+        number = -1
+        with contextlib.closing(self.system.speaker.events(prompt_ids, settings, opening, due, watch)) as events:
+            for event in events:
+                number += event["type"] == "image_start"
+                if event["type"] == "image_preview":
+                    drawn = pictures.preview(event["codes"], request.seed)
+                    yield Preview(number, len(event["codes"]), image_to_base64(drawn))
+                elif event["type"] == "end":
+                    return list(event["ids"])
+        raise AssertionError("the last event is the end")
+
+    def _settings(self, request: GenerateRequest) -> tuple[GenerationSettings, Callable[[], None]]:
+        """How to generate, and what is called before each token."""
         needed = self.tokenizer.vocabulary.tokens_per_image + 1 if request.force_boi else 1
         settings = self.system.settings(
             num_beams=request.num_beams, seed=request.seed, max_new_tokens=max(request.max_new_tokens, needed),
@@ -79,7 +103,7 @@ class SystemBackend:
             if request.gone():
                 raise Vanished
 
-        return self.system.generate(prompt_ids, settings, watch)
+        return settings, watch
 
     @property
     def image_size(self) -> int:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from seed_multimodal.errors import RequestError
+from seed_multimodal.serving.schema import JSON_LINES
 
 USER_AGENT = "SEED Multimodal client"
 CONNECT_SECONDS = 5.0
 ANSWER_KEYS = {"text": str, "images": list, "images_ids": list, "error_msg": list}
 
 
-def post_generate(address: str, body: Mapping[str, Any], timeout: float = 600.0) -> dict[str, Any]:
-    """POST `body` to `address` (`http://127.0.0.1:7890/generate`) and return the checked answer.
+def follow_generate(address: str, body: Mapping[str, Any], timeout: float = 600.0) -> Iterator[dict[str, Any]]:
+    """POST `body` to `address` (`http://127.0.0.1:7890/generate`) and give what comes: last the checked answer, and
+    before it, if `body` asks for `previews`, each of them as `schema.Preview` writes it.
 
     Raises:
         RequestError: no server there, a timeout, a refusal by the server (with its own sentence), or an answer of
@@ -22,8 +25,17 @@ def post_generate(address: str, body: Mapping[str, Any], timeout: float = 600.0)
     import requests
 
     try:
-        response = requests.post(address, json=dict(body), headers={"User-Agent": USER_AGENT},
-                                 timeout=(CONNECT_SECONDS, timeout))
+        with requests.post(address, json=dict(body), headers={"User-Agent": USER_AGENT}, stream=True,
+                           timeout=(CONNECT_SECONDS, timeout)) as response:
+            in_pieces = response.headers.get("Content-Type", "").startswith(JSON_LINES)
+            for line in response.iter_lines() if in_pieces else (response.content,):
+                piece = _piece(line, address, response.status_code)
+                if in_pieces and "preview" in piece:
+                    yield piece
+                else:
+                    yield _answer(piece, address, response.status_code)
+                    return
+        raise RequestError(f"{address} broke off its answer.")
     except (requests.exceptions.MissingSchema, requests.exceptions.InvalidURL,
             requests.exceptions.InvalidSchema) as error:
         raise RequestError(f"{address!r} is not an address; it looks like http://127.0.0.1:7890/generate.") from error
@@ -32,14 +44,20 @@ def post_generate(address: str, body: Mapping[str, Any], timeout: float = 600.0)
     except requests.exceptions.RequestException as error:
         raise RequestError(f"No model answers at {address}: start the backend (bash scripts/start_backend_nano.sh) and "
                            f"try again.") from error
+
+
+def _piece(line: bytes, address: str, status: int) -> Any:
     try:
-        answer = response.json()
+        return json.loads(line)
     except ValueError as error:
-        raise RequestError(f"{address} answered with status {response.status_code} and no JSON; is it the address of a "
-                           f"SEED backend?") from error
-    if response.status_code != 200:
-        said = answer.get("error") if isinstance(answer, dict) else None
-        raise RequestError(str(said) if said else f"The backend refused the request (status {response.status_code}).")
+        raise RequestError(f"{address} answered with status {status} and no JSON; is it the address of a SEED backend?"
+                           ) from error
+
+
+def _answer(answer: Any, address: str, status: int) -> dict[str, Any]:
+    said = answer.get("error") if isinstance(answer, dict) else None
+    if said or status != 200:
+        raise RequestError(str(said) if said else f"The backend refused the request (status {status}).")
     if not isinstance(answer, dict) or any(not isinstance(answer.get(k), kind) for k, kind in ANSWER_KEYS.items()):
         raise RequestError(f"{address} answered with something else than text and pictures; is it a SEED backend?")
     return answer

@@ -12,7 +12,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import IO, TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from seed_multimodal.serving.backend import Backend
 from seed_multimodal.serving.body import read_body
 from seed_multimodal.serving.gate import Gate, Vanished
 from seed_multimodal.serving.rendering import render_answer, render_original
-from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Limits, parse_request, shown
+from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Limits, Preview, parse_request, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,8 +98,9 @@ class Engine:
             with self._counting:
                 self._admitted -= 1
 
-    def handle(self, stream: IO[bytes], length: int, gone: Callable[[], bool] = lambda: False) -> GenerateResponse:
-        """Answer the JSON body in `stream`.
+    def handle(self, stream: IO[bytes], length: int,
+               gone: Callable[[], bool] = lambda: False) -> Iterator[Preview | GenerateResponse]:
+        """Answer the JSON body in `stream`: last the answer, before it previews of its pictures if they are asked for.
 
         Args:
             length: bytes of the body, as its header says.
@@ -115,29 +116,37 @@ class Engine:
             with self._bodies.hold(length + PARSING_BYTES, left):
                 request = parse_request(read_body(stream, self.limits), self.limits, left)
                 pixels = self._read_pictures(request)
-            return self._answer(request, pixels)
+            yield from self._answer(request, pixels)
 
-    def answer(self, request: GenerateRequest) -> GenerateResponse:
-        """Read the pictures, generate, draw.
+    def answer(self, request: GenerateRequest) -> Iterator[Preview | GenerateResponse]:
+        """Read the pictures, generate, draw; what it gives: see `handle`.
 
         Raises:
             ImageError: a picture that cannot be read; RequestError: code lists that are no picture, pictures with too
                 many pixels; GenerationError: a prompt too long for the model.
         """
-        return self._answer(request, self._read_pictures(request))
+        yield from self._answer(request, self._read_pictures(request))
 
-    def _answer(self, request: GenerateRequest, pixels: list[Tensor]) -> GenerateResponse:
+    def _answer(self, request: GenerateRequest, pixels: list[Tensor]) -> Iterator[Preview | GenerateResponse]:
         with self._model.hold(gone=request.gone):
             began = time.monotonic()
             codes = self._codes(request, pixels)
             prompt, opening = self._prompt(request, codes)
-            new_ids = opening + list(self.backend.generate(prompt, request))
+            new_ids = yield from self._generate(prompt, opening, request)
             render = render_original if self.exact_original else render_answer
             response = render(new_ids, self.backend.tokenizer, partial(self._draw, request=request))
             self.answered += 1
             self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
         response.images_ids = codes + response.images_ids
-        return response
+        yield response
+
+    def _generate(self, prompt: list[int], opening: list[int],
+                  request: GenerateRequest) -> Generator[Preview, None, list[int]]:
+        """The ids of the answer, its fixed opening included."""
+        follow = getattr(self.backend, "follow", None)
+        if request.previews and follow is not None:
+            return (yield from follow(prompt, opening, request))
+        return opening + list(self.backend.generate(prompt, request))
 
     def _draw(self, codes: list[int], request: GenerateRequest) -> Image.Image:
         if request.gone():

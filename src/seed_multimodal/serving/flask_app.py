@@ -10,9 +10,11 @@ Run: `bash scripts/start_backend_nano.sh`, or from Python `serve(create_app(Seed
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.entry import ended_by_sigterm
@@ -21,7 +23,7 @@ from seed_multimodal.serving.backend import Backend, SystemBackend
 from seed_multimodal.serving.body import BodyTooLong
 from seed_multimodal.serving.engine import Busy, Engine
 from seed_multimodal.serving.gate import Vanished
-from seed_multimodal.serving.schema import Limits, error_json
+from seed_multimodal.serving.schema import JSON_LINES, GenerateResponse, Limits, Preview, error_json
 
 if TYPE_CHECKING:
     from flask import Flask, Response
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 ASKED_WRONGLY = (RequestError, ImageError, CodesError, GenerationError)
 CANNOT_LISTEN = "Cannot listen on {host}:{port}: the port is taken or not allowed; choose another with --port."
+INSIDE = "The server failed inside; its log has the details."
 SOCKET_FILE = "unix://"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -60,8 +63,11 @@ def create_app(
         if not request.is_json:
             abort(415)
         gone = request.environ.get("waitress.client_disconnected", lambda: False)
-        answer = engine.handle(request.stream, request.content_length or 0, gone)
-        return jsonify(answer.to_json())
+        pieces = engine.handle(request.stream, request.content_length or 0, gone)
+        first = next(pieces)  # a refusal is raised here
+        if isinstance(first, Preview):
+            return app.response_class(_lines(first, pieces), mimetype=JSON_LINES)
+        return jsonify(first.to_json())
 
     @app.route("/health", methods=["GET"])
     def health() -> Response:
@@ -89,9 +95,23 @@ def create_app(
     @app.errorhandler(Exception)
     def fault(error: Exception) -> tuple[Response, int]:
         logger.exception("A request failed inside the server")
-        return jsonify(error_json("The server failed inside; its log has the details.")), 500
+        return jsonify(error_json(INSIDE)), 500
 
     return app
+
+
+def _lines(first: Preview, rest: Iterator[Preview | GenerateResponse]) -> Iterator[str]:
+    """A JSON line for each piece of an answer; what fails on the way is the last line."""
+    with contextlib.closing(rest):  # type: ignore[type-var]
+        yield json.dumps(first.to_json()) + "\n"
+        try:
+            for piece in rest:
+                yield json.dumps(piece.to_json()) + "\n"
+        except Exception as error:
+            if not isinstance(error, SeedError):
+                logger.exception("A request failed inside the server")
+            said = str(error) if isinstance(error, SeedError) else INSIDE
+            yield json.dumps(error_json(said)) + "\n"
 
 
 def _sentence(code: int, otherwise: str, limits: Limits) -> str:

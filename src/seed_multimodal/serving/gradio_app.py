@@ -13,7 +13,7 @@ import copy
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from seed_multimodal.images.open import ImageLimits, open_image
 from seed_multimodal.language.conversation import Dialogue
 from seed_multimodal.language.tasks import DEMO_QUESTIONS, DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.vocabulary import PLACEHOLDER
-from seed_multimodal.serving.client import post_generate
+from seed_multimodal.serving.client import follow_generate
 from seed_multimodal.serving.gate import Gate
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LOST_PICTURE = "(a picture that could not be drawn)"
-WRITING = "Waiting for the model …"
+WRITING, DRAWING = "Waiting for the model …", "Drawing …"
 VISITORS = 64
 UPLOADS = ImageLimits(max_bytes=64 << 20, max_memory=144_000_000)
 STORED_SIDE = 512  # of what `chat_image` makes of a picture
@@ -58,8 +58,8 @@ class Kind:
 
 KINDS = {
     "nano": Kind("conv_seed_vicuna", "SEED Multimodal · nano", 0.0,
-                 ("Please draw a fluent drawing of a red apple.", "Make it in noto style.",
-                  DESCRIBE_PROMPT, f"What is this?{QA_SUFFIX}")),
+                 ("Please draw a noto dog left of a tree in a meadow.", "Put it at night.", DESCRIBE_PROMPT,
+                  f"What is the background?{QA_SUFFIX}")),
     "seed-llama-8b": Kind("conv_seed_vicuna", "SEED-LLaMA 8B", examples=DEMO_QUESTIONS),
     "seed-llama-14b": Kind("conv_seed_llama2", "SEED-LLaMA 14B", examples=DEMO_QUESTIONS),
 }
@@ -84,7 +84,7 @@ class ChatPage:
     kind: Kind
     folder: Path
     timeout: float = 600.0
-    post: Callable[..., dict[str, Any]] = field(default=post_generate)
+    post: Callable[..., Iterator[dict[str, Any]]] = field(default=follow_generate)
     decoding: Gate = field(default_factory=lambda: Gate(2), repr=False)  # so many pictures at once
 
     def new_dialogue(self) -> Dialogue:
@@ -105,8 +105,10 @@ class ChatPage:
             return str(error)
         return ""
 
-    def answer(self, dialogue: Dialogue, *, max_turns: int, force_boi: bool, **settings: Any) -> str:
-        """Ask the backend; returns a message about a problem (`""`: the answer is in the dialogue)."""
+    def answer(self, dialogue: Dialogue, *, max_turns: int, force_boi: bool,
+               **settings: Any) -> Generator[list[str], None, str]:
+        """Ask the backend; gives the previews of the answer's pictures each time one comes, and returns a message about
+        a problem (`""`: the answer is in the dialogue)."""
         dialogue.max_turns = int(max_turns)
         if not dialogue.waits():
             return "Write a message or choose a picture first."
@@ -114,24 +116,31 @@ class ChatPage:
             dialogue.refuse()
             return ""
         try:
-            body = dialogue.request(self._for_request, force_boi=force_boi, **settings)
+            body = dialogue.request(_for_request, force_boi=force_boi, **settings)
             assert body is not None
-            dialogue.receive(self.post(self.address, body, self.timeout), self._store_base64)
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                shown: dict[int, str] = {}
+                for piece in self.post(self.address, {**body, "previews": True}, self.timeout):
+                    if "preview" in piece:
+                        shown[piece["picture"]] = self._store_base64(piece["preview"], Path(folder))
+                        yield [*shown.values()]
+                    else:
+                        dialogue.receive(piece, self._store_base64)
         except SeedError as error:
             return str(error)
         return ""
 
-    def regenerate(self, dialogue: Dialogue, **settings: Any) -> str:
-        """Ask for the last answer again; without a new one the old one stays."""
+    def regenerate(self, dialogue: Dialogue, **settings: Any) -> Generator[list[str], None, str]:
+        """Ask for the last answer again as `answer` does; without a new one the old one stays."""
         before = copy.deepcopy(vars(dialogue))
         dialogue.regenerate()
-        trouble = self.answer(dialogue, **settings)
+        trouble = yield from self.answer(dialogue, **settings)
         if trouble:
             vars(dialogue).update(before)
         return trouble
 
-    def messages(self, dialogue: Dialogue) -> list[dict[str, Any]]:
-        """The conversation as Gradio's Chatbot shows it: texts and pictures in order."""
+    def messages(self, dialogue: Dialogue, previews: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The conversation as Gradio's Chatbot shows it: texts and pictures in order; last an answer of `previews`."""
         shown: list[dict[str, Any]] = []
         for entry in dialogue.conversation.messages:
             said = entry["message"]
@@ -144,19 +153,22 @@ class ChatPage:
             shown.append({"role": role, "content": [part for part in content if part] or ["(nothing)"]})
         if dialogue.errors and shown:
             shown[-1]["content"].append("Some pictures failed: " + " ".join(dialogue.errors))
+        if previews:
+            shown.append({"role": "assistant", "content": [{"path": path, "alt_text": "preview"} for path in previews]})
         return shown
 
-    def _store(self, image: Image.Image) -> str:
+    def _store(self, image: Image.Image, folder: Path | None = None) -> str:
         data = image_to_bytes(image)
-        path = self.folder / f"{hashlib.md5(data, usedforsecurity=False).hexdigest()}.png"
+        path = (folder or self.folder) / f"{hashlib.md5(data, usedforsecurity=False).hexdigest()}.png"
         path.write_bytes(data)
         return str(path)
 
-    def _store_base64(self, text: str) -> str:
-        return self._store(image_from_base64(text, name="the answer's picture"))
+    def _store_base64(self, text: str, folder: Path | None = None) -> str:
+        return self._store(image_from_base64(text, name="the answer's picture"), folder)
 
-    def _for_request(self, path: str) -> str:
-        return image_to_base64(request_image(open_image(path)))
+
+def _for_request(path: str) -> str:
+    return image_to_base64(request_image(open_image(path)))
 
 
 def build_demo(page: ChatPage) -> gr.Blocks:
@@ -172,7 +184,7 @@ def build_demo(page: ChatPage) -> gr.Blocks:
                 image = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=220,
                                  elem_id="picture")
                 # Gradio would decode the file whole, and show an error of its own in place of our sentence.
-                image.preprocess = _uploaded  # type: ignore[method-assign]
+                image.preprocess = lambda upload: upload and upload.path  # type: ignore[method-assign]
                 text = gr.Textbox(label="Message", lines=2, max_lines=6, elem_id="message", submit_btn=False,
                                   placeholder="Ask, or say what to draw (Shift+Enter sends)")
                 with gr.Row():
@@ -192,11 +204,6 @@ def build_demo(page: ChatPage) -> gr.Blocks:
     return demo
 
 
-def _uploaded(payload: Any) -> str | None:
-    """The file of an upload; Gradio has checked that it lies in its folder of uploads."""
-    return None if payload is None else payload.path
-
-
 def _settings(kind: Kind) -> list[Any]:
     """The sliders of the released demo, with its ranges and defaults."""
     import gradio as gr
@@ -205,8 +212,7 @@ def _settings(kind: Kind) -> list[Any]:
     with gr.Accordion("Settings", open=False, elem_id="settings"):
         beams = gr.Slider(1, 4, value=1, step=1, label="Beams")
         tokens = gr.Slider(64, 1024, value=256, step=64, label="Most new tokens")
-        temperature = gr.Slider(0.0, 1.0, value=kind.temperature, step=0.1,
-                                label="Temperature (0: always the likeliest)")
+        temperature = gr.Slider(0.0, 1.0, value=kind.temperature, step=0.1, label="Temperature (0: the likeliest)")
         top_p = gr.Slider(0.0, 1.0, value=0.5, step=0.1, label="Top P")
         turns = gr.Slider(1, 5, value=3, step=1, label="Most rounds of history")
     return [beams, tokens, temperature, top_p, turns, force]
@@ -224,10 +230,18 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
         kept = (gr.update(), gr.update()) if trouble else (None, "")
         return (dialogue, page.messages(dialogue), trouble, *kept)
 
-    def asking(ask: Callable[..., str], dialogue: Dialogue, values: Sequence[Any]) -> str:
+    def asking(ask: Callable[..., Generator[list[str], None, str]], dialogue: Dialogue,
+               values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         beams, tokens, temperature, top_p, turns, force = values
-        return ask(dialogue, max_turns=turns, force_boi=bool(force), num_beams=int(beams),
+        made = ask(dialogue, max_turns=turns, force_boi=bool(force), num_beams=int(beams),
                    max_new_tokens=int(tokens), temperature=temperature, top_p=top_p)
+        while True:
+            try:
+                previews = next(made)
+            except StopIteration as end:
+                yield dialogue, page.messages(dialogue), end.value, *buttons(True)
+                return
+            yield gr.skip(), page.messages(dialogue, previews), DRAWING, *buttons(False)
 
     def on_submit(dialogue: Dialogue, path: str | None, said: str | None, *values: Any) -> Iterator[tuple[Any, ...]]:
         *added, picture, words = on_add(dialogue, path, said)
@@ -235,13 +249,12 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
             yield *added, picture, words, *buttons(True)
             return
         yield *added[:2], WRITING, picture, words, *buttons(False)
-        trouble = asking(page.answer, dialogue, values)
-        yield dialogue, page.messages(dialogue), trouble, gr.update(), gr.update(), *buttons(True)
+        for *seen, on, off in asking(page.answer, dialogue, values):
+            yield *seen, gr.update(), gr.update(), on, off
 
     def on_regenerate(dialogue: Dialogue, *values: Any) -> Iterator[tuple[Any, ...]]:
-        yield dialogue, gr.update(), WRITING, *buttons(False)
-        trouble = asking(page.regenerate, dialogue, values)
-        yield dialogue, page.messages(dialogue), trouble, *buttons(True)
+        yield gr.skip(), gr.skip(), WRITING, *buttons(False)
+        yield from asking(page.regenerate, dialogue, values)
 
     def on_clear(dialogue: Dialogue) -> tuple[Any, ...]:
         dialogue.clear()

@@ -15,6 +15,8 @@ from seed_multimodal.errors import RequestError
 from seed_multimodal.language.tokenizer import plain_text
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
+JSON_LINES = "application/x-ndjson"  # of an answer in pieces: previews, and last the answer
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -39,9 +41,9 @@ class GenerateRequest:
     """One checked request.
 
     `text` is the whole conversation so far, without `<s>`, holding one `<image>` per entry of `images`; an entry is
-    base64 text of an encoded picture (`bytes` if it is long), or the list of its codes. `seed` is ours: the same seed,
-    the same answer. `gone` is asked while the request waits and before each token of its answer: whether the client
-    has left.
+    base64 text of an encoded picture (`bytes` if it is long), or the list of its codes. Ours are `seed` (the same seed,
+    the same answer) and `previews` (send pictures while they are made). `gone` is asked while the request waits and
+    before each token of its answer: whether the client has left.
     """
 
     text: str
@@ -52,6 +54,7 @@ class GenerateRequest:
     top_p: float = 0.5
     force_boi: bool = False
     seed: int | None = None
+    previews: bool = False
     gone: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     @property
@@ -63,6 +66,19 @@ class GenerateRequest:
     def text_spans(self) -> list[str]:
         """The text around the pictures: one more span than pictures."""
         return self.text.split(PLACEHOLDER)
+
+
+@dataclass
+class Preview:
+    """A picture that is being made: `picture`: its place in `images` of the answer; `codes`: it shows so many of them;
+    `preview`: base64 PNG."""
+
+    picture: int
+    codes: int
+    preview: str
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
 
 
 @dataclass
@@ -110,6 +126,7 @@ def parse_request(
         top_p=_number(body, "top_p", GenerateRequest.top_p, 0.0, 1.0),
         force_boi=_flag(body, "force_boi"),
         seed=_integer(body, "seed", 0, 0, 2**31 - 1) if body.get("seed") is not None else None,
+        previews=_flag(body, "previews"),
         gone=gone,
     )
     flags = len(request.text_spans) - 1
