@@ -1,7 +1,8 @@
 """The nano speed run's two language-model stages through the application, against losses written down before.
 
 The codes are drawn, not encoded, so that nothing but the data, the model, the optimiser and the loop is in play. After
-a change that is meant to move the losses: `python tests/multimodal_llm/test_nano_losses.py` writes the file anew.
+a change that is meant to move the losses, this writes the file anew:
+`PYTHONPATH=src:tests/warm python tests/multimodal_llm/test_nano_losses.py`.
 """
 
 import json
@@ -14,6 +15,7 @@ import torch
 import warm_python
 from safetensors import safe_open
 
+from seed_multimodal.data.nano.records import KINDS
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.nano.config import load_config
 from seed_multimodal.training.nano.llm_recipe import PRETRAIN, SFT, install_llm, write_llm_recipes, write_records
@@ -22,21 +24,20 @@ from seed_multimodal.training.nano.workspace import Workspace
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = Path(__file__).with_name("nano_losses.json")
 STEPS = (1, 2, 5, 10, 20, 30)
-SETTINGS = ["limit=60", "code_views=3"] + [
+SETTINGS = ["pool=60", "gate_scenes=60", *(f"records.{kind}=60" for kind in KINDS)] + [
     f"train_{stage}={{steps: 30, batch_size: 8, lr: 3.0e-3, warmup: 5, precision: fp32, log_every: 1}}"
     for stage in ("pretrain", "sft")]
 
 
 def prepared(folder: Path) -> tuple[Workspace, dict[str, dict[str, int]]]:
-    """Records and configurations for 60 pictures with drawn codes, in the shipped tokenizer's words."""
+    """60 records of every kind with drawn codes and the configurations, in the shipped tokenizer's words."""
     out = folder / "system"
     out.mkdir(parents=True)
     (out / "seed_tokenizer").symlink_to(ROOT / "pretrained/nano/seed_tokenizer")
-    space = Workspace(load_config(ROOT / "configs/nano/test.yaml", SETTINGS), ROOT / "data/nano64", folder, out)
+    space = Workspace(load_config(ROOT / "configs/nano/test.yaml", SETTINGS), folder, out)
     generator = torch.Generator().manual_seed(7)
     places = torch.arange(32) * 32
-    codes = places + torch.randint(32, (len(space.nano.records), 3, 32), generator=generator)
-    counts = write_records(space, codes)
+    counts, _ = write_records(space, lambda scenes: places + torch.randint(32, (len(scenes), 32), generator=generator))
     write_llm_recipes(space, counts)
     return space, counts
 
@@ -87,7 +88,7 @@ def test_the_tuned_model_becomes_the_systems(line: tuple[Workspace, dict[str, di
         "config.json", "generation_config.json", "model.safetensors"}
     written = json.loads((space.work / "sft.done.json").read_text())
     assert written["val_text_loss"] == record["sft_val_text_loss"] and written["steps"] == 30
-    assert written["parameters"] > 10_000 and written["batch_size"].endswith(" rows of 256")
+    assert written["parameters"] > 10_000 and written["batch_size"].endswith(" rows of 512")
     with safe_open(space.out / "seed_llama/model.safetensors", "pt") as handle:
         assert handle.get_slice("model.embed_tokens.weight").get_shape()[0] == space.words.vocabulary.size
 

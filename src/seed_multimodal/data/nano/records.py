@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 from seed_multimodal.data.nano.dialogues import (
@@ -58,10 +59,8 @@ def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int 
     start = shake.randrange(pool) if pool else index
 
     def scenes() -> Scenes:
-        number = start
-        while True:
-            yield scene_at(seed, number % pool if pool else number, split)
-            number += 1
+        for step in count():  # past a pool in which no scene would do
+            yield scene_at(seed, (start + step) % pool if step < pool else start + step, split)
 
     return KINDS[kind](shake, scenes(), allowed, index)
 

@@ -72,15 +72,32 @@ class UnetSizes:
 
 @dataclass
 class LlmSizes:
-    """LLaMA, and whether its layers are compiled in training (faster; needs a C++ compiler)."""
+    """LLaMA. compile: its layers are compiled in training (a quarter faster); None: where a C++ compiler is found."""
 
     width: int = 256
     layers: int = 4
     heads: int = 8
     ffn: int = 640
-    text_vocabulary: int = 2000
+    text_vocabulary: int = 1500
     positions: int = 512
-    compile: bool = False
+    compile: bool | None = None
+
+
+@dataclass
+class RecordCounts:
+    """How many records of each kind (see `data.nano.records`) the language model is trained on. Kinds about a single
+    picture take it from the pool."""
+
+    captions: int = setting(60_000, least=1)
+    describe: int = setting(30_000, least=1)
+    questions: int = setting(60_000, least=1)
+    draw: int = setting(30_000, least=1)
+    edits: int = setting(45_000, least=1)
+    conversations: int = setting(16_000, least=1)
+    in_context: int = setting(8_000, least=1)
+    stories: int = setting(5_000, least=1)
+    documents: int = setting(2_500, least=1)
+    continued: int = setting(2_500, least=1)
 
 
 def _stage(steps: int, batch: int, lr: float, **more: Any) -> Any:
@@ -106,6 +123,7 @@ class NanoConfig:
     tokenizer: TokenizerSizes = field(default_factory=TokenizerSizes)
     unet: UnetSizes = field(default_factory=UnetSizes)
     llm: LlmSizes = field(default_factory=LlmSizes)
+    records: RecordCounts = field(default_factory=RecordCounts)
     train_vae: StageSettings = _stage(4000, 32, 2e-3, ema=0.995)
     train_clip: StageSettings = _stage(3500, 128, 1e-3, ema=0.99)
     train_stage1: StageSettings = _stage(1500, 128, 1e-3)

@@ -2,77 +2,110 @@
 result.
 
 `records` writes shards of pre-tokenised records (`work/records/`) and two configurations of the application,
-`work/llm_pretrain.yaml` (captions, both ways) and `work/llm_sft.yaml` (instructions). Between the two stages, from the
-repository's folder:
+`work/llm_pretrain.yaml` (captions both ways, documents) and `work/llm_sft.yaml` (everything). Between the two stages,
+from the repository's folder:
 
     python MultiModalLLM/src/train/train.py --config-path WORK --config-name llm_pretrain       then the same, llm_sft
 
 Different from the released recipe: every weight is trained, from a random start whose image words come from the
-codebook; matrices by Muon; a text token weighs as much as four image tokens; pictures that are read come from any view,
-and up to 35 % of their codes from another picture, because there are few pictures and many passes over them: without
-such noise the model memorises them and confuses pictures in a style in which it has not seen the object. Pictures that
-are written are the unaugmented ones.
+codebook; matrices by Muon; a text token weighs as much as four image tokens.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.pretokenize.input_settings import InputSettings
-from seed_multimodal.data.pretokenize.nano import nano_records
+from seed_multimodal.data.nano.records import KINDS, Record, record_at, scenes_of, with_pictures
+from seed_multimodal.data.nano.scene import Scene
+from seed_multimodal.data.nano.things import NAMES
+from seed_multimodal.data.nano.words import some
 from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.config import NanoConfig
-from seed_multimodal.training.nano.tokenizer import codes
+from seed_multimodal.training.nano.tokenizer import encode_scenes
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.weights import count_parameters
 
 PRETRAIN, SFT = "llm_pretrain", "llm_sft"
-NOISE = 0.35
 TEXT_WEIGHT = 4.0  # an answer has eight tokens where a picture has 34; equal weights would teach mostly pictures
 MEAN_LENGTH = 64  # tokens a sequence has about: turns `batch_size` sequences into packed rows
-ROW = 256
+ROW = 512  # a conversation of six turns has up to 400 tokens
+ENCODED_AT_ONCE = 8192
+CODES = "record_codes"  # the file in the work folder
+HELD_OUT_SHARE = 0.02  # of the records of a kind, made of scenes of the val split for the held-out loss
 TRAIN = "python MultiModalLLM/src/train/train.py --config-path"
-# Sources of both mixtures: name -> (shard, decoder, options, share).
+# Sources of both mixtures: name -> (kind of records, decoder, options, share of the sequences).
 Sources = dict[str, tuple[str, str, dict[str, Any], float]]
-Counts = dict[str, dict[str, int]]  # split -> shard -> records
-READ: dict[str, Any] = {"code_noise": NOISE}
+Counts = dict[str, dict[str, int]]  # split -> kind -> records
 PRETRAIN_SOURCES: Sources = {
-    "image_first": ("seen", "pretrain.caption", {"reverse_ratio": 1.0, "first_text": 0.5, **READ}, 0.5),
-    "text_first": ("drawn", "pretrain.caption", {"reverse_ratio": 0.0, "first_text": 0.5}, 0.5)}
+    "image_first": ("captions", "pretrain.caption", {"reverse_ratio": 1.0, "first_text": 0.5}, 0.55),
+    "text_first": ("captions", "pretrain.caption", {"reverse_ratio": 0.0, "first_text": 0.5}, 0.40),
+    "documents": ("documents", "pretrain.interleaved", {"reverse_ratio": 0.0}, 0.05)}
 SFT_SOURCES: Sources = {
     "image_first": (*PRETRAIN_SOURCES["image_first"][:3], 0.05),
-    "text_first": (*PRETRAIN_SOURCES["text_first"][:3], 0.10),
-    "describe": ("describe", "chat", READ, 0.20), "qa": ("qa", "chat", READ, 0.25), "draw": ("draw", "chat", {}, 0.15),
-    "edit": ("edits", "chat", READ, 0.17), "chat": ("conversations", "chat", {"answers": "one"}, 0.08)}
+    "text_first": (*PRETRAIN_SOURCES["text_first"][:3], 0.05),
+    "describe": ("describe", "chat", {}, 0.14), "questions": ("questions", "chat", {}, 0.20),
+    "draw": ("draw", "chat", {}, 0.14), "edits": ("edits", "chat", {}, 0.20),
+    "conversations": ("conversations", "chat", {}, 0.10), "in_context": ("in_context", "chat", {}, 0.06),
+    "stories": ("stories", "chat", {}, 0.03), "continued": ("continued", "chat", {}, 0.03)}
 
 
 def records(space: Workspace) -> dict[str, Any]:
-    """Stage `records`: shards and configurations; returns how many training records each shard holds."""
-    counts = write_records(space, codes(space))
-    return {"files": " ".join(map(str, write_llm_recipes(space, counts))), **counts["train"]}
+    """Stage `records`: shards and configurations; returns how many training records each kind has."""
+    counts, pictures = write_records(space, partial(_codes, space))
+    return {"files": " ".join(map(str, write_llm_recipes(space, counts))), "pictures": pictures, **counts["train"]}
 
 
-def write_records(space: Workspace, codes: Tensor) -> Counts:
-    """Write the shards of both splits; returns how many records each holds.
+def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor]) -> tuple[Counts, int]:
+    """Write the shards of both splits; returns how many records each holds, and how many pictures there are in them.
 
     Args:
-        codes: int16 [N, V, 32] of every picture of the set; view 0 is the picture itself.
+        encode: N scenes -> their codes int16 [N, 32]; every picture is encoded once, however many records show it.
     """
-    counts: Counts = {}
-    for split, chosen in (("train", space.train), ("val", space.held_out)):
-        keys = {space.nano.records[index].key for index in chosen}
-        counts[split] = {name: write_shard(_shard(space, name, split), _numbered(name, records))
-                         for name, records in _shards(space, split, keys, codes).items()}
-    return counts
+    amounts = asdict(space.config.records)
+    few = {kind: max(1, round(number * HELD_OUT_SHARE)) for kind, number in amounts.items()}
+    made = {split: {kind: [record_at(kind, space.config.seed, index, split, pool) for index in range(number)]
+                    for kind, number in numbers.items()}
+            for split, numbers, pool in (("train", amounts, space.config.pool),
+                                         ("val", few, space.config.gate_scenes))}
+    scenes = list(dict.fromkeys(scene for kinds in made.values() for records in kinds.values()
+                                for record in records for scene in scenes_of(record)))
+    codes, rows = encode(scenes), {scene: row for row, scene in enumerate(scenes)}
+    if len(codes) != len(scenes):
+        raise ConfigError(f"{space.work}: the codes kept there are of {len(codes)} pictures, the records show "
+                          f"{len(scenes)}; delete {CODES}.safetensors.")
+
+    def codes_of(scene: Scene) -> list[int]:
+        return list(codes[rows[scene]].tolist())
+
+    counts = {split: {kind: write_shard(_shard(space, kind, split), _written(kind, records, codes_of))
+                      for kind, records in kinds.items()} for split, kinds in made.items()}
+    return counts, len(scenes)
+
+
+def sentences(number: int = 500, seed: int = 0) -> list[str]:
+    """What word pieces are learnt from: the texts of `number` records of every kind, every name, the template's words.
+
+    The names stand there often enough that each becomes a piece of its own.
+    """
+    lines = [some(count, name) for name in NAMES for count in (1, 2)] * 20
+    for kind in KINDS:
+        for index in range(number):
+            lines += _texts(with_pictures(record_at(kind, seed, index), lambda scene: None))
+    return [*lines, *["USER:", "ASSISTANT:"] * number]
 
 
 def write_llm_recipes(space: Workspace, counts: Counts) -> list[Path]:
@@ -137,44 +170,37 @@ def _trained(space: Workspace, stage: str, name: str, settings: StageSettings) -
 # ------------------------------------------------------------------------------------------------------- the records
 
 
-def _shards(space: Workspace, split: str, keys: set[str], codes: Tensor) -> dict[str, Iterable[dict[str, Any]]]:
-    every = {record.key: codes[index].tolist() for index, record in enumerate(space.nano.records)
-             if record.split == split or record.key in keys}
+def _codes(space: Workspace, scenes: Sequence[Scene]) -> Tensor:
+    """Codes int16 [N, 32], kept in the work folder."""
+    def make() -> Tensor:
+        tokenizer, parts = Seed2Tokenizer.from_pretrained(space.tokenizer_folder), []
+        for start in range(0, len(scenes), ENCODED_AT_ONCE):
+            parts.append(encode_scenes(tokenizer, scenes[start:start + ENCODED_AT_ONCE], space.config.image_size))
+            print(f"[records] {start + len(parts[-1])} of {len(scenes)} pictures encoded", flush=True)
+        return torch.cat(parts)
 
-    def views(key: str) -> list[list[int]]:
-        return every[key]
-
-    def itself(key: str) -> list[int]:
-        return every[key][0]
-
-    def references(content: str) -> Iterator[dict[str, Any]]:
-        settings = InputSettings(format="nano", split=split, content=content, captions="list")
-        for raw in nano_records(str(space.nano.folder), settings):
-            if set(raw.members) <= keys:
-                yield raw.fields
-
-    captions = [{"image": fields["image"], "text": fields["caption"]} for fields in references("captions")]
-    seen = ({"views": views(one["image"]), "text": one["text"]} for one in captions)
-    drawn = ({"image_ids": itself(one["image"]), "text": one["text"]} for one in captions)
-    return {"seen": seen, "drawn": drawn,
-            **{content: _dialogues(references(content), views, itself, talk=content == "conversations")
-               for content in ("describe", "qa", "draw", "edits", "conversations")}}
+    return space.cached(CODES, make)
 
 
-def _dialogues(found: Iterable[Mapping[str, Any]], views: Callable[[str], Any], itself: Callable[[str], Any],
-               talk: bool) -> Iterator[dict[str, Any]]:
-    """Pictures of the user's turns in all views (of a talk, where the model may have drawn them, themselves)."""
-    for fields in found:
-        yield {"messages": [
-            {"role": message["role"],
-             "content": [part if isinstance(part, str) else
-                         {"codes": (views if message["role"] == "user" and not talk else itself)(part["image"])}
-                         for part in message["content"]]} for message in fields["messages"]]}
-
-
-def _numbered(name: str, records: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _written(kind: str, records: Sequence[Record],
+             codes: Callable[[Scene], list[int]]) -> Iterator[tuple[str, dict[str, bytes]]]:
     for number, record in enumerate(records):
-        yield f"{name}-{number:06d}", {"json": json.dumps(record, separators=(",", ":")).encode()}
+        picture = (lambda scene: {"codes": codes(scene)}) if "messages" in record else codes
+        content = json.dumps(with_pictures(record, picture), separators=(",", ":"))
+        yield f"{kind}-{number:06d}", {"json": content.encode()}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a record but the names of roles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            if key != "role":
+                yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
 
 
 def _shard(space: Workspace, name: str, split: str) -> Path:
@@ -205,7 +231,8 @@ def _model(space: Workspace, settings: StageSettings, start: Path | None) -> dic
             raise ConfigError(f"{settings.start}: start of a language model's stage must be the folder of a LLaMA, "
                               "such as the checkpoint-N of an earlier run.")
     sizes = space.config.llm
-    common = {"dtype": "fp32", "seed": space.config.seed + 5, "compile": sizes.compile}
+    common = {"dtype": "fp32", "seed": space.config.seed + 5,
+              "compile": bool(shutil.which("g++")) if sizes.compile is None else sizes.compile}
     if start is not None:
         return {"path": str(start.absolute()), **common}
     return {"sizes": {"hidden_size": sizes.width, "intermediate_size": sizes.ffn, "num_hidden_layers": sizes.layers,
