@@ -20,7 +20,12 @@ from seed_multimodal import quickstart
 from seed_multimodal.cli import build_parser, main
 from seed_multimodal.commands.chat import Talk
 from seed_multimodal.commands.common import OutputNames
+from seed_multimodal.data.nano.scene import Scene
+from seed_multimodal.data.nano.splits import SPLITS, held_out, scene_at
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.images.sheet import DARK, LIGHT, contact_sheet
+from seed_multimodal.language.answer import TextPart
+from seed_multimodal.systems.chat import Answer, DrawnPart
 from seed_multimodal.weights import load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +136,7 @@ def test_codes_are_drawn_as_strips(capsys, tiny, tmp_path):
     assert code_colour(5, 16) == code_colour(21, 16) and len({code_colour(code, 64) for code in range(64)}) == 64
     strip = code_strip([3, 7, 3, 9], 16, first=3, cell=4, gap=1)
     cells = [strip.getpixel((x, 2)) for x in (2, 7, 12, 17)]
-    assert cells[0] == cells[2] == (*code_colour(3, 16), 255) != cells[1] and cells[3] == (*UNKNOWN, 255)
+    assert cells[0] == cells[2] == (*code_colour(3, 16), 255) != cells[1] and cells[3] == UNKNOWN
     assert above_strip(Image.new("RGB", (8, 4)), strip, 6).size == (19, 10 + 6 + 4)
 
 
@@ -435,19 +440,22 @@ def test_llama_script_takes_a_request(tiny, tmp_path):
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_quickstart_leaves_a_sheet_pictures_and_json(tiny, tmp_path, capsys):
+def test_quickstart_leaves_sheets_pictures_and_json(tiny, tmp_path, capsys):
     out = tmp_path / "quick"
     assert quickstart.main(["--model", tiny, "--out", str(out), "--device", "cpu"]) == 0
     result = json.loads((out / "quickstart.json").read_text())
-    assert [len(p["codes"]) for p in result["pictures"]] == [32] * 4
+    assert [len(p["codes"]) for p in result["pictures"]] == [32] * len(quickstart.LOOKED_AT)
     assert all({"description", "answer", "question"} <= set(p) for p in result["pictures"])
-    assert len(result["drawings"]) == 3 and "never trained" in result["drawings"][-1]["note"]
-    assert len(result["conversation"]) == 4 and result["edit"]["picture"] == "edited.png"
+    assert all(p["note"].startswith("never trained on: ") for p in result["pictures"] + result["drawings"])
+    assert len(result["conversation"]) == 5 and len(result["edits"]) == 1 + len(quickstart.EDITS)
+    assert list(result["progressive"]["pictures"]) == ["4", "8", "16", "32"] and result["story"]["you"]
     assert {"load", "work", "total"} <= set(result["seconds"]) and result["versions"]["torch"] == version("torch")
-    named = [p["picture"] for p in result["pictures"] + result["drawings"]] + [p["rebuilt"] for p in result["pictures"]]
-    assert all((out / name).is_file() for name in named)
-    sheet = Image.open(out / "contact_sheet.png")
-    assert sheet.width > 600 and sheet.height > 1000
+    named = [p[key] for p in result["pictures"] + result["drawings"] + result["edits"] for key in ("picture", "rebuilt")
+             if key in p] + [*result["progressive"]["pictures"].values()]
+    assert all((out / name).is_file() for name in named) and len(named) == 4 + 4 + 6 + 6 + 4
+    light, dark = (Image.open(out / f"contact_sheet{name}.png") for name in ("", "_dark"))
+    assert light.size == dark.size and light.width > 1000 and light.height > 1000
+    assert light.getpixel((0, 0)) == LIGHT.paper and dark.getpixel((0, 0)) == DARK.paper
     printed = capsys.readouterr().out
     assert f"{quickstart.STEPS}/{quickstart.STEPS}]" in printed and "contact_sheet.png" in printed
 
@@ -459,20 +467,42 @@ def test_quickstart_keeps_the_pictures_of_a_conversation(tiny, tmp_path):
     system = SeedLlama.from_pretrained(tiny, device="cpu", log=None)
     forced = SimpleNamespace(chat=lambda messages, **options: system.chat(messages, force_image=True, **options))
     result = quickstart.Run(forced, tmp_path, seed=0)
-    quickstart._conversation(result, IMAGES)
-    assert len(result.rows[0].cells) >= 5 and "you: What is this?" in result.rows[0].cells[0].caption
+    quickstart._talks(result)
+    said = [cell.asked for cell in result.rows[0].cells if cell.asked]
+    assert said == quickstart.conversation() and said[0].startswith("Please draw a small noto dinosaur in the middle")
+    assert result.rows[0].cells[0].caption.startswith("Here is the picture.")
     for turn in result.result["conversation"]:
         assert any(Image.open(tmp_path / part["picture"]) for part in turn["answer"] if "picture" in part)
 
 
-@pytest.mark.slow
-def test_the_never_trained_drawing_is_held_out():
-    from seed_multimodal.data.nano import load_nano
+def test_quickstart_shows_words_beside_the_picture_they_are_about(tmp_path):
+    """An answer in words, a story of two pictures, and a model that never draws."""
+    picture = Image.new("RGB", (8, 8), (9, 200, 9))
+    drawn, words = DrawnPart([0] * 32, picture), [TextPart("Here is the picture."), TextPart("A meadow.")]
+    answers = iter([Answer((words[0], drawn)), Answer((words[1],)), *[Answer(())] * 3,
+                    Answer((TextPart("One."), drawn, TextPart("Two."), drawn)), *[Answer((words[1],))] * 5])
+    run = quickstart.Run(SimpleNamespace(chat=lambda messages, **options: next(answers)), tmp_path, seed=0)
+    quickstart._talks(run)
+    quickstart._tells(run)
+    talk, told = (row.cells for row in run.rows)
+    assert [cell.caption for cell in talk] == ["Here is the picture.", "A meadow.", "", "", ""]
+    assert all(cell.image is picture for cell in talk) and [cell.arrow for cell in talk] == [False, *[True] * 4]
+    assert [cell.caption for cell in told] == ["One.", "Two."] and "“Tell a story about a noto fox" in run.rows[1].label
+    quickstart._talks(run)
+    assert all(cell.image is None for cell in run.rows[2].cells)
+    assert contact_sheet(run.rows, columns=6, theme=DARK).height > 500
 
-    nano = load_nano()
-    trained = {caption for i in nano.split("train") for caption in nano.records[i].captions}
-    held_out = {caption for i in nano.split("test_combo") for caption in nano.records[i].captions}
-    requests = quickstart.drawing_requests()
-    assert len(requests) == 3 and sum(bool(remark) for _, remark in requests) == 1
-    for text, remark in requests:
-        assert (text in held_out and text not in trained) if remark else text in trained
+
+def test_what_is_said_to_be_untrained_is_held_out():
+    shown = [*(scene for scene, _ in quickstart.LOOKED_AT), *quickstart.DRAWN]
+    assert all(held_out(scene) and quickstart.never_trained_on(scene) for scene in shown)
+    assert {split for scene in quickstart.DRAWN for split in held_out(scene)} == {"pairs", "places", "counts", "styles"}
+    for split in SPLITS:
+        for number in range(20):
+            scene = scene_at(1, number, split)
+            said = quickstart.never_trained_on(scene)
+            assert bool(said) == (split != "train")
+            assert split not in ("pairs", "things") or scene.things[0] in said
+    horse = Scene("noto", "sea", "large", ("horse",))
+    assert quickstart.never_trained_on(horse) == "never trained on: horse on the sea"
+    assert [edit.target.key for edit in quickstart.edits()][-1] == ("fluent", "night", "right", ("car",), (1,))

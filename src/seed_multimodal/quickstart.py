@@ -1,46 +1,59 @@
-"""The main job, once, to look at: pictures → 32 codes → pictures, captions, answers, drawings, an edit, a conversation.
+"""The main job, once, to look at: scenes looked at, rebuilt, described, asked about, drawn, edited, talked about, told.
 
     python -m seed_multimodal.quickstart --out outputs/quickstart
 
-Leaves in the folder: `contact_sheet.png` (everything on one page), the single pictures, and `quickstart.json` (codes,
-texts, seconds, versions). One drawing asks for a thing in a style in which no picture of it was trained on;
-its label says so, after a check of the data set's own split.
+Leaves in the folder: `contact_sheet.png` and `contact_sheet_dark.png` (everything on one page), the single pictures,
+and `quickstart.json` (codes, texts, seconds, versions). Where the sheet says that nano was never trained on something,
+the data set's own rule (`data.nano.splits.held_out`) said so in this run.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from seed_multimodal import __version__
 from seed_multimodal.commands.common import add_common, load_system, save_picture, write_text
-from seed_multimodal.config import project_root
+from seed_multimodal.data.nano.dialogues import sentence
+from seed_multimodal.data.nano.edits import Edit, background_words, make_edit
+from seed_multimodal.data.nano.questions import ask
+from seed_multimodal.data.nano.scene import Scene, render
+from seed_multimodal.data.nano.splits import held_out
+from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, describe, some
 from seed_multimodal.entry import add_quantization, run_program
-from seed_multimodal.errors import DataError, GenerationError
-from seed_multimodal.images.open import open_image
-from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+from seed_multimodal.errors import GenerationError
+from seed_multimodal.images.code_strip import above_strip, code_strip
+from seed_multimodal.images.sheet import DARK, LIGHT, Cell, Row, contact_sheet
+from seed_multimodal.language.tasks import NANO_TASKS, story_request
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-PICTURES = {"cat.jpg": "What is this animal?", "fox.png": "What is the main colour?",
-            "castle.png": "What is this?", "banana.png": "Which style is this drawn in?"}
-HELD_OUT_PICTURES = ("banana.png",)  # nano was trained on this thing in other styles only
-# Keys of the nano set: two of the training split, and one thing (dog face) held out in this style only.
-DRAWINGS = ("fluent-1f34e", "noto-1f680", "twemoji-1f436")
-HELD_OUT_REMARK = "this pair of thing and style was never trained on"
-EDIT = ("fox.png", "Replace it with a hedgehog.")
-CONVERSATION: tuple[tuple[str | None, str], ...] = (
-    ("whale.png", "What is this?"), (None, "Make it in fluent style."),
-    (None, "Now draw a twemoji drawing of a star."), (None, "What is the main colour?"))
-STEPS = 2 + 2 * len(PICTURES) + len(DRAWINGS) + 1 + len(CONVERSATION)
+# What is looked at, with the kind of question that is asked; and what is drawn. Nano was trained on none of these.
+LOOKED_AT = ((Scene("fluent", "meadow", "left of", ("fox", "snowman")), "where"),
+             (Scene("twemoji", "sea", "many", ("crab",), (2,)), "count"),
+             (Scene("noto", "night", "large", ("planet",)), "background"),
+             (Scene("noto", "room", "above", ("rabbit", "crown")), "what"))
+DRAWN = (Scene("noto", "meadow", "left of", ("elephant", "penguin")),
+         Scene("twemoji", "blue", "many", ("balloon",), (3,)), Scene("fluent", "sea", "large", ("horse",)),
+         Scene("fluent", "room", "above", ("cat", "bus")),
+         Scene("noto", "yellow", "two kinds", ("dog", "turtle"), (2, 1)),
+         Scene("twemoji", "yellow", "large", ("butterfly",)))
+EDITED = Scene("twemoji", "meadow", "left", ("car",))
+EDITS = (("add", "house"), ("swap", ""), ("background", "night"), ("style", "fluent"), ("remove", "house"))
+TALKED_ABOUT = (Scene("noto", "meadow", "middle", ("dinosaur",)),
+                Scene("noto", "sea", "left of", ("sailboat", "dolphin")))
+TOLD = ("fox", "penguin")
+GROWN, COUNTS = Scene("fluent", "meadow", "left of", ("tiger", "tree")), (4, 8, 16, 32)
+STEPS = 2 + 2 * len(LOOKED_AT) + len(DRAWN) + len(EDITS) + 5 + 1 + 1
 
 
 @dataclass
@@ -69,148 +82,192 @@ class Run:
         self.done += 1
         print(f"[{self.done:2d}/{STEPS}] {self.seconds[name]:6.2f} s  {name}: {'; '.join(said)}", flush=True)
 
+    def picture(self, scene: Scene) -> Image.Image:
+        """A scene as large as the system sees it."""
+        return Image.fromarray(render(scene, self.system.spec.image_size))
+
     def save(self, image: Image.Image, name: str) -> str:
         """Save one picture in the folder; returns its file name."""
         return save_picture(image, self.out / name).name
 
 
-def run_quickstart(system: Any, out: Path, images: Path, seed: int = 0) -> Run:
-    """Run all steps with `system` (a `SeedLlama`) on the pictures in `images`; writes into `out`."""
+def run_quickstart(system: Any, out: Path, seed: int = 0) -> Run:
+    """Run all steps with `system` (a `SeedLlama`); writes into `out`."""
     run = Run(system, out, seed)
     start = time.perf_counter()
-    _pictures(run, images)
-    run.rows.append(Row("drawn from words; edited", _drawings(run) + _edit(run, images)))
-    _conversation(run, images)
+    for part in (_looks, _draws, _edits, _talks, _tells, _grows):
+        part(run)
     run.seconds["work"] = round(time.perf_counter() - start, 3)
     return run
 
 
-def _pictures(run: Run, images: Path) -> None:
-    """Codes, rebuilt picture, caption and an answer for each picture."""
-    opened = {name: open_image(images / name) for name in PICTURES}
+def never_trained_on(scene: Scene) -> str:
+    """What of a scene was held out of nano's training, in words; empty if it may have been trained on."""
+    held = held_out(scene)
+    found = [" with ".join(scene.things)] if "pairs" in held else ["this very scene"] if "val" in held else []
+    for name, count in zip(scene.things, scene.counts, strict=True):
+        alone = held_out(scene.but(layout="many" if count > 1 else "large", things=(name,), counts=(count,)))
+        found += [words for split, words in (
+            ("places", f"{name} {BACKGROUND_PHRASES[scene.background][0]}"), ("counts", some(count, name)),
+            ("styles", f"{name} in {scene.style} style"), ("things", name)) if split in alone]
+    return f"never trained on: {', '.join(found)}" if found else ""
+
+
+def _looks(run: Run) -> None:
+    """Codes, rebuilt picture, caption and an answer for each scene."""
+    pictures = [run.picture(scene) for scene, _ in LOOKED_AT]
     with run.step("look: 32 codes each") as said:
-        codes = run.system.tokenize(list(opened.values())).tolist()
+        codes = run.system.tokenize(pictures).tolist()
         said.append(f"{len(codes)} pictures")
     with run.step("rebuild from the codes") as said:
         rebuilt = run.system.reconstruct(codes, seed=run.seed)
         said.append(f"{len(rebuilt)} pictures")
-    found: list[dict[str, Any]] = []
-    cells: list[Cell] = []
-    for (name, image), row, again in zip(opened.items(), codes, rebuilt, strict=True):
-        stem, question = Path(name).stem, PICTURES[name]
-        caption = answer = ""
-        with run.step(f"describe {name}") as said:
+    found, cells = list[dict[str, Any]](), list[Cell]()
+    looked = zip(LOOKED_AT, pictures, codes, rebuilt, strict=True)
+    for number, ((scene, kind), image, row, again) in enumerate(looked, 1):
+        question = next(asked.question for n in itertools.count()
+                        if (asked := ask(scene, kind, random.Random(n))) is not None)
+        with run.step(f"describe picture {number}") as said:
             caption = run.system.describe(image, seed=run.seed)
             said.append(caption)
-        with run.step(f"ask about {name}") as said:
+        with run.step(f"ask about picture {number}") as said:
             answer = run.system.ask(image, question, seed=run.seed)
             said.append(f"{question} {answer}")
-        found.append({"picture": run.save(image, f"{stem}.png"), "codes": row,
-                      "rebuilt": run.save(again, f"{stem}_rebuilt.png"),
-                      "description": caption, "question": question, "answer": answer,
-                      "note": HELD_OUT_REMARK if name in HELD_OUT_PICTURES else ""})
-        remark = "\n(never trained on)" if name in HELD_OUT_PICTURES else ""
-        cells += [Cell(image, f"{name}: “{caption}”\n{question} {answer}{remark}"),
-                  Cell(codes_picture(row), "its 32 codes"), Cell(again, "rebuilt from them")]
-    run.rows.append(Row("looked at: a description, an answer, 32 codes, and the picture rebuilt from the codes", cells))
+        found.append({"picture": run.save(image, f"picture_{number}.png"), "scene": describe(scene), "codes": row,
+                      "rebuilt": run.save(again, f"picture_{number}_rebuilt.png"), "description": caption,
+                      "question": question, "answer": answer, "note": never_trained_on(scene)})
+        cells += [Cell(image, answer, question), Cell(strip(run, row, columns=4), f"“{caption}”", arrow=True),
+                  Cell(again, "rebuilt", arrow=True)]
+    run.rows.append(Row("Look\nA picture becomes 32 codes. The model reads them: it describes and answers. And they "
+                        "become a picture again.", cells))
     run.result["pictures"] = found
 
 
-def _drawings(run: Run) -> list[Cell]:
-    """Pictures from words; the last is a concept × style pair that was never trained on, by the data set's splits."""
+def strip(run: Run, codes: Sequence[int], **how: Any) -> Image.Image:
+    """The codes of a picture as coloured cells."""
+    config = run.system.pictures.model.config
+    return code_strip(codes, config.codebook_size // config.codebook_sections, **how)
+
+
+def _draws(run: Run) -> None:
     cells, found = [], []
-    for number, (words, remark) in enumerate(drawing_requests(), 1):
-        image = None
+    for number, scene in enumerate(DRAWN, 1):
+        words, note, image = describe(scene), never_trained_on(scene), None
         with run.step(f"draw “{words}”") as said:
             image = run.system.draw(words, seed=run.seed)
-            said.append(remark or "drawn")
-        file = run.save(image, f"drawing_{number}.png") if image is not None else None
-        found.append({"text": words, "picture": file, "note": remark})
-        cells.append(Cell(image, f"“{words}”" + (f" ({remark})" if remark else "")))
+            said.append(note)
+        file = run.save(image, f"drawing_{number}.png") if image else None
+        found.append({"text": words, "picture": file, "note": note})
+        cells.append(Cell(image, note, words))
+    run.rows.append(Row("Draw\nPictures from words, of compositions that nano never saw in training.", cells))
     run.result["drawings"] = found
-    return cells
 
 
-def _edit(run: Run, images: Path) -> list[Cell]:
-    name, instruction = EDIT
-    source, changed = open_image(images / name), None
-    with run.step(f"edit {name}") as said:
-        changed = run.system.edit(source, instruction, seed=run.seed)
-        said.append(instruction)
-    file = run.save(changed, "edited.png") if changed is not None else None
-    run.result["edit"] = {"source": name, "instruction": instruction, "picture": file}
-    return [Cell(source, f"edit {name}: “{instruction}”"), Cell(changed, "edited")]
+def edits() -> Iterator[Edit]:
+    """Changes of one picture, each of what the one before it has made."""
+    scene = EDITED
+    for kind, value in EDITS:
+        edit = next(edit for n in itertools.count()
+                    if (edit := make_edit(scene, kind, random.Random(n), "" if kind == "remove" else value)) is not None
+                    and value in edit.instruction)
+        yield edit
+        scene = edit.target
 
 
-def _conversation(run: Run, images: Path) -> None:
+def _edits(run: Run) -> None:
+    image = run.picture(EDITED)
+    cells = [Cell(image)]
+    found = [{"picture": run.save(image, "edit_0.png"), "instruction": ""}]
+    for number, edit in enumerate(edits(), 1):
+        words, changed = sentence(edit.instruction), None
+        with run.step(f"edit: {words}") as said:
+            changed = image = run.system.edit(image, words, seed=run.seed)
+            said.append("drawn")
+        found.append({"picture": run.save(changed, f"edit_{number}.png") if changed else "", "instruction": words})
+        cells.append(Cell(changed, "", words, arrow=True))
+    run.rows.append(Row("Edit\nOne change after another; what is not named stays.", cells))
+    run.result["edits"] = found
+
+
+def conversation() -> list[str]:
+    """What the user says: each turn refers to what was there before."""
+    first, other = TALKED_ABOUT
+    shake = random.Random(0)
+    bigger = make_edit(first, "size", shake)
+    asked = ask(first, "background", shake)
+    assert bigger is not None and asked is not None
+    return [NANO_TASKS.draw_request(describe(first)), asked.question, sentence(bigger.instruction),
+            NANO_TASKS.draw_request(describe(other)),
+            f"Now the first picture again, but {background_words('night', shake)}."]
+
+
+def _talks(run: Run) -> None:
     """Several turns; each answer stays in the conversation with its pictures, as codes."""
     messages: list[dict[str, Any]] = []
     cells: list[Cell] = []
     turns = []
-
-    def note(words: str) -> None:
-        if not cells:
-            cells.append(Cell())
-        cells[-1].caption += ("\n" if cells[-1].caption else "") + words
-
-    for number, (picture, words) in enumerate(CONVERSATION, 1):
-        shown = [open_image(images / picture)] if picture else []
-        cells += [Cell(image) for image in shown]
-        note(f"you: {words}")
-        asked = {"role": "user", "content": [*shown, words]}
-        parts: list[dict[str, Any]] = []
+    for number, words in enumerate(conversation(), 1):
         with run.step(f"chat, turn {number}") as said:
+            asked = {"role": "user", "content": [words]}
             answer = run.system.chat([*messages, asked], seed=run.seed)
-            for part in answer.parts:
-                if hasattr(part, "text"):
-                    parts.append({"text": part.text})
-                    note(f"seed: {part.text}")
-                elif getattr(part, "image", None) is not None:
-                    file = run.save(part.image, f"chat_{number}_{len(parts)}.png")
-                    parts.append({"picture": file, "codes": list(part.codes)})
-                    cells.append(Cell(part.image))
             messages += [asked, {"role": "assistant", "content": answer}]
-            said.append(f"{words} → {' '.join(p.get('text') or '[picture]' for p in parts)}")
-        turns.append({"you": words, "shown": picture, "answer": parts})
-    run.rows.append(Row("a conversation", cells))
+            parts, made = shown_parts(run, answer, f"chat_{number}")
+            for cell in made:
+                cells.append(replace(cell, arrow=bool(cells)))
+            if not made:  # an answer in words, about the picture shown last
+                cells.append(Cell(cells[-1].image if cells else None, answer.text, arrow=bool(cells)))
+            cells[-max(1, len(made))].asked = words
+            said.append(f"{words} → {' '.join(part.get('text') or '[picture]' for part in parts)}")
+            turns.append({"you": words, "answer": parts})
+    run.rows.append(Row("Talk\nA conversation that refers back to its pictures.", cells))
     run.result["conversation"] = turns
 
 
-def drawing_requests() -> list[tuple[str, str]]:
-    """What to draw, and a remark where the data set confirms that the pair of thing and style was held out."""
-    from seed_multimodal.data.nano import load_nano
+def shown_parts(run: Run, answer: Any, name: str) -> tuple[list[dict[str, Any]], list[Cell]]:
+    """The parts of an answer for JSON; and its pictures, saved as `NAME_K.png`, with the words before each."""
+    parts, cells, words = list[dict[str, Any]](), list[Cell](), ""
+    for part in answer.parts:
+        if hasattr(part, "text"):
+            parts.append({"text": part.text})
+            words = f"{words} {part.text}".strip()
+        elif getattr(part, "image", None) is not None:
+            parts.append({"picture": run.save(part.image, f"{name}_{len(cells) + 1}.png"), "codes": list(part.codes)})
+            cells.append(Cell(part.image, words, arrow=bool(cells)))
+            words = ""
+    return parts, cells
 
-    try:
-        nano = load_nano()
-    except DataError:  # installed without the data set: nothing to confirm it with
-        return [(f"a {style} drawing of {thing}", "") for style, thing in
-                (("fluent", "a red apple"), ("noto", "a rocket"), ("twemoji", "a dog face"))]
-    records = [nano.records[nano.index[key]] for key in DRAWINGS if key in nano.index]
-    if not any(record.split == "test_combo" for record in records):
-        records.append(nano.records[nano.split("test_combo")[0]])
-    return [(r.captions[0], HELD_OUT_REMARK if r.split == "test_combo" else "") for r in records]
+
+def _tells(run: Run) -> None:
+    """A story: sentences and pictures in one answer."""
+    hero, friend = TOLD
+    request = story_request(some(1, hero, "noto"), some(1, friend), 3)
+    with run.step(f"tell: {request}") as said:
+        answer = run.system.chat([{"role": "user", "content": [request]}], seed=run.seed, max_new_tokens=300)
+        parts, cells = shown_parts(run, answer, "story")
+        said.append(str(answer))
+    run.rows.append(Row(f"Tell\n“{request}” Words and pictures in one answer.", cells))
+    run.result["story"] = {"you": request, "answer": parts}
 
 
-def codes_picture(codes: Sequence[int]) -> Image.Image:
-    """The codes as a small picture of numbers, four a line."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(size=17)
-    lines = [" ".join(f"{code:4d}" for code in codes[i:i + 4]) for i in range(0, len(codes), 4)]
-    page = Image.new("RGB", (192, 192), (250, 250, 252))
-    draw = ImageDraw.Draw(page)
-    for number, line in enumerate(lines):
-        for column, word in enumerate(line.split()):
-            right = 14 + 44 * (column + 1) - 10
-            draw.text((right - font.getlength(word), 6 + number * 22.5), word, font=font, fill=(60, 60, 70))
-    return page
+def _grows(run: Run) -> None:
+    """Progressive drawing: one picture after its first codes."""
+    image = run.picture(GROWN)
+    with run.step("rebuild from the first codes") as said:
+        codes = run.system.tokenize(image)[0].tolist()
+        ladder = run.system.reconstruct(codes, seed=run.seed, codes=COUNTS)
+        said.append(f"after {', '.join(map(str, COUNTS))} of them")
+    cells = [Cell(image, "the picture")]
+    cells += [Cell(above_strip(step, strip(run, codes, first=count, columns=16)), "", f"{count} codes", arrow=True)
+              for count, step in zip(COUNTS, ladder, strict=True)]
+    run.rows.append(Row("Grow\nThe first codes say the most: a picture is there after a few of them.", cells))
+    run.result["progressive"] = {"codes": codes, "scene": describe(GROWN), "pictures": {
+        str(count): run.save(step, f"first_{count}_codes.png") for count, step in zip(COUNTS, ladder, strict=True)}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, write the sheet and the JSON; exit code 0, 1 if an answer lacked its picture, 2 if refused."""
     parser = argparse.ArgumentParser(prog="quickstart", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default="outputs/quickstart", metavar="FOLDER")
-    parser.add_argument("--images", metavar="FOLDER", help="default: images/ of the repository")
     add_common(parser, debug=False)
     add_quantization(parser)
     return run_program(parser, _main, argv)
@@ -220,15 +277,14 @@ def _main(args: argparse.Namespace) -> int:
     from seed_multimodal.evaluation.machine import circumstances, script_line
 
     start = time.perf_counter()
-    images = Path(args.images) if args.images else project_root(Path(__file__).parent) / "images"
     out = Path(args.out)
     system = load_system(args)
     loaded = time.perf_counter() - start
     print(f"Loaded {args.model} in {loaded:.1f} s; results go to {out}/", flush=True)
-    run = run_quickstart(system, out, images, args.seed)
-    title = f"SEED Multimodal {__version__}: quickstart with {Path(args.model).name}"
-    sheet = contact_sheet(run.rows, title, cell=160, columns=6, max_lines=16)
-    save_picture(sheet, out / "contact_sheet.png")
+    run = run_quickstart(system, out, args.seed)
+    title = f"A picture is 32 words of a language model: SEED Multimodal {__version__} with {Path(args.model).name}"
+    for name, theme in (("contact_sheet.png", LIGHT), ("contact_sheet_dark.png", DARK)):
+        save_picture(contact_sheet(run.rows, title, cell=150, columns=6, max_lines=16, theme=theme), out / name)
     run.seconds = {"load": round(loaded, 3), **run.seconds, "total": round(time.perf_counter() - start, 3)}
     facts = circumstances(getattr(system, "device", "cpu"), script_line())
     facts["versions"] = {"seed_multimodal": __version__, **facts["versions"]}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from seed_multimodal.images.sheet import Cell, Row, contact_sheet, wrap
+from seed_multimodal.images.sheet import DARK, LIGHT, Cell, Row, contact_sheet, wrap
 
 RED, GREEN = (255, 0, 0), (0, 200, 0)
 
@@ -23,6 +23,19 @@ def test_pictures_keep_their_shape_and_are_not_written_over() -> None:
     edge = 2 * (100 + 100) - 4  # a thin frame is drawn on a picture that fills its box
     assert count(sheet, RED) == 2 * 100 * 100 - 2 * edge
     assert count(sheet, GREEN) == 100 * 25 - 2 * 25  # the frame crosses its two short ends
+
+
+def test_wide_and_free_cells_headings_arrows_and_dark_pages() -> None:
+    free = Image.new("RGBA", (40, 10))
+    free.paste((*GREEN, 255), (0, 0, 20, 10))
+    rows = [Row("Head\nand the rest", [Cell(Image.new("RGB", (8, 8), RED)), Cell(free, "free", "asked", wide=2)])]
+    plain = contact_sheet(rows, cell=120)
+    assert count(plain, GREEN) > 0.4 * 250 * 62 and count(plain, LIGHT.paper) > 0.5 * plain.width * plain.height
+    dark = contact_sheet([*rows, Row("", [Cell(free), Cell(free, arrow=True)])], cell=120, theme=DARK)
+    assert dark.getpixel((0, 0)) == DARK.paper and not count(dark, LIGHT.paper) and count(dark, DARK.faint) > 30
+    assert dark.width == plain.width + 28  # room for arrows in both gaps
+    broken = contact_sheet([Row("", [Cell(free, wide=2)] * 3)], cell=120, columns=5)
+    assert broken.height > 2 * 120
 
 
 def test_long_rows_are_broken_and_missing_pictures_leave_a_box() -> None:

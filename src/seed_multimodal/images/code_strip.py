@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
-UNKNOWN = (200, 200, 206)  # a code that is not used, or not known yet
+UNKNOWN = (128, 128, 136, 90)  # a code that is not used, or not known yet
 _TURN, _LIGHT = 0.61803398875, (0.48, 0.62, 0.76)
 
 
@@ -23,7 +23,7 @@ def code_strip(codes: Sequence[int], section: int, *, first: int | None = None, 
     """A picture of one picture's codes, RGBA, `columns` cells a line.
 
     Args:
-        first: codes after so many are grey.
+        first: codes after so many are faint.
         cell, gap: side of a cell and the transparent space between two, in pixels.
     """
     rows, step = -(-len(codes) // columns), cell + gap
