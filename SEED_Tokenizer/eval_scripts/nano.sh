@@ -1,12 +1,11 @@
 #!/bin/sh
-# Everything that is measured of a tokenizer, on the shipped one and the held-out pictures of the repository: about ten
-# seconds of one CPU core, no downloads.
+# Everything that is measured of a tokenizer, on the shipped one and held-out scenes of nano's world: no downloads.
 #
 #   sh eval_scripts/nano.sh
 #   MODEL=../outputs/tokenizer STAGE1=log/nano/Causal_Qformer/checkpoint_2.pth sh eval_scripts/nano.sh \
 #       --text-tokenizer ../pretrained/nano/seed_tokenizer --decoder ../pretrained/nano/seed_tokenizer/diffusion_model
 #
-# SPLIT: val (default), test_combo or test_concept. The other variables are those of retrieval_coco.sh.
+# SPLIT: val (default), pairs, places, counts, styles or things. The other variables are those of retrieval_coco.sh.
 set -eu
 cd "$(dirname "$0")/.."
 . ../scripts/python.sh

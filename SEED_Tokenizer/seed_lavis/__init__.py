@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-PARTS = ("models", "seed1", "tasks", "processors", "builders", "nano_views", "schedules", "runner")
+PARTS = ("models", "seed1", "tasks", "processors", "builders", "schedules", "runner")
 
 
 def register() -> None:

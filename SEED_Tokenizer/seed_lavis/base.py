@@ -41,6 +41,8 @@ class SeedModel(BaseModel):
     """Names of frozen modules that are used beside the model and are no part of it or its checkpoints."""
     fast_tower: FastTower | None = None
     """The frozen tower on packed weights, by the option `fast_tower`."""
+    shares_tower = False
+    """The frozen tower is that of `clip_model`: its output gives the target embedding, too."""
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> SeedModel:
@@ -108,11 +110,14 @@ class SeedModel(BaseModel):
         return {"loss": loss, **self.latest}
 
 
-def target_embeddings(clip: nn.Module, images: Tensor) -> Tensor:
-    """Pixels → image embeddings `[B, E]` of the frozen CLIP, in its own precision, without gradient."""
+def target_embeddings(clip: Any, images: Tensor, vit: Tensor | None = None) -> Tensor:
+    """Pixels → image embeddings `[B, E]` of the frozen CLIP, in its own precision, without gradient; with the output
+    `vit` `[B, N, W]` of its tower they are only projected."""
     dtype = next(clip.parameters()).dtype
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        return clip(images.to(dtype)).image_embeds.float()
+        if vit is None:
+            return clip(images.to(dtype)).image_embeds.float()
+        return clip.visual_projection(clip.vision_model.post_layernorm(vit[:, 0].to(dtype))).float()
 
 
 def low_precision(module: nn.Module, dtype: torch.dtype) -> None:

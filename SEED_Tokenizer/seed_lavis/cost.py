@@ -11,7 +11,6 @@ from seed_multimodal.peaks import known_peak
 from seed_multimodal.tokenizers.flops import stage1_flops, stage2_flops, text_flops, vision_flops
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.training.loop_settings import SampleCost
-from seed_multimodal.vision.clip_towers import MAX_TEXT
 from seed_multimodal.vision.eva import EvaConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,17 +29,15 @@ def step_flops(model: Any, pairs: int) -> int:
     Captions count as if all were as long as they may be.
     """
     options = model.options
-    clip, text, naming = (getattr(model, name, None) for name in ("clip", "text_encoder", "naming"))
+    clip, text = (getattr(model, name, None) for name in ("clip", "text_encoder"))
     clip = getattr(model, "clip_model", None) if clip is None else clip
-    target = 0 if clip is None else vision_flops(clip_sizes(clip))
+    target = 0 if clip is None or model.shares_tower else vision_flops(clip_sizes(clip))
     target += 0 if text is None else text_flops(text_sizes(text), model.config.text_tokens)
-    target += 0 if naming is None else text_flops(text_sizes(naming.tower), MAX_TEXT)
     if model.stage == "stage1":
         return target + stage1_flops(model.config, words=options.max_txt_len, pairs=pairs, embed_dim=options.embed_dim,
                                      freeze_vit=options.freeze_vit,
                                      embedding_dim=getattr(model.embedding_head, "out_features", None))
-    return target + stage2_flops(model.config, freeze_qformer=options.freeze_qformer,
-                                 tower=not getattr(options, "cache_vision", False))
+    return target + stage2_flops(model.config, freeze_qformer=options.freeze_qformer)
 
 
 def clip_sizes(clip: Any) -> EvaConfig:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seed_lavis.base import frozen_names
 from seed_lavis.log import log
-from seed_lavis.options import locate
+from seed_lavis.options import Stage2Options, locate
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -22,6 +22,7 @@ from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.initial import load_blip2, load_eva
 from seed_multimodal.tokenizers.released import TOWER, VISION_URL
 from seed_multimodal.vision.clip_towers import eva_from_clip
+from seed_multimodal.vision.label_heads import LabelHeads
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 WITHOUT_TOWER = (f"give its file as model.vit_weights (download {VISION_URL}), train it (model.freeze_vit=False), or "
@@ -45,6 +46,7 @@ def start_stage1(model: Any) -> None:
     elif options.freeze_vit and options.load_pretrained:
         raise ConfigError(f"model.freeze_vit is true, but the vision tower has no weights: {WITHOUT_TOWER}.")
     load_finetuned(model)
+    model.shares_tower = is_tower_of(model.visual_encoder, model.clip) and options.freeze_vit
 
 
 def start_stage2(model: Any) -> None:
@@ -70,6 +72,7 @@ def start_stage2(model: Any) -> None:
         if options.vit_weights:
             load_tower(model.visual_encoder, options.vit_weights)
     load_finetuned(model)
+    model.shares_tower = is_tower_of(model.visual_encoder, getattr(model, "clip_model", None))
 
 
 def load_finetuned(model: Any) -> None:
@@ -89,10 +92,19 @@ def load_tower(tower: nn.Module, source: str) -> None:
     place = Path(locate(source))
     if (place / "config.json").is_file() and _is_clip(place / "config.json"):
         clip = load_clip_vision(place, log=None)
-        report = assign_strictly(tower, eva_from_clip(clip.state_dict(), tower.config.depth), place)
+        report = assign_strictly(tower, eva_from_clip(clip.state_dict(), tower.config), place)
         log(f"{place}: {len(report.loaded)} tensors of a CLIP tower loaded into the vision tower.")
         return
     load_eva(tower, place, log)
+
+
+def is_tower_of(tower: nn.Module, clip: Any) -> bool:
+    """Whether a vision tower computes what that of a CLIP does, by its sizes and weights."""
+    if clip is None or not tower.config.pre_norm or tower.config.depth != clip.config.num_hidden_layers:
+        return False
+    theirs, own = eva_from_clip(clip.state_dict(), tower.config), tower.state_dict()
+    return all(value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value))
+               for name, value in own.items())
 
 
 def _is_clip(file: Path) -> bool:
@@ -107,6 +119,22 @@ def clip_target(source: str | None, precision: str, wanted_by: str) -> Any:
     if dtype == torch.float16 and not torch.cuda.is_available():
         dtype = torch.float32
     return load_clip_vision(locate(source), dtype=dtype, log=log)
+
+
+def label_heads(options: Stage2Options) -> LabelHeads:
+    """The heads of `model.label_heads`.
+
+    Raises:
+        ConfigError: no file is given. CheckpointError: it holds no heads, or heads on embeddings of another width.
+    """
+    if not options.label_heads:
+        raise ConfigError("model.label_weight needs the heads: give their safetensors file as model.label_heads.")
+    file = locate(options.label_heads)
+    heads = LabelHeads.load(file)
+    if heads.width != options.image_features_dim:
+        raise CheckpointError(f"{file}: its heads read embeddings {heads.width} wide, model.image_features_dim is "
+                              f"{options.image_features_dim}.")
+    return heads
 
 
 def readout_matrix(path: str, width: int) -> Tensor:

@@ -14,8 +14,7 @@ from torch import Tensor
 from seed_lavis.base import SeedModel, captions_of, qformer_sizes, target_embeddings, vit_sizes
 from seed_lavis.codebook import CodebookMixin, stage2_sizes, stage2_training
 from seed_lavis.compat import registry
-from seed_lavis.initial_weights import clip_target, readout_matrix, start_stage1, start_stage2
-from seed_lavis.naming import Naming
+from seed_lavis.initial_weights import clip_target, label_heads, readout_matrix, start_stage1, start_stage2
 from seed_lavis.options import Stage1Options, Stage2Options
 from seed_lavis.text import caption_words
 from seed_multimodal.device import copy_to
@@ -65,11 +64,12 @@ class Blip2Casual(SeedModel, Stage1Model):
         images = samples["image"]
         ids, mask = self.input_words(samples)
         target = samples.get("target") if self.embedding_head is not None else None
+        vit = self.vit_features(images)
         if target is None and self.clip is not None:
-            target = target_embeddings(self.clip, images)
+            target = target_embeddings(self.clip, images, vit if self.shares_tower else None)
         if target is None and self.embedding_head is not None:
             raise ConfigError("model.embedding_weight needs a target: a data set that gives one, or model.clip_model.")
-        out = Stage1Model.forward(self, images, ids, mask, target_embedding=target)
+        out = Stage1Model.forward(self, None, ids, mask, vit_features=vit, target_embedding=target)
         loss = out.loss + (self.options.itc_weight - 1.0) * out.loss_itc if self.options.itc_weight != 1.0 else out.loss
         return self.with_log(loss, loss_itc=out.loss_itc, loss_embedding=out.loss_embedding, temperature=self.temp)
 
@@ -85,10 +85,9 @@ class Blip2Casual(SeedModel, Stage1Model):
 
 @registry.register_model("blip2_codebook_all_image")
 class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
-    """Stage 2, codebook and decode head. `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`, and `caption`
-    if `naming_weight` is set."""
+    """Stage 2, codebook and decode head. `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`."""
 
-    stage, companions, load_initial = "stage2", ("naming",), start_stage2
+    stage, companions, load_initial = "stage2", ("label_heads",), start_stage2
     options_type = Stage2Options
     options: Stage2Options
 
@@ -107,21 +106,21 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             self, config, weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
             clip_model=clip, readout_weight=readout, **stage2_training(options))
         self.options = options
-        self.__dict__["naming"] = Naming(options) if options.naming_weight else None  # frozen, no part of a checkpoint
+        self.__dict__["label_heads"] = label_heads(options) if options.label_weight else None  # no part of a checkpoint
         self.prepare_codebook()
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch, and the unweighted codebook loss."""
-        images = samples["image"]
-        target = samples.get("target")
+        images, target = samples["image"], samples.get("target")
+        with torch.no_grad():
+            vit = self.tower(images)
         if target is None and self.clip_model is not None:
-            target = target_embeddings(self.clip_model, images)
-        out = Stage2Model.forward(self, images, target, vit_features=samples.get("vit_features"),
-                                  quantize=self.use_codes)
+            target = target_embeddings(self.clip_model, images, vit if self.shares_tower else None)
+        out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
         self.note_codes(out.pre_quant, out.indices)
-        named = self.naming(out.image_embeds, samples) if self.naming is not None else None
-        loss = out.loss if named is None else out.loss + self.options.naming_weight * named
+        read = None if self.label_heads is None else self.label_heads.divergence(out.image_embeds, out.target)
+        loss = out.loss if read is None else out.loss + self.options.label_weight * read
         return self.with_log(loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
                          loss_distil_image=out.loss_distil_image,
                          loss_readout=out.loss_readout if self.readout_weight is not None else None,
-                         loss_naming=named)
+                         loss_labels=read)

@@ -115,10 +115,8 @@ class Stage2Options(CodebookOptions):
     clip_precision: str = setting("fp16", choices=PRECISIONS)
     recon_s: bool = True
     readout_weight: str | None = None
-    cache_vision: bool = False
-    naming_weight: float = 0.0
-    naming_tower: str | None = None
-    text_tokenizer: str | None = None
+    label_weight: float = setting(0.0, least=0)
+    label_heads: str | None = None
 
 
 @dataclass

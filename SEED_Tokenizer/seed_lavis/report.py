@@ -42,13 +42,13 @@ def summary(run: RunContext, record: dict[str, Any]) -> list[str]:
     ]
     if record.get("bad_samples"):
         lines.append(f"  {record['bad_samples']} samples that cannot be used were replaced; the log names them.")
-    work = (run.config.datasets_cfg.get("nano_views") or {}).get("build_info", {}).get("work")
-    return [*lines, *(_next_of_speedrun(run.stage, work) if work else _next(run, record))]
+    return [*lines, *(_next_of_speedrun(run) if (run.folder.parent / "stage2.yaml").is_file() else _next(run, record))]
 
 
-def _next_of_speedrun(stage: str, work: str) -> list[str]:
-    if stage == "stage1":
-        return [f"Next: python SEED_Tokenizer/train.py --cfg-path {short_path(work)}/stage2.yaml"]
+def _next_of_speedrun(run: RunContext) -> list[str]:
+    """Of a run whose YAML `training.nano` has written into its work folder."""
+    if run.stage == "stage1":
+        return [f"Next: python SEED_Tokenizer/train.py --cfg-path {short_path(run.folder.parent / 'stage2.yaml')}"]
     return ["Next: --only tokenizer,codes of python -m seed_multimodal.training.nano (scripts/nano_speedrun.sh does "
             "it by itself)."]
 
@@ -63,7 +63,7 @@ def _next(run: RunContext, record: dict[str, Any]) -> list[str]:
     export = f"Next: seed export-tokenizer --stage1 {short_path(stage1)} --stage2 {checkpoint}{vision}"
     if run.stage != "stage2":  # SEED-1's language models are not served here
         return [f"{export} --out tokenizer"]
-    words = language_tokenizer(Path(stage1), options.text_tokenizer)
+    words = language_tokenizer(Path(stage1))
     if words is not None:
         return [f"{export} --text-tokenizer {short_path(words)} --out tokenizer"]
     return [f"{export} --out tokenizer",
@@ -71,10 +71,10 @@ def _next(run: RunContext, record: dict[str, Any]) -> list[str]:
             "also serves a language model and `seed eval tokenizer`'s captions."]
 
 
-def language_tokenizer(stage1: Path, given: str | None) -> Path | None:
-    """The folder of the language tokenizer for an export: the one whose word pieces a stage read (`given`, or in the
-    config.yaml beside stage 1's checkpoint), else the released one; None: neither is here."""
+def language_tokenizer(stage1: Path) -> Path | None:
+    """The folder of the language tokenizer for an export: the one whose word pieces stage 1 read (by the config.yaml
+    beside its checkpoint), else the released one; None: neither is here."""
     config = stage1.with_name("config.yaml")
     read = OmegaConf.select(OmegaConf.load(config), "model.text_tokenizer") if config.is_file() else None
-    places = (Path(locate(str(name))) for name in (given, read, PARTS["tokenizer"].folder) if name)
+    places = (Path(locate(str(name))) for name in (read, PARTS["tokenizer"].folder) if name)
     return next((place for place in places if (place / MODEL).is_file()), None)

@@ -70,11 +70,7 @@ class RunnerSeed(RunnerBase):
         options, data = self.options, split_of(self.datasets, self.options.train_splits)
         for split in options.valid_splits:
             split_of(self.datasets, [split])  # refused now, not after the first epoch
-        model = self.model
-        if getattr(model.options, "cache_vision", False):
-            if not hasattr(data, "cache_tower"):
-                raise ConfigError("model.cache_vision needs the data set nano_views: others make new views each time.")
-            data.cache_tower(model.tower, self.device)
+        _ = self.model  # on its device now
         ratios = dataset_ratios(self.config.datasets_cfg, options.train_dataset_ratios)
         # Data workers ignore SIGTERM, as the loop does during a step; the end of `with` stops them.
         with StepBatches(data, options.batch_size_train, seed=options.seed, rank=self.run.rank, world=self.run.world,

@@ -1,10 +1,11 @@
-"""Runs of the LAVIS application at tiny size: a slice of the nano set as image-caption json, YAMLs that use it, and
+"""Runs of the LAVIS application at tiny size: some of nano's scenes as image-caption json, YAMLs that use it, and
 runners built from them. Skipped as a whole where LAVIS is not installed."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,15 +39,19 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures of the nano set and `pairs.json` beside them."""
-    from seed_multimodal.data.nano import load_nano
+    """24 pictures of nano's scenes and `pairs.json` beside them."""
+    from PIL import Image
 
-    folder, nano = tmp_path_factory.mktemp("pictures"), load_nano()
+    from seed_multimodal.data.nano.scene import render
+    from seed_multimodal.data.nano.splits import scene_at
+    from seed_multimodal.data.nano.words import describe
+
+    folder = tmp_path_factory.mktemp("pictures")
     items = []
-    for index in nano.split("train")[:24]:
-        record = nano.records[index]
-        nano.image(record.key).save(folder / f"{record.key}.png")
-        items.append({"image": f"{record.key}.png", "caption": list(record.captions)})
+    for number in range(24):
+        scene, name = scene_at(0, number), f"scene-{number}.png"
+        Image.fromarray(render(scene)).save(folder / name)
+        items.append({"image": name, "caption": [describe(scene), describe(scene, random.Random(number))]})
     (folder / "pairs.json").write_text(json.dumps(items))
     return folder
 
@@ -60,6 +65,7 @@ def yaml(pictures: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
         config = OmegaConf.load(APPLICATION / "lavis" / "projects" / PROJECTS[stage])
         processors = config.datasets.pop("nano")
+        processors.vis_processor.train.name = "blip2_image_train"  # random views, as released
         pairs = {"storage": [str(pictures / "pairs.json")]}
         info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
         config.datasets = {"coco_caption": {**processors, "build_info": info}}

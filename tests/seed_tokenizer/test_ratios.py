@@ -64,17 +64,14 @@ def test_what_makes_no_sense_is_one_sentence(yaml, second, options, sentence, ca
 
 
 def test_sets_of_another_make_are_not_joined():
-    import torch
     from seed_lavis import register
 
     register()
     from seed_lavis.datasets import split_of
-    from seed_lavis.nano_views import NanoViews
 
     from seed_multimodal.data.stream.pair_dataset import PairDataset
     from seed_multimodal.errors import ConfigError
 
-    views = NanoViews(torch.zeros(2, 1, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 1, 5), [["a"], ["b"]], [0, 1])
     pairs = PairDataset(range(3), lambda picture: picture)
-    with pytest.raises(ConfigError, match="datasets.nano_views gives samples of another form.*joined with nano"):
-        split_of({"nano": {"train": pairs}, "nano_views": {"train": views}}, ["train"])
+    with pytest.raises(ConfigError, match="datasets.own gives samples of another form.*joined with nano"):
+        split_of({"nano": {"train": pairs}, "own": {"train": ["no", "pairs"]}}, ["train"])

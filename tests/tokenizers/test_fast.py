@@ -41,12 +41,13 @@ def model(tiny: Seed2Config) -> Seed2Tokenizer:
 
 @pytest.mark.parametrize("change", [
     {}, {"codebook_size": 64, "codebook_sections": 32}, {"normalize_codes": True},
-    {"num_query": 9}, {"cross": 1}, {"cross": 3}], ids=str)
+    {"num_query": 9}, {"cross": 1}, {"cross": 3}, {"pre_norm": True}], ids=str)
 def test_fp32_codes_and_features_are_the_plain_ones(tiny: Seed2Config, change: dict) -> None:
     change = dict(change)
     every = change.pop("cross", tiny.qformer.cross_attention_freq)
     qformer = dataclasses.replace(tiny.qformer, cross_attention_freq=every)
-    model = built(dataclasses.replace(tiny, qformer=qformer, **change))
+    vit = dataclasses.replace(tiny.vit, pre_norm=change.pop("pre_norm", False))
+    model = built(dataclasses.replace(tiny, qformer=qformer, vit=vit, **change))
     images, fast = torch.randn(64, 3, 16, 16), optimise(model)
     codes = model.encode(images)
     assert torch.equal(fast.encode(images), codes) and len(codes.unique()) > 8

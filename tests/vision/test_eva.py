@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import ConfigError, ImageError
 from seed_multimodal.vision.checkpointing import checkpoint_layers, is_checkpointed
+from seed_multimodal.vision.clip_towers import eva_from_clip
 from seed_multimodal.vision.eva import EvaConfig, EvaVit, resize_positions
 from seed_multimodal.vision.layers import LayerNorm
 
@@ -33,6 +34,25 @@ def test_class_token_first_and_every_patch_follows() -> None:
         assert vit(image).shape == (1, 17, 24)
         difference = (vit.patch_embed(changed) - vit.patch_embed(image)).abs().sum(-1)[0]
     assert difference.nonzero().flatten().tolist() == [1]
+
+
+def test_a_clip_tower_s_weights_give_a_clip_tower_s_output() -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=16, patch_size=4,
+        projection_dim=8, hidden_act="gelu", layer_norm_eps=1e-6)).eval()
+    with torch.no_grad():
+        for value in clip.parameters():
+            value.add_(torch.randn_like(value) * 0.2)
+    vit, images = EvaVit(dataclasses.replace(SMALL, pre_norm=True)), torch.randn(5, 3, 16, 16)
+    vit.load_state_dict(eva_from_clip(clip.state_dict(), vit.config))
+    with torch.no_grad():
+        own, wanted = vit(images), clip.vision_model(images).last_hidden_state
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+        without = EvaVit(SMALL)
+        without.load_state_dict(eva_from_clip(clip.state_dict(), without.config))
+        assert (without(images) - wanted).abs().max() > 0.1
 
 
 def test_output_projections_start_smaller_with_depth() -> None:

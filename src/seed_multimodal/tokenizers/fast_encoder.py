@@ -111,6 +111,8 @@ def embed_patches(images: Tensor, stem: Stem, size: int) -> tuple[Tensor, Tensor
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     patches = F.linear(F.pad(patches, (0, stem.patch.shape[1] - patches.shape[2])), stem.patch)
     x = torch.cat([stem.first.expand(len(images), -1, -1), patches + stem.rest], dim=1)
+    if stem.norm is not None:
+        x = F.layer_norm(x.float(), x.shape[-1:], stem.norm, stem.norm_bias, VIT_EPS).to(x.dtype)
     return x, normed(x, VIT_EPS, stem.patch.dtype)
 
 

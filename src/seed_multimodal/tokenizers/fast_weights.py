@@ -46,11 +46,14 @@ class Residual(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """Patch matrix `[W, 3p² padded]`, class token with its position `[1, 1, W]`, positions with the patch bias."""
+    """Patch matrix `[W, 3p² padded]`, class token with its position `[1, 1, W]`, positions with the patch bias; gain
+    and shift of the norm after them, if the tower has it."""
 
     patch: Tensor
     first: Tensor
     rest: Tensor
+    norm: Tensor | None
+    norm_bias: Tensor | None
 
 
 class Search(NamedTuple):
@@ -69,8 +72,10 @@ def pack_stem(tower: EvaVit, dtype: torch.dtype, stream: torch.dtype) -> Stem:
     weight, places = tower.patch_embed.proj.weight.float().flatten(1), tower.pos_embed.float()
     bias = tower.patch_embed.proj.bias.float()
     weight = F.pad(weight, (0, -weight.shape[1] % ALIGNMENT))
+    norm = tower.norm_pre if isinstance(tower.norm_pre, nn.LayerNorm) else None
     return Stem(_own(weight, dtype), _own(tower.cls_token.float() + places[:, :1], stream),
-                _own(places[:, 1:] + bias, stream))
+                _own(places[:, 1:] + bias, stream), None if norm is None else _own(norm.weight),
+                None if norm is None else _own(norm.bias))
 
 
 def pack_block(block: EvaBlock, dtype: torch.dtype, head_width: int | None) -> Block:

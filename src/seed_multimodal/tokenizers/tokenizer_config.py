@@ -128,6 +128,7 @@ class Shapes:
             depth -= 1
         grid = round((self("visual_encoder.pos_embed")[1] - 1) ** 0.5)
         return EvaConfig(image_size=grid * patch, patch_size=patch, width=width, depth=depth,
+                         pre_norm="visual_encoder.norm_pre.weight" in self.state,
                          heads=self._heads("vit", width), mlp_width=self("visual_encoder.blocks.0.mlp.fc1.weight")[0])
 
     def qformer(self) -> QFormerConfig:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.vision.eva import EvaConfig
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 MAX_TEXT = 24
@@ -63,10 +64,11 @@ def caption_ids(texts: Sequence[Sequence[int]], end: int) -> Tensor:
     return rows
 
 
-def eva_from_clip(clip: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+def eva_from_clip(clip: Mapping[str, Tensor], config: EvaConfig) -> dict[str, Tensor]:
     """EVA's state dict out of that of transformers' CLIP vision tower, names with or without `vision_model.`.
 
-    The key bias is left out: EVA has none, and softmax does not see it.
+    With `pre_norm` and all layers it computes what the CLIP tower does, up to that one's last norm. The key bias is
+    left out: EVA has none, and softmax does not see it.
     """
     prefix = PREFIX if any(name.startswith(PREFIX) for name in clip) else ""
     names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
@@ -75,7 +77,9 @@ def eva_from_clip(clip: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     state = {"cls_token": clip[prefix + "embeddings.class_embedding"].view(1, 1, -1),
              "pos_embed": clip[prefix + "embeddings.position_embedding.weight"][None],
              "patch_embed.proj.weight": patch, "patch_embed.proj.bias": torch.zeros(len(patch))}
-    for i in range(depth):
+    if config.pre_norm:
+        state |= {f"norm_pre.{part}": clip[f"{prefix}pre_layrnorm.{part}"] for part in ("weight", "bias")}
+    for i in range(config.depth):
         layer = f"{prefix}encoder.layers.{i}."
         for ours, theirs in names.items():
             for part in ("weight", "bias"):

@@ -24,7 +24,8 @@ from seed_multimodal.vision.layers import LayerNorm, Mlp, heads_first, heads_las
 class EvaConfig:
     """Sizes of the vision tower; the defaults are the released ones.
 
-    `grad_checkpoint`: computes the blocks again going backward instead of keeping their activations.
+    `grad_checkpoint`: computes the blocks again going backward instead of keeping their activations. `pre_norm` (ours):
+    a norm between positions and blocks, as CLIP's towers have, so that one of those can be used as it is.
     """
 
     image_size: int = setting(224, least=1)
@@ -34,6 +35,7 @@ class EvaConfig:
     heads: int = setting(16, least=1)
     mlp_width: int = setting(6144, least=1)
     grad_checkpoint: bool = False
+    pre_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -111,6 +113,7 @@ class EvaVit(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
         self.patch_embed = PatchEmbed(config)
+        self.norm_pre = LayerNorm(config.width, eps=1e-6) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(EvaBlock(config) for _ in range(config.depth))
         self.init_weights()
         if config.grad_checkpoint:
@@ -139,7 +142,7 @@ class EvaVit(nn.Module):
         self.check_images(images)
         patches = self.patch_embed(images)
         x_BNW = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
-        x_BNW = x_BNW + self.pos_embed.to(x_BNW.dtype)
+        x_BNW = self.norm_pre(x_BNW + self.pos_embed.to(x_BNW.dtype))
         for block in self.blocks:
             x_BNW = block(x_BNW)
         return x_BNW

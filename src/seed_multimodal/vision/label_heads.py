@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.weights import assign_strictly, load_state_dict
 
 
 class LabelHeads(nn.Module):
@@ -19,7 +23,7 @@ class LabelHeads(nn.Module):
 
     def __init__(self, width: int, classes: Mapping[str, int]) -> None:
         super().__init__()
-        self.classes = dict(classes)
+        self.width, self.classes = width, dict(classes)
         self.layers = nn.ModuleDict({name: nn.Linear(width, count) for name, count in classes.items()})
 
     def forward(self, embedding: Tensor) -> dict[str, Tensor]:
@@ -32,6 +36,38 @@ class LabelHeads(nn.Module):
         found = self(embedding).values()
         return torch.stack([F.cross_entropy(logits, labels_BL[:, column])
                             for column, logits in enumerate(found)]).mean()
+
+    def divergence(self, embedding: Tensor, teacher: Tensor) -> Tensor:
+        """Mean over the labels of the KL divergence `[]` of what is read from embeddings `[B, E]`, from what is read
+        from the `teacher`'s, which get no gradient; in fp32."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            with torch.no_grad():
+                wanted = self(teacher.float())
+            found = self(embedding.float())
+            return torch.stack([F.kl_div(found[name].log_softmax(1), wanted[name].softmax(1), reduction="batchmean")
+                                for name in found]).mean()
+
+    @classmethod
+    def load(cls, file: str | Path, labels: Sequence[str] | None = None) -> LabelHeads:
+        """Frozen heads from their state dict, which shows the sizes.
+
+        Args:
+            labels: the order of the heads, which a file does not keep (None: any).
+
+        Raises:
+            CheckpointError: the file is not there, damaged, or holds something else, or heads of other labels.
+        """
+        state = load_state_dict(file)
+        shapes = {name.split(".")[1]: tuple(value.shape) for name, value in state.items()
+                  if name.startswith("layers.") and name.count(".") == 2 and value.ndim == 2}
+        if not shapes:
+            raise CheckpointError(f"{file}: holds no label heads (layers.NAME.weight); its first tensor is "
+                                  f"{next(iter(state), 'none')!r}.")
+        if labels is not None and set(labels) != set(shapes):
+            raise CheckpointError(f"{file}: its heads name {', '.join(sorted(shapes))}, not {', '.join(labels)}.")
+        heads = cls(next(iter(shapes.values()))[1], {name: shapes[name][0] for name in labels or shapes})
+        assign_strictly(heads, state, file)
+        return heads.requires_grad_(False).eval()
 
     @torch.no_grad()
     def right(self, embedding: Tensor, labels_BL: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ things weigh four times. The stage ends with a gate on the labels of held-out sc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from seed_multimodal.training.nano.task import SceneTask
 from seed_multimodal.training.nano.vae import THINGS_WEIGHT
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.vision.label_heads import LabelHeads
-from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.weights import save_state_dict
 
 HEADS_FILE, READOUT_FILE = "heads.safetensors", "readout.safetensors"
 REDUCED = 16  # side of the picture that is read out of an embedding
@@ -52,16 +53,9 @@ def label_heads(width: int) -> LabelHeads:
     return LabelHeads(width, {name: len(found) for name, found in CLASSES.items()})
 
 
-def load_label_heads(file: Any) -> LabelHeads:
-    """The heads that stage `clip` has written.
-
-    Raises:
-        CheckpointError: no such file, or heads of another size.
-    """
-    state = load_state_dict(file)
-    heads = label_heads(next(iter(state.values())).shape[-1])
-    assign_strictly(heads, state, file)
-    return heads.eval()
+def load_label_heads(file: Path) -> LabelHeads:
+    """The heads that stage `clip` has written, in the order of `CLASSES`; raises `CheckpointError` for another file."""
+    return LabelHeads.load(file, list(CLASSES))
 
 
 class ClipTask(SceneTask):

@@ -44,15 +44,11 @@ class ClipSizes:
 
 @dataclass
 class TokenizerSizes:
-    """SEED-2 tokenizer: EVA ViT, causal Q-Former, codebook, decode blocks."""
+    """SEED-2 tokenizer: causal Q-Former, codebook, decode blocks; its vision tower is that of stage `clip`."""
 
-    vit_width: int = 192
-    vit_layers: int = 6
-    vit_heads: int = 6
-    patch: int = 16
-    hidden: int = 192
+    hidden: int = 128
     layers: int = 3
-    heads: int = 6
+    heads: int = 4
     decode_depth: int = 2
     codes: int = 1024
     code_dim: int = 16

@@ -1,80 +1,92 @@
-"""The SEED-2 tokenizer at nano size: its sizes, its start from the CLIP pair, codes of the pictures and metrics.
+"""The SEED-2 tokenizer at nano size: its sizes, codes of scenes, and what of a scene survives in them.
 
 Its two training stages run through the LAVIS application, see tokenizer_recipe.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seed_multimodal.data.nano.scene import Scene
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.qformer import QFormerConfig
+from seed_multimodal.tokenizers.quantizer import CodebookUsage
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
-from seed_multimodal.training.nano.clip import embeddings
+from seed_multimodal.training.nano.clip import HEADS_FILE, READOUT_FILE, embed_images, load_label_heads, named_right
 from seed_multimodal.training.nano.config import NanoConfig
-from seed_multimodal.training.nano.vae import latents
-from seed_multimodal.training.nano.views import augment, to_clip
+from seed_multimodal.training.nano.pixels import scene_pixels, to_clip
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.vision.eva import EvaConfig
+from seed_multimodal.weights import load_state_dict
+
+JUDGED_SPLITS = ("val", "pairs")
+PREFIXES = (4, 8, 16)
 
 
 def tokenizer_config(config: NanoConfig) -> Seed2Config:
-    """The SEED-2 configuration at nano size."""
-    sizes = config.tokenizer
+    """The SEED-2 configuration at nano size; its vision tower is that of stage `clip`."""
+    sizes, tower = config.tokenizer, config.clip
     return Seed2Config(
-        vit=EvaConfig(image_size=config.image_size, patch_size=sizes.patch, width=sizes.vit_width,
-                      depth=sizes.vit_layers, heads=sizes.vit_heads, mlp_width=4 * sizes.vit_width),
+        vit=EvaConfig(image_size=config.image_size, patch_size=tower.patch, width=tower.width, depth=tower.layers,
+                      heads=tower.heads, mlp_width=4 * tower.width, pre_norm=True),
         qformer=QFormerConfig(width=sizes.hidden, depth=sizes.layers, heads=sizes.heads, mlp_width=4 * sizes.hidden,
                               max_positions=64, dropout=0.0),
-        codebook_size=sizes.codes, codebook_dim=sizes.code_dim, decode_depth=sizes.decode_depth, recon_s=False,
-        image_features_dim=config.clip.embedding,
+        codebook_size=sizes.codes, codebook_dim=sizes.code_dim, decode_depth=sizes.decode_depth,
+        decode_heads=sizes.heads, recon_s=False, image_features_dim=tower.embedding,
         codebook_sections=Seed2Config.num_query if sizes.sections else 1)
 
 
-def latent_readout(embedding: Tensor, latent: Tensor) -> Tensor:
-    """Least-squares `W [M, E]` from image embedding to latents, over the training pictures."""
-    centred = embedding - embedding.mean(0)
-    ridge = 1e-3 * len(embedding) * torch.eye(embedding.shape[1])
-    return torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (latent - latent.mean(0))).T.contiguous()
+@torch.no_grad()
+def encode_scenes(tokenizer: Seed2Tokenizer, scenes: Sequence[Scene], size: int, batch: int = 256) -> Tensor:
+    """Codes int16 `[N, 32]` of scenes drawn at `size` pixels, computed in fp32 as in use."""
+    parts = [torch.zeros(0, tokenizer.config.num_query, dtype=torch.int16)]
+    for at in range(0, len(scenes), batch):
+        images = to_clip(scene_pixels(scenes[at:at + batch], size), tokenizer.device)
+        parts.append(tokenizer.encode(images).to(torch.int16).cpu())
+    return torch.cat(parts)
 
 
-def codes(space: Workspace) -> Tensor:
-    """Codes int16 `[N, code_views, 32]`: of the pictures themselves (view 0), the kept views, then fresh ones."""
-    return space.cached("codes", lambda: _encode(space))
+def pool_codes(space: Workspace) -> Tensor:
+    """Codes int16 `[N, 32]` of the pool; made once by the finished tokenizer."""
+    def make() -> Tensor:
+        tokenizer = Seed2Tokenizer.from_pretrained(space.tokenizer_folder).to(space.device)
+        return encode_scenes(tokenizer, space.pool, space.config.image_size)
+
+    return space.cached("codes", make)
 
 
 @torch.no_grad()
-def _encode(space: Workspace) -> Tensor:
-    """Only the pictures themselves, which the language model learns to write, are encoded in fp32 as in use."""
-    tokenizer, count = Seed2Tokenizer.from_pretrained(space.tokenizer_folder), space.config.code_views
-    kept = space.views[:, :count]
-    generator = torch.Generator().manual_seed(space.config.seed + 7)
-    rounds = [kept[:, v] for v in range(kept.shape[1])]
-    rounds += [augment(space.views[:, 0], generator) for _ in range(count - len(rounds))]
-    found = []
-    for number, images in enumerate(rounds, 1):
-        with torch.autocast(tokenizer.device.type, dtype=torch.bfloat16, enabled=number > 1):
-            found.append(torch.cat([tokenizer.encode(to_clip(part, tokenizer.device)).to(torch.int16).cpu()
-                                    for part in images.split(512)]))
-        print(f"[codes] view {number} of {count}", flush=True)
-    return torch.stack(found, 1)
+def code_metrics(tokenizer: Seed2Tokenizer, space: Workspace) -> dict[str, Any]:
+    """What 32 codes hold of held-out scenes: unexplained variance of embedding and thumbnail read-out, use of the
+    codebook, and for each of `JUDGED_SPLITS` the labels that the tower's heads read right from the true embedding
+    (`true`), from the decoded one (`codes`), and from that of the first codes only (`first 4` …)."""
+    size = space.config.image_size
+    heads = load_label_heads(space.work / HEADS_FILE)
+    readout = load_state_dict(space.work / READOUT_FILE)["readout"]
+    vision = load_clip_vision(space.decoder_folder / "image_encoder", log=None)
+    found: dict[str, Any] = {}
+    for split in JUDGED_SPLITS:
+        scenes = space.held_out(split)
+        true = embed_images(vision, scene_pixels(scenes, size))
+        codes = encode_scenes(tokenizer, scenes, size)
+        decoded = {first: tokenizer.decode(codes, first=first, batch_size=256).float().cpu()
+                   for first in (None, *PREFIXES)}
+        whole = decoded.pop(None)
+        if split == JUDGED_SPLITS[0]:
+            use = CodebookUsage.of_counts(torch.bincount(codes.flatten().long(), minlength=tokenizer.quantize.size))
+            found = {"unexplained_embedding": unexplained(true, whole),
+                     "unexplained_readout": unexplained(true @ readout.T, whole @ readout.T),
+                     "codes_used": use.used, "codebook": use.size, "perplexity": round(use.perplexity, 1),
+                     "distinct_sequences": len({tuple(row) for row in codes.tolist()}), "held_out": len(scenes)}
+        found[split] = {"true": named_right(heads, true, scenes), "codes": named_right(heads, whole, scenes),
+                        **{f"first {first}": named_right(heads, part, scenes) for first, part in decoded.items()}}
+    return found
 
 
-@torch.no_grad()
-def code_metrics(tokenizer: Seed2Tokenizer, space: Workspace, readout: Tensor) -> dict[str, Any]:
-    """Held-out unexplained variance of embedding and latents, codebook usage, distinct code sequences."""
-    chosen = space.held_out_index
-    found = tokenizer.encode(to_clip(space.views[chosen, 0]), batch_size=256)
-    target = embeddings(space)[chosen, 0].float()
-    decoded = tokenizer.decode(found, batch_size=256).float()
-    spread = (target - target.mean(0)).square().sum()
-    through = (decoded - target) @ readout.T
-    latent = latents(space)[chosen, 0].float().flatten(1)
-    usage = tokenizer.quantize.usage(found)
-    return {"unexplained_embedding": round(((decoded - target).square().sum() / spread).item(), 4),
-            "unexplained_readout": round((through.square().sum()
-                                          / (latent - latent.mean(0)).square().sum()).item(), 4),
-            "codes_used": usage.used, "codebook": usage.size, "perplexity": round(usage.perplexity, 1),
-            "distinct_sequences": len({tuple(row) for row in found.tolist()}), "held_out": len(chosen)}
+def unexplained(target: Tensor, found: Tensor) -> float:
+    """Share of the variance of `target` `[N, E]` over its rows that `found` leaves."""
+    return round(((found - target).square().sum() / (target - target.mean(0)).square().sum()).item(), 4)
