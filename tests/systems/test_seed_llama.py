@@ -6,6 +6,7 @@ import base64
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -312,3 +313,17 @@ def test_importing_the_package_is_light() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                          env={**os.environ, "PYTHONPATH": str(source)})
     assert run.stdout.strip() == "[]"
+
+
+def test_words_that_nanos_world_does_not_have_are_told_beside_the_answer(tiny, picture) -> None:
+    said: list[str] = []
+    spec = replace(tiny.spec, world="nano")
+    nano = seed_multimodal.SeedLlama(spec, tiny.tokenizer, tiny.llm, tiny.pictures, said.append)
+    nano.draw("a zebra left of a panda")
+    nano.draw("a panda")
+    nano.ask(picture, "Is there a unicorm?")
+    assert [note.partition(":")[0] for note in said] == ["nano does not know 'zebra'", "nano does not know 'unicorm'"]
+    asked = [{"role": "user", "content": [picture, "Turn it into a goat."]}]
+    answer, (*_, last) = nano.chat(asked), nano.chat(asked, stream=True)
+    assert answer.note == last["answer"].note and "'goat': it knows 150 things; nearest: " in answer.note
+    assert answer.note not in str(answer) and tiny.chat(asked).note == "" and len(said) == 2

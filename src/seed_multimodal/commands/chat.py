@@ -93,6 +93,8 @@ class Talk:
                 self._print_aside(event["reason"])
             elif event["type"] == "done":
                 answer = event["answer"]
+                if answer.note:
+                    self._print_aside(answer.note)
         self._print("\n")
         return parts, answer
 

@@ -14,6 +14,7 @@ from seed_multimodal.language.generation import GenerationSettings, room_for_ans
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.serving.gate import Vanished
 from seed_multimodal.serving.schema import GenerateRequest, Preview
+from seed_multimodal.systems.chat import unknown_note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,8 @@ class Backend(Protocol):
     A backend may also have `image_size` (the pixels a side that `transform` makes; larger pictures may reach it
     reduced), `check_prompt(length, request)`, which refuses a prompt of so many tokens before any picture is read, and
     `follow(prompt_ids, opening, request)`, which generates as `generate` does, gives each `Preview` on its way and
-    returns `opening` (the ids at the prompt's end that belong to the answer) with the new ids.
+    returns `opening` (the ids at the prompt's end that belong to the answer) with the new ids, and `note(request)`, a
+    sentence about the request that is reported beside the answer.
     `request.gone()` says whether the client has left.
     """
 
@@ -121,9 +123,12 @@ class SystemBackend:
         return cut_at_turns(text, self.system.template)
 
     def forced_words(self, request: GenerateRequest) -> str:
-        last_turn = request.text.rpartition(self.system.template.user_marker)[2]
-        tasks = self.system.tasks
-        return tasks.edit_response if PLACEHOLDER in last_turn else tasks.draw_response
+        tasks = self.system.tasks  # as `SeedLlama.chat` opens them
+        return tasks.edit_response if PLACEHOLDER in request.text else tasks.draw_response
+
+    def note(self, request: GenerateRequest) -> str:
+        """About words that the model does not know, for `error_msg`."""
+        return unknown_note(self.system.spec.world, [request.text.rpartition(self.system.template.user_marker)[2]])
 
 
 def cut_at_turns(text: str, template: PromptTemplate) -> list[str]:

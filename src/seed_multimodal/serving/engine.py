@@ -138,6 +138,8 @@ class Engine:
             self.answered += 1
             self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
         response.images_ids = codes + response.images_ids
+        note = getattr(self.backend, "note", None)
+        response.error_msg += filter(None, [note(request) if note else ""])
         yield response
 
     def _generate(self, prompt: list[int], opening: list[int],

@@ -44,11 +44,13 @@ class Answer:
     """One answer of the model.
 
     `parts` holds `TextPart`, `DrawnPart` and `BrokenImagePart` (image words that are no picture, with the reason) in
-    order; the properties are views of it. `ids` are the generated tokens.
+    order; the properties are views of it. `ids` are the generated tokens. `note`: what the system says of words in the
+    request that it does not know, no part of the answer.
     """
 
     parts: Sequence[AnswerPart]
     ids: Sequence[int] = ()
+    note: str = ""
 
     @property
     def text(self) -> str:
@@ -110,6 +112,15 @@ def to_turns(messages: Sequence[Any], tokenize: Tokenize, check_codes: Callable[
                  check_codes(item)[0].tolist() for item in content]
         turns.append(Turn(role, tuple(spans)))
     return turns
+
+
+def unknown_note(world: str, content: Sequence[Any]) -> str:
+    """One sentence about words of a message that a system's world (see `SystemFile`) does not have, or nothing."""
+    if world != "nano":
+        return ""
+    from seed_multimodal.data.nano.unknown import unknown_note as note
+
+    return note(" ".join(part for part in content if isinstance(part, str)))
 
 
 def as_parts(content: Any, what: str) -> list[Any]:

@@ -7,7 +7,8 @@
     seed.draw("a blue fish").save("fish.png")
 
 One instance may be used from several threads; its language model and its picture half each serve one at a time, and
-answers are those of calls one after another. Nothing is printed but the choice of the device, through `log`.
+answers are those of calls one after another. Only the choice of the device and words that nano does not know are told
+to `log`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import check_value, nearest, read_settings
-from seed_multimodal.systems.chat import Answer, DrawnPart, as_parts, as_text, to_turns, turn_marker
+from seed_multimodal.systems.chat import Answer, DrawnPart, as_parts, as_text, to_turns, turn_marker, unknown_note
 from seed_multimodal.systems.pictures import Picture, PictureCodec, is_picture, load_codec
 from seed_multimodal.systems.speaker import Event, Speaker
 from seed_multimodal.systems.system_spec import SystemSpec, find_system
@@ -47,14 +48,12 @@ class SeedLlama:
     `noise_level`, `scheduler`) as keywords; defaults are the system's own in `system.json`.
     """
 
-    def __init__(self, spec: SystemSpec, tokenizer: MultimodalTokenizer, llm: Any, pictures: PictureCodec) -> None:
-        self.spec = spec
-        self.tokenizer = tokenizer
-        self.llm = llm
-        self.pictures = pictures
+    def __init__(self, spec: SystemSpec, tokenizer: MultimodalTokenizer, llm: Any, pictures: PictureCodec,
+                 log: Log = None) -> None:
+        self.spec, self.tasks, self.log = spec, spec.tasks, log
+        self.tokenizer, self.llm, self.pictures = tokenizer, llm, pictures
         self.template = get_template(spec.template)
         self.speaker = Speaker(llm, tokenizer, turn_marker(self.template))
-        self.tasks = spec.tasks
         if llm.config.vocab_size != tokenizer.vocabulary.size:
             raise CheckpointError(f"{spec.name}: the language model has {llm.config.vocab_size} words, but the "
                                   f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together.")
@@ -92,7 +91,7 @@ class SeedLlama:
         pictures = load_codec(spec, words.vocabulary, device=here.device, dtype=here.dtype,
                               load_decoder=load_decoder)
         pictures.offload(encoder=offload_encoder, decoder=offload_decoder)
-        return cls(spec, words, model, pictures)
+        return cls(spec, words, model, pictures, log)
 
     # ---- pictures ⇄ codes
 
@@ -175,23 +174,21 @@ class SeedLlama:
         Args:
             stream: give events (see `systems.speaker`) while the answer is made, instead of the `Answer`.
             force_image: make the model answer with a picture.
-            previews: after how many codes of a picture a stream shows what there is, drawn in few steps; None: as
-                `system.json` says (released systems: never); `()`: never.
+            previews: after how many codes a stream shows what there is of a picture; None: as `system.json` says.
         """
         decode = _take(options, DECODE_KEYS)
         settings = self.settings(**options)
         turns = to_turns(messages, self._known_codes, self.pictures.check_codes)
-        prompt = self.prompt_ids(turns)
-        opening = ""
+        prompt, note, opening = self.prompt_ids(turns), unknown_note(self.spec.world, turns[-1].content), ""
         if force_image:
-            edits = any(not isinstance(part, str) for turn in turns for part in turn.content)
-            opening = self.tasks.edit_response if edits else self.tasks.draw_response
+            seen = any(not isinstance(part, str) for turn in turns for part in turn.content)
+            opening = self.tasks.edit_response if seen else self.tasks.draw_response
             settings = self._forced(settings, options)
         if stream:
             due = check_value(Sequence[int], self.spec.previews if previews is None else previews, "previews", least=1)
             events = self.speaker.events(prompt, settings, opening, due if self.pictures.can_draw else ())
-            return self._stream(events, settings.seed, decode)
-        return self._finish(self.speaker.answer(prompt, settings, opening), settings.seed, decode)
+            return self._stream(events, settings.seed, decode, note)
+        return replace(self._finish(self.speaker.answer(prompt, settings, opening), settings.seed, decode), note=note)
 
     # ---- building blocks
 
@@ -245,9 +242,15 @@ class SeedLlama:
 
     def _say(self, content: list[Any], options: dict[str, Any]) -> str:
         """The text of an answer; pictures in it are not drawn."""
-        turns = to_turns([{"role": "user", "content": content}], self._known_codes, self.pictures.check_codes)
-        ids = self.speaker.answer(self.prompt_ids(turns), self.settings(**options))
+        ids = self.speaker.answer(self._task_ids(content), self.settings(**options))
         return Answer(split_answer(ids, self.tokenizer)).text
+
+    def _task_ids(self, content: list[Any]) -> list[int]:
+        """The prompt of a task."""
+        turns = to_turns([{"role": "user", "content": content}], self._known_codes, self.pictures.check_codes)
+        if self.log and (note := unknown_note(self.spec.world, content)):
+            self.log(note)
+        return self.prompt_ids(turns)
 
     def _one_picture(self, content: list[Any], opening: str, options: dict[str, Any],
                      first: First = None) -> list[Image.Image]:
@@ -255,15 +258,14 @@ class SeedLlama:
         settings = self._forced(self.settings(**options), options)
         settings = replace(settings, max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)  # no words after it
         _ = self.pictures.decoder  # a missing de-tokenizer is reported before generation
-        turns = to_turns([{"role": "user", "content": content}], self._known_codes, self.pictures.check_codes)
-        ids = self.speaker.answer(self.prompt_ids(turns), settings, opening)
+        ids = self.speaker.answer(self._task_ids(content), settings, opening)
         answer = Answer(split_answer(ids, self.tokenizer))
         if len(answer.codes) != 1:
             raise GenerationError("The model's answer holds no whole picture"
                                   + (f": {answer.problems[0]}" if answer.problems else "."))
         return self.pictures.draw(answer.codes, seed=settings.seed or 0, first=first, **decode)
 
-    def _stream(self, events: Iterator[Event], seed: int | None, decode: dict[str, Any]) -> Iterator[Event]:
+    def _stream(self, events: Iterator[Event], seed: int | None, decode: dict[str, Any], note: str) -> Iterator[Event]:
         """A speaker's events with the pictures drawn, and the whole answer at the end."""
         images: list[Image.Image | None] = []
         with contextlib.closing(events):  # type: ignore[type-var]
@@ -274,7 +276,7 @@ class SeedLlama:
                     images += self._draw_codes([event["codes"]], seed, decode)
                     event = {**event, "image": images[-1]}
                 elif event["type"] == "end":
-                    event = {"type": "done", "answer": self._answer(event["ids"], images)}
+                    event = {"type": "done", "answer": replace(self._answer(event["ids"], images), note=note)}
                 yield event
 
     def _finish(self, ids: list[int], seed: int | None, decode: dict[str, Any]) -> Answer:

@@ -37,6 +37,7 @@ class SystemFile:
     """`system.json`: paths relative to its folder, and the settings that belong to the weights.
 
     `previews`: after how many of a picture's codes a stream shows it, for weights trained on prefixes of the codes.
+    `world`: nano says which words of a request are not of its world of scenes; empty: any words will do.
     """
 
     tokenizer: Path = Path("seed_tokenizer")
@@ -49,6 +50,7 @@ class SystemFile:
     generation: dict[str, Any] = field(default_factory=dict)
     tasks: TaskPrompts = NANO_TASKS
     previews: tuple[int, ...] = setting((), least=1)
+    world: str = setting("", choices=("", "nano"))
 
 
 @dataclass(frozen=True, kw_only=True)

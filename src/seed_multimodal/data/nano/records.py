@@ -109,10 +109,8 @@ def _describe(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int
 
 
 def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    for scene in scenes:
-        question = ask(scene, QUESTIONS[index % len(QUESTIONS)], shake)
-        if question is not None:
-            break
+    kind = QUESTIONS[index % len(QUESTIONS)]
+    scene, question = next((scene, asked) for scene in scenes if (asked := ask(scene, kind, shake)) is not None)
     if shake.random() < 0.75:
         return _messages([scene, NANO_TASKS.question(question.question)], [question.answer])
     return _messages([scene, question.question], [sentence(question.answer)])
@@ -126,10 +124,8 @@ def _draw(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) ->
 
 def _edit(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
     kind = list(EDITS)[index % len(EDITS)]
-    for scene in scenes:
-        edit = make_edit(scene, kind, shake)
-        if edit is not None and allowed(edit.target):
-            break
+    scene, edit = next((scene, made) for scene in scenes
+                       if (made := make_edit(scene, kind, shake)) is not None and allowed(made.target))
     words = sentence(edit.instruction) if shake.random() < 0.5 else edit.instruction
     return _messages([scene, words], [EDIT_RESPONSE, edit.target])
 

@@ -26,7 +26,8 @@ def assemble(space: Workspace) -> dict[str, Any]:
     settings = {"tokenizer": "seed_tokenizer", "llm": "seed_llama", "detokenizer": "seed_tokenizer/diffusion_model",
                 "template": "vicuna", "image_size": size,
                 "transform": {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"},
-                "generation": {"do_sample": False, "max_new_tokens": 128}, "previews": [8, 16]}
+                "generation": {"do_sample": False, "max_new_tokens": 256}, "previews": [8, 16],
+                "world": "nano"}
     (out / "system.json").write_text(json.dumps(settings, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
         _halve(file)
