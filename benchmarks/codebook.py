@@ -1,12 +1,12 @@
-"""Codebook health on the nano set: the original's plain VQ and each remedy, everything else equal.
+"""Codebook health on nano's scenes: the original's plain VQ and each remedy, everything else equal.
 
     python benchmarks/codebook.py [--steps 600] [--out benchmarks/codebook.jsonl]
 
 The encoder is `pretrained/nano`'s frozen Q-Former; every variant trains quantiser and decode side anew with the
 published loss weights (5, 2, 0.5) from the same seed, on the same batches. One JSON line per variant, then a table.
-Measured on the val split (things that never occur in training): share of the codebook used, perplexity, the part of
-the image embedding's variance that the codes leave unexplained, and how often the decoded embedding is nearest to its
-own picture's among all val pictures (R@1).
+Measured on 1,000 val scenes: share of the codebook used, perplexity, the part of the image embedding's variance that
+the codes leave unexplained, and how often the decoded embedding is nearest to its own picture's among all of them
+(R@1).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.data.nano import load_nano
+from seed_multimodal.data.nano.splits import scene_at
 from seed_multimodal.entry import guarded
 from seed_multimodal.evaluation.machine import hardware, today, versions
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage2 import Stage2Model
 from seed_multimodal.training.nano.clip import embed_images
-from seed_multimodal.training.nano.views import to_clip
+from seed_multimodal.training.nano.pixels import scene_pixels, to_clip
 from seed_multimodal.training.schedules import batch_indices
 
 
@@ -69,18 +69,19 @@ class Features:
 
 
 @torch.no_grad()
-def collect(model: str) -> tuple[Seed2Config, Features]:
-    """Run the frozen towers of the nano system once over the nano set."""
+def collect(model: str, train: int = 8192, val: int = 1000) -> tuple[Seed2Config, Features]:
+    """Run the frozen towers of the nano system once over so many scenes of each split."""
     from transformers import CLIPVisionModelWithProjection
 
     folder = Path(model) / "seed_tokenizer"
     tokenizer = Seed2Tokenizer.from_pretrained(folder)
-    nano = load_nano(None)
-    pixels = torch.from_numpy(nano.images().copy()).permute(0, 3, 1, 2).contiguous()
+    scenes = [scene_at(0, number, split) for split, count in {"train": train, "val": val}.items()
+              for number in range(count)]
+    pixels = scene_pixels(scenes, tokenizer.config.vit.image_size)
     queries = torch.cat([tokenizer.query_features(to_clip(part)) for part in pixels.split(512)])
     vision = CLIPVisionModelWithProjection.from_pretrained(folder / "diffusion_model" / "image_encoder")
-    return tokenizer.config, Features(queries, embed_images(vision, pixels), torch.tensor(nano.split("train")),
-                                      torch.tensor(nano.split("val")))
+    return tokenizer.config, Features(queries, embed_images(vision, pixels), torch.arange(train),
+                                      torch.arange(train, train + val))
 
 
 def train(variant: Variant, base: Seed2Config, data: Features, steps: int, batch: int) -> dict[str, object]:
@@ -125,7 +126,7 @@ def measure(model: Stage2Model, data: Features) -> dict[str, object]:
     return {"codes": model.quantize.size, "used": usage.used, "used_share": round(usage.fraction, 4),
             "perplexity": round(usage.perplexity, 1), "unexplained_embedding": round(float(unexplained), 4),
             "r1": round(float((near.argmax(1) == torch.arange(len(near))).float().mean()), 4),
-            "distinct_sequences": len({tuple(row) for row in codes.tolist()}), "pictures": len(codes)}
+            "distinct_sequences": len({tuple(row) for row in codes.tolist()}), "scenes": len(codes)}
 
 
 def table(records: list[dict[str, object]]) -> str:
@@ -153,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int:
         base, data = collect(options.model)
-        print(f"{len(data.queries)} pictures encoded; training {len(variants)} codebooks.", flush=True)
+        print(f"{len(data.queries):,} scenes encoded; training {len(variants)} codebooks.", flush=True)
         records = []
         for variant in variants:
             record = {"benchmark": "codebook", **train(variant, base, data, options.steps, options.batch),

@@ -76,20 +76,19 @@ def stage1_flops(config: Seed2Config, *, words: int, pairs: int, embed_dim: int 
     return 3 * (vision_flops(vit) + trained) - _patch_flops(vit)  # pixels need no gradient
 
 
-def stage2_flops(config: Seed2Config | Seed1Config, *, freeze_qformer: bool = True, tower: bool = True) -> int:
+def stage2_flops(config: Seed2Config | Seed1Config, *, freeze_qformer: bool = True) -> int:
     """One image through one step of stage 2 (either tokenizer's): the frozen part forward, the trained part forward
     and backward. Without the CLIP model that makes the targets, and without the optimiser.
 
     Args:
         freeze_qformer: the Q-Former is not trained.
-        tower: the frozen vision tower runs in each step; False: its output is kept.
     """
     width = config.qformer.width
     trained = _to_codes_flops(config)
     trained += seed1_decode_flops(config) if isinstance(config, Seed1Config) else decode_flops(config)
     if isinstance(config, Seed1Config) or config.recon_s:
         trained += _blocks_flops(config)
-    total = (vision_flops(config.vit) if tower else 0) + _search_flops(config) + 3 * trained
+    total = vision_flops(config.vit) + _search_flops(config) + 3 * trained
     if freeze_qformer:
         return total + _reading_flops(config) - config.num_query * linear_flops(width, width)
     return total + 3 * _reading_flops(config)
