@@ -211,6 +211,12 @@ def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, p
     assert len(appeared()) >= 2 and appeared()[-1] == final, "previews in the place of the picture, then the picture"
     page.screenshot("3_drawn")
 
+    (tmp_path / "fake.png").write_bytes(b"no picture at all")
+    page.upload(tmp_path / "fake.png")
+    page.click("#submit")
+    page.until(lambda: "fake.png: not a picture" in page.text("#status"), "the sentence about the picture")
+    assert not page.all(".toast-body") and not page.all("#picture img")  # no error of Gradio's, nothing left to send
+
     page.click("#regenerate")
     page.until(lambda: answered(backend) == 3 and page.answered(), "the drawing made again")
     assert len(page.pictures("bot")) == 1

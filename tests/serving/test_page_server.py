@@ -58,12 +58,15 @@ def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_pictures(
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
     jobs = []
     for number in range(3):  # each is told that the model works, though nobody gets an answer
-        jobs.append(page.visitor().submit(handle_file(tmp_path / "mine.png"), f"visitor {number}", *SETTINGS,
-                                          api_name="/on_submit"))
+        visitor = page.visitor()
+        visitor.predict(handle_file(tmp_path / "mine.png"), f"visitor {number}", api_name="/on_add")
+        jobs.append(visitor.submit("", *SETTINGS, api_name="/on_submit"))
         first = next(iter(jobs[-1]))
         assert "Waiting for the model" in str(first)
-    said = page.visitor().predict(handle_file(tmp_path / "fake.png"), "hello", api_name="/on_add")
-    assert "fake.png: not a picture in a known format" in str(said)
+    visitor = page.visitor()
+    for _ in range(2):  # in a page that has been used, too
+        said = visitor.predict(handle_file(tmp_path / "fake.png"), "hello", api_name="/on_add")
+        assert "fake.png: not a picture in a known format" in str(said)
 
     kept = list(tmp_path.glob("seed_chat_*/**/*.png"))
     assert len(kept) >= 2  # the upload, and the page's own copy

@@ -227,8 +227,8 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
 
     def on_add(dialogue: Dialogue, path: str | None, said: str | None) -> tuple[Any, ...]:
         trouble = page.add(dialogue, path, said)
-        kept = (gr.update(), gr.update()) if trouble else (None, "")
-        return (dialogue, page.messages(dialogue), trouble, *kept)
+        # A picture is in the message by now, or refused. And an update of its box would make a new one, see build_demo.
+        return dialogue, page.messages(dialogue), trouble, None, gr.update() if trouble else ""
 
     def asking(ask: Callable[..., Generator[list[str], None, str]], dialogue: Dialogue,
                values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
@@ -243,14 +243,12 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
                 return
             yield gr.skip(), page.messages(dialogue, previews), DRAWING, *buttons(False)
 
-    def on_submit(dialogue: Dialogue, path: str | None, said: str | None, *values: Any) -> Iterator[tuple[Any, ...]]:
-        *added, picture, words = on_add(dialogue, path, said)
-        if added[2]:
-            yield *added, picture, words, *buttons(True)
+    def on_submit(dialogue: Dialogue, trouble: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        if trouble:
+            yield gr.skip(), gr.skip(), trouble, *buttons(True)
             return
-        yield *added[:2], WRITING, picture, words, *buttons(False)
-        for *seen, on, off in asking(page.answer, dialogue, values):
-            yield *seen, gr.update(), gr.update(), on, off
+        yield gr.skip(), gr.skip(), WRITING, *buttons(False)
+        yield from asking(page.answer, dialogue, values)
 
     def on_regenerate(dialogue: Dialogue, *values: Any) -> Iterator[tuple[Any, ...]]:
         yield gr.skip(), gr.skip(), WRITING, *buttons(False)
@@ -263,8 +261,9 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
     shown = [state, chat, status]
     add.click(on_add, [state, image, text], [*shown, image, text], show_progress="hidden")
     asks: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": VISITORS, "concurrency_id": "ask"}
-    gr.on([submit.click, text.submit], on_submit, [state, image, text, *settings],
-          [*shown, image, text, submit, regenerate], **asks)
+    added = gr.on([submit.click, text.submit], on_add, [state, image, text], [*shown, image, text],
+                  show_progress="hidden", api_visibility="private")
+    added.then(on_submit, [state, status, *settings], [*shown, submit, regenerate], **asks)
     regenerate.click(on_regenerate, [state, *settings], [*shown, submit, regenerate], **asks)
     gr.on([clear.click, chat.clear], on_clear, [state], [*shown, image, text, regenerate], show_progress="hidden")
 
