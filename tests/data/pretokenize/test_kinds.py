@@ -19,7 +19,9 @@ from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.nano.load import NanoSet, load_nano
+from seed_multimodal.data.nano.evaluation import scenes
+from seed_multimodal.data.nano.records import record_at, scenes_of
+from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
@@ -39,16 +41,11 @@ def codec() -> PictureCodec:
 
 
 @pytest.fixture(scope="module")
-def nano() -> NanoSet:
-    return load_nano()
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, nano: NanoSet) -> Path:
-    """Folder of ten pictures 0.png … 9.png of the nano set."""
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of ten scenes 0.png … 9.png."""
     folder = tmp_path_factory.mktemp("pictures")
-    for number, index in enumerate(nano.split("val")[:10]):
-        Image.fromarray(nano.images()[index]).resize((90, 70)).save(folder / f"{number}.png")
+    for number, scene in enumerate(scenes("val")[:10]):
+        Image.fromarray(render(scene)).resize((90, 70)).save(folder / f"{number}.png")
     return folder
 
 
@@ -260,23 +257,26 @@ def test_short_videos_repeat_frames(make, words, tmp_path, length, wanted):
 @pytest.mark.parametrize("kind, content, name", [
     ("caption", "captions", "pretrain.caption"), ("qa", "qa", "sft.qa"), ("chat", "qa", "chat"),
     ("chat", "describe", "chat"), ("chat", "draw", "chat"), ("edit", "edits", "sft.edit"), ("chat", "edits", "chat"),
-    ("chat", "conversations", "chat")])
-def test_the_nano_set(make, codec, words, nano, kind, content, name):
-    data = {"format": "nano", "split": "test_concept", "content": content, "captions": "list"}
+    ("chat", "conversations", "chat"), ("chat", "in_context", "chat"), ("chat", "stories", "chat"),
+    ("story", "stories", "sft.storytelling"), ("interleaved", "documents", "pretrain.interleaved")])
+def test_the_world_of_nano(make, codec, words, kind, content, name):
+    data = {"format": "nano", "split": "pairs", "content": content, "number": 7, "seed": 3}
     if kind == "qa":
         data["fields"] = "plain"
-    found = make(kind, None, data, block=20, shard=(0, 400))
-    assert len(found) == 20
+    if kind == "story":
+        data["num_images"] = None
+    found = make(kind, None, data, block=4)
+    assert len(found) == 7
     decode(words, name, found[0])
+    made = record_at({"qa": "questions"}.get(content, content), 3, 5, "pairs")
+    shown = [codec.tokenize(render(scene))[0].tolist() for scene in scenes_of(made)]
+    written = json.dumps(found[5])
+    assert all(str(codes)[1:-1] in written for codes in shown)  # codes of a record's pictures, end to end or apart
     if content == "captions":
-        record = nano.records[nano.split("test_concept")[0]]
-        assert found[0]["text"] == record.captions
-        assert found[0]["image_ids"] == codec.tokenize(nano.image(record.key))[0].tolist()
-    if content == "conversations":
-        first = next(talk for talk in nano.conversations if talk.split == "test_concept")
-        texts = [part for message in first.messages for part in message["content"] if isinstance(part, str)]
-        assert texts == [part for message in found[0]["messages"] for part in message["content"]
-                         if isinstance(part, str)]
+        assert found[5] == {"image_ids": shown[0], "text": made["text"], "metadata": {}}
+    if kind == "chat":
+        assert [[part for part in message["content"] if isinstance(part, str)] for message in found[5]["messages"]] == [
+            [part for part in message["content"] if isinstance(part, str)] for message in made["messages"]]
 
 
 def test_views_are_for_kinds_that_hold_them(make):

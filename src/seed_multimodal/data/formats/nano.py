@@ -42,6 +42,12 @@ class Drawing:
         return render(self.scene, self.size, self.folder)
 
 
+def check_split(split: str) -> None:
+    """Raise DataError for an unknown split; the nearest is named."""
+    if split not in SPLITS:
+        raise DataError(f"nano: unknown split {split!r}{nearest(split, SPLITS)}; there are {', '.join(SPLITS)}.")
+
+
 class NanoFile:
     """Records of one split by number: a `Drawing` under `image`, captions under `caption`.
 
@@ -58,8 +64,7 @@ class NanoFile:
 
     def __init__(self, folder: str | Path | None = None, split: str = "train", number: int | None = None,
                  seed: int = 0, size: int = SIZE) -> None:
-        if split not in SPLITS:
-            raise DataError(f"nano: unknown split {split!r}{nearest(split, SPLITS)}; there are {', '.join(SPLITS)}.")
+        check_split(split)
         number = EPOCH if number is None else number
         for name, value, least in (("number", number, 1), ("seed", seed, 0), ("size", size, 8)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -29,7 +29,7 @@ class InputSettings:
     """The input, and the filters on it.
 
     Attributes:
-        files: folders, patterns or files; for `nano` the set's folder (None: the one in the repository).
+        files: folders, patterns or files; for `nano` its folder (None: the one in the repository).
         recursive: folders are searched at any depth.
         image_root: folder of the pictures that records name; without it: beside the list, then the current folder.
         fields: keys of the input by what they hold, merged over the kind's own (`kinds.py`); or a preset's name.
@@ -37,8 +37,8 @@ class InputSettings:
         similarity_thr, min_resolution, min_aspect_ratio: see `images.filters`; None: that filter is off.
         num_frames: pictures taken from each video.
         num_images: pictures of a story; None: any number from 2.
-        split, content, captions: of the nano set: the split, the kind of content, the captions of a picture (one record
-            each, or with `list` one record with all).
+        split, content, number, seed: of nano's world: the split, the kind of content, how many records (None: 100,000)
+            of which stream.
     """
 
     files: str | list[str] | None = None
@@ -54,8 +54,10 @@ class InputSettings:
     num_frames: int = setting(4, least=1)
     num_images: int | None = setting(5, least=1)
     split: str = "train"
-    content: str = setting("captions", choices=("captions", "qa", "describe", "draw", "edits", "conversations"))
-    captions: str = setting("all", choices=("all", "first", "others", "list"))
+    content: str = setting("captions", choices=("captions", "qa", "describe", "draw", "edits", "conversations",
+                                                "in_context", "stories", "documents"))
+    number: int | None = setting(None, least=1)
+    seed: int = setting(0, least=0)
 
     def identity(self) -> dict[str, Any]:
         """Settings that the output depends on, for the manifest."""

@@ -1,6 +1,6 @@
 """Input files as units of work, and the records of a unit.
 
-A unit is one tar, or a block of records of a list, a table, a folder of pictures or the nano set. Units are numbered
+A unit is one tar, or a block of records of a list, a table, a folder of pictures or nano's world. Units are numbered
 in the order of the inputs, and each becomes one output folder; nothing of one depends on another.
 """
 
@@ -20,7 +20,7 @@ from seed_multimodal.data.formats.tar import tar_records
 from seed_multimodal.data.formats.tar_headers import COMPRESSED, Damaged
 from seed_multimodal.data.nano.sprites import find_world
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
-from seed_multimodal.data.pretokenize.nano import nano_records
+from seed_multimodal.data.pretokenize.nano import NanoContent
 from seed_multimodal.errors import DataError
 
 TAR_MEMBERS = (*IMAGE_KEYS, "txt", "json")  # the members read from a tar
@@ -103,10 +103,7 @@ def unit_records(unit: Unit, settings: InputSettings) -> tuple[list[Record], str
 
 def _numbered(path: str, format: str, settings: InputSettings) -> tuple[int, Callable[[int], Record]]:
     """How many records an input other than a tar has, and what gives one by its number."""
-    if format == "nano":
-        records = nano_records(path, settings)
-        return len(records), records.__getitem__
-    file = _opened(Path(path), format, settings.recursive)
+    file = NanoContent(path, settings) if format == "nano" else _opened(Path(path), format, settings.recursive)
     return sum(file.sizes), file.locate
 
 
@@ -116,7 +113,7 @@ def _opened(path: Path, format: str, recursive: bool) -> RecordFile:
 
 
 def _inputs(settings: InputSettings) -> list[tuple[Path, str]]:
-    """Files (folders of pictures, the nano set) with their format, in the order written."""
+    """Files (folders of pictures, nano's world) with their format, in the order written."""
     if settings.format == "nano":
         return [(find_world(settings.files if isinstance(settings.files, str) else None), "nano")]
     wanted = [settings.files] if isinstance(settings.files, str) else settings.files or []
