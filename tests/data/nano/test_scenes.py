@@ -15,6 +15,8 @@ from seed_multimodal.data.nano.check import check_no_leak, samples
 from seed_multimodal.data.nano.dialogues import Message, conversation, document, in_context, story
 from seed_multimodal.data.nano.edits import EDITS, make_any_edit, make_edit
 from seed_multimodal.data.nano.questions import KINDS, ask, ask_any
+from seed_multimodal.data.nano.records import KINDS as RECORD_KINDS
+from seed_multimodal.data.nano.records import record_at, scenes_of
 from seed_multimodal.data.nano.scene import LAYOUTS, Scene, boxes, render, thing_mask
 from seed_multimodal.data.nano.splits import SPLITS, held_out, scene_at, split_of
 from seed_multimodal.data.nano.sprites import load_sprites
@@ -77,6 +79,15 @@ def test_other_words_are_no_caption(words):
 
 def test_an_unknown_thing_has_known_neighbours():
     assert nearest_things("tigger")[0] == "tiger" and len(nearest_things("xyz")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS[1:-1])
+def test_records_of_every_kind_in_every_split(split):
+    for kind in RECORD_KINDS:
+        for index in range(6):  # some sorts of questions and edits cannot be in some splits
+            shown = scenes_of(record_at(kind, 0, index, split))
+            assert shown and all(held_out(scene) <= {split} for scene in shown)
 
 
 def test_questions_have_one_exact_answer():
@@ -152,20 +163,22 @@ def test_splits_hold_out_what_they_say():
 
 
 def test_nothing_held_out_is_trained_on():
-    seen = check_no_leak(150)
-    assert set(seen) == {"scene", "edit", "conversation", "in context", "story", "document"}
+    seen = check_no_leak(60)
+    assert set(seen) == {"pairs", *RECORD_KINDS} and min(seen.values()) >= 60
 
 
-@pytest.mark.parametrize("kind", ["edit", "conversation", "document"])
-def test_a_planted_leak_is_found(kind):
-    hidden = scene_at(0, 0, "pairs")
-
+@pytest.mark.parametrize(("kind", "leak", "words"), [
+    ("edits", scene_at(0, 0, "pairs"), "shows .* held out .pairs"), ("pairs", scene_at(0, 0, "val"), "shows .* .val"),
+    ("conversations", scene_at(0, 4, "counts"), "shows .* .counts"), ("stories", scene_at(0, 4, "things"), "shows"),
+    ("documents", "Two Peaches.", "says 'Peaches'"),
+    ("draw", {"role": "user", "content": ["Please draw a red seal."]}, "says 'seal'")])
+def test_a_planted_leak_is_found(kind, leak, words):
     def leaking(seed, index):
-        for name, scenes in samples(seed, index):
-            yield name, [*scenes, hidden] if name == kind and index == 30 else scenes
+        for name, sample in samples(seed, index):
+            yield name, [sample, {"content": [leak]}] if name == kind and index == 3 else sample
 
-    with pytest.raises(DataError, match=f"{kind} 30 of seed 0 shows .* held out .pairs"):
-        check_no_leak(60, make=leaking)
+    with pytest.raises(DataError, match=f"{kind} 3 of seed 0 {words}"):
+        check_no_leak(5, make=leaking)
 
 
 @pytest.mark.parametrize("values", [

@@ -258,7 +258,7 @@ def test_short_videos_repeat_frames(make, words, tmp_path, length, wanted):
     ("caption", "captions", "pretrain.caption"), ("qa", "qa", "sft.qa"), ("chat", "qa", "chat"),
     ("chat", "describe", "chat"), ("chat", "draw", "chat"), ("edit", "edits", "sft.edit"), ("chat", "edits", "chat"),
     ("chat", "conversations", "chat"), ("chat", "in_context", "chat"), ("chat", "stories", "chat"),
-    ("story", "stories", "sft.storytelling"), ("interleaved", "documents", "pretrain.interleaved")])
+    ("story", "stories", "sft.story"), ("interleaved", "documents", "pretrain.interleaved")])
 def test_the_world_of_nano(make, codec, words, kind, content, name):
     data = {"format": "nano", "split": "pairs", "content": content, "number": 7, "seed": 3}
     if kind == "qa":

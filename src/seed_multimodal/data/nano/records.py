@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from seed_multimodal.data.nano.dialogues import (
     Allowed,
@@ -25,7 +25,7 @@ from seed_multimodal.data.nano.dialogues import (
     story,
     trainable,
 )
-from seed_multimodal.data.nano.edits import EDITS, make_edit
+from seed_multimodal.data.nano.edits import EDITS, Edit, make_edit
 from seed_multimodal.data.nano.questions import KINDS as QUESTIONS
 from seed_multimodal.data.nano.questions import ask
 from seed_multimodal.data.nano.scene import Scene
@@ -44,6 +44,8 @@ from seed_multimodal.language.tasks import (
 
 Record = dict[str, Any]
 Scenes = Iterator[Scene]
+Made = TypeVar("Made")
+PATIENCE = 200
 
 
 def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int = 0) -> Record:
@@ -76,6 +78,19 @@ def scenes_of(record: Record) -> list[Scene]:
     return found
 
 
+def texts_of(record: Any) -> Iterator[str]:
+    """Every text in a record but the names of roles."""
+    if isinstance(record, str):
+        yield record
+    elif isinstance(record, dict):
+        for key, value in record.items():
+            if key != "role":
+                yield from texts_of(value)
+    elif isinstance(record, list):
+        for value in record:
+            yield from texts_of(value)
+
+
 def with_pictures(value: Any, picture: Callable[[Scene], Any]) -> Any:
     """The same with `picture(scene)` in the place of every scene."""
     if isinstance(value, Scene):
@@ -98,6 +113,17 @@ def _half(shake: random.Random, requests: tuple[str, ...]) -> str:
     return requests[0] if shake.random() < 0.5 else shake.choice(requests)
 
 
+def _first(scenes: Scenes, sorts: tuple[str, ...], index: int, make: Callable[[Scene, str], Made | None]
+           ) -> tuple[Scene, Made]:
+    """The first scene of which something of sort `index` can be made, and that; of the next sort after `PATIENCE`
+    scenes without (there is no `add` in a split whose every scene shows two things)."""
+    for tried, scene in enumerate(scenes):
+        made = make(scene, sorts[(index + tried // PATIENCE) % len(sorts)])
+        if made is not None:
+            return scene, made
+    raise AssertionError("the stream of scenes has no end")
+
+
 def _caption(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
     scene = next(scenes)
     return {"image_ids": scene, "text": [describe(scene), *(describe(scene, shake) for _ in range(2))]}
@@ -109,8 +135,7 @@ def _describe(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int
 
 
 def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    kind = QUESTIONS[index % len(QUESTIONS)]
-    scene, question = next((scene, asked) for scene in scenes if (asked := ask(scene, kind, shake)) is not None)
+    scene, question = _first(scenes, QUESTIONS, index, lambda scene, kind: ask(scene, kind, shake))
     if shake.random() < 0.75:
         return _messages([scene, NANO_TASKS.question(question.question)], [question.answer])
     return _messages([scene, question.question], [sentence(question.answer)])
@@ -123,9 +148,11 @@ def _draw(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) ->
 
 
 def _edit(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    kind = list(EDITS)[index % len(EDITS)]
-    scene, edit = next((scene, made) for scene in scenes
-                       if (made := make_edit(scene, kind, shake)) is not None and allowed(made.target))
+    def make(scene: Scene, kind: str) -> Edit | None:
+        edit = make_edit(scene, kind, shake)
+        return edit if edit is not None and allowed(edit.target) else None
+
+    scene, edit = _first(scenes, tuple(EDITS), index, make)
     words = sentence(edit.instruction) if shake.random() < 0.5 else edit.instruction
     return _messages([scene, words], [EDIT_RESPONSE, edit.target])
 

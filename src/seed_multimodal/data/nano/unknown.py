@@ -1,52 +1,49 @@
 """Words that nano's world does not have, so that a system can say so instead of answering as if it knew.
 
-    unknown_note("Draw a zebra.")     'nano does not know "zebra": it knows 150 things; nearest: …'
+    unknown_words("Draw a zebra.")    [("zebra", ["lobster", "bear", …])]
+    unknown_note("Draw a zebra.")     "nano does not know 'zebra': it knows 150 things; nearest: …"
 """
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 
-from seed_multimodal.data.nano.records import KINDS, record_at, with_pictures
-from seed_multimodal.data.nano.things import NAMES, THINGS
-from seed_multimodal.data.nano.words import nearest_things
-
-SAMPLES = 80
-"""Records of each kind whose words count as known: every wording of the grammar is among them."""
+from seed_multimodal.data.nano.things import COLOURS, NAMES, STYLES, THINGS
+from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, RELATIONS, WHERE_PHRASES, nearest_things
 
 PLAIN = set("""
-    able about add again all also always am and another any are around as ask at back be because been behind
-    below beside between both but by can change could did different do does doing don draw each else every few
-    for from generate get give go good got had has have hello her here hers his how i if image in into is it its
-    itself just keep kind know let like little look looks many may me mean might mine more most much must my
-    near need new next no not now of off often ok okay on once one only or other our out over paint photo
-    photograph picture pictures please put quite really same say see shall she should show small so some someone
-    something stay such take tell than thank thanks that the their them then there these they thing things think
-    this those to together too try turn two under until up us use very want was way we well were what when where
-    which while who whose why will with without would yes yet you your
+    able about above accurate accurately add after again all alone also always am an and another answer any are
+    around as ask at away back background be because become becomes been before behind below beside between big
+    bigger both bottom but by can center centre change clear color colour come comes concise consisting continue
+    copy could counted create describe description did different do does doing don don't done dozen draw drawing
+    drawn each edit eight else every few first five following for four fourth from generate get give given go goes
+    gone good got grass had has have he hello her here hers hey hi his how i'd i'll i'm if image images in indoors
+    inside instead into is it it's its itself just keep kind know large larger last left less let let's like
+    little look looks make many may me mean middle might mine more most move much must my near need new next nine
+    no nope not now number of off often ok okay on once one only or other our out over paint painting photo
+    photograph phrase picture pictures place places please provide put question quite really remove replace right
+    same say scene second see sentence seven several shall she short should show single six size sketch sky small
+    smaller so some someone something somewhere stars stay stays story style styles such sure swap take tell ten
+    than thank thanks that that's the their them then there there's these they thing things think third this those
+    three to together too top try turn two under until up us use very want was water way we well were what what's
+    when where which while who whose why will with without word words would write yes yet you your zero
 """.split())
-"""Ordinary English words that name nothing to draw."""
+"""Ordinary English words, and those of requests, that name nothing to draw."""
+
+_KNOWN = PLAIN | {*COLOURS, *STYLES} | {
+    word for table in (BACKGROUND_PHRASES, WHERE_PHRASES, RELATIONS) for phrases in table.values()
+    for phrase in phrases for word in phrase.split()}
+_FORMS = sorted((form for name in NAMES for form in (name, THINGS[name].plural)), key=len, reverse=True)
+_NAMED = re.compile(rf"(?<!\w)(?:{'|'.join(_FORMS)})(?!\w)")
+_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")  # in any alphabet
 
 
-def words_in(text: str) -> list[str]:
-    """Lower-case words of a text, in any alphabet; hyphens inside them are kept."""
-    return re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", text.lower())
-
-
-@lru_cache(maxsize=1)
-def known_words() -> frozenset[str]:
-    """Every word of nano's sentences."""
-    texts = [form for name in NAMES for form in (name, THINGS[name].plural)]
-    for kind in KINDS:
-        for index in range(SAMPLES):
-            texts.append(str(with_pictures(record_at(kind, 0, index), lambda scene: None)))
-    return frozenset(word for text in texts for word in words_in(text)) | PLAIN
-
-
-def unknown_words(text: str) -> list[str]:
-    """Words of `text` that are neither of nano's world nor ordinary ones, in order, each once."""
-    return list(dict.fromkeys(word for word in words_in(text) if len(word) > 2 and word not in known_words()))
+def unknown_words(text: str) -> list[tuple[str, list[str]]]:
+    """Words of a request that are neither nano's names nor ordinary English, in order, each once, in lower case, with
+    the three names that look most like each. A part of a name (`palm`) is unknown, too."""
+    plain = re.sub(r"'s\b", "", text.lower().replace("\u2019", "'"))
+    words = dict.fromkeys(_WORD.findall(_NAMED.sub(" ", plain)))
+    return [(word, nearest_things(word)) for word in words if len(word) > 1 and word not in _KNOWN]
 
 
 def unknown_note(text: str) -> str:
@@ -54,5 +51,5 @@ def unknown_note(text: str) -> str:
     unknown = unknown_words(text)
     if not unknown:
         return ""
-    return (f"nano does not know {', '.join(map(repr, unknown[:3]))}: it knows {len(NAMES)} things; nearest: "
-            f"{', '.join(nearest_things(unknown[0]))}.")
+    return (f"nano does not know {', '.join(repr(word) for word, _ in unknown[:3])}: it knows {len(NAMES)} things; "
+            f"nearest: {', '.join(unknown[0][1])}.")

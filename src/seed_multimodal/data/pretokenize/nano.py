@@ -1,11 +1,11 @@
-"""Nano's world as input: the records that its own language model is trained on (`data.nano.records`), with pictures that
-are drawn where they are encoded.
+"""Nano's world as input: the records that its own language model is trained on (`data.nano.records`), with pictures
+that are drawn where they are encoded.
 
     format: nano
     content: edits          # of the split `train`, the first `number` of the stream `seed`
 
-A record has the keys of every kind that can be made of it: questions are `qa` or `chat`, edits `edit` or `chat`, stories
-`story` or `chat`, documents `interleaved`.
+A record has the keys of every kind that can be made of it: questions are `qa` or `chat`, edits `edit` or `chat`,
+stories `story` or `chat`, documents `interleaved`.
 """
 
 from __future__ import annotations

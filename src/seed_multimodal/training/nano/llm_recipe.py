@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.nano.records import KINDS, Record, record_at, scenes_of, with_pictures
+from seed_multimodal.data.nano.records import KINDS, Record, record_at, scenes_of, texts_of, with_pictures
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.things import NAMES
 from seed_multimodal.data.nano.words import some
@@ -104,7 +104,7 @@ def sentences(number: int = 500, seed: int = 0) -> list[str]:
     lines = [some(count, name) for name in NAMES for count in (1, 2)] * 20
     for kind in KINDS:
         for index in range(number):
-            lines += _texts(with_pictures(record_at(kind, seed, index), lambda scene: None))
+            lines += texts_of(record_at(kind, seed, index))
     return [*lines, *["USER:", "ASSISTANT:"] * number]
 
 
@@ -188,19 +188,6 @@ def _written(kind: str, records: Sequence[Record],
         picture = (lambda scene: {"codes": codes(scene)}) if "messages" in record else codes
         content = json.dumps(with_pictures(record, picture), separators=(",", ":"))
         yield f"{kind}-{number:06d}", {"json": content.encode()}
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a record but the names of roles."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, one in value.items():
-            if key != "role":
-                yield from _texts(one)
-    elif isinstance(value, list):
-        for one in value:
-            yield from _texts(one)
 
 
 def _shard(space: Workspace, name: str, split: str) -> Path:
