@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from seed_multimodal.images.encode import image_to_base64
 from seed_multimodal.serving.backend import SystemBackend
 from seed_multimodal.serving.flask_app import check_address, create_app, serve
 from seed_multimodal.serving.schema import JSON_LINES, Limits
+from seed_multimodal.systems.seed_llama import SeedLlama
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +55,14 @@ def test_a_question_about_a_picture(client, tiny, png, picture) -> None:
     assert answer["images_ids"] == tiny.tokenize(picture).tolist() and answer["images"] == []
     again = ask(client, text=ASK, images=answer["images_ids"], max_new_tokens=8, temperature=0)[1]
     assert again["text"] == answer["text"]  # codes say the same as the picture
+
+
+def test_words_that_nanos_world_does_not_have_are_reported(tiny) -> None:
+    spec = replace(tiny.spec, world="nano")
+    nano = create_app(SeedLlama(spec, tiny.tokenizer, tiny.llm, tiny.pictures)).test_client()
+    told = [ask(nano, text=f"USER: Is there {what}?\nASSISTANT:", images=[], max_new_tokens=2, temperature=0)[1]
+            for what in ("a zebra", "a panda")]
+    assert "'zebra': it knows 150 things; nearest: " in told[0]["error_msg"][0] and told[1]["error_msg"] == []
 
 
 def test_previews_come_before_the_answer_if_they_are_asked_for(client, tiny) -> None:

@@ -27,7 +27,7 @@ from seed_multimodal.data.nano.dialogues import (
 )
 from seed_multimodal.data.nano.edits import EDITS, Edit, make_edit
 from seed_multimodal.data.nano.questions import KINDS as QUESTIONS
-from seed_multimodal.data.nano.questions import ask
+from seed_multimodal.data.nano.questions import Question, ask
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import held_out, scene_at
 from seed_multimodal.data.nano.words import describe, some
@@ -135,10 +135,17 @@ def _describe(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int
 
 
 def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    def turn(question: Question) -> list[list[Part]]:
+        if shake.random() < 0.75:
+            return [[NANO_TASKS.question(question.question)], [question.answer]]
+        return [[question.question], [sentence(question.answer)]]
+
     scene, question = _first(scenes, QUESTIONS, index, lambda scene, kind: ask(scene, kind, shake))
-    if shake.random() < 0.75:
-        return _messages([scene, NANO_TASKS.question(question.question)], [question.answer])
-    return _messages([scene, question.question], [sentence(question.answer)])
+    turns = turn(question)
+    for step in () if index % 3 else (1, 2, 3):  # a picture that is read once teaches several answers
+        more = ask(scene, QUESTIONS[(index + step) % len(QUESTIONS)], shake)
+        turns += turn(more) if more is not None else []
+    return _messages([scene, *turns[0]], *turns[1:])
 
 
 def _draw(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
