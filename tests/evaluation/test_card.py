@@ -12,7 +12,7 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.card import write_card
 from seed_multimodal.weights import save_state_dict
 
-DATA = Path(__file__).resolve().parents[2] / "data" / "nano64"
+DATA = Path(__file__).resolve().parents[2] / "data" / "nano"
 
 
 def record(work: Path, place: str, **values: object) -> None:
@@ -34,6 +34,8 @@ def test_records_of_both_places_are_rows(tmp_path: Path) -> None:
     assert "| stage2 | 10 × 16 | 7 | 0 | loss_embed 0.25, bad_samples 0 |" in text
     assert "| tokenizer | – | 7 | 1,234 | codes_used 31, codebook 32 |" in text
     assert "| `part` | 12 |" in text and "Not run: clip, stage1," in text
+    assert "scenes of 162 things in the styles noto, twemoji, fluent" in text and "pairs 15%" in text
+    assert "Twemoji, copyright Twitter, Inc and other contributors (CC-BY-4.0)" in text and "Knows 150 things" in text
 
 
 @pytest.mark.process  # the card names the machine

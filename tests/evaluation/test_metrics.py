@@ -9,8 +9,6 @@ import pytest
 
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import metrics
-from seed_multimodal.evaluation.judge import canonical_caption
-from seed_multimodal.evaluation.train_judge import style_of_text
 
 
 def test_retrieval_by_hand() -> None:
@@ -135,9 +133,3 @@ def test_bootstrap_by_groups_is_wider_when_groups_agree() -> None:
 def test_empty_estimate() -> None:
     estimate = metrics.bootstrap([])
     assert estimate.to_json() == {"value": None, "low": None, "high": None, "n": 0}
-
-
-def test_texts(toy) -> None:
-    assert canonical_caption(toy.records[0]) == "a flat drawing of red disc"
-    assert style_of_text("a line style cat", ["flat", "line"]) == 1
-    assert style_of_text("a cat", ["flat", "line"]) == style_of_text("flat or line", ["flat", "line"]) == -1

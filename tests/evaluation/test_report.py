@@ -1,162 +1,206 @@
-"""The report card on systems whose scores are known: one that is always right, one that always gives one answer."""
+"""The report card on systems whose scores are known: one that is always right, one that is a scene behind, others that
+are wrong in one way."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from known_world import KnowingJudge, Oracle
 from PIL import Image
 
+from seed_multimodal.data.nano.scene import Scene, render
+from seed_multimodal.data.nano.splits import held_out
+from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, describe
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import report, report_text
+from seed_multimodal.evaluation.longer_run import _as_told
 from seed_multimodal.evaluation.metrics import Estimate
-from seed_multimodal.evaluation.tasks import World, picture_hits, spread
+from seed_multimodal.evaluation.samples import Samples, Sizes, make_samples
+from seed_multimodal.evaluation.split_run import SplitRun
+from seed_multimodal.evaluation.tasks import (
+    UNREAD,
+    caption_words,
+    likeness,
+    picture_words,
+    right_labels,
+    scene_words,
+    score,
+    ssim,
+)
+
+PAIR = Scene("noto", "blue", "left of", ("tiger", "penguin"))
+HEADLINES = (("reconstruction", "all"), ("reconstruction", "r1"), ("ladder", "vae", "all"), ("prefix", "32", "all"),
+             ("drawing", "all"), ("caption", "all"), ("caption", "exact"), ("qa", "all"), ("edit", "all"),
+             ("edit", "stayed"), ("conversation", "turns"), ("conversation", "own"), ("examples", "all"),
+             ("story", "frames"), ("story", "sentences"))
 
 
-class Oracle:
-    """Knows every picture by heart: the code of a picture is its number in the data set, written in base 4."""
+class Behind(Oracle):
+    """Answers each request with what the one before it asked for; says nothing in conversations."""
 
-    codebook_size = 8
+    def pictures(self, codes, first=None):
+        made = super().pictures(codes, first)
+        return made[-1:] + made[:-1]
 
-    def __init__(self, toy) -> None:
-        self.toy = toy
-        self.known = {p.tobytes(): i for i, p in enumerate(toy.images())}
-        self.by_name = {r.captions[0]: i for i, r in enumerate(toy.records)}
+    def describe(self, codes):
+        said = super().describe(codes)
+        return said[-1:] + said[:-1]
 
-    def _write(self, number: int) -> list[int]:
-        return [number // 4**place % 4 for place in range(4)]
+    def ask(self, codes, questions):
+        return ["a violin"] * len(questions)
 
-    def _read(self, codes: Sequence[int]) -> int:
-        return sum(c * 4**place for place, c in enumerate(codes))
-
-    def codes(self, pictures: np.ndarray) -> np.ndarray:
-        return np.array([self._write(self.known[p.tobytes()]) for p in pictures])
-
-    def pictures(self, codes: Sequence[list[int]]) -> list[Image.Image]:
-        return [Image.fromarray(self.toy.images()[self._read(c)]) for c in codes]
-
-    def describe(self, codes: Sequence[list[int]]) -> list[str]:
-        return [f"A {self.toy.records[self._read(c)].captions[0]}." for c in codes]
-
-    def ask(self, codes: Sequence[list[int]], questions: Sequence[str]) -> list[str]:
-        return [next(qa.answer for qa in self.toy.records[self._read(c)].qa if qa.question == q).upper() + "."
-                for c, q in zip(codes, questions, strict=True)]
-
-    def draw(self, texts: Sequence[str]) -> list[list[int] | None]:
-        return [self._write(self.by_name[t]) for t in texts]
-
-    def edit(self, codes: Sequence[list[int]], instructions: Sequence[str]) -> list[list[int] | None]:
-        names = [self.toy.records[self._read(c)].captions[0].replace("flat", "line") for c in codes]
-        return self.draw(names)
+    def answer(self, dialogues, most):
+        return [[] for _ in dialogues]
 
 
-class Stuck(Oracle):
-    """Says and draws one thing whatever it is asked; its second drawing is broken; edits change nothing."""
+class Swapping(Oracle):
+    """Draws two things the other way round, leaves the style out of captions, leaves pictures as they were, draws no
+    second picture at all."""
 
-    def describe(self, codes: Sequence[list[int]]) -> list[str]:
-        return ["a line drawing of orange disc"] * len(codes)
-
-    def ask(self, codes: Sequence[list[int]], questions: Sequence[str]) -> list[str]:
-        return ["orange"] * len(codes)
-
-    def draw(self, texts: Sequence[str]) -> list[list[int] | None]:
-        codes: list[list[int] | None] = [self._write(self.by_name["a line drawing of orange disc"])] * len(texts)
+    def draw(self, texts):
+        codes = super().draw(texts)
         return [codes[0], None, *codes[2:]]
 
-    def edit(self, codes: Sequence[list[int]], instructions: Sequence[str]) -> list[list[int] | None]:
-        return list(codes)
+    def pictures(self, codes, first=None):
+        return [Image.fromarray(render(scene.but(things=scene.things[::-1], counts=scene.counts[::-1])))
+                for scene in map(self._read, codes)]
+
+    def describe(self, codes):
+        return [describe(scene).replace(f"{scene.style} ", "") for scene in map(self._read, codes)]
+
+    def edit(self, codes, instructions):
+        return [list(row) for row in codes]
 
 
-@pytest.fixture(scope="module")
-def world(toy, trained) -> World:
-    return World(toy, trained)
+def test_an_oracle_scores_one(oracle: Oracle, knowing: KnowingJudge, val: Samples) -> None:
+    run = SplitRun(oracle, knowing, val)
+    seen: list[str] = []
+    sections = run.measure(seen.append)
+    assert seen == list(run.parts()) and sections["codes"]["sequences"] == len(val.scenes) == 24
+    for path in HEADLINES:
+        estimate = report_text.value_at(sections, path)
+        assert isinstance(estimate, Estimate) and estimate.n > 0, path
+        assert estimate.value == 1.0, path
+        assert (report_text.value_at(sections, (path[0], "ceiling")) or estimate).value == 1.0, path
+    assert sections["prefix"]["4"]["all"].value < 1  # the oracle's pictures of 4 codes are dark
+    assert sections["drawing"]["without_picture"] == 0 and not sections["drawing"]["confused"]
+    assert sections["reconstruction"]["psnr"].value == sections["reconstruction"]["psnr_things"].value > 50
+    assert sections["reconstruction"]["ssim"].value == pytest.approx(1)
+    assert sections["qa"]["blind"].value < 0.9 and set(sections["qa"]["kinds"]) == {
+        "what", "count", "style", "background", "yesno", "where"}
 
 
-def measure(system, world: World, **settings):
-    return report.evaluate(system, world, report.ReportSettings(**settings), log=lambda line: None)
+def test_a_system_a_scene_behind_scores_nothing(knowing: KnowingJudge, val: Samples) -> None:
+    sections = SplitRun(Behind(knowing, val), knowing, val).measure()
+    for path in HEADLINES:
+        if path not in (("ladder", "vae", "all"), ("edit", "stayed")):
+            assert report_text.value_at(sections, path).value <= 0.1, path
+    assert sections["examples"]["without_picture"] == len(val.examples)
+    assert sections["reconstruction"]["psnr"].value < 25 and sections["reconstruction"]["confused"]
 
 
-def test_a_perfect_system_scores_one(toy, world: World) -> None:
-    splits, shown, answers = measure(Oracle(toy), world)
-    assert list(splits) == ["val", "test_combo", "test_concept"]
-    assert [splits[s]["pictures"] for s in splits] == [4, 3, 2]
-    for split, section in splits.items():
-        for path in (("reconstruction", "picture_r1"), ("reconstruction", "cosine"), ("drawing", "picture_r1"),
-                     ("drawing", "picture_r1_all"), ("caption", "concept"), ("caption", "style"), ("qa", "all"),
-                     ("edit", "concept_and_style")):
-            estimate = report_text.value_at(section, path)
-            assert isinstance(estimate, Estimate), (split, path)
-            assert estimate.value == pytest.approx(1.0, abs=1e-6), (split, path)
-            assert estimate.n > 0
-        # The same pictures go to the judge, so a perfect system reaches its ceiling exactly.
-        assert section["drawing"]["text_r1"] == section["ceilings"]["real"]["text_r1"]
-        assert section["drawing"]["without_picture"] == section["edit"]["without_picture"] == 0
-        assert section["codes"]["distinct"] == section["pictures"]
-        assert section["chance"]["picture_r1"] == pytest.approx(1 / section["pictures"], abs=1e-4)
-    assert splits["test_combo"]["qa"]["kinds"].keys() == {"colour", "thing"}
-    assert splits["val"]["edit"]["n"] == 2 and splits["test_combo"]["edit"]["n"] == 3
-    assert len(shown) == 3 and len(answers["val"]["captions"]) == 4
+def test_what_is_wrong_in_one_way_is_wrong(knowing: KnowingJudge, val: Samples) -> None:
+    system = Swapping(knowing, val)
+    two = [scene for scene in val.scenes if len(scene.things) == 2]
+    knowing.learn([scene.but(things=scene.things[::-1], counts=scene.counts[::-1])
+                   for scene in (*val.scenes, *(edit.target for _, edit in val.edits), *(s for s, _ in val.edits))])
+    sections = SplitRun(system, knowing, val).measure()
+    alone = sum(len(scene.things) == 1 for scene in val.scenes) / len(val.scenes)
+    assert 0 < alone < 1 and two
+    assert sections["reconstruction"]["all"].value == sections["reconstruction"]["first"].value == pytest.approx(alone)
+    assert sections["reconstruction"]["style"].value == 1
+    assert sections["caption"]["all"].value == sections["caption"]["style"].value == 0
+    assert sections["caption"]["first"].value == sections["caption"]["background"].value == 1
+    assert sections["drawing"]["without_picture"] == 1 and sections["drawing"]["style"].value == pytest.approx(11 / 12)
+    assert sections["edit"]["all"].value <= 0.3 and sections["edit"]["unchanged"].value > 0
 
 
-def test_a_stuck_system_scores_by_hand(toy, world: World) -> None:
-    section = measure(Stuck(toy), world, splits=("test_combo",))[0]["test_combo"]
-    # test_combo: line drawings of orange disc, square, bar; the second drawing is missing.
-    assert section["drawing"]["picture_r1"].value == pytest.approx(1 / 3)
-    assert section["drawing"]["without_picture"] == 1
-    assert section["caption"]["concept"].value == pytest.approx(1 / 3)
-    assert section["caption"]["style"].value == 1.0
-    # Two questions a picture: the colour is always orange, the shape never.
-    assert section["qa"]["all"].value == 0.5
-    assert section["qa"]["kinds"]["colour"]["accuracy"].value == 1.0
-    assert section["qa"]["kinds"]["thing"]["accuracy"].value == 0.0
-    # Edits returned the given picture: the thing is right, the style is not, and it is seen as unchanged.
-    assert section["edit"]["concept"].value == 1.0
-    assert section["edit"]["concept_and_style"].value == section["edit"]["style"].value == 0.0
-    assert section["edit"]["left_unchanged"].value == 1.0
-    assert section["edit"]["gallery_pictures"] == 6
+def test_words_of_scenes_and_captions() -> None:
+    assert scene_words(PAIR) == ("tiger", "penguin", "noto", "blue", "left of") == caption_words(describe(PAIR))
+    wrong = {"a noto penguin left of a tiger on blue": {"first", "second"},
+             "a noto tiger on blue": {"second", "layout"},
+             "a tiger left of a penguin on a blue background": {"style"},
+             "a noto tiger left of a penguin": {"background"},
+             "a noto penguin to the right of a tiger on blue": set(),
+             "it is a tiger": {"first", "second", "style", "background", "layout"}}
+    for text, labels in wrong.items():
+        right = right_labels([caption_words(text)], [scene_words(PAIR)])[0]
+        assert {name for name, ok in zip(("first", "second", "style", "background", "layout"), right, strict=True)
+                if not ok} == labels, text
+    three = Scene("noto", "sea", "many", ("crab",), (3,))
+    assert scene_words(three)[4] == "many 3" != caption_words("four noto crabs on the sea")[4]
+    assert score([UNREAD, scene_words(PAIR)], [scene_words(PAIR)] * 2)["all"].value == 0.5
+    assert picture_words(KnowingJudge(), [None, Image.fromarray(render(PAIR))])[0] == UNREAD
 
 
-def test_limits(toy, world: World) -> None:
-    section = measure(Oracle(toy), world, splits=("val",), limit=2, questions=3)[0]["val"]
-    assert section["pictures"] == section["reconstruction"]["gallery_pictures"] == 4
-    assert section["reconstruction"]["n"] == section["caption"]["n"] == 2
-    assert section["qa"]["n"] == 3
-    with pytest.raises(ConfigError, match="no pictures in split 'nothing'"):
-        measure(Oracle(toy), world, splits=("nothing",))
-    assert report.sample(range(100), 10, 1) == report.sample(range(100), 10, 1) != report.sample(range(100), 10, 2)
+def test_likeness_by_hand() -> None:
+    real = render(PAIR)
+    lighter = np.clip(real.astype(int) + 10, 0, 255).astype(np.uint8)
+    found = likeness([Image.fromarray(lighter)], [PAIR])
+    error = np.square(lighter.astype(float) - real).mean()
+    assert found["psnr"].value == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
+    assert found["ssim"].value > 0.95 > ssim(real, np.asarray(Image.fromarray(real).resize((8, 8)).resize((64, 64))))
+    # An error on the background alone leaves the pixels of things as they are.
+    corner = real.copy()
+    corner[:6, :6] = 0
+    other = likeness([Image.fromarray(corner)], [PAIR])
+    assert other["psnr_things"].value > 50 > other["psnr"].value
 
 
-def test_missing_pictures_are_wrong_not_left_out(toy, world: World) -> None:
-    found, there = spread(world, [None, Image.fromarray(toy.images()[3])])
-    assert there.tolist() == [False, True] and not found[0].any()
-    assert picture_hits(world, found, [2, 3], range(24), 1, by_name=False)[1] == 1.0
-    assert spread(world, [])[0].shape[0] == 0
+def test_stories_are_right_by_their_own_backgrounds(val: Samples) -> None:
+    pages = val.stories[0]
+    told = _as_told(pages, [text for text, _ in pages])
+    assert told == [scene for _, scene in pages]
+    elsewhere = pages[0][1].but(background="room" if pages[0][1].background != "room" else "sea")
+    moved = pages[0][0].replace(BACKGROUND_PHRASES[pages[0][1].background][0],
+                                BACKGROUND_PHRASES[elsewhere.background][0])
+    again = _as_told(pages, [moved, *(text for text, _ in pages[1:])])
+    assert again[0] == elsewhere and again[1] == pages[1][1].but(background=elsewhere.background)
+    assert again[2] == pages[2][1]
+    assert _as_told(pages, ["a dog", pages[1][0]])[:3] == [None, None, None]
 
 
-def test_written_report(toy, world: World, tmp_path: Path) -> None:
-    splits, shown, answers = measure(Stuck(toy), world)
+@pytest.mark.slow
+def test_samples_are_fixed_and_of_their_split() -> None:
+    for split in ("pairs", "styles", "counts"):
+        made = make_samples(split, Sizes.limited(9))
+        assert made == make_samples(split, Sizes.limited(9)) and len(made.scenes) == 18 and len(made.edits) == 9
+        assert all(held_out(scene) == {split} for scene in made.scenes)
+        for scene, edit in made.edits:
+            assert held_out(scene) <= {split} and held_out(edit.target) <= {split}
+            assert {split} in (held_out(scene), held_out(edit.target))
+        assert bool(made.stories) == bool(made.conversations) == (split == "pairs")
+    assert make_samples("things", Sizes.limited(9)).questions == []
+    assert Sizes.limited(500) == Sizes() == Sizes.limited(900) and Sizes.limited(1).stories == 1
+
+
+def test_written_report(oracle: Oracle, knowing: KnowingJudge, val: Samples, tmp_path: Path) -> None:
+    run = SplitRun(oracle, knowing, val)
+    run.measure()
+    sections = {"val": run.sections}
     whole = {"model": "toy", "command": "python -m x", "date": "today", "commit": "unknown", "seconds": 1.0,
-             "hardware": {"cpu": "any"}, "versions": {"torch": "2"}, "settings": {"limit": 128}, "judge": {"steps": 60},
-             "aims": report_text.aims(splits), "splits": splits}
-    report.write_report(whole, shown, answers, world, tmp_path)
+             "hardware": {"cpu": "any"}, "versions": {"torch": "2"}, "settings": {"scenes": 12}, "judge": {"steps": 60},
+             "aims": report_text.aims(sections), "splits": sections}
+    report.write_report(whole, [run], tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
-    assert data["splits"]["test_combo"]["qa"]["all"]["value"] == 0.5
-    assert {"value", "low", "high", "n"} == set(data["splits"]["val"]["drawing"]["picture_r5"])
+    assert {"value", "low", "high", "n"} == set(data["splits"]["val"]["drawing"]["all"])
     aims = {(a["what"], a["split"]): a for a in data["aims"]}
-    assert aims["caption names the thing", "test_combo"]["met"] is False
-    assert aims["codebook entries used", "val"]["value"] == 0.25
+    assert len(aims) == 9 and aims["drawing, every label right", "val"] == {
+        "what": "drawing, every label right", "split": "val", "aim": 0.9, "value": 1.0, "ceiling": 1.0, "met": True}
     text = (tmp_path / "report.md").read_text()
-    assert "0.500 (" in text and "## Edits" in text and "nan" not in text
-    assert sorted(p.name for p in tmp_path.glob("*.jpg")) == sorted(data["sheets"]) and len(data["sheets"]) == 9
-    assert all(p.stat().st_size < 300_000 for p in tmp_path.glob("*.jpg"))
-    assert Image.open(tmp_path / "drawings_val.jpg").width > 300
+    assert "1.000 / 0.90 (1.000)" in text and "## Edits" in text and "kind of edit" in text and "nan" not in text
+    answers = json.loads((tmp_path / "answers.json").read_text())["val"]
+    assert len(answers["captions"]) == len(answers["edits"]) == 12 and answers["conversations_own"]
+    names = sorted(p.name for p in tmp_path.iterdir() if p.suffix in (".webp", ".png"))
+    assert names == sorted(data["sheets"]) and len(names) == 11 and all(f"({name})" in text for name in names)
+    assert sum((tmp_path / name).stat().st_size for name in names) < 1_500_000
 
 
-def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
-    for flag, value in (("--limit", "0"), ("--questions", "0"), ("--batch", "0"), ("--seed", "-1")):
+def test_command_line_refuses_in_one_sentence(oracle: Oracle, knowing: KnowingJudge, tmp_path: Path, capsys) -> None:
+    for flag, value in (("--limit", "0"), ("--batch", "0"), ("--seed", "-1")):
         assert report.main(["--model", str(tmp_path / "none"), flag, value]) == 2
         assert f"{flag} must be at least" in capsys.readouterr().err
     taken = tmp_path / "taken"
@@ -164,6 +208,8 @@ def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert report.main(["--model", "nano", "--out", str(taken), "--limit", "1"]) == 2
     assert f"--out {taken}: no folder that can be written" in capsys.readouterr().err
     assert taken.read_text() == "a file"
+    with pytest.raises(ConfigError, match="no split 'vol'.*'val'"):
+        report.evaluate(oracle, knowing, ["vol"], Sizes.limited(1), log=lambda line: None)
 
 
 def test_which_judge_scores(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Random changes of the judge's training pictures, so that rebuilt pictures lie inside its training distribution.
 
 Rebuilt and drawn pictures are shifted, blurred, tinted, speckled and blocky copies of real ones; each change below
-imitates one of these, with random strength, on a part of the batch. Pictures are never mirrored: captions say left and
+imitates one of these, with random strength, on a part of the batch. Pictures are never mirrored: labels say left and
 right. Everything comes from one generator, so a step can be repeated exactly.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
@@ -15,20 +16,18 @@ from torch.nn import functional as F
 
 from seed_multimodal.evaluation.judge import shrink
 
-WHITE = 1.0
 
-
+@torch.autocast("cpu", enabled=False)
 def augment(pixels: Tensor, size: int, generator: Generator) -> Tensor:
     """uint8 [B, 3, H, W] → float32 [B, 3, size, size] in -1..1, randomly changed (all draws from `generator`)."""
-    x = pixels.float() / 127.5 - 1
-    x = shrink(_affine(x, generator), size)
-    x = _some(x, _tint(x, generator), 0.5, generator)
-    x = _some(x, _blur(x, generator), 0.4, generator)
-    x = _some(x, _blocks(x, generator), 0.25, generator)
-    x = _some(x, x + _cloud(x, generator), 0.3, generator)
-    x = _some(x, x + 0.12 * _unit(x, generator) * torch.randn(x.shape, generator=generator), 0.3, generator)
-    x = _some(x, _hole(x, generator), 0.2, generator)
-    return x.clamp(-1, 1)
+    x = shrink(pixels.float() / 127.5 - 1, size)
+    x = _some(x, _affine, 0.3, generator)
+    x = _some(x, _tint, 0.4, generator)
+    x = _some(x, _blur, 0.3, generator)
+    x = _some(x, _coarse, 0.15, generator)
+    x = _some(x, _blocks, 0.2, generator)
+    x = _some(x, _cloud, 0.2, generator)
+    return _some(x, _noise, 0.2, generator).clamp_(-1, 1)
 
 
 def _unit(x: Tensor, generator: Generator) -> Tensor:
@@ -36,28 +35,28 @@ def _unit(x: Tensor, generator: Generator) -> Tensor:
     return torch.rand(len(x), 1, 1, 1, generator=generator)
 
 
-def _some(before: Tensor, after: Tensor, share: float, generator: Generator) -> Tensor:
-    """`after` for a random share of the batch, `before` for the rest."""
-    return torch.where(_unit(before, generator) < share, after, before)
+def _some(x: Tensor, change: Callable[[Tensor, Generator], Tensor], share: float, generator: Generator) -> Tensor:
+    """`change` a random share of the batch."""
+    rows = (torch.rand(len(x), generator=generator) < share).nonzero()[:, 0]
+    return x.index_copy(0, rows, change(x[rows], generator)) if len(rows) else x
 
 
 def _affine(x: Tensor, generator: Generator) -> Tensor:
-    """Shift up to 12 %, scale 0.85..1.2, turn up to 8 degrees; what comes in is white."""
-    count = len(x)
-    draw = torch.rand(4, count, generator=generator) * 2 - 1
-    angle, scale = draw[0] * math.radians(8), torch.exp(draw[1] * 0.17 + 0.01)
-    theta = torch.zeros(count, 2, 3)
+    """Shift up to 3 %, scale 0.94..1.06, turn up to 3 degrees; the border continues outwards."""
+    draw = torch.rand(4, len(x), generator=generator) * 2 - 1
+    angle, scale = draw[0] * math.radians(3), torch.exp(draw[1] * 0.06)
+    theta = torch.zeros(len(x), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = torch.cos(angle) / scale
     theta[:, 0, 1], theta[:, 1, 0] = -torch.sin(angle) / scale, torch.sin(angle) / scale
-    theta[:, :, 2] = draw[2:].T * 0.24
+    theta[:, :, 2] = draw[2:].T * 0.06
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x - WHITE, grid, align_corners=False) + WHITE
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def _tint(x: Tensor, generator: Generator) -> Tensor:
     """Contrast and brightness per channel, as a decoder's colour error."""
     draw = torch.rand(2, len(x), 3, 1, 1, generator=generator) * 2 - 1
-    return x * (1 + 0.15 * draw[0]) + 0.12 * draw[1]
+    return x * (1 + 0.1 * draw[0]) + 0.08 * draw[1]
 
 
 def _blur(x: Tensor, generator: Generator) -> Tensor:
@@ -70,6 +69,11 @@ def _blur(x: Tensor, generator: Generator) -> Tensor:
     return torch.lerp(x, soft, _unit(x, generator))
 
 
+def _coarse(x: Tensor, generator: Generator) -> Tensor:
+    """Reduced to half the side and enlarged again: fine detail is lost."""
+    return F.interpolate(F.avg_pool2d(x, 2), size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
 def _blocks(x: Tensor, generator: Generator) -> Tensor:
     """Quantised 8x8 cosine blocks, coarser for higher frequencies (as JPEG and latent decoders lose them)."""
     count, channels, size, _ = x.shape
@@ -78,24 +82,17 @@ def _blocks(x: Tensor, generator: Generator) -> Tensor:
     basis[0] /= math.sqrt(2)
     tiles = x.reshape(count, channels, size // 8, 8, size // 8, 8)
     freq = torch.einsum("fy,bcmynx,gx->bcmngf", basis, tiles, basis)
-    step = (0.05 + 0.6 * _unit(x, generator)).view(-1, 1, 1, 1, 1, 1) * (1 + n[:, None] + n[None, :]) / 4
+    step = (0.05 + 0.4 * _unit(x, generator)).view(-1, 1, 1, 1, 1, 1) * (1 + n[:, None] + n[None, :]) / 4
     freq = torch.round(freq / step) * step
     return torch.einsum("fy,bcmngf,gx->bcmynx", basis, freq, basis).reshape(x.shape)
 
 
 def _cloud(x: Tensor, generator: Generator) -> Tensor:
     """Smooth colour noise of about a quarter of the picture's size."""
-    coarse = torch.randn(len(x), 3, 6, 6, generator=generator) * 0.25 * _unit(x, generator)
-    return F.interpolate(coarse, size=x.shape[-2:], mode="bilinear", align_corners=False)
+    coarse = torch.randn(len(x), 3, 6, 6, generator=generator) * 0.15 * _unit(x, generator)
+    return x + F.interpolate(coarse, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _hole(x: Tensor, generator: Generator) -> Tensor:
-    """A rectangle of up to a third of the side, filled with one grey."""
-    size = x.shape[-1]
-    draw = torch.rand(5, len(x), 1, generator=generator)
-    line = torch.arange(size).float()[None, :]
-    half = size * (0.05 + 0.12 * draw[:2])
-    rows = (line - draw[2] * size).abs() < half[0]
-    columns = (line - draw[3] * size).abs() < half[1]
-    inside = rows[:, None, :, None] & columns[:, None, None, :]
-    return torch.where(inside, (draw[4] * 2 - 1)[:, :, None, None], x)
+def _noise(x: Tensor, generator: Generator) -> Tensor:
+    """Independent noise of every pixel."""
+    return x + 0.1 * _unit(x, generator) * torch.randn(x.shape, generator=generator)

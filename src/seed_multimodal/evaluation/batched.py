@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from seed_multimodal.evaluation.tasks import Codes
-from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.evaluation.tasks import Codes, Dialogue, Part
+from seed_multimodal.language.answer import ImagePart, TextPart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.prompts import Turn
 from seed_multimodal.systems.chat import Answer, turn_marker
 from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.systems.speaker import AnswerReader
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 
 LONGEST_TEXT = 64
 
@@ -37,6 +39,8 @@ class BatchedSystem:
     def __init__(self, seed_llama: SeedLlama, batch: int = 64, seed: int = 0) -> None:
         self.inner, self.batch, self.seed = seed_llama, batch, seed
         self.codebook_size = seed_llama.tokenizer.vocabulary.n_codes
+        self.section = self.codebook_size // seed_llama.pictures.model.config.codebook_sections
+        self.image_size = seed_llama.spec.image_size
 
     @classmethod
     def from_pretrained(cls, model: Any, *, device: str = "auto", dtype: str = "auto",
@@ -64,11 +68,11 @@ class BatchedSystem:
                  for i in range(0, len(pictures), self.batch)]
         return torch.cat(parts).numpy()
 
-    def pictures(self, codes: Sequence[Codes]) -> list[Image.Image]:
-        """Codes of N pictures → N pictures."""
+    def pictures(self, codes: Sequence[Codes], first: int | None = None) -> list[Image.Image]:
+        """Codes of N pictures → N pictures, drawn from their `first` codes only if that is given."""
         if not codes:
             return []
-        return self.inner.pictures.draw(list(codes), seed=self.seed, batch_size=self.batch)
+        return self.inner.pictures.draw(list(codes), seed=self.seed, batch_size=self.batch, first=first)
 
     def describe(self, codes: Sequence[Codes]) -> list[str]:
         """The system's usual request for a description, about each picture."""
@@ -88,8 +92,24 @@ class BatchedSystem:
         contents = [(list(row), text) for row, text in zip(codes, instructions, strict=True)]
         return self._paint(contents, self.inner.tasks.edit_response)
 
-    @torch.inference_mode()
-    def round_trip(self, pictures: NDArray[np.uint8]) -> list[Image.Image]:
+    def answer(self, dialogues: Sequence[Dialogue], most: int) -> list[list[Part]]:
+        """What the system says in at most `most` tokens, nothing forced: texts and codes of whole pictures, in order;
+        nothing where the context leaves no room for that."""
+        prompts = [self.inner.prompt_ids([Turn(role, tuple(parts)) for role, parts in turns]) for turns in dialogues]
+        room = self.inner.llm.config.max_position_embeddings - most
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+        settings = replace(self.inner.settings(seed=self.seed), max_new_tokens=most)
+        answers: list[list[Part]] = [[] for _ in prompts]
+        for i, ids in zip(fitting, self.generate([prompts[i] for i in fitting], settings), strict=True):
+            for part in split_answer(self._reader().read_all(ids), self.inner.tokenizer):
+                if isinstance(part, ImagePart):
+                    answers[i].append(list(part.codes))
+                elif isinstance(part, TextPart):
+                    answers[i].append(part.text.strip())
+        return answers
+
+    @torch.no_grad()
+    def through_vae(self, pictures: NDArray[np.uint8]) -> list[Image.Image]:
         """Pictures through the decoder's VAE alone (no codes, no diffusion): the ceiling of what it can show."""
         vae = self.inner.pictures.decoder.pipeline.vae
         made: list[Image.Image] = []
@@ -100,6 +120,22 @@ class BatchedSystem:
             made += [Image.fromarray(p) for p in rebuilt.permute(0, 2, 3, 1).numpy()]
         return made
 
+    @torch.no_grad()
+    def through_embedding(self, pictures: NDArray[np.uint8]) -> list[Image.Image] | None:
+        """Pictures drawn from their true embeddings (no codes): the ceiling of codes; None without the tower for it."""
+        place = Path(self.inner.spec.detokenizer) / "image_encoder"
+        if not place.is_dir():
+            return None
+        codec, decoder = self.inner.pictures, self.inner.pictures.decoder
+        tower = load_clip_vision(place, device=self.device, dtype=codec.model.dtype, log=None)
+        made: list[Image.Image] = []
+        for start in range(0, len(pictures), self.batch):
+            shown = [Image.fromarray(picture) for picture in pictures[start : start + self.batch]]
+            pixels = torch.stack([self.inner.transform(picture) for picture in shown]).to(self.device, tower.dtype)
+            made += decoder.decode(tower(pixel_values=pixels).image_embeds, generator=[
+                torch.Generator("cpu").manual_seed(self.seed) for _ in shown])
+        return made
+
     def _say(self, contents: Sequence[tuple[Any, ...]]) -> list[str]:
         settings = self.inner.settings(seed=self.seed)
         settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, LONGEST_TEXT))
@@ -107,8 +143,10 @@ class BatchedSystem:
 
     def text(self, ids: Sequence[int]) -> str:
         """The words of an answer up to the marker of a user's turn."""
-        reader = AnswerReader(self.inner.tokenizer, turn_marker(self.inner.template))
-        return Answer(split_answer(reader.read_all(ids), self.inner.tokenizer)).text
+        return Answer(split_answer(self._reader().read_all(ids), self.inner.tokenizer)).text
+
+    def _reader(self) -> AnswerReader:
+        return AnswerReader(self.inner.tokenizer, turn_marker(self.inner.template))
 
     def _paint(self, contents: Sequence[tuple[Any, ...]], opening: str) -> list[Codes | None]:
         words = self.inner.tokenizer.encode_parts([opening]) if opening else []

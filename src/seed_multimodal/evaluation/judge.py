@@ -1,21 +1,19 @@
-"""The independent scorer: a small picture-text model that judges rebuilt and drawn pictures at 32 px.
+"""The independent judge: a small ResNet that reads a scene's labels off a rebuilt or drawn picture.
 
-It is trained by `seed_multimodal.evaluation.train_judge` on all splits (so that it can score the held-out pictures),
-from another seed and with another architecture (a ResNet with batch norm and a word-level text tower) than the system's
-own vision tower, and is never used in the system's training.
+It is trained by `seed_multimodal.evaluation.train_judge` on scenes of all parts, held-out ones included, with exact
+labels, another seed and another architecture than the system's own vision tower, and is never used in training.
 
     judge = Judge.from_pretrained("pretrained/nano/judge")
-    images, texts = judge.embed_images(pictures), judge.embed_texts(["twemoji style cat"])
-    (images @ texts.T)            # cosine, [N, M]
+    judge.labels(pictures)            # class numbers int64 [N, 5], in the order of data.nano.targets.JUDGED
+    judge.embed_images(pictures)      # unit vectors [N, D] for retrieval
 
-The vocabulary is in config.json, so the folder is complete; the head pools 2x2 regions, because a mean
-over the whole picture cannot tell a left arrow from a right one; styles are read by a linear head.
+Where a thing is looked for follows from the layout: for each layout the cells of the feature map have learned weights
+for the first and for the second thing, and one classifier names both, so a thing is learned once for all its places.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,42 +26,31 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seed_multimodal.data.nano.targets import JUDGED, NOTHING
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
-_WORD = re.compile(r"[^\W_]+")
-_ARTICLES = {"a", "an", "the"}
-PAD, UNKNOWN = 0, 1
 Pictures = Sequence[Image.Image] | NDArray[np.uint8]
+SHARPNESS = 10.0  # of the weights of cells, so that they are learned as fast as the rest
+TWO_KINDS = ("left of", "above", "two kinds")
 
 
 @dataclass
 class JudgeConfig:
-    """Sizes of a judge; `words[i]` has id i + 2 (0 is padding, 1 an unknown word); `styles` orders the style head."""
+    """Sizes of a judge; `labels`: label -> its classes; `training`: how it was trained and how well it reads."""
 
-    words: list[str] = field(default_factory=list)
-    styles: list[str] = field(default_factory=list)
-    image_size: int = 32
-    widths: tuple[int, ...] = (64, 96, 128)
-    blocks: int = 2
-    embed_dim: int = 160
-    word_dim: int = 48
-    text_width: int = 128
-    text_layers: int = 1
-    text_heads: int = 4
-    max_words: int = 24
+    labels: dict[str, list[str]] = field(default_factory=lambda: {name: list(row) for name, row in JUDGED.items()})
+    image_size: int = 64
+    widths: tuple[int, ...] = (48, 64, 128)
+    blocks: tuple[int, ...] = (0, 2, 3)
+    layout_width: int = 16
     training: dict[str, Any] = field(default_factory=dict)
 
-
-def split_words(text: str) -> list[str]:
-    """Lower-case words of a text without articles; punctuation and underscores separate words."""
-    return [word for word in _WORD.findall(text.lower()) if word not in _ARTICLES]
-
-
-def canonical_caption(record: Any) -> str:
-    """The first caption of a `NanoRecord`: it names style and thing, and pictures are drawn from it."""
-    return str(record.captions[0])
+    @property
+    def cells(self) -> int:
+        """Side of the feature map: the stem and every stage but the first halve the picture."""
+        return self.image_size // 2 ** len(self.widths)
 
 
 class ResidualBlock(nn.Module):
@@ -84,64 +71,58 @@ class ResidualBlock(nn.Module):
         return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
 
 
-class ImageTower(nn.Module):
-    """ResNet: [B, 3, S, S] in -1..1 → [B, embed_dim], not normalised."""
+@dataclass
+class Reading:
+    """What a judge sees: logits `[B, classes]` by label, and the features `[B, D]` they are read from."""
 
-    def __init__(self, config: JudgeConfig) -> None:
-        super().__init__()
-        first = config.widths[0]
-        self.stem = nn.Conv2d(3, first, 4, 2, 1, bias=False)
-        self.norm = nn.BatchNorm2d(first)
-        layers: list[nn.Module] = []
-        inputs = first
-        for stage, width in enumerate(config.widths):
-            for block in range(config.blocks):
-                layers.append(ResidualBlock(inputs, width, 2 if stage and block == 0 else 1))
-                inputs = width
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(inputs * 4, config.embed_dim)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] → [B, embed_dim]."""
-        x = self.body(F.relu(self.norm(self.stem(pixels))))
-        return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
-
-
-class TextTower(nn.Module):
-    """Word-level transformer: ids [B, L] (0 is padding) → [B, embed_dim], not normalised."""
-
-    def __init__(self, config: JudgeConfig) -> None:
-        super().__init__()
-        width = config.text_width
-        self.words = nn.Embedding(len(config.words) + 2, config.word_dim, padding_idx=PAD)
-        self.expand = nn.Linear(config.word_dim, width)
-        self.positions = nn.Parameter(torch.randn(config.max_words, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, config.text_heads, 2 * width, 0.0, "gelu", batch_first=True,
-                                           norm_first=True)
-        self.body = nn.TransformerEncoder(layer, config.text_layers, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, config.embed_dim)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """[B, L] int64 → [B, embed_dim]; the mean over real words is projected."""
-        padding = ids == PAD
-        x = self.expand(self.words(ids)) + self.positions[: ids.shape[1]]
-        x = self.norm(self.body(x, src_key_padding_mask=padding))
-        real = (~padding).unsqueeze(-1).to(x.dtype)
-        return self.head((x * real).sum(1) / real.sum(1).clamp(min=1))
+    logits: dict[str, Tensor]
+    features: Tensor
 
 
 class Judge(nn.Module):
-    """Both towers, a temperature and a style head; see the module's docstring."""
+    """ResNet, layout head, cell weights for each layout, one classifier of things; see the module's docstring."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         self.config = config
-        self.image = ImageTower(config)
-        self.text = TextTower(config)
-        self.style = nn.Linear(config.embed_dim, max(len(config.styles), 1))
-        self.log_scale = nn.Parameter(torch.tensor(2.66))
-        self._ids = {word: i + 2 for i, word in enumerate(config.words)}
+        stem, *widths = config.widths
+        layers: list[nn.Module] = [nn.Conv2d(3, stem, 5, 2, 2, bias=False), nn.BatchNorm2d(stem), nn.ReLU()]
+        layers += [ResidualBlock(stem, stem, 1) for _ in range(config.blocks[0])]
+        for width, blocks in zip(widths, config.blocks[1:], strict=True):
+            layers.append(ResidualBlock(stem, width, 2))
+            layers += [ResidualBlock(width, width, 1) for _ in range(blocks - 1)]
+            stem = width
+        self.body = nn.Sequential(*layers)
+        classes = {name: len(row) for name, row in config.labels.items()}
+        cells = config.cells**2
+        self.narrow = nn.Conv2d(stem, config.layout_width, 1)
+        self.layout = nn.Linear(config.layout_width * cells + stem, classes["layout"])
+        self.where = nn.Parameter(torch.zeros(classes["layout"], 2, cells))
+        self.thing = nn.Linear(stem, classes["second"])
+        self.style = nn.Linear(2 * stem, classes["style"])
+        self.background = nn.Linear(stem, classes["background"])
+        alone = [not name.startswith(TWO_KINDS) for name in config.labels["layout"]]
+        self.register_buffer("alone", torch.tensor(alone), persistent=False)
+
+    def forward(self, pixels: Tensor, layout: Tensor | None = None) -> Reading:
+        """[B, 3, S, S] in -1..1; `layout` [B], the true class numbers in training, says where to look."""
+        grid = self.body(pixels)
+        narrow = F.relu(self.narrow(grid)).flatten(1)
+        top, bottom = (half.amax((2, 3)) for half in grid.chunk(2, 2))  # tells three of one kind from one and two
+        layouts = self.layout(torch.cat([narrow, (top - bottom).abs()], 1))
+        look = layouts.argmax(1) if layout is None else layout
+        weights = (SHARPNESS * self.where[look]).softmax(2).to(grid.dtype)
+        seen = torch.einsum("bkp,bcp->bkc", weights, grid.flatten(2))
+        things = self.thing(seen).float()
+        mean = grid.mean((2, 3))
+        nothing = F.one_hot(torch.tensor(self.config.labels["second"].index(NOTHING)), things.shape[2])
+        second = torch.where(self.alone[look][:, None], 1e3 * nothing.to(things), things[:, 1])
+        logits = {"first": things[:, 0, : len(self.config.labels["first"])], "second": second,
+                  "style": self.style(torch.cat([seen[:, 0], mean], 1)), "background": self.background(mean),
+                  "layout": layouts}
+        parts = (seen[:, 0], seen[:, 1], mean, narrow)
+        return Reading({name: logits[name].float() for name in self.config.labels},
+                       torch.cat([F.normalize(part.float(), dim=1) for part in parts], 1))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Judge:
@@ -153,17 +134,17 @@ class Judge(nn.Module):
         file = Path(folder) / "config.json"
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
-            config = JudgeConfig(**{**raw, "widths": tuple(raw["widths"])})
+            config = JudgeConfig(**{**raw, "widths": tuple(raw["widths"]), "blocks": tuple(raw["blocks"])})
+            judge = cls(config)
         except FileNotFoundError as error:
             raise CheckpointError(f"{file}: there is no judge in this folder; train one with "
                                   "`python -m seed_multimodal.evaluation.train_judge`.") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file}: not a judge's config ({error}).") from error
-        judge = cls(config)
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: not a config of a judge of scenes ({error}).") from error
         source = file.with_name("model.safetensors")
         state = load_state_dict(source)
         assign_strictly(judge, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, source)
-        return judge.to(device).eval().requires_grad_(False)
+        return judge.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors` (fp16) into `folder`, the weights first."""
@@ -173,34 +154,32 @@ class Judge(nn.Module):
         replace_text(target / "config.json", json.dumps(asdict(self.config), ensure_ascii=False) + "\n")
         return target
 
-    def word_ids(self, texts: Sequence[str]) -> Tensor:
-        """Ids [B, L] of texts, padded with 0 and cut to `max_words`; an empty text is one unknown word."""
-        rows = [[self._ids.get(w, UNKNOWN) for w in split_words(t)][: self.config.max_words] or [UNKNOWN]
-                for t in texts]
-        length = max((len(row) for row in rows), default=1)
-        return torch.tensor([row + [PAD] * (length - len(row)) for row in rows], dtype=torch.int64).view(-1, length)
-
     @torch.inference_mode()
-    def embed_images(self, pictures: Pictures, batch: int = 256) -> Tensor:
-        """Unit vectors [N, embed_dim] (fp32, CPU) of PIL pictures of any sizes or uint8 [N, H, W, 3]."""
-        device = self.log_scale.device
-        parts = [F.normalize(self.image(pixels_of(pictures[i : i + batch], self.config.image_size).to(device)), dim=1)
-                 for i in range(0, len(pictures), batch)]
-        return torch.cat(parts).float().cpu() if parts else torch.zeros(0, self.config.embed_dim)
+    def read(self, pictures: Pictures, batch: int = 256) -> tuple[Tensor, Tensor]:
+        """Class numbers int64 [N, 5] in the order of `config.labels`, and unit vectors [N, D], of PIL pictures of any
+        sizes or uint8 [N, H, W, 3]."""
+        device, labels, features = self.where.device, [], []
+        for start in range(0, len(pictures), batch):
+            pixels = pixels_of(pictures[start : start + batch], self.config.image_size)
+            found = self(pixels.to(device, memory_format=torch.channels_last))
+            labels.append(torch.stack([logits.argmax(1) for logits in found.logits.values()], 1).cpu())
+            features.append(F.normalize(found.features, dim=1).cpu())
+        if not labels:
+            return torch.zeros(0, len(self.config.labels), dtype=torch.long), torch.zeros(0, self.features)
+        return torch.cat(labels), torch.cat(features)
 
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str], batch: int = 512) -> Tensor:
-        """Unit vectors [N, embed_dim] (fp32, CPU) of texts."""
-        device = self.log_scale.device
-        parts = [F.normalize(self.text(self.word_ids(texts[i : i + batch]).to(device)), dim=1)
-                 for i in range(0, len(texts), batch)]
-        return torch.cat(parts).float().cpu() if parts else torch.zeros(0, self.config.embed_dim)
+    @property
+    def features(self) -> int:
+        """Width of the vectors that `read` gives."""
+        return 2 * self.thing.in_features + self.layout.in_features
 
-    @torch.inference_mode()
-    def styles_of(self, embeddings: Tensor) -> list[str]:
-        """Most likely style of each picture embedding [N, embed_dim] (as `embed_images` gives them)."""
-        best = self.style(embeddings.to(self.log_scale.device)).argmax(1)
-        return [self.config.styles[i] for i in best.tolist()]
+    def labels(self, pictures: Pictures) -> Tensor:
+        """Class numbers int64 [N, 5] of `read`."""
+        return self.read(pictures)[0]
+
+    def embed_images(self, pictures: Pictures) -> Tensor:
+        """Unit vectors float32 [N, D] of `read`."""
+        return self.read(pictures)[1]
 
 
 def pixels_of(pictures: Pictures, size: int) -> Tensor:

@@ -1,91 +1,125 @@
-"""Contact sheets of a report: rebuilt pictures, drawings and edits of each split, beside the real ones.
+"""Contact sheets of a report, one for each kind of answer, a few rows a split.
 
-The first pictures of the random sample are shown, good or bad: nothing is picked by hand.
+The first of each list are shown, good or bad: nothing is picked by hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.evaluation.tasks import World
-from seed_multimodal.images.sheet import Cell, Row, contact_sheet, interleaved_rows
+from seed_multimodal.data.nano.words import describe
+from seed_multimodal.evaluation.longer_run import Seen
+from seed_multimodal.evaluation.split_run import SplitRun
+from seed_multimodal.images.code_strip import code_strip
+from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 
-SHOWN, COLUMNS, CELL = 24, 8, 80
-MAX_BYTES = 300_000
-Pictures = Sequence[Image.Image | None]
-
-
-@dataclass
-class SheetPictures:
-    """Pictures made for one split, in the order of `targets` (rows of the data set) and `edits`."""
-
-    split: str
-    targets: list[int]
-    rebuilt: Pictures
-    drawn: Pictures
-    texts: list[str]
-    edits: list[Any]
-    edited: Pictures
+COLUMNS, CELL, ROWS = 10, 72, 6
+MAX_BYTES = 140_000
+Runs = Sequence[SplitRun]
 
 
-def save_sheets(shown: Sequence[SheetPictures], world: World, out: Path) -> list[str]:
-    """Write up to three JPEG sheets a split into `out`; returns their names."""
+def save_sheets(runs: Runs, out: Path) -> list[str]:
+    """Write the sheets that there are pictures for into `out`, as WebP; returns their names."""
     names = []
-    for part in shown:
-        sheets = {"reconstructions": reconstruction_sheet(part, world), "drawings": drawing_sheet(part, world)}
-        if part.edits:
-            sheets["edits"] = edit_sheet(part, world)
-        for kind, sheet in sheets.items():
-            names.append(save_small(sheet, out / f"{kind}_{part.split}.jpg"))
+    for kind, (title, rows) in SHEETS.items():
+        found = rows(runs)
+        if found:
+            names.append(save_small(contact_sheet(found, title, CELL, 12, 6), out / f"{kind}.webp"))
     return names
 
 
-def reconstruction_sheet(part: SheetPictures, world: World) -> Image.Image:
-    """Real pictures above their rebuilt copies, with the description under each copy."""
-    rows = interleaved_rows(
-        COLUMNS, ("real", [Cell(_real(world, t), world.nano.records[t].label) for t in part.targets[:SHOWN]]),
-        ("from 32 codes; described as",
-         [Cell(p, text) for p, text in zip(part.rebuilt[:SHOWN], part.texts[:SHOWN], strict=True)]))
-    return contact_sheet(rows, f"Reconstructions: {part.split}", CELL, COLUMNS, 5)
-
-
-def drawing_sheet(part: SheetPictures, world: World) -> Image.Image:
-    """Requests and drawings, above the real picture of that name."""
-    targets = part.targets[:SHOWN]
-    rows = interleaved_rows(
-        COLUMNS, ("drawn from the words",
-                  [Cell(p, world.names[t]) for p, t in zip(part.drawn[:SHOWN], targets, strict=True)]),
-        ("real picture of that name", [Cell(_real(world, t)) for t in targets]))
-    return contact_sheet(rows, f"Drawings: {part.split}", CELL, COLUMNS, 5)
-
-
-def edit_sheet(part: SheetPictures, world: World) -> Image.Image:
-    """Source, result and the real target of each edit, three edits a row."""
-    rows, wide = [], 3
-    edits = list(zip(part.edits, part.edited, strict=True))[: SHOWN // 2]
-    for start in range(0, len(edits), wide):
-        cells = []
-        for edit, result in edits[start : start + wide]:
-            source, target = world.nano.index[edit.source], world.nano.index[edit.target]
-            cells += [Cell(_real(world, source), "given"), Cell(result, edit.instruction),
-                      Cell(_real(world, target), "real target")]
-        rows.append(Row("", cells))
-    return contact_sheet(rows, f"Edits: {part.split}", CELL, 3 * wide, 5)
-
-
 def save_small(sheet: Image.Image, file: Path) -> str:
-    """Save as JPEG with the best quality that stays under `MAX_BYTES`; returns the file's name."""
-    for quality in (90, 80, 65, 50):
-        sheet.save(file, quality=quality, optimize=True)
+    """Save with the best quality that stays under `MAX_BYTES`; returns the file's name."""
+    for quality in (85, 75, 60, 45):
+        sheet.save(file, quality=quality, method=6)
         if file.stat().st_size <= MAX_BYTES:
             break
     return file.name
 
 
-def _real(world: World, row: int) -> Image.Image:
-    return Image.fromarray(world.nano.images()[row])
+def _real(run: SplitRun, number: int = COLUMNS) -> list[Cell]:
+    return [Cell(Image.fromarray(picture)) for picture in run.real[:number]]
+
+
+def _made(run: SplitRun, kind: str) -> list[Cell]:
+    return [Cell(picture) for picture in run.pictures.get(kind, [])[:COLUMNS]]
+
+
+def _reconstructions(runs: Runs) -> list[Row]:
+    return [row for run in runs for row in (Row(f"{run.samples.split}: original", _real(run)),
+                                            Row("rebuilt from 32 codes", _made(run, "rebuilt")))]
+
+
+def _drawings(runs: Runs) -> list[Row]:
+    return [Row(run.samples.split, [Cell(picture, asked=describe(scene)) for picture, scene in zip(
+        run.pictures["drawn"][:COLUMNS], run.samples.scenes, strict=False)]) for run in runs if "drawn" in run.pictures]
+
+
+def _edits(runs: Runs) -> list[Row]:
+    rows = []
+    for run in runs:
+        for start in (0, 3):
+            cells = []
+            for (scene, edit), result in list(zip(run.samples.edits, run.pictures.get("edited", []), strict=False)
+                                              )[start:start + 3]:
+                before, after = (part for part in run.shown([scene, edit.target]))
+                cells += [Cell(before, "given"), Cell(result, asked=edit.instruction, arrow=True),
+                          Cell(after, "what was asked")]
+            rows += [Row(run.samples.split if start == 0 else "", cells)] if cells else []
+    return rows
+
+
+def _conversations(runs: Runs) -> list[Row]:
+    return [Row(f"{role}: {' '.join(part for part in parts if isinstance(part, str))}", _cells(parts))
+            for run in runs for talk in run.talks[:2] for role, parts in talk]
+
+
+def _cells(parts: Seen) -> list[Cell]:
+    return [Cell(part) for part in parts if not isinstance(part, str)]
+
+
+def _stories(runs: Runs) -> list[Row]:
+    rows = []
+    for run in runs:
+        for request, *answer in run.stories[:3]:
+            frames = [Cell(part, asked=answer[i - 1] if i and isinstance(answer[i - 1], str) else "", wide=2)
+                      for i, part in enumerate(answer) if not isinstance(part, str)]
+            rows.append(Row(str(request), frames))
+    return rows
+
+
+def _examples(runs: Runs) -> list[Row]:
+    return [Row(run.samples.split if i == 0 else "", [
+        Cell(None if isinstance(part, str) else part, arrow=place in (1, 3, 5)) for place, part in enumerate(row)])
+        for run in runs for i, row in enumerate(run.examples[:ROWS])]
+
+
+def _ladder(runs: Runs) -> list[Row]:
+    run = runs[0]
+    rungs = (("VAE round trip", "vae"), ("drawn from the true embedding", "embedding"),
+             ("drawn from 32 codes", "rebuilt"), ("drawn from words", "drawn"))
+    return [Row("original", _real(run)), *(Row(name, _made(run, kind)) for name, kind in rungs if kind in run.pictures)]
+
+
+def _progressive(runs: Runs) -> list[Row]:
+    run = runs[0]
+    prefixes = [kind for kind in run.pictures if kind.startswith("first ")]
+    return [*(Row(f"{kind} codes", _made(run, kind)) for kind in prefixes), Row("original", _real(run))]
+
+
+def _codes(runs: Runs) -> list[Row]:
+    run = runs[0]
+    return [Row("", [cell, Cell(code_strip(run.codes[i].tolist(), run.system.section), describe(scene), wide=6)])
+            for i, (cell, scene) in enumerate(zip(_real(run, ROWS), run.samples.scenes, strict=False))]
+
+
+SHEETS: dict[str, tuple[str, Callable[[Runs], list[Row]]]] = {
+    "reconstructions": ("Rebuilt from 32 codes", _reconstructions), "drawings": ("Drawn from words", _drawings),
+    "edits": ("Edited", _edits), "conversations": ("Conversations, after its own answers", _conversations),
+    "stories": ("Stories", _stories), "examples": ("The same change for a third picture", _examples),
+    "ladder": ("The ladder", _ladder), "progressive": ("From the first codes only", _progressive),
+    "codes": ("Pictures and their codes: equal colours in a column are equal codes", _codes),
+}

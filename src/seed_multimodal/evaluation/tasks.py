@@ -1,52 +1,56 @@
-"""One function per section of the report card: rebuild, draw, describe, answer, edit; each defines a right answer.
+"""What a right answer is: pictures and captions as the words of a scene's five labels, and how near a copy is.
 
-A `System` encodes, answers and draws in batches; the `World` is the real pictures with the judge's embeddings.
-Every function returns a section: name → `Estimate` or plain number, with the size of the gallery beside the hits.
-An answer without a (whole) picture counts as wrong, it is never left out.
+A picture is read by the judge, a caption by nano's grammar; both become (first thing, second thing, style, background,
+layout with counts), and every label is compared apart. An answer without a (whole) picture, a caption outside the
+grammar, and a label that a caption leaves out are wrong, never left out of the count.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional as F
 
-from seed_multimodal.evaluation.judge import Judge, canonical_caption
-from seed_multimodal.evaluation.metrics import (
-    FloatArray,
-    bootstrap,
-    chance_at_k,
-    cosine,
-    majority_baseline,
-    mentions,
-    retrieval_at_k,
-    same_answer,
-    same_items,
-)
+from seed_multimodal.data.nano.scene import Scene, render, thing_mask
+from seed_multimodal.data.nano.targets import JUDGED, NOTHING, label_ids
+from seed_multimodal.data.nano.words import Labels, read_caption
+from seed_multimodal.evaluation.judge import Judge
+from seed_multimodal.evaluation.metrics import FloatArray, bootstrap, retrieval_at_k
 
 Section = dict[str, Any]
 Codes = list[int]
-Rows = Sequence[int]
+Part = str | Codes
+Dialogue = Sequence[tuple[str, Sequence[Part]]]
+"""Turns of (role, texts and codes in order), the last one the user's."""
+Pictures = Sequence[Image.Image | None]
+BoolArray = NDArray[np.bool_]
+
+LABELS = tuple(JUDGED)
+Words = tuple[str | None, ...]
+"""A word for each of `LABELS`; None: not there, or not said."""
+UNREAD: Words = (None,) * len(LABELS)
 
 
 class System(Protocol):
-    """Interface of a system for the report, in batches."""
+    """Interface of a system for the report, in batches; `section`: codes in a section of its codebook."""
 
     codebook_size: int
+    section: int
+    image_size: int
 
     def codes(self, pictures: NDArray[np.uint8]) -> NDArray[np.int64]:
         """uint8 [N, H, W, 3] → codes [N, T]."""
         ...
 
-    def pictures(self, codes: Sequence[Codes]) -> list[Image.Image]:
-        """Codes of N pictures → N pictures."""
+    def pictures(self, codes: Sequence[Codes], first: int | None = None) -> list[Image.Image]:
+        """Codes of N pictures → N pictures, drawn from their `first` codes only if that is given."""
         ...
 
     def describe(self, codes: Sequence[Codes]) -> list[str]:
@@ -65,153 +69,93 @@ class System(Protocol):
         """Codes of each picture after its instruction; None where the answer holds no whole picture."""
         ...
 
-
-@dataclass
-class World:
-    """The data set with the judge's embeddings, made once."""
-
-    nano: Any
-    judge: Judge
-
-    @cached_property
-    def embeddings(self) -> FloatArray:
-        """Judge's embedding of every real picture [N, D]."""
-        return self.judge.embed_images(self.nano.images()).numpy()
-
-    @cached_property
-    def names(self) -> list[str]:
-        """Canonical caption of every picture."""
-        return [canonical_caption(record) for record in self.nano.records]
-
-    @cached_property
-    def everything(self) -> list[int]:
-        """Rows of all pictures of all splits."""
-        return list(range(len(self.nano.records)))
+    def answer(self, dialogues: Sequence[Dialogue], most: int) -> list[list[Part]]:
+        """What the system says in at most `most` tokens, nothing forced: texts and codes of whole pictures."""
+        ...
 
 
-def picture_hits(world: World, found: FloatArray, targets: Rows, gallery: Rows, k: int, by_name: bool) -> FloatArray:
-    """Whether the target is among the `k` real pictures of `gallery` nearest to each embedding of `found` [Q, D].
-
-    Args:
-        by_name: pictures with the target's canonical caption count as it (their text cannot tell them apart).
-    """
-    similarity = found @ world.embeddings[list(gallery)].T
-    names: Sequence[Any] = world.names if by_name else world.everything
-    right = same_items([names[t] for t in targets], [names[g] for g in gallery])
-    return retrieval_at_k(similarity, right, k)
+def scene_words(scene: Scene) -> Words:
+    """The true words of a scene."""
+    return tuple(JUDGED[name][number] for name, number in label_ids(scene, JUDGED).items())
 
 
-def text_hits(world: World, found: FloatArray, targets: Rows, gallery: Rows, k: int) -> FloatArray:
-    """Whether the target's canonical caption is among the `k` nearest of the different captions of `gallery`."""
-    texts = list(dict.fromkeys(world.names[g] for g in gallery))
-    similarity = found @ world.judge.embed_texts(texts).numpy().T
-    return retrieval_at_k(similarity, same_items([world.names[t] for t in targets], texts), k)
+def all_words(scenes: Sequence[Scene]) -> list[Words]:
+    """The true words of scenes."""
+    return [scene_words(scene) for scene in scenes]
 
 
-def spread(world: World, pictures: Sequence[Image.Image | None]) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """Judge's embeddings [Q, D] of pictures, a zero row where there is none, and which are there [Q]."""
-    there = np.array([p is not None for p in pictures], dtype=bool)
-    found = np.zeros((len(pictures), world.judge.config.embed_dim), dtype=np.float32)
-    if there.any():
-        found[there] = world.judge.embed_images([p for p in pictures if p is not None]).numpy()
-    return found, there
+def caption_words(text: str) -> Words:
+    """What a caption says."""
+    said = read_caption(text) or Labels()
+    if not said.things:
+        return UNREAD
+    layout = said.layout
+    if layout in ("many", "two kinds"):
+        layout = " ".join([layout, *map(str, said.counts)])
+    return said.things[0], said.things[1] if len(said.things) == 2 else NOTHING, said.style, said.background, layout
 
 
-def score_pictures(world: World, pictures: Sequence[Image.Image | None], targets: Rows, gallery: Rows,
-                   by_name: bool) -> Section:
-    """Retrieval of made pictures against real ones and against texts, cosine to the target, and style.
-
-    A missing picture is wrong everywhere and has cosine 0.
-    """
-    found, there = spread(world, pictures)
-    texts = len({world.names[g] for g in gallery})
-    section: Section = {"n": len(targets), "gallery_pictures": len(gallery), "gallery_texts": texts}
-    for k in (1, 5):
-        section[f"picture_r{k}"] = bootstrap(picture_hits(world, found, targets, gallery, k, by_name) * there)
-        section[f"text_r{k}"] = bootstrap(text_hits(world, found, targets, gallery, k) * there)
-    section["gallery_all"] = len(world.everything)
-    section["picture_r1_all"] = bootstrap(picture_hits(world, found, targets, world.everything, 1, by_name) * there)
-    section["cosine"] = bootstrap(cosine(found, world.embeddings[list(targets)]))
-    styles = world.judge.styles_of(torch.from_numpy(found))
-    section["style"] = bootstrap([float(ok and style == world.nano.records[t].style)
-                                  for ok, style, t in zip(there, styles, targets, strict=True)])
-    section["without_picture"] = int((~there).sum())
-    return section
+def picture_words(judge: Judge, pictures: Pictures) -> list[Words]:
+    """What the judge reads off pictures."""
+    there = [picture for picture in pictures if picture is not None]
+    classes = list(judge.config.labels.values())
+    read = iter(judge.labels(there).tolist())
+    return [UNREAD if picture is None else tuple(row[i] for row, i in zip(classes, next(read), strict=True))
+            for picture in pictures]
 
 
-def chance(world: World, targets: Rows, gallery: Rows) -> Section:
-    """What random rankings score on the galleries of `score_pictures`."""
-    texts = list(dict.fromkeys(world.names[g] for g in gallery))
-    names = [world.names[t] for t in targets]
-    by_name = same_items(names, [world.names[g] for g in gallery])
-    by_text = same_items(names, texts)
-    return {f"{kind}_r{k}": round(chance_at_k(right, k), 4)
-            for kind, right in (("picture", by_name), ("text", by_text)) for k in (1, 5)}
+def right_labels(found: Sequence[Words], wanted: Sequence[Words]) -> BoolArray:
+    """[N, 5] which labels are right."""
+    return np.array([[a == b for a, b in zip(one, other, strict=True)]
+                     for one, other in zip(found, wanted, strict=True)], dtype=bool).reshape(-1, len(LABELS))
 
 
-def describe_section(world: World, system: System, codes: Sequence[Codes], targets: Rows) -> tuple[Section, list[str]]:
-    """Descriptions: the label stands in the text (concept), the style's name does (style), and the judge's nearest
-    label to the text is the right one (concept_nearest; candidates: all labels of the split's pictures)."""
-    texts = system.describe(codes)
-    records = [world.nano.records[t] for t in targets]
-    concept = [float(mentions(text, r.label)) for text, r in zip(texts, records, strict=True)]
-    style = [float(mentions(text, r.style)) for text, r in zip(texts, records, strict=True)]
-    labels = list(dict.fromkeys(r.label for r in world.nano.records if r.split == records[0].split))
-    nearest = (world.judge.embed_texts(texts) @ world.judge.embed_texts(labels).T).argmax(1).tolist()
-    return {"n": len(texts), "concept": bootstrap(concept), "style": bootstrap(style),
-            "concept_and_style": bootstrap([a * b for a, b in zip(concept, style, strict=True)]),
-            "concept_nearest": bootstrap([float(labels[i] == r.label) for i, r in zip(nearest, records, strict=True)]),
-            "labels": len(labels)}, texts
+def score(found: Sequence[Words], wanted: Sequence[Words], groups: Sequence[Hashable] | None = None) -> Section:
+    """Shares of answers with every label right (`all`), and with each label right."""
+    right = right_labels(found, wanted)
+    return {"all": bootstrap(right.all(1), groups),
+            **{name: bootstrap(right[:, column], groups) for column, name in enumerate(LABELS)}}
 
 
-def qa_section(world: World, system: System, codes: Sequence[Codes], targets: Rows, limit: int,
-               rng: np.random.Generator) -> tuple[Section, list[dict[str, str]]]:
-    """Questions: normalised exact match, by kind and over all, beside the most frequent training answer of the kind.
-
-    Intervals resample pictures. At most `limit` questions, drawn at random.
-    """
-    asked = [(i, qa) for i, t in enumerate(targets) for qa in world.nano.records[t].qa]
-    if len(asked) > limit:
-        asked = [asked[j] for j in sorted(rng.choice(len(asked), limit, replace=False).tolist())]
-    answers = system.ask([codes[i] for i, _ in asked], [qa.question for _, qa in asked])
-    hits = np.array([float(same_answer(a, qa.answer)) for a, (_, qa) in zip(answers, asked, strict=True)])
-    known = [(qa.kind, qa.answer) for r in world.nano.records if r.split == "train" for qa in r.qa]
-    blind = majority_baseline(known, [(qa.kind, qa.answer) for _, qa in asked])
-    groups = [targets[i] for i, _ in asked]
-    section: Section = {"n": len(asked), "pictures": len(set(groups)), "all": bootstrap(hits, groups),
-                        "blind": round(float(blind.mean()), 4), "kinds": {}}
-    kinds = np.array([qa.kind for _, qa in asked])
-    for kind in sorted(set(kinds.tolist())):
-        chosen = np.flatnonzero(kinds == kind)
-        section["kinds"][kind] = {"accuracy": bootstrap(hits[chosen], [groups[j] for j in chosen]),
-                                  "blind": round(float(blind[chosen].mean()), 4)}
-    log = [{"key": world.nano.records[targets[i]].key, "question": qa.question, "answer": a, "truth": qa.answer}
-           for a, (i, qa) in zip(answers, asked, strict=True)]
-    return section, log
+def confusions(found: Sequence[Words], wanted: Sequence[Words], most: int = 10) -> dict[str, int]:
+    """The most frequent wrong names of things: `dog read as fox` -> how often."""
+    pairs = Counter(f"{other} read as {one}" for row, truth in zip(found, wanted, strict=True)
+                    for one, other in zip(row[:2], truth[:2], strict=True) if one != other and row is not UNREAD)
+    return dict(pairs.most_common(most))
 
 
-def edit_section(world: World, pictures: Sequence[Image.Image | None], edits: Sequence[Any],
-                 split_rows: Rows) -> Section:
-    """Edits: the nearest real picture has the target's label (concept) and style; both is the headline.
+def retrieval(judge: Judge, pictures: Sequence[Image.Image], real: NDArray[np.uint8]) -> FloatArray:
+    """1.0 where the real picture nearest to a copy (cosine of the judge's features) is its own, [Q]; `real` begins with
+    the originals, in order."""
+    similarity = (judge.embed_images(pictures) @ judge.embed_images(real).T).numpy()
+    return retrieval_at_k(similarity, np.eye(len(pictures), len(real), dtype=bool), 1)
 
-    The gallery is the split's pictures and the edits' sources, so that an unchanged picture counts as wrong.
-    """
-    index = world.nano.index
-    sources, targets = [index[e.source] for e in edits], [index[e.target] for e in edits]
-    gallery = list(dict.fromkeys([*split_rows, *sources, *targets]))
-    found, there = spread(world, pictures)
-    nearest = [gallery[j] for j in (found @ world.embeddings[gallery].T).argmax(1).tolist()]
-    records = world.nano.records
-    concept = np.array([records[a].label == records[b].label for a, b in zip(nearest, targets, strict=True)]) & there
-    style = np.array([records[a].style == records[b].style for a, b in zip(nearest, targets, strict=True)]) & there
-    left = np.array([a == b for a, b in zip(nearest, sources, strict=True)]) & there
-    both = (concept & style).astype(float)
-    section: Section = {
-        "n": len(edits), "gallery_pictures": len(gallery), "concept": bootstrap(concept.astype(float)),
-        "style": bootstrap(style.astype(float)), "concept_and_style": bootstrap(both),
-        "left_unchanged": bootstrap(left.astype(float)), "without_picture": int((~there).sum()), "kinds": {}}
-    kinds = np.array([e.kind for e in edits])
-    for kind in sorted(Counter(kinds.tolist())):
-        section["kinds"][kind] = bootstrap(both[kinds == kind])
-    return section
 
+def likeness(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
+    """PSNR in dB over all pixels and over those of things (weighted by `thing_mask`), and SSIM, of copies of scenes."""
+    rows = []
+    for picture, scene in zip(pictures, scenes, strict=True):
+        made = np.asarray(picture.convert("RGB"), np.float32)
+        real, mask = render(scene, picture.width).astype(np.float32), thing_mask(scene, picture.width)
+        error = np.square(made - real).mean(2)
+        rows.append((_psnr(error.mean()), _psnr((error * mask).sum() / max(mask.sum(), 1e-6)), ssim(made, real)))
+    columns = np.array(rows).reshape(-1, 3).T
+    return {name: bootstrap(column) for name, column in zip(("psnr", "psnr_things", "ssim"), columns, strict=True)}
+
+
+def _psnr(error: float) -> float:
+    return 10 * math.log10(255**2 / max(float(error), 0.1))  # at most 58 dB: equal pictures have no number
+
+
+def ssim(one: FloatArray, other: FloatArray, window: int = 7) -> float:
+    """Structural similarity of two pictures [H, W, 3] in 0..255: the mean over 7x7 windows and channels."""
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(values, window, 1)
+
+    a, b = (torch.from_numpy(np.asarray(x, np.float64)).permute(2, 0, 1)[None] for x in (one, other))
+    mean_a, mean_b = mean(a), mean(b)
+    spread_a, spread_b, both = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
+    light, contrast = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    found = ((2 * mean_a * mean_b + light) * (2 * both + contrast)
+             / ((mean_a**2 + mean_b**2 + light) * (spread_a + spread_b + contrast)))
+    return float(found.mean())

@@ -1,13 +1,12 @@
 """Evaluation of a tokenizer: retrieval, reconstruction, codebook, contact sheet; no language model is loaded.
 
-    seed eval tokenizer --model pretrained/nano --data data/nano64 --out outputs/tokenizer_eval
+    seed eval tokenizer --model pretrained/nano --data nano --out outputs/tokenizer_eval
 
 Image ↔ text retrieval is measured from the causal embeddings (before the codes) and from the codes, so that the
 difference is the loss by the codebook. Codes are compared with texts by the first route possible:
 
     blocks     codes → queries rebuilt by stage 2's `blocks` → stage 1's projection against its text path
     embedding  codes → decoded image embedding against a CLIP text tower of the same space
-    pictures   codes → rebuilt pictures, judge against texts (nano pictures only)
 
 Writes report.json, report.md, reconstructions.jpg, and a line for each retrieval into evaluate.txt (LAVIS's names).
 """
@@ -42,7 +41,7 @@ Log = Callable[[str], None]
 Section = dict[str, Any]
 SHOWN = 24
 # Routes from the codes to a text, the nearest to the released evaluation first.
-FROM_CODES = ("codes_by_blocks", "codes_by_embedding", "codes_by_pictures")
+FROM_CODES = ("codes_by_blocks", "codes_by_embedding")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
     report: Section = {
         "model": str(model), "data": settings.data, "n": len(seen.rows), "captions": sum(map(len, seen.captions)),
         "left_out": [f"{name}: {reason}" for name, reason in seen.bad],
-        "retrieval": _retrieval_sections(seen, rebuilt, opened, texts, settings),
+        "retrieval": _retrieval_sections(seen, texts, settings),
         "reconstruction": _reconstruction(seen, rebuilt, opened),
         "codes": codebook_statistics(seen.codes, opened.tokenizer.config.codebook_size),
         "settings": {key: value for key, value in asdict(settings).items() if key != "data"},
@@ -138,12 +137,11 @@ def _text_sides(opened: OpenedTokenizer, settings: EvalSettings, device: torch.d
         size = texts.stage1.Qformer.bert.embeddings.word_embeddings.num_embeddings
         texts.by_stage1 = stage1_texts(texts.stage1, find_words(size, settings.text_tokenizer, opened.folder))
     if settings.clip_text is not None:
-        texts.by_clip = clip_texts(settings.clip_text, opened.folder, device)
+        texts.by_clip = clip_texts(settings.clip_text, device)
     return texts
 
 
-def _retrieval_sections(seen: PassResult, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer, texts: _Texts,
-                        settings: EvalSettings) -> Section:
+def _retrieval_sections(seen: PassResult, texts: _Texts, settings: EvalSettings) -> Section:
     """Retrieval by every route there is; `causal_codes` repeats the first route from the codes."""
     captions = Captions.of(seen.captions)
     found: Section = {}
@@ -158,13 +156,6 @@ def _retrieval_sections(seen: PassResult, rebuilt: Sequence[Image.Image], opened
     add("codes_by_embedding", "codes, decoded image embedding", _unit(seen.decoded), texts.by_clip)
     add("pictures_by_clip", "the pictures themselves under CLIP (what the decoded embedding aims at)",
         None if seen.target is None else _unit(seen.target), texts.by_clip)
-    if rebuilt and opened.judge is not None and seen.judged is not None:
-        captions = Captions.of(seen.captions[:len(rebuilt)])
-        side = TextSide("judge", opened.judge.embed_texts)
-        add("codes_by_pictures", "codes, rebuilt pictures under the judge",
-            opened.judge.embed_images(list(rebuilt)).numpy(), side)
-        add("pictures_by_judge", "the same real pictures under the judge (the ceiling of the line above)",
-            seen.judged[:len(rebuilt)], side)
     return {"causal_codes": next((name for name in FROM_CODES if name in found), None), "routes": found}
 
 

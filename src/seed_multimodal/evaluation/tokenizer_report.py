@@ -49,8 +49,8 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _retrieval(section: Mapping[str, Any]) -> str:
     routes = section["routes"]
     if not routes:
-        return ("Not measured: a tokenizer alone has no text side. Give a stage-1 checkpoint (`--stage1`), a CLIP text "
-                "tower (`--clip-text`), or nano pictures with a decoder and a judge.\n")
+        return ("Not measured: a tokenizer alone has no text side. Give a stage-1 checkpoint (`--stage1`) or a CLIP "
+                "text tower (`--clip-text`).\n")
     head = ("from", *(f"txt R@{k}" for k in LEVELS), *(f"img R@{k}" for k in LEVELS), "mean", "chance, R@1")
     rows = [(name, *(show(route[f"txt_r{k}"]) for k in LEVELS), *(show(route[f"img_r{k}"]) for k in LEVELS),
              show(route["r_mean"]), f"{route['chance']['txt_r1']:.4f} / {route['chance']['img_r1']:.4f}")

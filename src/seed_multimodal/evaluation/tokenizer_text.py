@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.captions import caption_text
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.word_pieces import BertWords, PieceWords, open_words
 from seed_multimodal.tokenizers.checkpoints import fill_tower
 from seed_multimodal.tokenizers.clip_weights import load_clip_text
 from seed_multimodal.tokenizers.released import TOWER
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
-from seed_multimodal.vision.clip_towers import caption_ids, load_text_tower
 from seed_multimodal.vision.eva import EvaVit
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
@@ -130,15 +128,13 @@ def stage1_texts(model: Stage1Model, words: Words) -> TextSide:
 # ---- CLIP
 
 
-def clip_texts(source: str | Path, tokenizer_folder: Path, device: torch.device) -> TextSide:
-    """The text tower of a CLIP folder, or of a nano run (`clip-text.safetensors` beside its config.yaml).
+def clip_texts(source: str | Path, device: torch.device) -> TextSide:
+    """The text tower of a CLIP folder.
 
     Raises:
         CheckpointError: no such folder, no text tower in it, or no tokenizer.
     """
     place = Path(source)
-    if place.is_file():
-        return _nano_clip_texts(place, tokenizer_folder, device)
     from transformers import CLIPTokenizer
 
     tower = load_clip_text(place, device=device, log=None)
@@ -155,16 +151,3 @@ def clip_texts(source: str | Path, tokenizer_folder: Path, device: torch.device)
         return F.normalize(tower(**found).text_embeds.float(), dim=-1)
 
     return TextSide(f"CLIP text tower {place.name}", embed)
-
-
-def _nano_clip_texts(file: Path, tokenizer_folder: Path, device: torch.device) -> TextSide:
-    pieces = MultimodalTokenizer.from_pretrained(tokenizer_folder)
-    end = pieces.vocabulary.n_text
-    tower = load_text_tower(file, end).to(device)
-
-    @torch.no_grad()
-    def embed(texts: Sequence[str]) -> Tensor:
-        ids = caption_ids([pieces.encode_parts([text]) for text in texts], end).to(device)
-        return F.normalize(tower(input_ids=ids).text_embeds.float(), dim=-1)
-
-    return TextSide(f"CLIP text tower {file.name}", embed)

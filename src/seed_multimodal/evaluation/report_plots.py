@@ -1,0 +1,67 @@
+"""Plots of a report: labels right on each rung of the ladder, and over the number of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.disk import replacing
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.evaluation.report_text import value_at
+from seed_multimodal.evaluation.split_run import SplitRun
+from seed_multimodal.training.plots import COLOURS
+
+RUNGS = {"judge on real pictures": ("ladder", "ceiling"), "VAE round trip": ("ladder", "vae", "all"),
+         "true embedding → picture": ("ladder", "embedding", "all"), "32 codes → picture": ("reconstruction", "all"),
+         "words → codes → picture": ("drawing", "all")}
+
+
+def save_plots(runs: Sequence[SplitRun], out: Path) -> list[str]:
+    """Write `ladder.png` and `codes_curve.png` into `out`; returns their names.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    names = []
+    for name, draw, title in (("ladder.png", _ladder, "share of pictures with every label right, rung by rung"),
+                              ("codes_curve.png", _curve, "share with every label right after the first codes")):
+        figure, axes = _page()
+        draw(axes, runs)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_ylim(0, 1.02)
+        axes.grid(axis="y", color="#e4e4e4", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+        with replacing(out / name) as handle:
+            figure.savefig(handle, format="png")
+        names.append(name)
+    return names
+
+
+def _page() -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("Drawing plots needs the package matplotlib: pip install matplotlib.") from error
+    figure = Figure(figsize=(7.5, 3.6), dpi=100, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _ladder(axes: Any, runs: Sequence[SplitRun]) -> None:
+    width = 0.8 / len(RUNGS)
+    for place, (name, path) in enumerate(RUNGS.items()):
+        found = [(i, value_at(run.sections, path)) for i, run in enumerate(runs)]
+        bars = [(i + place * width, value) for i, value in found if value is not None]
+        axes.bar([x for x, _ in bars], [value.value for _, value in bars], width * 0.92, label=name,
+                 color=COLOURS[place], yerr=[[value.value - value.low for _, value in bars],
+                                             [value.high - value.value for _, value in bars]],
+                 error_kw={"elinewidth": 0.7, "ecolor": "#444444"})
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(runs))], [run.samples.split for run in runs], fontsize=9)
+
+
+def _curve(axes: Any, runs: Sequence[SplitRun]) -> None:
+    for run, colour in zip(runs, COLOURS, strict=False):
+        points = [(int(number), part["all"].value) for number, part in run.sections["prefix"].items() if number != "n"]
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=run.samples.split)
+        axes.set_xticks([number for number, _ in points])
