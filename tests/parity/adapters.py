@@ -14,8 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 import seed_multimodal  # noqa: F401  before transformers: it makes a torchvision of another torch importable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,10 +21,10 @@ NANO_TOKENIZER = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 
 
 @contextmanager
-def pair_batches(spec: dict[str, Any], seed: int, batch_size: int, world: int, workers: int = 0) -> Iterator[list[Any]]:
+def pair_batches(spec: Any, seed: int, batch_size: int, world: int, workers: int = 0) -> Iterator[list[Any]]:
     """One object per rank; `.at(step)` gives a dictionary with `image`, `caption`, `key` and `index`.
 
-    `spec` is the description of a pair source as the YAML files have it.
+    `spec` is a pair source, or its description as the YAML files have it.
     """
     from seed_multimodal.data.formats.pairs import open_pairs
     from seed_multimodal.data.stream.pair_dataset import PairDataset
@@ -44,10 +42,17 @@ def pair_batches(spec: dict[str, Any], seed: int, batch_size: int, world: int, w
 
     transform = TrainTransform(16, scaled_decoding=False)  # the recorded views are of pictures decoded in full
     with ExitStack() as stack:
-        source = open_pairs(spec)
+        source = open_pairs(spec) if isinstance(spec, dict) else spec
         yield [stack.enter_context(OnDevice(
             PairDataset(source, transform, BlipCaption(), seed=seed, log=None), batch_size, seed=seed,
             rank=rank, world=world, workers=workers)) for rank in range(world)]
+
+
+def pair(key: str, captions: list[str], image: bytes) -> Any:
+    """A stored pair."""
+    from seed_multimodal.data.formats.pairs import Pair
+
+    return Pair(key, key, image, captions)
 
 
 @contextmanager
@@ -79,21 +84,6 @@ def train_tokenizer(arguments: Sequence[str]) -> None:
 
     runner = train.build(train.parser("").parse_args(list(arguments)))
     runner.train()
-
-
-def train_nano(arguments: Sequence[str]) -> None:
-    """`python -m seed_multimodal.training.nano` with these arguments, in this process."""
-    from seed_multimodal.training.nano.__main__ import main
-
-    assert main(list(arguments)) == 0
-
-
-def train_judge(pictures: Any, steps: int, work: Path) -> None:
-    """Train the judge for `steps` steps on `pictures` (with the attributes of a NanoSet)."""
-    from seed_multimodal.evaluation import train_judge as module
-
-    plan = module.Plan(steps=steps, batch=24, seed=5)
-    module.train_judge(module.build_corpus(pictures), plan, work, torch.device("cpu"))
 
 
 def module_of(path: str) -> ModuleType:

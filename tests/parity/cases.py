@@ -9,15 +9,13 @@ import json
 import platform
 import random
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import adapters
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 BATCHES, EVERY, STEPS = 200, 20, 30
@@ -58,8 +56,27 @@ def picture(number: int) -> bytes:
     return out.getvalue()
 
 
-def write_pairs(folder: Path) -> dict[str, dict[str, Any]]:
-    """The same 40 pairs as shards and as a json list, and the shipped nano set: name -> description of the source."""
+class Captions:
+    """The captions of a set of 4,359 pictures that is no longer shipped, each with one and the same picture."""
+
+    def __init__(self) -> None:
+        lines = gzip.decompress(Path(__file__).with_name("captions.jsonl.gz").read_bytes()).decode().splitlines()
+        self.rows, self.image = [json.loads(line) for line in lines], picture(0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, index: int) -> str:
+        """Of the picture."""
+        return self.rows[index][0]
+
+    def read(self, index: int) -> Any:
+        """One pair."""
+        return adapters.pair(*self.rows[index], self.image)
+
+
+def write_pairs(folder: Path) -> dict[str, Any]:
+    """The same 40 pairs as shards and as a json list, and captions alone: name -> (description of) the source."""
     captions = [[f"Picture {n}.", f"A  view of number {n}!"] for n in range(40)]
     start = 0
     for shard, size in enumerate((13, 7, 1, 19)):
@@ -73,7 +90,7 @@ def write_pairs(folder: Path) -> dict[str, dict[str, Any]]:
         [{"image": f"{n:02d}.png", "caption": captions[n]} for n in range(40)]))
     return {"tar": {"format": "webdataset", "pattern": str(folder / "tars" / "*.tar")},
             "json": {"format": "json", "files": str(folder / "pairs.json"), "image_root": str(folder)},
-            "nano": {"format": "nano"}}
+            "nano": Captions()}
 
 
 def write_mixture(folder: Path) -> dict[str, Any]:
@@ -239,70 +256,6 @@ def seed1_tokenizer(folder: Path) -> list[float]:
                      "model.reverse_depth=1")
 
 
-NANO_STAGES = ("vae", "clip", "unet")
-
-
-def few_pictures(folder: Path) -> Path:
-    """The shipped nano set cut to ten pictures of each split."""
-    from seed_multimodal.data.nano import load_nano
-
-    folder.mkdir(parents=True)
-    source = adapters.ROOT / "data" / "nano64"
-    whole = load_nano(source)
-    keys: set[str] = set()
-    for split in sorted({record.split for record in whole.records}):
-        keys |= {whole.records[i].key for i in whole.split(split)[:10]}
-    with tarfile.open(source / "nano64-000000.tar.gz") as old, tarfile.open(folder / "few.tar", "w") as new:
-        for member in old:
-            if member.name.rpartition(".")[0] in keys:
-                new.addfile(member, old.extractfile(member))
-    for name in ("edits", "conversations"):
-        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(b""))
-    manifest = json.loads((source / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "records": len(keys), "files": ["few.tar"]}))
-    return folder
-
-
-@contextmanager
-def losses_seen() -> Iterator[list[float]]:
-    """Every loss that is differentiated in this process."""
-    seen: list[float] = []
-    backward = torch.Tensor.backward
-
-    def seeing(loss: torch.Tensor, *arguments: Any, **more: Any) -> None:
-        seen.append(float(loss.detach()))
-        backward(loss, *arguments, **more)
-
-    torch.Tensor.backward = seeing  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        torch.Tensor.backward = backward  # type: ignore[method-assign]
-
-
-def nano(folder: Path) -> dict[str, list[float]]:
-    """The stages of nano's line that its own program trains and that need no tokenizer."""
-    settings = adapters.ROOT / "configs" / "nano" / "test.yaml"
-    own = yaml.safe_load(settings.read_text())
-    for stage in NANO_STAGES:
-        own[f"train_{stage}"] |= {"steps": STEPS, "precision": "fp32"}
-    data = few_pictures(folder / "few")
-    (folder / "run.yaml").write_text(yaml.safe_dump({**own, "device": "cpu"}))
-    found = {}
-    for stage in NANO_STAGES:
-        with losses_seen() as found[stage]:
-            adapters.train_nano(["--config", str(folder / "run.yaml"), "--data", str(data), "--work",
-                                 str(folder / "work"), "--out", str(folder / "out"), "--only", stage])
-    return found
-
-
-def judge(folder: Path) -> list[float]:
-    toy = adapters.module_of("evaluation/conftest.py").toy
-    with losses_seen() as found:
-        adapters.train_judge(getattr(toy, "__wrapped__", toy)(), STEPS, folder)
-    return found
-
-
 LOSSES: dict[str, Callable[[Path], Any]] = {
     "language model": lambda folder: language_model(folder),
     "language model, LoRA with dropout, accumulation 2": lambda folder: language_model(
@@ -319,6 +272,4 @@ LOSSES: dict[str, Callable[[Path], Any]] = {
     "tokenizer, stage 2": lambda folder: tokenizer(
         folder, "stage2", "stage2", "model.load_pretrained=False", "model.restart_every=6"),
     "SEED-1's tokenizer, stage 2": seed1_tokenizer,
-    "nano": nano,
-    "judge": judge,
 }

@@ -42,7 +42,7 @@ def marked(all_cases: Iterable[str]) -> list[Any]:
 def test_pairs(case: str, tmp_path: Path) -> None:
     expected, found = RECORDED["pairs"][case], cases.pair_digests(case, tmp_path)
     assert found["drawn"] == expected["drawn"]
-    if SAME_MACHINE:
+    if SAME_MACHINE and not case.startswith("nano"):  # of which the captions are kept, not the pictures
         assert found["pixels"] == expected["pixels"]
 
 
