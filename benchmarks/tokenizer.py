@@ -115,16 +115,14 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Seed2Tokeni
 
 
 def pictures(count: int, size: int, model: str) -> Tensor:
-    """Normalised pixels `[count, 3, S, S]`: held-out nano pictures for nano weights, noise for random weights."""
+    """Normalised pixels `[count, 3, S, S]`: held-out scenes for nano weights, noise for random weights."""
     if not model.startswith("random") and size == 64:
-        from seed_multimodal.data.nano import load_nano
-        from seed_multimodal.images.transforms import normalise, to_bytes
+        from seed_multimodal.data.nano.evaluation import scenes
+        from seed_multimodal.training.nano.pixels import scene_pixels, to_clip
 
-        with contextlib.suppress(SeedError):  # the set may be missing
-            nano = load_nano()
-            held_out = [i for i, record in enumerate(nano.records) if record.split != "train"][:count]
-            found = normalise(torch.stack([to_bytes(nano.image(nano.records[i].key)) for i in held_out]))
-            return found[torch.arange(count) % len(found)]  # a batch may be larger than the set
+        with contextlib.suppress(SeedError):  # the drawings may be missing
+            found = to_clip(scene_pixels(scenes("val")[:count], size))
+            return found[torch.arange(count) % len(found)]  # a batch may be larger than the list
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 

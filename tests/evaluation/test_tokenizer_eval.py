@@ -261,7 +261,7 @@ def test_data_specs(tmp_path: Path) -> None:
     assert data_spec(str(file)) == {"format": "webdataset", "pattern": "x/*.tar", "caption_file": "txt"}
     with pytest.raises(DataError, match="somewhere: there is no such file or folder"):
         open_pairs(data_spec("somewhere"))
-    with pytest.raises(ConfigError, match="only the nano set has splits"):
+    with pytest.raises(ConfigError, match="only nano's world has splits"):
         data_spec("a.json", "val")
     rows = choose_rows(50, None, 1)
     assert sorted(rows) == list(range(50)) and rows != sorted(rows) and choose_rows(50, 5, 1) == rows[:5]

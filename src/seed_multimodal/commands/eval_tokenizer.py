@@ -57,11 +57,11 @@ def data_spec(text: str, split: str | None = None, **keys: Any) -> dict[str, Any
     Args:
         text: `nano`, a nano folder, a .yaml file with such a mapping, or what `formats.pairs.Pairs` reads: a folder, a
             file or a pattern.
-        split: of the nano set (default: val).
+        split: of nano's world (default: val).
         keys: further keys of the mapping (`image_root`, `caption_key`, …); None means not given.
 
     Raises:
-        ConfigError: a split of anything but the nano set.
+        ConfigError: a split of anything but nano's world.
     """
     given = {key: value for key, value in keys.items() if value is not None}
     suffix = Path(text).suffix
@@ -72,7 +72,7 @@ def data_spec(text: str, split: str | None = None, **keys: Any) -> dict[str, Any
     else:
         spec = {"format": "auto", "files": text}
     if split is not None and spec.get("format") != "nano":
-        raise ConfigError(f"--data {text}: only the nano set has splits.")
+        raise ConfigError(f"--data {text}: only nano's world has splits.")
     return {**spec, **given}
 
 
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage1", metavar="CKPT", help="stage-1 checkpoint: its text path for retrieval")
     parser.add_argument("--limit", type=int, metavar="N", help="look at N pictures, drawn by --seed (default: all)")
     data = parser.add_argument_group("data")
-    data.add_argument("--split", help="of the nano set (default: val)")
+    data.add_argument("--split", help="of nano's world (default: val)")
     data.add_argument("--image-root", metavar="DIR", help="folder of the pictures that a list names")
     data.add_argument("--image-key", metavar="KEY")
     data.add_argument("--caption-key", metavar="KEY")
