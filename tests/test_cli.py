@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -212,6 +213,16 @@ def test_draw_from_the_first_codes(capsys, tiny, tmp_path):
     assert Path(record["sheet"]).name == "a_red_apple_codes.png"
 
 
+def test_words_that_nano_does_not_know_are_told_beside_the_results(capsys, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "nano")
+    settings = json.loads((tmp_path / "nano" / "system.json").read_text())
+    (tmp_path / "nano" / "system.json").write_text(json.dumps({**settings, "world": "nano"}))
+    code, lines, errors = run(capsys, "draw", "a zebra", "--model", str(tmp_path / "nano"), "--steps", "1", "--json",
+                              "--out", str(tmp_path))
+    assert code == 0 and [json.loads(line)["text"] for line in lines] == ["a zebra"]
+    assert "nano does not know 'zebra': it knows " in errors and "; nearest: " in errors
+
+
 def test_draw_names_files_after_their_words(capsys, tiny, tmp_path):
     code, _, _ = run(capsys, "draw", "a/b: ../c", "a/b: ../c", "--model", tiny, "--out", str(tmp_path / "deep" / "er"))
     assert code == 0
@@ -264,7 +275,7 @@ def test_chat_saves_the_pictures_of_its_answers(capsys, tiny, tmp_path):
 def test_chat_puts_one_blank_between_words_and_pictures(capsys, tiny, tmp_path):
     events = [{"type": "image", "codes": [1], "image": None}, {"type": "text", "text": "Here"},
               {"type": "text", "text": " it is."}, {"type": "image", "codes": [1], "image": None},
-              {"type": "image_broken", "reason": "31 codes"}, {"type": "done", "answer": None}]
+              {"type": "image_broken", "reason": "31 codes"}, {"type": "done", "answer": Answer(())}]
     talk = Talk(None, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
     for _ in range(2):
         talk._follow(iter(events))
@@ -346,8 +357,6 @@ def test_options_out_of_range_are_one_sentence(capsys, tiny):
 
 
 def test_a_damaged_system_is_one_sentence(capsys, tiny, tmp_path):
-    import shutil
-
     folder = tmp_path / "damaged"
     shutil.copytree(tiny, folder)
     weights = folder / "seed_tokenizer" / "model.safetensors"

@@ -154,6 +154,14 @@ def test_a_picture_that_failed_keeps_its_place(page: ChatPage) -> None:
         "Some pictures failed: A picture has 2 codes instead of 32."]
 
 
+def test_what_the_model_does_not_know_is_said_below_its_answer(page: ChatPage) -> None:
+    dialogue, note = page.new_dialogue(), "nano does not know 'zebra': it knows 140 things; nearest: bear."
+    page.add(dialogue, None, "Draw a zebra.")
+    page.post = lambda *a, **k: iter([{"text": "Here it is.", "images": [], "images_ids": [], "error_msg": [note]}])
+    assert ended(page.answer, dialogue, **ASKED) == ""
+    assert page.messages(dialogue)[1]["content"] == ["Here it is.", note]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_every_kind_of_page_builds_without_the_internet(name: str, page: ChatPage, monkeypatch) -> None:

@@ -59,7 +59,8 @@ class Talk:
         self.shown = []
         self.messages += [asked, {"role": "assistant", "content": answer}]
         if self.args.json:
-            emit(self.args, {"message": text, "answer": parts}, "")
+            note = {"note": answer.note} if answer.note else {}
+            emit(self.args, {"message": text, "answer": parts, **note}, "")
 
     def reset(self) -> None:
         """Drop all messages."""

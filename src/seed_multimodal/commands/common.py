@@ -101,13 +101,13 @@ def drawing_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_system(args: argparse.Namespace) -> Any:
-    """The `SeedLlama` that the flags describe; what loading prints goes to stderr."""
+    """The `SeedLlama` that the flags describe; what it says of itself and of requests goes to stderr."""
     quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
         from seed_multimodal.systems.seed_llama import SeedLlama
 
         return SeedLlama.from_pretrained(args.model, device=args.device, dtype=args.dtype,
-                                         quantization=getattr(args, "quantization", None))
+                                         quantization=getattr(args, "quantization", None), log=log_line)
 
 
 @dataclass

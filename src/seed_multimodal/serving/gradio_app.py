@@ -152,7 +152,8 @@ class ChatPage:
             content = [part.strip() if isinstance(part, str) else part for part in content]
             shown.append({"role": role, "content": [part for part in content if part] or ["(nothing)"]})
         if dialogue.errors and shown:
-            shown[-1]["content"].append("Some pictures failed: " + " ".join(dialogue.errors))
+            failed = "Some pictures failed: " if LOST_PICTURE in shown[-1]["content"] else ""
+            shown[-1]["content"].append(failed + " ".join(dialogue.errors))
         if previews:
             shown.append({"role": "assistant", "content": [{"path": path, "alt_text": "preview"} for path in previews]})
         return shown
