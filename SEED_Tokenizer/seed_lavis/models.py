@@ -105,6 +105,8 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         Stage2Model.__init__(
             self, config, weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
             clip_model=clip, readout_weight=readout, **stage2_training(options))
+        if options.scaled_start:
+            self.scale_start()
         self.options = options
         self.__dict__["label_heads"] = label_heads(options) if options.label_weight else None  # no part of a checkpoint
         self.prepare_codebook()

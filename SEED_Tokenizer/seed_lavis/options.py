@@ -114,6 +114,7 @@ class Stage2Options(CodebookOptions):
     # ours
     clip_precision: str = setting("fp16", choices=PRECISIONS)
     recon_s: bool = True
+    scaled_start: bool = False
     readout_weight: str | None = None
     label_weight: float = setting(0.0, least=0)
     label_heads: str | None = None

@@ -42,7 +42,8 @@ def summary(run: RunContext, record: dict[str, Any]) -> list[str]:
     ]
     if record.get("bad_samples"):
         lines.append(f"  {record['bad_samples']} samples that cannot be used were replaced; the log names them.")
-    return [*lines, *(_next_of_speedrun(run) if (run.folder.parent / "stage2.yaml").is_file() else _next(run, record))]
+    of_nano = all((run.folder.parent / name).is_file() for name in ("config.yaml", "stage2.yaml"))
+    return [*lines, *(_next_of_speedrun(run) if of_nano else _next(run, record))]
 
 
 def _next_of_speedrun(run: RunContext) -> list[str]:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
@@ -55,6 +56,19 @@ def test_loss_is_the_weighted_sum(tiny: Seed2Config, images: torch.Tensor, targe
     cosine = F.cosine_similarity(out.recon_s, out.query_output, dim=-1)
     torch.testing.assert_close(out.loss_recon_s, 3.0 * (1 - cosine).mean())
     assert "readout_weight" not in model.state_dict()
+
+
+def test_a_scaled_start_lets_the_codes_reach_the_embedding(tiny: Seed2Config) -> None:
+    wide = dataclasses.replace(tiny, codebook_size=64)
+    spread = {}
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = Stage2Model(wide)
+        if scaled:
+            model.scale_start()
+        nn.init.normal_(model.quantize.embedding.weight)  # codes of unit size
+        spread[scaled] = float(model.decode(torch.randint(64, (100, 32))).std(0).mean())
+    assert spread[True] > 0.1 > 5 * spread[False]
 
 
 def test_cached_features_give_the_same_losses(tiny: Seed2Config, images: torch.Tensor, target: torch.Tensor) -> None:

@@ -63,6 +63,20 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
         self.start_training(freeze_qformer=freeze_qformer, frozen_dropout=frozen_dropout, corrupt=corrupt,
                             nested=nested)
 
+    @torch.no_grad()
+    def scale_start(self) -> None:
+        """Random weights around the codebook and in the decode head that keep the size of what goes through them.
+
+        PyTorch's, as released, shrink it at each of these layers: then hundreds of steps go by before codes matter.
+        """
+        for part in (self.encode_task_layer, self.decode_task_layer, getattr(self, "image_down", ())):
+            followed = 2.0 if part is getattr(self, "image_down", None) else 1.0  # ReLU lets half of it through
+            for layer in part:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=(followed / layer.in_features) ** 0.5)
+        nn.init.normal_(self.distill_image_proj.weight, std=0.3 * self.distill_image_proj.in_features ** -0.5)
+        nn.init.normal_(self.pos_embed_image, std=0.5)
+
     def forward(self, images: Tensor | None, target: Tensor | None = None, *, vit_features: Tensor | None = None,
                 query_features: Tensor | None = None, quantize: bool = True,
                 generator: torch.Generator | None = None) -> Stage2Output:

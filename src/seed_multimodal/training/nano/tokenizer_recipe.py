@@ -6,13 +6,15 @@ Between the two stages, from the repository's folder:
 
     python SEED_Tokenizer/train.py --cfg-path WORK/stage1.yaml      then the same with stage2.yaml
 
-Both read scenes as pairs of picture and caption, through the data set `nano`, as anybody's own pictures are read. Their
-vision tower is that of stage `clip`, frozen, which also gives the target embedding, as the released recipe's CLIP does.
-Different from the released recipe: pictures are neither cropped nor mirrored (left and right are told apart); stage 1
-also regresses the target embedding from the first k queries; stage 2 trains the Q-Former too, starts the codebook by
-k-means after a warm-up without quantiser, restarts dead codes, corrupts up to 30 % of the codes, decodes half of the
-samples from their first k codes only, weighs the error by a read-out of thumbnails, has the tower's label heads read
-from the decoded embedding what they read from the target, and gives each position its own part of the codebook.
+Both read scenes as pairs of picture and caption, through the data set `nano`, as anybody's own pictures are read.
+Their vision tower is that of stage `clip`, frozen, which also gives the target embedding, as the released recipe's
+CLIP does. Different from the released recipe: pictures are neither cropped nor mirrored (left and right are told
+apart); stage 1 also regresses the target embedding from the first k queries; stage 2 trains the Q-Former too, has a
+decode side whose random start keeps the size of what goes through it (error after 75 steps of 64 scenes without
+codes: 0.53 of the target's variance; with PyTorch's start 0.90), starts the codebook by k-means after a warm-up
+without quantiser, restarts dead codes, corrupts up to 30 % of the codes, decodes half of the samples from their first
+k codes only, weighs the error by a read-out of thumbnails, has the tower's label heads read from the decoded
+embedding what they read from the target, and gives each position its own part of the codebook.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def stage2_model(space: Workspace) -> dict[str, Any]:
             "n_embed": sizes.codebook_size, "codebook_embed_dim": sizes.codebook_dim,
             "codebook_sections": sizes.codebook_sections, "decode_depth": sizes.decode_depth,
             "decode_heads": sizes.decode_heads, "reverse_depth": sizes.reverse_depth,
-            "recon_s": sizes.recon_s, "freeze_qformer": False,
+            "recon_s": sizes.recon_s, "scaled_start": True, "freeze_qformer": False,
             "loss_weights": {"embed": 1.0, "recon_s": 0.1, "distil_image": 1.0, "readout": 1.0},
             "readout_weight": str(work / READOUT_FILE), "corrupt": 0.3, "nested": 0.5,
             "codebook_warmup": warmup * settings.accumulate, "kmeans_start": not settings.start,
