@@ -27,7 +27,7 @@ def save_sheets(runs: Runs, out: Path) -> list[str]:
     for kind, (title, rows) in SHEETS.items():
         found = rows(runs)
         if found:
-            names.append(save_small(contact_sheet(found, title, CELL, 12, 6), out / f"{kind}.webp"))
+            names.append(save_small(contact_sheet(found, title, CELL, 12, 8), out / f"{kind}.webp"))
     return names
 
 
@@ -73,12 +73,17 @@ def _edits(runs: Runs) -> list[Row]:
 
 
 def _conversations(runs: Runs) -> list[Row]:
-    return [Row(f"{role}: {' '.join(part for part in parts if isinstance(part, str))}", _cells(parts))
-            for run in runs for talk in run.talks[:2] for role, parts in talk]
+    return [Row(run.samples.split if i == 0 else "", [
+        cell for asked, said in zip(talk[::2], talk[1::2], strict=True) for cell in _turn(asked[1], said[1])])
+        for run in runs for i, talk in enumerate(run.talks[:4])]
 
 
-def _cells(parts: Seen) -> list[Cell]:
-    return [Cell(part) for part in parts if not isinstance(part, str)]
+def _turn(asked: Seen, said: Seen) -> list[Cell]:
+    """The pictures of a request, and its words above the answer's picture (an empty box: words alone) and words."""
+    given = [Cell(part, "given") for part in asked if not isinstance(part, str)]
+    words, answer = (" ".join(part for part in parts if isinstance(part, str)) for parts in (asked, said))
+    picture = next((part for part in said if not isinstance(part, str)), None)
+    return [*given, Cell(picture, f"→ {answer}", words)]
 
 
 def _stories(runs: Runs) -> list[Row]:

@@ -33,7 +33,7 @@ from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.pixels import scene_pixels
 from seed_multimodal.training.stage import StageTask, train_stage
 
-STEPS, BATCH, SEED, LR, WARMUP = 2500, 96, 77, 3e-3, 200
+STEPS, BATCH, SEED, LR, WARMUP = 1500, 96, 77, 3e-3, 200
 
 
 def judge_scene(seed: int, index: int) -> Scene:
