@@ -1,4 +1,4 @@
-"""Dataset builders: one for each set of the YAMLs, all of which read lists, shards, picture folders or the nano set.
+"""Dataset builders: one for each set of the YAMLs, all of which read lists, shards, picture folders or nano's scenes.
 
     datasets:
       conceptual_caption_3m:

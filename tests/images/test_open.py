@@ -241,3 +241,10 @@ def test_damaged_bytes_never_raise_anything_else() -> None:
             assert "\n" not in str(error)
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 20
+
+
+def test_a_picture_that_is_drawn_when_it_is_opened() -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    assert np.array_equal(open_image(lambda: pixels), pixels)
+    with pytest.raises(ImageError, match="it: an array of float64"):
+        open_image(lambda: pixels / 2, name="it")

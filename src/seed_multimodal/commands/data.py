@@ -89,7 +89,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each one's keys)")
     checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the "
                          "decoder, as reverse_ratio=0.5; repeat for more")
-    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder (default: by the suffix)")
+    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder, nano (default: by name)")
     checker.add_argument("--images", metavar="DIR", help="folder of the pictures that records name")
     checker.add_argument("--stage", metavar="NAME", help="the tool that will take them: tokenizer (training and "
                          "evaluation), llm, or an extraction: caption, qa, video, edit, story, interleaved, chat "

@@ -44,7 +44,9 @@ _TURNED = [_ORIENTATIONS[number] for number in (5, 6, 7, 8)]  # width and height
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
                   AttributeError, RuntimeError, MemoryError, struct.error, zlib.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray
+Drawing = Callable[[], np.ndarray]  # makes a picture's pixels, uint8 [H, W, 3], when it is opened
+ImageSource = (str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray
+               | Drawing)
 Divisor = Callable[[tuple[int, int]], int]
 EXACT_UP_TO = 12_500_000  # what phones and cameras call 12 megapixels
 # A picture reduced to three times what is then resized cannot be told from one resized directly.
@@ -105,7 +107,7 @@ def open_image(
 
     Args:
         source: a path, the bytes of a file, an open file (read from its beginning), a PIL image (which gets the same
-            conversions), or an array uint8 [H, W], [H, W, 3] or [H, W, 4].
+            conversions), an array uint8 [H, W], [H, W, 3] or [H, W, 4], or a function that gives one.
         name: for error sentences; default: the file's name, or "image".
         at_least: the picture may be reduced while it is decoded to no fewer than this many pixels a side; None: never.
         exact_up_to: pictures of up to this many pixels (width × height) are not reduced.
@@ -153,6 +155,8 @@ def image_header(
 
 def _open(source: ImageSource, name: str | None, limits: ImageLimits) -> tuple[Image.Image, str]:
     """The picture, not yet decoded, and its name."""
+    if callable(source):
+        source = source()
     if isinstance(source, Image.Image):
         return source, name or "image"
     if isinstance(source, np.ndarray):

@@ -43,8 +43,7 @@ PROBED = 20  # samples that are looked at before a source is refused
 
 @dataclass(frozen=True)
 class Pair:
-    """The picture's file (bytes, or where it lies) or pixels (uint8 [H, W, 3]) and the captions (at least one) of a
-    record.
+    """The picture's file (bytes, or where it lies) or what draws it, and the captions (at least one) of a record.
 
     `name` identifies it in errors and logs: `file: sample`.
     """
@@ -201,7 +200,7 @@ class NanoPairs:
         return _key(self._file.locate(index))
 
     def read(self, index: int) -> Pair:
-        """One scene, drawn."""
+        """One scene, to be drawn when it is opened."""
         return self._reader(self._file.locate(index), OpenFiles(limit=1))
 
 

@@ -9,14 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record, find_image, shorten
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.encode import bytes_from_base64
+from seed_multimodal.images.open import Drawing
 from seed_multimodal.settings import nearest
 
-StoredPicture = bytes | Path | np.ndarray  # a file's bytes, where it lies, or pixels uint8 [H, W, 3]
+StoredPicture = bytes | Path | Drawing  # a file's bytes, where it lies, or what draws the picture
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")  # extensions of pictures in shards
 PICTURE_ENDINGS = tuple(f".{key}" for key in IMAGE_KEYS)  # of files in folders
 # Where a picture and its caption stand when no key is given: ours first, then those of Hugging Face's picture folders
@@ -56,19 +55,19 @@ def other_keys(key: str, item: Mapping[str, Any]) -> str:
 
 
 def stored_picture(value: Any, record: Record, root: str | Path | None = None) -> StoredPicture:
-    """The file of the picture that a field names: its bytes, or where it lies; of one that is drawn, its pixels.
+    """The file of the picture that a field names: its bytes, or where it lies; of one that is drawn, what draws it.
 
     Args:
         value: bytes, base64 text, a path, `{"bytes": …, "path": …}` as Hugging Face's tables have it, or a
-            function that draws it (uint8 [H, W, 3]).
+            function that draws it.
         root: the folder that paths are relative to; None: the folder of the record's file, then the current one.
 
     Raises:
         BadRecord: none of these. ImageError: there is no such file, or no base64.
     """
     if callable(value):
-        pixels: np.ndarray = value()
-        return pixels
+        drawn: Drawing = value
+        return drawn
     if isinstance(value, Mapping):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if isinstance(value, bytes):
