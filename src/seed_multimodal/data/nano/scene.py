@@ -125,47 +125,25 @@ def boxes(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
     return found
 
 
-def render(scene: Scene, size: int = SIZE, folder: str | Path | None = None,
-           variation: int | None = None) -> np.ndarray:
-    """The picture, uint8 [size, size, 3] RGB: drawn at four times the size and reduced once.
-
-    Args:
-        folder: of the drawings, see `find_world`.
-        variation: seed of changes of every drawing (mirrored, turned, tinted), for a tower that shall recognise more
-            than these very drawings; None: none.
-    """
+def render(scene: Scene, size: int = SIZE, folder: str | Path | None = None) -> np.ndarray:
+    """The picture, uint8 [size, size, 3] RGB: drawn at four times the size and reduced once; `folder`: of the drawings,
+    see `find_world`."""
     canvas = _background(scene.background, size * OVERSAMPLE).copy()
-    _draw(canvas, scene, load_sprites(folder), variation)
+    _draw(canvas, scene, load_sprites(folder))
     return np.asarray(canvas.reduce(OVERSAMPLE))
 
 
-def thing_mask(scene: Scene, size: int = SIZE, variation: int | None = None) -> np.ndarray:
+def thing_mask(scene: Scene, size: int = SIZE) -> np.ndarray:
     """How much of each pixel is covered by a thing, float32 [size, size] in 0..1."""
     canvas = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
-    _draw(canvas, scene, load_sprites(), variation)
+    _draw(canvas, scene, load_sprites())
     return np.asarray(canvas.reduce(OVERSAMPLE), np.float32) / 255
 
 
-def _varied(sprite: Image.Image, shake: random.Random) -> Image.Image:
-    """A drawing mirrored or not, turned by up to 20 degrees, in other tints; premultiplied as before."""
-    if shake.random() < 0.5:
-        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    sprite = sprite.rotate(shake.uniform(-20, 20), Image.Resampling.BILINEAR, expand=True)
-    mix = np.array([[shake.uniform(0.7, 1.3) if row == column else shake.uniform(-0.2, 0.2) for column in range(3)]
-                    for row in range(3)], np.float32)
-    pixels = np.asarray(sprite).astype(np.float32)
-    pixels[..., :3] = np.clip(pixels[..., :3] @ mix, 0, pixels[..., 3:])
-    return Image.frombytes(sprite.mode, sprite.size, pixels.astype(np.uint8).tobytes())
-
-
-def _draw(canvas: Image.Image, scene: Scene, sprites: Mapping[tuple[str, str], Image.Image],
-          variation: int | None = None) -> None:
+def _draw(canvas: Image.Image, scene: Scene, sprites: Mapping[tuple[str, str], Image.Image]) -> None:
     """Paste a scene's drawings; on a mode-L canvas, white shapes."""
-    shake = None if variation is None else random.Random(variation)
     for slot in slots(scene):
         sprite = sprites[scene.style, slot.thing]
-        if shake:
-            sprite = _varied(sprite, shake)
         scale = slot.side * canvas.width / max(sprite.size)
         width, height = max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale))
         drawn = sprite.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")

@@ -65,7 +65,7 @@ class ClipTask(SceneTask):
     def __init__(self, space: Workspace) -> None:
         torch.manual_seed(space.config.seed + 1)
         self.tower = Tower(space.config).to(space.device)
-        super().__init__(space, "clip", self.tower, space.config.clip.varied)
+        super().__init__(space, "clip", self.tower)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         batch, device = self.scenes.at(micro_step), self.space.device

@@ -33,15 +33,13 @@ class VaeSizes:
 
 @dataclass
 class ClipSizes:
-    """The vision tower, transformers' `CLIPVisionModelWithProjection`; `varied`: share of its training scenes whose
-    drawings are mirrored, turned and tinted."""
+    """The vision tower, transformers' `CLIPVisionModelWithProjection`."""
 
     width: int = 192
     layers: int = 6
     heads: int = 6
     patch: int = 16
     embedding: int = 256
-    varied: float = setting(0.5, least=0, most=1)
 
 
 @dataclass

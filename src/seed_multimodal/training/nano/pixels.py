@@ -12,13 +12,11 @@ from seed_multimodal.data.nano.scene import Scene, render
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD
 
 
-def scene_pixels(scenes: Sequence[Scene], size: int, variations: Sequence[int | None] | None = None) -> Tensor:
-    """Pictures of scenes, uint8 `[N, 3, size, size]`; `variations`: see `render`."""
+def scene_pixels(scenes: Sequence[Scene], size: int) -> Tensor:
+    """Pictures of scenes, uint8 `[N, 3, size, size]`."""
     if not scenes:
         return torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    drawn = [render(scene, size, variation=variation)
-             for scene, variation in zip(scenes, variations or [None] * len(scenes), strict=True)]
-    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack([render(scene, size) for scene in scenes])).permute(0, 3, 1, 2).contiguous()
 
 
 def to_signed(images: Tensor, device: torch.device | str = "cpu") -> Tensor:

@@ -19,16 +19,12 @@ ENDLESS = 2**40
 
 class SceneStream:
     """Training scenes by number, for `StepBatches`; a batch has `image` uint8 `[B, 3, S, S]`, `labels` int64 `[B, 5]`
-    (`data.nano.targets`) and `mask` float32 `[B, 1, S, S]`: how much of each pixel is a thing.
-
-    Args:
-        varied: share of scenes whose drawings are changed (`render`'s `variation`).
-    """
+    (`data.nano.targets`), and with `masks` `mask` float32 `[B, 1, S, S]`: how much of each pixel is a thing."""
 
     shard_sizes = None
 
-    def __init__(self, size: int, seed: int, varied: float = 0.0) -> None:
-        self.size, self.seed, self.varied = size, seed, varied
+    def __init__(self, size: int, seed: int, masks: bool = True, split: str = "train") -> None:
+        self.size, self.seed, self.masks, self.split = size, seed, masks, split
 
     def __len__(self) -> int:
         return ENDLESS
@@ -39,13 +35,11 @@ class SceneStream:
 
     def get_batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, Any]:
         """The scenes of some numbers."""
-        scenes = [scene_at(self.seed, int(index)) for index in indices]
-        # By number: the fractions of number × golden ratio lie evenly in 0..1.
-        variations = [int(index) if int(index) * 0.6180339887498949 % 1 < self.varied else None for index in indices]
-        masks = [thing_mask(scene, self.size, variation)
-                 for scene, variation in zip(scenes, variations, strict=True)]
-        return {"image": scene_pixels(scenes, self.size, variations), "labels": label_tensor(scenes),
-                "mask": torch.from_numpy(np.stack(masks))[:, None]}
+        scenes = [scene_at(self.seed, int(index), self.split) for index in indices]
+        batch = {"image": scene_pixels(scenes, self.size), "labels": label_tensor(scenes)}
+        if self.masks:
+            batch["mask"] = torch.from_numpy(np.stack([thing_mask(scene, self.size) for scene in scenes]))[:, None]
+        return batch
 
 
 def scene_batches(stream: SceneStream, batch_size: int, workers: int) -> StepBatches:

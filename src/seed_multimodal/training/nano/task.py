@@ -29,9 +29,9 @@ class NanoTask(StageTask):
 class SceneTask(NanoTask):
     """A stage that sees fresh scenes in every step."""
 
-    def __init__(self, space: Workspace, name: str, module: nn.Module, varied: float = 0.0) -> None:
+    def __init__(self, space: Workspace, name: str, module: nn.Module, masks: bool = True) -> None:
         super().__init__(space, name, module)
-        stream = SceneStream(space.config.image_size, space.config.seed, varied)
+        stream = SceneStream(space.config.image_size, space.config.seed, masks)
         self.scenes = scene_batches(stream, self.settings.batch_size, space.config.workers)
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
