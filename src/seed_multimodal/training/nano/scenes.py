@@ -19,12 +19,12 @@ ENDLESS = 2**40
 
 class SceneStream:
     """Training scenes by number, for `StepBatches`; a batch has `image` uint8 `[B, 3, S, S]`, `labels` int64 `[B, 5]`
-    (`data.nano.targets`), and with `masks` `mask` float32 `[B, 1, S, S]`: how much of each pixel is a thing."""
+    (`data.nano.targets`) and `mask` float32 `[B, 1, S, S]`: how much of each pixel is a thing."""
 
     shard_sizes = None
 
-    def __init__(self, size: int, seed: int, masks: bool = True, split: str = "train") -> None:
-        self.size, self.seed, self.masks, self.split = size, seed, masks, split
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
 
     def __len__(self) -> int:
         return ENDLESS
@@ -35,11 +35,9 @@ class SceneStream:
 
     def get_batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, Any]:
         """The scenes of some numbers."""
-        scenes = [scene_at(self.seed, int(index), self.split) for index in indices]
-        batch = {"image": scene_pixels(scenes, self.size), "labels": label_tensor(scenes)}
-        if self.masks:
-            batch["mask"] = torch.from_numpy(np.stack([thing_mask(scene, self.size) for scene in scenes]))[:, None]
-        return batch
+        scenes = [scene_at(self.seed, int(index)) for index in indices]
+        masks = torch.from_numpy(np.stack([thing_mask(scene, self.size) for scene in scenes]))[:, None]
+        return {"image": scene_pixels(scenes, self.size), "labels": label_tensor(scenes), "mask": masks}
 
 
 def scene_batches(stream: SceneStream, batch_size: int, workers: int) -> StepBatches:

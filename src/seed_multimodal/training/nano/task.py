@@ -29,9 +29,9 @@ class NanoTask(StageTask):
 class SceneTask(NanoTask):
     """A stage that sees fresh scenes in every step."""
 
-    def __init__(self, space: Workspace, name: str, module: nn.Module, masks: bool = True) -> None:
+    def __init__(self, space: Workspace, name: str, module: nn.Module) -> None:
         super().__init__(space, name, module)
-        stream = SceneStream(space.config.image_size, space.config.seed, masks)
+        stream = SceneStream(space.config.image_size, space.config.seed)
         self.scenes = scene_batches(stream, self.settings.batch_size, space.config.workers)
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
