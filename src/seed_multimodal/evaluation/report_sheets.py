@@ -83,7 +83,7 @@ def _turn(asked: Seen, said: Seen) -> list[Cell]:
     given = [Cell(part, "given") for part in asked if not isinstance(part, str)]
     words, answer = (" ".join(part for part in parts if isinstance(part, str)) for parts in (asked, said))
     picture = next((part for part in said if not isinstance(part, str)), None)
-    return [*given, Cell(picture, f"→ {answer}", words)]
+    return [*given, Cell(picture, answer, words)]
 
 
 def _stories(runs: Runs) -> list[Row]:
