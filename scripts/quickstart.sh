@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on real pictures, from nothing: install if needed, then look at pictures, name their 32 codes, rebuild,
-# describe, draw, edit, and chat with the shipped pretrained/nano weights. Result: outputs/quickstart/contact_sheet.png
+# The main job, from nothing: install if needed, then look at scenes, name their 32 codes, rebuild and describe them, draw,
+# edit, talk and tell a story with the shipped pretrained/nano weights. Result: outputs/quickstart/contact_sheet.png
 #
 #   bash scripts/quickstart.sh [--model DIR] [--out DIR] [--seed N]
 set -euo pipefail
