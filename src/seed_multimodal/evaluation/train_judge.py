@@ -78,7 +78,7 @@ class JudgeTask(StageTask):
             "device": str(judge.where.device), "threads": torch.get_num_threads(), "real_pictures": measured}
         judge.save_pretrained(self.out)
         return {**super().finish(group), "parameters": sum(p.numel() for p in judge.parameters()),
-                **{f"{split}_{name}": value for split, row in measured.items() for name, value in row.items()}}
+                **{f"{split}_all": row["all"] for split, row in measured.items()}}
 
 
 def real_picture_scores(judge: Judge, number: int = 1000) -> dict[str, dict[str, float]]:
