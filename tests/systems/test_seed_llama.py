@@ -327,3 +327,12 @@ def test_words_that_nanos_world_does_not_have_are_told_beside_the_answer(tiny, p
     answer, (*_, last) = nano.chat(asked), nano.chat(asked, stream=True)
     assert answer.note == last["answer"].note and "'goat': it knows 150 things; nearest: " in answer.note
     assert answer.note not in str(answer) and tiny.chat(asked).note == "" and len(said) == 2
+
+
+def test_an_edit_may_be_put_into_words_first_and_is_drawn_all_the_same(tiny, picture) -> None:
+    spec = replace(tiny.spec, tasks=replace(tiny.tasks, edit_words=12))
+    wordy = seed_multimodal.SeedLlama(spec, tiny.tokenizer, tiny.llm, tiny.pictures)
+    asked = [{"role": "user", "content": [picture, "Make it green."]}]
+    free = tiny.chat(asked, max_new_tokens=12 + 33)
+    forced = tiny.edit(picture, "Make it green.")
+    assert same(wordy.edit(picture, "Make it green."), free.images[0] if len(free.images) == 1 else forced)

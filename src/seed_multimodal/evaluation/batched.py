@@ -88,9 +88,17 @@ class BatchedSystem:
         return self._paint([(self.inner.tasks.draw_request(text),) for text in texts], self.inner.tasks.draw_response)
 
     def edit(self, codes: Sequence[Codes], instructions: Sequence[str]) -> list[Codes | None]:
-        """Each picture with its instruction; the codes of the forced picture."""
+        """Each picture with its instruction; the codes of the answer's picture, which is forced where the system may
+        not say something first, or says something else."""
         contents = [(list(row), text) for row, text in zip(codes, instructions, strict=True)]
-        return self._paint(contents, self.inner.tasks.edit_response)
+        tasks, size = self.inner.tasks, self.inner.tokenizer.vocabulary.tokens_per_image
+        said = self.answer([[("user", content)] for content in contents], size + 1 + tasks.edit_words
+                           ) if tasks.edit_words else [[] for _ in contents]
+        found: list[Codes | None] = [next((one for one in parts if not isinstance(one, str)), None) for parts in said]
+        left = [i for i, row in enumerate(found) if row is None]
+        for i, row in zip(left, self._paint([contents[i] for i in left], tasks.edit_response), strict=True):
+            found[i] = row
+        return found
 
     def answer(self, dialogues: Sequence[Dialogue], most: int) -> list[list[Part]]:
         """What the system says in at most `most` tokens, nothing forced: texts and codes of whole pictures, in order;

@@ -38,7 +38,8 @@ class TaskPrompts:
     """The sentences of one system; a `tasks` object in `system.json` overrides single ones.
 
     The responses open a forced answer: `<img>` follows them. An empty response puts `<img>` first, as the released
-    demo does.
+    demo does. `edit_words`: tokens in which the model may first say what an edited picture will show; only where no
+    picture comes then, it is forced.
     """
 
     describe: str = DESCRIBE_PROMPT
@@ -46,6 +47,7 @@ class TaskPrompts:
     draw: str = DRAW_PROMPT
     draw_response: str = DRAW_RESPONSE
     edit_response: str = EDIT_RESPONSE
+    edit_words: int = 0
 
     def __post_init__(self) -> None:
         if "{caption}" not in self.draw:

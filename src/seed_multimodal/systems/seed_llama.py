@@ -7,8 +7,7 @@
     seed.draw("a blue fish").save("fish.png")
 
 One instance may be used from several threads; its language model and its picture half each serve one at a time, and
-answers are those of calls one after another. Only the choice of the device and words that nano does not know are told
-to `log`.
+answers are those of calls one after another. Only the choice of the device and words unknown to nano go to `log`.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ class SeedLlama:
         words = MultimodalTokenizer.from_pretrained(spec.tokenizer)
         model = load_llm(spec.llm, device=runtime.device, dtype=runtime.dtype, quantization=quantization,
                          vocabulary=words.vocabulary)
-        pictures = load_codec(spec, words.vocabulary, device=here.device, dtype=here.dtype,
-                              load_decoder=load_decoder)
+        pictures = load_codec(spec, words.vocabulary, device=here.device, dtype=here.dtype, load_decoder=load_decoder)
         pictures.offload(encoder=offload_encoder, decoder=offload_decoder)
         return cls(spec, words, model, pictures, log)
 
@@ -157,7 +155,7 @@ class SeedLlama:
     def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
         """`image` (a picture or its codes) after `instruction`; raises `GenerationError` as `draw`."""
         return self._one_picture([*self._shown(image), as_text(instruction, "The instruction")],
-                                 self.tasks.edit_response, {**options, "seed": seed})[0]
+                                 self.tasks.edit_response, {**options, "seed": seed}, words=self.tasks.edit_words)[0]
 
     @overload
     def chat(self, messages: Sequence[Any], stream: Literal[False] = False, **options: Any) -> Answer: ...
@@ -246,20 +244,22 @@ class SeedLlama:
         return Answer(split_answer(ids, self.tokenizer)).text
 
     def _task_ids(self, content: list[Any]) -> list[int]:
-        """The prompt of a task."""
         turns = to_turns([{"role": "user", "content": content}], self._known_codes, self.pictures.check_codes)
         if self.log and (note := unknown_note(self.spec.world, content)):
             self.log(note)
         return self.prompt_ids(turns)
 
     def _one_picture(self, content: list[Any], opening: str, options: dict[str, Any],
-                     first: First = None) -> list[Image.Image]:
+                     first: First = None, words: int = 0) -> list[Image.Image]:
         decode = _take(options, DECODE_KEYS)
         settings = self._forced(self.settings(**options), options)
         settings = replace(settings, max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)  # no words after it
         _ = self.pictures.decoder  # a missing de-tokenizer is reported before generation
-        ids = self.speaker.answer(self._task_ids(content), settings, opening)
-        answer = Answer(split_answer(ids, self.tokenizer))
+        prompt, answer = self._task_ids(content), Answer(())
+        free = replace(settings, force_image=False, max_new_tokens=settings.max_new_tokens + words)
+        for how, start in ((free, ""), (settings, opening))[not words:]:
+            if len(answer.codes) != 1:
+                answer = Answer(split_answer(self.speaker.answer(prompt, how, start), self.tokenizer))
         if len(answer.codes) != 1:
             raise GenerationError("The model's answer holds no whole picture"
                                   + (f": {answer.problems[0]}" if answer.problems else "."))

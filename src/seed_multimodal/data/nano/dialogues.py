@@ -54,9 +54,9 @@ class Talk:
         self.messages += [Message("user", asked), Message("assistant", answered)]
         self.scenes += [part for part in (*asked, *answered) if isinstance(part, Scene)]
 
-    def show(self, asked: str, scene: Scene) -> None:
-        """A turn that is answered with a picture; the words before it are those that systems open it with."""
-        self.say([asked], [EDIT_RESPONSE if self.scenes else DRAW_RESPONSE, scene])
+    def edit(self, asked: str, scene: Scene) -> None:
+        """A turn that is answered with a changed picture."""
+        self.say([asked], edited(scene, self.shake))
 
     @property
     def now(self) -> Scene:
@@ -89,10 +89,17 @@ def sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
 
 
+def edited(scene: Scene, shake: random.Random) -> list[Part]:
+    """The answer to an edit: three times in four the new picture in words first, so that what is read and what is to
+    change are put together in words, which is easier, and drawn from them; else what systems open a forced one with."""
+    return [sentence(describe(scene)) if shake.random() < 0.75 else EDIT_RESPONSE, scene]
+
+
 def _draw(talk: Talk) -> None:
     scene = talk.scene()
     words = describe(scene, talk.shake, background_first=False)
-    talk.show(talk.shake.choice(DRAW_REQUESTS).format(caption=words), scene)
+    answer = EDIT_RESPONSE if talk.scenes else DRAW_RESPONSE  # as systems open a picture that is forced
+    talk.say([talk.shake.choice(DRAW_REQUESTS).format(caption=words)], [answer, scene])
 
 
 def _look(talk: Talk) -> None:
@@ -107,7 +114,7 @@ def _question(talk: Talk) -> None:
 
 def _edit(talk: Talk) -> None:
     edit = edit_where(talk.now, talk.shake, talk.allowed)
-    talk.show(sentence(edit.instruction), edit.target)
+    talk.edit(sentence(edit.instruction), edit.target)
 
 
 def _back(talk: Talk) -> None:
@@ -118,7 +125,7 @@ def _back(talk: Talk) -> None:
     if len(talk.scenes) < 2 or not talk.allowed(target):
         return _edit(talk)
     words = background_words(new, shake)
-    return talk.show(f"Now the first picture again, but {words}.", target)
+    return talk.edit(f"Now the first picture again, but {words}.", target)
 
 
 def conversation(shake: random.Random, allowed: Allowed = trainable, turns: int = 0) -> list[Message]:

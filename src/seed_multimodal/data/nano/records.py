@@ -20,6 +20,7 @@ from seed_multimodal.data.nano.dialogues import (
     Part,
     conversation,
     document,
+    edited,
     in_context,
     sentence,
     story,
@@ -36,7 +37,6 @@ from seed_multimodal.language.tasks import (
     DESCRIBE_REQUESTS,
     DRAW_REQUESTS,
     DRAW_RESPONSE,
-    EDIT_RESPONSE,
     NANO_TASKS,
     examples_request,
     story_request,
@@ -161,7 +161,7 @@ def _edit(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) ->
 
     scene, edit = _first(scenes, tuple(EDITS), index, make)
     words = sentence(edit.instruction) if shake.random() < 0.5 else edit.instruction
-    return _messages([scene, words], [EDIT_RESPONSE, edit.target])
+    return _messages([scene, words], edited(edit.target, shake))
 
 
 def _conversation(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
@@ -173,7 +173,7 @@ def _conversation(shake: random.Random, scenes: Scenes, allowed: Allowed, index:
 
 def _in_context(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
     examples, answer = in_context(shake, allowed)
-    return _messages(examples_request(examples), [EDIT_RESPONSE, answer])
+    return _messages(examples_request(examples), edited(answer, shake))
 
 
 def _story(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:

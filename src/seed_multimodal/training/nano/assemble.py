@@ -27,7 +27,7 @@ def assemble(space: Workspace) -> dict[str, Any]:
                 "template": "vicuna", "image_size": size,
                 "transform": {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"},
                 "generation": {"do_sample": False, "max_new_tokens": 256}, "previews": [8, 16],
-                "world": "nano"}
+                "world": "nano", "tasks": {"edit_words": 40}}
     (out / "system.json").write_text(json.dumps(settings, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
         _halve(file)
