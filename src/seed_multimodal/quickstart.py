@@ -27,10 +27,11 @@ from seed_multimodal import __version__
 from seed_multimodal.commands.common import add_common, load_system, save_picture, write_text
 from seed_multimodal.data.nano.dialogues import sentence
 from seed_multimodal.data.nano.edits import Edit, background_words, make_edit
+from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES
 from seed_multimodal.data.nano.questions import ask
 from seed_multimodal.data.nano.scene import Scene, render
 from seed_multimodal.data.nano.splits import held_out
-from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, describe, some
+from seed_multimodal.data.nano.words import describe, some
 from seed_multimodal.entry import add_quantization, run_program
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.images.code_strip import above_strip, code_strip
@@ -291,8 +292,8 @@ def _main(args: argparse.Namespace) -> int:
     everything = {**run.result, "model": args.model, "seed": args.seed, "failures": run.failures,
                   "seconds": run.seconds, **facts}
     write_text(json.dumps(everything, indent=1, ensure_ascii=False), out / "quickstart.json")
-    print(f"Done in {run.seconds['total']:.1f} s. Look at {out / 'contact_sheet.png'}; "
-          f"codes, texts and seconds are in {out / 'quickstart.json'}.", flush=True)
+    print(f"Done in {run.seconds['total']:.1f} s. Look at {out / 'contact_sheet.png'}; codes, texts and seconds are in "
+          f"{out / 'quickstart.json'}.", flush=True)
     return 1 if run.failures else 0
 
 

@@ -11,9 +11,10 @@ import pytest
 from known_world import KnowingJudge, Oracle
 from PIL import Image
 
+from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES
 from seed_multimodal.data.nano.scene import Scene, render
 from seed_multimodal.data.nano.splits import held_out
-from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, describe
+from seed_multimodal.data.nano.words import describe
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import report, report_text
 from seed_multimodal.evaluation.longer_run import _as_told

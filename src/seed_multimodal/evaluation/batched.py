@@ -131,7 +131,7 @@ class BatchedSystem:
     @torch.no_grad()
     def through_embedding(self, pictures: NDArray[np.uint8]) -> list[Image.Image] | None:
         """Pictures drawn from their true embeddings (no codes): the ceiling of codes; None without the tower for it."""
-        place = Path(self.inner.spec.detokenizer) / "image_encoder"
+        place = Path(self.inner.spec.detokenizer or "") / "image_encoder"
         if not place.is_dir():
             return None
         codec, decoder = self.inner.pictures, self.inner.pictures.decoder

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from seed_multimodal.data.nano.dialogues import Message
+from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES
 from seed_multimodal.data.nano.scene import Scene, render
-from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, describe, normalise, some
+from seed_multimodal.data.nano.words import describe, normalise, some
 from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.evaluation.samples import Samples

@@ -43,7 +43,7 @@ class Estimate:
         return {k: (None if isinstance(v, float) and math.isnan(v) else round(v, 4)) for k, v in asdict(self).items()}
 
 
-def bootstrap(values: Sequence[float] | FloatArray, groups: Sequence[Hashable] | None = None) -> Estimate:
+def bootstrap(values: Sequence[float] | NDArray[Any], groups: Sequence[Hashable] | None = None) -> Estimate:
     """Mean of `values` [N] and its percentile bootstrap interval.
 
     Args:

@@ -48,7 +48,10 @@ def evaluate(system: System, judge: Judge, splits: Sequence[str], sizes: Sizes, 
     runs = [SplitRun(system, judge, make_samples(split, sizes)) for split in splits]
     with Progress("report", sum(len(run.parts()) for run in runs), "part", every=0, log=log) as progress:
         for run in runs:
-            run.measure(lambda name, split=run.samples.split: progress.update(1, **{split: name}))
+            def tell(part: str, split: str = run.samples.split) -> None:
+                progress.update(1, **{split: part})
+
+            run.measure(tell)
     return runs
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.words import describe
 from seed_multimodal.evaluation.longer_run import Seen
 from seed_multimodal.evaluation.split_run import SplitRun
@@ -65,7 +66,7 @@ def _edits(runs: Runs) -> list[Row]:
             cells = []
             for (scene, edit), result in list(zip(run.samples.edits, run.pictures.get("edited", []), strict=False)
                                               )[start:start + 3]:
-                before, after = (part for part in run.shown([scene, edit.target]))
+                before, after = (Image.fromarray(render(one, run.system.image_size)) for one in (scene, edit.target))
                 cells += [Cell(before, "given"), Cell(result, asked=edit.instruction, arrow=True),
                           Cell(after, "what was asked")]
             rows += [Row(run.samples.split if start == 0 else "", cells)] if cells else []
@@ -90,8 +91,9 @@ def _stories(runs: Runs) -> list[Row]:
     rows = []
     for run in runs:
         for request, *answer in run.stories[:3]:
-            frames = [Cell(part, asked=answer[i - 1] if i and isinstance(answer[i - 1], str) else "", wide=2)
-                      for i, part in enumerate(answer) if not isinstance(part, str)]
+            before = ["", *answer]
+            frames = [Cell(part, asked=said if isinstance(said, str) else "", wide=2)
+                      for said, part in zip(before, answer, strict=False) if not isinstance(part, str)]
             rows.append(Row(str(request), frames))
     return rows
 

@@ -29,6 +29,7 @@ from seed_multimodal.evaluation.tasks import (
     all_words,
     caption_words,
     confusions,
+    every,
     likeness,
     picture_words,
     retrieval,
@@ -124,10 +125,10 @@ class SplitRun(LongerRun):
                                   "target": describe(edit.target), "read": read}
                                  for (scene, edit), read in zip(edits, found, strict=True)]
         kinds = np.array([edit.kind for _, edit in edits])
-        return {"n": len(edits), **score(found, after), "stayed": bootstrap((right | ~stays).all(1)),
-                "unchanged": bootstrap(right_labels(found, before).all(1)), "without_picture": codes.count(None),
+        return {"n": len(edits), **score(found, after), "stayed": bootstrap(every(right | ~stays)),
+                "unchanged": bootstrap(every(right_labels(found, before))), "without_picture": codes.count(None),
                 "ceiling": self._ceiling(targets),
-                "kinds": {kind: bootstrap(right.all(1)[kinds == kind]) for kind in sorted(set(kinds.tolist()))}}
+                "kinds": {kind: bootstrap(every(right)[kinds == kind]) for kind in sorted(set(kinds.tolist()))}}
 
     # ---- words
 

@@ -110,10 +110,15 @@ def right_labels(found: Sequence[Words], wanted: Sequence[Words]) -> BoolArray:
                      for one, other in zip(found, wanted, strict=True)], dtype=bool).reshape(-1, len(LABELS))
 
 
+def every(right: BoolArray) -> BoolArray:
+    """[N] where all labels `[N, 5]` are right."""
+    return np.asarray(right.all(1))
+
+
 def score(found: Sequence[Words], wanted: Sequence[Words], groups: Sequence[Hashable] | None = None) -> Section:
     """Shares of answers with every label right (`all`), and with each label right."""
     right = right_labels(found, wanted)
-    return {"all": bootstrap(right.all(1), groups),
+    return {"all": bootstrap(every(right), groups),
             **{name: bootstrap(right[:, column], groups) for column, name in enumerate(LABELS)}}
 
 

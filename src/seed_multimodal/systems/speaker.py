@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -232,7 +232,7 @@ class Speaker:
         return reader.read_all(())
 
     def events(self, prompt: Sequence[int], settings: GenerationSettings, opening: str | Sequence[int] = "",
-               previews: Sequence[int] = (), watch: Callable[[], None] | None = None) -> Iterator[Event]:
+               previews: Sequence[int] = (), watch: Callable[[], None] | None = None) -> Generator[Event, None, None]:
         """The same answer as events while it is made (pictures as codes); the last one is `{"type": "end", "ids": …}`.
 
         With several beams all events come at the end, when the best one is known, and there are no previews.
@@ -249,7 +249,7 @@ class Speaker:
         return self._events(prompt, fixed, settings, previews if settings.num_beams == 1 else (), watch)
 
     def _events(self, prompt: list[int], fixed: list[int], settings: GenerationSettings, previews: Sequence[int],
-                watch: Callable[[], None] | None) -> Iterator[Event]:
+                watch: Callable[[], None] | None) -> Generator[Event, None, None]:
         reader = AnswerReader(self.tokenizer, self.marker, previews)
         for token in fixed:
             yield from reader.read(token)

@@ -150,6 +150,9 @@ class Stage2Base(CodeTokenizer):
         fraction = self.corrupt * torch.rand(shape[0], 1, generator=generator, device=device)
         swap = (torch.rand(shape, generator=generator, device=device) < fraction).to(quant.device)
         codes = torch.randint(self.quantize.size, shape, generator=generator, device=device).to(quant.device)
+        if self.quantize.sections > 1:  # others of the same place, which is what a language model confuses
+            own = self.quantize.size // self.quantize.sections
+            codes = codes % own + own * torch.arange(self.quantize.sections, device=codes.device)
         return torch.where(swap[..., None], self.quantize.lookup(codes).detach().to(quant.dtype), quant)
 
     def keep_prefix(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:

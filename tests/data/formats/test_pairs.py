@@ -25,9 +25,9 @@ from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.tar import OpenFiles, scan_tar, tar_records
 from seed_multimodal.data.formats.tar_headers import tar_members
 from seed_multimodal.data.nano.evaluation import scenes
+from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.splits import scene_at
-from seed_multimodal.data.nano.sprites import find_world
 from seed_multimodal.data.nano.words import describe, read_caption
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.images.open import open_image

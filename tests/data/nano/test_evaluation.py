@@ -9,8 +9,9 @@ import pytest
 
 from seed_multimodal.data.nano.__main__ import main
 from seed_multimodal.data.nano.evaluation import HELD_OUT_SPLITS, check_lists, scenes
+from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.data.nano.splits import split_of
-from seed_multimodal.data.nano.sprites import check_files, find_world, load_sprites
+from seed_multimodal.data.nano.sprites import check_files, load_sprites
 from seed_multimodal.data.nano.things import THINGS
 from seed_multimodal.errors import DataError
 

@@ -21,7 +21,8 @@ from seed_multimodal.data.nano.scene import LAYOUTS, Scene, boxes, render, thing
 from seed_multimodal.data.nano.splits import SPLITS, held_out, scene_at, split_of
 from seed_multimodal.data.nano.sprites import load_sprites
 from seed_multimodal.data.nano.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES, THINGS
-from seed_multimodal.data.nano.words import describe, labels, nearest_things, read_caption
+from seed_multimodal.data.nano.unknown import nearest_things
+from seed_multimodal.data.nano.words import describe, labels, read_caption
 from seed_multimodal.errors import DataError
 
 EXAMPLES = [scene_at(3, index) for index in range(400)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from seed_multimodal.data.formats.pictures import is_picture
-from seed_multimodal.data.nano.sprites import is_world
+from seed_multimodal.data.nano.place import is_world
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest
 

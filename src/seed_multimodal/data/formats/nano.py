@@ -18,9 +18,10 @@ import numpy as np
 
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.nano.evaluation import scenes
+from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.data.nano.scene import SIZE, Scene, render
 from seed_multimodal.data.nano.splits import SPLITS, scene_at
-from seed_multimodal.data.nano.sprites import find_world, load_sprites
+from seed_multimodal.data.nano.sprites import load_sprites
 from seed_multimodal.data.nano.words import describe
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest

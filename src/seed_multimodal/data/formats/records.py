@@ -30,7 +30,7 @@ from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.pictures import PictureFolder
 from seed_multimodal.data.formats.record import BadRecord, Record
 from seed_multimodal.data.formats.tar import OpenFiles, TarFile
-from seed_multimodal.data.nano.sprites import find_world
+from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.errors import DataError
 
 PICKLED = ("pkl", "pickle")

@@ -17,9 +17,10 @@ from PIL import Image
 
 from seed_multimodal.data.nano.check import check_no_leak
 from seed_multimodal.data.nano.evaluation import check_lists, write_lists
+from seed_multimodal.data.nano.place import LISTS, find_world
 from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.splits import SPLITS, scene_at
-from seed_multimodal.data.nano.sprites import LISTS, build, check_files, find_world
+from seed_multimodal.data.nano.sprites import build, check_files
 from seed_multimodal.disk import writing
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import DataError

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from seed_multimodal.data.nano.edits import Edit, background_words, make_any_edit, make_edit
+from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES, NUMBERS
 from seed_multimodal.data.nano.questions import ask_any
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import draw_scene, held_out
 from seed_multimodal.data.nano.things import BACKGROUNDS, NAMES, STYLES, THINGS
-from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, NUMBERS, describe, some
+from seed_multimodal.data.nano.words import describe, some
 from seed_multimodal.language.tasks import DESCRIBE_REQUESTS, DRAW_REQUESTS, DRAW_RESPONSE, EDIT_RESPONSE
 
 Part = str | Scene

@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES, NUMBERS, WHERE_PHRASES
 from seed_multimodal.data.nano.scene import WHERE, Scene
 from seed_multimodal.data.nano.things import BACKGROUNDS, COLOURS, NAMES, STYLES
-from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, NUMBERS, WHERE_PHRASES, some
+from seed_multimodal.data.nano.words import some
 
 
 @dataclass(frozen=True)

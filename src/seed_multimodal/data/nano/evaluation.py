@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.data.nano.place import BUILD_HINT, LISTS, find_world
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import SPLITS, scene_at, split_of
-from seed_multimodal.data.nano.sprites import BUILD_HINT, LISTS, find_world
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import DataError
 from seed_multimodal.settings import nearest

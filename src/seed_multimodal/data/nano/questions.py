@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from seed_multimodal.data.nano.phrases import NUMBERS
 from seed_multimodal.data.nano.scene import WHERE, Scene
 from seed_multimodal.data.nano.things import COLOURS, NAMES, THINGS
-from seed_multimodal.data.nano.words import NUMBERS, some
+from seed_multimodal.data.nano.words import some
 
 
 @dataclass(frozen=True)

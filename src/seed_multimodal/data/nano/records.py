@@ -31,6 +31,7 @@ from seed_multimodal.data.nano.questions import KINDS as QUESTIONS
 from seed_multimodal.data.nano.questions import Question, ask
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import held_out, scene_at
+from seed_multimodal.data.nano.things import NAMES
 from seed_multimodal.data.nano.words import describe, some
 from seed_multimodal.language.tasks import (
     CONTINUE_REQUESTS,
@@ -204,3 +205,15 @@ KINDS: dict[str, Callable[[random.Random, Scenes, Allowed, int], Record]] = {
     "continued": _continued,
 }
 """Captions are pairs of a picture and texts, documents are interleaved pictures and texts, all others `messages`."""
+
+
+def sentences(number: int = 500, seed: int = 0) -> list[str]:
+    """What word pieces are learnt from: the texts of `number` records of every kind, every name, the template's words.
+
+    The names stand there often enough that each becomes a piece of its own.
+    """
+    lines = [some(count, name) for name in NAMES for count in (1, 2)] * 20
+    for kind in KINDS:
+        for index in range(number):
+            lines += texts_of(record_at(kind, seed, index))
+    return [*lines, *["USER:", "ASSISTANT:"] * number]

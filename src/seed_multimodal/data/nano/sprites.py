@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from contextlib import closing
 from functools import lru_cache
 from importlib.metadata import version
@@ -21,34 +20,12 @@ from seed_multimodal.data.formats.tar import OpenFiles, tar_records
 from seed_multimodal.data.formats.tar_headers import Damaged
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.nano.packages import SOURCES, drawings, fetch
+from seed_multimodal.data.nano.place import BUILD_HINT, LISTS, SHARD, find_world
 from seed_multimodal.data.nano.things import STYLES, THINGS
 from seed_multimodal.disk import read_json_object, replace_text, sha256_of
 from seed_multimodal.errors import DataError
 
 SIDE = 112
-SHARD = "sprites.tar"
-LISTS = "evaluation.json"  # the fixed lists of scenes, see `evaluation`
-BUILD_HINT = "build it with: python -m seed_multimodal.data.nano build --out data/nano"
-
-
-def find_world(path: str | Path | None = None) -> Path:
-    """Folder of the sprites: `path`, else $SEED_NANO_DATA, else data/nano of the project or the current folder.
-
-    Raises:
-        DataError: no manifest.json is there.
-    """
-    given = path or os.environ.get("SEED_NANO_DATA")
-    project = Path(__file__).resolve().parents[4]
-    places = [Path(given)] if given else [project / "data" / "nano", Path.cwd() / "data" / "nano"]
-    for place in places:
-        if (place / "manifest.json").is_file():
-            return place
-    raise DataError(f"{places[0]}: nano's drawings are not there (no manifest.json); {BUILD_HINT}")
-
-
-def is_world(folder: Path) -> bool:
-    """Whether a folder holds nano's drawings."""
-    return (folder / SHARD).is_file() and (folder / "manifest.json").is_file()
 
 
 @lru_cache(maxsize=4)

@@ -21,7 +21,9 @@ class Thing:
 
     @property
     def plural(self) -> str:
-        """Regular English plural: dogs, foxes, cherries."""
+        """English plural: dogs, foxes, cherries, snowmen."""
+        if self.name.endswith("man"):
+            return self.name[:-3] + "men"
         if self.name.endswith(("s", "x", "sh", "ch", "to")):
             return self.name + "es"
         if self.name.endswith("y") and self.name[-2] not in "aeiou":

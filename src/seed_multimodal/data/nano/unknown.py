@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 
+from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES, RELATIONS, WHERE_PHRASES
 from seed_multimodal.data.nano.things import COLOURS, NAMES, STYLES, THINGS
-from seed_multimodal.data.nano.words import BACKGROUND_PHRASES, RELATIONS, WHERE_PHRASES, nearest_things
 
 PLAIN = set("""
     able about above accurate accurately add after again all alone also always am an and another answer any are
@@ -53,3 +54,8 @@ def unknown_note(text: str) -> str:
         return ""
     return (f"nano does not know {', '.join(repr(word) for word, _ in unknown[:3])}: it knows {len(NAMES)} things; "
             f"nearest: {', '.join(unknown[0][1])}.")
+
+
+def nearest_things(word: str, number: int = 3) -> list[str]:
+    """Names of nano's world that look like a word it does not know."""
+    return difflib.get_close_matches(word.lower(), NAMES, number, 0.0)

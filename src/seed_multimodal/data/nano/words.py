@@ -8,33 +8,14 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 import re
 from dataclasses import dataclass
 
+from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES, NUMBERS, RELATIONS, WHERE_PHRASES
 from seed_multimodal.data.nano.scene import WHERE, Scene
-from seed_multimodal.data.nano.things import COLOURS, NAMES, STYLES, THINGS, article
+from seed_multimodal.data.nano.things import STYLES, THINGS, article
 
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-
-BACKGROUND_PHRASES = {
-    **{name: (f"on a {name} background", f"on {name}", f"against a {name} background") for name in COLOURS},
-    "meadow": ("in a meadow", "on a meadow", "on the grass"),
-    "sea": ("on the sea", "at sea", "in the water"),
-    "night": ("at night", "under the stars", "in the night sky"),
-    "room": ("in a room", "indoors", "inside a room"),
-}
-"""The canonical phrase first."""
-
-WHERE_PHRASES = {
-    "left": ("on the left", "at the left"), "middle": ("in the middle", "in the centre"),
-    "right": ("on the right", "at the right"),
-}
-RELATIONS = {
-    "left of": ("left of", "to the left of"), "above": ("above", "over"),
-    "right of": ("right of", "to the right of"), "below": ("below", "under"),
-}
 _TURNED = {"left of": "right of", "above": "below"}
 
 
@@ -145,8 +126,3 @@ def read_caption(text: str) -> Labels | None:
     elif read["spot"]:
         layout = _SPOTS[read["spot"]]
     return Labels(read["style1"] or read["style2"], background, layout, tuple(things), tuple(counts))
-
-
-def nearest_things(word: str, number: int = 3) -> list[str]:
-    """Names of nano's world that look like a word it does not know."""
-    return difflib.get_close_matches(word.lower(), NAMES, number, 0.0)

@@ -18,7 +18,7 @@ from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.records import RecordFile, open_file
 from seed_multimodal.data.formats.tar import tar_records
 from seed_multimodal.data.formats.tar_headers import COMPRESSED, Damaged
-from seed_multimodal.data.nano.sprites import find_world
+from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.nano import NanoContent
 from seed_multimodal.errors import DataError

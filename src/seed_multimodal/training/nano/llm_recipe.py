@@ -26,10 +26,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.nano.records import KINDS, Record, record_at, scenes_of, texts_of, with_pictures
+from seed_multimodal.data.nano.records import Record, record_at, scenes_of, with_pictures
 from seed_multimodal.data.nano.scene import Scene
-from seed_multimodal.data.nano.things import NAMES
-from seed_multimodal.data.nano.words import some
 from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -94,18 +92,6 @@ def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor])
     counts = {split: {kind: write_shard(_shard(space, kind, split), _written(kind, records, codes_of))
                       for kind, records in kinds.items()} for split, kinds in made.items()}
     return counts, len(scenes)
-
-
-def sentences(number: int = 500, seed: int = 0) -> list[str]:
-    """What word pieces are learnt from: the texts of `number` records of every kind, every name, the template's words.
-
-    The names stand there often enough that each becomes a piece of its own.
-    """
-    lines = [some(count, name) for name in NAMES for count in (1, 2)] * 20
-    for kind in KINDS:
-        for index in range(number):
-            lines += texts_of(record_at(kind, seed, index))
-    return [*lines, *["USER:", "ASSISTANT:"] * number]
 
 
 def write_llm_recipes(space: Workspace, counts: Counts) -> list[Path]:

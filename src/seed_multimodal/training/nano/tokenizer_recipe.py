@@ -89,7 +89,7 @@ def stage2_model(space: Workspace) -> dict[str, Any]:
             "codebook_sections": sizes.codebook_sections, "decode_depth": sizes.decode_depth,
             "decode_heads": sizes.decode_heads, "reverse_depth": sizes.reverse_depth,
             "recon_s": sizes.recon_s, "scaled_start": True, "freeze_qformer": False,
-            "loss_weights": {"embed": 1.0, "recon_s": 0.1, "distil_image": 1.0, "readout": 1.0},
+            "loss_weights": {"embed": 0.25, "recon_s": 0.1, "distil_image": 1.0, "readout": 1.0},
             "readout_weight": str(work / READOUT_FILE), "corrupt": 0.3, "nested": 0.5,
             "codebook_warmup": warmup * settings.accumulate, "kmeans_start": not settings.start,
             "kmeans_images": 1024, "restart_every": 100, "restart_until": 0.8,

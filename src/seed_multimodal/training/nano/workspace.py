@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from seed_multimodal.data.nano.records import sentences
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import scene_at
 from seed_multimodal.device import choose_device
@@ -51,8 +52,6 @@ class Workspace:
     @cached_property
     def words(self) -> MultimodalTokenizer:
         """The text tokenizer, trained on the world's sentences if it does not exist."""
-        from seed_multimodal.training.nano.llm_recipe import sentences
-
         folder = self.tokenizer_folder
         if not (folder / "tokenizer.model").is_file():
             sizes = self.config
