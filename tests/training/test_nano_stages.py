@@ -10,7 +10,7 @@ import torch
 from seed_multimodal.data.nano.scene import thing_mask
 from seed_multimodal.data.nano.splits import scene_at
 from seed_multimodal.data.nano.targets import CLASSES, IGNORED, JUDGED, label_ids, label_tensor
-from seed_multimodal.detokenizers.layout import LayoutReadout
+from seed_multimodal.detokenizers.layout import LayoutDecoder, load_layout
 from seed_multimodal.training.nano.clip import Tower, load_label_heads, named_right, unit_scale
 from seed_multimodal.training.nano.config import NanoConfig, load_config
 from seed_multimodal.training.nano.pixels import scene_pixels, to_signed
@@ -102,10 +102,14 @@ def test_scaling_the_tower_changes_no_reading(tmp_path: Path) -> None:
     assert named_right(heads, after, scenes) == named_right(tower.heads, after, scenes)
 
 
-def test_layout_tokens_stand_for_squares_of_latents() -> None:
-    layout = LayoutReadout(6, 4, 16, 10, hidden=8, patch=2)
-    assert layout.prompt_embeds(torch.randn(3, 6)).shape == (3, 64, 10)
-    assert layout.latents(torch.randn(3, 6)).shape == (3, 4, 16, 16)
+def test_a_layout_s_tokens_stand_for_squares_of_latents(tmp_path: Path) -> None:
+    layout = LayoutDecoder(6, 4, 16, 10, {"style": 3, "first": 5}, width=16, depth=1, heads=2).eval()
+    x = torch.randn(3, 6)
+    assert layout.prompt_embeds(x).shape == (3, 64, 10) and layout.latents(x).shape == (3, 4, 16, 16)
+    layout.save_pretrained(tmp_path)
+    again = load_layout(tmp_path)
+    assert isinstance(again, LayoutDecoder) and list(again.heads.classes) == ["style", "first"]
+    torch.testing.assert_close(again.latents(x), layout.latents(x))
 
 
 def test_the_unet_attends_on_the_grid_of_the_tokens_only() -> None:

@@ -51,7 +51,7 @@ class TokenizerSizes:
     heads: int = 4
     decode_depth: int = 2
     codes: int = 1024
-    code_dim: int = 16
+    code_dim: int = 3
     sections: bool = True
 
 
@@ -63,7 +63,6 @@ class UnetSizes:
     layers: int = 1
     heads: int = 4
     cross_dim: int = 96
-    hidden: int = 512
 
 
 @dataclass

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.layout import LayoutReadout
+from seed_multimodal.detokenizers.layout import LayoutDecoder
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.group_norm import restore_group_norm, use_fast_group_norm
-from seed_multimodal.training.nano.clip import embeddings
+from seed_multimodal.training.nano.clip import HEADS_FILE, embeddings, load_label_heads
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.task import NanoTask
 from seed_multimodal.training.nano.tokenizer import pool_codes
@@ -83,7 +83,7 @@ def class_labels(embedding: Tensor, level: Tensor, normaliser: Any, noising: Any
 class Decoder(nn.Module):
     """U-Net and layout read-out trained together."""
 
-    def __init__(self, unet: nn.Module, layout: LayoutReadout) -> None:
+    def __init__(self, unet: nn.Module, layout: LayoutDecoder) -> None:
         super().__init__()
         self.unet, self.layout = unet, layout
 
@@ -109,11 +109,18 @@ class UnetTask(NanoTask):
         self.normaliser = build_normaliser(self.embeddings.float()).to(space.device)
         super().__init__(space, name, self.decoder)
 
-    def start(self, space: Workspace) -> tuple[Any, LayoutReadout]:
+    def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
         """U-Net and layout read-out that training begins with."""
         config, (channels, grid), width = space.config, self.latents.shape[1:3], self.embeddings.shape[-1]
         unet = build_unet(config, channels, grid, width)
-        return unet, LayoutReadout(width, channels, grid, config.unet.cross_dim, config.unet.hidden, grid // TOKENS)
+        return unet, self.layout_of(space, width, channels, grid)
+
+    def layout_of(self, space: Workspace, width: int, channels: int, grid: int) -> LayoutDecoder:
+        """An untrained layout decoder whose heads are those of stage `clip`."""
+        heads = load_label_heads(space.work / HEADS_FILE)
+        layout = LayoutDecoder(width, channels, grid, space.config.unet.cross_dim, heads.classes, patch=grid // TOKENS)
+        layout.heads.load_state_dict(heads.state_dict())
+        return layout
 
     def conditions(self, chosen: Tensor) -> Tensor:
         """Embeddings `[B, E]` that the U-Net is conditioned on, of some scenes of the pool."""
@@ -127,15 +134,15 @@ class UnetTask(NanoTask):
         level = torch.randint(0, 300, (count,), device=device) * (torch.rand(count, device=device) < 0.25)
         labels = class_labels(embedding, level, self.normaliser, self.noising)
         keep = (torch.rand(count, device=device) >= 0.1).float()
-        mean = self.decoder.layout.latents(embedding)
-        tokens = self.decoder.layout.prompt_embeds(embedding) * keep[:, None, None]
+        mean, tokens = self.decoder.layout(embedding)
         noise, time = torch.randn_like(x0), torch.randint(0, TRAIN_STEPS, (count,), device=device)
         noisy = self.scheduler.add_noise(x0, noise, time)
         target = self.scheduler.get_velocity(x0, noise, time)
-        output = self.decoder.unet(noisy, time, encoder_hidden_states=tokens, class_labels=labels * keep[:, None])
+        output = self.decoder.unet(noisy, time, encoder_hidden_states=tokens * keep[:, None, None],
+                                   class_labels=labels * keep[:, None])
         error = F.mse_loss(output.sample.float(), target)
         layout_error = F.mse_loss(mean.float(), x0)
-        return error + 0.5 * layout_error, {"v": error.detach(), "layout": layout_error.detach()}
+        return error + layout_error, {"v": error.detach(), "layout": layout_error.detach()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         restore_group_norm(self.decoder.unet)
@@ -152,11 +159,11 @@ class UnetOfCodesTask(UnetTask):
         super().__init__(space, "unet2")
         self.out = space.decoder_folder
 
-    def start(self, space: Workspace) -> tuple[Any, LayoutReadout]:
+    def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
         from diffusers import UNet2DConditionModel
 
         unet = UNet2DConditionModel.from_pretrained(self.out / "unet")
-        return unet, LayoutReadout.from_pretrained(self.out / "layout")
+        return unet, LayoutDecoder.from_pretrained(self.out / "layout")
 
     def conditions(self, chosen: Tensor) -> Tensor:
         draw = torch.randint(0, len(self.decoded), (len(chosen),))
