@@ -127,7 +127,7 @@ class NanoConfig:
     train_unet2: StageSettings = _stage(3000, 96, 5e-4, ema=0.999)
     train_pretrain: StageSettings = _stage(2500, 64, 2e-3, weight_decay=0.1)
     train_sft: StageSettings = _stage(5000, 64, 2e-3, weight_decay=0.1)
-    judge_steps: int = setting(2000, least=1)
+    judge_steps: int = setting(1500, least=1)
     gate_psnr: float = 22.0
     gate_named: float = 0.95
 
