@@ -12,7 +12,7 @@ CLIP does. Different from the released recipe: pictures are neither cropped nor 
 apart); stage 1 also regresses the target embedding from the first k queries; stage 2 trains the Q-Former too, has a
 decode side whose random start keeps the size of what goes through it (error after 75 steps of 64 scenes without
 codes: 0.53 of the target's variance; with PyTorch's start 0.90), starts the codebook by k-means after a warm-up
-without quantiser, restarts dead codes, corrupts up to 10 % of the codes, decodes 30 % of the samples from their first
+without quantiser, restarts dead codes, corrupts up to 10 % of the codes, decodes half of the samples from their first
 k codes only, weighs the error by a read-out of thumbnails, has the tower's label heads read from the decoded
 embedding what they read from the target, and gives each position its own part of the codebook.
 """
@@ -90,10 +90,10 @@ def stage2_model(space: Workspace) -> dict[str, Any]:
             "decode_heads": sizes.decode_heads, "reverse_depth": sizes.reverse_depth,
             "recon_s": sizes.recon_s, "scaled_start": True, "freeze_qformer": False,
             "loss_weights": {"embed": 1.0, "recon_s": 0.1, "distil_image": 1.0, "readout": 1.0},
-            "readout_weight": str(work / READOUT_FILE), "corrupt": 0.1, "nested": 0.3,
+            "readout_weight": str(work / READOUT_FILE), "corrupt": 0.1, "nested": 0.5,
             "codebook_warmup": warmup * settings.accumulate, "kmeans_start": not settings.start,
             "kmeans_images": 1024, "restart_every": 100, "restart_until": 0.8,
-            "label_weight": 1.0, "label_heads": str(work / HEADS_FILE)}
+            "label_weight": 2.0, "label_heads": str(work / HEADS_FILE)}
 
 
 def _tower(space: Workspace, settings: StageSettings) -> dict[str, Any]:
