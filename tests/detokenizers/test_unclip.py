@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from seed_multimodal.detokenizers.layout import LayoutReadout
+from seed_multimodal.detokenizers.layout import LayoutDecoder
 from seed_multimodal.detokenizers.pipelines import DecodeDefaults
 from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -157,7 +157,8 @@ def test_layout_sub_folder_conditions_and_warms_up(folder: Path, tmp_path: Path,
     place = tmp_path / "with_layout"
     shutil.copytree(folder, place)
     torch.manual_seed(1)
-    LayoutReadout(E, channels=4, grid=8, cross_dim=CROSS, hidden=8).save_pretrained(place / "layout")
+    labels = {"first": 2, "second": 3, "style": 2, "background": 2, "layout": 1}
+    LayoutDecoder(E, 4, 8, CROSS, labels, [[(0, 0.5, 0.5, 0.8)]], width=16).save_pretrained(place / "layout")
     model = UnclipDetokenizer.from_pretrained(place)
     seen: list[torch.Tensor] = []
     handle = model.pipeline.unet.register_forward_pre_hook(

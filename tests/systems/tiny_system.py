@@ -74,7 +74,7 @@ def _write_detokenizer(folder: Path) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
-    from seed_multimodal.detokenizers.layout import LayoutReadout
+    from seed_multimodal.detokenizers.layout import LayoutDecoder
 
     vae = AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
@@ -91,7 +91,9 @@ def _write_detokenizer(folder: Path) -> None:
         image_noising_scheduler=DDPMScheduler(**schedule),
         scheduler=DDIMScheduler(**schedule, prediction_type="v_prediction", clip_sample=False))
     pipeline.save_pretrained(folder)
-    LayoutReadout(EMBEDDING, 4, GRID, CROSS, hidden=16).save_pretrained(folder / "layout")
+    labels = {"first": 2, "second": 3, "style": 2, "background": 2, "layout": 1}
+    layout = LayoutDecoder(EMBEDDING, 4, GRID, CROSS, labels, [[(0, 0.5, 0.5, 0.8)]], width=16, coarse=8)
+    layout.save_pretrained(folder / "layout")
     (folder / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2, "guidance_scale": 3.0}))
 
 

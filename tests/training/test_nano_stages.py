@@ -7,10 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from seed_multimodal.data.nano.scene import thing_mask
+from seed_multimodal.data.nano.scene import slots, thing_mask
 from seed_multimodal.data.nano.splits import scene_at
-from seed_multimodal.data.nano.targets import CLASSES, IGNORED, JUDGED, label_ids, label_tensor
-from seed_multimodal.detokenizers.layout import LayoutDecoder, load_layout
+from seed_multimodal.data.nano.targets import (
+    ARRANGEMENTS,
+    CLASSES,
+    IGNORED,
+    JUDGED,
+    arranged_anchors,
+    arrangement,
+    label_ids,
+    label_tensor,
+)
+from seed_multimodal.detokenizers.layout import LayoutDecoder
 from seed_multimodal.training.nano.clip import Tower, load_label_heads, named_right, unit_scale
 from seed_multimodal.training.nano.config import NanoConfig, load_config
 from seed_multimodal.training.nano.pixels import scene_pixels, to_signed
@@ -102,14 +111,43 @@ def test_scaling_the_tower_changes_no_reading(tmp_path: Path) -> None:
     assert named_right(heads, after, scenes) == named_right(tower.heads, after, scenes)
 
 
+SOME = {"first": 5, "second": 6, "style": 2, "background": 3, "layout": 12}
+
+
 def test_a_layout_s_tokens_stand_for_squares_of_latents(tmp_path: Path) -> None:
-    layout = LayoutDecoder(6, 4, 16, 10, {"style": 3, "first": 5}, width=16, depth=1, heads=2).eval()
+    layout = LayoutDecoder(6, 4, 16, 10, SOME, arranged_anchors(), width=16, coarse=8).eval()
     x = torch.randn(3, 6)
     assert layout.prompt_embeds(x).shape == (3, 64, 10) and layout.latents(x).shape == (3, 4, 16, 16)
     layout.save_pretrained(tmp_path)
-    again = load_layout(tmp_path)
-    assert isinstance(again, LayoutDecoder) and list(again.heads.classes) == ["style", "first"]
+    again = LayoutDecoder.from_pretrained(tmp_path)
+    assert list(again.heads.classes) == list(SOME)
     torch.testing.assert_close(again.latents(x), layout.latents(x))
+
+
+def test_things_are_placed_at_the_anchors_of_the_named_layout() -> None:
+    layout = LayoutDecoder(12, 4, 16, 10, SOME, arranged_anchors(), width=16).eval()
+    with torch.no_grad():  # the embedding is the layout's logits
+        layout.heads.layers["layout"].weight.copy_(50 * torch.eye(12))
+        shares = {name: logits.softmax(1) for name, logits in layout.heads(torch.eye(12)).items()}
+        placed = layout._placed(torch.eye(12), shares).abs().sum(2) > 0  # [layouts, 2, 16, 16]
+    for name, (first, second) in zip(ARRANGEMENTS, placed, strict=True):
+        kinds = name.startswith(("left of", "above", "two"))
+        assert first.any() and bool(second.any()) == kinds, name
+    large, left, _, right, beside = (placed[ARRANGEMENTS.index(name)] for name in (
+        "large", "left", "middle", "right", "left of"))
+    assert large[0].sum() > 2 * left[0].sum()
+    assert left[0, :, :8].any() and not left[0, :, 9:].any() and not right[0, :, :7].any()
+    assert beside[0].equal(left[0]) and beside[1].equal(right[0])
+    assert placed[ARRANGEMENTS.index("many 4"), 0].sum() > 2 * left[0].sum()
+
+
+def test_anchors_are_where_scenes_have_their_things() -> None:
+    for index in range(60):
+        scene = scene_at(0, index)
+        found = arranged_anchors()[ARRANGEMENTS.index(arrangement(scene))]
+        for (kind, x, y, side), slot in zip(found, slots(scene), strict=True):
+            assert scene.things[kind] == slot.thing and slot.side == pytest.approx(side, rel=0.08)
+            assert (slot.x, slot.y) == pytest.approx((x, y), abs=0.016)
 
 
 def test_the_unet_attends_on_the_grid_of_the_tokens_only() -> None:

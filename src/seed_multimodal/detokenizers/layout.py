@@ -1,7 +1,7 @@
-"""A read-out of the image embedding that gives a small U-Net the layout of the picture.
+"""What a small U-Net is told about the layout of the picture that an embedding shows.
 
 A class embedding reaches every position of a U-Net alike, so a small one never learns where things belong. This
-module reads the expected latents out of the embedding and offers them twice: as one cross-attention token a position
+module reads the expected latents out of the embedding and offers them twice: as cross-attention tokens of the places
 (`prompt_embeds`), and as the mean of the latents from which sampling starts (`warm_latents`; the noise
 schedule of such a model ends at a signal share above zero). Released SEED-2 decoders have none and need none.
 """
@@ -21,45 +21,89 @@ from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.vision.label_heads import LabelHeads
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
+REACH = 1.2  # side of a thing's feature map over the side of its anchor: outlines and shadows stand out a little
+SHIFT = 0.1  # of the predicted shifts of anchors, in shares of the picture
+
 
 class LayoutDecoder(nn.Module):
-    """Embedding `[B, E]` → expected latents `[B, C, g, g]` and position tokens `[B, (g/p)², D]`.
+    """Embedding `[B, E]` → expected latents `[B, C, g, g]` and tokens of the places `[B, (g/p)², D]`.
 
-    Linear heads name what the embedding shows; places look at the names and at the embedding itself. From the embedding
-    alone, without names, a decoder of this size learns colours and places, not what things look like.
+    Linear heads name what the embedding shows. Name, style and embedding of each thing become one small feature map,
+    which is placed wherever the named layout has that thing (a spatial transformer, Jaderberg et al. 2015, around
+    anchors, whose shifts are read from the embedding): a thing is learned once for all its places. Convolutions join
+    these maps, a map of the background and a coarse picture that is read from the embedding.
 
     Args:
-        classes: label -> number of its classes.
-        patch: side p of the square of latents that one token stands for.
+        classes: classes of the labels `first` and `second` (things, of which the second's classes begin with the
+            first's), `style`, `background`, `layout`.
+        anchors: for each class of `layout` where things stand: (0 for the first thing or 1 for the second, x, y, side),
+            in shares of the picture.
+        width: of names; channels: of the latents; features, side: of a thing's map; hidden, depth: width and blocks of
+            the convolutions; coarse: side of the coarse picture; patch: side p of the latents that a token stands for.
     """
 
     def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, classes: Mapping[str, int],
-                 width: int = 128, depth: int = 3, heads: int = 4, patch: int = 2) -> None:
+                 anchors: Sequence[Sequence[Sequence[float]]], width: int = 256, features: int = 16, side: int = 12,
+                 hidden: int = 64, depth: int = 2, coarse: int = 16, patch: int = 2) -> None:
         super().__init__()
         self.sizes: dict[str, Any] = {
             "embedding": embedding, "channels": channels, "grid": grid, "cross_dim": cross_dim,
-            "classes": dict(classes), "width": width, "depth": depth, "heads": heads, "patch": patch}
+            "classes": dict(classes), "anchors": anchors, "width": width, "features": features, "side": side,
+            "hidden": hidden, "depth": depth, "coarse": coarse, "patch": patch}
+        self.grid, self.patch = grid, patch
         self.heads = LabelHeads(embedding, classes)
-        self.names = nn.ParameterDict({name: torch.randn(count, width) * 0.5 for name, count in classes.items()})
+        self.names = nn.ParameterDict({name: torch.randn(classes[name], width) * 0.5
+                                       for name in ("second", "style", "layout")})
         self.context = nn.Linear(embedding, width)
-        self.position = nn.Parameter(torch.randn(1, (grid // patch) ** 2, width) * 0.5)
-        self.blocks = nn.ModuleList(
-            nn.TransformerDecoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-            for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.mean = nn.Linear(width, channels * patch**2)
-        self.token = nn.Linear(width, cross_dim)
+        self.thing = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU(),
+            nn.Linear(width, features * side**2), nn.Unflatten(1, (features, side, side)))
+        self.background = nn.Parameter(torch.randn(classes["background"], features, grid, grid) * 0.1)
+        spots = max(len(row) for row in anchors)
+        filled = [[*row, *[(-1, 0.5, 0.5, 1.0)] * (spots - len(row))] for row in anchors]
+        self.register_buffer("anchors", torch.tensor(filled))
+        self.shift = nn.Linear(embedding, 3 * spots)
+        nn.init.zeros_(self.shift.weight)
+        nn.init.zeros_(self.shift.bias)
+        self.coarse = nn.Sequential(nn.Linear(embedding, 3 * coarse**2, bias=False),
+                                    nn.Unflatten(1, (3, coarse, coarse)))
+        self.join = nn.Conv2d(3 * features + 3, hidden, 3, padding=1)
+        self.mood = nn.Linear(embedding, hidden)
+        self.blocks = nn.ModuleList(_block(hidden) for _ in range(depth))
+        self.mean = nn.Sequential(nn.GroupNorm(8, hidden), nn.SiLU(), nn.Conv2d(hidden, channels, 3, padding=1))
+        self.token = nn.Linear(hidden * patch**2, cross_dim)
 
     def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Expected latents and tokens."""
-        named = [logits.softmax(1) @ self.names[name] for name, logits in self.heads(embedding).items()]
-        memory = torch.stack([*named, self.context(embedding)], 1).to(embedding.dtype)
-        x = self.position.expand(len(embedding), -1, -1).to(embedding.dtype)
+        shares = {name: logits.softmax(1).to(embedding.dtype) for name, logits in self.heads(embedding).items()}
+        coarse = self.coarse(embedding)
+        if coarse.shape[-1] != self.grid:
+            coarse = F.interpolate(coarse, (self.grid, self.grid), mode="bilinear", antialias=True)
+        background = torch.einsum("bk,kchw->bchw", shares["background"], self.background)
+        x = torch.cat([self._placed(embedding, shares).flatten(1, 2).to(coarse), background.to(coarse), coarse], 1)
+        x = self.join(x) + self.mood(embedding)[:, :, None, None]
         for block in self.blocks:
-            x = block(x, memory)
-        x = self.norm(x)
-        side = self.sizes["grid"] // self.sizes["patch"]
-        return F.pixel_shuffle(self.mean(x).mT.unflatten(2, (side, side)), self.sizes["patch"]), self.token(x)
+            x = x + block(x)
+        return self.mean(x), self.token(F.pixel_unshuffle(x, self.patch).flatten(2).mT)
+
+    def _placed(self, embedding: Tensor, shares: Mapping[str, Tensor]) -> Tensor:
+        """Feature maps of the first and of the second thing where the layout has them, float32 `[B, 2, F, g, g]`."""
+        things, g = self.names["second"], self.grid
+        common = (shares["style"] @ self.names["style"] + shares["layout"] @ self.names["layout"]
+                  + self.context(embedding))
+        first = shares["first"] @ things[: shares["first"].shape[1]]
+        maps = self.thing(torch.stack([first + common, shares["second"] @ things + common], 1).flatten(0, 1)).float()
+        spots = self.anchors[shares["layout"].argmax(1)].float()  # [B, K, 4]
+        role, box = spots[..., 0], spots[..., 1:] + SHIFT * self.shift(embedding).float().unflatten(1, (-1, 3))
+        steps = (torch.arange(g, device=maps.device) + 0.5) / g
+        places = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).view(1, g * g, 1, 2)
+        offset = (places - box[:, None, :, :2]) / (0.5 * REACH * box[:, None, :, 2:])  # [B, g², K, 2]: ±1 are its edges
+        far = offset.detach().abs().amax(-1)[:, None]  # [B, 1, g², K]
+        others = role[:, None, None] != torch.arange(2, device=maps.device)[None, :, None, None]
+        near, spot = far.masked_fill(others, torch.inf).min(-1)  # [B, 2, g²]
+        found = offset[:, None].expand(-1, 2, -1, -1, -1).gather(3, spot[..., None, None].expand(-1, -1, -1, 1, 2))
+        placed = F.grid_sample(maps, found.reshape(-1, g, g, 2), align_corners=False).unflatten(0, (-1, 2))
+        return placed * near.isfinite().unflatten(2, (g, g))[:, :, None]
 
     def latents(self, embedding: Tensor) -> Tensor:
         """Expected latents `[B, C, g, g]`."""
@@ -103,6 +147,11 @@ class LayoutDecoder(nn.Module):
         assign_strictly(module, load_state_dict(home / "model.safetensors"), home / "model.safetensors")
         return module.eval()
 
+
+def _block(width: int) -> nn.Sequential:
+    """Two 3x3 convolutions of a residual block."""
+    return nn.Sequential(*(layer for _ in range(2) for layer in (
+        nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))))
 
 
 class LayoutReadout(nn.Module):

@@ -9,7 +9,7 @@ Everything else (words, questions, boxes, edits, stories) is a function of the s
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +24,9 @@ from seed_multimodal.errors import DataError
 SIZE = 64
 OVERSAMPLE = 4
 
-LOW, MIDDLE, HIGH, SIDE = 0.25, 0.5, 0.75, 0.44
-"""Centres and longer side of all small drawings, in shares of the picture: what an edit leaves alone stays in place."""
+LOW, MIDDLE, HIGH, SIDE, LARGE = 0.25, 0.5, 0.75, 0.44, 0.84
+"""Centres and longer side of all small drawings and of a large one, in shares of the picture: what an edit leaves alone
+stays in place."""
 
 WHERE = {"left": LOW, "middle": MIDDLE, "right": HIGH}
 
@@ -89,29 +90,32 @@ class Slot:
     side: float
 
 
+def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float, float]]:
+    """Where a layout has its drawings, before jitter: (0 for the first kind or 1 for the second, x, y, longer side), in
+    shares of the picture."""
+    if layout == "large":
+        return [(0, MIDDLE, MIDDLE, LARGE)]
+    if layout in WHERE:
+        return [(0, WHERE[layout], MIDDLE, SIDE)]
+    if layout == "left of":
+        return [(0, LOW, MIDDLE, SIDE), (1, HIGH, MIDDLE, SIDE)]
+    if layout == "above":
+        return [(0, MIDDLE, LOW, SIDE), (1, MIDDLE, HIGH, SIDE)]
+    halves: dict[tuple[int, ...], tuple[int, ...]] = {(3,): (1, 2), (4,): (2, 2)}
+    rows = halves.get(tuple(counts), tuple(counts))
+    kinds = [kind for kind, count in enumerate(counts) for _ in range(count)]
+    heights = (MIDDLE,) if len(rows) == 1 else (LOW, HIGH)
+    spots = [(x, y) for y, row in zip(heights, rows, strict=True) for x in ((MIDDLE,) if row == 1 else (LOW, HIGH))]
+    return [(kind, x, y, SIDE) for kind, (x, y) in zip(kinds, spots, strict=True)]
+
+
 def slots(scene: Scene) -> list[Slot]:
     """Where every drawing stands, first kind first, jitter included."""
-    first, second = scene.things[0], scene.things[-1]
-    if scene.layout == "large":
-        places = [(first, MIDDLE, MIDDLE, 0.84)]
-    elif scene.layout in WHERE:
-        places = [(first, WHERE[scene.layout], MIDDLE, SIDE)]
-    elif scene.layout == "left of":
-        places = [(first, LOW, MIDDLE, SIDE), (second, HIGH, MIDDLE, SIDE)]
-    elif scene.layout == "above":
-        places = [(first, MIDDLE, LOW, SIDE), (second, MIDDLE, HIGH, SIDE)]
-    else:
-        halves: dict[tuple[int, ...], tuple[int, ...]] = {(3,): (1, 2), (4,): (2, 2)}
-        rows = halves.get(scene.counts, scene.counts)
-        names = [name for name, count in zip(scene.things, scene.counts, strict=True) for _ in range(count)]
-        heights = (MIDDLE,) if len(rows) == 1 else (LOW, HIGH)
-        spots = [(x, y) for y, row in zip(heights, rows, strict=True) for x in ((MIDDLE,) if row == 1 else (LOW, HIGH))]
-        places = [(name, x, y, SIDE) for name, (x, y) in zip(names, spots, strict=True)]
     found = []
-    for name, x, y, side in places:
+    for kind, x, y, side in anchors(scene.layout, scene.counts):
         shake = random.Random(f"{scene.jitter} {x} {y}")  # by place, so that what an edit does not name stays
         side *= 1 + shake.uniform(-0.07, 0.07)
-        found.append(Slot(name, x + shake.uniform(-0.015, 0.015), y + shake.uniform(-0.015, 0.015), side))
+        found.append(Slot(scene.things[kind], x + shake.uniform(-0.015, 0.015), y + shake.uniform(-0.015, 0.015), side))
     return found
 
 

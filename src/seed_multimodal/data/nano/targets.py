@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.nano.scene import Scene
+from seed_multimodal.data.nano.scene import Scene, anchors
 from seed_multimodal.data.nano.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES
 
 ARRANGEMENTS = ("large", "left", "middle", "right", "left of", "above", "many 2", "many 3", "many 4", "two kinds 1 2",
@@ -37,6 +38,12 @@ IGNORED = -100
 def arrangement(scene: Scene) -> str:
     """One of `ARRANGEMENTS`."""
     return " ".join([scene.layout, *map(str, scene.counts)]) if scene.layout in ("many", "two kinds") else scene.layout
+
+
+def arranged_anchors() -> list[list[tuple[int, float, float, float]]]:
+    """`anchors` of each of `ARRANGEMENTS`."""
+    split = [re.fullmatch(r"(\D+?)((?: \d)*)", name) for name in ARRANGEMENTS]
+    return [anchors(found[1], [int(count) for count in found[2].split()] or [1]) for found in split if found]
 
 
 def label_ids(scene: Scene, classes: dict[str, tuple[str, ...]] = CLASSES) -> dict[str, int]:

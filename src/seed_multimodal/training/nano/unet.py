@@ -18,19 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.data.nano.targets import arranged_anchors
 from seed_multimodal.detokenizers.layout import LayoutDecoder
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.group_norm import restore_group_norm, use_fast_group_norm
-from seed_multimodal.training.nano.clip import HEADS_FILE, embeddings, load_label_heads
+from seed_multimodal.training.nano.clip import HEADS_FILE, READOUT_FILE, REDUCED, embeddings, load_label_heads
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.task import NanoTask
 from seed_multimodal.training.nano.tokenizer import pool_codes
 from seed_multimodal.training.nano.vae import latents
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.training.schedules import batch_indices
+from seed_multimodal.weights import load_state_dict
 
 TRAIN_STEPS = 1000
-FINAL_SIGNAL = 0.15
+FINAL_SIGNAL = 0.8  # the noise that sampling starts with is about three times the layout's error, so that it covers it
+LAYOUT_SHARE = 4  # scenes that the layout learns from for each that the U-Net learns from: a scene costs it an eighth
 TOKENS = 8  # side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times as much
 # Best of 10–20 steps and guidance 1–4 on val pictures by the judge (docs/LOG.md).
 DECODE_DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 4.0}
@@ -116,10 +119,12 @@ class UnetTask(NanoTask):
         return unet, self.layout_of(space, width, channels, grid)
 
     def layout_of(self, space: Workspace, width: int, channels: int, grid: int) -> LayoutDecoder:
-        """An untrained layout decoder whose heads are those of stage `clip`."""
-        heads = load_label_heads(space.work / HEADS_FILE)
-        layout = LayoutDecoder(width, channels, grid, space.config.unet.cross_dim, heads.classes, patch=grid // TOKENS)
+        """An untrained layout decoder whose heads and coarse picture are those of stage `clip`."""
+        heads, readout = load_label_heads(space.work / HEADS_FILE), load_state_dict(space.work / READOUT_FILE)
+        layout = LayoutDecoder(width, channels, grid, space.config.unet.cross_dim, heads.classes, arranged_anchors(),
+                               coarse=REDUCED, patch=grid // TOKENS)
         layout.heads.load_state_dict(heads.state_dict())
+        layout.coarse[0].load_state_dict({"weight": readout["readout"]})
         return layout
 
     def conditions(self, chosen: Tensor) -> Tensor:
@@ -128,20 +133,21 @@ class UnetTask(NanoTask):
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         settings, device = self.settings, self.space.device
-        chosen = batch_indices(micro_step, settings.batch_size, len(self.latents), settings.seed)
-        x0 = self.latents[chosen].float().to(device)
-        embedding, count = self.conditions(chosen).to(device), len(x0)
+        count = settings.batch_size
+        chosen = batch_indices(micro_step, LAYOUT_SHARE * count, len(self.latents), settings.seed)
+        wanted, embedding = self.latents[chosen].float().to(device), self.conditions(chosen).to(device)
+        mean, tokens = self.decoder.layout(embedding)
+        layout_error = F.mse_loss(mean.float(), wanted)
+        x0, embedding, tokens = wanted[:count], embedding[:count], tokens[:count]
         level = torch.randint(0, 300, (count,), device=device) * (torch.rand(count, device=device) < 0.25)
         labels = class_labels(embedding, level, self.normaliser, self.noising)
         keep = (torch.rand(count, device=device) >= 0.1).float()
-        mean, tokens = self.decoder.layout(embedding)
         noise, time = torch.randn_like(x0), torch.randint(0, TRAIN_STEPS, (count,), device=device)
         noisy = self.scheduler.add_noise(x0, noise, time)
         target = self.scheduler.get_velocity(x0, noise, time)
         output = self.decoder.unet(noisy, time, encoder_hidden_states=tokens * keep[:, None, None],
                                    class_labels=labels * keep[:, None])
         error = F.mse_loss(output.sample.float(), target)
-        layout_error = F.mse_loss(mean.float(), x0)
         return error + layout_error, {"v": error.detach(), "layout": layout_error.detach()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
