@@ -108,14 +108,6 @@ def chance_at_k(positives: NDArray[np.bool_], k: int) -> float:
     return float(np.mean(hits))
 
 
-def same_items(queries: Sequence[Hashable], gallery: Sequence[Hashable]) -> NDArray[np.bool_]:
-    """[Q, G] mask, true where the names are equal."""
-    names = {name: i for i, name in enumerate(dict.fromkeys([*queries, *gallery]))}
-    left = np.fromiter((names[q] for q in queries), dtype=np.int64, count=len(queries))
-    right = np.fromiter((names[g] for g in gallery), dtype=np.int64, count=len(gallery))
-    return left[:, None] == right[None, :]
-
-
 def cosine(left: FloatArray, right: FloatArray) -> FloatArray:
     """Cosine of matching rows of two [N, D] arrays: [N]; a zero row gives 0."""
     a, b = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
@@ -177,12 +169,6 @@ def normalise_answer(text: str) -> str:
 def same_answer(answer: str, truth: str) -> bool:
     """Whether two short answers are equal after `normalise_answer`."""
     return normalise_answer(answer) == normalise_answer(truth)
-
-
-def mentions(text: str, label: str) -> bool:
-    """Whether `label` stands in `text` as whole words in order, both after `normalise_answer`; never for ''."""
-    wanted = normalise_answer(label)
-    return bool(wanted) and f" {wanted} " in f" {normalise_answer(text)} "
 
 
 def majority_baseline(train: Sequence[tuple[Hashable, str]], test: Sequence[tuple[Hashable, str]]) -> FloatArray:
