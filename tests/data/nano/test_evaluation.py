@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import struct
+import zlib
 
 import pytest
+from PIL import Image
 
+from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.nano.__main__ import main
 from seed_multimodal.data.nano.evaluation import HELD_OUT_SPLITS, check_lists, scenes
 from seed_multimodal.data.nano.place import find_world
@@ -14,6 +19,17 @@ from seed_multimodal.data.nano.splits import split_of
 from seed_multimodal.data.nano.sprites import check_files, load_sprites
 from seed_multimodal.data.nano.things import THINGS
 from seed_multimodal.errors import DataError
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 40), 90).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = _png()
+_HEADER = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 6, 0, 0, 0)
+BOMB = PNG[:12] + _HEADER + struct.pack(">I", zlib.crc32(_HEADER)) + PNG[33:]  # claims 60,000 x 60,000 pixels
 
 
 @pytest.fixture
@@ -31,7 +47,8 @@ def test_every_held_out_split_has_a_list_of_its_own_scenes():
 
 
 @pytest.mark.parametrize(("row", "words"), [
-    (["noto", "blue", "large", ["tigger"], [1], 5], "no such scene"), (["noto", "blue"], "val 3: is no scene"),
+    (["noto", "blue", "large", ["tigger"], [1], 5], r"evaluation\.json: val 3: no such scene"),
+    (["noto", "blue"], "val 3: is no scene"),
     (["noto", "white", "large", ["goat"], [1], 5], "val 3 is of split things"), (0, "val 3 looks like an earlier one")])
 def test_a_planted_scene_is_found(copy, row, words):
     lists = json.loads((copy / "evaluation.json").read_text())
@@ -47,9 +64,10 @@ def test_a_lost_or_changed_file_is_named(copy, monkeypatch, capsys):
     (copy / "evaluation.json").unlink()
     with pytest.raises(DataError, match=r"evaluation\.json is not there"):
         check_files(copy)
-    (copy / "evaluation.json").write_text("{}")
-    with pytest.raises(DataError, match="it has no list 'val'; build it with"):
-        scenes("val", copy)
+    for lists in ({}, {"val": 5}, {"val": []}):  # of an empty list, training scenes would be read
+        (copy / "evaluation.json").write_text(json.dumps(lists))
+        with pytest.raises(DataError, match="it has no list 'val', or an empty one; build it with"):
+            scenes("val", copy)
     (copy / "sprites.tar").write_bytes((copy / "sprites.tar").read_bytes()[:700_000])
     with pytest.raises(DataError, match=r"sprites\.tar"):
         load_sprites(copy)
@@ -58,3 +76,14 @@ def test_a_lost_or_changed_file_is_named(copy, monkeypatch, capsys):
     (copy / "sprites.tar").unlink()
     with pytest.raises(DataError, match=r"sprites\.tar"):
         load_sprites(copy)
+
+
+@pytest.mark.parametrize(("drawing", "words"), [
+    (None, "it has no drawing of 'dog' in style 'noto'"), (b"", r"sample noto-dog: the file is empty"),
+    (b"junk", "sample noto-dog: not a picture"), (BOMB, "sample noto-dog: refused unread"),
+    (PNG[:-30], "sample noto-dog: a damaged drawing")])
+def test_a_drawing_that_cannot_be_used_is_named(tmp_path, drawing, words):
+    (tmp_path / "manifest.json").write_text("{}")
+    write_shard(tmp_path / "sprites.tar", [("noto-dog", {"txt": b""} if drawing is None else {"webp": drawing})])
+    with pytest.raises(DataError, match=f"{words}.*uild it with"):
+        load_sprites(tmp_path)

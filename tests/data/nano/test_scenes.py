@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from seed_multimodal.data.nano import splits
+from seed_multimodal.data.nano import records, splits
 from seed_multimodal.data.nano.__main__ import main
 from seed_multimodal.data.nano.check import check_no_leak, samples
 from seed_multimodal.data.nano.dialogues import Message, conversation, document, in_context, story
@@ -22,8 +23,8 @@ from seed_multimodal.data.nano.splits import SPLITS, held_out, scene_at, split_o
 from seed_multimodal.data.nano.sprites import load_sprites
 from seed_multimodal.data.nano.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES, THINGS
 from seed_multimodal.data.nano.unknown import nearest_things
-from seed_multimodal.data.nano.words import describe, labels, read_caption
-from seed_multimodal.errors import DataError
+from seed_multimodal.data.nano.words import captions_in, describe, labels, read_caption
+from seed_multimodal.errors import ConfigError, DataError
 
 EXAMPLES = [scene_at(3, index) for index in range(400)]
 
@@ -182,13 +183,29 @@ def test_a_planted_leak_is_found(kind, leak, words):
         check_no_leak(5, make=leaking)
 
 
+@pytest.mark.parametrize("split", ["val", "pairs", "places", "counts", "styles"])
+def test_a_text_that_says_something_held_out_is_found(split):
+    scene = next(one for one in (scene_at(0, index, split) for index in range(99)) if one.layout in ("many", "above"))
+    with pytest.raises(DataError, match=f"draw 1 of seed 0 says '.*', which is held out .{split}.: Please draw"):
+        check_no_leak(2, make=lambda seed, index: iter([("draw", [f"Please draw {describe(scene)}, please."] * index)]))
+    assert [said for _, said in captions_in(f"Now, {describe(scene)}. Then the dog.")] == [labels(scene)]
+
+
+@pytest.mark.parametrize("kind", ["edits", "conversations", "in_context", "stories", "documents", "continued"])
+def test_a_maker_that_forgets_what_is_held_out_is_found(kind, monkeypatch):
+    monkeypatch.setattr(records, "trainable", lambda scene: True)
+    with pytest.raises(DataError, match=f"{kind} .* held out"):
+        check_no_leak(60, make=lambda seed, index: iter([(kind, record_at(kind, seed, index))]))
+
+
 @pytest.mark.parametrize("values", [
     ("emoji", "blue", "large", ("dog",)), ("noto", "purple", "large", ("dog",)), ("noto", "blue", "huge", ("dog",)),
     ("noto", "blue", "large", ("dogs",)), ("noto", "blue", "large", ("dog", "cat")),
     ("noto", "blue", "above", ("dog",)),
     ("noto", "blue", "above", ("dog", "dog")), ("noto", "blue", "many", ("dog",), (1,)),
     ("noto", "blue", "many", ("dog",), (5,)), ("noto", "blue", "two kinds", ("dog", "cat"), (3, 1)),
-    ("noto", "blue", "large", ("dog",), (2,)),
+    ("noto", "blue", "large", ("dog",), (2,)), ("noto", "blue", "many", ("dog",), (2.5,)),
+    ("noto", "blue", "large", ("dog",), (True,)), ("noto", "blue", "large", ("dog",), (1,), "7"),
 ])
 def test_impossible_scenes_are_refused(values):
     with pytest.raises(DataError, match="no such scene"):
@@ -199,6 +216,30 @@ def test_every_layout_and_background_occurs():
     assert {scene.layout for scene in EXAMPLES} == set(LAYOUTS)
     assert {scene.background for scene in EXAMPLES} == set(BACKGROUNDS)
     assert all(make_any_edit(scene, random.Random(1)) and ask_any(scene, random.Random(1)) for scene in EXAMPLES)
+
+
+def test_an_unknown_split_kind_or_size_is_refused_at_once():
+    with pytest.raises(DataError, match=r"unknown split 'pair' \(did you mean 'pairs'\?\)"):
+        scene_at(0, 0, "pair")
+    with pytest.raises(DataError, match="unknown split 'test'"):
+        record_at("stories", 0, 0, "test")
+    with pytest.raises(DataError, match=r"unknown kind of records 'edit' \(did you mean 'edits'\?\)"):
+        record_at("edit", 0, 0)
+    for size in (0, 10_000):
+        with pytest.raises(ConfigError, match=f"{size} pixels a side cannot be drawn"):
+            render(EXAMPLES[0], size)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["check", "--samples", "0"], "1 or more, not '0'"), (["sheet", "--size", "0"], "1 or more, not '0'"),
+    (["sheet", "--out", "sheet.txt"], r"sheet\.txt: its ending names no picture format")])
+def test_the_command_refuses_what_it_cannot_do(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(arguments) == 2
+    except SystemExit as refused:  # of the flag itself
+        assert refused.code == 2
+    assert re.search(words, capsys.readouterr().err) and not list(tmp_path.iterdir())
 
 
 def test_the_command_checks_and_draws(tmp_path, capsys):

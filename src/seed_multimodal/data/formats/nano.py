@@ -19,15 +19,15 @@ import numpy as np
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.nano.evaluation import scenes
 from seed_multimodal.data.nano.place import find_world
-from seed_multimodal.data.nano.scene import SIZE, Scene, render
-from seed_multimodal.data.nano.splits import SPLITS, scene_at
+from seed_multimodal.data.nano.scene import LARGEST, SIZE, Scene, render
+from seed_multimodal.data.nano.splits import check_split, scene_at
 from seed_multimodal.data.nano.sprites import load_sprites
 from seed_multimodal.data.nano.words import describe
-from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.settings import nearest
+from seed_multimodal.errors import ConfigError
 
 EPOCH = 100_000  # training scenes, where no number is given
 CAPTIONS = 4  # of a training scene: one is drawn each time it is seen
+MOST = {"number": 2**40, "size": LARGEST}
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,6 @@ class Drawing:
 
     def __call__(self) -> np.ndarray:
         return render(self.scene, self.size, self.folder)
-
-
-def check_split(split: str) -> None:
-    """Raise DataError for an unknown split; the nearest is named."""
-    if split not in SPLITS:
-        raise DataError(f"nano: unknown split {split!r}{nearest(split, SPLITS)}; there are {', '.join(SPLITS)}.")
 
 
 class NanoFile:
@@ -68,8 +62,11 @@ class NanoFile:
         check_split(split)
         number = EPOCH if number is None else number
         for name, value, least in (("number", number, 1), ("seed", seed, 0), ("size", size, 8)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"nano: {name} is {value!r}; it must be a whole number of at least {least}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST.get(name, value):
+                most = f" and at most {MOST[name]}" if name in MOST else ""
+                raise ConfigError(f"nano: {name} is {value!r}; it must be a whole number of at least {least}{most}.")
+        if not isinstance(folder, str | Path | None):
+            raise ConfigError(f"nano: folder is {folder!r}; it must be a path.")
         self.path, self.split, self.seed, self.size = find_world(folder), split, seed, size
         self._listed = scenes(split, folder) if split != "train" else []
         self.number = min(number, len(self._listed)) if self._listed else number

@@ -20,9 +20,9 @@ from seed_multimodal.data.nano.evaluation import check_lists, write_lists
 from seed_multimodal.data.nano.place import LISTS, find_world
 from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.splits import SPLITS, scene_at
-from seed_multimodal.data.nano.sprites import build, check_files
+from seed_multimodal.data.nano.sprites import build, check_files, load_sprites
 from seed_multimodal.disk import writing
-from seed_multimodal.entry import DONE, run_program
+from seed_multimodal.entry import DONE, run_program, whole_number
 from seed_multimodal.errors import DataError
 
 
@@ -35,11 +35,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, type=Path, help="folder to write")
     made.add_argument("--cache", type=Path, default=Path(".seed-cache/packages"), help="where packages are kept")
     checked = verbs.add_parser("check", help="prove that nothing held out is trained on")
-    checked.add_argument("--samples", type=int, default=5000, help="training samples of every kind to look at")
-    checked.add_argument("--seed", type=int, default=0)
+    checked.add_argument("--samples", type=whole_number(1), default=5000,
+                         help="training samples of every kind to look at")
+    checked.add_argument("--seed", type=whole_number(0), default=0)
     shown = verbs.add_parser("sheet", help="write a sheet: a row of scenes for every split")
     shown.add_argument("--out", type=Path, default=Path("outputs/nano-scenes.png"))
-    shown.add_argument("--size", type=int, default=96, help="side of a scene in pixels")
+    shown.add_argument("--size", type=whole_number(1), default=96, help="side of a scene in pixels")
     return top
 
 
@@ -63,6 +64,7 @@ def _build(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     folder = find_world()
     check_files(folder)
+    load_sprites(folder)
     listed = check_lists(folder)
     seen = check_no_leak(args.samples, args.seed)
     print(f"{folder}: its files are those of the manifest. The lists are of their splits: {_numbers(listed)} scenes.\n"
@@ -74,6 +76,8 @@ def _numbers(counts: Mapping[str, int]) -> str:
 
 
 def _sheet(args: argparse.Namespace, columns: int = 14) -> None:
+    if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
+        raise DataError(f"{args.out}: its ending names no picture format that can be written; end it in .png.")
     gap = np.full((args.size, 2, 3), 255, np.uint8)
     rows = []
     for split in SPLITS:

@@ -3,16 +3,17 @@ at."""
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from typing import Any
 
+from seed_multimodal.data.formats.nano import NanoFile
 from seed_multimodal.data.nano.records import KINDS, record_at, scenes_of, texts_of
 from seed_multimodal.data.nano.scene import Scene
-from seed_multimodal.data.nano.splits import held_out, scene_at
+from seed_multimodal.data.nano.splits import held_compositions, held_out
 from seed_multimodal.data.nano.things import HELD_OUT, THINGS
-from seed_multimodal.data.nano.words import describe
+from seed_multimodal.data.nano.words import captions_in, describe
 from seed_multimodal.errors import DataError
 
 _UNNAMED = re.compile(rf"\b(?:{'|'.join(form for name in HELD_OUT for form in (THINGS[name].plural, name))})\b", re.I)
@@ -21,8 +22,8 @@ _UNNAMED = re.compile(rf"\b(?:{'|'.join(form for name in HELD_OUT for form in (T
 def samples(seed: int, index: int) -> Iterator[tuple[str, Any]]:
     """One training sample of every kind, (kind, sample): the pairs of the tokenizer, the records of the language model
     (once of the whole stream and once of a pool)."""
-    scene = scene_at(seed, index)
-    yield "pairs", {"image": scene, "caption": [describe(scene, random.Random(index))]}
+    pair = NanoFile(seed=seed).locate(index).fields
+    yield "pairs", {"image": pair["image"].scene, "caption": pair["caption"]}
     for kind in KINDS:
         yield kind, [record_at(kind, seed, index), record_at(kind, seed, index, pool=1000)]
 
@@ -45,6 +46,19 @@ def check_no_leak(number: int, seed: int = 0,
                     raise DataError(f"{where} shows \"{describe(scene)}\", which is held out "
                                     f"({', '.join(sorted(held_out(scene)))}).")
             for text in texts_of(sample):
-                if said := _UNNAMED.search(text):
-                    raise DataError(f"{where} says {said[0]!r}, which is held out (things): {text}")
+                for said, splits in _said(text):
+                    raise DataError(f"{where} says {said!r}, which is held out ({', '.join(sorted(splits))}): {text}")
     return seen
+
+
+def _said(text: str) -> Iterator[tuple[str, Collection[str]]]:
+    """The words of a text that say something held out, and of which splits it is."""
+    for name in _UNNAMED.finditer(text):
+        yield name[0], ["things"]
+    for words, said in captions_in(text):
+        splits: Collection[str] = held_compositions(said.things, said.counts, said.style, said.background)
+        if not splits and said.style and said.background and said.layout:
+            with suppress(DataError):  # `a dog and a cat`, to tell a story about
+                splits = held_out(Scene(said.style, said.background, said.layout, said.things, said.counts))
+        if splits:
+            yield words, splits

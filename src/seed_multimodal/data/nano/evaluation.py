@@ -40,9 +40,9 @@ def scenes(split: str, folder: str | Path | None = None) -> list[Scene]:
 def _lists(folder: Path) -> dict[str, list[Scene]]:
     file = folder / LISTS
     stored = read_json_object(file, DataError)
-    missing = [split for split in HELD_OUT_SPLITS if split not in stored]
-    if missing:
-        raise DataError(f"{file}: it has no list {missing[0]!r}; {BUILD_HINT}")
+    for split in HELD_OUT_SPLITS:
+        if not isinstance(stored.get(split), list) or not stored[split]:
+            raise DataError(f"{file}: it has no list {split!r}, or an empty one; {BUILD_HINT}")
     return {split: [_scene(row, f"{file}: {split} {number}") for number, row in enumerate(stored[split])]
             for split in HELD_OUT_SPLITS}
 
@@ -53,6 +53,8 @@ def _scene(row: Any, where: str) -> Scene:
         return Scene(style, background, layout, tuple(things), tuple(counts), jitter)
     except (ValueError, TypeError):
         raise DataError(f"{where}: is no scene [style, background, layout, things, counts, jitter].") from None
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def write_lists(folder: Path) -> None:

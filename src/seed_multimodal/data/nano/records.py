@@ -30,9 +30,10 @@ from seed_multimodal.data.nano.edits import EDITS, Edit, make_edit
 from seed_multimodal.data.nano.questions import KINDS as QUESTIONS
 from seed_multimodal.data.nano.questions import Question, ask
 from seed_multimodal.data.nano.scene import Scene
-from seed_multimodal.data.nano.splits import held_out, scene_at
+from seed_multimodal.data.nano.splits import check_split, held_out, scene_at
 from seed_multimodal.data.nano.things import NAMES
 from seed_multimodal.data.nano.words import describe, some
+from seed_multimodal.errors import DataError
 from seed_multimodal.language.tasks import (
     CONTINUE_REQUESTS,
     DESCRIBE_REQUESTS,
@@ -42,6 +43,7 @@ from seed_multimodal.language.tasks import (
     examples_request,
     story_request,
 )
+from seed_multimodal.settings import nearest
 
 Record = dict[str, Any]
 Scenes = Iterator[Scene]
@@ -56,7 +58,13 @@ def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int 
         split: no scene is held out otherwise.
         pool: kinds about a single picture take it from the first `pool` of the split's stream, so that what is
             encoded once serves many records; 0: number `index` of the stream.
+
+    Raises:
+        DataError: an unknown kind or split.
     """
+    check_split(split)
+    if kind not in KINDS:
+        raise DataError(f"nano: unknown kind of records {kind!r}{nearest(kind, KINDS)}; there are {', '.join(KINDS)}.")
     shake = random.Random(f"{seed} {split} {kind} {index}")
     allowed = trainable if split == "train" else partial(_only, split)
     start = shake.randrange(pool) if pool else index

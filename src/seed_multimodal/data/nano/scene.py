@@ -19,9 +19,10 @@ from PIL import Image, ImageDraw
 
 from seed_multimodal.data.nano.sprites import load_sprites
 from seed_multimodal.data.nano.things import BACKGROUNDS, COLOURS, STYLES, THINGS
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import ConfigError, DataError
 
 SIZE = 64
+LARGEST = 1024  # a picture is drawn at four times its size, which takes 64 MB there
 OVERSAMPLE = 4
 
 LOW, MIDDLE, HIGH, SIDE, LARGE = 0.25, 0.5, 0.75, 0.44, 0.84
@@ -65,6 +66,7 @@ class Scene:
         counts = {"many": 2 <= sum(self.counts) <= 4, "two kinds": 3 <= sum(self.counts) <= 4}.get(
             self.layout, set(self.counts) == {1})
         if (self.style not in STYLES or self.background not in BACKGROUNDS or self.layout not in LAYOUTS
+                or {type(number) for number in (*self.counts, self.jitter)} != {int}
                 or not set(self.things) <= set(THINGS) or len(set(self.things)) != kinds
                 or len(self.things) != kinds or len(self.counts) != kinds or not counts or min(self.counts) < 1
                 or max(self.counts) > (4 if kinds == 1 else 2)):
@@ -131,7 +133,13 @@ def boxes(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
 
 def render(scene: Scene, size: int = SIZE, folder: str | Path | None = None) -> np.ndarray:
     """The picture, uint8 [size, size, 3] RGB: drawn at four times the size and reduced once; `folder`: of the drawings,
-    see `find_world`."""
+    see `find_world`.
+
+    Raises:
+        ConfigError: a size below 1 or above `LARGEST`.
+    """
+    if not 1 <= size <= LARGEST:
+        raise ConfigError(f"nano: a picture of {size} pixels a side cannot be drawn; give 1 to {LARGEST}.")
     canvas = _background(scene.background, size * OVERSAMPLE).copy()
     _draw(canvas, scene, load_sprites(folder))
     return np.asarray(canvas.reduce(OVERSAMPLE))

@@ -12,11 +12,19 @@ from collections.abc import Sequence
 
 from seed_multimodal.data.nano.scene import LAYOUTS, Scene
 from seed_multimodal.data.nano.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES, THINGS
+from seed_multimodal.errors import DataError
+from seed_multimodal.settings import nearest
 
 SPLITS = ("train", "val", "pairs", "places", "counts", "styles", "things")
 SHARES = {"val": 0.05, "pairs": 0.15, "places": 0.10, "counts": 0.15, "styles": 0.06}
 WEIGHTS = dict(zip(LAYOUTS, (3, 1.5, 1.5, 1.5, 5, 4, 4, 3), strict=True))
 """How often each layout is drawn."""
+
+
+def check_split(split: str) -> None:
+    """Raise DataError for an unknown split; the nearest is named."""
+    if split not in SPLITS:
+        raise DataError(f"nano: unknown split {split!r}{nearest(str(split), SPLITS)}; there are {', '.join(SPLITS)}.")
 
 
 def _share(*parts: object) -> float:
@@ -31,20 +39,27 @@ def _style_held(thing: str) -> str:
     return STYLES[int(share * len(STYLES))] if share < 1 else ""
 
 
-def held_out(scene: Scene) -> frozenset[str]:
-    """Every held-out composition that the scene shows (empty: it may be trained on)."""
+def held_compositions(things: Sequence[str], counts: Sequence[int], style: str | None,
+                      background: str | None) -> set[str]:
+    """Every held-out composition among labels, of which a caption may leave out the style and the background."""
     found = set()
-    if any(THINGS[thing].held_out for thing in scene.things):
+    if any(THINGS[thing].held_out for thing in things):
         found.add("things")
-    if len(scene.things) == 2 and _share("pairs", *sorted(scene.things)) < SHARES["pairs"]:
+    if len(things) == 2 and _share("pairs", *sorted(things)) < SHARES["pairs"]:
         found.add("pairs")
-    if any(_share("places", thing, scene.background) < SHARES["places"] for thing in scene.things):
+    if background and any(_share("places", thing, background) < SHARES["places"] for thing in things):
         found.add("places")
     if any(count > 1 and _share("counts", thing, count) < SHARES["counts"]
-           for thing, count in zip(scene.things, scene.counts, strict=True)):
+           for thing, count in zip(things, counts, strict=True)):
         found.add("counts")
-    if any(_style_held(thing) == scene.style for thing in scene.things):
+    if style and any(_style_held(thing) == style for thing in things):
         found.add("styles")
+    return found
+
+
+def held_out(scene: Scene) -> frozenset[str]:
+    """Every held-out composition that the scene shows (empty: it may be trained on)."""
+    found = held_compositions(scene.things, scene.counts, scene.style, scene.background)
     if not found and _share("val", *scene.key) < SHARES["val"]:
         found.add("val")
     return frozenset(found)
@@ -66,7 +81,12 @@ def draw_scene(shake: random.Random, names: Sequence[str] = NAMES) -> Scene:
 
 
 def scene_at(seed: int, index: int, split: str = "train") -> Scene:
-    """Scene number `index` of a split's endless stream: a function of its arguments alone."""
+    """Scene number `index` of a split's endless stream: a function of its arguments alone.
+
+    Raises:
+        DataError: an unknown split.
+    """
+    check_split(split)
     shake = random.Random(f"{seed} {split} {index}")
     names = HELD_OUT if split == "things" else NAMES
     while True:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from seed_multimodal.data.formats.record import Place
+from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.tar import OpenFiles, tar_records
 from seed_multimodal.data.formats.tar_headers import Damaged
 from seed_multimodal.data.formats.writer import write_shard
@@ -23,7 +23,8 @@ from seed_multimodal.data.nano.packages import SOURCES, drawings, fetch
 from seed_multimodal.data.nano.place import BUILD_HINT, LISTS, SHARD, find_world
 from seed_multimodal.data.nano.things import STYLES, THINGS
 from seed_multimodal.disk import read_json_object, replace_text, sha256_of
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, ImageError
+from seed_multimodal.images.open import image_header
 
 SIDE = 112
 
@@ -41,9 +42,9 @@ def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.
         with closing(OpenFiles()) as files:
             for record in tar_records(file):
                 style, _, name = record.key.partition("-")
-                drawing = Image.open(io.BytesIO(_bytes(files, record.members["webp"])))
-                sprites[style, name.replace("_", " ")] = drawing.convert("RGBA").convert("RGBa")
-    except (Damaged, OSError, KeyError) as error:  # Pillow's own errors are OSErrors
+                if "webp" in record.members:  # what is missing is named below
+                    sprites[style, name.replace("_", " ")] = _drawing(record, files)
+    except (Damaged, OSError) as error:
         raise DataError(f"{file}: torn, damaged or no shard of drawings ({error}); {BUILD_HINT}") from None
     missing = next(((s, n) for s in STYLES for n in THINGS if (s, n) not in sprites), None)
     if missing:
@@ -51,8 +52,16 @@ def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.
     return sprites
 
 
-def _bytes(files: OpenFiles, place: Place | bytes) -> bytes:
-    return place if isinstance(place, bytes) else files.read(place.file, place.offset, place.size)
+def _drawing(record: Record, files: OpenFiles) -> Image.Image:
+    place = record.members["webp"]
+    content = place if isinstance(place, bytes) else files.read(place.file, place.offset, place.size)
+    try:
+        image_header(content, name=record.where)  # its limits hold for drawings, too
+        return Image.open(io.BytesIO(content)).convert("RGBA").convert("RGBa")
+    except ImageError as error:
+        raise DataError(f"{error} {BUILD_HINT[0].upper()}{BUILD_HINT[1:]}") from None
+    except OSError as error:  # Pillow's own errors are OSErrors
+        raise DataError(f"{record.where}: a damaged drawing ({error}); {BUILD_HINT}") from None
 
 
 def draw_sprite(svg: str, name: str, side: int = SIDE) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES, NUMBERS, RELATIONS, WHERE_PHRASES
@@ -93,6 +94,8 @@ _CAPTION = re.compile(
     + rf"(?: (?:and|(?P<relation>{_either(_RELATION_WORDS)})) " + _SOME.format(2) + r")?")
 _BACKGROUND = re.compile(
     rf"^(?P<before>{_either(_PHRASES)}), (?P<rest>.*)$|^(?P<rest2>.*) (?P<after>{_either(_PHRASES)})$")
+_SAID = re.compile(
+    rf"\b(?:(?P<before>{_either(_PHRASES)}), )?(?:{_CAPTION.pattern})(?: (?P<after>{_either(_PHRASES)}))?\b")
 
 
 def normalise(text: str) -> str:
@@ -108,8 +111,17 @@ def read_caption(text: str) -> Labels | None:
         background = _PHRASES[found["before"] or found["after"]]
         words = found["rest"] or found["rest2"]
     read = _CAPTION.fullmatch(words)
-    if read is None:
-        return None
+    return None if read is None else _labels(read, background)
+
+
+def captions_in(text: str) -> Iterator[tuple[str, Labels]]:
+    """Every caption inside a text (`Please draw a noto dog at night.`), and what it says."""
+    for read in _SAID.finditer(normalise(text)):
+        background = read["before"] or read["after"]
+        yield read[0], _labels(read, _PHRASES[background] if background else None)
+
+
+def _labels(read: re.Match[str], background: str | None) -> Labels:
     things = [_NAMED[read["name1"]]] + ([_NAMED[read["name2"]]] if read["name2"] else [])
     counts = [_COUNTED[read["count1"]]] + ([_COUNTED[read["count2"]]] if read["name2"] else [])
     layout = None

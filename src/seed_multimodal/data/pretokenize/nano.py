@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.nano import EPOCH, Drawing, check_split
+from seed_multimodal.data.formats.nano import EPOCH, Drawing
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.nano.records import record_at, with_pictures
+from seed_multimodal.data.nano.splits import check_split
 from seed_multimodal.data.nano.sprites import load_sprites
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 
