@@ -128,7 +128,10 @@ class SystemBackend:
 
     def note(self, request: GenerateRequest) -> str:
         """About words that the model does not know, for `error_msg`."""
-        return unknown_note(self.system.spec.world, [request.text.rpartition(self.system.template.user_marker)[2]])
+        template = self.system.template
+        said = request.text.rpartition(template.user_marker)[2]
+        ending = template.user_suffix.strip()  # the answer's role is no word of the message
+        return unknown_note(self.system.spec.world, [said.partition(ending)[0] if ending else said])
 
 
 def cut_at_turns(text: str, template: PromptTemplate) -> list[str]:

@@ -1,6 +1,6 @@
 """Words that nano's world does not have, so that a system can say so instead of answering as if it knew.
 
-    unknown_words("Draw a zebra.")    [("zebra", ["lobster", "bear", …])]
+    unknown_words("Draw a zebra.")    ["zebra"]
     unknown_note("Draw a zebra.")     "nano does not know 'zebra': it knows 150 things; nearest: …"
 """
 
@@ -36,26 +36,27 @@ _KNOWN = PLAIN | {*COLOURS, *STYLES} | {
     for phrase in phrases for word in phrase.split()}
 _FORMS = sorted((form for name in NAMES for form in (name, THINGS[name].plural)), key=len, reverse=True)
 _NAMED = re.compile(rf"(?<!\w)(?:{'|'.join(_FORMS)})(?!\w)")
-_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")  # in any alphabet
+_WORD = re.compile(r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*")  # in any alphabet; not the end of `2nd`
+_SHOWN = 40  # letters of a word in a sentence
 
 
-def unknown_words(text: str) -> list[tuple[str, list[str]]]:
-    """Words of a request that are neither nano's names nor ordinary English, in order, each once, in lower case, with
-    the three names that look most like each. A part of a name (`palm`) is unknown, too."""
-    plain = re.sub(r"'s\b", "", text.lower().replace("\u2019", "'"))
+def unknown_words(text: str) -> list[str]:
+    """Words of a request that are neither nano's names nor ordinary English, in order, each once, in lower case. A part
+    of a name (`palm`) is unknown, too."""
+    plain = re.sub(r"'s\b", "", text.lower().replace("\u2019", "'").replace("_", " "))
     words = dict.fromkeys(_WORD.findall(_NAMED.sub(" ", plain)))
-    return [(word, nearest_things(word)) for word in words if len(word) > 1 and word not in _KNOWN]
+    return [word for word in words if len(word) > 1 and word not in _KNOWN]
 
 
 def unknown_note(text: str) -> str:
     """One sentence about words that nano does not know, with the things that look most like the first; or nothing."""
-    unknown = unknown_words(text)
+    unknown = [word if len(word) <= _SHOWN else f"{word[:_SHOWN]}…" for word in unknown_words(text)]
     if not unknown:
         return ""
-    return (f"nano does not know {', '.join(repr(word) for word, _ in unknown[:3])}: it knows {len(NAMES)} things; "
-            f"nearest: {', '.join(unknown[0][1])}.")
+    return (f"nano does not know {', '.join(map(repr, unknown[:3]))}: it knows {len(NAMES)} things; "
+            f"nearest: {', '.join(nearest_things(unknown[0]))}.")
 
 
 def nearest_things(word: str, number: int = 3) -> list[str]:
-    """Names of nano's world that look like a word it does not know."""
+    """Names of nano's world that look most like a word it does not know."""
     return difflib.get_close_matches(word.lower(), NAMES, number, 0.0)
