@@ -190,8 +190,27 @@ def test_progressive_drawing(tiny, picture, other) -> None:
     drawn = tiny.draw("a blue fish", codes=[8, 32], num_inference_steps=2)
     assert same(drawn[0], tiny.draw("a blue fish", codes=8, num_inference_steps=2))
     assert same(drawn[1], tiny.draw("a blue fish", num_inference_steps=2)) and not same(*drawn)
-    with pytest.raises(ConfigError, match="The number of codes to draw from must be at most 32, not 33"):
-        tiny.draw("a blue fish", codes=33)
+    for counts in (range(8, 33, 24), np.array([8, 32]), torch.tensor([8, 32])):
+        again = tiny.draw("a blue fish", codes=counts, num_inference_steps=2)
+        assert len(again) == 2 and all(map(same, again, drawn))
+    assert same(drawn[0], tiny.draw("a blue fish", codes=torch.tensor(8), num_inference_steps=2))
+    with pytest.raises(ConfigError, match="1 pictures were given with 0 numbers of codes"):
+        tiny.reconstruct(picture, codes=[])
+
+
+def test_wrong_numbers_of_codes_are_refused_before_they_are_generated(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(tiny.speaker, "answer", None)  # whoever generates fails
+    for codes in (33, 0, "8", [8, 33], 8.0):
+        with pytest.raises(ConfigError, match="The number of codes to draw from must be"):
+            tiny.draw("a blue fish", codes=codes)
+
+
+def test_previews_take_any_scheduler_that_the_picture_takes(tiny) -> None:
+    asked = [{"role": "user", "content": "Draw a fish."}]
+    options = {"force_image": True, "scheduler": "PNDMScheduler", "num_inference_steps": 4}  # it takes four or more
+    events = list(tiny.chat(asked, stream=True, **options))
+    assert sum(event["type"] == "image_preview" for event in events) == 2
+    assert same(events[-1]["answer"].images[0], tiny.chat(asked, **options).images[0])
 
 
 def test_leaving_a_stream_early_ends_its_thread(tiny, picture) -> None:

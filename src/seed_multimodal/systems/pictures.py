@@ -219,9 +219,13 @@ class PictureCodec:
 
     def preview(self, codes: Sequence[int], seed: int | None = None, **decode: Any) -> Image.Image:
         """What the first codes of a picture show, as `draw` draws it, in `PREVIEW_STEPS` steps or a smaller number."""
-        steps = check_value(int, decode.pop("num_inference_steps", None) or PREVIEW_STEPS, "num_inference_steps")
-        return self.draw([list(codes)], seed=seed or 0, first=len(codes), num_inference_steps=min(steps, PREVIEW_STEPS),
-                         **decode)[0]
+        given = decode.pop("num_inference_steps", None)
+        steps = check_value(int, given or PREVIEW_STEPS, "num_inference_steps")
+        draw = partial(self.draw, [list(codes)], seed=seed or 0, first=len(codes), **decode)
+        try:
+            return draw(num_inference_steps=min(steps, PREVIEW_STEPS))[0]
+        except ConfigError:  # a scheduler that needs more (PNDM, four) must not end the answer
+            return draw(num_inference_steps=given)[0]
 
     @contextlib.contextmanager
     def _resident(self, part: nn.Module | Any, offload: bool) -> Iterator[None]:

@@ -33,7 +33,7 @@ from seed_multimodal.systems.chat import Answer, DrawnPart, as_parts, as_text, t
 from seed_multimodal.systems.pictures import Picture, PictureCodec, is_picture, load_codec
 from seed_multimodal.systems.speaker import Event, Speaker
 from seed_multimodal.systems.system_spec import SystemSpec, find_system
-from seed_multimodal.tokenizers.encoder import First
+from seed_multimodal.tokenizers.encoder import First, several_counts
 
 Log = Callable[[str], None] | None
 DECODE_KEYS = ("num_inference_steps", "guidance_scale", "noise_level", "scheduler", "negative_codes")
@@ -143,14 +143,13 @@ class SeedLlama:
 
         Args:
             codes: progressive drawing, see `reconstruct`; several numbers give a list, one picture for each.
-
         Raises:
             GenerationError: no whole picture.
         """
         text = as_text(text, "The text to draw")
         request = text if verbatim else self.tasks.draw_request(text)
         drawn = self._one_picture([request], self.tasks.draw_response, {**options, "seed": seed}, codes)
-        return drawn if isinstance(codes, Sequence) else drawn[0]
+        return drawn if several_counts(codes) else drawn[0]
 
     def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
         """`image` (a picture or its codes) after `instruction`; raises `GenerationError` as `draw`."""
@@ -254,7 +253,8 @@ class SeedLlama:
         decode = _take(options, DECODE_KEYS)
         settings = self._forced(self.settings(**options), options)
         settings = replace(settings, max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)  # no words after it
-        _ = self.pictures.decoder  # a missing de-tokenizer is reported before generation
+        # A missing de-tokenizer and wrong numbers of codes are reported before generation.
+        _ = self.pictures.decoder, self.pictures.model.check_counts(first)
         prompt, answer = self._task_ids(content), Answer(())
         free = replace(settings, force_image=False, max_new_tokens=settings.max_new_tokens + words)
         for how, start in ((free, ""), (settings, opening))[not words:]:

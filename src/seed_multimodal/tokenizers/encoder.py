@@ -171,17 +171,23 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
         """
         if first is None:
             return self.check_codes(codes), None
-        if not self.progressive:
-            raise ConfigError(f"{self.layout.name} makes no picture from its first codes alone; SEED-2 does.")
-        given = first.tolist() if isinstance(first, Tensor) else first
-        numbers = [check_value(int, one, "The number of codes to draw from", least=1, most=self.config.num_query)
-                   for one in (given if isinstance(given, list | tuple) else [given])]
+        numbers = self.check_counts(first)
         rows = self.check_codes(codes, max(numbers, default=self.config.num_query))
-        rows = rows.expand(len(numbers), -1) if len(rows) == 1 else rows
+        rows = rows.expand(len(numbers), -1) if len(rows) == 1 and numbers else rows
         if len(numbers) not in (1, len(rows)):
             raise ConfigError(f"{len(rows)} pictures were given with {len(numbers)} numbers of codes; give one for "
                               f"all, or one each.")
         return rows, torch.tensor(numbers, device=rows.device).expand(len(rows))
+
+    def check_counts(self, first: First) -> list[int]:
+        """Numbers of codes to draw from as a list, empty for None; raises `ConfigError` as `check_prefixes`."""
+        if first is None:
+            return []
+        if not self.progressive:
+            raise ConfigError(f"{self.layout.name} makes no picture from its first codes alone; SEED-2 does.")
+        given = first.tolist() if hasattr(first, "tolist") else first
+        return [check_value(int, one, "The number of codes to draw from", least=1, most=self.config.num_query)
+                for one in (given if several_counts(given) else [given])]
 
     def check_codes(self, codes: Tensor | Sequence, shortest: int = 0) -> Tensor:
         """Codes as `[B, 32]` int64 on the model's device; raises `CodesError` in one sentence.
@@ -210,6 +216,11 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
             raise CodesError(f"Code {int(codes[row, column])} (image {row}, position {column}) is outside the "
                              f"codebook 0..{size - 1}.")
         return nn.functional.pad(codes, (0, count - codes.shape[1])).to(self.device)
+
+
+def several_counts(first: First) -> bool:
+    """Whether `first` names several numbers of codes (a list, a range, an array) rather than one for all."""
+    return getattr(first, "ndim", 0) > 0 or (isinstance(first, Sequence) and not isinstance(first, str | bytes))
 
 
 def first_rows(quant_BQd: Tensor, first: Tensor) -> Tensor:
