@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import pickle
@@ -17,8 +18,9 @@ import torch
 import warm_python
 from PIL import Image
 
-from seed_multimodal import quickstart
+from seed_multimodal import disk, quickstart
 from seed_multimodal.cli import build_parser, main
+from seed_multimodal.commands import pictures
 from seed_multimodal.commands.chat import Talk
 from seed_multimodal.commands.common import OutputNames
 from seed_multimodal.data.nano.scene import Scene
@@ -112,13 +114,16 @@ def test_reconstruct_from_the_first_codes(capsys, tiny, tmp_path):
     assert json.loads(lines[0])["from_codes"] == 8
     pixels = {name: Image.open(path).tobytes() for name, path in (
         ("whole", tmp_path / "whole.png"), ("eight", tmp_path / "eight.png"), *records[1]["rebuilt"].items())}
+    _, lines, _ = run(capsys, "reconstruct", FOX, "--codes", "8, 8", *flags, str(tmp_path / "again.png"))
+    assert json.loads(lines[0])["rebuilt"] == str(tmp_path / "again.png")  # one number, given twice
     assert pixels["whole"] == pixels["32"] and pixels["eight"] == pixels["8"] and len(set(pixels.values())) == 3
 
 
 @pytest.mark.parametrize(("given", "words"), [
     (("--codes", "33"), "The number of codes to draw from must be at most 32, not 33."),
     (("--codes", "8,16", "--out", "one.png"), "one file for 2 pictures"),
-    (("--codes", "nowhere.jsonl"), "give either pictures or --codes-file FILE"),
+    (("--codes", "nowhere.jsonl"), "--codes takes numbers of codes here, as 8 or 4,8,16,32, not 'nowhere.jsonl'"),
+    (("--codes=-1",), "not '-1'"), (("--codes", "4.5"), "not '4.5'"), (("--codes", ""), "not ''"),
 ])
 def test_numbers_of_codes_that_cannot_be_are_refused(capsys, tiny, given, words):
     code, lines, errors = run(capsys, "reconstruct", FOX, "--model", tiny, *given)
@@ -141,6 +146,38 @@ def test_codes_are_drawn_as_strips(capsys, tiny, tmp_path):
     assert above_strip(Image.new("RGB", (8, 4)), strip, 6).size == (19, 10 + 6 + 4)
 
 
+@pytest.mark.parametrize("name", ["codes", "folder.png", "", "file.txt/codes.png"])
+def test_a_place_that_no_strips_can_be_written_to_is_refused_first(capsys, tiny, tmp_path, name):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file.txt").touch()
+    place = str(tmp_path / name) if name else ""
+    code, lines, errors = run(capsys, "tokenize", CAT, "--model", tiny, "--save-plot", place)
+    assert (code, lines) == (2, []) and errors.count("\n") == 1
+
+
+def test_codes_are_kept_when_their_strips_cannot_be_drawn(capsys, tiny, tmp_path, bad, monkeypatch):
+    plot, out = tmp_path / "codes.png", tmp_path / "codes.jsonl"
+    assert run(capsys, "tokenize", bad, "--model", tiny, "--save-plot", str(plot))[0] == 1 and not plot.exists()
+    plot.write_bytes(b"of yesterday")
+    monkeypatch.setattr(disk.os, "fsync", full)
+    code, _, errors = run(capsys, "tokenize", CAT, "--model", tiny, "--save-plot", str(plot), "--out", str(out))
+    assert code == 2 and f"{plot}: cannot be written (the disk or quota is full" in errors
+    assert len(json.loads(out.read_text())["codes"]) == 32 and plot.read_bytes() == b"of yesterday"
+
+
+def test_the_strips_of_very_many_pictures_are_the_first_ones(capsys, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "MOST_STRIPS", 2)
+    plot = str(tmp_path / "codes.png")
+    code, lines, errors = run(capsys, "tokenize", CAT, FOX, CAT, "--model", tiny, "--save-plot", plot)
+    assert (code, len(lines)) == (0, 3) and f"{plot} shows the first 2 of 3 pictures." in errors
+    assert Image.open(plot).height < 3 * 88
+
+
+def full(*_: object) -> None:
+    """A disk without room."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_reconstruct_refuses_bad_codes_one_by_one(capsys, tiny, tmp_path):
     codes = tmp_path / "codes.jsonl"
     codes.write_text(json.dumps([1] * 32) + "\n" + json.dumps([1] * 31) + "\n" + json.dumps([99] * 32) + "\n"
@@ -156,6 +193,16 @@ def test_reconstruct_refuses_a_file_that_holds_no_codes(capsys, tiny, tmp_path, 
     codes.write_text(content)
     code, _, errors = run(capsys, "reconstruct", "--codes", str(codes), "--model", tiny)
     assert code == 2 and "codes.jsonl" in errors and errors.count("\n") == 1
+
+
+def test_a_folder_may_be_called_like_a_picture_and_must_be_writable(capsys, tiny, tmp_path):
+    old = tmp_path / "fox.png"
+    old.write_bytes(b"a picture")
+    code, _, errors = run(capsys, "reconstruct", FOX, "--model", tiny, "--out", f"{old}/")
+    assert code == 2 and errors == f"seed: {old}: cannot be written (Not a directory).\n"
+    assert old.read_bytes() == b"a picture"
+    code, lines, _ = run(capsys, "reconstruct", FOX, "--model", tiny, "--out", f"{tmp_path}/new.png/", "--steps", "1")
+    assert code == 0 and lines == [f"{FOX}: {tmp_path}/new.png/fox_rebuilt.png"]
 
 
 def test_results_never_share_a_name(capsys, tiny, tmp_path):
@@ -251,7 +298,7 @@ def test_the_limit_of_tokens_and_beams_are_followed_everywhere(capsys, tiny, tmp
 def test_a_place_that_cannot_be_written_is_told(capsys, tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     code, _, errors = run(capsys, "edit", CAT, "Make it green.", "--model", tiny, "--out", str(tmp_path / "file" / "x"))
-    assert code == 1 and "cannot be written" in errors and "Traceback" not in errors
+    assert code == 2 and "cannot be written" in errors and "Traceback" not in errors
 
 
 def test_chat_remembers_turns(capsys, tiny, tmp_path):

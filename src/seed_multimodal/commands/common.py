@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal.config import project_root
-from seed_multimodal.disk import disk_reason, writing
+from seed_multimodal.disk import disk_reason, replacing, writing
 from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, add_device, log_line, whole_number
 from seed_multimodal.errors import (
     CodesError,
@@ -78,8 +78,8 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 
 
 def code_counts(text: str) -> list[int]:
-    """The type of `--codes`: numbers of codes, `8` or `4,8,16,32`."""
-    return [whole_number(1)(word) for word in text.split(",")]
+    """The type of `--codes`: numbers of codes, `8` or `4,8,16,32`, each once."""
+    return list(dict.fromkeys(whole_number(1)(word.strip()) for word in text.split(",")))
 
 
 def add_codes(parser: argparse.ArgumentParser, kind: Callable[[str], Any] = code_counts, more: str = "") -> None:
@@ -174,15 +174,18 @@ class OutputNames:
     """File names for results: into a folder, or the one file that was asked for; never one name for two results."""
 
     def __init__(self, out: str | None, default_folder: str, count: int) -> None:
-        self._single = Path(out) if out and Path(out).suffix.lower() in PICTURE_SUFFIXES else None
+        folder = not out or out.endswith(os.sep) or os.path.isdir(out)
+        self._single = None if folder or Path(out).suffix.lower() not in PICTURE_SUFFIXES else Path(out)
         if self._single is not None and count > 1:
             raise ConfigError(f"{out}: one file for {count} pictures; give --out a folder.")
-        if out and self._single is None and not out.endswith(os.sep) and not os.path.isdir(out):
+        if not folder and self._single is None:
             ending = Path(out).suffix
             if _of_a_picture(ending.lower()):  # a file was meant, as in apple.gif; folders may have dots, too
                 raise ConfigError(f"{out}: {ending} is no picture format that can be written; use one of "
                                   f"{', '.join(PICTURE_SUFFIXES)}, or {out}{os.sep} for a folder.")
         self._folder = Path(out) if out else Path(default_folder)
+        if count:  # pictures that are sure to come
+            require_room(self._single.parent if self._single else self._folder)
         self._used: set[str] = set()
 
     def next(self, stem: str, ending: str = "") -> Path:
@@ -199,18 +202,46 @@ class OutputNames:
 
 
 def save_picture(image: Image.Image, path: Path) -> Path:
-    """Write `image`, making its folder.
+    """Write `image`, making its folder; when the disk is full, what was there stays.
 
     Raises:
         ImageError: the place cannot be written, or its suffix is no picture format.
     """
-    with writing(path, ImageError):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-        except ValueError as error:
-            raise ImageError(f"{path}: cannot be written ({error}).") from error
+    try:
+        kind = _format(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            image.save(file, kind)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written ({disk_reason(error)}).") from error
+    except ValueError as error:
+        raise ImageError(f"{path}: cannot be written ({error}).") from error
     return path
+
+
+def _format(path: Path) -> str:
+    """Pillow's name of the format that a suffix stands for; raises ValueError for one that it cannot write."""
+    Image.init()
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
+    if kind not in Image.SAVE:
+        raise ValueError(f"unknown file extension: {path.suffix}")
+    return kind
+
+
+def require_picture_place(flag: str, file: str) -> None:
+    """Refuse a file of a flag that a picture could not be written to, before long work is done for it.
+
+    Raises:
+        ConfigError: no suffix of a picture, a folder, or a place that cannot be written.
+    """
+    path = Path(file)
+    try:
+        _format(path)
+    except ValueError as error:
+        raise ConfigError(f"{flag} {file!r}: not the name of a picture file, such as codes.png ({error}).") from error
+    if path.is_dir():
+        raise ConfigError(f"{flag} {file!r}: this is a folder; name a file in it.")
+    require_room(path.parent)
 
 
 def require_room(folder: Path) -> None:

@@ -25,9 +25,11 @@ from seed_multimodal.commands.common import (
     generation_settings,
     load_system,
     opened,
+    require_picture_place,
     save_picture,
     write_text,
 )
+from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CodesError, ConfigError, DataError, first_line
 from seed_multimodal.quiet import quiet_libraries
 
@@ -37,32 +39,40 @@ if TYPE_CHECKING:
     from seed_multimodal.systems.pictures import PictureCodec
 
 T = TypeVar("T")
+MOST_STRIPS = 500  # pictures on the page of `seed tokenize --save-plot`: a longer one cannot be looked at
 
 
 def tokenize(args: argparse.Namespace) -> int:
     """Print (and with `--out` write) the codes of each picture."""
+    if args.save_plot is not None:
+        require_picture_place("--save-plot", args.save_plot)
     codec = load_codec(args)
     outcomes = Outcomes(len(args.pictures))
     lines = []
     shown: list[tuple[str, Image.Image, list[int]]] = []
     for batch in batched(opened(args.pictures, outcomes, args.debug), args.batch_size):
         for (name, image), codes in zip(batch, codec.tokenize([image for _, image in batch]).tolist(), strict=True):
-            if args.save_plot:
+            if args.save_plot and len(shown) < MOST_STRIPS:
                 image.thumbnail((176, 176))
                 shown.append((name, image, codes))
             record = {"picture": name, "codes": codes}
             lines.append(json.dumps(record, ensure_ascii=False))
             emit(args, record, f"{name}: {' '.join(map(str, codes))}")
-    if args.save_plot:
-        save_strips(shown, codec, Path(args.save_plot))
     if args.out:
         write_text("".join(line + "\n" for line in lines), args.out)
+    if shown:
+        if len(lines) > len(shown):
+            log_line(f"{args.save_plot} shows the first {len(shown)} of {len(lines)} pictures.")
+        save_strips(shown, codec, Path(args.save_plot))
     return outcomes.finish()
 
 
 def reconstruct(args: argparse.Namespace) -> int:
     """Rebuild pictures from their codes, or from a file of codes, whole or from the first of them, and save them."""
     file, counts = (args.codes, None) if isinstance(args.codes, str) else (args.codes_file, args.codes)
+    if isinstance(args.codes, str) and (args.pictures or args.codes_file):
+        raise ConfigError(f"seed reconstruct: --codes takes numbers of codes here, as 8 or 4,8,16,32, not "
+                          f"{args.codes!r}.")
     if bool(args.pictures) == bool(file):
         raise ConfigError("seed reconstruct: give either pictures or --codes-file FILE.")
     stored = read_codes(file) if file else []
@@ -103,7 +113,7 @@ def _save_drawn(images: Sequence[Image.Image], counts: Sequence[int] | None, nam
 
 def counts_or_file(text: str) -> list[int] | str:
     """The type of `seed reconstruct --codes`: numbers of codes, or a file of codes."""
-    return code_counts(text) if re.fullmatch(r"[\d,]+", text) else text
+    return code_counts(text) if re.fullmatch(r"[\d,\s]+", text) else text
 
 
 def save_strips(shown: Sequence[tuple[str, Image.Image, Sequence[int]]], codec: PictureCodec, path: Path) -> None:
