@@ -5,6 +5,7 @@
 #   bash scripts/nano_speedrun.sh --pico        the same line in minutes on 2 CPU cores
 # Options: --config FILE  --work DIR  --out DIR  --no-report; further words are dotted settings.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 
 config=configs/nano/full.yaml
@@ -13,13 +14,20 @@ work=""
 out=""
 report=1
 overrides=()
+from_here() {  # from_here PATH: as it was meant where the script was called
+  case "$1" in /*) echo "$1" ;; *) echo "$here/$1" ;; esac
+}
+
 while [ $# -gt 0 ]; do
+  case "$1" in --config|--work|--out)
+    [ -n "${2:-}" ] || { echo "$1 needs a file or folder: see --help." >&2; exit 2; } ;;
+  esac
   case "$1" in
     --pico) config=configs/nano/pico.yaml; name=pico ;;
     --cpu) config=configs/nano/cpu.yaml; name=cpu ;;
-    --config) config=$2; name=$(basename "$2" .yaml); shift ;;
-    --work) work=$2; shift ;;
-    --out) out=$2; shift ;;
+    --config) config=$2; name=$(basename "$2" .yaml); [ ! -e "$here/$2" ] || config=$(from_here "$2"); shift ;;
+    --work) work=$(from_here "$2"); shift ;;
+    --out) out=$(from_here "$2"); shift ;;
     --no-report) report=0 ;;
     -h|--help) sed -n '2,6p' "$0"; exit 0 ;;
     -*) echo "Unknown option $1: see --help." >&2; exit 2 ;;
@@ -54,16 +62,26 @@ fi
 "$python" -c 'import hydra' 2>/dev/null || {
   echo "The language model is trained through Hydra, which is not installed: bash install.sh --extras train" >&2; exit 2; }
 
-# Two lines side by side, half of the cores each; if one fails, the other does not go on unseen.
+# Settings that are wrong end the script here, with one sentence.
+read_steps="import sys; from seed_multimodal.entry import guarded; from seed_multimodal.training.nano.config import load_config
+sys.exit(guarded('nano training', False, lambda: print(load_config(sys.argv[1], sys.argv[2:]).judge_steps) or 0))"
+judge_steps=$("$python" -c "$read_steps" "$config" ${overrides[@]+"${overrides[@]}"})
+
+# Two lines side by side, half of the cores each. If one fails or this script is stopped, both end, as after SIGTERM:
+# what they have trained is saved.
 both() {  # both FIRST SECOND
-  set -m  # a process group of its own, so that its programs end with it
-  "$1" &
-  set +m
+  set -m  # process groups of their own, so that their programs end with them
+  { trap 'exit 143' TERM; "$1"; } &  # with a trap it ends after its program
   first=$!
-  trap 'kill -- "-$first" 2>/dev/null || true' EXIT
-  "$2"
-  wait "$first"
-  trap - EXIT
+  { trap 'exit 143' TERM; "$2"; } &
+  second=$!
+  set +m
+  trap 'kill -- "-$first" "-$second" 2>/dev/null || true; wait' EXIT
+  trap 'exit 143' TERM
+  trap 'exit 130' INT
+  while kill -0 "$first" 2>/dev/null && kill -0 "$second" 2>/dev/null; do sleep 1; done
+  if kill -0 "$first" 2>/dev/null; then wait "$second"; wait "$first"; else wait "$first"; wait "$second"; fi
+  trap - EXIT TERM INT
 }
 
 vae() { stages vae; }
@@ -87,10 +105,9 @@ language_model() {
   stages llm
 }
 train_judge() {
-  [ "$report" = 1 ] && [ "$judge" = "$out/judge" ] && [ ! -f "$judge/model.safetensors" ] || return 0
+  [ "$report" = 1 ] && [ "$judge" = "$out/judge" ] && [ ! -f "$judge/config.json" ] || return 0
   echo "== judge"
-  steps=$("$python" -c "from seed_multimodal.training.nano.config import load_config as l; print(l('$config').judge_steps)")
-  "$python" -m seed_multimodal.evaluation.train_judge --out "$judge" --work "$work/judge" --steps "$steps"
+  "$python" -m seed_multimodal.evaluation.train_judge --out "$judge" --work "$work/judge" --steps "$judge_steps"
 }
 
 export OMP_NUM_THREADS=$half

@@ -3,8 +3,10 @@
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,15 +26,19 @@ def run(*command: str, environment: dict[str, str] = ENVIRONMENT) -> subprocess.
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, cwd=ROOT)
 
 
+def need_lavis() -> None:
+    try:
+        importlib.metadata.version("salesforce-lavis")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+
+
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_line_ends_in_a_system_that_answers(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        importlib.metadata.version("salesforce-lavis")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+    need_lavis()
     work, out = tmp_path / "work", tmp_path / "system"
     first = run("bash", "scripts/nano_speedrun.sh", "--config", "configs/nano/test.yaml",
                 "--work", str(work), "--out", str(out), "--no-report")
@@ -70,3 +76,60 @@ def test_without_lavis_the_script_says_what_to_install(tmp_path: Path) -> None:
     refused = run("bash", "scripts/nano_speedrun.sh", "--pico", "--work", str(tmp_path / "work"),
                   environment={**ENVIRONMENT, "PYTHON": str(python)})
     assert refused.returncode == 2 and "bash install.sh --lavis" in refused.stderr and not (tmp_path / "work").exists()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("option", "sentence"), [
+    ("--config", "--config needs a file or folder"), ("--work", "--work needs a file or folder"),
+    ("train_vea.steps=3", "did you mean 'train_vae'?"), ("--cpus", "Unknown option --cpus")])
+def test_the_script_refuses_wrong_words_once(option: str, sentence: str) -> None:
+    refused = run("bash", "scripts/nano_speedrun.sh", "--pico", option)
+    assert refused.returncode == 2 and refused.stderr.count(sentence) == 1 and refused.stderr.count("\n") == 1
+
+
+def standing_in(folder: Path) -> dict[str, str]:
+    """An environment whose Python notes each of nano's stages in `folder` and sleeps instead (one of stages `FAILS`:
+    ends with 3), and is Python otherwise."""
+    python = folder / "python"
+    python.write_text(f"""#!/bin/sh
+case "$*" in
+  *training.nano*--only*) echo "$$ $*" >> "{folder}/started"
+    case "$*" in *"--only ${{FAILS:-none}} "*) exit 3 ;; esac
+    exec sleep 60 ;;
+  *) exec "{sys.executable}" "$@" ;;
+esac
+""")
+    python.chmod(0o755)
+    return {**ENVIRONMENT, "PYTHON": str(python)}
+
+
+def ended(folder: Path) -> bool:
+    return not any(Path(f"/proc/{line.split()[0]}").exists() for line in (folder / "started").read_text().splitlines())
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("fails", ["vae", "clip"])
+def test_if_one_line_fails_the_other_ends_with_it(tmp_path: Path, fails: str) -> None:
+    need_lavis()
+    failed = run("bash", "scripts/nano_speedrun.sh", "--config", "configs/nano/test.yaml", "--work", str(tmp_path),
+                 environment={**standing_in(tmp_path), "FAILS": fails})
+    assert failed.returncode == 3 and ended(tmp_path)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
+def test_both_lines_end_with_the_script(tmp_path: Path) -> None:
+    need_lavis()
+    (tmp_path / "mine.yaml").write_text("pool: 8\n")
+    script = subprocess.Popen(
+        ["bash", str(ROOT / "scripts/nano_speedrun.sh"), "--config", "mine.yaml", "--work", "a folder"],
+        env=standing_in(tmp_path), cwd=tmp_path)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not (
+            (tmp_path / "started").is_file() and (tmp_path / "started").read_text().count("\n") == 2):
+        time.sleep(0.05)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(20) == 143 and ended(tmp_path)
+    started = (tmp_path / "started").read_text()
+    assert f"--config {tmp_path}/mine.yaml --work {tmp_path}/a folder --out {tmp_path}/a folder/system" in started

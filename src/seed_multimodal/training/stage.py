@@ -13,13 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
-from seed_multimodal.training.checkpoint_folders import checkpoints
+from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
 from seed_multimodal.training.distributed import ProcessGroup, wait_limit
 from seed_multimodal.training.loop import train
 from seed_multimodal.training.loop_settings import SampleCost, StageSettings
 from seed_multimodal.training.meter import Meter
 from seed_multimodal.training.optimizers import parameter_groups
-from seed_multimodal.training.resume import other_numbers, refuse_other_numbers
+from seed_multimodal.training.resume import other_numbers, read_states, refuse_other_numbers, settings_remark
 from seed_multimodal.training.schedules import check_kind, learning_rate
 from seed_multimodal.training.task import Task
 
@@ -101,8 +101,19 @@ def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None 
                 and checkpoints(home / task.checkpoint_folder)):
             if group.first:
                 print(f"[{task.name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
+                remark = _remark(task, home / task.checkpoint_folder)
+                if remark:
+                    print(f"[{task.name}] {remark}; remove {done} and {home / task.checkpoint_folder} to train it "
+                          "again.", flush=True)
             return record
     return train(task, task.settings, home, group=group)
+
+
+def _remark(task: StageTask, folder: Path) -> str:
+    """Which settings the run that is done had otherwise, as `settings_remark`; nothing without its checkpoint."""
+    newest = next((path for _, path in checkpoints(folder) if not fault_of(path, hashes=False)), None)
+    before = read_states(newest).trainer.get("config") if newest is not None else None
+    return settings_remark(before, task.config, task.quiet_keys) if before and task.config else ""
 
 
 def read_record(file: Path) -> dict[str, Any]:

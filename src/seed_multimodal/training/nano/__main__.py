@@ -50,6 +50,14 @@ STAGES: dict[str, Callable[[Workspace], dict[str, Any]]] = {
 }
 
 
+# Stage -> (a training that was done before it or is done in it, what that was built on).
+BUILT_ON: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "unet": (("unet", ("vae", "clip")),), "unet2": (("unet2", ("unet", "tokenizer")),),
+    "tokenizer": (("stage1", ("clip",)), ("stage2", ("stage1",))),
+    "records": (("llm_pretrain", ("tokenizer",)), ("llm_sft", ("tokenizer",))),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run the stages, print a summary; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m seed_multimodal.training.nano", description=__doc__)
@@ -66,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     config = load_config(options.config, options.overrides)
-    wanted = [s for s in options.only.split(",") if s] or list(STAGES)
+    wanted = [stage for part in options.only.split(",") if (stage := part.strip())] or list(STAGES)
     unknown = [s for s in wanted if s not in STAGES]
     if unknown:
         raise SeedError(f"Unknown stage {unknown[0]!r}: use {', '.join(STAGES)}.")
@@ -77,12 +85,23 @@ def _run(options: argparse.Namespace) -> int:
     found = []
     for stage in wanted:
         print(f"== {stage}", flush=True)
+        _tell_older(space, stage)
         found.append((stage, STAGES[stage](space)))
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} min; the system is in {options.out}.")
     for stage, record in found:
         print(f"  {stage:9s} {record.get('seconds', 0):7.0f} s  " + ", ".join(
             f"{k} {v}" for k, v in record.items() if k not in ("stage", "seconds", "steps", "batch_size")))
     return 0
+
+
+def _tell_older(space: Workspace, stage: str) -> None:
+    """Say which trainings are older than what they were built on."""
+    for training, parts in BUILT_ON.get(stage, ()):
+        record = space.record(training)
+        since = space.newer(record, *parts) if record.is_file() else ""
+        if since:
+            print(f"[{training}] was trained before {since} was trained again; remove its record and checkpoints "
+                  f"(docs/nano-training.md) to train it again: {record}", flush=True)
 
 
 if __name__ == "__main__":

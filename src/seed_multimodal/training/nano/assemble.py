@@ -14,8 +14,16 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 
 
 def assemble(space: Workspace) -> dict[str, Any]:
-    """Finish the system folder (idempotent) and report its size in MB."""
+    """Finish the system folder (idempotent) and report its size in MB.
+
+    Raises:
+        CheckpointError: a part is not there.
+    """
     out, decoder = space.out, space.decoder_folder
+    for stage, folder in (("vae", decoder / "vae"), ("clip", decoder / "image_encoder"),
+                          ("tokenizer", space.tokenizer_folder), ("unet2", decoder / "unet"),
+                          ("llm", out / "seed_llama")):
+        space.need(stage, folder / "config.json")
     (decoder / "model_index.json").write_text(json.dumps(PIPELINE_INDEX, indent=1))
     extractor = decoder / "feature_extractor"
     extractor.mkdir(exist_ok=True)

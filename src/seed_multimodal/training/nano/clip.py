@@ -62,6 +62,8 @@ class ClipTask(SceneTask):
     """Stage `clip`: train on scenes; the vision tower goes to `decoder_folder/image_encoder`, heads and read-out to
     `work`."""
 
+    sections = (*SceneTask.sections, "clip")
+
     def __init__(self, space: Workspace) -> None:
         torch.manual_seed(space.config.seed + 1)
         self.tower = Tower(space.config).to(space.device)
@@ -130,9 +132,10 @@ def embeddings(space: Workspace) -> Tensor:
     def make() -> Tensor:
         from transformers import CLIPVisionModelWithProjection
 
+        space.need("clip", space.decoder_folder / "image_encoder" / "config.json")
         vision = CLIPVisionModelWithProjection.from_pretrained(space.decoder_folder / "image_encoder").to(space.device)
         size = space.config.image_size
         return torch.cat([embed_images(vision, scene_pixels(space.pool[at:at + 1024], size)).half()
                           for at in range(0, len(space.pool), 1024)])
 
-    return space.cached("embeddings", make)
+    return space.cached("embeddings", "clip", make)

@@ -30,10 +30,9 @@ from seed_multimodal.data.nano.records import Record, record_at, scenes_of, with
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.config import NanoConfig
-from seed_multimodal.training.nano.tokenizer import encode_scenes
+from seed_multimodal.training.nano.tokenizer import encode_scenes, load_tokenizer
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.weights import count_parameters
 
@@ -159,13 +158,14 @@ def _trained(space: Workspace, stage: str, name: str, settings: StageSettings) -
 def _codes(space: Workspace, scenes: Sequence[Scene]) -> Tensor:
     """Codes int16 [N, 32], kept in the work folder."""
     def make() -> Tensor:
-        tokenizer, parts = Seed2Tokenizer.from_pretrained(space.tokenizer_folder), []
+        tokenizer, parts = load_tokenizer(space), []
         for start in range(0, len(scenes), ENCODED_AT_ONCE):
             parts.append(encode_scenes(tokenizer, scenes[start:start + ENCODED_AT_ONCE], space.config.image_size))
             print(f"[records] {start + len(parts[-1])} of {len(scenes)} pictures encoded", flush=True)
         return torch.cat(parts)
 
-    return space.cached(CODES, make)
+    return space.cached(CODES, "tokenizer", make, gate_scenes=space.config.gate_scenes,
+                        **asdict(space.config.records))
 
 
 def _written(kind: str, records: Sequence[Record],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -12,14 +13,26 @@ from seed_multimodal.training.nano.scenes import SceneStream, scene_batches
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.training.stage import StageTask
 
+_QUIET = ("tensorboard", "wandb", "run_name", "log_every", "save_seconds", "save_every_steps", "keep", "async_save",
+          "resume", "curves", "timeout_minutes")  # they change no number
+
 
 class NanoTask(StageTask):
-    """A stage NAME with the settings `train_NAME`; built on a workspace, run by `training.loop.train`."""
+    """A stage NAME with the settings `train_NAME`; built on a workspace, run by `training.loop.train`.
+
+    Attributes:
+        sections: settings that its numbers follow from, beside `train_NAME`.
+    """
+
+    sections: tuple[str, ...] = ("seed", "image_size")
 
     def __init__(self, space: Workspace, name: str, module: nn.Module) -> None:
         # Not in parallel: the losses call parts of the module past its `forward`.
         super().__init__(name, module, getattr(space.config, f"train_{name}"), parallel=False)
         self.space = space
+        self.config = {key: value for key, value in asdict(space.config).items()
+                       if key in (*self.sections, f"train_{name}")}
+        self.quiet_keys = [f"train_{name}.{key}" for key in _QUIET]
 
     def parameter_count(self) -> int:
         """Parameters of the module."""

@@ -50,13 +50,19 @@ def encode_scenes(tokenizer: Seed2Tokenizer, scenes: Sequence[Scene], size: int,
     return torch.cat(parts)
 
 
+def load_tokenizer(space: Workspace) -> Seed2Tokenizer:
+    """The finished tokenizer; raises `CheckpointError` if stage `tokenizer` was not run."""
+    space.need("tokenizer", space.tokenizer_folder / "model.safetensors")
+    return Seed2Tokenizer.from_pretrained(space.tokenizer_folder).to(space.device)
+
+
 def pool_codes(space: Workspace) -> Tensor:
     """Codes int16 `[N, 32]` of the pool; made once by the finished tokenizer."""
     def make() -> Tensor:
-        tokenizer = Seed2Tokenizer.from_pretrained(space.tokenizer_folder).to(space.device)
+        tokenizer = load_tokenizer(space)
         return encode_scenes(tokenizer, space.pool, space.config.image_size)
 
-    return space.cached("codes", make)
+    return space.cached("codes", "tokenizer", make)
 
 
 @torch.no_grad()

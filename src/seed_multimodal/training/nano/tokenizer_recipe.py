@@ -168,6 +168,8 @@ def join_stages(space: Workspace) -> dict[str, Any]:
         print(f"[tokenizer] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
         return record
     started = time.monotonic()
+    space.need("clip", space.decoder_folder / "image_encoder" / "model.safetensors", space.work / HEADS_FILE,
+               space.work / READOUT_FILE)
     new, vision = space.work / "tokenizer", space.work / "tokenizer-vision.safetensors"
     sizes = tokenizer_config(space.config)
     clip = load_state_dict(space.decoder_folder / "image_encoder" / "model.safetensors")

@@ -25,7 +25,7 @@ from seed_multimodal.training.group_norm import restore_group_norm, use_fast_gro
 from seed_multimodal.training.nano.clip import HEADS_FILE, READOUT_FILE, REDUCED, embeddings, load_label_heads
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.task import NanoTask
-from seed_multimodal.training.nano.tokenizer import pool_codes
+from seed_multimodal.training.nano.tokenizer import load_tokenizer, pool_codes
 from seed_multimodal.training.nano.vae import latents
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.training.schedules import batch_indices
@@ -94,6 +94,8 @@ class Decoder(nn.Module):
 class UnetTask(NanoTask):
     """Stage `unet`: train on latents and embeddings of the pool; goes to `work/unet`."""
 
+    sections = (*NanoTask.sections, "pool", "unet")
+
     def __init__(self, space: Workspace, name: str = "unet") -> None:
         from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -120,6 +122,7 @@ class UnetTask(NanoTask):
 
     def layout_of(self, space: Workspace, width: int, channels: int, grid: int) -> LayoutDecoder:
         """An untrained layout decoder whose heads and coarse picture are those of stage `clip`."""
+        space.need("clip", space.work / HEADS_FILE, space.work / READOUT_FILE)
         heads, readout = load_label_heads(space.work / HEADS_FILE), load_state_dict(space.work / READOUT_FILE)
         layout = LayoutDecoder(width, channels, grid, space.config.unet.cross_dim, heads.classes, arranged_anchors(),
                                coarse=REDUCED, patch=grid // TOKENS)
@@ -168,6 +171,7 @@ class UnetOfCodesTask(UnetTask):
     def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
         from diffusers import UNet2DConditionModel
 
+        space.need("unet", *(self.out / part / "config.json" for part in ("unet", "layout")))
         unet = UNet2DConditionModel.from_pretrained(self.out / "unet")
         return unet, LayoutDecoder.from_pretrained(self.out / "layout")
 
@@ -197,14 +201,12 @@ def save_decoder(decoder: Decoder, scheduler: Any, noising: Any, normaliser: Any
 def decoded_embeddings(space: Workspace) -> Tensor:
     """Embeddings float16 `[2, N, E]` of the pool's codes: as they are, and with up to 15 % of them those of another
     scene."""
-    return space.cached("decoded", lambda: _decode(space, pool_codes(space).long()))
+    return space.cached("decoded", "tokenizer", lambda: _decode(space, pool_codes(space).long()))
 
 
 @torch.no_grad()
 def _decode(space: Workspace, codes: Tensor, corrupt: float = 0.15) -> Tensor:
-    from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-
-    tokenizer = Seed2Tokenizer.from_pretrained(space.tokenizer_folder).to(space.device)
+    tokenizer = load_tokenizer(space)
     generator = torch.Generator().manual_seed(space.config.seed)
     share = corrupt * torch.rand(len(codes), 1, generator=generator)
     swap = torch.rand(codes.shape, generator=generator) < share

@@ -61,6 +61,8 @@ def reconstruction_loss(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 class VaeTask(SceneTask):
     """Stage `vae`: train on scenes; the model goes to `decoder_folder/vae`."""
 
+    sections = (*SceneTask.sections, "vae")
+
     def __init__(self, space: Workspace) -> None:
         torch.manual_seed(space.config.seed)
         self.vae = use_fast_group_norm(build_vae(space.config)).to(space.device, memory_format=torch.channels_last)
@@ -136,13 +138,14 @@ def decibels(errors: Tensor) -> float:
 
 def latents(space: Workspace) -> Tensor:
     """Posterior means of the pool, float16 `[N, C, h, w]`; made once by the VAE of stage `vae`."""
-    return space.cached("latents", lambda: _encode(space))
+    return space.cached("latents", "vae", lambda: _encode(space))
 
 
 @torch.no_grad()
 def _encode(space: Workspace) -> Tensor:
     from diffusers import AutoencoderKL
 
+    space.need("vae", space.decoder_folder / "vae" / "config.json")
     vae = AutoencoderKL.from_pretrained(space.decoder_folder / "vae").eval().to(
         space.device, memory_format=torch.channels_last)
     parts = []

@@ -1,23 +1,28 @@
 """What the stages share: folders, words, fixed scenes, and what was computed from them and is kept.
 
-Every cached file is made once and read back by later stages and later runs; deleting one makes it anew.
+Every cached file is made once and read back by later stages and later runs. One that is damaged, of other settings, or
+older than what it was made by is made anew, and that is said.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from seed_multimodal.data.nano.records import sentences
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import scene_at
 from seed_multimodal.device import choose_device
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -59,12 +64,58 @@ class Workspace:
                                       n_codes=sizes.tokenizer.codes)
         return MultimodalTokenizer.from_pretrained(folder)
 
-    def cached(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """The tensor `work/NAME.safetensors`, made by `make` if absent."""
-        file = self.work / f"{name}.safetensors"
-        if not file.is_file():
-            save_state_dict({"value": make()}, file)
-        return load_state_dict(file)["value"]
+    def need(self, stage: str, *files: Path) -> None:
+        """Refuse to begin without the files that a stage makes.
+
+        Raises:
+            CheckpointError: one is missing; the sentence names the stage.
+        """
+        missing = next((file for file in files if not file.is_file()), None)
+        if missing is not None:
+            raise CheckpointError(f"{missing}: is not there yet; stage {stage} makes it (--only {stage}), or bash "
+                                  "scripts/nano_speedrun.sh everything in order.")
+
+    def newer(self, file: Path, *stages: str) -> str:
+        """Which of some stages ended after a file of theirs was made ("": none did)."""
+        made = file.stat().st_mtime_ns
+        return ", ".join(stage for stage in stages if self.record(stage).is_file()
+                         and self.record(stage).stat().st_mtime_ns > made)
+
+    def record(self, stage: str) -> Path:
+        """The record of a stage that is done; those of the applications' stages lie in folders of their own."""
+        places = (self.work / stage / f"{stage}.done.json", self.work / stage / "summary.json")
+        return next(filter(Path.is_file, places), self.work / f"{stage}.done.json")
+
+    def cached(self, name: str, stage: str, make: Callable[[], Tensor], **more: object) -> Tensor:
+        """The tensor `work/NAME.safetensors`, made by `make` if absent, damaged, or no longer what it would make.
+
+        Args:
+            stage: whose model it is computed with.
+            more: settings that it depends on, beside those of the pool.
+        """
+        file, config = self.work / f"{name}.safetensors", self.config
+        facts = {"seed": config.seed, "pool": config.pool, "image_size": config.image_size, **more}
+        if file.is_file():
+            value, fault = self._kept(file, stage, facts)
+            if value is not None:
+                return value
+            print(f"[{name}] {file} is made anew: {fault}.", flush=True)
+        value = make()
+        save_state_dict({"value": value}, file, {"facts": json.dumps(facts)})
+        return value
+
+    def _kept(self, file: Path, stage: str, facts: dict[str, object]) -> tuple[Tensor | None, str]:
+        """What a cached file holds; None, and why it cannot be used, as part of a sentence."""
+        try:
+            value = load_state_dict(file)["value"]
+            with safe_open(file, framework="pt") as handle:
+                saved = json.loads((handle.metadata() or {}).get("facts", "{}"))
+        except (CheckpointError, KeyError, ValueError):
+            return None, "it is damaged"
+        if self.newer(file, stage):
+            return None, f"{stage} was trained again since"
+        changes = changed_settings(saved, facts) if saved else []
+        return (None, f"it is of other settings ({'; '.join(changes)})") if changes else (value, "")
 
     @cached_property
     def device(self) -> torch.device:
