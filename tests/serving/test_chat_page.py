@@ -80,6 +80,19 @@ def test_previews_stand_where_the_picture_will(page: ChatPage, tmp_path: Path) -
     assert len(list(tmp_path.rglob("*.png"))) == sum(isinstance(part, dict) for part in drawn)  # no preview is kept
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_what_is_cleared_while_an_answer_comes_stays_cleared(page: ChatPage, pieces: int) -> None:
+    dialogue = page.new_dialogue()
+    page.add(dialogue, None, "Please draw a fish.")
+    made = page.answer(dialogue, **{**ASKED, "force_boi": True})
+    for _ in range(pieces):
+        next(made)  # a preview
+    dialogue.clear()
+    assert list(made) == [] and page.messages(dialogue) == []
+    page.add(dialogue, None, "Hello")
+    assert ended(page.answer, dialogue, **ASKED) == "" and len(page.messages(dialogue)) == 2
+
+
 def test_several_pictures_in_one_message(page: ChatPage, file: str) -> None:
     dialogue = page.new_dialogue()
     for text in ("Compare", "and"):

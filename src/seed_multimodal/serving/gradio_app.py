@@ -109,18 +109,19 @@ class ChatPage:
                **settings: Any) -> Generator[list[str], None, str]:
         """Ask the backend; gives the previews of the answer's pictures each time one comes, and returns a message about
         a problem (`""`: the answer is in the dialogue)."""
-        dialogue.max_turns = int(max_turns)
+        dialogue.max_turns, shown = int(max_turns), dict[int, str]()
         if not dialogue.waits():
             return "Write a message or choose a picture first."
         if dialogue.too_long():
             dialogue.refuse()
             return ""
         try:
-            body = dialogue.request(_for_request, force_boi=force_boi, **settings)
+            body, asked = dialogue.request(_for_request, force_boi=force_boi, **settings), dialogue.conversation
             assert body is not None
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                shown: dict[int, str] = {}
                 for piece in self.post(self.address, {**body, "previews": True}, self.timeout):
+                    if dialogue.conversation is not asked:  # its visitor has cleared it meanwhile
+                        return ""
                     if "preview" in piece:
                         shown[piece["picture"]] = self._store_base64(piece["preview"], Path(folder))
                         yield [*shown.values()]
