@@ -516,6 +516,12 @@ def test_quickstart_leaves_sheets_pictures_and_json(tiny, tmp_path, capsys):
     assert f"{quickstart.STEPS}/{quickstart.STEPS}]" in printed and "contact_sheet.png" in printed
 
 
+def test_quickstart_refuses_a_place_that_cannot_be_written_before_it_works(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert quickstart.main(["--model", "nowhere", "--out", str(tmp_path / "file")]) == 2  # before the model is read
+    assert capsys.readouterr().err == f"quickstart: {tmp_path / 'file'}: cannot be written (Not a directory).\n"
+
+
 def test_quickstart_keeps_the_pictures_of_a_conversation(tiny, tmp_path):
     """The tiny model seldom draws by itself, so here every answer is made to hold a picture."""
     from seed_multimodal.systems.seed_llama import SeedLlama

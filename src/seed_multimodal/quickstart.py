@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal import __version__
-from seed_multimodal.commands.common import add_common, load_system, save_picture, write_text
+from seed_multimodal.commands.common import add_common, load_system, require_room, save_picture, write_text
 from seed_multimodal.data.nano.dialogues import sentence
 from seed_multimodal.data.nano.edits import Edit, background_words, make_edit
 from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES
@@ -54,6 +54,7 @@ TALKED_ABOUT = (Scene("noto", "meadow", "middle", ("dinosaur",)),
                 Scene("noto", "sea", "left of", ("sailboat", "dolphin")))
 TOLD = ("fox", "penguin")
 GROWN, COUNTS = Scene("fluent", "meadow", "left of", ("tiger", "tree")), (4, 8, 16, 32)
+OUT = "outputs/quickstart"
 STEPS = 2 + 2 * len(LOOKED_AT) + len(DRAWN) + len(EDITS) + 5 + 1 + 1
 
 
@@ -204,9 +205,7 @@ def conversation() -> list[str]:
 
 def _talks(run: Run) -> None:
     """Several turns; each answer stays in the conversation with its pictures, as codes."""
-    messages: list[dict[str, Any]] = []
-    cells: list[Cell] = []
-    turns = []
+    messages, turns, cells = list[dict[str, Any]](), list[dict[str, Any]](), list[Cell]()
     for number, words in enumerate(conversation(), 1):
         with run.step(f"chat, turn {number}") as said:
             asked = {"role": "user", "content": [words]}
@@ -268,7 +267,7 @@ def _grows(run: Run) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, write the sheet and the JSON; exit code 0, 1 if an answer lacked its picture, 2 if refused."""
     parser = argparse.ArgumentParser(prog="quickstart", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", default="outputs/quickstart", metavar="FOLDER")
+    parser.add_argument("--out", default=OUT, metavar="FOLDER")
     add_common(parser, debug=False)
     add_quantization(parser)
     return run_program(parser, _main, argv)
@@ -277,8 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> int:
     from seed_multimodal.evaluation.machine import circumstances, script_line
 
-    start = time.perf_counter()
-    out = Path(args.out)
+    start, out = time.perf_counter(), Path(args.out or OUT)
+    require_room(out)
     system = load_system(args)
     loaded = time.perf_counter() - start
     print(f"Loaded {args.model} in {loaded:.1f} s; results go to {out}/", flush=True)
