@@ -246,4 +246,4 @@ def test_the_command_checks_and_draws(tmp_path, capsys):
     assert main(["check", "--samples", "20"]) == 0
     assert "Nothing held out is trained on" in capsys.readouterr().out
     assert main(["sheet", "--out", str(tmp_path / "sheet.png"), "--size", "32"]) == 0
-    assert (tmp_path / "sheet.png").is_file()
+    assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]

@@ -21,7 +21,7 @@ from seed_multimodal.data.nano.place import LISTS, find_world
 from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.splits import SPLITS, scene_at
 from seed_multimodal.data.nano.sprites import build, check_files, load_sprites
-from seed_multimodal.disk import writing
+from seed_multimodal.disk import replacing, writing
 from seed_multimodal.entry import DONE, run_program, whole_number
 from seed_multimodal.errors import DataError
 
@@ -76,7 +76,8 @@ def _numbers(counts: Mapping[str, int]) -> str:
 
 
 def _sheet(args: argparse.Namespace, columns: int = 14) -> None:
-    if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
+    kind = Image.registered_extensions().get(args.out.suffix.lower())
+    if kind not in Image.SAVE:
         raise DataError(f"{args.out}: its ending names no picture format that can be written; end it in .png.")
     gap = np.full((args.size, 2, 3), 255, np.uint8)
     rows = []
@@ -86,7 +87,8 @@ def _sheet(args: argparse.Namespace, columns: int = 14) -> None:
         rows.append(np.full((2, rows[-1].shape[1], 3), 255, np.uint8))
     with writing(args.out, DataError):
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate(rows)).save(args.out)
+        with replacing(args.out) as file:
+            Image.fromarray(np.concatenate(rows)).save(file, kind)
     print(f"Wrote {args.out}: a row each for {', '.join(SPLITS)}.")
 
 

@@ -20,7 +20,7 @@ def find_world(path: str | Path | None = None) -> Path:
     """
     given = path or os.environ.get("SEED_NANO_DATA")
     project = Path(__file__).resolve().parents[4]
-    places = [Path(given)] if given else [project / "data" / "nano", Path.cwd() / "data" / "nano"]
+    places = [Path(given).expanduser()] if given else [project / "data" / "nano", Path.cwd() / "data" / "nano"]
     for place in places:
         if (place / "manifest.json").is_file():
             return place

@@ -56,7 +56,7 @@ class InputSettings:
     split: str = "train"
     content: str = setting("captions", choices=("captions", "qa", "describe", "draw", "edits", "conversations",
                                                 "in_context", "stories", "documents"))
-    number: int | None = setting(None, least=1)
+    number: int | None = setting(None, least=1, most=1_000_000_000)
     seed: int = setting(0, least=0)
 
     def identity(self) -> dict[str, Any]:

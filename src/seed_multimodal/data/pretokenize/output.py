@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from seed_multimodal.data.formats.writer import ShardWriter, open_shard
+from seed_multimodal.data.nano.place import SHARD
 from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.disk import LOCK, folder_lock, read_json_object, replace_text, sha256_of, writing
 from seed_multimodal.errors import DataError, counted
@@ -133,8 +134,8 @@ def is_of(manifest: Mapping[str, Any], unit: Unit) -> bool:
 
 def content_mark(unit: Unit) -> str:
     """A hash of the unit's file at `PROBES` places over its length ("" of a folder), which tells another file of equal
-    size (tars come in steps of 10 KiB) without reading all of it."""
-    path = Path(unit.path)
+    size (tars come in steps of 10 KiB) without reading all of it; of nano's world, of its drawings."""
+    path = Path(unit.path) / SHARD if unit.format == "nano" else Path(unit.path)
     if not path.is_file():
         return ""
     digest = hashlib.sha256()

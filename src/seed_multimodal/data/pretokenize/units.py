@@ -114,9 +114,9 @@ def _opened(path: Path, format: str, recursive: bool) -> RecordFile:
 
 def _inputs(settings: InputSettings) -> list[tuple[Path, str]]:
     """Files (folders of pictures, nano's world) with their format, in the order written."""
-    if settings.format == "nano":
-        return [(find_world(settings.files if isinstance(settings.files, str) else None), "nano")]
     wanted = [settings.files] if isinstance(settings.files, str) else settings.files or []
+    if settings.format == "nano":
+        return [(find_world(folder), "nano") for folder in wanted or (None,)]
     found = find_files([str(Path(one).expanduser()) for one in wanted], settings.format, pictures=True,
                        recursive=settings.recursive)
     packed = next((path for path, _ in found if path.suffix.lower() in COMPRESSED), None)
