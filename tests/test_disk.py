@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -10,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from seed_multimodal.disk import making_folder, output_folder, replace_folder, sha256_of
+from seed_multimodal.entry import REFUSED, guarded
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 
 
@@ -69,3 +72,18 @@ def test_a_result_takes_its_folder_only_when_it_is_whole(tmp_path: Path) -> None
         output_folder(out / "whole", force=True, what="the result")
     with pytest.raises(CheckpointError, match="cannot be written"), making_folder(out / "whole" / "x", "x"):
         pass
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")])  # its own words
+def test_a_full_disk_ends_a_program_with_one_sentence(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> int:
+        raise error
+
+    assert guarded("program", False, work) == REFUSED
+    assert capsys.readouterr().err == "program: a file cannot be written: the disk or quota is full.\n"
+    with pytest.raises(type(error), match="No space left"):
+        guarded("program", True, work)
+    with pytest.raises(FileNotFoundError):
+        guarded("program", False, lambda: len(Path("/nowhere/at all").read_text()))

@@ -86,6 +86,11 @@ def disk_reason(error: OSError) -> str:
     return f"the disk or quota is full ({reason})" if error.errno in _FULL else reason
 
 
+def disk_is_full(error: Exception) -> bool:
+    """Whether an error says that the disk or a quota is full; safetensors has the number in its text only."""
+    return getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in str(error) for number in _FULL)
+
+
 @contextlib.contextmanager
 def writing(place: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[None]:
     """An `OSError` inside becomes `kind`: "FILE: cannot be written (reason).", naming the system's file if it names

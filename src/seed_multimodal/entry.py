@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, NoReturn
 
+from seed_multimodal.disk import disk_is_full
 from seed_multimodal.errors import SeedError, SeedWarning
 
 _PLAIN = warnings.formatwarning
@@ -33,7 +34,8 @@ def log_line(text: str) -> None:
 
 
 def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
-    """Run `work` and return its exit code; a `SeedError` becomes its sentence and `REFUSED` unless `debug`."""
+    """Run `work` and return its exit code; a `SeedError`, or a full disk, becomes its sentence and `REFUSED` unless
+    `debug`."""
     warnings.formatwarning = functools.partial(_warning_line, program)
     _take_any_bytes()
     try:
@@ -50,6 +52,12 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
         # The reader of our output has ended (`seed … | head`); the rest of the output is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except Exception as error:
+        if debug or not disk_is_full(error):
+            raise
+        log_line(f"{program}: {getattr(error, 'filename', None) or 'a file'} cannot be written: the disk or quota is "
+                 "full.")
+        return REFUSED
 
 
 def run_and_exit(work: Callable[[], int]) -> NoReturn:

@@ -66,6 +66,10 @@ def test_missing_and_foreign_folders(tmp_path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match="not a config of a judge of scenes"):
             Judge.from_pretrained(tmp_path)
+    other = {**JudgeConfig().labels, "style": ["pencil", "noto", "twemoji"]}
+    Judge(JudgeConfig(labels=other)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="a judge of another world"):
+        Judge.from_pretrained(tmp_path)
 
 
 def test_shipped_size_stays_small() -> None:

@@ -141,6 +141,10 @@ class Judge(nn.Module):
                                   "`python -m seed_multimodal.evaluation.train_judge`.") from error
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: not a config of a judge of scenes ({error}).") from error
+        if list(config.labels.items()) != list(JudgeConfig().labels.items()):
+            raise CheckpointError(f"{file}: a judge of another world: its things, styles, backgrounds or layouts are "
+                                  "not those of data/nano; train one with `python -m "
+                                  "seed_multimodal.evaluation.train_judge`.")
         source = file.with_name("model.safetensors")
         state = load_state_dict(source)
         assign_strictly(judge, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, source)

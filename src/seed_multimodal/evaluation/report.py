@@ -81,7 +81,7 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
                                            quantization=options.quantization, batch=options.batch, seed=options.seed,
                                            log=log)
     judge = Judge.from_pretrained(judge_folder, device=system.device)
-    sizes, splits = Sizes.limited(options.limit), options.splits.split(",")
+    sizes, splits = Sizes.limited(options.limit), list(dict.fromkeys(map(str.strip, options.splits.split(","))))
     log(f"Loaded in {time.monotonic() - start:.0f} s; measuring {', '.join(splits)} by {judge_folder}.")
     runs = evaluate(system, judge, splits, sizes, log)
     sections = {run.samples.split: run.sections for run in runs}

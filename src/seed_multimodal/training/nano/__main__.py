@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from seed_multimodal.disk import writing
 from seed_multimodal.entry import run_program
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.nano.assemble import assemble
@@ -78,7 +79,9 @@ def _run(options: argparse.Namespace) -> int:
     unknown = [s for s in wanted if s not in STAGES]
     if unknown:
         raise SeedError(f"Unknown stage {unknown[0]!r}: use {', '.join(STAGES)}.")
-    options.work.mkdir(parents=True, exist_ok=True)
+    for folder in (options.work, options.out):
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     save_config(config, options.work / "config.yaml")
     space = Workspace(config, options.work, options.out)
     started = time.monotonic()
