@@ -43,8 +43,8 @@ class LayoutDecoder(nn.Module):
     """
 
     def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, classes: Mapping[str, int],
-                 anchors: Sequence[Sequence[Sequence[float]]], width: int = 256, features: int = 16, side: int = 12,
-                 hidden: int = 64, depth: int = 2, coarse: int = 16, patch: int = 2) -> None:
+                 anchors: Sequence[Sequence[Sequence[float]]], width: int = 256, features: int = 48, side: int = 8,
+                 hidden: int = 96, depth: int = 2, coarse: int = 16, patch: int = 2) -> None:
         super().__init__()
         self.sizes: dict[str, Any] = {
             "embedding": embedding, "channels": channels, "grid": grid, "cross_dim": cross_dim,
@@ -56,8 +56,9 @@ class LayoutDecoder(nn.Module):
                                        for name in ("second", "style", "layout")})
         self.context = nn.Linear(embedding, width)
         self.thing = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU(),
-            nn.Linear(width, features * side**2), nn.Unflatten(1, (features, side, side)))
+            nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.GELU(),
+            nn.Linear(3 * width, 3 * width // 2), nn.GELU(),
+            nn.Linear(3 * width // 2, features * side**2), nn.Unflatten(1, (features, side, side)))
         self.background = nn.Parameter(torch.randn(classes["background"], features, grid, grid) * 0.1)
         spots = max(len(row) for row in anchors)
         filled = [[*row, *[(-1, 0.5, 0.5, 1.0)] * (spots - len(row))] for row in anchors]
@@ -78,9 +79,10 @@ class LayoutDecoder(nn.Module):
         shares = {name: logits.softmax(1).to(embedding.dtype) for name, logits in self.heads(embedding).items()}
         coarse = self.coarse(embedding)
         if coarse.shape[-1] != self.grid:
-            coarse = F.interpolate(coarse, (self.grid, self.grid), mode="bilinear", antialias=True)
+            coarse = F.interpolate(coarse.float(), (self.grid, self.grid), mode="bilinear", antialias=True)
         background = torch.einsum("bk,kchw->bchw", shares["background"], self.background)
-        x = torch.cat([self._placed(embedding, shares).flatten(1, 2).to(coarse), background.to(coarse), coarse], 1)
+        x = torch.cat([part.to(embedding.dtype) for part in (
+            self._placed(embedding, shares).flatten(1, 2), background, coarse)], 1)
         x = self.join(x) + self.mood(embedding)[:, :, None, None]
         for block in self.blocks:
             x = x + block(x)

@@ -59,7 +59,7 @@ class TokenizerSizes:
 class UnetSizes:
     """Latent U-Net (`UNet2DConditionModel`), v-prediction."""
 
-    channels: list[int] = field(default_factory=lambda: [48, 96, 128])
+    channels: list[int] = field(default_factory=lambda: [48, 96, 96])
     layers: int = 1
     heads: int = 4
     cross_dim: int = 96

@@ -32,8 +32,8 @@ from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import load_state_dict
 
 TRAIN_STEPS = 1000
-FINAL_SIGNAL = 0.8  # the noise that sampling starts with is about three times the layout's error, so that it covers it
-LAYOUT_SHARE = 4  # scenes that the layout learns from for each that the U-Net learns from: a scene costs it an eighth
+FINAL_SIGNAL = 0.9  # the noise that sampling starts with is about twice the layout's error, so that it covers it
+LAYOUT_SHARE = 3  # scenes that the layout learns from for each that the U-Net learns from: a scene costs it a quarter
 TOKENS = 8  # side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times as much
 # Best of 10–20 steps and guidance 1–4 on val pictures by the judge (docs/LOG.md).
 DECODE_DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 4.0}
