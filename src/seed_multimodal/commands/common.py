@@ -174,12 +174,12 @@ class OutputNames:
     """File names for results: into a folder, or the one file that was asked for; never one name for two results."""
 
     def __init__(self, out: str | None, default_folder: str, count: int) -> None:
-        folder = not out or out.endswith(os.sep) or os.path.isdir(out)
-        self._single = None if folder or Path(out).suffix.lower() not in PICTURE_SUFFIXES else Path(out)
+        file = Path(out) if out and not out.endswith(os.sep) and not os.path.isdir(out) else None
+        self._single = file if file and file.suffix.lower() in PICTURE_SUFFIXES else None
         if self._single is not None and count > 1:
             raise ConfigError(f"{out}: one file for {count} pictures; give --out a folder.")
-        if not folder and self._single is None:
-            ending = Path(out).suffix
+        if file and self._single is None:
+            ending = file.suffix
             if _of_a_picture(ending.lower()):  # a file was meant, as in apple.gif; folders may have dots, too
                 raise ConfigError(f"{out}: {ending} is no picture format that can be written; use one of "
                                   f"{', '.join(PICTURE_SUFFIXES)}, or {out}{os.sep} for a folder.")
