@@ -79,7 +79,7 @@ def test_previews_come_before_the_answer_if_they_are_asked_for(client, tiny) -> 
     words = ask(client, text=ASK.replace("<image>", ""), images=[], max_new_tokens=2, temperature=0, previews=True)
     assert words[0] == 200 and set(words[1]) == {"text", "images", "images_ids", "error_msg"}  # nothing to preview
     assert ask(client, text="x", images=[], previews=1)[1]["error"] == "'previews' must be true or false, not a number."
-    assert ask(client, text="<image>", images=[[1]], previews=True)[0] == 400  # before anything is sent
+    assert ask(client, text="<image>", images=[[99]], previews=True)[0] == 400  # before anything is sent
 
 
 def test_a_fault_after_a_preview_is_the_last_line(tiny) -> None:
@@ -143,11 +143,21 @@ def test_the_prompt_is_the_one_of_tuning(tiny, png) -> None:
     assert seen[0] == tiny.prompt_ids(turns)
 
 
+def test_a_picture_that_broke_off_does_not_end_the_conversation(client) -> None:
+    """The page sends back what it was given; that is shorter where the tokens of an answer were used up."""
+    whole = list(range(16)) * 2
+    status, answer = ask(client, text="<image><image> and <image> What is it?", images=[whole, whole[:23], []])
+    assert status == 200 and answer["images_ids"][:3] == [whole, whole[:23], []]
+    assert answer["error_msg"][:2] == [
+        "images[1] broke off after 23 of 32 codes and was left out.",
+        "images[2] broke off after 0 of 32 codes and was left out."]
+
+
 @pytest.mark.parametrize(("body", "words"), [
     ({"images": []}, "lacks 'text'"), ({"text": "x"}, "lacks 'images'"), ({"text": 3, "images": []}, "'text' must be"),
     ({"text": "x", "images": {}}, "'images' must be a list"), ({"text": "x", "images": [4]}, r"images\[0\]"),
     ({"text": "<image>", "images": []}, "1 <image> placeholders"), ({"text": "x", "images": [[0] * 32]}, "0 <image>"),
-    ({"text": "<image>", "images": [[0] * 31]}, "31 codes"), ({"text": "<image>", "images": [[16] * 32]}, "code 16"),
+    ({"text": "<image>", "images": [[0] * 33]}, "33 codes"), ({"text": "<image>", "images": [[16] * 32]}, "code 16"),
     ({"text": "<image>", "images": [[-1] * 32]}, "code -1"),
     ({"text": "<image>", "images": [[True] * 32]}, "whole numbers"),
     ({"text": "<image>", "images": [[10**30] * 32]}, "codes lie between"),

@@ -139,7 +139,7 @@ class Engine:
             self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
         response.images_ids = codes + response.images_ids
         note = getattr(self.backend, "note", None)
-        response.error_msg += filter(None, [note(request) if note else ""])
+        response.error_msg += filter(None, [*self._left_out(codes), note(request) if note else ""])
         yield response
 
     def _generate(self, prompt: list[int], opening: list[int],
@@ -206,7 +206,7 @@ class Engine:
         for number, item in enumerate(request.images):
             if self.exact_original or not isinstance(item, list):
                 continue
-            if len(item) != vocabulary.tokens_per_image:
+            if len(item) > vocabulary.tokens_per_image:
                 raise RequestError(f"images[{number}] has {len(item)} codes; a picture has "
                                    f"{vocabulary.tokens_per_image}.")
             wrong = [code for code in item if not 0 <= code < vocabulary.n_codes]
@@ -222,10 +222,14 @@ class Engine:
 
             rows = iter([[int(code) for code in row] for row in self.backend.encode(torch.stack(pixels))])
         codes = [list(item) if isinstance(item, list) else next(rows) for item in request.images]
-        lengths = {len(row) for row in codes}
-        if len(lengths) > 1:
-            raise RequestError(f"The pictures of one request have code lists of different lengths {sorted(lengths)}.")
         return codes
+
+    def _left_out(self, codes: list[list[int]]) -> list[str]:
+        """A sentence for each picture of earlier answers that broke off, as they end when the tokens are used up."""
+        whole = self.backend.tokenizer.vocabulary.tokens_per_image
+        return [] if self.exact_original else [
+            f"images[{number}] broke off after {len(row)} of {whole} codes and was left out."
+            for number, row in enumerate(codes) if len(row) < whole]
 
     def _prompt(self, request: GenerateRequest, codes: list[list[int]]) -> tuple[list[int], list[int]]:
         """Prompt ids, and their end that already belongs to the answer (a forced `<img>` and the words before it)."""
@@ -241,6 +245,7 @@ class Engine:
             words = self.backend.forced_words(request)
             forced = [*(tokenizer.encode_parts([words]) if words else []), *forced]
         parts: list[str | list[int]] = [*self.backend.spans(spans[0])]
+        whole = tokenizer.vocabulary.tokens_per_image
         for row, span in zip(codes, spans[1:], strict=True):
-            parts += [row, *self.backend.spans(span)]
+            parts += [row if len(row) == whole else [], *self.backend.spans(span)]
         return [*tokenizer.encode_parts([part for part in parts if part], add_bos=True), *forced], forced

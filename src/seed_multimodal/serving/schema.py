@@ -155,8 +155,8 @@ def _images(value: object, limits: Limits) -> list[str | bytes | list[int]]:
         if isinstance(item, list):
             if len(item) > limits.max_codes:
                 raise RequestError(f"images[{number}] has {len(item)} codes; at most {limits.max_codes} are accepted.")
-            if not item or not all(isinstance(code, int) and not isinstance(code, bool) for code in item):
-                raise RequestError(f"images[{number}] must be a non-empty list of whole numbers (image codes).")
+            if not all(isinstance(code, int) and not isinstance(code, bool) for code in item):
+                raise RequestError(f"images[{number}] must be a list of whole numbers (image codes).")
         elif not isinstance(item, str | bytes):
             raise RequestError(f"images[{number}] must be base64 text or a list of image codes, not {_kind(item)}.")
     return list(value)
