@@ -37,6 +37,14 @@ def test_training_is_repeatable(tmp_path: Path) -> None:
     assert MultimodalTokenizer.from_pretrained(tmp_path / "a").vocabulary.tokens_per_image == 32
 
 
+def test_the_model_is_written_last(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").mkdir()  # writing ends there, as if the process were killed
+    with pytest.raises(OSError, match="tokenizer_config"):
+        MultimodalTokenizer.train(["the cat sat on the mat"] * 30, tmp_path, vocab_size=270, n_codes=4)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"]
+
+
 def test_training_refusals(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no text"):
         MultimodalTokenizer.train([" ", "\n"], tmp_path, vocab_size=300, n_codes=4)

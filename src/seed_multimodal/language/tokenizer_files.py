@@ -19,7 +19,7 @@ from typing import Any
 
 import sentencepiece as spm
 
-from seed_multimodal.disk import read_json_object
+from seed_multimodal.disk import read_json_object, replace_text, replacing
 from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.language.vocabulary import BOI, EOI, ImageVocabulary, code_token
 
@@ -121,7 +121,8 @@ def _special_words(entries: dict[str, Any]) -> list[SpecialWord]:
 
 
 def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int) -> None:
-    """Write a tokenizer folder around a SentencePiece model, readable by transformers' LlamaTokenizer too."""
+    """Write a tokenizer folder around a SentencePiece model, readable by transformers' LlamaTokenizer too; the model
+    comes last, so that a folder that has it is whole."""
     processor = spm.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     vocabulary = ImageVocabulary(processor.GetPieceSize(), n_codes, tokens_per_image)
@@ -134,9 +135,10 @@ def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int)
         **{key: {"__type": "AddedToken", **entry} for key, entry in special.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MODEL).write_bytes(model)
     for name, content in ((ADDED, added_words(vocabulary)), (SPECIAL, special), (CONFIG, config)):
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        replace_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    with replacing(folder / MODEL) as handle:
+        handle.write(model)
 
 
 def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
