@@ -30,3 +30,16 @@ def test_wrong_type_and_missing_file(tmp_path: Path) -> None:
     file.write_text("pool: many\n")
     with pytest.raises(ConfigError, match="bad.yaml"):
         load_config(file)
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ("image_size=40", "image_size must be a multiple of 16"), ("image_size=16", "image_size must be at least 32"),
+    ("clip.heads=5", r"clip.width must be a multiple of 5 \(clip.heads\), not 48"),
+    ("vae.channels=[8,12]", "vae.channels must be a multiple of 8"),
+    ("unet.channels=[]", "unet.channels must be a multiple of 8"), ("unet.layers=0", "layers must be at least 1"),
+    ("tokenizer.codes=100", "tokenizer.codes must be a multiple of 32"),
+    ("llm.heads=3", "llm.width must be a multiple of 6")])
+def test_sizes_that_do_not_fit_are_refused_before_the_first_stage(change: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(CONFIGS / "test.yaml", [change])
+    load_config(CONFIGS / "test.yaml", ["tokenizer.codes=100", "tokenizer.sections=false", "image_size=48"])

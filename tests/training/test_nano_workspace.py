@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.nano.__main__ import main
+from seed_multimodal.training.nano.clip import Tower, embeddings
 from seed_multimodal.training.nano.config import NanoConfig, load_config
-from seed_multimodal.training.nano.vae import VaeTask
+from seed_multimodal.training.nano.vae import VaeTask, build_vae, latents
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.training.stage import train_stage
+from seed_multimodal.weights import load_state_dict, save_state_dict
 
 TEST = Path(__file__).resolve().parents[2] / "configs" / "nano" / "test.yaml"
 
@@ -73,5 +76,78 @@ def test_a_stage_that_is_done_tells_other_settings_and_newer_parts(tmp_path: Pat
     record = tmp_path / "unet.done.json"
     record.write_text("{}")
     os.utime(record, ns=(1, 1))
-    assert main(["--config", str(TEST), "--work", str(tmp_path), "--out", str(tmp_path), "--only", "unet"]) == 2
+    assert main(["--config", str(TEST), "--work", str(tmp_path), "--out", str(tmp_path / "system"), "--only",
+                 "unet"]) == 2
     assert "[unet] was trained before vae was trained again" in capsys.readouterr().out
+
+
+def test_the_system_s_folder_does_not_hold_the_work_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in (tmp_path / "work", tmp_path):
+        assert main(["--config", str(TEST), "--work", str(tmp_path / "work"), "--out", str(out)]) == 2
+        assert f"--out {out}: holds the work folder" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_a_stage_is_finished_again_for_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def train(out: str) -> tuple[bytes, int]:
+        config = load_config(TEST, ["train_vae.steps=1", "train_vae.batch_size=2", "train_vae.curves=false"])
+        space = Workspace(config, tmp_path, tmp_path / out)
+        VaeTask(space).train()
+        return ((space.decoder_folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes(),
+                space.record("vae").stat().st_mtime_ns)
+
+    first = train("a")
+    assert "done:" in capsys.readouterr().out
+    assert train("b") == first  # the same weights, and nothing that was built on them is older
+    said = capsys.readouterr().out
+    assert "so the stage is finished again" in said and "resumes from" in said and "(step 1)" in said
+    assert train("b") == first and "already done" in capsys.readouterr().out
+
+
+def test_words_of_other_settings_are_refused(tmp_path: Path) -> None:
+    Workspace(load_config(TEST), tmp_path, tmp_path / "system").words  # noqa: B018
+    for change, said in (("llm.text_vocabulary=500", "500 and 64"), ("tokenizer.codes=128", "600 and 128")):
+        with pytest.raises(ConfigError, match=f"tokenizer.model: has 600 text pieces and 64 image words.*{said}"):
+            Workspace(load_config(TEST, [change]), tmp_path, tmp_path / "system").words  # noqa: B018
+
+
+@pytest.mark.parametrize("content", ["{\"steps\": 4, ", "[]"])
+def test_a_damaged_record_of_the_language_model_is_named(tmp_path: Path, content: str,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "llm_pretrain" / "summary.json"
+    file.parent.mkdir()
+    file.write_text(content)
+    line = ["--config", str(TEST), "--work", str(tmp_path), "--out", str(tmp_path / "system"), "--only", "llm"]
+    assert main(line) == 2
+    assert f"{file}: " in (said := capsys.readouterr().err) and "remove it" in said
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    space = Workspace(load_config(TEST, ["pool=8"]), tmp_path, tmp_path / "system")
+    for folder, name, make in ((space.decoder_folder / "vae", "diffusion_pytorch_model.safetensors", latents),
+                               (space.decoder_folder / "image_encoder", "model.safetensors", embeddings)):
+        model = build_vae(space.config) if make is latents else Tower(space.config).vision
+        model.save_pretrained(folder)
+        made, weights = make(space), (folder / name).read_bytes()
+        assert len(made) == 8 and make(space).equal(made)
+        (tmp_path / f"{make.__name__}.safetensors").unlink()
+        for damaged in (weights[:-100], b"", b"junk"):
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=str(folder)):
+                make(space)
+        (folder / name).write_bytes(weights)
+        save_state_dict({key: value.half() for key, value in load_state_dict(folder / name).items()}, folder / name)
+        torch.testing.assert_close(make(space), made, atol=0.05, rtol=0.05)  # as stage `assemble` leaves them
+
+
+def test_assembling_names_weights_that_are_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "system"
+    decoder = out / "seed_tokenizer" / "diffusion_model"
+    for folder in (decoder / "vae", decoder / "image_encoder", decoder.parent, decoder / "unet", out / "seed_llama"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+    file = out / "seed_llama" / "model.safetensors"
+    file.write_bytes(b"junk")
+    line = ["--config", str(TEST), "--work", str(tmp_path / "work"), "--out", str(out), "--only", "assemble"]
+    assert main(line) == 2 and f"{file}: " in capsys.readouterr().err

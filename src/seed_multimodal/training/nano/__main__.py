@@ -18,7 +18,7 @@ import torch
 
 from seed_multimodal.disk import writing
 from seed_multimodal.entry import run_program
-from seed_multimodal.errors import SeedError
+from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.training.nano.assemble import assemble
 from seed_multimodal.training.nano.clip import ClipTask
 from seed_multimodal.training.nano.config import load_config, save_config
@@ -29,13 +29,12 @@ from seed_multimodal.training.nano.tokenizer_recipe import join_stages, recipe
 from seed_multimodal.training.nano.unet import UnetOfCodesTask, UnetTask
 from seed_multimodal.training.nano.vae import VaeTask
 from seed_multimodal.training.nano.workspace import Workspace
-from seed_multimodal.training.stage import train_stage
 
 
 def _trained(kind: Callable[[Workspace], NanoTask]) -> Callable[[Workspace], dict[str, Any]]:
     """A stage that the training loop runs."""
     def run(space: Workspace) -> dict[str, Any]:
-        return train_stage(kind(space), space.work)
+        return kind(space).train()
 
     return run
 
@@ -79,10 +78,14 @@ def _run(options: argparse.Namespace) -> int:
     unknown = [s for s in wanted if s not in STAGES]
     if unknown:
         raise SeedError(f"Unknown stage {unknown[0]!r}: use {', '.join(STAGES)}.")
+    if options.work.resolve().is_relative_to(options.out.resolve()):
+        raise ConfigError(f"--out {options.out}: holds the work folder, whose checkpoints are no part of the system; "
+                          "choose another folder, such as one in the work folder.")
     for folder in (options.work, options.out):
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, options.work / "config.yaml")
+    with writing(options.work):
+        save_config(config, options.work / "config.yaml")
     space = Workspace(config, options.work, options.out)
     started = time.monotonic()
     found = []

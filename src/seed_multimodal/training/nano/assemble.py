@@ -45,9 +45,9 @@ def assemble(space: Workspace) -> dict[str, Any]:
 
 def _halve(file: Path) -> None:
     """Rewrite float32 tensors as float16, keeping metadata; loaders compute in float32 again."""
+    tensors = load_state_dict(file)
     with safe_open(file, framework="pt") as handle:
         metadata = dict(handle.metadata() or {})
-    tensors = load_state_dict(file)
     if any(t.dtype == torch.float32 for t in tensors.values()):
         save_state_dict({n: t.half() if t.dtype == torch.float32 else t for n, t in tensors.items()}, file, metadata)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.targets import CLASSES, label_tensor
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.pixels import scene_pixels, to_clip, to_signed
@@ -83,6 +84,10 @@ class ClipTask(SceneTask):
                    "style": right[2]}
         return naming + 2.0 * (error * weight).mean(), numbers
 
+    def made(self) -> Sequence[Path]:
+        work = self.space.work
+        return self.space.decoder_folder / "image_encoder" / "model.safetensors", work / HEADS_FILE, work / READOUT_FILE
+
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         space, tower = self.space, self.tower.cpu().eval()
         size = space.config.image_size
@@ -130,10 +135,8 @@ def named_right(heads: LabelHeads, embeddings: Tensor, scenes: Sequence[Scene]) 
 def embeddings(space: Workspace) -> Tensor:
     """Image embeddings of the pool, float16 `[N, E]`; made once by the tower of stage `clip`."""
     def make() -> Tensor:
-        from transformers import CLIPVisionModelWithProjection
-
         space.need("clip", space.decoder_folder / "image_encoder" / "config.json")
-        vision = CLIPVisionModelWithProjection.from_pretrained(space.decoder_folder / "image_encoder").to(space.device)
+        vision = load_clip_vision(space.decoder_folder / "image_encoder", device=space.device, log=None)
         size = space.config.image_size
         return torch.cat([embed_images(vision, scene_pixels(space.pool[at:at + 1024], size)).half()
                           for at in range(0, len(space.pool), 1024)])

@@ -18,6 +18,7 @@ from seed_multimodal.config import read_yaml
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.training.loop_settings import StageSettings
 
 
@@ -25,33 +26,33 @@ from seed_multimodal.training.loop_settings import StageSettings
 class VaeSizes:
     """AutoencoderKL: 64 px → 16×16 latents of `latent_channels`."""
 
-    channels: list[int] = field(default_factory=lambda: [24, 48, 96])
-    layers: int = 1
-    latent_channels: int = 4
-    groups: int = 8
+    channels: list[int] = setting(factory=lambda: [24, 48, 96], least=1)
+    layers: int = setting(1, least=1)
+    latent_channels: int = setting(4, least=1)
+    groups: int = setting(8, least=1)
 
 
 @dataclass
 class ClipSizes:
     """The vision tower, transformers' `CLIPVisionModelWithProjection`."""
 
-    width: int = 192
-    layers: int = 6
-    heads: int = 6
-    patch: int = 16
-    embedding: int = 256
+    width: int = setting(192, least=1)
+    layers: int = setting(6, least=1)
+    heads: int = setting(6, least=1)
+    patch: int = setting(16, least=1)
+    embedding: int = setting(256, least=1)
 
 
 @dataclass
 class TokenizerSizes:
     """SEED-2 tokenizer: causal Q-Former, codebook, decode blocks; its vision tower is that of stage `clip`."""
 
-    hidden: int = 128
-    layers: int = 3
-    heads: int = 4
-    decode_depth: int = 2
-    codes: int = 1024
-    code_dim: int = 3
+    hidden: int = setting(128, least=1)
+    layers: int = setting(3, least=1)
+    heads: int = setting(4, least=1)
+    decode_depth: int = setting(2, least=1)
+    codes: int = setting(1024, least=1)
+    code_dim: int = setting(3, least=1)
     sections: bool = True
 
 
@@ -59,22 +60,22 @@ class TokenizerSizes:
 class UnetSizes:
     """Latent U-Net (`UNet2DConditionModel`), v-prediction."""
 
-    channels: list[int] = field(default_factory=lambda: [48, 96, 96])
-    layers: int = 1
-    heads: int = 4
-    cross_dim: int = 96
+    channels: list[int] = setting(factory=lambda: [48, 96, 96], least=1)
+    layers: int = setting(1, least=1)
+    heads: int = setting(4, least=1)
+    cross_dim: int = setting(96, least=1)
 
 
 @dataclass
 class LlmSizes:
     """LLaMA. compile: its layers are compiled in training (a quarter faster); None: where a C++ compiler is found."""
 
-    width: int = 256
-    layers: int = 4
-    heads: int = 8
-    ffn: int = 640
-    text_vocabulary: int = 1500
-    positions: int = 512
+    width: int = setting(256, least=1)
+    layers: int = setting(4, least=1)
+    heads: int = setting(8, least=1)
+    ffn: int = setting(640, least=1)
+    text_vocabulary: int = setting(1500, least=1)
+    positions: int = setting(512, least=1)
     compile: bool | None = None
 
 
@@ -107,7 +108,7 @@ class NanoConfig:
     a held-out split. `workers` processes draw scenes ahead (0: the process that trains).
     """
 
-    image_size: int = setting(64, least=1)
+    image_size: int = setting(64, least=32)
     pool: int = setting(60_000, least=8)
     gate_scenes: int = setting(1000, least=1)
     workers: int = setting(0, least=0)
@@ -130,6 +131,28 @@ class NanoConfig:
     judge_steps: int = setting(1500, least=1)
     gate_psnr: float = 22.0
     gate_named: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Sizes that do not fit each other are refused now, not when their stage begins.
+
+        Raises:
+            ConfigError: a size is no multiple of what divides it.
+        """
+        vae, unet, clip, tokenizer, llm = self.vae, self.unet, self.clip, self.tokenizer, self.llm
+        sections = Seed2Config.num_query if tokenizer.sections else 1
+        for name, value, unit, why in (
+                ("image_size", self.image_size, 16, "side of the picture that is read out of an embedding"),
+                ("image_size", self.image_size, clip.patch, "clip.patch"),
+                ("image_size", self.image_size, 2 ** max(0, len(vae.channels) + len(unet.channels) - 2),
+                 "halvings of vae.channels and unet.channels"),
+                *(("vae.channels", width, vae.groups, "vae.groups") for width in vae.channels or [0]),
+                *(("unet.channels", width, 8, "groups of the U-Net") for width in unet.channels or [0]),
+                ("clip.width", clip.width, clip.heads, "clip.heads"),
+                ("tokenizer.hidden", tokenizer.hidden, tokenizer.heads, "tokenizer.heads"),
+                ("tokenizer.codes", tokenizer.codes, sections, "sections of the codebook"),
+                ("llm.width", llm.width, 2 * llm.heads, "pairs of numbers in each of llm.heads")):
+            if value < 1 or value % unit:
+                raise ConfigError(f"{name} must be a multiple of {unit} ({why}), not {value}.")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> NanoConfig:

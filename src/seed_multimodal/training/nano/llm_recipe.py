@@ -34,6 +34,7 @@ from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.tokenizer import encode_scenes, load_tokenizer
 from seed_multimodal.training.nano.workspace import Workspace
+from seed_multimodal.training.stage import read_record
 from seed_multimodal.weights import count_parameters
 
 PRETRAIN, SFT = "llm_pretrain", "llm_sft"
@@ -142,7 +143,7 @@ def _trained(space: Workspace, stage: str, name: str, settings: StageSettings) -
     """The record of one of the application's stages."""
     folder = space.work / name
     done = folder / "summary.json"
-    summary = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    summary = read_record(done) if done.is_file() else {}
     if summary.get("steps") != settings.steps:
         raise CheckpointError(f"{folder}: {name} is not trained to its end; train it with: {TRAIN} {space.work} "
                               f"--config-name {name} (bash scripts/nano_speedrun.sh does it all).")

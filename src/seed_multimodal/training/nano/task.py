@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from seed_multimodal.disk import writing
+from seed_multimodal.training.checkpoint_folders import checkpoints
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.nano.scenes import SceneStream, scene_batches
 from seed_multimodal.training.nano.workspace import Workspace
-from seed_multimodal.training.stage import StageTask
+from seed_multimodal.training.stage import StageTask, train_stage
 
 _QUIET = ("tensorboard", "wandb", "run_name", "log_every", "save_seconds", "save_every_steps", "keep", "async_save",
           "resume", "curves", "timeout_minutes")  # they change no number
@@ -33,6 +37,27 @@ class NanoTask(StageTask):
         self.config = {key: value for key, value in asdict(space.config).items()
                        if key in (*self.sections, f"train_{name}")}
         self.quiet_keys = [f"train_{name}.{key}" for key in _QUIET]
+
+    def made(self) -> Sequence[Path]:
+        """Files that `finish` writes for later stages."""
+        return ()
+
+    def train(self) -> dict[str, Any]:
+        """Run the stage; returns its record. One that is done, but whose files are gone or belong into another folder
+        than before, is finished again from its last checkpoint."""
+        home = self.space.work
+        file = home / self.record_file
+        gone = next((one for one in self.made() if not one.is_file()), None)
+        if gone is None or not file.is_file():
+            return train_stage(self, home)
+        print(f"[{self.name}] {gone} is not there, so the stage is finished again.", flush=True)
+        saved, times = checkpoints(home / self.checkpoint_folder)[:1], file.stat()
+        with writing(file):
+            file.unlink()
+        record = train_stage(self, home)
+        if saved and saved[0][0] == record["steps"]:  # the same weights: what was built on them is not older
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return record
 
     def parameter_count(self) -> int:
         """Parameters of the module."""

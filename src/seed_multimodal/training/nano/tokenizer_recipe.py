@@ -28,7 +28,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from seed_multimodal.disk import read_json_object, replace_copy, replace_text
+from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -37,6 +37,7 @@ from seed_multimodal.training.nano.clip import HEADS_FILE, READOUT_FILE
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.tokenizer import code_metrics, tokenizer_config
 from seed_multimodal.training.nano.workspace import Workspace
+from seed_multimodal.training.stage import read_record
 from seed_multimodal.vision.clip_towers import eva_from_clip
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -156,15 +157,17 @@ def join_stages(space: Workspace) -> dict[str, Any]:
     """Stage `tokenizer`: write the system's tokenizer from both stages' checkpoints; other files there are kept.
 
     Returns:
-        The record, also `work/tokenizer.done.json`; an existing one that is younger than the checkpoints is kept.
+        The record, also `work/tokenizer.done.json`; an existing one that is younger than the checkpoints is kept if
+        the system's folder has the tokenizer.
 
     Raises:
         CheckpointError: a stage was not trained, or its checkpoint is of other sizes.
     """
     done = space.work / "tokenizer.done.json"
     files = [_checkpoint(space.work, name) for name in (STAGE1, STAGE2)]
-    if done.is_file() and all(done.stat().st_mtime_ns > file.stat().st_mtime_ns for file in files):
-        record = read_json_object(done)
+    there = (space.tokenizer_folder / "model.safetensors").is_file()
+    if there and done.is_file() and all(done.stat().st_mtime_ns > file.stat().st_mtime_ns for file in files):
+        record = read_record(done)
         print(f"[tokenizer] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
         return record
     started = time.monotonic()

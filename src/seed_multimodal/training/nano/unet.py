@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.task import NanoTask
 from seed_multimodal.training.nano.tokenizer import load_tokenizer, pool_codes
 from seed_multimodal.training.nano.vae import latents
-from seed_multimodal.training.nano.workspace import Workspace
+from seed_multimodal.training.nano.workspace import Workspace, read_part
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import load_state_dict
 
@@ -124,8 +124,9 @@ class UnetTask(NanoTask):
         """An untrained layout decoder whose heads and coarse picture are those of stage `clip`."""
         space.need("clip", space.work / HEADS_FILE, space.work / READOUT_FILE)
         heads, readout = load_label_heads(space.work / HEADS_FILE), load_state_dict(space.work / READOUT_FILE)
+        patch = next(side for side in range(max(1, grid // TOKENS), 0, -1) if grid % side == 0)
         layout = LayoutDecoder(width, channels, grid, space.config.unet.cross_dim, heads.classes, arranged_anchors(),
-                               coarse=REDUCED, patch=grid // TOKENS)
+                               coarse=REDUCED, patch=patch)
         layout.heads.load_state_dict(heads.state_dict())
         layout.coarse[0].load_state_dict({"weight": readout["readout"]})
         return layout
@@ -153,6 +154,9 @@ class UnetTask(NanoTask):
         error = F.mse_loss(output.sample.float(), target)
         return error + layout_error, {"v": error.detach(), "layout": layout_error.detach()}
 
+    def made(self) -> Sequence[Path]:
+        return self.out / "unet" / "diffusion_pytorch_model.safetensors", self.out / "layout" / "model.safetensors"
+
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         restore_group_norm(self.decoder.unet)
         save_decoder(self.decoder.cpu(), self.scheduler, self.noising, self.normaliser.cpu(), self.out)
@@ -172,7 +176,7 @@ class UnetOfCodesTask(UnetTask):
         from diffusers import UNet2DConditionModel
 
         space.need("unet", *(self.out / part / "config.json" for part in ("unet", "layout")))
-        unet = UNet2DConditionModel.from_pretrained(self.out / "unet")
+        unet = read_part(UNet2DConditionModel, self.out / "unet")
         return unet, LayoutDecoder.from_pretrained(self.out / "layout")
 
     def conditions(self, chosen: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ pipeline class needs nothing special.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from seed_multimodal.training.group_norm import restore_group_norm, use_fast_gro
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.pixels import scene_pixels, to_signed
 from seed_multimodal.training.nano.task import SceneTask
-from seed_multimodal.training.nano.workspace import Workspace
+from seed_multimodal.training.nano.workspace import Workspace, read_part
 
 THINGS_WEIGHT = 3.0  # of a thing's pixel, beside the one of every pixel
 
@@ -75,6 +76,9 @@ class VaeTask(SceneTask):
         output = self.vae.decode(posterior.sample()).sample.float()
         value = reconstruction_loss(output, x, batch["mask"].to(device)) + 1e-6 * posterior.kl().float().mean()
         return value, {"mse": (output.detach() - x).square().mean()}
+
+    def made(self) -> Sequence[Path]:
+        return (self.space.decoder_folder / "vae" / "diffusion_pytorch_model.safetensors",)
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         space = self.space
@@ -146,7 +150,7 @@ def _encode(space: Workspace) -> Tensor:
     from diffusers import AutoencoderKL
 
     space.need("vae", space.decoder_folder / "vae" / "config.json")
-    vae = AutoencoderKL.from_pretrained(space.decoder_folder / "vae").eval().to(
+    vae = read_part(AutoencoderKL, space.decoder_folder / "vae").eval().to(
         space.device, memory_format=torch.channels_last)
     parts = []
     with torch.autocast(space.device.type, dtype=torch.bfloat16):

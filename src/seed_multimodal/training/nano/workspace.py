@@ -11,16 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seed_multimodal.data.nano.records import sentences
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import scene_at
 from seed_multimodal.device import choose_device
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.nano.config import NanoConfig
@@ -56,13 +57,22 @@ class Workspace:
 
     @cached_property
     def words(self) -> MultimodalTokenizer:
-        """The text tokenizer, trained on the world's sentences if it does not exist."""
-        folder = self.tokenizer_folder
-        if not (folder / "tokenizer.model").is_file():
-            sizes = self.config
-            MultimodalTokenizer.train(sentences(), folder, vocab_size=sizes.llm.text_vocabulary,
-                                      n_codes=sizes.tokenizer.codes)
-        return MultimodalTokenizer.from_pretrained(folder)
+        """The text tokenizer, trained on the world's sentences if it does not exist.
+
+        Raises:
+            ConfigError: the one that exists was trained with other settings.
+        """
+        file = self.tokenizer_folder / "tokenizer.model"
+        pieces, codes = self.config.llm.text_vocabulary, self.config.tokenizer.codes
+        if not file.is_file():
+            MultimodalTokenizer.train(sentences(), file.parent, vocab_size=pieces, n_codes=codes)
+        words = MultimodalTokenizer.from_pretrained(file.parent)
+        found = words.vocabulary
+        if (found.n_text, found.n_codes) != (pieces, codes):
+            raise ConfigError(f"{file}: has {found.n_text} text pieces and {found.n_codes} image words, the settings "
+                              f"(llm.text_vocabulary, tokenizer.codes) say {pieces} and {codes}; use other folders, or "
+                              "remove the file and the records of stage1, stage2, llm_pretrain and llm_sft.")
+        return words
 
     def need(self, stage: str, *files: Path) -> None:
         """Refuse to begin without the files that a stage makes.
@@ -121,3 +131,16 @@ class Workspace:
     def device(self) -> torch.device:
         """Where the stages train (`device: auto` takes a GPU when there is one)."""
         return choose_device(self.config.device, torch.float32, log=None).device
+
+
+def read_part(kind: Any, folder: Path) -> Any:
+    """A model of diffusers' class `kind` that a stage has written into a folder, in float32.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a complete {kind.__name__} ({first_line(error)}); remove it, and the "
+                              "stage that made it makes it again.") from error
