@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.training.checkpoint_folders import describe, files_of, publish, temporary_folder
 from seed_multimodal.training.nano.__main__ import main
 from seed_multimodal.training.nano.clip import Tower, embeddings
 from seed_multimodal.training.nano.config import NanoConfig, load_config
@@ -151,3 +152,24 @@ def test_assembling_names_weights_that_are_damaged(tmp_path: Path, capsys: pytes
     file.write_bytes(b"junk")
     line = ["--config", str(TEST), "--work", str(tmp_path / "work"), "--out", str(out), "--only", "assemble"]
     assert main(line) == 2 and f"{file}: " in capsys.readouterr().err
+
+
+def test_a_damaged_language_model_is_not_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("llm_pretrain", "llm_sft"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "summary.json").write_text('{"steps": 4, "seconds": 1.0, "tokens": 1}')
+    line = ["--config", str(TEST), "--work", str(tmp_path), "--out", str(tmp_path / "system"), "--only", "llm"]
+    checkpoint = tmp_path / "llm_sft" / "checkpoint-4"
+    assert main(line) == 2 and f"{checkpoint}: cannot be installed: it has no manifest" in capsys.readouterr().err
+    made = temporary_folder(tmp_path / "llm_sft", 4)
+    for name in ("config.json", "generation_config.json"):
+        (made / name).write_text("{}")
+    save_state_dict({"weight": torch.zeros(7)}, made / "model.safetensors")
+    publish(made, 4, {name: describe(made, name) for name in files_of(made)})
+    file = checkpoint / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4])
+    assert main(line) == 2 and f"has {len(whole) - 4} of {len(whole)} bytes" in capsys.readouterr().err
+    assert not (tmp_path / "system" / "seed_llama").exists()
+    file.write_bytes(whole)
+    assert main(line) == 0 and (tmp_path / "system" / "seed_llama" / "model.safetensors").read_bytes() == whole

@@ -30,6 +30,7 @@ from seed_multimodal.data.nano.records import Record, record_at, scenes_of, with
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.training.checkpoint_folders import fault_of
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.config import NanoConfig
 from seed_multimodal.training.nano.tokenizer import encode_scenes, load_tokenizer
@@ -121,13 +122,17 @@ def install_llm(space: Workspace) -> dict[str, Any]:
     Writes `pretrain.done.json` and `sft.done.json` beside the other stages' records.
 
     Raises:
-        CheckpointError: a stage was not trained to its end.
+        CheckpointError: a stage was not trained to its end, or its checkpoint is damaged.
     """
     records = [_trained(space, "pretrain", PRETRAIN, space.config.train_pretrain),
                _trained(space, "sft", SFT, space.config.train_sft)]
     target = space.out / "seed_llama"
-    target.mkdir(parents=True, exist_ok=True)
     trained = space.work / SFT / f"checkpoint-{space.config.train_sft.steps}"
+    fault = fault_of(trained)
+    if fault:
+        raise CheckpointError(f"{trained}: cannot be installed: {fault}; delete {trained.parent} and train it with: "
+                              f"{TRAIN} {space.work} --config-name {SFT}.")
+    target.mkdir(parents=True, exist_ok=True)
     for file in (*trained.glob("model*.safetensors"), trained / "config.json", trained / "generation_config.json"):
         replace_copy(file, target)
     parameters = sum(map(count_parameters, target.glob("model*.safetensors")))
