@@ -156,72 +156,6 @@ def _block(width: int) -> nn.Sequential:
         nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))))
 
 
-class LayoutReadout(nn.Module):
-    """The layout of weights before the world of scenes; gives the same as `LayoutDecoder`.
-
-    Args:
-        patch: side p of the square of latents that one token stands for.
-    """
-
-    def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, hidden: int = 256,
-                 patch: int = 1) -> None:
-        super().__init__()
-        self.sizes = {"embedding": embedding, "channels": channels, "grid": grid, "cross_dim": cross_dim,
-                      "hidden": hidden, "patch": patch}
-        latent = channels * grid * grid
-        self.mean = nn.Linear(embedding, latent)
-        self.refine = nn.Sequential(nn.Linear(embedding, hidden), nn.GELU(), nn.Linear(hidden, latent))
-        nn.init.zeros_(self.refine[2].weight)
-        nn.init.zeros_(self.refine[2].bias)
-        self.value = nn.Linear(channels * patch**2, cross_dim)
-        self.context = nn.Linear(embedding, cross_dim)
-        self.position = nn.Parameter(torch.randn(1, (grid // patch) ** 2, cross_dim) * 0.5)
-
-    def latents(self, embedding: Tensor) -> Tensor:
-        """Expected latents `[B, C, g, g]`."""
-        flat = self.mean(embedding) + self.refine(embedding)
-        return flat.view(len(embedding), self.sizes["channels"], self.sizes["grid"], self.sizes["grid"])
-
-    def prompt_embeds(self, embedding: Tensor) -> Tensor:
-        """One token for each square of latents, row by row: `[B, (g/p)², D]`."""
-        mean = F.pixel_unshuffle(self.latents(embedding), self.sizes["patch"])
-        return self.value(mean.flatten(2).transpose(1, 2)) + self.position + self.context(embedding)[:, None]
-
-    def warm_latents(
-        self, embedding: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None, scheduler: Any
-    ) -> Tensor:
-        """Start of sampling: expected latents and noise, mixed as at the schedule's last training step."""
-        mean = self.latents(embedding)
-        signal = float(scheduler.alphas_cumprod[-1])
-        noise = _noise_like(mean, generator)
-        return signal ** 0.5 * mean + (1.0 - signal) ** 0.5 * noise
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write `config.json` and `model.safetensors`."""
-        home = Path(folder)
-        home.mkdir(parents=True, exist_ok=True)
-        (home / "config.json").write_text(json.dumps(self.sizes, indent=1))
-        save_state_dict({n: t.to(dtype) for n, t in self.state_dict().items()}, home / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> LayoutReadout:
-        """Read what `save_pretrained` wrote.
-
-        Raises:
-            CheckpointError: no or damaged `config.json`, or weights of another size.
-        """
-        home = Path(folder)
-        try:
-            sizes = json.loads((home / "config.json").read_text())
-            with torch.device("meta"):  # weights that are replaced use up none of the caller's random numbers
-                module = cls(**sizes)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:  # also brackets nested without end
-            raise CheckpointError(f"{home / 'config.json'}: not a layout configuration "
-                                  f"({first_line(error)}).") from error
-        assign_strictly(module, load_state_dict(home / "model.safetensors"), home / "model.safetensors")
-        return module.eval()
-
-
 def _noise_like(value: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
     """Gaussian noise of `value`'s shape; with a list of generators, sample i depends on generator i alone."""
     if isinstance(generator, Sequence):
@@ -229,10 +163,3 @@ def _noise_like(value: Tensor, generator: torch.Generator | Sequence[torch.Gener
         return torch.stack(rows).to(value.device, value.dtype)
     device = generator.device if generator is not None else value.device
     return torch.randn(value.shape, generator=generator, device=device).to(value.device, value.dtype)
-
-
-def load_layout(folder: str | Path) -> LayoutDecoder | LayoutReadout:
-    """The layout of a decoder's folder; raises `CheckpointError` as `from_pretrained`."""
-    config = Path(folder) / "config.json"
-    named = config.is_file() and '"classes"' in config.read_text(encoding="utf-8", errors="replace")
-    return (LayoutDecoder if named else LayoutReadout).from_pretrained(folder)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class UnclipDetokenizer(PipelineDetokenizer):
-    """Image embeddings `[B, E]` → PIL pictures. `pipeline` is a `SeedUnclipPipeline`, `layout` of `load_layout`."""
+    """Image embeddings `[B, E]` → PIL pictures. `pipeline` is a `SeedUnclipPipeline`, `layout` a `LayoutDecoder`."""
 
     kind, where = "stable-unCLIP", UNCLIP_WHERE
     axes, use = "B", "renders"
@@ -57,9 +57,9 @@ class UnclipDetokenizer(PipelineDetokenizer):
         place = Path(folder)
         made = cls.open_folder(place, dtype, left_out=("image_encoder", "feature_extractor"))
         if (place / "layout").is_dir():
-            from seed_multimodal.detokenizers.layout import load_layout
+            from seed_multimodal.detokenizers.layout import LayoutDecoder
 
-            made.layout = load_layout(place / "layout")
+            made.layout = LayoutDecoder.from_pretrained(place / "layout")
         return made.to(device, dtype)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> UnclipDetokenizer:
