@@ -49,6 +49,7 @@ Record = dict[str, Any]
 Scenes = Iterator[Scene]
 Made = TypeVar("Made")
 PATIENCE = 200
+COMPARISONS = ("yesno", "where", "yesno", "where", "yesno", "count")  # kinds of questions that name a thing
 
 
 def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int = 0) -> Record:
@@ -150,10 +151,13 @@ def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int
         return [[question.question], [sentence(question.answer)]]
 
     scene, question = _first(scenes, QUESTIONS, index, lambda scene, kind: ask(scene, kind, shake))
-    turns = turn(question)
-    for step in () if index % 3 else (1, 2, 3):  # a picture that is read once teaches several answers
-        more = ask(scene, QUESTIONS[(index + step) % len(QUESTIONS)], shake)
-        turns += turn(more) if more is not None else []
+    turns, asked = turn(question), {question.question}
+    # A picture that is read once teaches several answers; first those that compare a word with the picture and are
+    # learnt last. After an answer that names the things they would be read off the text.
+    for kind in (*shake.sample(COMPARISONS, len(COMPARISONS)), *shake.sample(QUESTIONS, 2)):
+        more = ask(scene, kind, shake)
+        if more is not None and more.question not in asked:
+            turns, asked = turns + turn(more), asked | {more.question}
     return _messages([scene, *turns[0]], *turns[1:])
 
 
