@@ -49,10 +49,17 @@ def test_questions_and_edits_are_of_every_sort_equally_often_and_yes_is_as_frequ
                       for index in range(QUESTIONS.index("yesno"), 300 * len(QUESTIONS), len(QUESTIONS)))
     assert set(answers) == {"yes", "no"} and abs(answers["yes"] - 150) < 40
     where = [record_at("questions", 1, index)["messages"] for index in range(5, 60, 6)]
-    assert all(asked["content"][1].startswith("Where is the") for asked, _ in where)
+    assert all(turns[0]["content"][1].startswith("Where is the") for turns in where)
     swapped = [record_at("edits", 1, index) for index in range(3, 90, 9)]
     for before, after in map(scenes_of, swapped):
         assert after.things == before.things[::-1] and after.jitter == before.jitter
+
+
+def test_a_picture_is_asked_about_several_times_and_no_question_comes_twice() -> None:
+    for index in range(40):
+        turns = record_at("questions", 2, index)["messages"]
+        asked = [[part for part in turn["content"] if isinstance(part, str)][0].split("?")[0] for turn in turns[::2]]
+        assert 3 <= len(asked) == len(set(asked)) and sum(text.startswith("Is there") for text in asked) >= 1
 
 
 def test_a_story_is_asked_for_by_its_two_and_told_in_pictures() -> None:
