@@ -20,7 +20,7 @@ from seed_multimodal.evaluation.tasks import Codes, Dialogue, Part
 from seed_multimodal.language.answer import ImagePart, TextPart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.prompts import Turn
-from seed_multimodal.systems.chat import Answer, turn_marker
+from seed_multimodal.systems.chat import Answer
 from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.systems.speaker import AnswerReader
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
@@ -154,7 +154,7 @@ class BatchedSystem:
         return Answer(split_answer(self._reader().read_all(ids), self.inner.tokenizer)).text
 
     def _reader(self) -> AnswerReader:
-        return AnswerReader(self.inner.tokenizer, turn_marker(self.inner.template))
+        return AnswerReader(self.inner.tokenizer, self.inner.template.turn_marker)
 
     def _paint(self, contents: Sequence[tuple[Any, ...]], opening: str) -> list[Codes | None]:
         words = self.inner.tokenizer.encode_parts([opening]) if opening else []

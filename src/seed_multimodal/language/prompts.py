@@ -61,6 +61,14 @@ class PromptTemplate:
     system_prefix: str = ""
     system_suffix: str = ""
 
+    @property
+    def turn_marker(self) -> str:
+        """What opens a user's turn after an answer: there an answer ends; `""` for a template without roles.
+
+        The released models saw no end token between turns, so some of their answers run into the next question.
+        """
+        return self.separator + self.user_marker if self.user_prefix else ""
+
     def render(self, turns: Sequence[Any], system: str = "") -> list[Part]:
         """Spans of a dialogue; after a user turn it ends where the answer begins.
 

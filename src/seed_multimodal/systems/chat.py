@@ -23,7 +23,7 @@ from torch import Tensor
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.encode import image_from_base64
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
-from seed_multimodal.language.prompts import ROLES, PromptTemplate, Turn
+from seed_multimodal.language.prompts import ROLES, Turn
 from seed_multimodal.language.tokenizer import plain_text
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.systems.pictures import is_codes, is_picture
@@ -204,11 +204,3 @@ def _is_there(path: str) -> bool:
         return Path(path).is_file()
     except (OSError, ValueError):  # a name too long; a null byte
         return False
-
-
-def turn_marker(template: PromptTemplate) -> str:
-    """The marker of a user's turn, at which an answer must end; `""` for a template without roles.
-
-    The released models saw no end token between turns, so some of their answers run into the next question.
-    """
-    return template.separator + template.user_marker if template.user_prefix else ""

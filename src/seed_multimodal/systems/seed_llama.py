@@ -29,7 +29,7 @@ from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import check_value, nearest, read_settings
-from seed_multimodal.systems.chat import Answer, DrawnPart, as_parts, as_text, to_turns, turn_marker, unknown_note
+from seed_multimodal.systems.chat import Answer, DrawnPart, as_parts, as_text, to_turns, unknown_note
 from seed_multimodal.systems.pictures import Picture, PictureCodec, is_picture, load_codec
 from seed_multimodal.systems.speaker import Event, Speaker
 from seed_multimodal.systems.system_spec import SystemSpec, find_system
@@ -52,7 +52,7 @@ class SeedLlama:
         self.spec, self.tasks, self.log = spec, spec.tasks, log
         self.tokenizer, self.llm, self.pictures = tokenizer, llm, pictures
         self.template = get_template(spec.template)
-        self.speaker = Speaker(llm, tokenizer, turn_marker(self.template))
+        self.speaker = Speaker(llm, tokenizer, self.template.turn_marker)
         if llm.config.vocab_size != tokenizer.vocabulary.size:
             raise CheckpointError(f"{spec.name}: the language model has {llm.config.vocab_size} words, but the "
                                   f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together.")

@@ -52,8 +52,16 @@ def test_ids_are_those_of_the_prompt_at_inference(words, picture, template) -> N
     assert last.ids == [*prompt, *answer, words.eos_id]
     assert learned(last) == [*answer, words.eos_id] and last.labels[:len(prompt)] == [IGNORED] * len(prompt)
     every = made(words, fields, template=template)
-    assert every.ids == last.ids and learned(every) == [*words.encode("a cat"), *answer, words.eos_id]
+    end = words.encode_parts([get_template(template).turn_marker], strip=False)  # where a system stops
+    assert every.ids == last.ids and learned(every) == [*words.encode("a cat"), *end, *answer, words.eos_id]
+    assert bool(end) == (template != "plain")
     assert every.ids.count(words.eos_id) == 1
+
+
+def test_an_answer_that_is_a_picture_is_followed_by_nothing_learned(words, picture) -> None:
+    fields = talk("draw", [{"codes": picture}], "what is it?", "a cat")
+    shown = words.encode_parts([picture])
+    assert learned(made(words, fields)) == [*shown, *words.encode("a cat"), words.eos_id]
 
 
 def test_newline_before_an_answer_that_is_a_picture_stays(words, picture) -> None:

@@ -2,8 +2,9 @@
 
     <s>USER: [picture]question\\nASSISTANT:answer[picture]\\nUSER: question\\nASSISTANT:answer</s>
 
-Names of control words in the texts are ordinary letters, as in every prompt of ours. White space next to a picture
-goes, but for the end of a prompt before a learned answer: the prompt is there before the answer is known.
+Learned are the answers, each up to the words that open the user's next turn (there a system stops), the last one to
+`</s>`. Names of control words in the texts are ordinary letters, as in every prompt of ours. White space next to a
+picture goes, but for the end of a prompt before a learned answer: the prompt is there before the answer is known.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Chat(Decoder):
 
     def _fill(self, sequence: TokenSequence, draft: Draft, max_length: int | None) -> None:
         parts = [span.parts[0] for span in draft.spans]
+        marker = self.tokenizer.encode_parts([get_template(self.options.template).turn_marker], strip=False)
         ids, labels = [self.tokenizer.bos_id], [IGNORED]
         for place, span in enumerate(draft.spans):
             part = parts[place]
@@ -80,7 +82,9 @@ class Chat(Decoder):
                 part = part.rstrip() if after else part
             piece = self.tokenizer.encode_parts([part], strip=False) if isinstance(part, str) else self.encode([part])
             ids += piece
-            labels += piece if span.learned else [IGNORED] * len(piece)
+            ends = place and draft.spans[place - 1].learned and not span.learned and piece[:len(marker)] == marker
+            learned = len(piece) if span.learned else len(marker) if ends else 0
+            labels += piece[:learned] + [IGNORED] * (len(piece) - learned)
         ids.append(self.tokenizer.eos_id)
         labels.append(self.tokenizer.eos_id)
         sequence.ids, sequence.labels = ids[:max_length], labels[:max_length]

@@ -145,19 +145,19 @@ def _describe(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int
 
 
 def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    def turn(question: Question) -> list[list[Part]]:
-        if shake.random() < 0.75:
+    def turn(question: Question, suffixed: float) -> list[list[Part]]:
+        if shake.random() < suffixed:
             return [[NANO_TASKS.question(question.question)], [question.answer]]
         return [[question.question], [sentence(question.answer)]]
 
     scene, question = _first(scenes, QUESTIONS, index, lambda scene, kind: ask(scene, kind, shake))
-    turns, asked = turn(question), {question.question}
+    turns, asked = turn(question, 0.75), {question.question}
     # A picture that is read once teaches several answers; first those that compare a word with the picture and are
     # learnt last. After an answer that names the things they would be read off the text.
     for kind in (*shake.sample(COMPARISONS, len(COMPARISONS)), *shake.sample(QUESTIONS, 2)):
         more = ask(scene, kind, shake)
         if more is not None and more.question not in asked:
-            turns, asked = turns + turn(more), asked | {more.question}
+            turns, asked = turns + turn(more, 0.25), asked | {more.question}
     return _messages([scene, *turns[0]], *turns[1:])
 
 

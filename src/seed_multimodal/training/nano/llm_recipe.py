@@ -54,11 +54,11 @@ PRETRAIN_SOURCES: Sources = {
     "text_first": ("captions", "pretrain.caption", {"reverse_ratio": 0.0, "first_text": 0.5}, 0.40),
     "documents": ("documents", "pretrain.interleaved", {"reverse_ratio": 0.0}, 0.05)}
 SFT_SOURCES: Sources = {
-    "image_first": (*PRETRAIN_SOURCES["image_first"][:3], 0.03),
-    "text_first": (*PRETRAIN_SOURCES["text_first"][:3], 0.03),
-    "describe": ("describe", "chat", {}, 0.12), "questions": ("questions", "chat", {}, 0.28),
-    "draw": ("draw", "chat", {}, 0.13), "edits": ("edits", "chat", {}, 0.19),
-    "conversations": ("conversations", "chat", {}, 0.10), "in_context": ("in_context", "chat", {}, 0.06),
+    "image_first": (*PRETRAIN_SOURCES["image_first"][:3], 0.035),
+    "text_first": (*PRETRAIN_SOURCES["text_first"][:3], 0.035),
+    "describe": ("describe", "chat", {}, 0.14), "questions": ("questions", "chat", {}, 0.24),
+    "draw": ("draw", "chat", {}, 0.14), "edits": ("edits", "chat", {}, 0.20),
+    "conversations": ("conversations", "chat", {}, 0.09), "in_context": ("in_context", "chat", {}, 0.06),
     "stories": ("stories", "chat", {}, 0.03), "continued": ("continued", "chat", {}, 0.03)}
 
 
