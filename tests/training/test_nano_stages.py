@@ -18,13 +18,14 @@ from seed_multimodal.data.nano.targets import (
     arrangement,
     label_ids,
     label_tensor,
+    true_spots,
 )
 from seed_multimodal.detokenizers.layout import LayoutDecoder
 from seed_multimodal.training.nano.clip import Tower, load_label_heads, named_right, unit_scale
 from seed_multimodal.training.nano.config import NanoConfig, load_config
 from seed_multimodal.training.nano.pixels import scene_pixels, to_signed
 from seed_multimodal.training.nano.scenes import SceneStream, scene_batches
-from seed_multimodal.training.nano.unet import build_unet
+from seed_multimodal.training.nano.unet import Decoder, build_unet
 from seed_multimodal.training.nano.vae import (
     build_vae,
     normalise_latents,
@@ -129,7 +130,7 @@ def test_things_are_placed_at_the_anchors_of_the_named_layout() -> None:
     with torch.no_grad():  # the embedding is the layout's logits
         layout.heads.layers["layout"].weight.copy_(50 * torch.eye(12))
         shares = {name: logits.softmax(1) for name, logits in layout.heads(torch.eye(12)).items()}
-        placed = layout._placed(torch.eye(12), shares).abs().sum(2) > 0  # [layouts, 2, 16, 16]
+        placed = layout._placed(torch.eye(12), shares, None).abs().sum(2) > 0  # [layouts, 2, 16, 16]
     for name, (first, second) in zip(ARRANGEMENTS, placed, strict=True):
         kinds = name.startswith(("left of", "above", "two"))
         assert first.any() and bool(second.any()) == kinds, name
@@ -148,6 +149,20 @@ def test_anchors_are_where_scenes_have_their_things() -> None:
         for (kind, x, y, side), slot in zip(found, slots(scene), strict=True):
             assert scene.things[kind] == slot.thing and slot.side == pytest.approx(side, rel=0.08)
             assert (slot.x, slot.y) == pytest.approx((x, y), abs=0.016)
+
+
+def test_things_are_placed_where_they_really_stand_if_that_is_told() -> None:
+    scenes = [scene_at(0, index) for index in range(40)]
+    spots = true_spots(scenes)
+    layout = LayoutDecoder(6, 4, 16, 10, SOME, arranged_anchors(), width=16).eval()
+    for scene, row in zip(scenes, spots, strict=True):
+        found = [(scene.things[int(kind)], x, y, side) for kind, x, y, side in row.tolist() if kind >= 0]
+        assert [name for name, *_ in found] == [slot.thing for slot in slots(scene)]
+        assert found[0][1:] == pytest.approx((slots(scene)[0].x, slots(scene)[0].y, slots(scene)[0].side))
+    x = torch.randn(1, 6).expand(len(scenes), 6)  # of one embedding, so only the spots differ
+    assert len(torch.unique(layout(x, spots)[0], dim=0)) == len(torch.unique(spots, dim=0))
+    assert len(torch.unique(layout(x)[0], dim=0)) == 1
+    assert not any(p.requires_grad for p in Decoder(torch.nn.Identity(), layout).layout.heads.parameters())
 
 
 def test_the_unet_attends_on_the_grid_of_the_tokens_only() -> None:

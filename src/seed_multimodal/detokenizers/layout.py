@@ -22,16 +22,16 @@ from seed_multimodal.vision.label_heads import LabelHeads
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 REACH = 1.2  # side of a thing's feature map over the side of its anchor: outlines and shadows stand out a little
-SHIFT = 0.1  # of the predicted shifts of anchors, in shares of the picture
 
 
 class LayoutDecoder(nn.Module):
     """Embedding `[B, E]` → expected latents `[B, C, g, g]` and tokens of the places `[B, (g/p)², D]`.
 
     Linear heads name what the embedding shows. Name, style and embedding of each thing become one small feature map,
-    which is placed wherever the named layout has that thing (a spatial transformer, Jaderberg et al. 2015, around
-    anchors, whose shifts are read from the embedding): a thing is learned once for all its places. Convolutions join
-    these maps, a map of the background and a coarse picture that is read from the embedding.
+    which is placed wherever the named layout has that thing (a spatial transformer, Jaderberg et al. 2015, at
+    anchors): a thing is learned once for all its places. Convolutions join these maps, a map of the background and a
+    coarse picture that is read from the embedding. Embeddings do not tell the small shifts of a picture's things; while
+    it is trained it is told the true spots, so that it does not learn to blur over them.
 
     Args:
         classes: classes of the labels `first` and `second` (things, of which the second's classes begin with the
@@ -63,9 +63,6 @@ class LayoutDecoder(nn.Module):
         spots = max(len(row) for row in anchors)
         filled = [[*row, *[(-1, 0.5, 0.5, 1.0)] * (spots - len(row))] for row in anchors]
         self.register_buffer("anchors", torch.tensor(filled))
-        self.shift = nn.Linear(embedding, 3 * spots)
-        nn.init.zeros_(self.shift.weight)
-        nn.init.zeros_(self.shift.bias)
         self.coarse = nn.Sequential(nn.Linear(embedding, 3 * coarse**2, bias=False),
                                     nn.Unflatten(1, (3, coarse, coarse)))
         self.join = nn.Conv2d(3 * features + 3, hidden, 3, padding=1)
@@ -74,29 +71,33 @@ class LayoutDecoder(nn.Module):
         self.mean = nn.Sequential(nn.GroupNorm(8, hidden), nn.SiLU(), nn.Conv2d(hidden, channels, 3, padding=1))
         self.token = nn.Linear(hidden * patch**2, cross_dim)
 
-    def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected latents and tokens."""
+    def forward(self, embedding: Tensor, spots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Expected latents and tokens.
+
+        Args:
+            spots: where things really stand, `[B, K, 4]` as `anchors`, first number -1 for none; None: at the anchors.
+        """
         shares = {name: logits.softmax(1).to(embedding.dtype) for name, logits in self.heads(embedding).items()}
         coarse = self.coarse(embedding)
         if coarse.shape[-1] != self.grid:
             coarse = F.interpolate(coarse.float(), (self.grid, self.grid), mode="bilinear", antialias=True)
         background = torch.einsum("bk,kchw->bchw", shares["background"], self.background)
         x = torch.cat([part.to(embedding.dtype) for part in (
-            self._placed(embedding, shares).flatten(1, 2), background, coarse)], 1)
+            self._placed(embedding, shares, spots).flatten(1, 2), background, coarse)], 1)
         x = self.join(x) + self.mood(embedding)[:, :, None, None]
         for block in self.blocks:
             x = x + block(x)
         return self.mean(x), self.token(F.pixel_unshuffle(x, self.patch).flatten(2).mT)
 
-    def _placed(self, embedding: Tensor, shares: Mapping[str, Tensor]) -> Tensor:
-        """Feature maps of the first and of the second thing where the layout has them, float32 `[B, 2, F, g, g]`."""
+    def _placed(self, embedding: Tensor, shares: Mapping[str, Tensor], spots: Tensor | None) -> Tensor:
+        """Feature maps of the first and of the second thing where they stand, float32 `[B, 2, F, g, g]`."""
         things, g = self.names["second"], self.grid
         common = (shares["style"] @ self.names["style"] + shares["layout"] @ self.names["layout"]
                   + self.context(embedding))
         first = shares["first"] @ things[: shares["first"].shape[1]]
         maps = self.thing(torch.stack([first + common, shares["second"] @ things + common], 1).flatten(0, 1)).float()
-        spots = self.anchors[shares["layout"].argmax(1)].float()  # [B, K, 4]
-        role, box = spots[..., 0], spots[..., 1:] + SHIFT * self.shift(embedding).float().unflatten(1, (-1, 3))
+        spots = (self.anchors[shares["layout"].argmax(1)] if spots is None else spots).float()  # [B, K, 4]
+        role, box = spots[..., 0], spots[..., 1:]
         steps = (torch.arange(g, device=maps.device) + 0.5) / g
         places = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).view(1, g * g, 1, 2)
         offset = (places - box[:, None, :, :2]) / (0.5 * REACH * box[:, None, :, 2:])  # [B, g², K, 2]: ±1 are its edges

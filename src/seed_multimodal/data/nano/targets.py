@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.nano.scene import Scene, anchors
+from seed_multimodal.data.nano.scene import Scene, anchors, slots
 from seed_multimodal.data.nano.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES
 
 ARRANGEMENTS = ("large", "left", "middle", "right", "left of", "above", "many 2", "many 3", "many 4", "two kinds 1 2",
@@ -44,6 +44,14 @@ def arranged_anchors() -> list[list[tuple[int, float, float, float]]]:
     """`anchors` of each of `ARRANGEMENTS`."""
     split = [re.fullmatch(r"(\D+?)((?: \d)*)", name) for name in ARRANGEMENTS]
     return [anchors(found[1], [int(count) for count in found[2].split()] or [1]) for found in split if found]
+
+
+def true_spots(scenes: Sequence[Scene]) -> Tensor:
+    """Where the drawings of each scene stand, jitter included, as rows of `arranged_anchors`: float32 [N, K, 4], filled
+    up with rows that begin with -1."""
+    most = max(map(len, arranged_anchors()))
+    rows = [[[scene.things.index(slot.thing), slot.x, slot.y, slot.side] for slot in slots(scene)] for scene in scenes]
+    return torch.tensor([[*row, *[[-1, 0.5, 0.5, 1.0]] * (most - len(row))] for row in rows])
 
 
 def label_ids(scene: Scene, classes: dict[str, tuple[str, ...]] = CLASSES) -> dict[str, int]:

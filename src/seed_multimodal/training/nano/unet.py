@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.data.nano.targets import arranged_anchors
+from seed_multimodal.data.nano.targets import arranged_anchors, true_spots
 from seed_multimodal.detokenizers.layout import LayoutDecoder
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.group_norm import restore_group_norm, use_fast_group_norm
@@ -32,8 +32,9 @@ from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import load_state_dict
 
 TRAIN_STEPS = 1000
-FINAL_SIGNAL = 0.9  # the noise that sampling starts with is about twice the layout's error, so that it covers it
+FINAL_SIGNAL = 0.95  # the noise that sampling starts with is about twice the layout's error, so that it covers it
 LAYOUT_SHARE = 3  # scenes that the layout learns from for each that the U-Net learns from: a scene costs it a quarter
+CONDITIONS = (0.15, 0.6, 0.25)  # stage unet2: share of true embeddings, of those of codes, of those of corrupted codes
 TOKENS = 8  # side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times as much
 # Best of 10–20 steps and guidance 1–4 on val pictures by the judge (docs/LOG.md).
 DECODE_DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 4.0}
@@ -84,11 +85,12 @@ def class_labels(embedding: Tensor, level: Tensor, normaliser: Any, noising: Any
 
 
 class Decoder(nn.Module):
-    """U-Net and layout read-out trained together."""
+    """U-Net and layout decoder trained together."""
 
     def __init__(self, unet: nn.Module, layout: LayoutDecoder) -> None:
         super().__init__()
         self.unet, self.layout = unet, layout
+        layout.heads.requires_grad_(False)  # what is named has to stay what the tower means
 
 
 class UnetTask(NanoTask):
@@ -101,6 +103,7 @@ class UnetTask(NanoTask):
 
         self.out = space.work / "unet"
         self.latents, self.embeddings = latents(space), embeddings(space)
+        self.spots = true_spots(space.pool)
         torch.manual_seed(space.config.seed + 3)
         unet, layout = self.start(space)
         unet = use_fast_group_norm(unet).to(memory_format=torch.channels_last)
@@ -115,7 +118,7 @@ class UnetTask(NanoTask):
         super().__init__(space, name, self.decoder)
 
     def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
-        """U-Net and layout read-out that training begins with."""
+        """U-Net and layout decoder that training begins with."""
         config, (channels, grid), width = space.config, self.latents.shape[1:3], self.embeddings.shape[-1]
         unet = build_unet(config, channels, grid, width)
         return unet, self.layout_of(space, width, channels, grid)
@@ -140,7 +143,7 @@ class UnetTask(NanoTask):
         count = settings.batch_size
         chosen = batch_indices(micro_step, LAYOUT_SHARE * count, len(self.latents), settings.seed)
         wanted, embedding = self.latents[chosen].float().to(device), self.conditions(chosen).to(device)
-        mean, tokens = self.decoder.layout(embedding)
+        mean, tokens = self.decoder.layout(embedding, self.spots[chosen].to(device))
         layout_error = F.mse_loss(mean.float(), wanted)
         x0, embedding, tokens = wanted[:count], embedding[:count], tokens[:count]
         level = torch.randint(0, 300, (count,), device=device) * (torch.rand(count, device=device) < 0.25)
@@ -164,8 +167,8 @@ class UnetTask(NanoTask):
 
 
 class UnetOfCodesTask(UnetTask):
-    """Stage `unet2`: train further from `work/unet` with embeddings decoded from codes in two thirds of the samples;
-    goes to `decoder_folder`."""
+    """Stage `unet2`: train further from `work/unet`, mostly with embeddings decoded from codes; goes to
+    `decoder_folder`."""
 
     def __init__(self, space: Workspace) -> None:
         self.decoded = decoded_embeddings(space)
@@ -180,9 +183,9 @@ class UnetOfCodesTask(UnetTask):
         return unet, LayoutDecoder.from_pretrained(self.out / "layout")
 
     def conditions(self, chosen: Tensor) -> Tensor:
-        draw = torch.randint(0, len(self.decoded), (len(chosen),))
-        mixed = torch.rand(len(chosen), 1) < 2 / 3
-        return torch.where(mixed, self.decoded[draw, chosen].float(), super().conditions(chosen))
+        kind = torch.multinomial(torch.tensor(CONDITIONS), len(chosen), replacement=True)
+        decoded = self.decoded[(kind - 1).clamp_min(0), chosen].float()
+        return torch.where(kind[:, None] > 0, decoded, super().conditions(chosen))
 
 
 def _eager_attention(unet: Any) -> None:
