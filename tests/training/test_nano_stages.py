@@ -165,6 +165,16 @@ def test_things_are_placed_where_they_really_stand_if_that_is_told() -> None:
     assert not any(p.requires_grad for p in Decoder(torch.nn.Identity(), layout).layout.heads.parameters())
 
 
+def test_some_things_are_named_less_surely_in_training() -> None:
+    layout = LayoutDecoder(6, 4, 16, 10, SOME, arranged_anchors(), width=16).eval()
+    x = 3 * torch.randn(200, 6)
+    sure = layout._shares(x)
+    unsure = layout.train()._shares(x)
+    changed = (unsure["first"] != sure["first"]).any(1)
+    assert 20 < changed.sum() < 90 and torch.equal(unsure["layout"], sure["layout"])
+    assert (unsure["first"].amax(1) <= sure["first"].amax(1) + 1e-6).all()
+
+
 def test_the_unet_attends_on_the_grid_of_the_tokens_only() -> None:
     unet = build_unet(NanoConfig(), 4, 16, 256)
     assert [type(block).__name__ for block in unet.down_blocks] == [

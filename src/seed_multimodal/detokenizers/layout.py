@@ -21,6 +21,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.vision.label_heads import LabelHeads
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
+UNSURE = 0.25  # share of the samples whose things are named less surely in training than the heads do
 REACH = 1.2  # side of a thing's feature map over the side of its anchor: outlines and shadows stand out a little
 
 
@@ -77,7 +78,7 @@ class LayoutDecoder(nn.Module):
         Args:
             spots: where things really stand, `[B, K, 4]` as `anchors`, first number -1 for none; None: at the anchors.
         """
-        shares = {name: logits.softmax(1).to(embedding.dtype) for name, logits in self.heads(embedding).items()}
+        shares = self._shares(embedding)
         coarse = self.coarse(embedding)
         if coarse.shape[-1] != self.grid:
             coarse = F.interpolate(coarse.float(), (self.grid, self.grid), mode="bilinear", antialias=True)
@@ -88,6 +89,16 @@ class LayoutDecoder(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.mean(x), self.token(F.pixel_unshuffle(x, self.patch).flatten(2).mT)
+
+    def _shares(self, embedding: Tensor) -> dict[str, Tensor]:
+        """Probabilities of every label's classes; in training some things are named less surely, so that the less sure
+        a name is, the more is drawn from the embedding: things never seen are drawn so."""
+        logits = self.heads(embedding)
+        if self.training:
+            unsure = torch.rand(2, len(embedding), 1, device=embedding.device)
+            sureness = torch.where(unsure[0] < UNSURE, unsure[1], 1.0)
+            logits |= {name: sureness * logits[name] for name in ("first", "second")}
+        return {name: value.softmax(1).to(embedding.dtype) for name, value in logits.items()}
 
     def _placed(self, embedding: Tensor, shares: Mapping[str, Tensor], spots: Tensor | None) -> Tensor:
         """Feature maps of the first and of the second thing where they stand, float32 `[B, 2, F, g, g]`."""
