@@ -27,10 +27,17 @@ def test_nothing_that_nano_is_trained_with_is_unknown() -> None:
     "löwen"]),
     ("Is there a goat?", ["goat"]), ("a dog_cat left-of the 2nd fox, noto-style", []), ("a zebra-like dog", ["zebra"]),
     ("2nd", []), ("_zebra_", ["zebra"]), ("left-of a tree", []),
-    ("Нарисуй кошку", ["нарисуй", "кошку"])])
+    ("Isn't there a dog? I can't see one, and the cat doesn't look at me", []),
+    ("Нарисуй кошку", ["нарисуй", "кошку"]), ("画一只 狗", ["画一只", "狗"]), ("Draw 🐶 and ☃️!", ["🐶", "☃"])])
 def test_words_outside_the_world_are_found(text: str, found: list[str]) -> None:
     assert unknown_words(text) == found
-    assert all(len(nearest_things(word)) == 3 and set(nearest_things(word)) <= set(NAMES) for word in found)
+    assert all(set(nearest_things(word)) <= set(NAMES) for word in found)
+    assert all(len(nearest_things(word)) == 3 for word in found if word.isascii())
+
+
+@pytest.mark.parametrize("text", ["Нарисуй кошку", "狗", "Draw 🐶."])
+def test_no_thing_is_called_near_to_a_word_that_shares_no_letter_with_it(text: str) -> None:
+    assert unknown_note(text).endswith(": it knows 150 things, by their English names.")
 
 
 def test_the_nearest_of_an_unknown_word() -> None:

@@ -15,7 +15,7 @@ from seed_multimodal.data.nano.things import COLOURS, NAMES, STYLES, THINGS
 PLAIN = set("""
     able about above accurate accurately add after again all alone also always am an and another answer any are
     around as ask at away back background be because become becomes been before behind below beside between big
-    bigger both bottom but by can center centre change clear color colour come comes concise consisting continue
+    bigger both bottom but by can can't center centre change clear color colour come comes concise consisting continue
     copy could counted create describe description did different do does doing don don't done dozen draw drawing
     drawn each edit eight else every few first five following for four fourth from generate get give given go goes
     gone good got grass had has have he hello her here hers hey hi his how i'd i'll i'm if image images in indoors
@@ -36,16 +36,17 @@ _KNOWN = PLAIN | {*COLOURS, *STYLES} | {
     for phrase in phrases for word in phrase.split()}
 _FORMS = sorted((form for name in NAMES for form in (name, THINGS[name].plural)), key=len, reverse=True)
 _NAMED = re.compile(rf"(?<!\w)(?:{'|'.join(_FORMS)})(?!\w)")
-_WORD = re.compile(r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*")  # in any alphabet; not the end of `2nd`
+# A word in any alphabet, not the end of `2nd`; or an emoji.
+_WORD = re.compile(r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*|[\u2600-\u27bf\U0001f000-\U0001faff]")
 _SHOWN = 40  # letters of a word in a sentence
 
 
 def unknown_words(text: str) -> list[str]:
     """Words of a request that are neither nano's names nor ordinary English, in order, each once, in lower case. A part
     of a name (`palm`) is unknown, too."""
-    plain = re.sub(r"'s\b", "", text.lower().replace("\u2019", "'").replace("_", " "))
+    plain = re.sub(r"'s\b|(?<=[dest])n't\b", "", text.lower().replace("\u2019", "'").replace("_", " "))
     words = dict.fromkeys(_WORD.findall(_NAMED.sub(" ", plain)))
-    return [word for word in words if len(word) > 1 and word not in _KNOWN]
+    return [word for word in words if (len(word) > 1 or not word.isascii()) and word not in _KNOWN]
 
 
 def unknown_note(text: str) -> str:
@@ -53,10 +54,11 @@ def unknown_note(text: str) -> str:
     unknown = [word if len(word) <= _SHOWN else f"{word[:_SHOWN]}…" for word in unknown_words(text)]
     if not unknown:
         return ""
-    return (f"nano does not know {', '.join(map(repr, unknown[:3]))}: it knows {len(NAMES)} things; "
-            f"nearest: {', '.join(nearest_things(unknown[0]))}.")
+    near = nearest_things(unknown[0])
+    return (f"nano does not know {', '.join(map(repr, unknown[:3]))}: it knows {len(NAMES)} things"
+            f"{'; nearest: ' + ', '.join(near) if near else ', by their English names'}.")
 
 
 def nearest_things(word: str, number: int = 3) -> list[str]:
-    """Names of nano's world that look most like a word it does not know."""
-    return difflib.get_close_matches(word.lower(), NAMES, number, 0.0)
+    """Names of nano's world that look most like a word it does not know; none of a word without a letter of theirs."""
+    return difflib.get_close_matches(word.lower(), NAMES, number, 0.01)
