@@ -47,7 +47,7 @@ def test_rebuilt_pictures_are_nearest_to_their_originals(seed: SeedLlama) -> Non
 
 
 def test_the_same_seed_draws_the_same_picture(seed: SeedLlama) -> None:
-    first, again = (seed.draw("a noto elephant left of a penguin in a meadow", seed=3) for _ in range(2))
+    first, again = (seed.draw("a fluent elephant left of a penguin in a meadow", seed=3) for _ in range(2))
     assert first.size == (64, 64) and np.array_equal(np.asarray(first), np.asarray(again))
 
 

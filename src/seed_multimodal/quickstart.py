@@ -43,13 +43,13 @@ LOOKED_AT = ((Scene("fluent", "meadow", "left of", ("fox", "snowman")), "where")
              (Scene("twemoji", "sea", "many", ("crab",), (2,)), "count"),
              (Scene("noto", "night", "large", ("planet",)), "background"),
              (Scene("noto", "room", "above", ("rabbit", "crown")), "what"))
-DRAWN = (Scene("noto", "meadow", "left of", ("elephant", "penguin")),
+DRAWN = (Scene("fluent", "meadow", "left of", ("elephant", "penguin")),
          Scene("twemoji", "blue", "many", ("balloon",), (3,)), Scene("fluent", "sea", "large", ("horse",)),
          Scene("fluent", "room", "above", ("cat", "bus")),
          Scene("noto", "yellow", "two kinds", ("dog", "turtle"), (2, 1)),
          Scene("twemoji", "yellow", "large", ("butterfly",)))
 EDITED = Scene("twemoji", "meadow", "left", ("car",))
-EDITS = (("add", "house"), ("swap", ""), ("background", "night"), ("style", "fluent"), ("remove", "house"))
+EDITS = (("move", "right"), ("add", "house"), ("swap", ""), ("background", "night"), ("style", "fluent"))
 TALKED_ABOUT = (Scene("noto", "meadow", "middle", ("dinosaur",)),
                 Scene("noto", "sea", "left of", ("sailboat", "dolphin")))
 TOLD = ("fox", "penguin")
@@ -170,7 +170,7 @@ def edits() -> Iterator[Edit]:
     scene = EDITED
     for kind, value in EDITS:
         edit = next(edit for n in itertools.count()
-                    if (edit := make_edit(scene, kind, random.Random(n), "" if kind == "remove" else value)) is not None
+                    if (edit := make_edit(scene, kind, random.Random(n), value)) is not None
                     and value in edit.instruction)
         yield edit
         scene = edit.target
