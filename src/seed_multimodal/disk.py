@@ -112,7 +112,9 @@ def replacing_path(file: str | Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(scratch, file)
         flush_folder(file.parent)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == str(scratch):
+            error.filename = str(file)  # sentences name the file that was to be written
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise

@@ -30,10 +30,15 @@ def test_records_of_both_places_are_rows(tmp_path: Path) -> None:
            checkpoint="/somewhere/checkpoint_0.pth", bad_samples=0)
     record(work, "tokenizer.done.json", stage="tokenizer", parameters=1234, codes_used=31, codebook=32)
     text = write_card(model, work, DATA, "the command").read_text()
-    assert "| vae | 4 × 8 | 7 | 0 | psnr 20.5 |" in text
-    assert "| stage2 | 10 × 16 | 7 | 0 | loss_embed 0.25, bad_samples 0 |" in text
+    assert "system: a picture of a scene" in text
+    assert "Not run: clip, stage1, unet, unet2, pretrain, sft, judge." in text
+    (model / "system.json").write_text('{"image_size": 96}')
+    text = write_card(model, work, DATA, "the command").read_text()
+    assert "system: a 96 px picture of a scene" in text
+    assert "| vae | 4 × 8 | 7 | – | psnr 20.5 |" in text
+    assert "| stage2 | 10 × 16 | 7 | – | loss_embed 0.25, bad_samples 0 |" in text
     assert "| tokenizer | – | 7 | 1,234 | codes_used 31, codebook 32 |" in text
-    assert "| `part` | 12 |" in text and "Not run: clip, stage1," in text
+    assert "| `part` | 12 |" in text
     assert "scenes of 162 things in the styles noto, twemoji, fluent" in text and "pairs 15%" in text
     assert "Twemoji, copyright Twitter, Inc and other contributors (CC-BY-4.0)" in text and "Knows 150 things" in text
 
@@ -45,7 +50,7 @@ def test_damaged_records_and_missing_folders_are_refused(tmp_path: Path) -> None
         with pytest.raises(DataError, match=sentence):
             write_card(tmp_path, tmp_path, DATA, "the command")
     record(tmp_path, "vae.done.json", stage="vae")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match=r"nowhere/README\.md: cannot be written"):
         write_card(tmp_path / "nowhere", tmp_path, DATA, "the command")
 
 

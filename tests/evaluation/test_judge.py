@@ -62,6 +62,9 @@ def test_stopped_and_resumed_training_ends_bit_equal(run_judge, tmp_path) -> Non
 def test_missing_and_foreign_folders(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no judge in this folder"):
         Judge.from_pretrained(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read \(Not a directory"):
+        Judge.from_pretrained(tmp_path / "taken")
     for text in ('{"widths": [16], "model_type": "llama"}', '{"widths": [64, 96], "words": ["cat"], "styles": []}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match="not a config of a judge of scenes"):

@@ -183,8 +183,8 @@ def test_written_report(oracle: Oracle, knowing: KnowingJudge, val: Samples, tmp
     run.measure()
     sections = {"val": run.sections}
     whole = {"model": "toy", "command": "python -m x", "date": "today", "commit": "unknown", "seconds": 1.0,
-             "hardware": {"cpu": "any"}, "versions": {"torch": "2"}, "settings": {"scenes": 12}, "judge": {"steps": 60},
-             "aims": report_text.aims(sections), "splits": sections}
+             "hardware": {"cpu": "any"}, "versions": {"torch": "2"}, "settings": vars(Sizes.limited(12)),
+             "judge": {"steps": 60}, "aims": report_text.aims(sections), "splits": sections}
     report.write_report(whole, [run], tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     assert {"value", "low", "high", "n"} == set(data["splits"]["val"]["drawing"]["all"])
@@ -192,15 +192,22 @@ def test_written_report(oracle: Oracle, knowing: KnowingJudge, val: Samples, tmp
     assert len(aims) == 9 and aims["drawing, every label right", "val"] == {
         "what": "drawing, every label right", "split": "val", "aim": 0.9, "value": 1.0, "ceiling": 1.0, "met": True}
     text = (tmp_path / "report.md").read_text()
+    assert "24 scenes rebuilt, 12 described, drawn and edited, 24 questions, 4 conversations" in text
     assert "1.000 / 0.90 (1.000)" in text and "## Edits" in text and "kind of edit" in text and "nan" not in text
     answers = json.loads((tmp_path / "answers.json").read_text())["val"]
     assert len(answers["captions"]) == len(answers["edits"]) == 12 and answers["conversations_own"]
     names = sorted(p.name for p in tmp_path.iterdir() if p.suffix in (".webp", ".png"))
-    assert names == sorted(data["sheets"]) and len(names) == 11 and all(f"({name})" in text for name in names)
+    assert len(names) == 11 and all(f"({name})" in text for name in names)
     assert sum((tmp_path / name).stat().st_size for name in names) < 1_500_000
+    full = tmp_path / "full"
+    (full / "edits.webp").mkdir(parents=True)  # cannot be replaced
+    with pytest.raises(ConfigError, match=r"edits\.webp: cannot be written"):
+        report.write_report(whole, [run], full)
+    assert json.loads((full / "report.json").read_text()) == data and (full / "answers.json").is_file()
+    assert not (full / "report.md").exists()
 
 
-def test_command_line_refuses_in_one_sentence(oracle: Oracle, knowing: KnowingJudge, tmp_path: Path, capsys) -> None:
+def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
     for flag, value in (("--limit", "0"), ("--batch", "0"), ("--seed", "-1")):
         assert report.main(["--model", str(tmp_path / "none"), flag, value]) == 2
         assert f"{flag} must be at least" in capsys.readouterr().err
@@ -209,8 +216,8 @@ def test_command_line_refuses_in_one_sentence(oracle: Oracle, knowing: KnowingJu
     assert report.main(["--model", "nano", "--out", str(taken), "--limit", "1"]) == 2
     assert f"--out {taken}: no folder that can be written" in capsys.readouterr().err
     assert taken.read_text() == "a file"
-    with pytest.raises(ConfigError, match="no split 'vol'.*'val'"):
-        report.evaluate(oracle, knowing, ["vol"], Sizes.limited(1), log=lambda line: None)
+    assert report.main(["--model", str(tmp_path / "none"), "--splits", "vol"]) == 2  # before anything is loaded
+    assert "no split 'vol' (did you mean 'val'?)" in capsys.readouterr().err
 
 
 def test_which_judge_scores(tmp_path: Path) -> None:

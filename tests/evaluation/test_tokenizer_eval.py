@@ -29,6 +29,7 @@ from seed_multimodal.evaluation.tokenizer_pass import choose_rows, run_pass
 from seed_multimodal.evaluation.tokenizer_retrieval import K_TEST, Captions, retrieval, score_matrix
 from seed_multimodal.evaluation.tokenizer_text import clip_texts, find_words, load_stage1, stage1_texts
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
@@ -203,10 +204,11 @@ def test_word_pieces_are_found_by_size(stages: tuple[Path, Path, Path], tmp_path
     bert = stages[2]
     ids, mask = find_words(13, bert, bert)(["a red square", "a " * 60])
     assert ids.shape == (2, 35) and ids[0, :5].tolist() == [2, 5, 6, 10, 3] and mask.sum(1).tolist() == [5, 35]
-    pieces = find_words(2001, None, NANO / "seed_tokenizer")
+    number = MultimodalTokenizer.from_pretrained(NANO / "seed_tokenizer").vocabulary.n_text
+    pieces = find_words(number + 1, None, NANO / "seed_tokenizer")
     ids, mask = pieces(["a cat", "a twemoji style drawing of a cat"])
-    assert ids[0, 0] == 1 and ids[1, -1] == 2000 and mask[0].tolist() == (ids[0] > 0).long().tolist()
-    with pytest.raises(CheckpointError, match=r"2000 word pieces.*table has 13 rows"):
+    assert ids[0, 0] == 1 and ids[1, -1] == number and mask[0].tolist() == (ids[0] > 0).long().tolist()
+    with pytest.raises(CheckpointError, match=rf"{number} word pieces.*table has 13 rows"):
         find_words(13, NANO / "seed_tokenizer", tmp_path)
     with pytest.raises(CheckpointError, match="no BERT tokenizer there"):
         find_words(13, tmp_path, tmp_path)

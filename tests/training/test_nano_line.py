@@ -52,8 +52,11 @@ def test_the_line_ends_in_a_system_that_answers(
         assert json.loads((work / stage / "summary.json").read_text())["steps"] == 4
 
     line = ["--config", str(ROOT / "configs/nano/test.yaml"), "--work", str(work), "--out", str(out)]
-    assert main([*line, "--only", "vae,clip,tokenizer,unet,unet2,llm"]) == 0
-    assert capsys.readouterr().out.count("already done") == 5
+    assert main([*line, "--only", "llm,unet2,unet,tokenizer,clip,vae"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("already done") == 5
+    assert [row[3:] for row in told.splitlines() if row.startswith("== ")] == [
+        "vae", "clip", "tokenizer", "unet", "unet2", "llm"]  # in order, however they are named
     (work / "stage2" / "stage2.done.json").unlink()
     assert main([*line, "--only", "tokenizer"]) == 2
     assert "stage2 is not trained to its end" in capsys.readouterr().err

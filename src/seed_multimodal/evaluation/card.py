@@ -23,7 +23,7 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.weights import count_parameters
 
-STAGES = ("vae", "clip", "stage1", "stage2", "tokenizer", "codes", "unet", "unet2", "pretrain", "sft", "judge")
+STAGES = ("vae", "clip", "stage1", "stage2", "tokenizer", "unet", "unet2", "pretrain", "sft", "judge")
 HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "checkpoint", "processes", "accumulate", "begun")
 NEEDED = ("stage", "seconds")
 
@@ -70,8 +70,11 @@ def _record(file: Path, *needed: str) -> dict[str, Any]:
 
 def _opening(model: Path) -> list[str]:
     weights = sum(file.stat().st_size for file in model.rglob("*.safetensors")) / 1e6
+    system = model / "system.json"
+    side = read_json_object(system, DataError).get("image_size") if system.is_file() else None
     return ["# SEED nano", "",
-            "The smallest complete SEED system: a 64 px picture of a scene of emoji-like drawings becomes 32 codes, a "
+            f"The smallest complete SEED system: a {f'{side} px ' if side else ''}picture of a scene of emoji-like "
+            "drawings becomes 32 codes, a "
             "small LLaMA reads and writes them among its words, and an unCLIP decoder draws them again. Trained from "
             "scratch by the script in this repository on scenes that are made as they are needed; it knows nothing "
             "about photographs.", "",
@@ -100,8 +103,8 @@ def _training(records: list[dict[str, Any]], work: Path, command: str, skipped: 
     for record in records:
         measured = ", ".join(f"{key} {value}" for key, value in record.items() if key not in HIDDEN)
         amount = f"{record['steps']} × {record['batch_size']}" if "steps" in record else "–"
-        lines.append(f"| {record['stage']} | {amount} | {record['seconds']:.0f} | "
-                     f"{record.get('parameters', 0):,} | {measured} |")
+        parameters = f"{record['parameters']:,}" if "parameters" in record else "–"
+        lines.append(f"| {record['stage']} | {amount} | {record['seconds']:.0f} | {parameters} | {measured} |")
     settings = (work / "config.yaml").read_text(encoding="utf-8") if (work / "config.yaml").is_file() else ""
     if skipped:
         lines += ["", f"Not run: {', '.join(skipped)}."]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seed_multimodal.data.nano.targets import JUDGED, NOTHING
-from seed_multimodal.disk import replace_text
+from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
@@ -132,14 +132,12 @@ class Judge(nn.Module):
             CheckpointError: when a file is missing, damaged or of another model.
         """
         file = Path(folder) / "config.json"
+        raw = read_json_object(file, CheckpointError, "there is no judge in this folder; train one with `python -m "
+                               "seed_multimodal.evaluation.train_judge`")
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
             config = JudgeConfig(**{**raw, "widths": tuple(raw["widths"]), "blocks": tuple(raw["blocks"])})
             judge = cls(config)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file}: there is no judge in this folder; train one with "
-                                  "`python -m seed_multimodal.evaluation.train_judge`.") from error
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{file}: not a config of a judge of scenes ({error}).") from error
         if list(config.labels.items()) != list(JudgeConfig().labels.items()):
             raise CheckpointError(f"{file}: a judge of another world: its things, styles, backgrounds or layouts are "

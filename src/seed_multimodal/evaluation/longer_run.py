@@ -60,9 +60,9 @@ class LongerRun:
                     rows.append(row)
                     hits.append(self._same(answer, wanted.content))
                     pictures.append(any(isinstance(part, Scene) for part in wanted.content))
-            right, drawn = np.array(hits, dtype=bool), np.array(pictures, dtype=bool)
-            found[name] = bootstrap(right, rows)
-            found[f"{name}_words"], found[f"{name}_pictures"] = bootstrap(right[~drawn]), bootstrap(right[drawn])
+            right, drawn, talk_of = np.array(hits, dtype=bool), np.array(pictures, dtype=bool), np.array(rows)
+            for part, chosen in (("", drawn | ~drawn), ("_words", ~drawn), ("_pictures", drawn)):
+                found[name + part] = bootstrap(right[chosen], talk_of[chosen].tolist())
             self.talks = [[turn for message, answer in zip(talk[::2], answers, strict=True)
                            for turn in (("user", self.shown(message.content)), ("assistant", answer))]
                           for talk, answers in zip(talks, seen, strict=True)]

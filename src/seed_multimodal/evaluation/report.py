@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.nano.evaluation import HELD_OUT_SPLITS
-from seed_multimodal.disk import disk_reason, replace_text
+from seed_multimodal.disk import disk_reason, replace_text, writing
 from seed_multimodal.entry import DONE, add_device, add_quantization, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
@@ -41,10 +41,6 @@ Log = Callable[[str], None]
 
 def evaluate(system: System, judge: Judge, splits: Sequence[str], sizes: Sizes, log: Log = print) -> list[SplitRun]:
     """All sections of all splits."""
-    for split in splits:
-        if split not in HELD_OUT_SPLITS:
-            raise ConfigError(f"There is no split {split!r}{nearest(split, HELD_OUT_SPLITS)}: use "
-                              f"{', '.join(HELD_OUT_SPLITS)}.")
     runs = [SplitRun(system, judge, make_samples(split, sizes)) for split in splits]
     with Progress("report", sum(len(run.parts()) for run in runs), "part", every=0, log=log) as progress:
         for run in runs:
@@ -55,14 +51,33 @@ def evaluate(system: System, judge: Judge, splits: Sequence[str], sizes: Sizes, 
     return runs
 
 
+def read_splits(text: str) -> list[str]:
+    """The splits that a list with commas names, each once.
+
+    Raises:
+        ConfigError: one is none.
+    """
+    splits = list(dict.fromkeys(map(str.strip, text.split(","))))
+    for split in splits:
+        if split not in HELD_OUT_SPLITS:
+            raise ConfigError(f"There is no split {split!r}{nearest(split, HELD_OUT_SPLITS)}: use "
+                              f"{', '.join(HELD_OUT_SPLITS)}.")
+    return splits
+
+
 def write_report(report: dict[str, Any], runs: Sequence[SplitRun], out: Path) -> None:
-    """Write report.json, answers.json, report.md, sheets and plots into `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    report["sheets"] = [*save_plots(runs, out), *save_sheets(runs, out)]
-    replace_text(out / "report.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
-    answers = {run.samples.split: run.answers for run in runs}
-    replace_text(out / "answers.json", json.dumps(answers, ensure_ascii=False) + "\n")
-    replace_text(out / "report.md", markdown(plain(report)))
+    """Write report.json and answers.json, then sheets and plots, then report.md, which shows them, into `out`.
+
+    Raises:
+        ConfigError: a file cannot be written; what was written before it stays.
+    """
+    with writing(out, ConfigError):
+        out.mkdir(parents=True, exist_ok=True)
+        replace_text(out / "report.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
+        answers = {run.samples.split: run.answers for run in runs}
+        replace_text(out / "answers.json", json.dumps(answers, ensure_ascii=False) + "\n")
+        sheets = [*save_plots(runs, out), *save_sheets(runs, out)]
+        replace_text(out / "report.md", markdown(plain(report), sheets))
 
 
 def build_report(options: argparse.Namespace, log: Log) -> Path:
@@ -70,7 +85,7 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
     for name, least in (("limit", 1), ("batch", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name} must be at least {least}, not {getattr(options, name)}.")
-    start = time.monotonic()
+    start, splits, sizes = time.monotonic(), read_splits(options.splits), Sizes.limited(options.limit)
     judge_folder = find_judge(options.model, options.judge)
     out = Path(options.out)
     try:  # now: a report takes minutes
@@ -81,7 +96,6 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
                                            quantization=options.quantization, batch=options.batch, seed=options.seed,
                                            log=log)
     judge = Judge.from_pretrained(judge_folder, device=system.device)
-    sizes, splits = Sizes.limited(options.limit), list(dict.fromkeys(map(str.strip, options.splits.split(","))))
     log(f"Loaded in {time.monotonic() - start:.0f} s; measuring {', '.join(splits)} by {judge_folder}.")
     runs = evaluate(system, judge, splits, sizes, log)
     sections = {run.samples.split: run.sections for run in runs}

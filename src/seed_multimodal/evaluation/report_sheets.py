@@ -12,9 +12,11 @@ from PIL import Image
 
 from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.words import describe
+from seed_multimodal.disk import replacing
 from seed_multimodal.evaluation.longer_run import Seen
 from seed_multimodal.evaluation.split_run import SplitRun
 from seed_multimodal.images.code_strip import code_strip
+from seed_multimodal.images.encode import image_to_bytes
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 
 COLUMNS, CELL, ROWS = 10, 72, 6
@@ -33,11 +35,14 @@ def save_sheets(runs: Runs, out: Path) -> list[str]:
 
 
 def save_small(sheet: Image.Image, file: Path) -> str:
-    """Save with the best quality that stays under `MAX_BYTES`; returns the file's name."""
+    """Save as WebP, whole or not at all, with the best quality that stays under `MAX_BYTES`; returns the file's name.
+    Raises OSError."""
     for quality in (85, 75, 60, 45):
-        sheet.save(file, quality=quality, method=6)
-        if file.stat().st_size <= MAX_BYTES:
+        content = image_to_bytes(sheet, "WEBP", quality=quality, method=6)
+        if len(content) <= MAX_BYTES:
             break
+    with replacing(file) as handle:
+        handle.write(content)
     return file.name
 
 

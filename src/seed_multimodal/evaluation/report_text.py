@@ -30,6 +30,10 @@ AIMS: tuple[tuple[str, Path, dict[str, float]], ...] = (
     ("codebook entries used", ("codes", "usage"), {"val": 0.50}),
 )
 
+# size of a report (evaluation.samples.Sizes) -> what there are so many of
+AMOUNTS = {"gallery": "scenes rebuilt", "scenes": "described, drawn and edited", "questions": "questions",
+           "conversations": "conversations", "examples": "examples", "stories": "stories (where there are any)"}
+
 LABEL_ROWS = (("**every label right**", "all"), ("first thing", "first"), ("second thing", "second"),
               ("style", "style"), ("background", "background"), ("layout and number", "layout"))
 
@@ -150,11 +154,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The whole report (plain JSON values) as Markdown."""
+def markdown(report: Mapping[str, Any], sheets: Sequence[str] = ()) -> str:
+    """The whole report (plain JSON values) as Markdown; `sheets`: names of the pictures to show."""
     splits = report["splits"]
     parts = [f"# Report card of {report['model']}\n", DEFINITIONS, "## Aims\n",
-             "Measured / aim (judge's ceiling); what falls short is bold.\n", _aims_table(report["aims"])]
+             f"Measured / aim (judge's ceiling); what falls short is bold. Of each split: "
+             f"{_amounts(report['settings'])}.\n",
+             _aims_table(report["aims"])]
     for title, rows in TABLES:
         body = [(label, *(show(value_at(section, path)) for section in splits.values())) for label, path in rows]
         chosen = [i for i, name in enumerate(splits) if any(row[i + 1] != "–" for row in body)]
@@ -165,10 +171,14 @@ def markdown(report: Mapping[str, Any]) -> str:
             parts += [_kinds(splits, section, heading, key) for of, section, heading, keys in KINDS if of == title
                       for key in keys]
     parts.append(_confused(splits))
-    if report.get("sheets"):
-        parts += ["## To look at\n", *(f"![{name}]({name})\n" for name in report["sheets"])]
+    if sheets:
+        parts += ["## To look at\n", *(f"![{name}]({name})\n" for name in sheets)]
     parts += ["## How it was measured\n", facts(report)]
     return "\n".join(part for part in parts if part)
+
+
+def _amounts(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{settings[name]:,} {what}" for name, what in AMOUNTS.items())
 
 
 def _aims_table(found: Sequence[Mapping[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.disk import replace_text, replacing, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.evaluation.report_text import facts, show, table
@@ -105,8 +105,9 @@ def write_report(report: dict[str, Any], sheet: Image.Image, out: Path) -> None:
     lines = [{"features": name, "route": route["route"], "text": route["text"], "model": values["model"],
               "n": route["n"], **route["lavis"]} for name, route in values["retrieval"]["routes"].items()]
     with writing(out, ConfigError):
-        sheet.save(out / report["sheet"], quality=88)
         replace_text(out / "report.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        with replacing(out / report["sheet"]) as file:
+            sheet.save(file, "JPEG", quality=88)
         replace_text(out / "report.md", markdown(values))
         with open(out / "evaluate.txt", "a", encoding="utf-8") as handle:
             handle.writelines(json.dumps(line) + "\n" for line in lines)

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import re
+from typing import Any
 
 from PIL import Image
 
@@ -15,10 +16,10 @@ from seed_multimodal.images.open import DEFAULT_LIMITS, ImageLimits, open_image
 _DATA_URL = re.compile(rb"\s*data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.ASCII)
 
 
-def image_to_bytes(image: Image.Image, format: str = "PNG") -> bytes:
-    """The bytes of an image file in `format` (PNG by default)."""
+def image_to_bytes(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """The bytes of an image file in `format` (PNG by default); `options` as of Pillow's `save`."""
     buffer = io.BytesIO()
-    image.save(buffer, format=format)
+    image.save(buffer, format=format, **options)
     return buffer.getvalue()
 
 

@@ -89,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
     space = Workspace(config, options.work, options.out)
     started = time.monotonic()
     found = []
-    for stage in wanted:
+    for stage in filter(wanted.__contains__, STAGES):
         print(f"== {stage}", flush=True)
         _tell_older(space, stage)
         found.append((stage, STAGES[stage](space)))
