@@ -212,6 +212,8 @@ def test_word_pieces_are_found_by_size(stages: tuple[Path, Path, Path], tmp_path
         find_words(13, NANO / "seed_tokenizer", tmp_path)
     with pytest.raises(CheckpointError, match="no BERT tokenizer there"):
         find_words(13, tmp_path, tmp_path)
+    with pytest.raises(CheckpointError, match="nobody/no-words: no BERT tokenizer there"):
+        find_words(13, "nobody/no-words", tmp_path)
     with pytest.raises(CheckpointError, match=r"has 12 word pieces; the stage-1 checkpoint's word table has 30523 rows "
                                               r"\(.*\); name stage 1's by --text-tokenizer\."):
         find_words(30523, bert, tmp_path)

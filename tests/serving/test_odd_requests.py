@@ -14,7 +14,7 @@ NUMBERS = ["null", "true", "-1", "0", "1", "2.0", "1.5", "-0.0", "1e-38", "1e-45
            "{}", '"\\ud800"']
 TEXTS = ['"\\ud800"', '"a\\udcff b"', '"\\ud83d\\ude00"', '"\\u0000"', '""', '"  "', "null", "1", "[]", "{}", '["x"]',
          "true", "NaN", '"</s><img>"', '"<image>"', '"' + "x" * 40_000 + '"', '"\\udc80<image>\\ud800"']
-PICTURES = ["null", "1", '"x"', "[null]", "[1]", '[""]', '["\\ud800"]', '["\\ud83d\\ude00"]', "[[]]", "[[null]]",
+PICTURES = ["null", "1", '"x"', "[null]", "[1]", '[""]', '["\\ud800"]', '["\\ud83d\\ude00"]', "[[null]]",
             "[[1.0]]", "[[NaN]]", "[[" + ",".join(["9" * 4000] * 32) + "]]", "[{}]", "[[[1]]]", '["QUJD"]', "[true]",
             '["data:image/png;base64,"]']
 DEEP = [part * 100_000 + rest for part, rest in (("[", ""), ('{"a":', ""), ("[", "]" * 100_000))]
@@ -54,6 +54,8 @@ def test_texts_and_pictures(client) -> None:
         post(client, f'{{"text": {text}, "images": [], "force_boi": true, "max_new_tokens": 33}}')
     for picture in PICTURES:
         assert post(client, f'{{"text": "<image>", "images": {picture}}}') == 400, picture
+    left_out = client.post("/generate", json={"text": "<image>", "images": [[]], "max_new_tokens": 2})
+    assert left_out.status_code == 200 and "images[0] broke off after 0 of" in str(left_out.get_json())
     said = client.post("/generate", json={"text": "ab\ud800", "images": []}).get_json()["error"]
     assert said == "'text' holds half a character (\\ud800) at place 3; give plain Unicode text."
 

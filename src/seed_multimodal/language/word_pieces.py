@@ -37,14 +37,12 @@ class BertWords:
     def __init__(self, source: str | Path, max_length: int, full: bool = True) -> None:
         from transformers import BertTokenizer
 
-        place = Path(source)
-        # transformers 5 makes an empty tokenizer of a folder without files.
-        if place.is_dir() and not any((place / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
-            raise CheckpointError(f"{source}: no BERT tokenizer there; {BERT_WHERE}.")
         try:
             self.tokenizer: Any = BertTokenizer.from_pretrained(str(source), truncation_side="right")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{source}: no BERT tokenizer there; {BERT_WHERE}.") from error
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_tokens):  # what transformers 5 makes of no files
+            raise CheckpointError(f"{source}: no BERT tokenizer there; {BERT_WHERE}.")
         # [DEC] starts captions that are written, which no stage here does; it only has a row in the word table.
         self.size = len(self.tokenizer) + ("[DEC]" not in self.tokenizer.get_vocab())
         self.max_length, self.full = max_length, full
