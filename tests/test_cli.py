@@ -567,4 +567,5 @@ def test_what_is_said_to_be_untrained_is_held_out():
             assert split not in ("pairs", "things") or scene.things[0] in said
     horse = Scene("noto", "sea", "large", ("horse",))
     assert quickstart.never_trained_on(horse) == "never trained on: horse on the sea"
-    assert [edit.target.key for edit in quickstart.edits()][-1] == ("fluent", "night", "left of", ("car", "house"), (1, 1))
+    *_, last = quickstart.edits()
+    assert last.target.key == ("fluent", "night", "left of", ("car", "house"), (1, 1))
