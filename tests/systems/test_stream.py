@@ -60,6 +60,17 @@ def test_the_answer_ends_where_the_user_would_speak(words: MultimodalTokenizer) 
     assert words.decode(reader.ids).strip() == "a red apple" and reader.finished
 
 
+def test_the_blank_that_begins_the_next_turn_is_no_part_of_the_answer(words: MultimodalTokenizer) -> None:
+    """Models tuned on dialogues write it; kept in the answer it would stand twice in the next turn's prompt."""
+    said = words.encode("a red apple.")
+    ids = words.encode_parts(["a red apple.", "\nUSER: What"])
+    assert words.decode(ids[:len(said) + 1]) == "a red apple. "
+    reader, events = read_all(words, ids)
+    assert "".join(event["text"] for event in events) == "a red apple." and reader.ids == said
+    reader, events = read_all(words, words.encode("a red  apple "))
+    assert "".join(event["text"] for event in events) == "a red  apple "
+
+
 def test_almost_a_marker_is_text(words: MultimodalTokenizer) -> None:
     _, events = read_all(words, words.encode("one\nUSEFUL\nUS"))
     assert "".join(event["text"] for event in events) == "one\nUSEFUL\nUS"

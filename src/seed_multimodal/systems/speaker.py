@@ -34,7 +34,8 @@ class AnswerReader:
     """Reads an answer token by token; `ids` are the tokens that belong to it so far.
 
     Text is held back while its end may be incomplete: half a character, or the first letters of `marker` (the user's
-    role), at which the answer ends. After so many codes of a picture as `previews` name there is an event with them.
+    role), at which the answer ends; the blank before it begins the user's turn, too (every span has one). After so many
+    codes of a picture as `previews` name there is an event with them.
     """
 
     def __init__(self, tokenizer: MultimodalTokenizer, marker: str = "", previews: Sequence[int] = ()) -> None:
@@ -107,7 +108,7 @@ class AnswerReader:
         found = text.find(self.marker) if self.marker else -1
         if found >= 0:
             self._cut()
-            text, final, self.finished = text[:found], True, True
+            text, final, self.finished = text[:found].rstrip(" "), True, True
         end = len(text) if final else len(text) - _unsettled(text, self.marker)
         new, self._told = text[self._told:end], max(self._told, end)
         return [{"type": "text", "text": new}] if new else []
@@ -116,7 +117,7 @@ class AnswerReader:
         """Drop the tokens of the marker, and all after it."""
         while self._run:
             text = self.tokenizer.decode(self._run, skip_special_tokens=True)
-            if self.marker not in text and not _overlap(text, self.marker):
+            if self.marker not in text and not _overlap(text, self.marker) and not text.endswith(" "):
                 break
             self._run.pop()
             self.ids.pop()
@@ -133,7 +134,7 @@ def _event(part: Any) -> Event:
 def _unsettled(text: str, marker: str) -> int:
     """Characters at the end of `text` that later tokens may still change."""
     broken = len(text) - len(text.rstrip("\ufffd"))
-    return max(broken, _overlap(text, marker))
+    return max(broken, _overlap(text, marker), _overlap(text, f" {marker}") if marker else 0)
 
 
 def _overlap(text: str, marker: str) -> int:
