@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -9,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from seed_multimodal.commands.chat import Talk
 from seed_multimodal.commands.common import OutputNames
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import SPLITS, held_out, scene_at
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, GenerationError
 from seed_multimodal.images.sheet import DARK, LIGHT, contact_sheet
 from seed_multimodal.language.answer import TextPart
 from seed_multimodal.systems.chat import Answer, DrawnPart
@@ -339,6 +341,23 @@ def test_chat_replaces_a_preview_by_the_picture(capsys, tiny, tmp_path):
     assert [part["picture"] for part in parts] == list(map(str, names)) and len(list(tmp_path.iterdir())) == 2
     assert [Image.open(name).getpixel((0, 0)) for name in names] == [200, 100]
     assert capsys.readouterr().out.startswith(f"[after 8 codes: {names[0]}] [after 8 codes: {names[0]}] [picture: ")
+
+
+def test_chat_leaves_no_preview_of_a_picture_that_never_came(capsys, tiny, tmp_path):
+    def events(end: type[BaseException] | None) -> Iterator[dict]:
+        for kind in ("image", "image_preview"):
+            yield {"type": kind, "codes": [1] * 8, "image": Image.new("L", (4, 4))}
+        if end:
+            raise end
+        yield {"type": "image_broken", "reason": "31 codes"}
+        yield {"type": "done", "answer": Answer(())}
+
+    for end in (None, KeyboardInterrupt, GenerationError):
+        talk = Talk(None, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
+        with pytest.raises(end) if end else contextlib.nullcontext():
+            talk._follow(events(end))
+        assert [file.name for file in tmp_path.iterdir()] == ["turn_1.png"]
+        assert "turn_1_2.png" in capsys.readouterr().out
 
 
 def test_chat_says_what_it_does_not_know(capsys, tiny, tmp_path, monkeypatch):

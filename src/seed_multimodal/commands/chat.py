@@ -70,32 +70,35 @@ class Talk:
         """Print events (unless `--json`) and collect them: the parts of the answer, and the answer itself."""
         parts: list[dict[str, Any]] = []
         answer, path = None, None  # path: where a preview of the picture that is being made lies
-        for event in events:
-            if event["type"] == "text":
-                if parts and "text" in parts[-1]:
-                    parts[-1]["text"] += event["text"]
-                else:
-                    parts.append({"text": event["text"]})
-                self._print(event["text"])
-            elif event["type"] == "image_preview":  # in the place of the picture, which replaces it
-                path = save_picture(event["image"], path or self._next_name())
-                self._print_aside(f"after {len(event['codes'])} codes: {path}")
-            elif event["type"] == "image":
-                part: dict[str, Any] = {"codes": list(event["codes"])}
-                if event["image"] is not None:
+        try:
+            for event in events:
+                if event["type"] == "text":
+                    if parts and "text" in parts[-1]:
+                        parts[-1]["text"] += event["text"]
+                    else:
+                        parts.append({"text": event["text"]})
+                    self._print(event["text"])
+                elif event["type"] == "image_preview":  # in the place of the picture, which replaces it
                     path = save_picture(event["image"], path or self._next_name())
-                    part["picture"] = str(path)
-                parts.append(part)
-                path = None
-                self._print_aside(f"picture: {part.get('picture', 'not drawn')}")
-            elif event["type"] == "image_broken":
-                parts.append({"broken": event["reason"]})
-                path = None
-                self._print_aside(event["reason"])
-            elif event["type"] == "done":
-                answer = event["answer"]
-                if answer.note:
-                    self._print_aside(answer.note)
+                    self._print_aside(f"after {len(event['codes'])} codes: {path}")
+                elif event["type"] == "image":
+                    part: dict[str, Any] = {"codes": list(event["codes"])}
+                    if event["image"] is not None:
+                        path = save_picture(event["image"], path or self._next_name())
+                        part["picture"] = str(path)
+                    parts.append(part)
+                    path = None
+                    self._print_aside(f"picture: {part.get('picture', 'not drawn')}")
+                elif event["type"] == "image_broken":
+                    parts.append({"broken": event["reason"]})
+                    self._print_aside(event["reason"])
+                elif event["type"] == "done":
+                    answer = event["answer"]
+                    if answer.note:
+                        self._print_aside(answer.note)
+        finally:
+            if path is not None:  # the picture of this preview never came: it broke off, or Ctrl-C was pressed
+                path.unlink(missing_ok=True)
         self._print("\n")
         return parts, answer
 
