@@ -186,6 +186,8 @@ def test_every_kind_of_page_builds_without_the_internet(name: str, page: ChatPag
     demo = build_demo(page)
     labels = {block.label for block in demo.blocks.values() if getattr(block, "label", None)}
     assert {"Picture", "Message", "Conversation", "Beams", "Top P", "Force a picture"} <= labels
+    rounds = [block.value for block in demo.blocks.values() if getattr(block, "label", "") == "Most rounds of history"]
+    assert rounds == [5 if name == "nano" else 3]
 
 
 def test_an_unknown_kind_of_page() -> None:

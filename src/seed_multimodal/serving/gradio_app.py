@@ -54,12 +54,13 @@ class Kind:
     title: str
     temperature: float = 1.0
     examples: tuple[str, ...] = ()
+    rounds: int = 3
 
 
 KINDS = {
-    "nano": Kind("conv_seed_vicuna", "SEED Multimodal · nano", 0.0,
-                 ("Please draw a noto dog left of a tree in a meadow.", "Put it at night.", DESCRIBE_PROMPT,
-                  f"What is the background?{QA_SUFFIX}")),
+    "nano": Kind("conv_seed_vicuna", "SEED Multimodal · nano", 0.0, rounds=5, examples=(
+        "Please draw a noto dog left of a tree in a meadow.", "Put it at night.", DESCRIBE_PROMPT,
+        f"What is the background?{QA_SUFFIX}")),
     "seed-llama-8b": Kind("conv_seed_vicuna", "SEED-LLaMA 8B", examples=DEMO_QUESTIONS),
     "seed-llama-14b": Kind("conv_seed_llama2", "SEED-LLaMA 14B", examples=DEMO_QUESTIONS),
 }
@@ -207,7 +208,7 @@ def build_demo(page: ChatPage) -> gr.Blocks:
 
 
 def _settings(kind: Kind) -> list[Any]:
-    """The sliders of the released demo, with its ranges and defaults."""
+    """The sliders of the released demo, with its ranges, and the model's own defaults."""
     import gradio as gr
 
     force = gr.Radio([("Yes", True), ("No", False)], value=False, label="Force a picture", elem_id="force")
@@ -216,7 +217,7 @@ def _settings(kind: Kind) -> list[Any]:
         tokens = gr.Slider(64, 1024, value=256, step=64, label="Most new tokens")
         temperature = gr.Slider(0.0, 1.0, value=kind.temperature, step=0.1, label="Temperature (0: the likeliest)")
         top_p = gr.Slider(0.0, 1.0, value=0.5, step=0.1, label="Top P")
-        turns = gr.Slider(1, 5, value=3, step=1, label="Most rounds of history")
+        turns = gr.Slider(1, 5, value=kind.rounds, step=1, label="Most rounds of history")
     return [beams, tokens, temperature, top_p, turns, force]
 
 
@@ -279,13 +280,12 @@ def launch(
     Raises:
         ConfigError: an unknown model type, or a port that is taken.
     """
-    kind = kind_of(model_type)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="seed_chat_", ignore_cleanup_errors=True) as folder:
         os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))
         import gradio as gr
 
-        demo = build_demo(ChatPage(request_address, kind, Path(folder)))
+        demo = build_demo(ChatPage(request_address, kind_of(model_type), Path(folder)))
         theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:
             demo.queue(default_concurrency_limit=VISITORS).launch(
