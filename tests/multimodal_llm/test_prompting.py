@@ -44,8 +44,7 @@ def test_what_asks_otherwise_is_said(questions, runs, tmp_path):
     assert [source.options for source in data.sources] == [{"template": "llama2"}, {}]
     words = MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
     ids = LlmBatches(data, words).at(0).input_ids[0].tolist()
-    opening = words.encode_parts(["[INST]"])
-    assert any(ids[start:start + len(opening)] == opening for start in range(len(ids)))
+    assert "[INST]" in words.decode(ids)
 
     _, said = with_prompts(read_data_settings(questions), fourteen, runs.TOKENIZER)  # nano's system asks as Vicuna
     assert "system.json asks with the template vicuna, and this run tunes with llama2" in said[1]

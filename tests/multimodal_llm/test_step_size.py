@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.llm.memory import FREE_BYTES, FREE_SHARE, GIB, LlamaSizes, Spread, memory_plan
 
 STEPS = 4
@@ -44,7 +45,7 @@ def test_rows_that_do_not_fit_become_micro_steps_of_the_same_step(runs, train, o
     whole = train("whole", f"trainer.max_steps={STEPS}", data=open_rows)
     assert "would not fit" not in capsys.readouterr().out
     rows = json.loads((whole / "summary.json").read_text())["rows"]
-    words = 2000 + runs.CODES + 2
+    words = MultimodalTokenizer.from_pretrained(runs.TOKENIZER).vocabulary.size
     sizes = LlamaSizes(32, 64, 2, 32, 32, words)
     plan = memory_plan(sizes, Spread(), lora=None, precision="fp32", base_bytes=4.0, checkpointing=False,
                        positions=rows * 160)

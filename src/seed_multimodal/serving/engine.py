@@ -222,6 +222,8 @@ class Engine:
 
             rows = iter([[int(code) for code in row] for row in self.backend.encode(torch.stack(pixels))])
         codes = [list(item) if isinstance(item, list) else next(rows) for item in request.images]
+        if self.exact_original and len(lengths := {len(row) for row in codes}) > 1:
+            raise RequestError(f"The pictures of one request have code lists of different lengths {sorted(lengths)}.")
         return codes
 
     def _left_out(self, codes: list[list[int]]) -> list[str]:

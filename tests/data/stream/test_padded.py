@@ -116,7 +116,7 @@ def test_a_broken_sample_makes_its_batch_smaller(tmp_path: Path, words, codes: C
     records[7]["image_ids"] = [1]
     lines(tmp_path / "c.jsonl", records)
     config = {"sources": [{"name": "c", "files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption", "cycles": 1,
-                           "batch_size": 4, "max_length": 40}], "packing": False, "length": 40}
+                           "batch_size": 4, "max_length": 48}], "packing": False, "length": 48}
     batches = LlmBatches(read_data_settings(config), words)
     found = [batches.at(step) for step in range(3)]
     assert sum(batch.sequences for batch in found) == 10

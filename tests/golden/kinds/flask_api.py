@@ -123,6 +123,12 @@ def _check_default(case: dict[str, Any], tokenizer: Any, what: str) -> None:
     lists = [item for item in case["request"].get("images", []) if isinstance(item, list)]
     wrong_codes = any(len(row) != vocabulary.tokens_per_image or not all(0 <= c < vocabulary.n_codes for c in row)
                       for row in lists)
+    if all(len(row) <= vocabulary.tokens_per_image for row in lists) and any(
+            len(row) < vocabulary.tokens_per_image for row in lists):
+        # A picture that broke off comes back with its conversation: the original died of it unless it came alone.
+        assert response.status_code == 200, f"{what}: status {response.status_code}"
+        assert any("broke off" in said for said in response.get_json()["error_msg"]), f"{what}: nothing is said"
+        return
     if case["status"] == 500 or wrong_codes:
         _assert_refused(response, what)
         return
