@@ -17,7 +17,7 @@ from typing import Any
 import seed_multimodal  # noqa: F401  before transformers: it makes a torchvision of another torch importable
 
 ROOT = Path(__file__).resolve().parents[2]
-NANO_TOKENIZER = ROOT / "pretrained" / "nano" / "seed_tokenizer"
+WORDS = Path(__file__).with_name("words")  # the tokenizer of the records: what is shipped may change
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def llm_batches(config: dict[str, Any], world: int, workers: int = 0) -> Iterato
     from seed_multimodal.data.stream.llm_batches import LlmBatches
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-    words = MultimodalTokenizer.from_pretrained(NANO_TOKENIZER)
+    words = MultimodalTokenizer.from_pretrained(WORDS)
     with ExitStack() as stack:
         yield [stack.enter_context(LlmBatches(read_data_settings(config), words, rank=rank, world=world,
                                               workers=workers)) for rank in range(world)]

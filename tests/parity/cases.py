@@ -189,7 +189,7 @@ def logged(file: Path, name: str) -> list[float]:
 def language_model(folder: Path, *more: str, processes: int = 1, **changes: Any) -> list[float]:
     runs = adapters.module_of("multimodal_llm/llm_runs.py")
     folder.mkdir(parents=True, exist_ok=True)
-    files = runs.write_files(folder, **changes)
+    files = runs.write_files(folder, tokenizer={"pretrained_model_name_or_path": str(adapters.WORDS)}, **changes)
     arguments = runs.overrides(files, folder / "out", f"trainer.max_steps={STEPS}", *more)
     if processes > 1:
         runs.run(arguments, before=runs.torchrun())
@@ -219,11 +219,13 @@ def tokenizer(folder: Path, stage: str, log: str, *options: str) -> list[float]:
     pictures = lavis_pictures(folder / "pictures")
     config = OmegaConf.load(lavis.APPLICATION / "lavis" / "projects" / lavis.PROJECTS[stage])
     processors = config.datasets.pop("nano")
+    processors.vis_processor.train.name = "blip2_image_train"
     pairs = {"storage": [str(pictures / "pairs.json")]}
     info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
     config.datasets = {"coco_caption": {**processors, "build_info": info}}
     config.run.output_dir = str(folder / "out")
-    tiny = [*lavis.TINY, "run.iters_per_epoch=15", "run.max_epoch=2", *(lavis.TINY_STAGE2 if stage == "stage2" else [])]
+    own = (lavis.TINY_STAGE2 if stage == "stage2" else [f"model.text_tokenizer={adapters.WORDS}"])
+    tiny = [*lavis.TINY, "run.iters_per_epoch=15", "run.max_epoch=2", *own]
     config = OmegaConf.merge(config, OmegaConf.from_dotlist(tiny))
     for key in ("clip_model", "image_features_dim") if log.startswith("seed1") else ():
         config.model.pop(key)
@@ -249,6 +251,17 @@ def text_encoder(folder: Path) -> Path:
     return folder
 
 
+def image_tower(folder: Path) -> Path:
+    """A CLIP vision tower with random weights, whose embeddings stage 2 is to hit."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16,
+        projection_dim=256)).save_pretrained(folder)
+    return folder
+
+
 def seed1_tokenizer(folder: Path) -> list[float]:
     diffusion = text_encoder(folder / "diffusion")
     return tokenizer(folder, "stage2", "seed1-stage2", "model.arch=seed1_codebook_text", "model.load_pretrained=False",
@@ -270,6 +283,7 @@ LOSSES: dict[str, Callable[[Path], Any]] = {
         folder, "deepspeed=stage2_bf16", "trainer.timeout_minutes=10", processes=2, model=PLAIN_LORA),
     "tokenizer, stage 1": lambda folder: tokenizer(folder, "stage1", "stage1"),
     "tokenizer, stage 2": lambda folder: tokenizer(
-        folder, "stage2", "stage2", "model.load_pretrained=False", "model.restart_every=6"),
+        folder, "stage2", "stage2", "model.load_pretrained=False", "model.restart_every=6",
+        f"model.clip_model={image_tower(folder / 'tower')}"),
     "SEED-1's tokenizer, stage 2": seed1_tokenizer,
 }
