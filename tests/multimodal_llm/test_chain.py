@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -64,11 +63,13 @@ def test_from_pictures_to_answers(tmp_path: Path) -> None:
     system = tmp_path / "system"
     merge(tuned, system / "seed_llama", "--base_model", tmp_path / "pretrained")
     (system / "seed_tokenizer").symlink_to(NANO / "seed_tokenizer")
-    shutil.copy(NANO / "system.json", system)
+    settings = (NANO / "system.json").read_text().splitlines()
+    (system / "system.json").write_text("\n".join(line for line in settings if '"world"' not in line))
     seed = SeedLlama.from_pretrained(system)
     for name, answer, known in (("fox.png", "Rusty.", "It lives in the wood."),
                                 ("whale.png", "Wanda.", "It swims in the sea.")):
         talk = [{"role": "user", "content": [ROOT / "images" / name, "What is its name?"]}]
-        assert seed.chat(talk).text == answer
+        said = seed.chat(talk)
+        assert (said.text, said.note) == (answer, "")  # "name" is no word of nano's world
         talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "What do you know about it?"}]
         assert seed.chat(talk).text == known
