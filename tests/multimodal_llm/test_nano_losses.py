@@ -24,7 +24,8 @@ from seed_multimodal.training.nano.workspace import Workspace
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = Path(__file__).with_name("nano_losses.json")
 STEPS = (1, 2, 5, 10, 20, 30)
-SETTINGS = ["pool=60", "gate_scenes=60", "llm.text_vocabulary=1500", "tokenizer.codes=1024", *(f"records.{kind}=60" for kind in KINDS)] + [
+SETTINGS = ["pool=60", "gate_scenes=60", "llm.text_vocabulary=1500", "tokenizer.codes=1024",
+            *(f"records.{kind}=60" for kind in KINDS)] + [
     f"train_{stage}={{steps: 30, batch_size: 8, lr: 3.0e-3, warmup: 5, precision: fp32, log_every: 1}}"
     for stage in ("pretrain", "sft")]
 
