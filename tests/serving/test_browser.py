@@ -205,7 +205,7 @@ def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, p
     page.force_picture()
     appeared = page.watch("bot")
     page.click("#submit")
-    page.until(lambda: "Here is the picture." in page.text("#chat .bot") and page.answered(), "the drawn picture")
+    page.until(lambda: "Here it is." in page.text("#chat .bot") and page.answered(), "the drawn picture")
     assert page.pictures("bot") == [(16, 16)]
     final = page.all("#chat .bot img")[0].get_attribute("src")
     assert len(appeared()) >= 2 and appeared()[-1] == final, "previews in the place of the picture, then the picture"
