@@ -61,7 +61,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(fast):
     said, (most, still) = found["said"], found["most"]
     assert not found["before"] and said and said[0].startswith("960 pictures")
     assert all("pictures at once do not fit" in line and "nothing is lost" in line for line in said)
-    assert most == still == 960 // 2**len(said) < 960
+    # At the edge the later call may find a little less memory than the first, and halves once more.
+    assert still in (most, most // 2) and still == 960 // 2**len(said) and most < 960
     assert found["shape"] == [960, 32] and min(found["equal"], found["later"]) > 0.999  # sums are rounded by batch
 
 
