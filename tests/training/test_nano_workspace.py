@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from seed_multimodal.disk import lock
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.checkpoint_folders import describe, files_of, publish, temporary_folder
 from seed_multimodal.training.nano.__main__ import main
@@ -173,3 +174,21 @@ def test_a_damaged_language_model_is_not_installed(tmp_path: Path, capsys: pytes
     assert not (tmp_path / "system" / "seed_llama").exists()
     file.write_bytes(whole)
     assert main(line) == 0 and (tmp_path / "system" / "seed_llama" / "model.safetensors").read_bytes() == whole
+
+
+def test_two_runs_are_not_at_the_same_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--config", str(TEST), "--work", str(tmp_path), "--out", str(tmp_path / "system"), "--only"]
+    with lock(tmp_path / ".codes.lock"):
+        assert main([*line, "codes"]) == 2
+        assert f"{tmp_path}: another run is at stage codes" in capsys.readouterr().err
+        assert main([*line, "assemble"]) == 2 and "stage vae makes it" in capsys.readouterr().err
+    assert main([*line, "codes"]) == 2 and "stage tokenizer makes it" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*.lock"))
+
+
+@pytest.mark.skipif(not Path("/proc/sys").is_dir(), reason="a folder that not even root may write into")
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--config", str(TEST), "--work", str(tmp_path / "work"), "--out", "/proc/sys", "--only", "recipe"]
+    assert main(line) == 2 and "/proc/sys: this folder cannot be written." in capsys.readouterr().err
+    assert not list((tmp_path / "work").iterdir())

@@ -9,6 +9,8 @@ end `--out` is a system folder that `SeedLlama.from_pretrained` loads.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.disk import writing
+from seed_multimodal.disk import lock, writing
 from seed_multimodal.entry import run_program
 from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.training.nano.assemble import assemble
@@ -84,6 +86,8 @@ def _run(options: argparse.Namespace) -> int:
     for folder in (options.work, options.out):
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):  # now, not when the first stage is trained
+            raise SeedError(f"{folder}: this folder cannot be written.")
     with writing(options.work):
         save_config(config, options.work / "config.yaml")
     space = Workspace(config, options.work, options.out)
@@ -92,7 +96,14 @@ def _run(options: argparse.Namespace) -> int:
     for stage in filter(wanted.__contains__, STAGES):
         print(f"== {stage}", flush=True)
         _tell_older(space, stage)
-        found.append((stage, STAGES[stage](space)))
+        with contextlib.ExitStack() as held:
+            with writing(options.work):
+                try:
+                    held.enter_context(lock(options.work / f".{stage}.lock", 3.0, remove=True))
+                except TimeoutError:
+                    raise SeedError(f"{options.work}: another run is at stage {stage} in this work folder; let it end "
+                                    "first, or use another folder.") from None
+            found.append((stage, STAGES[stage](space)))
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} min; the system is in {options.out}.")
     for stage, record in found:
         print(f"  {stage:9s} {record.get('seconds', 0):7.0f} s  " + ", ".join(
