@@ -68,6 +68,8 @@ def test_the_line_ends_in_a_system_that_answers(
     rebuilt = seed.reconstruct([picture], num_inference_steps=2)
     assert len(rebuilt) == 1 and rebuilt[0].size == (64, 64)
     assert isinstance(seed.describe(picture, max_new_tokens=8), str)
+    unet = out / "seed_tokenizer/diffusion_model/unet/config.json"
+    assert not json.loads(unet.read_text(encoding="utf-8")).get("_name_or_path")
     assert seed.draw("a red square", num_inference_steps=2).size == (64, 64)
 
 

@@ -140,7 +140,9 @@ def read_part(kind: Any, folder: Path) -> Any:
         CheckpointError: it is damaged.
     """
     try:
-        return kind.from_pretrained(folder, local_files_only=True)
+        model = kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a complete {kind.__name__} ({first_line(error)}); remove it, and the "
                               "stage that made it makes it again.") from error
+    model.register_to_config(_name_or_path="")  # else this machine's path is saved with the model
+    return model
