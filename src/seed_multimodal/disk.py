@@ -60,8 +60,9 @@ def lock(file: str | Path, timeout: float = -1.0, *, remove: bool = False) -> It
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a folder (`LOCK` in it), which is made if it is not there; the file is gone at the end.
+def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0, name: str = LOCK
+                ) -> Iterator[None]:
+    """Hold the lock of a folder (file `name` in it), which is made if it is not there; the file is gone at the end.
 
     Args:
         busy: what another run is doing that holds it, for the sentence.
@@ -74,7 +75,7 @@ def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: fl
         with writing(folder, kind):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                held.enter_context(lock(folder / LOCK, timeout, remove=True))
+                held.enter_context(lock(folder / name, timeout, remove=True))
             except TimeoutError:
                 raise kind(f"{folder}: another run is {busy}; let it end first.") from None
         yield

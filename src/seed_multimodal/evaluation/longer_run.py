@@ -61,7 +61,7 @@ class LongerRun:
                     hits.append(self._same(answer, wanted.content))
                     pictures.append(any(isinstance(part, Scene) for part in wanted.content))
             right, drawn, talk_of = np.array(hits, dtype=bool), np.array(pictures, dtype=bool), np.array(rows)
-            for part, chosen in (("", drawn | ~drawn), ("_words", ~drawn), ("_pictures", drawn)):
+            for part, chosen in (("", np.ones_like(drawn)), ("_words", ~drawn), ("_pictures", drawn)):
                 found[name + part] = bootstrap(right[chosen], talk_of[chosen].tolist())
             self.talks = [[turn for message, answer in zip(talk[::2], answers, strict=True)
                            for turn in (("user", self.shown(message.content)), ("assistant", answer))]

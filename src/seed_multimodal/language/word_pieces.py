@@ -39,10 +39,10 @@ class BertWords:
 
         try:
             self.tokenizer: Any = BertTokenizer.from_pretrained(str(source), truncation_side="right")
+            if len(self.tokenizer) <= len(self.tokenizer.all_special_tokens):
+                raise ValueError("empty: what transformers 5 makes of no files")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{source}: no BERT tokenizer there; {BERT_WHERE}.") from error
-        if len(self.tokenizer) <= len(self.tokenizer.all_special_tokens):  # what transformers 5 makes of no files
-            raise CheckpointError(f"{source}: no BERT tokenizer there; {BERT_WHERE}.")
         # [DEC] starts captions that are written, which no stage here does; it only has a row in the word table.
         self.size = len(self.tokenizer) + ("[DEC]" not in self.tokenizer.get_vocab())
         self.max_length, self.full = max_length, full

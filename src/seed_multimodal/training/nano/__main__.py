@@ -9,7 +9,6 @@ end `--out` is a system folder that `SeedLlama.from_pretrained` loads.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.disk import lock, writing
+from seed_multimodal.disk import folder_lock, writing
 from seed_multimodal.entry import run_program
 from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.training.nano.assemble import assemble
@@ -96,13 +95,7 @@ def _run(options: argparse.Namespace) -> int:
     for stage in filter(wanted.__contains__, STAGES):
         print(f"== {stage}", flush=True)
         _tell_older(space, stage)
-        with contextlib.ExitStack() as held:
-            with writing(options.work):
-                try:
-                    held.enter_context(lock(options.work / f".{stage}.lock", 3.0, remove=True))
-                except TimeoutError:
-                    raise SeedError(f"{options.work}: another run is at stage {stage} in this work folder; let it end "
-                                    "first, or use another folder.") from None
+        with folder_lock(options.work, SeedError, f"at stage {stage} in this work folder", 3.0, f".{stage}.lock"):
             found.append((stage, STAGES[stage](space)))
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} min; the system is in {options.out}.")
     for stage, record in found:
