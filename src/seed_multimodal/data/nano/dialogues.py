@@ -134,7 +134,7 @@ def conversation(shake: random.Random, allowed: Allowed = trainable, turns: int 
     talk = Talk(shake, allowed)
     shake.choice((_draw, _look))(talk)
     for _ in range((turns or shake.randint(2, 6)) - 1):
-        shake.choices((_question, _edit, _back, _draw), (4, 4, 2, 1))[0](talk)
+        shake.choices((_question, _edit, _back, _draw, _look), (4, 4, 2, 1, 2))[0](talk)
     return talk.messages
 
 

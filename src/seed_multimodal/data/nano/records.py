@@ -28,7 +28,7 @@ from seed_multimodal.data.nano.dialogues import (
 )
 from seed_multimodal.data.nano.edits import EDITS, Edit, make_edit
 from seed_multimodal.data.nano.questions import KINDS as QUESTIONS
-from seed_multimodal.data.nano.questions import Question, ask
+from seed_multimodal.data.nano.questions import Question, ask, ask_any
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import check_split, held_out, scene_at
 from seed_multimodal.data.nano.things import NAMES
@@ -49,6 +49,7 @@ Record = dict[str, Any]
 Scenes = Iterator[Scene]
 Made = TypeVar("Made")
 PATIENCE = 200
+EDIT_SORTS = (*EDITS, "remove", "replace")  # twice: where a named thing stands is learnt last
 COMPARISONS = ("yesno", "where", "yesno", "where", "yesno", "count")  # kinds of questions that name a thing
 
 
@@ -141,7 +142,22 @@ def _caption(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int)
 
 def _describe(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
     scene = next(scenes)
-    return _messages([scene, _half(shake, DESCRIBE_REQUESTS)], [sentence(describe(scene))])
+    own = _messages([scene, _half(shake, DESCRIBE_REQUESTS)], [sentence(describe(scene))])
+    return _after_another(shake, scenes, own)
+
+
+def _after_another(shake: random.Random, scenes: Scenes, record: Record) -> Record:
+    """In a third of the cases the same after another picture was shown: a model that only ever looks at the first
+    picture of a conversation does not learn to look at the next."""
+    if shake.random() >= 1 / 3:
+        return record
+    scene = next(scenes)
+    if shake.random() < 0.5:
+        before = _messages([scene, shake.choice(DESCRIBE_REQUESTS)], [sentence(describe(scene))])
+    else:
+        question = ask_any(scene, shake)
+        before = _messages([scene, question.question], [sentence(question.answer)])
+    return {"messages": before["messages"] + record["messages"]}
 
 
 def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
@@ -158,7 +174,7 @@ def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int
         more = ask(scene, kind, shake)
         if more is not None and more.question not in asked:
             turns, asked = turns + turn(more, 0.25), asked | {more.question}
-    return _messages([scene, *turns[0]], *turns[1:])
+    return _after_another(shake, scenes, _messages([scene, *turns[0]], *turns[1:]))
 
 
 def _draw(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
@@ -172,9 +188,9 @@ def _edit(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) ->
         edit = make_edit(scene, kind, shake)
         return edit if edit is not None and allowed(edit.target) else None
 
-    scene, edit = _first(scenes, tuple(EDITS), index, make)
+    scene, edit = _first(scenes, EDIT_SORTS, index, make)
     words = sentence(edit.instruction) if shake.random() < 0.5 else edit.instruction
-    return _messages([scene, words], edited(edit.target, shake))
+    return _after_another(shake, scenes, _messages([scene, words], edited(edit.target, shake)))
 
 
 def _conversation(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:

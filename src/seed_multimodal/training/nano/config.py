@@ -89,7 +89,7 @@ class RecordCounts:
     questions: int = setting(60_000, least=1)
     draw: int = setting(30_000, least=1)
     edits: int = setting(45_000, least=1)
-    conversations: int = setting(16_000, least=1)
+    conversations: int = setting(24_000, least=1)
     in_context: int = setting(8_000, least=1)
     stories: int = setting(5_000, least=1)
     documents: int = setting(2_500, least=1)

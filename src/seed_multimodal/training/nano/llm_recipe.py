@@ -56,9 +56,9 @@ PRETRAIN_SOURCES: Sources = {
 SFT_SOURCES: Sources = {
     "image_first": (*PRETRAIN_SOURCES["image_first"][:3], 0.035),
     "text_first": (*PRETRAIN_SOURCES["text_first"][:3], 0.035),
-    "describe": ("describe", "chat", {}, 0.14), "questions": ("questions", "chat", {}, 0.24),
-    "draw": ("draw", "chat", {}, 0.14), "edits": ("edits", "chat", {}, 0.20),
-    "conversations": ("conversations", "chat", {}, 0.09), "in_context": ("in_context", "chat", {}, 0.06),
+    "describe": ("describe", "chat", {}, 0.13), "questions": ("questions", "chat", {}, 0.22),
+    "draw": ("draw", "chat", {}, 0.11), "edits": ("edits", "chat", {}, 0.21),
+    "conversations": ("conversations", "chat", {}, 0.13), "in_context": ("in_context", "chat", {}, 0.07),
     "stories": ("stories", "chat", {}, 0.03), "continued": ("continued", "chat", {}, 0.03)}
 
 
