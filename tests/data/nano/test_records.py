@@ -1,23 +1,15 @@
 """Records of every kind: functions of (seed, index), sorts in turn, nothing held out, words that are read back."""
 
 from collections import Counter
-from typing import Any
 
 import pytest
 
 from seed_multimodal.data.nano.questions import KINDS as QUESTIONS
-from seed_multimodal.data.nano.records import EDIT_SORTS, KINDS, record_at, scenes_of, with_pictures
+from seed_multimodal.data.nano.records import EDIT_SORTS, KINDS, from_last_picture, record_at, scenes_of, with_pictures
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import held_out, scene_at
 from seed_multimodal.data.nano.words import describe, labels, read_caption
 from seed_multimodal.language.tasks import NANO_TASKS
-
-
-def of_last_picture(record: dict[str, Any]) -> list[Any]:
-    """The messages from the last picture a user shows on; what is said of a picture shown before is left out."""
-    turns = record["messages"]
-    shown = [n for n in range(0, len(turns), 2) if any(isinstance(part, Scene) for part in turns[n]["content"])]
-    return turns[shown[-1]:]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -40,7 +32,7 @@ def test_pictures_of_single_ones_come_from_the_pool() -> None:
 
 def test_what_is_said_of_a_scene_is_read_back_exactly() -> None:
     for index in range(100):
-        (scene, _), (answer,) = (message["content"] for message in of_last_picture(record_at("describe", 0, index)))
+        (scene, _), (answer,) = (message["content"] for message in from_last_picture(record_at("describe", 0, index)))
         assert answer[0].isupper() and answer.endswith(".") and read_caption(answer) == labels(scene)
         asked = NANO_TASKS.draw_request(describe(scene))
         assert read_caption(asked.removeprefix("Please draw ")) == labels(scene)
@@ -53,10 +45,10 @@ def test_what_is_said_of_a_scene_is_read_back_exactly() -> None:
 
 
 def test_questions_and_edits_are_of_every_sort_equally_often_and_yes_is_as_frequent_as_no() -> None:
-    answers = Counter(of_last_picture(record_at("questions", 1, index))[1]["content"][0].lower().rstrip(".")
+    answers = Counter(from_last_picture(record_at("questions", 1, index))[1]["content"][0].lower().rstrip(".")
                       for index in range(QUESTIONS.index("yesno"), 300 * len(QUESTIONS), len(QUESTIONS)))
     assert set(answers) == {"yes", "no"} and abs(answers["yes"] - 150) < 40
-    where = [of_last_picture(record_at("questions", 1, index)) for index in range(5, 60, 6)]
+    where = [from_last_picture(record_at("questions", 1, index)) for index in range(5, 60, 6)]
     assert all(turns[0]["content"][1].startswith("Where is the") for turns in where)
     swapped = [record_at("edits", 1, index) for index in range(EDIT_SORTS.index("swap"), 110, len(EDIT_SORTS))]
     for *_, before, after in map(scenes_of, swapped):
@@ -65,7 +57,7 @@ def test_questions_and_edits_are_of_every_sort_equally_often_and_yes_is_as_frequ
 
 def test_a_picture_is_asked_about_several_times_and_no_question_comes_twice() -> None:
     for index in range(40):
-        turns = of_last_picture(record_at("questions", 2, index))
+        turns = from_last_picture(record_at("questions", 2, index))
         asked = [[part for part in turn["content"] if isinstance(part, str)][0].split("?")[0] for turn in turns[::2]]
         assert 3 <= len(asked) == len(set(asked)) and sum(text.startswith("Is there") for text in asked) >= 1
 
@@ -73,7 +65,7 @@ def test_a_picture_is_asked_about_several_times_and_no_question_comes_twice() ->
 def test_a_third_is_said_after_another_picture_was_shown() -> None:
     for kind in ("describe", "questions", "edits"):
         records = [record_at(kind, 4, index) for index in range(120)]
-        after = [record for record in records if of_last_picture(record) != record["messages"]]
+        after = [record for record in records if from_last_picture(record) != record["messages"]]
         assert 25 <= len(after) <= 55
         assert all(isinstance(record["messages"][0]["content"][0], Scene) for record in after)
 

@@ -89,6 +89,14 @@ def scenes_of(record: Record) -> list[Scene]:
     return found
 
 
+def from_last_picture(record: Record) -> list[dict[str, Any]]:
+    """The messages from the last picture on that the user shows; what is said of one shown before is left out."""
+    messages = record["messages"]
+    shows = [place for place, message in enumerate(messages)
+             if message["role"] == "user" and not all(isinstance(part, str) for part in message["content"])]
+    return messages[shows[-1] if shows else 0:]
+
+
 def texts_of(record: Any) -> Iterator[str]:
     """Every text in a record but the names of roles."""
     if isinstance(record, str):

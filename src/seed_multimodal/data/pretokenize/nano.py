@@ -16,7 +16,7 @@ from typing import Any
 
 from seed_multimodal.data.formats.nano import EPOCH, Drawing
 from seed_multimodal.data.formats.record import Record
-from seed_multimodal.data.nano.records import record_at, with_pictures
+from seed_multimodal.data.nano.records import from_last_picture, record_at, with_pictures
 from seed_multimodal.data.nano.splits import check_split
 from seed_multimodal.data.nano.sprites import load_sprites
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
@@ -55,7 +55,7 @@ def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
         return {"image": made["image_ids"], "caption": made["text"]}
     if content == "documents":
         return {"images": made["image_ids"], "texts": made["texts"]}
-    asked, answered = (made["messages"][place]["content"] for place in (0, 1))
+    asked, answered = (message["content"] for message in from_last_picture(made)[:2])
     fields = {"messages": [{"role": message["role"], "content": [
         {"image": part} if isinstance(part, Drawing) else part for part in message["content"]]}
         for message in made["messages"]]}
