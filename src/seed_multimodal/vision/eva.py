@@ -18,6 +18,7 @@ from seed_multimodal.errors import ConfigError, ImageError
 from seed_multimodal.settings import setting
 from seed_multimodal.vision.checkpointing import checkpoint_layers
 from seed_multimodal.vision.layers import LayerNorm, Mlp, heads_first, heads_last
+from seed_multimodal.vision.positions import resize_square
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,6 @@ class EvaVit(nn.Module):
 def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
     """Bicubically resize absolute positions `[1, 1 + g², W]` to another square grid; the class token is kept."""
     class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    old = math.isqrt(patches.shape[1])
-    if old * old != patches.shape[1]:
-        raise ConfigError(f"The position table has {patches.shape[1]} patches, which is not a square grid.")
-    if old == grid:
+    if patches.shape[1] == grid**2:
         return pos_embed
-    square = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
-    resized = square.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
-    return torch.cat([class_token, resized], dim=1)
+    return torch.cat([class_token, resize_square(patches[0], grid)[None]], dim=1)
