@@ -22,6 +22,7 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.mark.slow  # the first model on the meta device imports much of torch
 @pytest.mark.parametrize(("config", "numbers"), [(INPUT_RESAMPLER, 126_525_440), (OUTPUT_RESAMPLER, 88_637_440)])
 def test_the_released_sizes(config: ResamplerConfig, numbers: int) -> None:
     with torch.device("meta"):

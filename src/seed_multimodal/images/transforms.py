@@ -39,6 +39,11 @@ INTERPOLATIONS = {
 _MAX_OVERSIZE = 16
 
 
+def plain_rgb(image: Image.Image) -> Image.Image:
+    """An opaque RGB image itself; any other as one."""
+    return image if image.mode == "RGB" and "transparency" not in image.info else to_rgb(image)
+
+
 def to_bytes(image: Image.Image) -> Tensor:
     """RGB image -> its pixels, uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
@@ -103,7 +108,7 @@ class ImageTransform:
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The picture the model sees, as an RGB image of S x S pixels."""
-        image = image if image.mode == "RGB" and "transparency" not in image.info else to_rgb(image)
+        image = plain_rgb(image)
         size, filter_ = self.image_size, INTERPOLATIONS[self.interpolation]
         if not self.keep_ratio:
             return resize_passes(image, (size, size), filter_)
