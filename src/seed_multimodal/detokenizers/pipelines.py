@@ -7,7 +7,6 @@ not depend on the others in its batch.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import warnings
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.detokenizers.schedulers import using
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.finite import not_numbers
@@ -27,8 +27,6 @@ from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import check_value, read_settings, setting
 from seed_multimodal.weights import refuse_tensors
 
-# What diffusers' schedulers of other kinds of models raise, dozens of classes, each in its own place.
-_MISFITS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -48,7 +46,7 @@ class DecodeDefaults:
 
 
 class PipelineDetokenizer:
-    """A diffusers pipeline and its settings; loading, scheduler choice and the batch loop.
+    """A diffusers pipeline and its settings; loading, sizes and the batch loop.
 
     Attributes:
         kind: of folder, in messages; `where`: what to download for it.
@@ -88,31 +86,36 @@ class PipelineDetokenizer:
         Raises:
             CheckpointError: not there, not complete, or damaged; names the download.
         """
-        from safetensors import SafetensorError
-
         if not os.path.isfile(place / "model_index.json"):
             raise CheckpointError(f"{place}: there is no diffusion model here (no model_index.json): {cls.where}.")
         defaults = cls.defaults_class.read(place)
-        try:
+        with cls.reading(place):
             index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
             absent = {*left_out, *(name for name in cls.optional if (index.get(name) or [None])[0] is None)}
-            with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # every diffusers below 1 accepts the name `torch_dtype`
-                options |= _text_parts(place, index, dtype, absent)
-                pipeline = cls.pipeline_class().from_pretrained(
-                    str(place), torch_dtype=dtype, local_files_only=True, **dict.fromkeys(absent), **options)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{place}: not a complete {cls.kind} folder ({first_line(error)}); "
-                                  f"{cls.where}.") from error
+            options |= _text_parts(place, index, dtype, absent)
+            pipeline = cls.pipeline_class().from_pretrained(
+                str(place), torch_dtype=dtype, local_files_only=True, **dict.fromkeys(absent), **options)
         for name in cls.parts:
             if getattr(pipeline, name, None) is None:
                 raise CheckpointError(f"{place}: the diffusion folder holds no {name!r}; {cls.where}.")
         for name, part in pipeline.components.items():
-            # What its file lacks, diffusers leaves without memory, and warns only.
-            lacking = [key for key, value in part.state_dict().items() if value.is_meta] if isinstance(
-                part, torch.nn.Module) else []
-            refuse_tensors(lacking, (), place / name, "missing from the file")
+            refuse_unfilled(part, place / name)
         return cls(pipeline, defaults)
+
+    @classmethod
+    @contextlib.contextmanager
+    def reading(cls, place: Path) -> Iterator[None]:
+        """Inside, diffusers reads a folder in silence, and what it raises becomes a `CheckpointError` of one sentence;
+        errors of ours stay as they are."""
+        from safetensors import SafetensorError
+
+        try:
+            with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # every diffusers below 1 accepts the name `torch_dtype`
+                yield
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{place}: not a complete {cls.kind} folder ({first_line(error)}); "
+                                  f"{cls.where}.") from error
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         """Move every part; returns self."""
@@ -129,6 +132,11 @@ class PipelineDetokenizer:
     def has_text(self) -> bool:
         """Whether the folder's own text encoder gives the empty prompt."""
         return self.pipeline.text_encoder is not None and self.pipeline.tokenizer is not None
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of one latent (8 for Stable Diffusion)."""
+        return int(self.pipeline.vae_scale_factor)
 
     @property
     def embedding_dim(self) -> int:
@@ -167,16 +175,32 @@ class PipelineDetokenizer:
         check_value(str, output_type, "output_type", choices=("pil", "np", "pt", "latent"))
         return "pt" if output_type == "pil" else output_type  # `in_batches` checks the tensor and makes the pictures
 
-    def in_batches(self, render: Callable[..., Iterable[Any]], embeds: Tensor, negatives: Tensor | None,
+    def checked_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels, for None what the model was trained on.
+
+        Raises:
+            ConfigError: one of them alone, or one that the latents have no whole number of.
+        """
+        if (height is None) != (width is None):
+            raise ConfigError("Give height and width both, or neither.")
+        unit, usual = max(8, self.factor), int(self.pipeline.unet.config.sample_size) * self.factor
+        for name, value in (("height", height), ("width", width)):
+            check_value(int | None, value, f"The {name}")
+            if value is not None and (value < unit or value % unit):
+                raise ConfigError(f"The {name} must be a multiple of {unit} pixels, got {value}.")
+        return height or usual, width or usual
+
+    def in_batches(self, render: Callable[..., Iterable[Any]], values: Sequence[Tensor | None],
                    generator: Generators, latents: Tensor | None, *, scheduler: Any | None,
                    batch_size: int | None, as_pil: bool) -> list[Any]:
-        """`render(embeds, negatives, generators, latents)` for `batch_size` pictures at a time (None: all).
+        """`render(*values, generators, latents)` for `batch_size` pictures at a time (None: all).
 
         A tensor that it gives is checked to hold numbers, and becomes PIL pictures if `as_pil`.
 
         Args:
-            embeds: one per picture; negatives: so, or None. latents: one per picture, one for all, or None.
+            values: tensors of one row per picture, or None; the first is a tensor.
             generator: one for all or one per picture; each picture gets its own (`one_each`).
+            latents: one per picture, one for all, or None.
             scheduler: what to sample with (see `using`).
 
         Raises:
@@ -185,66 +209,28 @@ class PipelineDetokenizer:
         """
         pictures: list[Any] = []
         check_value(int | None, batch_size, "batch_size", least=1)
-        count, channels = len(embeds), self.pipeline.unet.config.in_channels
+        assert values[0] is not None
+        count, channels = len(values[0]), self.pipeline.vae.config.latent_channels
         if isinstance(latents, Tensor) and (latents.ndim != 4 or latents.shape[1] != channels):
             raise ConfigError(f"latents must be a tensor [B, {channels}, h, w], got {list(latents.shape)}.")
-        values = (embeds, negatives, one_each(generator, count),
-                  None if latents is None else for_each(latents, count, "latents"))
-        with self.using(self.defaults.scheduler if scheduler is None else scheduler):
+        rows = (*values, one_each(generator, count), None if latents is None else for_each(latents, count, "latents"))
+        with using(self.pipeline, self.defaults.scheduler if scheduler is None else scheduler, self.own_schedulers):
             for start in range(0, count, batch_size or max(count, 1)):
                 part = slice(start, start + (batch_size or count))
-                pictures.extend(self._finished(render(*(None if value is None else value[part] for value in values)),
-                                               as_pil))
+                pictures.extend(self._finished(render(*(None if row is None else row[part] for row in rows)), as_pil))
         return pictures
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Everything with weights that drawing uses."""
+        return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
 
     def _finished(self, images: Any, as_pil: bool) -> Any:
         finite = torch.isfinite(images).all() if isinstance(images, Tensor) else np.isfinite(images).all()
         if not bool(finite):
-            raise not_numbers("The diffusion model", *(part for part in self.pipeline.components.values()
-                                                       if isinstance(part, nn.Module)))
+            raise not_numbers("The diffusion model", *self.models)
         processor = self.pipeline.image_processor  # these two steps are what output_type="pil" does
         return processor.numpy_to_pil(processor.pt_to_numpy(images)) if as_pil else images
-
-    @contextlib.contextmanager
-    def using(self, scheduler: Any | None) -> Iterator[None]:
-        """Run with another scheduler (by name: built from the present one's noise schedule), and put the old back.
-
-        Raises:
-            ConfigError: it is none, or fails inside: one of another kind of model, or a package it needs is missing.
-        """
-        if scheduler is None:
-            yield
-            return
-        usual = self.pipeline.scheduler
-        name = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
-        if not isinstance(scheduler, str) and not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
-            raise ConfigError(f"A scheduler is the name of a diffusers class or such an object, not {name}.")
-        try:
-            if isinstance(scheduler, str):
-                own = self.own_schedulers.get(scheduler)
-                scheduler = own(usual.config) if own else scheduler_class(scheduler).from_config(usual.config)
-            self.pipeline.scheduler = scheduler
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except _MISFITS as error:
-            fits = ", ".join(sorted(one.__name__ for one in usual.compatibles))
-            raise ConfigError(f"The scheduler {name} does not work with this model and these settings "
-                              f"({first_line(error)}); made for such models are {fits}.") from error
-        finally:
-            self.pipeline.scheduler = usual
-
-
-def scheduler_class(name: str) -> Any:
-    """A diffusers scheduler class; `ConfigError` names the nearest for an unknown one."""
-    import diffusers
-
-    names = [entry for entry in dir(diffusers) if entry.endswith("Scheduler") and entry != "Scheduler"]
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        raise ConfigError(f"Unknown scheduler {name!r}" + (f", did you mean {near[0]!r}?" if near else
-                                                           ": give a diffusers scheduler class, e.g. DDIMScheduler."))
-    return getattr(diffusers, name)
 
 
 def one_each(generator: Generators, count: int) -> list[torch.Generator] | None:
@@ -275,6 +261,16 @@ def for_each(values: Tensor, count: int, name: str) -> Tensor:
     if len(values) not in (1, count):
         raise ConfigError(f"{name} hold {len(values)} samples for {count} pictures.")
     return values.expand(count, *values.shape[1:])
+
+
+def refuse_unfilled(part: Any, where: Path) -> None:
+    """Refuse a model with tensors that its file lacks: diffusers leaves them without memory, and warns only.
+
+    Raises:
+        CheckpointError: "WHERE: N tensors are missing from the file: …".
+    """
+    state = part.state_dict() if isinstance(part, nn.Module) else {}
+    refuse_tensors([key for key, value in state.items() if value.is_meta], (), where, "missing from the file")
 
 
 def _text_parts(place: Path, index: Mapping[str, Any], dtype: torch.dtype, absent: Iterable[str]) -> dict[str, Any]:

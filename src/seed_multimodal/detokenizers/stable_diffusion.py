@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_value, setting
 
 if TYPE_CHECKING:
@@ -96,11 +96,6 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
         """Width W of the embeddings this model is conditioned on (768 for Stable Diffusion 1)."""
         return int(self.pipeline.unet.config.cross_attention_dim)
 
-    @property
-    def factor(self) -> int:
-        """Pixels along a side of one latent (8 for Stable Diffusion)."""
-        return int(self.pipeline.vae_scale_factor)
-
     @torch.no_grad()
     def decode(self, embeds: Tensor, *, negative_embeds: Tensor | None = None,
                num_inference_steps: int | None = None, guidance_scale: float | None = None,
@@ -136,7 +131,7 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
         elif not self.has_text:
             negative_embeds = torch.zeros_like(embeds)
         steps, guidance = self.with_defaults(num_inference_steps, guidance_scale)
-        self._check_size(height, width)
+        height, width = self.checked_size(height, width)
         eta, made = check_value(float, eta, "eta"), self.made_type(output_type)
 
         def render(embeds: Tensor, negatives: Tensor | None, own: Any, start: Tensor | None) -> Any:
@@ -145,18 +140,9 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
                 guidance_scale=guidance, height=height, width=width, eta=eta, generator=own, output_type=made,
                 latents=None if start is None else start.to(self.device, self.pipeline.unet.dtype)).images
 
-        return self.in_batches(render, embeds, negative_embeds, generator, latents, scheduler=scheduler,
+        return self.in_batches(render, (embeds, negative_embeds), generator, latents, scheduler=scheduler,
                                batch_size=batch_size, as_pil=output_type == "pil")
 
     def checked(self, embeds: Tensor, name: str, count: int | None = None) -> Tensor:
         """As the base's, in the U-Net's precision."""
         return super().checked(embeds, name, count).to(self.pipeline.unet.dtype)
-
-    def _check_size(self, height: int | None, width: int | None) -> None:
-        if (height is None) != (width is None):
-            raise ConfigError("Give height and width both, or neither.")
-        unit = max(8, self.factor)
-        for name, value in (("height", height), ("width", width)):
-            check_value(int | None, value, f"The {name}")
-            if value is not None and (value < unit or value % unit):
-                raise ConfigError(f"The {name} must be a multiple of {unit} pixels, got {value}.")

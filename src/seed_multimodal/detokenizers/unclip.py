@@ -110,8 +110,8 @@ class UnclipDetokenizer(PipelineDetokenizer):
         def render(embeds: Tensor, negatives: Tensor | None, own: Any, start: Tensor | None) -> Any:
             return self._render(embeds, negatives, own, start, steps, guidance, noise_level, made)
 
-        return self.in_batches(render, image_embeds, negative_image_embeds, generator, latents, scheduler=scheduler,
-                               batch_size=batch_size, as_pil=output_type == "pil")
+        return self.in_batches(render, (image_embeds, negative_image_embeds), generator, latents,
+                               scheduler=scheduler, batch_size=batch_size, as_pil=output_type == "pil")
 
     def _render(self, embeds: Tensor, negatives: Tensor | None, generators: list[torch.Generator] | None,
                 latents: Tensor | None, steps: int, guidance: float, noise_level: int, output_type: str) -> Any:
