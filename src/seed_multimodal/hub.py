@@ -17,7 +17,7 @@ NANO = "pretrained/nano"
 UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
                 "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
 SDXL_WHERE = ("download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler are needed "
-              "(hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir pretrained/stable-diffusion-xl-base-1.0)")
+              "(stabilityai/stable-diffusion-xl-base-1.0 on the hub), to pretrained/stable-diffusion-xl-base-1.0")
 SDXL_ADAPTER_WHERE = ("put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/SEED-X-17B) at "
                       "pretrained/seed_detokenizer/first_stage and second_stage")
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")

@@ -192,7 +192,7 @@ class PipelineDetokenizer:
 
     def in_batches(self, render: Callable[..., Iterable[Any]], values: Sequence[Tensor | None],
                    generator: Generators, latents: Tensor | None, *, scheduler: Any | None,
-                   batch_size: int | None, as_pil: bool) -> list[Any]:
+                   batch_size: int | None, as_pil: bool, size: tuple[int, int] | None = None) -> list[Any]:
         """`render(*values, generators, latents)` for `batch_size` pictures at a time (None: all).
 
         A tensor that it gives is checked to hold numbers, and becomes PIL pictures if `as_pil`.
@@ -201,10 +201,11 @@ class PipelineDetokenizer:
             values: tensors of one row per picture, or None; the first is a tensor.
             generator: one for all or one per picture; each picture gets its own (`one_each`).
             latents: one per picture, one for all, or None.
-            scheduler: what to sample with (see `using`).
+            scheduler: what to sample with (see `using`). size: height and width in pixels, which latents must fit.
 
         Raises:
-            ConfigError: another number of latents or generators than pictures, or a scheduler that does not fit.
+            ConfigError: another number of latents or generators than pictures, latents of another size, or a scheduler
+                that does not fit.
             CheckpointError, GenerationError: NaN in weights or pictures.
         """
         pictures: list[Any] = []
@@ -213,6 +214,10 @@ class PipelineDetokenizer:
         count, channels = len(values[0]), self.pipeline.vae.config.latent_channels
         if isinstance(latents, Tensor) and (latents.ndim != 4 or latents.shape[1] != channels):
             raise ConfigError(f"latents must be a tensor [B, {channels}, h, w], got {list(latents.shape)}.")
+        if size is not None and isinstance(latents, Tensor) and latents.shape[2:] != (
+                size[0] // self.factor, size[1] // self.factor):
+            raise ConfigError(f"latents are {latents.shape[2]} x {latents.shape[3]}, but a picture of {size[0]} x "
+                              f"{size[1]} has {size[0] // self.factor} x {size[1] // self.factor}.")
         rows = (*values, one_each(generator, count), None if latents is None else for_each(latents, count, "latents"))
         with using(self.pipeline, self.defaults.scheduler if scheduler is None else scheduler, self.own_schedulers):
             for start in range(0, count, batch_size or max(count, 1)):

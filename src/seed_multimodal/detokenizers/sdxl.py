@@ -179,11 +179,14 @@ class SdxlDetokenizer(PipelineDetokenizer):
             return drawn if made == "latent" else self._pixels(drawn, made)
 
         return self.in_batches(render, (embeds, negatives, seen), generator, latents, scheduler=scheduler,
-                               batch_size=batch_size, as_pil=output_type == "pil")
+                               batch_size=batch_size, as_pil=output_type == "pil", size=(height, width))
 
     def checked(self, embeds: Tensor, name: str, count: int | None = None) -> Tensor:
-        """As the base's, in the U-Net's precision."""
-        return super().checked(embeds, name, count).to(self.pipeline.unet.dtype)
+        """As the base's, in the U-Net's precision; `ConfigError` for no embeddings of a picture, too."""
+        embeds = super().checked(embeds, name, count).to(self.pipeline.unet.dtype)
+        if not embeds.shape[1]:
+            raise ConfigError(f"{name} must hold one embedding of each picture or more, got {list(embeds.shape)}.")
+        return embeds
 
     def _negatives(self, given: Tensor | None, embeds: Tensor) -> Tensor:
         """`[B, N, W]`, or as many as are given where they do not divide."""
@@ -217,6 +220,8 @@ class SdxlDetokenizer(PipelineDetokenizer):
         latents = torch.zeros(count, self.adapter.latent_channels, height // factor, width // factor,
                               device=self.device)
         for row, picture in enumerate(conditions or ()):
+            if picture is not None and not isinstance(picture, Image.Image):
+                raise ConfigError(f"conditions must be PIL pictures or None, not a {type(picture).__name__}.")
             if picture is not None:
                 latents[row] = self.encode_picture(picture, height, width)[0]
         return latents
@@ -231,7 +236,7 @@ class SdxlDetokenizer(PipelineDetokenizer):
         return vae.encode((pixels / 127.5 - 1.0)[None].to(vae.device)).latent_dist.mode()
 
     def _pixels(self, latents: Tensor, made: str) -> Any:
-        """Pictures of latents, in float32 and one after the other: a batch of 1024² would take 8 GB each."""
+        """Pictures of latents, in float32 and one after the other, since memory grows with their number."""
         vae = self.pipeline.vae
         images = torch.cat([vae.decode(one.to(vae.device, torch.float32) / vae.config.scaling_factor).sample
                             for one in latents.split(1)])

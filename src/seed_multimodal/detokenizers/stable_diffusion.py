@@ -141,7 +141,7 @@ class StableDiffusionDetokenizer(PipelineDetokenizer):
                 latents=None if start is None else start.to(self.device, self.pipeline.unet.dtype)).images
 
         return self.in_batches(render, (embeds, negative_embeds), generator, latents, scheduler=scheduler,
-                               batch_size=batch_size, as_pil=output_type == "pil")
+                               batch_size=batch_size, as_pil=output_type == "pil", size=(height, width))
 
     def checked(self, embeds: Tensor, name: str, count: int | None = None) -> Tensor:
         """As the base's, in the U-Net's precision."""

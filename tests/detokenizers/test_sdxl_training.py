@@ -1,0 +1,178 @@
+"""Losses of the SDXL adapters: noising, targets, condition dropout, weights of time steps, and that they fall."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_sdxl
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from torch import Tensor, nn
+
+from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter, size_ids
+from seed_multimodal.detokenizers.sdxl_training import (
+    AdapterLoss,
+    ConditionDropout,
+    adapter_from_sdxl,
+    denoising_loss,
+    min_snr_weight,
+    noise_target,
+    training_schedule,
+)
+from seed_multimodal.errors import CheckpointError, ConfigError
+
+NEVER = ConditionDropout(0.0, 0.0, 0.0)
+
+
+class Recorder(nn.Module):
+    """In the place of an adapter: keeps what it was called with, and predicts zeros."""
+
+    def forward(self, noisy: Tensor, steps: Tensor, embeds: Tensor, ids: Tensor, condition: Tensor | None) -> Tensor:
+        self.noisy, self.steps, self.embeds, self.ids, self.condition = noisy, steps, embeds, ids, condition
+        return torch.zeros_like(noisy, requires_grad=True)
+
+
+@pytest.fixture(scope="module")
+def schedule() -> Any:
+    return training_schedule(EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                                    timestep_spacing="leading", steps_offset=1))
+
+
+def _batch(count: int) -> dict[str, Tensor]:
+    make = torch.Generator().manual_seed(1)
+    return {"latents": torch.randn(count, 4, 8, 8, generator=make),
+            "image_embeds": torch.randn(count, 4, tiny_sdxl.WIDTH, generator=make),
+            "time_ids": size_ids((16, 16), count=count), "empty_features": torch.full((1, 4, tiny_sdxl.WIDTH), 0.5),
+            "condition_latents": torch.randn(count, 4, 8, 8, generator=make)}
+
+
+def test_size_conditions_are_height_first() -> None:
+    assert size_ids((768, 1344)).tolist() == [[768, 1344, 0, 0, 768, 1344]]
+    assert size_ids((8, 16), original=(100, 50), crop=(3, 4), count=2).tolist() == [[100, 50, 3, 4, 8, 16]] * 2
+
+
+def test_latents_are_noised_by_the_samplers_schedule(schedule: Any) -> None:
+    """Euler's own `add_noise` has another scale; the training schedule keeps betas and prediction type."""
+    assert isinstance(schedule, DDPMScheduler)
+    assert (schedule.config.beta_start, schedule.config.prediction_type) == (0.00085, "epsilon")
+    batch, watched = _batch(64), Recorder()
+    made = AdapterLoss(NEVER)(watched, schedule, **batch, generator=torch.Generator().manual_seed(0))
+    share = schedule.alphas_cumprod[watched.steps][:, None, None, None]
+    noise = (watched.noisy - share.sqrt() * batch["latents"]) / (1 - share).sqrt()
+    assert 0 <= int(watched.steps.min()) and int(watched.steps.max()) < 1000 and len(watched.steps.unique()) > 50
+    assert float(noise.std()) == pytest.approx(1, abs=0.03)
+    torch.testing.assert_close(made["total_loss"], noise.square().mean(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(made["mse"], made["total_loss"].detach())
+    assert made["total_loss"].requires_grad and not made["mse"].requires_grad
+    torch.testing.assert_close(watched.embeds, batch["image_embeds"])
+    torch.testing.assert_close(watched.condition, batch["condition_latents"])
+
+
+def test_random_choices_are_the_generators(schedule: Any) -> None:
+    """Equal seeds give equal steps, noise and dropped conditions, whatever the process drew before."""
+    seen = []
+    for _ in range(2):
+        watched = Recorder()
+        torch.rand(3)
+        AdapterLoss(ConditionDropout(0.3, 0.3, 0.1))(watched, schedule, **_batch(16),
+                                                     generator=torch.Generator().manual_seed(5))
+        seen.append((watched.noisy, watched.steps, watched.embeds, watched.condition))
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dropped_conditions(schedule: Any) -> None:
+    count, share = 4000, {"embeds": 0.2, "picture": 0.3, "both": 0.1}
+    dropout = ConditionDropout(**share)
+    no_embeds, no_picture = dropout.draw(count, torch.Generator().manual_seed(0))
+    assert float((no_embeds & ~no_picture).float().mean()) == pytest.approx(0.2, abs=0.02)
+    assert float((~no_embeds & no_picture).float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert float((no_embeds & no_picture).float().mean()) == pytest.approx(0.1, abs=0.02)
+    batch, watched = _batch(200), Recorder()
+    AdapterLoss(dropout)(watched, schedule, **batch, generator=torch.Generator().manual_seed(0))
+    no_embeds, no_picture = dropout.draw(200, torch.Generator().manual_seed(0))
+    assert bool((watched.embeds[no_embeds] == 0.5).all()), "an empty picture's embeddings, not zeros"
+    torch.testing.assert_close(watched.embeds[~no_embeds], batch["image_embeds"][~no_embeds])
+    assert not watched.condition[no_picture].any()
+    torch.testing.assert_close(watched.condition[~no_picture], batch["condition_latents"][~no_picture])
+    assert all(not which.any() for which in NEVER.draw(100))
+    assert all(which.all() for which in ConditionDropout(0.0, 0.0, 1.0).draw(100))
+
+
+def test_velocities_and_weights(schedule: Any) -> None:
+    velocity = DDPMScheduler.from_config(schedule.config, prediction_type="v_prediction")
+    steps = torch.tensor([0, 500, 999])
+    latents, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    assert noise_target(schedule, latents, noise, steps) is noise
+    share = schedule.alphas_cumprod[steps]
+    wanted = share[:, None, None, None].sqrt() * noise - (1 - share)[:, None, None, None].sqrt() * latents
+    torch.testing.assert_close(noise_target(velocity, latents, noise, steps), wanted)
+    ratio = share / (1 - share)
+    torch.testing.assert_close(min_snr_weight(schedule, steps, 5.0), ratio.clamp(max=5) / ratio)
+    torch.testing.assert_close(min_snr_weight(velocity, steps, 5.0), ratio.clamp(max=5) / (ratio + 1))
+    assert min_snr_weight(schedule, steps, 5.0)[1:].tolist() == [1.0, 1.0], "noisy steps count fully"
+    each = (latents - noise).square().mean((1, 2, 3))
+    weight = torch.tensor([0.0, 2.0, 1.0])
+    torch.testing.assert_close(denoising_loss(latents, noise, weight), (2 * each[1] + each[2]) / 3)
+    halves = denoising_loss(latents.half(), noise.half())
+    assert halves.dtype == torch.float32
+    weighted = AdapterLoss(NEVER, min_snr=5.0)(Recorder(), schedule, **_batch(32))
+    assert weighted["total_loss"].item() < weighted["mse"].item()
+    with pytest.raises(ConfigError, match="prediction_type is 'sample'; adapters are trained with 'epsilon' or"):
+        noise_target(DDPMScheduler(prediction_type="sample"), latents, noise, steps)
+
+
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda: ConditionDropout(0.5, 0.4, 0.2), "must be at most 1 together, not 1.1"),
+    (lambda: ConditionDropout(-0.1), "embeds must be at least 0, not -0.1"),
+    (lambda: AdapterLoss(min_snr=0.0), "min_snr must be above 0, not 0.0"),
+    (lambda: AdapterLoss(dropout=0.1), "dropout must be .*not 0.1")])
+def test_settings_that_cannot_be(make: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_keys_values_and_resampler_learn(stage: int, schedule: Any) -> None:
+    """A few steps on one batch: the loss falls, what is frozen stays bit for bit, every trained tensor moves."""
+    torch.manual_seed(0)
+    adapter = tiny_sdxl.adapter(stage)
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    trained = adapter.set_trainable()
+    optimizer, batch = torch.optim.Adam(trained, lr=3e-3), _batch(8)  # no decay: what moves has a gradient
+    if stage == 1:
+        batch.pop("condition_latents")
+    losses = []
+    for _ in range(25):
+        made = AdapterLoss()(adapter, schedule, **batch, generator=torch.Generator().manual_seed(3))
+        made["total_loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(made["mse"]))
+    assert losses[-1] < 0.97 * losses[0], "little can be learned through keys and values alone"
+    moved = {name for name, value in adapter.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, value in adapter.named_parameters() if value.requires_grad}
+
+
+# ---- beginning
+
+
+def test_training_begins_with_sdxls_own_unet(tmp_path: Path) -> None:
+    folder = tiny_sdxl.sdxl_folder(tmp_path / "sdxl")
+    adapter = adapter_from_sdxl(folder, tiny_sdxl.SIZES, seed=3)
+    assert isinstance(adapter, SDXLAdapter) and adapter.training and not adapter.reads_condition
+    for name, value in tiny_sdxl.unet().state_dict().items():
+        assert torch.equal(adapter.unet.state_dict()[name], value), name
+    torch.manual_seed(99)
+    again = adapter_from_sdxl(folder, tiny_sdxl.SIZES, seed=3)
+    assert torch.equal(again.resampler.latents, adapter.resampler.latents)
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="sdxl: not a complete SDXL folder") as caught:
+        adapter_from_sdxl(folder, tiny_sdxl.SIZES)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="no such folder; download the diffusers folder of SDXL"):
+        adapter_from_sdxl(tmp_path / "absent", tiny_sdxl.SIZES)

@@ -1,0 +1,70 @@
+"""An SDXL of 16 x 16 pixels for tests: its diffusers folder, adapters of both stages, and a tower to see with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
+from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes, ResamplerXLV2
+
+WIDTH = 24  # of visual embeddings
+SIZES = ResamplerSizes(dim=16, depth=1, dim_head=4, heads=2, num_queries=4, embedding_dim=WIDTH, output1_dim=6,
+                       output2_dim=10, ff_mult=2)
+
+
+def unet(channels: int = 4) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(1)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=channels, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4, cross_attention_dim=SIZES.prompt_dim, attention_head_dim=(2, 4), use_linear_projection=True,
+        transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + SIZES.output2_dim)
+
+
+def adapter(stage: int = 1) -> SDXLAdapter:
+    """Random weights, large enough to tell embeddings, and for the second stage condition pictures, apart."""
+    torch.manual_seed(2)
+    made = SDXLAdapter(unet(4 * stage), ResamplerXLV2(SIZES)).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim > 1 and ("resampler" in name or "attn2" in name or "conv_in" in name):
+                parameter.normal_(std=0.5)
+    return made
+
+
+def sdxl_folder(folder: Path, *, whole: bool = True) -> Path:
+    """SDXL's diffusers folder; without `model_index.json` and the U-Net's weights if not `whole`."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    torch.manual_seed(3)
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+                        scaling_factor=0.13025, force_upcast=True)
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                       steps_offset=1, timestep_spacing="leading")
+    StableDiffusionXLPipeline(vae=vae, unet=unet(), scheduler=scheduler, text_encoder=None, text_encoder_2=None,
+                              tokenizer=None, tokenizer_2=None, add_watermarker=False).save_pretrained(folder)
+    if not whole:
+        (folder / "model_index.json").unlink()
+        for file in (folder / "unet").glob("*.safetensors"):
+            file.unlink()
+    return folder
+
+
+class Tower(nn.Module):
+    """Pixels `[B, 3, S, S]` → embeddings `[B, (S / 4)², WIDTH]`; pixels of zero are not embeddings of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.conv = nn.Conv2d(3, WIDTH, 4, 4)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.conv(pixels).flatten(2).mT
