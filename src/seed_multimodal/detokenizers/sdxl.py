@@ -32,6 +32,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import SDXL_WHERE, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
+from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import check_value, setting
 
 NEEDED = ("unet/config.json", "vae/*", "scheduler/*")
@@ -97,8 +98,9 @@ class SdxlDetokenizer(PipelineDetokenizer):
             vae = AutoencoderKL.from_pretrained(place, subfolder="vae", torch_dtype=torch.float32,
                                                 local_files_only=True)
             scheduler = scheduler_class(str(settings.get("_class_name"))).from_config(settings)
-            weights = SDXLAdapter.from_pretrained(adapter, place, device=device, dtype=dtype)
         refuse_unfilled(vae, place / "vae")
+        with quiet_loading("diffusers"):
+            weights = SDXLAdapter.from_pretrained(adapter, place, device=device, dtype=dtype)
         if vae.config.latent_channels != weights.latent_channels:
             raise CheckpointError(f"{adapter}: draws latents of {weights.latent_channels} channels, but {place}/vae "
                                   f"reads {vae.config.latent_channels}.")
