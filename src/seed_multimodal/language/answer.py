@@ -7,7 +7,7 @@ else that looks like a picture becomes a `BrokenImagePart` with the reason, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -22,9 +22,11 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A whole picture: its codes, all inside the codebook."""
+    """A whole picture: its codes, all inside the codebook (of SEED-X the numbers of its places), and where in the
+    generated ids the first of them stands."""
 
     codes: list[int]
+    place: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def split_answer(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> list[Ans
         start = place
         if vocabulary.is_image_word(ids[place]):
             place = _image_end(ids, start, vocabulary)
-            parts.append(_image_part(ids[start:place], vocabulary))
+            parts.append(_image_part(ids[start:place], vocabulary, start))
             continue
         while place < len(ids) and not vocabulary.is_image_word(ids[place]):
             place += 1
@@ -80,7 +82,7 @@ def _image_end(ids: list[int], start: int, vocabulary: ImageVocabulary) -> int:
     return place
 
 
-def _image_part(ids: list[int], vocabulary: ImageVocabulary) -> ImagePart | BrokenImagePart:
+def _image_part(ids: list[int], vocabulary: ImageVocabulary, start: int) -> ImagePart | BrokenImagePart:
     wanted = vocabulary.tokens_per_image
     opened, closed = ids[0] == vocabulary.boi_id, ids[-1] == vocabulary.eoi_id
     inside = ids[int(opened):len(ids) - int(closed)]
@@ -92,4 +94,7 @@ def _image_part(ids: list[int], vocabulary: ImageVocabulary) -> ImagePart | Brok
         return BrokenImagePart(ids, "A picture holds words that are no image codes.")
     if len(inside) != wanted:
         return BrokenImagePart(ids, f"A picture has {len(inside)} codes instead of {wanted}.")
-    return ImagePart(vocabulary.id_to_code(inside))
+    codes = vocabulary.id_to_code(inside)
+    if vocabulary.in_order and codes != list(range(wanted)):
+        return BrokenImagePart(ids, "The words of a picture are not in their order.")
+    return ImagePart(codes, start + 1)

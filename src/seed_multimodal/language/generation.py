@@ -1,5 +1,9 @@
 """Generation with well-formed pictures: after `<img>` exactly 32 codes, then `</img>`; no image word anywhere else.
 
+SEED-X's 64 image words come one after the other, always the same: of its pictures only the model's states count
+(`ImageStates`), and prompts are given as embeddings. Note: its released processor sets forbidden words to 0 instead of
+-inf, so that they win where all scores are negative (always with beams).
+
 The released programs do not ensure this; here a logits processor enforces it (`constrain=False` switches it off, then
 the ids are those of a plain `model.generate`). It reads its state from the ids themselves, so it needs no memory of its
 own and works in batches, with beams, and after a prompt that ends in `<img>`. A picture is only begun when the token
@@ -10,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import GenerationError, first_line
 from seed_multimodal.language.sampling import DrawnBeams, DrawnTokens, Draws, FiniteScores, own_seed
-from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
 
 if TYPE_CHECKING:
@@ -70,11 +74,14 @@ class ImageSpanLogitsProcessor:
     Args:
         vocabulary: ids of the image words.
         max_length: length of prompt and answer together; `<img>` is forbidden where `</img>` would not fit any more.
+        released: of SEED-X's image words forbid only those that the released code does: other words that its answers
+            never hold (`<patch>`, unused image words) stay possible.
     """
 
-    def __init__(self, vocabulary: ImageVocabulary, max_length: int | None = None) -> None:
+    def __init__(self, vocabulary: ImageVocabulary, max_length: int | None = None, released: bool = False) -> None:
         self.vocabulary = vocabulary
         self.max_length = max_length
+        self.released = released
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`input_ids [B, L]`, `scores [B, V]` -> scores with forbidden tokens at -inf."""
@@ -82,9 +89,14 @@ class ImageSpanLogitsProcessor:
         inside, done = self.span_state(input_ids)
         needs_code = inside & (done < words.tokens_per_image)
         needs_end = inside & (done >= words.tokens_per_image)
-        forbidden = torch.zeros_like(scores, dtype=torch.bool)
-        forbidden[:, words.n_text:words.boi_id] = ~needs_code[:, None]
-        forbidden[:, :words.n_text] = inside[:, None]
+        forbidden = inside[:, None].repeat(1, scores.shape[1])
+        codes = words.tokens_per_image if self.released else words.n_codes
+        next_code = needs_code[:, None].expand(-1, codes)
+        if words.in_order:
+            next_code = next_code & (torch.arange(codes, device=scores.device) == done[:, None])
+        forbidden[:, words.code_start:words.code_start + codes] = ~next_code
+        if isinstance(words, SeedXVocabulary) and not self.released:
+            forbidden[:, words.patches:words.patches + 2] = True
         forbidden[:, words.boi_id] = inside | (not self._room_for_image(input_ids.shape[1]))
         forbidden[:, words.eoi_id] = ~needs_end
         forbidden[:, words.size:] = True  # padding rows of a larger output layer
@@ -95,10 +107,58 @@ class ImageSpanLogitsProcessor:
 
     def span_state(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """`input_ids [B, L]` -> whether each row ends inside a picture `[B]`, and words since its `<img>` `[B]`."""
+        words = self.vocabulary
+        if words.in_order:  # the last word says it
+            last = input_ids[:, -1]
+            code = last - words.code_start
+            opened = last == words.boi_id
+            return opened | ((code >= 0) & (code < words.tokens_per_image)), torch.where(opened, 0, code + 1)
         places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        last_open = ((input_ids == self.vocabulary.boi_id) * places).amax(dim=1)
-        last_close = ((input_ids == self.vocabulary.eoi_id) * places).amax(dim=1)
+        last_open = ((input_ids == words.boi_id) * places).amax(dim=1)
+        last_close = ((input_ids == words.eoi_id) * places).amax(dim=1)
         return last_open > last_close, input_ids.shape[1] - last_open
+
+
+class ImageStates:
+    """The language model's last states (after its final norm) at the words of its answers, kept while it generates.
+
+    Use: give it to `generate_ids`, then `at(row, places)`. With beams it follows the chosen one.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []  # of each pass the state at its last token, [rows, D]
+        self._rows: Tensor | None = None  # with beams: the row of each pass that led to each answer's tokens
+        self._forced = 0
+
+    @contextlib.contextmanager
+    def listening(self, model: Any, forced: int) -> Iterator[None]:
+        """Inside, every pass of `model` is followed; `forced`: how many of the answer's words the prompts end in."""
+        self._steps, self._forced = [], forced
+
+        def keep(module: Any, arguments: Any, output: Any) -> None:
+            self._steps.append(output.last_hidden_state[:, -1].clone())
+
+        handle = model.get_decoder().register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def choose(self, rows: Tensor | None) -> None:
+        """`rows [B, answer]`: transformers' `beam_indices`; None without beams."""
+        self._rows = rows
+
+    def at(self, row: int, places: Sequence[int]) -> Tensor:
+        """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen).
+
+        Raises:
+            GenerationError: a word that nothing follows.
+        """
+        steps = [place - self._forced + 1 for place in places]
+        if steps and not 0 <= min(steps) <= max(steps) < len(self._steps):
+            raise GenerationError("The answer ends inside a picture, so there is no state at its last word.")
+        chosen = [row if self._rows is None else int(self._rows[row, step]) for step in steps]
+        return torch.stack([self._steps[step][number] for step, number in zip(steps, chosen, strict=True)])
 
 
 @torch.inference_mode()
@@ -109,6 +169,10 @@ def generate_ids(
     tokenizer: MultimodalTokenizer,
     streamer: Any = None,
     watch: Callable[[], None] | None = None,
+    *,
+    embed: Callable[[Tensor], Tensor] | None = None,
+    states: ImageStates | None = None,
+    released: bool = False,
 ) -> list[list[int]]:
     """Continue every prompt.
 
@@ -116,6 +180,9 @@ def generate_ids(
         prompts: token ids with their `<s>`; of different lengths (padded on the left, masked).
         streamer: a transformers streamer (`put`, `end`), for a single prompt without beams.
         watch: called before each token; what it raises ends the generation and is raised here.
+        embed: the prompts' ids `[B, L]`, padded on the left -> what the model reads in their place `[B, L, D]`.
+        states: gets the model's states at the answers' words.
+        released: keep to the released rules of `ImageSpanLogitsProcessor`, and begin pictures without room for them.
 
     Returns:
         The new ids of each prompt up to and including `</s>`; a forced `<img>` comes first. The budget is cut to what
@@ -142,23 +209,28 @@ def generate_ids(
         ids[number, longest - len(row):] = torch.tensor(row)
         mask[number, longest - len(row):] = 1
     device = model.get_input_embeddings().weight.device
+    ids, mask = ids.to(device), mask.to(device)
     processors: list[Any] = [FiniteScores(model)]
     if watch is not None:
         processors.append(_Watched(watch))
     if settings.constrain:
-        processors.append(ImageSpanLogitsProcessor(vocabulary, longest + budget))
-    inside: Any = contextlib.nullcontext()
-    if settings.samples:
-        draws = Draws([own_seed() if settings.seed is None else settings.seed for _ in rows])
-        if settings.num_beams > 1:
-            inside = DrawnBeams(draws)
-        else:
-            processors.append(DrawnTokens(draws, settings.temperature, settings.top_k, settings.top_p))
-    with inside:
+        processors.append(ImageSpanLogitsProcessor(vocabulary, None if released else longest + budget, released))
+    with contextlib.ExitStack() as inside:
+        if settings.samples:
+            draws = Draws([own_seed() if settings.seed is None else settings.seed for _ in rows])
+            if settings.num_beams > 1:
+                inside.enter_context(DrawnBeams(draws))
+            else:
+                processors.append(DrawnTokens(draws, settings.temperature, settings.top_k, settings.top_p))
+        if states is not None:
+            inside.enter_context(states.listening(model, len(forced)))
+        given = {} if embed is None else {"inputs_embeds": embed(ids)}
         output = model.generate(
-            ids.to(device), attention_mask=mask.to(device), streamer=streamer, logits_processor=processors,
-            generation_config=_config(settings, budget, tokenizer))
-    return [forced + _until_end(row, tokenizer.eos_id) for row in output[:, longest:].tolist()]
+            ids, attention_mask=mask, streamer=streamer, logits_processor=processors, return_dict_in_generate=True,
+            generation_config=_config(settings, budget, tokenizer), **given)
+    if states is not None:
+        states.choose(getattr(output, "beam_indices", None))
+    return [forced + _until_end(row, tokenizer.eos_id) for row in output.sequences[:, longest:].tolist()]
 
 
 def _config(settings: GenerationSettings, budget: int, tokenizer: MultimodalTokenizer) -> Any:

@@ -82,12 +82,15 @@ class PromptTemplate:
         spans: list[Part] = []
         opening = f"{self.system_prefix}{system}{self.system_suffix}" if system else ""
         for turn in map(Turn.of, turns):
-            if turn.role == "user":
-                spans += merge_text([opening + self.user_prefix, *turn.content, self.user_suffix])
-                opening = self.separator
-            else:
-                spans += merge_text(turn.content)
+            spans += self.render_turn(turn, opening)
+            opening = self.separator if turn.role == "user" else opening
         return spans
+
+    def render_turn(self, turn: Turn, opening: str) -> list[Part]:
+        """Spans of one turn; `opening` goes before a user's."""
+        if turn.role == "user":
+            return merge_text([opening + self.user_prefix, *turn.content, self.user_suffix])
+        return merge_text(turn.content)
 
     def render_text(self, turns: Sequence[Any], vocabulary: ImageVocabulary, bos: str = "<s>", system: str = "") -> str:
         """The same dialogue as the one string the released scripts give to their tokenizer."""

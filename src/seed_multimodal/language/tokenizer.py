@@ -23,13 +23,13 @@ from pathlib import Path
 
 from seed_multimodal.errors import CodesError, RequestError, first_line
 from seed_multimodal.language.tokenizer_files import (
-    CODE_WORD,
+    NUMBERED_WORD,
     TokenizerFiles,
     read_files,
     train_model,
     write_files,
 )
-from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.language.vocabulary import Ids, ImageVocabulary
 
 Part = str | Sequence[int]
 
@@ -53,9 +53,9 @@ class MultimodalTokenizer:
         special_ids = {word.text: self.word_id(word.text) for word in files.special}
         self._special_ids = frozenset(special_ids.values())
         self._control = {**self._added, **special_ids}
-        # Code words by their shape: an alternative for each of thousands would be tried one by one.
-        others = sorted((word for word in self._control if not CODE_WORD.fullmatch(word)), key=len, reverse=True)
-        self._words = re.compile("|".join([CODE_WORD.pattern, *(re.escape(word) for word in others)]))
+        # Numbered words by their shape: an alternative for each of thousands would be tried one by one.
+        others = sorted((word for word in self._control if not NUMBERED_WORD.fullmatch(word)), key=len, reverse=True)
+        self._words = re.compile("|".join([NUMBERED_WORD.pattern, *(re.escape(word) for word in others)]))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MultimodalTokenizer:
@@ -68,19 +68,21 @@ class MultimodalTokenizer:
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_codes: int, tokens_per_image: int = 32
+        cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_codes: int, tokens_per_image: int = 32,
+        n_locations: int = 0,
     ) -> MultimodalTokenizer:
         """Learn a byte-fallback BPE model with LLaMA's settings from `texts`, write a tokenizer folder, read it back.
 
         Args:
             vocab_size: text pieces, the 259 of bytes and control words included.
             n_codes: image words put on top.
+            n_locations: places on a side of the grid of boxes; with some, the words are SEED-X's.
 
         Raises:
             DataError: `vocab_size` does not fit the texts.
         """
         model = train_model(texts, vocab_size)
-        write_files(Path(folder), model, n_codes, tokens_per_image)
+        write_files(Path(folder), model, n_codes, tokens_per_image, n_locations)
         return cls.from_pretrained(folder)
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -146,7 +148,8 @@ class MultimodalTokenizer:
         """A list of text spans and pictures -> ids.
 
         Args:
-            parts: a string is one span, encoded on its own; a sequence of ints is the codes of one picture.
+            parts: a string is one span, encoded on its own; a sequence of ints is the codes of one picture; `Ids` are
+                put in as they are.
             strip: drop white space next to pictures, as the released tokenizer does.
             allow_control: read control words (`</s>`, `<img>`, …) in the text; by default they are ordinary letters.
             add_bos: put `<s>` in front.
@@ -158,7 +161,7 @@ class MultimodalTokenizer:
         ids = [self.bos_id] if add_bos else []
         for place, part in enumerate(parts):
             if not isinstance(part, str):
-                ids.extend(self.vocabulary.image_ids([int(code) for code in part]))
+                ids.extend(part if isinstance(part, Ids) else self.vocabulary.image_ids([int(code) for code in part]))
                 continue
             if strip and place > 0 and not isinstance(parts[place - 1], str):
                 part = part.lstrip()

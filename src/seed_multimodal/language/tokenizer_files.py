@@ -20,12 +20,13 @@ from typing import Any
 import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object, replace_text, replacing
-from seed_multimodal.errors import CheckpointError, DataError
-from seed_multimodal.language.vocabulary import BOI, EOI, ImageVocabulary, code_token
+from seed_multimodal.errors import CheckpointError, DataError, first_line
+from seed_multimodal.language.vocabulary import BOI, EOI, PATCH, ImageVocabulary, SeedXVocabulary, code_token
 
 MODEL, ADDED, CONFIG, SPECIAL = (
     "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 CODE_WORD = re.compile(r"<img_[0-9]{5,}>")
+NUMBERED_WORD = re.compile(r"<(?:img_|loc-)[0-9]+>")  # image codes and SEED-X's locations
 _DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -73,11 +74,14 @@ def read_files(folder: Path) -> TokenizerFiles:
     added = read_json_object(folder / ADDED)
     config = read_json_object(folder / CONFIG) if CONFIG in raw else {}
     n_codes = sum(1 for name in added if CODE_WORD.fullmatch(name))
-    per_image = config.get("tokens_per_image", 32)
+    seed_x = PATCH in added
+    per_image = config.get("tokens_per_image", 64 if seed_x else 32)
     if n_codes < 1 or not isinstance(per_image, int) or per_image < 1:
         raise CheckpointError(f"{folder}: needs at least one image word and one token per image "
                               f"(found {n_codes} and {per_image!r}).")
-    vocabulary = ImageVocabulary(processor.GetPieceSize(), n_codes, per_image)
+    n_text = processor.GetPieceSize()
+    vocabulary = _seed_x(added, n_text, per_image, folder / ADDED) if seed_x else (
+        ImageVocabulary(n_text, n_codes, per_image))
     _check_layout(added, vocabulary, folder / ADDED)
     special = _special_words(read_json_object(folder / SPECIAL) if SPECIAL in raw else {})
     return TokenizerFiles(processor, vocabulary, added, special, raw)
@@ -96,8 +100,25 @@ def _check_layout(added: dict[str, int], vocabulary: ImageVocabulary, file: Path
                           f"pieces and {vocabulary.n_codes} codes it must have {wanted.get(wrong)}.")
 
 
+def _seed_x(added: dict[str, int], n_text: int, per_image: int, file: Path) -> SeedXVocabulary:
+    """SEED-X's words in whatever order the file has them; behind 32,000 text pieces only in the released one."""
+    try:
+        found = SeedXVocabulary.of_words(added, n_text, per_image)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: SEED-X's word {first_line(error)} is missing or has no number.") from error
+    if n_text == SeedXVocabulary.n_text:
+        found = SeedXVocabulary(tokens_per_image=per_image)
+    if found.tokens_per_image > found.n_codes:
+        raise CheckpointError(f"{file}: a picture takes {per_image} words, but there are {found.n_codes} image words.")
+    if sorted(found.words.values()) != list(range(n_text, found.size)):
+        raise CheckpointError(f"{file}: the words' ids are not those from {n_text} to {found.size - 1}, each once.")
+    return found
+
+
 def added_words(vocabulary: ImageVocabulary) -> dict[str, int]:
     """The content of `added_tokens.json` for a vocabulary."""
+    if isinstance(vocabulary, SeedXVocabulary):
+        return vocabulary.words
     words = {code_token(code): vocabulary.n_text + code for code in range(vocabulary.n_codes)}
     return {**words, BOI: vocabulary.boi_id, EOI: vocabulary.eoi_id}
 
@@ -120,12 +141,14 @@ def _special_words(entries: dict[str, Any]) -> list[SpecialWord]:
     return list(found.values())
 
 
-def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int) -> None:
-    """Write a tokenizer folder around a SentencePiece model, readable by transformers' LlamaTokenizer too; the model
-    comes last, so that a folder that has it is whole."""
+def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int, n_locations: int = 0) -> None:
+    """Write a tokenizer folder around a SentencePiece model, readable by transformers' LlamaTokenizer too (with
+    locations, of SEED-X's words); the model comes last, so that a folder that has it is whole."""
     processor = spm.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
-    vocabulary = ImageVocabulary(processor.GetPieceSize(), n_codes, tokens_per_image)
+    n_text = processor.GetPieceSize()
+    vocabulary = SeedXVocabulary.after(n_text, tokens_per_image, n_codes, n_locations) if n_locations else (
+        ImageVocabulary(n_text, n_codes, tokens_per_image))
     special = {key: {"content": text, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
                for key, text in _DEFAULTS.items()}
     config = {

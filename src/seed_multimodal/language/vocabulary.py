@@ -2,18 +2,27 @@
 
 Layout: text pieces first, then one word per code, then `<img>` and `</img>`. The released models have 32,000 + 8,192
 + 2 = 40,194 words; one picture is always `<img>` + 32 codes + `</img>` = 34 of them.
+
+SEED-X's image words are no codes: they only hold a picture's places, always the same words in the same order, and the
+model reads and writes continuous features there. It has words for parts of a picture and for boxes beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from seed_multimodal.errors import CodesError
+from seed_multimodal.errors import CodesError, RequestError
 
 BOI = "<img>"
 EOI = "</img>"
 PLACEHOLDER = "<image>"  # stands for a picture in texts shown to people; never a word of the vocabulary
+PATCH, PATCH_END = "<patch>", "</patch>"  # around one part of a picture that the model reads (SEED-X)
+BOX, BOX_END = "<box_start>", "<box_end>"  # around a box's four locations (SEED-X)
+
+
+class Ids(tuple[int, ...]):
+    """A part of a prompt given by its ids; texts beside it lose their white space there, as beside a picture."""
 
 
 def code_token(code: int) -> str:
@@ -28,6 +37,11 @@ class ImageVocabulary:
     n_text: int = 32000
     n_codes: int = 8192
     tokens_per_image: int = 32
+
+    @property
+    def code_start(self) -> int:
+        """Id of code 0."""
+        return self.n_text
 
     @property
     def boi_id(self) -> int:
@@ -49,9 +63,14 @@ class ImageVocabulary:
         """Ids one picture takes, brackets included."""
         return self.tokens_per_image + 2
 
+    @property
+    def in_order(self) -> bool:
+        """Whether a picture's words are always the first codes, one after the other."""
+        return False
+
     def is_code_id(self, id: int) -> bool:
         """Whether `id` is the word of an image code."""
-        return self.n_text <= id < self.boi_id
+        return self.code_start <= id < self.code_start + self.n_codes
 
     def is_image_word(self, id: int) -> bool:
         """Whether `id` is an image code or one of the brackets around them."""
@@ -67,7 +86,7 @@ class ImageVocabulary:
         for place, code in enumerate(values):
             if not 0 <= code < self.n_codes:
                 raise CodesError(f"Image code {code} at place {place} is outside 0..{self.n_codes - 1}.")
-        return [self.n_text + code for code in values]
+        return [self.code_start + code for code in values]
 
     def id_to_code(self, ids: Iterable[int]) -> list[int]:
         """Ids -> codes.
@@ -79,8 +98,8 @@ class ImageVocabulary:
         for place, id in enumerate(values):
             if not self.is_code_id(id):
                 raise CodesError(f"Token id {id} at place {place} is not an image code "
-                                 f"({self.n_text}..{self.boi_id - 1}).")
-        return [id - self.n_text for id in values]
+                                 f"({self.code_start}..{self.code_start + self.n_codes - 1}).")
+        return [id - self.code_start for id in values]
 
     def check_codes(self, codes: Sequence[int]) -> list[int]:
         """The codes of one whole picture as plain ints.
@@ -90,7 +109,7 @@ class ImageVocabulary:
         """
         if len(codes) != self.tokens_per_image:
             raise CodesError(f"A picture has {self.tokens_per_image} codes, not {len(codes)}.")
-        return [id - self.n_text for id in self.code_to_id(codes)]
+        return [id - self.code_start for id in self.code_to_id(codes)]
 
     def image_ids(self, codes: Sequence[int]) -> list[int]:
         """`<img>`, the codes, `</img>` as ids.
@@ -103,3 +122,118 @@ class ImageVocabulary:
     def image_text(self, codes: Iterable[int]) -> str:
         """`<img><img_00005>…</img>`, for prompts written as one string; any number of codes (not checked)."""
         return BOI + "".join(code_token(int(code)) for code in codes) + EOI
+
+
+def location_word(place: int) -> str:
+    """The word of a place on the grid of boxes: `<loc-112>`."""
+    return f"<loc-{place}>"
+
+
+@dataclass(frozen=True)
+class SeedXVocabulary(ImageVocabulary):
+    """SEED-X's words; the defaults are the released ones (32,330 in all).
+
+    `tokens_per_image` of the `n_codes` image words are used. `brackets`, `patches`, `locations` and `boxes` are the ids
+    of `<img>`, `<patch>`, `<loc-0>` and `<box_start>`; the closing word follows the opening one. Source: SEED-X's
+    released tokenizer.
+    """
+
+    n_codes: int = 100
+    tokens_per_image: int = 64
+    n_locations: int = 224
+    codes: int = 32000
+    brackets: int = 32100
+    patches: int = 32102
+    locations: int = 32104
+    boxes: int = 32328
+
+    @classmethod
+    def after(cls, n_text: int, tokens_per_image: int, n_codes: int = 100, n_locations: int = 224) -> SeedXVocabulary:
+        """The words behind `n_text` text pieces, in the released order."""
+        starts = [n_text]
+        for size in (n_codes, 2, 2, n_locations):
+            starts.append(starts[-1] + size)
+        return cls(n_text, n_codes, tokens_per_image, n_locations, *starts)
+
+    @classmethod
+    def of_words(cls, added: Mapping[str, int], n_text: int, tokens_per_image: int) -> SeedXVocabulary:
+        """The vocabulary whose `words` a tokenizer's added words should be, whatever their order.
+
+        Raises:
+            KeyError: one of the first words of each kind is missing.
+        """
+        counts = [sum(word.startswith(start) for word in added) for start in ("<img_", "<loc-")]
+        starts = [int(added[word]) for word in (code_token(0), BOI, PATCH, location_word(0), BOX)]
+        return cls(n_text, counts[0], tokens_per_image, counts[1], *starts)
+
+    @property
+    def words(self) -> dict[str, int]:
+        """Every word behind the text pieces, and its id."""
+        found = {code_token(code): self.codes + code for code in range(self.n_codes)}
+        found |= {BOI: self.brackets, EOI: self.brackets + 1, PATCH: self.patches, PATCH_END: self.patches + 1}
+        found |= {location_word(place): self.locations + place for place in range(self.n_locations)}
+        return {**found, BOX: self.boxes, BOX_END: self.boxes + 1}
+
+    @property
+    def code_start(self) -> int:
+        """See `ImageVocabulary`."""
+        return self.codes
+
+    @property
+    def boi_id(self) -> int:
+        """See `ImageVocabulary`."""
+        return self.brackets
+
+    @property
+    def size(self) -> int:
+        """See `ImageVocabulary`."""
+        return self.n_text + self.n_codes + 2 + 2 + self.n_locations + 2
+
+    @property
+    def in_order(self) -> bool:
+        """See `ImageVocabulary`."""
+        return True
+
+    def is_image_word(self, id: int) -> bool:
+        """See `ImageVocabulary`; `<patch>` and `</patch>` are such words, too."""
+        return super().is_image_word(id) or id in (self.patches, self.patches + 1)
+
+    def run(self, tokens: int = 0) -> list[int]:
+        """`<img>`, its words (`tokens` of them; 0: as many as a picture has), `</img>`."""
+        return [self.boi_id, *range(self.codes, self.codes + (tokens or self.tokens_per_image)), self.eoi_id]
+
+    def read_ids(self, views: int, tokens: int = 0) -> Ids:
+        """The words of a picture that the model reads: each part in `<patch>` … `</patch>`, last the whole picture.
+
+        Args:
+            views: parts and the whole picture together.
+            tokens: words of one view; 0: as many as a picture has.
+
+        Raises:
+            RequestError: no view.
+        """
+        if views < 1:
+            raise RequestError(f"A picture is read in at least one view, not {views}.")
+        whole = self.run(tokens)
+        return Ids([*[self.patches, *whole[1:-1], self.patches + 1] * (views - 1), *whole])
+
+    def places(self, ids: Sequence[int]) -> list[int]:
+        """Indices of the image words inside `<patch>` … `</patch>` and `<img>` … `</img>`, where features are put.
+
+        Raises:
+            RequestError: a bracket that is not closed, or words inside that are no whole view.
+        """
+        found: list[int] = []
+        closing = {self.patches: self.patches + 1, self.boi_id: self.eoi_id}
+        inside = self.run()[1:-1]
+        place = 0
+        while place < len(ids):
+            if ids[place] in closing:
+                end = place + len(inside) + 1
+                if list(ids[place + 1:end]) != inside or ids[end:end + 1] != [closing[ids[place]]]:
+                    raise RequestError(f"The words of a picture at token {place} of the prompt are not the "
+                                       f"{len(inside)} of a whole view.")
+                found += range(place + 1, end)
+                place = end
+            place += 1
+        return found

@@ -1,0 +1,250 @@
+"""What SEED-X is asked and answers: prompts with pictures in several views, boxes as words, answers as text.
+
+    tuned (SEED-X-I, -Edit)   [INST] {picture}{request} [/INST]\\n{answer}\\n[INST] {request} [/INST]\\n…
+    base (SEED-X)             Question: {picture}{question}\\nAnswer:   {picture}{phrase} [[ <box_start>   {caption}
+
+Each turn is encoded on its own, as in the training data. A picture is `<patch>` … `</patch>` for each part of it and
+`<img>` … `</img>` for the whole (`SeedXVocabulary.read_ids`). A box is `<box_start>`, the places of its centre (x, y),
+its width and its height in 224ths of the picture's, `<box_end>`. Source: SEED-X's released code (inference scripts,
+`decode_llava_data`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.language.prompts import Part, Turn, get_template, merge_text
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import BOX, BOX_END, PLACEHOLDER, Ids, SeedXVocabulary
+
+DRAW_REQUEST = "Generate an image: {caption}"  # of the released script
+GRID = SeedXVocabulary.n_locations
+_NUMBER = re.compile(r"<loc-(\d+)>")
+_TUNED_BOX = re.compile(f"{BOX}(.*?){BOX_END}")
+_OPENED_BOX = re.compile(f"(.*?){BOX_END}")
+_WORD = re.compile(r"<[^>]*>")
+
+
+@dataclass(frozen=True)
+class ShownPicture:
+    """A picture that the model reads, as a part of a turn: in how many views (its parts and the whole)."""
+
+    views: int
+
+
+Content = str | ShownPicture
+
+
+class SeedXPrompts:
+    """Requests as token ids, `<s>` in front.
+
+    Args:
+        tuned: of a model that follows instructions; the others continue what they are given.
+
+    Raises:
+        ConfigError: a tokenizer without SEED-X's words.
+    """
+
+    def __init__(self, tokenizer: MultimodalTokenizer, tuned: bool = True) -> None:
+        self.tokenizer, self.tuned = tokenizer, tuned
+        self.vocabulary = seed_x_words(tokenizer)
+
+    def ask(self, question: str, pictures: Sequence[int] = ()) -> list[int]:
+        """A question or an instruction about pictures.
+
+        Args:
+            question: the pictures stand in the places of its `<image>`s, or before it where it has none.
+            pictures: views of each.
+
+        Raises:
+            RequestError: another number of `<image>`s than pictures.
+        """
+        content = place_pictures(question, pictures)
+        if self.tuned:
+            return self.dialogue([("user", content)])
+        return self._encode(["Question: ", *content, "\nAnswer:"])
+
+    def detect(self, phrase: str, pictures: Sequence[int]) -> list[int]:
+        """Where is it? The base model completes `phrase`, which ends in the thing; its answer begins inside a box
+        (`read_boxes(…, opened=True)`). Raises as `ask`."""
+        if self.tuned:
+            return self.ask(phrase, pictures)
+        parts = [*place_pictures(phrase, pictures), " [[ "]
+        return [*self._encode(parts, rstrip=True), self.vocabulary.boxes]
+
+    def draw(self, caption: str) -> list[int]:
+        """A request for a picture; the base model must be forced to begin it (`force_image`)."""
+        if self.tuned:
+            return self.dialogue([("user", (DRAW_REQUEST.format(caption=caption),))])
+        return self._encode([caption], rstrip=True)
+
+    def dialogue(self, turns: Sequence[tuple[str, Sequence[Content]]], system: str = "") -> list[int]:
+        """A conversation of a tuned model, up to where the next answer begins.
+
+        Args:
+            turns: role (user, assistant) and content, texts and pictures in order.
+
+        Raises:
+            RequestError: an unknown role.
+        """
+        template = get_template("llama2")
+        spans: list[list[Part]] = [[f"{system}\n"]] if system else []
+        for place, (role, content) in enumerate(turns):
+            turn = Turn.of((role, tuple(map(self._part, content))))
+            spans.append(template.render_turn(turn, template.separator if place else ""))
+        return [self.tokenizer.bos_id, *(id for span in spans for id in self.tokenizer.encode_parts(span))]
+
+    def _encode(self, content: Sequence[Content], rstrip: bool = False) -> list[int]:
+        parts = merge_text([self._part(part) for part in content])
+        if rstrip and parts and isinstance(parts[-1], str):  # a control word follows
+            parts[-1] = parts[-1].rstrip()
+        return self.tokenizer.encode_parts(parts, add_bos=True)
+
+    def _part(self, part: Content) -> Part:
+        return part if isinstance(part, str) else self.vocabulary.read_ids(part.views)
+
+
+def seed_x_words(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
+    """The vocabulary of SEED-X's tokenizer.
+
+    Raises:
+        ConfigError: it has none of its words.
+    """
+    if not isinstance(tokenizer.vocabulary, SeedXVocabulary):
+        raise ConfigError("The tokenizer has no words for parts of pictures and boxes, so it is not SEED-X's.")
+    return tokenizer.vocabulary
+
+
+def place_pictures(text: str, pictures: Sequence[int]) -> list[Content]:
+    """Texts and pictures in order; `pictures` (views of each) take the places of `<image>`, or come first without any.
+
+    Raises:
+        RequestError: another number of `<image>`s than pictures.
+    """
+    pieces = text.split(PLACEHOLDER)
+    if len(pieces) == 1:
+        return [*map(ShownPicture, pictures), text]
+    if len(pieces) != len(pictures) + 1:
+        raise RequestError(f"The text holds {len(pieces) - 1} {PLACEHOLDER} placeholders for {len(pictures)} pictures.")
+    found: list[Content] = [pieces[0]]
+    for views, piece in zip(pictures, pieces[1:], strict=True):
+        found += [ShownPicture(views), piece]
+    return [part for part in found if part != ""]
+
+
+# -------------------------------------------------------------------------------------------------- answers
+
+
+def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
+    """Generated ids as the released `generate` writes them: without `<img>` and the image words; `</img>`, `</s>`,
+    locations and box words stay."""
+    words = seed_x_words(tokenizer)
+    hidden = set(words.run()[:-1])
+    return tokenizer.decode([id for id in ids if id not in hidden])
+
+
+def without_words(text: str) -> str:
+    """An answer for people, as the released scripts print it: everything of the form `<…>` is left out."""
+    return _WORD.sub("", text)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in 224ths of a picture's width and height: its centre and its size."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    @classmethod
+    def around(cls, corners: Sequence[float], size: tuple[int, int], grid: int = GRID) -> Box:
+        """The box of a rectangle, to the nearest place of the grid.
+
+        Args:
+            corners: left, top, right, bottom in pixels.
+            size: width and height of the picture.
+
+        Raises:
+            RequestError: no four numbers, corners out of order, or outside the picture.
+        """
+        try:
+            left, top, right, bottom = map(float, corners)
+        except (TypeError, ValueError):
+            raise RequestError(f"A box is left, top, right and bottom in pixels, not {corners!r:.80}.") from None
+        width, height = size
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise RequestError(f"The box {left:g}, {top:g}, {right:g}, {bottom:g} is not inside the picture of "
+                               f"{width} x {height} pixels, left before right and top before bottom.")
+        shares = ((left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width,
+                  (bottom - top) / height)
+        return cls(*(min(grid - 1, round(share * grid)) for share in shares))
+
+    def corners(self, size: tuple[int, int], grid: int = GRID) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom in whole pixels of a picture of this size, cut off at its edges."""
+        width, height = size
+        x, y, across, down = (self.x / grid * width, self.y / grid * height, self.width / grid * width,
+                              self.height / grid * height)
+        return (max(0, int(x - across / 2)), max(0, int(y - down / 2)), min(width, int(x + across / 2)),
+                min(height, int(y + down / 2)))
+
+    def ids(self, words: SeedXVocabulary) -> Ids:
+        """The box as words.
+
+        Raises:
+            RequestError: a place outside the grid.
+        """
+        places = (self.x, self.y, self.width, self.height)
+        wrong = next((place for place in places if not 0 <= place < words.n_locations), None)
+        if wrong is not None:
+            raise RequestError(f"Place {wrong} of a box is outside 0..{words.n_locations - 1}.")
+        return Ids([words.boxes, *(words.locations + place for place in places), words.boxes + 1])
+
+
+def box_numbers(text: str, opened: bool = False) -> list[list[int]]:
+    """The numbers of every box in a text, as the released scripts read them (not four, none: all is possible).
+
+    Args:
+        opened: the prompt ended in `<box_start>`, so the text begins inside a box.
+    """
+    return [[int(number) for number in _NUMBER.findall(inside)] for inside in _inside(text, opened)]
+
+
+def _inside(text: str, opened: bool) -> Iterator[str]:
+    for found in (_OPENED_BOX if opened else _TUNED_BOX).finditer(text):
+        yield found[1]
+
+
+def read_boxes(text: str, opened: bool = False, grid: int = GRID) -> tuple[list[Box], list[str]]:
+    """The boxes of an answer, and a sentence about each that is none.
+
+    Args:
+        text: the answer with its words (`answer_text`).
+        opened: as of `box_numbers`.
+    """
+    boxes: list[Box] = []
+    problems: list[str] = []
+    rest = f"{BOX} {text}" if opened else text
+    for piece in rest.split(BOX)[1:]:
+        inside, closed, _ = piece.partition(BOX_END)
+        shown = " ".join(inside.split())[:80]
+        if not closed:
+            problems.append(f"A box is not closed: {shown!r}.")
+            continue
+        numbers = [int(number) for number in _NUMBER.findall(inside)]
+        if _NUMBER.sub("", inside).strip():
+            problems.append(f"A box holds other words than locations: {shown!r}.")
+        elif len(numbers) != 4:
+            problems.append(f"A box has {len(numbers)} numbers instead of 4: {shown!r}.")
+        elif max(numbers) >= grid:
+            problems.append(f"A box lies outside the grid of {grid} places: {shown!r}.")
+        elif not numbers[2] or not numbers[3]:
+            problems.append(f"A box has no width or no height: {shown!r}.")
+        else:
+            boxes.append(Box(*numbers))
+    if not rest.count(BOX) and BOX_END in rest:
+        problems.append(f"{BOX_END} stands without {BOX}.")
+    return boxes, problems
