@@ -41,3 +41,10 @@ def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("llm")
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+    """SEED-X's words: 4 of 6 image words a picture, a grid of 16 for boxes."""
+    folder = tmp_path_factory.mktemp("seedx_tokenizer")
+    return MultimodalTokenizer.train(TEXTS, folder, vocab_size=330, n_codes=6, tokens_per_image=4, n_locations=16)

@@ -135,11 +135,11 @@ class ContinuousLVLM(nn.Module):
         """
         read = _chosen(image_embeds, embeds_cmp_mask)
         drawn = _chosen(image_embeds, embeds_gen_mask)
-        fake = self.output_resampler(self._zeros(1, self.llm.config.hidden_size))
+        fake = self.output_resampler(self._zeros(1, 1, self.llm.config.hidden_size))
         places = _chosen(patch_positions, embeds_cmp_mask)
         embeds = self.embed(input_ids, ids_cmp_mask, read, places)
         if read is None:
-            embeds = embeds + 0.0 * self._read(torch.zeros_like(fake), self._zeros(2)[0]).sum()
+            embeds = embeds + 0.0 * self._read(torch.zeros_like(fake), self._zeros(1, 2)).sum()
         states = self.states(embeds, attention_mask, position_ids)
         lm_loss = self.language_loss(states, labels)
         if drawn is None:
@@ -210,7 +210,7 @@ class ContinuousLVLM(nn.Module):
 
     def _zeros(self, *size: int) -> Tensor:
         weight = next(self.output_resampler.parameters())
-        return torch.zeros(1, *size, device=weight.device, dtype=weight.dtype)
+        return torch.zeros(size, device=weight.device, dtype=weight.dtype)
 
     # ------------------------------------------------------------------------------------------ writing
 
@@ -241,14 +241,17 @@ class ContinuousLVLM(nn.Module):
         states = ImageStates()
         answers = generate_ids(self.llm, [prompt.ids for prompt in prompts], settings, tokenizer, streamer, watch,
                                embed=embed, states=states, released=released)
-        return [self._answer(ids, row, states, tokenizer) for row, ids in enumerate(answers)]
+        return [self._answer(ids, row, states, tokenizer, prompts[row].ids[-1:]) for row, ids in enumerate(answers)]
 
-    def _answer(self, ids: list[int], row: int, states: ImageStates, tokenizer: MultimodalTokenizer) -> Answer:
-        parts = split_answer(ids, tokenizer)
+    def _answer(self, ids: list[int], row: int, states: ImageStates, tokenizer: MultimodalTokenizer,
+                end: Sequence[int]) -> Answer:
+        opening = [id for id in end if id == tokenizer.vocabulary.boi_id]  # the prompt began the first picture
+        parts = split_answer([*opening, *ids], tokenizer)
         drawn = [part for part in parts if isinstance(part, ImagePart)]
         if not drawn:
-            return Answer(ids, parts, self._zeros(0, 0)[0], answer_text(ids, tokenizer))
-        found = torch.stack([states.at(row, range(part.place, part.place + len(part.codes))) for part in drawn])
+            return Answer(ids, parts, self._zeros(0, 0, 0), answer_text(ids, tokenizer))
+        starts = [part.place - len(opening) for part in drawn]
+        found = torch.stack([states.at(row, range(start, start + len(drawn[0].codes))) for start in starts])
         weight = next(self.output_resampler.parameters())
         features = self.output_resampler(found.to(weight.device, weight.dtype))
         if not bool(torch.isfinite(features).all()):

@@ -226,7 +226,7 @@ def generate_ids(
             inside.enter_context(states.listening(model, len(forced)))
         given = {} if embed is None else {"inputs_embeds": embed(ids)}
         output = model.generate(
-            ids, attention_mask=mask, streamer=streamer, logits_processor=processors, return_dict_in_generate=True,
+            ids, attention_mask=mask, streamer=streamer, logits_processor=processors,
             generation_config=_config(settings, budget, tokenizer), **given)
     if states is not None:
         states.choose(getattr(output, "beam_indices", None))
@@ -244,6 +244,7 @@ def _config(settings: GenerationSettings, budget: int, tokenizer: MultimodalToke
         max_new_tokens=budget, num_beams=settings.num_beams, do_sample=samples, use_cache=True,
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
         repetition_penalty=1.0, length_penalty=1.0, early_stopping=False, num_return_sequences=1,
+        return_dict_in_generate=True,
         **(drawing if samples else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}))
 
 

@@ -139,11 +139,16 @@ def place_pictures(text: str, pictures: Sequence[int]) -> list[Content]:
 
 
 def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
-    """Generated ids as the released `generate` writes them: without `<img>` and the image words; `</img>`, `</s>`,
-    locations and box words stay."""
+    """Generated ids as the released `generate` writes them: without `<img>` and the image words of whole pictures;
+    `</img>`, `</s>`, locations, box words and pictures that broke off stay."""
     words = seed_x_words(tokenizer)
-    hidden = set(words.run()[:-1])
-    return tokenizer.decode([id for id in ids if id not in hidden])
+    inside, shown = words.run()[1:-1], []
+    for id in ids:
+        if id == words.eoi_id and shown[-len(inside):] == inside:
+            del shown[-len(inside):]
+        if id != words.boi_id:
+            shown.append(id)
+    return tokenizer.decode(shown)
 
 
 def without_words(text: str) -> str:
@@ -183,13 +188,14 @@ class Box:
                   (bottom - top) / height)
         return cls(*(min(grid - 1, round(share * grid)) for share in shares))
 
-    def corners(self, size: tuple[int, int], grid: int = GRID) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom in whole pixels of a picture of this size, cut off at its edges."""
-        width, height = size
-        x, y, across, down = (self.x / grid * width, self.y / grid * height, self.width / grid * width,
-                              self.height / grid * height)
-        return (max(0, int(x - across / 2)), max(0, int(y - down / 2)), min(width, int(x + across / 2)),
-                min(height, int(y + down / 2)))
+    def corners(self, size: tuple[int, int], grid: int = GRID, clip: bool = True) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom in whole pixels of a picture of this size, cut off at its edges (`clip`)."""
+        across, down = self.width / grid * size[0] / 2, self.height / grid * size[1] / 2
+        x, y = self.x / grid * size[0], self.y / grid * size[1]
+        left, top, right, bottom = int(x - across), int(y - down), int(x + across), int(y + down)
+        if clip:
+            return max(0, left), max(0, top), min(size[0], right), min(size[1], bottom)
+        return left, top, right, bottom
 
     def ids(self, words: SeedXVocabulary) -> Ids:
         """The box as words.

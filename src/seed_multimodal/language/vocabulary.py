@@ -218,19 +218,20 @@ class SeedXVocabulary(ImageVocabulary):
         return Ids([*[self.patches, *whole[1:-1], self.patches + 1] * (views - 1), *whole])
 
     def places(self, ids: Sequence[int]) -> list[int]:
-        """Indices of the image words inside `<patch>` … `</patch>` and `<img>` … `</img>`, where features are put.
+        """Indices of the image words inside `<patch>` … `</patch>` and `<img>` … `</img>`, where features are put; an
+        `<img>` at the very end begins a picture that is to be written.
 
         Raises:
             RequestError: a bracket that is not closed, or words inside that are no whole view.
         """
-        found: list[int] = []
+        ids, found = list(ids), []
         closing = {self.patches: self.patches + 1, self.boi_id: self.eoi_id}
         inside = self.run()[1:-1]
         place = 0
-        while place < len(ids):
+        while place < len(ids) - (ids[-1:] == [self.boi_id]):
             if ids[place] in closing:
                 end = place + len(inside) + 1
-                if list(ids[place + 1:end]) != inside or ids[end:end + 1] != [closing[ids[place]]]:
+                if ids[place + 1:end] != inside or ids[end:end + 1] != [closing[ids[place]]]:
                     raise RequestError(f"The words of a picture at token {place} of the prompt are not the "
                                        f"{len(inside)} of a whole view.")
                 found += range(place + 1, end)
