@@ -61,3 +61,37 @@ STORY_RESPONSES = (
     "I have drawn and written the rest of the story.",
     "This is how it ends, in pictures and words.",
     "I have written and illustrated what comes next.")
+
+# SEED-X's requests for a picture (the caption follows) and the responses; those of SEEDX_DRAW_KNOWN were seen in
+# recordings at their places, the others are ours.
+SEEDX_DRAW_KNOWN = (7, 9, 14, 15, 18)
+_SEEDX_DRAW = (
+    ("Please show me a picture of", "Here is a picture."), ("Please generate an image of", "Here is an image."),
+    ("Please produce a photo of", "Here is a photo."), ("Please draw a painting of", "Here is a painting."),
+    ("Please make a drawing of", "Here is the drawing."), ("I'd love to see an illustration of", "Enjoy this picture."),
+    ("I need an image of", "Here is the image."), ("I'd like to view an image of", "Take a look at this image."),
+    ("I want to see a picture of", "I have generated a picture."),
+    ("I would like to see a photo of", "I have created a photo."), ("Make a photo of", "Here's the photo."),
+    ("Draw a picture of", "Here's the picture."), ("Show me a photograph of", "Here is a photograph."),
+    ("Please create a picture of", "I have made a picture."), ("Generate an image:", "Here's an image."),
+    ("Generate a picture:", "Here's a picture."), ("Draw a painting:", "Here's a painting."),
+    ("Produce a photo:", "Here's a photo."), ("Show me a photograph:", "Here's a photograph."),
+    ("Make an illustration:", "Here's an illustration."), ("Could you make an image of", "Sure, here is an image."),
+    ("Can you draw a painting of", "Sure, here is a painting."),
+    ("Can you produce a picture of", "Sure, here is a picture."),
+    ("Could you show me a photo of", "Of course, here is a photo."),
+    ("Could you draw a picture of", "Of course, here is a picture."),
+    ("Could you make an illustration of", "Sure, please enjoy this illustration."),
+    ("Can you create an image of", "Of course, here is an image."),
+    ("Can you show me a photograph of", "Yes, here is the photograph."))
+SEEDX_DRAW_REQUESTS, SEEDX_DRAW_RESPONSES = (tuple(pair[side] for pair in _SEEDX_DRAW) for side in (0, 1))
+
+# SEED-X's responses to an editing instruction; the last one is empty. Seen in recordings, without their places: those
+# that stand first.
+SEEDX_EDIT_KNOWN = 8
+SEEDX_EDIT_RESPONSES = (
+    "Here's a painting.", "I have created a photo.", "Here is a photograph.", "Enjoy this illustration.",
+    "Of course, here is a photo.", "Here is a picture.", "Here is a photo.", "Sure, please enjoy this illustration.",
+    "Here is an image.", "Here's a picture.", "Here's an image.", "Enjoy this picture.", "Take a look at this image.",
+    "I have generated an image.", "I have created an image.", "I have made a picture.", "Sure, here is a picture.",
+    "Of course, here is an image.", "Yes, here is the picture.", "Here is the edited picture.", "")
