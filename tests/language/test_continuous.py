@@ -193,7 +193,7 @@ def plain_features(agent: ContinuousLVLM, prompt: Prompt, ids: list[int], tokeni
     GenerationSettings(max_new_tokens=30, seed=3, top_p=1.0, top_k=0, temperature=2.0, force_image=True),
     GenerationSettings(max_new_tokens=24, seed=3, top_p=1.0, top_k=0, num_beams=2, force_image=True),
     GenerationSettings(max_new_tokens=30, do_sample=False),
-    GenerationSettings(max_new_tokens=30, do_sample=False, num_beams=2)])
+    GenerationSettings(max_new_tokens=16, seed=1, num_beams=3, force_image=True)])
 def test_pictures_are_whole_and_equal_a_plain_forward(
     eager: ContinuousLVLM, seedx_tokenizer: MultimodalTokenizer, settings: GenerationSettings
 ) -> None:
