@@ -96,6 +96,17 @@ def test_blocks_are_checkpointed_by_option_only(tower: QwenVit) -> None:
             torch.testing.assert_close(got.grad, want.grad, msg=name)
 
 
+def test_weights_in_fp32_are_trained_under_autocast() -> None:
+    tower, images = QwenVit(SMALL).train(), torch.randn(2, 3, 28, 28)
+    exact = tower(images).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        made = tower(images)
+    torch.testing.assert_close(made.float(), exact, rtol=0, atol=0.05 * float(exact.abs().max()))
+    made.float().square().mean().backward()
+    grads = {name: value.grad for name, value in tower.named_parameters() if value.requires_grad}
+    assert all(grad is not None and grad.dtype == torch.float32 and grad.abs().max() > 0 for grad in grads.values())
+
+
 def released_file(tower: QwenVit, folder: Path, prefix: str = "") -> Path:
     file = folder / "qwen_vit_G.pt"
     torch.save({prefix + name: value.bfloat16() for name, value in tower.state_dict().items()}, file)
