@@ -14,7 +14,7 @@ from seed_multimodal.language.answer import BrokenImagePart, ImagePart, TextPart
 from seed_multimodal.language.continuous import AgentSettings, ContinuousLVLM, Prompt
 from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.llama import force_special_ids
-from seed_multimodal.language.seed_x import SeedXPrompts
+from seed_multimodal.language.seed_x import SeedXPrompts, ShownPicture, WrittenPicture
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
 
@@ -280,6 +280,28 @@ def test_streaming_and_stopping(agent: ContinuousLVLM, seedx_tokenizer: Multimod
     with pytest.raises(Stop):
         agent.generate([prompt], GREEDY, seedx_tokenizer, watch=watch)
     assert len(agent.llm.model._forward_hooks) == hooks  # nothing goes on listening
+
+
+def test_a_conversation_after_a_drawn_picture(agent: ContinuousLVLM, seedx_tokenizer: MultimodalTokenizer) -> None:
+    """The drawn one's words keep their own embeddings, as when it was written: the states there are those of then."""
+    asks = SeedXPrompts(seedx_tokenizer)
+    shown = torch.randn(2, PLACES, FEATURES), torch.rand(2, 2)
+    turns: list[Any] = [("user", [ShownPicture(2), "a"])]
+    first = Prompt(asks.dialogue(turns), *shown)
+    drawn = agent.generate([first], GenerationSettings(max_new_tokens=6, force_image=True), seedx_tokenizer)[0]
+    turns += [("assistant", [WrittenPicture()]), ("user", ["What?"])]
+    ids = asks.dialogue(turns)
+    second = Prompt(ids, *shown, places=asks.places(ids, turns))
+    assert len(second.places or []) == 8 and ids[:len(first.ids) + 5] == [*first.ids, *drawn.ids[:5]]
+    with torch.no_grad():
+        mask = torch.zeros(1, len(ids), dtype=torch.bool)
+        mask[0, list(second.places or [])] = True
+        states = agent.states(agent.embed(torch.tensor([ids]), mask, *shown), None)
+        written = agent.output_resampler(states[:, len(first.ids) + 1:len(first.ids) + 5])
+    assert torch.allclose(written, drawn.features, atol=2e-5)
+    assert agent.generate([second], GREEDY, seedx_tokenizer)[0].ids
+    with pytest.raises(RequestError, match="places for 3 views of pictures, but there are features of 2"):
+        agent.generate([Prompt(ids, *shown)], GREEDY, seedx_tokenizer)
 
 
 def test_wrong_pictures_of_a_prompt(agent: ContinuousLVLM, seedx_tokenizer: MultimodalTokenizer) -> None:

@@ -59,11 +59,13 @@ class Prompt:
         ids: words, `<s>` first; pictures as `SeedXVocabulary.read_ids` gives them.
         features: [views, N, K] of the tower, of all views of all pictures in order; None without pictures.
         positions: [views, 2], the centre of each view, x and y in 0..1.
+        places: indices of `ids` where the features are put (`SeedXPrompts.places`); None: in all pictures' words.
     """
 
     ids: Sequence[int]
     features: Tensor | None = None
     positions: Tensor | None = None
+    places: Sequence[int] | None = None
 
 
 @dataclass
@@ -262,6 +264,7 @@ class ContinuousLVLM(nn.Module):
         """Which words of a prompt are places of features."""
         ids = [int(id) for id in prompt.ids]
         places = seed_x_words(tokenizer).places(ids)
+        places = places if prompt.places is None else sorted(set(places) & set(prompt.places))
         views = 0 if prompt.features is None else len(prompt.features)
         wanted = len(places) // tokenizer.vocabulary.tokens_per_image
         if views != wanted:

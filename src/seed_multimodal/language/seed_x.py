@@ -35,7 +35,12 @@ class ShownPicture:
     views: int
 
 
-Content = str | ShownPicture
+@dataclass(frozen=True)
+class WrittenPicture:
+    """A picture of an earlier answer, as the model wrote it: its words alone, without features."""
+
+
+Content = str | ShownPicture | WrittenPicture
 
 
 class SeedXPrompts:
@@ -97,6 +102,13 @@ class SeedXPrompts:
             spans.append(template.render_turn(turn, template.separator if place else ""))
         return [self.tokenizer.bos_id, *(id for span in spans for id in self.tokenizer.encode_parts(span))]
 
+    def places(self, ids: Sequence[int], turns: Sequence[tuple[str, Sequence[Content]]]) -> list[int]:
+        """Where in the `ids` of a `dialogue` features are put: in the words of shown pictures, not of written ones."""
+        shown = [isinstance(part, ShownPicture) for _, content in turns for part in content if not isinstance(part, str)
+                 for _ in range(part.views if isinstance(part, ShownPicture) else 1)]
+        return [place for number, place in enumerate(self.vocabulary.places(ids))
+                if shown[number // self.vocabulary.tokens_per_image]]
+
     def _encode(self, content: Sequence[Content], rstrip: bool = False) -> list[int]:
         parts = merge_text([self._part(part) for part in content])
         if rstrip and parts and isinstance(parts[-1], str):  # a control word follows
@@ -104,6 +116,8 @@ class SeedXPrompts:
         return self.tokenizer.encode_parts(parts, add_bos=True)
 
     def _part(self, part: Content) -> Part:
+        if isinstance(part, WrittenPicture):
+            return Ids(self.vocabulary.run())
         return part if isinstance(part, str) else self.vocabulary.read_ids(part.views)
 
 
@@ -142,7 +156,8 @@ def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
     """Generated ids as the released `generate` writes them: without `<img>` and the image words of whole pictures;
     `</img>`, `</s>`, locations, box words and pictures that broke off stay."""
     words = seed_x_words(tokenizer)
-    inside, shown = words.run()[1:-1], []
+    inside = words.run()[1:-1]
+    shown: list[int] = []
     for id in ids:
         if id == words.eoi_id and shown[-len(inside):] == inside:
             del shown[-len(inside):]

@@ -224,7 +224,8 @@ class SeedXVocabulary(ImageVocabulary):
         Raises:
             RequestError: a bracket that is not closed, or words inside that are no whole view.
         """
-        ids, found = list(ids), []
+        ids = list(ids)
+        found: list[int] = []
         closing = {self.patches: self.patches + 1, self.boi_id: self.eoi_id}
         inside = self.run()[1:-1]
         place = 0

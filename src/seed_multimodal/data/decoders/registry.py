@@ -28,7 +28,11 @@ DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
     pretrain_context.CaptionEval, turns.VisualQuestion, turns.TextConversation,
     sft.QuestionAnswer, sft.Edit, sft.Story, sft.Difference, sft_dialogues.Conversation, sft_dialogues.Video,
     sft_dialogues.VideoConversation, sft.MultiEdit, sft.Interleaved, turns.VisualQuestionTuned,
-    turns.TextConversationTuned, Chat, seed_x.Conversation, seed_x.Caption, seed_x.Edit, seed_x.Chat)}
+    turns.TextConversationTuned, Chat)}
+
+# Of pictures as features, which are opened before; never guessed.
+FEATURE_DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
+    seed_x.Conversation, seed_x.Caption, seed_x.Edit, seed_x.Chat)}
 
 # In the order of guessing: the first that fits. The others need the same fields as one of these.
 GUESSED = ("chat", "sft.edit", "sft.story", "sft.multi_edit", "pretrain.retrieval", "pretrain.interleaved",
@@ -56,9 +60,10 @@ def get_decoder(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str,
     Raises:
         ConfigError: an unknown name or option (the nearest is named), or an option of the wrong type.
     """
-    if name not in DECODERS:
-        raise ConfigError(f"There is no decoder {name!r}{nearest(name, DECODERS)}; use {', '.join(sorted(DECODERS))}.")
-    return DECODERS[name](tokenizer, options or {})
+    known = DECODERS | FEATURE_DECODERS
+    if name not in known:
+        raise ConfigError(f"There is no decoder {name!r}{nearest(name, known)}; use {', '.join(sorted(known))}.")
+    return known[name](tokenizer, options or {})
 
 
 def some_picture(fields: Mapping[str, Any], draws: Draws, tokens_per_image: int) -> list[int] | None:
