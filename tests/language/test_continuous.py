@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -157,6 +158,50 @@ def test_features_that_do_not_fit(seedx_tokenizer: MultimodalTokenizer) -> None:
         agent(**batch_of(seedx_tokenizer, 0, 1))
     with pytest.raises(ConfigError, match="lm_loss_scale"):
         AgentSettings(lm_loss_scale=-1)
+
+
+def with_lora(tokenizer: MultimodalTokenizer) -> ContinuousLVLM:
+    agent = make_agent(tokenizer)
+    agent.llm = get_peft_model(agent.llm, LoraConfig(r=2, target_modules=["q_proj", "down_proj"],
+                                                     task_type="CAUSAL_LM", modules_to_save=["norm"]))
+    agent.llm.get_input_embeddings().requires_grad_(True)
+    enable = getattr(agent.llm, "activation_checkpointing_enable", None) or agent.llm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    return agent.train()
+
+
+def test_a_lora_learns_and_answers(agent: ContinuousLVLM, seedx_tokenizer: MultimodalTokenizer) -> None:
+    """As in instruction tuning: a LoRA, the norms and the words, with checkpointed activations."""
+    tuned, batch = with_lora(seedx_tokenizer), batch_of(seedx_tokenizer, 1, 1)
+    losses = tuned(**batch)
+    assert torch.allclose(losses["total_loss"], agent(**batch)["total_loss"], atol=1e-6)  # a fresh LoRA changes nothing
+    losses["total_loss"].backward()
+    for name, parameter in tuned.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    prompts = prompts_of(seedx_tokenizer)
+    settings = GenerationSettings(max_new_tokens=8, do_sample=False, force_image=True)
+    for one, other in zip(tuned.eval().generate(prompts, settings, seedx_tokenizer),
+                          agent.generate(prompts, settings, seedx_tokenizer), strict=True):
+        assert one.ids == other.ids and torch.allclose(one.features, other.features, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(agent: ContinuousLVLM, seedx_tokenizer: MultimodalTokenizer, autocast: bool) -> None:
+    """A language model in bf16 beside resamplers in fp32, and everything in fp32 under autocast."""
+    other = make_agent(seedx_tokenizer)
+    if not autocast:
+        other.llm.bfloat16()
+    for read, written in ((1, 1), (0, 0)):
+        batch = batch_of(seedx_tokenizer, read, written)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = other(**batch)
+        exact = agent(**batch)
+        assert losses["total_loss"].dtype == torch.float32
+        assert torch.allclose(losses["total_loss"], exact["total_loss"], rtol=0.05)
+        losses["total_loss"].backward()
+    settings = GenerationSettings(max_new_tokens=6, do_sample=False, force_image=True)
+    answer = other.generate(prompts_of(seedx_tokenizer), settings, seedx_tokenizer)[0]
+    assert answer.features.shape == (1, 4, FEATURES) and bool(torch.isfinite(answer.features).all())
 
 
 # ---- generation

@@ -141,7 +141,7 @@ class ContinuousLVLM(nn.Module):
         places = _chosen(patch_positions, embeds_cmp_mask)
         embeds = self.embed(input_ids, ids_cmp_mask, read, places)
         if read is None:
-            embeds = embeds + 0.0 * self._read(torch.zeros_like(fake), self._zeros(1, 2)).sum()
+            embeds = embeds + 0.0 * self._read(torch.zeros_like(fake), self._zeros(1, 2)).sum().to(embeds)
         states = self.states(embeds, attention_mask, position_ids)
         lm_loss = self.language_loss(states, labels)
         if drawn is None:
@@ -169,10 +169,10 @@ class ContinuousLVLM(nn.Module):
         """States at the image words [n · 64, D], features of those pictures [n, N, K] → their distance."""
         if not len(states) or len(states) % len(features):
             raise DataError(f"The batch has {len(features)} pictures to write, but {len(states)} image words for them.")
-        target = features.detach()
+        target = features.detach().to(states.device)
         if self.settings.vit_down:
             target = functional.avg_pool1d(target.transpose(1, 2), POOLED, POOLED).transpose(1, 2)
-        written = self.output_resampler(states.unflatten(0, (len(features), -1)))
+        written = self._write(states.unflatten(0, (len(features), -1)))
         if written.shape != target.shape:
             raise ConfigError(f"The output resampler gives {list(written.shape)}, but the features to be written are "
                               f"{list(target.shape)}.")
@@ -197,22 +197,25 @@ class ContinuousLVLM(nn.Module):
                             f"{'none' if positions is None else len(positions)}.")
         found = self._read(features, positions).flatten(0, 1)
         _check_count(int(mask.sum()), len(found), "read")
-        return embeds.masked_scatter(mask[..., None], found.to(embeds.dtype))
+        return embeds.masked_scatter(mask[..., None], found.to(embeds))
 
     def _read(self, features: Tensor, positions: Tensor | None) -> Tensor:
         """Features [n, N, K] and centres [n, 2] → embeddings [n, 64, D]."""
-        weight = next(self.input_resampler.parameters())
-        read: Tensor = self.input_resampler(features.to(weight.device, weight.dtype))
+        read: Tensor = self.input_resampler(features.to(next(self.input_resampler.parameters())))
         if not self.settings.add_patch_pos:
             return read
         assert positions is not None
-        centre = positions.to(self.patch_pos_embed.device, self.patch_pos_embed.dtype)
+        centre = positions.to(self.patch_pos_embed)
         place = torch.cat([centre, 1 - centre], dim=-1) / 2 @ self.patch_pos_embed
-        return read + place[:, None]
+        return read + place[:, None].to(read)
+
+    def _write(self, states: Tensor) -> Tensor:
+        """States [n, 64, D] → features [n, 64, K]."""
+        written: Tensor = self.output_resampler(states.to(next(self.output_resampler.parameters())))
+        return written
 
     def _zeros(self, *size: int) -> Tensor:
-        weight = next(self.output_resampler.parameters())
-        return torch.zeros(size, device=weight.device, dtype=weight.dtype)
+        return next(self.output_resampler.parameters()).new_zeros(size)
 
     # ------------------------------------------------------------------------------------------ writing
 
@@ -254,8 +257,7 @@ class ContinuousLVLM(nn.Module):
             return Answer(ids, parts, self._zeros(0, 0, 0), answer_text(ids, tokenizer))
         starts = [part.place - len(opening) for part in drawn]
         found = torch.stack([states.at(row, range(start, start + len(drawn[0].codes))) for start in starts])
-        weight = next(self.output_resampler.parameters())
-        features = self.output_resampler(found.to(weight.device, weight.dtype))
+        features = self._write(found)
         if not bool(torch.isfinite(features).all()):
             raise GenerationError("The features of a picture that the model wrote are not numbers.")
         return Answer(ids, parts, features, answer_text(ids, tokenizer))

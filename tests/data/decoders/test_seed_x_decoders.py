@@ -226,6 +226,23 @@ def test_bad_records_are_one_sentence(words: MultimodalTokenizer, name: str, fie
     assert str(caught.value).endswith(".")
 
 
+RELEASED = {  # of the released data files; what the loader takes (max_length, data_dir, ...) is left out
+    "conversation": {"resolution_grids": ["1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2"]},
+    "caption": {"similarity_thr": 0.1, "min_resolution": 400, "min_aspect_ratio": 0.6, "use_caption_in_metadata": False,
+                "add_gen_prompt": True, "caption_key_in_metadata": "top_caption", "img_first_ratio": -1.0,
+                "assure_text": True, "resolution_grids": ["1x1"]},
+    "edit": {"min_resolution": 400, "min_aspect_ratio": 0.6, "prompt_drop_ratio": 0.0, "use_polite_response": True,
+             "resolution_grids": ["1x1"]}}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_options_are_known(words: MultimodalTokenizer, name: str) -> None:
+    shared = {"instruction_prompt": "[INST] {instruction} [/INST]\n", "num_img_in_tokens": 4, "num_img_out_tokens": 4,
+              "multi_resolution": True, "base_resolution": 448}
+    decoder = make(words, name, **shared, **RELEASED[name])
+    assert decoder.options.resolution_grids == tuple(RELEASED[name]["resolution_grids"])
+
+
 def test_wrong_options(words: MultimodalTokenizer, tmp_path: Path) -> None:
     for name, options, message in (("edit", {"num_img_in_token": 3}, "num_img_in_tokens"),
                                    ("edit", {"num_img_in_tokens": 9}, "cannot take 9 words; the tokenizer has 6"),

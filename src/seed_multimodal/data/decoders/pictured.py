@@ -149,17 +149,13 @@ class PictureDecoder(Decoder):
         """A text of the record. Raises BadRecord: it holds a malformed box, or the name of another control word."""
         if not self.validate:
             return text
-        hidden = set(self.tokenizer.control_words(text)) - self._box_words
+        hidden = {word for word in self.tokenizer.control_words(text) if not word.startswith(("<loc-", "<box_"))}
         if hidden:
             raise BadRecord("control word", f"{name}: holds the control word {min(hidden)!r}.")
         problems = read_boxes(text, grid=self.words.n_locations)[1] if BOX in text or BOX_END in text else []
         if problems:
             raise BadRecord("malformed box", f"{name}: {problems[0]}")
         return text
-
-    @property
-    def _box_words(self) -> set[str]:
-        return {word for word in self.words.words if word.startswith(("<loc-", "<box_"))}
 
     def instruct(self, *content: Any, opening: str = "") -> Span:
         """A user's turn, not learned."""
