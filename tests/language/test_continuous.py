@@ -298,6 +298,25 @@ def test_the_released_rule_may_break_off_and_ours_does_not(
         eager.generate([prompt], GenerationSettings(max_new_tokens=3, force_image=True), seedx_tokenizer)
 
 
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beams_draw_although_the_image_words_were_never_learned(
+    seedx_tokenizer: MultimodalTokenizer, beams: int
+) -> None:
+    """Trained models give the words inside a run no probability; a beam with a picture must not lose by that."""
+    agent, words = make_agent(seedx_tokenizer), seedx_tokenizer.vocabulary
+    plain = agent.llm.lm_head.forward
+    inside = torch.zeros(len(seedx_tokenizer))
+    inside[words.run()[1:]] = -50.0
+    fond = torch.zeros(len(seedx_tokenizer))
+    fond[words.boi_id] = 30.0
+    agent.llm.lm_head.forward = lambda states: plain(states) + inside + fond  # type: ignore[method-assign]
+    prompt = prompts_of(seedx_tokenizer)[1]
+    for count in (1, beams):
+        settings = GenerationSettings(max_new_tokens=8, do_sample=False, num_beams=count)
+        answer = agent.generate([prompt], settings, seedx_tokenizer)[0]
+        assert answer.ids[:6] == words.run() and len(answer.features) == 1
+
+
 def test_streaming_and_stopping(agent: ContinuousLVLM, seedx_tokenizer: MultimodalTokenizer) -> None:
     class Stop(Exception):
         pass

@@ -94,6 +94,7 @@ class ImageSpanLogitsProcessor:
         next_code = needs_code[:, None].expand(-1, codes)
         if words.in_order:
             next_code = next_code & (torch.arange(codes, device=scores.device) == done[:, None])
+            scores = scores.masked_fill(inside[:, None], 0.0)  # never learned, but certain: costs a beam nothing
         forbidden[:, words.code_start:words.code_start + codes] = ~next_code
         if isinstance(words, SeedXVocabulary) and not self.released:
             forbidden[:, words.patches:words.patches + 2] = True
