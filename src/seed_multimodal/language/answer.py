@@ -26,7 +26,7 @@ class ImagePart:
     generated ids the first of them stands."""
 
     codes: list[int]
-    place: int = field(default=0, compare=False)
+    place: int = field(default=0, compare=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -97,4 +97,4 @@ def _image_part(ids: list[int], vocabulary: ImageVocabulary, start: int) -> Imag
     codes = vocabulary.id_to_code(inside)
     if vocabulary.in_order and codes != list(range(wanted)):
         return BrokenImagePart(ids, "The words of a picture are not in their order.")
-    return ImagePart(codes, start + 1)
+    return ImagePart(codes, place=start + 1)
