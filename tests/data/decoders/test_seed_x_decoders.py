@@ -146,6 +146,8 @@ def test_pictures_are_never_cut(words: MultimodalTokenizer) -> None:
     decoder = make(words, "conversation")
     whole = decoder.decode(fields, SeededDraws(1))
     for longest in range(1, len(whole) + 1):
+        released = make(words, "conversation", validate=False).decode(fields, SeededDraws(1), longest)
+        assert bool(released.dropped) == (longest <= max(whole.read) + 1)
         cut = decoder.decode(fields, SeededDraws(1), longest)
         assert bool(cut.dropped) == (longest <= max(whole.read) + 1 or not learned_within(whole, longest))
         if not cut.dropped:
