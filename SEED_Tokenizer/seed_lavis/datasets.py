@@ -2,68 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from seed_multimodal.data.stream.order import MixedOrder
-from seed_multimodal.data.stream.pair_dataset import PairDataset
+from seed_multimodal.data.stream.pair_dataset import JoinedPairs, PairDataset
 from seed_multimodal.data.stream.skip_budget import BadSamples
 from seed_multimodal.data.stream.step_batches import block_of
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.settings import check_keys
-
-
-class JoinedPairs(BadSamples):
-    """Data sets one after the other; a sample of the whole is a sample of one of them.
-
-    LAVIS concatenates the training sets of a run; so does this, for sets addressed by (index, epoch). They keep one
-    account of bad samples.
-    """
-
-    def __init__(self, parts: Sequence[PairDataset]) -> None:
-        self.parts = list(parts)
-        super().__init__(self.parts[0].log)
-        for part in self.parts:
-            part.share_bad(self)
-        self._ends = np.cumsum([len(part) for part in self.parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """As `PairDataset.get`."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return self.parts[number].get(index - (int(self._ends[number - 1]) if number else 0), epoch)
-
-    @property
-    def shard_sizes(self) -> np.ndarray | None:
-        """Samples per shard, if any set has shards (one without counts as one shard)."""
-        sizes = [part.shard_sizes for part in self.parts]
-        if all(size is None for size in sizes):
-            return None
-        return np.concatenate([np.array([len(part)]) if size is None else np.asarray(size)
-                               for part, size in zip(self.parts, sizes, strict=True)])
-
-    @property
-    def shuffle_block(self) -> int | None:
-        """The smallest of the sets' that have one."""
-        return min((part.shuffle_block for part in self.parts if part.shuffle_block is not None), default=None)
-
-    @property
-    def log(self) -> Callable[[str], None] | None:
-        """Receives a line for each bad sample; set for every part."""
-        return self.parts[0].log
-
-    @log.setter
-    def log(self, log: Callable[[str], None] | None) -> None:
-        for part in self.parts:
-            part.log = log
 
 
 def split_of(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[str]) -> PairDataset | JoinedPairs:

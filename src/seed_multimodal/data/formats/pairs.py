@@ -43,15 +43,17 @@ PROBED = 20  # samples that are looked at before a source is refused
 
 @dataclass(frozen=True)
 class Pair:
-    """The picture's file (bytes, or where it lies) or what draws it, and the captions (at least one) of a record.
+    """The picture's file (bytes, or where it lies) or what draws it, and the captions of a record (at least one, but
+    of sources that are not captioned).
 
-    `name` identifies it in errors and logs: `file: sample`.
+    `name` identifies it in errors and logs: `file: sample`. `condition`: the picture that `image` is an edit of.
     """
 
     key: str
     name: str
     image: StoredPicture
     captions: list[str]
+    condition: StoredPicture | None = None
 
 
 class PairSource(Protocol):
@@ -71,9 +73,10 @@ class PairReader:
 
     def __init__(self, image_root: str | Path | None = None, image_key: str | None = None,
                  image_keys: Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
-                 caption_file: str | None = None) -> None:
+                 caption_file: str | None = None, captioned: bool = True, condition_key: str | None = None) -> None:
         if caption_file not in (None, "json", "txt"):
             raise ConfigError(f"caption_file must be json or txt, not {caption_file!r}.")
+        self.captioned, self.condition_key = captioned, condition_key
         image_keys = (image_keys,) if isinstance(image_keys, str) else tuple(image_keys)
         self.image_keys = tuple(key.lower().lstrip(".") for key in image_keys)
         self.image_root, self.image_key, self.caption_key = image_root, image_key or "", caption_key or ""
@@ -87,14 +90,22 @@ class PairReader:
             BadRecord: it is damaged, names no picture, or has no usable caption. ImageError: its picture is not there.
         """
         read = record.parsed(files, half_pairs=True)  # captions cut inside an emoji are mended
-        captions = self._captions(read, files)
+        captions = self._captions(read, files) if self.captioned else []
         image: StoredPicture | None = read.member("image", files=files)
         if image is None:
             value = image_field(read.fields, self.image_key)
             if value is None:
                 raise no_picture(read, self.image_key, self.image_keys)
             image = stored_picture(value, read, self.image_root)
-        return Pair(_key(read), read.where, image, captions)
+        return Pair(_key(read), read.where, image, captions, self._condition(read))
+
+    def _condition(self, record: Record) -> StoredPicture | None:
+        if self.condition_key is None:
+            return None
+        value = record.fields.get(self.condition_key)
+        if value is None:
+            raise no_picture(record, self.condition_key)
+        return stored_picture(value, record, self.image_root)
 
     def _captions(self, record: Record, files: FileReader) -> list[str]:
         if "json" not in self.caption_files or not has_caption(record.fields, self.caption_key):
@@ -124,6 +135,8 @@ class Pairs:
             of `pictures.IMAGE_FIELDS` and `CAPTION_FIELDS` that is there.
         image_keys: extensions of a tar's pictures, the preferred first.
         caption_file: json or txt: the only member looked at for a caption; None: .json, and .txt where that has none.
+        captioned: False: pictures are enough, and captions are not read.
+        condition_key: key of the picture that each picture is an edit of (`source_image`); None: there is none.
         index_folder, index_instead: of the files' indexes, see `index_store.IndexStore`.
 
     `shard_sizes` (samples of each shard or row group; None: there are only lists and folders) lets the training order
@@ -136,9 +149,10 @@ class Pairs:
     def __init__(self, files: str | Path | Sequence[str | Path], format: str = "auto", *,
                  image_root: str | Path | None = None, image_key: str | None = None,
                  image_keys: Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
-                 caption_file: str | None = None, index_folder: str | Path | None = None,
-                 index_instead: str | Path | None = None) -> None:
-        self._reader = PairReader(image_root, image_key, image_keys, caption_key, caption_file)
+                 caption_file: str | None = None, captioned: bool = True, condition_key: str | None = None,
+                 index_folder: str | Path | None = None, index_instead: str | Path | None = None) -> None:
+        self._reader = PairReader(image_root, image_key, image_keys, caption_key, caption_file, captioned,
+                                  condition_key)
         given = [files] if isinstance(files, str | Path) else list(files)
         parts = [TarFile(path, self._reader.columns) if kind == "tar" else open_file(path, kind)
                  for path, kind in find_files(given, format, pictures=True)]
@@ -146,7 +160,8 @@ class Pairs:
         self._length = len(self._records)
         if shards := [part for part in parts if isinstance(part, TarFile)]:
             self._refuse_without(shards, ["image"], self._reader.columns["image"])
-            self._refuse_without(shards, self._reader.caption_files, self._reader.caption_files)
+            if captioned:
+                self._refuse_without(shards, self._reader.caption_files, self._reader.caption_files)
         near = any(isinstance(part, TarFile | ParquetFile) for part in parts)  # lists are small, so any order is good
         self.shard_sizes = self._records.shard_sizes if near else None
         tables = [part for part in parts if isinstance(part, ParquetFile)]

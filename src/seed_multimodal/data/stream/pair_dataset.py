@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,38 +23,22 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.open import open_image
 
 
-class PairDataset(BadSamples):
-    """Training samples by (index, epoch).
+class SourceDataset(BadSamples):
+    """Training samples by (index, epoch), of anything that is read by number; a subclass has `sample`.
 
     Args:
-        source: stored pairs (`data.formats.pairs`).
-        image_transform: one of ours (`images.train_transforms.TrainTransform`, `images.transforms.ImageTransform`),
-            whose `read` gives uint8 to be normalised on the device; or any picture -> tensor. If that has an argument
-            named `generator` it gets the sample's `torch.Generator`; if not, the global generators of torch, numpy and
-            Python are seeded around the call and put back, so other libraries' augmentations repeat as well.
-        text_transform: caption -> caption (`language.captions.BlipCaption`); None keeps it. Must draw nothing.
+        source: `read(index)` gives what `sample` takes, or raises one of `SAMPLE_FAULTS`; `key(index)` names it.
         log: gets one sentence for each bad sample, the first time it is met.
     """
 
-    def __init__(
-        self,
-        source: PairSource,
-        image_transform: Callable[..., Tensor],
-        text_transform: Callable[[str], str] | None = None,
-        *,
-        seed: int = 0,
-        max_bad_in_a_row: int = 20,
-        log: Callable[[str], None] | None = print,
-    ) -> None:
+    def __init__(self, source: Any, *, seed: int = 0, max_bad_in_a_row: int = 20,
+                 log: Callable[[str], None] | None = print) -> None:
         if max_bad_in_a_row < 1:
             raise ConfigError(f"max_bad_in_a_row is {max_bad_in_a_row}; it must be at least 1.")
         if seed < 0:
             raise ConfigError(f"seed is {seed}; it must not be negative.")
         super().__init__(log)
         self.source, self.seed, self.max_bad_in_a_row = source, seed, max_bad_in_a_row
-        self.image_transform, self.text_transform = image_transform, text_transform
-        self._reads = hasattr(image_transform, "read")
-        self._takes_generator = _takes_generator(image_transform)
 
     @property
     def shard_sizes(self) -> np.ndarray | None:
@@ -70,7 +54,7 @@ class PairDataset(BadSamples):
         return len(self.source)
 
     def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """One sample: `image` (what the transform gives), `caption`, `key`, and `index` of the sample really used.
+        """One sample: what `sample` gives, and `index` of the sample really used.
 
         Raises:
             DataError: `max_bad_in_a_row` samples from `index` on cannot be used.
@@ -85,9 +69,7 @@ class PairDataset(BadSamples):
         while True:
             generator = torch.Generator().manual_seed(number)
             try:
-                pair = self.source.read(place)
-                chosen = int(torch.randint(len(pair.captions), (), generator=generator))
-                image = self._read(pair, generator, number)
+                sample = self.sample(self.source.read(place), generator, number)
             except SAMPLE_FAULTS as error:
                 self.note_bad(self.source.key(place), str(error))
                 if budget.spend():
@@ -95,9 +77,46 @@ class PairDataset(BadSamples):
                                     f"last is {error}") from error
                 place = (place + 1) % total
                 continue
-            caption = pair.captions[chosen]
-            return {"image": image, "caption": self.text_transform(caption) if self.text_transform else caption,
-                    "key": pair.key, "index": place}
+            return {**sample, "index": place}
+
+    def sample(self, read: Any, generator: torch.Generator, number: int) -> dict[str, Any]:
+        """A sample of what was read; everything random about it comes from `generator` or, seeded, `number`."""
+        raise NotImplementedError
+
+
+class PairDataset(SourceDataset):
+    """Picture and caption: `image` (what the transform gives), `caption`, `key`.
+
+    Args:
+        source: stored pairs (`data.formats.pairs`).
+        image_transform: one of ours (`images.train_transforms.TrainTransform`, `images.transforms.ImageTransform`),
+            whose `read` gives uint8 to be normalised on the device; or any picture -> tensor. If that has an argument
+            named `generator` it gets the sample's `torch.Generator`; if not, the global generators of torch, numpy and
+            Python are seeded around the call and put back, so other libraries' augmentations repeat as well.
+        text_transform: caption -> caption (`language.captions.BlipCaption`); None keeps it. Must draw nothing.
+        log: see `SourceDataset`.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        image_transform: Callable[..., Tensor],
+        text_transform: Callable[[str], str] | None = None,
+        *,
+        seed: int = 0,
+        max_bad_in_a_row: int = 20,
+        log: Callable[[str], None] | None = print,
+    ) -> None:
+        super().__init__(source, seed=seed, max_bad_in_a_row=max_bad_in_a_row, log=log)
+        self.image_transform, self.text_transform = image_transform, text_transform
+        self._reads = hasattr(image_transform, "read")
+        self._takes_generator = _takes_generator(image_transform)
+
+    def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
+        """See `SourceDataset`."""
+        caption = read.captions[int(torch.randint(len(read.captions), (), generator=generator))]
+        return {"image": self._read(read, generator, number),
+                "caption": self.text_transform(caption) if self.text_transform else caption, "key": read.key}
 
     def _read(self, pair: Pair, generator: torch.Generator, number: int) -> Tensor:
         if self._reads:
@@ -109,6 +128,52 @@ class PairDataset(BadSamples):
             return self.image_transform(picture, generator=generator)
         with seeded_globals(number):
             return self.image_transform(picture)
+
+
+class JoinedPairs(BadSamples):
+    """Data sets one after the other; a sample of the whole is a sample of one of them.
+
+    They keep one account of bad samples.
+    """
+
+    def __init__(self, parts: Sequence[SourceDataset]) -> None:
+        self.parts = list(parts)
+        super().__init__(self.parts[0].log)
+        for part in self.parts:
+            part.share_bad(self)
+        self._ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """As `SourceDataset.get`."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[number].get(index - (int(self._ends[number - 1]) if number else 0), epoch)
+
+    @property
+    def shard_sizes(self) -> np.ndarray | None:
+        """Samples per shard, if any set has shards (one without counts as one shard)."""
+        sizes = [part.shard_sizes for part in self.parts]
+        if all(size is None for size in sizes):
+            return None
+        return np.concatenate([np.array([len(part)]) if size is None else np.asarray(size)
+                               for part, size in zip(self.parts, sizes, strict=True)])
+
+    @property
+    def shuffle_block(self) -> int | None:
+        """The smallest of the sets' that have one."""
+        return min((part.shuffle_block for part in self.parts if part.shuffle_block is not None), default=None)
+
+    @property
+    def log(self) -> Callable[[str], None] | None:
+        """Receives a line for each bad sample; set for every part."""
+        return self.parts[0].log
+
+    @log.setter
+    def log(self, log: Callable[[str], None] | None) -> None:
+        for part in self.parts:
+            part.log = log
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +23,11 @@ KEYS = ("output_dir", "model", "data", "optim", "trainer", "deepspeed", "tokeniz
 
 
 @dataclass
-class TrainerSettings:
-    """Settings of the loop; counts are optimiser steps unless said otherwise.
+class LoopTrainerSettings:
+    """Settings of the loop that every training of this application has; counts are optimiser steps.
 
     Attributes:
         precision: what products are computed in; trained weights are kept in fp32 beside it.
-        loss_average: `tokens`: the mean over all learned tokens of a step, of all processes and micro-steps; `batch`:
-            the mean of the micro-batches' means, as released. By default `tokens` for packed data, else `batch`.
-        text_weight, image_weight: weights of text and image tokens in the loss.
-        loss_kernel: `auto`, `plain`, `chunked` or `liger`.
         max_grad_norm: 0 measures the norm only.
         dataloader_num_workers: data processes per training process.
         report_to: any of tensorboard and wandb; the JSON log is always written.
@@ -39,25 +35,13 @@ class TrainerSettings:
         save_total_limit: checkpoints kept, the newest first; none deletes nothing.
         async_save: write checkpoints beside the training (plain engine).
         resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a checkpoint's folder.
-        eval_steps: 0 never evaluates; eval_batches: micro-batches of the evaluation mixture per process.
-        coco_caption_root: folder (or file) of reference captions; the evaluation then captions, see `caption_eval`.
         timeout_minutes: how long a step, and any exchange, waits for another process; 0 waits for ever.
-        peak_tflops: of one device at this precision, for the MFU; known devices need none.
-        memory_gib: of one device, for the memory plan (`step_plan`); by default a GPU's own, and none on a CPU.
-        gradient_checkpointing, compile: override the model's settings if given.
-        fsdp: spread weights, gradients and optimiser states over the processes with FSDP2 (plain engine; whole models
-            of one dtype, so not beside a half-precision base with LoRA).
-        cpu_adam: DeepSpeed's own CPU optimiser for offloaded states (compiles for a minute at its first use).
     """
 
     max_steps: int = setting(1000, least=1)
     gradient_accumulation_steps: int = setting(1, least=1)
     precision: str = setting("bf16", choices=PRECISIONS)
     max_grad_norm: float = setting(1.0, least=0, most=math.inf)
-    loss_average: str | None = setting(None, choices=("tokens", "batch"))
-    loss_kernel: str = setting("auto", choices=KINDS)
-    text_weight: float = setting(1.0, least=0)
-    image_weight: float = setting(1.0, least=0)
     seed: int = setting(42, least=0)
     device: str = "auto"
     dataloader_num_workers: int = setting(2, least=0)
@@ -68,10 +52,44 @@ class TrainerSettings:
     save_total_limit: int | None = setting(None, least=1)
     async_save: bool = True
     resume: str = "auto"
+    timeout_minutes: float = setting(WAIT_MINUTES, least=0)
+
+    def loop_settings(self) -> LoopSettings:
+        """The same for the loop."""
+        return LoopSettings(
+            steps=self.max_steps, accumulate=self.gradient_accumulation_steps, precision=self.precision,
+            clip=self.max_grad_norm, seed=self.seed, log_every=self.logging_steps, save_seconds=0.0,
+            save_every_steps=self.save_steps, keep=self.save_total_limit, async_save=self.async_save,
+            resume=self.resume, tensorboard="tensorboard" in self.report_to, wandb="wandb" in self.report_to,
+            run_name=self.run_name, timeout_minutes=self.timeout_minutes)
+
+
+@dataclass
+class TrainerSettings(LoopTrainerSettings):
+    """Those of a language model's training, too.
+
+    Attributes:
+        loss_average: `tokens`: the mean over all learned tokens of a step, of all processes and micro-steps; `batch`:
+            the mean of the micro-batches' means, as released. By default `tokens` for packed data, else `batch`.
+        text_weight, image_weight: weights of text and image tokens in the loss.
+        loss_kernel: `auto`, `plain`, `chunked` or `liger`.
+        eval_steps: 0 never evaluates; eval_batches: micro-batches of the evaluation mixture per process.
+        coco_caption_root: folder (or file) of reference captions; the evaluation then captions, see `caption_eval`.
+        peak_tflops: of one device at this precision, for the MFU; known devices need none.
+        memory_gib: of one device, for the memory plan (`step_plan`); by default a GPU's own, and none on a CPU.
+        gradient_checkpointing, compile: override the model's settings if given.
+        fsdp: spread weights, gradients and optimiser states over the processes with FSDP2 (plain engine; whole models
+            of one dtype, so not beside a half-precision base with LoRA).
+        cpu_adam: DeepSpeed's own CPU optimiser for offloaded states (compiles for a minute at its first use).
+    """
+
+    loss_average: str | None = setting(None, choices=("tokens", "batch"))
+    loss_kernel: str = setting("auto", choices=KINDS)
+    text_weight: float = setting(1.0, least=0)
+    image_weight: float = setting(1.0, least=0)
     eval_steps: int = setting(0, least=0)
     eval_batches: int = setting(16, least=1)
     coco_caption_root: str | None = None
-    timeout_minutes: float = setting(WAIT_MINUTES, least=0)
     peak_tflops: float | None = setting(None, above=0)
     memory_gib: float | None = setting(None, above=0, most=1_000_000)
     gradient_checkpointing: bool | Literal["selective"] | None = None
@@ -81,12 +99,7 @@ class TrainerSettings:
 
     def loop_settings(self) -> LoopSettings:
         """The same for the loop."""
-        return LoopSettings(
-            steps=self.max_steps, accumulate=self.gradient_accumulation_steps, precision=self.precision,
-            clip=self.max_grad_norm, seed=self.seed, log_every=self.logging_steps, save_seconds=0.0,
-            save_every_steps=self.save_steps, keep=self.save_total_limit, async_save=self.async_save,
-            resume=self.resume, tensorboard="tensorboard" in self.report_to, wandb="wandb" in self.report_to,
-            run_name=self.run_name, timeout_minutes=self.timeout_minutes, fsdp=self.fsdp)
+        return replace(super().loop_settings(), fsdp=self.fsdp)
 
 
 @dataclass

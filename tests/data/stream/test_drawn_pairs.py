@@ -1,0 +1,90 @@
+"""What a de-tokenizer learns to draw: views and size conditions of pictures of folders, tars and lists of edits."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, open_pictures
+from seed_multimodal.errors import ConfigError, DataError, ImageError
+
+VIEW = DrawnView(resolution=16, tower_size=8)
+
+
+def half(left: str, right: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
+    picture = Image.new("RGB", size, left)
+    picture.paste(right, (size[0] // 2, 0, *size))
+    return picture
+
+
+def test_both_views_are_of_the_same_part() -> None:
+    """The outer sixths of a wide picture are cut off both; squashed, nothing is."""
+    wide = Image.new("RGB", (48, 32), "red")
+    wide.paste("blue", (8, 0, 40, 32))
+    for make in (VIEW.drawn, VIEW.seen):
+        assert (make(wide)[:, :, 2:-2] == torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None]).all()
+    squashed = DrawnView(resolution=16, tower_size=8, keep_ratio=False)
+    for make in (squashed.drawn, squashed.seen):
+        assert make(wide)[0, 0, 0] > 200 > 50 > make(wide)[0, 0, make(wide).shape[2] // 2]
+
+
+@pytest.mark.parametrize(("size", "keep_ratio", "ids"), [
+    ((48, 32), True, [32, 48, 0, 4, 16, 16]), ((32, 48), True, [48, 32, 4, 0, 16, 16]),
+    ((16, 16), True, [16, 16, 0, 0, 16, 16]), ((48, 32), False, [32, 48, 0, 0, 16, 16])])
+def test_size_conditions(size: tuple[int, int], keep_ratio: bool, ids: list[int]) -> None:
+    """Of the file, of the cut in the resized picture, of the drawing; heights first."""
+    assert DrawnView(16, 8, keep_ratio).time_ids(size).tolist() == ids
+
+
+def test_pictures_need_no_captions(tmp_path: Path) -> None:
+    """Of a folder, and of a tar; with captions required, both are refused."""
+    (tmp_path / "folder").mkdir()
+    half("red", "blue").save(tmp_path / "folder" / "a.png")
+    (tmp_path / "folder" / "b.png").write_bytes(b"")
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        data = io.BytesIO()
+        half("red", "blue").save(data, "PNG")
+        info = tarfile.TarInfo("000.png")
+        info.size = data.tell()
+        data.seek(0)
+        tar.addfile(info, data)
+    for place, key in (("folder", "a.png"), ("shard.tar", "000")):
+        pairs = DrawnPairs(open_pictures({"files": str(tmp_path / place)}), VIEW, log=None)
+        made = pairs.get(0)
+        assert made["key"] == key and made["image"].shape == (3, 16, 16) and made["seen"].shape == (3, 8, 8)
+        assert not made["conditioned"] and "condition" not in made
+        with pytest.raises(DataError):
+            open_pictures({"files": str(tmp_path / place), "captioned": True})
+    pairs = DrawnPairs(open_pictures({"files": str(tmp_path / "folder")}), VIEW, log=None)
+    assert pairs.get(1)["key"] == "a.png" and [key for key, _ in pairs.bad] == ["b.png"]
+
+
+def test_edits_bring_the_picture_before(tmp_path: Path) -> None:
+    half("red", "blue").save(tmp_path / "before.png")
+    half("blue", "red").save(tmp_path / "after.png")
+    lines = [{"source_image": "before.png", "target_image": "after.png"}, {"target_image": "after.png"},
+             {"source_image": "gone.png", "target_image": "after.png"}]
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = open_pictures({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image",
+                            "condition_key": "source_image"})
+    made = DrawnPairs(source, VIEW, reads_condition=True, log=None).get(0)
+    assert made["conditioned"] and torch.equal(made["condition"], VIEW.drawn(half("red", "blue")))
+    assert torch.equal(made["image"], VIEW.drawn(half("blue", "red")))
+    with pytest.raises(DataError, match="line 2: has no picture: nothing under key 'source_image'"):
+        source.read(1)
+    with pytest.raises(ImageError, match=r"line 3: the picture gone\.png is not there"):
+        source.read(2)
+    alone = open_pictures({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image"})
+    made = DrawnPairs(alone, VIEW, reads_condition=True, log=None).get(0)
+    assert not made["conditioned"] and not made["condition"].any()
+
+
+def test_views_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="resolution must be at least 8, not 4"):
+        DrawnView(resolution=4)
