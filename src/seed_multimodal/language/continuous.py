@@ -160,10 +160,10 @@ class ContinuousLVLM(nn.Module):
 
     def language_loss(self, states: Tensor, labels: Tensor) -> Tensor:
         """States and labels [B, L] → cross-entropy of each next word; 0 where nothing is learned."""
-        logits = self.llm.get_output_embeddings()(states[:, :-1]).float()
-        targets = labels[:, 1:]
-        total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total / (targets != IGNORED).sum().clamp(min=1)
+        learned = labels[:, 1:] != IGNORED  # of a row of SEED-X a tenth or less
+        logits = self.llm.get_output_embeddings()(states[:, :-1][learned]).float()
+        total = functional.cross_entropy(logits, labels[:, 1:][learned], reduction="sum")
+        return total / learned.sum().clamp(min=1)
 
     def regression_loss(self, states: Tensor, features: Tensor) -> Tensor:
         """States at the image words [n · 64, D], features of those pictures [n, N, K] → their distance."""

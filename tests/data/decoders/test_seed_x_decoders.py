@@ -132,8 +132,8 @@ def test_similarity(words: MultimodalTokenizer, metadata: Any, kept: bool) -> No
 
 
 def test_small_and_narrow_pictures(words: MultimodalTokenizer) -> None:
-    for options, reason in (({"min_resolution": 400}, "300 x 300 pixels are fewer than 400"),
-                            ({"min_aspect_ratio": 0.6}, "900 x 450 pixels are narrower than 0.6")):
+    for options, reason in (({"min_resolution": 400}, "fewer than 400 pixels"),
+                            ({"min_aspect_ratio": 0.6}, "narrower than 0.6")):
         for name, key in (("edit", "source_image"), ("caption", "image")):
             picture = SMALL if "min_resolution" in options else WIDE
             fields = {"target_image": SQUARE, "instruction": "x", "text": "x", key: picture}
@@ -155,7 +155,7 @@ def test_pictures_are_never_cut(words: MultimodalTokenizer) -> None:
     edit = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
     length = len(make(words, "edit").decode(edit, SeededDraws(1)))
     assert make(words, "edit").decode(edit, SeededDraws(1), length).dropped == (
-        f"{length} tokens are not fewer than {length}")
+        f"not fewer than {length} tokens")
     with pytest.raises(ValueError, match="does not fit into rows of 5"):
         batch_rows([whole], 5, 0)
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.decoders.registry import DECODERS
+from seed_multimodal.data.decoders.registry import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.released_settings import BUILDERS, is_released
@@ -71,7 +71,7 @@ def test_packing_draws_as_many_sequences_of_each_source_as_released() -> None:
 
 
 def test_every_builder_has_its_decoder() -> None:
-    assert {decoder for decoder, _ in BUILDERS.values()} <= set(DECODERS)
+    assert {decoder for decoder, _ in BUILDERS.values()} <= {*DECODERS, *FEATURE_DECODERS}
     for target in BUILDERS:
         config = {"_target_": target, "data_dir": "somewhere", "max_length": 64, "batch_size": 2, "cycle_count": 3,
                   "reverse_ratio": 0.0, "caption_prompt": None, "recursive": True}

@@ -11,7 +11,7 @@ Source: SEED-X's released code (`sft_clm.py`, `image_text_pairs_clm.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,11 +58,13 @@ class UsedPicture:
 
 @dataclass
 class PictureSequence(TokenSequence):
-    """A sequence with its pictures in order, and where their words stand: `read`, `written` (indices of `ids`)."""
+    """A sequence with its pictures in order, and where their words stand: `read`, `written` (indices of `ids`); `cut`:
+    how many tokens were cut off at its end."""
 
     pictures: list[UsedPicture] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,23 @@ class PictureDecoder(Decoder):
         names = [name for name in ("image", "source_image", "target_image") if name in fields]
         return [name for name in names if not self.no_picture(fields[name])]
 
+    def opened(self, fields: Mapping[str, Any], open_picture: Callable[[Any, str], Any]) -> dict[str, Any]:
+        """The fields with their pictures opened by `open_picture(value, name)`, in `messages` too where these count."""
+        found = {**fields, **{name: open_picture(fields[name], name) for name in self.picture_fields(fields)}}
+        if "messages" not in self.needs or not isinstance(fields.get("messages"), list):
+            return found
+
+        def part(value: Any, name: str) -> Any:
+            shown = isinstance(value, Mapping) and value.get("image") is not None
+            return {"image": open_picture(value["image"], name)} if shown else value
+
+        found["messages"] = [
+            {**message, "content": [part(one, f"messages[{place}].content[{number}]")
+                                    for number, one in enumerate(message["content"])]}
+            if isinstance(message, Mapping) and isinstance(message.get("content"), list) else message
+            for place, message in enumerate(fields["messages"])]
+        return found
+
     def no_picture(self, value: Any) -> bool:
         """Whether a field says that there is none. Note: the released code also takes any path with `null` for that."""
         if isinstance(value, str) and not self.validate:
@@ -140,9 +159,9 @@ class PictureDecoder(Decoder):
         width, height = picture.picture.size
         least, ratio = self.options.min_resolution, self.options.min_aspect_ratio
         if min(width, height) < least:
-            return f"{name}: {width} x {height} pixels are fewer than {least} on a side"
+            return f"{name}: fewer than {least} pixels on a side"
         if ratio and not ratio <= height / width <= 1 / ratio:
-            return f"{name}: {width} x {height} pixels are narrower than {ratio:g} to 1"
+            return f"{name}: narrower than {ratio:g} to 1"
         return ""
 
     def said(self, text: str, name: str) -> str:
@@ -190,6 +209,7 @@ class PictureDecoder(Decoder):
         if last >= max_length:
             sequence.dropped = f"a picture ends behind the {max_length} tokens of a sequence"
             return
+        sequence.cut = len(sequence) - max_length
         sequence.ids, sequence.labels = sequence.ids[:max_length], sequence.labels[:max_length]
 
     def _fill(self, sequence: TokenSequence, draft: Draft, max_length: int | None) -> None:

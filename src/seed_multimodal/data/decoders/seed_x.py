@@ -126,7 +126,7 @@ class Edit(PictureDecoder):
     def limit(self, sequence: PictureSequence, max_length: int | None) -> None:
         """Never cut: an over-long sample is dropped, as released."""
         if max_length is not None and len(sequence) >= max_length:
-            sequence.dropped = f"{len(sequence)} tokens are not fewer than {max_length}"
+            sequence.dropped = f"not fewer than {max_length} tokens"
 
 
 class Caption(PictureDecoder):
@@ -233,7 +233,7 @@ def dissimilar(fields: Mapping[str, Any], threshold: float | None) -> str:
     values = known[name] if isinstance(known[name], list | tuple) and known[name] else [known[name]]
     if not all(isinstance(value, int | float) for value in values):
         raise BadRecord("wrong type", f"{name}: must be a number or a list of numbers, not {shorten(known[name])}.")
-    return f"{name} {max(values):g} is below {threshold:g}" if max(values) < threshold else ""
+    return f"{name} is below {threshold:g}" if max(values) < threshold else ""
 
 
 class Chat(PictureDecoder):
@@ -248,6 +248,10 @@ class Chat(PictureDecoder):
     name = "seed_x.chat"
     needs = {"messages": LIST}
     without_effect = ("min_resolution", "min_aspect_ratio")
+
+    def picture_fields(self, fields: Mapping[str, Any]) -> list[str]:
+        """None: its pictures stand in the messages."""
+        return []
 
     @dataclass(frozen=True)
     class Options(PictureOptions):

@@ -12,7 +12,7 @@ forking workers (`len(source)`), so that they share it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -50,10 +50,12 @@ class RecordFile(Protocol):
 
 
 class JsonTar(TarFile):
-    """The `KEY.json` members of a plain tar."""
+    """The `KEY.json` members of a plain tar, and those of `others` (part → extensions), with which a sample needs no
+    json."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, {"json": ("json",), "pickle": PICKLED})
+    def __init__(self, path: Path, others: Mapping[str, Sequence[str]] | None = None) -> None:
+        super().__init__(path, {"json": ("json",), "pickle": PICKLED, **(others or {})})
+        self.others = list(others or ())
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -64,22 +66,26 @@ class JsonTar(TarFile):
             key = self.keys[int(np.argmax(pickled))]
             raise BadRecord("pickled", f"{self.path}: sample {key} is a pickle, which may hold code; convert the "
                             f"shards once: seed data convert {self.path} --out FOLDER.")
-        if whole and not self.count("json"):
+        if whole and not self.count("json") and not self.others:
             raise BadRecord("missing member", f"{self.path}: none of its {whole} samples has a .json member.")
         return super().sizes
 
     def locate(self, row: int) -> Record:
         """A sample, unread. Raises BadRecord: it has no .json."""
         record = super().locate(row)
-        if record.problem is None and "json" not in record.members:
+        if record.problem is None and "json" not in record.members and not self.others:
             raise BadRecord("missing member", f"{record.where}: has no .json member.")
         return record
 
 
-def open_file(path: Path, format: str) -> RecordFile:
-    """The records of one file: tar, jsonl, json, parquet, folder (of pictures) or nano; nothing is read yet."""
+def open_file(path: Path, format: str, others: Mapping[str, Sequence[str]] | None = None) -> RecordFile:
+    """The records of one file: tar, jsonl, json, parquet, folder (of pictures) or nano; nothing is read yet.
+
+    Args:
+        others: of a tar, members to be found beside the json (`JsonTar`).
+    """
     if format == "tar":
-        return JsonTar(path)
+        return JsonTar(path, others)
     if format == "parquet":
         return ParquetFile(path)
     if format in ("json", "jsonl"):
@@ -93,6 +99,7 @@ def open_records(
     format: str = "auto",
     name: str = "",
     index_folder: str | Path | None = None,
+    others: Mapping[str, Sequence[str]] | None = None,
 ) -> FileRecords:
     """The records of files, patterns (braces, wildcards) and folders (searched recursively), in the order written.
 
@@ -102,6 +109,7 @@ def open_records(
             train on (None: where its folder is).
         name: name of the source in logs and counts; default: what was given as `files`.
         index_folder: of the files' indexes, see `index_store.IndexStore`.
+        others: as of `open_file`.
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
@@ -111,7 +119,7 @@ def open_records(
         found = [(find_world(one), format) for one in given or (None,)]
     else:
         found = [(Path(one), format) for one in given] if format == "folder" else find_files(given, format)
-    return FileRecords([open_file(path, format) for path, format in found], name or ", ".join(map(str, given)),
+    return FileRecords([open_file(path, format, others) for path, format in found], name or ", ".join(map(str, given)),
                        IndexStore(index_folder))
 
 

@@ -38,6 +38,7 @@ class SourceSettings:
     Attributes:
         files: as `formats.records.open_records` takes them; `format` too.
         decoder: a name of `decoders.registry.get_decoder`; `options` go to it.
+        image_dir: folder of the pictures that the records of a decoder `seed_x.*` name; None: beside their file.
         weight: share of the draws, relative to the other sources'. A draw is one micro-batch of `batch_size` sequences
             without packing, as released. With packing it is one sequence, and the weight counts `batch_size`-fold if
             the sources have batch sizes: so the numbers of sequences per source are the released ones either way.
@@ -51,6 +52,7 @@ class SourceSettings:
     decoder: str
     format: str = "auto"
     options: dict[str, Any] = setting(factory=dict)
+    image_dir: str | None = None
     weight: float = setting(1.0, above=0)
     cycles: int | None = setting(None, least=1)
     max_length: int | None = setting(None, least=1)

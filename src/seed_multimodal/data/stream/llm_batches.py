@@ -26,6 +26,7 @@ from seed_multimodal.data.stream.mixture import EndOfData, Mixture
 from seed_multimodal.data.stream.plan import MicroBatch, StreamPlan
 from seed_multimodal.data.stream.released_size import released_size
 from seed_multimodal.data.stream.statistics import DataStatistics
+from seed_multimodal.data.stream.views import BatchViews
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -44,6 +45,7 @@ class LlmBatch:
         tokens: positions that are no padding. learned: targets after the shift.
         sequences, images: how many of them. squares: sum of the squares of the sequences' lengths, which attention
             costs (each within itself).
+        views: pixels of the pictures that are read or written as features (SEED-X); None where there are none.
     """
 
     input_ids: Tensor
@@ -55,13 +57,15 @@ class LlmBatch:
     sequences: int
     images: int
     squares: int
+    views: BatchViews | None = None
 
     def to(self, device: str | torch.device) -> LlmBatch:
         """The same batch on a device."""
         place, mask = torch.device(device), self.attention_mask
         return replace(self, input_ids=copy_to(place, self.input_ids), labels=copy_to(place, self.labels),
                        position_ids=copy_to(place, self.position_ids),
-                       attention_mask=None if mask is None else copy_to(place, mask))
+                       attention_mask=None if mask is None else copy_to(place, mask),
+                       views=None if self.views is None else self.views.to(place))
 
 
 class LlmBatches(StepLoader):
@@ -227,4 +231,4 @@ def _as_batch(batch: MicroBatch) -> LlmBatch:
     return LlmBatch(torch.from_numpy(batch.input_ids).long(), labels, torch.from_numpy(positions).long(), mask,
                     tokens=int(batch.lengths.sum()), learned=int((labels[:, 1:] != IGNORED).sum()),
                     sequences=len(batch.used), images=batch.images,
-                    squares=sum(tokens * tokens for _, tokens, _ in batch.used))
+                    squares=sum(tokens * tokens for _, tokens, _ in batch.used), views=batch.views)

@@ -14,12 +14,14 @@ import zlib
 from collections.abc import Sequence
 
 from seed_multimodal.data.decoders.base import Decoder
-from seed_multimodal.data.decoders.registry import get_decoder, some_picture
+from seed_multimodal.data.decoders.pictured import PictureDecoder, PictureSequence
+from seed_multimodal.data.decoders.registry import FEATURE_DECODERS, get_decoder, some_picture
 from seed_multimodal.data.decoders.sequence import Draws, SeededDraws, TokenSequence
 from seed_multimodal.data.formats.records import FileRecords, open_records
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, SourceSettings
 from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.data.stream.skip_budget import BROKEN, DROPPED, SkippedSample
+from seed_multimodal.data.stream.views import TAR_PARTS, PictureReader, SequenceViews, view_sides
 from seed_multimodal.errors import ConfigError, DataError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -43,10 +45,18 @@ class Mixture:
         self.names = [source.name for source in settings.sources]
         self.choice = SourceChoice(settings.draw_weights(), settings.concat_type, settings.seed)
         self.records = [open_records(source.files, format=source.format, name=source.name,
-                                     index_folder=settings.index_folder)
+                                     index_folder=settings.index_folder,
+                                     others=TAR_PARTS if source.decoder in FEATURE_DECODERS else None)
                         for source in settings.sources]
         self.decoders = [_decoder(source, records, tokenizer)
                          for source, records in zip(settings.sources, self.records, strict=True)]
+        self.readers = [PictureReader(decoder, records.open_files, source.image_dir)
+                        if isinstance(decoder, PictureDecoder) else None
+                        for source, records, decoder in zip(settings.sources, self.records, self.decoders, strict=True)]
+        sides = view_sides(dict(zip(self.names, self.decoders, strict=True)))
+        if len(sides) > 1:
+            shown = " and ".join(f"{side} ({name})" for side, name in sides.items())
+            raise ConfigError(f"The views of all sources need one size; base_resolution is {shown}.")
         self.sizes = [len(records) for records in self.records]  # indexes the files, before workers are forked
         self.limits = [None if source.cycles is None else source.cycles * size
                        for source, size in zip(settings.sources, self.sizes, strict=True)]
@@ -73,7 +83,9 @@ class Mixture:
             record = self.records[source].read(index)
             where = record.where
             draws = SeededDraws(self.settings.seed, self.seeds[source], position)
-            made = self.decoders[source].decode(record.fields, draws, max_length)
+            reader = self.readers[source]
+            fields = record.fields if reader is None else reader.fields(record)
+            made = self.decoders[source].decode(fields, draws, max_length)
         except ConfigError:
             raise
         except SeedError as error:
@@ -84,6 +96,11 @@ class Mixture:
         if made.dropped or not made.ids:
             return SkippedSample(source, DROPPED, made.dropped or "empty", where)
         return made, where
+
+    def views(self, source: int, made: TokenSequence) -> SequenceViews | None:
+        """The views of a sequence that is used; its opened pictures are let go."""
+        reader = self.readers[source]
+        return None if reader is None or not isinstance(made, PictureSequence) else reader.cut(made)
 
     def end_of_data(self) -> EndOfData:
         """The refusal for a mixture that is used up."""

@@ -24,6 +24,7 @@ from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.packing import make_row, pad_rows
 from seed_multimodal.data.stream.skip_budget import SkippedSample
 from seed_multimodal.data.stream.streams import DrawStream, PackingStream, PaddedStream, Piece, has_draws
+from seed_multimodal.data.stream.views import BatchViews, join_views
 from seed_multimodal.errors import ConfigError
 
 STREAMS = 48
@@ -38,7 +39,8 @@ class MicroBatch:
         position_ids: None for padded rows. lengths: tokens of each row, int64 [B].
         used: of each sequence its source, its tokens, and whether it is a record's first piece (all are, but for those
             of split documents).
-        states: stream -> its state after these rows. skipped: records that were left out.
+        states: stream -> its state after these rows. skipped: records that were left out. views: of pictures that are
+            read or written as features.
     """
 
     input_ids: np.ndarray
@@ -49,6 +51,7 @@ class MicroBatch:
     images: int
     skipped: list[SkippedSample]
     states: dict[int, State]
+    views: BatchViews | None = None
 
 
 class StreamPlan:
@@ -109,10 +112,13 @@ class StreamPlan:
             input_ids, labels = pad_rows([one.arrays for one in found[0]], length, self.pad_id)
             positions = None
             lengths = [len(one) for one in found[0]]
+            found = [[one] for one in found[0]]
+        views = join_views([[one.views for one in row] for row in found], [list(map(len, row)) for row in found],
+                           input_ids.shape[1])
         return MicroBatch(input_ids, labels, positions, np.array(lengths, np.int64),
                           [(one.source, len(one), one.piece == 0) for row in found for one in row],
                           int((input_ids == self.boi_id).sum()), skipped,
-                          {number: stream.state() for number, stream in touched.items()})
+                          {number: stream.state() for number, stream in touched.items()}, views)
 
     def _row(self, row: int) -> list[Piece]:
         number, before = row % self.streams, row // self.streams

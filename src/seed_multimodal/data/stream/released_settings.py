@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.decoders.registry import DECODERS
+from seed_multimodal.data.decoders.registry import DECODERS, FEATURE_DECODERS
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, nearest
 
 _TRAIN, _SFT = "src.data.torchdata_train.build_", "src.data.torchdata_sft.build_"
+_SEED_X = "src.data.sft_clm.build_"
 BUILDERS: dict[str, tuple[str, str]] = {  # released builder -> our decoder, and the files it reads
     _TRAIN + "caption_datapipes_for_llm": ("pretrain.caption", "tar"),
     _TRAIN + "mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
@@ -36,8 +37,11 @@ BUILDERS: dict[str, tuple[str, str]] = {  # released builder -> our decoder, and
     _SFT + "visual_question_datapipes_for_llm": ("sft.visual_question", "tar"),
     _SFT + "interleaved_datapipes_for_llm": ("sft.interleaved", "tar"),
     _SFT + "text_conversation_datapipes_for_llm": ("sft.text_conversation", "jsonl"),
+    _SEED_X + "llava_jsonl_datapipes": ("seed_x.conversation", "jsonl"),
+    _SEED_X + "single_turn_edit_datapipes": ("seed_x.edit", "jsonl"),
+    "src.data.image_text_pairs_clm.build_caption_datapipes_with_pixels": ("seed_x.caption", "tar"),
 }
-MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes")
+MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes", _SEED_X + "multi_datapipes")
 _HYDRA = ("_target_", "_recursive_", "_convert_")
 _SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive", *_HYDRA)
 _NEVER_READ = ("caption_prompt", "reverse_ratio", "tokenizer", "image_processor", "image_transform")
@@ -86,10 +90,11 @@ def _source(pipe: Any, weight: Any, where: str) -> dict[str, Any]:
     if target not in BUILDERS:
         raise _unknown(target, where)
     name, format = BUILDERS[target]
-    decoder = DECODERS[name]
+    decoder = (DECODERS | FEATURE_DECODERS)[name]
     options = decoder.option_names()
     dropped = [key for key in (*decoder.without_effect, *_NEVER_READ) if key not in options]
-    check_keys(pipe, [*_SOURCE_KEYS, *options, *dropped], where)
+    own = ["image_dir", "dataset_name"] if name in FEATURE_DECODERS else []
+    check_keys(pipe, [*_SOURCE_KEYS, *options, *dropped, *own], where)
     folders = pipe.get("data_dir")
     if not folders:
         raise ConfigError(f"{where}: needs a value for 'data_dir'.")
@@ -98,7 +103,8 @@ def _source(pipe: Any, weight: Any, where: str) -> dict[str, Any]:
         folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
     source: dict[str, Any] = {"files": folders, "decoder": name, "format": format, "weight": weight}
     source["options"] = {key: pipe[key] for key in options if pipe.get(key) is not None}
-    for ours, theirs in (("cycles", "cycle_count"), ("max_length", "max_length"), ("batch_size", "batch_size")):
+    for ours, theirs in (("name", "dataset_name"), ("image_dir", "image_dir"), ("cycles", "cycle_count"),
+                         ("max_length", "max_length"), ("batch_size", "batch_size")):
         if pipe.get(theirs) is not None:
             source[ours] = pipe[theirs]
     return source

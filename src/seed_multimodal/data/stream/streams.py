@@ -18,24 +18,28 @@ from typing import Any
 
 import numpy as np
 
+from seed_multimodal.data.decoders.pictured import PictureSequence
 from seed_multimodal.data.decoders.sequence import IGNORED, TokenSequence
 from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.packing import Arrays, best_fit, split_long
 from seed_multimodal.data.stream.skip_budget import BROKEN, DROPPED, TOO_LONG, SkipBudget, SkippedSample
+from seed_multimodal.data.stream.views import SequenceViews
 from seed_multimodal.errors import ConfigError, DataError
 
 SPLIT_DECODERS = ("pretrain.text",)
+Read = tuple[Arrays, SequenceViews | None]
 _WORDS = {"skip": "skipped", "truncate": "cut", "split": "split"}
 
 
 @dataclass
 class Piece:
-    """A sequence, or a piece of a split document, and the draw it came from."""
+    """A sequence, or a piece of a split document, the draw it came from, and its pictures' views."""
 
     source: int
     count: int
     piece: int
     arrays: Arrays
+    views: SequenceViews | None = None
 
     def __len__(self) -> int:
         return len(self.arrays[0])
@@ -94,17 +98,20 @@ class DrawStream:
         self.counts[source] += 1
         return source, self.counts[source] - 1
 
-    def read(self, source: int, position: int, length: int, too_long: str, must_learn: bool) -> list[Arrays]:
+    def read(self, source: int, position: int, length: int, too_long: str, must_learn: bool) -> list[Read]:
         """The sequence at a position, as pieces of at most `length`; none when it is skipped.
 
         Args:
             too_long: `skip`, `truncate` or `split` a longer one.
             must_learn: leave out what has no learned token.
         """
-        found = self.mixture.sequence(source, position)
+        pictured = self.mixture.readers[source] is not None  # their decoders know where they may be cut
+        found = self.mixture.sequence(source, position, length if pictured else None)
         if isinstance(found, SkippedSample):
             return self._skip(found)
         sequence, where = found
+        if isinstance(sequence, PictureSequence):
+            return self._pictured(source, sequence, where, length, too_long)
         pieces = [_arrays(sequence)]
         if len(sequence) > length:
             if too_long == "split" and self.mixture.settings.sources[source].decoder not in SPLIT_DECODERS:
@@ -127,9 +134,21 @@ class DrawStream:
             if not pieces:
                 return self._skip(SkippedSample(source, DROPPED, "nothing to learn in it", where))
         self.budget.good()
-        return pieces
+        return [(arrays, None) for arrays in pieces]
 
-    def _skip(self, sample: SkippedSample) -> list[Arrays]:
+    def _pictured(self, source: int, sequence: PictureSequence, where: str, length: int, too_long: str) -> list[Read]:
+        """As `read`, of a sequence with pictures, which is cut already where it was too long."""
+        if sequence.cut:
+            skip = too_long != "truncate"
+            note = SkippedSample(source, TOO_LONG, _WORDS["skip" if skip else too_long],
+                                 f"{where} ({len(sequence) + sequence.cut} tokens, rows have {length})")
+            if skip:
+                return self._skip(note)
+            self.skipped.append(note)
+        self.budget.good()
+        return [(_arrays(sequence), self.mixture.views(source, sequence))]
+
+    def _skip(self, sample: SkippedSample) -> list[Read]:
         self.skipped.append(sample)
         if self.budget.spend(sample.kind):
             name = self.mixture.names[sample.source]
@@ -186,7 +205,7 @@ class PackingStream(DrawStream):
     def _pieces(self, source: int, count: int) -> list[Piece]:
         settings, position = self.mixture.settings, count * self.steps[source] + self.number
         found = self.read(source, position, settings.length, settings.too_long, must_learn=True)
-        return [Piece(source, count, piece, arrays) for piece, arrays in enumerate(found)]
+        return [Piece(source, count, piece, *one) for piece, one in enumerate(found)]
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         known: dict[tuple[int, int], list[Piece]] = {}
@@ -223,7 +242,7 @@ class PaddedStream(DrawStream):
             end = start + size
             for position in range(start, end if limit is None else min(end, limit)):
                 found = self.read(source, position, length, "truncate", must_learn=False)
-                pieces += [Piece(source, count, 0, arrays) for arrays in found]
+                pieces += [Piece(source, count, 0, *one) for one in found]
             start = end if limit is None else end % limit
         return pieces
 

@@ -76,6 +76,10 @@ def build_llm(
     model: Any = llama
     if settings.lora is not None:
         model = add_lora(llama, settings.lora, settings.seed)
+        if settings.train_embeddings:
+            for end in (llama.get_input_embeddings(), llama.get_output_embeddings()):
+                if not hasattr(end, "modules_to_save"):  # else peft trains a copy
+                    end.requires_grad_(True)
         if fitted and rows < tokenizer.vocabulary.size:
             _check_new_words(model)
         if source is not None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
 PEFT, BASE, LORA = "peft", "base", "lora"
+SEED_X_PEFT = "src.models.mllm.peft_models.get_peft_model_with_resize_embedding"
 TARGETS = {  # the original's dotted names -> what they stand for
     "src.model.peft_model.get_peft_model_with_resize_embedding": PEFT,
     "src.model.llama_xformer.LlamaForCausalLM.from_pretrained": BASE,
@@ -31,9 +32,11 @@ TARGETS = {  # the original's dotted names -> what they stand for
     "src.model.model_tools.get_pretrained_llama_causal_model": BASE,
     "models.model_tools.get_pretrained_llama_causal_model": BASE,
     "peft.LoraConfig": LORA,
+    SEED_X_PEFT: PEFT,
+    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": BASE,
 }
 _META = ("_target_", "_convert_", "_recursive_", "_partial_")
-_PEFT_KEYS = ("model", "peft_config", "model_id", "tokenizer", "torch_dtype")
+_PEFT_KEYS = ("model", "peft_config", "model_id", "tokenizer", "torch_dtype", "vocab_size")
 _BASE_KEYS = ("pretrained_model_name_or_path", "torch_dtype", "low_cpu_mem_usage", "load_in_8bit", "load_in_4bit")
 
 
@@ -54,6 +57,7 @@ class LlmModelSettings:
         attention: auto (packed rows on CUDA: flash if installed, else flex; padded rows and elsewhere: sdpa), sdpa,
             eager, flex or flash.
         lora: fields of `peft.LoraConfig`; None trains every weight.
+        train_embeddings: embeddings and head are trained whole beside the LoRA, not as copies (SEED-X).
         adapter: folder of a trained adapter (or of trained weights) to resume from.
         seed: of new weights: random start, rows of new words, LoRA.
         template: prompts that the model is tuned with, vicuna or llama2; None: by its width, as at inference (LLaMA-2's
@@ -71,6 +75,7 @@ class LlmModelSettings:
     fp8: bool = False
     attention: str = setting("auto", choices=tuple(ATTENTIONS))
     lora: dict[str, Any] | None = None
+    train_embeddings: bool = False
     adapter: str | None = None
     seed: int = 0
     template: str | None = setting(None, choices=TUNED_TEMPLATES)
@@ -163,6 +168,7 @@ def _released(node: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(base, Mapping) or _kind(base, f"{where}.model") != BASE:
         raise ConfigError(f"{where}.model: needs the _target_ and the folder of a LLaMA.")
     values = _base(dict(base), f"{where}.model")
+    values["train_embeddings"] = node["_target_"] == SEED_X_PEFT
     if _set(node.get("torch_dtype")):
         values.setdefault("dtype", str(node["torch_dtype"]))
     peft, adapter = node.get("peft_config"), node.get("model_id")

@@ -60,7 +60,7 @@ class LlmTask(Task):
     name, record_file, checkpoint_folder = "train", "summary.json", ""
     averages = False
     meter: TokenMeter
-    module: LossModule
+    module: Any
     layer_classes = ("LlamaDecoderLayer",)
     quiet_keys = _QUIET
 
@@ -105,13 +105,17 @@ class LlmTask(Task):
             save_config(self.run.output_dir, self.run.plain)
         check_shared(self.run.output_dir / "config.yaml", self.group)
         self.llm = build_llm(self.model_settings, self.tokenizer, self.device)
-        self.module = LossModule(self.llm, kind=self.settings.loss_kernel, weights=self.loss_weights)
+        self.module = self.make_module()
         self.optimizer = build_optimizer(self.module, self.optim)
         self.meter.flops = token_flops(self.llm, 1.0)  # now: ZeRO-3 takes the weights apart
         self.meter.peak = self.settings.peak_tflops or known_peak(self.device, _DTYPES[self.settings.precision])
         if self.run.deepspeed is None:
             round_residual(self.module, self.settings.precision)
             keep_out_of_ddp(self.module)
+
+    def make_module(self) -> nn.Module:
+        """What is trained, around `llm`."""
+        return LossModule(self.llm, kind=self.settings.loss_kernel, weights=self.loss_weights)
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
         """The configuration's DeepSpeed block, filled."""

@@ -14,8 +14,11 @@ from seed_multimodal.training.llm.trainer_settings import read_run
 from seed_multimodal.training.loop import train
 
 
-def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
+def train_llm(config: Mapping[str, Any], kind: type[LlmTask] = LlmTask) -> dict[str, Any]:
     """Train by a resolved configuration; under torchrun every process calls it.
+
+    Args:
+        kind: the task; another one for a model with more parts than the language model.
 
     Returns:
         The run's record, also `output_dir/summary.json`: steps, seconds, tokens, last loss, evaluation, data, folder.
@@ -32,7 +35,7 @@ def train_llm(config: Mapping[str, Any]) -> dict[str, Any]:
     clean = False
     try:
         with translate_errors("the start", "nothing was trained yet"):
-            task = LlmTask(run, group, device)
+            task = kind(run, group, device)
         with contextlib.closing(task.data):
             record = train(task, task.settings.loop_settings(), run.output_dir, group=group, device=device)
         clean = True

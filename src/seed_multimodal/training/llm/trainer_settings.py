@@ -19,7 +19,8 @@ from seed_multimodal.training.llm.loss import KINDS
 from seed_multimodal.training.loop_settings import PRECISIONS, WAIT_MINUTES, LoopSettings
 
 TOKENIZER_TARGET = "seed_multimodal.configured"
-KEYS = ("output_dir", "model", "data", "optim", "trainer", "deepspeed", "tokenizer", "eval_data")
+KEYS = ("output_dir", "model", "data", "optim", "trainer", "deepspeed", "tokenizer", "eval_data", "visual_encoder",
+        "agent")
 
 
 @dataclass
@@ -104,7 +105,8 @@ class TrainerSettings(LoopTrainerSettings):
 
 @dataclass
 class RunSettings:
-    """A whole run, read from the composed configuration; `plain` is that configuration, resolved."""
+    """A whole run, read from the composed configuration; `plain` is that configuration, resolved. `visual_encoder` and
+    `agent` are SEED-X's."""
 
     output_dir: Path
     tokenizer: Path
@@ -115,6 +117,8 @@ class RunSettings:
     deepspeed: dict[str, Any] | None
     eval_data: dict[str, Any] | None
     plain: dict[str, Any]
+    visual_encoder: dict[str, Any] | None = None
+    agent: dict[str, Any] | None = None
 
 
 def read_run(config: Mapping[str, Any]) -> RunSettings:
@@ -133,7 +137,8 @@ def read_run(config: Mapping[str, Any]) -> RunSettings:
         output_dir=Path(str(config["output_dir"])), tokenizer=_tokenizer_folder(config.get("tokenizer")),
         model=dict(config["model"]), data=dict(config["data"]), optim=dict(config["optim"]),
         trainer=read_settings(TrainerSettings, config.get("trainer") or {}, "trainer"),
-        deepspeed=_mapping(config, "deepspeed"), eval_data=_mapping(config, "eval_data"), plain=dict(config))
+        deepspeed=_mapping(config, "deepspeed"), eval_data=_mapping(config, "eval_data"), plain=dict(config),
+        visual_encoder=_mapping(config, "visual_encoder"), agent=_mapping(config, "agent"))
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> dict[str, Any] | None:

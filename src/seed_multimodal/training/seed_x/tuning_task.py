@@ -1,0 +1,178 @@
+"""Instruction tuning of SEED-X as a task of the loop: the language model's, with pictures as features on both sides.
+
+The data workers give views as pixels; the frozen tower turns those that are read or written into features on the
+device; `ContinuousLVLM` gives both losses. What is trained: the language model (a LoRA, its embeddings and norms, or
+all of it), both resamplers and the vectors of a view's place. A checkpoint's `model.safetensors` holds exactly that, by
+the released names, and `agent_weights.load_agent` reads it. In log lines `text_loss` is that of words and `image_loss`
+the distance of written features; their weighted sum is `loss`.
+
+Padded micro-batches: the mean of the micro-batches' means, as released. Packed ones: each learned word of a step weighs
+the same, and each written picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.data.stream.llm_batches import LlmBatch
+from seed_multimodal.data.stream.views import READ, WRITTEN
+from seed_multimodal.device import copy_to
+from seed_multimodal.disk import replace_text
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.agent_weights import load_agent
+from seed_multimodal.language.continuous import ContinuousLVLM
+from seed_multimodal.language.seed_x import seed_x_words
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.llm.held_out import blank_batch, first_batches
+from seed_multimodal.training.llm.loss import find_llama, use_attention
+from seed_multimodal.training.llm.model_settings import find_folder
+from seed_multimodal.training.llm.task import LlmTask
+from seed_multimodal.training.llm.trainer_settings import RunSettings
+from seed_multimodal.training.seed_x.tower_features import TowerFeatures
+from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent, read_tower
+from seed_multimodal.training.task import WEIGHTS
+from seed_multimodal.vision.resampler import Resampler
+from seed_multimodal.weights import load_state_dict, save_state_dict
+
+AGENT_CONFIG = "agent.json"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class TuningTask(LlmTask):
+    """One run in one process."""
+
+    module: ContinuousLVLM
+
+    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
+        """Open data and tokenizer. Raises as `train_llm`; ConfigError for a tokenizer of another system."""
+        for name in ("visual_encoder", "agent"):
+            if getattr(run, name) is None:
+                raise ConfigError(f"configuration: {name} is needed for SEED-X: choose one of its files.")
+        if run.eval_data is not None:
+            raise ConfigError("configuration: eval_data is not built in for SEED-X; leave it out.")
+        assert run.agent is not None and run.visual_encoder is not None
+        self.agent_settings, self.tower_settings = read_agent(run.agent), read_tower(run.visual_encoder)
+        super().__init__(run, group, device)
+        seed_x_words(self.tokenizer)
+        self.tower: TowerFeatures
+        self.pictures = 0.0  # written in this step, in all processes
+
+    # ------------------------------------------------------------------------------------------------- the training
+
+    def make_module(self) -> nn.Module:
+        """The agent around the language model; opens the tower, too."""
+        self.tower = TowerFeatures.open(self.tower_settings, self.device, _DTYPES[self.settings.precision], self._log)
+        return build_agent(self.llm, self.agent_settings).to(self.device)
+
+    def begin_step(self, step: int) -> bool:
+        """Load the step's micro-batches and count their learned words and written pictures."""
+        count = self.settings.gradient_accumulation_steps
+        self.batches = first_batches(self.data, count, start=step * count)
+        counts = [sum(batch.learned for batch in self.batches), sum(map(_written, self.batches)), len(self.batches)]
+        words, self.pictures, left = self.group.sum(list(map(float, counts)))
+        world = self.group.world
+        self.each = left / world
+        self.share = world / max(words, 1.0)
+        self.meter.divisor = float(world)
+        return left > 0
+
+    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """This micro-batch's share of the loss."""
+        place = micro_step % self.settings.gradient_accumulation_steps
+        real = self.batches[place] if place < len(self.batches) else None
+        batch = real or blank_batch()
+        losses = model(**self.inputs(batch))
+        words, pictures = losses["lm_loss"], losses["rec_loss"]
+        shares = (1.0 / max(self.each, 1e-8),) * 2
+        if self.by_tokens:
+            shares = (self.share * batch.learned, self.group.world * _written(batch) / max(self.pictures, 1.0))
+        scales = self.agent_settings.losses
+        value = scales.lm_loss_scale * shares[0] * words + scales.rec_loss_scale * shares[1] * pictures
+        return value, {
+            "loss": value.detach(), "text_sum": words.detach() * batch.learned, "text_count": batch.learned,
+            "image_sum": pictures.detach() * _written(batch), "image_count": _written(batch),
+            "tokens": real.tokens if real else 0, "positions": real.input_ids.numel() if real else 0,
+            "squares": real.squares if real else 0}
+
+    def inputs(self, batch: LlmBatch) -> dict[str, Any]:
+        """A batch as `ContinuousLVLM.forward` takes it, on the device. Padding is on the right, so that causal
+        attention hides it; packed rows go by their positions."""
+        views, packed = batch.views, batch.attention_mask is None
+        features = None if views is None else self.tower(views.pixels)
+        batch = replace(batch, views=None).to(self.device)
+        marks = torch.zeros_like(batch.input_ids) if views is None else copy_to(self.device, views.marks)
+        found = {"input_ids": batch.input_ids, "labels": batch.labels, "ids_cmp_mask": marks == READ,
+                 "ids_gen_mask": marks == WRITTEN, "position_ids": batch.position_ids if packed else None}
+        llama = find_llama(self.llm)
+        use_attention(llama, packed)
+        if packed and "flash" in str(llama.config._attn_implementation):  # it knows one row of several sequences
+            found = {name: value.reshape(1, -1) for name, value in found.items()}
+        read = None if views is None else copy_to(self.device, ~views.written)
+        return {**found, "attention_mask": None, "image_embeds": features, "embeds_cmp_mask": read,
+                "embeds_gen_mask": None if read is None else ~read,
+                "patch_positions": None if views is None else copy_to(self.device, views.positions)}
+
+    # ---------------------------------------------------------------------------------------------- the checkpoints
+
+    def identity(self, world: int) -> dict[str, Any]:
+        """As the language model's, with the resamplers' sizes."""
+        found = super().identity(world)
+        sizes = {name: asdict(getattr(self.agent_settings, name)) for name in ("input_resampler", "output_resampler")}
+        return {**found, "model": {**found["model"], **sizes}}
+
+    def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What is trained, by the released names."""
+        return {name: value.detach() for name, value in (self._trained() if gathered is None else gathered).items()}
+
+    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """The trained weights, what builds their model, and the tokenizer's files."""
+        save_state_dict(weights, folder / WEIGHTS)
+        about = {**asdict(self.agent_settings), "base": self.model_settings.path, "lora": self.model_settings.lora,
+                 "train_embeddings": self.model_settings.train_embeddings}
+        replace_text(folder / AGENT_CONFIG, json.dumps(about, indent=1))
+        self.tokenizer.save_pretrained(folder)
+
+    @torch.no_grad()
+    def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
+        """Inverse of `save_files`."""
+        if not (folder / WEIGHTS).is_file():
+            raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
+        state, own = load_state_dict(folder / WEIGHTS), self._trained()
+        for name in sorted(own.keys() ^ state.keys()):
+            raise CheckpointError(f"{folder}: {name!r} is {'missing' if name in own else 'not trained here'}.")
+        for name, value in own.items():
+            if value.shape != state[name].shape:
+                raise CheckpointError(f"{folder}: {name!r} is {tuple(state[name].shape)}, not {tuple(value.shape)}.")
+            value.copy_(state[name])
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+
+
+def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
+    """New resamplers around a language model, or those of `settings.path`.
+
+    Raises:
+        ConfigError: sizes that do not fit each other. CheckpointError: as `load_agent`.
+    """
+    width, one, other = int(find_llama(llm).config.hidden_size), settings.input_resampler, settings.output_resampler
+    for name, given in (("input_resampler.embed_dim", one.embed_dim), ("output_resampler.kv_dim", other.kv_dim)):
+        if (given or other.embed_dim) != width:
+            raise ConfigError(f"agent: {name} is {given}, but the language model is {width} wide.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        agent = ContinuousLVLM(llm, Resampler(one), Resampler(other), settings.losses)
+    if settings.path is not None:
+        load_agent(agent, find_folder(settings.path))
+    return agent
+
+
+def _written(batch: LlmBatch) -> int:
+    return 0 if batch.views is None else int(batch.views.written.sum())

@@ -1,0 +1,115 @@
+"""A tiny SEED-X with pictures in all the data formats, for the tests of its instruction tuning."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from seed_multimodal.language.llama import force_special_ids
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
+
+SIDE, K = 28, 16
+SIZES = QwenVitConfig(image_size=SIDE, patch_size=14, width=32, layers=1, heads=2, mlp_ratio=2.0, output_dim=K,
+                      n_queries=16, position_grid=2, pool_heads=2)
+LLAMA = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 256, "tie_word_embeddings": False}
+TEXTS = ["[INST] Generate an image: a cat [/INST]\n", "It is a dog.", "Make it red. What is it? Where is it?",
+         "Here is a picture. Enjoy this picture."] * 20
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "grey": (120, 120, 120)}
+RESAMPLERS = {"input_resampler": {"grid_size": 2, "embed_dim": 48, "num_heads": 4, "kv_dim": K},
+              "output_resampler": {"grid_size": 2, "embed_dim": K, "num_heads": 4, "kv_dim": 48}}
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1,
+        "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"]}
+VIEWS = {"base_resolution": SIDE, "resolution_grids": ["1x1", "2x1"]}
+TRAINER = {"max_steps": 8, "precision": "fp32", "seed": 1, "dataloader_num_workers": 0, "logging_steps": 1,
+           "report_to": [], "save_steps": 100, "device": "cpu", "timeout_minutes": 2}
+
+
+def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
+    """A plain picture."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def write_parts(home: Path) -> None:
+    """Tokenizer, tower, language model and data below `home`."""
+    words = MultimodalTokenizer.train(TEXTS, home / "tokenizer", vocab_size=300, n_codes=4, tokens_per_image=4,
+                                      n_locations=16)
+    torch.manual_seed(0)
+    QwenVit(SIZES).save_pretrained(home / "tower")
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **LLAMA))
+    force_special_ids(llm)
+    llm.save_pretrained(home / "llm")
+    write_data(home)
+
+
+def write_data(home: Path) -> None:
+    """Conversations, captions in a tar, edits of one turn and of several; pictures apart."""
+    pictures = home / "pictures"
+    pictures.mkdir()
+    names = list(COLOURS)
+    for name in names:
+        (pictures / f"{name}.jpg").write_bytes(jpeg(COLOURS[name], (90, 30) if name == "blue" else (40, 30)))
+    talks = [{"image": f"/{name}.jpg", "data": ["What is it?", f"It is {name}.", "Where?", "Here."]} for name in names]
+    talks.append({"image": None, "data": ["Say red.", "Red."]})
+    edits = [{"source_image": "grey.jpg", "target_image": f"{name}.jpg", "instruction": f"Make it {name}."}
+             for name in names]
+    turns = [{"messages": [
+        {"role": "user", "content": [{"image": "grey.jpg"}, f"Make it {one}."]},
+        {"role": "assistant", "content": ["Here.", {"image": f"{one}.jpg"}]},
+        {"role": "user", "content": [f"Make it {other}."]},
+        {"role": "assistant", "content": [{"image": f"{other}.jpg"}]}]}
+        for one, other in zip(names, names[1:] + names[:1], strict=True)]
+    for name, records in (("talks", talks), ("edits", edits), ("turns", turns)):
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with tarfile.open(home / "captions.tar", "w") as tar:
+        for number, name in enumerate(names):
+            parts = {"jpg": jpeg(COLOURS[name]), "txt": f"a {name} picture".encode()}
+            if number % 2:
+                parts["json"] = json.dumps({"similarity": 0.9}).encode()
+            for extension, data in parts.items():
+                info = tarfile.TarInfo(f"{number:04}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def data_of(home: Path, **changes: Any) -> dict[str, Any]:
+    """A mixture of all four."""
+    pictures = str(home / "pictures")
+
+    def source(name: str, file: str, **options: Any) -> dict[str, Any]:
+        return {"name": name, "files": str(home / file), "decoder": f"seed_x.{name}", "image_dir": pictures,
+                "options": {**VIEWS, **options}, "batch_size": 2, "max_length": 120}
+
+    return {"sources": [source("conversation", "talks.jsonl"), source("caption", "captions.tar", img_first_ratio=-1,
+                                                                      add_gen_prompt=True),
+                        source("edit", "edits.jsonl", resolution_grids=["1x1"]), source("chat", "turns.jsonl")],
+            "packing": False, "length": 160, "rows": 2, "seed": 3, **changes}
+
+
+def config_of(home: Path, output: Path, *, data: dict[str, Any] | None = None, lora: bool = False,
+              **changes: dict[str, Any]) -> dict[str, Any]:
+    """A whole configuration; `changes` are merged into its groups."""
+    model = {"path": str(home / "llm"), "lora": LORA, "train_embeddings": True} if lora else {
+        "sizes": dict(LLAMA), "dtype": "fp32"}
+    groups = {"model": model, "trainer": dict(TRAINER), "agent": {**RESAMPLERS},
+              "optim": {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1},
+              "visual_encoder": {"path": str(home / "tower")}}
+    return {"output_dir": str(output), "tokenizer": str(home / "tokenizer"), "data": data or data_of(home),
+            **{name: {**values, **changes.get(name, {})} for name, values in groups.items()},
+            **{name: values for name, values in changes.items() if name not in groups}}
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Step → loss, of the log."""
+    lines = [json.loads(line) for line in (output / "train.log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
