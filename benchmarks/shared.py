@@ -20,7 +20,7 @@ from seed_multimodal.entry import whole_number
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.evaluation import machine
 from seed_multimodal.peaks import known_peak
-from seed_multimodal.systems.system_spec import read_system_json
+from seed_multimodal.systems.system_file import read_system_json
 
 
 def measure(work: Callable[[], Any], device: torch.device, repeats: int = 5, warmup: int = 1) -> dict[str, float]:

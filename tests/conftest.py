@@ -1,4 +1,5 @@
-"""What several rooms' tests share: a tiny random system (tests/systems/tiny_system.py), built once per session.
+"""What several rooms' tests share: tiny random systems (tests/systems/tiny_system.py and tiny_seed_x.py), each
+built once per session.
 
 Tests read it; one that damages a system works on a copy. And the rule of `scripts/test.sh --fast`: a test that starts
 another process says so with a marker.
@@ -52,3 +53,18 @@ def tiny(tiny_folder: Path):
     from seed_multimodal.systems.seed_llama import SeedLlama
 
     return SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None)
+
+
+@pytest.fixture(scope="session")
+def tiny_x_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SEED-X that follows instructions, with a de-tokenizer of the second stage."""
+    import tiny_seed_x
+
+    return tiny_seed_x.build(tmp_path_factory.mktemp("tiny_seed_x"), stage=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_x(tiny_x_folder: Path):
+    from seed_multimodal.systems.seed_x import SeedX
+
+    return SeedX.from_pretrained(tiny_x_folder, device="cpu", log=None)

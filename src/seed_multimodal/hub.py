@@ -14,6 +14,7 @@ from pathlib import Path
 from seed_multimodal.errors import CheckpointError, first_line
 
 NANO = "pretrained/nano"
+SHIPPED = {"nano": NANO, "nano-x": "pretrained/nano-x"}
 UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
                 "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
 SDXL_WHERE = ("download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler are needed "
@@ -59,8 +60,8 @@ def locate(path: str | Path) -> Path | None:
 
 
 def locate_system(name: str | Path) -> Path | None:
-    """As `locate`; `nano` is the shipped system."""
-    return locate(NANO if str(name).lower() == "nano" else name)
+    """As `locate`; `nano` and `nano-x` are the shipped systems."""
+    return locate(SHIPPED.get(str(name).lower(), name))
 
 
 def released_folder(name: str | Path) -> str:

@@ -19,7 +19,8 @@ from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.hub import PARTS, local_folder, locate, locate_system
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.systems.pictures import PictureCodec
-from seed_multimodal.systems.system_spec import RELEASED_NAMES, RELEASED_TRANSFORM, find_system
+from seed_multimodal.systems.system_file import RELEASED_TRANSFORM
+from seed_multimodal.systems.system_spec import RELEASED_NAMES, find_system
 from seed_multimodal.tokenizers.clip_weights import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.tokenizers.fast import FastTokenizer, optimise
 from seed_multimodal.tokenizers.initial import check_unclip

@@ -231,41 +231,51 @@ class ContinuousLVLM(nn.Module):
         Raises:
             RequestError: another number of features than the prompt has places. GenerationError: as `generate_ids`.
         """
+        states = ImageStates()
+        answers = generate_ids(self.llm, [prompt.ids for prompt in prompts], settings, tokenizer, streamer, watch,
+                               embed=self.reader(prompts, tokenizer), states=states, released=released)
+        return [self._answer(ids, row, states, tokenizer, prompts[row].ids[-1:]) for row, ids in enumerate(answers)]
+
+    def reader(self, prompts: Sequence[Prompt], tokenizer: MultimodalTokenizer) -> Callable[[Tensor], Tensor]:
+        """What `generate_ids` embeds these prompts with (`embed`); all may be followed by as many further words.
+
+        Raises:
+            RequestError: as `generate`.
+        """
         masks = [self._mask(number, prompt, tokenizer) for number, prompt in enumerate(prompts)]
-        forced = int(settings.force_image)
+        longest = max(map(len, masks))
 
         def embed(ids: Tensor) -> Tensor:
             mask = torch.zeros_like(ids, dtype=torch.bool)
             for line, places in zip(mask, masks, strict=True):
-                line[ids.shape[1] - forced - len(places):ids.shape[1] - forced] = torch.tensor(places)
+                line[longest - len(places):longest] = torch.tensor(places)
             shown = [prompt for prompt in prompts if prompt.features is not None]
             features = torch.cat([prompt.features for prompt in shown]) if shown else None
             centres = [prompt.positions for prompt in shown if prompt.positions is not None]
             return self.embed(ids, mask, features, torch.cat(centres) if centres else None)
 
-        states = ImageStates()
-        answers = generate_ids(self.llm, [prompt.ids for prompt in prompts], settings, tokenizer, streamer, watch,
-                               embed=embed, states=states, released=released)
-        return [self._answer(ids, row, states, tokenizer, prompts[row].ids[-1:]) for row, ids in enumerate(answers)]
+        return embed
+
+    @torch.inference_mode()
+    def written(self, states: ImageStates, runs: Sequence[Sequence[int]], row: int = 0) -> Tensor:
+        """Features [n, 64, K] of pictures whose words are at these places of an answer; `GenerationError` for NaN."""
+        features = self._write(torch.stack([states.at(row, places) for places in runs]))
+        if not torch.isfinite(features).all():
+            raise GenerationError("The features of a picture that the model wrote are not numbers.")
+        return features
 
     def _answer(self, ids: list[int], row: int, states: ImageStates, tokenizer: MultimodalTokenizer,
                 end: Sequence[int]) -> Answer:
         opening = [id for id in end if id == tokenizer.vocabulary.boi_id]  # the prompt began the first picture
         parts = split_answer([*opening, *ids], tokenizer)
         drawn = [part for part in parts if isinstance(part, ImagePart)]
-        if not drawn:
-            return Answer(ids, parts, self._zeros(0, 0, 0), answer_text(ids, tokenizer))
-        starts = [part.place - len(opening) for part in drawn]
-        found = torch.stack([states.at(row, range(start, start + len(drawn[0].codes))) for start in starts])
-        features = self._write(found)
-        if not bool(torch.isfinite(features).all()):
-            raise GenerationError("The features of a picture that the model wrote are not numbers.")
+        runs = [range(at := part.place - len(opening), at + len(part.codes)) for part in drawn]
+        features = self.written(states, runs, row) if runs else self._zeros(0, 0, 0)
         return Answer(ids, parts, features, answer_text(ids, tokenizer))
 
     def _mask(self, number: int, prompt: Prompt, tokenizer: MultimodalTokenizer) -> list[bool]:
         """Which words of a prompt are places of features."""
-        ids = [int(id) for id in prompt.ids]
-        places = seed_x_words(tokenizer).places(ids)
+        places = seed_x_words(tokenizer).places(ids := [int(id) for id in prompt.ids])
         places = places if prompt.places is None else sorted(set(places) & set(prompt.places))
         views = 0 if prompt.features is None else len(prompt.features)
         wanted = len(places) // tokenizer.vocabulary.tokens_per_image

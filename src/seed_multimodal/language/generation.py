@@ -124,9 +124,13 @@ class ImageStates:
     """The language model's last states (after its final norm) at the words of its answers, kept while it generates.
 
     Use: give it to `generate_ids`, then `at(row, places)`. With beams it follows the chosen one.
+
+    Args:
+        opening: so many words at the prompts' end count as the answers' first, beside a forced `<img>`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opening: int = 0) -> None:
+        self._opening = opening
         self._steps: list[Tensor] = []  # of each pass the state at its last token, [rows, D]
         self._rows: Tensor | None = None  # with beams: the row of each pass that led to each answer's tokens
         self._forced = 0
@@ -134,7 +138,7 @@ class ImageStates:
     @contextlib.contextmanager
     def listening(self, model: Any, forced: int) -> Iterator[None]:
         """Inside, every pass of `model` is followed; `forced`: how many of the answer's words the prompts end in."""
-        self._steps, self._forced = [], forced
+        self._steps, self._forced = [], forced + self._opening
 
         def keep(module: Any, arguments: Any, output: Any) -> None:
             self._steps.append(output.last_hidden_state[:, -1].clone())

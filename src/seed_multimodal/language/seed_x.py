@@ -56,6 +56,7 @@ class SeedXPrompts:
     def __init__(self, tokenizer: MultimodalTokenizer, tuned: bool = True) -> None:
         self.tokenizer, self.tuned = tokenizer, tuned
         self.vocabulary = seed_x_words(tokenizer)
+        self.template = get_template("llama2")
 
     def ask(self, question: str, pictures: Sequence[int] = ()) -> list[int]:
         """A question or an instruction about pictures.
@@ -68,23 +69,28 @@ class SeedXPrompts:
             RequestError: another number of `<image>`s than pictures.
         """
         content = place_pictures(question, pictures)
-        if self.tuned:
-            return self.dialogue([("user", content)])
-        return self._encode(["Question: ", *content, "\nAnswer:"])
+        return self.dialogue([("user", content)]) if self.tuned else self.alone(content)
 
     def detect(self, phrase: str, pictures: Sequence[int]) -> list[int]:
         """Where is it? The base model completes `phrase`, which ends in the thing; its answer begins inside a box
         (`read_boxes(…, opened=True)`). Raises as `ask`."""
         if self.tuned:
             return self.ask(phrase, pictures)
-        parts = [*place_pictures(phrase, pictures), " [[ "]
-        return [*self._encode(parts, rstrip=True), self.vocabulary.boxes]
+        return self.alone(place_pictures(phrase, pictures), "detect")
 
     def draw(self, caption: str) -> list[int]:
         """A request for a picture; the base model must be forced to begin it (`force_image`)."""
         if self.tuned:
             return self.dialogue([("user", (DRAW_REQUEST.format(caption=caption),))])
-        return self._encode([caption], rstrip=True)
+        return self.alone([caption], "draw")
+
+    def alone(self, content: Sequence[Content], task: str = "ask") -> list[int]:
+        """What the base model is given: a question, a phrase to find ("detect") or a caption to draw ("draw")."""
+        if task == "ask":
+            return self._encode(["Question: ", *content, "\nAnswer:"])
+        if task == "draw":
+            return self._encode(content, rstrip=True)
+        return [*self._encode([*content, " [[ "], rstrip=True), self.vocabulary.boxes]
 
     def dialogue(self, turns: Sequence[tuple[str, Sequence[Content]]], system: str = "") -> list[int]:
         """A conversation of a tuned model, up to where the next answer begins.
@@ -95,11 +101,10 @@ class SeedXPrompts:
         Raises:
             RequestError: an unknown role.
         """
-        template = get_template("llama2")
         spans: list[list[Part]] = [[f"{system}\n"]] if system else []
         for place, (role, content) in enumerate(turns):
             turn = Turn.of((role, tuple(map(self._part, content))))
-            spans.append(template.render_turn(turn, template.separator if place else ""))
+            spans.append(self.template.render_turn(turn, self.template.separator if place else ""))
         return [self.tokenizer.bos_id, *(id for span in spans for id in self.tokenizer.encode_parts(span))]
 
     def places(self, ids: Sequence[int], turns: Sequence[tuple[str, Sequence[Content]]]) -> list[int]:

@@ -38,8 +38,8 @@ class TaskPrompts:
     """The sentences of one system; a `tasks` object in `system.json` overrides single ones.
 
     The responses open a forced answer: `<img>` follows them. An empty response puts `<img>` first, as the released
-    demo does. `edit_words`: tokens in which the model may first say what an edited picture will show; only where no
-    picture comes then, it is forced.
+    demo does. `draw_words`, `edit_words`: tokens in which the model may first say what the picture will show; only
+    where no picture comes then, it is forced.
     """
 
     describe: str = DESCRIBE_PROMPT
@@ -47,6 +47,8 @@ class TaskPrompts:
     draw: str = DRAW_PROMPT
     draw_response: str = DRAW_RESPONSE
     edit_response: str = EDIT_RESPONSE
+    detect: str = "{phrase}"
+    draw_words: int = 0
     edit_words: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +58,11 @@ class TaskPrompts:
     def draw_request(self, caption: str) -> str:
         """The user's sentence that asks for a picture of `caption` (its own trailing dots and blanks dropped)."""
         return self.draw.replace("{caption}", caption.strip().rstrip(".").strip())
+
+    def detect_request(self, phrase: str) -> str:
+        """The user's sentence that asks where `phrase` is; one that ends like a sentence is a request of its own."""
+        phrase = phrase.strip()
+        return phrase if phrase.endswith((".", "?", "!")) else self.detect.replace("{phrase}", phrase)
 
     def question(self, question: str) -> str:
         """`question` with the one-word suffix, unless it already ends in it."""
@@ -80,3 +87,9 @@ def story_request(somebody: str, friend: str, frames: int = 0) -> str:
 
 RELEASED_TASKS = TaskPrompts(draw=RELEASED_DRAW_PROMPT, draw_response=RELEASED_DRAW_RESPONSE,
                              edit_response=RELEASED_DRAW_RESPONSE)
+
+# SEED-X's: requests of the released scripts. Its tuned models say a sentence before the picture; the scripts gave them
+# 120 tokens, 66 of which are the picture's.
+SEED_X_TASKS = TaskPrompts(
+    describe="Describe this image briefly.", qa_suffix="", draw="Generate an image: {caption}", draw_response="",
+    edit_response="", detect="Where is {phrase}? Show me the location.", draw_words=54, edit_words=54)

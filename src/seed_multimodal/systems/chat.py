@@ -83,18 +83,14 @@ class Answer:
 
 
 Tokenize = Callable[[list[Any]], Tensor]
+Content = tuple[str, list[Any]]  # a role, and texts, pictures, codes and parts of answers in order
 
 
-def to_turns(messages: Sequence[Any], tokenize: Tokenize, check_codes: Callable[[Any], Tensor]) -> list[Turn]:
-    """Turns of a conversation; all its pictures are tokenized in one batch.
-
-    Args:
-        tokenize: pictures -> codes [B, 32].
-        check_codes: codes -> [1, 32], refusing what is no picture.
+def read_messages(messages: Sequence[Any]) -> list[Content]:
+    """The messages of a conversation, the last one the user's.
 
     Raises:
-        RequestError: no messages, a message of another shape, or an empty one; `ImageError` and `CodesError` for a
-            picture that cannot be read.
+        RequestError: no messages, a message of another shape, or an empty one.
     """
     if not isinstance(messages, Iterable):
         raise RequestError(f"A conversation is a list of messages, not {type(messages).__name__}.")
@@ -103,11 +99,25 @@ def to_turns(messages: Sequence[Any], tokenize: Tokenize, check_codes: Callable[
         raise RequestError("A conversation needs at least one message.")
     if contents[-1][0] != "user":
         raise RequestError("The last message must be the user's: it is the one that gets an answer.")
+    return contents
+
+
+def to_turns(contents: Sequence[Content], tokenize: Tokenize, check_codes: Callable[[Any], Tensor]) -> list[Turn]:
+    """Turns of a conversation as codes; all its pictures are tokenized in one batch.
+
+    Args:
+        tokenize: pictures -> codes [B, 32].
+        check_codes: codes -> [1, 32], refusing what is no picture.
+
+    Raises:
+        ImageError, CodesError: a picture that cannot be read.
+    """
     pictures = [item for _, content in contents for item in content if is_picture(item)]
     rows = iter(tokenize(pictures).tolist() if pictures else ())
     turns = []
     for role, content in contents:
         spans = [item if isinstance(item, str) else
+                 list(item.codes) if isinstance(item, ImagePart) else
                  next(rows) if is_picture(item) else
                  check_codes(item)[0].tolist() for item in content]
         turns.append(Turn(role, tuple(spans)))
@@ -148,14 +158,15 @@ def as_text(value: Any, what: str) -> str:
     return value
 
 
-def _content(message: Any, number: int) -> tuple[str, list[Any]]:
+def _content(message: Any, number: int) -> Content:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise RequestError(f"Message {number} must be a mapping with 'role' and 'content'.")
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise RequestError(f"Message {number} has the unknown role {role!r}; use {' or '.join(ROLES)}.")
     if isinstance(content, Answer):
-        return role, content.as_content()
+        content = content.parts
+        return role, [_item(part, number) for part in content if not isinstance(part, BrokenImagePart)]
     items = [_item(item, number) for item in as_parts(content, f"The content of message {number}")]
     if role == "user" and not any(item.strip() if isinstance(item, str) else True for item in items):
         raise RequestError(f"Message {number} is empty.")
@@ -167,9 +178,7 @@ def _item(item: Any, number: int) -> Any:
         item = _named_item(item, number)
     if isinstance(item, TextPart):
         return item.text
-    if isinstance(item, ImagePart):
-        return list(item.codes)
-    if isinstance(item, str) or is_picture(item) or is_codes(item):
+    if isinstance(item, (str, ImagePart)) or is_picture(item) or is_codes(item):
         return item
     raise RequestError(f"Message {number} holds a {type(item).__name__}; content is text, pictures (PIL, Path, bytes, "
                        f"an open file, an array) or codes (a list of whole numbers).")

@@ -1,18 +1,16 @@
-"""The picture half of a system: pictures to codes and codes to pictures, with the de-tokenizer loaded on first use.
+"""The picture half of a system with codes: pictures to codes and codes to pictures.
 
 Every picture gets its own random generator from the same seed, so a drawing depends on its codes and the seed, never on
 the rest of the batch. Parts that are seldom used can be kept on the CPU (`offload_*`, as the released demo does on 16
-GB cards). A codec may be used from several threads: it reads or draws for one of them at a time.
+GB cards).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, ImageError
+from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.finite import damaged_tensor, not_numbers
-from seed_multimodal.images.open import DETAIL, ImageLimits, ImageSource, is_file, open_image
-from seed_multimodal.quiet import quiet_loading
-from seed_multimodal.settings import SEEDS, check_keys, check_value
+from seed_multimodal.images.open import DETAIL, is_file
+from seed_multimodal.settings import check_keys, check_value
+from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each
 from seed_multimodal.tokenizers.encoder import First
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
@@ -34,85 +32,38 @@ if TYPE_CHECKING:
     from seed_multimodal.language.vocabulary import ImageVocabulary
     from seed_multimodal.systems.system_spec import SystemSpec
 
-Picture = ImageSource
 Codes = Tensor | Sequence[int]
 PREVIEW_STEPS = 2  # of nano's twelve: nearly as near to the whole picture as twelve, at a quarter of their time
 REMEMBERED = 1024  # pictures whose codes `encode_once` keeps, about 0.5 KB each
 
 
-class PictureCodec:
+class PictureCodec(PictureHalf):
     """Pictures ⇄ codes.
 
     Args:
         model: SEED-2 tokenizer.
         transform: PIL picture -> float32 [3, S, S].
-        load_decoder: makes the de-tokenizer when the first picture is drawn; `None`: this codec cannot draw.
-        device: where both compute.
+        options: of `PictureHalf`.
     """
 
-    def __init__(
-        self, model: Seed2Tokenizer, transform: Callable[[Image.Image], Tensor], *,
-        load_decoder: Callable[[], Any] | None, device: torch.device, limits: ImageLimits | None = None,
-        offload_encoder: bool = False, offload_decoder: bool = False,
-    ) -> None:
-        self.model = model
+    has_previews = True
+
+    def __init__(self, model: Seed2Tokenizer, transform: Callable[[Image.Image], Tensor], **options: Any) -> None:
+        super().__init__(model, **options)
         self.transform = transform
-        self.device = device
-        self.limits = limits or ImageLimits()
-        self._load_decoder = load_decoder
-        self._decoder: Any = None
-        self._lock = threading.RLock()  # held while the models compute, or move between devices
         self._sound = False  # all weights were looked at
         self._known: OrderedDict[bytes, list[int]] = OrderedDict()  # digest of the pixels -> codes, oldest use first
-        self.offload(encoder=offload_encoder, decoder=offload_decoder)
-
-    def offload(self, *, encoder: bool, decoder: bool) -> None:
-        """Choose which parts stay on the CPU while they are not in use."""
-        with self._lock:
-            self.offload_encoder, self.offload_decoder = encoder, decoder
-            if encoder:
-                self.model.visual_encoder.to("cpu")
-            if decoder and self._decoder is not None:
-                self._decoder.to("cpu")
-
-    def to(self, device: torch.device) -> None:
-        """Move everything to another device; what is offloaded stays on the CPU while it is not in use."""
-        with self._lock:
-            self.device = device
-            self.model.to(device)
-            if self._decoder is not None:
-                self._decoder.to(device)
-            self.offload(encoder=self.offload_encoder, decoder=self.offload_decoder)
 
     @property
-    def can_draw(self) -> bool:
-        """Whether codes can become pictures here."""
-        return self._load_decoder is not None
-
-    @property
-    def decoder(self) -> Any:
-        """The de-tokenizer, loaded now if this is its first use.
-
-        Raises:
-            CheckpointError: the system was opened without one, or its folder is not there.
-        """
-        with self._lock:
-            if self._decoder is None:
-                if self._load_decoder is None:
-                    raise CheckpointError("This system was opened without its de-tokenizer (load_decoder=False), so it "
-                                          "cannot draw.")
-                with quiet_loading("diffusers", "transformers"):
-                    self._decoder = self._load_decoder()
-                self._decoder.to("cpu" if self.offload_decoder else self.device)
-            return self._decoder
+    def encoder(self) -> nn.Module:
+        """The vision tower."""
+        return self.model.visual_encoder
 
     def open(self, picture: Picture, name: str | None = None) -> Image.Image:
-        """A picture from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it.
-
-        One of more than 12.5 megapixels is reduced while it is decoded, to three times the tower's size or more.
-        """
+        """As `PictureHalf.open`; a large one is reduced to three times the tower's size or more."""
         size = getattr(self.transform, "image_size", None)
-        return open_image(picture, name=name, limits=self.limits, at_least=None if size is None else DETAIL * size)
+        self.at_least = None if size is None else DETAIL * size
+        return super().open(picture, name)
 
     def tokenize(self, pictures: Picture | Sequence[Picture], *, once: bool = False) -> Tensor:
         """One picture or several -> codes [B, 32] int64 on the CPU; `once`: by `encode_once`."""
@@ -129,7 +80,7 @@ class PictureCodec:
             ImageError: pixels of another shape or type, or NaN. CheckpointError: weights that are NaN.
         """
         pixels = self.model.check_images(pixels)
-        with self._lock, self._resident(self.model.visual_encoder, self.offload_encoder):
+        with self.reading():
             codes = self.model.encode(pixels.to(self.device)).cpu()
             if bool((codes == codes[:, :1]).all(dim=1).any()):  # NaN features have one code in all 32 places
                 self._check_features(pixels)
@@ -191,11 +142,7 @@ class PictureCodec:
         """
         check_value(int, batch_size, "batch_size", least=1)
         rows, wanted = self.model.check_prefixes(codes, first)
-        given: Any = seed.tolist() if isinstance(seed, (Tensor, np.ndarray)) else seed
-        seeds = [check_value(int, one, "The seed of a drawing", **SEEDS) for one in (
-            given if isinstance(given, (list, tuple, range)) else [given] * len(rows))]
-        if len(seeds) != len(rows):
-            raise CodesError(f"{len(rows)} pictures were given with {len(seeds)} seeds.")
+        seeds = one_seed_each(seed, len(rows))
         avoided = None if negative_codes is None else self.check_codes(negative_codes)
         if avoided is not None and len(avoided) not in (1, len(rows)):
             raise CodesError(f"{len(rows)} pictures were given with {len(avoided)} rows of negative codes; give one "
@@ -204,7 +151,7 @@ class PictureCodec:
         options = [name for name, kind in inspect.signature(decoder.decode).parameters.items()
                    if kind.kind is kind.KEYWORD_ONLY and name not in ("generator", "batch_size")]
         check_keys(decode, options, "Drawing setting")
-        with self._lock, self._resident(decoder, self.offload_decoder):
+        with self.drawing():
             for start in range(0, len(rows), batch_size):
                 embeds = self.model.decode(rows[start:start + batch_size],
                                            first=None if wanted is None else wanted[start:start + batch_size])
@@ -226,20 +173,6 @@ class PictureCodec:
             return draw(num_inference_steps=min(steps, PREVIEW_STEPS))[0]
         except ConfigError:  # a scheduler that needs more (PNDM, four) must not end the answer
             return draw(num_inference_steps=given)[0]
-
-    @contextlib.contextmanager
-    def _resident(self, part: nn.Module | Any, offload: bool) -> Iterator[None]:
-        """`part` on the computing device inside; back on the CPU afterwards when it is offloaded."""
-        if not offload or self.device.type == "cpu":
-            yield
-            return
-        part.to(self.device)
-        try:
-            yield
-        finally:
-            part.to("cpu")
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
 
 
 def is_picture(value: object) -> bool:

@@ -3,6 +3,8 @@
 An answer ends at `</s>`, at the token budget, or where the model begins a user's turn (`marker`). A forced answer opens
 with fixed words and `<img>`; they count as part of it.
 
+A model that reads pictures as features, and writes them so, gets further arguments of `generate_ids` (`reading`).
+
 Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL, "codes": […]}`,
 `{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer": Answer}`; where previews are asked for,
 `{"type": "image_preview", "image": PIL, "codes": […]}` with the first codes of a picture and what they show.
@@ -13,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -91,7 +94,8 @@ class AnswerReader:
         if not self._run:
             return []
         if self.tokenizer.vocabulary.is_image_word(self._run[0]):
-            events = [_event(part) for part in split_answer(self._run, self.tokenizer)]
+            start = len(self.ids) - len(self._run)
+            events = [_event(part, start) for part in split_answer(self._run, self.tokenizer)]
         else:
             events = self._new_text(final=True)
         self._run, self._told = [], 0
@@ -123,9 +127,10 @@ class AnswerReader:
             self.ids.pop()
 
 
-def _event(part: Any) -> Event:
+def _event(part: Any, start: int) -> Event:
+    """The event of a part of a run that begins at id `start` of the answer."""
     if isinstance(part, ImagePart):
-        return {"type": "image", "codes": list(part.codes)}
+        return {"type": "image", "codes": list(part.codes), "place": start + part.place}
     if isinstance(part, BrokenImagePart):
         return {"type": "image_broken", "reason": part.reason}
     return {"type": "text", "text": part.text}
@@ -208,19 +213,22 @@ class Speaker:
     their own pace, whoever reads them, so one that is not read on keeps others waiting no longer than its answer takes.
     """
 
-    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, marker: str = "") -> None:
+    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, marker: str = "",
+                 resident: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext) -> None:
+        """`resident`: inside it, the model is where it computes."""
         self.llm = llm
         self.tokenizer = tokenizer
         self.marker = marker
+        self.resident = resident
         self._lock = threading.Lock()
 
     def answer(self, prompt: Sequence[int], settings: GenerationSettings, opening: str = "",
-               watch: Callable[[], None] | None = None) -> list[int]:
-        """The ids of one answer; `opening`: fixed first words of it; `watch`: see `generate_ids`."""
+               watch: Callable[[], None] | None = None, reading: Mapping[str, Any] | None = None) -> list[int]:
+        """The ids of one answer; `opening`: fixed first words of it; `watch`, `reading`: of `generate_ids`."""
         prompt, fixed = self._open(prompt, opening, settings)
         reader = AnswerReader(self.tokenizer, self.marker)
         if settings.num_beams > 1:  # beams cannot be watched: read the best one afterwards
-            return reader.read_all([*fixed, *self._best(prompt, settings, watch)])
+            return reader.read_all([*fixed, *self._best(prompt, settings, watch, reading)])
         for token in fixed:
             reader.read(token)
 
@@ -229,11 +237,12 @@ class Speaker:
             return not reader.finished
 
         with self._lock, contextlib.suppress(StopGeneration):
-            generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=ReadingStreamer(take), watch=watch)
+            self._generate(prompt, settings, watch, reading, ReadingStreamer(take))
         return reader.read_all(())
 
     def events(self, prompt: Sequence[int], settings: GenerationSettings, opening: str | Sequence[int] = "",
-               previews: Sequence[int] = (), watch: Callable[[], None] | None = None) -> Generator[Event, None, None]:
+               previews: Sequence[int] = (), watch: Callable[[], None] | None = None,
+               reading: Mapping[str, Any] | None = None) -> Generator[Event, None, None]:
         """The same answer as events while it is made (pictures as codes); the last one is `{"type": "end", "ids": …}`.
 
         With several beams all events come at the end, when the best one is known, and there are no previews.
@@ -247,20 +256,20 @@ class Speaker:
             prompt, fixed = self._open(prompt, opening, settings)
         else:
             prompt, fixed = list(prompt), list(opening)
-        return self._events(prompt, fixed, settings, previews if settings.num_beams == 1 else (), watch)
+        return self._events(prompt, fixed, settings, previews if settings.num_beams == 1 else (), watch,
+                            reading)
 
     def _events(self, prompt: list[int], fixed: list[int], settings: GenerationSettings, previews: Sequence[int],
-                watch: Callable[[], None] | None) -> Generator[Event, None, None]:
+                watch: Callable[[], None] | None, reading: Mapping[str, Any] | None) -> Generator[Event, None, None]:
         reader = AnswerReader(self.tokenizer, self.marker, previews)
         for token in fixed:
             yield from reader.read(token)
         tokens: Iterator[int]
         if settings.num_beams > 1:
-            tokens = (token for token in self._best(prompt, settings, watch))
+            tokens = (token for token in self._best(prompt, settings, watch, reading))
         else:
             tokens = tokens_from_thread(
-                lambda streamer: generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer=streamer,
-                                              watch=watch), self._lock)
+                lambda streamer: self._generate(prompt, settings, watch, reading, streamer), self._lock)
         with contextlib.closing(tokens):  # type: ignore[type-var]  # leaving early ends the thread
             for token in tokens:
                 yield from reader.read(token)
@@ -269,12 +278,16 @@ class Speaker:
         yield from reader.close()
         yield {"type": "end", "ids": reader.ids}
 
-    def _best(self, prompt: Sequence[int], settings: GenerationSettings,
-              watch: Callable[[], None] | None = None) -> list[int]:
+    def _best(self, prompt: Sequence[int], settings: GenerationSettings, watch: Callable[[], None] | None,
+              reading: Mapping[str, Any] | None) -> list[int]:
         """The best beam's tokens, without a forced `<img>`."""
         with self._lock:
-            best = generate_ids(self.llm, [prompt], settings, self.tokenizer, watch=watch)[0]
-        return best[int(settings.force_image):]
+            return self._generate(prompt, settings, watch, reading)[int(settings.force_image):]
+
+    def _generate(self, prompt: Sequence[int], settings: GenerationSettings, watch: Callable[[], None] | None,
+                  reading: Mapping[str, Any] | None, streamer: Any = None) -> list[int]:
+        with self.resident():
+            return generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer, watch, **(reading or {}))[0]
 
     def _open(self, prompt: Sequence[int], opening: str, settings: GenerationSettings) -> tuple[list[int], list[int]]:
         """The prompt with the words of a forced answer, and the tokens of the answer that are fixed already."""

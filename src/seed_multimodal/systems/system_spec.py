@@ -1,56 +1,28 @@
-"""Finding the parts of a system: one folder with `system.json`, or the released models' separate folders.
-
-`system.json` names the sub-folders and the settings that belong to the weights:
-
-    {"tokenizer": "seed_tokenizer", "llm": "seed_llama", "detokenizer": "seed_tokenizer/diffusion_model",
-     "template": "vicuna", "image_size": 64, "transform": {"type": "clip", "keep_ratio": false},
-     "generation": {"max_new_tokens": 128}, "tasks": {"draw_response": "Here is the picture."}, "previews": [8, 16]}
+"""Finding the parts of a SEED-LLaMA system: one folder with `system.json` (`system_file`), or the released models'
+separate folders.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from seed_multimodal.data.formats.files import nearest_path
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import PARTS, download, is_hub_name, llm_kind, locate, locate_system, not_on_disk
 from seed_multimodal.language.prompts import template_for
-from seed_multimodal.language.tasks import NANO_TASKS, RELEASED_TASKS, TaskPrompts
-from seed_multimodal.settings import check_keys, nearest, read_settings, setting
+from seed_multimodal.language.tasks import RELEASED_TASKS
+from seed_multimodal.settings import nearest
+from seed_multimodal.systems.system_file import RELEASED_TRANSFORM, SystemFile, read_system_json
 
 # The released inference scripts' settings (top_k 50 is the library default they run under).
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
-RELEASED_TRANSFORM = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
 NANO_RUNS = "The shipped model runs now, under the name nano."
 TEMPLATES = {"8b": "vicuna", "14b": "llama2"}  # of the released models by their short names
 NAMES = ("nano", *TEMPLATES)
 RELEASED_NAMES = ("released", *TEMPLATES)
-
-
-@dataclass(frozen=True)
-class SystemFile:
-    """`system.json`: paths relative to its folder, and the settings that belong to the weights.
-
-    `previews`: after how many of a picture's codes a stream shows it, for weights trained on prefixes of the codes.
-    `world`: nano says which words of a request are not of its world of scenes; empty: any words will do.
-    """
-
-    tokenizer: Path = Path("seed_tokenizer")
-    llm: Path = Path("seed_llama")
-    detokenizer: Path | None = Path("seed_tokenizer/diffusion_model")
-    vision: Path | None = None
-    template: str = "vicuna"
-    image_size: int = setting(224, least=1)
-    transform: dict[str, Any] = field(default_factory=lambda: dict(RELEASED_TRANSFORM))
-    generation: dict[str, Any] = field(default_factory=dict)
-    tasks: TaskPrompts = NANO_TASKS
-    previews: tuple[int, ...] = setting((), least=1)
-    world: str = setting("", choices=("", "nano"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,26 +64,10 @@ def find_system(
     return _from_folder(folder, parts, template)
 
 
-def read_system_json(folder: Path) -> SystemFile:
-    """`system.json` of `folder`; keys that begin with `_` are remarks.
-
-    Raises:
-        CheckpointError: no such file; ConfigError: not JSON, or keys or values that mean nothing.
-    """
-    from seed_multimodal.images.transforms import get_transform
-
-    file = folder / "system.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: there is no such file; a system folder names its parts there.")
-    values = read_json_object(file, ConfigError)
-    found = read_settings(SystemFile, {key: value for key, value in values.items() if not key.startswith("_")},
-                          str(file))
-    check_keys(found.transform, inspect.signature(get_transform).parameters, f"{file}: transform")
-    return found
-
-
 def _from_folder(folder: Path, parts: dict[str, Path], template: str | None) -> SystemSpec:
     file = read_system_json(folder)
+    if not isinstance(file, SystemFile):
+        raise ConfigError(f"{folder}: its system.json describes another system, {file.system}, which has no codes.")
     own = {key: folder / value for key, value in vars(file).items() if isinstance(value, Path)}
     spec = SystemSpec(**{**vars(file), **own, **parts, "name": str(folder), "template": template or file.template,
                          "transform": {**RELEASED_TRANSFORM, **file.transform}})

@@ -1,0 +1,267 @@
+"""SEED-X as one object: it describes, answers, finds things, draws, edits, rebuilds and chats with several pictures.
+
+    pictures ─► views ─► tower ─► features ─► agent (LLaMA and two resamplers) ─► words, boxes and features ─► SDXL
+
+    seed = SeedX.from_pretrained("seed-x-i")
+    print(seed.describe("cat.png"))
+    seed.detect("street.png", "the red car").drawn().save("found.png")
+
+Pictures have no codes here: the model reads their features and writes features at 64 fixed words. `ask` and `chat` are
+those of all systems (`talking`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from seed_multimodal.detokenizers.sdxl import pooled_tokens
+from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
+from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.images.boxes import draw_boxes
+from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.continuous import ContinuousLVLM, Prompt
+from seed_multimodal.language.generation import ImageStates
+from seed_multimodal.language.seed_x import (
+    Box,
+    SeedXPrompts,
+    ShownPicture,
+    WrittenPicture,
+    answer_text,
+    place_pictures,
+    read_boxes,
+    without_words,
+)
+from seed_multimodal.language.seed_x import Content as Spans
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.systems.chat import Answer, Content, as_text
+from seed_multimodal.systems.picture_half import Picture, resident
+from seed_multimodal.systems.pictures import is_codes, is_picture
+from seed_multimodal.systems.seed_x_parts import load_agent_model, load_pictures
+from seed_multimodal.systems.seed_x_pictures import FeaturePictures, SeenPicture
+from seed_multimodal.systems.seed_x_spec import SeedXSpec, find_seed_x
+from seed_multimodal.systems.speaker import Speaker
+from seed_multimodal.systems.talking import Log, Painted, Request, TalkingSystem
+
+DECODE_KEYS = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "scheduler", "height", "width", "ratio")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What was found in a picture; iterating gives its boxes.
+
+    Attributes:
+        boxes: (left, top, right, bottom) in whole pixels of `picture`, cut off at its edges. grid: the same in 224ths.
+        text: of the answer, words of boxes included. problems: a sentence about each malformed box.
+    """
+
+    picture: Image.Image
+    boxes: list[tuple[int, int, int, int]]
+    grid: list[Box]
+    text: str
+    problems: list[str]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        return iter(self.boxes)
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def drawn(self, **options: Any) -> Image.Image:
+        """The picture with the boxes on it; `options` of `draw_boxes`."""
+        return draw_boxes(self.picture, self.boxes, **options)
+
+
+class SeedX(TalkingSystem):
+    """A loaded system; make one with `from_pretrained`.
+
+    Every method takes generation settings (`GenerationSettings`) and, where it draws, de-tokenizer settings
+    (`FeaturePictures.draw`) as keywords; defaults are the system's own in `system.json`.
+    """
+
+    decode_keys = DECODE_KEYS
+
+    def __init__(self, spec: SeedXSpec, tokenizer: MultimodalTokenizer, agent: ContinuousLVLM,
+                 pictures: FeaturePictures, log: Log = None, *, offload_llm: bool = False) -> None:
+        self.spec, self.tasks, self.log = spec, spec.tasks, log
+        self.tokenizer, self.agent, self.llm, self.pictures = tokenizer, agent, agent.llm, pictures
+        self.prompts = SeedXPrompts(tokenizer, spec.tuned)
+        self.template = self.prompts.template
+        device = next(agent.output_resampler.parameters()).device
+        self.speaker = Speaker(agent.llm, tokenizer, self.template.turn_marker if spec.tuned else "",
+                               partial(resident, agent.llm, device, offload_llm))
+        self.settings()  # wrong defaults in system.json are reported now, not at the first question
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path | None = None, *, llm: str | Path | None = None, agent: str | Path | None = None,
+        tokenizer: str | Path | None = None, vision: str | Path | None = None, sdxl: str | Path | None = None,
+        detokenizer: str | Path | None = None, tuned: bool | None = None, device: str = "auto", dtype: Any = "auto",
+        quantization: str | None = None, image_device: str | None = None, drawing_device: str | None = None,
+        load_decoder: bool = True, offload: bool = False, log: Log = print,
+    ) -> SeedX:
+        """Load a system; its de-tokenizer is loaded when the first picture is drawn.
+
+        Args:
+            name: `seed-x`, `seed-x-i`, `seed-x-edit`, or a folder with `system.json`.
+            llm, agent, tokenizer, vision, sdxl, detokenizer, tuned: single parts (folders or hub names), see
+                `seed_x_spec.find_seed_x`.
+            device, dtype: of the language model and the agent, see `choose_device`.
+            quantization: "8bit" or "4bit" for the language model, on CUDA devices and CPUs.
+            image_device, drawing_device: where pictures are read and drawn, if not on `device`.
+            load_decoder: False: a system that never draws.
+            offload: each part is on its device only while it works; a quantised language model stays there.
+
+        Raises:
+            CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
+        """
+        spec = find_seed_x(name, llm=llm, agent=agent, tokenizer=tokenizer, vision=vision, sdxl=sdxl,
+                           detokenizer=detokenizer, tuned=tuned)
+        runtime = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
+        here = choose_for_pictures(runtime.device if image_device is None else image_device, dtype, runtime, log)
+        there = choose_for_pictures(here.device if drawing_device is None else drawing_device, dtype, here, log)
+        words = MultimodalTokenizer.from_pretrained(spec.tokenizer)
+        offload_llm = offload and quantization is None
+        model = load_agent_model(spec, words, runtime, quantization, offload_llm)
+        pictures = load_pictures(spec, model, here, there, load_decoder, offload)
+        return cls(spec, words, model, pictures, log, offload_llm=offload_llm)
+
+    # ---- tasks
+
+    def detect(self, image: Any, phrase: str, **options: Any) -> Detection:
+        """Where `phrase` is in a picture. A model that follows instructions is asked for it; the base model completes
+        it, so its last words name the thing."""
+        image = self._shown(image)
+        if len(image) != 1 or not is_picture(image[0]):
+            raise RequestError("Things are looked for in one picture.")
+        phrase = as_text(phrase, "The phrase")
+        opened = not self.spec.tuned
+        request = self._task([*image, phrase if opened else self.tasks.detect_request(phrase)], "detect")
+        ids = self.speaker.answer(request.ids, self.settings(**options), reading=request.reading)
+        text = answer_text(ids, self.tokenizer)
+        grid, problems = read_boxes(text, opened, self.prompts.vocabulary.n_locations)
+        for problem in problems if self.log else ():
+            self.log(problem)  # type: ignore[misc]
+        picture = self.pictures.open(image[0])
+        corners = [box.corners(picture.size, self.prompts.vocabulary.n_locations) for box in grid]
+        return Detection(picture, corners, grid, text, problems)
+
+    def draw(self, text: str, seed: int = 0, *, verbatim: bool = False, **options: Any) -> Image.Image:
+        """A picture of `text`, which is put into the system's drawing request unless `verbatim`; `GenerationError` for
+        no whole picture."""
+        text = as_text(text, "The text to draw")
+        words = self.tasks.draw_words if self.spec.tuned else 0
+        plain = verbatim or not self.spec.tuned
+        return self._drawn("draw", [text if plain else self.tasks.draw_request(text)], self.tasks.draw_response,
+                           {**options, "seed": seed}, words)
+
+    def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
+        """`image` after `instruction`, in its aspect ratio (`ratio`, see `images.aspect`); raises as `draw`."""
+        return self._drawn("edit", [*self._shown(image), as_text(instruction, "The instruction")],
+                           self.tasks.edit_response, {**options, "seed": seed}, self.tasks.edit_words)
+
+    def reconstruct(self, images: Picture | Sequence[Picture], condition: Picture | Sequence[Picture] | None = None,
+                    seed: Any = 0, *, embeddings: int | None = None, **decode: Any) -> list[Image.Image]:
+        """Pictures drawn again from their features.
+
+        Args:
+            condition: for a second stage, the picture (or one for each) that shows what it may take over.
+            embeddings: means of so many neighbours' features are drawn from (64: as the language model writes them);
+                None: all, as the released scripts did.
+        """
+        pictures = [self.pictures.open(picture) for picture in _several(images)]
+        given = None if condition is None else [self.pictures.open(picture) for picture in _several(condition)]
+        if given is not None and len(given) == 1:
+            given *= len(pictures)
+        features = self.pictures.whole(pictures)
+        if embeddings is not None:
+            if embeddings < 1 or features.shape[1] % embeddings:
+                raise ConfigError(f"embeddings must divide the tower's {features.shape[1]}, not {embeddings}.")
+            features = pooled_tokens(features, embeddings)
+        return self.pictures.draw(features, seed=seed, conditions=given, **decode)
+
+    # ---- inside
+
+    def _words(self, answer: Answer) -> str:
+        return without_words(answer.text).strip()
+
+    def _drawn(self, task: str, content: list[Any], opening: str, options: dict[str, Any],
+               words: int) -> Image.Image:
+        decode = self._take_decode(options)
+        request, part, seed = self._one_picture(task, content, opening, options, words)
+        drawn = request.paint([part], seed, decode)[0]
+        assert drawn is not None
+        return drawn
+
+    def _request(self, contents: Sequence[Content], opening: str = "", task: str = "") -> Request:
+        if not self.spec.tuned and task not in ("ask", "detect", "draw"):
+            raise ConfigError(f"{self.spec.name} continues texts, it was not tuned to follow instructions: it "
+                              f"describes, answers, detects and draws; take SEED-X-I to chat and SEED-X-Edit to edit.")
+        turns: list[tuple[str, list[Spans]]] = []
+        seen: list[SeenPicture] = []
+        sources: list[Image.Image] = []
+        for role, items in contents:
+            pictures = self.pictures.read([item for item in items if is_picture(item)], editing=task == "edit")
+            seen += pictures
+            sources += [picture.picture for picture in pictures]
+            sources += [item.image for item in items if getattr(item, "image", None) is not None
+                        and isinstance(item, ImagePart)]
+            turns.append((role, self._placed(role, items, [len(picture.features) for picture in pictures])))
+        prompt = self._prompt(turns, task, seen)
+        states = ImageStates(len(self.tokenizer.encode_parts([opening])) if opening else 0)
+        reading = {"embed": self.agent.reader([prompt], self.tokenizer), "states": states}
+        return Request(list(prompt.ids), partial(self._paint, states, sources[-1] if sources else None), reading,
+                       seen=bool(seen))
+
+    def _prompt(self, turns: list[tuple[str, list[Spans]]], task: str, seen: list[SeenPicture]) -> Prompt:
+        import torch
+
+        if self.spec.tuned:
+            ids = self.prompts.dialogue(turns)
+            places: list[int] | None = self.prompts.places(ids, turns)
+        else:
+            ids, places = self.prompts.alone(turns[0][1], task), None
+        if not seen:
+            return Prompt(ids, places=places)
+        device = next(self.agent.input_resampler.parameters()).device
+        return Prompt(ids, torch.cat([one.features for one in seen]).to(device),
+                      torch.cat([one.positions for one in seen]).to(device), places)
+
+    def _placed(self, role: str, items: list[Any], views: list[int]) -> list[Spans]:
+        """A message's texts and pictures as parts of a prompt; `<image>` in a user's text stands for a picture."""
+        texts = [item for item in items if isinstance(item, str)]
+        if role == "user" and any(PLACEHOLDER in text for text in texts):
+            if any(not isinstance(item, str) and not is_picture(item) for item in items):
+                raise RequestError(f"A message with {PLACEHOLDER} holds pictures and texts only.")
+            return place_pictures("".join(texts), views)
+        rest = iter(views)
+        spans: list[Spans] = []
+        for item in items:
+            if isinstance(item, str):
+                spans.append(item)
+            elif is_picture(item):
+                spans.append(ShownPicture(next(rest)))
+            else:
+                codes = item if is_codes(item) else item.codes
+                if [int(code) for code in codes] != list(range(self.tokenizer.vocabulary.tokens_per_image)):
+                    raise RequestError("Pictures of SEED-X have no codes; give the picture itself.")
+                spans.append(WrittenPicture())
+        return spans
+
+    def _paint(self, states: ImageStates, source: Image.Image | None, parts: Sequence[ImagePart], seed: int | None,
+               decode: dict[str, Any]) -> Painted:
+        features = self.agent.written(states, [range(part.place, part.place + len(part.codes)) for part in parts])
+        shown = [source] * len(parts) if source is not None and self.pictures.reads_condition else None
+        if shown is None:
+            decode = {key: value for key, value in decode.items() if key not in ("ratio", "image_guidance_scale")}
+        return list(self.pictures.draw(features, seed=seed or 0, conditions=shown, **decode))
+
+
+def _several(pictures: Any) -> list[Any]:
+    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]

@@ -1,0 +1,102 @@
+"""SEED-X's parts out of their files, checked to belong together."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from seed_multimodal.device import Runtime
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.images.any_resolution import AnyResolution, read_grids
+from seed_multimodal.language.continuous import ContinuousLVLM
+from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.seed_x import seed_x_words
+from seed_multimodal.systems.seed_x_pictures import FeaturePictures
+from seed_multimodal.systems.seed_x_spec import SeedXSpec, read_agent_sizes
+from seed_multimodal.vision.qwen_vit import QwenVit
+from seed_multimodal.vision.resampler import Resampler
+
+if TYPE_CHECKING:
+    from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+
+def load_agent_model(spec: SeedXSpec, words: MultimodalTokenizer, runtime: Runtime, quantization: str | None = None,
+                     offload_llm: bool = False) -> ContinuousLVLM:
+    """The language model with its two resamplers, in eval mode and frozen.
+
+    Args:
+        quantization: "8bit" or "4bit", of the language model alone.
+        offload_llm: the language model is read onto the CPU.
+
+    Raises:
+        CheckpointError: missing or damaged files, or parts of different sizes. ConfigError: another tokenizer.
+    """
+    vocabulary = seed_x_words(words)
+    llm = load_llm(spec.llm, device="cpu" if offload_llm else runtime.device, dtype=runtime.dtype,
+                   quantization=quantization, vocabulary=vocabulary)
+    sizes = read_agent_sizes(spec.agent)
+    read, write = sizes.input_resampler, sizes.output_resampler
+    for what, here, there in (
+            ("input resampler writes", read.embed_dim, llm.config.hidden_size),
+            ("output resampler reads", write.kv_dim or write.embed_dim, llm.config.hidden_size)):
+        if here != there:
+            raise CheckpointError(f"{spec.agent}: its {what} width {here}, but the language model {spec.llm} has width "
+                                  f"{there}; they do not belong together.")
+    for config in (read, write):
+        if config.grid_size**2 != vocabulary.tokens_per_image:
+            raise CheckpointError(f"{spec.agent}: its resamplers give {config.grid_size**2} embeddings of a picture, "
+                                  f"but the tokenizer has {vocabulary.tokens_per_image} words for them.")
+    agent = ContinuousLVLM.from_pretrained(llm, Resampler(read), Resampler(write), spec.agent, **vars(sizes.settings))
+    for part in (agent.input_resampler, agent.output_resampler):
+        part.to(runtime.device, runtime.dtype)
+    if sizes.settings.add_patch_pos:
+        agent.patch_pos_embed.data = agent.patch_pos_embed.data.to(runtime.device, runtime.dtype)
+    return agent.requires_grad_(False).eval()
+
+
+def load_pictures(spec: SeedXSpec, agent: ContinuousLVLM, here: Runtime, there: Runtime, load_decoder: bool = True,
+                  offload: bool = False) -> FeaturePictures:
+    """The picture half: the tower now, the de-tokenizer when it is first needed.
+
+    Args:
+        here, there: where pictures are read and drawn.
+
+    Raises:
+        CheckpointError: a tower that is missing, damaged, or of another width than the agent.
+    """
+    tower = QwenVit.from_pretrained(spec.vision, device="cpu" if offload else here.device, dtype=here.dtype)
+    wanted = read_agent_sizes(spec.agent)
+    reads = wanted.input_resampler.kv_dim or wanted.input_resampler.embed_dim
+    if tower.config.output_dim != reads:
+        raise CheckpointError(f"{spec.vision}: the tower's features have width {tower.config.output_dim}, but the "
+                              f"agent {spec.agent} reads width {reads}; they do not belong together.")
+    size = tower.config.image_size
+    load = None
+    if load_decoder and spec.detokenizer is not None:
+        load = partial(open_decoder, spec, wanted.output_resampler.embed_dim, there)
+    largest = max(max(grid) for grid in read_grids(spec.grids))
+    return FeaturePictures(tower, AnyResolution(size, spec.grids), AnyResolution(size, spec.edit_grids),
+                           load_decoder=load, device=here.device, drawing_device=there.device,
+                           at_least=2 * size * largest, offload_encoder=offload, offload_decoder=offload)
+
+
+def open_decoder(spec: SeedXSpec, width: int, there: Runtime) -> SdxlDetokenizer:
+    """SDXL with the adapter.
+
+    Args:
+        width: of the features that the language model writes.
+
+    Raises:
+        CheckpointError: missing or damaged files, an adapter of another width.
+    """
+    from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
+
+    assert spec.detokenizer is not None
+    made = SdxlDetokenizer.from_pretrained(spec.sdxl, spec.detokenizer, device=torch.device("cpu"), dtype=there.dtype)
+    if made.embedding_dim != width:
+        raise CheckpointError(f"{spec.detokenizer}: reads features of width {made.embedding_dim}, but the agent writes "
+                              f"width {width}; they do not belong together.")
+    return made
