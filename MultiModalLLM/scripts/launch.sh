@@ -1,5 +1,5 @@
-# Sourced by the training scripts: `launch PORT ARGUMENTS…` starts src/train/train.py as one process, or as one of
-# torchrun's on any number of nodes. From the environment, torchrun's names first and the original's as defaults:
+# Sourced by the training scripts: `launch PORT ARGUMENTS…` starts PROGRAM (src/train/train.py) as one process, or as one
+# of torchrun's on any number of nodes. From the environment, torchrun's names first and the original's as defaults:
 #   NPROC (or NPROC_PER_NODE, HOST_GPU_NUM)  processes on this node; default: its GPUs, or one
 #   NNODES (HOST_NUM)                        nodes; default 1
 #   NODE_RANK (INDEX)                        this node's number; default 0
@@ -31,11 +31,11 @@ launch() {
     counted "NPROC (NPROC_PER_NODE, HOST_GPU_NUM)" "$processes"
     counted "NNODES (HOST_NUM)" "$nodes"
     if [ "$nodes" = 1 ] && [ "$processes" = 1 ]; then
-        exec "$PYTHON" src/train/train.py "$@"
+        exec "$PYTHON" "${PROGRAM:-src/train/train.py}" "$@"
     fi
     PYTHONPATH=$(cd ../src && pwd)${PYTHONPATH:+:$PYTHONPATH}  # a checkout need not be installed
     export PYTHONPATH
     exec "$PYTHON" -m seed_multimodal.training.torchrun --nnodes="$nodes" --node_rank="${NODE_RANK:-${INDEX:-0}}" \
         --nproc_per_node="$processes" --master_addr="${MASTER_ADDR:-${CHIEF_IP:-127.0.0.1}}" \
-        --master_port="${MASTER_PORT:-$port}" src/train/train.py "$@"
+        --master_port="${MASTER_PORT:-$port}" "${PROGRAM:-src/train/train.py}" "$@"
 }

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +14,21 @@ import numpy as np
 import pytest
 import tiny_sdxl
 import torch
+import warm_python
 from PIL import Image
 
 from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
+from seed_multimodal.training.llm.app import main
+from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.seed_x.detokenizer import train_detokenizer
+from seed_multimodal.training.seed_x.detokenizer_app import APPLICATION
+from seed_multimodal.training.seed_x.detokenizer_settings import GROUPS, read_detokenizer_run
 from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
 
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "MultiModalLLM" / "configs" / "seed_x_detokenizer"
 TOWER = QwenVitConfig(image_size=16, patch_size=4, width=16, layers=1, heads=2, output_dim=tiny_sdxl.WIDTH,
                       n_queries=16, position_grid=4, pool_heads=2)
 
@@ -165,3 +176,74 @@ def test_bad_pictures_are_named_and_counted(parts: Path, tmp_path: Path, capsys:
         path.write_bytes(b"")
     with pytest.raises(DataError, match="samples in a row, from number . on, cannot be used"):
         train_detokenizer(config(parts, tmp_path / "empty", data={"sources": sources}))
+
+
+# ---- the program
+
+
+def arguments(parts: Path, output: Path, *more: str) -> list[str]:
+    return ["model=tiny", "data=tiny_edits", "trainer=tiny", f"model.sdxl={parts / 'sdxl'}",
+            f"model.tower={parts / 'tower'}", "model.stage=2", "trainer.max_steps=12", "trainer.save_steps=3",
+            f"output_dir={output}", *more]
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigkill_and_resume_is_bit_equal(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program on edits and scenes, with a data worker and averaged weights, really killed."""
+    monkeypatch.setenv("EDITS", str(parts / "edits.jsonl"))
+    more = ("trainer.ema=0.9", "trainer.dataloader_num_workers=1", "optim.learning_rate=1e-3")
+    own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    process = subprocess.Popen(
+        [warm_python.PYTHON, "src/train/train_seed_x_detokenizer.py", *arguments(parts, tmp_path / "killed", *more)],
+        cwd=ROOT / "MultiModalLLM", stderr=subprocess.PIPE, text=True,
+        env={**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")})
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None and not (
+            tmp_path / "killed" / "checkpoint-6" / "manifest.json").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    complained = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGKILL, complained
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    for name in ("killed", "whole"):
+        assert main(arguments(parts, tmp_path / name, *more), CONFIGS, APPLICATION) == 0
+    assert len(losses(tmp_path / "whole")) == 12 and losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    adapters = [(tmp_path / name / "adapter" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_published_configurations_are_read(stage: int) -> None:
+    """At the released sizes; what the paper gives is in them."""
+    chosen = [f"{group}=stage{stage}" for group in ("model", "data", "trainer")]
+    run = read_detokenizer_run(compose([*chosen, "output_dir=x"], CONFIGS).config)
+    assert run.model.stage == stage and run.trainer.max_steps == {1: 42000, 2: 30000}[stage]
+    assert run.model.trained == {1: "key_value", 2: "all"}[stage] and run.model.tokens == 64
+    assert run.optim.learning_rate == 1e-4 and run.optim.lr_scheduler_type == "cosine"
+    assert any(source.condition_key for source in run.data.sources) == (stage == 2)
+    assert {path.name for path in CONFIGS.iterdir()} == {"train.yaml", *GROUPS}
+
+
+def test_what_the_program_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, said in ((["--max_steps", "4"], "takes overrides (trainer.max_steps=10), not the flags"),
+                        (["model=stage3"], "there is no such file and no such configuration in"),
+                        (["trainer.eval_steps=3"], "trainer: unknown key 'eval_steps'"),
+                        (["tokenizer.x=1"], "configuration: unknown key 'tokenizer'"), (["nothing"], "is neither")):
+        assert main([*given, f"output_dir={tmp_path / 'run'}"], CONFIGS, APPLICATION) == 2
+        written = capsys.readouterr().err
+        assert said in written and written.startswith("train_seed_x_detokenizer.py: ") and written.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert main(["--help"], CONFIGS, APPLICATION) == 0
+    assert "data: stage1, stage2, tiny, tiny_edits" in capsys.readouterr().out
+
+
+@pytest.mark.process
+def test_the_script_asks_for_its_stage() -> None:
+    script = ROOT / "scripts" / "train_seed_x_detokenizer.sh"
+    done = subprocess.run(["sh", str(script)], capture_output=True, text=True)
+    assert done.returncode == 2 and "the first argument is the stage: 1" in done.stderr
+    done = subprocess.run(["sh", str(script), "2", "model.stage=4"], capture_output=True, text=True,
+                          env={**os.environ, "NPROC": "1"})
+    assert done.returncode == 2 and "model: stage must be 1 or 2, not 4." in done.stderr

@@ -11,18 +11,43 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from seed_multimodal.entry import guarded, run_and_exit
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.llm.compose import GROUPS, compose
 from seed_multimodal.training.llm.flags import translate
 
-PROGRAM = "train.py"
+
+@dataclass(frozen=True)
+class Application:
+    """A training with a command line of this kind.
+
+    Attributes:
+        program: its name. usage: for `--help`. groups: of its configurations.
+        train: trains by a resolved configuration. flags: whether the original's flags have a meaning for it.
+    """
+
+    program: str
+    usage: str
+    groups: Sequence[str]
+    train: Callable[[Mapping[str, Any]], Any]
+    flags: bool = False
 
 
-def main(argv: Sequence[str] | None = None, configs: str | Path = "configs") -> int:
+def _train_llm(config: Mapping[str, Any]) -> Any:
+    from seed_multimodal.training.llm.train import train_llm
+
+    return train_llm(config)
+
+
+LLM = Application("train.py", str(__doc__), GROUPS, _train_llm, flags=True)
+
+
+def main(argv: Sequence[str] | None = None, configs: str | Path = "configs", application: Application = LLM) -> int:
     """Compose and train; returns the exit code (2: refused or failed, with one sentence on stderr; 143: SIGTERM).
 
     Args:
@@ -30,41 +55,43 @@ def main(argv: Sequence[str] | None = None, configs: str | Path = "configs") -> 
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank = os.environ.get("RANK")
-    program = PROGRAM if rank in (None, "0") else f"{PROGRAM} (rank {rank})"
-    return guarded(program, "--debug" in arguments, lambda: run(arguments, Path(configs)))
+    program = application.program if rank in (None, "0") else f"{application.program} (rank {rank})"
+    return guarded(program, "--debug" in arguments, lambda: run(arguments, Path(configs), application))
 
 
-def main_process(configs: str | Path) -> NoReturn:
+def main_process(configs: str | Path, application: Application = LLM) -> NoReturn:
     """`main` as a program."""
-    run_and_exit(lambda: main(configs=configs))
+    run_and_exit(lambda: main(configs=configs, application=application))
 
 
-def run(arguments: Sequence[str], configs: Path) -> int:
+def run(arguments: Sequence[str], configs: Path, application: Application = LLM) -> int:
     """As `main`, with refusals raised."""
-    own = translate(arguments).options
+    given = translate(arguments)
+    own = given.options
     folder = Path(own.config_path) if own.config_path else configs
     if own.help:
-        print(help_text(folder))
+        print(help_text(folder, application))
         return 0
+    if given.original and not application.flags:
+        raise ConfigError("This training takes overrides (trainer.max_steps=10), not the flags of the "
+                          "language model's training; see --help.")
     composed = compose(arguments, folder, own.config_name, whole=not own.cfg)
     if own.cfg:
         from omegaconf import OmegaConf
 
         print(OmegaConf.to_yaml(OmegaConf.create(composed.config)), end="")
         return 0
-    from seed_multimodal.training.llm.train import train_llm
-
     if os.environ.get("RANK", "0") == "0":
         for remark in composed.remarks:
             print(f"[train] {remark}", flush=True)
-    train_llm(composed.config)
+    application.train(composed.config)
     return 0
 
 
-def help_text(configs: Path) -> str:
+def help_text(configs: Path, application: Application = LLM) -> str:
     """Usage and the groups' configurations."""
-    lines = [str(__doc__).strip(), "", f"Configurations in {configs}:"]
-    for group in GROUPS:
+    lines = [application.usage.strip(), "", f"Configurations in {configs}:"]
+    for group in application.groups:
         folder = configs / ("data" if group == "eval_data" else group)
         names = sorted(path.stem for path in folder.glob("*") if path.suffix in (".yaml", ".json"))
         lines.append(f"  {group}: {', '.join(names) or '-'}")

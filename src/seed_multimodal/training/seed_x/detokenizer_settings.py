@@ -13,6 +13,7 @@ from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.detokenizers.sdxl_training import ConditionDropout
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, read_settings, setting
+from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.llm.trainer_settings import LoopTrainerSettings
 from seed_multimodal.training.loop_settings import LoopSettings
 from seed_multimodal.training.optimizers import OptimSettings
@@ -160,6 +161,9 @@ def read_detokenizer_run(config: Mapping[str, Any]) -> DetokenizerRun:
         read_settings(DetokenizerData, config["data"], "data"), read_settings(OptimSettings, config["optim"], "optim"),
         read_settings(DetokenizerTrainer, config["trainer"], "trainer"), dict(config))
     _check_sources(run)
+    model = run.model
+    model.sdxl, model.tower = find_folder(model.sdxl), find_folder(model.tower)
+    model.start = str(find_folder(model.start)) if model.start else ""
     return run
 
 
