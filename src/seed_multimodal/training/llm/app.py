@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from seed_multimodal.entry import guarded, run_and_exit
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.llm.compose import GROUPS, compose
+from seed_multimodal.training.llm.compose import FOLDERS, GROUPS, SEED_X_GROUPS, compose
 from seed_multimodal.training.llm.flags import translate
 
 
@@ -29,6 +29,7 @@ class Application:
     Attributes:
         program: its name. usage: for `--help`. groups: of its configurations.
         train: trains by a resolved configuration. flags: whether the original's flags have a meaning for it.
+        config_name: of its configuration, unless `--config-name` names another.
     """
 
     program: str
@@ -36,6 +37,7 @@ class Application:
     groups: Sequence[str]
     train: Callable[[Mapping[str, Any]], Any]
     flags: bool = False
+    config_name: str = "train"
 
 
 def _train_llm(config: Mapping[str, Any]) -> Any:
@@ -44,7 +46,8 @@ def _train_llm(config: Mapping[str, Any]) -> Any:
     return train_llm(config)
 
 
-LLM = Application("train.py", str(__doc__), GROUPS, _train_llm, flags=True)
+LLM = Application("train.py", str(__doc__), [one for one in GROUPS if one not in SEED_X_GROUPS], _train_llm,
+                  flags=True)
 
 
 def main(argv: Sequence[str] | None = None, configs: str | Path = "configs", application: Application = LLM) -> int:
@@ -75,7 +78,7 @@ def run(arguments: Sequence[str], configs: Path, application: Application = LLM)
     if given.original and not application.flags:
         raise ConfigError("This training takes overrides (trainer.max_steps=10), not the flags of the "
                           "language model's training; see --help.")
-    composed = compose(arguments, folder, own.config_name, whole=not own.cfg)
+    composed = compose(arguments, folder, own.config_name or application.config_name, whole=not own.cfg)
     if own.cfg:
         from omegaconf import OmegaConf
 
@@ -92,7 +95,7 @@ def help_text(configs: Path, application: Application = LLM) -> str:
     """Usage and the groups' configurations."""
     lines = [application.usage.strip(), "", f"Configurations in {configs}:"]
     for group in application.groups:
-        folder = configs / ("data" if group == "eval_data" else group)
+        folder = configs / FOLDERS.get(group, group)
         names = sorted(path.stem for path in folder.glob("*") if path.suffix in (".yaml", ".json"))
         lines.append(f"  {group}: {', '.join(names) or '-'}")
     return "\n".join(lines)

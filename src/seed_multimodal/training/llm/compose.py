@@ -1,8 +1,9 @@
 """The configuration of a run, composed by Hydra from `configs/train.yaml`, its groups, and what the user typed.
 
 `compose` takes an argument list and gives one resolved mapping. The groups are model, data, optim, trainer,
-tokenizer, deepspeed (the original's JSON files) and eval_data (files of data); each takes the name of one of its
-configurations or the path of any file (`model=configs/model/vicuna_7b_lora.yaml`).
+tokenizer, deepspeed (the original's JSON files), eval_data (files of data), and of SEED-X visual_encoder and agent;
+each takes the name of one of its configurations or the path of any file (`model=configs/model/vicuna_7b_lora.yaml`). A
+primary configuration may choose files by the key `files` instead of Hydra's defaults.
 A dotted override may set a key that no file wrote; the reader of the settings refuses unknown keys and names the
 nearest. Hydra only composes: it changes no folder, logs nothing and calls nothing, and `_target_`s are looked up in the
 alias tables only.
@@ -19,13 +20,15 @@ from typing import Any
 
 from seed_multimodal.config import load_yaml, project_root, read_yaml
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.settings import nearest
+from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.llm.trainer_settings import KEYS
 
-GROUPS = ("model", "data", "optim", "trainer", "tokenizer", "deepspeed", "eval_data")
-_FOLDERS = {"eval_data": "data"}  # a group's files lie in another's folder
+SEED_X_GROUPS = ("visual_encoder", "agent")
+GROUPS = ("model", "data", "optim", "trainer", "tokenizer", "deepspeed", "eval_data", *SEED_X_GROUPS)
+FOLDERS = {"eval_data": "data", "agent": "clm_models"}  # a group's files lie in another's folder
+_PLUGIN, _PLUGIN_FILE = "accelerate.DeepSpeedPlugin", "hf_ds_config"  # SEED-X's way to name DeepSpeed's json
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -55,6 +58,7 @@ def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *
         raise ConfigError(f"{home / name}.yaml: there is no such configuration file (--config-path, --config-name).")
     given = translate(arguments)
     choices, values = dict(given.groups), dict(given.values)
+    chosen_before = load_yaml(home / f"{name}.yaml").get("files") or {}
     overrides: list[str] = []
     for place, word in zip(given.rest_places, given.rest, strict=True):
         key, equals, value = word.partition("=")
@@ -72,8 +76,12 @@ def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *
             overrides.append(_readable(word))
     if given.original:  # what the command line leaves out has transformers' defaults, as in the original
         for group in ("optim", "trainer"):
-            choices.setdefault(group, "original")
+            special = home / group / f"{name}_original.yaml"
+            choices.setdefault(group, special.stem if special.is_file() else "original")
+    for group, file in chosen_before.items():
+        choices.setdefault(str(group), str(file))
     config = _composed(home, name, choices, overrides)
+    config.pop("files", None)
     for key, value in values.items():
         OmegaConf.update(config, key, value, force_add=True)
     return Composed(_resolved(config, home, whole), given.remarks)
@@ -137,9 +145,10 @@ def _defaults(home: Path, name: str) -> list[str]:
 
 def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
     """The content of a group's configuration by its name or a file's path."""
-    folder = home / _FOLDERS.get(group, group)
+    folder = home / FOLDERS.get(group, group)
     named = [folder / f"{choice}{suffix}" for suffix in ("", *_SUFFIXES)]
-    places = [Path(choice), *named, *([home.parent / choice])]
+    ours = choice.removeprefix("SEED-X/")  # which stands before the original's names of files
+    places = [Path(choice), *named, *(folder / ours for folder in (Path(), home.parent, home.parent.parent))]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         if group == "tokenizer" and (find_folder(choice) / "tokenizer.model").is_file():
@@ -151,7 +160,10 @@ def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
         node = _unresolved(file)
         if "defaults" in node:
             raise ConfigError(f"{file}: a group's configuration must not have a defaults list.")
-        return node
+        if node.get("_target_") != _PLUGIN:
+            return node
+        check_keys(node, ("_target_", _PLUGIN_FILE), str(file))
+        return _load(home, group, str(node.get(_PLUGIN_FILE)))
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

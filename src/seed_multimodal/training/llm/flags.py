@@ -20,7 +20,10 @@ from seed_multimodal.settings import nearest
 
 # Flags that name a file (or one of the group's configurations) -> the group.
 GROUPS = {"model": "model", "tokenizer": "tokenizer", "train_data": "data", "eval_data": "eval_data",
-          "deepspeed": "deepspeed"}
+          "deepspeed": "deepspeed",
+          # SEED-X's
+          "llm_model": "model", "train_dataset": "data", "deepspeed_plugin": "deepspeed", "agent_model": "agent",
+          "visual_encoder": "visual_encoder"}
 _YES, _NO = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 
 
@@ -65,6 +68,7 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "seed": ("trainer.seed", _whole),
     "dataloader_num_workers": ("trainer.dataloader_num_workers", _whole),
     "run_name": ("trainer.run_name", str),
+    "expr_name": ("trainer.run_name", str),
     "save_total_limit": ("trainer.save_total_limit", _whole),
     "eval_steps": ("trainer.eval_steps", _whole),
     "resume": ("trainer.resume", str),
@@ -84,12 +88,17 @@ _SPECIAL: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("bf16", "fp16", "use_cpu", "no_cuda"), _boolean),
     **dict.fromkeys(("logging_steps", "save_steps"), _whole),
     **dict.fromkeys(("report_to", "evaluation_strategy", "eval_strategy", "save_strategy", "optim", "num_train_epochs",
-                     "label_smoothing_factor", "fsdp", "load_best_model_at_end", "push_to_hub"), str.lower)}
+                     "label_smoothing_factor", "fsdp",
+                     "mixed_precision", "fsdp_plugin", "load_best_model_at_end", "push_to_hub"), str.lower)}
 # Flags without a meaning here, and why.
 IGNORED = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"),
                     "the data configuration sets the micro-batches, as in the original"),
     "ignore_data_skip": "the position in the data is always restored",
+    "batch_size": "the data configuration sets the micro-batches, as in the original",
+    "project_name": "the original never reads it",
+    "resume_steps": "the position in the data is always restored",
+    "image_transform": "the data configuration has the size of views (base_resolution); they are normalised as CLIP's",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",
     "data_seed": "the data configuration has the seed of the order",
     **dict.fromkeys(("log_level", "log_level_replica", "logging_dir", "logging_strategy", "logging_first_step",
@@ -103,10 +112,11 @@ IGNORED = {
                      "past_index", "save_on_each_node", "include_inputs_for_metrics",
                      "eval_accumulation_steps", "eval_delay"), "it changes nothing here"),
 }
-_REFUSED = ("fsdp", "load_best_model_at_end", "push_to_hub", "label_smoothing_factor", "num_train_epochs")
+_REFUSED = ("fsdp", "fsdp_plugin", "load_best_model_at_end", "push_to_hub", "label_smoothing_factor",
+            "num_train_epochs")
 _BARE = ("load_best_model_at_end", "push_to_hub", *IGNORED)  # may stand without a value, beside what is _boolean
 # Keys that several flags, or flags of special forms, decide.
-_SOURCES = {"trainer.precision": ("bf16", "fp16"), "trainer.device": ("use_cpu", "no_cuda"),
+_SOURCES = {"trainer.precision": ("bf16", "fp16", "mixed_precision"), "trainer.device": ("use_cpu", "no_cuda"),
             "trainer.report_to": ("report_to",), "optim.name": ("optim",),
             "trainer.logging_steps": ("logging_steps",), "trainer.save_steps": ("save_steps", "save_strategy"),
             "trainer.eval_steps": ("evaluation_strategy", "eval_strategy")}
@@ -158,7 +168,7 @@ class _InOrder(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="train.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--config_path", "--config_dir", "-cp", "-cd")
-    parser.add_argument("--config_name", "-cn", default="train", type=lambda name: name.removesuffix(".yaml"))
+    parser.add_argument("--config_name", "-cn", type=lambda name: name.removesuffix(".yaml"))
     parser.add_argument("--cfg", "-c", nargs="?", const="job", choices=["job"])
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--debug", action="store_true")
@@ -241,7 +251,11 @@ def _special(found: dict[str, Any], made: Translated) -> None:
     if found.get("bf16") and found.get("fp16"):
         raise ConfigError("--bf16 and --fp16 exclude each other.")
     if made.original:
-        made.values["trainer.precision"] = "bf16" if found.get("bf16") else "fp16" if found.get("fp16") else "fp32"
+        mixed = found.get("mixed_precision", "no")
+        if mixed not in ("no", "bf16", "fp16"):
+            raise ConfigError(f"--mixed_precision: needs no, bf16 or fp16, not {mixed!r}.")
+        mixed = "fp32" if mixed == "no" else mixed
+        made.values["trainer.precision"] = "bf16" if found.get("bf16") else "fp16" if found.get("fp16") else mixed
     if found.get("use_cpu") or found.get("no_cuda"):
         made.values["trainer.device"] = "cpu"
     for name in ("logging_steps", "save_steps"):
@@ -267,6 +281,8 @@ def _special(found: dict[str, Any], made: Translated) -> None:
         if name not in ("adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw", "muon"):
             raise ConfigError(f"--optim: {name!r} is not built in; use adamw_hf (the original's), adamw_torch or muon.")
         made.values["optim.name"] = "adamw" if name.startswith("adamw_torch") else name
+    if "num_train_epochs" in found and "max_steps" in found:  # which wins, as in the original
+        del found["num_train_epochs"]
     for name in _REFUSED:
         if found.get(name, "") not in (*_NO, "", "0.0"):
             instead = "use --max_steps" if name == "num_train_epochs" else "leave it out"

@@ -19,6 +19,7 @@ from seed_multimodal.training.llm.loss import KINDS
 from seed_multimodal.training.loop_settings import PRECISIONS, WAIT_MINUTES, LoopSettings
 
 TOKENIZER_TARGET = "seed_multimodal.configured"
+PLAIN_TOKENIZER = "transformers.LlamaTokenizer.from_pretrained"  # SEED-X's
 KEYS = ("output_dir", "model", "data", "optim", "trainer", "deepspeed", "tokenizer", "eval_data", "visual_encoder",
         "agent")
 
@@ -156,7 +157,7 @@ def _tokenizer_folder(node: Any) -> Path:
     """
     if isinstance(node, Mapping):
         target = node.get("_target_")
-        if target is not None:
+        if target not in (None, PLAIN_TOKENIZER):
             found = find_target(str(target), "tokenizer")
             if found.__module__ != TOKENIZER_TARGET or "tokenizer" not in found.__name__:
                 raise ConfigError(f"tokenizer: _target_ {target!r} builds no tokenizer.")
