@@ -24,7 +24,14 @@ from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.seed_x.detokenizer import train_detokenizer
 from seed_multimodal.training.seed_x.detokenizer_app import APPLICATION
+from seed_multimodal.training.seed_x.detokenizer_features import (
+    LatentMoments,
+    PictureFeatures,
+    drawn_latents,
+    load_autoencoder,
+)
 from seed_multimodal.training.seed_x.detokenizer_settings import GROUPS, read_detokenizer_run
+from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +147,7 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
     (1, {"data": {"sources": [{"name": "a", "condition_key": "source_image"}]}}, ConfigError,
      "source 'a' has a condition_key, but the first stage reads no condition picture"),
     (1, {"data": {"sources": [{"name": "a", "fils": "x"}]}}, ConfigError, "unknown key 'fils' .did you mean 'files'"),
-    (1, {"model": {"tokens": 5}}, ConfigError, "the tower's 16 embeddings .* cannot be pooled to 5"),
+    (1, {"model": {"tokens": 5}}, ConfigError, "The tower's 16 embeddings .* cannot be pooled to 5"),
     (1, {"model": {"stage": 3}}, ConfigError, "stage must be 1 or 2, not 3"),
     (1, {"model": {"trained": "some"}}, ConfigError, "trained must be 'key_value' or 'all'"),
     (1, {"model": {"dropout": {"embeds": 2.0}}}, ConfigError, "embeds must be at most 1, not 2.0"),
@@ -154,6 +161,50 @@ def test_settings_that_cannot_be(parts: Path, tmp_path: Path, stage: int, change
     with pytest.raises(error, match=said) as caught:
         train_detokenizer(config(parts, tmp_path / "run", stage, **changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_kept_features_give_the_same_numbers(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept at first sight, read afterwards: the losses are those without, and neither model runs a second time."""
+    train_detokenizer(config(parts, tmp_path / "plain", 2))
+    cached = {"cache": str(tmp_path / "kept")}
+    train_detokenizer(config(parts, tmp_path / "first", 2, data=cached))
+    folders = sorted((tmp_path / "kept").iterdir())
+    assert len(folders) == 2 and sum(folder.name.endswith("-float32-4") for folder in folders) == 1
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("is kept")
+
+    monkeypatch.setattr(LatentMoments, "compute", refuse)
+    monkeypatch.setattr(TowerFeatures, "compute", refuse)
+    train_detokenizer(config(parts, tmp_path / "second", 2, data=cached))
+    assert losses(tmp_path / "first") == losses(tmp_path / "second") == losses(tmp_path / "plain")
+    next(folders[0].glob("*/*.safetensors")).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        train_detokenizer(config(parts, tmp_path / "third", 2, data=cached))
+
+
+def test_features_do_not_follow_the_runs_precision(parts: Path) -> None:
+    """Under autocast: the autoencoder stays in float32, and a condition's latents are its means, not scaled."""
+    vae = load_autoencoder(parts / "sdxl")
+    tower = QwenVit.from_pretrained(parts / "tower")
+    features = PictureFeatures(tower, vae, 4, torch.device("cpu"))
+    batch = {"seen": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
+             "image": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
+             "condition": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
+             "conditioned": torch.tensor([True, False, True])}
+    with torch.autocast("cpu", torch.bfloat16):
+        made = features(batch)
+    with torch.no_grad():
+        seen = vae.encode(batch["image"].float() / 127.5 - 1).latent_dist
+        before = vae.encode(batch["condition"].float() / 127.5 - 1).latent_dist.mode()
+    torch.testing.assert_close(made["moments"], seen.parameters)
+    torch.testing.assert_close(made["condition"][[0, 2]], before[[0, 2]])
+    assert not made["condition"][1].any() and made["embeds"].shape == (3, 4, tiny_sdxl.WIDTH)
+    torch.manual_seed(0)
+    drawn = torch.stack([drawn_latents(made["moments"], 0.5) for _ in range(400)])
+    torch.testing.assert_close(drawn.mean(0), 0.5 * seen.mean, atol=0.2, rtol=0.1)
+    torch.testing.assert_close(drawn.std(0), 0.5 * seen.std, atol=0.05, rtol=0.2)
 
 
 def test_a_second_stage_is_no_start_of_a_first(parts: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ from seed_multimodal.training.seed_x.detokenizer_features import (
 from seed_multimodal.training.seed_x.detokenizer_settings import DetokenizerModel, DetokenizerRun, read_detokenizer_run
 from seed_multimodal.training.task import Task
 from seed_multimodal.vision.checkpointing import checkpointed
+from seed_multimodal.vision.qwen_vit import QwenVit
 
 ADAPTER = "adapter"  # the folder of the result in the run's
 # Settings that change no number of the training, or are reported elsewhere (`DetokenizerTask.check_resume`).
@@ -57,11 +58,7 @@ _QUIET = ("output_dir", "data.batch_size", "data.cache", "model.gradient_checkpo
 
 
 class DetokenizerTask(Task):
-    """One run in one process.
-
-    Attributes:
-        features: tower and autoencoder; None where all pictures' features are cached.
-    """
+    """One run in one process."""
 
     name, record_file, checkpoint_folder = "train", "summary.json", ""
     quiet_keys = _QUIET
@@ -76,7 +73,7 @@ class DetokenizerTask(Task):
         self.loss = AdapterLoss(run.model.dropout, run.model.min_snr)
         self.sources = [open_pictures(source.spec()) for source in run.data.sources]
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
-        self.features: PictureFeatures | None = None
+        self.features: PictureFeatures
         self.batches: StepBatches
 
     # ------------------------------------------------------------------------------------------------- the training
@@ -109,12 +106,13 @@ class DetokenizerTask(Task):
         parts: list[SourceDataset] = [
             DrawnPairs(source, data.view, reads_condition=model.stage == 2, seed=data.seed,
                        max_bad_in_a_row=data.max_bad_in_a_row, log=self._log) for source in self.sources]
-        self.features = PictureFeatures.from_pretrained(model.sdxl, model.tower, model.tower_sizes, model.tokens,
-                                                        self.device, DTYPES[self.settings.precision])
-        size = self.features.tower.config.image_size
+        tower = QwenVit.from_pretrained(model.tower, config=model.tower_sizes, device=self.device,
+                                        dtype=DTYPES[self.settings.precision])
+        size = tower.config.image_size
         if size != data.tower_size:
             raise ConfigError(f"data: tower_size is {data.tower_size}, but the tower {model.tower} sees {size} pixels "
                               "a side.")
+        self.features = PictureFeatures(tower, vae, model.tokens, self.device, data.cache or None)
         self.empty = self.features.empty(size)
         self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
         self.batches = StepBatches(self.account, data.batch_size, seed=data.seed, rank=self.group.rank,
@@ -148,9 +146,7 @@ class DetokenizerTask(Task):
         kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
         with kernel:
             batch = self.batches.at(micro_step)
-            seen = self.features(batch) if self.features is not None else {
-                key: copy_to(self.device, batch[key]).float() for key in ("embeds", "moments", "condition")
-                if key in batch}
+            seen = self.features(batch)
             made = self.loss(model, self.schedule, drawn_latents(seen["moments"], self.scaling), seen["embeds"],
                              copy_to(self.device, batch["time_ids"]), empty_features=self.empty,
                              condition_latents=seen.get("condition"))

@@ -14,14 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.detokenizers.pipelines import refuse_unfilled
-from seed_multimodal.detokenizers.sdxl import NEEDED, SdxlDetokenizer, pooled_tokens
+from seed_multimodal.detokenizers.sdxl import NEEDED, SdxlDetokenizer
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import SDXL_WHERE, find_folder
-from seed_multimodal.images.transforms import normalise
-from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
+from seed_multimodal.training.seed_x.tower_features import FrozenFeatures, TowerFeatures
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class LatentMoments(FrozenFeatures):
+    """Pictures → mean and logarithm of the variance of their latents `[N, 2 C, h, w]`, not scaled."""
+
+    def __init__(self, vae: Any, device: torch.device, cache: str | Path | None = None) -> None:
+        super().__init__(vae, device, at_once=1, cache=cache)
+
+    def compute(self, pixels: Tensor) -> Tensor:
+        """See `FrozenFeatures`."""
+        return self.model.encode(pixels.float() / 127.5 - 1.0).latent_dist.parameters
 
 
 class PictureFeatures:
@@ -30,57 +40,39 @@ class PictureFeatures:
     Args:
         tower: pixels `[B, 3, S, S]` → embeddings `[B, N, W]`. vae: SDXL's autoencoder, in float32.
         tokens: embeddings of a picture after pooling; 0: as many as the tower gives.
+        cache: folder where what both make of a picture is kept; None: they run in every step.
     """
 
-    def __init__(self, tower: nn.Module, vae: Any, tokens: int, device: torch.device) -> None:
-        self.tower, self.vae = (part.eval().requires_grad_(False).to(device) for part in (tower, vae))
-        self.tokens, self.device = tokens, device
-
-    @classmethod
-    def from_pretrained(cls, sdxl: str | Path, tower: str | Path, tower_sizes: QwenVitConfig | None, tokens: int,
-                        device: torch.device, dtype: torch.dtype) -> PictureFeatures:
-        """Load both; `dtype` is the tower's.
-
-        Raises:
-            CheckpointError: one is not there (names what to put where), damaged, or of another model.
-        """
-        return cls(QwenVit.from_pretrained(tower, config=tower_sizes, device=device, dtype=dtype),
-                   load_autoencoder(sdxl), tokens, device)
+    def __init__(self, tower: nn.Module, vae: Any, tokens: int, device: torch.device, cache: str | Path | None = None
+                 ) -> None:
+        self.tower = TowerFeatures(tower, device, cache=cache, tokens=tokens)
+        self.moments, self.device = LatentMoments(vae, device, cache), device
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Features of samples of `DrawnPairs`, on the device.
 
         Returns:
-            `embeds` `[B, N, W]`; `moments` `[B, 2 C, h, w]`, mean and logarithm of the variance of the latents, not
-            scaled; with pictures to condition on `condition` `[B, C, h, w]`, zeros where a sample has none.
+            `embeds` `[B, N, W]`; `moments` as of `LatentMoments`; with pictures to condition on `condition`
+            `[B, C, h, w]`, the means of their latents, zeros where a sample has none.
+
+        Raises:
+            CheckpointError: kept features that are damaged, or cannot be written.
         """
         with torch.autocast(self.device.type, enabled=False):
-            made = {"embeds": self._embeds(normalise(batch["seen"].to(self.device))),
-                    "moments": self._moments(batch["image"])}
+            made = {"embeds": self.tower(batch["seen"]).float(), "moments": self.moments(batch["image"])}
             if "condition" in batch:
                 channels = made["moments"].shape[1] // 2
                 made["condition"] = torch.zeros_like(made["moments"][:, :channels])
-                for row in batch["conditioned"].nonzero().flatten().tolist():
-                    made["condition"][row] = self._moments(batch["condition"][row:row + 1])[0, :channels]
+                rows = batch["conditioned"].nonzero().flatten()
+                if len(rows):
+                    made["condition"][rows.to(self.device)] = self.moments(batch["condition"][rows])[:, :channels]
         return made
 
-    @torch.no_grad()
     def empty(self, size: int) -> Tensor:
         """What the tower sees in nothing, normalised pixels of zero: `[1, N, W]`."""
         with torch.autocast(self.device.type, enabled=False):
-            return self._embeds(torch.zeros(1, 3, size, size, device=self.device))
-
-    def _embeds(self, pixels: Tensor) -> Tensor:
-        seen = self.tower(pixels.to(next(self.tower.parameters()).dtype)).float()
-        if self.tokens and seen.shape[1] % self.tokens:
-            raise ConfigError(f"model: the tower's {seen.shape[1]} embeddings of a picture cannot be pooled to "
-                              f"{self.tokens}; tokens must divide them.")
-        return pooled_tokens(seen, self.tokens or seen.shape[1])
-
-    def _moments(self, pixels: Tensor) -> Tensor:
-        return torch.cat([self.vae.encode(one.to(self.device).float() / 127.5 - 1.0).latent_dist.parameters
-                          for one in pixels.split(1)])
+            return self.tower.see(torch.zeros(1, 3, size, size, device=self.device)).float()
 
 
 def load_autoencoder(sdxl: str | Path) -> Any:

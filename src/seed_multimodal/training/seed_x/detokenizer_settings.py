@@ -89,9 +89,8 @@ class DetokenizerData:
         batch_size: pictures of a micro-step in each process.
         resolution, keep_ratio: see `drawn_pairs.DrawnView`.
         max_bad_in_a_row: this many unusable pictures one after another end the run.
-        cache: a folder where what tower and autoencoder make of every picture is kept, so that neither is needed in the
-            training; made before the first step, or continued. "": both run in every step.
-        cache_dtype: of what is kept.
+        cache: a folder where what tower and autoencoder make of a picture is kept when it is first seen (1 MB at the
+            released sizes), so that later epochs and runs read it; "": both run in every step.
     """
 
     sources: list[PictureSource]
@@ -102,7 +101,6 @@ class DetokenizerData:
     seed: int = setting(0, least=0)
     max_bad_in_a_row: int = setting(20, least=1)
     cache: str = ""
-    cache_dtype: str = setting("fp16", choices=("fp16", "bf16", "fp32"))
 
     @property
     def view(self) -> DrawnView:

@@ -1,4 +1,5 @@
-"""Features of views by the frozen vision tower, computed on the training device, and kept on disk if asked for."""
+"""Features of pixels by frozen models, computed on the training device, and kept on disk if asked for: those of the
+vision tower; the autoencoder's are in `detokenizer_features`."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.detokenizers.sdxl import pooled_tokens
 from seed_multimodal.device import copy_to
 from seed_multimodal.disk import writing
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.training.checkpoint import frozen_check_sum
 from seed_multimodal.training.llm.model_settings import find_folder
@@ -21,20 +24,66 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 _NAME = "features"
 
 
-class TowerFeatures:
-    """Views → features, without gradients.
+class FrozenFeatures:
+    """Pixels → features, without gradients; a subclass has `compute`.
 
     Args:
-        tower: frozen. cache: folder of kept features; those of one tower and precision lie together.
+        model: frozen. at_once: pictures of a pass. cache: folder of kept features; those of one model, precision and
+            `variant` lie together, each by the hash of its pixels.
     """
 
-    def __init__(self, tower: nn.Module, device: torch.device, at_once: int = 16, cache: str | Path | None = None
-                 ) -> None:
-        self.tower, self.device, self.at_once = tower.requires_grad_(False).eval().to(device), device, at_once
-        self.dtype = next(tower.parameters()).dtype
+    def __init__(self, model: nn.Module, device: torch.device, at_once: int = 16, cache: str | Path | None = None,
+                 variant: str = "") -> None:
+        self.model, self.device, self.at_once = model.requires_grad_(False).eval().to(device), device, at_once
+        self.dtype = next(model.parameters()).dtype
         self.cache: Path | None = None
         if cache is not None:
-            self.cache = Path(cache) / f"{frozen_check_sum(tower):08x}-{str(self.dtype).removeprefix('torch.')}"
+            name = f"{frozen_check_sum(model):08x}-{str(self.dtype).removeprefix('torch.')}{variant}"
+            self.cache = Path(cache) / name
+
+    def compute(self, pixels: Tensor) -> Tensor:
+        """uint8 `[B, 3, S, S]` on the device → features `[B, ...]`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 `[N, 3, S, S]`, on the CPU → features `[N, ...]` on the device.
+
+        Raises:
+            CheckpointError: kept features that are damaged, or cannot be written.
+        """
+        files = [self._file(view) for view in pixels] if self.cache is not None else []
+        kept = {number: load_state_dict(file)[_NAME] for number, file in enumerate(files) if file.is_file()}
+        missing = [number for number in range(len(pixels)) if number not in kept]
+        made: list[Tensor] = []
+        for start in range(0, len(missing), self.at_once):
+            chosen = pixels[missing[start:start + self.at_once]]
+            made += self.compute(copy_to(self.device, chosen))
+        for number, one in zip(missing if files else [], made, strict=False):
+            with writing(files[number]):
+                save_state_dict({_NAME: one}, files[number])
+        fresh = dict(zip(missing, made, strict=True))
+        return torch.stack([fresh[number] if number in fresh else copy_to(self.device, kept[number])
+                            for number in range(len(pixels))])
+
+    def _file(self, view: Tensor) -> Path:
+        assert self.cache is not None
+        digest = hashlib.sha256(view.contiguous().numpy().tobytes()).hexdigest()
+        return self.cache / digest[:2] / f"{digest}.safetensors"
+
+
+class TowerFeatures(FrozenFeatures):
+    """Views → features `[N, places, K]` of a vision tower, in its precision.
+
+    Args:
+        tower, at_once, cache: see `FrozenFeatures`.
+        tokens: places after pooling neighbours (`pooled_tokens`), which must divide the tower's; 0: no pooling.
+    """
+
+    def __init__(self, tower: nn.Module, device: torch.device, at_once: int = 16, cache: str | Path | None = None,
+                 tokens: int = 0) -> None:
+        super().__init__(tower, device, at_once, cache, variant=f"-{tokens}" if tokens else "")
+        self.tokens = tokens
 
     @classmethod
     def open(cls, settings: TowerModel, device: torch.device, dtype: torch.dtype,
@@ -48,28 +97,19 @@ class TowerFeatures:
                                         log=log)
         return cls(tower, device, settings.at_once, settings.cache)
 
+    def compute(self, pixels: Tensor) -> Tensor:
+        """See `FrozenFeatures`."""
+        return self.see(normalise(pixels))
+
     @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Views uint8 [N, 3, S, S], on the CPU → features [N, places, K] on the device.
+    def see(self, pixels: Tensor) -> Tensor:
+        """Features of pixels that are normalised and on the device.
 
         Raises:
-            CheckpointError: kept features that are damaged, or cannot be written.
+            ConfigError: they cannot be pooled to `tokens`.
         """
-        files = [self._file(view) for view in pixels] if self.cache is not None else []
-        kept = {number: load_state_dict(file)[_NAME] for number, file in enumerate(files) if file.is_file()}
-        missing = [number for number in range(len(pixels)) if number not in kept]
-        made: list[Tensor] = []
-        for start in range(0, len(missing), self.at_once):
-            chosen = pixels[missing[start:start + self.at_once]]
-            made += self.tower(normalise(copy_to(self.device, chosen)).to(self.dtype)).to(self.dtype)
-        for number, one in zip(missing if files else [], made, strict=False):
-            with writing(files[number]):
-                save_state_dict({_NAME: one}, files[number])
-        fresh = dict(zip(missing, made, strict=True))
-        return torch.stack([fresh[number] if number in fresh else copy_to(self.device, kept[number])
-                            for number in range(len(pixels))])
-
-    def _file(self, view: Tensor) -> Path:
-        assert self.cache is not None
-        digest = hashlib.sha256(view.contiguous().numpy().tobytes()).hexdigest()
-        return self.cache / digest[:2] / f"{digest}.safetensors"
+        seen = self.model(pixels.to(self.dtype)).to(self.dtype)
+        if self.tokens and seen.shape[1] % self.tokens:
+            raise ConfigError(f"The tower's {seen.shape[1]} embeddings of a picture cannot be pooled to {self.tokens}; "
+                              "tokens must divide them.")
+        return pooled_tokens(seen, self.tokens or seen.shape[1])
