@@ -1,0 +1,192 @@
+"""Pictures in the one stream: real files of all the formats, opened, cut and laid beside their words; bad ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
+from seed_multimodal.data.stream.views import READ, WRITTEN
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+SIDE = 28
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+    """A tokenizer with pictures of 4 words."""
+    return MultimodalTokenizer.train(["[INST] What is it? It is red, green or blue. [/INST]\n"] * 50,
+                                     tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=4, tokens_per_image=4,
+                                     n_locations=16)
+
+
+def picture(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, COLOURS[name]).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def lines(file: Path, records: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+def batches_of(words: MultimodalTokenizer, *sources: dict[str, Any], said: list[str] | None = None, **more: Any
+               ) -> LlmBatches:
+    full = [{"name": f"s{number}", "batch_size": 2, "max_length": 80, **source,
+             "options": {"base_resolution": SIDE, "resolution_grids": ["1x1", "2x1"], **source.get("options", {})}}
+            for number, source in enumerate(sources)]
+    settings = read_data_settings({"sources": full, "packing": False, "seed": 1, **more})
+    return LlmBatches(settings, words, log=None if said is None else said.append)
+
+
+def colour_of(view: torch.Tensor) -> str:
+    mean = view.float().mean((1, 2))
+    return min(COLOURS, key=lambda name: float((mean - torch.tensor(COLOURS[name])).abs().sum()))
+
+
+def check_marks(batch: LlmBatch, words: MultimodalTokenizer) -> None:
+    """As many words as views, in image words only, read ones before the answer's."""
+    views = batch.views
+    assert views is not None
+    code = torch.tensor([[words.vocabulary.is_code_id(id) for id in row] for row in batch.input_ids.tolist()])
+    assert bool((code == (views.marks > 0)).all())
+    assert int((views.marks == READ).sum()) == 4 * int((~views.written).sum())
+    assert int((views.marks == WRITTEN).sum()) == 4 * int(views.written.sum())
+    assert views.pixels.dtype == torch.uint8 and views.pixels.shape[1:] == (3, SIDE, SIDE)
+
+
+def test_edits_and_their_turns(words: MultimodalTokenizer, tmp_path: Path) -> None:
+    """The source is read in two equal views, the target written in one; the drawn picture is shown again."""
+    for name in COLOURS:
+        (tmp_path / f"{name}.png").write_bytes(picture(name))
+    edit = lines(tmp_path / "edit.jsonl", [{"source_image": "red.png", "target_image": "/blue.png",
+                                            "instruction": "It is blue."}])
+    turns = lines(tmp_path / "turns.jsonl", [{"messages": [
+        {"role": "user", "content": [{"image": "red.png"}, "green"]},
+        {"role": "assistant", "content": [{"image": "green.png"}]},
+        {"role": "user", "content": "blue"},
+        {"role": "assistant", "content": ["It is.", {"image": "blue.png"}]}]}])
+    one = batches_of(words, {"files": edit, "decoder": "seed_x.edit", "batch_size": 1,
+                             "image_dir": str(tmp_path)}).at(0)
+    check_marks(one, words)
+    assert one.views is not None and one.views.written.tolist() == [False, False, True]
+    assert [colour_of(view) for view in one.views.pixels] == ["red", "red", "blue"]
+    several = batches_of(words, {"files": turns, "decoder": "seed_x.chat", "batch_size": 1}).at(0)  # beside the list
+    check_marks(several, words)
+    assert several.views is not None
+    assert [colour_of(view) for view in several.views.pixels] == ["red", "red", "green", "green", "green", "blue"]
+    assert several.views.written.tolist() == [False, False, True, False, False, True]
+
+
+def test_a_wide_picture_is_read_in_parts(words: MultimodalTokenizer, tmp_path: Path) -> None:
+    wide = Image.new("RGB", (112, 56), COLOURS["red"])
+    wide.paste(COLOURS["blue"], (56, 0, 112, 56))
+    wide.save(tmp_path / "wide.png")
+    file = lines(tmp_path / "talk.jsonl", [{"image": "wide.png", "data": ["What is it?", "It is red."]}])
+    batch = batches_of(words, {"files": file, "decoder": "seed_x.conversation"}).at(0)
+    check_marks(batch, words)
+    assert batch.views is not None and [colour_of(view) for view in batch.views.pixels[:2]] == ["red", "blue"]
+    assert batch.views.positions[:3].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
+
+
+def test_captions_of_tars(words: MultimodalTokenizer, tmp_path: Path) -> None:
+    """With and without a json; unlike pairs, small pictures and over-long captions are counted, nothing is turned into
+    another sample."""
+    file = tmp_path / "0.tar"
+    members = {"a.png": picture("red"), "a.txt": b"red", "b.png": picture("blue"), "b.txt": b"blue",
+               "b.json": b'{"similarity": 0.05}', "c.png": picture("green", (10, 40)), "c.txt": b"green",
+               "d.png": picture("green"), "d.txt": b"green " * 60, "e.txt": b"nothing",
+               "f.png": b"no picture", "f.txt": b"red", "g.png": picture("blue"), "g.txt": b"<loc-99> <img>"}
+    with tarfile.open(file, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    batches = batches_of(words, {"files": str(file), "decoder": "seed_x.caption", "cycles": 1, "batch_size": 7,
+                                 "options": {"img_first_ratio": -1, "add_gen_prompt": False, "min_resolution": 20,
+                                             "similarity_thr": 0.1}})
+    batch = batches.at(0)
+    check_marks(batch, words)
+    assert batch.views is not None and batch.sequences == 1 and colour_of(batch.views.pixels[0]) == "red"
+    skipped = batches.report()["sources"]["s0"]["skipped"]
+    first = " ".join(one for entry in skipped.values() for one in entry["first"])
+    assert sum(entry["count"] for entry in skipped.values()) == 6
+    assert {"similarity is below 0.1", "image: fewer than 20 pixels on a side",
+            "the caption is too long to draw from within 80 tokens", "control word"} <= skipped.keys()
+    assert all(f"sample {key}" in first for key in "bcdefg") and "image: is missing" in first
+
+
+@pytest.mark.parametrize(("record", "sentence"), [
+    ({"image": "gone.png", "data": ["q", "a"]}, "line 1: the picture gone.png is not there"),
+    ({"image": "bad.png", "data": ["q", "a"]}, "line 1"),
+    ({"image": "a.png", "data": ["q"]}, "come in pairs"),
+    ({"image": "a.png", "data": ["q", "<box_start><loc-1><box_end>"]}, "4"),
+    ({"image": "a.png", "data": ["<image> and <image>", "a"]}, "2 <image> placeholders for 1 picture"),
+])
+def test_records_that_cannot_be_used(words: MultimodalTokenizer, tmp_path: Path, record: dict[str, Any], sentence: str
+                                     ) -> None:
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "bad.png").write_bytes(picture("red")[:40])
+    file = lines(tmp_path / "talk.jsonl", [record])
+    with pytest.raises(DataError) as refused:
+        batches_of(words, {"files": file, "decoder": "seed_x.conversation"}, max_bad_in_a_row=1).at(0)
+    assert sentence in str(refused.value) and "talk.jsonl: line 1" in str(refused.value)
+
+
+def test_no_picture_is_no_defect(words: MultimodalTokenizer, tmp_path: Path) -> None:
+    """A null is none; a path with `null` in it is a path, which the released code took for none."""
+    (tmp_path / "null.png").write_bytes(picture("red"))
+    file = lines(tmp_path / "talk.jsonl", [{"image": image, "data": ["What is it?", "It is."]}
+                                           for image in (None, "", "none", "null.png")])
+    batch = batches_of(words, {"files": file, "decoder": "seed_x.conversation", "batch_size": 4}).at(0)
+    assert batch.views is not None and batch.sequences == 4 and len(batch.views.pixels) == 2
+
+
+def test_cut_conversations_are_counted(words: MultimodalTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    file = lines(tmp_path / "talk.jsonl", [{"image": "a.png", "data": ["What?", "It is red. " * 40]}])
+    for packing, word in ((False, "cut"), (True, "skipped")):
+        batches = batches_of(words, {"files": file, "decoder": "seed_x.conversation", "cycles": 1, "batch_size": 1},
+                             packing=packing, length=80, rows=1)
+        if packing:
+            with pytest.raises(DataError):
+                batches.at(0)
+        else:
+            assert batches.at(0).tokens == 80
+        assert batches.report()["sources"]["s0"]["too_long"][word]["count"] == 1
+
+
+def test_one_size_of_views(words: MultimodalTokenizer, tmp_path: Path) -> None:
+    file = lines(tmp_path / "talk.jsonl", [{"data": ["q", "a"]}])
+    source = {"files": file, "decoder": "seed_x.conversation"}
+    with pytest.raises(ConfigError, match=r"base_resolution is 28 \(s0\) and 56 \(s1\)"):
+        batches_of(words, source, {**source, "options": {"base_resolution": 56}})
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_workers_give_the_same(words: MultimodalTokenizer, tmp_path: Path, no_workers_left: None) -> None:
+    for name in COLOURS:
+        (tmp_path / f"{name}.png").write_bytes(picture(name))
+    file = lines(tmp_path / "talk.jsonl", [{"image": f"{name}.png", "data": ["What is it?", f"It is {name}."]}
+                                           for name in COLOURS])
+    settings = read_data_settings({"sources": [{
+        "name": "one", "files": file, "decoder": "seed_x.conversation", "batch_size": 2, "max_length": 60,
+        "options": {"base_resolution": SIDE}}], "packing": False})
+    with LlmBatches(settings, words, workers=2) as several:
+        alone = LlmBatches(settings, words)
+        for step in range(4):
+            one, other = alone.at(step).views, several.at(step).views
+            assert one is not None and other is not None
+            assert torch.equal(one.pixels, other.pixels) and torch.equal(one.marks, other.marks)
