@@ -4,6 +4,7 @@
     seed reconstruct cat.jpg --out rebuilt      picture → codes → picture (--codes 4,8,16,32: after so many of them)
     seed describe cat.jpg                       a caption
     seed ask cat.jpg "What is this animal?"     an answer
+    seed detect cat.jpg "the left ear"          boxes, and a picture of them
     seed draw "a red apple"                     a picture from words
     seed edit cat.jpg "Make it in noto style."  a changed picture
     seed chat                                   a conversation with pictures in both directions
@@ -34,7 +35,7 @@ from seed_multimodal.commands.common import (
     add_json,
     add_out,
 )
-from seed_multimodal.entry import add_quantization, guarded, whole_number
+from seed_multimodal.entry import add_offload, add_quantization, guarded, whole_number
 from seed_multimodal.settings import nearest
 
 
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("pictures", nargs="*", metavar="PICTURE")
     reconstruct.add_argument("--codes-file", metavar="FILE", help="draw the codes that `seed tokenize --out` wrote")
     add_codes(reconstruct, pictures.counts_or_file, "; a FILE here is taken as --codes-file")
+    reconstruct.add_argument("--condition", metavar="PICTURE", help="SEED-X: what the drawing may take over")
     add_out(reconstruct)
     reconstruct.add_argument("--batch-size", type=whole_number(1), default=8, metavar="N")
     add_drawing(reconstruct)
@@ -75,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     ask = _command(commands, "ask", pictures.ask, "one question about each picture", language=True)
     ask.add_argument("pictures", nargs="+", metavar="PICTURE")
     ask.add_argument("question", metavar="QUESTION")
+
+    detect = _command(commands, "detect", pictures.detect, "where something is, as boxes (SEED-X)", language=True)
+    detect.add_argument("pictures", nargs="+", metavar="PICTURE")
+    detect.add_argument("phrase", metavar="PHRASE", help="such as: the red car")
+    add_out(detect)
 
     draw = _command(commands, "draw", pictures.draw, "pictures from words", language=True)
     draw.add_argument("texts", nargs="+", metavar="TEXT")
@@ -139,6 +146,7 @@ def _command(
     add_common(parser)
     if language:
         add_quantization(parser)
+        add_offload(parser)
         add_generation(parser)
     parser.set_defaults(work=work)
     return parser

@@ -15,6 +15,7 @@ from seed_multimodal.hub import PARTS, is_hub_name, llm_kind, local_folder, loca
 
 if TYPE_CHECKING:
     from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer
+    from seed_multimodal.systems.picture_half import PictureHalf
     from seed_multimodal.systems.pictures import PictureCodec
     from seed_multimodal.systems.seed_llama import SeedLlama
 
@@ -66,8 +67,18 @@ def seed_llama_tokenizer(
         diffusion_path=diffusion_path, device=device, dtype=dtype)
 
 
+def picture_half(model: str, *, device: str = "auto", dtype: str = "auto") -> PictureHalf:
+    """As `picture_codec`, of any system: SEED-X's reads and draws features."""
+    from seed_multimodal.systems.open_system import kind_of, open_seed_x_pictures
+
+    if kind_of(model) == "seed_x":
+        half: PictureHalf = open_seed_x_pictures(model, device=device, dtype=dtype)
+        return half
+    return picture_codec(model, device=device, dtype=dtype)
+
+
 def picture_codec(model: str, *, device: str = "auto", dtype: str = "auto") -> PictureCodec:
-    """The picture half of a system, without its language model.
+    """The picture half of a system with codes, without its language model.
 
     Args:
         model: `nano`, a system folder, or `released` (also `8b`, `14b`, which share one tokenizer).

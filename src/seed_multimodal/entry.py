@@ -158,6 +158,12 @@ def add_quantization(parser: _ActionsContainer) -> None:
     parser.add_argument("--quantization", choices=("8bit", "4bit"), help="load the language model in 8 or 4 bit")
 
 
+def add_offload(parser: _ActionsContainer) -> None:
+    """`--offload`, for programs with several models on one device."""
+    parser.add_argument("--offload", action="store_true",
+                        help="keep models on the device only while they work: less memory, slower")
+
+
 def whole_number(least: int) -> Callable[[str], int]:
     """A flag's type: whole numbers from `least` on."""
     def number(text: str) -> int:

@@ -42,8 +42,8 @@ OF_ONE_PICTURE = (ImageError, CodesError, GenerationError, RequestError)
 def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, debug: bool = True) -> None:
     """Flags that every command with a system has; `debug=False` where `entry.run_program` adds that one."""
     group = parser.add_argument_group("model and machine")
-    group.add_argument("--model", default=model, metavar="NAME", help="nano (shipped), 8b, 14b, or a system folder "
-                       f"(default: {model})")
+    group.add_argument("--model", default=model, metavar="NAME", help="nano (shipped), 8b, 14b, seed-x, seed-x-i, "
+                       f"seed-x-edit, or a system folder (default: {model})")
     add_device(group)
     group.add_argument("--seed", type=int, default=0, help="random seed; the same seed gives the same result")
     if debug:
@@ -89,7 +89,7 @@ def add_codes(parser: argparse.ArgumentParser, kind: Callable[[str], Any] = code
 
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The generation flags that were given, as keyword arguments of `SeedLlama`'s methods."""
+    """The generation flags that were given, as keyword arguments of a system's methods."""
     names = ("max_new_tokens", "temperature", "top_p", "num_beams")
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
@@ -101,13 +101,13 @@ def drawing_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_system(args: argparse.Namespace) -> Any:
-    """The `SeedLlama` that the flags describe; what it says of itself and of requests goes to stderr."""
+    """The system that the flags describe; what it says of itself and of requests goes to stderr."""
     quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
-        from seed_multimodal.systems.seed_llama import SeedLlama
+        from seed_multimodal.systems.open_system import open_system
 
-        return SeedLlama.from_pretrained(args.model, device=args.device, dtype=args.dtype,
-                                         quantization=getattr(args, "quantization", None), log=log_line)
+        return open_system(args.model, device=args.device, dtype=args.dtype, offload=getattr(args, "offload", False),
+                           quantization=getattr(args, "quantization", None), log=log_line)
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""`seed tokenize | reconstruct | describe | ask | draw | edit`: one result a picture or text; a bad one is skipped.
+"""`seed tokenize | reconstruct | describe | ask | detect | draw | edit`: one result a picture or text.
 
-The first two load no language model.
+A bad one is skipped. The first two load no language model.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from seed_multimodal.systems.pictures import PictureCodec
 
 T = TypeVar("T")
+NO_CODES = "its pictures are features, they have no codes"
 MOST_STRIPS = 500  # pictures on the page of `seed tokenize --save-plot`: a longer one cannot be looked at
 
 
@@ -47,6 +48,8 @@ def tokenize(args: argparse.Namespace) -> int:
     if args.save_plot is not None:
         require_picture_place("--save-plot", args.save_plot)
     codec = load_codec(args)
+    if not codec.has_codes:
+        raise ConfigError(f"{args.model}: {NO_CODES}.")
     outcomes = Outcomes(len(args.pictures))
     lines = []
     shown: list[tuple[str, Image.Image, list[int]]] = []
@@ -79,6 +82,13 @@ def reconstruct(args: argparse.Namespace) -> int:
     total = (len(stored) if file else len(args.pictures)) * len(counts or (0,))
     names, outcomes = OutputNames(args.out, "outputs", total), Outcomes(len(stored) or len(args.pictures))
     codec = load_codec(args)
+    if not codec.has_codes:
+        if file or counts:
+            raise ConfigError(f"{args.model}: {NO_CODES}; give pictures alone.")
+        return _rebuild(args, codec, names)
+    if args.condition is not None:
+        raise ConfigError(f"{args.model}: a condition picture is for SEED-X's second stage; here a picture is drawn "
+                          f"from its codes alone.")
     named: Iterable[tuple[str, list[int]]]
     if file:
         named = _checked(codec, stored, outcomes, args.debug)
@@ -93,6 +103,16 @@ def reconstruct(args: argparse.Namespace) -> int:
                 saved, said = _save_drawn(own, counts, names, Path(name).stem, "_rebuilt", "rebuilt")
                 emit(args, {"picture": name, "codes": codes, **saved}, f"{name}: {said}")
     return outcomes.finish()
+
+
+def _rebuild(args: argparse.Namespace, pictures: Any, names: OutputNames) -> int:
+    """Rebuild pictures from their features."""
+    def one(name: str, image: Image.Image) -> None:
+        rebuilt = pictures.rebuild(image, args.condition and Path(args.condition), args.seed, **drawing_settings(args))
+        path = str(save_picture(rebuilt[0], names.next(Path(name).stem, "_rebuilt")))
+        emit(args, {"picture": name, "rebuilt": path}, f"{name}: {path}")
+
+    return each_picture(args, one)
 
 
 def _save_drawn(images: Sequence[Image.Image], counts: Sequence[int] | None, names: OutputNames, stem: str,
@@ -127,13 +147,13 @@ def save_strips(shown: Sequence[tuple[str, Image.Image, Sequence[int]]], codec: 
     save_picture(contact_sheet(rows, title, cell=88), path)
 
 
-def load_codec(args: argparse.Namespace) -> PictureCodec:
+def load_codec(args: argparse.Namespace) -> Any:
     """The picture half of the system that the flags name; what loading prints goes to stderr."""
     quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
-        from seed_multimodal.configured import picture_codec
+        from seed_multimodal.configured import picture_half
 
-        return picture_codec(args.model, device=args.device, dtype=args.dtype)
+        return picture_half(args.model, device=args.device, dtype=args.dtype)
 
 
 def read_codes(path: str) -> list[tuple[str, Any]]:
@@ -206,16 +226,31 @@ def ask(args: argparse.Namespace) -> int:
     return each_picture(args, one)
 
 
+def detect(args: argparse.Namespace) -> int:
+    """Print where something is in each picture, and save the picture with the boxes on it."""
+    names = OutputNames(args.out, "outputs", len(args.pictures))
+    system = load_system(args)
+
+    def one(name: str, image: Image.Image) -> None:
+        found = system.detect(image, args.phrase, seed=args.seed, **generation_settings(args))
+        path = str(save_picture(found.drawn(), names.next(Path(name).stem, "_boxes")))
+        said = "; ".join(" ".join(map(str, box)) for box in found) or "not found"
+        emit(args, {"picture": name, "phrase": args.phrase, "boxes": [list(box) for box in found], "drawn": path,
+                    "problems": found.problems}, f"{name}: {said} ({path})")
+
+    return each_picture(args, one)
+
+
 def draw(args: argparse.Namespace) -> int:
     """Draw each text and save the pictures."""
     names = OutputNames(args.out, "outputs", len(args.texts) * len(args.codes or (0,)))
     system = load_system(args)
-    counts = args.codes or [system.tokenizer.vocabulary.tokens_per_image]
     outcomes = Outcomes(len(args.texts))
     for text in args.texts:
         with outcomes.one(text, args.debug):
-            drawn = system.draw(text, seed=args.seed, codes=counts, **generation_settings(args),
+            drawn = system.draw(text, seed=args.seed, codes=args.codes, **generation_settings(args),
                                 **drawing_settings(args))
+            drawn = drawn if args.codes else [drawn]
             saved, said = _save_drawn(drawn, args.codes, names, text, "", "picture")
             emit(args, {"text": text, **saved}, f"{text}: {said}")
     return outcomes.finish()

@@ -34,10 +34,10 @@ class PictureHalf:
         at_least: a picture of more than 12.5 megapixels is reduced while it is decoded, to this side or more.
 
     Attributes:
-        has_previews: whether the first words of a picture can be shown.
+        has_codes: whether a picture is a row of codes, of which the first ones can be shown.
     """
 
-    has_previews = False
+    has_codes = False
 
     def __init__(self, model: Any, *, load_decoder: Callable[[], Any] | None, device: torch.device,
                  drawing_device: torch.device | None = None, limits: ImageLimits | None = None,

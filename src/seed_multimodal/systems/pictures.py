@@ -46,7 +46,7 @@ class PictureCodec(PictureHalf):
         options: of `PictureHalf`.
     """
 
-    has_previews = True
+    has_codes = True
 
     def __init__(self, model: Seed2Tokenizer, transform: Callable[[Image.Image], Tensor], **options: Any) -> None:
         super().__init__(model, **options)

@@ -20,7 +20,6 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.detokenizers.sdxl import pooled_tokens
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.boxes import draw_boxes
@@ -93,7 +92,7 @@ class SeedX(TalkingSystem):
         self.tokenizer, self.agent, self.llm, self.pictures = tokenizer, agent, agent.llm, pictures
         self.prompts = SeedXPrompts(tokenizer, spec.tuned)
         self.template = self.prompts.template
-        device = next(agent.output_resampler.parameters()).device
+        device = next(agent.output_resampler.parameters()).device  # where the language model works
         self.speaker = Speaker(agent.llm, tokenizer, self.template.turn_marker if spec.tuned else "",
                                partial(resident, agent.llm, device, offload_llm))
         self.settings()  # wrong defaults in system.json are reported now, not at the first question
@@ -129,7 +128,7 @@ class SeedX(TalkingSystem):
         words = MultimodalTokenizer.from_pretrained(spec.tokenizer)
         offload_llm = offload and quantization is None
         model = load_agent_model(spec, words, runtime, quantization, offload_llm)
-        pictures = load_pictures(spec, model, here, there, load_decoder, offload)
+        pictures = load_pictures(spec, here, there, load_decoder, offload)
         return cls(spec, words, model, pictures, log, offload_llm=offload_llm)
 
     # ---- tasks
@@ -152,9 +151,12 @@ class SeedX(TalkingSystem):
         corners = [box.corners(picture.size, self.prompts.vocabulary.n_locations) for box in grid]
         return Detection(picture, corners, grid, text, problems)
 
-    def draw(self, text: str, seed: int = 0, *, verbatim: bool = False, **options: Any) -> Image.Image:
+    def draw(self, text: str, seed: int = 0, *, codes: None = None, verbatim: bool = False,
+             **options: Any) -> Image.Image:
         """A picture of `text`, which is put into the system's drawing request unless `verbatim`; `GenerationError` for
-        no whole picture."""
+        no whole picture. There are no `codes`: a picture is whole or not there."""
+        if codes is not None:
+            raise ConfigError(f"{self.spec.name} draws from features, not from codes, so not from the first of them.")
         text = as_text(text, "The text to draw")
         words = self.tasks.draw_words if self.spec.tuned else 0
         plain = verbatim or not self.spec.tuned
@@ -168,23 +170,8 @@ class SeedX(TalkingSystem):
 
     def reconstruct(self, images: Picture | Sequence[Picture], condition: Picture | Sequence[Picture] | None = None,
                     seed: Any = 0, *, embeddings: int | None = None, **decode: Any) -> list[Image.Image]:
-        """Pictures drawn again from their features.
-
-        Args:
-            condition: for a second stage, the picture (or one for each) that shows what it may take over.
-            embeddings: means of so many neighbours' features are drawn from (64: as the language model writes them);
-                None: all, as the released scripts did.
-        """
-        pictures = [self.pictures.open(picture) for picture in _several(images)]
-        given = None if condition is None else [self.pictures.open(picture) for picture in _several(condition)]
-        if given is not None and len(given) == 1:
-            given *= len(pictures)
-        features = self.pictures.whole(pictures)
-        if embeddings is not None:
-            if embeddings < 1 or features.shape[1] % embeddings:
-                raise ConfigError(f"embeddings must divide the tower's {features.shape[1]}, not {embeddings}.")
-            features = pooled_tokens(features, embeddings)
-        return self.pictures.draw(features, seed=seed, conditions=given, **decode)
+        """Pictures drawn again from their features, see `FeaturePictures.rebuild`."""
+        return self.pictures.rebuild(images, condition, seed, embeddings=embeddings, **decode)
 
     # ---- inside
 
@@ -262,6 +249,3 @@ class SeedX(TalkingSystem):
             decode = {key: value for key, value in decode.items() if key not in ("ratio", "image_guidance_scale")}
         return list(self.pictures.draw(features, seed=seed or 0, conditions=shown, **decode))
 
-
-def _several(pictures: Any) -> list[Any]:
-    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]

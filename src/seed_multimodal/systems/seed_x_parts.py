@@ -57,7 +57,7 @@ def load_agent_model(spec: SeedXSpec, words: MultimodalTokenizer, runtime: Runti
     return agent.requires_grad_(False).eval()
 
 
-def load_pictures(spec: SeedXSpec, agent: ContinuousLVLM, here: Runtime, there: Runtime, load_decoder: bool = True,
+def load_pictures(spec: SeedXSpec, here: Runtime, there: Runtime, load_decoder: bool = True,
                   offload: bool = False) -> FeaturePictures:
     """The picture half: the tower now, the de-tokenizer when it is first needed.
 

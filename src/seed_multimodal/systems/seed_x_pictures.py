@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seed_multimodal.detokenizers.sdxl import pooled_tokens
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.finite import not_numbers
 from seed_multimodal.images.any_resolution import AnyResolution, patch_positions
@@ -146,6 +147,27 @@ class FeaturePictures(PictureHalf):
                 drawn.append(self._one(row[None], one, condition, ratio, decode))
         return drawn
 
+    def rebuild(self, images: Picture | Sequence[Picture], condition: Picture | Sequence[Picture] | None = None,
+                seed: Any = 0, *, embeddings: int | None = None, **decode: Any) -> list[Image.Image]:
+        """Pictures drawn again from their features.
+
+        Args:
+            condition: for a second stage, the picture (or one for each) that shows what it may take over.
+            embeddings: means of so many neighbours' features are drawn from (64: as the language model writes them);
+                None: all, as the released scripts did.
+            decode: as of `draw`.
+        """
+        pictures = [self.open(picture) for picture in _several(images)]
+        given = None if condition is None else [self.open(picture) for picture in _several(condition)]
+        if given is not None and len(given) == 1:
+            given *= len(pictures)
+        features = self.whole(pictures)
+        if embeddings is not None:
+            if embeddings < 1 or features.shape[1] % embeddings:
+                raise ConfigError(f"embeddings must divide the tower's {features.shape[1]}, not {embeddings}.")
+            features = pooled_tokens(features, embeddings)
+        return self.draw(features, seed=seed, conditions=given, **decode)
+
     def _one(self, features: Tensor, seed: int, condition: Image.Image | None, ratio: Ratio,
              decode: dict[str, Any]) -> Image.Image:
         decoder = self.decoder
@@ -161,3 +183,7 @@ class FeaturePictures(PictureHalf):
         if condition is None or ratio == "square" or "height" in decode or not isinstance(picture, Image.Image):
             return picture
         return with_ratio(picture, condition.size)
+
+
+def _several(pictures: Any) -> list[Any]:
+    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]

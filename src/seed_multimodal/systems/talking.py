@@ -88,6 +88,18 @@ class TalkingSystem:
         question = as_text(question, "The question")
         return self._say([*self._shown(image), self.tasks.question(question) if short else question], options)
 
+    def detect(self, image: Any, phrase: str, **options: Any) -> Any:
+        """Where `phrase` is in a picture, for systems that answer with boxes (`SeedX`)."""
+        raise ConfigError(f"{self.spec.name} answers without boxes, so it cannot say where things are; SEED-X can.")
+
+    def draw(self, text: str, seed: int = 0, *, codes: Any = None, **options: Any) -> Any:
+        """A picture of `text`."""
+        raise NotImplementedError
+
+    def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
+        """`image` after `instruction`."""
+        raise NotImplementedError
+
     @overload
     def chat(self, messages: Sequence[Any], stream: Literal[False] = False, **options: Any) -> Answer: ...
 
@@ -115,7 +127,7 @@ class TalkingSystem:
         request = self._request(contents, opening)
         if stream:
             due = check_value(Sequence[int], self.spec.previews if previews is None else previews, "previews", least=1)
-            if due and not self.pictures.has_previews:
+            if due and not self.pictures.has_codes:
                 raise ConfigError("This system can show a picture only when it is whole: there are no previews of it.")
             events = self.speaker.events(request.ids, settings, opening, due if self.pictures.can_draw else (),
                                          reading=request.reading)

@@ -1,0 +1,60 @@
+"""Opening whatever system a name stands for: its folder's `system.json` says which it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from seed_multimodal.device import choose_device, choose_for_pictures
+from seed_multimodal.hub import local_folder, locate_system
+from seed_multimodal.systems.seed_x_spec import HUB, RELEASED, find_seed_x
+from seed_multimodal.systems.system_file import read_system_json
+from seed_multimodal.systems.talking import Log, TalkingSystem
+
+Kind = Literal["seed_llama", "seed_x"]
+
+
+def kind_of(name: str | Path) -> Kind:
+    """Which system a name or folder is; SEED-LLaMA for what is not there.
+
+    Raises:
+        ConfigError: a damaged `system.json`.
+    """
+    if str(name).lower() in RELEASED or str(name) == HUB:
+        return "seed_x"
+    folder = locate_system(name) or local_folder(name, cache=False)
+    if folder is None or not folder.is_dir():
+        return "seed_llama"
+    if not (folder / "system.json").is_file():
+        return "seed_x" if any((folder / own).is_dir() for own, _, _ in RELEASED.values()) else "seed_llama"
+    return "seed_x" if read_system_json(folder).system == "seed_x" else "seed_llama"
+
+
+def open_system(name: str | Path, *, device: str = "auto", dtype: Any = "auto", quantization: str | None = None,
+                image_device: str | None = None, offload: bool = False, log: Log = print) -> TalkingSystem:
+    """The system of a name or folder; arguments as of `SeedLlama.from_pretrained` and `SeedX.from_pretrained`.
+
+    Args:
+        offload: parts are on their device only while they work (of SEED-LLaMA those that read and draw pictures).
+
+    Raises:
+        CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
+    """
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantization": quantization,
+                               "image_device": image_device, "log": log}
+    if kind_of(name) == "seed_x":
+        from seed_multimodal.systems.seed_x import SeedX
+
+        return SeedX.from_pretrained(name, offload=offload, **options)
+    from seed_multimodal.systems.seed_llama import SeedLlama
+
+    return SeedLlama.from_pretrained(name, offload_encoder=offload, offload_decoder=offload, **options)
+
+
+def open_seed_x_pictures(name: str | Path, *, device: str = "auto", dtype: Any = "auto", log: Log = print) -> Any:
+    """The `FeaturePictures` of a SEED-X system, without its language model; errors as `open_system`."""
+    from seed_multimodal.systems.seed_x_parts import load_pictures
+
+    runtime = choose_device(device, dtype, None)
+    here = choose_for_pictures(device, dtype, runtime, log)
+    return load_pictures(find_seed_x(name), here, here)

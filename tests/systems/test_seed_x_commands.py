@@ -1,0 +1,84 @@
+"""The `seed` commands with a SEED-X folder: as with any other, without a flag that says which system it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seed_multimodal.cli import main
+from seed_multimodal.systems.open_system import kind_of
+
+FEW = ("--max-new-tokens", "8")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> str:
+    file = tmp_path / "shown.png"
+    Image.effect_noise((48, 30), 90).convert("RGB").save(file)
+    return str(file)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_reading(tiny_x_folder: Path, shown: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = ("--model", str(tiny_x_folder), "--device", "cpu", "--json", *FEW)
+    assert main(["describe", shown, *model]) == 0
+    assert isinstance(said(capsys)[0]["description"], str)
+    assert main(["ask", shown, "What is <image>?", *model]) == 0
+    assert said(capsys)[0]["question"] == "What is <image>?"
+    assert main(["ask", shown, "<image> or <image>?", *model]) == 1
+    assert "2 <image> placeholders for 1 pictures" in capsys.readouterr().err
+    assert main(["detect", shown, "the cat", *model, "--out", str(tmp_path / "found")]) == 0
+    found = said(capsys)[0]
+    assert isinstance(found["boxes"], list) and Image.open(found["drawn"]).size == (48, 30)
+
+
+def test_drawing(tiny_x_folder: Path, shown: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = ("--model", str(tiny_x_folder), "--device", "cpu", "--json", "--out", f"{tmp_path}/out/")
+    assert main(["draw", "a fish", *model, "--steps", "2"]) == 0
+    assert Image.open(said(capsys)[0]["picture"]).size == (16, 16)
+    assert main(["edit", shown, "Make it red.", *model]) == 0
+    assert Image.open(said(capsys)[0]["edited"]).size == (20, 13)
+    assert main(["reconstruct", shown, *model]) == 0
+    plain = Image.open(said(capsys)[0]["rebuilt"]).copy()
+    assert main(["reconstruct", shown, *model, "--condition", shown]) == 0
+    beside = Image.open(said(capsys)[0]["rebuilt"])
+    assert plain.size == (16, 16) and beside.size == (20, 13)
+
+
+def test_conversations(tiny_x_folder: Path, shown: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["chat", "--model", str(tiny_x_folder), "--device", "cpu", "--json", "--image", shown, "--message",
+                 "What is it?", "--message", "And now?", "--force-image", "--out", str(tmp_path)]) == 0
+    answers = said(capsys)
+    assert len(answers) == 2 and all(any("picture" in part for part in one["answer"]) for one in answers)
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["tokenize", "PICTURE"], "they have no codes"),
+    (["reconstruct", "PICTURE", "--codes", "2"], "they have no codes"),
+    (["draw", "a fish", "--codes", "2"], "draws from features, not from codes"),
+])
+def test_what_needs_codes_is_refused(
+    tiny_x_folder: Path, shown: str, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    given = [shown if word == "PICTURE" else word for word in words]
+    assert main([*given, "--model", str(tiny_x_folder), "--device", "cpu"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_other_systems_find_nothing(tiny_folder: Path, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["detect", shown, "the cat", "--model", str(tiny_folder), "--device", "cpu"]) == 2
+    assert "SEED-X can" in capsys.readouterr().err
+    assert main(["reconstruct", shown, "--condition", shown, "--model", str(tiny_folder), "--device", "cpu"]) == 2
+    assert "second stage" in capsys.readouterr().err
+
+
+def test_the_kind_of_a_name(tiny_x_folder: Path, tiny_folder: Path) -> None:
+    assert kind_of(tiny_x_folder) == kind_of("seed-x") == kind_of("SEED-X-Edit") == "seed_x"
+    assert kind_of(tiny_folder) == kind_of("nano") == kind_of("8b") == kind_of("nowhere") == "seed_llama"
