@@ -89,6 +89,12 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def free_memory(device: torch.device) -> None:
+    """Give memory that tensors have left back to the GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of a GPU or of this machine, did not suffice."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (

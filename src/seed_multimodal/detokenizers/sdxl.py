@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer, refuse_unfilled
 from seed_multimodal.detokenizers.schedulers import scheduler_class
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
+from seed_multimodal.device import free_memory
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import SDXL_WHERE, find_folder
@@ -53,6 +54,7 @@ class SdxlDetokenizer(PipelineDetokenizer):
     Attributes:
         adapter: U-Net and resampler; `pipeline` runs its U-Net.
         empty_features: what the tower sees in nothing, `[1, N, W]`: the default of `decode`'s negative embeddings.
+        frees_unet: the U-Net leaves for the CPU before the autoencoder works (and `decode` takes one batch).
     """
 
     kind, where = "SDXL", SDXL_WHERE
@@ -62,7 +64,7 @@ class SdxlDetokenizer(PipelineDetokenizer):
     def __init__(self, pipeline: Any, adapter: SDXLAdapter, defaults: SdxlDefaults | None = None,
                  empty_features: Tensor | None = None) -> None:
         super().__init__(pipeline, defaults)
-        self.adapter, self.empty_features = adapter, empty_features
+        self.adapter, self.empty_features, self.frees_unet = adapter, empty_features, False
 
     @classmethod
     def of(cls, adapter: SDXLAdapter, vae: Any, scheduler: Any, **options: Any) -> SdxlDetokenizer:
@@ -178,6 +180,9 @@ class SdxlDetokenizer(PipelineDetokenizer):
                 **self._prompts(embeds, negatives), **options, num_inference_steps=steps, guidance_scale=guidance,
                 height=height, width=width, eta=eta, generator=own, output_type="latent",
                 latents=None if start is None else start.to(self.device, embeds.dtype)).images
+            if self.frees_unet:
+                self.adapter.to("cpu")
+                free_memory(self.pipeline.vae.device)
             return drawn if made == "latent" else self._pixels(drawn, made)
 
         return self.in_batches(render, (embeds, negatives, seen), generator, latents, scheduler=scheduler,

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from seed_multimodal.device import free_memory
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.open import ImageLimits, ImageSource, open_image
 from seed_multimodal.quiet import quiet_loading
@@ -125,8 +126,7 @@ def resident(part: nn.Module | Any, device: torch.device, offload: bool = True) 
         yield
     finally:
         part.to("cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
 
 
 def one_seed_each(seed: Any, count: int) -> list[int]:

@@ -40,6 +40,7 @@ from seed_multimodal.language.seed_x import Content as Spans
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.systems.chat import Answer, Content, as_text
+from seed_multimodal.systems.memory_plan import MemoryPlan, plan_memory, read_sizes
 from seed_multimodal.systems.picture_half import Picture, resident
 from seed_multimodal.systems.pictures import is_codes, is_picture
 from seed_multimodal.systems.seed_x_parts import load_agent_model, load_pictures
@@ -85,6 +86,7 @@ class SeedX(TalkingSystem):
     """
 
     decode_keys = DECODE_KEYS
+    memory: MemoryPlan | None = None  # how much it needs where
 
     def __init__(self, spec: SeedXSpec, tokenizer: MultimodalTokenizer, agent: ContinuousLVLM,
                  pictures: FeaturePictures, log: Log = None, *, offload_llm: bool = False) -> None:
@@ -115,6 +117,7 @@ class SeedX(TalkingSystem):
             quantization: "8bit" or "4bit" for the language model, on CUDA devices and CPUs.
             image_device, drawing_device: where pictures are read and drawn, if not on `device`.
             load_decoder: False: a system that never draws.
+            log: also gets the memory plan where a GPU is used; the attribute `memory` has it.
             offload: each part is on its device only while it works; a quantised language model stays there.
 
         Raises:
@@ -125,11 +128,16 @@ class SeedX(TalkingSystem):
         runtime = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         here = choose_for_pictures(runtime.device if image_device is None else image_device, dtype, runtime, log)
         there = choose_for_pictures(here.device if drawing_device is None else drawing_device, dtype, here, log)
+        memory = plan_memory(read_sizes(spec), runtime, here, there, quantization, offload, load_decoder)
+        if log and any(place.device.type != "cpu" for place in (runtime, here, there)):
+            log(str(memory))
         words = MultimodalTokenizer.from_pretrained(spec.tokenizer)
         offload_llm = offload and quantization is None
         model = load_agent_model(spec, words, runtime, quantization, offload_llm)
         pictures = load_pictures(spec, here, there, load_decoder, offload)
-        return cls(spec, words, model, pictures, log, offload_llm=offload_llm)
+        system = cls(spec, words, model, pictures, log, offload_llm=offload_llm)
+        system.memory = memory
+        return system
 
     # ---- tasks
 

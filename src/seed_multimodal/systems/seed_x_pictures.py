@@ -142,8 +142,9 @@ class FeaturePictures(PictureHalf):
             decoder.empty_features = self.features(torch.zeros(1, 3, size, size)).cpu()
         seeds = one_seed_each(seed, len(features))
         drawn = []
-        with self.drawing():
-            for row, one, condition in zip(features, seeds, given, strict=True):
+        for row, one, condition in zip(features, seeds, given, strict=True):
+            with self.drawing():  # each: an off-loaded U-Net leaves before the autoencoder works
+                decoder.frees_unet = self.offload_decoder and self.drawing_device.type != "cpu"
                 drawn.append(self._one(row[None], one, condition, ratio, decode))
         return drawn
 
