@@ -30,6 +30,7 @@ from seed_multimodal.weights import load_state_dict
 
 # Bytes of a weight of the language model's layers; bitsandbytes keeps one scale for 64 of 4 bits (two of them).
 QUANTIZED = {"8bit": 1.01, "4bit": 0.53}
+VAE_FILES = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))
 # Estimates for SDXL: a step of its U-Net with guidance, in bytes of 2 a number; its autoencoder in float32, which has
 # about five tensors of 256 channels in full resolution at once.
 STEP_PER_PIXEL, PICTURE_PER_PIXEL = 1500, 5000
@@ -145,7 +146,9 @@ def read_sizes(spec: SeedXSpec) -> Sizes:
     if (sdxl / "vae" / "config.json").is_file() and (sdxl / "unet" / "config.json").is_file():
         vae, unet = (read_json_object(sdxl / name / "config.json") for name in ("vae", "unet"))
         side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-        found |= {"vae": _vae_weights(vae), "pixels": side * side}
+        found["pixels"] = side * side
+        file = first_file(sdxl / "vae", VAE_FILES)
+        found |= {} if file is None else {"vae": _file_weights(file)}
     return Sizes(layers, rest, agent, tower, cache=cache, **found)
 
 
@@ -156,14 +159,6 @@ def _file_weights(file: Path) -> int:
 def _resampler_weights(config: ResamplerConfig) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Resampler(config).parameters())
-
-
-def _vae_weights(config: Mapping[str, Any]) -> int:
-    from diffusers import AutoencoderKL
-
-    with torch.device("meta"):
-        vae: Any = AutoencoderKL.from_config(dict(config))
-    return sum(parameter.numel() for parameter in vae.parameters())
 
 
 def _bytes(dtype: torch.dtype) -> int:
