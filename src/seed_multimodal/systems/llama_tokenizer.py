@@ -26,7 +26,8 @@ from seed_multimodal.hub import PARTS, local_folder, not_on_disk
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import check_value
-from seed_multimodal.systems.pictures import Codes, Picture, PictureCodec, open_codec
+from seed_multimodal.systems.picture_half import Picture
+from seed_multimodal.systems.pictures import Codes, PictureCodec, open_codec
 
 if TYPE_CHECKING:
     from PIL.Image import Image

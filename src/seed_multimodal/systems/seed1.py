@@ -22,7 +22,8 @@ from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.systems.pictures import Codes, Picture, PictureCodec
+from seed_multimodal.systems.picture_half import Picture
+from seed_multimodal.systems.pictures import Codes, PictureCodec
 from seed_multimodal.tokenizers.released import SEED1
 from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
 

@@ -27,7 +27,8 @@ from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.systems.chat import Content, as_text, to_turns, unknown_note
-from seed_multimodal.systems.pictures import Picture, PictureCodec, is_picture, load_codec
+from seed_multimodal.systems.picture_half import Picture
+from seed_multimodal.systems.pictures import PictureCodec, is_picture, load_codec
 from seed_multimodal.systems.speaker import Speaker
 from seed_multimodal.systems.system_spec import SystemSpec, find_system
 from seed_multimodal.systems.talking import Log, Painted, Request, TalkingSystem

@@ -39,7 +39,7 @@ from seed_multimodal.language.seed_x import (
 from seed_multimodal.language.seed_x import Content as Spans
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
-from seed_multimodal.systems.chat import Answer, Content, as_text
+from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_text
 from seed_multimodal.systems.memory_plan import MemoryPlan, plan_memory, read_sizes
 from seed_multimodal.systems.picture_half import Picture, resident
 from seed_multimodal.systems.pictures import is_codes, is_picture
@@ -205,8 +205,7 @@ class SeedX(TalkingSystem):
             pictures = self.pictures.read([item for item in items if is_picture(item)], editing=task == "edit")
             seen += pictures
             sources += [picture.picture for picture in pictures]
-            sources += [item.image for item in items if getattr(item, "image", None) is not None
-                        and isinstance(item, ImagePart)]
+            sources += [item.image for item in items if isinstance(item, DrawnPart) and item.image is not None]
             turns.append((role, self._placed(role, items, [len(picture.features) for picture in pictures])))
         prompt = self._prompt(turns, task, seen)
         states = ImageStates(len(self.tokenizer.encode_parts([opening])) if opening else 0)

@@ -173,7 +173,7 @@ class FeaturePictures(PictureHalf):
              decode: dict[str, Any]) -> Image.Image:
         decoder = self.decoder
         if condition is None or {"height", "width"} & set(decode):
-            shown = {"conditions": [condition]} if self.reads_condition else {}
+            shown: dict[str, Any] = {"conditions": [condition]} if self.reads_condition else {}
         else:
             side = decoder.checked_size(None, None)[0]
             unit = UNIT if side % UNIT == 0 else max(8, decoder.factor)

@@ -122,5 +122,6 @@ def _checked(spec: SeedXSpec) -> SeedXSpec:
         advice = "; ".join(f"{places[key]} is missing ({WHERE[key]})" for key in missing)
         shipped = "nano-x" if locate_system("nano-x") else "nano"
         raise CheckpointError(f"{spec.name}: {advice}. The shipped model runs now, under the name {shipped}.")
-    return replace(spec, **{key: place or places[key] for key, place in found.items()})
+    here: dict[str, Any] = {key: place or places[key] for key, place in found.items()}
+    return replace(spec, **here)
 
