@@ -26,7 +26,8 @@ def boolean(text: str) -> bool:
 def build_parser() -> argparse.ArgumentParser:
     """The flags: the original's, and ours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--system", help="nano, 8b, 14b or a folder with system.json (instead of the three YAML files)")
+    parser.add_argument("--system", help="nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit or a "
+                        "folder with system.json (instead of the three YAML files)")
     parser.add_argument("--image_transform", help="YAML of the image transform")
     parser.add_argument("--tokenizer", help="YAML of the SEED tokenizer")
     parser.add_argument("--model", help="YAML of the language model")
@@ -41,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--offload_decoder", nargs="?", const=True, default=True, type=boolean,
                         help="keep the diffusion model on the CPU while no picture is drawn (default: on)")
     parser.add_argument("--no_offload_decoder", dest="offload_decoder", action="store_false")
+    parser.add_argument("--offload_llm", action="store_true",
+                        help="keep SEED-X's language model on the CPU while it says nothing")
     parser.add_argument("--exact_original", action="store_true",
                         help="answer as the released server does to the letter, its quirks included")
     parser.add_argument("--max_megapixels", type=whole_number(1), default=32,
@@ -56,19 +59,20 @@ def run(args: argparse.Namespace) -> int:
     from seed_multimodal.quiet import quiet_libraries
     from seed_multimodal.serving.flask_app import check_address, create_app, serve
     from seed_multimodal.serving.schema import Limits
-    from seed_multimodal.systems.seed_llama import SeedLlama
+    from seed_multimodal.systems.open_system import open_system
 
     check_address(args.host, args.port)
     quiet_libraries(args.debug)
     files = {"model": args.model, "tokenizer": args.tokenizer, "image_transform": args.image_transform}
-    placement = {"offload_encoder": args.offload_encoder, "offload_decoder": args.offload_decoder,
-                 "dtype": args.dtype, "quantization": args.quantization}
+    loading = {"dtype": args.dtype, "quantization": args.quantization}
     if args.system:
-        system = SeedLlama.from_pretrained(args.system, device=args.llm_device, image_device=args.tokenizer_device,
-                                           **placement)
+        parts = {"llm": args.offload_llm, "encoder": args.offload_encoder, "decoder": args.offload_decoder}
+        system = open_system(args.system, device=args.llm_device, image_device=args.tokenizer_device,
+                             offload=[name for name, chosen in parts.items() if chosen], **loading)
     elif all(files.values()):
         system = system_from_configs(**files, llm_device=args.llm_device, tokenizer_device=args.tokenizer_device,
-                                     **placement)
+                                     offload_encoder=args.offload_encoder, offload_decoder=args.offload_decoder,
+                                     **loading)
     else:
         lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
         raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")

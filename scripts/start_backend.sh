@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# The demo's model server on http://127.0.0.1:7890/generate for one model: start_backend.sh nano|8b|14b [more arguments].
+# The demo's model server on http://127.0.0.1:7890/generate for one model:
+#     start_backend.sh nano|8b|14b|seed-x|seed-x-i|seed-x-edit|nano-x [more arguments]
 # More arguments go to gradio_demo/seed_llama_flask.py. 8b and 14b load in 8 bits, as the original's demo (bitsandbytes).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-size="${1:?say which model: nano, 8b or 14b}"
+size="${1:?say which model: nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit or nano-x}"
 shift
-if [ "$size" = nano ]; then
-    exec "$PYTHON" gradio_demo/seed_llama_flask.py --system nano --port 7890 "$@"
-fi
+case "$size" in
+    nano* | seed-x*) exec "$PYTHON" gradio_demo/seed_llama_flask.py --system "$size" --port 7890 "$@" ;;
+esac
 exec "$PYTHON" gradio_demo/seed_llama_flask.py \
     --image_transform configs/transform/clip_transform.yaml \
     --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml \

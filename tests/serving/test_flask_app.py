@@ -25,7 +25,7 @@ from PIL import Image
 from seed_multimodal.configured import system_from_configs
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.encode import image_to_base64
-from seed_multimodal.serving.backend import SystemBackend
+from seed_multimodal.serving.codes_backend import CodesSystem
 from seed_multimodal.serving.flask_app import check_address, create_app, serve
 from seed_multimodal.serving.schema import JSON_LINES, Limits
 from seed_multimodal.systems.seed_llama import SeedLlama
@@ -83,7 +83,7 @@ def test_previews_come_before_the_answer_if_they_are_asked_for(client, tiny) -> 
 
 
 def test_a_fault_after_a_preview_is_the_last_line(tiny) -> None:
-    class Failing(SystemBackend):
+    class Failing(CodesSystem):
         def decode(self, codes: list[int], request: Any) -> Image.Image:
             raise ValueError("a bug")
 
@@ -126,11 +126,11 @@ def test_the_prompt_is_the_one_of_tuning(tiny, png) -> None:
     """A client's single string and the library's turns give the same ids, pictures in answers included."""
     seen: list[list[int]] = []
 
-    class Watched(SystemBackend):
+    class Watched(CodesSystem):
         """The tiny system, its language model replaced by a recorder."""
 
-        def generate(self, prompt_ids: list[int], request: Any) -> list[int]:
-            seen.append(prompt_ids)
+        def generate(self, asked: Any, request: Any) -> list[int]:
+            seen.append(asked.prompt)
             return [self.tokenizer.eos_id]
 
     codes = tiny.tokenize(png)[0].tolist()
@@ -208,7 +208,7 @@ def test_a_conversation_too_long_for_the_model(client) -> None:
 
 
 def test_a_fault_inside_is_500_without_details(tiny, caplog) -> None:
-    class Broken(SystemBackend):
+    class Broken(CodesSystem):
         def spans(self, text: str) -> list[str]:
             raise RuntimeError("secret path /home/me")
 
@@ -233,8 +233,8 @@ def test_concurrent_requests_take_turns_and_health_does_not_wait(tiny) -> None:
     """Two requests are never inside the model together, and /health answers meanwhile."""
     inside, most, gate = [0], [0], threading.Event()
 
-    class Slow(SystemBackend):
-        def generate(self, prompt_ids: list[int], request: Any) -> list[int]:
+    class Slow(CodesSystem):
+        def generate(self, asked: Any, request: Any) -> list[int]:
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             gate.wait(10)

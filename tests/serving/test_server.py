@@ -23,7 +23,7 @@ import warm_python
 from PIL import Image
 
 from seed_multimodal.serving import wsgi
-from seed_multimodal.serving.backend import SystemBackend
+from seed_multimodal.serving.codes_backend import CodesSystem
 from seed_multimodal.serving.flask_app import create_app, serve
 from seed_multimodal.serving.schema import Limits
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.process
 
 
-class Slow(SystemBackend):
+class Slow(CodesSystem):
     """Answers when `gate` opens; remembers which texts reached the model."""
 
     def __init__(self, system: Any) -> None:
@@ -40,11 +40,11 @@ class Slow(SystemBackend):
         self.reached: list[str] = []
         self.opened: list[str] = []
 
-    def generate(self, prompt_ids: list[int], request: Any) -> list[int]:
+    def generate(self, asked: Any, request: Any) -> list[int]:
         self.reached.append(request.text)
         while not self.gate.wait(0.02):
             if request.gone():
-                return super().generate(prompt_ids, request)  # the first token notices it
+                return super().generate(asked, request)  # the first token notices it
         return [self.tokenizer.eos_id]
 
 
@@ -120,7 +120,7 @@ def test_too_many_requests_are_sent_away_with_a_time(slow) -> None:
 
 def test_half_sent_bodies_hold_no_thread_and_are_closed(tiny, monkeypatch) -> None:
     monkeypatch.setattr(wsgi, "PATIENCE", 2.0)
-    running = Running(SystemBackend(tiny))
+    running = Running(CodesSystem(tiny))
     before = threading.active_count()
     held = [running.connect() for _ in range(60)]
     for number, sock in enumerate(held):
@@ -140,7 +140,7 @@ def test_half_sent_bodies_hold_no_thread_and_are_closed(tiny, monkeypatch) -> No
 
 
 def test_a_chunked_body_over_the_limit_gets_413_and_a_shorter_one_its_answer(tiny) -> None:
-    running = Running(SystemBackend(tiny), max_body_bytes=1 << 20)
+    running = Running(CodesSystem(tiny), max_body_bytes=1 << 20)
     headers = {"Content-Type": "application/json"}
 
     def pieces(count: int) -> Iterator[bytes]:
@@ -165,14 +165,14 @@ def test_a_chunked_body_over_the_limit_gets_413_and_a_shorter_one_its_answer(tin
     b"POST /generate HTTP/1.1\r\nContent-Length: " + b"9" * 6000 + b"\r\n\r\n",
 ], ids=["line of a chunk", "trailer", "length of 6000 digits"])
 def test_endless_lines_of_http_are_refused(tiny, request_) -> None:
-    with Running(SystemBackend(tiny)).connect() as sock:
+    with Running(CodesSystem(tiny)).connect() as sock:
         sock.settimeout(5)
         sock.sendall(request_)
         assert sock.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
 
 
 def test_thousands_of_tiny_requests_keep_nobody_waiting(tiny) -> None:
-    running = Running(SystemBackend(tiny))
+    running = Running(CodesSystem(tiny))
     requests.get(running.address.replace("generate", "health"), timeout=60)
     done = threading.Event()
 

@@ -75,7 +75,7 @@ def test_placeholders_stand_for_pictures(tiny_x: SeedX) -> None:
     assert tiny_x.ask(picture(), "<image>What is this?") == tiny_x.ask(picture(), "What is this?")
     first, second = picture(1), picture(2)
     placed = tiny_x._task([first, second, "This <image>and that <image>?"], "ask")
-    direct = tiny_x._request([("user", ["This ", first, "and that ", second, "?"])])
+    direct = tiny_x.to_request([("user", ["This ", first, "and that ", second, "?"])])
     assert placed.ids == direct.ids
     with pytest.raises(RequestError, match="holds 2 <image> placeholders for 1 pictures"):
         tiny_x.ask(picture(), "<image> or <image>?")
@@ -230,9 +230,9 @@ def test_turns_after_a_drawn_picture(tiny_x: SeedX) -> None:
     answer = tiny_x.chat(first, force_image=True, max_new_tokens=5)
     assert [type(part) for part in answer.parts][0].__name__ == "DrawnPart"
     both = [*first, {"role": "assistant", "content": answer}, user("And now?")]
-    before = tiny_x._request([("user", [picture(), "Make it red."])]).ids
+    before = tiny_x.to_request([("user", [picture(), "Make it red."])]).ids
     contents = [("user", [picture(), "Make it red."]), ("assistant", list(answer.parts)), ("user", ["And now?"])]
-    ids = tiny_x._request(contents).ids
+    ids = tiny_x.to_request(contents).ids
     assert ids[:len(before) + len(answer.ids)] == [*before, *answer.ids]
     shown = answer.images[0]
     drawn = tiny_x.chat(both, force_image=True, max_new_tokens=5).images[0]

@@ -72,8 +72,8 @@ class Conversation:
                 images.append(encode_image(path) if codes is None else codes)
         return {"text": self.prompt_text(), "images": images}
 
-    def update_image_ids(self, images_ids: Sequence[Sequence[int]]) -> None:
-        """Fill in the codes of all pictures, in order; known ones are kept.
+    def update_image_ids(self, images_ids: Sequence[Sequence[int] | None]) -> None:
+        """Fill in the codes of all pictures, in order; known ones are kept, and None stays unknown.
 
         Raises:
             RequestError: another number of code lists than pictures.
@@ -84,7 +84,7 @@ class Conversation:
             raise RequestError(f"The answer holds codes of {len(images_ids)} pictures, "
                                f"but the conversation has {len(slots)}.")
         for (codes, place), new in zip(slots, images_ids, strict=True):
-            if codes[place] is None:
+            if codes[place] is None and new is not None:
                 codes[place] = list(new)
 
     def to_pairs(self) -> list[list[str | None]]:
@@ -124,6 +124,7 @@ _TEMPLATES = {
     "conv_seed_vicuna": Conversation("", ("USER", "ASSISTANT"), SeparatorStyle.SINGLE),
     "conv_seed_vicuna_system": Conversation(_VICUNA_SYSTEM, ("USER", "ASSISTANT"), SeparatorStyle.SINGLE),
     "conv_seed_llama2": Conversation("", ("[INST]", "[/INST]"), SeparatorStyle.LLAMA_2),
+    "conv_seed_x": Conversation("", ("Question", "Answer"), SeparatorStyle.SINGLE),  # of the model that is not tuned
 }
 
 

@@ -66,7 +66,7 @@ class SeedXPrompts:
             pictures: views of each.
 
         Raises:
-            RequestError: another number of `<image>`s than pictures.
+            RequestError: another number of `<image>`s than pictures, or a malformed box.
         """
         content = place_pictures(question, pictures)
         return self.dialogue([("user", content)]) if self.tuned else self.alone(content)
@@ -85,9 +85,12 @@ class SeedXPrompts:
         return self.alone([caption], "draw")
 
     def alone(self, content: Sequence[Content], task: str = "ask") -> list[int]:
-        """What the base model is given: a question, a phrase to find ("detect") or a caption to draw ("draw")."""
+        """What the base model is given: a question, a phrase to find ("detect"), a caption to draw ("draw"), or any
+        text as it is ("text")."""
         if task == "ask":
             return self._encode(["Question: ", *content, "\nAnswer:"])
+        if task == "text":
+            return self._encode(content, asked=False)
         if task == "draw":
             return self._encode(content, rstrip=True)
         return [*self._encode([*content, " [[ "], rstrip=True), self.vocabulary.boxes]
@@ -99,11 +102,11 @@ class SeedXPrompts:
             turns: role (user, assistant) and content, texts and pictures in order.
 
         Raises:
-            RequestError: an unknown role.
+            RequestError: an unknown role, or a malformed box in what a user says.
         """
         spans: list[list[Part]] = [[f"{system}\n"]] if system else []
         for place, (role, content) in enumerate(turns):
-            turn = Turn.of((role, tuple(map(self._part, content))))
+            turn = Turn.of((role, tuple(self._parts(content, asked=role == "user"))))
             spans.append(self.template.render_turn(turn, self.template.separator if place else ""))
         return [self.tokenizer.bos_id, *(id for span in spans for id in self.tokenizer.encode_parts(span))]
 
@@ -114,16 +117,23 @@ class SeedXPrompts:
         return [place for number, place in enumerate(self.vocabulary.places(ids))
                 if shown[number // self.vocabulary.tokens_per_image]]
 
-    def _encode(self, content: Sequence[Content], rstrip: bool = False) -> list[int]:
-        parts = merge_text([self._part(part) for part in content])
+    def _encode(self, content: Sequence[Content], rstrip: bool = False, asked: bool = True) -> list[int]:
+        parts = merge_text(list(self._parts(content, asked)))
         if rstrip and parts and isinstance(parts[-1], str):  # a control word follows
             parts[-1] = parts[-1].rstrip()
         return self.tokenizer.encode_parts(parts, add_bos=True)
 
-    def _part(self, part: Content) -> Part:
-        if isinstance(part, WrittenPicture):
-            return Ids(self.vocabulary.run())
-        return part if isinstance(part, str) else self.vocabulary.read_ids(part.views)
+    def _parts(self, content: Sequence[Content], asked: bool = True) -> Iterator[Part]:
+        """Texts, with their boxes as words, and pictures; in what is `asked` boxes must be whole."""
+        for part in content:
+            if isinstance(part, str):
+                problems = read_boxes(part, grid=self.vocabulary.n_locations)[1] if asked else []
+                if problems:
+                    raise RequestError(problems[0])
+                yield from self.vocabulary.box_parts(part)
+            else:
+                yield Ids(self.vocabulary.run()) if isinstance(part, WrittenPicture) else (
+                    self.vocabulary.read_ids(part.views))
 
 
 def seed_x_words(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:

@@ -9,6 +9,7 @@ model reads and writes continuous features there. It has words for parts of a pi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ EOI = "</img>"
 PLACEHOLDER = "<image>"  # stands for a picture in texts shown to people; never a word of the vocabulary
 PATCH, PATCH_END = "<patch>", "</patch>"  # around one part of a picture that the model reads (SEED-X)
 BOX, BOX_END = "<box_start>", "<box_end>"  # around a box's four locations (SEED-X)
+BOX_WORDS = re.compile(r"(?:<(?:loc-\d+|box_start|box_end)>\s*)+")
 
 
 class Ids(tuple[int, ...]):
@@ -216,6 +218,23 @@ class SeedXVocabulary(ImageVocabulary):
             raise RequestError(f"A picture is read in at least one view, not {views}.")
         whole = self.run(tokens)
         return Ids([*[self.patches, *whole[1:-1], self.patches + 1] * (views - 1), *whole])
+
+    def box_parts(self, text: str) -> list[str | Ids]:
+        """A text as the parts of a prompt, its words of boxes as such.
+
+        Raises:
+            RequestError: a location outside the grid.
+        """
+        parts: list[str | Ids] = []
+        done, known = 0, self.words if BOX_WORDS.search(text) else {}
+        for found in BOX_WORDS.finditer(text):
+            names = re.findall("<[^>]+>", found[0])
+            wrong = next((name for name in names if name not in known), None)
+            if wrong is not None:
+                raise RequestError(f"{wrong} lies outside the grid of {self.n_locations} places.")
+            parts += [text[done:found.start()], Ids(known[name] for name in names)]
+            done = found.end()
+        return [part for part in [*parts, text[done:]] if part]
 
     def places(self, ids: Sequence[int]) -> list[int]:
         """Indices of the image words inside `<patch>` … `</patch>` and `<img>` … `</img>`, where features are put; an

@@ -14,23 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from typing import IO, TYPE_CHECKING
+from typing import IO, Any
 
 from PIL import Image
 
 from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images.encode import bytes_from_base64
-from seed_multimodal.images.open import DETAIL, ImageLimits, image_header, open_image
-from seed_multimodal.language.vocabulary import BOI
-from seed_multimodal.serving.backend import Backend
+from seed_multimodal.images.open import DETAIL, Header, ImageLimits, image_header, open_image
+from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.serving.backend import Asked, Backend
 from seed_multimodal.serving.body import read_body
 from seed_multimodal.serving.gate import Gate, Vanished
 from seed_multimodal.serving.rendering import render_answer, render_original
-from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Limits, Preview, parse_request, shown
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Limits, Preview, parse_request
 
 DECODERS = 2  # threads that decode pictures at once
 BYTES_PER_PIXEL = 4.5  # of memory for decoding, per pixel of the limits: Pillow's four, and a reduced copy
@@ -66,7 +62,7 @@ class Engine:
         self._files = ImageLimits(
             max_bytes=self.limits.max_image_bytes, max_pixels=self.limits.max_image_pixels,
             max_memory=self._decoding.capacity)
-        self._detail = DETAIL * int(getattr(backend, "image_size", 448))
+        self._detail = int(getattr(backend, "at_least", DETAIL * 448))
         self._admitted = 0
         self._counting = threading.Lock()
         self._seconds = 1.0  # of one answer, on average
@@ -115,8 +111,8 @@ class Engine:
         with self.admitted():
             with self._bodies.hold(length + PARSING_BYTES, left):
                 request = parse_request(read_body(stream, self.limits), self.limits, left)
-                pixels = self._read_pictures(request)
-            yield from self._answer(request, pixels)
+                pictures = self._read_pictures(request)
+            yield from self._answer(request, pictures)
 
     def answer(self, request: GenerateRequest) -> Iterator[Preview | GenerateResponse]:
         """Read the pictures, generate, draw; what it gives: see `handle`.
@@ -127,64 +123,56 @@ class Engine:
         """
         yield from self._answer(request, self._read_pictures(request))
 
-    def _answer(self, request: GenerateRequest, pixels: list[Tensor]) -> Iterator[Preview | GenerateResponse]:
+    def _answer(self, request: GenerateRequest, pictures: list[Any]) -> Iterator[Preview | GenerateResponse]:
         with self._model.hold(gone=request.gone):
             began = time.monotonic()
-            codes = self._codes(request, pixels)
-            prompt, opening = self._prompt(request, codes)
-            new_ids = yield from self._generate(prompt, opening, request)
+            asked = self.backend.ask(request, pictures, self.exact_original)
+            new_ids = yield from self._generate(asked, request)
             render = render_original if self.exact_original else render_answer
-            response = render(new_ids, self.backend.tokenizer, partial(self._draw, request=request))
+            response = render(new_ids, self.backend.tokenizer, partial(self._draw, asked, request))
             self.answered += 1
             self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
-        response.images_ids = codes + response.images_ids
-        note = getattr(self.backend, "note", None)
-        response.error_msg += filter(None, [*self._left_out(codes), note(request) if note else ""])
+        response.images_ids = asked.images_ids + response.images_ids
+        response.error_msg += asked.notes
+        boxes = getattr(self.backend, "boxes", None)
+        if boxes is not None:
+            response.boxes, problems = boxes(asked, new_ids)
+            response.error_msg += problems
         yield response
 
-    def _generate(self, prompt: list[int], opening: list[int],
-                  request: GenerateRequest) -> Generator[Preview, None, list[int]]:
+    def _generate(self, asked: Asked, request: GenerateRequest) -> Generator[Preview, None, list[int]]:
         """The ids of the answer, its fixed opening included."""
         follow = getattr(self.backend, "follow", None)
         if request.previews and follow is not None:
-            return (yield from follow(prompt, opening, request))
-        return opening + list(self.backend.generate(prompt, request))
+            return (yield from follow(asked, request))
+        return list(self.backend.generate(asked, request))
 
-    def _draw(self, codes: list[int], request: GenerateRequest) -> Image.Image:
+    def _draw(self, asked: Asked, request: GenerateRequest, part: ImagePart) -> Image.Image:
         if request.gone():
             raise Vanished
-        return self.backend.decode(codes, request)
+        return self.backend.draw(asked, part, request)
 
-    def _read_pictures(self, request: GenerateRequest) -> list[Tensor]:
-        """The pictures of a request as the model's pixels [3, S, S]; all that can be refused is refused before the
-        first one is decoded. What was read is taken out of the request."""
-        self._check_codes(request)
-        self._check_length(request)
+    def _read_pictures(self, request: GenerateRequest) -> list[Any]:
+        """The pictures of a request as the backend keeps them; all that can be refused is refused before the first one
+        is decoded. What was read is taken out of the request."""
         numbers = [number for number, item in enumerate(request.images) if not isinstance(item, list)]
-        costs = self._check_headers(request, numbers)
-        pixels = []
-        for number, cost in zip(numbers, costs, strict=True):
+        headers = self._check_headers(request, numbers)
+        sizes = {number: header.size for number, header in zip(numbers, headers, strict=True)}
+        self.backend.check(request, [sizes.get(number) for number in range(len(request.images))], self.exact_original)
+        pictures = []
+        for number, header in zip(numbers, headers, strict=True):
             # A small picture counts as one of DECODERS, so that no more threads than that decode.
-            with self._decoding.hold(max(cost, self._decoding.capacity // DECODERS), request.gone):
+            with self._decoding.hold(max(header.memory, self._decoding.capacity // DECODERS), request.gone):
                 data, name = self._file(request, number), f"images[{number}]"
                 request.images[number] = ""
                 picture = open_image(data, name=name, limits=self._files, at_least=self._detail)
                 del data
-                pixels.append(self.backend.transform(picture))
-        return pixels
+                pictures.append(self.backend.transform(picture))
+        return pictures
 
-    def _check_length(self, request: GenerateRequest) -> None:
-        """Refuse a prompt too long for the model; pictures have the same length whatever they show."""
-        check = getattr(self.backend, "check_prompt", None)
-        if check is not None:
-            some = [0] * self.backend.tokenizer.vocabulary.tokens_per_image
-            rows = [item if isinstance(item, list) else some for item in request.images]
-            check(sum(map(len, rows)), request)  # quickly, before a very long one is made
-            check(len(self._prompt(request, rows)[0]), request)
-
-    def _check_headers(self, request: GenerateRequest, numbers: list[int]) -> list[int]:
-        """The bytes that decoding each of these pictures takes."""
-        total, costs = 0, []
+    def _check_headers(self, request: GenerateRequest, numbers: list[int]) -> list[Header]:
+        """What these pictures' headers say: sizes, and the bytes that decoding them takes."""
+        total, headers = 0, []
         for number in numbers:
             header = image_header(self._file(request, number), name=f"images[{number}]", limits=self._files,
                                   at_least=self._detail)
@@ -193,61 +181,10 @@ class Engine:
                 raise RequestError(f"The pictures up to images[{number}] have {total / 1e6:.1f} megapixels; a request "
                                    f"may have {self.limits.max_request_pixels / 1e6:g}. Send them smaller: the model "
                                    f"sees a few hundred pixels a side.")
-            costs.append(header.memory)
-        return costs
+            headers.append(header)
+        return headers
 
     def _file(self, request: GenerateRequest, number: int) -> bytes:
         item = request.images[number]
         assert isinstance(item, str | bytes)
         return bytes_from_base64(item, f"images[{number}]", self._files)
-
-    def _check_codes(self, request: GenerateRequest) -> None:
-        vocabulary = self.backend.tokenizer.vocabulary
-        for number, item in enumerate(request.images):
-            if self.exact_original or not isinstance(item, list):
-                continue
-            if len(item) > vocabulary.tokens_per_image:
-                raise RequestError(f"images[{number}] has {len(item)} codes; a picture has "
-                                   f"{vocabulary.tokens_per_image}.")
-            wrong = [code for code in item if not 0 <= code < vocabulary.n_codes]
-            if wrong:
-                raise RequestError(f"images[{number}] holds code {shown(wrong[0])}; codes lie between 0 and "
-                                   f"{vocabulary.n_codes - 1}.")
-
-    def _codes(self, request: GenerateRequest, pixels: list[Tensor]) -> list[list[int]]:
-        """Codes of every picture of the request, in order; new pictures are encoded in one batch."""
-        rows: Iterator[list[int]] = iter(())
-        if pixels:
-            import torch
-
-            rows = iter([[int(code) for code in row] for row in self.backend.encode(torch.stack(pixels))])
-        codes = [list(item) if isinstance(item, list) else next(rows) for item in request.images]
-        if self.exact_original and len(lengths := {len(row) for row in codes}) > 1:
-            raise RequestError(f"The pictures of one request have code lists of different lengths {sorted(lengths)}.")
-        return codes
-
-    def _left_out(self, codes: list[list[int]]) -> list[str]:
-        """A sentence for each picture of earlier answers that broke off, as they end when the tokens are used up."""
-        whole = self.backend.tokenizer.vocabulary.tokens_per_image
-        return [] if self.exact_original else [
-            f"images[{number}] broke off after {len(row)} of {whole} codes and was left out."
-            for number, row in enumerate(codes) if len(row) < whole]
-
-    def _prompt(self, request: GenerateRequest, codes: list[list[int]]) -> tuple[list[int], list[int]]:
-        """Prompt ids, and their end that already belongs to the answer (a forced `<img>` and the words before it)."""
-        tokenizer = self.backend.tokenizer
-        spans = request.text_spans
-        forced = [tokenizer.vocabulary.boi_id] if request.force_boi else []
-        if self.exact_original:
-            text = spans[0] + "".join(tokenizer.vocabulary.image_text(row) + span
-                                      for row, span in zip(codes, spans[1:], strict=True))
-            return tokenizer.encode(text + (BOI if forced else ""), add_bos=True), forced
-        if forced:
-            spans[-1] = spans[-1].rstrip()  # as next to every image token
-            words = self.backend.forced_words(request)
-            forced = [*(tokenizer.encode_parts([words]) if words else []), *forced]
-        parts: list[str | list[int]] = [*self.backend.spans(spans[0])]
-        whole = tokenizer.vocabulary.tokens_per_image
-        for row, span in zip(codes, spans[1:], strict=True):
-            parts += [row if len(row) == whole else [], *self.backend.spans(span)]
-        return [*tokenizer.encode_parts([part for part in parts if part], add_bos=True), *forced], forced

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, RequestError, SeedError
-from seed_multimodal.serving.backend import Backend, SystemBackend
+from seed_multimodal.serving.backend import Backend
 from seed_multimodal.serving.body import BodyTooLong
 from seed_multimodal.serving.engine import Busy, Engine
+from seed_multimodal.serving.features_backend import backend_of
 from seed_multimodal.serving.gate import Vanished
 from seed_multimodal.serving.schema import JSON_LINES, GenerateResponse, Limits, Preview, error_json
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from flask import Flask, Response
     from werkzeug.exceptions import HTTPException
 
-    from seed_multimodal.systems.seed_llama import SeedLlama
+    from seed_multimodal.systems.talking import TalkingSystem
 
 logger = logging.getLogger(__name__)
 ASKED_WRONGLY = (RequestError, ImageError, CodesError, GenerationError)
@@ -40,19 +41,24 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def create_app(
-    system: SeedLlama | Backend, *, limits: Limits | None = None, exact_original: bool = False
+    system: TalkingSystem | Backend, *, limits: Limits | None = None, exact_original: bool = False
 ) -> Flask:
     """A Flask application over one model.
 
     Args:
-        system: a `SeedLlama`, or anything with the methods of `engine.Backend`.
+        system: a system, or anything with the methods of `backend.Backend`.
         exact_original: see `Engine`; for clients that rely on the released server's quirks.
+
+    Raises:
+        ConfigError: `exact_original` of a model that the released server never served.
     """
     from flask import Flask, abort, jsonify, request
     from werkzeug.exceptions import HTTPException
 
     limits = limits or Limits()
-    backend: Backend = SystemBackend(system) if hasattr(system, "reconstruct") else system  # type: ignore[arg-type, assignment]
+    backend: Backend = backend_of(system) if hasattr(system, "speaker") else system  # type: ignore[arg-type, assignment]
+    if exact_original and backend.tokenizer.vocabulary.in_order:
+        raise ConfigError("exact_original repeats the released server, whose pictures are codes; SEED-X's have none.")
     engine = Engine(backend, limits=limits, exact_original=exact_original)
     app = Flask("seed_multimodal")
     app.config["MAX_CONTENT_LENGTH"] = limits.max_body_bytes

@@ -1,42 +1,30 @@
 """The chat in the browser: pictures and text in, text and pictures out, over the backend's `/generate`.
 
-The page holds no model; `Dialogue` keeps the conversation, this file shows it. Works without internet: no analytics, no
-share link, no fonts from elsewhere. Pictures are kept in one temporary folder, removed at the program's end, by SIGTERM
-too. Up to `VISITORS` wait for the model at the same time, each in a thread of his own.
+The page holds no model; `Dialogue` keeps the conversation, `chat_page` does the work, this file shows it. Works without
+internet: no analytics, no share link, no fonts from elsewhere. Pictures are kept in one temporary folder, removed at
+the program's end, by SIGTERM too. Up to `VISITORS` wait for the model at the same time, each in a thread of his own.
 
 Run: `bash scripts/start_backend_nano.sh` and `bash scripts/start_frontend_nano.sh`, then open the address it prints.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.entry import ended_by_sigterm
-from seed_multimodal.errors import ConfigError, SeedError
-from seed_multimodal.images.encode import chat_image, image_from_base64, image_to_base64, image_to_bytes, request_image
-from seed_multimodal.images.open import ImageLimits, open_image
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.conversation import Dialogue
-from seed_multimodal.language.tasks import DEMO_QUESTIONS, DESCRIBE_PROMPT, QA_SUFFIX
-from seed_multimodal.language.vocabulary import PLACEHOLDER
-from seed_multimodal.serving.client import follow_generate
-from seed_multimodal.serving.gate import Gate
+from seed_multimodal.serving.chat_page import UPLOADS, ChatPage, Kind, kind_of
 
 if TYPE_CHECKING:
     import gradio as gr
-    from PIL import Image
 
-LOST_PICTURE = "(a picture that could not be drawn)"
 WRITING, DRAWING = "Waiting for the model …", "Drawing …"
 VISITORS = 64
-UPLOADS = ImageLimits(max_bytes=64 << 20, max_memory=144_000_000)
-STORED_SIDE = 512  # of what `chat_image` makes of a picture
 CSS = """
 #title h1 {margin-bottom: 0}
 #status {min-height: 1.6em}
@@ -46,134 +34,6 @@ CSS = """
 """
 
 
-@dataclass(frozen=True)
-class Kind:
-    """The differences between the models that a page can use."""
-
-    template: str
-    title: str
-    temperature: float = 1.0
-    examples: tuple[str, ...] = ()
-    rounds: int = 3
-
-
-KINDS = {
-    "nano": Kind("conv_seed_vicuna", "SEED Multimodal · nano", 0.0, rounds=5, examples=(
-        "Please draw a noto dog left of a tree in a meadow.", "Put it at night.", DESCRIBE_PROMPT,
-        f"What is the background?{QA_SUFFIX}")),
-    "seed-llama-8b": Kind("conv_seed_vicuna", "SEED-LLaMA 8B", examples=DEMO_QUESTIONS),
-    "seed-llama-14b": Kind("conv_seed_llama2", "SEED-LLaMA 14B", examples=DEMO_QUESTIONS),
-}
-
-
-def kind_of(model_type: str) -> Kind:
-    """Look up a model type; raises `ConfigError` for an unknown one."""
-    if model_type not in KINDS:
-        raise ConfigError(f"Unknown model type {model_type!r}: use {', '.join(KINDS)}.")
-    return KINDS[model_type]
-
-
-@dataclass
-class ChatPage:
-    """The buttons' handlers; every method takes and returns the visitor's own `Dialogue`.
-
-    Args:
-        folder: where pictures of the conversations are kept.
-    """
-
-    address: str
-    kind: Kind
-    folder: Path
-    timeout: float = 600.0
-    post: Callable[..., Iterator[dict[str, Any]]] = field(default=follow_generate)
-    decoding: Gate = field(default_factory=lambda: Gate(2), repr=False)  # so many pictures at once
-
-    def new_dialogue(self) -> Dialogue:
-        """The conversation a visitor starts with."""
-        return Dialogue(self.kind.template)
-
-    def add(self, dialogue: Dialogue, image: str | None, text: str | None) -> str:
-        """Put a picture and/or a text into the pending message; returns a message about a problem (`""`: none)."""
-        try:
-            if image:
-                with self.decoding.hold():
-                    picture = chat_image(open_image(image, limits=UPLOADS, at_least=2 * STORED_SIDE))
-                dialogue.add_image(self._store(picture))
-            if text and text.strip():
-                before = dialogue.pending["text"]
-                dialogue.add_text((" " if before and not before.endswith(PLACEHOLDER) else "") + text.strip())
-        except SeedError as error:
-            return str(error)
-        return ""
-
-    def answer(self, dialogue: Dialogue, *, max_turns: int, force_boi: bool,
-               **settings: Any) -> Generator[list[str], None, str]:
-        """Ask the backend; gives the previews of the answer's pictures each time one comes, and returns a message about
-        a problem (`""`: the answer is in the dialogue)."""
-        dialogue.max_turns, shown = int(max_turns), dict[int, str]()
-        if not dialogue.waits():
-            return "Write a message or choose a picture first."
-        if dialogue.too_long():
-            dialogue.refuse()
-            return ""
-        try:
-            body, asked = dialogue.request(_for_request, force_boi=force_boi, **settings), dialogue.conversation
-            assert body is not None
-            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                for piece in self.post(self.address, {**body, "previews": True}, self.timeout):
-                    if dialogue.conversation is not asked:  # its visitor has cleared it meanwhile
-                        return ""
-                    if "preview" in piece:
-                        shown[piece["picture"]] = self._store_base64(piece["preview"], Path(folder))
-                        yield [*shown.values()]
-                    else:
-                        dialogue.receive(piece, self._store_base64)
-        except SeedError as error:
-            return str(error)
-        return ""
-
-    def regenerate(self, dialogue: Dialogue, **settings: Any) -> Generator[list[str], None, str]:
-        """Ask for the last answer again as `answer` does; without a new one the old one stays."""
-        before = copy.deepcopy(vars(dialogue))
-        dialogue.regenerate()
-        trouble = yield from self.answer(dialogue, **settings)
-        if trouble:
-            vars(dialogue).update(before)
-        return trouble
-
-    def messages(self, dialogue: Dialogue, previews: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """The conversation as Gradio's Chatbot shows it: texts and pictures in order; last an answer of `previews`."""
-        shown: list[dict[str, Any]] = []
-        for entry in dialogue.conversation.messages:
-            said = entry["message"]
-            role = "user" if entry["role"] == dialogue.conversation.roles[0] else "assistant"
-            pieces = said["text"].split(PLACEHOLDER)
-            content: list[Any] = [pieces[0]]
-            for path, piece in zip(said["images"], pieces[1:], strict=True):
-                content += [{"path": path, "alt_text": "picture"} if path else LOST_PICTURE, piece]
-            content = [part.strip() if isinstance(part, str) else part for part in content]
-            shown.append({"role": role, "content": [part for part in content if part] or ["(nothing)"]})
-        if dialogue.errors and shown:
-            failed = "Some pictures failed: " if LOST_PICTURE in shown[-1]["content"] else ""
-            shown[-1]["content"].append(failed + " ".join(dialogue.errors))
-        if previews:
-            shown.append({"role": "assistant", "content": [{"path": path, "alt_text": "preview"} for path in previews]})
-        return shown
-
-    def _store(self, image: Image.Image, folder: Path | None = None) -> str:
-        data = image_to_bytes(image)
-        path = (folder or self.folder) / f"{hashlib.md5(data, usedforsecurity=False).hexdigest()}.png"
-        path.write_bytes(data)
-        return str(path)
-
-    def _store_base64(self, text: str, folder: Path | None = None) -> str:
-        return self._store(image_from_base64(text, name="the answer's picture"), folder)
-
-
-def _for_request(path: str) -> str:
-    return image_to_base64(request_image(open_image(path)))
-
-
 def build_demo(page: ChatPage) -> gr.Blocks:
     """The page's layout and its wiring."""
     import gradio as gr
@@ -181,7 +41,7 @@ def build_demo(page: ChatPage) -> gr.Blocks:
     with gr.Blocks(title=page.kind.title, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         state = gr.State(page.new_dialogue())
         gr.Markdown(f"# {page.kind.title}\nShow it a picture, ask about it, let it draw. "
-                    f"A picture is read and written as 32 words.", elem_id="title")
+                    f"{page.kind.remark}", elem_id="title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
                 image = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=220,

@@ -22,7 +22,7 @@ from seed_multimodal.serving.schema import GenerateResponse
 if TYPE_CHECKING:
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-Draw = Callable[[list[int]], Image.Image]
+Draw = Callable[[ImagePart], Image.Image]
 
 # Spelling of the released server: clients compare these sentences.
 COUNT_MESSAGE = ("Num of BOI (begain of image) tokens: {boi} is not equal to EOI(end of image tokens): {eoi}, "
@@ -32,7 +32,10 @@ RANGE_MESSAGE = "Some image_id out of range: [0, {n_codes})"
 
 
 def render_answer(ids: list[int], tokenizer: MultimodalTokenizer, draw: Draw) -> GenerateResponse:
-    """`ids` (generated ones only) as text and pictures in order; `draw` turns 32 codes into a picture."""
+    """`ids` (generated ones only) as text and pictures in order; `draw` draws a whole one.
+
+    Where pictures have no codes, None stands for those of a drawn one: clients send it again as a picture.
+    """
     response = GenerateResponse()
     pieces: list[str] = []
     for part in split_answer(ids, tokenizer):
@@ -42,11 +45,12 @@ def render_answer(ids: list[int], tokenizer: MultimodalTokenizer, draw: Draw) ->
             continue
         pieces.append(PLACEHOLDER)
         if isinstance(part, ImagePart):
-            response.images_ids.append(list(part.codes))
-            response.images.append(_drawn(list(part.codes), draw, response))
+            response.images.append(_drawn(part, draw, response))
+            known = not (tokenizer.vocabulary.in_order and response.images[-1])
+            response.images_ids.append(list(part.codes) if known else None)
         else:
             assert isinstance(part, BrokenImagePart)
-            response.images_ids.append([i - tokenizer.vocabulary.n_text for i in part.ids
+            response.images_ids.append([i - tokenizer.vocabulary.code_start for i in part.ids
                                         if tokenizer.vocabulary.is_code_id(i)])
             response.images.append("")
             response.error_msg.append(part.reason)
@@ -74,16 +78,16 @@ def render_original(ids: list[int], tokenizer: MultimodalTokenizer, draw: Draw) 
             response.error_msg.append(RANGE_MESSAGE.format(n_codes=vocabulary.n_codes))
             response.images.append("")
         else:
-            response.images.append(_drawn(codes, draw, response))
+            response.images.append(_drawn(ImagePart(codes, place=start + 1), draw, response))
     kept = [token for i, token in enumerate(ids) if i not in inner]
     text = tokenizer.decode(kept, skip_special_tokens=False)
     response.text = text.replace("<img> </img> ", PLACEHOLDER).replace("</s>", "")
     return response
 
 
-def _drawn(codes: list[int], draw: Draw, response: GenerateResponse) -> str:
+def _drawn(part: ImagePart, draw: Draw, response: GenerateResponse) -> str:
     try:
-        return image_to_base64(draw(codes))
+        return image_to_base64(draw(part))
     except (CodesError, GenerationError) as error:  # one bad picture must not lose the others
         response.error_msg.append(str(error))
         return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from seed_multimodal.errors import RequestError
@@ -81,21 +81,34 @@ class Preview:
         return dict(vars(self))
 
 
+@dataclass(frozen=True)
+class FoundBox:
+    """A box of an answer: `image`: on which of the request's pictures; `box`: left, top, right, bottom as shares of its
+    width and height."""
+
+    image: int
+    box: tuple[float, float, float, float]
+
+
 @dataclass
 class GenerateResponse:
     """One answer: the generated text with one `<image>` per entry of `images`.
 
     `images` holds base64 PNG, or `""` for a picture that could not be drawn; `images_ids` the codes of all pictures,
-    those of the request first.
+    those of the request first; None stands for those of a picture that has none and is to be sent again. Answers of
+    models that find things have `boxes`, if there are any; in the text they stay as the model wrote them.
     """
 
     text: str = ""
     images: list[str] = field(default_factory=list)
-    images_ids: list[list[int]] = field(default_factory=list)
+    images_ids: list[list[int] | None] = field(default_factory=list)
     error_msg: list[str] = field(default_factory=list)
+    boxes: list[FoundBox] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {"text": self.text, "images": self.images, "images_ids": self.images_ids, "error_msg": self.error_msg}
+        found = {"boxes": [asdict(box) for box in self.boxes]} if self.boxes else {}
+        return {"text": self.text, "images": self.images, "images_ids": self.images_ids, "error_msg": self.error_msg,
+                **found}
 
 
 def error_json(sentence: str) -> dict[str, Any]:

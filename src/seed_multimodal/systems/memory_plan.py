@@ -11,7 +11,7 @@ an estimate: the language model's keys and values for a whole context, and SDXL'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from seed_multimodal.device import Runtime
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import find_file, first_file
+from seed_multimodal.systems.picture_half import off_loaded
 from seed_multimodal.systems.seed_x_spec import SeedXSpec, read_agent_sizes
 from seed_multimodal.vision import qwen_vit
 from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
@@ -93,25 +94,26 @@ class Sizes:
 
 
 def plan_memory(sizes: Sizes, llm: Runtime, here: Runtime, there: Runtime, quantization: str | None = None,
-                offload: bool = False, draws: bool = True) -> MemoryPlan:
+                offload: bool | Collection[str] = False, draws: bool = True) -> MemoryPlan:
     """The plan of a system.
 
     Args:
         llm, here, there: where the language model works, and where pictures are read and drawn.
         quantization, offload: as of `SeedX.from_pretrained`.
     """
-    each = _bytes(llm.dtype)
+    each, leaves = _bytes(llm.dtype), off_loaded(offload)
     layers = sizes.llm_layers * QUANTIZED.get(str(quantization), each)
     name = "language model" + (f" ({quantization})" if quantization else "")
     parts = [Part(name, str(llm.device), layers + sizes.llm_rest * each, sizes.cache * each,
-                  stays=quantization is not None or not offload),
+                  stays=quantization is not None or "llm" not in leaves),
              Part("resamplers", str(llm.device), sizes.agent * each),
-             Part("vision tower", str(here.device), sizes.tower * _bytes(here.dtype), stays=not offload)]
+             Part("vision tower", str(here.device), sizes.tower * _bytes(here.dtype),
+                  stays="encoder" not in leaves)]
     if draws:
         parts += [Part("SDXL's U-Net", str(there.device), sizes.adapter * _bytes(there.dtype),
-                       sizes.pixels * STEP_PER_PIXEL * _bytes(there.dtype) / 2, stays=not offload),
+                       sizes.pixels * STEP_PER_PIXEL * _bytes(there.dtype) / 2, stays="decoder" not in leaves),
                   Part("SDXL's autoencoder", str(there.device), sizes.vae * 4.0, sizes.pixels * PICTURE_PER_PIXEL,
-                       stays=not offload)]
+                       stays="decoder" not in leaves)]
     return MemoryPlan(tuple(parts))
 
 

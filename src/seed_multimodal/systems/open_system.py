@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 from seed_multimodal.device import choose_device, choose_for_pictures
 from seed_multimodal.hub import local_folder, locate_system
+from seed_multimodal.systems.picture_half import off_loaded
 from seed_multimodal.systems.seed_x_spec import HUB, RELEASED, find_seed_x
 from seed_multimodal.systems.system_file import read_system_json
 from seed_multimodal.systems.talking import Log, TalkingSystem
@@ -31,11 +33,13 @@ def kind_of(name: str | Path) -> Kind:
 
 
 def open_system(name: str | Path, *, device: str = "auto", dtype: Any = "auto", quantization: str | None = None,
-                image_device: str | None = None, offload: bool = False, log: Log = print) -> TalkingSystem:
+                image_device: str | None = None, offload: bool | Collection[str] = False,
+                log: Log = print) -> TalkingSystem:
     """The system of a name or folder; arguments as of `SeedLlama.from_pretrained` and `SeedX.from_pretrained`.
 
     Args:
-        offload: parts are on their device only while they work (of SEED-LLaMA those that read and draw pictures).
+        offload: parts are on their device only while they work, or these of "llm", "encoder" and "decoder" (of
+            SEED-LLaMA those that read and draw pictures).
 
     Raises:
         CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
@@ -48,7 +52,9 @@ def open_system(name: str | Path, *, device: str = "auto", dtype: Any = "auto", 
         return SeedX.from_pretrained(name, offload=offload, **options)
     from seed_multimodal.systems.seed_llama import SeedLlama
 
-    return SeedLlama.from_pretrained(name, offload_encoder=offload, offload_decoder=offload, **options)
+    parts = off_loaded(offload)
+    return SeedLlama.from_pretrained(name, offload_encoder="encoder" in parts, offload_decoder="decoder" in parts,
+                                     **options)
 
 
 def open_seed_x_pictures(name: str | Path, *, device: str = "auto", dtype: Any = "auto", log: Log = print) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,12 @@ from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import SEEDS, check_value
 
 Picture = ImageSource
+PARTS = frozenset(("llm", "encoder", "decoder"))  # of a system, that can be off-loaded
+
+
+def off_loaded(parts: bool | Collection[str]) -> frozenset[str]:
+    """The names of the parts that are on their device only while they work; True: all of them."""
+    return PARTS if parts is True else frozenset(parts or ())
 
 
 class PictureHalf:

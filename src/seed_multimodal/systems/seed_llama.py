@@ -164,7 +164,7 @@ class SeedLlama(TalkingSystem):
 
     # ---- inside
 
-    def _request(self, contents: Sequence[Content], opening: str = "", task: str = "") -> Request:
+    def to_request(self, contents: Sequence[Content], opening: str = "", task: str = "") -> Request:
         turns = to_turns(contents, self._known_codes, self.pictures.check_codes)
         seen = any(not isinstance(part, str) for turn in turns for part in turn.content)
         return Request(self.prompt_ids(turns), self._paint, seen=seen,

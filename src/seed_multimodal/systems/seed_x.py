@@ -12,7 +12,7 @@ those of all systems (`talking`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_text
 from seed_multimodal.systems.memory_plan import MemoryPlan, plan_memory, read_sizes
-from seed_multimodal.systems.picture_half import Picture, resident
+from seed_multimodal.systems.picture_half import Picture, off_loaded, resident
 from seed_multimodal.systems.pictures import is_codes, is_picture
 from seed_multimodal.systems.seed_x_parts import load_agent_model, load_pictures
 from seed_multimodal.systems.seed_x_pictures import FeaturePictures, SeenPicture
@@ -105,7 +105,7 @@ class SeedX(TalkingSystem):
         tokenizer: str | Path | None = None, vision: str | Path | None = None, sdxl: str | Path | None = None,
         detokenizer: str | Path | None = None, tuned: bool | None = None, device: str = "auto", dtype: Any = "auto",
         quantization: str | None = None, image_device: str | None = None, drawing_device: str | None = None,
-        load_decoder: bool = True, offload: bool = False, log: Log = print,
+        load_decoder: bool = True, offload: bool | Collection[str] = False, log: Log = print,
     ) -> SeedX:
         """Load a system; its de-tokenizer is loaded when the first picture is drawn.
 
@@ -118,7 +118,8 @@ class SeedX(TalkingSystem):
             image_device, drawing_device: where pictures are read and drawn, if not on `device`.
             load_decoder: False: a system that never draws.
             log: also gets the memory plan where a GPU is used; the attribute `memory` has it.
-            offload: each part is on its device only while it works; a quantised language model stays there.
+            offload: each part is on its device only while it works, or these of "llm", "encoder" and "decoder"; a
+                quantised language model stays there.
 
         Raises:
             CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
@@ -132,7 +133,7 @@ class SeedX(TalkingSystem):
         if log and any(place.device.type != "cpu" for place in (runtime, here, there)):
             log(str(memory))
         words = MultimodalTokenizer.from_pretrained(spec.tokenizer)
-        offload_llm = offload and quantization is None
+        offload_llm = "llm" in off_loaded(offload) and quantization is None
         model = load_agent_model(spec, words, runtime, quantization, offload_llm)
         pictures = load_pictures(spec, here, there, load_decoder, offload)
         system = cls(spec, words, model, pictures, log, offload_llm=offload_llm)
@@ -181,6 +182,10 @@ class SeedX(TalkingSystem):
         """Pictures drawn again from their features, see `FeaturePictures.rebuild`."""
         return self.pictures.rebuild(images, condition, seed, embeddings=embeddings, **decode)
 
+    def prompt_ids(self, contents: Sequence[Content], task: str = "") -> list[int]:
+        """As the ids of `to_request`, of pictures that are not read: `ShownPicture`s stand for them."""
+        return self._words_of([(role, self._placed(role, items, [])) for role, items in contents], task)[0]
+
     # ---- inside
 
     def _words(self, answer: Answer) -> str:
@@ -194,8 +199,8 @@ class SeedX(TalkingSystem):
         assert drawn is not None
         return drawn
 
-    def _request(self, contents: Sequence[Content], opening: str = "", task: str = "") -> Request:
-        if not self.spec.tuned and task not in ("ask", "detect", "draw"):
+    def to_request(self, contents: Sequence[Content], opening: str = "", task: str = "") -> Request:
+        if not self.spec.tuned and task not in ("ask", "detect", "draw", "text"):
             raise ConfigError(f"{self.spec.name} continues texts, it was not tuned to follow instructions: it "
                               f"describes, answers, detects and draws; take SEED-X-I to chat and SEED-X-Edit to edit.")
         turns: list[tuple[str, list[Spans]]] = []
@@ -213,14 +218,16 @@ class SeedX(TalkingSystem):
         return Request(list(prompt.ids), partial(self._paint, states, sources[-1] if sources else None), reading,
                        seen=bool(seen))
 
+    def _words_of(self, turns: list[tuple[str, list[Spans]]], task: str) -> tuple[list[int], list[int]]:
+        """A prompt's ids, and where in them features are put."""
+        alone = not self.spec.tuned or task == "text"
+        ids = self.prompts.alone(turns[0][1], task) if alone else self.prompts.dialogue(turns)
+        return ids, self.prompts.places(ids, turns)
+
     def _prompt(self, turns: list[tuple[str, list[Spans]]], task: str, seen: list[SeenPicture]) -> Prompt:
         import torch
 
-        if self.spec.tuned:
-            ids = self.prompts.dialogue(turns)
-            places: list[int] | None = self.prompts.places(ids, turns)
-        else:
-            ids, places = self.prompts.alone(turns[0][1], task), None
+        ids, places = self._words_of(turns, task)
         if not seen:
             return Prompt(ids, places=places)
         device = next(self.agent.input_resampler.parameters()).device
@@ -241,6 +248,8 @@ class SeedX(TalkingSystem):
                 spans.append(item)
             elif is_picture(item):
                 spans.append(ShownPicture(next(rest)))
+            elif isinstance(item, ShownPicture):
+                spans.append(item)
             else:
                 codes = item if is_codes(item) else item.codes
                 if [int(code) for code in codes] != list(range(self.tokenizer.vocabulary.tokens_per_image)):

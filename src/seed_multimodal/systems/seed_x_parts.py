@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from seed_multimodal.images.any_resolution import AnyResolution, read_grids
 from seed_multimodal.language.continuous import ContinuousLVLM
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.seed_x import seed_x_words
+from seed_multimodal.systems.picture_half import off_loaded
 from seed_multimodal.systems.seed_x_pictures import FeaturePictures
 from seed_multimodal.systems.seed_x_spec import SeedXSpec, read_agent_sizes
 from seed_multimodal.vision.qwen_vit import QwenVit
@@ -58,7 +60,7 @@ def load_agent_model(spec: SeedXSpec, words: MultimodalTokenizer, runtime: Runti
 
 
 def load_pictures(spec: SeedXSpec, here: Runtime, there: Runtime, load_decoder: bool = True,
-                  offload: bool = False) -> FeaturePictures:
+                  offload: bool | Collection[str] = False) -> FeaturePictures:
     """The picture half: the tower now, the de-tokenizer when it is first needed.
 
     Args:
@@ -67,7 +69,8 @@ def load_pictures(spec: SeedXSpec, here: Runtime, there: Runtime, load_decoder: 
     Raises:
         CheckpointError: a tower that is missing, damaged, or of another width than the agent.
     """
-    tower = QwenVit.from_pretrained(spec.vision, device="cpu" if offload else here.device, dtype=here.dtype)
+    leaves = off_loaded(offload)
+    tower = QwenVit.from_pretrained(spec.vision, device="cpu" if "encoder" in leaves else here.device, dtype=here.dtype)
     wanted = read_agent_sizes(spec.agent)
     reads = wanted.input_resampler.kv_dim or wanted.input_resampler.embed_dim
     if tower.config.output_dim != reads:
@@ -80,7 +83,8 @@ def load_pictures(spec: SeedXSpec, here: Runtime, there: Runtime, load_decoder: 
     largest = max(max(grid) for grid in read_grids(spec.grids))
     return FeaturePictures(tower, AnyResolution(size, spec.grids), AnyResolution(size, spec.edit_grids),
                            load_decoder=load, device=here.device, drawing_device=there.device,
-                           at_least=2 * size * largest, offload_encoder=offload, offload_decoder=offload)
+                           at_least=2 * size * largest, offload_encoder="encoder" in leaves,
+                           offload_decoder="decoder" in leaves)
 
 
 def open_decoder(spec: SeedXSpec, width: int, there: Runtime) -> SdxlDetokenizer:

@@ -70,6 +70,11 @@ class FeaturePictures(PictureHalf):
         views = self.edit_views if editing else self.views
         return [self._read(self.open(picture), views) for picture in pictures]
 
+    def count_views(self, size: tuple[int, int]) -> int:
+        """Views of a picture of that width and height, the whole one included."""
+        columns, rows = self.views.grid(size)
+        return columns * rows + 1
+
     def _read(self, picture: Image.Image, views: AnyResolution) -> SeenPicture:
         cut = views.cut(picture)
         name = hashlib.blake2b(cut.contiguous().numpy(), digest_size=16).digest()

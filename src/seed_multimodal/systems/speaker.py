@@ -222,9 +222,14 @@ class Speaker:
         self.resident = resident
         self._lock = threading.Lock()
 
-    def answer(self, prompt: Sequence[int], settings: GenerationSettings, opening: str = "",
+    def answer(self, prompt: Sequence[int], settings: GenerationSettings, opening: str | Sequence[int] = "",
                watch: Callable[[], None] | None = None, reading: Mapping[str, Any] | None = None) -> list[int]:
-        """The ids of one answer; `opening`: fixed first words of it; `watch`, `reading`: of `generate_ids`."""
+        """The ids of one answer.
+
+        Args:
+            opening: fixed first words of it; or the ids at the prompt's end that belong to it already.
+            watch, reading: of `generate_ids`.
+        """
         prompt, fixed = self._open(prompt, opening, settings)
         reader = AnswerReader(self.tokenizer, self.marker)
         if settings.num_beams > 1:  # beams cannot be watched: read the best one afterwards
@@ -248,14 +253,11 @@ class Speaker:
         With several beams all events come at the end, when the best one is known, and there are no previews.
 
         Args:
-            opening: as of `answer`; or the ids at the prompt's end that belong to the answer already.
+            opening: as of `answer`.
             previews: after how many of a picture's codes there is an `image_preview`.
         """
         settings = settings.with_seed()  # now: the caller may reseed torch before the first token is asked for
-        if isinstance(opening, str):
-            prompt, fixed = self._open(prompt, opening, settings)
-        else:
-            prompt, fixed = list(prompt), list(opening)
+        prompt, fixed = self._open(prompt, opening, settings)
         return self._events(prompt, fixed, settings, previews if settings.num_beams == 1 else (), watch,
                             reading)
 
@@ -289,8 +291,11 @@ class Speaker:
         with self.resident():
             return generate_ids(self.llm, [prompt], settings, self.tokenizer, streamer, watch, **(reading or {}))[0]
 
-    def _open(self, prompt: Sequence[int], opening: str, settings: GenerationSettings) -> tuple[list[int], list[int]]:
+    def _open(self, prompt: Sequence[int], opening: str | Sequence[int],
+              settings: GenerationSettings) -> tuple[list[int], list[int]]:
         """The prompt with the words of a forced answer, and the tokens of the answer that are fixed already."""
+        if not isinstance(opening, str):
+            return list(prompt), list(opening)
         words = self.tokenizer.encode_parts([opening]) if opening else []
         forced = [self.tokenizer.vocabulary.boi_id] if settings.force_image else []
         return [*prompt, *words], words + forced

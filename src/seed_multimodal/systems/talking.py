@@ -62,13 +62,16 @@ class TalkingSystem:
     speaker: Speaker
     log: Log = None
 
-    def _request(self, contents: Sequence[Content], opening: str = "", task: str = "") -> Request:
+    def to_request(self, contents: Sequence[Content], opening: str = "", task: str = "") -> Request:
         """A conversation as the model is asked it.
 
         Args:
             contents: role and items (texts, pictures, codes) of each message.
             opening: words of a forced answer that will follow the prompt.
             task: "ask", "draw" or "edit"; "" for a conversation.
+
+        Raises:
+            RequestError, ImageError: contents that cannot be read.
         """
         raise NotImplementedError
 
@@ -122,9 +125,9 @@ class TalkingSystem:
         contents, opening = read_messages(messages), ""
         if force_image:
             seen = any(not isinstance(item, str) for _, items in contents for item in items)
-            opening = self.tasks.edit_response if seen else self.tasks.draw_response
+            opening = self.forced_opening(seen)
             settings = self._forced(settings, options)
-        request = self._request(contents, opening)
+        request = self.to_request(contents, opening)
         if stream:
             due = check_value(Sequence[int], self.spec.previews if previews is None else previews, "previews", least=1)
             if due and not self.pictures.has_codes:
@@ -155,6 +158,10 @@ class TalkingSystem:
             merged["do_sample"] = True
         return read_settings(GenerationSettings, merged, "Generation setting")
 
+    def forced_opening(self, seen: bool) -> str:
+        """The words before a forced picture in a conversation with a picture (`seen`), or without."""
+        return str(self.tasks.edit_response if seen else self.tasks.draw_response)
+
     # ---- inside
 
     def _take_decode(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +182,7 @@ class TalkingSystem:
         return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
 
     def _task(self, content: list[Any], task: str, opening: str = "") -> Request:
-        return self._request(read_messages([{"role": "user", "content": content}]), opening, task)
+        return self.to_request(read_messages([{"role": "user", "content": content}]), opening, task)
 
     def _remark(self, request: Request) -> None:
         if self.log and request.note:

@@ -150,7 +150,7 @@ class Replay:
                     self.flow["model_calls"][self.posted]["input_ids"], f"{self.name}: the model's input ids")
         said = self.flow["stub_generated_ids"][self.posted]
         answer = render_original([tokenizer.vocabulary.boi_id] * forced + said, tokenizer,
-                                 lambda codes: _picture([4, 4], (0, 0, 0)))
+                                 lambda part: _picture([4, 4], (0, 0, 0)))
         assert_same((answer.text, codes + answer.images_ids, answer.error_msg),
                     (response["text"], response["images_ids"], response["error_msg"]), f"{self.name}: server's answer")
         assert_same([bool(image) for image in answer.images], [bool(image) for image in response["images"]],
