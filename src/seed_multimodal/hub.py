@@ -14,6 +14,8 @@ from pathlib import Path
 from seed_multimodal.errors import CheckpointError, first_line
 
 NANO = "pretrained/nano"
+SEED_X = "AILab-CVC/SEED-X-17B"  # with folders for all three models, their tokenizer and de-tokenizers
+SYSTEMS = ("nano", "8b", "14b", "seed-x", "seed-x-i", "seed-x-edit", "nano-x")  # what `--model` takes beside folders
 SHIPPED = {"nano": NANO, "nano-x": "pretrained/nano-x"}
 UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
                 "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
@@ -42,6 +44,9 @@ PARTS = {
     "8b-pretrain": ReleasedPart("pretrained/seed_llama_8b_pretrain", "AILab-CVC/seed-llama-8b-pretrain"),
     "vicuna": ReleasedPart("pretrained/vicuna-7b-v1.1", "lmsys/vicuna-7b-v1.1"),
     "llama2": ReleasedPart("pretrained/llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
+    "seed-x": ReleasedPart("pretrained", SEED_X),  # several folders: see `systems.seed_x_spec`
+    "qwen-vl": ReleasedPart("pretrained/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat"),
+    "sdxl": ReleasedPart("pretrained/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
 }
 
 

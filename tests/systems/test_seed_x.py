@@ -268,6 +268,31 @@ def test_released_folders_by_their_short_names(tmp_path: Path, monkeypatch: pyte
         SeedX.from_pretrained("seed-x", device="cpu", log=None)
 
 
+def test_the_hub_s_repository_by_its_name_and_in_its_client_s_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    from seed_multimodal.systems.seed_x_spec import HUB, find_seed_x
+
+    monkeypatch.chdir(tmp_path)
+    home = tiny_seed_x.build_released(tmp_path / "pretrained")
+    assert find_seed_x(HUB).llm == Path("pretrained/seed_x_i/llm") and find_seed_x(HUB).tuned
+    kept = tmp_path / "cache" / "models--AILab-CVC--SEED-X-17B"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0" * 40)
+    for part in ("seed_x_edit", "cvlm_llama2_tokenizer_100img_and_224loc_addpatch", "seed_detokenizer"):
+        shutil.copytree(home / part, kept / "snapshots" / ("0" * 40) / part)
+        shutil.rmtree(home / part)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    spec = find_seed_x("seed-x-edit")
+    assert spec.llm == kept / "snapshots" / ("0" * 40) / "seed_x_edit" / "llm" and spec.grids == ("1x1",)
+    assert SeedX.from_pretrained("seed-x-edit", device="cpu", log=None).pictures.reads_condition
+    with pytest.raises(CheckpointError, match="seed_x/llm"):
+        (home / "seed_x").rename(home / "elsewhere")
+        find_seed_x("seed-x")
+
+
 def test_what_is_not_there(tiny_x_folder: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder; give seed-x, seed-x-i, seed-x-edit"):
         SeedX.from_pretrained("nowhere/at_all", log=None)

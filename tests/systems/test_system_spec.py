@@ -54,12 +54,18 @@ def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "near"), [("8c", "'8b'"), ("nanno", "'nano'"), ("weights/min", "weights/mine")])
+@pytest.mark.parametrize(("name", "near"), [
+    ("8c", "'8b'"), ("nanno", "'nano'"), ("seed-x-ii", "'seed-x-i'"), ("weights/min", "weights/mine")])
 def test_a_misspelt_system_offers_the_names(name: str, near: str, no_weights: Path) -> None:
     (no_weights / "weights" / "mine").mkdir(parents=True)
     with pytest.raises(CheckpointError) as caught:
         find_system(name)
-    assert str(caught.value).startswith(f"{name}: there is no such folder (did you mean {near}?); give nano, 8b, 14b ")
+    assert str(caught.value).startswith(f"{name}: there is no such folder (did you mean {near}?); give nano, 8b, 14b, ")
+
+
+def test_a_shipped_system_that_is_not_there(no_weights: Path) -> None:
+    with pytest.raises(CheckpointError, match="^nano-x: there is no such folder; .* path to pretrained/nano-x"):
+        find_system("nano-x")
 
 
 def test_every_missing_part_of_a_released_system_is_named_at_once(no_weights: Path) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import SDXL_ADAPTER_WHERE, SDXL_WHERE, local_folder, locate_system
+from seed_multimodal.hub import SDXL_ADAPTER_WHERE, SDXL_WHERE, SEED_X, fetch, local_folder, locate, locate_system
 from seed_multimodal.language.continuous import AgentSettings
 from seed_multimodal.settings import read_settings
 from seed_multimodal.systems.system_file import SeedXFile, read_system_json
 from seed_multimodal.vision.resampler import INPUT_RESAMPLER, OUTPUT_RESAMPLER, ResamplerConfig
 
-HUB = "AILab-CVC/SEED-X-17B"
+HUB = SEED_X
 SHARED = {"tokenizer": "cvlm_llama2_tokenizer_100img_and_224loc_addpatch", "vision": "QwenViT",
           "sdxl": "stable-diffusion-xl-base-1.0"}
 FIRST, SECOND = "seed_detokenizer/first_stage", "seed_detokenizer/second_stage"
@@ -57,7 +57,8 @@ def find_seed_x(name: str | Path | None = None, **parts: str | Path | bool | Non
     """The parts of a SEED-X system, checked to be there.
 
     Args:
-        name: `seed-x`, `seed-x-i`, `seed-x-edit`, a folder with `system.json`, or None with parts.
+        name: `seed-x`, `seed-x-i`, `seed-x-edit`, a folder with `system.json`, a copy of the hub's repository or its
+            name (SEED-X-I of it), or None with parts.
         parts: `llm`, `agent`, `tokenizer`, `vision`, `sdxl`, `detokenizer` (folders, files or hub names) replace single
             parts; `tuned`.
 
@@ -100,12 +101,23 @@ def _released(short: str, home: Path | None, given: dict[str, Any]) -> SeedXSpec
     """The released layout, below `pretrained/` or in a copy of the hub's repository (`home`)."""
     own, adapter, tuned = RELEASED.get(short, RELEASED["seed-x-i"])
     root = home or Path("pretrained")
+    if locate(root / own) is None:
+        root = _snapshot(own, adapter) or root
     parts = {key: root / value for key, value in SHARED.items()}
     for key in parts:  # tower and SDXL are not in that repository
         if not parts[key].exists():
             parts[key] = Path("pretrained") / SHARED[key]
     parts |= {"llm": root / own / "llm", "agent": root / own / "agent", "detokenizer": root / adapter}
-    return SeedXSpec(**{**parts, "tuned": tuned, **given, "name": str(home or short or given["llm"])})
+    grids = {"grids": ("1x1",)} if short == "seed-x-edit" else {}  # it was tuned on pictures in one piece alone
+    return SeedXSpec(**{**parts, **grids, "tuned": tuned, **given, "name": str(home or short or given["llm"])})
+
+
+def _snapshot(own: str, adapter: str) -> Path | None:
+    """The hub's repository in the hub client's cache, with the folders of one model; None: not there."""
+    try:
+        return fetch(HUB, [f"{own}/*", f"{adapter}/*", f"{SHARED['tokenizer']}/*"])
+    except CheckpointError:
+        return None
 
 
 def _checked(spec: SeedXSpec) -> SeedXSpec:

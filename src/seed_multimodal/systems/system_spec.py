@@ -11,7 +11,17 @@ from pathlib import Path
 from seed_multimodal.data.formats.files import nearest_path
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import PARTS, download, is_hub_name, llm_kind, locate, locate_system, not_on_disk
+from seed_multimodal.hub import (
+    PARTS,
+    SHIPPED,
+    SYSTEMS,
+    download,
+    is_hub_name,
+    llm_kind,
+    locate,
+    locate_system,
+    not_on_disk,
+)
 from seed_multimodal.language.prompts import template_for
 from seed_multimodal.language.tasks import RELEASED_TASKS
 from seed_multimodal.settings import nearest
@@ -21,7 +31,6 @@ from seed_multimodal.systems.system_file import RELEASED_TRANSFORM, SystemFile, 
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
 NANO_RUNS = "The shipped model runs now, under the name nano."
 TEMPLATES = {"8b": "vicuna", "14b": "llama2"}  # of the released models by their short names
-NAMES = ("nano", *TEMPLATES)
 RELEASED_NAMES = ("released", *TEMPLATES)
 
 
@@ -56,8 +65,8 @@ def find_system(
         return _released(short, parts, template)
     folder = locate_system(name)
     if folder is None:
-        near = nearest_path(str(name)) if "/" in str(name) else nearest(short, NAMES)
-        raise CheckpointError(f"{name}: there is no such folder{near}; give {', '.join(NAMES)} or a folder with "
+        near = nearest_path(str(name)) if "/" in str(name) else "" if short in SYSTEMS else nearest(short, SYSTEMS)
+        raise CheckpointError(f"{name}: there is no such folder{near}; give {', '.join(SYSTEMS)} or a folder with "
                               f"system.json. {_how_to_get(str(name))}")
     if not (folder / "system.json").is_file() and (folder / "config.json").is_file():
         return _released("", {"llm": folder, **parts}, template)  # a released LLaMA folder by itself
@@ -101,8 +110,10 @@ def _template_of(llm: Path) -> str:
 
 
 def _how_to_get(path: str) -> str:
-    if path.rstrip("/").endswith("nano"):
-        return "The nano weights ship with the repository: run from its root, or give the path to pretrained/nano."
+    shipped = next((name for name in SHIPPED if path.rstrip("/").endswith(name)), "")
+    if shipped:
+        return (f"The {shipped} weights ship with the repository: run from its root, or give the path to "
+                f"{SHIPPED[shipped]}.")
     kind = llm_kind(path)
     advice = f"Download huggingface.co/{download(kind)} into it. " if kind in PARTS else ""
     return f"{advice}{NANO_RUNS}"
