@@ -31,6 +31,23 @@ ALIASES = {
         "seed_multimodal.configured:seed_llama_tokenizer",
     "models.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
     "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
+    # SEED-X's: what describes a part of the system, without loading it
+    "transformers.LlamaTokenizer.from_pretrained": "seed_multimodal.systems.seed_x_files:words",
+    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained":
+        "seed_multimodal.systems.seed_x_files:tower",
+    "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.vision.resampler:ResamplerConfig",
+    "src.models.tokenizer.discrete_models.DiscreteModleIdentity": "seed_multimodal.systems.seed_x_files:Unchanged",
+    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained":
+        "seed_multimodal.systems.seed_x_files:language_model",
+    "src.models.mllm.peft_models.get_peft_model_with_resize_embedding":
+        "seed_multimodal.systems.seed_x_files:language_model_with_lora",
+    "peft.LoraConfig": "seed_multimodal.systems.seed_x_files:lora",
+    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": "seed_multimodal.systems.seed_x_files:agent",
+    "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.detokenizers.sdxl_resampler:ResamplerSizes",
+    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained":
+        "seed_multimodal.systems.seed_x_files:adapter",
+    "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained":
+        "seed_multimodal.systems.seed_x_files:adapter",
 }
 ALLOWED_PREFIXES = ("seed_multimodal.",)
 _RESERVED = ("_target_", "_recursive_", "_convert_")

@@ -200,6 +200,10 @@ class OutputNames:
         self._used.add(name)
         return self._folder / f"{name}.png"
 
+    def named(self, name: str) -> Path:
+        """The one file that was asked for, or a file of this name in the folder."""
+        return self._single or self._folder / name
+
 
 def save_picture(image: Image.Image, path: Path) -> Path:
     """Write `image`, making its folder; when the disk is full, what was there stays.

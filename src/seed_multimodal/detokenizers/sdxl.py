@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer, refuse_unfilled
 from seed_multimodal.detokenizers.schedulers import scheduler_class
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
+from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.device import free_memory
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -81,12 +82,12 @@ class SdxlDetokenizer(PipelineDetokenizer):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, adapter: str | Path, *, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32) -> SdxlDetokenizer:
+                        dtype: torch.dtype = torch.float32, sizes: ResamplerSizes | None = None) -> SdxlDetokenizer:
         """Load SDXL's autoencoder and scheduler, and an adapter of either stage.
 
         Args:
             folder: SDXL's diffusers folder or hub name; its U-Net's weights and text encoders are not read.
-            adapter: as `SDXLAdapter.from_pretrained`.
+            adapter, sizes: as `SDXLAdapter.from_pretrained`.
 
         Raises:
             CheckpointError: something is not there (names what to put where), damaged, or of another model.
@@ -102,7 +103,7 @@ class SdxlDetokenizer(PipelineDetokenizer):
             scheduler = scheduler_class(str(settings.get("_class_name"))).from_config(settings)
         refuse_unfilled(vae, place / "vae")
         with quiet_loading("diffusers"):
-            weights = SDXLAdapter.from_pretrained(adapter, place, device=device, dtype=dtype)
+            weights = SDXLAdapter.from_pretrained(adapter, place, device=device, dtype=dtype, sizes=sizes)
         if vae.config.latent_channels != weights.latent_channels:
             raise CheckpointError(f"{adapter}: draws latents of {weights.latent_channels} channels, but {place}/vae "
                                   f"reads {vae.config.latent_channels}.")

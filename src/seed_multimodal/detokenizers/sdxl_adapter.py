@@ -120,13 +120,14 @@ class SDXLAdapter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, sdxl: str | Path, *, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32) -> SDXLAdapter:
+                        dtype: torch.dtype = torch.float32, sizes: ResamplerSizes | None = None) -> SDXLAdapter:
         """An adapter in eval mode; its `load_report` counts what was read.
 
         Args:
             checkpoint: a `.bin` or `.safetensors` file, or the folder (or hub name) that holds one; `resampler.json`
                 beside it gives the resampler's sizes, released ones otherwise.
             sdxl: SDXL's diffusers folder: only `unet/config.json` is read, the weights are in the checkpoint.
+            sizes: of the resampler, where no `resampler.json` gives them.
 
         Raises:
             CheckpointError: a file that is not there, damaged, not complete, or of an adapter of another size.
@@ -135,7 +136,7 @@ class SDXLAdapter(nn.Module):
 
         file = find_file(checkpoint, FILES, SDXL_ADAPTER_WHERE)
         listed = file.parent / SIZES
-        sizes = ResamplerSizes() if not listed.is_file() else read_settings(
+        sizes = (sizes or ResamplerSizes()) if not listed.is_file() else read_settings(
             ResamplerSizes, read_json_object(listed, ConfigError), str(listed))
         config = read_json_object(Path(sdxl) / "unet" / "config.json", CheckpointError, SDXL_WHERE)
         state = load_state_dict(file, mapped=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
@@ -128,3 +129,33 @@ class TrainedTensors:
                 raise CheckpointError(f"{self.source}: lora_A of {name!r} has {self.shape(pair.a)[0]} rows, but r is "
                                       f"{rank}.")
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+@torch.no_grad()
+def merge_into(llama: Any, source: str | Path, lora: Mapping[str, Any] | None = None) -> None:
+    """Change a LLaMA's weights as a trained file or folder says; tensors of other models in it are left alone.
+
+    Args:
+        lora: r and lora_alpha where there is no `adapter_config.json`.
+
+    Raises:
+        CheckpointError: tensors for layers that the model does not have, or of another size.
+    """
+    trained = TrainedTensors(source, lora)
+    own = dict(llama.named_parameters())
+    for name in (*trained.low, *(name for name in trained.whole if name.startswith(("model.", "lm_head.")))):
+        if name not in own:
+            raise CheckpointError(f"{source}: holds a change of {name!r}, which the language model does not have.")
+        value = trained.read(trained.whole[name]) if name in trained.whole else own[name]
+        if name in trained.low:
+            a, b = (trained.read(part).to(own[name].device, torch.float32)
+                    for part in (trained.low[name].a, trained.low[name].b))
+            if (b.shape[0], a.shape[1]) != tuple(own[name].shape):
+                raise CheckpointError(f"{source}: {name!r} is {tuple(own[name].shape)} in the language model, but "
+                                      f"lora_B · lora_A is {(b.shape[0], a.shape[1])}.")
+            value = value.to(own[name].device, torch.float32) + trained.scale * (b @ a)
+        if value.shape != own[name].shape:
+            raise CheckpointError(f"{source}: {name!r} is {tuple(value.shape)}, but the language model has "
+                                  f"{tuple(own[name].shape)}.")
+        own[name].data = value.to(own[name])  # not in place: it may be a view of the base's file
+    trained.shards.close()

@@ -29,8 +29,11 @@ _POSITIONS = "*_resampler.pos_embed"  # fixed sines, which an export of the trai
 _FROZEN = (f"{LLM}*.base_layer.*", f"{LLM}*.original_module.*")  # of a LoRA
 
 
-def load_agent(model: nn.Module, source: str | Path) -> LoadReport:
+def load_agent(model: nn.Module, source: str | Path, *, language: bool = True) -> LoadReport:
     """Put the weights of a file or folder into a `ContinuousLVLM`.
+
+    Args:
+        language: those of a language model, too, if there are any.
 
     Raises:
         CheckpointError: tensors that are missing from a family, unknown, or of another size (one sentence names the
@@ -38,7 +41,7 @@ def load_agent(model: nn.Module, source: str | Path) -> LoadReport:
     """
     shards = Shards(source)
     own = model.state_dict()
-    there = {_plain(name): name for name in shards.entries}
+    there = {_plain(name): name for name in shards.entries if language or not _plain(name).startswith(LLM)}
     language = [name for name in there if name.startswith(LLM)]
     _check_kind(language, own, source)
     state = {_current(name, own): shards.read(there[name]) for name in there}

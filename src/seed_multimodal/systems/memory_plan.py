@@ -138,7 +138,7 @@ def read_sizes(spec: SeedXSpec) -> Sizes:
         layers, rest, cache = llm_sizes(read_json_object(spec.llm / "config.json"))
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{spec.llm}: its config.json gives no sizes ({first_line(error)}).") from error
-    sizes, sdxl = read_agent_sizes(spec.agent), spec.sdxl
+    sizes, sdxl = read_agent_sizes(spec), spec.sdxl
     agent = sum(_resampler_weights(config) for config in (sizes.input_resampler, sizes.output_resampler))
     agent += 4 * sizes.input_resampler.embed_dim if sizes.settings.add_patch_pos else 0
     tower = _file_weights(find_file(spec.vision, qwen_vit.FILES, qwen_vit.ADVICE))

@@ -101,16 +101,17 @@ class SeedX(TalkingSystem):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path | None = None, *, llm: str | Path | None = None, agent: str | Path | None = None,
-        tokenizer: str | Path | None = None, vision: str | Path | None = None, sdxl: str | Path | None = None,
-        detokenizer: str | Path | None = None, tuned: bool | None = None, device: str = "auto", dtype: Any = "auto",
-        quantization: str | None = None, image_device: str | None = None, drawing_device: str | None = None,
-        load_decoder: bool = True, offload: bool | Collection[str] = False, log: Log = print,
+        cls, name: str | Path | SeedXSpec | None = None, *, llm: str | Path | None = None,
+        agent: str | Path | None = None, tokenizer: str | Path | None = None, vision: str | Path | None = None,
+        sdxl: str | Path | None = None, detokenizer: str | Path | None = None, tuned: bool | None = None,
+        device: str = "auto", dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
+        drawing_device: str | None = None, load_decoder: bool = True, offload: bool | Collection[str] = False,
+        log: Log = print,
     ) -> SeedX:
         """Load a system; its de-tokenizer is loaded when the first picture is drawn.
 
         Args:
-            name: `seed-x`, `seed-x-i`, `seed-x-edit`, or a folder with `system.json`.
+            name: `seed-x`, `seed-x-i`, `seed-x-edit`, a folder with `system.json`, or parts that were found before.
             llm, agent, tokenizer, vision, sdxl, detokenizer, tuned: single parts (folders or hub names), see
                 `seed_x_spec.find_seed_x`.
             device, dtype: of the language model and the agent, see `choose_device`.
@@ -124,8 +125,9 @@ class SeedX(TalkingSystem):
         Raises:
             CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
         """
-        spec = find_seed_x(name, llm=llm, agent=agent, tokenizer=tokenizer, vision=vision, sdxl=sdxl,
-                           detokenizer=detokenizer, tuned=tuned)
+        spec = name if isinstance(name, SeedXSpec) else find_seed_x(
+            name, llm=llm, agent=agent, tokenizer=tokenizer, vision=vision, sdxl=sdxl, detokenizer=detokenizer,
+            tuned=tuned)
         runtime = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         here = choose_for_pictures(runtime.device if image_device is None else image_device, dtype, runtime, log)
         there = choose_for_pictures(here.device if drawing_device is None else drawing_device, dtype, here, log)

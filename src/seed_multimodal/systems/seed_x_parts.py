@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from seed_multimodal.device import Runtime
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.any_resolution import AnyResolution, read_grids
+from seed_multimodal.language.adapters import merge_into
+from seed_multimodal.language.agent_weights import load_agent
 from seed_multimodal.language.continuous import ContinuousLVLM
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.seed_x import seed_x_words
 from seed_multimodal.systems.picture_half import off_loaded
 from seed_multimodal.systems.seed_x_pictures import FeaturePictures
-from seed_multimodal.systems.seed_x_spec import SeedXSpec, read_agent_sizes
+from seed_multimodal.systems.seed_x_spec import SeedXSpec, read_agent_sizes, read_lora
 from seed_multimodal.vision.qwen_vit import QwenVit
 from seed_multimodal.vision.resampler import Resampler
 
@@ -39,7 +41,7 @@ def load_agent_model(spec: SeedXSpec, words: MultimodalTokenizer, runtime: Runti
     vocabulary = seed_x_words(words)
     llm = load_llm(spec.llm, device="cpu" if offload_llm else runtime.device, dtype=runtime.dtype,
                    quantization=quantization, vocabulary=vocabulary)
-    sizes = read_agent_sizes(spec.agent)
+    sizes = read_agent_sizes(spec)
     read, write = sizes.input_resampler, sizes.output_resampler
     for what, here, there in (
             ("input resampler writes", read.embed_dim, llm.config.hidden_size),
@@ -51,7 +53,14 @@ def load_agent_model(spec: SeedXSpec, words: MultimodalTokenizer, runtime: Runti
         if config.grid_size**2 != vocabulary.tokens_per_image:
             raise CheckpointError(f"{spec.agent}: its resamplers give {config.grid_size**2} embeddings of a picture, "
                                   f"but the tokenizer has {vocabulary.tokens_per_image} words for them.")
-    agent = ContinuousLVLM.from_pretrained(llm, Resampler(read), Resampler(write), spec.agent, **vars(sizes.settings))
+    fields = read_lora(spec)
+    if fields is not None and quantization is not None:
+        raise ConfigError(f"{spec.agent}: a LoRA is put into the language model's weights, so these cannot be in "
+                          f"{quantization}; leave the quantisation out.")
+    if fields is not None:
+        merge_into(llm, spec.agent, fields)
+    agent = ContinuousLVLM(llm, Resampler(read), Resampler(write), sizes.settings)
+    load_agent(agent, spec.agent, language=fields is None)
     for part in (agent.input_resampler, agent.output_resampler):
         part.to(runtime.device, runtime.dtype)
     if sizes.settings.add_patch_pos:
@@ -69,17 +78,35 @@ def load_pictures(spec: SeedXSpec, here: Runtime, there: Runtime, load_decoder: 
     Raises:
         CheckpointError: a tower that is missing, damaged, or of another width than the agent.
     """
-    leaves = off_loaded(offload)
-    tower = QwenVit.from_pretrained(spec.vision, device="cpu" if "encoder" in leaves else here.device, dtype=here.dtype)
-    wanted = read_agent_sizes(spec.agent)
+    tower = load_tower(spec, here, offload)
+    wanted = read_agent_sizes(spec)
     reads = wanted.input_resampler.kv_dim or wanted.input_resampler.embed_dim
     if tower.config.output_dim != reads:
         raise CheckpointError(f"{spec.vision}: the tower's features have width {tower.config.output_dim}, but the "
                               f"agent {spec.agent} reads width {reads}; they do not belong together.")
-    size = tower.config.image_size
+    return pictures_of(spec, tower, wanted.output_resampler.embed_dim, here, there, load_decoder, offload)
+
+
+def load_rebuilder(spec: SeedXSpec, here: Runtime, there: Runtime,
+                   offload: bool | Collection[str] = False) -> FeaturePictures:
+    """As `load_pictures`, of a system of which tower and de-tokenizer alone are there: pictures are drawn again."""
+    tower = load_tower(spec, here, offload)
+    return pictures_of(spec, tower, tower.config.output_dim, here, there, True, offload)
+
+
+def load_tower(spec: SeedXSpec, here: Runtime, offload: bool | Collection[str] = False) -> QwenVit:
+    """The vision tower; errors as `QwenVit.from_pretrained`."""
+    device = "cpu" if "encoder" in off_loaded(offload) else here.device
+    return QwenVit.from_pretrained(spec.vision, config=spec.tower_sizes, device=device, dtype=here.dtype)
+
+
+def pictures_of(spec: SeedXSpec, tower: QwenVit, width: int, here: Runtime, there: Runtime, load_decoder: bool,
+                offload: bool | Collection[str]) -> FeaturePictures:
+    """The picture half around a tower; `width`: of the features that are drawn."""
+    size, leaves = tower.config.image_size, off_loaded(offload)
     load = None
     if load_decoder and spec.detokenizer is not None:
-        load = partial(open_decoder, spec, wanted.output_resampler.embed_dim, there)
+        load = partial(open_decoder, spec, width, there)
     largest = max(max(grid) for grid in read_grids(spec.grids))
     return FeaturePictures(tower, AnyResolution(size, spec.grids), AnyResolution(size, spec.edit_grids),
                            load_decoder=load, device=here.device, drawing_device=there.device,
@@ -91,7 +118,7 @@ def open_decoder(spec: SeedXSpec, width: int, there: Runtime) -> SdxlDetokenizer
     """SDXL with the adapter.
 
     Args:
-        width: of the features that the language model writes.
+        width: of the features that are drawn.
 
     Raises:
         CheckpointError: missing or damaged files, an adapter of another width.
@@ -99,8 +126,9 @@ def open_decoder(spec: SeedXSpec, width: int, there: Runtime) -> SdxlDetokenizer
     from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
 
     assert spec.detokenizer is not None
-    made = SdxlDetokenizer.from_pretrained(spec.sdxl, spec.detokenizer, device=torch.device("cpu"), dtype=there.dtype)
+    made = SdxlDetokenizer.from_pretrained(spec.sdxl, spec.detokenizer, device=torch.device("cpu"), dtype=there.dtype,
+                                           sizes=spec.adapter_sizes)
     if made.embedding_dim != width:
-        raise CheckpointError(f"{spec.detokenizer}: reads features of width {made.embedding_dim}, but the agent writes "
-                              f"width {width}; they do not belong together.")
+        raise CheckpointError(f"{spec.detokenizer}: reads features of width {made.embedding_dim}, but they have width "
+                              f"{width} here; the parts do not belong together.")
     return made

@@ -2,22 +2,25 @@
 `pretrained/`.
 
 `seed-x` is the pretrained model, `seed-x-i` the one that follows instructions, `seed-x-edit` the one that edits; they
-share tower, tokenizer and SDXL. `agent/config.json` may give the resamplers' sizes (`AgentSizes`); the released file
-has none beside it.
+share tower, tokenizer and SDXL. `agent/config.json` may give the resamplers' sizes (`AgentSizes`), and a tuning's
+`agent.json` gives them with its LoRA; the released file has neither beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import SDXL_ADAPTER_WHERE, SDXL_WHERE, SEED_X, fetch, local_folder, locate, locate_system
+from seed_multimodal.hub import SEED_X, fetch, local_folder, locate, locate_system
 from seed_multimodal.language.continuous import AgentSettings
 from seed_multimodal.settings import read_settings
 from seed_multimodal.systems.system_file import SeedXFile, read_system_json
+from seed_multimodal.vision.qwen_vit import QwenVitConfig
 from seed_multimodal.vision.resampler import INPUT_RESAMPLER, OUTPUT_RESAMPLER, ResamplerConfig
 
 HUB = SEED_X
@@ -27,14 +30,10 @@ FIRST, SECOND = "seed_detokenizer/first_stage", "seed_detokenizer/second_stage"
 # Of the released models by their short names: folder, de-tokenizer, whether it follows instructions.
 RELEASED = {"seed-x": ("seed_x", FIRST, False), "seed-x-i": ("seed_x_i", FIRST, True),
             "seed-x-edit": ("seed_x_edit", SECOND, True)}
-WHERE = {
-    "tokenizer": f"put {SHARED['tokenizer']} of {HUB} there",
-    "llm": f"put the language model's folder of {HUB} there",
-    "agent": f"put the agent's folder of {HUB} (agent/pytorch_model.bin) there",
-    "vision": "its qwen_vit_G.pt is taken out of Qwen/Qwen-VL-Chat by src/tools/reload_qwen_vit.py",
-    "sdxl": SDXL_WHERE,
-    "detokenizer": SDXL_ADAPTER_WHERE,
-}
+OF_HUB = ("tokenizer", "llm", "agent", "detokenizer")
+FROM = {"vision": "src/tools/reload_qwen_vit.py takes it out of Qwen/Qwen-VL-Chat",
+        "sdxl": "unet/config.json, vae and scheduler of stabilityai/stable-diffusion-xl-base-1.0"}
+PARTS = (*OF_HUB, *FROM)
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,18 @@ class AgentSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedXSpec(SeedXFile):
-    """Everything `SeedX` needs to know before it loads a tensor, with the parts' own paths."""
+    """Everything `SeedX` needs to know before it loads a tensor, with the parts' own paths.
+
+    Attributes:
+        agent_sizes, tower_sizes, adapter_sizes: None: those beside the weights, or the released ones.
+        lora: fields of the LoRA on the language model whose weights are in the agent's file.
+    """
 
     name: str
+    agent_sizes: AgentSizes | None = None
+    tower_sizes: QwenVitConfig | None = None
+    adapter_sizes: ResamplerSizes | None = None
+    lora: Mapping[str, Any] | None = None
 
 
 def find_seed_x(name: str | Path | None = None, **parts: str | Path | bool | None) -> SeedXSpec:
@@ -79,14 +87,33 @@ def find_seed_x(name: str | Path | None = None, **parts: str | Path | bool | Non
     else:
         raise CheckpointError(f"{name}: there is no such folder; give {', '.join(RELEASED)} or a folder with "
                               f"system.json.")
-    return _checked(spec)
+    return checked_parts(spec, [name for name in PARTS if name not in ("sdxl", "detokenizer")])  # needed to draw
 
 
-def read_agent_sizes(agent: Path) -> AgentSizes:
-    """Sizes of an agent's file or folder; the released ones where no `config.json` is beside it."""
-    listed = (agent if agent.is_dir() else agent.parent) / "config.json"
-    return read_settings(AgentSizes, read_json_object(listed, ConfigError), str(listed)) if listed.is_file() else (
-        AgentSizes())
+def read_agent_sizes(spec: SeedXSpec) -> AgentSizes:
+    """Sizes of a system's agent: given, beside its weights, or the released ones."""
+    if spec.agent_sizes is not None:
+        return spec.agent_sizes
+    listed = (spec.agent if spec.agent.is_dir() else spec.agent.parent) / "config.json"
+    if listed.is_file():
+        return read_settings(AgentSizes, read_json_object(listed, ConfigError), str(listed))
+    tuned = _tuned(spec.agent)
+    given = {key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned}
+    return read_settings(AgentSizes, {**given, "settings": tuned.get("losses", {})}, f"{spec.agent}/agent.json")
+
+
+def read_lora(spec: SeedXSpec) -> Mapping[str, Any] | None:
+    """Fields of the LoRA that the agent was tuned with; None for none."""
+    found = spec.lora if spec.lora is not None else _tuned(spec.agent).get("lora")
+    if found is not None and not isinstance(found, Mapping):
+        raise ConfigError(f"{spec.agent}/agent.json: lora must hold the fields of a LoRA.")
+    return found
+
+
+def _tuned(agent: Path) -> dict[str, Any]:
+    """The `agent.json` of a tuning's checkpoint; empty for other agents."""
+    file = (agent if agent.is_dir() else agent.parent) / "agent.json"
+    return read_json_object(file, ConfigError) if file.is_file() else {}
 
 
 def _of_folder(folder: Path, given: dict[str, Any]) -> SeedXSpec:
@@ -120,20 +147,28 @@ def _snapshot(own: str, adapter: str) -> Path | None:
         return None
 
 
-def _checked(spec: SeedXSpec) -> SeedXSpec:
+def checked_parts(spec: SeedXSpec, needed: Collection[str]) -> SeedXSpec:
     """With every part where it is on this disk.
+
+    Args:
+        needed: parts that must be there now.
 
     Raises:
         CheckpointError: parts that are not: all of them, and what to put where.
     """
-    places = {key: getattr(spec, key) for key in WHERE if getattr(spec, key) is not None}
+    places = {key: getattr(spec, key) for key in PARTS if getattr(spec, key) is not None}
     found = {key: local_folder(place) for key, place in places.items()}
-    later = ("sdxl", "detokenizer")  # looked for when a picture is drawn
-    missing = [key for key in places if found[key] is None and key not in later]
+    missing = [key for key in places if found[key] is None and key in needed]
     if missing:
-        advice = "; ".join(f"{places[key]} is missing ({WHERE[key]})" for key in missing)
-        shipped = "nano-x" if locate_system("nano-x") else "nano"
-        raise CheckpointError(f"{spec.name}: {advice}. The shipped model runs now, under the name {shipped}.")
+        kept = ", ".join(str(places[key]) for key in OF_HUB if key in missing)
+        parts = ([f"{kept} (of {HUB})"] if kept else []) + [f"{places[key]} ({text})" for key, text in FROM.items()
+                                                            if key in missing]
+        raise CheckpointError(f"{spec.name}: its weights are not on this disk: put there {'; '.join(parts)}; or take "
+                              f"--model {shipped_name()}, which runs now.")
     here: dict[str, Any] = {key: place or places[key] for key, place in found.items()}
     return replace(spec, **here)
 
+
+def shipped_name() -> str:
+    """The shipped system that stands in for SEED-X."""
+    return "nano-x" if locate_system("nano-x") else "nano"

@@ -1,0 +1,16 @@
+"""SEED-X-Edit changes a picture (vis/1_Make it under the sunset.jpg).
+
+    python src/inference/eval_img2edit_seed_x_edit.py                 the released weights
+    python src/inference/eval_img2edit_seed_x_edit.py --model nano-x  the shipped ones
+    python src/inference/eval_img2edit_seed_x_edit.py --image a.jpg --prompt "Make it snow." --ratio keep
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.seed_x import seed_x_script  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(seed_x_script("eval_img2edit_seed_x_edit"))

@@ -1,0 +1,17 @@
+"""The vision tower of Qwen-VL-Chat, with its attention pool, as the file that SEED-X's YAML files name.
+
+    python src/tools/reload_qwen_vit.py            pretrained/Qwen-VL-Chat → pretrained/QwenViT/qwen_vit_G.pt
+    python src/tools/reload_qwen_vit.py --source /data/Qwen-VL-Chat --dtype fp16
+
+Run again after an interruption: finished shards are not read twice.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.reload_qwen_vit import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
