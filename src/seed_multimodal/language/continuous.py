@@ -9,8 +9,9 @@ each 4 neighbours. Note: the states are those AT the image words, after the fina
 ½ · [x, y, 1-x, 1-y] weighs the four vectors of a view's place (the paper leaves out the ½). Source: SEED-X (arXiv
 2404.14396) and its released code (`seed_x.py`); parameter names are the released ones.
 
-Both resamplers take part in every step, with zeros where the batch has no picture for them, so that all processes
-compute gradients of the same parameters.
+Both resamplers take part in every step, with numbers that count for nothing where the batch has no picture for them, and
+each once at its place in the order of modules: all processes compute gradients of the same parameters, and gather them
+in the same order where ZeRO-3 has taken them apart.
 """
 
 from __future__ import annotations
@@ -137,16 +138,17 @@ class ContinuousLVLM(nn.Module):
         """
         read = _chosen(image_embeds, embeds_cmp_mask)
         drawn = _chosen(image_embeds, embeds_gen_mask)
-        fake = self.output_resampler(self._zeros(1, 1, self.llm.config.hidden_size))
         places = _chosen(patch_positions, embeds_cmp_mask)
         embeds = self.embed(input_ids, ids_cmp_mask, read, places)
         if read is None:
-            embeds = embeds + 0.0 * self._read(torch.zeros_like(fake), self._zeros(1, 2)).sum().to(embeds)
+            sizes: Any = self.input_resampler.config
+            nothing = self._zeros(1, 1, sizes.kv_dim or sizes.embed_dim)
+            embeds = embeds + 0.0 * self._read(nothing, self._zeros(1, 2)).sum().to(embeds)
         states = self.states(embeds, attention_mask, position_ids)
         lm_loss = self.language_loss(states, labels)
         if drawn is None:
             _check_count(int(ids_gen_mask.sum()), 0, "written")
-            rec_loss = 0.0 * fake.float().sum()
+            rec_loss = 0.0 * self._write(states[:1, :1]).float().sum()
         else:
             rec_loss = self.regression_loss(states[ids_gen_mask], drawn)
         total = self.settings.lm_loss_scale * lm_loss + self.settings.rec_loss_scale * rec_loss

@@ -78,11 +78,17 @@ class SquarePositions(nn.Module):
         """
         grid = side_of(tokens, what)
         if table_NW.requires_grad or torch.compiler.is_compiling():
-            return resize_square(table_NW, grid)
+            return _apart(resize_square(table_NW, grid))
         version = None if table_NW.is_inference() else table_NW._version
         kept = self.kept.get(tokens)
         if kept is None or kept[0] is not table_NW or kept[1] != version:
             with torch.inference_mode(False):  # what is kept may meet a backward pass later
                 kept = table_NW, version, resize_square(table_NW, grid)
             self.kept[tokens] = kept
-        return kept[2]
+        return _apart(kept[2])
+
+
+def _apart(table: Tensor) -> Tensor:
+    """A view. DeepSpeed's ZeRO-3 takes a parameter that leaves a module for one that others need, and keeps it whole; in
+    processes with other numbers of tokens it does not, and what they gather no longer agrees."""
+    return table.view_as(table)

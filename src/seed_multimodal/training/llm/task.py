@@ -133,8 +133,8 @@ class LlmTask(Task):
         self.loop = run
         # The last evaluation may be younger than the checkpoint of its step.
         run.evaluation = run.log.last_line_with("eval_") or run.evaluation
-        trained = sum(p.numel() for p in run.engine.module.parameters() if p.requires_grad)
-        total = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in run.engine.module.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, used in sizes if used)
         world = self.group.world
         mean = "mean over tokens" if self.by_tokens else "mean of micro-batches"
         self._log(f"{trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
