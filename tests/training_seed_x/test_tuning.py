@@ -69,7 +69,8 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
     assert not any(".base_layer." in name or "original_module" in name or name.endswith("resampler.pos_embed")
                    for name in saved)
     about = json.loads((folder / "agent.json").read_text())
-    assert about["lora"] == parts.LORA and about["input_resampler"]["embed_dim"] == 48 and about["train_embeddings"]
+    assert parts.LORA.items() <= about["lora"].items() and "q_proj" in about["lora"]["target_modules"]
+    assert about["llm"] is None and about["input_resampler"]["embed_dim"] == 48 and about["train_embeddings"]
     run = read_run(configured(parts, home, tmp_path / "new", "lora"))
     task = TuningTask(run, ProcessGroup(), torch.device("cpu"))
     task.prepare()
@@ -109,6 +110,43 @@ def test_packed_rows_have_the_losses_of_their_sequences(parts: ModuleType, home:
     assert view == len(inputs["image_embeds"])
     assert [float(packed["lm_loss"]), float(packed["rec_loss"])] == pytest.approx(
         [total / count for total, count in zip(sums, counts, strict=True)], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_held_out_losses_are_measured_and_change_nothing(packing: bool, parts: ModuleType, home: Path, tmp_path: Path
+                                                         ) -> None:
+    """They are the losses of the first micro-batches with the weights of that step, without dropout; training goes on
+    as without them."""
+    data = parts.data_of(home, packing=packing)
+
+    def run(name: str, **changes: Any) -> list[dict[str, Any]]:
+        given = {"max_steps": 4, "save_steps": 2, "eval_batches": 3, **changes.pop("trainer", {})}
+        train_llm(parts.config_of(home, tmp_path / name, data=data, lora=True, trainer=given, **changes), TuningTask)
+        return [json.loads(line) for line in (tmp_path / name / "train.log.jsonl").read_text().splitlines()]
+
+    plain = run("plain")
+    measured = run("measured", eval_data=parts.data_of(home, packing=packing, seed=9), trainer={"eval_steps": 2})
+    assert [line["loss"] for line in plain if "loss" in line] == [line["loss"] for line in measured if "loss" in line]
+    lines = [line for line in measured if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [2, 4] and lines[1]["eval_loss"] < lines[0]["eval_loss"]
+    task = TuningTask(read_run(parts.config_of(home, tmp_path / "x", lora=True, data=parts.data_of(
+        home, packing=packing, seed=9))), ProcessGroup(), torch.device("cpu"))
+    task.prepare()
+    for line in lines:
+        task.load_weights(tmp_path / "measured" / f"checkpoint-{line['step']}")
+        task.module.eval()
+        sums = torch.zeros(4, dtype=torch.float64)
+        for number in range(3):
+            batch = task.data.at(number)
+            with torch.no_grad():
+                losses = task.module(**task.inputs(batch))
+            drawn = 0 if batch.views is None else int(batch.views.written.sum())
+            sums += torch.tensor([losses["lm_loss"] * batch.learned, batch.learned, losses["rec_loss"] * drawn, drawn])
+        text, image = float(sums[0] / sums[1]), float(sums[2] / sums[3])
+        assert line["eval_text_loss"] == pytest.approx(text, rel=1e-5)
+        assert line["eval_image_loss"] == pytest.approx(image, rel=1e-5)
+        assert line["eval_loss"] == pytest.approx(text + 6 * image, rel=1e-5)
 
 
 def test_the_rate_moves_once_a_step(parts: ModuleType, home: Path, tmp_path: Path) -> None:
@@ -173,8 +211,16 @@ def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path) ->
     nano = Path(__file__).parents[2] / "pretrained" / "nano" / "seed_tokenizer"
     with pytest.raises(ConfigError, match="not SEED-X's"):
         task(tokenizer=str(nano))
-    with pytest.raises(ConfigError, match="eval_data"):
-        task(eval_data={"sources": []} | parts.data_of(home))
+    with pytest.raises(ConfigError, match="captions during the training are not built in for SEED-X"):
+        task(trainer={"coco_caption_root": "coco"})
+    data = parts.data_of(home)
+    del data["sources"][3]["options"]["base_resolution"]
+    with pytest.raises(ConfigError, match="one size; base_resolution is 28 .conversation. and 448 .chat."):
+        task(data=data)
+    for place, found in (("data", {"data": data}), ("eval_data", {"eval_data": data})):
+        data["sources"] = data["sources"][3:]
+        with pytest.raises(ConfigError, match=f"^{place}: base_resolution of the source chat is 448, but the vi"):
+            task(**found).prepare()
     whole = parts.config_of(home, tmp_path)
     del whole["agent"]
     with pytest.raises(ConfigError, match="agent is needed"):

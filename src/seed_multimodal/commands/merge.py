@@ -1,14 +1,19 @@
-"""`merge_lora_weights.py`: base and adapter → a plain LLaMA folder. Flags as the original's, and a few more."""
+"""`merge_lora_weights.py`: base and adapter → a plain LLaMA folder; of a tuned SEED-X a folder with `llm` and `agent`,
+which `SeedX.from_pretrained` loads. Flags as the original's, and a few more."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from seed_multimodal.language.adapters import TrainedTensors
 
 
 def main(program: str, description: str, arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +25,8 @@ def main(program: str, description: str, arguments: Sequence[str] | None = None)
     parser.add_argument("--base_model", help="folder of the base model, instead of the YAML's")
     parser.add_argument("--lora_model", required=True,
                         help="folder of the adapter (or of a whole trained model, or a zero_to_fp32.py output)")
+    parser.add_argument("--agent_cfg", help="YAML of SEED-X's agent: sizes of the resamplers, where no agent.json is "
+                                            "beside the weights (default: the released sizes)")
     parser.add_argument("--save_path", required=True, help="new folder for the merged model")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16", "base"),
                         help="precision of the written weights (default: fp32, as released)")
@@ -37,11 +44,12 @@ def _merge(options: argparse.Namespace) -> int:
 
     quiet_libraries(options.debug)
     base, lora = _model(Path(options.model_cfg), options.base_model)
+    trained = locate(options.lora_model) or Path(options.lora_model)
     report = merge_adapter(
-        (locate(base) or Path(base)) if base else None, locate(options.lora_model) or Path(options.lora_model),
-        options.save_path,
-        tokenizer=_tokenizer(options.tokenizer_cfg), lora=lora, dtype=options.dtype,
-        max_shard_size=options.max_shard_size, verify=options.verify, force=options.force, log=log_line)
+        (locate(base) or Path(base)) if base else None, trained, options.save_path,
+        agent=partial(_agent, options.agent_cfg), tokenizer=_tokenizer(options.tokenizer_cfg), lora=lora,
+        dtype=options.dtype, max_shard_size=options.max_shard_size, verify=options.verify, force=options.force,
+        log=log_line)
     log_line(str(report))
     return DONE
 
@@ -67,6 +75,32 @@ def _model(file: Path, base: str | None) -> tuple[str | None, Mapping[str, Any] 
     if lora is not None and not isinstance(lora, Mapping):
         raise ConfigError(f"{file}: peft_config (lora) must be a mapping.")
     return (str(found) if found not in (None, "???") else None), lora
+
+
+def _agent(file: str | None, found: TrainedTensors) -> dict[str, Any]:
+    """`agent/config.json` of a SEED-X agent: its sizes, checked against its tensors."""
+    from dataclasses import asdict
+
+    import torch
+
+    from seed_multimodal.errors import CheckpointError
+    from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent
+    from seed_multimodal.vision.resampler import Resampler
+
+    where = str(found.source)
+    own = {key: found.agent[key] for key in ("input_resampler", "output_resampler", "losses") if key in found.agent}
+    sizes = read_agent(_plain(Path(file)), file) if file else read_agent(own, where) if own else AgentModel()
+    for name in ("input_resampler", "output_resampler"):
+        with torch.device("meta"):
+            expected = {f"{name}.{key}": tuple(value.shape) for key, value in Resampler(
+                getattr(sizes, name)).state_dict().items() if key != "pos_embed"}
+        for key, shape in expected.items():
+            there = found.shape(found.beside[key]) if key in found.beside else "missing"
+            if there != shape:
+                raise CheckpointError(f"{where}: {key!r} is {there}, but {file or 'the released agent'} has {shape}; "
+                                      f"give the agent's YAML (--agent_cfg) that it was trained with.")
+    return {name: asdict(getattr(sizes, name)) for name in ("input_resampler", "output_resampler")} | {
+        "settings": asdict(sizes.losses)}
 
 
 def _tokenizer(file: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 Read are `adapter_model.safetensors` and the old `adapter_model.bin` with their `adapter_config.json`, and what
 DeepSpeed's `zero_to_fp32.py` writes of a training run (names with the engine's, the loss module's and peft's prefixes).
+An agent of SEED-X (its tuning's checkpoint, or an export of it) holds its resamplers' tensors, too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from seed_multimodal.language.shards import Shards
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
+AGENT_CONFIG = "agent.json"  # beside the tensors of a tuned SEED-X: sizes of the resamplers, LoRA
+AGENT = ("input_resampler.", "output_resampler.", "patch_pos_embed")
 PREFIX = "base_model.model."
 _OUTER = ("module.", "_orig_mod.", "llm.")
 _UNSUPPORTED = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias")
@@ -41,6 +44,8 @@ class TrainedTensors:
     Attributes:
         low: base name → its low-rank pair.
         whole: base name → the tensor that takes its place.
+        beside: of an agent, its own tensors: released name → name in the file.
+        agent: `agent.json`; empty without one.
         scale: of the products B · A.
         config: `adapter_config.json`, or the fields given.
     """
@@ -52,11 +57,15 @@ class TrainedTensors:
         self.shards = Shards(file)
         self.low: dict[str, LowRankPair] = {}
         self.whole: dict[str, str] = {}
+        self.beside: dict[str, str] = {}
         pairs: dict[str, dict[str, str]] = {}
         for name in self.shards.entries:
             self._sort(name, pairs)
         self._pair(pairs)
-        self.config = self._read_config(place if place.is_dir() else place.parent, lora)
+        home = place if place.is_dir() else place.parent
+        there = [folder / AGENT_CONFIG for folder in (home, home.parent) if (folder / AGENT_CONFIG).is_file()]
+        self.agent = read_json_object(there[0]) if there and self.beside else {}
+        self.config = self._read_config(home, self.agent.get("lora") or lora)
         self.scale = self._scale() if self.low else 1.0
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -81,6 +90,9 @@ class TrainedTensors:
         plain = name
         while any(plain.startswith(outer) for outer in _OUTER):
             plain = plain[next(len(outer) for outer in _OUTER if plain.startswith(outer)):]
+        if plain.startswith(AGENT):
+            self.beside[plain] = name
+            return
         plain = plain.removeprefix(PREFIX)
         # A bias of a layer with LoRA, trained by the adapter's `bias` setting; merged, it is the plain layer's.
         plain = plain.replace(".base_layer.bias", ".bias")

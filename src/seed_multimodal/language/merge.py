@@ -7,10 +7,14 @@ what transformers, vLLM and this package's inference load. A fully trained check
 Weights stream from the base's shards into new ones, so memory holds the largest tensor a few times, never a model (the
 comparison of logits at the end does need room for one model: `verify=False` goes without). The folder appears by one
 rename, complete or not at all. A base with tied embeddings stays tied if both ends are still the same.
+
+Of a tuned SEED-X the folder holds `llm` and `agent`, its resamplers under their released names.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,15 +31,19 @@ from seed_multimodal.language.adapters import ADAPTER_CONFIG, TrainedTensors
 from seed_multimodal.language.llama import BOS, EOS, PAD, ROTARY, plain_generation
 from seed_multimodal.language.merge_check import compare_logits
 from seed_multimodal.language.shards import CODES, Shards, TensorEntry, parse_size, write_shards
-from seed_multimodal.weights import warn_tensors
+from seed_multimodal.weights import save_state_dict, warn_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LLM_FOLDER, AGENT_FOLDER = "llm", "agent"
+AGENT_FILE, AGENT_SIZES = "model.safetensors", "config.json"
 Log = Callable[[str], None] | None
+AgentSizes = Callable[[TrainedTensors], Mapping[str, Any]]
 
 
 @dataclass
 class MergeReport:
-    """Result of a merge; `difference`: relative difference of the logits before and after (None: not compared)."""
+    """Result of a merge; `difference`: relative difference of the logits before and after (None: not compared);
+    `beside`: tensors of an agent's resamplers."""
 
     folder: Path
     files: list[Path] = field(default_factory=list)
@@ -44,15 +52,17 @@ class MergeReport:
     tensors: int = 0
     words: int = 0
     difference: float | None = None
+    beside: int = 0
 
     def __str__(self) -> str:
         checked = ("logits not compared" if self.difference is None else
                    f"logits as before (relative difference {self.difference:.1e})")
         nothing = "" if self.merged or self.replaced else (
             " There was nothing to merge (a whole model, no adapter): it was copied as it is.")
+        beside = f" {self.beside} tensors of the resamplers beside it, in {AGENT_FOLDER}." if self.beside else ""
         return (f"{self.folder}: {self.tensors} tensors in {counted(len(self.files), 'file')}, "
                 f"{self.merged} with LoRA merged in, {self.replaced} replaced by trained ones, "
-                f"{self.words} words; {checked}.{nothing}")
+                f"{self.words} words; {checked}.{beside}{nothing}")
 
 
 @dataclass
@@ -80,19 +90,21 @@ class _Plan:
 def merge_adapter(
     base: str | Path | None, trained: str | Path | None, out: str | Path, *, tokenizer: Any = None,
     lora: Mapping[str, Any] | None = None, dtype: str = "fp32", max_shard_size: str | int = "5GB",
-    verify: bool = True, force: bool = False, log: Log = None,
+    verify: bool = True, force: bool = False, agent: AgentSizes | None = None, log: Log = None,
 ) -> MergeReport:
-    """Write a plain LLaMA folder.
+    """Write a plain LLaMA folder; of a SEED-X agent two, see above.
 
     Args:
         base: LLaMA folder (safetensors or old .bin shards); None if `trained` is a whole model.
-        trained: folder of an adapter, a whole trained model, or a file or folder written by `zero_to_fp32.py`.
+        trained: folder of an adapter, a whole trained model, a checkpoint of SEED-X's tuning, or a file or folder
+            written by `zero_to_fp32.py`.
         tokenizer: `MultimodalTokenizer`; its words must be the result's, and its files are written beside the weights.
         lora: r and lora_alpha where there is no `adapter_config.json`.
         dtype: fp32 (as released), bf16, fp16, or base (each tensor as the base has it).
         max_shard_size: bytes, or `5GB`, `500MiB`, …
         verify: compare logits of base and adapter through peft with the result's.
         force: replace a folder that is not empty.
+        agent: gives, of a SEED-X agent, the content of `agent/config.json`: sizes of the resamplers.
 
     Raises:
         CheckpointError: missing, damaged or foreign tensors, an adapter of another width, another vocabulary, logits
@@ -106,19 +118,26 @@ def merge_adapter(
                            called="what is to be merged")
     plan = _plan(base, trained, tokenizer, lora, dtype)
     _check_room(target, plan, out)
+    sizes: Mapping[str, Any] | None = None
     report = MergeReport(Path(out), tensors=len(plan.tensors), words=int(plan.config.vocab_size))
     if plan.trained is not None:
         report.merged = sum(name in plan.tensors for name in plan.trained.low)
         report.replaced = sum(name in plan.tensors for name in plan.trained.whole)
+        report.beside = len(plan.trained.beside)
+        sizes = agent(plan.trained) if agent is not None and report.beside else None
     try:
         with making_folder(target, out) as folder:
-            files = write_shards(folder, plan.tensors, plan.value, largest, log)
-            _write_settings(folder, plan, tokenizer)
+            inner = folder / LLM_FOLDER if report.beside else folder
+            inner.mkdir(exist_ok=True)
+            files = write_shards(inner, plan.tensors, plan.value, largest, log)
+            _write_settings(inner, plan, tokenizer)
+            if report.beside and plan.trained is not None:
+                _write_agent(folder / AGENT_FOLDER, plan.trained, sizes)
             if verify:
-                report.difference = _verify(plan, base, folder, log)
+                report.difference = _verify(plan, base, inner, log)
     finally:
         plan.base.close()
-    report.files = [target / file.name for file in files]
+    report.files = [target / file.relative_to(folder) for file in files]
     return report
 
 
@@ -128,22 +147,19 @@ def _plan(base: str | Path | None, trained: str | Path | None, tokenizer: Any, l
         Path(trained) / ADAPTER_CONFIG).is_file()
     if whole:
         base, trained = trained, None
-    if base is None:
-        raise ConfigError("A base model is needed: the LLaMA folder that the adapter was trained on.")
-    config_file = Path(base) / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(f"{base}: there is no config.json in it, so this is not a language model's folder.")
-    values = read_json_object(config_file)
-    if values.get("model_type") != "llama":
-        raise CheckpointError(f"{config_file}: a checkpoint of another model: model_type is not 'llama'.")
-    shards, adapter = Shards(base), TrainedTensors(trained, lora) if trained is not None else None
+    adapter = TrainedTensors(trained, lora) if trained is not None else None
+    if base is None and adapter is not None and adapter.agent.get("llm"):  # trained whole, and says what it is
+        config_file, values, shards = adapter.source, dict(adapter.agent["llm"]), adapter.shards
+    else:
+        config_file, values, shards = _base(base)
     rows = _words(values, shards, adapter, tokenizer)
     values.update(vocab_size=rows, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, use_cache=True)
     values["tie_word_embeddings"] = bool(values.get("tie_word_embeddings")) and _still_tied(adapter)
     for stale in ("torch_dtype", "dtype", "max_sequence_length", "_name_or_path", "quantization_config"):
         values.pop(stale, None)
     config, tensors = _llama(values, config_file)
-    warn_tensors((name for name in shards.entries if name not in tensors), (ROTARY, HEAD), shards.source)
+    if adapter is None or shards is not adapter.shards:
+        warn_tensors((name for name in shards.entries if name not in tensors), (ROTARY, HEAD), shards.source)
     plan = _Plan(config, shards, adapter, tensors)
     for name, tensor in tensors.items():
         own = _source(plan, name).dtype
@@ -151,6 +167,19 @@ def _plan(base: str | Path | None, trained: str | Path | None, tokenizer: Any, l
     _check_shapes(plan)
     config.dtype = tensors["model.norm.weight"].dtype if dtype == "base" else DTYPES[dtype]
     return plan
+
+
+def _base(base: str | Path | None) -> tuple[Path, dict[str, Any], Shards]:
+    """The base's configuration file, its content, and its tensors."""
+    if base is None:
+        raise ConfigError("A base model is needed: the LLaMA folder that the adapter was trained on.")
+    file = Path(base) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{base}: there is no config.json in it, so this is not a language model's folder.")
+    values = read_json_object(file)
+    if values.get("model_type") != "llama":
+        raise CheckpointError(f"{file}: a checkpoint of another model: model_type is not 'llama'.")
+    return file, values, Shards(base)
 
 
 def _llama(values: dict[str, Any], file: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -225,6 +254,8 @@ def _check_shapes(plan: _Plan) -> None:
 
 def _check_room(target: Path, plan: _Plan, shown: str | Path) -> None:
     needed = sum(tensor.nbytes for tensor in plan.tensors.values())
+    if plan.trained is not None:
+        needed += sum(4 * math.prod(plan.trained.shape(name)) for name in plan.trained.beside.values())
     free = shutil.disk_usage(next((p for p in (target, *target.parents) if p.is_dir()), Path())).free
     if needed > free:
         raise CheckpointError(f"{shown}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left.")
@@ -235,6 +266,14 @@ def _write_settings(folder: Path, plan: _Plan, tokenizer: Any) -> None:
     plain_generation().save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _write_agent(folder: Path, trained: TrainedTensors, sizes: Mapping[str, Any] | None) -> None:
+    """An agent's own tensors, as they are."""
+    folder.mkdir()
+    save_state_dict({name: trained.read(there).clone() for name, there in trained.beside.items()}, folder / AGENT_FILE)
+    if sizes is not None:
+        (folder / AGENT_SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
 
 def _verify(plan: _Plan, base: str | Path | None, folder: Path, log: Log) -> float:

@@ -125,16 +125,21 @@ def _of_folder(folder: Path, given: dict[str, Any]) -> SeedXSpec:
 
 
 def _released(short: str, home: Path | None, given: dict[str, Any]) -> SeedXSpec:
-    """The released layout, below `pretrained/` or in a copy of the hub's repository (`home`)."""
+    """The released layout, below `pretrained/` or in a copy of the hub's repository (`home`); a merged agent (`home`
+    with `llm` and `agent`) beside the released parts."""
     own, adapter, tuned = RELEASED.get(short, RELEASED["seed-x-i"])
     root = home or Path("pretrained")
-    if locate(root / own) is None:
+    merged = home is not None and (home / "llm").is_dir()
+    if not merged and locate(root / own) is None:
         root = _snapshot(own, adapter) or root
-    parts = {key: root / value for key, value in SHARED.items()}
+    inner = root if merged else root / own
+    parts = {key: root / value for key, value in {**SHARED, "detokenizer": adapter}.items()}
     for key in parts:  # tower and SDXL are not in that repository
         if not parts[key].exists():
-            parts[key] = Path("pretrained") / SHARED[key]
-    parts |= {"llm": root / own / "llm", "agent": root / own / "agent", "detokenizer": root / adapter}
+            parts[key] = Path("pretrained") / {**SHARED, "detokenizer": adapter}[key]
+    if merged and (inner / "llm" / "tokenizer.model").is_file():
+        parts["tokenizer"] = inner / "llm"
+    parts |= {"llm": inner / "llm", "agent": inner / "agent"}
     grids = {"grids": ("1x1",)} if short == "seed-x-edit" else {}  # it was tuned on pictures in one piece alone
     return SeedXSpec(**{**parts, **grids, "tuned": tuned, **given, "name": str(home or short or given["llm"])})
 

@@ -89,6 +89,6 @@ class SquarePositions(nn.Module):
 
 
 def _apart(table: Tensor) -> Tensor:
-    """A view. DeepSpeed's ZeRO-3 takes a parameter that leaves a module for one that others need, and keeps it whole; in
-    processes with other numbers of tokens it does not, and what they gather no longer agrees."""
+    """A view. DeepSpeed's ZeRO-3 takes a parameter that leaves a module for one that others need, and keeps it whole;
+    in processes with other numbers of tokens it does not, and what they gather no longer agrees."""
     return table.view_as(table)

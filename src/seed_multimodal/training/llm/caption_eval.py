@@ -29,7 +29,7 @@ from seed_multimodal.language.caption_scores import caption_scores
 from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.llm.held_out import evaluate, held_out
+from seed_multimodal.training.llm.held_out import HeldOutLosses, evaluate, held_out
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.llm.trainer_settings import RunSettings
 from seed_multimodal.training.loop import Run
@@ -42,11 +42,11 @@ BATCH = 4  # pictures at a time, of equally long prompts; fewer where the GPU ha
 
 def open_evaluation(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGroup, log: Callable[[str], None],
                     rows: Callable[[Mixture], tuple[int, int]] | None = None, template: str | None = None,
-                    ) -> Callable[[Run, Any], dict[str, float]] | None:
+                    kind: HeldOutLosses | None = None) -> Callable[[Run, Any], dict[str, float]] | None:
     """The evaluation of a run: its `eval_data` captioned, or their held-out loss; None: there is none.
 
     Args:
-        rows, template: as in `held_out.held_out`.
+        rows, template: as in `held_out.held_out`. kind: which losses are measured.
 
     Returns:
         To be called with the loop's run and the model: numbers for the log, equal in all processes.
@@ -63,7 +63,7 @@ def open_evaluation(run: RunSettings, tokenizer: MultimodalTokenizer, group: Pro
         return None
 
     def losses(loop: Run, model: Any) -> dict[str, float]:
-        numbers = evaluate(loop.engine, group, batches)
+        numbers = evaluate(loop.engine, group, batches, kind or HeldOutLosses())
         if not numbers:
             log("eval_data has nothing to learn in its first micro-batches, so there is no evaluation.")
         return numbers

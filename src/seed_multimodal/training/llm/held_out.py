@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from seed_multimodal.data.stream.data_settings import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
@@ -54,7 +55,29 @@ def blank_batch() -> LlmBatch:
                     learned=0, sequences=0, images=0, squares=0)
 
 
-def evaluate(engine: Engine, group: ProcessGroup, batches: Sequence[LlmBatch]) -> dict[str, float]:
+class HeldOutLosses:
+    """What an evaluation adds up of each batch, and the line of the log that the sums give."""
+
+    def sums(self, engine: Engine, batch: LlmBatch) -> Tensor:
+        """Six sums of a batch: the weighted loss and count, those of text and of image tokens."""
+        one = batch.to(engine.device)
+        with engine.autocast():
+            parts = engine.model(one.input_ids, one.labels, one.position_ids, one.attention_mask)
+        return torch.stack([part.float() for part in parts])
+
+    def line(self, total: float, count: float, text: float, text_count: float, image: float, image_count: float
+             ) -> dict[str, float]:
+        """Means of the sums over all batches; empty if nothing is learned in them."""
+        if not text_count + image_count:
+            return {}
+        found = {"eval_loss": total / max(count, 1e-8)}
+        if image_count:
+            found |= {"eval_text_loss": text / max(text_count, 1), "eval_image_loss": image / image_count}
+        return found
+
+
+def evaluate(engine: Engine, group: ProcessGroup, batches: Sequence[LlmBatch], losses: HeldOutLosses
+             ) -> dict[str, float]:
     """Mean losses over the batches of all processes, without gradients; empty if there is nothing to learn in them.
 
     Every process makes as many forward passes as the one with the most batches: under DDP and ZeRO-3 each is a
@@ -65,15 +88,6 @@ def evaluate(engine: Engine, group: ProcessGroup, batches: Sequence[LlmBatch]) -
     sums = torch.zeros(6, dtype=torch.float64)
     with torch.no_grad():
         for batch in [*batches, *[blank_batch()] * (most - len(batches))]:
-            one = batch.to(engine.device)
-            with engine.autocast():
-                parts = engine.model(one.input_ids, one.labels, one.position_ids, one.attention_mask)
-            sums += torch.stack([part.float() for part in parts]).cpu().double()  # Apple GPUs have no fp64
+            sums += losses.sums(engine, batch).cpu().double()  # Apple GPUs have no fp64
     engine.model.train()
-    total, count, text, text_count, image, image_count = group.sum(sums.tolist())
-    if not text_count + image_count:
-        return {}
-    line = {"eval_loss": total / max(count, 1e-8)}
-    if image_count:
-        line |= {"eval_text_loss": text / max(text_count, 1), "eval_image_loss": image / image_count}
-    return line
+    return losses.line(*group.sum(sums.tolist()))

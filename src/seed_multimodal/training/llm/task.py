@@ -26,7 +26,7 @@ from seed_multimodal.training.failures import TrainingError, translate_errors
 from seed_multimodal.training.llm.caption_eval import open_evaluation
 from seed_multimodal.training.llm.flops import token_flops
 from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
-from seed_multimodal.training.llm.held_out import blank_batch, first_batches
+from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, first_batches
 from seed_multimodal.training.llm.lora import is_lora, load_adapter
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, check_kernel, find_llama, round_residual
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
@@ -90,7 +90,7 @@ class LlmTask(Task):
         self.settings = replace(self.settings, gradient_accumulation_steps=self.plan.accumulate)
         self.rows = self.data.settings.rows or 1
         self.evaluation = open_evaluation(run, self.tokenizer, group, self._log, self.plan.held_out_rows(self.rows),
-                                          template_of(self.model_settings))
+                                          template_of(self.model_settings), self.held_out_losses())
         self.meter = TokenMeter()
         self.loop: Run
         self.llm: Any = None
@@ -112,6 +112,10 @@ class LlmTask(Task):
         if self.run.deepspeed is None:
             round_residual(self.module, self.settings.precision)
             keep_out_of_ddp(self.module)
+
+    def held_out_losses(self) -> HeldOutLosses:
+        """What an evaluation measures."""
+        return HeldOutLosses()
 
     def make_module(self) -> nn.Module:
         """What is trained, around `llm`."""

@@ -27,8 +27,8 @@ def _train(config: Mapping[str, Any]) -> Any:
     return train_llm(config, TuningTask)
 
 
-APPLICATION = Application("train_seed_x_sft.py", str(__doc__), [one for one in GROUPS if one != "eval_data"], _train,
-                          flags=True, config_name="train_seed_x_sft")
+APPLICATION = Application("train_seed_x_sft.py", str(__doc__), GROUPS, _train, flags=True,
+                          config_name="train_seed_x_sft")
 
 
 def main_process(configs: str | Path) -> NoReturn:

@@ -21,16 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.data.decoders.pictured import PictureOptions
+from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.device import copy_to
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.adapters import AGENT_CONFIG
 from seed_multimodal.language.agent_weights import load_agent
 from seed_multimodal.language.continuous import ContinuousLVLM
 from seed_multimodal.language.seed_x import seed_x_words
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.llm.held_out import blank_batch, first_batches
+from seed_multimodal.training.engine import Engine
+from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, first_batches
+from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, is_lora
 from seed_multimodal.training.llm.loss import find_llama, use_attention
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.llm.task import LlmTask
@@ -41,7 +46,7 @@ from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.vision.resampler import Resampler
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
-AGENT_CONFIG = "agent.json"
+LORA_FIELDS = (*RECORDED, "modules_to_save")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -55,8 +60,9 @@ class TuningTask(LlmTask):
         for name in ("visual_encoder", "agent"):
             if getattr(run, name) is None:
                 raise ConfigError(f"configuration: {name} is needed for SEED-X: choose one of its files.")
-        if run.eval_data is not None:
-            raise ConfigError("configuration: eval_data is not built in for SEED-X; leave it out.")
+        if run.trainer.coco_caption_root is not None:
+            raise ConfigError("trainer.coco_caption_root: captions during the training are not built in for SEED-X; "
+                              "leave it out (eval_data gives the held-out loss).")
         assert run.agent is not None and run.visual_encoder is not None
         self.agent_settings, self.tower_settings = read_agent(run.agent), read_tower(run.visual_encoder)
         super().__init__(run, group, device)
@@ -66,9 +72,15 @@ class TuningTask(LlmTask):
 
     # ------------------------------------------------------------------------------------------------- the training
 
+    def held_out_losses(self) -> HeldOutLosses:
+        """Both losses, weighted as in training."""
+        return _HeldOut(self)
+
     def make_module(self) -> nn.Module:
         """The agent around the language model; opens the tower, too."""
         self.tower = TowerFeatures.open(self.tower_settings, self.device, _DTYPES[self.settings.precision], self._log)
+        for name, given in (("data", self.run.data), ("eval_data", self.run.eval_data or {})):
+            _check_side(name, given, self.tower.model.config.image_size)
         return build_agent(self.llm, self.agent_settings).to(self.device)
 
     def begin_step(self, step: int) -> bool:
@@ -134,8 +146,11 @@ class TuningTask(LlmTask):
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """The trained weights, what builds their model, and the tokenizer's files."""
         save_state_dict(weights, folder / WEIGHTS)
-        about = {**asdict(self.agent_settings), "base": self.model_settings.path, "lora": self.model_settings.lora,
-                 "train_embeddings": self.model_settings.train_embeddings}
+        lora = None if not is_lora(self.llm) else {
+            key: value for key, value in adapter_settings(self.llm).items() if key in LORA_FIELDS and value is not None}
+        about = {**asdict(self.agent_settings), "base": self.model_settings.path, "lora": lora,
+                 "train_embeddings": self.model_settings.train_embeddings,
+                 "llm": None if lora else find_llama(self.llm).config.to_diff_dict()}
         replace_text(folder / AGENT_CONFIG, json.dumps(about, indent=1))
         self.tokenizer.save_pretrained(folder)
 
@@ -172,6 +187,39 @@ def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
     if settings.path is not None:
         load_agent(agent, find_folder(settings.path))
     return agent
+
+
+class _HeldOut(HeldOutLosses):
+    """The means over learned words and over written pictures."""
+
+    def __init__(self, task: TuningTask) -> None:
+        self.task = task
+
+    def sums(self, engine: Engine, batch: LlmBatch) -> Tensor:
+        """See `HeldOutLosses`; the first two are not used."""
+        with engine.autocast():
+            losses = engine.model(**self.task.inputs(batch))
+        found = []
+        for name, count in (("lm_loss", batch.learned), ("rec_loss", _written(batch))):
+            found += [losses[name].float() * count, losses[name].new_tensor(float(count), dtype=torch.float32)]
+        return torch.stack([torch.zeros_like(found[0])] * 2 + found)
+
+    def line(self, total: float, count: float, text: float, text_count: float, image: float, image_count: float
+             ) -> dict[str, float]:
+        """See `HeldOutLosses`."""
+        found = super().line(total, count, text, text_count, image, image_count)
+        scales = self.task.agent_settings.losses
+        mean = scales.lm_loss_scale * text / max(text_count, 1) + scales.rec_loss_scale * image / max(image_count, 1)
+        return {**found, "eval_loss": mean} if found else {}
+
+
+def _check_side(name: str, given: Mapping[str, Any], side: int) -> None:
+    """Refuse views that are not the tower's size: it would take them, and see worse."""
+    for source in read_data_settings(given, name).sources if given else []:
+        found = source.options.get("base_resolution", PictureOptions.base_resolution)
+        if found != side:
+            raise ConfigError(f"{name}: base_resolution of the source {source.name} is {found}, but the vision tower "
+                              f"reads views of {side} pixels a side.")
 
 
 def _written(batch: LlmBatch) -> int:

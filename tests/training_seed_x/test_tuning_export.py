@@ -1,0 +1,146 @@
+"""From a tuned checkpoint to a system: merged by the tool, from every layout that a checkpoint comes in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from seed_multimodal.commands.merge import main
+from seed_multimodal.language.agent_weights import load_agent
+from seed_multimodal.systems.seed_x import SeedX
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.llm.train import train_llm
+from seed_multimodal.training.llm.trainer_settings import read_run
+from seed_multimodal.training.seed_x.tuning_task import TuningTask
+from seed_multimodal.weights import load_state_dict, save_state_dict
+
+pytestmark = pytest.mark.slow
+STEPS = 3
+
+
+def tuned(parts: ModuleType, home: Path, output: Path, lora: bool = True) -> tuple[TuningTask, Path]:
+    """A run and its checkpoint, loaded; every number of the LoRA has moved."""
+    config = parts.config_of(home, output, lora=lora, trainer={"max_steps": STEPS})
+    train_llm(config, TuningTask)
+    task = TuningTask(read_run(config), ProcessGroup(), torch.device("cpu"))
+    task.prepare()
+    task.load_weights(output / f"checkpoint-{STEPS}")
+    task.module.eval()
+    return task, output / f"checkpoint-{STEPS}"
+
+
+@pytest.fixture(scope="module")
+def run(parts: ModuleType, home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningTask, Path]:
+    return tuned(parts, home, tmp_path_factory.mktemp("tuned") / "out")
+
+
+def merge(home: Path, folder: Path, trained: Path, *more: str, lora: Any = None, base: bool = True) -> int:
+    folder.mkdir(exist_ok=True)
+    model = {"lora": lora, **({"path": str(home / "llm")} if base else {"sizes": {}})}
+    (folder / "model.yaml").write_text(yaml.safe_dump(model))
+    (folder / "words.yaml").write_text(yaml.safe_dump({"pretrained_model_name_or_path": str(home / "tokenizer")}))
+    return main("merge_lora_weights.py", "", ["--model_cfg", str(folder / "model.yaml"), "--tokenizer_cfg", str(
+        folder / "words.yaml"), "--lora_model", str(trained), "--save_path", str(folder / "merged"), *more])
+
+
+def check_same(task: TuningTask, home: Path, merged: Path) -> None:
+    """The system has the losses of the tuned module, and its answers."""
+    system = SeedX.from_pretrained(merged, vision=home / "tower", device="cpu", dtype="fp32", log=None,
+                                   load_decoder=False)
+    for number in range(4):  # of all four sources
+        inputs = task.inputs(task.data.at(number))
+        with torch.no_grad():
+            one, other = task.module(**inputs), system.agent(**inputs)
+        for name, value in one.items():
+            assert float(other[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+    assert isinstance(system.ask(home / "pictures" / "red.jpg", "What is it?", max_new_tokens=4), str)
+
+
+def test_a_checkpoint_becomes_a_system(run: tuple[TuningTask, Path], home: Path, tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    task, checkpoint = run
+    assert merge(home, tmp_path, checkpoint) == 0
+    said = capsys.readouterr().err
+    assert "14 with LoRA merged in" in said
+    assert "21 tensors of the resamplers beside it, in agent" in said  # the sines are no training's
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {"llm", "agent"}
+    check_same(task, home, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_export_with_the_names_of_an_old_peft(frozen: bool, run: tuple[TuningTask, Path], home: Path, tmp_path: Path
+                                                 ) -> None:
+    """As `zero_to_fp32.py` wrote it from the released code: all tensors in one file, no settings beside it."""
+    task, checkpoint = run
+    state = {name.replace(".base_layer.", "."): value for name, value in task.module.state_dict().items()
+             if frozen or name in task.weights()}
+    about = json.loads((checkpoint / "agent.json").read_text())
+    (tmp_path / "agent.yaml").write_text(yaml.safe_dump({
+        "_target_": "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
+        **{name: about[name] for name in ("input_resampler", "output_resampler")}, "rec_loss_scale": 6.0}))
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    given = (home, tmp_path, tmp_path / "pytorch_model.bin")
+    assert merge(*given, "--agent_cfg", str(tmp_path / "agent.yaml"), lora=about["lora"]) == 0
+    check_same(task, home, tmp_path / "merged")
+
+
+def test_a_model_that_was_trained_whole_needs_no_base(parts: ModuleType, home: Path, tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    task, checkpoint = tuned(parts, home, tmp_path / "out", lora=False)
+    assert merge(home, tmp_path / "files", checkpoint, base=False) == 0
+    assert "0 with LoRA merged in" in capsys.readouterr().err
+    check_same(task, home, tmp_path / "files" / "merged")
+
+
+def test_what_cannot_be_merged(run: tuple[TuningTask, Path], home: Path, tmp_path: Path,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence each, and no folder."""
+    _, checkpoint = run
+    about = json.loads((checkpoint / "agent.json").read_text())
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(checkpoint / "model.safetensors", bare)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("nothing says their r and lora_alpha", {}),
+        ("give the agent's YAML", {"lora": about["lora"]}),
+    ]
+    for sentence, options in cases:
+        assert merge(home, tmp_path, bare, **options) == 2
+        assert sentence in (said := capsys.readouterr().err) and "Traceback" not in said
+        assert not (tmp_path / "merged").exists()
+    wide = {**about, "input_resampler": {**about["input_resampler"], "grid_size": 3}}
+    (bare / "agent.json").write_text(json.dumps(wide))
+    assert merge(home, tmp_path, bare) == 2
+    assert "'input_resampler.query' is (4, 48), but the released agent has (9, 48)" in capsys.readouterr().err
+    state = load_state_dict(checkpoint / "model.safetensors")
+    gone = next(name for name in state if name.endswith("lora_B.default.weight"))
+    save_state_dict({name: value for name, value in state.items() if name != gone}, bare / "model.safetensors")
+    (bare / "agent.json").write_text(json.dumps(about))
+    assert merge(home, tmp_path, bare) == 2
+    assert "has lora_A but no lora_B" in capsys.readouterr().err and not (tmp_path / "merged").exists()
+
+
+def test_a_merged_agent_is_tuned_again(run: tuple[TuningTask, Path], parts: ModuleType, home: Path, tmp_path: Path
+                                       ) -> None:
+    """A new LoRA on the merged language model begins with its losses; an agent with a LoRA is no start for one without,
+    and the other way round."""
+    task, checkpoint = run
+    assert merge(home, tmp_path, checkpoint) == 0
+    merged = tmp_path / "merged"
+    config = parts.config_of(home, tmp_path / "again", lora=True, model={"path": str(merged / "llm")},
+                             agent={"path": str(merged / "agent")}, trainer={"max_steps": 1})
+    again = TuningTask(read_run(config), ProcessGroup(), torch.device("cpu"))
+    again.prepare()
+    again.module.eval()
+    inputs = task.inputs(task.data.at(1))
+    with torch.no_grad():
+        one, other = task.module(**inputs), again.module(**inputs)
+    assert float(other["total_loss"]) == pytest.approx(float(one["total_loss"]), rel=1e-4)
+    load_agent(again.module, checkpoint)  # its LoRA and all
