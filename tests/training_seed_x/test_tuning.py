@@ -217,8 +217,8 @@ def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path) ->
     del data["sources"][3]["options"]["base_resolution"]
     with pytest.raises(ConfigError, match="one size; base_resolution is 28 .conversation. and 448 .chat."):
         task(data=data)
+    data["sources"] = data["sources"][3:]
     for place, found in (("data", {"data": data}), ("eval_data", {"eval_data": data})):
-        data["sources"] = data["sources"][3:]
         with pytest.raises(ConfigError, match=f"^{place}: base_resolution of the source chat is 448, but the vi"):
             task(**found).prepare()
     whole = parts.config_of(home, tmp_path)

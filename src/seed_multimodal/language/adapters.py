@@ -82,8 +82,9 @@ class TrainedTensors:
         for base, pair in self.low.items():
             stem = PREFIX + base.removesuffix(".weight")
             found[f"{stem}.lora_A.weight"], found[f"{stem}.lora_B.weight"] = self.read(pair.a), self.read(pair.b)
-            if f"{stem}.bias" in found:
-                found[f"{stem}.base_layer.bias"] = found.pop(f"{stem}.bias")
+            for kind in ("weight", "bias"):  # the base's own, which an export of everything has, too
+                if f"{stem}.{kind}" in found:
+                    found[f"{stem}.base_layer.{kind}"] = found.pop(f"{stem}.{kind}")
         return found
 
     def _sort(self, name: str, pairs: dict[str, dict[str, str]]) -> None:

@@ -40,8 +40,8 @@ def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
     return [_whole_letters(text) for text in found]
 
 
-def text_member(record: Record, files: FileReader) -> str | None:
-    """The text of a record's .txt; None without one.
+def text_member(record: Record, files: FileReader, *, whole: bool = False) -> str | None:
+    """The text of a record's .txt, without blanks around it unless `whole`; None without one.
 
     Raises:
         BadRecord: it is blank, or not UTF-8.
@@ -50,12 +50,12 @@ def text_member(record: Record, files: FileReader) -> str | None:
     if data is None:
         return None
     try:
-        text = data.decode("utf-8-sig").strip()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRecord("malformed text", f"{record.where}: its .txt is not UTF-8 ({error.reason}).") from None
-    if not text:
+    if not text.strip():
         raise BadRecord("empty text", f"{record.where}: its .txt is empty.")
-    return text
+    return text if whole else text.strip()
 
 
 def _whole_letters(text: str) -> str:

@@ -76,7 +76,7 @@ class PictureReader:
             BadRecord, ImageError: a picture that is not there, none, or damaged; a caption that is no text.
         """
         found = dict(record.fields)
-        text = text_member(record, self.files)
+        text = text_member(record, self.files, whole=True)  # the released sequences keep blanks at its end
         if text is not None:
             found["text"] = text
         image = record.member("image", files=self.files)
