@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import ConfigError
 
+RESAMPLERS = ("input_resampler", "output_resampler")
+
 if TYPE_CHECKING:
     from seed_multimodal.language.adapters import TrainedTensors
 
@@ -79,18 +81,24 @@ def _model(file: Path, base: str | None) -> tuple[str | None, Mapping[str, Any] 
 
 def _agent(file: str | None, found: TrainedTensors) -> dict[str, Any]:
     """`agent/config.json` of a SEED-X agent: its sizes, checked against its tensors."""
-    from dataclasses import asdict
+    from dataclasses import asdict, fields
 
     import torch
 
     from seed_multimodal.errors import CheckpointError
-    from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent
+    from seed_multimodal.language.continuous import AgentSettings
+    from seed_multimodal.settings import read_settings
+    from seed_multimodal.systems.seed_x_spec import AgentSizes
     from seed_multimodal.vision.resampler import Resampler
 
-    where = str(found.source)
-    own = {key: found.agent[key] for key in ("input_resampler", "output_resampler", "losses") if key in found.agent}
-    sizes = read_agent(_plain(Path(file)), file) if file else read_agent(own, where) if own else AgentModel()
-    for name in ("input_resampler", "output_resampler"):
+    where, values = str(found.source), _plain(Path(file)) if file else found.agent
+    losses = {one.name: values[one.name] for one in fields(AgentSettings) if one.name in values}
+    own: dict[str, Any] = {"settings": {**losses, **(values.get("losses") or {})}}
+    for name in RESAMPLERS:
+        if isinstance(node := values.get(name), Mapping):
+            own[name] = {key: value for key, value in node.items() if not str(key).startswith("_")}
+    sizes = read_settings(AgentSizes, own, file or where)
+    for name in RESAMPLERS:
         with torch.device("meta"):
             expected = {f"{name}.{key}": tuple(value.shape) for key, value in Resampler(
                 getattr(sizes, name)).state_dict().items() if key != "pos_embed"}
@@ -99,8 +107,7 @@ def _agent(file: str | None, found: TrainedTensors) -> dict[str, Any]:
             if there != shape:
                 raise CheckpointError(f"{where}: {key!r} is {there}, but {file or 'the released agent'} has {shape}; "
                                       f"give the agent's YAML (--agent_cfg) that it was trained with.")
-    return {name: asdict(getattr(sizes, name)) for name in ("input_resampler", "output_resampler")} | {
-        "settings": asdict(sizes.losses)}
+    return asdict(sizes)
 
 
 def _tokenizer(file: str | None) -> Any:

@@ -9,9 +9,8 @@ each 4 neighbours. Note: the states are those AT the image words, after the fina
 ½ · [x, y, 1-x, 1-y] weighs the four vectors of a view's place (the paper leaves out the ½). Source: SEED-X (arXiv
 2404.14396) and its released code (`seed_x.py`); parameter names are the released ones.
 
-Both resamplers take part in every step, with numbers that count for nothing where the batch has no picture for them,
-each once and at the same place in the order of modules: all processes compute gradients of the same parameters, and
-gather them in the same order where ZeRO-3 has taken them apart.
+Both resamplers take part in every step, once and at the same place, with numbers that count for nothing where the batch
+has no picture for them: all processes compute gradients of the same parameters, and ZeRO-3 gathers them in one order.
 """
 
 from __future__ import annotations
@@ -136,8 +135,7 @@ class ContinuousLVLM(nn.Module):
         Raises:
             DataError: another number of image words than views.
         """
-        read = _chosen(image_embeds, embeds_cmp_mask)
-        drawn = _chosen(image_embeds, embeds_gen_mask)
+        read, drawn = _chosen(image_embeds, embeds_cmp_mask), _chosen(image_embeds, embeds_gen_mask)
         places = _chosen(patch_positions, embeds_cmp_mask)
         embeds = self.embed(input_ids, ids_cmp_mask, read, places)
         if read is None:
