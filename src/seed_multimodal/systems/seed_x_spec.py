@@ -133,10 +133,9 @@ def _released(short: str, home: Path | None, given: dict[str, Any]) -> SeedXSpec
     if not merged and locate(root / own) is None:
         root = _snapshot(own, adapter) or root
     inner = root if merged else root / own
-    parts = {key: root / value for key, value in {**SHARED, "detokenizer": adapter}.items()}
-    for key in parts:  # tower and SDXL are not in that repository
-        if not parts[key].exists():
-            parts[key] = Path("pretrained") / {**SHARED, "detokenizer": adapter}[key]
+    others = {**SHARED, "detokenizer": adapter}  # tower and SDXL are not in that repository
+    parts = {key: root / value if (root / value).exists() else Path("pretrained") / value
+             for key, value in others.items()}
     if merged and (inner / "llm" / "tokenizer.model").is_file():
         parts["tokenizer"] = inner / "llm"
     parts |= {"llm": inner / "llm", "agent": inner / "agent"}
