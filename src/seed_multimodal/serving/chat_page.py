@@ -68,8 +68,8 @@ def _of_seed_x(title: str, *more: str, template: str = "conv_seed_llama2") -> Ki
 
 KINDS = {
     "nano": Kind("conv_seed_vicuna", "SEED Multimodal · nano", 0.0, rounds=5, examples=(
-                 "Please draw a noto dog left of a tree in a meadow.", "Put it at night.", DESCRIBE_PROMPT,
-                  f"What is the background?{QA_SUFFIX}")),
+        "Please draw a noto dog left of a tree in a meadow.", "Put it at night.", DESCRIBE_PROMPT,
+        f"What is the background?{QA_SUFFIX}")),
     "seed-llama-8b": Kind("conv_seed_vicuna", "SEED-LLaMA 8B", examples=DEMO_QUESTIONS),
     "seed-llama-14b": Kind("conv_seed_llama2", "SEED-LLaMA 14B", examples=DEMO_QUESTIONS),
     "seed-x": _of_seed_x("SEED-X", "What is this?", template="conv_seed_x"),
