@@ -21,7 +21,7 @@ from PIL import Image
 from seed_multimodal.commands.seed_x import SCRIPTS, seed_x_script
 from seed_multimodal.config import find_target, load_yaml
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.seed_x import Box, seed_x_words
+from seed_multimodal.language.seed_x import seed_x_words
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.systems.seed_x import SeedX
 from seed_multimodal.systems.seed_x_files import spec_of_files
@@ -341,29 +341,6 @@ def test_a_checkpoint_of_our_tuning_brings_its_lora(here: Path) -> None:
     (file.parent / "agent.json").write_text("[1]")
     with pytest.raises(ConfigError, match="agent.json: must hold a json object"):
         SeedX.from_pretrained(home, llm=home / "seed_x" / "llm", agent=file.parent, device="cpu", log=None)
-
-
-# ---- facts about the released weights
-
-
-def test_a_box_of_the_released_model() -> None:
-    """The published `vis/car.png` shows this box on a picture of 1200 x 1200 pixels."""
-    assert Box(114, 174, 115, 56).corners((1200, 1200)) == (302, 782, 918, 1082)
-
-
-@pytest.mark.skipif(not (ROOT / "pretrained/seed_x/llm").is_dir() or not (ROOT / "demo_images/car.jpg").is_file(),
-                    reason="needs the released weights in pretrained/ and the original's demo_images/")
-def test_the_released_model_finds_the_car() -> None:
-    script = SCRIPTS["eval_img2text_seed_x"]
-    system = SeedX.from_pretrained(spec_of_files(script.files, tuned=False), load_decoder=False)
-    car = ROOT / "demo_images" / "car.jpg"
-    found = system.detect(car, script.phrase)
-    assert found.picture.size == (1200, 1200) and system.pictures.views.grid(found.picture.size) == (2, 2)
-    assert found.grid == [Box(114, 174, 115, 56)] and found.boxes == [(302, 782, 918, 1082)]
-    assert found.grid[0].ids(system.prompts.vocabulary) == [32328, 32218, 32278, 32219, 32160, 32329]
-    for name, size in (("advisor.png", (1252, 1082)), ("cat_dog.jpeg", (800, 599))):
-        picture = Image.open(ROOT / "demo_images" / name)
-        assert picture.size == size and system.pictures.views.grid(size) == (2, 2)
 
 
 def test_weights_of_another_size_are_named(here: Path) -> None:

@@ -149,6 +149,8 @@ def test_a_named_decoder_asks_for_its_keys(tmp_path, tokenizer):
         check(clip, decoder="pretrain.video", options={"numframes": 3}, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="--option needs --decoder"):
         check(clip, options={"num_frames": 3}, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="seed_x.chat reads pictures, not codes: check them without --decoder"):
+        check(clip, decoder="seed_x.chat", tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="no decoder 'sft.edits'.*did you mean 'sft.edit'"):
         check(path, decoder="sft.edits")
 

@@ -21,7 +21,7 @@ from seed_multimodal.data.check.pictures import LLM, STAGES, TOKENIZER, PictureR
 from seed_multimodal.data.check.report import CheckReport, Finding
 from seed_multimodal.data.decoders.base import TEXT, TEXTS, Decoder
 from seed_multimodal.data.decoders.phrases import BLANK_CAPTION
-from seed_multimodal.data.decoders.registry import DECODERS, get_decoder, guess_decoder
+from seed_multimodal.data.decoders.registry import DECODERS, FEATURE_DECODERS, get_decoder, guess_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.files import find_files
@@ -108,6 +108,8 @@ class _Checker:
             raise ConfigError(f"--stage {settings.stage}: use {', '.join(STAGES)}{nearest(settings.stage, STAGES)}.")
         if settings.fields and settings.stage in (None, LLM):
             raise ConfigError("--fields needs the --stage that looks at pictures.")
+        if settings.decoder in FEATURE_DECODERS:
+            raise ConfigError(f"--decoder {settings.decoder} reads pictures, not codes: check them without --decoder.")
         self.settings = settings
         self._pictures = PictureReader(None if settings.images is None else str(settings.images), settings.fields,
                                        settings.stage)
@@ -221,7 +223,6 @@ class _Checker:
         return f"{sentence.removesuffix('.')} (--images: their folder)."
 
     # ------------------------------------------------------------------------------------------ parts
-
     def _problems(self, fields: Mapping[str, Any], decoder: type[Decoder]) -> Iterable[Finding]:
         """What is wrong by the fields that the decoder needs."""
         needs = decoder.needed(fields)
