@@ -11,6 +11,7 @@ from PIL import Image
 from seed_multimodal.cli import main
 from seed_multimodal.systems.open_system import kind_of
 
+ROOT = Path(__file__).resolve().parents[2]
 FEW = ("--max-new-tokens", "8")
 pytestmark = pytest.mark.slow
 
@@ -82,3 +83,19 @@ def test_other_systems_find_nothing(tiny_folder: Path, shown: str, capsys: pytes
 def test_the_kind_of_a_name(tiny_x_folder: Path, tiny_folder: Path) -> None:
     assert kind_of(tiny_x_folder) == kind_of("seed-x") == kind_of("SEED-X-Edit") == "seed_x"
     assert kind_of(tiny_folder) == kind_of("nano") == kind_of("8b") == kind_of("nowhere") == "seed_llama"
+
+
+@pytest.mark.parametrize(("name", "folder"), [
+    ("seed-x", "seed_x"), ("seed-x-i", "seed_x_i"), ("seed-x-edit", "seed_x_edit"),
+    ("AILab-CVC/SEED-X-17B", "seed_x_i")])
+def test_without_the_weights_one_sentence_says_what_to_put_where(
+    name: str, folder: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if (ROOT / "pretrained" / folder).exists():
+        pytest.skip("the released weights are on this disk")
+    assert main(["describe", shown, "--model", name, "--device", "cpu"]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1
+    for part in (f"pretrained/{folder}/llm", f"pretrained/{folder}/agent", "pretrained/QwenViT", "reload_qwen_vit.py",
+                 "AILab-CVC/SEED-X-17B", "runs now"):
+        assert part in told.err
