@@ -124,6 +124,7 @@ def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFix
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     from seed_multimodal import cli, quickstart
     from seed_multimodal.commands import evaluate, recon, released
+    from seed_multimodal.commands.seed_x import SCRIPTS, seed_x_script
     from seed_multimodal.evaluation import report
 
     def shown(program: Callable[[list[str]], object], *words: str) -> str:
@@ -139,7 +140,9 @@ def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFix
     talking += [shown(program) for program in (
         released.tokenizer_script, backend.parse_args, quickstart.main, report.main,
         *(partial(getattr(evaluate, f"{name}_program"), "eval.py", "") for name in ("vqa", "caption", "drawing")))]
-    pictures = [shown(cli.main, name) for name in ("tokenize", "reconstruct")] + [
+    talking += [shown(partial(seed_x_script, name)) for name in SCRIPTS if SCRIPTS[name].model]
+    pictures = [shown(partial(seed_x_script, name)) for name in SCRIPTS if not SCRIPTS[name].model]
+    pictures += [shown(cli.main, name) for name in ("tokenize", "reconstruct")] + [
         shown(recon.recon_script), shown(cli.main, "eval", "tokenizer")]
     for text in talking:
         assert "--quantization {8bit,4bit}" in text, text[:200]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,7 @@ def test_shards_of_the_language_model_need_not_be_there(tmp_path: Path) -> None:
     assert reload("--source", str(tmp_path / "qwen"), "--out", str(tmp_path / "q.pt")) == 0
 
 
-def test_a_killed_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_failed_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second shard is torn: the first one's part stays, and is taken when the shard is whole again."""
     tower = tiny_seed_x.write_qwen_vl(tmp_path / "qwen")
     last = tmp_path / "qwen" / "pytorch_model-00003-of-00003.bin"
@@ -72,6 +74,35 @@ def test_a_killed_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(torch.equal(value, load_state_dict(out)[name]) for name, value in tower.state_dict().items())
     assert reload(*words) == 2 and "exists already" in capsys.readouterr().err
     assert reload(*words, "--force") == 0
+
+
+KILLED = """
+import os, sys
+import seed_multimodal.weights as weights
+calls, real = [], weights.save_torch
+def save(*given):
+    calls.append(given)
+    if len(calls) == 2:
+        os.kill(os.getpid(), 9)
+    real(*given)
+weights.save_torch = save
+from seed_multimodal.commands.reload_qwen_vit import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.process
+def test_sigkill_between_two_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower = tiny_seed_x.write_qwen_vl(tmp_path / "qwen")
+    out = tmp_path / "q.pt"
+    words = ["--source", str(tmp_path / "qwen"), "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], timeout=170,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    assert done.returncode == -9 and not out.exists() and len(list((tmp_path / ".q.pt.parts").glob("*.pt"))) == 1
+    assert reload(*words) == 0
+    assert capsys.readouterr().err.count("taken from an earlier run") == 1
+    assert all(torch.equal(value, load_state_dict(out)[name]) for name, value in tower.state_dict().items())
+    assert not (tmp_path / ".q.pt.parts").exists()
 
 
 def test_another_shard_of_that_name_is_read_again(tmp_path: Path) -> None:
