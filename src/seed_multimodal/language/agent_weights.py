@@ -42,10 +42,10 @@ def load_agent(model: nn.Module, source: str | Path, *, language: bool = True) -
     shards = Shards(source)
     own = model.state_dict()
     there = {_plain(name): name for name in shards.entries if language or not _plain(name).startswith(LLM)}
-    language = [name for name in there if name.startswith(LLM)]
-    _check_kind(language, own, source)
+    spoken = [name for name in there if name.startswith(LLM)]
+    _check_kind(spoken, own, source)
     state = {_current(name, own): shards.read(there[name]) for name in there}
-    families = [*_FROZEN, _POSITIONS] if language else [f"{LLM}*", _POSITIONS]
+    families = [*_FROZEN, _POSITIONS] if spoken else [f"{LLM}*", _POSITIONS]
     absent = [family for family in families if not fnmatch.filter(state, family)]
     report = assign_strictly(model, state, source, allow_missing=absent, allow_unexpected=[ROTARY])
     shards.close()

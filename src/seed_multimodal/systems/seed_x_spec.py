@@ -98,7 +98,7 @@ def read_agent_sizes(spec: SeedXSpec) -> AgentSizes:
     if listed.is_file():
         return read_settings(AgentSizes, read_json_object(listed, ConfigError), str(listed))
     tuned = _tuned(spec.agent)
-    given = {key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned}
+    given: dict[str, Any] = {key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned}
     return read_settings(AgentSizes, {**given, "settings": tuned.get("losses", {})}, f"{spec.agent}/agent.json")
 
 
