@@ -106,7 +106,8 @@ def writing(place: str | Path, kind: type[SeedError] = CheckpointError) -> Itera
 def replacing_path(file: str | Path) -> Iterator[Path]:
     """As `replacing`, for libraries that write by path: the file made at the path given takes the name of `file`."""
     file = Path(file)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    # In containers processes of several machines have the same numbers, and may share the disk.
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield scratch
         with open(scratch, "r+b") as handle:

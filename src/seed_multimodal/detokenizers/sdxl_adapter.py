@@ -87,10 +87,11 @@ class SDXLAdapter(nn.Module):
         Raises:
             ConfigError: condition latents for the first stage.
         """
-        prompt, pooled = self.resampler(image_embeds)
+        noisy_latents = noisy_latents.to(self.unet.dtype)  # under DeepSpeed the weights are in half precision
+        prompt, pooled = self.resampler(image_embeds.to(self.resampler.latents.dtype))
         if self.reads_condition:
             condition = torch.zeros_like(noisy_latents) if condition_latents is None else condition_latents
-            noisy_latents = torch.cat([noisy_latents, condition], dim=1)
+            noisy_latents = torch.cat([noisy_latents, condition.to(noisy_latents.dtype)], dim=1)
         elif condition_latents is not None:
             raise ConfigError("This adapter is of the first stage and reads no condition picture.")
         return self.unet(noisy_latents, timesteps, encoder_hidden_states=prompt,

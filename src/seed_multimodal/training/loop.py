@@ -106,6 +106,9 @@ class Run:
                 if self.average is not None:
                     load_average(folder, self.average)
         task.meter.load_state_dict(saved.trainer)
+        meters = saved.trainer.get("meters", [])
+        if len(meters) == group.world and meters[group.rank]:
+            task.meter.load_state_dict(meters[group.rank])
         if saved.states:
             task.load_state_dict(saved.states, group.rank)
         if folder is not None:
@@ -190,9 +193,10 @@ class Run:
         self.last_save = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
+        meters = self.group.gather(self.task.meter.own_state()) if self.group.world > 1 else []
         return {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
                 "begun": self.begun, "frozen": self._check_sum, "evaluation": self.evaluation,
-                **self.task.meter.state_dict(), "config": self.task.config}
+                **self.task.meter.state_dict(), "meters": meters, "config": self.task.config}
 
     def _end(self, stopped: bool, ended: bool, stop: StopRequest) -> None:
         """The last evaluation and checkpoint; exits if the run was stopped.

@@ -89,6 +89,10 @@ class Meter:
         """The smoothed numbers, so that a resumed run does not begin to smooth anew."""
         return {"smooth": dict(self.smooth)}
 
+    def own_state(self) -> dict[str, Any]:
+        """That part of the state which differs between processes."""
+        return self.state_dict()
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.smooth.update(state.get("smooth", {}))

@@ -217,6 +217,15 @@ class ZeroEngine(Engine):
             raise CheckpointError(f"{folder}: its ZeRO shards cannot be read: global_step{step} is not complete.")
 
 
+def full_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The trained weights in fp32 on the CPU, from DeepSpeed's own copies of stages 1 and 2, which are spread; all
+    processes call it, after training and before the engine is closed."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter).detach().float().cpu()
+            for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def _prepare_deepspeed_for_cpu() -> None:
     """Without it DeepSpeed warns that it found no GPU, and compiles a collective operation for shared memory at its
     first start (a minute, and it needs a C++ compiler), which gloo does as well."""

@@ -25,13 +25,14 @@ import torch
 from seed_multimodal.errors import ConfigError, DataError
 
 SHUFFLE_BLOCK = 10_000
+_CHUNK = 100_000  # positions that are looked at together
 SHARES = 1_000_000  # resolution of the weights
 Sizes = Sequence[int] | np.ndarray | None
 Part = tuple[int, np.ndarray]  # an epoch, and indices of samples int64 [n] to take of it
 
 
 class Order(Protocol):
-    """An endless order of samples (`EpochOrder`, `MixedOrder`)."""
+    """An order of samples, endless (`EpochOrder`, `MixedOrder`) or not (`ChosenOrder`)."""
 
     def parts(self, start: int, count: int) -> list[Part]:
         """Positions `start` .. `start + count`, in runs of one epoch each; a pure function."""
@@ -148,6 +149,28 @@ class _Blocks:
             self._next += 1
             if self._next > number:
                 return drawn.numpy()
+
+
+class ChosenOrder:
+    """Certain samples once, in the order given: int64 `[n]`. Positions beyond them are none."""
+
+    def __init__(self, indices: np.ndarray) -> None:
+        self.indices = indices
+
+    def parts(self, start: int, count: int) -> list[Part]:
+        """As `Order`."""
+        return [(0, self.indices[start:start + count])]
+
+
+def drawn_indices(order: Order, draws: int, total: int) -> np.ndarray:
+    """Which of `total` samples the first `draws` positions of an order hold: int64, ascending."""
+    drawn = np.zeros(total, bool)
+    for start in range(0, draws, _CHUNK):
+        for _, indices in order.parts(start, min(_CHUNK, draws - start)):
+            drawn[indices] = True
+        if drawn.all():
+            break
+    return np.flatnonzero(drawn)
 
 
 class MixedOrder:

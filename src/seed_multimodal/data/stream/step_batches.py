@@ -61,8 +61,8 @@ class StepBatches(StepLoader):
         if block is None:
             block = 0 if sizes is None else block_of(dataset)
         self.dataset = dataset
-        order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block)
-        self.parts: Callable[[int], list[Part]] = partial(_share, order, batch_size, rank, world)
+        self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block)
+        self.parts: Callable[[int], list[Part]] = partial(_share, self.order, batch_size, rank, world)
         super().__init__(_Fetch(dataset, collate or default_collate), self.parts, workers)
 
     def at(self, step: int) -> Any:

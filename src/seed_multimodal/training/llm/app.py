@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from seed_multimodal.entry import guarded, run_and_exit
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.llm.compose import FOLDERS, GROUPS, SEED_X_GROUPS, compose
+from seed_multimodal.training.llm.compose import GROUPS, SEED_X_GROUPS, compose, group_folder
 from seed_multimodal.training.llm.flags import translate
 
 
@@ -95,7 +95,7 @@ def help_text(configs: Path, application: Application = LLM) -> str:
     """Usage and the groups' configurations."""
     lines = [application.usage.strip(), "", f"Configurations in {configs}:"]
     for group in application.groups:
-        folder = configs / FOLDERS.get(group, group)
+        folder = group_folder(configs, group)
         names = sorted(path.stem for path in folder.glob("*") if path.suffix in (".yaml", ".json"))
         lines.append(f"  {group}: {', '.join(names) or '-'}")
     return "\n".join(lines)

@@ -143,9 +143,15 @@ def _defaults(home: Path, name: str) -> list[str]:
     return [str(key) for entry in entries if not isinstance(entry, str) for key in entry]
 
 
+def group_folder(home: Path, group: str) -> Path:
+    """Where a group's files lie: below the configurations, or beside them (DeepSpeed's, for all applications)."""
+    folder = FOLDERS.get(group, group)
+    return next((place / folder for place in (home, home.parent) if (place / folder).is_dir()), home / folder)
+
+
 def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
     """The content of a group's configuration by its name or a file's path."""
-    folder = home / FOLDERS.get(group, group)
+    folder = group_folder(home, group)
     named = [folder / f"{choice}{suffix}" for suffix in ("", *_SUFFIXES)]
     ours = choice.removeprefix("SEED-X/")  # which stands before the original's names of files
     places = [Path(choice), *named, *(folder / ours for folder in (Path(), home.parent, home.parent.parent))]

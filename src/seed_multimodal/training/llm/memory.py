@@ -129,8 +129,23 @@ def memory_plan(sizes: LlamaSizes, spread: Spread, *, lora: Mapping[str, Any] | 
         checkpointing: as `LlmModelSettings.gradient_checkpointing`.
         kernel: as `trainer.loss_kernel`. positions: of a micro-batch, for the `plain` one.
     """
-    frozen, trained = sizes.weights(lora)
     number = 4 if precision == "fp32" else 2
+    weights, gradients, states = held_bytes(*sizes.weights(lora), spread, number, base_bytes)
+    entries = positions * sizes.words
+    if kernel != "plain":
+        entries = min(entries, LARGEST_LOGITS)
+    logits = entries * (14 if number == 2 else 12)  # in half precision and fp32, their softmax, and gradients of both
+    return MemoryPlan(weights, gradients, states, logits,
+                      _position(sizes, lora, number, base_bytes < 4, checkpointing))
+
+
+def held_bytes(frozen: int, trained: int, spread: Spread, number: int, base_bytes: float
+               ) -> tuple[float, float, float]:
+    """Bytes of weights, gradients and Adam's states of one process, for numbers of frozen and trained weights.
+
+    Args:
+        number: bytes of a number in products. base_bytes: of a frozen one.
+    """
     everywhere, spread_by = frozen + trained, [spread.world if spread.stage >= stage else 1 for stage in (1, 2, 3)]
     if spread.deepspeed:
         weights = everywhere * number / spread_by[2]
@@ -142,14 +157,7 @@ def memory_plan(sizes: LlamaSizes, spread: Spread, *, lora: Mapping[str, Any] | 
         states = trained * 8 / spread_by[0]
     if spread.stage == 3:
         weights = (0 if spread.weights_on_cpu else weights) + min(everywhere, _LIVE) * number
-    if spread.states_on_cpu:
-        states = 0
-    entries = positions * sizes.words
-    if kernel != "plain":
-        entries = min(entries, LARGEST_LOGITS)
-    logits = entries * (14 if number == 2 else 12)  # in half precision and fp32, their softmax, and gradients of both
-    return MemoryPlan(weights, gradients, states, logits,
-                      _position(sizes, lora, number, base_bytes < 4, checkpointing))
+    return weights, gradients, 0 if spread.states_on_cpu else states
 
 
 def layer_bytes(sizes: LlamaSizes, lora: Mapping[str, Any] | None, number: int, half_base: bool) -> float:

@@ -112,6 +112,10 @@ class TokenMeter(Meter):
         """Sums since the last log line and of the run, and the last lines."""
         return {**super().state_dict(), "total": dict(self.total), "log_history": self.history}
 
+    def own_state(self) -> dict[str, Any]:
+        """Nothing: sums are of all processes."""
+        return {}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         super().load_state_dict(state)

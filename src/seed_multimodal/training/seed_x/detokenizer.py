@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, open_pictures
 from seed_multimodal.data.stream.order import MixedOrder
-from seed_multimodal.data.stream.pair_dataset import JoinedPairs, SourceDataset
+from seed_multimodal.data.stream.pair_dataset import JoinedPairs, SourceDataset, sample_seed
 from seed_multimodal.data.stream.step_batches import StepBatches, block_of
 from seed_multimodal.detokenizers.sdxl_adapter import SIZES, SDXLAdapter
 from seed_multimodal.detokenizers.sdxl_training import AdapterLoss, adapter_from_sdxl
@@ -44,8 +44,11 @@ from seed_multimodal.training.seed_x.detokenizer_features import (
     load_autoencoder,
     load_schedule,
 )
+from seed_multimodal.training.seed_x.detokenizer_memory import held_memory
 from seed_multimodal.training.seed_x.detokenizer_settings import DetokenizerModel, DetokenizerRun, read_detokenizer_run
+from seed_multimodal.training.seed_x.kept_features import keep_features
 from seed_multimodal.training.task import Task
+from seed_multimodal.training.zero import fill_config, full_weights, use_offload_threads
 from seed_multimodal.vision.checkpointing import checkpointed
 from seed_multimodal.vision.qwen_vit import QwenVit
 
@@ -54,7 +57,7 @@ ADAPTER = "adapter"  # the folder of the result in the run's
 _QUIET = ("output_dir", "data.batch_size", "data.cache", "model.gradient_checkpointing", "trainer.resume",
           "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit", "trainer.async_save",
           "trainer.report_to", "trainer.run_name", "trainer.dataloader_num_workers", "trainer.device",
-          "trainer.timeout_minutes", "trainer.gradient_accumulation_steps", "trainer.save_frozen")
+          "trainer.timeout_minutes", "trainer.gradient_accumulation_steps", "trainer.save_frozen", "deepspeed")
 
 
 class DetokenizerTask(Task):
@@ -85,6 +88,7 @@ class DetokenizerTask(Task):
             save_config(run.output_dir, run.plain)
         check_shared(run.output_dir / "config.yaml", self.group)
         self.schedule = load_schedule(model.sdxl)
+        self._prepare_data()
         self._prepare_features()
         self.module = build_adapter(model).to(self.device)
         if self.module.latent_channels != self.latent_channels:
@@ -96,6 +100,16 @@ class DetokenizerTask(Task):
                               "(resampler.embedding_dim).")
         self.optimizer = build_optimizer(self.module, run.optim)
 
+    def _prepare_data(self) -> None:
+        data = self.run.data
+        parts: list[SourceDataset] = [
+            DrawnPairs(source, data.view, reads_condition=self.run.model.stage == 2, seed=data.seed,
+                       max_bad_in_a_row=data.max_bad_in_a_row, log=self._log) for source in self.sources]
+        self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
+        self.batches = StepBatches(self.account, data.batch_size, seed=data.seed, rank=self.group.rank,
+                                   world=self.group.world, workers=self.settings.dataloader_num_workers,
+                                   order=self._order(parts))
+
     def _prepare_features(self) -> None:
         model, data = self.run.model, self.run.data
         vae = load_autoencoder(model.sdxl)
@@ -103,9 +117,6 @@ class DetokenizerTask(Task):
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         if data.resolution % factor:
             raise ConfigError(f"data: resolution {data.resolution} is no multiple of {factor}, pixels of a latent.")
-        parts: list[SourceDataset] = [
-            DrawnPairs(source, data.view, reads_condition=model.stage == 2, seed=data.seed,
-                       max_bad_in_a_row=data.max_bad_in_a_row, log=self._log) for source in self.sources]
         tower = QwenVit.from_pretrained(model.tower, config=model.tower_sizes, device=self.device,
                                         dtype=DTYPES[self.settings.precision])
         size = tower.config.image_size
@@ -114,10 +125,11 @@ class DetokenizerTask(Task):
                               "a side.")
         self.features = PictureFeatures(tower, vae, model.tokens, self.device, data.cache or None)
         self.empty = self.features.empty(size)
-        self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
-        self.batches = StepBatches(self.account, data.batch_size, seed=data.seed, rank=self.group.rank,
-                                   world=self.group.world, workers=self.settings.dataloader_num_workers,
-                                   order=self._order(parts))
+        if data.cache:
+            about = {key: value for key, value in self.run.plain["data"].items() if key not in ("cache", "batch_size")}
+            keep_features(self.features, self.batches, self._samples(self.group.world) * self.settings.max_steps,
+                          self.group, folder=self.run.output_dir, batch_size=data.batch_size, about=about,
+                          workers=self.settings.dataloader_num_workers, log=self._log)
 
     def _order(self, parts: list[SourceDataset]) -> MixedOrder | None:
         if len(parts) == 1:
@@ -135,21 +147,40 @@ class DetokenizerTask(Task):
                   f"{self.settings.precision}, {world} process{'es' if world > 1 else ''} on {self.device.type}; "
                   f"{pictures:,} pictures of {len(self.sources)} source{'s' if len(self.sources) > 1 else ''}, "
                   f"{self._samples(world)} a step; output in {self.run.output_dir}.")
+        held = held_memory(self.module, world=world, deepspeed=self.run.deepspeed, precision=self.settings.precision,
+                           ema=self.settings.ema > 0, tower=self.features.tower.held,
+                           autoencoder=self.features.moments.held)
+        kept = "; tower and autoencoder are not held, their features are kept" if self.run.data.cache else ""
+        self._log(f"a process holds {held}{kept}; activations come on top.")
+
+    def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
+        """The configuration's DeepSpeed block, filled."""
+        if self.run.deepspeed is None:
+            return None
+        config, remarks = fill_config(self.run.deepspeed, self.settings.loop_settings(), world=world,
+                                      rows=self.run.data.batch_size,
+                                      hidden_size=self.module.resampler.sizes.embedding_dim)
+        for remark in filter(None, [*remarks, use_offload_threads(config)]):
+            self._log(remark)
+        return config
 
     def learning_rate(self, step: int) -> float:
         """By `OptimSettings`."""
         return schedule(step, self.run.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps)
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """The adapter's loss on a batch; all that is random comes from torch's CPU generator. On CPUs attention by
-        plain matrix products, as `StageTask`."""
+        """The adapter's loss on a batch; what is random follows from the batch's place in the order, so that a step's
+        numbers do not depend on how many processes share it. On CPUs attention by plain matrix products, as
+        `StageTask`."""
+        place = micro_step * self.group.world + self.group.rank
+        generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, place))
         kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
         with kernel:
             batch = self.batches.at(micro_step)
             seen = self.features(batch)
-            made = self.loss(model, self.schedule, drawn_latents(seen["moments"], self.scaling), seen["embeds"],
-                             copy_to(self.device, batch["time_ids"]), empty_features=self.empty,
-                             condition_latents=seen.get("condition"))
+            latents = drawn_latents(seen["moments"], self.scaling, generator)
+            made = self.loss(model, self.schedule, latents, seen["embeds"], copy_to(self.device, batch["time_ids"]),
+                             empty_features=self.empty, condition_latents=seen.get("condition"), generator=generator)
         return made["total_loss"], {"mse": made["mse"]}
 
     def status(self) -> Mapping[str, float]:
@@ -158,10 +189,15 @@ class DetokenizerTask(Task):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """Write the adapter, for `SDXLAdapter.from_pretrained`."""
-        folder = self.run.output_dir / ADAPTER
+        folder, module = self.run.output_dir / ADAPTER, self.module
+        if self.run.deepspeed is not None:  # its weights are in half precision; what is trained is kept in fp32, spread
+            trained = full_weights(module)
+            module = build_adapter(self.run.model) if group.first else module
+            if group.first:
+                module.load_state_dict(trained, strict=False)
         if group.first:
             with writing(folder):
-                self.module.save_pretrained(folder)
+                module.save_pretrained(folder)
         return {"stage": self.run.model.stage, "processes": group.world, "samples_per_step": self._samples(group.world),
                 "bad_samples": len(self.batches.bad_samples()), "adapter": str(folder),
                 **{key: round(value, 6) for key, value in self.meter.smooth.items()}}
@@ -173,11 +209,15 @@ class DetokenizerTask(Task):
         model = self.run.model
         return {"model": {"stage": model.stage, "trained": model.trained, "resampler": asdict(model.resampler),
                           "start": model.start}, "optimizer": self.run.optim.name, "processes": world,
+                "engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": self._zero_stage(),
                 "max_steps": self.settings.max_steps, "samples_per_step": self._samples(world)}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Refuse another model or optimiser, and another number of samples per step."""
-        refuse_other_kind(folder, saved, now, {"model": "model", "optimizer": "optimiser"}, self.start_hint)
+        refuse_other_kind(folder, saved, now, {"model": "model", "optimizer": "optimiser", "engine": "engine",
+                                               "zero_stage": "ZeRO stage"}, self.start_hint)
+        if self.run.deepspeed is not None:
+            refuse_other_numbers(folder, saved, now, {"processes": "processes"}, self.start_hint)
         refuse_other_numbers(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
         return other_numbers(saved, now, {"processes": "processes",
                                           "max_steps": "steps in all (the schedule follows)"})
@@ -195,6 +235,9 @@ class DetokenizerTask(Task):
         """As the base's, with the resampler's sizes: a checkpoint that holds frozen weights is an adapter, too."""
         super().save_files(folder, weights)
         replace_text(folder / SIZES, json.dumps(asdict(self.module.resampler.sizes), indent=1) + "\n")
+
+    def _zero_stage(self) -> int:
+        return int(((self.run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
 
     def _samples(self, world: int) -> int:
         return self.run.data.batch_size * self.settings.gradient_accumulation_steps * world
@@ -234,9 +277,10 @@ def train_detokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
         SystemExit: 143 after SIGTERM; the step was finished and saved.
     """
     run = read_detokenizer_run(config)
-    quiet_libraries(libraries=("transformers", "diffusers", "accelerate"))
+    quiet_libraries(libraries=("transformers", "diffusers", "DeepSpeed", "accelerate"))
     with translate_errors("the start", "nothing was trained yet"):
-        group, device = start_processes(run.trainer.device, run.trainer.timeout_minutes)
+        group, device = start_processes(run.trainer.device, run.trainer.timeout_minutes,
+                                        group_of_one=run.deepspeed is not None)
     clean = False
     try:
         with translate_errors("the start", "nothing was trained yet"):

@@ -2,6 +2,7 @@
 
     python src/train/train_seed_x_detokenizer.py output_dir=log/seed_x_detokenizer_stage1
     python src/train/train_seed_x_detokenizer.py model=stage2 data=stage2 trainer=stage2 output_dir=log/…
+    torchrun --nproc_per_node 8 src/train/train_seed_x_detokenizer.py model=stage2 deepspeed=stage2_bf16 …
     python src/train/train_seed_x_detokenizer.py data=FILE.yaml trainer.max_steps=100 output_dir=log/mine
 
 Also `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the resolved configuration and stop),
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from seed_multimodal.training.llm.app import Application
 from seed_multimodal.training.llm.app import main_process as start
-from seed_multimodal.training.seed_x.detokenizer_settings import GROUPS
+from seed_multimodal.training.seed_x.detokenizer_settings import DEEPSPEED, GROUPS
 
 
 def _train(config: Mapping[str, Any]) -> Any:
@@ -25,7 +26,7 @@ def _train(config: Mapping[str, Any]) -> Any:
     return train_detokenizer(config)
 
 
-APPLICATION = Application("train_seed_x_detokenizer.py", str(__doc__), GROUPS, _train)
+APPLICATION = Application("train_seed_x_detokenizer.py", str(__doc__), (*GROUPS, DEEPSPEED), _train)
 
 
 def main_process(configs: str | Path) -> NoReturn:

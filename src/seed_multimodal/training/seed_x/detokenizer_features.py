@@ -40,13 +40,17 @@ class PictureFeatures:
     Args:
         tower: pixels `[B, 3, S, S]` → embeddings `[B, N, W]`. vae: SDXL's autoencoder, in float32.
         tokens: embeddings of a picture after pooling; 0: as many as the tower gives.
-        cache: folder where what both make of a picture is kept; None: they run in every step.
+        cache: folder where what both make of a picture is kept; None: they run whenever they are asked.
+
+    Attributes:
+        record: a file that says that everything is kept; removed once that turns out to be wrong.
     """
 
     def __init__(self, tower: nn.Module, vae: Any, tokens: int, device: torch.device, cache: str | Path | None = None
                  ) -> None:
         self.tower = TowerFeatures(tower, device, cache=cache, tokens=tokens)
         self.moments, self.device = LatentMoments(vae, device, cache), device
+        self.record: Path | None = None
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -57,8 +61,16 @@ class PictureFeatures:
             `[B, C, h, w]`, the means of their latents, zeros where a sample has none.
 
         Raises:
-            CheckpointError: kept features that are damaged, or cannot be written.
+            CheckpointError: as of `FrozenFeatures`.
         """
+        try:
+            return self._features(batch)
+        except CheckpointError:
+            if self.record is not None:  # the next start shall look at every picture
+                self.record.unlink(missing_ok=True)
+            raise
+
+    def _features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, enabled=False):
             made = {"embeds": self.tower(batch["seen"]).float(), "moments": self.moments(batch["image"])}
             if "condition" in batch:
@@ -68,6 +80,24 @@ class PictureFeatures:
                 if len(rows):
                     made["condition"][rows.to(self.device)] = self.moments(batch["condition"][rows])[:, :channels]
         return made
+
+    def keep(self, batch: Mapping[str, Any]) -> None:
+        """Make and write what is not kept of samples of `DrawnPairs`. Raises as a call."""
+        with torch.autocast(self.device.type, enabled=False):
+            self.tower.keep(batch["seen"])
+            self.moments.keep(batch["image"])
+            if "condition" in batch:
+                self.moments.keep(batch["condition"][batch["conditioned"]])
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of kept features; none without a cache."""
+        return [folder for folder in (self.tower.folder, self.moments.folder) if folder is not None]
+
+    def release(self) -> None:
+        """Let go of both models; what is asked for from here on must be kept."""
+        self.tower.release()
+        self.moments.release()
 
     def empty(self, size: int) -> Tensor:
         """What the tower sees in nothing, normalised pixels of zero: `[1, N, W]`."""
@@ -96,8 +126,8 @@ def load_schedule(sdxl: str | Path) -> Any:
     return training_schedule(scheduler_class(str(settings.get("_class_name"))).from_config(settings))
 
 
-def drawn_latents(moments: Tensor, scaling: float) -> Tensor:
-    """Latents `[B, C, h, w]` of their distributions, times the autoencoder's factor, by torch's CPU generator."""
+def drawn_latents(moments: Tensor, scaling: float, generator: torch.Generator | None = None) -> Tensor:
+    """Latents `[B, C, h, w]` of their distributions, times the autoencoder's factor; `generator` on the CPU."""
     mean, log_variance = moments.float().chunk(2, dim=1)
-    noise = torch.randn(mean.shape).to(mean.device)
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scaling

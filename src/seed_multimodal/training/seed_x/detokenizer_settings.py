@@ -20,6 +20,7 @@ from seed_multimodal.training.optimizers import OptimSettings
 from seed_multimodal.vision.qwen_vit import QwenVitConfig
 
 GROUPS = ("model", "data", "optim", "trainer")
+DEEPSPEED = "deepspeed"  # a group that may be left out
 
 
 @dataclass
@@ -89,8 +90,8 @@ class DetokenizerData:
         batch_size: pictures of a micro-step in each process.
         resolution, keep_ratio: see `drawn_pairs.DrawnView`.
         max_bad_in_a_row: this many unusable pictures one after another end the run.
-        cache: a folder where what tower and autoencoder make of a picture is kept when it is first seen (1 MB at the
-            released sizes), so that later epochs and runs read it; "": both run in every step.
+        cache: a folder where what tower and autoencoder make of each picture is kept (1 MB at the released sizes).
+            It is filled before the training, which then holds neither of the two; "": both run in every step.
     """
 
     sources: list[PictureSource]
@@ -130,7 +131,7 @@ class DetokenizerTrainer(LoopTrainerSettings):
 
 @dataclass
 class DetokenizerRun:
-    """A whole run; `plain` is the resolved configuration."""
+    """A whole run; `plain` is the resolved configuration, `deepspeed` a block of `zero.fill_config`."""
 
     output_dir: Path
     model: DetokenizerModel
@@ -138,6 +139,7 @@ class DetokenizerRun:
     optim: OptimSettings
     trainer: DetokenizerTrainer
     plain: dict[str, Any]
+    deepspeed: dict[str, Any] | None = None
 
 
 def read_detokenizer_run(config: Mapping[str, Any]) -> DetokenizerRun:
@@ -147,7 +149,7 @@ def read_detokenizer_run(config: Mapping[str, Any]) -> DetokenizerRun:
         ConfigError: a key that is unknown, missing, of the wrong type or out of range, or values that do not go
             together.
     """
-    check_keys(config, ("output_dir", *GROUPS), "configuration")
+    check_keys(config, ("output_dir", *GROUPS, DEEPSPEED), "configuration")
     if not config.get("output_dir"):
         raise ConfigError("configuration: output_dir is needed: the folder for checkpoints, logs and the adapter.")
     for group in GROUPS:
@@ -157,12 +159,30 @@ def read_detokenizer_run(config: Mapping[str, Any]) -> DetokenizerRun:
     run = DetokenizerRun(
         Path(str(config["output_dir"])), read_settings(DetokenizerModel, config["model"], "model"),
         read_settings(DetokenizerData, config["data"], "data"), read_settings(OptimSettings, config["optim"], "optim"),
-        read_settings(DetokenizerTrainer, config["trainer"], "trainer"), dict(config))
+        read_settings(DetokenizerTrainer, config["trainer"], "trainer"), dict(config), config.get(DEEPSPEED) or None)
     _check_sources(run)
+    _check_zero(run)
     model = run.model
     model.sdxl, model.tower = find_folder(model.sdxl), find_folder(model.tower)
     model.start = str(find_folder(model.start)) if model.start else ""
     return run
+
+
+def _check_zero(run: DetokenizerRun) -> None:
+    """What does not go with DeepSpeed."""
+    if run.deepspeed is None:
+        return
+    if not isinstance(run.deepspeed, Mapping):
+        raise ConfigError(f"configuration: deepspeed must be a file of configs/deepspeed, not {run.deepspeed!r}.")
+    zero = run.deepspeed.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, Mapping) else None
+    if stage not in (1, 2, 3):
+        raise ConfigError("deepspeed: zero_optimization.stage must be 1 or 2.")
+    if stage == 3:
+        raise ConfigError("deepspeed: ZeRO 3 is not built in for the de-tokenizer, whose weights (5 GiB in half "
+                          "precision) fit on every GPU; use stage 1 or 2.")
+    if run.trainer.ema:
+        raise ConfigError("trainer: ema is not built in with DeepSpeed; set trainer.ema=0, or leave deepspeed out.")
 
 
 def _check_sources(run: DetokenizerRun) -> None:

@@ -1,0 +1,78 @@
+"""A tiny de-tokenizer's training: its SDXL, tower, pictures and edits on disk, a configuration, and how to run it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_sdxl
+import torch
+from PIL import Image
+
+from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+APPLICATION = ROOT / "MultiModalLLM"
+CONFIGS = APPLICATION / "configs" / "seed_x_detokenizer"
+PROGRAM = "src/train/train_seed_x_detokenizer.py"
+TOWER = QwenVitConfig(image_size=16, patch_size=4, width=16, layers=1, heads=2, output_dim=tiny_sdxl.WIDTH,
+                      n_queries=16, position_grid=4, pool_heads=2)
+
+
+def write_parts(home: Path) -> Path:
+    """A folder with `sdxl`, `tower`, pictures, and edits as a list."""
+    tiny_sdxl.sdxl_folder(home / "sdxl")
+    torch.manual_seed(5)
+    QwenVit(TOWER).save_pretrained(home / "tower")
+    draw = np.random.default_rng(0)
+    for folder, count in (("pictures", 9), ("before", 5), ("after", 5)):
+        (home / folder).mkdir()
+        for number in range(count):
+            size = (24 + number, 20) if number % 2 else (20, 24 + 2 * number)
+            Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(home / folder / f"{number}.png")
+    lines = [{"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"} for n in range(5)]
+    (home / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return home
+
+
+def config(parts: Path, output: Path, stage: int = 1, **changes: dict[str, Any]) -> dict[str, Any]:
+    """A resolved configuration; `changes` are merged into its groups."""
+    sources: list[dict[str, Any]] = [{"name": "pictures", "files": str(parts / "pictures")}]
+    if stage == 2:
+        sources.append({"name": "edits", "files": str(parts / "edits.jsonl"), "image_key": "target_image",
+                        "condition_key": "source_image", "weight": 2.0})
+    made: dict[str, Any] = {
+        "output_dir": str(output),
+        "model": {"sdxl": str(parts / "sdxl"), "tower": str(parts / "tower"), "stage": stage, "tokens": 4,
+                  "resampler": vars(tiny_sdxl.SIZES)},
+        "data": {"sources": sources, "batch_size": 4, "resolution": 16, "tower_size": 16},
+        "optim": {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup_steps": 1},
+        "trainer": {"max_steps": 4, "precision": "fp32", "device": "cpu", "dataloader_num_workers": 0,
+                    "report_to": [], "logging_steps": 1, "save_steps": 2}}
+    for group, values in changes.items():
+        made[group] = {**made.get(group, {}), **values}
+    return made
+
+
+def arguments(parts: Path, output: Path, stage: int, *more: str) -> list[str]:
+    """Of the program: edits and scenes for the second stage, scenes for the first."""
+    data = "tiny_edits" if stage == 2 else "tiny"
+    return ["model=tiny", f"data={data}", "trainer=tiny", "optim=tiny", f"model.sdxl={parts / 'sdxl'}",
+            f"model.tower={parts / 'tower'}", f"model.stage={stage}", "trainer.max_steps=12", "trainer.save_steps=3",
+            f"output_dir={output}", *more]
+
+
+def environment(parts: Path) -> dict[str, str]:
+    """One thread, no hub, and nothing of a process group that is around a test."""
+    own = {key: value for key, value in os.environ.items() if key not in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
+            "EDITS": str(parts / "edits.jsonl")}
+
+
+def losses(output: Path) -> list[float]:
+    """Of the run's log, step by step."""
+    return [json.loads(line)["loss"] for line in (output / "train.log.jsonl").read_text().splitlines()]

@@ -1,0 +1,218 @@
+"""The de-tokenizer's training on several processes and under ZeRO, the memory it holds, averaged weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_sdxl
+import torch
+import warm_python
+from tiny_detokenizer import (
+    APPLICATION,
+    CONFIGS,
+    PROGRAM,
+    arguments,
+    config,
+    environment,
+    losses,
+    write_parts,
+)
+
+import seed_multimodal  # noqa: F401  (before diffusers)
+from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
+from seed_multimodal.detokenizers.sdxl_resampler import ResamplerXLV2
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.ema import Ema
+from seed_multimodal.training.llm.app import main
+from seed_multimodal.training.llm.memory import GIB
+from seed_multimodal.training.seed_x.detokenizer import build_adapter, train_detokenizer
+from seed_multimodal.training.seed_x.detokenizer_app import APPLICATION as PROGRAM_OF
+from seed_multimodal.training.seed_x.detokenizer_memory import held_memory
+from seed_multimodal.training.seed_x.detokenizer_settings import read_detokenizer_run
+from seed_multimodal.weights import load_state_dict
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ZERO = {"zero_optimization": {"stage": 2}}
+# The public unet/config.json of SDXL base 1.0, where it differs from the class's defaults.
+SDXL_UNET = {
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 2816, "sample_size": 128, "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "use_linear_projection": True}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("detokenizer"))
+
+
+def start(parts: Path, given: list[str], *before: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([warm_python.PYTHON, *before, PROGRAM, *given], cwd=APPLICATION, text=True,
+                            env=environment(parts), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True)
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    said = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def children(parent: int) -> list[int]:
+    """Processes that a process has started."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = place.read_text().rpartition(")")[2].split()
+            found += [int(place.parent.name)] if int(fields[1]) == parent else []
+    return found
+
+
+def adapters(*runs: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_state_dict(run / "adapter" / "model.safetensors") for run in runs]
+
+
+# ---- processes
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_killed_and_resumed_are_one_with_twice_the_micro_steps(parts: Path, tmp_path: Path) -> None:
+    """The first stage from one cache of features, with averaged weights; all processes are killed at once."""
+    more = ("trainer.ema=0.9", f"data.cache={tmp_path / 'cache'}")
+    given = arguments(parts, tmp_path / "two", 1, *more)
+    process = start(parts, given, *TWO)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None and not (
+            tmp_path / "two" / "checkpoint-6" / "manifest.json").exists():
+        time.sleep(0.01)
+    for pid in [*children(process.pid), process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "two" / "summary.json").exists(), said
+    assert "features of 48 pictures are made first" in said and "2 processes on cpu" in said
+    again = finished(start(parts, given, *TWO))
+    assert "resumes from" in again and "are made first" not in again
+    one = arguments(parts, tmp_path / "one", 1, *more, "trainer.gradient_accumulation_steps=2")
+    assert main(one, CONFIGS, PROGRAM_OF) == 0
+    assert len(losses(tmp_path / "two")) == 12
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    two, alone = adapters(tmp_path / "two", tmp_path / "one")
+    for name, value in two.items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+def test_the_whole_unet_under_zero(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO 2 of two processes makes the losses of one without it, resumes from its shards, and its adapter is whole and
+    in fp32, with what was frozen untouched."""
+    given = arguments(parts, tmp_path / "zero", 2, "model.trained=all", "deepspeed=stage2_bf16", "trainer.max_steps=4",
+                      "trainer.save_steps=2")
+    said = finished(start(parts, given, *TWO))
+    assert "vision tower" in said and "optimiser states" in said
+    shutil.rmtree(tmp_path / "zero" / "checkpoint-4")
+    first = losses(tmp_path / "zero")
+    assert "resumes from" in finished(start(parts, given, *TWO))
+    assert losses(tmp_path / "zero") == first
+    one = [word for word in given if not word.startswith(("deepspeed", "output_dir"))]
+    monkeypatch.setenv("EDITS", str(parts / "edits.jsonl"))
+    assert main([*one, f"output_dir={tmp_path / 'plain'}", "trainer.gradient_accumulation_steps=2"], CONFIGS,
+                PROGRAM_OF) == 0
+    assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    zero, plain = adapters(tmp_path / "zero", tmp_path / "plain")
+    assert zero.keys() == plain.keys() and {value.dtype for value in zero.values()} == {torch.float32}
+    for name, value in zero.items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-4, msg=name)
+    alone = start(parts, given)
+    refused = alone.communicate(timeout=200)[0]
+    assert alone.returncode == 2 and "was saved by a run with 2 processes, this one has 1" in refused, refused
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO 3 is not built in for the de-tokenizer"),
+    ({"deepspeed": ZERO, "trainer": {"ema": 0.9}}, "ema is not built in with DeepSpeed; set trainer.ema=0"),
+    ({"deepspeed": {"zero_optimization": 2}}, "zero_optimization.stage must be 1 or 2"),
+    ({"deepspeed": ZERO, "trainer": {"precision": "bf16"}}, "no bf16 block, but trainer.precision is bf16")])
+def test_what_zero_refuses(parts: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        train_detokenizer(config(parts, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="deepspeed must be a file of configs/deepspeed, not 'stage2'"):
+        train_detokenizer({**config(parts, tmp_path / "run"), "deepspeed": "stage2"})
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("which", ["key_value", "all"])
+def test_what_is_held_is_what_is_counted(which: Any) -> None:
+    adapter = tiny_sdxl.adapter(2)
+    trained = adapter.set_trainable(which)
+    plan = held_memory(adapter, precision="fp32", ema=True, tower=5.0, autoencoder=7.0)
+    optimizer, average = torch.optim.AdamW(trained, lr=1e-3), Ema(adapter, 0.9)
+    adapter(torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 4, tiny_sdxl.WIDTH), torch.zeros(1, 6),
+            torch.randn(1, 4, 8, 8)).square().mean().backward()
+    optimizer.step()
+    assert plan.weights == sum(p.nbytes for p in adapter.parameters())
+    assert plan.gradients == sum(p.grad.nbytes for p in adapter.parameters() if p.grad is not None)
+    assert plan.states == sum(value.nbytes for state in optimizer.state.values() for value in state.values()
+                              if value.ndim)
+    assert plan.average == sum(value.nbytes for value in average.shadow.values())
+    assert plan.total == plan.weights + plan.gradients + plan.states + plan.average + 12
+
+
+def test_the_released_sizes_in_memory() -> None:
+    """On the meta device: the first stage's fixed part fits in 40 GB with the tower; the second's whole U-Net with
+    ZeRO 2 on eight GPUs, or on one of 80 GB."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        adapter = SDXLAdapter(UNet2DConditionModel.from_config({**SDXL_UNET, "in_channels": 4}), ResamplerXLV2())
+        adapter.set_trainable("key_value")
+        first = held_memory(adapter, tower=2 * 1_935_610_624, autoencoder=4 * 83_653_863)
+        kept = held_memory(adapter)
+        adapter.add_condition_channels()
+        adapter.set_trainable("all")
+        second = held_memory(adapter)
+        spread = held_memory(adapter, world=8, deepspeed=ZERO)
+    assert first.weights / GIB == pytest.approx(4 * 2.628709380 / 1.073741824 + 2 * 0.606832896 / 1.073741824, rel=1e-6)
+    assert first.total - kept.total == 2 * 1_935_610_624 + 4 * 83_653_863, "kept features spare tower and autoencoder"
+    assert round(first.total / GIB, 1) == 21.6 and round(kept.total / GIB, 1) == 17.7
+    assert round(second.total / GIB, 1) == 44.1 and round(spread.total / GIB, 1) < 12
+    assert str(kept).startswith("17.7 GiB: U-Net and resampler 10.9 GiB, gradients 2.3 GiB, optimiser states 4.5 GiB")
+
+
+# ---- averaged weights
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_the_result(parts: Path, tmp_path: Path) -> None:
+    """The adapter is the moving average of the weights after each step, computed here again; averaging changes no
+    step, and the frozen part stays SDXL's."""
+    given = config(parts, tmp_path / "run", trainer={"max_steps": 3, "save_steps": 1, "ema": 0.5})
+    train_detokenizer(given)
+    train_detokenizer(config(parts, tmp_path / "bare", trainer={"max_steps": 3, "save_steps": 1}))
+    assert losses(tmp_path / "run") == losses(tmp_path / "bare")
+    expected = dict(build_adapter(read_detokenizer_run(given).model).state_dict())
+    for step in (1, 2, 3):
+        now = load_state_dict(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
+        decay = min(0.5, step / (9 + step))
+        expected |= {name: decay * expected[name] + (1 - decay) * value for name, value in now.items()}
+    averaged, last = adapters(tmp_path / "run", tmp_path / "bare")
+    for name, value in averaged.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+    assert any(not torch.equal(value, last[name]) for name, value in averaged.items())
