@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_parts(tmp_path_factory.mktemp("detokenizer"))
 
 
-def start(parts: Path, given: list[str], *before: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([warm_python.PYTHON, *before, PROGRAM, *given], cwd=APPLICATION, text=True,
+def start(parts: Path, given: list[str], *before: str, python: str = warm_python.PYTHON) -> subprocess.Popen[str]:
+    return subprocess.Popen([python, *before, PROGRAM, *given], cwd=APPLICATION, text=True,
                             env=environment(parts), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             start_new_session=True)
 
@@ -92,7 +93,7 @@ def test_two_processes_killed_and_resumed_are_one_with_twice_the_micro_steps(par
     """The first stage from one cache of features, with averaged weights; all processes are killed at once."""
     more = ("trainer.ema=0.9", f"data.cache={tmp_path / 'cache'}")
     given = arguments(parts, tmp_path / "two", 1, *more)
-    process = start(parts, given, *TWO)
+    process = start(parts, given, *TWO, python=sys.executable)  # whose workers are children of its own
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None and not (
             tmp_path / "two" / "checkpoint-6" / "manifest.json").exists():
