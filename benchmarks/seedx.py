@@ -24,6 +24,7 @@ from shared import common_flags, failure, measure, positive, print_line, rounded
 from seed_multimodal.device import Runtime
 from seed_multimodal.entry import DONE, guarded
 from seed_multimodal.errors import SeedError
+from seed_multimodal.quiet import quiet_libraries
 from seed_multimodal.systems.seed_x import SeedX
 
 TINY = Path(__file__).resolve().parents[1] / "tests" / "systems"
@@ -92,6 +93,7 @@ def timed(options: argparse.Namespace) -> int:
     Raises:
         CheckpointError, ConfigError: a part that is missing or damaged.
     """
+    quiet_libraries(libraries=("transformers", "diffusers", "DeepSpeed"))
     with tempfile.TemporaryDirectory() as scratch:
         system, what = open_model(options, scratch)
         parameter = next(system.agent.output_resampler.parameters())
