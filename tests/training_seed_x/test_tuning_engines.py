@@ -138,7 +138,8 @@ def test_two_processes_are_one_and_resume_after_a_kill(parts: ModuleType, home: 
 @pytest.mark.parametrize("name", ["deepspeed_stage_2_offload", "deepspeed_stage_3"])
 def test_zero_by_the_original_files(name: str, parts: ModuleType, home: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "zero"
-    given = (parts, home, tmp_path / "files", out, f"deepspeed=configs/accelerate/{name}.yaml", "trainer.save_steps=2")
+    given = (parts, home, tmp_path / "files", out, f"deepspeed=configs/accelerate/{name}.yaml", "trainer.save_steps=2",
+             "trainer.gradient_checkpointing=true")  # as published
     said = run(*given)
     task = TuningTask(read_run(configured(parts, home, tmp_path / "x")), ProcessGroup(), torch.device("cpu"))
     task.prepare()

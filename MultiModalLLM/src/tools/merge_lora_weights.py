@@ -7,8 +7,16 @@
         --lora_model log/seed_vicuna-7b_lora_pretrain/checkpoint-10000 \\
         --save_path log/seed_vicuna-7b_lora_pretrain/checkpoint-merged-10000
 
-After instruction tuning, `--base_model` is the folder that the first merge wrote. Weights stream through memory one
-tensor at a time; the comparison at the end needs room for one model in fp32 (`--no-verify` goes without).
+    python3 src/tools/merge_lora_weights.py \\
+        --model_cfg configs/clm_models/llm_seed_x_lora.yaml \\
+        --tokenizer_cfg configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml \\
+        --lora_model log/seed_x_sft_comp_gen/checkpoint-20000 \\
+        --save_path log/seed_x_sft_comp_gen/merged
+
+The second one gives a folder with `llm` and `agent` for `SeedX.from_pretrained`; it takes what DeepSpeed's
+`zero_to_fp32.py` writes, too. After instruction tuning of SEED-LLaMA, `--base_model` is the folder that the first merge
+wrote. Weights stream through memory one tensor at a time; the comparison at the end needs room for one model in fp32
+(`--no-verify` goes without).
 """
 
 import sys

@@ -2,11 +2,12 @@
 
     python src/train/train_seed_x_sft.py output_dir=log/seed_x_sft deepspeed=configs/accelerate/deepspeed_stage_3.yaml
     python src/train/train_seed_x_sft.py data=sft_edit output_dir=log/seed_x_edit
+    python src/train/train_seed_x_sft.py … eval_data=my_held_out.yaml trainer.eval_steps=500
     python src/train/train_seed_x_sft.py --llm_model … --agent_model … --train_dataset … --deepspeed_plugin …
 
 Also `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the resolved configuration and stop),
 `--help`, `--debug` (tracebacks). Under torchrun every process runs it. OUTPUT_DIR/checkpoint-N is an agent that SEED-X
-loads (`pretrained_model_path`).
+loads (`pretrained_model_path`); `src/tools/merge_lora_weights.py` makes a system's `llm` and `agent` of it.
 """
 
 from __future__ import annotations
