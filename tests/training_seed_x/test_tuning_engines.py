@@ -111,26 +111,27 @@ def close(found: dict[int, float], expected: dict[int, float], within: float = 2
     return found.keys() == expected.keys() and all(abs(found[step] - expected[step]) < within for step in expected)
 
 
-def test_two_processes_are_one_and_resume_after_a_kill(parts: ModuleType, home: Path, alone: Path, tmp_path: Path
-                                                       ) -> None:
-    """One of them is killed while both work; the same command goes on, with the numbers of a run without a kill."""
-    given = (parts, home, tmp_path / "files", tmp_path / "two", "deepspeed=none", "trainer.save_steps=1")
+def test_two_processes_are_one_and_resume_after_a_kill(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """One of them is killed while both work; the same command goes on, with one process's numbers throughout."""
+    out, constant = tmp_path / "two", {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "min_lr_ratio": 0.0}
+    given = (parts, home, tmp_path / "files", out, "deepspeed=none", "trainer.save_steps=1",
+             *(f"optim.{key}={value}" for key, value in constant.items()))
     endless = start(*given, "trainer.max_steps=100000", environment=sys.prefix)  # children of its own
-    log = tmp_path / "two" / "train.log.jsonl"
-    end = time.monotonic() + 300
+    log, end = out / "train.log.jsonl", time.monotonic() + 300
     while time.monotonic() < end and endless.poll() is None and (not log.is_file() or log.read_text().count("\n") < 3):
         time.sleep(0.02)
     os.kill(max(children(endless.pid)), signal.SIGKILL)
     _, complained = endless.communicate(timeout=200)
     assert endless.returncode == 128 + signal.SIGKILL, complained
     assert "was killed by signal 9" in complained and "Traceback" not in complained, complained
-    shutil.rmtree(tmp_path / "two")
-    said = run(*given)
-    assert "2 processes on cpu, plain" in said and close(parts.losses(tmp_path / "two"), parts.losses(alone))
-    for step in (3, 4):
-        shutil.rmtree(tmp_path / "two" / f"checkpoint-{step}")
-    before = parts.losses(tmp_path / "two")
-    assert "(step 2)" in run(*given) and parts.losses(tmp_path / "two") == before
+    steps = max(parts.losses(out)) + 2
+    said = run(*given, f"trainer.max_steps={steps}")
+    assert "resumes from" in said and "2 processes on cpu, plain" in said
+    config = configured(parts, home, tmp_path / "one", gradient_accumulation_steps=2, max_steps=steps)
+    train_llm({**config, "optim": {**config["optim"], **constant}}, TuningTask)
+    expected = parts.losses(tmp_path / "one")
+    assert list(parts.losses(out)) == list(expected) == list(range(1, steps + 1))
+    assert close(parts.losses(out), expected, within=1e-3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
