@@ -80,6 +80,21 @@ def test_other_systems_find_nothing(tiny_folder: Path, shown: str, capsys: pytes
     assert "second stage" in capsys.readouterr().err
 
 
+def test_a_merged_agent_s_folder_by_its_name(tmp_path: Path, shown: str, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    """`llm` and `agent` alone, as `merge_lora_weights.py` leaves them, beside the released parts."""
+    import tiny_seed_x
+
+    home = tiny_seed_x.build_released(tmp_path / "pretrained")
+    (tmp_path / "mine").mkdir()
+    for name in ("llm", "agent"):
+        (home / "seed_x_i" / name).rename(tmp_path / "mine" / name)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()  # what libraries say while the parts are made
+    assert main(["ask", shown, "What is it?", "--model", "mine", "--device", "cpu", "--json", *FEW]) == 0
+    assert isinstance(said(capsys)[0]["answer"], str)
+
+
 def test_the_kind_of_a_name(tiny_x_folder: Path, tiny_folder: Path) -> None:
     assert kind_of(tiny_x_folder) == kind_of("seed-x") == kind_of("SEED-X-Edit") == "seed_x"
     assert kind_of(tiny_folder) == kind_of("nano") == kind_of("8b") == kind_of("nowhere") == "seed_llama"

@@ -28,7 +28,8 @@ def kind_of(name: str | Path) -> Kind:
     if folder is None or not folder.is_dir():
         return "seed_llama"
     if not (folder / "system.json").is_file():
-        return "seed_x" if any((folder / own).is_dir() for own, _, _ in RELEASED.values()) else "seed_llama"
+        known = [own for own, _, _ in RELEASED.values()] + ["agent"]  # the last: of a merged agent, beside its `llm`
+        return "seed_x" if any((folder / own).is_dir() for own in known) else "seed_llama"
     return "seed_x" if read_system_json(folder).system == "seed_x" else "seed_llama"
 
 
