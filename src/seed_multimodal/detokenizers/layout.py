@@ -41,16 +41,18 @@ class LayoutDecoder(nn.Module):
             in shares of the picture.
         width: of names; channels: of the latents; features, side: of a thing's map; hidden, depth: width and blocks of
             the convolutions; coarse: side of the coarse picture; patch: side p of the latents that a token stands for.
+        cross_dim: width of the tokens; 0: there are none.
+        keeps: width of the convolutions that decide where the latents of a condition picture stay; 0: it reads none.
     """
 
     def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, classes: Mapping[str, int],
                  anchors: Sequence[Sequence[Sequence[float]]], width: int = 256, features: int = 48, side: int = 8,
-                 hidden: int = 96, depth: int = 2, coarse: int = 16, patch: int = 2) -> None:
+                 hidden: int = 96, depth: int = 2, coarse: int = 16, patch: int = 2, keeps: int = 0) -> None:
         super().__init__()
         self.sizes: dict[str, Any] = {
             "embedding": embedding, "channels": channels, "grid": grid, "cross_dim": cross_dim,
             "classes": dict(classes), "anchors": anchors, "width": width, "features": features, "side": side,
-            "hidden": hidden, "depth": depth, "coarse": coarse, "patch": patch}
+            "hidden": hidden, "depth": depth, "coarse": coarse, "patch": patch, **({"keeps": keeps} if keeps else {})}
         self.grid, self.patch = grid, patch
         self.heads = LabelHeads(embedding, classes)
         self.names = nn.ParameterDict({name: torch.randn(classes[name], width) * 0.5
@@ -70,13 +72,17 @@ class LayoutDecoder(nn.Module):
         self.mood = nn.Linear(embedding, hidden)
         self.blocks = nn.ModuleList(_block(hidden) for _ in range(depth))
         self.mean = nn.Sequential(nn.GroupNorm(8, hidden), nn.SiLU(), nn.Conv2d(hidden, channels, 3, padding=1))
-        self.token = nn.Linear(hidden * patch**2, cross_dim)
+        self.token = nn.Linear(hidden * patch**2, cross_dim) if cross_dim else None
+        self.keep = _keeping(channels, keeps) if keeps else None
 
-    def forward(self, embedding: Tensor, spots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, embedding: Tensor, spots: Tensor | None = None, condition: Tensor | None = None
+                ) -> tuple[Tensor, Tensor]:
         """Expected latents and tokens.
 
         Args:
             spots: where things really stand, `[B, K, 4]` as `anchors`, first number -1 for none; None: at the anchors.
+            condition: latents `[B, C, g, g]` of a picture that stays where the embedding does not say otherwise; a
+                sample of zeros has none.
         """
         shares = self._shares(embedding)
         coarse = self.coarse(embedding)
@@ -88,7 +94,18 @@ class LayoutDecoder(nn.Module):
         x = self.join(x) + self.mood(embedding)[:, :, None, None]
         for block in self.blocks:
             x = x + block(x)
-        return self.mean(x), self.token(F.pixel_unshuffle(x, self.patch).flatten(2).mT)
+        mean = self.mean(x)
+        if self.keep is not None and condition is not None:
+            mean = self._kept(mean, condition.to(mean.dtype))
+        patches = F.pixel_unshuffle(x, self.patch).flatten(2).mT
+        return mean, patches[..., :0] if self.token is None else self.token(patches)
+
+    def _kept(self, mean: Tensor, condition: Tensor) -> Tensor:
+        """The mean with what stays of the condition: a share of each square, and a correction."""
+        assert self.keep is not None
+        share, correction = self.keep(torch.cat([mean, condition, condition - mean], 1)).split([1, mean.shape[1]], 1)
+        joined = mean + share.sigmoid() * (condition - mean) + correction
+        return torch.where((condition != 0).flatten(1).any(1)[:, None, None, None], joined, mean)
 
     def _shares(self, embedding: Tensor) -> dict[str, Tensor]:
         """Probabilities of every label's classes; in training some things are named less surely, so that the less sure
@@ -119,19 +136,20 @@ class LayoutDecoder(nn.Module):
         placed = F.grid_sample(maps, found.reshape(-1, g, g, 2), align_corners=False).unflatten(0, (-1, 2))
         return placed * near.isfinite().unflatten(2, (g, g))[:, :, None]
 
-    def latents(self, embedding: Tensor) -> Tensor:
-        """Expected latents `[B, C, g, g]`."""
-        return self(embedding)[0]
+    def latents(self, embedding: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Expected latents `[B, C, g, g]`; `condition` as of `forward`."""
+        return self(embedding, condition=condition)[0]
 
     def prompt_embeds(self, embedding: Tensor) -> Tensor:
         """One token for each square of latents, row by row: `[B, (g/p)², D]`."""
         return self(embedding)[1]
 
     def warm_latents(
-        self, embedding: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None, scheduler: Any
+        self, embedding: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None, scheduler: Any,
+        condition: Tensor | None = None
     ) -> Tensor:
         """Start of sampling: expected latents and noise, mixed as at the schedule's last training step."""
-        mean = self.latents(embedding)
+        mean = self.latents(embedding, condition)
         signal = float(scheduler.alphas_cumprod[-1])
         noise = _noise_like(mean, generator)
         return signal ** 0.5 * mean + (1.0 - signal) ** 0.5 * noise
@@ -166,6 +184,15 @@ def _block(width: int) -> nn.Sequential:
     """Two 3x3 convolutions of a residual block."""
     return nn.Sequential(*(layer for _ in range(2) for layer in (
         nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))))
+
+
+def _keeping(channels: int, width: int) -> nn.Sequential:
+    """Mean, condition and their difference → share and correction; it sees 15 × 15 squares."""
+    last = nn.Conv2d(width, channels + 1, 3, padding=1)
+    nn.init.zeros_(last.weight)
+    return nn.Sequential(
+        nn.Conv2d(3 * channels, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=2, dilation=2),
+        nn.SiLU(), nn.Conv2d(width, width, 3, padding=3, dilation=3), nn.SiLU(), last)
 
 
 def _noise_like(value: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:

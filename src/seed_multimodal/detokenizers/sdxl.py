@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from seed_multimodal.detokenizers.layout import LayoutDecoder
 from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer, refuse_unfilled
 from seed_multimodal.detokenizers.schedulers import scheduler_class
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
@@ -37,6 +38,7 @@ from seed_multimodal.images.transforms import resize_passes, to_bytes
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import check_value, setting
 
+LAYOUT = "layout"  # folder beside an adapter's weights
 NEEDED = ("unet/config.json", "vae/*", "scheduler/*")
 
 
@@ -55,6 +57,8 @@ class SdxlDetokenizer(PipelineDetokenizer):
     Attributes:
         adapter: U-Net and resampler; `pipeline` runs its U-Net.
         empty_features: what the tower sees in nothing, `[1, N, W]`: the default of `decode`'s negative embeddings.
+        layout: says what sampling starts from, where the adapter's folder holds one (`layout/`, see layout.py): a
+            small U-Net never learns where things belong.
         frees_unet: the U-Net leaves for the CPU before the autoencoder works (and `decode` takes one batch).
     """
 
@@ -66,6 +70,7 @@ class SdxlDetokenizer(PipelineDetokenizer):
                  empty_features: Tensor | None = None) -> None:
         super().__init__(pipeline, defaults)
         self.adapter, self.empty_features, self.frees_unet = adapter, empty_features, False
+        self.layout: LayoutDecoder | None = None
 
     @classmethod
     def of(cls, adapter: SDXLAdapter, vae: Any, scheduler: Any, **options: Any) -> SdxlDetokenizer:
@@ -107,12 +112,17 @@ class SdxlDetokenizer(PipelineDetokenizer):
         if vae.config.latent_channels != weights.latent_channels:
             raise CheckpointError(f"{adapter}: draws latents of {weights.latent_channels} channels, but {place}/vae "
                                   f"reads {vae.config.latent_channels}.")
-        return cls.of(weights, vae.eval().to(device), scheduler, defaults=defaults)
+        made = cls.of(weights, vae.eval().to(device), scheduler, defaults=defaults)
+        if (found := Path(adapter) / LAYOUT).is_dir():
+            made.layout = LayoutDecoder.from_pretrained(found).to(device)
+        return made
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> SdxlDetokenizer:
         """Move every part; `dtype` is the adapter's alone. Returns self."""
         self.adapter.to(device, dtype)
         self.pipeline.vae.to(device)
+        if self.layout is not None:
+            self.layout.to(device)
         return self
 
     @property
@@ -123,7 +133,7 @@ class SdxlDetokenizer(PipelineDetokenizer):
     @property
     def models(self) -> list[nn.Module]:
         """Everything with weights that drawing uses."""
-        return [self.adapter, self.pipeline.vae]
+        return [self.adapter, self.pipeline.vae, *([] if self.layout is None else [self.layout])]
 
     @torch.no_grad()
     def look_at_nothing(self, tower: nn.Module, image_size: int) -> None:
@@ -177,6 +187,8 @@ class SdxlDetokenizer(PipelineDetokenizer):
         def render(embeds: Tensor, negatives: Tensor | None, seen: Tensor | None, own: Any,
                    start: Tensor | None) -> Any:
             options = {} if seen is None else {"image": seen, "image_guidance_scale": by_image}
+            if start is None and self.layout is not None:
+                start = self._warm(self.layout, embeds, own, seen)
             drawn = self.pipeline(
                 **self._prompts(embeds, negatives), **options, num_inference_steps=steps, guidance_scale=guidance,
                 height=height, width=width, eta=eta, generator=own, output_type="latent",
@@ -213,6 +225,15 @@ class SdxlDetokenizer(PipelineDetokenizer):
             prompt, pooled = self.adapter.resampler(negatives)
             made |= {"negative_prompt_embeds": prompt, "negative_pooled_prompt_embeds": pooled}
         return made
+
+    def _warm(self, layout: LayoutDecoder, embeds: Tensor, generators: Any, seen: Tensor | None) -> Tensor:
+        """Where sampling starts, by the layout, on the device."""
+        like, count = next(layout.parameters()), layout.sizes["embedding"] // embeds.shape[2]
+        told = pooled_tokens(embeds, count).flatten(1)
+        if told.shape[1] != layout.sizes["embedding"]:
+            raise ConfigError(f"The layout decoder reads {count} embeddings of a picture, not {embeds.shape[1]}.")
+        return layout.warm_latents(told.to(like), generators, self.pipeline.scheduler,
+                                   None if seen is None else seen.to(like))
 
     def _condition_latents(self, conditions: Sequence[Image.Image | None] | None, count: int, height: int,
                            width: int) -> Tensor | None:

@@ -23,25 +23,29 @@ from seed_multimodal.entry import DONE, add_device, add_quantization, run_progra
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.batched import BatchedSystem
+from seed_multimodal.evaluation.batched_x import BatchedSeedX
 from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.evaluation.report_plots import save_plots
 from seed_multimodal.evaluation.report_sheets import save_sheets
-from seed_multimodal.evaluation.report_text import aims, markdown
+from seed_multimodal.evaluation.report_text import AIMS, X_AIMS, aims, markdown
 from seed_multimodal.evaluation.samples import Sizes, make_samples
 from seed_multimodal.evaluation.split_run import SplitRun
 from seed_multimodal.evaluation.tasks import System
 from seed_multimodal.evaluation.tokenizer_open import find_judge
+from seed_multimodal.evaluation.x_run import XRun
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import nearest
+from seed_multimodal.systems.open_system import kind_of
 
 MODULE = "seed_multimodal.evaluation.report"
 Log = Callable[[str], None]
 
 
-def evaluate(system: System, judge: Judge, splits: Sequence[str], sizes: Sizes, log: Log = print) -> list[SplitRun]:
+def evaluate(system: System, judge: Judge, splits: Sequence[str], sizes: Sizes, log: Log = print,
+             kind: type[SplitRun] = SplitRun) -> list[SplitRun]:
     """All sections of all splits."""
-    runs = [SplitRun(system, judge, make_samples(split, sizes)) for split in splits]
+    runs = [kind(system, judge, make_samples(split, sizes)) for split in splits]
     with Progress("report", sum(len(run.parts()) for run in runs), "part", every=0, log=log) as progress:
         for run in runs:
             def tell(part: str, split: str = run.samples.split) -> None:
@@ -92,18 +96,19 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: no folder that can be written ({disk_reason(error)}).") from error
-    system = BatchedSystem.from_pretrained(options.model, device=options.device, dtype=options.dtype,
+    opener, kind = (BatchedSeedX, XRun) if kind_of(options.model) == "seed_x" else (BatchedSystem, SplitRun)
+    system: Any = opener.from_pretrained(options.model, device=options.device, dtype=options.dtype,
                                            quantization=options.quantization, batch=options.batch, seed=options.seed,
                                            log=log)
     judge = Judge.from_pretrained(judge_folder, device=system.device)
     log(f"Loaded in {time.monotonic() - start:.0f} s; measuring {', '.join(splits)} by {judge_folder}.")
-    runs = evaluate(system, judge, splits, sizes, log)
+    runs = evaluate(system, judge, splits, sizes, log, kind)
     sections = {run.samples.split: run.sections for run in runs}
     report: dict[str, Any] = {
         "model": str(options.model), **machine.circumstances(system.device, machine.command_line(MODULE)),
         "seconds": round(time.monotonic() - start, 1), "system": system.facts(),
         "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch}, "judge": judge.config.training,
-        "aims": aims(sections), "splits": sections}
+        "aims": aims(sections, X_AIMS if kind is XRun else AIMS), "splits": sections}
     write_report(report, runs, out)
     return out
 

@@ -27,7 +27,8 @@ Runs = Sequence[SplitRun]
 def save_sheets(runs: Runs, out: Path) -> list[str]:
     """Write the sheets that there are pictures for into `out`, as WebP; returns their names."""
     names = []
-    for kind, (title, rows) in SHEETS.items():
+    for kind in runs[0].sheets:
+        title, rows = SHEETS[kind]
         found = rows(runs)
         if found:
             names.append(save_small(contact_sheet(found, title, CELL, 12, 8), out / f"{kind}.webp"))
@@ -56,7 +57,7 @@ def _made(run: SplitRun, kind: str) -> list[Cell]:
 
 def _reconstructions(runs: Runs) -> list[Row]:
     return [row for run in runs for row in (Row(f"{run.samples.split}: original", _real(run)),
-                                            Row("rebuilt from 32 codes", _made(run, "rebuilt")))]
+                                            Row(f"rebuilt from {run.rebuilt_from}", _made(run, "rebuilt")))]
 
 
 def _drawings(runs: Runs) -> list[Row]:
@@ -128,10 +129,35 @@ def _codes(runs: Runs) -> list[Row]:
             for i, (cell, scene) in enumerate(zip(_real(run, ROWS), run.samples.scenes, strict=False))]
 
 
+def _conditioned(runs: Runs) -> list[Row]:
+    return [Row(run.samples.split if start == 0 else "", [
+        cell for (scene, edit), result in list(zip(run.samples.edits, run.pictures.get("conditioned", []), strict=False)
+                                               )[start:start + 3]
+        for cell in (Cell(Image.fromarray(render(scene, run.system.image_size)), "condition"), Cell(result, arrow=True),
+                     Cell(Image.fromarray(render(edit.target, run.system.image_size)), "original"))])
+        for run in runs for start in (0, 3) if run.pictures.get("conditioned")]
+
+
+def _detections(runs: Runs) -> list[Row]:
+    return [Row(f"{run.samples.split}{title}", [
+        Cell(picture, asked=asked) for picture, asked in zip(run.pictures[name], run.answers[f"{name}_asked"],
+                                                             strict=False)])
+        for run in runs for name, title in (("detection", ""), ("wide_detection", ", wide")) if name in run.pictures]
+
+
+def _wide(runs: Runs) -> list[Row]:
+    return [Row(run.samples.split, [cell for picture, answer in zip(run.pictures["wide"], run.answers["wide"],
+                                                                     strict=False)
+                                    for cell in (Cell(picture, answer["text"], wide=2),)])
+            for run in runs if "wide" in run.pictures]
+
+
 SHEETS: dict[str, tuple[str, Callable[[Runs], list[Row]]]] = {
-    "reconstructions": ("Rebuilt from 32 codes", _reconstructions), "drawings": ("Drawn from words", _drawings),
+    "reconstructions": ("Rebuilt", _reconstructions), "drawings": ("Drawn from words", _drawings),
     "edits": ("Edited", _edits), "conversations": ("Conversations, after its own answers", _conversations),
     "stories": ("Stories", _stories), "examples": ("The same change for a third picture", _examples),
     "ladder": ("The ladder", _ladder), "progressive": ("From the first codes only", _progressive),
+    "conditioned": ("Rebuilt beside the picture before an edit", _conditioned),
+    "detections": ("Found", _detections), "wide": ("Wide scenes, described", _wide),
     "codes": ("Pictures and their codes: equal colours in a column are equal codes", _codes),
 }

@@ -33,6 +33,15 @@ AIMS: tuple[tuple[str, Path, dict[str, float]], ...] = (
 # size of a report (evaluation.samples.Sizes) -> what there are so many of
 AMOUNTS = {"gallery": "scenes rebuilt", "scenes": "described, drawn and edited", "questions": "questions",
            "conversations": "conversations", "examples": "examples", "stories": "stories (where there are any)"}
+# Of a SEED-X.
+X_AIMS: tuple[tuple[str, Path, dict[str, float]], ...] = (
+    ("caption, every label right", ("caption", "all"), {"val": 0.85}),
+    ("boxes, F1", ("detection", "f1"), {"val": 0.85}), ("boxes, precision", ("detection", "precision"), {"val": 0.85}),
+    ("boxes, recall", ("detection", "recall"), {"val": 0.85}),
+    ("drawing, every label right", ("drawing", "all"), {"val": 0.75}),
+    ("edit, every label right", ("edit", "all"), {"val": 0.75}),
+    ("edit, PSNR where nothing changes, dB", ("edit", "unchanged_psnr"), {"val": 25.0}),
+)
 
 LABEL_ROWS = (("**every label right**", "all"), ("first thing", "first"), ("second thing", "second"),
               ("style", "style"), ("background", "background"), ("layout and number", "layout"))
@@ -54,7 +63,7 @@ TABLES: tuple[tuple[str, tuple[tuple[str, Path], ...]], ...] = (
         ("distinct sequences", ("codes", "distinct")),
         ("entropy of the first 4 codes, bits", ("codes", "prefix_bits", "4")),
         ("entropy of all 32 codes, bits", ("codes", "prefix_bits", "32")))),
-    ("Reconstruction (picture → 32 codes → picture)", (
+    ("Reconstruction (picture → codes or features → picture)", (
         ("**right picture first** (R@1)", ("reconstruction", "r1")), ("gallery", ("reconstruction", "gallery")),
         *_labels("reconstruction", _CEILING, ("PSNR, dB", "psnr"), ("PSNR on the pixels of things, dB", "psnr_things"),
                  ("SSIM", "ssim")))),
@@ -71,8 +80,20 @@ TABLES: tuple[tuple[str, tuple[tuple[str, Path], ...]], ...] = (
     ("Description (picture → text)", _labels("caption", ("exact sentence", "exact"))),
     ("Questions", (("**all**", ("qa", "all")), ("without looking (majority)", ("qa", "blind")))),
     ("Drawing (text → picture)", _labels("drawing", _CEILING, _MISSING)),
+    ("Reconstruction beside the picture before an edit", _labels(
+        "conditioned", _CEILING, ("PSNR, dB", "psnr"), ("PSNR on the pixels of things, dB", "psnr_things"),
+        ("PSNR where nothing changes, dB", "unchanged_psnr"))),
+    ("Boxes (picture + phrase → boxes)", tuple(
+        (name, ("detection", name.lower().removeprefix("**").removesuffix("**"))) for name in (
+            "**F1**", "precision", "recall"))),
+    ("Wide scenes: four times the area, in several views and in one", tuple(
+        (f"{what}, {views}", ("wide", f"{prefix}{key}"))
+        for what, key in (("every thing at its place", "all"), ("quarters right", "quarters"),
+                          ("questions", "questions"), ("boxes, F1", "f1"))
+        for views, prefix in (("several views", ""), ("one view", "one_")))),
     ("Edits (picture + instruction → picture)", _labels(
-        "edit", ("what was to stay stayed", "stayed"), ("left as it was", "unchanged"), _CEILING, _MISSING)),
+        "edit", ("PSNR where nothing changes, dB", "unchanged_psnr"), ("what was to stay stayed", "stayed"),
+        ("left as it was", "unchanged"), _CEILING, _MISSING)),
     ("Conversations", (
         ("**turns right**", ("conversation", "turns")), ("answers in words", ("conversation", "turns_words")),
         ("answers with a picture", ("conversation", "turns_pictures")),
@@ -101,6 +122,11 @@ and things altogether (things: only rebuilt).
   answer to the kind.
 * *Edits*: the labels of the exact target. *Stayed*: those labels that the instruction leaves are right. *Left as it
   was*: the labels are those of the given picture.
+* *PSNR where nothing changes*: against the given picture, over the pixels that are the same in the given picture and
+  in the exact target.
+* *Boxes*: a box is found if one overlaps it by half or more (intersection over union), each at most once; all boxes of
+  the thing that is named are asked for.
+* *Wide scenes*: 128 pixels a side, a thing in each quarter or none; *one view*: squashed to 64 pixels.
 * *Conversations*: an answer is right if its words are exact and its picture has every label; earlier turns are the true
   ones, or (*after its own answers*) the system's. Nothing is forced: whether to draw is its choice.
 * *Stories*: three or four frames from a request that leaves backgrounds open; a frame is right if its sentence is the
@@ -119,10 +145,10 @@ def value_at(section: Mapping[str, Any], path: Iterable[str]) -> Any:
     return value
 
 
-def aims(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
+def aims(splits: Mapping[str, Any], wanted_of: Sequence[Any] = AIMS) -> list[dict[str, Any]]:
     """The aims that the measured splits cover, each with its value, the judge's ceiling and whether it is met."""
     found = []
-    for what, path, wanted in AIMS:
+    for what, path, wanted in wanted_of:
         for split, aim in wanted.items():
             value = _number(value_at(splits.get(split, {}), path))
             if value is not None:

@@ -47,7 +47,12 @@ class SplitRun(LongerRun):
 
     Attributes:
         sections: what was measured; pictures: kind -> pictures in the order of the samples, for the sheets.
+        sheets: those that its report has; rebuilt_from: in words. plotted: whether it has plots.
     """
+
+    sheets: tuple[str, ...] = ("reconstructions", "drawings", "edits", "conversations", "stories", "examples", "ladder",
+                               "progressive", "codes")
+    rebuilt_from, plotted = "32 codes", True
 
     def __init__(self, system: System, judge: Judge, samples: Samples) -> None:
         super().__init__(system, judge, samples)

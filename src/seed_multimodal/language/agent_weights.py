@@ -12,10 +12,10 @@ file, or a folder of shards). Note: peft before 0.7 named a layer's frozen weigh
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.adapters import PREFIX
@@ -45,11 +45,19 @@ def load_agent(model: nn.Module, source: str | Path, *, language: bool = True) -
     spoken = [name for name in there if name.startswith(LLM)]
     _check_kind(spoken, own, source)
     state = {_current(name, own): shards.read(there[name]) for name in there}
+    state |= {name: state[other] for name, other in _tied(own).items() if other in state and name not in state}
     families = [*_FROZEN, _POSITIONS] if spoken else [f"{LLM}*", _POSITIONS]
     absent = [family for family in families if not fnmatch.filter(state, family)]
     report = assign_strictly(model, state, source, allow_missing=absent, allow_unexpected=[ROTARY])
     shards.close()
     return report
+
+
+def _tied(own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are others' (a head tied to the embeddings), which a file holds once."""
+    first: dict[tuple[int, ...], str] = {}
+    return {name: other for name, value in own.items()
+            if (other := first.setdefault((value.data_ptr(), *value.shape), name)) != name and value.data_ptr()}
 
 
 def _plain(name: str) -> str:

@@ -202,6 +202,18 @@ class SeedX(TalkingSystem):
         return drawn
 
     def to_request(self, contents: Sequence[Content], opening: str = "", task: str = "") -> Request:
+        prompt, sources = self.prompt(contents, task)
+        states = ImageStates(len(self.tokenizer.encode_parts([opening])) if opening else 0)
+        reading = {"embed": self.agent.reader([prompt], self.tokenizer), "states": states}
+        return Request(list(prompt.ids), partial(self._paint, states, sources[-1] if sources else None), reading,
+                       seen=prompt.features is not None)
+
+    def prompt(self, contents: Sequence[Content], task: str = "") -> tuple[Prompt, list[Image.Image]]:
+        """A conversation as the language model reads it, and its pictures, opened.
+
+        Raises:
+            ConfigError: a system that is not tuned, for a task that needs one. ImageError, RequestError: bad content.
+        """
         if not self.spec.tuned and task not in ("ask", "detect", "draw", "text"):
             raise ConfigError(f"{self.spec.name} continues texts, it was not tuned to follow instructions: it "
                               f"describes, answers, detects and draws; take SEED-X-I to chat and SEED-X-Edit to edit.")
@@ -214,11 +226,7 @@ class SeedX(TalkingSystem):
             sources += [picture.picture for picture in pictures]
             sources += [item.image for item in items if isinstance(item, DrawnPart) and item.image is not None]
             turns.append((role, self._placed(role, items, [len(picture.features) for picture in pictures])))
-        prompt = self._prompt(turns, task, seen)
-        states = ImageStates(len(self.tokenizer.encode_parts([opening])) if opening else 0)
-        reading = {"embed": self.agent.reader([prompt], self.tokenizer), "states": states}
-        return Request(list(prompt.ids), partial(self._paint, states, sources[-1] if sources else None), reading,
-                       seen=bool(seen))
+        return self._prompt(turns, task, seen), sources
 
     def _words_of(self, turns: list[tuple[str, list[Spans]]], task: str) -> tuple[list[int], list[int]]:
         """A prompt's ids, and where in them features are put."""

@@ -10,24 +10,30 @@ lists of `data.nano.evaluation`.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.nano.evaluation import scenes
 from seed_multimodal.data.nano.place import find_world
+from seed_multimodal.data.nano.records import from_last_picture, record_at, with_pictures
 from seed_multimodal.data.nano.scene import LARGEST, SIZE, Scene, render
 from seed_multimodal.data.nano.splits import check_split, scene_at
 from seed_multimodal.data.nano.sprites import load_sprites
+from seed_multimodal.data.nano.wide import WideScene, render_wide
 from seed_multimodal.data.nano.words import describe
+from seed_multimodal.data.nano.x_records import x_record_at
 from seed_multimodal.errors import ConfigError
 
 EPOCH = 100_000  # training scenes, where no number is given
 CAPTIONS = 4  # of a training scene: one is drawn each time it is seen
 MOST = {"number": 2**40, "size": LARGEST}
+X_KIND = "seed_x."  # before the kinds of nano-x
+KINDS = {"qa": "questions"}  # contents whose records have another name
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,13 @@ class Drawing:
     """The picture of a scene, drawn when it is called: pixels uint8 [size, size, 3]; small enough to be sent to a
     worker. Its `repr` names it."""
 
-    scene: Scene
+    scene: Scene | WideScene
     size: int = SIZE
     folder: str | Path | None = None
 
     def __call__(self) -> np.ndarray:
+        if isinstance(self.scene, WideScene):
+            return render_wide(self.scene, 2 * self.size)
         return render(self.scene, self.size, self.folder)
 
 
@@ -89,3 +97,52 @@ class NanoFile:
             told = [describe(scene, shake) for _ in range(CAPTIONS)]
         return Record(key, f"{self.path}: scene {key}", {"image": Drawing(scene, self.size, self._folder),
                       "caption": told}, file=str(self.path))
+
+
+class NanoContent:
+    """Records of one kind (`content`, see `data.nano.records`; `seed_x.KIND`: `data.nano.x_records`) and split by
+    number, in the keys of a user's own: questions are `qa` or `chat`, edits `edit` or `chat`, stories `story` or
+    `chat`, documents `interleaved`.
+
+    Raises:
+        DataError: an unknown split, or no drawings in the folder.
+    """
+
+    def __init__(self, folder: str | Path | None, content: str, split: str = "train", number: int | None = None,
+                 seed: int = 0) -> None:
+        check_split(split)
+        self.path = find_world(folder)
+        load_sprites(folder)  # before workers are forked
+        self.content, self.split, self.number, self.seed = content, split, number or EPOCH, seed
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """All records are one piece."""
+        return [self.number]
+
+    def locate(self, row: int) -> Record:
+        """Record number `row`, its pictures not drawn."""
+        kind = KINDS.get(self.content, self.content)
+        own = kind.startswith(X_KIND)
+        made = (x_record_at if own else record_at)(kind.removeprefix(X_KIND), self.seed, row, self.split)
+        name = f"{self.split} {self.content} {self.seed} {row}"
+        fields = _fields(with_pictures(made, lambda scene: Drawing(scene, folder=self.path)), self.content)
+        return Record(name, f"{self.path}: {name}", fields, file=str(self.path))
+
+
+def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
+    if content == "captions":
+        return {"image": made["image_ids"], "caption": made["text"]}
+    if content == "documents":
+        return {"images": made["image_ids"], "texts": made["texts"]}
+    asked, answered = (message["content"] for message in from_last_picture(made)[:2])
+    fields = {"messages": [{"role": message["role"], "content": [
+        {"image": part} if isinstance(part, Drawing) else part for part in message["content"]]}
+        for message in made["messages"]]}
+    if content == "qa":
+        fields |= {"image": asked[0], "question": asked[1], "answer": answered[0]}
+    elif content == "edits":
+        fields |= {"source_image": asked[0], "instruction": asked[1], "target_image": answered[1]}
+    elif content == "stories":
+        fields |= {"images": answered[1::2], "captions": answered[::2]}
+    return fields

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from seed_multimodal.data.formats.captions import captions, has_caption, text_member
 from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.index_store import IndexStore
-from seed_multimodal.data.formats.nano import NanoFile
+from seed_multimodal.data.formats.nano import NanoContent, NanoFile
 from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
 from seed_multimodal.data.formats.pictures import (
     IMAGE_KEYS,
@@ -36,7 +36,7 @@ from seed_multimodal.data.formats.records import FileRecords, open_file
 from seed_multimodal.data.formats.tar import OpenFiles, TarFile
 from seed_multimodal.data.nano.scene import SIZE
 from seed_multimodal.errors import ConfigError, DataError, ImageError
-from seed_multimodal.settings import check_keys, nearest
+from seed_multimodal.settings import check_keys, check_value, nearest
 
 SAMPLE_FAULTS = (ImageError, DataError)  # what a sample that cannot be used raises: named, skipped and counted
 PROBED = 20  # samples that are looked at before a source is refused
@@ -201,14 +201,20 @@ class Pairs:
 
 
 class NanoPairs:
-    """One split of nano's world of scenes; the arguments are those of `NanoFile`."""
+    """One split of nano's world of scenes; the arguments are those of `NanoFile`. `content` edits: pictures after and
+    before an edit, of the stream of `NanoContent`, without captions."""
 
     def __init__(self, folder: str | Path | None = None, split: str = "train", number: int | None = None,
-                 seed: int = 0, size: int = SIZE) -> None:
-        self._file, self._reader = NanoFile(folder, split, number, seed, size), PairReader()
+                 seed: int = 0, size: int = SIZE, content: str = "captions") -> None:
+        check_value(str, content, "nano: content", choices=("captions", "edits"))
+        edits = content == "edits"
+        self._file = NanoContent(folder, content, split, number, seed) if edits else NanoFile(
+            folder, split, number, seed, size)
+        self._reader = PairReader(image_key="target_image", captioned=False, condition_key="source_image"
+                                  ) if edits else PairReader()
 
     def __len__(self) -> int:
-        return self._file.number
+        return sum(self._file.sizes)
 
     def key(self, index: int) -> str:
         """Split, seed and number of the scene."""

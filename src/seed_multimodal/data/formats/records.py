@@ -25,7 +25,7 @@ from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.index_file import IndexedFile
 from seed_multimodal.data.formats.index_store import IndexStore
 from seed_multimodal.data.formats.json_lines import JsonFile
-from seed_multimodal.data.formats.nano import NanoFile
+from seed_multimodal.data.formats.nano import NanoContent, NanoFile
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.pictures import PictureFolder
 from seed_multimodal.data.formats.record import BadRecord, Record
@@ -100,6 +100,8 @@ def open_records(
     name: str = "",
     index_folder: str | Path | None = None,
     others: Mapping[str, Sequence[str]] | None = None,
+    content: str = "",
+    number: int | None = None,
 ) -> FileRecords:
     """The records of files, patterns (braces, wildcards) and folders (searched recursively), in the order written.
 
@@ -110,11 +112,14 @@ def open_records(
         name: name of the source in logs and counts; default: what was given as `files`.
         index_folder: of the files' indexes, see `index_store.IndexStore`.
         others: as of `open_file`.
+        content, number: of `nano`: records of this kind, so many, instead of scenes (`formats.nano.NanoContent`).
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
     """
     given = [files] if isinstance(files, str | Path) else list(files or ())
+    if format == "nano" and content:
+        return FileRecords([NanoContent(one, content, number=number) for one in given or (None,)], name or content)
     if format == "nano":
         found = [(find_world(one), format) for one in given or (None,)]
     else:

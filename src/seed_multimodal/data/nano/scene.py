@@ -123,12 +123,14 @@ def slots(scene: Scene) -> list[Slot]:
 
 def boxes(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
     """(thing, (left, top, right, bottom)) of every drawing, in shares of the picture (0..1)."""
-    found = []
-    for slot in slots(scene):
-        width, height = load_sprites()[scene.style, slot.thing].size
-        half_x, half_y = slot.side * width / max(width, height) / 2, slot.side * height / max(width, height) / 2
-        found.append((slot.thing, (slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y)))
-    return found
+    return [(slot.thing, slot_box(scene.style, slot)) for slot in slots(scene)]
+
+
+def slot_box(style: str, slot: Slot) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a drawing, in shares of the picture."""
+    width, height = load_sprites()[style, slot.thing].size
+    half_x, half_y = slot.side * width / max(width, height) / 2, slot.side * height / max(width, height) / 2
+    return slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y
 
 
 def render(scene: Scene, size: int = SIZE, folder: str | Path | None = None) -> np.ndarray:
@@ -138,24 +140,31 @@ def render(scene: Scene, size: int = SIZE, folder: str | Path | None = None) -> 
     Raises:
         ConfigError: a size below 1 or above `LARGEST`.
     """
+    return paint(scene.style, scene.background, slots(scene), size, folder)
+
+
+def paint(style: str, background: str, drawings: Sequence[Slot], size: int, folder: str | Path | None = None
+          ) -> np.ndarray:
+    """A picture of drawings anywhere; else as `render`."""
     if not 1 <= size <= LARGEST:
         raise ConfigError(f"nano: a picture of {size} pixels a side cannot be drawn; give 1 to {LARGEST}.")
-    canvas = _background(scene.background, size * OVERSAMPLE).copy()
-    _draw(canvas, scene, load_sprites(folder))
+    canvas = _background(background, size * OVERSAMPLE).copy()
+    _draw(canvas, style, drawings, load_sprites(folder))
     return np.asarray(canvas.reduce(OVERSAMPLE))
 
 
 def thing_mask(scene: Scene, size: int = SIZE) -> np.ndarray:
     """How much of each pixel is covered by a thing, float32 [size, size] in 0..1."""
     canvas = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
-    _draw(canvas, scene, load_sprites())
+    _draw(canvas, scene.style, slots(scene), load_sprites())
     return np.asarray(canvas.reduce(OVERSAMPLE), np.float32) / 255
 
 
-def _draw(canvas: Image.Image, scene: Scene, sprites: Mapping[tuple[str, str], Image.Image]) -> None:
-    """Paste a scene's drawings; on a mode-L canvas, white shapes."""
-    for slot in slots(scene):
-        sprite = sprites[scene.style, slot.thing]
+def _draw(canvas: Image.Image, style: str, drawings: Sequence[Slot],
+          sprites: Mapping[tuple[str, str], Image.Image]) -> None:
+    """Paste drawings; on a mode-L canvas, white shapes."""
+    for slot in drawings:
+        sprite = sprites[style, slot.thing]
         scale = slot.side * canvas.width / max(sprite.size)
         width, height = max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale))
         drawn = sprite.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.formats.files import find_files, nearest_path
+from seed_multimodal.data.formats.nano import NanoContent
 from seed_multimodal.data.formats.pictures import IMAGE_KEYS, PictureFolder
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.records import RecordFile, open_file
@@ -20,7 +21,6 @@ from seed_multimodal.data.formats.tar import tar_records
 from seed_multimodal.data.formats.tar_headers import COMPRESSED, Damaged
 from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
-from seed_multimodal.data.pretokenize.nano import NanoContent
 from seed_multimodal.errors import DataError
 
 TAR_MEMBERS = (*IMAGE_KEYS, "txt", "json")  # the members read from a tar
@@ -103,7 +103,11 @@ def unit_records(unit: Unit, settings: InputSettings) -> tuple[list[Record], str
 
 def _numbered(path: str, format: str, settings: InputSettings) -> tuple[int, Callable[[int], Record]]:
     """How many records an input other than a tar has, and what gives one by its number."""
-    file = NanoContent(path, settings) if format == "nano" else _opened(Path(path), format, settings.recursive)
+    file: NanoContent | RecordFile
+    if format == "nano":
+        file = NanoContent(path, settings.content, settings.split, settings.number, settings.seed)
+    else:
+        file = _opened(Path(path), format, settings.recursive)
     return sum(file.sizes), file.locate
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -155,8 +155,16 @@ class NanoConfig:
                 raise ConfigError(f"{name} must be a multiple of {unit} ({why}), not {value}.")
 
 
+Settings = TypeVar("Settings")
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> NanoConfig:
-    """Read YAML over the defaults, then dotted overrides such as `train_vae.steps=100`.
+    """nano's settings, see `load_settings`."""
+    return load_settings(NanoConfig, path, overrides)
+
+
+def load_settings(kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read YAML over the defaults of a dataclass, then dotted overrides such as `train_vae.steps=100`.
 
     Raises:
         ConfigError: missing file, unknown key (the nearest one is named) or a value of the wrong type.
@@ -166,13 +174,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> NanoConfig:
         raise ConfigError(f"{file}: there is no such settings file.")
     given = read_yaml(file)
     try:
-        merged = OmegaConf.merge(asdict(NanoConfig()), given, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(asdict(kind()), given,  # type: ignore[call-overload]
+                                OmegaConf.from_dotlist(list(overrides)))
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{file}: {first_line(error)}.") from error
     assert isinstance(merged, DictConfig)
-    return read_settings(NanoConfig, merged, str(file))
+    return read_settings(kind, merged, str(file))
 
 
-def save_config(config: NanoConfig, path: str | Path) -> None:
+def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved settings as YAML."""
     replace_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(asdict(config))))

@@ -53,6 +53,7 @@ from seed_multimodal.vision.checkpointing import checkpointed
 from seed_multimodal.vision.qwen_vit import QwenVit
 
 ADAPTER = "adapter"  # the folder of the result in the run's
+SMALL = 256  # side of pictures of which the autoencoder takes one at a time; of smaller ones it takes several
 # Settings that change no number of the training, or are reported elsewhere (`DetokenizerTask.check_resume`).
 _QUIET = ("output_dir", "data.batch_size", "data.cache", "model.gradient_checkpointing", "trainer.resume",
           "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit", "trainer.async_save",
@@ -123,7 +124,8 @@ class DetokenizerTask(Task):
         if size != data.tower_size:
             raise ConfigError(f"data: tower_size is {data.tower_size}, but the tower {model.tower} sees {size} pixels "
                               "a side.")
-        self.features = PictureFeatures(tower, vae, model.tokens, self.device, data.cache or None)
+        self.features = PictureFeatures(tower, vae, model.tokens, self.device, data.cache or None,
+                                        at_once=max(1, SMALL**2 // data.resolution**2))
         self.empty = self.features.empty(size)
         if data.cache:
             about = {key: value for key, value in self.run.plain["data"].items() if key not in ("cache", "batch_size")}

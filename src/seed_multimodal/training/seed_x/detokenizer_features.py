@@ -26,8 +26,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class LatentMoments(FrozenFeatures):
     """Pictures → mean and logarithm of the variance of their latents `[N, 2 C, h, w]`, not scaled."""
 
-    def __init__(self, vae: Any, device: torch.device, cache: str | Path | None = None) -> None:
-        super().__init__(vae, device, at_once=1, cache=cache)
+    def __init__(self, vae: Any, device: torch.device, cache: str | Path | None = None, at_once: int = 1) -> None:
+        super().__init__(vae, device, at_once=at_once, cache=cache)
 
     def compute(self, pixels: Tensor) -> Tensor:
         """See `FrozenFeatures`."""
@@ -41,15 +41,16 @@ class PictureFeatures:
         tower: pixels `[B, 3, S, S]` → embeddings `[B, N, W]`. vae: SDXL's autoencoder, in float32.
         tokens: embeddings of a picture after pooling; 0: as many as the tower gives.
         cache: folder where what both make of a picture is kept; None: they run whenever they are asked.
+        at_once: pictures in a pass of the autoencoder.
 
     Attributes:
         record: a file that says that everything is kept; removed once that turns out to be wrong.
     """
 
-    def __init__(self, tower: nn.Module, vae: Any, tokens: int, device: torch.device, cache: str | Path | None = None
-                 ) -> None:
+    def __init__(self, tower: nn.Module, vae: Any, tokens: int, device: torch.device, cache: str | Path | None = None,
+                 at_once: int = 1) -> None:
         self.tower = TowerFeatures(tower, device, cache=cache, tokens=tokens)
-        self.moments, self.device = LatentMoments(vae, device, cache), device
+        self.moments, self.device = LatentMoments(vae, device, cache, at_once), device
         self.record: Path | None = None
 
     @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Training of nano-x, the tiny SEED-X."""
