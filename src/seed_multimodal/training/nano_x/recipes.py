@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from seed_multimodal.data.formats.nano import X_KIND
 from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.data.nano.x_records import OWN
 from seed_multimodal.detokenizers.sdxl import LAYOUT
@@ -147,7 +148,7 @@ def _sources(space: XWorkspace) -> list[dict[str, Any]]:
         for grids, share in shares:
             found.append({
                 "name": kind if grids == GRIDS else f"{kind}_in_one", "files": world, "format": "nano",
-                "content": kind, "number": space.config.records, "decoder": "seed_x.chat", "weight": weight * share,
+                "content": f"{X_KIND}{kind}", "number": space.config.records, "decoder": "seed_x.chat", "weight": weight * share,
                 "options": {"base_resolution": space.config.image_size, "resolution_grids": grids}})
     return found
 

@@ -1,0 +1,96 @@
+"""Wide scenes and the records of nano-x: nothing held out, exact boxes, words that are read back."""
+
+import random
+
+import numpy as np
+import pytest
+
+from seed_multimodal.data.formats.nano import NanoContent
+from seed_multimodal.data.nano.scene import Scene, boxes, paint
+from seed_multimodal.data.nano.splits import held_compositions, held_out
+from seed_multimodal.data.nano.wide import (
+    QUARTERS,
+    WideScene,
+    ask_wide,
+    describe_wide,
+    held_wide,
+    read_wide,
+    render_wide,
+    wide_at,
+    wide_boxes,
+)
+from seed_multimodal.data.nano.x_records import GRID, OWN, box_text, x_record_at
+from seed_multimodal.errors import DataError
+from seed_multimodal.language.seed_x import read_boxes
+
+
+def test_wide_scenes_of_train_show_nothing_that_is_held_out() -> None:
+    for number in range(300):
+        scene = wide_at(3, number)
+        there = scene.there
+        pairs = [(one, other) for one in there for other in there if one < other]
+        assert not any(held_compositions(pair, (1, 1), scene.style, scene.background) for pair in pairs)
+    assert all(held_wide(wide_at(3, number, "pairs")) == {"pairs"} for number in range(20))
+
+
+def test_things_are_where_boxes_and_words_say() -> None:
+    for number in range(40):
+        scene = wide_at(0, number)
+        empty = paint(scene.style, scene.background, [], 128)
+        picture = render_wide(scene).copy()
+        assert picture.shape == (128, 128, 3)
+        for name, (left, top, right, bottom) in wide_boxes(scene):
+            quarter = scene.things.index(name)
+            assert (left + right > 1, top + bottom > 1) == (bool(quarter % 2), bool(quarter // 2))
+            inside = np.s_[round(top * 128):round(bottom * 128), round(left * 128):round(right * 128)]
+            assert (picture[inside] != empty[inside]).any()
+            picture[inside] = empty[inside]
+        assert (picture != empty).any(2).mean() < 0.02  # outlines at the boxes' edges
+        said = read_wide(describe_wide(scene))
+        assert said == {quarter: name for quarter, name in zip(QUARTERS, scene.things, strict=True) if name}
+
+
+def test_questions_have_one_answer() -> None:
+    scene = WideScene("noto", "sea", ("", "tiger", "", "owl"))
+    found = {ask_wide(scene, random.Random(seed)) for seed in range(60)}
+    assert found == {("What is at the top left?", "nothing"), ("What is at the bottom left?", "nothing"),
+                     ("What is at the top right?", "a tiger"), ("What is at the bottom right?", "an owl"),
+                     ("Where is the tiger?", "at the top right"), ("Where is the owl?", "at the bottom right")}
+
+
+@pytest.mark.parametrize("things", [("", "", "", ""), ("tiger", "tiger", "", ""), ("nobody", "", "", "")])
+def test_no_such_wide_scene(things: tuple[str, str, str, str]) -> None:
+    with pytest.raises(DataError, match="no such wide scene"):
+        WideScene("noto", "sea", things)
+
+
+def test_boxes_of_a_record_are_those_of_its_scene() -> None:
+    for number in range(60):
+        record = x_record_at("detect", 0, number)
+        (scene, request), (answer,) = (message["content"] for message in record["messages"])
+        found, problems = read_boxes(answer, grid=GRID)
+        name = next(name for name in scene.things if box_text(name, boxes(scene)) == answer)
+        wanted = [box for one, box in boxes(scene) if one == name]
+        assert not problems and len(found) == len(wanted) and request.startswith("Where is the ")
+        for box in found:
+            near = [max(abs(box.x / GRID - (one[0] + one[2]) / 2), abs(box.width / GRID - (one[2] - one[0])))
+                    for one in wanted]
+            assert min(near) <= 0.51 / GRID + 0.01
+
+
+def test_records_show_nothing_held_out_and_ask_as_seed_x_does() -> None:
+    for kind in ("describe", "questions", "draw", "edits", "conversations", *OWN):
+        for number in range(30):
+            record = NanoContent(None, f"seed_x.{kind}").locate(number)
+            assert [message["role"] for message in record.fields["messages"]][:2] == ["user", "assistant"]
+            for message in x_record_at(kind, 0, number)["messages"]:
+                for part in message["content"]:
+                    assert not (isinstance(part, Scene) and held_out(part))
+                    assert not (isinstance(part, str) and "Please draw" in part)
+    with pytest.raises(DataError, match="did you mean 'detect'"):
+        x_record_at("detekt", 0, 0)
+
+
+def test_a_box_at_the_edge_stays_inside() -> None:
+    box, = read_boxes(box_text("dog", [("dog", (-0.001, 0.0, 0.5, 1.001)), ("cat", (0.5, 0.0, 1.0, 1.0))]), grid=GRID)[0]
+    assert (box.x, box.y, box.width, box.height) == (16, 32, 32, 63)
