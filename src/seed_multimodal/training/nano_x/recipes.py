@@ -34,6 +34,7 @@ from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.assemble import _halve as halve
 from seed_multimodal.training.nano.unet import TRAIN_STEPS, cosine_betas
 from seed_multimodal.training.nano.workspace import read_part
+from seed_multimodal.training.nano_x.config import KINDS
 from seed_multimodal.training.nano_x.workspace import XWorkspace
 from seed_multimodal.training.stage import read_record
 from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
@@ -43,8 +44,6 @@ FIRST, SECOND, SFT = "first", "second", "sft"
 FINAL_SIGNAL = 0.98
 DECODE = {"num_inference_steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0}
 GRIDS, ROW = ["1x1", "2x2"], 512
-KINDS = {"describe": 0.14, "questions": 0.14, "draw": 0.18, "edits": 0.26, "conversations": 0.04, "detect": 0.10,
-         "wide_describe": 0.05, "wide_questions": 0.05, "wide_detect": 0.04}
 ONE_VIEW = 0.25  # share of the wide kinds' records that are read in one view, to be compared with several
 AGENT = AgentSettings(vit_down=False)
 MEAN_LENGTH = 90  # tokens of a sequence: turns `batch_size` sequences into packed rows
