@@ -92,5 +92,6 @@ def test_records_show_nothing_held_out_and_ask_as_seed_x_does() -> None:
 
 
 def test_a_box_at_the_edge_stays_inside() -> None:
-    box, = read_boxes(box_text("dog", [("dog", (-0.001, 0.0, 0.5, 1.001)), ("cat", (0.5, 0.0, 1.0, 1.0))]), grid=GRID)[0]
+    said = box_text("dog", [("dog", (-0.001, 0.0, 0.5, 1.001)), ("cat", (0.5, 0.0, 1.0, 1.0))])
+    box, = read_boxes(said, grid=GRID)[0]
     assert (box.x, box.y, box.width, box.height) == (16, 32, 32, 63)

@@ -9,7 +9,6 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 from seed_multimodal.training.loop_settings import StageSettings
 
-
 KINDS = {"describe": 0.14, "questions": 0.14, "draw": 0.18, "edits": 0.26, "conversations": 0.04, "detect": 0.10,
          "wide_describe": 0.05, "wide_questions": 0.05, "wide_detect": 0.04}
 """Shares of the sequences of instruction tuning: kind of `data.nano.x_records` -> share."""

@@ -147,7 +147,8 @@ def _sources(space: XWorkspace) -> list[dict[str, Any]]:
         for grids, share in shares:
             found.append({
                 "name": kind if grids == GRIDS else f"{kind}_in_one", "files": world, "format": "nano",
-                "content": f"{X_KIND}{kind}", "number": space.config.records, "decoder": "seed_x.chat", "weight": weight * share,
+                "content": f"{X_KIND}{kind}", "number": space.config.records, "decoder": "seed_x.chat",
+                "weight": weight * share,
                 "options": {"base_resolution": space.config.image_size, "resolution_grids": grids}})
     return found
 
