@@ -5,8 +5,8 @@ is unknown to transformers' filter), so there is one group by default. Its `adam
 is here again: decay after the step instead of before it, and epsilon beside the uncorrected second moment.
 
 Muon (Jordan 2024; `torch.optim.Muon`) orthogonalises the momentum of each hidden matrix. Embeddings, heads, norms and
-biases are not maps between hidden spaces and stay with AdamW. Its steps are scaled to AdamW's size, so both parts take
-one learning rate.
+biases are not maps between hidden spaces and stay with AdamW; so does SEED-X's output resampler, whose attention Muon
+sharpens slowly. Its steps are scaled to AdamW's size, so both parts take one learning rate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 from seed_multimodal.training.schedules import KINDS, check_kind, scheduled_rate, warmup_count
 
-OUTER_PARTS = ("embed", "lm_head", "proj_out")
+OUTER_PARTS = ("embed", "lm_head", "proj_out", "output_resampler")
 
 
 @dataclass
