@@ -108,7 +108,8 @@ class XRun(SplitRun):
         pictures = [Image.fromarray(render_wide(scene)) for scene in scenes]
         asked = [ask_wide(scene, random.Random(f"{SEED} {row}")) for row, scene in enumerate(scenes)]
         names = [random.Random(f"{SEED} wide {row}").choice(scene.there) for row, scene in enumerate(scenes)]
-        self.pictures["wide"], found = pictures[:5], {"n": number}
+        self.pictures["wide"] = pictures[:5]
+        found: Section = {"n": number}
         for prefix, views in (("", True), ("one_", False)):
             texts = self.system.say(pictures, [self.system.inner.tasks.describe] * number, views)
             said = self.system.say(pictures, [question for question, _ in asked], views)

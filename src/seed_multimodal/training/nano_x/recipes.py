@@ -197,8 +197,8 @@ def install_agent(space: XWorkspace) -> dict[str, Any]:
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary.size, bos_token_id=words.bos_id,
                                        eos_token_id=words.eos_id, pad_token_id=words.pad_id, **llama_sizes(space)))
     agent = ContinuousLVLM.from_pretrained(
-        llm, *(Resampler(one) for one in parts.values()), space.work / SFT / f"checkpoint-{record['steps']}",
-        **asdict(AGENT))
+        llm, Resampler(parts["input_resampler"]), Resampler(parts["output_resampler"]),
+        space.work / SFT / f"checkpoint-{record['steps']}", **asdict(AGENT))
     llm.save_pretrained(space.out / "llm")
     save_state_dict({name: value for name, value in agent.state_dict().items() if not name.startswith("llm.")},
                     space.out / "agent" / "model.safetensors")
