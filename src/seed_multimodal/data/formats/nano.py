@@ -20,7 +20,7 @@ import numpy as np
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.nano.evaluation import scenes
 from seed_multimodal.data.nano.place import find_world
-from seed_multimodal.data.nano.records import record_at, with_pictures
+from seed_multimodal.data.nano.records import from_last_picture, record_at, with_pictures
 from seed_multimodal.data.nano.scene import LARGEST, SIZE, Scene, render
 from seed_multimodal.data.nano.splits import check_split, scene_at
 from seed_multimodal.data.nano.sprites import load_sprites
@@ -135,7 +135,7 @@ def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
         return {"image": made["image_ids"], "caption": made["text"]}
     if content == "documents":
         return {"images": made["image_ids"], "texts": made["texts"]}
-    asked, answered = (made["messages"][place]["content"] for place in (0, 1))
+    asked, answered = (message["content"] for message in from_last_picture(made)[:2])
     fields = {"messages": [{"role": message["role"], "content": [
         {"image": part} if isinstance(part, Drawing) else part for part in message["content"]]}
         for message in made["messages"]]}

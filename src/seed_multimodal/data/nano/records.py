@@ -9,7 +9,7 @@ sorts in turn. `with_pictures` puts something else (codes, file names) in the pl
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from typing import Any, TypeVar
@@ -90,7 +90,7 @@ def scenes_of(record: Record) -> list[Scene]:
     return found
 
 
-def from_last_picture(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def from_last_picture(record: Record) -> list[dict[str, Any]]:
     """The messages from the last picture on that the user shows; what is said of one shown before is left out."""
     messages = record["messages"]
     shows = [place for place, message in enumerate(messages)
