@@ -174,6 +174,13 @@ def whole_number(least: int) -> Callable[[str], int]:
     return number
 
 
+def some_text(text: str) -> str:
+    """A flag's type: a text that says something; an empty one is not taken for a flag that is not there."""
+    if not text.strip():
+        raise ArgumentTypeError("the text is empty")
+    return text
+
+
 def run_program(parser: ArgumentParser, work: Callable[[Namespace], int], argv: Sequence[str] | None = None,
                 name: str | None = None) -> int:
     """Read the flags (and `--debug`), run `work` on them and return its exit code, see `guarded`.

@@ -66,6 +66,17 @@ def test_no_room_for_a_picture(tiny_x: SeedX) -> None:
         tiny_x.ask(picture(), "word " * 600)
 
 
+def test_pictures_drawn_again(tiny_x: SeedX) -> None:
+    assert tiny_x.reconstruct([]) == []
+    for embeddings in ("4", 4.0, True):
+        with pytest.raises(ConfigError, match="^embeddings must be a whole number"):
+            tiny_x.reconstruct(picture(), embeddings=embeddings)
+    wide = Image.new("RGB", (64, 16))
+    kept = tiny_x.edit(wide, "Make it red.")
+    usual = tiny_x.edit(wide, "Make it red.", height=None, width=None, num_inference_steps=None)
+    assert kept.size == (32, 8) == usual.size and np.array_equal(kept, usual)
+
+
 # ---- answers
 
 

@@ -175,6 +175,31 @@ def test_several_pictures(here: Path, prompts: list[list[int]], capsys: pytest.C
 
 
 @pytest.mark.slow
+def test_no_result_takes_another_s_place(here: Path) -> None:
+    """Pictures of one name in two folders, a name of as many bytes as a disk takes, a picture that lies in `vis`."""
+    long = "\U0001f600" * 62
+    for number, name in enumerate(("a/cat.png", "b/cat.png", f"{long}.png", "vis/seen.png")):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20), (80 * number, 0, 0)).save(name)
+    given = ["--image", "a/cat.png", "b/cat.png", f"{long}.png"]
+    assert seed_x_script("eval_seed_x_detokenizer", [*given, "--device", "cpu", "--out", "out"]) == 0
+    made = sorted(file.name for file in Path("out").iterdir())
+    assert made[:2] == ["cat_recon.jpg", "cat_recon_2.jpg"] and made[2].endswith("\U0001f600_recon.jpg")
+    assert seed_x_script("eval_img2edit_seed_x_edit", [*given[:3], "--prompt", long, *FEW]) == 0
+    assert len(list(Path("vis").glob("*_\U0001f600*.jpg"))) == 2
+    seen = Path("vis/seen.png").read_bytes()
+    assert seed_x_script("eval_img2text_seed_x_i", ["--image", "vis/seen.png", "--detect", "it", *FEW]) == 0
+    assert Path("vis/seen.png").read_bytes() == seen and Path("vis/seen_2.png").is_file()
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--detect"])
+def test_an_empty_text_is_not_the_usual_one(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        seed_x_script("eval_img2text_seed_x_i", [flag, " "])
+    assert f"argument {flag}: the text is empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_another_model(tiny_x_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                        capsys: pytest.CaptureFixture[str]) -> None:
     """A system's folder in the place of the released one, as `--model nano-x` is; our pictures stand in."""

@@ -35,6 +35,7 @@ from seed_multimodal.errors import (
 from seed_multimodal.quiet import quiet_libraries
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MOST_BYTES = 200  # of a result's name; systems take 255, with an ending, a number and what a file half written adds
 # Errors of one picture or text; any other (weights, settings) stops the whole command.
 OF_ONE_PICTURE = (ImageError, CodesError, GenerationError, RequestError)
 
@@ -171,9 +172,10 @@ def _of_a_picture(ending: str) -> bool:
 
 
 class OutputNames:
-    """File names for results: into a folder, or the one file that was asked for; never one name for two results."""
+    """File names for results: into a folder, or the one file that was asked for; never one name for two results, nor
+    that of one of `sources`."""
 
-    def __init__(self, out: str | None, default_folder: str, count: int) -> None:
+    def __init__(self, out: str | None, default_folder: str, count: int, sources: Iterable[str] = ()) -> None:
         file = Path(out) if out and not out.endswith(os.sep) and not os.path.isdir(out) else None
         self._single = file if file and file.suffix.lower() in PICTURE_SUFFIXES else None
         if self._single is not None and count > 1:
@@ -186,23 +188,29 @@ class OutputNames:
         self._folder = Path(out) if out else Path(default_folder)
         if count:  # pictures that are sure to come
             require_room(self._single.parent if self._single else self._folder)
-        self._used: set[str] = set()
+        self._used = {os.path.basename(one) for one in sources if os.path.realpath(os.path.dirname(one)) ==
+                      os.path.realpath(self._folder)}
 
     def next(self, stem: str, ending: str = "") -> Path:
         """A path that this run has not used, from any text."""
         if self._single is not None:
             return self._single
         plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in stem).strip("._")[:60] or "picture"
-        name, number = f"{plain}{ending}", 1
+        return self._folder / self._unused(plain, ending, ".png")
+
+    def named(self, stem: str, ending: str = "", suffix: str = ".png") -> Path:
+        """The one file that was asked for, or one in the folder named so, numbered if this run used the name."""
+        return self._single or self._folder / self._unused(stem, ending, suffix)
+
+    def _unused(self, stem: str, ending: str, suffix: str) -> str:
+        while len(os.fsencode(stem)) > MOST_BYTES:
+            stem = stem[:-1]
+        name, number = f"{stem}{ending}{suffix}", 1
         while name in self._used:
             number += 1
-            name = f"{plain}{ending}_{number}"
+            name = f"{stem}{ending}_{number}{suffix}"
         self._used.add(name)
-        return self._folder / f"{name}.png"
-
-    def named(self, name: str) -> Path:
-        """The one file that was asked for, or a file of this name in the folder."""
-        return self._single or self._folder / name
+        return name
 
 
 def save_picture(image: Image.Image, path: Path) -> Path:

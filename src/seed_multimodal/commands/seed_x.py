@@ -29,7 +29,7 @@ from seed_multimodal.commands.common import (
     save_picture,
 )
 from seed_multimodal.config import project_root
-from seed_multimodal.entry import DONE, add_offload, add_quantization, log_line, run_program, whole_number
+from seed_multimodal.entry import DONE, add_offload, add_quantization, log_line, run_program, some_text, whole_number
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
 from seed_multimodal.images.aspect import Ratio
@@ -98,9 +98,9 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--condition", metavar="PICTURE", help="what the drawing may take over (default: "
                             f"demo_images/{script.condition}, or each picture itself)")
     if script.prompt:
-        parser.add_argument("--prompt", metavar="TEXT", help=f"default: {script.prompt}")
+        parser.add_argument("--prompt", type=some_text, metavar="TEXT", help=f"default: {script.prompt}")
     if script.phrase:
-        parser.add_argument("--detect", metavar="PHRASE", help=f"look for this in --image (default: in {script.scene})")
+        parser.add_argument("--detect", type=some_text, metavar="PHRASE", help=f"find it in --image, or {script.scene}")
     draws = bool(script.adapter)
     parser.add_argument("--out", default="vis", metavar="PATH", help="folder, or a file for one picture (default: vis)")
     add_common(parser, model="released", debug=False)
@@ -134,7 +134,7 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
 def _rebuild(args: argparse.Namespace, script: Script) -> int:
     """Draw pictures again from their features."""
     given = args.image or [str(_demo(script.image)[0])]
-    ending = "_recon_with_condition.jpg" if script.condition else "_recon.jpg"
+    ending = "_recon_with_condition" if script.condition else "_recon"
     names, outcomes = OutputNames(args.out, "vis", len(given)), Outcomes(len(given))
     pictures = _picture_half(args, script)
     options = {**_drawing(args), "embeddings": args.embeddings}
@@ -142,7 +142,7 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
         with outcomes.one(name, args.debug):
             condition = _condition(args, script, image)
             drawn = pictures.rebuild(image, condition, args.seed, **options)[0]
-            print(save_picture(drawn, names.named(f"{Path(name).stem}{ending}")), flush=True)
+            print(save_picture(drawn, names.named(Path(name).stem, ending, ".jpg")), flush=True)
     return outcomes.finish()
 
 
@@ -151,7 +151,7 @@ def _read(args: argparse.Namespace, script: Script) -> int:
     plain = not (args.image or args.prompt or args.detect)
     scene, scene_there = _demo(script.scene)
     image, image_there = _demo(script.image)
-    names = OutputNames(args.out, "vis", int(plain or args.detect is not None))
+    names = OutputNames(args.out, "vis", int(plain or args.detect is not None), args.image or ())
     system = _system(args, script)
     options = {"seed": args.seed, **generation_settings(args)}
     if plain or args.prompt or args.detect is None:
@@ -163,7 +163,7 @@ def _read(args: argparse.Namespace, script: Script) -> int:
         phrase = args.detect or (script.phrase if scene_there else script.instead[1])
         found = system.detect(where, phrase, **options)
         print(found.text, flush=True)
-        print(save_picture(found.drawn(), names.named(f"{where[0].stem}.png")), flush=True)
+        print(save_picture(found.drawn(), names.named(where[0].stem)), flush=True)
     return DONE
 
 
@@ -177,7 +177,7 @@ def _draw(args: argparse.Namespace, script: Script) -> int:
         options["verbatim"] = True
     text = DRAW_REQUEST.format(caption=caption) if args.model == "released" and script.tuned else caption
     drawn = system.draw(text, seed=args.seed, **options)
-    print(save_picture(drawn, names.named(f"{_file_stem(caption)}.png")))
+    print(save_picture(drawn, names.named(_file_stem(caption))))
     return DONE
 
 
@@ -189,7 +189,7 @@ def _edit(args: argparse.Namespace, script: Script) -> int:
     for number, (name, image) in enumerate(opened(given, outcomes, args.debug), 1):
         with outcomes.one(name, args.debug):
             changed = system.edit(image, instruction, seed=args.seed, **generation_settings(args), **_drawing(args))
-            print(save_picture(changed, names.named(f"{number}_{_file_stem(instruction)}.jpg")), flush=True)
+            print(save_picture(changed, names.named(f"{number}_{_file_stem(instruction)}", suffix=".jpg")), flush=True)
     return outcomes.finish()
 
 

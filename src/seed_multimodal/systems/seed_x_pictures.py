@@ -136,6 +136,7 @@ class FeaturePictures(PictureHalf):
                    if kind.kind is kind.KEYWORD_ONLY and name not in ("generator", "batch_size", "conditions")]
         check_keys(decode, [*options, "ratio"], "Drawing setting")
         check_value(Ratio, ratio, "ratio")
+        decode = {name: value for name, value in decode.items() if value is not None}  # None: the usual
         given = [None] * len(features) if conditions is None else list(conditions)
         if len(given) != len(features):
             raise CodesError(f"{len(features)} pictures were given with {len(given)} condition pictures.")
@@ -167,9 +168,11 @@ class FeaturePictures(PictureHalf):
         given = None if condition is None else [self.open(picture) for picture in _several(condition)]
         if given is not None and len(given) == 1:
             given *= len(pictures)
+        if not pictures:
+            return []
         features = self.whole(pictures)
         if embeddings is not None:
-            if embeddings < 1 or features.shape[1] % embeddings:
+            if check_value(int, embeddings, "embeddings") < 1 or features.shape[1] % embeddings:
                 raise ConfigError(f"embeddings must divide the tower's {features.shape[1]}, not {embeddings}.")
             features = pooled_tokens(features, embeddings)
         return self.draw(features, seed=seed, conditions=given, **decode)
