@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.agent_weights import load_agent
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.train import train_llm
@@ -79,6 +80,14 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
     new = parts.config_of(home, tmp_path / "new", lora=True, agent={"path": str(folder)}, trainer={"max_steps": 2})
     train_llm(new, TuningTask)
     assert parts.losses(tmp_path / "new")[1] < parts.losses(tmp_path / "out")[1] + 1
+    heads = {**parts.RESAMPLERS["output_resampler"], "num_heads": 2}
+    for changes, sentence in (({"model": {"lora": {**parts.LORA, "lora_alpha": 16}}}, "lora_alpha is 8, but the model"),
+                              ({"agent": {"output_resampler": heads}}, "output_resampler.num_heads is 4, but the ag")):
+        given = {**changes, "agent": {"path": str(folder), **changes.get("agent", {})}}
+        with pytest.raises(CheckpointError, match=f"agent.json: {sentence}"):  # no tensor's size shows it
+            train_llm(parts.config_of(home, tmp_path / "no", lora=True, **given), TuningTask)
+    with pytest.raises(ConfigError, match="start from its weights in a new folder .agent.path."):
+        train_llm(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True), TuningTask)
 
 
 def test_packed_rows_have_the_losses_of_their_sequences(parts: ModuleType, home: Path, tmp_path: Path) -> None:
@@ -172,6 +181,11 @@ def test_features_are_kept(parts: ModuleType, home: Path, tmp_path: Path) -> Non
     tower.register_forward_hook(lambda module, given, found: calls.append(len(found)))
     assert torch.equal(kept(pixels), plain) and calls == [2]
     assert torch.equal(kept(pixels.flip(0)), plain.flip(0)) and calls == [2]
+    other = QwenVit(replace(tower.config, heads=4))  # the same weights, which mean something else
+    other.load_state_dict(tower.state_dict())
+    heads = TowerFeatures(other, torch.device("cpu"))(pixels)
+    assert not torch.equal(heads, plain)
+    assert torch.equal(TowerFeatures(other, torch.device("cpu"), cache=tmp_path)(pixels), heads)
     with torch.no_grad():
         tower.proj.add_(1)
     assert not torch.equal(TowerFeatures(tower, torch.device("cpu"), cache=tmp_path)(pixels), plain)
@@ -208,6 +222,21 @@ def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path) ->
     wide = {"input_resampler": {"grid_size": 2, "embed_dim": 40, "num_heads": 4, "kv_dim": 16}}
     with pytest.raises(ConfigError, match="embed_dim is 40, but the language model is 48 wide"):
         task(agent=wide).prepare()
+    small = {"grid_size": 3, "embed_dim": 48, "num_heads": 4, "kv_dim": 16}
+    for changes, sentence in (
+            ({"input_resampler": {**small, "kv_dim": 20}}, "input_resampler.kv_dim is 20, but the vision tower's feat"),
+            ({"output_resampler": {**parts.RESAMPLERS["output_resampler"], "embed_dim": 20}}, "embed_dim is 20, but"),
+            ({"losses": {"vit_down": False}}, "gives 4 features of a picture, but 16 are to be written"),
+            ({"input_resampler": small}, "takes 4 image words .num_img_in_tokens., but .* gives 9 embeddings")):
+        with pytest.raises(ConfigError, match=sentence):
+            task(agent=changes).prepare()
+    counted = parts.data_of(home)
+    counted["sources"][2]["options"]["num_img_out_tokens"] = 2
+    with pytest.raises(ConfigError, match="num_img_out_tokens of the source edit is 2, which is no square grid"):
+        task(data=counted).prepare()
+    for name, value in (("image_weight", 2.0), ("text_weight", 0.0), ("loss_kernel", "chunked")):
+        with pytest.raises(ConfigError, match=f"trainer.{name}: has no effect on SEED-X"):
+            task(trainer={name: value})
     nano = Path(__file__).parents[2] / "pretrained" / "nano" / "seed_tokenizer"
     with pytest.raises(ConfigError, match="not SEED-X's"):
         task(tokenizer=str(nano))

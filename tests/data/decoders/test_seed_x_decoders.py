@@ -81,6 +81,26 @@ def test_a_conversation_with_boxes(words: MultimodalTokenizer) -> None:
     assert ",".join(map(str, tail)) in text
 
 
+def test_a_placeholder_says_where_the_picture_stands(words: MultimodalTokenizer) -> None:
+    """As at inference; it is never learned as letters, and no picture stands anywhere else."""
+    prompts = SeedXPrompts(words)
+    ask, edit = make(words, "conversation"), make(words, "edit")
+    for seed in range(4):
+        first = ask.decode({"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededDraws(seed))
+        assert first.ids[:first.ids.index(words.eos_id)][:first.read[-1] + 2] == prompts.dialogue(
+            [("user", ["This ", ShownPicture(2), "is what?"])])[:first.read[-1] + 2]
+        later = ask.decode({"image": SQUARE, "data": ["Say red.", "Red.", "<image>And this?", "A cat."]},
+                           SeededDraws(seed))
+        assert later.read[0] > len(words.encode("[INST] Say red. [/INST]\n Red.")) and len(later.pictures) == 1
+        changed = edit.decode({"source_image": SQUARE, "target_image": SQUARE, "instruction": "Make <image> red"},
+                              SeededDraws(seed))
+        assert words.decode(changed.ids[1:]).startswith("[INST] Make <patch>")
+        assert not any("image>" in words.decode(one.ids) for one in (first, later, changed))
+    literal = make(words, "conversation", validate=False).decode(
+        {"image": SQUARE, "data": ["<image> what?", "A cat."]}, SeededDraws(1))
+    assert "<image> what?" in words.decode(literal.ids)  # as released
+
+
 @pytest.mark.parametrize("value", [None, "", "none", "None", "null"])
 def test_records_without_a_picture(words: MultimodalTokenizer, value: Any) -> None:
     decoder = make(words, "conversation")
@@ -210,6 +230,13 @@ EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
     ("conversation", {**TALK, "data": ["a</s>b", "No."]}, "control word '</s>'"),
     ("conversation", {**TALK, "data": ["a", "<box_start><loc-1><box_end>"]}, r"data\[1\]: A box has 1 numbers"),
     ("conversation", {**TALK, "data": ["a", "<box_start><loc-1><loc-2><loc-3><loc-16><box_end>"]}, "grid of 16"),
+    ("conversation", {**TALK, "data": ["<image> and <image>?", "No."]}, r"data\[0\]: 2 <image> placeholders for 1 pic"),
+    ("conversation", {**TALK, "data": ["<image>?", "No.", "<image>?", "No."]}, r"data\[2\]: holds <image>, but no pic"),
+    ("conversation", {**TALK, "data": ["What?", "<image>"]}, r"data\[1\]: holds <image>, but no picture stands there"),
+    ("edit", {**EDIT, "instruction": "<image>"}, "instruction: is empty"),
+    ("edit", {**EDIT, "instruction": "<image> as <image>"}, "instruction: 2 <image> placeholders for 1 picture"),
+    ("edit", {**EDIT, "instruction_new": "Swap.", "response": "<image>"}, "response: holds <image>, but no picture"),
+    ("caption", {"image": SQUARE, "text": "<image> a cat"}, "text: holds <image>, but no picture stands there"),
     ("edit", {**EDIT, "target_image": None}, "target_image: is missing"),
     ("edit", {**EDIT, "instruction": " "}, "instruction: is empty"),
     ("edit", {**EDIT, "instruction": 5}, "must be a text"),

@@ -24,7 +24,7 @@ from seed_multimodal.images.any_resolution import RELEASED_GRIDS, Grid, choose_g
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.seed_x import read_boxes, seed_x_words
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.language.vocabulary import BOX, BOX_END
+from seed_multimodal.language.vocabulary import BOX, BOX_END, PLACEHOLDER
 from seed_multimodal.settings import setting
 
 INSTRUCTION = "{instruction}"
@@ -165,9 +165,12 @@ class PictureDecoder(Decoder):
         return ""
 
     def said(self, text: str, name: str) -> str:
-        """A text of the record. Raises BadRecord: it holds a malformed box, or the name of another control word."""
+        """A text of the record. Raises BadRecord: it holds a malformed box, the name of another control word, or a
+        placeholder where no picture stands."""
         if not self.validate:
             return text
+        if PLACEHOLDER in text:
+            raise BadRecord("images and placeholders", f"{name}: holds {PLACEHOLDER}, but no picture stands there.")
         hidden = {word for word in self.tokenizer.control_words(text) if not word.startswith(("<loc-", "<box_"))}
         if hidden:
             raise BadRecord("control word", f"{name}: holds the control word {min(hidden)!r}.")
@@ -175,6 +178,18 @@ class PictureDecoder(Decoder):
         if problems:
             raise BadRecord("malformed box", f"{name}: {problems[0]}")
         return text
+
+    def asked(self, text: str, name: str, shown: UsedPicture | None, before: bool) -> list[Any]:
+        """The content of a user's turn: its text, and a picture in the place of its placeholder; without one `before`
+        the text or behind it. Raises as `said`."""
+        pieces = text.split(PLACEHOLDER) if shown is not None and self.validate else [text]
+        if len(pieces) > 2:
+            raise BadRecord("images and placeholders", f"{name}: {len(pieces) - 1} {PLACEHOLDER} placeholders for 1 "
+                            "picture.")
+        parts: list[Any] = [self.said(piece, name) for piece in pieces]
+        if shown is not None:
+            parts.insert(1 if len(pieces) == 2 or not before else 0, shown)
+        return [part for part in parts if part != "" or len(pieces) == 1]
 
     def instruct(self, *content: Any, opening: str = "") -> Span:
         """A user's turn, not learned."""

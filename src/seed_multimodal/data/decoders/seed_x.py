@@ -29,13 +29,14 @@ from seed_multimodal.data.decoders.pictured import (
 from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.language.prompts import ROLES
+from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.settings import setting
 
 SIMILARITIES = ("all_similarities", "similarity", "score", "SCORE")  # of caption and picture, in the record's json
 
 
 class Conversation(PictureDecoder):
-    """A conversation, about a picture or without one; it stands before or after the first question at random.
+    """A conversation with a picture (at `<image>`, else before or after the first question at random) or none.
 
     Fields: `data` (question and answer in turn), `image` (opened; absent, null, "" or "none": no picture).
 
@@ -61,21 +62,23 @@ class Conversation(PictureDecoder):
             raise BadRecord("wrong type", f"data[{wrong}]: must be a text, not {shorten(turns[wrong])}.")
         if self.validate and (not turns or len(turns) % 2):
             raise BadRecord("wrong role", f"data: holds {len(turns)} texts; questions and answers come in pairs.")
-        said = [self.said(text, f"data[{place}]") for place, text in enumerate(turns)]
-        shown = [] if self.no_picture(fields.get("image")) else [self.use(fields, "image")]
+        shown = None if self.no_picture(fields.get("image")) else self.use(fields, "image")
         before = draws.uniform() < 0.5
+        asks = range(0, len(turns), 2)
+        shows = next((place for place in asks if self.validate and PLACEHOLDER in turns[place]), 0)
         spans = self.system()
-        for place, text in enumerate(said):
+        for place, text in enumerate(turns):
+            name = f"data[{place}]"
             if place % 2:
-                spans.append(Span([text]))
+                spans.append(Span([self.said(text, name)]))
             else:
-                content = [text] if place else [*shown, text] if before else [text, *shown]
+                content = self.asked(text, name, shown if place == shows else None, before)
                 spans.append(self.instruct(*content, opening=self.options.turn_sep if place else ""))
         return Draft(spans, {"text": "".join(self.as_text(span.parts) for span in spans)})
 
 
 class Edit(PictureDecoder):
-    """A picture and what to change, answered with a sentence and the changed picture.
+    """A picture (placed as a conversation's) and what to change, answered with a sentence and the changed picture.
 
     Fields: `source_image`, `target_image` (opened), `instruction`; `instruction_new` and `response` replace both texts.
 
@@ -103,23 +106,23 @@ class Edit(PictureDecoder):
         if reason:
             return Draft(dropped=reason)
         given = fields.get("instruction_new") is not None and fields.get("response") is not None
-        instruction = self._instruction(fields, "instruction_new" if given else "instruction")
+        name = "instruction_new" if given else "instruction"
         response = self.said(self.text(fields, "response"), "response") if given else (
             draws.choice(phrases.SEEDX_EDIT_RESPONSES))
-        if not self.options.use_polite_response and not given:
-            response = ""
-        if draws.uniform() < self.options.prompt_drop_ratio:
-            instruction = ""
-        content = [source, instruction] if draws.uniform() < 0.5 else [instruction, source]
+        response = response if given or self.options.use_polite_response else ""
+        dropped = draws.uniform() < self.options.prompt_drop_ratio
+        before = draws.uniform() < 0.5
+        content = self.asked(self._instruction(fields, name), name, source, before)
+        asked = self.asked("", name, source, before) if dropped else content
         answer: list[Any] = [response, target]
-        spans = [*self.system(), self.instruct(*content), Span(answer)]
+        spans = [*self.system(), self.instruct(*asked), Span(answer)]
         return Draft(spans, {"text": "".join(self.as_text(span.parts) for span in spans)})
 
     def _instruction(self, fields: Mapping[str, Any], name: str) -> str:
         if fields.get(name) is None and not self.validate:
             return ""
-        found = self.said(self.text(fields, name), name)
-        if self.validate and not found.strip():
+        found = self.text(fields, name)
+        if self.validate and not found.replace(PLACEHOLDER, "").strip():
             raise BadRecord("empty text", f"{name}: is empty.")
         return found
 

@@ -162,9 +162,14 @@ def read_adapter(model: Any, folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")
     config = folder / ADAPTER_CONFIG
     if config.is_file():
-        there, here = read_json_object(config), model.peft_config["default"]
-        for key in ("r", "lora_alpha", *SHAPING):
-            if (there.get(key) or None) != (getattr(here, key) or None):
-                raise CheckpointError(f"{config}: {key} is {there.get(key)}, but the model is set up with "
-                                      f"{getattr(here, key)}.")
+        refuse_other_scale(model, read_json_object(config), config)
     return load_state_dict(file)
+
+
+def refuse_other_scale(model: Any, there: Mapping[str, Any], where: Path) -> None:
+    """Refuse recorded fields of a LoRA whose B · A means something else than the model's. Raises CheckpointError."""
+    here = model.peft_config["default"]
+    for key in ("r", "lora_alpha", *SHAPING):
+        if (there.get(key) or None) != (getattr(here, key) or None):
+            raise CheckpointError(f"{where}: {key} is {there.get(key)}, but the model is set up with "
+                                  f"{getattr(here, key)}.")

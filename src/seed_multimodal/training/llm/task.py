@@ -63,6 +63,7 @@ class LlmTask(Task):
     module: Any
     layer_classes = ("LlamaDecoderLayer",)
     quiet_keys = _QUIET
+    start_hint = "model.adapter, or model.path"
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `train_llm`."""
@@ -233,12 +234,11 @@ class LlmTask(Task):
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Refuse another engine, model or optimiser, and with ZeRO another number of processes."""
         names = {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model", "optimizer": "optimiser"}
-        instead = "model.adapter, or model.path"
-        refuse_other_kind(folder, saved, now, names, instead)
+        refuse_other_kind(folder, saved, now, names, self.start_hint)
         if now["engine"] == "deepspeed" and saved["world_size"] != now["world_size"]:
             raise ConfigError(f"{folder}: its ZeRO shards belong to {saved['world_size']} processes, this run has "
                               f"{now['world_size']}; use {saved['world_size']}, or start from its weights in a new "
-                              f"folder ({instead}). The plain engine may change their number.")
+                              f"folder ({self.start_hint}). The plain engine may change their number.")
         nouns = {"world_size": "processes", "max_steps": "steps in all (the schedule follows)",
                  "rows_per_step": "rows a step"}
         return other_numbers(saved, now, nouns)

@@ -4,7 +4,10 @@ vision tower; the autoencoder's are in `detokenizer_features`."""
 from __future__ import annotations
 
 import hashlib
+import json
+import zlib
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,8 @@ class FrozenFeatures:
     """Pixels → features, without gradients; a subclass has `compute`.
 
     Args:
-        model: frozen. at_once: pictures of a pass. cache: folder of kept features; those of one model, precision and
-            `variant` lie together, each by the hash of its pixels.
+        model: frozen. at_once: pictures of a pass. cache: folder of kept features; those of one model (weights and
+            settings), precision and `variant` lie together, each by the hash of its pixels.
 
     Attributes:
         model: None after `release`, when only kept features are read.
@@ -43,7 +46,7 @@ class FrozenFeatures:
         self.device, self.at_once, self.dtype = device, at_once, next(model.parameters()).dtype
         self.folder: Path | None = None
         if cache is not None:
-            name = f"{frozen_check_sum(model):08x}-{str(self.dtype).removeprefix('torch.')}{variant}"
+            name = f"{_fingerprint(model):08x}-{str(self.dtype).removeprefix('torch.')}{variant}"
             self.folder = Path(cache) / name
 
     @property
@@ -89,6 +92,13 @@ class FrozenFeatures:
         assert self.folder is not None
         digest = hashlib.sha256(view.contiguous().numpy().tobytes()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.safetensors"
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """CRC of weights and settings: the same weights in other heads are another model."""
+    config: Any = model.config
+    known = vars(config) if is_dataclass(config) else {key: config[key] for key in config if not key.startswith("_")}
+    return zlib.crc32(json.dumps(known, sort_keys=True, default=str).encode(), frozen_check_sum(model))
 
 
 class TowerFeatures(FrozenFeatures):

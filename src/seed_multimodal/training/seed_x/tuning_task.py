@@ -13,6 +13,7 @@ the same, and each written picture.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,16 +27,16 @@ from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.device import copy_to
-from seed_multimodal.disk import replace_text
+from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.adapters import AGENT_CONFIG
 from seed_multimodal.language.agent_weights import load_agent
-from seed_multimodal.language.continuous import ContinuousLVLM
+from seed_multimodal.language.continuous import POOLED, ContinuousLVLM
 from seed_multimodal.language.seed_x import seed_x_words
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
 from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, first_batches
-from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, is_lora
+from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, is_lora, refuse_other_scale
 from seed_multimodal.training.llm.loss import find_llama, use_attention
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.llm.task import LlmTask
@@ -43,6 +44,7 @@ from seed_multimodal.training.llm.trainer_settings import RunSettings
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent, read_tower
 from seed_multimodal.training.task import WEIGHTS
+from seed_multimodal.vision.qwen_vit import QwenVitConfig
 from seed_multimodal.vision.resampler import Resampler
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -54,6 +56,7 @@ class TuningTask(LlmTask):
     """One run in one process."""
 
     module: ContinuousLVLM
+    start_hint = "agent.path"
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `train_llm`; ConfigError for a tokenizer of another system."""
@@ -63,6 +66,10 @@ class TuningTask(LlmTask):
         if run.trainer.coco_caption_root is not None:
             raise ConfigError("trainer.coco_caption_root: captions during the training are not built in for SEED-X; "
                               "leave it out (eval_data gives the held-out loss).")
+        for name, kept in (("text_weight", (1.0,)), ("image_weight", (1.0,)), ("loss_kernel", ("auto", "plain"))):
+            if getattr(run.trainer, name) not in kept:
+                raise ConfigError(f"trainer.{name}: has no effect on SEED-X; leave it out (its losses are weighed by "
+                                  "agent.losses.lm_loss_scale and rec_loss_scale).")
         assert run.agent is not None and run.visual_encoder is not None
         self.agent_settings, self.tower_settings = read_agent(run.agent), read_tower(run.visual_encoder)
         super().__init__(run, group, device)
@@ -79,8 +86,11 @@ class TuningTask(LlmTask):
     def make_module(self) -> nn.Module:
         """The agent around the language model; opens the tower, too."""
         self.tower = TowerFeatures.open(self.tower_settings, self.device, _DTYPES[self.settings.precision], self._log)
+        sizes: QwenVitConfig = self.tower.model.config
+        _check_agent(self.agent_settings, sizes)
         for name, given in (("data", self.run.data), ("eval_data", self.run.eval_data or {})):
-            _check_side(name, given, self.tower.model.config.image_size)
+            _check_views(name, given, self.agent_settings, sizes.image_size,
+                         self.tokenizer.vocabulary.tokens_per_image)
         return build_agent(self.llm, self.agent_settings).to(self.device)
 
     def begin_step(self, step: int) -> bool:
@@ -185,8 +195,22 @@ def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
         torch.manual_seed(settings.seed)
         agent = ContinuousLVLM(llm, Resampler(one), Resampler(other), settings.losses)
     if settings.path is not None:
-        load_agent(agent, find_folder(settings.path))
+        place = find_folder(settings.path)
+        _check_recorded(llm, settings, (place if place.is_dir() else place.parent) / AGENT_CONFIG)
+        load_agent(agent, place)
     return agent
+
+
+def _check_recorded(llm: Any, settings: AgentModel, file: Path) -> None:
+    """Refuse what no tensor's size shows: other heads, or another scale of a LoRA, than the weights were made with."""
+    recorded = read_json_object(file) if file.is_file() else {}
+    for name in ("input_resampler", "output_resampler"):
+        there = recorded[name].get("num_heads") if isinstance(recorded.get(name), Mapping) else None
+        here = getattr(settings, name).num_heads
+        if there not in (None, here):
+            raise CheckpointError(f"{file}: {name}.num_heads is {there}, but the agent is set up with {here}.")
+    if is_lora(llm) and isinstance(recorded.get("lora"), Mapping):
+        refuse_other_scale(llm, recorded["lora"], file)
 
 
 class _HeldOut(HeldOutLosses):
@@ -213,13 +237,38 @@ class _HeldOut(HeldOutLosses):
         return {**found, "eval_loss": mean} if found else {}
 
 
-def _check_side(name: str, given: Mapping[str, Any], side: int) -> None:
-    """Refuse views that are not the tower's size: it would take them, and see worse."""
+def _check_agent(agent: AgentModel, tower: QwenVitConfig) -> None:
+    """Refuse resamplers that do not fit the tower's features; a batch would say so much later, or none would."""
+    one, other = agent.input_resampler, agent.output_resampler
+    for name, found in (("input_resampler.kv_dim", one.kv_dim or one.embed_dim),
+                        ("output_resampler.embed_dim", other.embed_dim)):
+        if found != tower.output_dim:
+            raise ConfigError(f"agent: {name} is {found}, but the vision tower's features have {tower.output_dim} "
+                              "numbers.")
+    written = tower.n_queries // POOLED if agent.losses.vit_down else tower.n_queries
+    if other.grid_size**2 != written:
+        raise ConfigError(f"agent: output_resampler.grid_size {other.grid_size} gives {other.grid_size**2} features of "
+                          f"a picture, but {written} are to be written: the vision tower's {tower.n_queries}, "
+                          f"{'each 4 averaged' if agent.losses.vit_down else 'as they are'} (losses.vit_down).")
+
+
+def _check_views(name: str, given: Mapping[str, Any], agent: AgentModel, side: int, words: int) -> None:
+    """Refuse views that are not the tower's size (it would take them, and see worse), and numbers of image words that
+    are not the resamplers'."""
+    read = agent.input_resampler.grid_size**2
     for source in read_data_settings(given, name).sources if given else []:
         found = source.options.get("base_resolution", PictureOptions.base_resolution)
         if found != side:
             raise ConfigError(f"{name}: base_resolution of the source {source.name} is {found}, but the vision tower "
                               f"reads views of {side} pixels a side.")
+        inside, outside = (source.options.get(f"num_img_{way}_tokens") or words for way in ("in", "out"))
+        if inside != read:
+            raise ConfigError(f"{name}: a view of the source {source.name} takes {inside} image words "
+                              f"(num_img_in_tokens), but agent.input_resampler gives {read} embeddings of it "
+                              "(grid_size squared).")
+        if math.isqrt(outside) ** 2 != outside:
+            raise ConfigError(f"{name}: num_img_out_tokens of the source {source.name} is {outside}, which is no "
+                              "square grid of image words.")
 
 
 def _written(batch: LlmBatch) -> int:
