@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from seed_multimodal.device import Runtime
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.systems.memory_plan import GB, MemoryPlan, Part, Sizes, llm_sizes, plan_memory, read_sizes
 from seed_multimodal.systems.seed_x import SeedX
 
@@ -52,6 +54,18 @@ def test_sizes_of_a_folder_are_those_of_its_parts(tiny_x: SeedX) -> None:
     assert sizes.adapter == count(decoder.adapter) and sizes.vae == count(decoder.pipeline.vae)
     assert sizes.pixels == 16 * 16
     assert tiny_x.memory is not None and {part.device for part in tiny_x.memory.parts} == {"cpu"}
+
+
+@pytest.mark.parametrize(("file", "text", "sentence"), [
+    ("unet/config.json", "{}", "unet/config.json gives no sample_size"),
+    ("unet/config.json", '{"sample_size": null}', "unet/config.json gives no sample_size"),
+    ("vae/config.json", "{}", "vae/config.json no block_out_channels"),
+    ("scheduler/scheduler_config.json", "{}", "scheduler_config.json: names no scheduler")])
+def test_an_sdxl_without_its_sizes(tiny_x_folder: Path, tmp_path: Path, file: str, text: str, sentence: str) -> None:
+    damaged = shutil.copytree(tiny_x_folder, tmp_path / "copy")
+    (damaged / "sdxl" / file).write_text(text)
+    with pytest.raises(CheckpointError, match=sentence):
+        _ = SeedX.from_pretrained(damaged, device="cpu", log=None).pictures.decoder
 
 
 def test_a_freed_unet_draws_the_same(tiny_x: SeedX) -> None:

@@ -100,7 +100,10 @@ class SdxlDetokenizer(PipelineDetokenizer):
         from diffusers import AutoencoderKL
 
         place = find_folder(folder, NEEDED, SDXL_WHERE)
-        settings = read_json_object(place / "scheduler" / "scheduler_config.json", CheckpointError, SDXL_WHERE)
+        listed = place / "scheduler" / "scheduler_config.json"
+        settings = read_json_object(listed, CheckpointError, SDXL_WHERE)
+        if "_class_name" not in settings:
+            raise CheckpointError(f"{listed}: names no scheduler (_class_name).")
         defaults = cls.defaults_class.read(place)
         with cls.reading(place):
             vae = AutoencoderKL.from_pretrained(place, subfolder="vae", torch_dtype=torch.float32,

@@ -132,7 +132,7 @@ def read_sizes(spec: SeedXSpec) -> Sizes:
     """Sizes of a system's files; released ones stand for parts of SDXL that are not there.
 
     Raises:
-        CheckpointError: a tower that is missing or damaged. ConfigError: a language model without its sizes.
+        CheckpointError: a tower that is missing or damaged, an SDXL or language model without its sizes.
     """
     try:
         layers, rest, cache = llm_sizes(read_json_object(spec.llm / "config.json"))
@@ -147,7 +147,11 @@ def read_sizes(spec: SeedXSpec) -> Sizes:
     found = {} if adapter is None else {"adapter": _file_weights(adapter)}
     if (sdxl / "vae" / "config.json").is_file() and (sdxl / "unet" / "config.json").is_file():
         vae, unet = (read_json_object(sdxl / name / "config.json") for name in ("vae", "unet"))
-        side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        try:
+            side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        except (LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{sdxl}: unet/config.json gives no sample_size, or vae/config.json no "
+                                  f"block_out_channels ({first_line(error)}).") from error
         found["pixels"] = side * side
         file = first_file(sdxl / "vae", VAE_FILES)
         found |= {} if file is None else {"vae": _file_weights(file)}
