@@ -10,14 +10,13 @@ the data set's own rule (`data.nano.splits.held_out`) said so in this run.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,16 @@ from PIL import Image
 
 from seed_multimodal import __version__
 from seed_multimodal.commands.common import add_common, load_system, require_room, save_picture, write_text
+from seed_multimodal.commands.sheet_run import Run
 from seed_multimodal.data.nano.dialogues import sentence
 from seed_multimodal.data.nano.edits import Edit, background_words, make_edit
 from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES
 from seed_multimodal.data.nano.questions import ask
-from seed_multimodal.data.nano.scene import Scene, render
+from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import held_out
 from seed_multimodal.data.nano.words import describe, some
 from seed_multimodal.entry import add_quantization, run_program
-from seed_multimodal.errors import GenerationError
+from seed_multimodal.hub import locate_system
 from seed_multimodal.images.code_strip import above_strip, code_strip
 from seed_multimodal.images.sheet import DARK, LIGHT, Cell, Row, contact_sheet
 from seed_multimodal.language.tasks import NANO_TASKS, story_request
@@ -53,52 +53,21 @@ EDITS = (("move", "right"), ("add", "house"), ("swap", ""), ("background", "nigh
 TALKED_ABOUT = (Scene("noto", "meadow", "middle", ("dinosaur",)),
                 Scene("noto", "sea", "left of", ("sailboat", "dolphin")))
 TOLD = ("fox", "penguin")
+FOUND = Scene("noto", "meadow", "left of", ("tiger", "bicycle"))  # by nano-x
 GROWN, COUNTS = Scene("fluent", "meadow", "left of", ("tiger", "tree")), (4, 8, 16, 32)
 OUT = "outputs/quickstart"
 STEPS = 2 + 2 * len(LOOKED_AT) + len(DRAWN) + len(EDITS) + 5 + 1 + 1
 
 
-@dataclass
-class Run:
-    """One run: the system, the output folder, the results, and the rows of the sheet."""
-
-    system: Any
-    out: Path
-    seed: int
-    result: dict[str, Any] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    failures: int = 0
-    done: int = 0
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[list[str]]:
-        """Time one step and print it with its results; a drawing that fails is reported and skipped."""
-        start, said = time.perf_counter(), list[str]()
-        try:
-            yield said
-        except GenerationError as error:
-            self.failures += 1
-            said.append(f"failed: {error}")
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-        self.done += 1
-        print(f"[{self.done:2d}/{STEPS}] {self.seconds[name]:6.2f} s  {name}: {'; '.join(said)}", flush=True)
-
-    def picture(self, scene: Scene) -> Image.Image:
-        """A scene as large as the system sees it."""
-        return Image.fromarray(render(scene, self.system.spec.image_size))
-
-    def save(self, image: Image.Image, name: str) -> str:
-        """Save one picture in the folder; returns its file name."""
-        return save_picture(image, self.out / name).name
-
-
-def run_quickstart(system: Any, out: Path, seed: int = 0) -> Run:
-    """Run all steps with `system` (a `SeedLlama`); writes into `out`."""
-    run = Run(system, out, seed)
+def run_quickstart(system: Any, out: Path, seed: int = 0, seed_x: Any = None) -> Run:
+    """Run all steps with `system` (a `SeedLlama`), and those with boxes with `seed_x` if there is one; writes into
+    `out`."""
+    run = Run(system, out, seed, steps=STEPS + 2 * (seed_x is not None))
     start = time.perf_counter()
     for part in (_looks, _draws, _edits, _talks, _tells, _grows):
         part(run)
+    if seed_x is not None:
+        _finds(run, seed_x)
     run.seconds["work"] = round(time.perf_counter() - start, 3)
     return run
 
@@ -264,6 +233,29 @@ def _grows(run: Run) -> None:
         str(count): run.save(step, f"first_{count}_codes.png") for count, step in zip(COUNTS, ladder, strict=True)}}
 
 
+def _finds(run: Run, seed_x: Any) -> None:
+    """A thing found and a change made by a SEED-X."""
+    image, phrase, found, changed = run.picture(FOUND), f"the {FOUND.things[0]}", None, None
+    edit = make_edit(FOUND, "background", random.Random(0), "night")
+    assert edit is not None
+    words = sentence(edit.instruction)
+    with run.step(f"find {phrase}") as said:
+        found = seed_x.detect(image, phrase, seed=run.seed)
+        said.append(str(found.boxes))
+    with run.step(f"edit beside the picture: {words}") as said:
+        changed = seed_x.edit(image, words, seed=run.seed)
+        said.append("drawn")
+    shown = found.drawn(width=1) if found is not None else None
+    run.rows.append(Row("Find\nnano-x, a tiny SEED-X, answers with boxes, and edits with the picture at hand: what is "
+                        "not named stays where it is.", [
+                            Cell(image, never_trained_on(FOUND)),
+                            Cell(shown, "", f"Where is {phrase}?", arrow=True), Cell(changed, "", words, arrow=True)]))
+    run.result["found"] = {
+        "picture": run.save(image, "find.png"), "phrase": phrase, "boxes": found.boxes if found is not None else [],
+        "boxed": run.save(shown, "find_boxes.png") if shown else "", "instruction": words,
+        "edited": run.save(changed, "find_edit.png") if changed else ""}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, write the sheet and the JSON; exit code 0, 1 if an answer lacked its picture, 2 if refused."""
     parser = argparse.ArgumentParser(prog="quickstart", description=(__doc__ or "").splitlines()[0])
@@ -278,10 +270,12 @@ def _main(args: argparse.Namespace) -> int:
 
     start, out = time.perf_counter(), Path(args.out or OUT)
     require_room(out)
-    system = load_system(args)
+    system, seed_x = load_system(args), None
+    if args.model == "nano" and locate_system("nano-x"):
+        seed_x = load_system(argparse.Namespace(**{**vars(args), "model": "nano-x"}))
     loaded = time.perf_counter() - start
     print(f"Loaded {args.model} in {loaded:.1f} s; results go to {out}/", flush=True)
-    run = run_quickstart(system, out, args.seed)
+    run = run_quickstart(system, out, args.seed, seed_x)
     title = f"A picture is 32 words of a language model: SEED Multimodal {__version__} with {Path(args.model).name}"
     for name, theme in (("contact_sheet.png", LIGHT), ("contact_sheet_dark.png", DARK)):
         save_picture(contact_sheet(run.rows, title, cell=150, columns=6, max_lines=16, theme=theme), out / name)
