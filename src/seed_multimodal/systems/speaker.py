@@ -1,9 +1,8 @@
 """The language half of a system: prompt ids in, one answer out, whole or as events while it is made.
 
 An answer ends at `</s>`, at the token budget, or where the model begins a user's turn (`marker`). A forced answer opens
-with fixed words and `<img>`; they count as part of it.
-
-A model that reads pictures as features, and writes them so, gets further arguments of `generate_ids` (`reading`).
+with fixed words and `<img>`; they count as part of it. `reading`: more arguments of `generate_ids`, for pictures that
+are features.
 
 Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL, "codes": […]}`,
 `{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer": Answer}`; where previews are asked for,
