@@ -9,7 +9,7 @@ sorts in turn. `with_pictures` puts something else (codes, file names) in the pl
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import count
 from typing import Any, TypeVar
@@ -32,7 +32,6 @@ from seed_multimodal.data.nano.questions import Question, ask, ask_any
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import check_split, held_out, scene_at
 from seed_multimodal.data.nano.things import NAMES
-from seed_multimodal.data.nano.wide import WideScene
 from seed_multimodal.data.nano.words import describe, some
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.tasks import (
@@ -90,7 +89,7 @@ def scenes_of(record: Record) -> list[Scene]:
     return found
 
 
-def from_last_picture(record: Record) -> list[dict[str, Any]]:
+def from_last_picture(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages from the last picture on that the user shows; what is said of one shown before is left out."""
     messages = record["messages"]
     shows = [place for place, message in enumerate(messages)
@@ -113,8 +112,8 @@ def texts_of(record: Any) -> Iterator[str]:
 
 def with_pictures(value: Any, picture: Callable[[Scene], Any]) -> Any:
     """The same with `picture(scene)` in the place of every scene."""
-    if isinstance(value, Scene | WideScene):
-        return picture(value)  # type: ignore[arg-type]
+    if isinstance(value, Scene):
+        return picture(value)
     if isinstance(value, dict):
         return {key: with_pictures(one, picture) for key, one in value.items()}
     return [with_pictures(one, picture) for one in value] if isinstance(value, list | tuple) else value
