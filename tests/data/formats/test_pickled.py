@@ -253,7 +253,7 @@ def test_no_conversion_process_outlives_its_run(tmp_path, killed):
                                env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (scratch := list((tmp_path / "new").glob(".*.tmp"))):
         time.sleep(0.002)
-    worker = int(scratch[0].name.split(".")[-2])
+    worker = int(scratch[0].name.split(".")[-3])
     os.kill(process.pid if killed == "parent" else worker, signal.SIGKILL)
     said = process.communicate(timeout=60)[1]
     assert killed == "parent" or "a conversion process was killed" in said
