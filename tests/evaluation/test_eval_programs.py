@@ -245,7 +245,8 @@ def test_the_programs_explain_themselves_and_name_missing_weights():
 
 @pytest.mark.slow
 def test_nano_answers_in_the_official_formats(tmp_path):
-    asked = {"fox.png": ("What is this?", "fox"), "cat.jpg": ("What is this animal?", "cat")}
+    question = "What is in the picture?"  # as nano was taught to be asked
+    asked = {"fox.png": (question, "fox"), "cat.jpg": (question, "cat")}
     write(tmp_path / "vqa.json", [
         {"image": picture, "question": question, "question_id": picture, "answer": [answer] * 10}
         for picture, (question, answer) in asked.items()])

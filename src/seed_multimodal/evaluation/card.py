@@ -1,4 +1,4 @@
-"""The model card of a nano system.
+"""The model card of nano or nano-x.
 
     python -m seed_multimodal.evaluation.card --model pretrained/nano --work runs/full
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,30 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.weights import count_parameters
 
-STAGES = ("vae", "clip", "stage1", "stage2", "tokenizer", "unet", "unet2", "pretrain", "sft", "judge")
-HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "checkpoint", "processes", "accumulate", "begun")
+HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "checkpoint", "processes", "accumulate", "begun",
+          "adapter", "samples_per_step")
 NEEDED = ("stage", "seconds")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of trainings and what it makes."""
+
+    title: str
+    about: str  # after the size of its pictures
+    stages: tuple[str, ...]
+
+
+LINES = {
+    "seed_llama": Line(
+        "SEED nano", "The smallest complete SEED system: a {side}picture of a scene of emoji-like drawings becomes 32 "
+        "codes, a small LLaMA reads and writes them among its words, and an unCLIP decoder draws them again.",
+        ("vae", "clip", "stage1", "stage2", "tokenizer", "unet", "unet2", "pretrain", "sft", "judge")),
+    "seed_x": Line(
+        "SEED nano-x", "A tiny SEED-X: a small LLaMA reads and writes {side}pictures of scenes of emoji-like drawings "
+        "as features, finds things by boxes and edits with the picture at hand, through an SDXL-class decoder.",
+        ("tower", "layout", "first", "second", "sft")),
+}
 
 
 def write_card(model: Path, work: Path, data: Path, command: str, note: str = "") -> Path:
@@ -38,13 +60,14 @@ def write_card(model: Path, work: Path, data: Path, command: str, note: str = ""
     Raises:
         DataError: a stage's record is missing or unreadable.
     """
-    run = [stage for stage in STAGES if _file(work, stage).is_file()]
+    line = LINES.get(str(_system(model).get("system", "seed_llama")), LINES["seed_llama"])
+    run = [stage for stage in line.stages if _file(work, stage).is_file()]
     if not run:
         raise DataError(f"{work}: no stage has left a record (NAME.done.json) in this work folder.")
-    records = [_record(_file(work, stage), *NEEDED) for stage in run]
-    skipped = [stage for stage in STAGES if stage not in run]
+    records = [_record_of(_file(work, stage), stage) for stage in run]
+    skipped = [stage for stage in line.stages if stage not in run]
     text = "\n".join([
-        *_opening(model), *_parts_table(model), *_training(records, work, command, skipped),
+        *_opening(model, line), *_parts_table(model), *_training(records, work, command, skipped),
         *([note, ""] if note else []), *_data(data), *_report(model), *_limits()])
     file = model / "README.md"
     with writing(file, DataError):
@@ -52,10 +75,22 @@ def write_card(model: Path, work: Path, data: Path, command: str, note: str = ""
     return file
 
 
+def _system(model: Path) -> dict[str, Any]:
+    file = model / "system.json"
+    return read_json_object(file, DataError) if file.is_file() else {}
+
+
 def _file(work: Path, stage: str) -> Path:
-    """A stage's record; those of the LAVIS application lie in a folder of their own."""
-    own = work / stage / f"{stage}.done.json"
-    return own if own.is_file() else work / f"{stage}.done.json"
+    """A stage's record; those of the applications lie in folders of their own."""
+    own = (work / stage / name for name in (f"{stage}.done.json", "summary.json"))
+    return next((file for file in own if file.is_file()), work / f"{stage}.done.json")
+
+
+def _record_of(file: Path, stage: str) -> dict[str, Any]:
+    if file.name != "summary.json":
+        return _record(file, *NEEDED)
+    record = _record(file, "seconds", "samples_per_step")
+    return {**record, "stage": stage, "batch_size": record["samples_per_step"]}
 
 
 def _record(file: Path, *needed: str) -> dict[str, Any]:
@@ -68,16 +103,12 @@ def _record(file: Path, *needed: str) -> dict[str, Any]:
     return record
 
 
-def _opening(model: Path) -> list[str]:
+def _opening(model: Path, line: Line) -> list[str]:
     weights = sum(file.stat().st_size for file in model.rglob("*.safetensors")) / 1e6
-    system = model / "system.json"
-    side = read_json_object(system, DataError).get("image_size") if system.is_file() else None
-    return ["# SEED nano", "",
-            f"The smallest complete SEED system: a {f'{side} px ' if side else ''}picture of a scene of emoji-like "
-            "drawings becomes 32 codes, a "
-            "small LLaMA reads and writes them among its words, and an unCLIP decoder draws them again. Trained from "
-            "scratch by the script in this repository on scenes that are made as they are needed; it knows nothing "
-            "about photographs.", "",
+    side = _system(model).get("image_size")
+    about = line.about.format(side=f"{side} px " if side else "")
+    return [f"# {line.title}", "", f"{about} Trained from scratch by the script in this repository on scenes that are "
+            "made as they are needed; it knows nothing about photographs.", "",
             f"Weights: {weights:.1f} MB of float16 safetensors. Licence: Apache-2.0 (the drawings it learned from: "
             "`data/nano/NOTICE.md`).", ""]
 
