@@ -50,6 +50,10 @@ def test_things_are_where_boxes_and_words_say() -> None:
         assert said == {quarter: name for quarter, name in zip(QUARTERS, scene.things, strict=True) if name}
 
 
+def test_an_answer_that_goes_on_and_on_is_read_at_once() -> None:
+    assert read_wide("a " + "tiger tiger " * 200) == {}  # words that may be cut at any blank took hours
+
+
 def test_questions_have_one_answer() -> None:
     scene = WideScene("noto", "sea", ("", "tiger", "", "owl"))
     found = {ask_wide(scene, random.Random(seed)) for seed in range(60)}

@@ -26,7 +26,7 @@ WIDE_SIZE = 2 * SIZE
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NOWHERE = "nothing"  # the answer about an empty quarter
 _SHIFT = 0.03  # most that a thing is off the middle of its quarter, in shares of the picture
-_SAID = re.compile(rf"(?:an?) ((?:[a-z-]+ ?)+?) at the ({'|'.join(QUARTERS)})")
+_SAID = re.compile(rf"\ban? ([a-z -]+?) at the ({'|'.join(QUARTERS)})")
 
 
 @dataclass(frozen=True)
