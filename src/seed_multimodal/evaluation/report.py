@@ -80,7 +80,7 @@ def write_report(report: dict[str, Any], runs: Sequence[SplitRun], out: Path) ->
         replace_text(out / "report.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
         answers = {run.samples.split: run.answers for run in runs}
         replace_text(out / "answers.json", json.dumps(answers, ensure_ascii=False) + "\n")
-        sheets = [*save_plots(runs, out), *save_sheets(runs, out)]
+        sheets = [*(save_plots(runs, out) if runs[0].plotted else ()), *save_sheets(runs, out)]
         replace_text(out / "report.md", markdown(plain(report), sheets))
 
 
@@ -98,8 +98,8 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
         raise ConfigError(f"--out {out}: no folder that can be written ({disk_reason(error)}).") from error
     opener, kind = (BatchedSeedX, XRun) if kind_of(options.model) == "seed_x" else (BatchedSystem, SplitRun)
     system: Any = opener.from_pretrained(options.model, device=options.device, dtype=options.dtype,
-                                           quantization=options.quantization, batch=options.batch, seed=options.seed,
-                                           log=log)
+                                         quantization=options.quantization, batch=options.batch, seed=options.seed,
+                                         log=log)
     judge = Judge.from_pretrained(judge_folder, device=system.device)
     log(f"Loaded in {time.monotonic() - start:.0f} s; measuring {', '.join(splits)} by {judge_folder}.")
     runs = evaluate(system, judge, splits, sizes, log, kind)
