@@ -29,9 +29,10 @@ from seed_multimodal.data.nano.dialogues import sentence
 from seed_multimodal.data.nano.edits import Edit, background_words, make_edit
 from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES
 from seed_multimodal.data.nano.questions import ask
-from seed_multimodal.data.nano.scene import Scene
+from seed_multimodal.data.nano.scene import Scene, boxes
 from seed_multimodal.data.nano.splits import held_out
 from seed_multimodal.data.nano.words import describe, some
+from seed_multimodal.data.nano.x_records import detect_phrase
 from seed_multimodal.entry import add_quantization, run_program
 from seed_multimodal.hub import locate_system
 from seed_multimodal.images.code_strip import above_strip, code_strip
@@ -53,7 +54,7 @@ EDITS = (("move", "right"), ("add", "house"), ("swap", ""), ("background", "nigh
 TALKED_ABOUT = (Scene("noto", "meadow", "middle", ("dinosaur",)),
                 Scene("noto", "sea", "left of", ("sailboat", "dolphin")))
 TOLD = ("fox", "penguin")
-FOUND = Scene("noto", "meadow", "left of", ("tiger", "bicycle"))  # by nano-x
+FOUND = Scene("twemoji", "blue", "many", ("balloon",), (3,))  # by nano-x
 GROWN, COUNTS = Scene("fluent", "meadow", "left of", ("tiger", "tree")), (4, 8, 16, 32)
 OUT = "outputs/quickstart"
 STEPS = 2 + 2 * len(LOOKED_AT) + len(DRAWN) + len(EDITS) + 5 + 1 + 1
@@ -235,7 +236,8 @@ def _grows(run: Run) -> None:
 
 def _finds(run: Run, seed_x: Any) -> None:
     """A thing found and a change made by a SEED-X."""
-    image, phrase, found, changed = run.picture(FOUND), f"the {FOUND.things[0]}", None, None
+    image, phrase = run.picture(FOUND), detect_phrase(FOUND.things[0], boxes(FOUND))
+    found, changed = None, None
     edit = make_edit(FOUND, "background", random.Random(0), "night")
     assert edit is not None
     words = sentence(edit.instruction)
@@ -249,7 +251,7 @@ def _finds(run: Run, seed_x: Any) -> None:
     run.rows.append(Row("Find\nnano-x, a tiny SEED-X, answers with boxes, and edits with the picture at hand: what is "
                         "not named stays where it is.", [
                             Cell(image, never_trained_on(FOUND)),
-                            Cell(shown, "", f"Where is {phrase}?", arrow=True), Cell(changed, "", words, arrow=True)]))
+                            Cell(shown, "", f"Where are {phrase}?", arrow=True), Cell(changed, "", words, arrow=True)]))
     run.result["found"] = {
         "picture": run.save(image, "find.png"), "phrase": phrase, "boxes": found.boxes if found is not None else [],
         "boxed": run.save(shown, "find_boxes.png") if shown else "", "instruction": words,

@@ -25,7 +25,7 @@ from seed_multimodal.evaluation import machine
 from seed_multimodal.weights import count_parameters
 
 HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "checkpoint", "processes", "accumulate", "begun",
-          "adapter", "samples_per_step")
+          "adapter", "samples_per_step", "data")
 NEEDED = ("stage", "seconds")
 
 
@@ -89,8 +89,8 @@ def _file(work: Path, stage: str) -> Path:
 def _record_of(file: Path, stage: str) -> dict[str, Any]:
     if file.name != "summary.json":
         return _record(file, *NEEDED)
-    record = _record(file, "seconds", "samples_per_step")
-    return {**record, "stage": stage, "batch_size": record["samples_per_step"]}
+    record = _record(file, "seconds")
+    return {**record, "stage": stage, "batch_size": record.get("samples_per_step", "packed rows")}
 
 
 def _record(file: Path, *needed: str) -> dict[str, Any]:
