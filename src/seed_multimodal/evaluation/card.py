@@ -22,6 +22,7 @@ from seed_multimodal.disk import read_json_object, replace_text, writing
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
+from seed_multimodal.systems.open_system import kind_of
 from seed_multimodal.weights import count_parameters
 
 HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "checkpoint", "processes", "accumulate", "begun",
@@ -60,7 +61,7 @@ def write_card(model: Path, work: Path, data: Path, command: str, note: str = ""
     Raises:
         DataError: a stage's record is missing or unreadable.
     """
-    line = LINES.get(str(_system(model).get("system", "seed_llama")), LINES["seed_llama"])
+    line = LINES[kind_of(model)]
     run = [stage for stage in line.stages if _file(work, stage).is_file()]
     if not run:
         raise DataError(f"{work}: no stage has left a record (NAME.done.json) in this work folder.")

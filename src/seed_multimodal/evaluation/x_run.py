@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from seed_multimodal.data.nano.scene import boxes, render
+from seed_multimodal.data.nano.scene import boxes
 from seed_multimodal.data.nano.wide import (
     QUARTERS,
     ask_wide,
@@ -63,20 +63,24 @@ class XRun(SplitRun):
     def _conditioned(self) -> Section:
         """Targets of edits, rebuilt beside the pictures before: what is new comes from the features alone."""
         edits = self.samples.edits
-        before, targets = ([Image.fromarray(render(one, self.system.image_size)) for one in scenes] for scenes in
-                           ([scene for scene, _ in edits], [edit.target for _, edit in edits]))
+        before, targets = self._before_and_after()
         made = self.pictures["conditioned"] = self.system.rebuild(targets, before)
         scenes = [edit.target for _, edit in edits]
         return {"n": len(made), **score(picture_words(self.judge, made), all_words(scenes)),
                 **likeness(made, scenes), "unchanged_psnr": bootstrap(_unchanged(made, before, targets)),
                 "ceiling": self._ceiling(scenes)}
 
+    def _before_and_after(self) -> tuple[list[Image.Image], list[Image.Image]]:
+        """The given pictures of the edits, and their targets."""
+        edits = self.samples.edits
+        before, targets = ([Image.fromarray(picture) for picture in self._render(scenes)] for scenes in
+                           ([scene for scene, _ in edits], [edit.target for _, edit in edits]))
+        return before, targets
+
     def _edits(self) -> Section:
         """As of every system; and PSNR against the given picture where the instruction changes nothing."""
         found = super()._edits()
-        edits = self.samples.edits
-        before, targets = ([Image.fromarray(render(one, self.system.image_size)) for one in scenes] for scenes in
-                           ([scene for scene, _ in edits], [edit.target for _, edit in edits]))
+        before, targets = self._before_and_after()
         return {**found, "unchanged_psnr": bootstrap(_unchanged(self.pictures["edited"], before, targets))}
 
     def _detection(self) -> Section:

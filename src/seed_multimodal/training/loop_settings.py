@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from seed_multimodal.settings import setting
@@ -82,3 +82,8 @@ class SampleCost:
 
     flops: float
     peak_tflops: float | None = None
+
+
+def stage(steps: int, batch: int, lr: float, **more: Any) -> Any:
+    """A field of settings: a stage of that length; `more`: other values of `StageSettings`."""
+    return field(default_factory=lambda: StageSettings(steps=steps, batch_size=batch, lr=lr, **more))

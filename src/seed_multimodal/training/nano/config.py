@@ -19,7 +19,7 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.tokenizers.seed2 import Seed2Config
-from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.loop_settings import StageSettings, stage
 
 
 @dataclass
@@ -96,10 +96,6 @@ class RecordCounts:
     continued: int = setting(2_500, least=1)
 
 
-def _stage(steps: int, batch: int, lr: float, **more: Any) -> Any:
-    return field(default_factory=lambda: StageSettings(steps=steps, batch_size=batch, lr=lr, **more))
-
-
 @dataclass
 class NanoConfig:
     """Everything one run needs; the resolved file is saved beside its outputs.
@@ -120,14 +116,14 @@ class NanoConfig:
     unet: UnetSizes = field(default_factory=UnetSizes)
     llm: LlmSizes = field(default_factory=LlmSizes)
     records: RecordCounts = field(default_factory=RecordCounts)
-    train_vae: StageSettings = _stage(4000, 32, 2e-3, ema=0.995)
-    train_clip: StageSettings = _stage(3500, 128, 1e-3, ema=0.99)
-    train_stage1: StageSettings = _stage(1500, 128, 1e-3)
-    train_stage2: StageSettings = _stage(4000, 128, 1e-3)
-    train_unet: StageSettings = _stage(5000, 96, 1e-3, ema=0.999)
-    train_unet2: StageSettings = _stage(3000, 96, 5e-4, ema=0.999)
-    train_pretrain: StageSettings = _stage(2500, 64, 2e-3, weight_decay=0.1)
-    train_sft: StageSettings = _stage(5000, 64, 2e-3, weight_decay=0.1)
+    train_vae: StageSettings = stage(4000, 32, 2e-3, ema=0.995)
+    train_clip: StageSettings = stage(3500, 128, 1e-3, ema=0.99)
+    train_stage1: StageSettings = stage(1500, 128, 1e-3)
+    train_stage2: StageSettings = stage(4000, 128, 1e-3)
+    train_unet: StageSettings = stage(5000, 96, 1e-3, ema=0.999)
+    train_unet2: StageSettings = stage(3000, 96, 5e-4, ema=0.999)
+    train_pretrain: StageSettings = stage(2500, 64, 2e-3, weight_decay=0.1)
+    train_sft: StageSettings = stage(5000, 64, 2e-3, weight_decay=0.1)
     judge_steps: int = setting(1500, least=1)
     gate_psnr: float = 22.0
     gate_named: float = 0.95

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
-from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.loop_settings import StageSettings, stage
 
 KINDS = {"describe": 0.14, "questions": 0.14, "draw": 0.18, "edits": 0.26, "conversations": 0.04, "detect": 0.10,
          "wide_describe": 0.05, "wide_questions": 0.05, "wide_detect": 0.04}
@@ -63,10 +62,6 @@ class AgentSizes:
     compile: bool | None = None
 
 
-def _stage(steps: int, batch: int, lr: float, **more: Any) -> Any:
-    return field(default_factory=lambda: StageSettings(steps=steps, batch_size=batch, lr=lr, **more))
-
-
 @dataclass
 class NanoXConfig:
     """Everything one run needs; the resolved file is saved beside its outputs.
@@ -92,11 +87,11 @@ class NanoXConfig:
     unet: UnetSizes = field(default_factory=UnetSizes)
     llm: AgentSizes = field(default_factory=AgentSizes)
     records: int = setting(400_000, least=1)
-    train_tower: StageSettings = _stage(3000, 128, 8e-4, ema=0.99)
-    train_layout: StageSettings = _stage(2500, 96, 2e-3, ema=0.998)
-    train_first: StageSettings = _stage(1500, 48, 1e-3, ema=0.995)
-    train_second: StageSettings = _stage(1500, 48, 1e-3, ema=0.995)
-    train_sft: StageSettings = _stage(5000, 48, 2e-3, weight_decay=0.1)
+    train_tower: StageSettings = stage(3000, 128, 8e-4, ema=0.99)
+    train_layout: StageSettings = stage(2500, 96, 2e-3, ema=0.998)
+    train_first: StageSettings = stage(1500, 48, 1e-3, ema=0.995)
+    train_second: StageSettings = stage(1500, 48, 1e-3, ema=0.995)
+    train_sft: StageSettings = stage(5000, 48, 2e-3, weight_decay=0.1)
     gate_named: float = 0.95
 
     def __post_init__(self) -> None:
