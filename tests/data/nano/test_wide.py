@@ -22,6 +22,7 @@ from seed_multimodal.data.nano.wide import (
 from seed_multimodal.data.nano.x_records import GRID, OWN, box_text, x_record_at
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.seed_x import read_boxes
+from seed_multimodal.language.tasks import DESCRIBE_REQUESTS, SEED_X_TASKS
 
 
 def test_wide_scenes_of_train_show_nothing_that_is_held_out() -> None:
@@ -93,6 +94,21 @@ def test_records_show_nothing_held_out_and_ask_as_seed_x_does() -> None:
                     assert not (isinstance(part, str) and "Please draw" in part)
     with pytest.raises(DataError, match="did you mean 'detect'"):
         x_record_at("detekt", 0, 0)
+
+
+def test_an_answer_has_one_form_whatever_was_asked_before() -> None:
+    described = answered = 0
+    for kind in ("describe", "questions", "edits", "conversations", "wide_describe", "wide_questions"):
+        for number in range(60):
+            messages = x_record_at(kind, 0, number)["messages"]
+            for user, assistant in zip(messages[::2], messages[1::2], strict=True):
+                text = assistant["content"][0]
+                if len(assistant["content"]) > 1 or not isinstance(text, str):
+                    continue
+                sentence = user["content"][-1] in (SEED_X_TASKS.describe, *DESCRIBE_REQUESTS)
+                assert (text[0].isupper() and text.endswith(".")) is sentence, (user, text)
+                described, answered = described + sentence, answered + (not sentence)
+    assert described > 100 and answered > 200
 
 
 def test_a_box_at_the_edge_stays_inside() -> None:

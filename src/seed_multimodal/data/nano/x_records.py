@@ -23,6 +23,7 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.language.seed_x import Box
 from seed_multimodal.language.tasks import (
     DESCRIBE_PROMPT,
+    DESCRIBE_REQUESTS,
     DRAW_PROMPT,
     DRAW_RESPONSE,
     EDIT_RESPONSE,
@@ -49,7 +50,7 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train", grid: in
             known = (*KINDS, *OWN)
             raise DataError(f"nano: unknown kind of records {kind!r}{nearest(kind, known)}; there are "
                             f"{', '.join(known)}.")
-        return _in_its_words(record_at(kind, seed, index, split), kind == "questions")
+        return _in_its_words(record_at(kind, seed, index, split))
     shake = random.Random(f"{seed} {split} {kind} {index}")
     if kind == "detect":
         scene = scene_at(seed, index, split)
@@ -69,20 +70,25 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train", grid: in
     return {"messages": messages}
 
 
-def _in_its_words(record: Record, short: bool) -> Record:
-    """The requests that nano's systems send, as SEED-X's send them; nothing is said before a drawn picture but a
-    description of it; answers to be `short` are in lower case."""
-    said = []
-    for place, message in enumerate(record["messages"]):
-        parts = [_translated(part, short and place % 2 == 1) if isinstance(part, str) else part
-                 for part in message["content"]]
-        said.append({**message, "content": [part for part in parts if not place % 2 or part not in _SILENT]})
+def _in_its_words(record: Record) -> Record:
+    """The requests that nano's systems send, as SEED-X's send them: descriptions are sentences, answers to questions
+    short and in lower case whatever picture was shown before; nothing but a description is said before a drawing."""
+    said: list[Record] = []
+    asked: list[object] = []
+    for message in record["messages"]:
+        content = message["content"]
+        if message["role"] == "user":
+            asked = content
+            content = [_request(part) if isinstance(part, str) else part for part in content]
+        elif all(isinstance(part, str) for part in content) and asked[-1] not in DESCRIBE_REQUESTS:
+            content = [normalise(part) for part in content]
+        else:
+            content = [part for part in content if part not in _SILENT]
+        said.append({**message, "content": content})
     return {**record, "messages": said}
 
 
-def _translated(text: str, short: bool) -> str:
-    if short:
-        return normalise(text)
+def _request(text: str) -> str:
     if text == DESCRIBE_PROMPT:
         return SEED_X_TASKS.describe
     before, after = DRAW_PROMPT.split("{caption}")
