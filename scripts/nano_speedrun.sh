@@ -2,7 +2,7 @@
 # Train every part of nano from scratch and report on it; each stage continues where it stopped.
 #   bash scripts/nano_speedrun.sh               full settings (one GPU)
 #   bash scripts/nano_speedrun.sh --cpu         what a 2-core machine does in under four hours
-#   bash scripts/nano_speedrun.sh --pico        the same line in minutes on 2 CPU cores
+#   bash scripts/nano_speedrun.sh --pico        the same line in under ten minutes on 2 CPU cores
 # Options: --config FILE  --work DIR  --out DIR  --no-report; further words are dotted settings.
 set -euo pipefail
 here=$PWD
