@@ -88,6 +88,9 @@ def test_records_show_nothing_held_out_and_ask_as_seed_x_does() -> None:
         for number in range(30):
             record = NanoContent(None, f"seed_x.{kind}").locate(number)
             assert [message["role"] for message in record.fields["messages"]][:2] == ["user", "assistant"]
+            parts = [part for message in record.fields["messages"] for part in message["content"]]
+            drawn = [part["image"]().shape for part in parts if not isinstance(part, str)]
+            assert drawn and set(drawn) == {(128, 128, 3) if kind.startswith("wide") else (64, 64, 3)}, kind
             for message in x_record_at(kind, 0, number)["messages"]:
                 for part in message["content"]:
                     assert not (isinstance(part, Scene) and held_out(part))

@@ -32,6 +32,7 @@ from seed_multimodal.data.nano.questions import Question, ask, ask_any
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import check_split, held_out, scene_at
 from seed_multimodal.data.nano.things import NAMES
+from seed_multimodal.data.nano.wide import WideScene
 from seed_multimodal.data.nano.words import describe, some
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.tasks import (
@@ -110,9 +111,9 @@ def texts_of(record: Any) -> Iterator[str]:
             yield from texts_of(value)
 
 
-def with_pictures(value: Any, picture: Callable[[Scene], Any]) -> Any:
-    """The same with `picture(scene)` in the place of every scene."""
-    if isinstance(value, Scene):
+def with_pictures(value: Any, picture: Callable[[Any], Any]) -> Any:
+    """The same with `picture(scene)` in the place of every scene, wide ones too."""
+    if isinstance(value, Scene | WideScene):
         return picture(value)
     if isinstance(value, dict):
         return {key: with_pictures(one, picture) for key, one in value.items()}
