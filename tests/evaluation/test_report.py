@@ -3,6 +3,7 @@ are wrong in one way."""
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -194,7 +195,7 @@ def test_written_report(oracle: Oracle, knowing: KnowingJudge, val: Samples, tmp
     text = (tmp_path / "report.md").read_text()
     assert "24 scenes rebuilt, 12 described, drawn and edited, 24 questions, 4 conversations" in text
     assert "1.000 / 0.90 (1.000)" in text and "## Edits" in text and "kind of edit" in text and "nan" not in text
-    answers = json.loads((tmp_path / "answers.json").read_text())["val"]
+    answers = json.loads(gzip.decompress((tmp_path / "answers.json.gz").read_bytes()))["val"]
     assert len(answers["captions"]) == len(answers["edits"]) == 12 and answers["conversations_own"]
     names = sorted(p.name for p in tmp_path.iterdir() if p.suffix in (".webp", ".png"))
     assert len(names) == 11 and all(f"({name})" in text for name in names)
@@ -203,7 +204,7 @@ def test_written_report(oracle: Oracle, knowing: KnowingJudge, val: Samples, tmp
     (full / "edits.webp").mkdir(parents=True)  # cannot be replaced
     with pytest.raises(ConfigError, match=r"edits\.webp: cannot be written"):
         report.write_report(whole, [run], full)
-    assert json.loads((full / "report.json").read_text()) == data and (full / "answers.json").is_file()
+    assert json.loads((full / "report.json").read_text()) == data and (full / "answers.json.gz").is_file()
     assert not (full / "report.md").exists()
 
 

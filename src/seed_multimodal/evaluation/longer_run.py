@@ -29,7 +29,7 @@ class LongerRun:
     """The sections of a split whose answers hold several parts.
 
     Attributes:
-        answers: every answer, for answers.json.
+        answers: every answer, for answers.json.gz.
         talks, examples, stories: what was seen, for the sheets.
     """
 

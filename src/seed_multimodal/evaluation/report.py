@@ -2,7 +2,7 @@
 
     python -m seed_multimodal.evaluation.report --model pretrained/nano --out pretrained/nano/report
 
-Writes report.json (everything), answers.json (every answer), report.md (tables), contact sheets and plots. The first
+Writes report.json (everything), answers.json.gz (every answer), report.md (tables), contact sheets and plots. The first
 `--limit` scenes of each list are described, asked about and drawn, and as many edits made; 500 is the full report, with
 1,000 pictures rebuilt. `seed eval tokenizer` measures what needs no language model.
 """
@@ -10,6 +10,7 @@ Writes report.json (everything), answers.json (every answer), report.md (tables)
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.nano.evaluation import HELD_OUT_SPLITS
-from seed_multimodal.disk import disk_reason, replace_text, writing
+from seed_multimodal.disk import disk_reason, replace_text, replacing, writing
 from seed_multimodal.entry import DONE, add_device, add_quantization, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
@@ -70,7 +71,7 @@ def read_splits(text: str) -> list[str]:
 
 
 def write_report(report: dict[str, Any], runs: Sequence[SplitRun], out: Path) -> None:
-    """Write report.json and answers.json, then sheets and plots, then report.md, which shows them, into `out`.
+    """Write report.json and answers.json.gz, then sheets and plots, then report.md, which shows them, into `out`.
 
     Raises:
         ConfigError: a file cannot be written; what was written before it stays.
@@ -79,7 +80,9 @@ def write_report(report: dict[str, Any], runs: Sequence[SplitRun], out: Path) ->
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / "report.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
         answers = {run.samples.split: run.answers for run in runs}
-        replace_text(out / "answers.json", json.dumps(answers, ensure_ascii=False) + "\n")
+        packed = gzip.compress((json.dumps(answers, ensure_ascii=False) + "\n").encode(), mtime=0)  # a tenth
+        with replacing(out / "answers.json.gz") as file:
+            file.write(packed)
         sheets = [*(save_plots(runs, out) if runs[0].plotted else ()), *save_sheets(runs, out)]
         replace_text(out / "report.md", markdown(plain(report), sheets))
 
@@ -130,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(options: argparse.Namespace) -> int:
         out = build_report(options, lambda line: print(line, flush=True))
-        print(f"Wrote {out / 'report.md'}, report.json, answers.json, plots and contact sheets.")
+        print(f"Wrote {out / 'report.md'}, report.json, answers.json.gz, plots and contact sheets.")
         return DONE
 
     return run_program(parser, work, arguments, "report")
