@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import warm_python
 
-from seed_multimodal.cli import main
+from seed_multimodal.cli import build_parser, main
+from seed_multimodal.entry import guarded
 
 CAT = str(Path(__file__).resolve().parents[1] / "images" / "cat.jpg")
 NUMBERS = ["", "nan", "inf", "-1", "0", "1.5", "2.0", "1e-38", "1e-45", "1e308", "9" * 23, "9" * 5000,
@@ -69,6 +70,39 @@ def test_texts_and_names(tiny_folder: Path, tmp_path: Path, capsys: pytest.Captu
             assert run(capsys, "ask", CAT, "q", "--model", str(tiny_folder), flag, text)[0] == 2
         assert run(capsys, "ask", CAT, "q", "--model", text)[0] == 2
     assert run(capsys, "draw", "", "a fish", *drawn) == (1, "seed: 1 of 2 done, 1 refused: ''.")
+
+
+@pytest.mark.parametrize(("typed", "pictures", "text"), [
+    ("edit a b --model x T", ["a", "b"], "T"), ("edit a --steps 3 b --model x T --json", ["a", "b"], "T"),
+    ("edit --model x a T", ["a"], "T"), ("edit a T --model x", ["a"], "T"), ("edit a --model x -- -T", ["a"], "-T"),
+    ("ask a --json b c --model x Q", ["a", "b", "c"], "Q"), ("detect a b --out o P", ["a", "b"], "P"),
+])
+def test_options_between_pictures_and_text(typed: str, pictures: list[str], text: str) -> None:
+    args = build_parser().parse_args(typed.split())
+    assert args.pictures == pictures and text in (getattr(args, "instruction", None), getattr(args, "question", None),
+                                                  getattr(args, "phrase", None))
+
+
+@pytest.mark.parametrize(("typed", "sentence"), [
+    ("edit a b --stpes 3 T", "unrecognized arguments: --stpes 3 T (did you mean '--steps'?)"),
+    ("chat --image a b", "unrecognized arguments: b"), ("edit a --model x", "arguments are required: INSTRUCTION"),
+    ("convert a b --force c", "unrecognized arguments: c"),
+])
+def test_words_that_have_no_place(capsys: pytest.CaptureFixture, typed: str, sentence: str) -> None:
+    code, last = run(capsys, *typed.split())
+    assert code == 2 and sentence in last
+
+
+def test_memory_that_does_not_suffice(capsys: pytest.CaptureFixture) -> None:
+    """What torch's allocators raise, and Python's own."""
+    import torch
+
+    for work in (lambda: torch.empty(2**58), lambda: bytearray(2**62)):
+        assert guarded("seed", False, work) == 2  # type: ignore[arg-type]
+        said = capsys.readouterr().err
+        assert said.startswith("seed: memory does not suffice (") and said.count("\n") == 1 and "--offload" in said
+        with pytest.raises((RuntimeError, MemoryError)):
+            guarded("seed", True, work)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("line", ['{"codes":' + "[" * 100_000, "[" + "9" * 5000 + "]", '{"codes": [1.5]}', "\x00",

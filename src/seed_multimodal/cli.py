@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from seed_multimodal import __version__
 from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, plot
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="seed", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"seed-multimodal {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
 
     tokenize = _command(commands, "tokenize", pictures.tokenize, "pictures → codes")
     tokenize.add_argument("pictures", nargs="+", metavar="PICTURE")
@@ -122,6 +122,28 @@ def build_parser() -> argparse.ArgumentParser:
     plotter.set_defaults(work=plot.plot)
     data.add_commands(commands.add_parser("data", help="check or convert training data"))
     return parser
+
+
+class _Command(argparse.ArgumentParser):
+    """The parser of one command: options may stand anywhere, also between its pictures and its text.
+
+    argparse gives a text away to the pictures before it when an option follows, as in `edit a.png b.png --steps 5
+    TEXT`; its own way to mix them knows no `--` (Python 3.11) and no commands, so it is only the second try.
+    """
+
+    _second = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; a subparser is called by this name."""
+        found, left = super().parse_known_args(args, namespace)
+        if self._second or not left or self._subparsers is not None or args is None or "--" in args:
+            return found, left
+        self._second = True
+        try:
+            mixed, still = self.parse_known_intermixed_args(args)
+        finally:
+            self._second = False
+        return (found, left) if still else (mixed, [])
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, args: argparse.Namespace, unknown: list[str]) -> NoReturn:

@@ -20,7 +20,7 @@ from multiprocessing import connection
 from typing import Any, NoReturn
 
 from seed_multimodal.disk import disk_is_full
-from seed_multimodal.errors import SeedError, SeedWarning
+from seed_multimodal.errors import SeedError, SeedWarning, first_line
 
 _PLAIN = warnings.formatwarning
 AUTO = "auto: on CUDA float16 for pictures, bfloat16 for the language model; float32 elsewhere"
@@ -53,11 +53,23 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
-        if debug or not disk_is_full(error):
+        if debug or not (sentence := _machine_sentence(error)):
             raise
-        log_line(f"{program}: {getattr(error, 'filename', None) or 'a file'} cannot be written: the disk or quota is "
-                 "full.")
+        log_line(f"{program}: {sentence}")
         return REFUSED
+
+
+def _machine_sentence(error: Exception) -> str:
+    """What the machine has too little of; "" for other errors."""
+    if disk_is_full(error):
+        return f"{getattr(error, 'filename', None) or 'a file'} cannot be written: the disk or quota is full."
+    from seed_multimodal.device import is_out_of_memory  # not before: it loads torch
+
+    if is_out_of_memory(error):
+        return (f"memory does not suffice ({first_line(error).rstrip('.')}). Less is needed with --offload, "
+                f"--quantization, smaller batches or smaller pictures, where the program has them, or with "
+                f"--device cpu.")
+    return ""
 
 
 def run_and_exit(work: Callable[[], int]) -> NoReturn:

@@ -109,6 +109,17 @@ def test_drawing_settings(tiny: SeedLlama, key: str) -> None:
             key in ("scheduler", "height")
 
 
+def test_wrong_drawings_are_refused_before_the_model_writes(tiny: SeedLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.speaker, "answer", lambda *_, **__: pytest.fail("The model wrote."))
+    for wrong in ({"noise_level": -1}, {"num_inference_steps": 0}, {"scheduler": "None"}, {"guidance_scale": math.inf}):
+        for draw in (lambda o=wrong: tiny.draw("a fish", **o), lambda o=wrong: tiny.edit(PICTURE, "green", **o),
+                     lambda o=wrong: tiny.chat(MESSAGE, **o)):
+            with pytest.raises(ConfigError, match=next(iter(wrong))):
+                draw()
+    with pytest.raises(CodesError):
+        tiny.draw("a fish", negative_codes=[1])
+
+
 @pytest.mark.slow
 def test_texts(tiny: SeedLlama) -> None:
     codes = tiny.tokenize(PICTURE)[0].tolist()

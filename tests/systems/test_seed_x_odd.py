@@ -113,3 +113,24 @@ def test_whatever_the_model_says_is_read(tiny_x: SeedX) -> None:
         assert list(last.ids) == list(answer.ids) and last.problems == answer.problems
         assert all(problem.endswith(".") for problem in tiny_x.detect(picture(), "the cat", **options).problems)
     assert broken > 0
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"height": 20, "width": 32}, "The height must be a multiple of 8 pixels, got 20"),
+    ({"height": 32}, "Give height and width both, or neither"),
+    ({"height": 10**9, "width": 10**9}, "The height must be at most 16384, not 1000000000"),
+    ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+    ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+    ({"image_guidance_scale": "x"}, "image_guidance_scale must be"),
+    ({"ratio": "wide"}, "ratio"),
+    ({"scheduler": "NoScheduler"}, "NoScheduler"),
+])
+def test_wrong_drawings_are_refused_before_the_model_writes(tiny_x: SeedX, monkeypatch, settings: dict[str, Any],
+                                                            sentence: str) -> None:
+    monkeypatch.setattr(tiny_x.speaker, "answer", lambda *_, **__: pytest.fail("The model wrote."))
+    monkeypatch.setattr(tiny_x.speaker, "events", lambda *_, **__: pytest.fail("The model wrote."))
+    for draw in (lambda: tiny_x.draw("a fish", **settings), lambda: tiny_x.edit(picture(), "Make it red.", **settings),
+                 lambda: tiny_x.chat([user("Hi")], **settings),
+                 lambda: tiny_x.chat([user("Hi")], stream=True, **settings)):
+        with pytest.raises(ConfigError, match=sentence):
+            draw()

@@ -66,6 +66,7 @@ class PipelineDetokenizer:
     negatives: ClassVar[str] = "negative_image_embeds"
     defaults_class: ClassVar[type[DecodeDefaults]] = DecodeDefaults
     own_schedulers: ClassVar[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {}
+    decode: Callable[..., list[Any]]  # embeddings → pictures
 
     def __init__(self, pipeline: Any, defaults: DecodeDefaults | None = None) -> None:
         self.pipeline, self.defaults = pipeline, defaults or self.defaults_class()
@@ -176,19 +177,20 @@ class PipelineDetokenizer:
         return "pt" if output_type == "pil" else output_type  # `in_batches` checks the tensor and makes the pictures
 
     def checked_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width in pixels, for None what the model was trained on.
-
-        Raises:
-            ConfigError: one of them alone, or one that the latents have no whole number of.
-        """
+        """Height and width in pixels, for None what the model was trained on; `ConfigError` for one of them alone, or
+        one that the latents have no whole number of."""
         if (height is None) != (width is None):
             raise ConfigError("Give height and width both, or neither.")
         unit, usual = max(8, self.factor), int(self.pipeline.unet.config.sample_size) * self.factor
         for name, value in (("height", height), ("width", width)):
-            check_value(int | None, value, f"The {name}")
+            check_value(int | None, value, f"The {name}", most=16_384)
             if value is not None and (value < unit or value % unit):
                 raise ConfigError(f"The {name} must be a multiple of {unit} pixels, got {value}.")
         return height or usual, width or usual
+
+    def check_settings(self, **settings: Any) -> None:
+        """Refuse settings that `decode` would refuse, without drawing: `ConfigError`."""
+        self.decode(torch.zeros(0, *[1] * self.axes.count(","), self.embedding_dim), **settings)
 
     def in_batches(self, render: Callable[..., Iterable[Any]], values: Sequence[Tensor | None],
                    generator: Generators, latents: Tensor | None, *, scheduler: Any | None,

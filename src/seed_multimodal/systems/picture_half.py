@@ -7,9 +7,10 @@ A half may be used from several threads: it reads or draws for one of them at a 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from seed_multimodal.device import free_memory
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.open import ImageLimits, ImageSource, open_image
 from seed_multimodal.quiet import quiet_loading
-from seed_multimodal.settings import SEEDS, check_value
+from seed_multimodal.settings import SEEDS, check_keys, check_value
 
 Picture = ImageSource
 PARTS = frozenset(("llm", "encoder", "decoder"))  # of a system, that can be off-loaded
@@ -42,9 +43,11 @@ class PictureHalf:
 
     Attributes:
         has_codes: whether a picture is a row of codes, of which the first ones can be shown.
+        own_settings: of `draw`, beside the de-tokenizer's.
     """
 
     has_codes = False
+    own_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any, *, load_decoder: Callable[[], Any] | None, device: torch.device,
                  drawing_device: torch.device | None = None, limits: ImageLimits | None = None,
@@ -103,6 +106,22 @@ class PictureHalf:
                     self._decoder = self._load_decoder()
                 self._decoder.to("cpu" if self.offload_decoder else self.drawing_device)
             return self._decoder
+
+    def check_keys(self, decode: Mapping[str, Any]) -> None:
+        """Refuse settings that the de-tokenizer has not: `ConfigError` names the nearest."""
+        known = [name for name, kind in inspect.signature(self.decoder.decode).parameters.items()
+                 if kind.kind is kind.KEYWORD_ONLY and name not in ("generator", "batch_size", "conditions")]
+        check_keys(decode, [*known, *self.own_settings], "Drawing setting")
+
+    def check_drawing(self, **decode: Any) -> None:
+        """Refuse settings of `draw` before a language model works for it.
+
+        Raises:
+            ConfigError: an unknown one, or a value that the de-tokenizer refuses. CheckpointError: there is none.
+        """
+        self.check_keys(decode)
+        with self._lock:
+            self.decoder.check_settings(**decode)
 
     def open(self, picture: Picture, name: str | None = None) -> Image.Image:
         """A picture from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""

@@ -8,7 +8,6 @@ GB cards).
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.finite import damaged_tensor, not_numbers
 from seed_multimodal.images.open import DETAIL, is_file
-from seed_multimodal.settings import check_keys, check_value
+from seed_multimodal.settings import check_value
 from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each
 from seed_multimodal.tokenizers.encoder import First
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -121,6 +120,12 @@ class PictureCodec(PictureHalf):
         """
         return self.model.check_codes(codes)
 
+    def check_drawing(self, *, negative_codes: Codes | Sequence[Sequence[int]] | None = None, **decode: Any) -> None:
+        """See `PictureHalf`."""
+        if negative_codes is not None:
+            self.check_codes(negative_codes)
+        super().check_drawing(**decode)
+
     def draw(
         self, codes: Codes | Sequence[Sequence[int]], *, seed: int | Sequence[int] = 0, batch_size: int = 8,
         first: First = None, negative_codes: Codes | Sequence[Sequence[int]] | None = None, **decode: Any,
@@ -148,9 +153,7 @@ class PictureCodec(PictureHalf):
             raise CodesError(f"{len(rows)} pictures were given with {len(avoided)} rows of negative codes; give one "
                              f"for all, or one each.")
         decoder, pictures = self.decoder, []
-        options = [name for name, kind in inspect.signature(decoder.decode).parameters.items()
-                   if kind.kind is kind.KEYWORD_ONLY and name not in ("generator", "batch_size")]
-        check_keys(decode, options, "Drawing setting")
+        self.check_keys(decode)
         with self.drawing():
             for start in range(0, len(rows), batch_size):
                 embeds = self.model.decode(rows[start:start + batch_size],

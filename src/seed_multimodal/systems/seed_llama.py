@@ -181,5 +181,5 @@ class SeedLlama(TalkingSystem):
                words: int = 0) -> list[Image.Image]:
         decode = self._take_decode(options)
         self.pictures.model.check_counts(first)
-        _, part, seed = self._one_picture(task, content, opening, options, words)
+        _, part, seed = self._one_picture(task, content, opening, options, decode, words)
         return self.pictures.draw([part.codes], seed=seed, first=first, **decode)

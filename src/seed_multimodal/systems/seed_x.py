@@ -196,7 +196,7 @@ class SeedX(TalkingSystem):
     def _drawn(self, task: str, content: list[Any], opening: str, options: dict[str, Any],
                words: int) -> Image.Image:
         decode = self._take_decode(options)
-        request, part, seed = self._one_picture(task, content, opening, options, words)
+        request, part, seed = self._one_picture(task, content, opening, options, decode, words)
         drawn = request.paint([part], seed, decode)[0]
         assert drawn is not None
         return drawn

@@ -10,7 +10,6 @@ drawing depends on its features, its condition and its seed, never on the rest o
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from seed_multimodal.finite import not_numbers
 from seed_multimodal.images.any_resolution import AnyResolution, patch_positions
 from seed_multimodal.images.aspect import UNIT, Ratio, drawing_size, with_ratio
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.settings import check_keys, check_value
+from seed_multimodal.settings import check_value
 from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each
 from seed_multimodal.vision.qwen_vit import QwenVit
 
@@ -56,6 +55,8 @@ class FeaturePictures(PictureHalf):
         views: cuts pictures into views, `edit_views` those that are edited.
         options: of `PictureHalf`.
     """
+
+    own_settings = ("ratio",)
 
     def __init__(self, tower: QwenVit, views: AnyResolution, edit_views: AnyResolution | None = None,
                  **options: Any) -> None:
@@ -115,6 +116,19 @@ class FeaturePictures(PictureHalf):
         """Whether the de-tokenizer is of the second stage, which draws beside a condition picture."""
         return bool(self.decoder.adapter.reads_condition)
 
+    def check_drawing(self, *, ratio: Ratio = "restore", **decode: Any) -> None:
+        """See `PictureHalf`."""
+        check_value(Ratio, ratio, "ratio")
+        self.check_keys(decode)
+        self._look_at_nothing()
+        super().check_drawing(**{name: value for name, value in decode.items() if value is not None})
+
+    def _look_at_nothing(self) -> None:
+        """Let the de-tokenizer know what guidance steers away from."""
+        if self.decoder.empty_features is None:
+            size = self.views.image_size
+            self.decoder.empty_features = self.features(torch.zeros(1, 3, size, size)).cpu()
+
     @torch.inference_mode()
     def draw(self, features: Tensor, *, seed: Any = 0,
              conditions: Sequence[Image.Image | None] | None = None, ratio: Ratio = "restore",
@@ -132,9 +146,7 @@ class FeaturePictures(PictureHalf):
             ConfigError: an unknown setting, a condition for a first stage. CodesError: another number of conditions.
         """
         decoder = self.decoder
-        options = [name for name, kind in inspect.signature(decoder.decode).parameters.items()
-                   if kind.kind is kind.KEYWORD_ONLY and name not in ("generator", "batch_size", "conditions")]
-        check_keys(decode, [*options, "ratio"], "Drawing setting")
+        self.check_keys(decode)
         check_value(Ratio, ratio, "ratio")
         decode = {name: value for name, value in decode.items() if value is not None}  # None: the usual
         given = [None] * len(features) if conditions is None else list(conditions)
@@ -143,9 +155,7 @@ class FeaturePictures(PictureHalf):
         if any(given) and not self.reads_condition:
             raise ConfigError("This system's de-tokenizer is of the first stage and reads no condition picture; the "
                               "second stage (seed_detokenizer/second_stage) does.")
-        if decoder.empty_features is None:
-            size = self.views.image_size
-            decoder.empty_features = self.features(torch.zeros(1, 3, size, size)).cpu()
+        self._look_at_nothing()
         seeds = one_seed_each(seed, len(features))
         drawn = []
         for row, one, condition in zip(features, seeds, given, strict=True):

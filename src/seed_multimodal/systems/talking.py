@@ -122,6 +122,8 @@ class TalkingSystem:
         """
         decode = self._take_decode(options)
         settings = self.settings(**options)
+        if decode and self.pictures.can_draw:
+            self.pictures.check_drawing(**decode)
         contents, opening = read_messages(messages), ""
         if force_image:
             seen = any(not isinstance(item, str) for _, items in contents for item in items)
@@ -196,10 +198,11 @@ class TalkingSystem:
         return self._words(Answer(split_answer(ids, self.tokenizer)))
 
     def _one_picture(self, task: str, content: list[Any], opening: str, options: dict[str, Any],
-                     words: int = 0) -> tuple[Request, ImagePart, int]:
+                     decode: dict[str, Any], words: int = 0) -> tuple[Request, ImagePart, int]:
         """The one picture of an answer as the model wrote it, with its request and the seed to draw it with.
 
         Args:
+            decode: settings of the de-tokenizer, which are checked before the model writes.
             words: tokens in which the model may first say something; only where no picture comes then, it is forced.
 
         Raises:
@@ -207,7 +210,7 @@ class TalkingSystem:
         """
         settings = self._forced(self.settings(**options), options)
         settings = replace(settings, max_new_tokens=self.tokenizer.vocabulary.tokens_per_image + 1)  # no words after it
-        _ = self.pictures.decoder  # a missing one is reported before generation
+        self.pictures.check_drawing(**decode)  # a missing de-tokenizer is reported now, too
         drawn: list[AnswerPart] = []
         answer = Answer(())
         free = replace(settings, force_image=False, max_new_tokens=settings.max_new_tokens + words)
