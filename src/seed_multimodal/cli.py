@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 from seed_multimodal import __version__
 from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, plot
 from seed_multimodal.commands.common import (
+    add_beside,
     add_codes,
     add_common,
     add_drawing,
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--codes-file", metavar="FILE", help="draw the codes that `seed tokenize --out` wrote")
     add_codes(reconstruct, pictures.counts_or_file, "; a FILE here is taken as --codes-file")
     reconstruct.add_argument("--condition", metavar="PICTURE", help="SEED-X: what the drawing may take over")
+    add_beside(reconstruct)
     add_out(reconstruct)
     reconstruct.add_argument("--batch-size", type=whole_number(1), default=8, metavar="N")
     add_drawing(reconstruct)
@@ -92,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     edit = _command(commands, "edit", pictures.edit, "edit each picture", language=True)
     edit.add_argument("pictures", nargs="+", metavar="PICTURE")
     edit.add_argument("instruction", metavar="INSTRUCTION")
+    add_beside(edit)
     add_out(edit)
     add_drawing(edit)
 

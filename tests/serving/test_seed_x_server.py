@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from seed_multimodal.images.encode import image_to_base64
 from seed_multimodal.language.seed_x import Box
 from seed_multimodal.serving.chat_page import KINDS, ChatPage
 from seed_multimodal.serving.flask_app import create_app
+from seed_multimodal.serving.gate import Gate
 from seed_multimodal.serving.schema import JSON_LINES
 from seed_multimodal.systems.seed_x import SeedX
 
@@ -192,3 +195,29 @@ def test_malformed_answers(tiny_x: SeedX, monkeypatch, answer: str, sentence: st
 def test_the_released_server_never_served_it(tiny_x: SeedX) -> None:
     with pytest.raises(ConfigError, match="SEED-X's have none"):
         create_app(tiny_x, exact_original=True)
+
+
+def test_pictures_that_wait_have_a_limit(tiny_x: SeedX, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole pictures are kept for the model: two of five requests may keep theirs, the others wait unread."""
+    app = create_app(tiny_x)
+    engine, read = app.extensions["seed_engine"], []
+    engine._kept = Gate(2 * 3 * 48 * 30)
+    transform = engine.backend.transform
+    monkeypatch.setattr(engine.backend, "transform", lambda image: read.append(image) or transform(image))
+    answers: list[dict[str, Any]] = []
+    asking = [threading.Thread(target=lambda n=number: answers.append(
+        ask(app.test_client(), "[INST] <image>What? [/INST]\n", noise(n), max_new_tokens=2))) for number in range(5)]
+    with engine._model.hold():
+        for one in asking:
+            one.start()
+        deadline = time.monotonic() + 60
+        while (engine._admitted, len(read)) != (5, 2) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert (engine._admitted, len(read), engine._kept.inside) == (5, 2, engine._kept.capacity)
+    for one in asking:
+        one.join(60)
+    assert [answer["status"] for answer in answers] == [200] * 5 and len(read) == 5
+    assert ask(app.test_client(), "<image>", "bm9uZQ==")["status"] == 400  # refused: its place is free again
+    assert ask(app.test_client(), "<image>", noise(1, (480, 300)), max_new_tokens=2)["status"] == 200  # alone, any size
+    assert engine._kept.inside == 0

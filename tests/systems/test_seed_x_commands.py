@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
 from seed_multimodal.cli import main
+from seed_multimodal.commands.common import RATIOS
+from seed_multimodal.images.aspect import Ratio
 from seed_multimodal.systems.open_system import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +61,20 @@ def test_conversations(tiny_x_folder: Path, shown: str, capsys: pytest.CaptureFi
                  "What is it?", "--message", "And now?", "--force-image", "--out", str(tmp_path)]) == 0
     answers = said(capsys)
     assert len(answers) == 2 and all(any("picture" in part for part in one["answer"]) for one in answers)
+    assert not any("codes" in part for one in answers for part in one["answer"])  # there are none
+
+
+def test_the_ratio_of_what_is_drawn_beside_a_picture(tiny_x_folder: Path, shown: str, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(tiny_x_folder), "--device", "cpu", "--json", "--out", str(tmp_path)]
+    assert get_args(Ratio) == RATIOS
+    for ratio, size in (("square", (16, 16)), ("restore", (20, 13))):
+        for command in (["edit", shown, "--ratio", ratio, "Make it red."],
+                        ["reconstruct", shown, "--condition", shown, f"--ratio={ratio}"]):
+            assert main([*command, *model, "--image-guidance-scale", "2"]) == 0
+            done = said(capsys)[0]
+            assert Image.open(done.get("edited") or done["rebuilt"]).size == size
+    assert main(["edit", shown, "Make it red.", *model, "--image-guidance-scale", "nan"]) == 2
 
 
 @pytest.mark.parametrize(("words", "sentence"), [

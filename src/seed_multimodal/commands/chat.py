@@ -82,7 +82,7 @@ class Talk:
                     path = save_picture(event["image"], path or self._next_name())
                     self._print_aside(f"after {len(event['codes'])} codes: {path}")
                 elif event["type"] == "image":
-                    part: dict[str, Any] = {"codes": list(event["codes"])}
+                    part: dict[str, Any] = {"codes": list(event["codes"])} if self.system.pictures.has_codes else {}
                     if event["image"] is not None:
                         path = save_picture(event["image"], path or self._next_name())
                         part["picture"] = str(path)

@@ -35,6 +35,7 @@ from seed_multimodal.errors import (
 from seed_multimodal.quiet import quiet_libraries
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+RATIOS = ("restore", "keep", "square")  # `images.aspect.Ratio`, which is not imported with every program
 MOST_BYTES = 200  # of a result's name; systems take 255, with an ending, a number and what a file half written adds
 # Errors of one picture or text; any other (weights, settings) stops the whole command.
 OF_ONE_PICTURE = (ImageError, CodesError, GenerationError, RequestError)
@@ -43,8 +44,8 @@ OF_ONE_PICTURE = (ImageError, CodesError, GenerationError, RequestError)
 def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, debug: bool = True) -> None:
     """Flags that every command with a system has; `debug=False` where `entry.run_program` adds that one."""
     group = parser.add_argument_group("model and machine")
-    group.add_argument("--model", default=model, metavar="NAME", help="nano (shipped), 8b, 14b, seed-x, seed-x-i, "
-                       f"seed-x-edit, or a system folder (default: {model})")
+    group.add_argument("--model", default=model, metavar="NAME", help="nano and nano-x (shipped), 8b, 14b, seed-x, "
+                       f"seed-x-i, seed-x-edit, or a system folder (default: {model})")
     add_device(group)
     group.add_argument("--seed", type=int, default=0, help="random seed; the same seed gives the same result")
     if debug:
@@ -78,6 +79,13 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance-scale", type=float, metavar="G")
 
 
+def add_beside(parser: argparse.ArgumentParser) -> None:
+    """Flags of drawing beside a source or condition picture."""
+    parser.add_argument("--image-guidance-scale", type=float, metavar="G", help="SEED-X: towards that picture")
+    parser.add_argument("--ratio", choices=RATIOS, help="SEED-X: of the result: restore or keep that of the "
+                        "source or condition picture, or square as the original's (default: restore)")
+
+
 def code_counts(text: str) -> list[int]:
     """The type of `--codes`: numbers of codes, `8` or `4,8,16,32`, each once."""
     return list(dict.fromkeys(whole_number(1)(word.strip()) for word in text.split(",")))
@@ -97,7 +105,8 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def drawing_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The drawing flags that were given, as keyword arguments of the de-tokenizer."""
-    names = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale"}
+    names = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale",
+             "image_guidance_scale": "image_guidance_scale", "ratio": "ratio"}
     return {ours: getattr(args, flag) for flag, ours in names.items() if getattr(args, flag, None) is not None}
 
 
@@ -134,7 +143,7 @@ class Outcomes:
         if not self.failed:
             return DONE
         log_line(f"seed: {self.total - len(self.failed)} of {self.total} done, {len(self.failed)} refused: "
-                 f"{', '.join(name or repr(name) for name in self.failed)}.")
+                 f"{', '.join(name if name.strip() else repr(name) for name in self.failed)}.")
         return SOME_FAILED
 
 
@@ -257,11 +266,7 @@ def require_picture_place(flag: str, file: str) -> None:
 
 
 def require_room(folder: Path) -> None:
-    """Refuse a folder that could not be written, before long work is done for it; leaves no file there.
-
-    Raises:
-        ConfigError: the place is no folder, or cannot be written.
-    """
+    """Refuse a folder that could not be written, before long work is done for it (`ConfigError`); leaves no file."""
     try:
         there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         with tempfile.TemporaryFile(dir=there):

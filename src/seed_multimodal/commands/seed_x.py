@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from seed_multimodal.commands.common import (
     Outcomes,
     OutputNames,
+    add_beside,
     add_common,
     add_drawing,
     add_generation,
@@ -32,7 +33,6 @@ from seed_multimodal.config import project_root
 from seed_multimodal.entry import DONE, add_offload, add_quantization, log_line, run_program, some_text, whole_number
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
-from seed_multimodal.images.aspect import Ratio
 from seed_multimodal.language.seed_x import DRAW_REQUEST
 from seed_multimodal.quiet import quiet_libraries
 
@@ -113,9 +113,7 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     if draws:
         add_drawing(parser)
     if script.adapter == SECOND_STAGE:
-        parser.add_argument("--image-guidance-scale", type=float, metavar="G", help="towards the condition picture")
-        parser.add_argument("--ratio", choices=get_args(Ratio), default="restore", help="of the result: that of the "
-                            "source or condition picture, or square as the original's (default: restore)")
+        add_beside(parser)
     if not script.model:
         parser.add_argument("--embeddings", type=whole_number(1), metavar="N", help="draw from means of so many: 64 as "
                             "in the paper (default: all 256, as the original)")
@@ -137,7 +135,7 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
     ending = "_recon_with_condition" if script.condition else "_recon"
     names, outcomes = OutputNames(args.out, "vis", len(given)), Outcomes(len(given))
     pictures = _picture_half(args, script)
-    options = {**_drawing(args), "embeddings": args.embeddings}
+    options = {**drawing_settings(args), "embeddings": args.embeddings}
     for name, image in opened(given, outcomes, args.debug):
         with outcomes.one(name, args.debug):
             condition = _condition(args, script, image)
@@ -172,7 +170,7 @@ def _draw(args: argparse.Namespace, script: Script) -> int:
     caption = args.prompt or script.prompt
     names = OutputNames(args.out, "vis", 1)
     system = _system(args, script)
-    options = {**generation_settings(args), **_drawing(args)}
+    options = {**generation_settings(args), **drawing_settings(args)}
     if args.model == "released":
         options["verbatim"] = True
     text = DRAW_REQUEST.format(caption=caption) if args.model == "released" and script.tuned else caption
@@ -188,7 +186,8 @@ def _edit(args: argparse.Namespace, script: Script) -> int:
     system = _system(args, script)
     for number, (name, image) in enumerate(opened(given, outcomes, args.debug), 1):
         with outcomes.one(name, args.debug):
-            changed = system.edit(image, instruction, seed=args.seed, **generation_settings(args), **_drawing(args))
+            changed = system.edit(image, instruction, seed=args.seed, **generation_settings(args),
+                                  **drawing_settings(args))
             print(save_picture(changed, names.named(f"{number}_{_file_stem(instruction)}", suffix=".jpg")), flush=True)
     return outcomes.finish()
 
@@ -259,11 +258,6 @@ def _condition(args: argparse.Namespace, script: Script, image: Any) -> Any:
         return None
     there = None if args.image else locate(f"demo_images/{script.condition}")
     return Path(args.condition) if args.condition else there or image
-
-
-def _drawing(args: argparse.Namespace) -> dict[str, Any]:
-    own = {name: getattr(args, name, None) for name in ("image_guidance_scale", "ratio")}
-    return {**drawing_settings(args), **{name: value for name, value in own.items() if value is not None}}
 
 
 def _file_stem(text: str) -> str:

@@ -47,7 +47,8 @@ class Asked:
 class Backend(Protocol):
     """Interface of a model for the engine.
 
-    A backend may also have `at_least` (larger pictures may reach it reduced to so many pixels a side),
+    A backend may also have `at_least` (larger pictures may reach it reduced to so many pixels a side), `kept_bytes`
+    (of a pixel of a picture that waits, where `transform` keeps them all),
     `follow(asked, request)`, which generates as `generate` does and gives each `Preview` on its way, and `boxes(ids)`,
     the boxes in an answer (as of `GenerateResponse`) and a sentence about each that is malformed.
     `request.gone()` says whether the client has left.

@@ -1,9 +1,10 @@
 """One model, and the line of requests in front of it: the only place where the server uses weights.
 
 A request passes, in this order: the count of those that wait (429 when it is full), a place for its body, the checks of
-every limit and of the prompt's length, the headers of its pictures, a place for decoding each of them (they are reduced
-and turned into the model's pixels at once), and the model, one request at a time. Nobody holds the model while reading
-or decoding; whoever has left is dropped in each line and between two tokens of an answer.
+every limit and of the prompt's length, the headers of its pictures, a place for them while they wait (where they are
+kept whole), a place for decoding each of them (they are reduced and turned into the model's pixels at once), and the
+model, one request at a time. Nobody holds the model while reading or decoding; whoever has left is dropped in each line
+and between two tokens of an answer.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Li
 DECODERS = 2  # threads that decode pictures at once
 BYTES_PER_PIXEL = 4.5  # of memory for decoding, per pixel of the limits: Pillow's four, and a reduced copy
 PARSING_BYTES = 8 << 20  # what a body needs beside its pictures
+KEPT_BYTES = 128 << 20  # of decoded pictures that wait for the model, where a backend keeps them whole
 BODIES_BYTES = 32 << 20  # of bodies that are parsed and decoded at once; a longer one is alone
 
 
@@ -58,6 +60,7 @@ class Engine:
         self.stopping = threading.Event()  # set: everybody who waits is sent away
         self._model = Gate(1)
         self._bodies = Gate(BODIES_BYTES)
+        self._kept = Gate(KEPT_BYTES)
         self._decoding = Gate(int(self.limits.max_decoding_pixels * BYTES_PER_PIXEL))
         self._files = ImageLimits(
             max_bytes=self.limits.max_image_bytes, max_pixels=self.limits.max_image_pixels,
@@ -108,10 +111,10 @@ class Engine:
         def left() -> bool:
             return self.stopping.is_set() or gone()
 
-        with self.admitted():
+        with self.admitted(), contextlib.ExitStack() as kept:
             with self._bodies.hold(length + PARSING_BYTES, left):
                 request = parse_request(read_body(stream, self.limits), self.limits, left)
-                pictures = self._read_pictures(request)
+                pictures = self._read_pictures(request, kept)
             yield from self._answer(request, pictures)
 
     def answer(self, request: GenerateRequest) -> Iterator[Preview | GenerateResponse]:
@@ -121,7 +124,8 @@ class Engine:
             ImageError: a picture that cannot be read; RequestError: code lists that are no picture, pictures with too
                 many pixels; GenerationError: a prompt too long for the model.
         """
-        yield from self._answer(request, self._read_pictures(request))
+        with contextlib.ExitStack() as kept:
+            yield from self._answer(request, self._read_pictures(request, kept))
 
     def _answer(self, request: GenerateRequest, pictures: list[Any]) -> Iterator[Preview | GenerateResponse]:
         with self._model.hold(gone=request.gone):
@@ -152,13 +156,16 @@ class Engine:
             raise Vanished
         return self.backend.draw(asked, part, request)
 
-    def _read_pictures(self, request: GenerateRequest) -> list[Any]:
+    def _read_pictures(self, request: GenerateRequest, kept: contextlib.ExitStack) -> list[Any]:
         """The pictures of a request as the backend keeps them; all that can be refused is refused before the first one
-        is decoded. What was read is taken out of the request."""
+        is decoded. What was read is taken out of the request; its place among kept pictures is given back with `kept`.
+        """
         numbers = [number for number, item in enumerate(request.images) if not isinstance(item, list)]
         headers = self._check_headers(request, numbers)
         sizes = {number: header.size for number, header in zip(numbers, headers, strict=True)}
         self.backend.check(request, [sizes.get(number) for number in range(len(request.images))], self.exact_original)
+        pixels = sum(width * height for width, height in sizes.values())
+        kept.enter_context(self._kept.hold(getattr(self.backend, "kept_bytes", 0) * pixels, request.gone))
         pictures = []
         for number, header in zip(numbers, headers, strict=True):
             # A small picture counts as one of DECODERS, so that no more threads than that decode.

@@ -26,7 +26,7 @@ from seed_multimodal.hub import find_file, first_file
 from seed_multimodal.systems.picture_half import off_loaded
 from seed_multimodal.systems.seed_x_spec import SeedXSpec, read_agent_sizes
 from seed_multimodal.vision import qwen_vit
-from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
+from seed_multimodal.vision.resampler import count_weights
 from seed_multimodal.weights import load_state_dict
 
 # Bytes of a weight of the language model's layers; bitsandbytes keeps one scale for 64 of 4 bits (two of them).
@@ -139,7 +139,7 @@ def read_sizes(spec: SeedXSpec) -> Sizes:
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{spec.llm}: its config.json gives no sizes ({first_line(error)}).") from error
     sizes, sdxl = read_agent_sizes(spec), spec.sdxl
-    agent = sum(_resampler_weights(config) for config in (sizes.input_resampler, sizes.output_resampler))
+    agent = sum(count_weights(config) for config in (sizes.input_resampler, sizes.output_resampler))
     agent += 4 * sizes.input_resampler.embed_dim if sizes.settings.add_patch_pos else 0
     tower = _file_weights(find_file(spec.vision, qwen_vit.FILES, qwen_vit.ADVICE))
     adapter = None if spec.detokenizer is None else (
@@ -160,11 +160,6 @@ def read_sizes(spec: SeedXSpec) -> Sizes:
 
 def _file_weights(file: Path) -> int:
     return sum(value.numel() for value in load_state_dict(file, mapped=True).values())
-
-
-def _resampler_weights(config: ResamplerConfig) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Resampler(config).parameters())
 
 
 def _bytes(dtype: torch.dtype) -> int:

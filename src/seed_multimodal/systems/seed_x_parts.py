@@ -56,7 +56,8 @@ def load_agent_model(spec: SeedXSpec, words: MultimodalTokenizer, runtime: Runti
     fields = read_lora(spec)
     if fields is not None and quantization is not None:
         raise ConfigError(f"{spec.agent}: a LoRA is put into the language model's weights, so these cannot be in "
-                          f"{quantization}; leave the quantisation out.")
+                          f"{quantization}: leave the quantisation out, or take the folder that "
+                          f"src/tools/merge_lora_weights.py makes of both once, with {quantization}.")
     if fields is not None:
         merge_into(llm, spec.agent, fields)
     agent = ContinuousLVLM(llm, Resampler(read), Resampler(write), sizes.settings)

@@ -244,6 +244,13 @@ class QwenVit(nn.Module):
         return place
 
 
+def count_tower(source: str | Path, config: QwenVitConfig | None = None) -> int:
+    """Numbers of a tower's weights, which are not read; arguments and errors as of `QwenVit.from_pretrained`."""
+    file = find_file(Path(source).expanduser(), FILES, ADVICE)
+    with torch.device("meta"):
+        return sum(one.numel() for one in QwenVit(config or _config_beside(file)).parameters())
+
+
 def tower_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tower's tensors by their names in it; of a checkpoint of Qwen-VL, its `transformer.visual.*`."""
     inside = {name.removeprefix(IN_QWEN_VL): value for name, value in state.items() if name.startswith(IN_QWEN_VL)}

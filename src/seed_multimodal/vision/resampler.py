@@ -73,3 +73,9 @@ class Resampler(nn.Module):
         queries = self.ln_q(self.query) + self.pos_embed
         queries = queries.to(values.dtype).expand(len(values), -1, -1)
         return self.attn(queries, keys, values, need_weights=False)[0]
+
+
+def count_weights(config: ResamplerConfig, trained: bool = False) -> int:
+    """Numbers of a resampler's weights, or of those that training changes, without making it."""
+    with torch.device("meta"):
+        return sum(one.numel() for one in Resampler(config).parameters() if one.requires_grad or not trained)

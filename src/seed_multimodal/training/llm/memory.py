@@ -68,6 +68,15 @@ class LlamaSizes:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What a model has beside its language model: numbers of trained weights, bytes of frozen ones (which no engine
+    spreads)."""
+
+    trained: int = 0
+    frozen: int = 0
+
+
+@dataclass(frozen=True)
 class Spread:
     """How an engine spreads training over `world` processes.
 
@@ -87,18 +96,20 @@ class Spread:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one GPU. `position`: of the activations of one position of a micro-batch."""
+    """Bytes on one GPU. `position`: of the activations of one position of a micro-batch; `frozen`: of models beside the
+    language model, that are not trained."""
 
     weights: float
     gradients: float
     states: float
     logits: float
     position: float
+    frozen: float = 0.0
 
     @property
     def fixed(self) -> float:
         """What does not grow with the micro-batch."""
-        return self.weights + self.gradients + self.states + self.logits
+        return self.weights + self.gradients + self.states + self.logits + self.frozen
 
     def total(self, positions: float) -> float:
         """With a micro-batch of so many positions."""
@@ -112,14 +123,15 @@ class MemoryPlan:
     def text(self, positions: float) -> str:
         """The plan in words."""
         parts = {"weights": self.weights, "gradients": self.gradients, "optimiser states": self.states,
-                 "logits": self.logits, f"activations of {positions:,.0f} positions": positions * self.position}
+                 **({"vision tower": self.frozen} if self.frozen else {}), "logits": self.logits,
+                 f"activations of {positions:,.0f} positions": positions * self.position}
         return " + ".join(f"{size / GIB:.1f} GiB {name}" for name, size in parts.items()) + (
             f" = {self.total(positions) / GIB:.1f} GiB")
 
 
 def memory_plan(sizes: LlamaSizes, spread: Spread, *, lora: Mapping[str, Any] | None, precision: str = "bf16",
                 base_bytes: float = 2.0, checkpointing: bool | str = True, kernel: str = "auto",
-                positions: int = 2048) -> MemoryPlan:
+                positions: int = 2048, beside: Beside | None = None) -> MemoryPlan:
     """The plan of one process.
 
     Args:
@@ -128,15 +140,18 @@ def memory_plan(sizes: LlamaSizes, spread: Spread, *, lora: Mapping[str, Any] | 
         base_bytes: of a frozen number (bf16 and fp16 2, 8 bit 1, 4 bit a little more than a half, FP8 2).
         checkpointing: as `LlmModelSettings.gradient_checkpointing`.
         kernel: as `trainer.loss_kernel`. positions: of a micro-batch, for the `plain` one.
+        beside: parts that are not the language model's.
     """
     number = 4 if precision == "fp32" else 2
-    weights, gradients, states = held_bytes(*sizes.weights(lora), spread, number, base_bytes)
+    beside = beside or Beside()
+    frozen, trained = sizes.weights(lora)
+    weights, gradients, states = held_bytes(frozen, trained + beside.trained, spread, number, base_bytes)
     entries = positions * sizes.words
     if kernel != "plain":
         entries = min(entries, LARGEST_LOGITS)
     logits = entries * (14 if number == 2 else 12)  # in half precision and fp32, their softmax, and gradients of both
     return MemoryPlan(weights, gradients, states, logits,
-                      _position(sizes, lora, number, base_bytes < 4, checkpointing))
+                      _position(sizes, lora, number, base_bytes < 4, checkpointing), beside.frozen)
 
 
 def held_bytes(frozen: int, trained: int, spread: Spread, number: int, base_bytes: float

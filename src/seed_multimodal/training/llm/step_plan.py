@@ -19,7 +19,7 @@ from seed_multimodal.data.stream.released_size import ReleasedSize, released_siz
 from seed_multimodal.errors import counted
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.lora import recorded_lora
-from seed_multimodal.training.llm.memory import GIB, LlamaSizes, MemoryPlan, Spread, memory_plan
+from seed_multimodal.training.llm.memory import GIB, Beside, LlamaSizes, MemoryPlan, Spread, memory_plan
 from seed_multimodal.training.llm.model_settings import LlmModelSettings, find_folder
 from seed_multimodal.training.llm.trainer_settings import TrainerSettings
 
@@ -40,7 +40,8 @@ class StepPlan:
     """Rows and micro-steps of one run. `accumulate`: micro-steps of a step, final once the data are open."""
 
     def __init__(self, trainer: TrainerSettings, model: LlmModelSettings, deepspeed: Mapping[str, Any] | None,
-                 words: int, group: ProcessGroup, device: torch.device) -> None:
+                 words: int, group: ProcessGroup, device: torch.device, beside: Beside | None = None) -> None:
+        self.beside = beside or Beside()
         self.accumulate, self.group, self.device = trainer.gradient_accumulation_steps, group, device
         self.trainer, self.model, self.deepspeed, self.words = trainer, model, deepspeed, words
         memory = (trainer.memory_gib or 0) * GIB
@@ -84,7 +85,7 @@ class StepPlan:
         base = _BASE_BYTES.get(model.quantization or "", 4.0 if model.dtype in ("fp32", "float32") else 2.0)
         return memory_plan(sizes, self._spread(), lora=lora, precision=self.trainer.precision, base_bytes=base,
                            checkpointing=model.gradient_checkpointing, kernel=self.trainer.loss_kernel,
-                           positions=positions)
+                           positions=positions, beside=self.beside)
 
     def lines(self, settings: LlmDataSettings) -> list[str]:
         """What is said at the start: the size of a step, the released one, and the memory plan."""

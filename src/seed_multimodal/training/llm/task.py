@@ -29,6 +29,7 @@ from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
 from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, first_batches
 from seed_multimodal.training.llm.lora import is_lora, load_adapter
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, check_kernel, find_llama, round_residual
+from seed_multimodal.training.llm.memory import Beside
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
 from seed_multimodal.training.llm.model_settings import find_folder, for_run
 from seed_multimodal.training.llm.prompting import template_of, with_prompts
@@ -82,7 +83,7 @@ class LlmTask(Task):
         for one in filter(None, [remark, *remarks]):
             self._log(one)
         self.plan = StepPlan(self.settings, self.model_settings, run.deepspeed, self.tokenizer.vocabulary.size, group,
-                             device)
+                             device, self.beside())
         self.by_tokens = (self.settings.loss_average or ("tokens" if data_settings.packing else "batch")) == "tokens"
         self.loss_weights = LossWeights(self.tokenizer.vocabulary.n_text, self.settings.text_weight,
                                         self.settings.image_weight)
@@ -117,6 +118,10 @@ class LlmTask(Task):
     def held_out_losses(self) -> HeldOutLosses:
         """What an evaluation measures."""
         return HeldOutLosses()
+
+    def beside(self) -> Beside:
+        """What is in memory beside the language model."""
+        return Beside()
 
     def make_module(self) -> nn.Module:
         """What is trained, around `llm`."""

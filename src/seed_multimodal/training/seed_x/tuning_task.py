@@ -38,14 +38,15 @@ from seed_multimodal.training.engine import Engine
 from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, first_batches
 from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, is_lora, refuse_other_scale
 from seed_multimodal.training.llm.loss import find_llama, use_attention
+from seed_multimodal.training.llm.memory import Beside
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.llm.trainer_settings import RunSettings
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent, read_tower
 from seed_multimodal.training.task import WEIGHTS
-from seed_multimodal.vision.qwen_vit import QwenVitConfig
-from seed_multimodal.vision.resampler import Resampler
+from seed_multimodal.vision.qwen_vit import QwenVitConfig, count_tower
+from seed_multimodal.vision.resampler import Resampler, count_weights
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 LORA_FIELDS = (*RECORDED, "modules_to_save")
@@ -82,6 +83,15 @@ class TuningTask(LlmTask):
     def held_out_losses(self) -> HeldOutLosses:
         """Both losses, weighted as in training."""
         return _HeldOut(self)
+
+    def beside(self) -> Beside:
+        """The resamplers, and the tower in the training's precision."""
+        agent, sizes = self.agent_settings, self.tower_settings.sizes
+        one = agent.input_resampler
+        trained = count_weights(one, trained=True) + count_weights(agent.output_resampler, trained=True)
+        trained += 4 * one.embed_dim if agent.losses.add_patch_pos else 0
+        tower = count_tower(find_folder(self.tower_settings.path), sizes)
+        return Beside(trained, tower * _DTYPES[self.settings.precision].itemsize)
 
     def make_module(self) -> nn.Module:
         """The agent around the language model; opens the tower, too."""
