@@ -31,6 +31,7 @@ from seed_multimodal.errors import CheckpointError, GenerationError
 from seed_multimodal.images.sheet import DARK, LIGHT, contact_sheet
 from seed_multimodal.language.answer import TextPart
 from seed_multimodal.systems.chat import Answer, DrawnPart
+from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.weights import load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,11 @@ CAT, FOX = str(IMAGES / "cat.jpg"), str(IMAGES / "fox.png")
 @pytest.fixture(scope="module")
 def tiny(tiny_folder: Path) -> str:
     return str(tiny_folder)
+
+
+def talk_of(folder: str, out: Path) -> Talk:
+    return Talk(SeedLlama.from_pretrained(folder, device="cpu", log=None),
+                build_parser().parse_args(["chat", "--out", str(out)]))
 
 
 @pytest.fixture
@@ -325,7 +331,7 @@ def test_chat_puts_one_blank_between_words_and_pictures(capsys, tiny, tmp_path):
     events = [{"type": "image", "codes": [1], "image": None}, {"type": "text", "text": "Here"},
               {"type": "text", "text": " it is."}, {"type": "image", "codes": [1], "image": None},
               {"type": "image_broken", "reason": "31 codes"}, {"type": "done", "answer": Answer(())}]
-    talk = Talk(None, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
+    talk = talk_of(tiny, tmp_path)
     for _ in range(2):
         talk._follow(iter(events))
     assert capsys.readouterr().out == 2 * "[picture: not drawn] Here it is. [picture: not drawn] [31 codes]\n"
@@ -335,7 +341,7 @@ def test_chat_replaces_a_preview_by_the_picture(capsys, tiny, tmp_path):
     def shown(grey: int, kind: str = "image_preview") -> dict:
         return {"type": kind, "codes": [1] * (32 if kind == "image" else 8), "image": Image.new("L", (4, 4), grey)}
 
-    talk = Talk(None, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
+    talk = talk_of(tiny, tmp_path)
     parts, _ = talk._follow(iter([shown(9), shown(80), shown(200, "image"), shown(9), shown(100, "image")]))
     names = [tmp_path / "turn_1.png", tmp_path / "turn_1_2.png"]
     assert [part["picture"] for part in parts] == list(map(str, names)) and len(list(tmp_path.iterdir())) == 2
@@ -353,7 +359,7 @@ def test_chat_leaves_no_preview_of_a_picture_that_never_came(capsys, tiny, tmp_p
         yield {"type": "done", "answer": Answer(())}
 
     for end in (None, KeyboardInterrupt, GenerationError):
-        talk = Talk(None, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
+        talk = talk_of(tiny, tmp_path)
         with pytest.raises(end) if end else contextlib.nullcontext():
             talk._follow(events(end))
         assert [file.name for file in tmp_path.iterdir()] == ["turn_1.png"]
