@@ -280,6 +280,19 @@ def test_a_first_stage_reads_no_condition(first: SdxlDetokenizer, embeds: Tensor
         first.decode(embeds[:1], conditions=[_picture(1)])
 
 
+def test_an_autoencoder_of_another_folder(place: Path, tmp_path: Path, first: SdxlDetokenizer, embeds: Tensor) -> None:
+    shutil.copytree(place / "sdxl", tmp_path / "sdxl")
+    shutil.move(tmp_path / "sdxl" / "vae", tmp_path / "shared")
+    (tmp_path / "sdxl" / "vae.json").write_text(json.dumps({"folder": "../shared"}))
+    drawn = [np.asarray(model.decode(embeds[:1], negative_image_embeds=NOTHING, **QUICK,
+                                     generator=torch.Generator().manual_seed(1))[0])
+             for model in (first, SdxlDetokenizer.from_pretrained(tmp_path / "sdxl", place / "first"))]
+    assert np.array_equal(*drawn)
+    shutil.rmtree(tmp_path / "shared")
+    with pytest.raises(CheckpointError, match=r"vae.json: names the autoencoder \S+, where there is no config.json"):
+        SdxlDetokenizer.from_pretrained(tmp_path / "sdxl", place / "first")
+
+
 def test_folders_that_are_not_complete(place: Path, tmp_path: Path, embeds: Tensor) -> None:
     with pytest.raises(CheckpointError, match="no such folder; download the diffusers folder of SDXL base 1.0"):
         SdxlDetokenizer.from_pretrained(tmp_path / "absent", place / "first")

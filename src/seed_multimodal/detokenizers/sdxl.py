@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from seed_multimodal.detokenizers.autoencoder import autoencoder_folder, read_autoencoder
 from seed_multimodal.detokenizers.layout import LayoutDecoder
-from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer, refuse_unfilled
+from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer
 from seed_multimodal.detokenizers.schedulers import scheduler_class
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
@@ -97,25 +98,21 @@ class SdxlDetokenizer(PipelineDetokenizer):
         Raises:
             CheckpointError: something is not there (names what to put where), damaged, or of another model.
         """
-        from diffusers import AutoencoderKL
-
         place = find_folder(folder, NEEDED, SDXL_WHERE)
         listed = place / "scheduler" / "scheduler_config.json"
         settings = read_json_object(listed, CheckpointError, SDXL_WHERE)
         if "_class_name" not in settings:
             raise CheckpointError(f"{listed}: names no scheduler (_class_name).")
         defaults = cls.defaults_class.read(place)
+        vae = read_autoencoder(place, cls)
         with cls.reading(place):
-            vae = AutoencoderKL.from_pretrained(place, subfolder="vae", torch_dtype=torch.float32,
-                                                local_files_only=True)
             scheduler = scheduler_class(str(settings.get("_class_name"))).from_config(settings)
-        refuse_unfilled(vae, place / "vae")
         with quiet_loading("diffusers"):
             weights = SDXLAdapter.from_pretrained(adapter, place, device=device, dtype=dtype, sizes=sizes)
         if vae.config.latent_channels != weights.latent_channels:
-            raise CheckpointError(f"{adapter}: draws latents of {weights.latent_channels} channels, but {place}/vae "
-                                  f"reads {vae.config.latent_channels}.")
-        made = cls.of(weights, vae.eval().to(device), scheduler, defaults=defaults)
+            raise CheckpointError(f"{adapter}: draws latents of {weights.latent_channels} channels, but "
+                                  f"{autoencoder_folder(place)} reads {vae.config.latent_channels}.")
+        made = cls.of(weights, vae.to(device), scheduler, defaults=defaults)
         if (found := Path(adapter) / LAYOUT).is_dir():
             made.layout = LayoutDecoder.from_pretrained(found).to(device)
         return made

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from seed_multimodal.detokenizers.autoencoder import autoencoder_folder
 from seed_multimodal.detokenizers.sdxl_adapter import FILES as ADAPTER_FILES
 from seed_multimodal.device import Runtime
 from seed_multimodal.disk import read_json_object
@@ -145,15 +146,16 @@ def read_sizes(spec: SeedXSpec) -> Sizes:
     adapter = None if spec.detokenizer is None else (
         spec.detokenizer if spec.detokenizer.is_file() else first_file(spec.detokenizer, ADAPTER_FILES))
     found = {} if adapter is None else {"adapter": _file_weights(adapter)}
-    if (sdxl / "vae" / "config.json").is_file() and (sdxl / "unet" / "config.json").is_file():
-        vae, unet = (read_json_object(sdxl / name / "config.json") for name in ("vae", "unet"))
+    decoder = autoencoder_folder(sdxl)
+    if (decoder / "config.json").is_file() and (sdxl / "unet" / "config.json").is_file():
+        vae, unet = (read_json_object(folder / "config.json") for folder in (decoder, sdxl / "unet"))
         try:
             side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
         except (LookupError, TypeError, ValueError) as error:
             raise CheckpointError(f"{sdxl}: unet/config.json gives no sample_size, or vae/config.json no "
                                   f"block_out_channels ({first_line(error)}).") from error
         found["pixels"] = side * side
-        file = first_file(sdxl / "vae", VAE_FILES)
+        file = first_file(decoder, VAE_FILES)
         found |= {} if file is None else {"vae": _file_weights(file)}
     return Sizes(layers, rest, agent, tower, cache=cache, **found)
 

@@ -15,6 +15,7 @@ signal share of `FINAL_SIGNAL`, because sampling starts from the latents that th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from omegaconf import OmegaConf
 from seed_multimodal.data.formats.nano import X_KIND
 from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.data.nano.x_records import OWN
+from seed_multimodal.detokenizers.autoencoder import ELSEWHERE, autoencoder_folder
 from seed_multimodal.detokenizers.sdxl import LAYOUT
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import CheckpointError
@@ -73,7 +75,7 @@ def write_sdxl(space: XWorkspace) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     folder, sizes = space.decoder_folder, space.config.unet
-    vae = read_part(AutoencoderKL, folder / "vae")
+    vae = read_part(AutoencoderKL, autoencoder_folder(folder))
     halvings = len(vae.config.block_out_channels) - 1
     levels = len(sizes.channels)
     torch.manual_seed(space.config.seed + 4)
@@ -207,6 +209,15 @@ def install_agent(space: XWorkspace) -> dict[str, Any]:
     return {"stage": "agent", "seconds": record["seconds"], "tokens": int(record.get("tokens", 0))}
 
 
+def share_autoencoder(space: XWorkspace) -> None:
+    """A system beside the nano that it was built on names that one's autoencoder instead of keeping a copy."""
+    own, start = space.decoder_folder / "vae", (space.start / "vae").resolve()
+    if own.is_dir() and start.is_relative_to(space.out.resolve().parent):
+        shutil.rmtree(own)
+        replace_text(space.decoder_folder / ELSEWHERE, json.dumps(
+            {"folder": Path(os.path.relpath(start, space.decoder_folder.resolve())).as_posix()}))
+
+
 def _trained(space: XWorkspace, name: str, steps: int) -> dict[str, Any]:
     file = space.work / name / "summary.json"
     record = read_record(file) if file.is_file() else {}
@@ -223,8 +234,8 @@ def assemble(space: XWorkspace) -> dict[str, Any]:
         CheckpointError: a part is not there.
     """
     out = space.out
-    for stage, folder in (("start", out / "sdxl" / "vae"), ("tower", out / "vision"), ("agent", out / "llm"),
-                          ("layout", space.work / "layout")):
+    for stage, folder in (("start", autoencoder_folder(space.decoder_folder)), ("tower", out / "vision"),
+                          ("agent", out / "llm"), ("layout", space.work / "layout")):
         space.need(stage, folder / "config.json")
     _trained(space, SECOND, space.config.train_second.steps)
     target = out / "detokenizer"
@@ -232,6 +243,7 @@ def assemble(space: XWorkspace) -> dict[str, Any]:
     shutil.copytree(space.work / "layout", target / LAYOUT, dirs_exist_ok=True)
     for file in (out / "sdxl" / "unet").glob("*.safetensors"):  # its weights are the adapter's
         file.unlink()
+    share_autoencoder(space)
     replace_text(out / "system.json", json.dumps({
         "system": "seed_x", "tuned": True, "grids": GRIDS, "edit_grids": GRIDS,
         "generation": {"max_new_tokens": 120, "do_sample": False},

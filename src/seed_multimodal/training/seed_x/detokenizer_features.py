@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.pipelines import refuse_unfilled
+from seed_multimodal.detokenizers.autoencoder import read_autoencoder
 from seed_multimodal.detokenizers.sdxl import NEEDED, SdxlDetokenizer
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
@@ -108,13 +108,7 @@ class PictureFeatures:
 
 def load_autoencoder(sdxl: str | Path) -> Any:
     """SDXL's autoencoder in float32. Raises CheckpointError: not there, or not complete."""
-    from diffusers import AutoencoderKL
-
-    place = find_folder(sdxl, NEEDED, SDXL_WHERE)
-    with SdxlDetokenizer.reading(place):
-        vae = AutoencoderKL.from_pretrained(place, subfolder="vae", torch_dtype=torch.float32, local_files_only=True)
-    refuse_unfilled(vae, place / "vae")
-    return vae
+    return read_autoencoder(find_folder(sdxl, NEEDED, SDXL_WHERE), SdxlDetokenizer)
 
 
 def load_schedule(sdxl: str | Path) -> Any:
