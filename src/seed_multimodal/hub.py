@@ -23,6 +23,8 @@ SDXL_WHERE = ("download the diffusers folder of SDXL base 1.0, of which unet/con
               "(stabilityai/stable-diffusion-xl-base-1.0 on the hub), to pretrained/stable-diffusion-xl-base-1.0")
 SDXL_ADAPTER_WHERE = ("put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/SEED-X-17B) at "
                       "pretrained/seed_detokenizer/first_stage and second_stage")
+LAVIT_WHERE = ("download LaVIT's released folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or give "
+               "the path of yours")
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 

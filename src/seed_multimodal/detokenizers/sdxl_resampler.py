@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_settings, setting
-from seed_multimodal.vision.layers import heads_first, heads_last
+from seed_multimodal.vision.layers import AttentionPool, heads_first, heads_last
 
 
 @dataclass(frozen=True)
@@ -110,26 +110,6 @@ class PerceiverAttention(nn.Module):
         seen_BHQd = F.scaled_dot_product_attention(*(heads_first(one, self.heads)
                                                      for one in (self.to_q(queries), key, value)))
         return self.to_out(heads_last(seen_BHQd))
-
-
-class AttentionPool(nn.Module):
-    """CLIP's attention pool: the mean, put before the sequence, looks at all of it."""
-
-    def __init__(self, length: int, width: int, heads: int, output: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(length + 1, width) / width**0.5)
-        self.k_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.c_proj = nn.Linear(width, output)
-
-    def forward(self, x_BQD: Tensor) -> Tensor:
-        """`[B, Q, D]` → `[B, output]`."""
-        x = torch.cat([x_BQD.mean(dim=1, keepdim=True), x_BQD], dim=1) + self.positional_embedding
-        seen_BH1d = F.scaled_dot_product_attention(*(heads_first(one, self.heads) for one in (
-            self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))))
-        return self.c_proj(heads_last(seen_BH1d)).squeeze(1)
 
 
 def _feed_forward(width: int, hidden: int) -> nn.Sequential:

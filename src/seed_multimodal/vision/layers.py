@@ -1,10 +1,11 @@
-"""Layers shared by the towers: a LayerNorm that is safe in half precision, and the two-layer MLP.
+"""Shared layers: a LayerNorm that is safe in half precision, the two-layer MLP, CLIP's attention pool.
 
 Shape suffixes used in this package: B batch, N tokens, Q queries, W vision width, D query width, d code width.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +36,26 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., width]` → `[..., width]`."""
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class AttentionPool(nn.Module):
+    """CLIP's attention pool: the mean, put before the sequence, looks at all of it."""
+
+    def __init__(self, length: int, width: int, heads: int, output: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(length + 1, width) / width**0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, output)
+
+    def forward(self, x_BQD: Tensor) -> Tensor:
+        """`[B, Q, D]` → `[B, output]`."""
+        x = torch.cat([x_BQD.mean(dim=1, keepdim=True), x_BQD], dim=1) + self.positional_embedding
+        seen_BH1d = F.scaled_dot_product_attention(*(heads_first(one, self.heads) for one in (
+            self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))))
+        return self.c_proj(heads_last(seen_BH1d)).squeeze(1)
 
 
 def heads_first(x_BND: Tensor, heads: int) -> Tensor:
