@@ -6,7 +6,6 @@ A model is both LAVIS's `BaseModel` and the library's own class, so its paramete
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -151,16 +150,3 @@ def captions_of(samples: Mapping[str, Any]) -> Sequence[str]:
 def frozen_names(model: nn.Module) -> set[str]:
     """Parameters that are not trained, so not part of a training checkpoint."""
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Any:
-    """Eval mode and no gradients inside; the mode before is restored."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
+from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.loop_settings import WAIT_MINUTES
 
 APPLICATION = Path(__file__).resolve().parents[1]
@@ -74,8 +75,8 @@ class Stage1Options(ModelOptions):
 
 
 @dataclass
-class CodebookOptions(ModelOptions):
-    """Options of both stage-2 models."""
+class CodebookOptions(CodebookHealth, ModelOptions):
+    """Options of both stage-2 models, with those of `CodebookHealth` (ours)."""
 
     codebook_embed_dim: int = setting(32, least=1)
     n_embed: int = setting(8192, least=1)
@@ -88,15 +89,10 @@ class CodebookOptions(ModelOptions):
     frozen_dropout: bool = True
     corrupt: float = setting(0.0, least=0, most=1)
     nested: float = setting(0.0, least=0, most=1)
-    # ours: codebook health
+    # ours: the codebook
     ema_decay: float | None = setting(None, least=0, most=0.999999)
     normalize_codes: bool = False
     codebook_sections: int = 1
-    codebook_warmup: int = setting(0, least=0)
-    kmeans_start: bool = False
-    kmeans_images: int = setting(2048, least=1)
-    restart_every: int = setting(0, least=0)
-    restart_until: float = setting(0.8, least=0, most=1)
 
     def __post_init__(self) -> None:
         if not self.freeze_vit:

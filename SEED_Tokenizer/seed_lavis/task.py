@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from seed_lavis.checkpoint import write_checkpoint
-from seed_lavis.codebook import CodebookMaintenance, CodebookMixin
 from seed_lavis.compat import RunnerBase
 from seed_lavis.context import RunContext
 from seed_lavis.cost import sample_cost
@@ -25,6 +24,7 @@ from seed_lavis.validation import mean_losses
 from seed_multimodal.data.stream.skip_budget import BadSamples
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.training.codebook import CodebookMaintenance
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.stage import StageTask
 
@@ -53,8 +53,9 @@ class TokenizerTask(StageTask):
         self.last_loss: Tensor | None = None
         self.bad = 0  # different bad samples of all processes, known at the end
         model = run.model
-        if isinstance(model, CodebookMixin):
-            self.codebook = CodebookMaintenance(model, self.batch, run.steps, run.options.batch_size_train)
+        if hasattr(model, "codebook_points"):
+            self.codebook = CodebookMaintenance(model, model.options, self.batch, run.steps,
+                                                run.options.batch_size_train)
         super().__init__(run.stage, model if self.codebook is None else self.codebook.counts, run.settings(),
                          optimizer=lavis.optimizer, cost=sample_cost(run))
         # Buffers are equal by construction, or (code counts) each process's own.

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from seed_lavis.base import evaluation_mode
-from seed_lavis.codebook import codebook_use
 from seed_lavis.datasets import to_device
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.codebook import codebook_use, evaluation_mode
 
 REMEMBERED = ("latest", "codes", "features")  # attributes that `forward` leaves on our models
 
