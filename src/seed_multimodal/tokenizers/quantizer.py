@@ -47,10 +47,12 @@ class VectorQuantizer(nn.Module):
     Args:
         beta: weight of the codebook term; with `legacy=False` of the commitment term instead.
         normalize: compare and decode codes on the unit sphere.
+        unit_rows: compare features on the unit sphere with the rows as they are stored, and decode those (LaVIT). Rows
+            start at random on the sphere; k-means and moving averages put their results onto it.
         ema_decay: if set, codes follow a moving average of their features instead of the gradient.
         sections: position q of `sections` positions chooses among rows `[q · K/sections, (q + 1) · K/sections)` only.
     Raises:
-        ConfigError: `size` does not divide into `sections`.
+        ConfigError: `size` does not divide into `sections`; both `normalize` and `unit_rows`.
     """
 
     counts: Tensor
@@ -58,14 +60,21 @@ class VectorQuantizer(nn.Module):
     ema_sum: Tensor
 
     def __init__(self, size: int, dim: int, *, beta: float = 0.25, legacy: bool = True, normalize: bool = False,
-                 ema_decay: float | None = None, sections: int = 1) -> None:
+                 ema_decay: float | None = None, sections: int = 1, unit_rows: bool = False) -> None:
         super().__init__()
+        if normalize and unit_rows:
+            raise ConfigError("A codebook is normalised when it is compared (normalize) or when it is stored "
+                              "(unit_rows), not both.")
         if sections < 1 or size % sections:
             raise ConfigError(f"A codebook of {size} codes cannot be divided into {sections} equal sections.")
         self.size, self.dim, self.beta, self.legacy = size, dim, beta, legacy
-        self.normalize, self.ema_decay, self.sections = normalize, ema_decay, sections
+        self.normalize, self.ema_decay, self.sections, self.unit_rows = normalize, ema_decay, sections, unit_rows
         self.embedding = nn.Embedding(size, dim)
-        nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
+        if unit_rows:
+            with torch.no_grad():
+                self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+        else:
+            nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
         self.register_buffer("counts", torch.zeros(size), persistent=False)
         if ema_decay is not None:
             self.embedding.weight.requires_grad_(False)
@@ -74,11 +83,15 @@ class VectorQuantizer(nn.Module):
 
     def prepare(self, z: Tensor) -> Tensor:
         """Features as the codebook sees them `[..., d]`: on the unit sphere if codes are cosine codes."""
-        return F.normalize(z, dim=-1) if self.normalize else z
+        return F.normalize(z, dim=-1) if self.normalize or self.unit_rows else z
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """Stored rows `[..., d]` as they are compared and decoded."""
+        return F.normalize(rows, dim=-1) if self.normalize else rows
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codebook rows as decoded: `[...]` int64 → `[..., d]`."""
-        return self.prepare(self.embedding(codes))
+        return self._rows(self.embedding(codes))
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
@@ -88,7 +101,7 @@ class VectorQuantizer(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             points = self.prepare(z.float()).reshape(-1, self.sections, self.dim).transpose(0, 1)
-            codes = self.prepare(self.embedding.weight.float()).unflatten(0, (self.sections, -1))
+            codes = self._rows(self.embedding.weight.float()).unflatten(0, (self.sections, -1))
             # The squared length of a point is the same for all codes, so the order does not need it.
             scores = codes.square().sum(2)[:, None] - 2 * torch.bmm(points, codes.transpose(1, 2))
             first = torch.arange(self.sections, device=z.device)[:, None] * (self.size // self.sections)
@@ -122,6 +135,8 @@ class VectorQuantizer(nn.Module):
         self.ema_sum.lerp_(total, 1 - decay)
         alive = self.ema_count > 1e-3
         means = self.ema_sum / self.ema_count.clamp_min(1e-3)[:, None]
+        if self.unit_rows:
+            means = F.normalize(means, dim=-1)
         self.embedding.weight.copy_(torch.where(alive[:, None], means.to(self.embedding.weight.dtype),
                                                 self.embedding.weight))
 
@@ -168,6 +183,8 @@ class VectorQuantizer(nn.Module):
 
     def _set_rows(self, which: Tensor, rows: Tensor) -> None:
         rows = rows.to(self.embedding.weight.device)
+        if self.unit_rows:
+            rows = F.normalize(rows, dim=-1)
         if _is_distributed():
             dist.broadcast(rows, src=0)
         which = which.to(rows.device)

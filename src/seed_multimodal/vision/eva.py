@@ -141,12 +141,15 @@ class EvaVit(nn.Module):
             ImageError: for another image size than the tower's.
         """
         self.check_images(images)
-        patches = self.patch_embed(images)
-        x_BNW = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
-        x_BNW = self.norm_pre(x_BNW + self.pos_embed.to(x_BNW.dtype))
+        x_BNW = self.start(self.patch_embed(images))
         for block in self.blocks:
             x_BNW = block(x_BNW)
         return x_BNW
+
+    def start(self, patches_BNW: Tensor) -> Tensor:
+        """Patches `[B, N, W]` → what the blocks read `[B, 1 + N, W]`, in the precision of the patches."""
+        x_BNW = torch.cat([self.cls_token.expand(len(patches_BNW), -1, -1).to(patches_BNW.dtype), patches_BNW], dim=1)
+        return self.norm_pre(x_BNW + self.pos_embed.to(x_BNW.dtype))
 
     def check_images(self, images: Tensor) -> None:
         """Raises `ImageError` for pixels of another shape than `[B, 3, S, S]`."""

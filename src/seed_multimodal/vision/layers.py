@@ -5,9 +5,13 @@ Shape suffixes used in this package: B batch, N tokens, Q queries, W vision widt
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -66,3 +70,12 @@ def heads_first(x_BND: Tensor, heads: int) -> Tensor:
 def heads_last(x_BHNd: Tensor) -> Tensor:
     """`[B, heads, N, d]` → `[B, N, heads · d]`."""
     return x_BHNd.transpose(1, 2).flatten(2)
+
+
+def cast_layers(module: M, dtype: torch.dtype) -> M:
+    """Convert linear and convolution layers alone, in place; norms, embeddings, positions and free parameters keep
+    their precision. So the released LaVIT is held: it runs under autocast with an fp32 residual stream."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            part.to(dtype)
+    return module
