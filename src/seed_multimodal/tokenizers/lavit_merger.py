@@ -64,7 +64,8 @@ class CausalAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, allowed: Tensor) -> Tensor:
         """`[B, N, D]`, `causal_mask` → `[B, N, D]`."""
-        return self.proj(_attend(*self.qkv(x_BND).chunk(3, dim=-1), self.heads, allowed))
+        q_BND, k_BND, v_BND = self.qkv(x_BND).chunk(3, dim=-1)
+        return self.proj(_attend(q_BND, k_BND, v_BND, self.heads, allowed))
 
 
 class DroppedAttention(nn.Module):
