@@ -133,7 +133,7 @@ def _probe(args: argparse.Namespace) -> int:
 
 
 def _caption(args: argparse.Namespace) -> int:
-    from seed_multimodal.data.formats.benchmark_files import read_captions
+    from seed_multimodal.data.formats.caption_files import read_captions
     from seed_multimodal.evaluation.benchmark_work import CAPTIONING, caption_work
 
     if args.captions.endswith(".txt"):
@@ -145,7 +145,7 @@ def _caption(args: argparse.Namespace) -> int:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    from seed_multimodal.data.formats.benchmark_files import CaptionedPicture, read_captions
+    from seed_multimodal.data.formats.caption_files import CaptionedPicture, read_captions
     from seed_multimodal.evaluation.benchmark_work import DRAWING, DRAWING_GUIDANCE, Drawing
 
     texts = (read_captions(args.captions, args.split) if args.captions else

@@ -23,12 +23,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.formats.benchmark_files import (
-    Annotations,
-    CaptionedPicture,
-    Question,
-    Questions,
-)
+from seed_multimodal.data.formats.benchmark_files import Annotations, Question, Questions
+from seed_multimodal.data.formats.caption_files import CaptionedPicture
 from seed_multimodal.data.formats.pictures import HeldPicture, find_picture
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.disk import sha256_of, writing

@@ -4,12 +4,14 @@
 
 An answer is normalised; the annotators' answers only lose punctuation, and only where they differ. For each of the ten
 annotators: min(1, answers of the other nine that equal / 3); the accuracy is the mean.
+
+`lavit_answer` is the rule of LaVIT's evaluation, which does more to an answer; a rule is an argument of `vqa_accuracy`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 _MARKS = ";/[]\"{}()=+\\_-><@`,?!"
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -32,6 +34,13 @@ _CONTRACTIONS = {"somebody'd": "somebodyd", **{
     word[:place] + word[place + 1:]: word for word in _WHOLE for place, letter in enumerate(word) if letter == "'"}}
 
 
+# LaVIT's: words that an answer may begin with and that are taken off, one after the other, each once.
+_OPENINGS = ("it is", "this is", "she's", "very", "for", "to", "in", "on", "at", "a", "an", "the")
+_NO_ANSWERS = ("i don't know", "i do n't know", "i need to know", "")
+UNANSWERABLE = "unanswerable"
+Rule = Callable[[str], str]
+
+
 def without_marks(text: str) -> str:
     """The official rule for punctuation: marks at a blank vanish, others become blanks; all vanish where a number has
     a comma in it."""
@@ -42,19 +51,40 @@ def without_marks(text: str) -> str:
     return _STOP.sub("", made, count=_MOST_STOPS)
 
 
-def vqa_answer(text: str) -> str:
+def vqa_answer(text: str, words_for: Mapping[str, str] = _NUMBERS) -> str:
     """A model's answer as it is compared: no punctuation, lower case, digits for number words up to ten, no articles,
     apostrophes in contractions."""
     words = without_marks(text.replace("\n", " ").replace("\t", " ").strip()).lower().split()
-    kept = [word for word in (_NUMBERS.get(word, word) for word in words) if word not in _ARTICLES]
+    kept = [word for word in (words_for.get(word, word) for word in words) if word not in _ARTICLES]
     return " ".join(_CONTRACTIONS.get(word, word) for word in kept)
 
 
-def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
-    """Accuracy (0 to 1) of an answer (as the model gave it) against the annotators' answers, of which at least one."""
+def lavit_answer(text: str, legacy: bool = False) -> str:
+    """`vqa_answer` with "no" for "nope", without words like "it is" at its front, "unanswerable" for "I don't know".
+
+    Args:
+        legacy: as the original takes such words off: it keeps what follows their last place ("to go to school" is
+            "school", not "go to school").
+    """
+    found = vqa_answer(text, {**_NUMBERS, "nope": "no"})
+    if found in _NO_ANSWERS:
+        return UNANSWERABLE
+    for words in _OPENINGS:
+        if found.startswith(f"{words} "):
+            found = found.split(f"{words} ")[-1] if legacy else found.removeprefix(f"{words} ")
+            found = found.strip()
+    return found or UNANSWERABLE
+
+
+def vqa_accuracy(answer: str, annotated: Sequence[str], rule: Rule = vqa_answer) -> float:
+    """Accuracy (0 to 1) of an answer (as the model gave it) against the annotators' answers, of which at least one.
+
+    Args:
+        rule: what is made of the answer before it is compared.
+    """
     wanted = [one.replace("\n", " ").replace("\t", " ").strip() for one in annotated]
     if len(set(wanted)) > 1:
         wanted = [without_marks(one) for one in wanted]
-    found = vqa_answer(answer)
+    found = rule(answer)
     equal = sum(one == found for one in wanted)
     return sum(min(1.0, (equal - (one == found)) / 3) for one in wanted) / len(wanted)

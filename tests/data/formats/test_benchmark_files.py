@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from seed_multimodal.data.formats.benchmark_files import Annotations, Questions, read_captions
+from seed_multimodal.data.formats.benchmark_files import Annotations, Questions
+from seed_multimodal.data.formats.caption_files import read_captions
 from seed_multimodal.data.formats.pictures import find_picture
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import DataError, ImageError
@@ -42,6 +43,31 @@ def test_a_list_as_lavis_writes_it_serves_as_questions_and_as_annotations(tmp_pa
         {"image": "b.jpg", "question": "q?", "question_id": "two", "answer": "z"}])
     assert Questions(path).read(0).picture == "a.jpg"
     assert Annotations(path).read("one").answers == ["x", "y"] and Annotations(path).read("two").answers == ["z"]
+
+
+def test_gqas_own_file(tmp_path):
+    path = write(tmp_path / "testdev_balanced_questions.json", {
+        "201307251": {"semantic": [], "question": "Is it overcast?", "imageId": "n161313", "answer": "no",
+                      "types": {"structural": "verify", "semantic": "attr"}},
+        "20": 7, "201307252": {"question": "Who is it?", "imageId": "n1", "answer": "girl", "types": None}})
+    questions, annotations = Questions(path), Annotations(path)
+    assert [(questions.read(row).key, questions.read(row).picture) for row in (0, 2)] == [
+        ("201307251", "n161313.jpg"), ("201307252", "n1.jpg")]
+    assert annotations.read("201307252").answers == ["girl"]
+    found = annotations.read("201307251")
+    assert (found.answers, found.answer_type, found.question_type) == (["no"], "verify", "attr")
+    annotations.require(questions)
+    with pytest.raises(BadRecord, match="item 1: holds a int"):
+        questions.read(1)
+    with pytest.raises(DataError, match="cannot be read as GQA's questions"):
+        Questions(write(tmp_path / "cut.json", path.read_text()[:200]))
+
+
+def test_vizwiz_names_questions_by_their_pictures(tmp_path):
+    path = write(tmp_path / "val.json", [{"image": "VizWiz_val_00000001.jpg", "question": "What is this?",
+                                          "answers": [{"answer": "unanswerable", "answer_confidence": "yes"}] * 10}])
+    assert Questions(path).keys == ["VizWiz_val_00000001.jpg"]
+    assert Annotations(path).read("VizWiz_val_00000001.jpg").answers == ["unanswerable"] * 10
 
 
 COCO = {"images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}, {"id": 8, "file_name": "b.jpg"}],
@@ -84,6 +110,22 @@ def test_ground_truth_without_file_names_and_lines_of_text(tmp_path):
     texts = read_captions(write(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \nfour\u2028and\x0cmore"))
     assert [(one.key, one.captions) for one in texts] == [(1, ["a fox"]), (3, ["a hill"]),
                                                           (4, ["four\u2028and\x0cmore"])]
+
+
+@pytest.mark.parametrize("pictures", [
+    [{"image": "val/a.jpg", "img_id": 7}], [{"image": "val/COCO_val2014_000000000007.jpg"}],
+    [{"image": "val/a.jpg", "image_id": 7, "caption": "another"}]])
+def test_captions_may_stand_in_a_file_of_their_own(tmp_path, pictures):
+    path, truth = write(tmp_path / "p.json", pictures), write(tmp_path / "gt.json", COCO)
+    (found,) = read_captions(path, truth=truth)
+    assert (found.key, found.picture, found.captions) == (7, pictures[0]["image"], ["one", "three"])
+    with pytest.raises(DataError, match="gt.json: has no captions for 1 of 2 pictures of .*p.json, first 9: "):
+        read_captions(write(path, [*pictures, {"image": "9.jpg"}]), truth=truth)
+
+
+def test_a_list_of_texts_to_draw(tmp_path):
+    (found,) = read_captions(write(tmp_path / "coco_t2i_eval.json", [{"image": "b/000000000009.jpg", "text": "a fox"}]))
+    assert (found.key, found.picture, found.captions) == (9, "b/000000000009.jpg", ["a fox"])
 
 
 def test_pictures_are_found_by_cocos_names(tmp_path):

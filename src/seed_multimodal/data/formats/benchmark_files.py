@@ -1,12 +1,11 @@
-"""Questions, annotations and captions in the files that benchmarks publish, read item by item.
+"""Questions and annotations in the files that benchmarks publish, read item by item; captions: `caption_files`.
 
     VQA (v1, v2, OK-VQA)    {"questions": [{image_id, question, question_id}]}
                             {"annotations": [{question_id, answers: [{answer}], answer_type, question_type}]}
-    COCO captions           {"images": [{id, file_name}], "annotations": [{image_id, caption}]}
-    Karpathy's split        {"images": [{filepath, filename, cocoid, split, sentences: [{raw}]}]}
-    lists, as LAVIS's       [{image, caption: text or list, …}], [{image, question, question_id, answer: text or list}];
-                            also .jsonl and .parquet, with pictures inside them
-    texts                   a .txt with one caption a line
+    VizWiz                  [{image, question, answers: [{answer}], answer_type}]: the picture's name is the id
+    GQA                     {ID: {imageId, question, answer, types}}
+    lists, as LAVIS's       [{image, question, question_id, answer: text or list}]; also .jsonl and .parquet, with
+                            pictures inside them
 
 A file of another layout is refused. An item that cannot be used is one bad sample, under its place (`item 3`) where it
 has no name of its own; reading it raises BadRecord. Pictures are looked up, but not opened.
@@ -14,9 +13,9 @@ has no name of its own; reading it raises BadRecord. Pictures are looked up, but
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +24,10 @@ from seed_multimodal.data.formats.json_lines import JsonFile
 from seed_multimodal.data.formats.pictures import HeldPicture, is_base64
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.records import FileRecords, open_file
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, first_line
 
 LISTS = (".jsonl", ".parquet")
+_HEAD = 1 << 16  # bytes in which GQA's file shows what it is
 T = TypeVar("T")
 
 
@@ -48,23 +48,6 @@ class Annotation:
     answers: list[str]
     answer_type: str = ""
     question_type: str = ""
-
-
-@dataclass
-class CaptionedPicture:
-    """A picture with its captions; `picture` as in `Question` ("" of a text); `problem`: why it cannot be used."""
-
-    key: int | str
-    name: str
-    picture: int | str | HeldPicture
-    captions: list[str] = field(default_factory=list)
-    problem: str = ""
-
-    def checked(self) -> CaptionedPicture:
-        """Itself. Raises BadRecord: it cannot be used."""
-        if self.problem:
-            raise BadRecord("unusable", self.problem)
-        return self
 
 
 class Items:
@@ -100,6 +83,42 @@ class Items:
                 yield f"item {row}", error
 
 
+class GqaItems(Items):
+    """The questions of GQA's own file, an object with an object for each; it is in memory as a whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._items = list(json.loads(path.read_text(encoding="utf-8-sig")).items())
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{path}: cannot be read as GQA's questions ({first_line(error)}).") from None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def read(self, row: int) -> tuple[dict[str, Any], str]:
+        """The item with `question_id`, `image` and types as VQA's files name them."""
+        key, item = self._items[row]
+        where = f"{self.path}: item {row}"
+        if not isinstance(item, dict):
+            raise BadRecord("wrong type", f"{where}: holds a {type(item).__name__}, not an object.")
+        given = item.get("types")
+        kinds = given if isinstance(given, dict) else {}
+        image = {"image": f"{item['imageId']}.jpg"} if item.get("imageId") else {}
+        return {**item, **image, "question_id": key, "answer_type": kinds.get("structural") or "",
+                "question_type": kinds.get("semantic") or ""}, where
+
+
+def _question_items(path: str | Path, key: str) -> Items:
+    file = Path(path)
+    if file.is_file() and file.suffix.lower() not in LISTS:
+        with open(file, "rb") as opened:
+            start = opened.read(_HEAD).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if start.startswith(b"{") and b'"imageId"' in start:
+            return GqaItems(file)
+    return Items(path, key)
+
+
 class Questions:
     """The questions of a file, read when they are asked for.
 
@@ -108,8 +127,8 @@ class Questions:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.items = Items(path, "questions")
-        self.rows, self.problems = _rows_by_id(self.items, "question_id")
+        self.items = _question_items(path, "questions")
+        self.rows, self.problems = _rows_by_id(self.items)
         self.keys = list(self.rows)
 
     def __len__(self) -> int:
@@ -120,7 +139,7 @@ class Questions:
         if self.keys[number] in self.problems:
             raise self.problems[self.keys[number]]
         item, where = self.items.read(self.rows[self.keys[number]])
-        return Question(self.keys[number], where, _text(item, "question", where), _picture_of(item, where))
+        return Question(self.keys[number], where, text_of(item, "question", where), picture_of(item, where))
 
 
 class Annotations:
@@ -131,8 +150,8 @@ class Annotations:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.items = Items(path, "annotations")
-        self.rows, _ = _rows_by_id(self.items, "question_id")
+        self.items = _question_items(path, "annotations")
+        self.rows, _ = _rows_by_id(self.items)
 
     def require(self, questions: Questions, limit: int | None = None) -> None:
         """Raises DataError unless the (first) questions are annotated, those apart that cannot be used."""
@@ -147,151 +166,54 @@ class Annotations:
     def read(self, key: int | str) -> Annotation:
         """Raises BadRecord: no answers."""
         item, where = self.items.read(self.rows[key])
-        answers = _texts(item.get("answers", item.get("answer")), "answer")
+        answers = texts_of(item.get("answers", item.get("answer")), "answer")
         if not answers:
             raise BadRecord("missing key", f"{where}: has no answers (a list of texts, or of objects with 'answer').")
         return Annotation(answers, str(item.get("answer_type", "")), str(item.get("question_type", "")))
 
 
-def read_captions(path: str | Path, split: str = "test") -> list[CaptionedPicture]:
-    """The pictures of a file with their captions, in its order.
-
-    Args:
-        split: the part of Karpathy's file that is meant.
-
-    Raises:
-        DataError: no such file, another layout, or no picture of the split.
-    """
-    path = Path(path)
-    if path.suffix == ".txt":
-        return _text_lines(path)
-    images = _optional(path, "images")
-    if images is not None:
-        whole = (item for _, item in images.usable(lambda item, _: item) if not isinstance(item, BadRecord))
-        if "sentences" in next(whole, {}):
-            return _karpathy(images, split)
-    found: dict[int | str, CaptionedPicture] = {}
-    for place, made in images.usable(_image) if images else ():
-        one = _unusable(f"image {place}", made) if isinstance(made, BadRecord) else made
-        found[one.key] = one
-    for place, made in Items(path, "annotations").usable(_caption):
-        if isinstance(made, BadRecord):
-            found[place] = _unusable(place, made)
-        else:
-            found.setdefault(made.key, replace(made, captions=[])).captions.extend(made.captions)
-    return [one for one in found.values() if one.captions or one.problem]
-
-
-def _unusable(place: str, error: BadRecord) -> CaptionedPicture:
-    return CaptionedPicture(place, place, "", problem=str(error))
-
-
-def _image(item: Mapping[str, Any], where: str) -> CaptionedPicture:
-    key = _key(item, "id", where)
-    return CaptionedPicture(key, where, _picture_of({"image": item.get("file_name"), "image_id": key}, where))
-
-
-def _caption(item: Mapping[str, Any], where: str) -> CaptionedPicture:
-    captions = _texts(item.get("caption", item.get("captions")), "caption")
-    if not any(text.strip() for text in captions):
-        raise BadRecord("missing key", f"{where}: has no caption (a text or a list of texts).")
-    picture = _picture_of(item, where)
-    key = _key(item, "image_id", where) if item.get("image_id") is not None else _coco_id(picture)
-    return CaptionedPicture(key, where, picture, captions)
-
-
-def _text_lines(path: Path) -> list[CaptionedPicture]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts at a form feed or U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'it is not UTF-8'}).") from None
-    found = [CaptionedPicture(number, f"{path}: line {number}", "", [line.strip()])
-             for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise DataError(f"{path}: holds no caption.")
-    return found
-
-
-def _karpathy(images: Items, split: str) -> list[CaptionedPicture]:
-    found, splits = dict[int | str, CaptionedPicture](), dict[str, None]()
-
-    def take(item: Mapping[str, Any], where: str) -> CaptionedPicture | None:
-        splits[str(item.get("split"))] = None
-        if item.get("split") != split:
-            return None
-        captions = _texts(item.get("sentences"), "raw")
-        if not captions:
-            raise BadRecord("missing key", f"{where}: has no sentences with 'raw'.")
-        folder = f"{item['filepath']}/" if item.get("filepath") else ""
-        return CaptionedPicture(_key(item, "cocoid" if "cocoid" in item else "imgid", where), where,
-                                f"{folder}{_text(item, 'filename', where)}", captions)
-
-    for place, made in images.usable(take):
-        if isinstance(made, BadRecord):
-            found[place] = _unusable(place, made)
-        elif made is not None:
-            found.setdefault(made.key, replace(made, captions=[])).captions.extend(made.captions)
-    if all(one.problem for one in found.values()):
-        raise DataError(f"{images.path}: has no picture of the split {split!r}; there are {', '.join(splits)}.")
-    return list(found.values())
-
-
-def _optional(path: Path, key: str) -> Items | None:  # the list under a key, if the file is an object that has it
-    items = Items(path, key)
-    if path.suffix.lower() in LISTS:
-        return None
-    try:
-        with open(path, "rb") as file:
-            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                return None
-        return items if len(items) else None
-    except DataError:  # none, or damaged: then who reads the list that must be there says so
-        return None
-
-
-def _rows_by_id(items: Items, name: str) -> tuple[dict[int | str, int], dict[int | str, BadRecord]]:
+def _rows_by_id(items: Items) -> tuple[dict[int | str, int], dict[int | str, BadRecord]]:
     """Id → row; and why rows cannot be used, which stand under their places."""
     rows: dict[int | str, int] = {}
     problems: dict[int | str, BadRecord] = {}
-    for row, (place, key) in enumerate(items.usable(lambda item, where: _key(item, name, where))):
+    for row, (place, key) in enumerate(items.usable(_question_key)):
         if not isinstance(key, BadRecord) and key in rows:
-            key = BadRecord("duplicate id", f"{items.path}: {place}: has the {name} {key} of item {rows[key]}.")
+            key = BadRecord("duplicate id", f"{items.path}: {place}: has the question_id {key} of item {rows[key]}.")
         if isinstance(key, BadRecord):
             problems[place] = key
         rows[place if isinstance(key, BadRecord) else key] = row
     return rows, problems
 
 
-def _key(item: Mapping[str, Any], name: str, where: str) -> int | str:
+def _question_key(item: Mapping[str, Any], where: str) -> int | str:
+    """The `question_id`; of VizWiz's items, each with a picture of its own, the picture's name."""
+    own = item.get("question_id") is None and str(item.get("image")).startswith("VizWiz_")
+    return key_of(item, "image" if own else "question_id", where)
+
+
+def key_of(item: Mapping[str, Any], name: str, where: str) -> int | str:
     value = item.get(name)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise BadRecord("missing key", f"{where}: has no {name} that is a number or a text.")
     return value
 
 
-def _texts(given: Any, name: str) -> list[str]:
+def texts_of(given: Any, name: str) -> list[str]:
     """A text, a list of texts, or of objects that hold one under `name`; an empty list for anything else."""
     several = given if isinstance(given, list) else [given]
     texts: list[Any] = [one.get(name) if isinstance(one, Mapping) else one for one in several]
     return texts if all(isinstance(one, str) for one in texts) else []
 
 
-def _text(item: Mapping[str, Any], name: str, where: str) -> str:
+def text_of(item: Mapping[str, Any], name: str, where: str) -> str:
     value = item.get(name)
     if not isinstance(value, str) or not value.strip():
         raise BadRecord("missing key", f"{where}: has no {name}.")
     return value.strip()
 
 
-def _picture_of(item: Mapping[str, Any], where: str) -> int | str | HeldPicture:
+def picture_of(item: Mapping[str, Any], where: str) -> int | str | HeldPicture:
     value = next((item[name] for name in ("image", "file_name", "image_id") if item.get(name) not in (None, "")), None)
     if isinstance(value, bool) or not isinstance(value, int | str | HeldPicture):
         raise BadRecord("missing key", f"{where}: names no picture (image, file_name or image_id).")
     return value
-
-
-def _coco_id(picture: int | str | HeldPicture) -> int | str:
-    """The number at the end of a COCO file's name, by which its results are filed; else the name itself."""
-    picture = picture.name if isinstance(picture, HeldPicture) else picture
-    number = re.fullmatch(r"(?:.*_)?0*(\d+)", Path(picture).stem) if isinstance(picture, str) else None
-    return int(number[1]) if number else picture

@@ -17,7 +17,7 @@ import torch
 
 from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
-from seed_multimodal.data.formats.benchmark_files import read_captions
+from seed_multimodal.data.formats.caption_files import read_captions
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
