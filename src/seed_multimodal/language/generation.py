@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import GenerationError, first_line
+from seed_multimodal.language.padding import padded_left
 from seed_multimodal.language.sampling import DrawnBeams, DrawnTokens, Draws, FiniteScores, own_seed
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
@@ -205,19 +206,15 @@ def generate_ids(
         raise GenerationError(f"Prompts are lists of token ids ({first_line(error)}).") from error
     if not rows:
         return []
-    _check_ids(rows, vocabulary)
+    check_ids(rows, vocabulary)
     longest = max(len(row) for row in rows)
     budget = _budget(longest, settings, model, vocabulary)
-    ids = torch.full((len(rows), longest), tokenizer.pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row):] = torch.tensor(row)
-        mask[number, longest - len(row):] = 1
+    ids, mask = padded_left(rows, tokenizer.pad_id)
     device = model.get_input_embeddings().weight.device
     ids, mask = ids.to(device), mask.to(device)
     processors: list[Any] = [FiniteScores(model)]
     if watch is not None:
-        processors.append(_Watched(watch))
+        processors.append(Watched(watch))
     if settings.constrain:
         processors.append(ImageSpanLogitsProcessor(vocabulary, None if released else longest + budget, released))
     with contextlib.ExitStack() as inside:
@@ -235,7 +232,7 @@ def generate_ids(
             generation_config=_config(settings, budget, tokenizer), **given)
     if states is not None:
         states.choose(getattr(output, "beam_indices", None))
-    return [forced + _until_end(row, tokenizer.eos_id) for row in output.sequences[:, longest:].tolist()]
+    return [forced + until_end(row, tokenizer.eos_id) for row in output.sequences[:, longest:].tolist()]
 
 
 def _config(settings: GenerationSettings, budget: int, tokenizer: MultimodalTokenizer) -> Any:
@@ -253,7 +250,8 @@ def _config(settings: GenerationSettings, budget: int, tokenizer: MultimodalToke
         **(drawing if samples else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}))
 
 
-def _check_ids(rows: list[list[int]], vocabulary: ImageVocabulary) -> None:
+def check_ids(rows: Sequence[Sequence[int]], vocabulary: ImageVocabulary) -> None:
+    """Refuse prompts without ids, or with ids that are no word (GenerationError)."""
     for number, row in enumerate(rows):
         if not row:
             raise GenerationError(f"Prompt {number} is empty.")
@@ -284,7 +282,7 @@ def room_for_answer(length: int, model: Any) -> int:
     return context - length
 
 
-class _Watched:
+class Watched:
     """A logits processor that leaves the scores alone and calls `watch`, once for each token of all beams."""
 
     def __init__(self, watch: Callable[[], None]) -> None:
@@ -295,5 +293,6 @@ class _Watched:
         return scores
 
 
-def _until_end(ids: list[int], eos_id: int) -> list[int]:
+def until_end(ids: list[int], eos_id: int) -> list[int]:
+    """What was written up to and including the end word."""
     return ids[:ids.index(eos_id) + 1] if eos_id in ids else ids

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,21 +56,7 @@ def read_files(folder: Path) -> TokenizerFiles:
     Raises:
         CheckpointError: a file that is missing or damaged, or ids that leave the released layout.
     """
-    if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
-        raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {MODEL} and {ADDED}); "
-                              "pretrained/README.md says where the released one comes from, pretrained/nano has one.")
-    raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}
-    for name in (MODEL, ADDED):
-        if not raw.get(name):
-            raise CheckpointError(f"{folder / name}: this tokenizer file is missing or empty.")
-    processor = spm.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(raw[MODEL])
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{folder / MODEL}: not a SentencePiece model.") from error
-    if (processor.unk_id(), processor.bos_id(), processor.eos_id()) != (0, 1, 2):
-        raise CheckpointError(f"{folder / MODEL}: <unk>, <s>, </s> must have ids 0, 1, 2, not {processor.unk_id()}, "
-                              f"{processor.bos_id()}, {processor.eos_id()}.")
+    processor, raw = _read(folder, (MODEL, ADDED))
     added = read_json_object(folder / ADDED)
     config = read_json_object(folder / CONFIG) if CONFIG in raw else {}
     n_codes = sum(1 for name in added if CODE_WORD.fullmatch(name))
@@ -83,8 +69,45 @@ def read_files(folder: Path) -> TokenizerFiles:
     vocabulary = _seed_x(added, n_text, per_image, folder / ADDED) if seed_x else (
         ImageVocabulary(n_text, n_codes, per_image))
     _check_layout(added, vocabulary, folder / ADDED)
-    special = _special_words(read_json_object(folder / SPECIAL) if SPECIAL in raw else {})
-    return TokenizerFiles(processor, vocabulary, added, special, raw)
+    return TokenizerFiles(processor, vocabulary, added, _special_of(folder, raw), raw)
+
+
+def read_text_files(folder: Path, vocabulary: Callable[[int, dict[str, Any]], ImageVocabulary]) -> TokenizerFiles:
+    """Read a folder without `added_tokens.json`: a plain LLaMA tokenizer, whose image words have no spelling (LaVIT).
+
+    Args:
+        vocabulary: the number of text pieces and the content of `tokenizer_config.json` → the words.
+
+    Raises:
+        CheckpointError: a file that is missing or damaged.
+    """
+    processor, raw = _read(folder, (MODEL,))
+    words = vocabulary(processor.GetPieceSize(), read_json_object(folder / CONFIG) if CONFIG in raw else {})
+    return TokenizerFiles(processor, words, {}, _special_of(folder, raw), raw)
+
+
+def _read(folder: Path, needed: Sequence[str]) -> tuple[spm.SentencePieceProcessor, dict[str, bytes]]:
+    """The SentencePiece model and the bytes of all files."""
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
+        raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {' and '.join(needed)}); "
+                              "pretrained/README.md says where the released one comes from, pretrained/nano has one.")
+    raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}
+    for name in needed:
+        if not raw.get(name):
+            raise CheckpointError(f"{folder / name}: this tokenizer file is missing or empty.")
+    processor = spm.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(raw[MODEL])
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{folder / MODEL}: not a SentencePiece model.") from error
+    if (processor.unk_id(), processor.bos_id(), processor.eos_id()) != (0, 1, 2):
+        raise CheckpointError(f"{folder / MODEL}: <unk>, <s>, </s> must have ids 0, 1, 2, not {processor.unk_id()}, "
+                              f"{processor.bos_id()}, {processor.eos_id()}.")
+    return processor, raw
+
+
+def _special_of(folder: Path, raw: dict[str, bytes]) -> list[SpecialWord]:
+    return _special_words(read_json_object(folder / SPECIAL) if SPECIAL in raw else {})
 
 
 def _check_layout(added: dict[str, int], vocabulary: ImageVocabulary, file: Path) -> None:
@@ -141,9 +164,13 @@ def _special_words(entries: dict[str, Any]) -> list[SpecialWord]:
     return list(found.values())
 
 
-def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int, n_locations: int = 0) -> None:
+def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int, n_locations: int = 0,
+                spelled: bool = True) -> None:
     """Write a tokenizer folder around a SentencePiece model, readable by transformers' LlamaTokenizer too (with
-    locations, of SEED-X's words); the model comes last, so that a folder that has it is whole."""
+    locations, of SEED-X's words); the model comes last, so that a folder that has it is whole.
+
+    Without `spelled` the image words get no names (LaVIT): `tokenizer_config.json` says how many there are.
+    """
     processor = spm.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     n_text = processor.GetPieceSize()
@@ -158,7 +185,11 @@ def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int,
         **{key: {"__type": "AddedToken", **entry} for key, entry in special.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((ADDED, added_words(vocabulary)), (SPECIAL, special), (CONFIG, config)):
+    files = {ADDED: added_words(vocabulary), SPECIAL: special, CONFIG: config}
+    if not spelled:
+        del files[ADDED]
+        config["image_codes"] = n_codes
+    for name, content in files.items():
         replace_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     with replacing(folder / MODEL) as handle:
         handle.write(model)
