@@ -151,3 +151,23 @@ def test_a_codebook_that_does_not_divide_into_sections_is_refused() -> None:
         VectorQuantizer(10, 4, sections=4)
     with pytest.raises(ConfigError, match="codebook_sections must be 1 or num_query"):
         Seed2Config(codebook_sections=8)
+
+
+@torch.no_grad()
+def test_unit_rows_are_stored_on_the_sphere_and_compared_as_they_are() -> None:
+    quantizer = VectorQuantizer(6, 4, unit_rows=True, ema_decay=0.5)
+    lengths = [quantizer.embedding.weight.norm(dim=1)]
+    quantizer.init_from(3 * torch.randn(200, 4))
+    lengths.append(quantizer.embedding.weight.norm(dim=1))
+    quantizer.train()(torch.randn(2, 30, 4))
+    lengths.append(quantizer.embedding.weight.norm(dim=1))
+    quantizer.restart_dead(5 * torch.randn(50, 4), threshold=1e9)
+    lengths.append(quantizer.embedding.weight.norm(dim=1))
+    assert all(torch.allclose(one, torch.ones(6), atol=1e-5) for one in lengths)
+    quantizer.embedding.weight[2] *= 3
+    z = torch.randn(40, 4)
+    near = torch.cdist(F.normalize(z, dim=-1), quantizer.embedding.weight).argmin(1)
+    assert torch.equal(quantizer.nearest(z), near)
+    assert torch.equal(quantizer.lookup(near), quantizer.embedding.weight[near])
+    with pytest.raises(ConfigError, match="not both"):
+        VectorQuantizer(6, 4, normalize=True, unit_rows=True)

@@ -104,12 +104,15 @@ class LavitVit(EvaVit):
 class DynamicTokenizer(nn.Module):
     """Pixels → a list with one entry a picture, of as many rows or codes as its picture needs.
 
+    Args:
+        ema_decay: moving-average codebook, for training.
+
     Attributes:
         vit_proj: to the language model's width; None where the weights hold none (drawing only).
         load_reports: what the loader read from which file.
     """
 
-    def __init__(self, config: LavitTokenizerConfig) -> None:
+    def __init__(self, config: LavitTokenizerConfig, *, ema_decay: float | None = None) -> None:
         super().__init__()
         self.config = config
         width = config.vit.width
@@ -117,7 +120,8 @@ class DynamicTokenizer(nn.Module):
         self.token_predictor = Selector(width)
         self.causal_encoder = Merger(width, config.merger_depth, config.merger_heads, config.merger_mlp_width,
                                      grad_checkpoint=config.grad_checkpoint)
-        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, unit_rows=True)
+        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, unit_rows=True,
+                                        ema_decay=ema_decay)
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(),
                                                nn.Linear(width, config.codebook_dim))
         self.vit_proj: nn.Linear | None = nn.Linear(width, config.llm_width)
@@ -226,20 +230,14 @@ def kept_rows(merged_BND: Tensor, keep_BN: Tensor) -> tuple[Tensor, Tensor]:
 
 def as_nested(parts: Sequence[Tensor]) -> Tensor:
     """Tensors `[n_b, …]` → one nested tensor `[B, n*, …]` (jagged layout)."""
-    return torch.nested.nested_tensor_from_jagged(torch.cat(list(parts)), _offsets(parts))
+    lengths_B = _lengths(parts)
+    return torch.nested.nested_tensor_from_jagged(torch.cat(list(parts)), F.pad(lengths_B.cumsum(0), [1, 0]))
 
 
 def padded(parts: Sequence[Tensor], value: float = 0) -> tuple[Tensor, Tensor]:
     """Tensors `[n_b, …]` → `[B, longest, …]` filled up with `value` at the end, and the lengths `[B]` int64."""
-    longest = max((len(part) for part in parts), default=0)
-    if not parts:
-        raise CodesError("There are no pictures to put into one tensor.")
-    filled = [F.pad(part, [0, 0] * (part.ndim - 1) + [0, longest - len(part)], value=value) for part in parts]
-    return torch.stack(filled), torch.tensor([len(part) for part in parts], device=parts[0].device)
+    return nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_value=value), _lengths(parts)
 
 
-def _offsets(parts: Sequence[Tensor]) -> Tensor:
-    if not parts:
-        raise CodesError("There are no pictures to put into one tensor.")
-    lengths = torch.tensor([0, *(len(part) for part in parts)], device=parts[0].device)
-    return lengths.cumsum(0)
+def _lengths(parts: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([len(part) for part in parts], device=parts[0].device)

@@ -79,7 +79,7 @@ def load_dynamic_tokenizer(folder: str | Path, understanding: bool = False, *, d
         config = LavitTokenizerConfig.read(sizes) if sizes else infer_config(whole, parts[0].file)
     with torch.device("meta"):
         model = DynamicTokenizer(config)
-    if not any("vit_proj.weight" in state for state in states):
+    if not understanding and not any("vit_proj.weight" in state for state in states):
         model.vit_proj = None
     _fill(cast_layers(model, dtype), parts, states, device)
     return with_buffers(model, device)
@@ -176,11 +176,12 @@ def _find(folder: Path, understanding: bool, language_model: str) -> tuple[list[
         raise CheckpointError(f"{folder}: there is no such LaVIT folder; {WHERE}.")
     own = folder / "config.json"
     if (folder / OURS).is_file() and own.is_file() and read_json_object(own).get("model_type") == MODEL_TYPE:
-        parts = [_Part(folder / OURS, (TOWER + "*", *CODING))]
         reader = first_file(folder, _either("visual_weight"))
-        if understanding and reader is not None:
-            parts.append(_Part(reader, READING))
-        return parts, own
+        if not understanding:
+            return [_Part(folder / OURS, (TOWER + "*", *CODING))], own
+        if reader is None:
+            return [_Part(folder / OURS, (TOWER + "*", *CODING, "vit_proj.*"))], own
+        return [_Part(folder / OURS, (TOWER + "*", *CODING)), _Part(reader, READING)], own
     place = folder / "visual_tokenizer"
     wanted = [(place, "eva_vitg_psz14", (TOWER + "*",), TOWER), (place, "tokenizer_encoder", CODING, "")]
     if understanding:
@@ -219,5 +220,3 @@ def _fill(model: DynamicTokenizer, parts: Sequence[_Part], states: Sequence[Stat
                                        foreign=True, device=device))
     model.load_reports = reports[::-1]
     refuse_tensors([name for name in names if name not in later], (), parts[-1].file, "in none of the files")
-    if model.vit_proj is None and any(part.needed == READING for part in parts):
-        raise CheckpointError(f"{parts[-1].file}: the projector vit_proj is missing.")
