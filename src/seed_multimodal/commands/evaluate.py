@@ -28,8 +28,8 @@ from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.tasks import DEMO_QUESTIONS
 
 if TYPE_CHECKING:
-    from seed_multimodal.evaluation.answer_folder import Work
-    from seed_multimodal.evaluation.benchmark_work import Benchmark, Score
+    from seed_multimodal.evaluation.answer_folder import Score, Work
+    from seed_multimodal.evaluation.asking import Benchmark
     from seed_multimodal.language.generation import GenerationSettings
 
 # For `eval_caption_to_images.py` without a file: subjects, places, styles, text in the picture, counting.
@@ -102,7 +102,8 @@ def _parser(program: str, description: str, out: str, prompts: str) -> argparse.
 
 def _vqa(args: argparse.Namespace) -> int:
     from seed_multimodal.data.formats.benchmark_files import Annotations, Questions
-    from seed_multimodal.evaluation.benchmark_work import ANSWERING, question_work
+    from seed_multimodal.evaluation.asking import ANSWERING
+    from seed_multimodal.evaluation.benchmark_work import question_work
 
     if args.questions is None:
         if args.annotations:
@@ -119,7 +120,7 @@ def _vqa(args: argparse.Namespace) -> int:
 
 def _probe(args: argparse.Namespace) -> int:
     """One question, with the original's prompt and settings; the answer goes to stdout."""
-    from seed_multimodal.evaluation.benchmark_work import PLAIN_QUESTION, PROBE
+    from seed_multimodal.evaluation.asking import PLAIN_QUESTION, PROBE
     from seed_multimodal.language.answer import TextPart, split_answer
 
     args.prompts = "plain"
@@ -134,7 +135,8 @@ def _probe(args: argparse.Namespace) -> int:
 
 def _caption(args: argparse.Namespace) -> int:
     from seed_multimodal.data.formats.caption_files import read_captions
-    from seed_multimodal.evaluation.benchmark_work import CAPTIONING, caption_work
+    from seed_multimodal.evaluation.asking import CAPTIONING
+    from seed_multimodal.evaluation.benchmark_work import caption_work
 
     if args.captions.endswith(".txt"):
         raise ConfigError(f"{args.captions}: holds captions without pictures; give a .json file.")
@@ -146,7 +148,7 @@ def _caption(args: argparse.Namespace) -> int:
 
 def _draw(args: argparse.Namespace) -> int:
     from seed_multimodal.data.formats.caption_files import CaptionedPicture, read_captions
-    from seed_multimodal.evaluation.benchmark_work import DRAWING, DRAWING_GUIDANCE, Drawing
+    from seed_multimodal.evaluation.drawing_work import DRAWING, DRAWING_GUIDANCE, Drawing
 
     texts = (read_captions(args.captions, args.split) if args.captions else
              [CaptionedPicture(number, "built in", "", [text]) for number, text in enumerate(CAPTIONS, 1)])
@@ -160,8 +162,8 @@ def _draw(args: argparse.Namespace) -> int:
 
 def _benchmark(args: argparse.Namespace, defaults: GenerationSettings) -> Benchmark:
     """The system with the settings of the script, and the flags over them."""
+    from seed_multimodal.evaluation.asking import Benchmark
     from seed_multimodal.evaluation.batched import BatchedSystem
-    from seed_multimodal.evaluation.benchmark_work import Benchmark
 
     local = os.environ.get("LOCAL_RANK")
     if local is not None and args.device in ("auto", "cuda"):
@@ -182,15 +184,12 @@ def _benchmark(args: argparse.Namespace, defaults: GenerationSettings) -> Benchm
 
 def _run(args: argparse.Namespace, work: Work[Any], score: Score) -> int:
     """Work off this process's share; who ends last writes results and summary."""
-    from seed_multimodal.evaluation.answer_folder import collect, finish, work_off
+    from seed_multimodal.evaluation.answer_folder import run_through
 
     folder = Path(args.out)
-    work_off(work, folder, batch=args.batch_size, max_bad=args.max_bad)
-    lines = collect(work, folder)
-    if lines is None:
-        log_line(f"{folder}: this share is finished; other processes still work or have to be run.")
+    summary = run_through(work, score, folder, batch=args.batch_size, max_bad=args.max_bad)
+    if summary is None:
         return DONE
-    summary = finish(folder, lines, *score(lines))
     print(json.dumps(summary, ensure_ascii=False), flush=True)
     if summary["bad"]:
         log_line(f"{folder}: {counted(summary['bad'], 'sample')} of {summary['samples']:,} could not be used; run the "

@@ -2,7 +2,8 @@
 
     folder/settings.json       what the run depends on; another run is refused
     folder/samples-0.jsonl     one line a sample, appended as it is done, by process 0 (-1 by process 1, …)
-    folder/results.json        written when every sample has its line, with summary.json
+    folder/results_rank0.json  the results of what process 0 has done, in the benchmark's own format
+    folder/results.json        written when every sample has its line, with summary.json; each sample is once in it
 
 Blocks of samples go round the processes (torchrun's RANK and WORLD_SIZE); a resumed run, of as many processes or of
 others, leaves out what has a line. A sample that cannot be used is named, counted and tried again by the next run;
@@ -28,7 +29,7 @@ from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.distributed import environment_place
 
-SETTINGS, SUMMARY, RESULTS = "settings.json", "summary.json", "results.json"
+SETTINGS, SUMMARY, RESULTS = "settings.json", "summary.json", "results"
 NAMED = 5  # bad samples that the summary names
 Line = dict[str, Any]
 S = TypeVar("S")
@@ -64,6 +65,44 @@ class Work(Generic[S]):
     def keys(self) -> list[int | str]:
         """The names of the samples that are asked for."""
         return list(self.samples.keys[:self.limit])
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is made of the lines.
+
+    Attributes:
+        results: in the benchmark's own format. numbers: of the summary; `notes` among them are sentences on what could
+            not be measured.
+    """
+
+    results: Callable[[Sequence[Line]], Any]
+    numbers: Callable[[Sequence[Line]], Mapping[str, Any]] = lambda lines: {}
+
+
+def run_through(work: Work[S], score: Score, folder: Path, *, batch: int, max_bad: int = 20, name: str = RESULTS
+                ) -> Line | None:
+    """Work off this process's share; who ends last writes results and summary, which is returned. Else None.
+
+    Args:
+        name: of the files of results, without `.json`.
+
+    Raises:
+        DataError, ConfigError: see `work_off`.
+    """
+    work_off(work, folder, batch=batch, max_bad=max_bad)
+    rank, world = environment_place()
+    keys, known = work.keys, read_lines(folder)
+    if world > 1:
+        own = read_lines(folder, f"samples-{rank}.jsonl")
+        with writing(folder, DataError):
+            replace_text(folder / f"{name}_rank{rank}.json", json.dumps(
+                score.results([own[key] for key in keys if key in own]), ensure_ascii=False))
+    if any(key not in known for key in keys):
+        log_line(f"{folder}: this share is finished; other processes still work or have to be run.")
+        return None
+    lines = [known[key] for key in keys]
+    return finish(folder, lines, score.results(lines), score.numbers(lines), name)
 
 
 def work_off(work: Work[S], folder: Path, *, batch: int, max_bad: int = 20) -> None:
@@ -103,29 +142,24 @@ def work_off(work: Work[S], folder: Path, *, batch: int, max_bad: int = 20) -> N
                 bar.update(len(rows))
 
 
-def collect(work: Work[S], folder: Path) -> list[Line] | None:
-    """The lines of all samples in their order, once every one has been tried; None while others work."""
-    known = read_lines(folder)
-    keys = work.keys
-    return [known[key] for key in keys] if all(key in known for key in keys) else None
-
-
-def finish(folder: Path, lines: Sequence[Line], results: Any, numbers: Mapping[str, Any]) -> Line:
+def finish(folder: Path, lines: Sequence[Line], results: Any, numbers: Mapping[str, Any], name: str = RESULTS) -> Line:
     """Write the results and a summary, which is returned: counts, the first bad samples, `numbers`."""
     bad = [line for line in lines if "bad" in line]
     summary = {"samples": len(lines), "answered": len(lines) - len(bad), "bad": len(bad),
                "bad_first": [line["bad"] for line in bad[:NAMED]], **numbers}
     with folder_lock(folder, DataError, timeout=-1), writing(folder, DataError):
-        replace_text(folder / RESULTS, json.dumps(results, ensure_ascii=False))
+        replace_text(folder / f"{name}.json", json.dumps(results, ensure_ascii=False))
         replace_text(folder / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    for note in summary.get("notes", ()):
+        log_line(note)
     return summary
 
 
-def read_lines(folder: Path) -> dict[int | str, Line]:
+def read_lines(folder: Path, files: str = "samples-*.jsonl") -> dict[int | str, Line]:
     """Every sample's line: the answer if there is one, else the latest reason why there is none. What a killed process
     left unfinished is passed over."""
     found: dict[int | str, Line] = {}
-    for path in sorted(folder.glob("samples-*.jsonl")):
+    for path in sorted(folder.glob(files)):
         with open(path, encoding="utf-8", errors="replace") as file:
             for text in file:
                 try:
