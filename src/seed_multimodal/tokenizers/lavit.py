@@ -50,7 +50,7 @@ class LavitTokenizerConfig:
 
     `vit_head`: width of the tower's classification head, which the released file holds with a final norm and nothing
     uses; 0: neither is there. `llm_width`: of the language model that reads the continuous rows. `grad_checkpoint`: the
-    merger's blocks are computed again going backward (its explicit attention keeps 100 MB a picture at full size).
+    merger's blocks are computed again going backward (otherwise they keep about 600 MB a picture at full size).
     """
 
     vit: EvaConfig = field(default_factory=lambda: EvaConfig(depth=40))
