@@ -3,24 +3,24 @@
     read       <patch> 64 words </patch> for each part of the picture, <img> 64 words </img> for the whole
     written    <img> 64 words </img>; of these only <img> is learned as a word, the others' states are
 
-A record's pictures are opened before its decoder is called (`picture_fields` names them): anything with `size`, (width,
-height) in pixels, since the number of views depends on it. Texts may hold boxes (`<box_start><loc-1>…<box_end>`); other
-control words in a text are refused, unless `validate` is off (the released behaviour: they are taken as they are).
+The number of a picture's views depends on its size (`opened` says what pictures are). Texts may hold boxes
+(`<box_start><loc-1>…<box_end>`); other control words in a text are refused, unless `validate` is off (the released
+behaviour: they are taken as they are).
 Source: SEED-X's released code (`sft_clm.py`, `image_text_pairs_clm.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from seed_multimodal.data.decoders.base import Decoder, DecoderOptions, Draft, Span
-from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence, pad
-from seed_multimodal.data.formats.conversations import NO_IMAGE
-from seed_multimodal.data.formats.record import BadRecord, shorten
+from seed_multimodal.data.decoders.base import Draft, Span
+from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
+from seed_multimodal.data.decoders.sequence import IGNORED, TokenSequence, pad
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.any_resolution import RELEASED_GRIDS, Grid, choose_grid, patch_positions, read_grids
+from seed_multimodal.images.any_resolution import RELEASED_GRIDS, choose_grid, read_grids
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.seed_x import read_boxes, seed_x_words
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -31,44 +31,7 @@ INSTRUCTION = "{instruction}"
 
 
 @dataclass(frozen=True)
-class UsedPicture:
-    """A picture of a sequence: as the record holds it, its grid of parts (None: the whole alone), read or written."""
-
-    picture: Any
-    grid: Grid | None
-    written: bool = False
-
-    @property
-    def views(self) -> int:
-        """The parts and the whole."""
-        return 1 if self.grid is None else self.grid[0] * self.grid[1] + 1
-
-    @property
-    def positions(self) -> list[list[float]]:
-        """The centre of each view."""
-        found: list[list[float]] = patch_positions(self.grid or (1, 1)).tolist()
-        return found[-self.views:]
-
-    @property
-    def uses(self) -> tuple[list[bool], list[bool]]:
-        """Of each view, whether it is read and whether it is written (of a written picture the whole alone is)."""
-        last = [False] * (self.views - 1) + [self.written]
-        return [not self.written] * self.views, last
-
-
-@dataclass
-class PictureSequence(TokenSequence):
-    """A sequence with its pictures in order, and where their words stand: `read`, `written` (indices of `ids`); `cut`:
-    how many tokens were cut off at its end."""
-
-    pictures: list[UsedPicture] = field(default_factory=list)
-    read: list[int] = field(default_factory=list)
-    written: list[int] = field(default_factory=list)
-    cut: int = 0
-
-
-@dataclass(frozen=True)
-class PictureOptions(DecoderOptions):
+class PictureOptions(OpenedOptions):
     """Options of these decoders, by their released names.
 
     Args:
@@ -94,11 +57,10 @@ class PictureOptions(DecoderOptions):
         read_grids(self.resolution_grids)
 
 
-class PictureDecoder(Decoder):
-    """Base of SEED-X's decoders. Note: `Decoder.codes` and its like have no use here."""
+class PictureDecoder(OpenedDecoder):
+    """Base of SEED-X's decoders."""
 
     Options = PictureOptions
-    reads_pictures = False  # as codes
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
         """See `Decoder`. Raises ConfigError also for a tokenizer of another system."""
@@ -112,46 +74,15 @@ class PictureDecoder(Decoder):
             raise ConfigError(f"decoder {self.name}: a picture cannot take {max(self.tokens_in, self.tokens_out)} "
                               f"words; the tokenizer has {self.words.n_codes}.")
 
-    def picture_fields(self, fields: Mapping[str, Any]) -> list[str]:
-        """The fields that name pictures to be opened before the call."""
-        names = [name for name in ("image", "source_image", "target_image") if name in fields]
-        return [name for name in names if not self.no_picture(fields[name])]
-
-    def opened(self, fields: Mapping[str, Any], open_picture: Callable[[Any, str], Any]) -> dict[str, Any]:
-        """The fields with their pictures opened by `open_picture(value, name)`, in `messages` too where these count."""
-        found = {**fields, **{name: open_picture(fields[name], name) for name in self.picture_fields(fields)}}
-        if "messages" not in self.needs or not isinstance(fields.get("messages"), list):
-            return found
-
-        def part(value: Any, name: str) -> Any:
-            shown = isinstance(value, Mapping) and value.get("image") is not None
-            return {"image": open_picture(value["image"], name)} if shown else value
-
-        found["messages"] = [
-            {**message, "content": [part(one, f"messages[{place}].content[{number}]")
-                                    for number, one in enumerate(message["content"])]}
-            if isinstance(message, Mapping) and isinstance(message.get("content"), list) else message
-            for place, message in enumerate(fields["messages"])]
-        return found
-
-    def no_picture(self, value: Any) -> bool:
-        """Whether a field says that there is none. Note: the released code also takes any path with `null` for that."""
-        if isinstance(value, str) and not self.validate:
-            return value in ("", "none") or "null" in value
-        return value is None or (isinstance(value, str) and value in NO_IMAGE)
-
     def use(self, fields: Mapping[str, Any], name: str, written: bool = False) -> UsedPicture:
         """The opened picture of a field on the grid that suits it."""
         return self.use_picture(fields.get(name), name, written)
 
     def use_picture(self, picture: Any, name: str, written: bool = False) -> UsedPicture:
         """See `use`."""
-        size = getattr(picture, "size", None)
-        if picture is None:
-            raise BadRecord("missing key", f"{name}: is missing; decoder {self.name} needs it.")
-        if not isinstance(size, tuple) or len(size) != 2:
-            raise BadRecord("wrong type", f"{name}: must be an opened picture, not {shorten(picture)}.")
-        grid = choose_grid(size, self.grids, self.options.base_resolution) if self.options.multi_resolution else None
+        self.check_picture(picture, name)
+        sides = self.options.multi_resolution
+        grid = choose_grid(picture.size, self.grids, self.options.base_resolution) if sides else None
         return UsedPicture(picture, grid, written)
 
     def misshapen(self, picture: UsedPicture, name: str) -> str:
@@ -200,32 +131,6 @@ class PictureDecoder(Decoder):
         """What is said before everything."""
         message = self.options.system_message
         return [Span([message if message.endswith("\n") else f"{message}\n"], learned=False)] if message else []
-
-    # ------------------------------------------------------------------------------------------ the sequence
-
-    def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> PictureSequence:
-        """See `Decoder`."""
-        draft = self.draft(fields, draws)
-        sequence = PictureSequence([], [], draft.extra, draft.dropped)
-        if draft.dropped:
-            return sequence
-        self._check_content(draft)
-        self._fill(sequence, draft, None)
-        self.limit(sequence, max_length)
-        if not sequence.dropped and self.validate and set(sequence.labels) == {IGNORED}:
-            sequence.dropped = f"nothing to learn within {max_length} tokens"
-        return sequence
-
-    def limit(self, sequence: PictureSequence, max_length: int | None) -> None:
-        """Cut an over-long sequence on the right; it is dropped where that would cut a picture."""
-        if max_length is None or len(sequence) <= max_length:
-            return
-        last = max([*sequence.read, *sequence.written], default=-2) + 1  # its closing bracket
-        if last >= max_length:
-            sequence.dropped = f"a picture ends behind the {max_length} tokens of a sequence"
-            return
-        sequence.cut = len(sequence) - max_length
-        sequence.ids, sequence.labels = sequence.ids[:max_length], sequence.labels[:max_length]
 
     def _fill(self, sequence: TokenSequence, draft: Draft, max_length: int | None) -> None:
         assert isinstance(sequence, PictureSequence)

@@ -19,13 +19,8 @@ from typing import Any
 
 from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import LIST, TEXT, Draft, Span
-from seed_multimodal.data.decoders.pictured import (
-    INSTRUCTION,
-    PictureDecoder,
-    PictureOptions,
-    PictureSequence,
-    UsedPicture,
-)
+from seed_multimodal.data.decoders.opened import PictureSequence, UsedPicture
+from seed_multimodal.data.decoders.pictured import INSTRUCTION, PictureDecoder, PictureOptions
 from seed_multimodal.data.decoders.sequence import Draws
 from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.language.prompts import ROLES

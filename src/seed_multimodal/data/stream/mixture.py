@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 
 from seed_multimodal.data.decoders.base import Decoder
-from seed_multimodal.data.decoders.pictured import PictureDecoder, PictureSequence
+from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
 from seed_multimodal.data.decoders.registry import FEATURE_DECODERS, get_decoder, some_picture
 from seed_multimodal.data.decoders.sequence import Draws, SeededDraws, TokenSequence
 from seed_multimodal.data.formats.records import FileRecords, open_records
@@ -51,7 +51,7 @@ class Mixture:
         self.decoders = [_decoder(source, records, tokenizer)
                          for source, records in zip(settings.sources, self.records, strict=True)]
         self.readers = [PictureReader(decoder, records.open_files, source.image_dir)
-                        if isinstance(decoder, PictureDecoder) else None
+                        if isinstance(decoder, OpenedDecoder) else None
                         for source, records, decoder in zip(settings.sources, self.records, self.decoders, strict=True)]
         sides = view_sides(dict(zip(self.names, self.decoders, strict=True)))
         if len(sides) > 1:

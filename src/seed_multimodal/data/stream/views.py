@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.decoders.pictured import PictureDecoder, PictureSequence
+from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
 from seed_multimodal.data.formats.captions import text_member
 from seed_multimodal.data.formats.pictures import IMAGE_KEYS, stored_picture
 from seed_multimodal.data.formats.record import FileReader, Record
@@ -36,22 +36,28 @@ class SequenceViews:
         pixels: uint8 [n, 3, S, S]. positions: [n, 2], the centre (x, y) of each in its picture. written: bool [n], the
             others are read.
         marks: int8 [tokens], READ and WRITTEN at the words of views.
+        seeds: int64 [n], of the pictures. words: int64 [n], how many words each
+            view has, where all of the sequence have as many.
     """
 
     pixels: Tensor
     positions: Tensor
     written: Tensor
     marks: np.ndarray
+    seeds: Tensor
+    words: Tensor
 
 
 @dataclass
 class BatchViews:
-    """The views of a batch: `pixels`, `positions` and `written` as of `SequenceViews`, `marks` int8 [B, L]."""
+    """The views of a batch: as of `SequenceViews`, `marks` int8 [B, L]; `seeds` and `words` stay on the CPU."""
 
     pixels: Tensor
     positions: Tensor
     written: Tensor
     marks: Tensor
+    seeds: Tensor
+    words: Tensor
 
     def to(self, device: torch.device) -> BatchViews:
         """The same on a device."""
@@ -66,7 +72,7 @@ class PictureReader:
         folder: of the pictures that records name; None: they lie beside the record's file, or in the current folder.
     """
 
-    def __init__(self, decoder: PictureDecoder, files: FileReader, folder: str | None = None) -> None:
+    def __init__(self, decoder: OpenedDecoder, files: FileReader, folder: str | None = None) -> None:
         self.decoder, self.files, self.folder = decoder, files, folder
 
     def fields(self, record: Record) -> dict[str, Any]:
@@ -87,19 +93,22 @@ class PictureReader:
 
     def cut(self, sequence: PictureSequence) -> SequenceViews | None:
         """The views of a sequence, whose opened pictures are let go; None without any."""
-        pixels, positions, written = [], [], []
+        pixels, positions, written, seeds = [], [], [], []
         for used in sequence.pictures:
             shown = self._views(used.picture, used.grid is not None)
             kept = slice(-1, None) if used.written else slice(None)
             pixels.append(shown[kept])
             positions += used.positions[kept]
             written += [used.written] * len(pixels[-1])
+            seeds += [used.seed] * len(pixels[-1])
         if not pixels:
             return None
         marks = np.zeros(len(sequence), np.int8)
         marks[sequence.read], marks[sequence.written] = READ, WRITTEN
         sequence.pictures = []
-        return SequenceViews(torch.cat(pixels), torch.tensor(positions), torch.tensor(written), marks)
+        words = torch.full((len(seeds),), len(sequence.read + sequence.written) // len(seeds))
+        return SequenceViews(torch.cat(pixels), torch.tensor(positions), torch.tensor(written), marks,
+                             torch.tensor(seeds), words)
 
     def _views(self, picture: Any, parts: bool) -> Tensor:
         return self._cutter.cut(picture) if parts else self._whole.read(picture)[None]
@@ -111,7 +120,7 @@ class PictureReader:
 
     @cached_property
     def _whole(self) -> ImageTransform:
-        return ImageTransform(self.decoder.options.base_resolution)
+        return ImageTransform(self.decoder.options.base_resolution, interpolation=self.decoder.interpolation)
 
 
 def join_views(rows: Sequence[Sequence[SequenceViews | None]], lengths: Sequence[Sequence[int]], length: int
@@ -131,14 +140,16 @@ def join_views(rows: Sequence[Sequence[SequenceViews | None]], lengths: Sequence
             if views is not None:
                 line[start:start + size] = views.marks[:size]
             start += size
-    return BatchViews(torch.cat([one.pixels for one in found]), torch.cat([one.positions for one in found]),
-                      torch.cat([one.written for one in found]), torch.from_numpy(marks))
+    pixels, positions, written, seeds, words = (
+        torch.cat([getattr(one, name) for one in found]) for name in ("pixels", "positions", "written", "seeds",
+                                                                      "words"))
+    return BatchViews(pixels, positions, written, torch.from_numpy(marks), seeds, words)
 
 
 def view_sides(decoders: Mapping[str, Any]) -> dict[int, str]:
     """Side of the views in pixels -> the first source (by name) that has it."""
     sides: dict[int, str] = {}
     for name, decoder in decoders.items():
-        if isinstance(decoder, PictureDecoder):
+        if isinstance(decoder, OpenedDecoder):
             sides.setdefault(decoder.options.base_resolution, name)
     return sides
