@@ -5,9 +5,9 @@
 
 `pretrain.*` and `sft.*` are the decoders of the released data modules: ids, labels and the draws they make, in their
 order, are the released ones, but for the sentences that a drawn place takes from a list, which are known in part
-(`phrases` says which are ours). `chat` is ours. `seed_x.*` are SEED-X's, whose pictures are features (`pictured`). A
-dropped sample leaves its reason in `decoder.reason`; a broken record raises a `BadRecord` (a DataError) whose sentence
-starts with the field, ready for "FILE: sample KEY: " in front.
+(`phrases` says which are ours). `chat` is ours. `seed_x.*` and `lavit.*` have pictures that are opened beside the
+record (`opened`). A dropped sample leaves its reason in `decoder.reason`; a broken record raises a `BadRecord` (a
+DataError) whose sentence starts with the field, ready for "FILE: sample KEY: " in front.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from seed_multimodal.data.decoders import pretrain, pretrain_context, seed_x, sft, sft_dialogues, turns
+from seed_multimodal.data.decoders import lavit, pretrain, pretrain_context, seed_x, sft, sft_dialogues, turns
 from seed_multimodal.data.decoders.base import CODE_FIELDS, Decoder
 from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.data.decoders.sequence import Draws
@@ -30,9 +30,9 @@ DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
     sft_dialogues.VideoConversation, sft.MultiEdit, sft.Interleaved, turns.VisualQuestionTuned,
     turns.TextConversationTuned, Chat)}
 
-# Of pictures as features, which are opened before; never guessed.
+# Of pictures that are opened before; never guessed.
 FEATURE_DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
-    seed_x.Conversation, seed_x.Caption, seed_x.Edit, seed_x.Chat)}
+    seed_x.Conversation, seed_x.Caption, seed_x.Edit, seed_x.Chat, lavit.Caption, lavit.Question, lavit.Compose)}
 
 # In the order of guessing: the first that fits. The others need the same fields as one of these.
 GUESSED = ("chat", "sft.edit", "sft.story", "sft.multi_edit", "pretrain.retrieval", "pretrain.interleaved",

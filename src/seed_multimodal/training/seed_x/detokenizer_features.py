@@ -18,7 +18,8 @@ from seed_multimodal.detokenizers.sdxl import NEEDED, SdxlDetokenizer
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import SDXL_WHERE, find_folder
-from seed_multimodal.training.seed_x.tower_features import FrozenFeatures, TowerFeatures
+from seed_multimodal.training.frozen_features import FrozenFeatures
+from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
