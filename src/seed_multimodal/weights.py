@@ -105,13 +105,33 @@ def read_torch(file: Path, mapped: bool = False) -> Mapping[str, object]:
     Raises:
         CheckpointError: a truncated or unsafe file, or no mapping in it.
     """
+    loaded = _read_torch(file, mapped)
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a mapping of names to tensors.")
+    return loaded
+
+
+def read_tensor(file: Path) -> Tensor:
+    """The one tensor that a torch or safetensors file holds, on the CPU.
+
+    Raises:
+        CheckpointError: a missing, truncated or unsafe file, or another content.
+    """
+    loaded = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    values = list(loaded.values()) if isinstance(loaded, Mapping) else [loaded]
+    if len(values) != 1 or not isinstance(values[0], Tensor):
+        raise CheckpointError(f"{file}: must hold one tensor and nothing else.")
+    return values[0]
+
+
+def _read_torch(file: Path, mapped: bool = False) -> object:
     try:
         try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except RuntimeError as error:
             if not mapped or "mmap" not in str(error):
                 raise
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is damaged; "
@@ -122,9 +142,6 @@ def read_torch(file: Path, mapped: bool = False) -> Mapping[str, object]:
                               f"this machine.") from error
     except _DAMAGES as error:
         raise CheckpointError(f"{file}: not a complete torch checkpoint ({first_line(error)}).") from error
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a mapping of names to tensors.")
-    return loaded
 
 
 def _unwrap(loaded: Mapping[str, object], file: Path) -> dict[str, Tensor]:

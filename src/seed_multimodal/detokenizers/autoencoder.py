@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from seed_multimodal.detokenizers.pipelines import PipelineDetokenizer, refuse_unfilled
 from seed_multimodal.disk import read_json_object
@@ -55,3 +56,10 @@ def read_autoencoder(place: Path, kind: type[PipelineDetokenizer], dtype: torch.
                                             local_files_only=True)
     refuse_unfilled(vae, where)
     return vae.eval()
+
+
+def pixels_of(vae: Any, latents: Tensor) -> Tensor:
+    """Pictures `[B, 3, H, W]` (about -1…1) of latents `[B, C, h, w]`, in float32 and one after the other, since memory
+    grows with their number."""
+    return torch.cat([vae.decode(one.to(vae.device, torch.float32) / vae.config.scaling_factor).sample
+                      for one in latents.split(1)])

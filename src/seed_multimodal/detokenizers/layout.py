@@ -146,10 +146,15 @@ class LayoutDecoder(nn.Module):
 
     def warm_latents(
         self, embedding: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None, scheduler: Any,
-        condition: Tensor | None = None
+        condition: Tensor | None = None, size: tuple[int, int] | None = None
     ) -> Tensor:
-        """Start of sampling: expected latents and noise, mixed as at the schedule's last training step."""
+        """Start of sampling: expected latents and noise, mixed as at the schedule's last training step.
+
+        `size`: height and width of the latents, None for g × g; the layout is stretched over another one.
+        """
         mean = self.latents(embedding, condition)
+        if size is not None and size != tuple(mean.shape[2:]):
+            mean = F.interpolate(mean.float(), size, mode="bilinear", antialias=True).to(mean.dtype)
         signal = float(scheduler.alphas_cumprod[-1])
         noise = _noise_like(mean, generator)
         return signal ** 0.5 * mean + (1.0 - signal) ** 0.5 * noise

@@ -1,15 +1,17 @@
-"""Which scheduler a pipeline samples with: another one for the time of a call, by name or as an object."""
+"""Which scheduler a pipeline samples with: its folder's, or for the time of a call another, by name or as an object."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 
 # What diffusers' schedulers of other kinds of models raise, dozens of classes, each in its own place.
 _MISFITS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
@@ -60,3 +62,16 @@ def scheduler_class(name: str) -> Any:
         raise ConfigError(f"Unknown scheduler {name!r}" + (f", did you mean {near[0]!r}?" if near else
                                                            ": give a diffusers scheduler class, e.g. DDIMScheduler."))
     return getattr(diffusers, name)
+
+
+def read_scheduler(place: Path, where: str) -> Any:
+    """The scheduler of a diffusion folder, with its own settings; `where`: what to download, in messages.
+
+    Raises:
+        CheckpointError: none is there, or it names no class. ConfigError: a class that diffusers has not.
+    """
+    listed = place / "scheduler" / "scheduler_config.json"
+    settings = read_json_object(listed, CheckpointError, where)
+    if "_class_name" not in settings:
+        raise CheckpointError(f"{listed}: names no scheduler (_class_name).")
+    return scheduler_class(str(settings["_class_name"])).from_config(settings)

@@ -25,14 +25,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.autoencoder import autoencoder_folder, read_autoencoder
+from seed_multimodal.detokenizers.autoencoder import autoencoder_folder, pixels_of, read_autoencoder
 from seed_multimodal.detokenizers.layout import LayoutDecoder
 from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer
-from seed_multimodal.detokenizers.schedulers import scheduler_class
+from seed_multimodal.detokenizers.schedulers import read_scheduler
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.device import free_memory
-from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import SDXL_WHERE, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
@@ -99,14 +98,10 @@ class SdxlDetokenizer(PipelineDetokenizer):
             CheckpointError: something is not there (names what to put where), damaged, or of another model.
         """
         place = find_folder(folder, NEEDED, SDXL_WHERE)
-        listed = place / "scheduler" / "scheduler_config.json"
-        settings = read_json_object(listed, CheckpointError, SDXL_WHERE)
-        if "_class_name" not in settings:
-            raise CheckpointError(f"{listed}: names no scheduler (_class_name).")
         defaults = cls.defaults_class.read(place)
-        vae = read_autoencoder(place, cls)
         with cls.reading(place):
-            scheduler = scheduler_class(str(settings.get("_class_name"))).from_config(settings)
+            scheduler = read_scheduler(place, SDXL_WHERE)
+        vae = read_autoencoder(place, cls)
         with quiet_loading("diffusers"):
             weights = SDXLAdapter.from_pretrained(adapter, place, device=device, dtype=dtype, sizes=sizes)
         if vae.config.latent_channels != weights.latent_channels:
@@ -188,7 +183,7 @@ class SdxlDetokenizer(PipelineDetokenizer):
                    start: Tensor | None) -> Any:
             options = {} if seen is None else {"image": seen, "image_guidance_scale": by_image}
             if start is None and self.layout is not None:
-                start = self._warm(self.layout, embeds, own, seen)
+                start = layout_start(self.layout, embeds, own, self.pipeline.scheduler, seen)
             drawn = self.pipeline(
                 **self._prompts(embeds, negatives), **options, num_inference_steps=steps, guidance_scale=guidance,
                 height=height, width=width, eta=eta, generator=own, output_type="latent",
@@ -196,7 +191,9 @@ class SdxlDetokenizer(PipelineDetokenizer):
             if self.frees_unet:
                 self.adapter.to("cpu")
                 free_memory(self.pipeline.vae.device)
-            return drawn if made == "latent" else self._pixels(drawn, made)
+            if made == "latent":
+                return drawn
+            return self.pipeline.image_processor.postprocess(pixels_of(self.pipeline.vae, drawn), output_type=made)
 
         return self.in_batches(render, (embeds, negatives, seen), generator, latents, scheduler=scheduler,
                                batch_size=batch_size, as_pil=output_type == "pil", size=(height, width))
@@ -225,15 +222,6 @@ class SdxlDetokenizer(PipelineDetokenizer):
             prompt, pooled = self.adapter.resampler(negatives)
             made |= {"negative_prompt_embeds": prompt, "negative_pooled_prompt_embeds": pooled}
         return made
-
-    def _warm(self, layout: LayoutDecoder, embeds: Tensor, generators: Any, seen: Tensor | None) -> Tensor:
-        """Where sampling starts, by the layout, on the device."""
-        like, count = next(layout.parameters()), layout.sizes["embedding"] // embeds.shape[2]
-        told = pooled_tokens(embeds, count).flatten(1)
-        if told.shape[1] != layout.sizes["embedding"]:
-            raise ConfigError(f"The layout decoder reads {count} embeddings of a picture, not {embeds.shape[1]}.")
-        return layout.warm_latents(told.to(like), generators, self.pipeline.scheduler,
-                                   None if seen is None else seen.to(like))
 
     def _condition_latents(self, conditions: Sequence[Image.Image | None] | None, count: int, height: int,
                            width: int) -> Tensor | None:
@@ -264,13 +252,6 @@ class SdxlDetokenizer(PipelineDetokenizer):
         pixels = to_bytes(resize_passes(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC))
         return vae.encode((pixels / 127.5 - 1.0)[None].to(vae.device)).latent_dist.mode()
 
-    def _pixels(self, latents: Tensor, made: str) -> Any:
-        """Pictures of latents, in float32 and one after the other, since memory grows with their number."""
-        vae = self.pipeline.vae
-        images = torch.cat([vae.decode(one.to(vae.device, torch.float32) / vae.config.scaling_factor).sample
-                            for one in latents.split(1)])
-        return self.pipeline.image_processor.postprocess(images, output_type=made)
-
 
 def pooled_tokens(features: Tensor, count: int) -> Tensor:
     """`[B, N, W]` → `[B, count, W]`: means of neighbours in raster order, as SEED-X pools its tower's 256 to 64.
@@ -279,3 +260,20 @@ def pooled_tokens(features: Tensor, count: int) -> Tensor:
     """
     group, rest = divmod(features.shape[1], count)
     return features if rest or group < 2 else F.avg_pool1d(features.mT, group).mT
+
+
+def layout_start(layout: LayoutDecoder, embeds: Tensor, generators: Any, scheduler: Any, seen: Tensor | None = None,
+                 size: tuple[int, int] | None = None) -> Tensor:
+    """Where sampling starts, by the layout that embeddings `[B, N, W]` name, on the layout's device.
+
+    Args:
+        seen: latents of the condition pictures; size: height and width of the latents, None for the layout's own.
+
+    Raises:
+        ConfigError: the layout decoder was made for another number of embeddings.
+    """
+    like, count = next(layout.parameters()), layout.sizes["embedding"] // embeds.shape[2]
+    told = pooled_tokens(embeds, max(count, 1)).flatten(1)
+    if told.shape[1] != layout.sizes["embedding"]:
+        raise ConfigError(f"The layout decoder reads {count} embeddings of a picture, not {embeds.shape[1]}.")
+    return layout.warm_latents(told.to(like), generators, scheduler, None if seen is None else seen.to(like), size)

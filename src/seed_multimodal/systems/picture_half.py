@@ -26,6 +26,8 @@ from seed_multimodal.settings import SEEDS, check_keys, check_value
 Picture = ImageSource
 PARTS = frozenset(("llm", "encoder", "decoder"))  # of a system, that can be off-loaded
 
+NOT_SETTINGS = ("generator", "batch_size", "conditions", "on_step")  # arguments of `decode` that a request has not
+
 
 def off_loaded(parts: bool | Collection[str]) -> frozenset[str]:
     """The names of the parts that are on their device only while they work; True: all of them."""
@@ -110,7 +112,7 @@ class PictureHalf:
     def check_keys(self, decode: Mapping[str, Any]) -> None:
         """Refuse settings that the de-tokenizer has not: `ConfigError` names the nearest."""
         known = [name for name, kind in inspect.signature(self.decoder.decode).parameters.items()
-                 if kind.kind is kind.KEYWORD_ONLY and name not in ("generator", "batch_size", "conditions")]
+                 if kind.kind is kind.KEYWORD_ONLY and name not in NOT_SETTINGS]
         check_keys(decode, [*known, *self.own_settings], "Drawing setting")
 
     def check_drawing(self, **decode: Any) -> None:

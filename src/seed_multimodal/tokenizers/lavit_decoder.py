@@ -83,10 +83,14 @@ class LavitDecoderConfig:
 
 
 class Conditions(NamedTuple):
-    """What a U-Net is told of B pictures: `prompt_embeds` `[B, N, context_dim]`, `pooled` `[B, pooled_dim]` or None."""
+    """What a U-Net is told of B pictures: `prompt_embeds` `[B, N, context_dim]`, `pooled` `[B, pooled_dim]` or None.
+
+    `features`: `[B, N, F]`, of which they were made; a small U-Net's layout decoder reads them.
+    """
 
     prompt_embeds: Tensor
-    pooled: Tensor | None
+    pooled: Tensor | None = None
+    features: Tensor | None = None
 
 
 class CrossAttention(nn.Module):
@@ -195,9 +199,9 @@ class CodeDecoder(nn.Module):
     def conditions(self, features_BNF: Tensor) -> Conditions:
         """What the head makes of features `[B, N, F]`."""
         if self.config.head == "lowres":
-            return Conditions(self.unet_proj(features_BNF), None)
+            return Conditions(self.unet_proj(features_BNF), None, features_BNF)
         prompt = torch.cat([self.unet_proj_1(features_BNF), self.unet_proj_2(features_BNF)], dim=-1)
-        return Conditions(prompt, self.unet_attnpool(features_BNF))
+        return Conditions(prompt, self.unet_attnpool(features_BNF), features_BNF)
 
     def _check(self, rows: Sequence[Tensor]) -> None:
         config = self.config

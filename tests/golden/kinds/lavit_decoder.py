@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
+from lavit_pixels import decoder_config
 from runner import assert_close, assert_same, read_json, read_tensors
 from torch import Tensor
 
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, Head, LavitDecoderConfig
+from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, Head
 from seed_multimodal.weights import assign_strictly
 
 KIND = "lavit_decoder"
-MLP_RATIO = 4.3637  # released; its product with the width is cut to a whole number
-
-
-def decoder_config(sizes: dict[str, Any], features: int, widths: list[int], head: Head) -> LavitDecoderConfig:
-    """A fixture's sizes in our words."""
-    return LavitDecoderConfig(
-        head=head, tokens=(sizes["img_size"] // sizes["patch_size"]) ** 2, code_dim=sizes["in_chans"],
-        width=sizes["embed_dim"], depth=sizes["depth"], heads=sizes["num_heads"],
-        mlp_width=int(sizes["embed_dim"] * MLP_RATIO), feature_dim=features, prompt_dim=widths[0],
-        pooled_dim=widths[1])
 
 
 @torch.no_grad()
