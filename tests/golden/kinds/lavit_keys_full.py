@@ -1,7 +1,7 @@
 """Every state-dict key and shape of LaVIT's full-size visual modules, without allocating a weight (meta device).
 
 Also: the vision tower's own file (528 tensors), what is trained once the tower is frozen, and the parameters of the
-parts of the tokenizer.
+parts of the tokenizer and of both decoders.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from runner import assert_same, files_named, read_json
 from torch import nn
 
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, Head, LavitDecoderConfig
 
 KIND = "lavit_keys_full"
 TOKENIZER = "visual_tokenizer.json"
@@ -30,15 +31,23 @@ def tokenizer() -> nn.Module:
     return model
 
 
-BUILD: dict[str, Callable[[], nn.Module]] = {TOKENIZER: tokenizer}
+def decoder(head: Head, tensors: int, millions: float) -> nn.Module:
+    model = CodeDecoder(LavitDecoderConfig(head=head))
+    assert_same(len(model.state_dict()), tensors, f"tensors of the {head} decoder")
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert_same(round(counted / 1e6, 1), millions, f"millions of parameters of the {head} decoder")
+    return model
+
+
+BUILD: dict[str, Callable[[], nn.Module]] = {
+    TOKENIZER: tokenizer, "decoder_highres.json": lambda: decoder("highres", 287, 414.0),
+    "decoder_lowres.json": lambda: decoder("lowres", 276, 404.1)}
 
 
 def check(folder: Path) -> None:
     files = files_named(folder, "*.json")
     assert files, f"{folder}: no key tables"
     for file in files:
-        if file.name.startswith("decoder_"):
-            continue
         assert file.name in BUILD, f"{file}: no model is known for this table"
         table = read_json(file)
         with torch.device("meta"):
