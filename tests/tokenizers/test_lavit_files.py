@@ -168,6 +168,22 @@ def test_own_folder_with_two_mergers(tmp_path: Path, pixels: Tensor) -> None:
     assert load_both(tmp_path)[0] is not load_both(tmp_path)[1], "a second merger stays until it is removed"
 
 
+def test_a_tower_that_another_system_holds(tmp_path: Path, pixels: Tensor) -> None:
+    model = tiny_tokenizer(0)
+    other = tmp_path / "nano" / "model.safetensors"
+    other.parent.mkdir()
+    save_file({"other.weight": torch.ones(2), **{f"visual_{name}": value for name, value in model.state_dict().items()
+                                                 if name.startswith("encoder.")}}, other)
+    place = save_dynamic_tokenizer(model, tmp_path / "own", tower=(other, "visual_encoder."))
+    assert not [name for name in load_file(place / "model.safetensors") if name.startswith("encoder.")]
+    again = load_dynamic_tokenizer(place, understanding=True)
+    assert equal(again.encode(pixels, mode="threshold"), model.encode(pixels, mode="threshold"))
+    assert equal(again.continuous(pixels, mode="threshold"), model.continuous(pixels, mode="threshold"))
+    other.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"tower.json: names the file \S+ for the vision tower"):
+        load_dynamic_tokenizer(place)
+
+
 def test_states_of_training_are_not_written_and_a_missing_projector_stays_missing(tmp_path: Path) -> None:
     model = DynamicTokenizer(TINY, ema_decay=0.9)
     model.vit_proj = None

@@ -43,17 +43,24 @@ class LayoutDecoder(nn.Module):
             the convolutions; coarse: side of the coarse picture; patch: side p of the latents that a token stands for.
         cross_dim: width of the tokens; 0: there are none.
         keeps: width of the convolutions that decide where the latents of a condition picture stay; 0: it reads none.
+        reading: (W, n): the embedding is that of several patches side by side, W numbers each, of which `reading` makes
+            n first; everything else reads those.
     """
 
     def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, classes: Mapping[str, int],
                  anchors: Sequence[Sequence[Sequence[float]]], width: int = 256, features: int = 48, side: int = 8,
-                 hidden: int = 96, depth: int = 2, coarse: int = 16, patch: int = 2, keeps: int = 0) -> None:
+                 hidden: int = 96, depth: int = 2, coarse: int = 16, patch: int = 2, keeps: int = 0,
+                 reading: Sequence[int] = ()) -> None:
         super().__init__()
         self.sizes: dict[str, Any] = {
             "embedding": embedding, "channels": channels, "grid": grid, "cross_dim": cross_dim,
             "classes": dict(classes), "anchors": anchors, "width": width, "features": features, "side": side,
-            "hidden": hidden, "depth": depth, "coarse": coarse, "patch": patch, **({"keeps": keeps} if keeps else {})}
+            "hidden": hidden, "depth": depth, "coarse": coarse, "patch": patch, **({"keeps": keeps} if keeps else {}),
+            **({"reading": list(reading)} if reading else {})}
         self.grid, self.patch = grid, patch
+        self.reading = nn.Linear(*reading) if reading else None
+        if reading:
+            embedding = embedding // reading[0] * reading[1]
         self.heads = LabelHeads(embedding, classes)
         self.names = nn.ParameterDict({name: torch.randn(classes[name], width) * 0.5
                                        for name in ("second", "style", "layout")})
@@ -84,6 +91,7 @@ class LayoutDecoder(nn.Module):
             condition: latents `[B, C, g, g]` of a picture that stays where the embedding does not say otherwise; a
                 sample of zeros has none.
         """
+        embedding = self.read(embedding)
         shares = self._shares(embedding)
         coarse = self.coarse(embedding)
         if coarse.shape[-1] != self.grid:
@@ -99,6 +107,12 @@ class LayoutDecoder(nn.Module):
             mean = self._kept(mean, condition.to(mean.dtype))
         patches = F.pixel_unshuffle(x, self.patch).flatten(2).mT
         return mean, patches[..., :0] if self.token is None else self.token(patches)
+
+    def read(self, embedding: Tensor) -> Tensor:
+        """The embedding as the heads read it."""
+        if self.reading is None:
+            return embedding
+        return self.reading(embedding.unflatten(1, (-1, self.reading.in_features))).flatten(1)
 
     def _kept(self, mean: Tensor, condition: Tensor) -> Tensor:
         """The mean with what stays of the condition: a share of each square, and a correction."""

@@ -5,6 +5,8 @@
               language_model/visual_weight.bin        for understanding: another merger, and the projector
     ours      config.json, model.safetensors          all of it, `encoder.*` included
               visual_weight.safetensors               for understanding; without it model.safetensors serves for both
+              tower.json                              {"file": …, "prefix": "visual_encoder."}: `encoder.*` is in that
+                                                      file of another system, under these names
 
 Each `.bin` may be a `.safetensors` instead; a `.bin` is read as tensors only. Sizes come from `config.json` (in
 `visual_tokenizer/` of a released folder), else from the shapes. The released programs take whatever names match and run
@@ -16,6 +18,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import first_file
+from seed_multimodal.settings import check_keys, check_value
 from seed_multimodal.tokenizers.checkpoints import with_buffers
 from seed_multimodal.tokenizers.lavit import MODEL_TYPE, DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.tokenizers.lavit_merger import Merger
@@ -36,7 +40,7 @@ from seed_multimodal.weights import assign_strictly, load_state_dict, refuse_ten
 
 State = dict[str, Tensor]
 TOWER = "encoder."
-OURS = "model.safetensors"
+OURS, ELSEWHERE = "model.safetensors", "tower.json"
 CODING = ("token_predictor.*", "causal_encoder.*", "quantize.embedding.*", "encode_task_layer.*")
 READING = ("causal_encoder.*", "vit_proj.*")  # what stage 2 trains with the language model
 LEFT_OUT = ("quantize.*", "decoder.*")  # states of training beside the codebook's rows
@@ -46,14 +50,17 @@ WHERE = "download rain1011/LaVIT-7B-v2 from the hub and give the folder"
 
 @dataclass(frozen=True)
 class _Part:
-    """One file: `needed` names must be in it; `prefix` is put before its names."""
+    """One file: `needed` names must be in it; of its names those count that begin with `within`, which `prefix`
+    replaces."""
 
     file: Path
     needed: tuple[str, ...]
     prefix: str = ""
+    within: str = ""
 
     def read(self) -> State:
-        return {self.prefix + name: value for name, value in load_state_dict(self.file, mapped=True).items()}
+        return {self.prefix + name.removeprefix(self.within): value
+                for name, value in load_state_dict(self.file, mapped=True).items() if name.startswith(self.within)}
 
 
 def load_dynamic_tokenizer(folder: str | Path, understanding: bool = False, *, device: str | torch.device = "cpu",
@@ -117,13 +124,21 @@ def with_merger(model: DynamicTokenizer, state: Mapping[str, Tensor], source: st
     return other
 
 
-def save_dynamic_tokenizer(model: DynamicTokenizer, folder: str | Path,
-                           understanding: DynamicTokenizer | None = None) -> Path:
-    """Write our own folder; states of training are left out. `understanding`: its merger and projector, in a file of
-    their own."""
+def save_dynamic_tokenizer(model: DynamicTokenizer, folder: str | Path, understanding: DynamicTokenizer | None = None,
+                           tower: tuple[str | Path, str] | None = None) -> Path:
+    """Write our own folder; states of training are left out.
+
+    Args:
+        understanding: its merger and projector, in a file of their own.
+        tower: a file that holds the vision tower under names with a prefix: it is named instead of stored again.
+    """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("quantize.ema_")}
+    left_out = ("quantize.ema_", *((TOWER,) if tower else ()))
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(left_out)}
+    if tower:
+        where = os.path.relpath(Path(tower[0]).resolve(), place.resolve())
+        replace_text(place / ELSEWHERE, json.dumps({"file": Path(where).as_posix(), "prefix": tower[1]}) + "\n")
     save_state_dict(state, place / OURS, {"model_type": MODEL_TYPE})
     if understanding is not None:
         save_state_dict(reading_state(understanding), place / "visual_weight.safetensors", {"model_type": MODEL_TYPE})
@@ -176,12 +191,12 @@ def _find(folder: Path, understanding: bool, language_model: str) -> tuple[list[
         raise CheckpointError(f"{folder}: there is no such LaVIT folder; {WHERE}.")
     own = folder / "config.json"
     if (folder / OURS).is_file() and own.is_file() and read_json_object(own).get("model_type") == MODEL_TYPE:
-        reader = first_file(folder, _either("visual_weight"))
-        if not understanding:
-            return [_Part(folder / OURS, (TOWER + "*", *CODING))], own
-        if reader is None:
-            return [_Part(folder / OURS, (TOWER + "*", *CODING, "vit_proj.*"))], own
-        return [_Part(folder / OURS, (TOWER + "*", *CODING)), _Part(reader, READING)], own
+        reader, tower = first_file(folder, _either("visual_weight")), _tower_elsewhere(folder)
+        needed = CODING if tower else (TOWER + "*", *CODING)
+        if understanding and reader is None:
+            needed = (*needed, "vit_proj.*")
+        found = [*tower, _Part(folder / OURS, needed)]
+        return [*found, _Part(reader, READING)] if understanding and reader is not None else found, own
     place = folder / "visual_tokenizer"
     wanted = [(place, "eva_vitg_psz14", (TOWER + "*",), TOWER), (place, "tokenizer_encoder", CODING, "")]
     if understanding:
@@ -195,6 +210,20 @@ def _find(folder: Path, understanding: bool, language_model: str) -> tuple[list[
         parts.append(_Part(file, needed, prefix))
     sizes = place / "config.json"
     return parts, sizes if sizes.is_file() else None
+
+
+def _tower_elsewhere(folder: Path) -> list[_Part]:
+    """The file that `tower.json` names."""
+    listed = folder / ELSEWHERE
+    if not listed.is_file():
+        return []
+    values = read_json_object(listed)
+    check_keys(values, ("file", "prefix"), str(listed))
+    file, prefix = (check_value(str, values.get(key), f"{listed}: {key}") for key in ("file", "prefix"))
+    if not (folder / file).is_file():
+        raise CheckpointError(f"{listed}: names the file {folder / file} for the vision tower, where there is none; "
+                              "keep this folder beside the one that it names.")
+    return [_Part(folder / file, (TOWER + "*",), TOWER, prefix)]
 
 
 def _either(name: str) -> tuple[str, str]:
