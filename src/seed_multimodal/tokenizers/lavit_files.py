@@ -192,7 +192,7 @@ def _find(folder: Path, understanding: bool, language_model: str) -> tuple[list[
     own = folder / "config.json"
     if (folder / OURS).is_file() and own.is_file() and read_json_object(own).get("model_type") == MODEL_TYPE:
         reader, tower = first_file(folder, _either("visual_weight")), _tower_elsewhere(folder)
-        needed = CODING if tower else (TOWER + "*", *CODING)
+        needed: tuple[str, ...] = CODING if tower else (TOWER + "*", *CODING)
         if understanding and reader is None:
             needed = (*needed, "vit_proj.*")
         found = [*tower, _Part(folder / OURS, needed)]
