@@ -1,4 +1,4 @@
-"""What several rooms' tests share: tiny random systems (tests/systems/tiny_system.py and tiny_seed_x.py), each
+"""What several rooms' tests share: tiny random systems (tests/systems/tiny_*.py), each
 built once per session.
 
 Tests read it; one that damages a system works on a copy. And the rule of `scripts/test.sh --fast`: a test that starts
@@ -68,3 +68,17 @@ def tiny_x(tiny_x_folder: Path):
     from seed_multimodal.systems.seed_x import SeedX
 
     return SeedX.from_pretrained(tiny_x_folder, device="cpu", log=None)
+
+
+@pytest.fixture(scope="session")
+def tiny_lavit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny_lavit
+
+    return tiny_lavit.build(tmp_path_factory.mktemp("tiny_lavit"))
+
+
+@pytest.fixture(scope="session")
+def tiny_lavit(tiny_lavit_folder: Path):
+    from seed_multimodal.systems.lavit import Lavit
+
+    return Lavit.from_pretrained(tiny_lavit_folder, device="cpu", log=None)

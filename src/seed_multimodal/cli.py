@@ -35,6 +35,7 @@ from seed_multimodal.commands.common import (
     add_generation,
     add_json,
     add_out,
+    add_shape,
 )
 from seed_multimodal.entry import add_offload, add_quantization, guarded, whole_number
 from seed_multimodal.settings import nearest
@@ -88,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     draw = _command(commands, "draw", pictures.draw, "pictures from words", language=True)
     draw.add_argument("texts", nargs="+", metavar="TEXT")
     add_codes(draw)
+    add_shape(draw)
     add_out(draw)
     add_drawing(draw)
 

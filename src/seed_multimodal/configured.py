@@ -68,12 +68,11 @@ def seed_llama_tokenizer(
 
 
 def picture_half(model: str, *, device: str = "auto", dtype: str = "auto") -> PictureHalf:
-    """As `picture_codec`, of any system: SEED-X's reads and draws features."""
-    from seed_multimodal.systems.open_system import kind_of, open_seed_x_pictures
+    """As `picture_codec`, of any system: SEED-X's reads and draws features, LaVIT's codes of any number."""
+    from seed_multimodal.systems.open_system import kind_of, open_pictures
 
-    if kind_of(model) == "seed_x":
-        half: PictureHalf = open_seed_x_pictures(model, device=device, dtype=dtype)
-        return half
+    if kind_of(model) != "seed_llama":
+        return open_pictures(model, device=device, dtype=dtype)
     return picture_codec(model, device=device, dtype=dtype)
 
 

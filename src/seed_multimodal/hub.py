@@ -15,8 +15,10 @@ from seed_multimodal.errors import CheckpointError, first_line
 
 NANO = "pretrained/nano"
 SEED_X = "AILab-CVC/SEED-X-17B"  # with folders for all three models, their tokenizer and de-tokenizers
-SYSTEMS = ("nano", "8b", "14b", "seed-x", "seed-x-i", "seed-x-edit", "nano-x")  # what `--model` takes beside folders
-SHIPPED = {"nano": NANO, "nano-x": "pretrained/nano-x"}
+LAVIT = "rain1011/LaVIT-7B-v2"  # all of it in one repository
+# What `--model` takes beside folders.
+SYSTEMS = ("nano", "8b", "14b", "seed-x", "seed-x-i", "seed-x-edit", "nano-x", "lavit", "nano-lavit")
+SHIPPED = {"nano": NANO, "nano-x": "pretrained/nano-x", "nano-lavit": "pretrained/nano-lavit"}
 UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
                 "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
 SDXL_WHERE = ("download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler are needed "
@@ -47,6 +49,7 @@ PARTS = {
     "vicuna": ReleasedPart("pretrained/vicuna-7b-v1.1", "lmsys/vicuna-7b-v1.1"),
     "llama2": ReleasedPart("pretrained/llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
     "seed-x": ReleasedPart("pretrained", SEED_X),  # several folders: see `systems.seed_x_spec`
+    "lavit": ReleasedPart("pretrained/LaVIT-7B-v2", LAVIT),
     "qwen-vl": ReleasedPart("pretrained/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat"),
     "sdxl": ReleasedPart("pretrained/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
 }
@@ -67,7 +70,7 @@ def locate(path: str | Path) -> Path | None:
 
 
 def locate_system(name: str | Path) -> Path | None:
-    """As `locate`; `nano` and `nano-x` are the shipped systems."""
+    """As `locate`; names of shipped systems stand for their folders."""
     return locate(SHIPPED.get(str(name).lower(), name))
 
 

@@ -36,6 +36,7 @@ from seed_multimodal.quiet import quiet_libraries
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RATIOS = ("restore", "keep", "square")  # `images.aspect.Ratio`, which is not imported with every program
+SHAPES = ("1:1", "4:3", "3:2", "16:9", "2:3", "3:4")  # `detokenizers.lavit.RATIOS`
 MOST_BYTES = 200  # of a result's name; systems take 255, with an ending, a number and what a file half written adds
 # Errors of one picture or text; any other (weights, settings) stops the whole command.
 OF_ONE_PICTURE = (ImageError, CodesError, GenerationError, RequestError)
@@ -44,8 +45,8 @@ OF_ONE_PICTURE = (ImageError, CodesError, GenerationError, RequestError)
 def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, debug: bool = True) -> None:
     """Flags that every command with a system has; `debug=False` where `entry.run_program` adds that one."""
     group = parser.add_argument_group("model and machine")
-    group.add_argument("--model", default=model, metavar="NAME", help="nano and nano-x (shipped), 8b, 14b, seed-x, "
-                       f"seed-x-i, seed-x-edit, or a system folder (default: {model})")
+    group.add_argument("--model", default=model, metavar="NAME", help="nano, nano-x and nano-lavit (shipped), 8b, "
+                       f"14b, seed-x, seed-x-i, seed-x-edit, lavit, or a system folder (default: {model})")
     add_device(group)
     group.add_argument("--seed", type=int, default=0, help="random seed; the same seed gives the same result")
     if debug:
@@ -79,11 +80,18 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance-scale", type=float, metavar="G")
 
 
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Flags of the size of a drawing."""
+    parser.add_argument("--ratio", choices=SHAPES, help="LaVIT: width to height of the drawing (default: 1:1)")
+    parser.add_argument("--height", type=whole_number(8), metavar="PIXELS", help="SEED-X, LaVIT: of the drawing")
+    parser.add_argument("--width", type=whole_number(8), metavar="PIXELS")
+
+
 def add_beside(parser: argparse.ArgumentParser) -> None:
     """Flags of drawing beside a source or condition picture."""
     parser.add_argument("--image-guidance-scale", type=float, metavar="G", help="SEED-X: towards that picture")
-    parser.add_argument("--ratio", choices=RATIOS, help="SEED-X: of the result: restore or keep that of the "
-                        "source or condition picture, or square as the original's (default: restore)")
+    parser.add_argument("--ratio", choices=(*RATIOS, *SHAPES), help="of the result; SEED-X: restore or keep that of "
+                        "the source or condition picture, or square as the original's (default: restore); LaVIT: 3:2 …")
 
 
 def code_counts(text: str) -> list[int]:
@@ -106,7 +114,7 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
 def drawing_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The drawing flags that were given, as keyword arguments of the de-tokenizer."""
     names = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale",
-             "image_guidance_scale": "image_guidance_scale", "ratio": "ratio"}
+             "image_guidance_scale": "image_guidance_scale", "ratio": "ratio", "height": "height", "width": "width"}
     return {ours: getattr(args, flag) for flag, ours in names.items() if getattr(args, flag, None) is not None}
 
 

@@ -54,7 +54,8 @@ def tokenize(args: argparse.Namespace) -> int:
     lines = []
     shown: list[tuple[str, Image.Image, list[int]]] = []
     for batch in batched(opened(args.pictures, outcomes, args.debug), args.batch_size):
-        for (name, image), codes in zip(batch, codec.tokenize([image for _, image in batch]).tolist(), strict=True):
+        rows = codec.tokenize([image for _, image in batch])
+        for (name, image), codes in zip(batch, (row.tolist() for row in rows), strict=True):
             if args.save_plot and len(shown) < MOST_STRIPS:
                 image.thumbnail((176, 176))
                 shown.append((name, image, codes))
@@ -141,8 +142,7 @@ def save_strips(shown: Sequence[tuple[str, Image.Image, Sequence[int]]], codec: 
     from seed_multimodal.images.code_strip import code_strip
     from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 
-    section = codec.model.config.codebook_size // codec.model.config.codebook_sections
-    rows = [Row(name, [Cell(image), Cell(code_strip(codes, section), wide=5)]) for name, image, codes in shown]
+    rows = [Row(name, [Cell(image), Cell(code_strip(codes, codec.section), wide=5)]) for name, image, codes in shown]
     title = "Pictures and their codes: equal colours in a column are equal codes"
     save_picture(contact_sheet(rows, title, cell=88), path)
 

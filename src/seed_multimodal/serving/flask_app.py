@@ -25,12 +25,11 @@ from seed_multimodal.serving.engine import Busy, Engine
 from seed_multimodal.serving.features_backend import backend_of
 from seed_multimodal.serving.gate import Vanished
 from seed_multimodal.serving.schema import JSON_LINES, GenerateResponse, Limits, Preview, error_json
+from seed_multimodal.systems.talking import System
 
 if TYPE_CHECKING:
     from flask import Flask, Response
     from werkzeug.exceptions import HTTPException
-
-    from seed_multimodal.systems.talking import TalkingSystem
 
 logger = logging.getLogger(__name__)
 ASKED_WRONGLY = (RequestError, ImageError, CodesError, GenerationError)
@@ -41,7 +40,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def create_app(
-    system: TalkingSystem | Backend, *, limits: Limits | None = None, exact_original: bool = False
+    system: System | Backend, *, limits: Limits | None = None, exact_original: bool = False
 ) -> Flask:
     """A Flask application over one model.
 
@@ -56,7 +55,7 @@ def create_app(
     from werkzeug.exceptions import HTTPException
 
     limits = limits or Limits()
-    backend: Backend = backend_of(system) if hasattr(system, "speaker") else system  # type: ignore[arg-type, assignment]
+    backend = backend_of(system) if isinstance(system, System) else system
     if exact_original and backend.tokenizer.vocabulary.in_order:
         raise ConfigError("exact_original repeats the released server, whose pictures are codes; SEED-X's have none.")
     engine = Engine(backend, limits=limits, exact_original=exact_original)

@@ -54,6 +54,11 @@ class PictureCodec(PictureHalf):
         self._known: OrderedDict[bytes, list[int]] = OrderedDict()  # digest of the pixels -> codes, oldest use first
 
     @property
+    def section(self) -> int:
+        """Codes of one section of the codebook."""
+        return self.model.config.codebook_size // self.model.config.codebook_sections
+
+    @property
     def encoder(self) -> nn.Module:
         """The vision tower."""
         return self.model.visual_encoder

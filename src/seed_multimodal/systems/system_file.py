@@ -7,6 +7,9 @@
     {"system": "seed_x", "llm": "llm", "agent": "agent", "tokenizer": "tokenizer", "vision": "vision",
      "sdxl": "sdxl", "detokenizer": "detokenizer", "tuned": true, "grids": ["1x1", "2x1", "1x2", "2x2"]}
 
+    {"system": "lavit", "llm": "llm", "words": "../nano/words", "tokenizer": "tokenizer", "decoder": "decoder",
+     "pixels": "pixels", "head": "highres"}
+
 A file that names no system is SEED-LLaMA's.
 """
 
@@ -16,7 +19,7 @@ import dataclasses
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -76,7 +79,39 @@ class SeedXFile:
     previews: tuple[int, ...] = ()
 
 
-def read_system_json(folder: Path) -> SystemFile | SeedXFile:
+@dataclass(frozen=True)
+class LavitFile:
+    """`system.json` of LaVIT: paths relative to its folder (also to another system's, `../nano/…`), and the settings
+    that belong to the weights. Without `decoder` or `pixels` (`null`) the system cannot draw.
+
+    Attributes:
+        words: the text tokenizer; None: in the language model's folder.
+        tokenizer: the dynamic tokenizer, with `visual_weight.safetensors` in it for understanding.
+        decoder: codes to conditions. pixels: diffusers folder with U-Net, autoencoder and scheduler. safety: folder
+            with `feature_extractor` and `safety_checker`.
+        head: the decoder's, and with it the kind of U-Net.
+        selection: how patches are chosen: drawn from the picture's seed, or those more likely kept than not.
+        generation: settings of `describe`, `ask`, `draw` and `compose` over the released ones.
+    """
+
+    llm: Path = Path("llm")
+    words: Path | None = None
+    tokenizer: Path = Path("tokenizer")
+    decoder: Path | None = Path("decoder")
+    pixels: Path | None = Path("pixels")
+    safety: Path | None = None
+    head: Literal["highres", "lowres"] = "highres"
+    selection: Literal["draw", "threshold"] = "draw"
+    generation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    system: str = "lavit"
+    previews: tuple[int, ...] = ()
+
+
+FILES: dict[str, type[SystemFile | SeedXFile | LavitFile]] = {
+    "seed_llama": SystemFile, "seed_x": SeedXFile, "lavit": LavitFile}
+
+
+def read_system_json(folder: Path) -> SystemFile | SeedXFile | LavitFile:
     """`system.json` of `folder`, as the class of the system that it names; keys that begin with `_` are remarks.
 
     Raises:
@@ -88,11 +123,10 @@ def read_system_json(folder: Path) -> SystemFile | SeedXFile:
     if not file.is_file():
         raise CheckpointError(f"{file}: there is no such file; a system folder names its parts there.")
     values = {key: value for key, value in read_json_object(file, ConfigError).items() if not key.startswith("_")}
-    check_value(str, values.get("system", "seed_llama"), f"{file}: system", choices=("seed_llama", "seed_x"))
-    if values.get("system") == "seed_x":
-        if isinstance(tasks := values.get("tasks"), dict):
-            values["tasks"] = {**dataclasses.asdict(SEED_X_TASKS), **tasks}
-        return read_settings(SeedXFile, values, str(file))
-    found = read_settings(SystemFile, values, str(file))
-    check_keys(found.transform, inspect.signature(get_transform).parameters, f"{file}: transform")
+    kind = check_value(str, values.get("system", "seed_llama"), f"{file}: system", choices=tuple(FILES))
+    if kind == "seed_x" and isinstance(tasks := values.get("tasks"), dict):
+        values["tasks"] = {**dataclasses.asdict(SEED_X_TASKS), **tasks}
+    found = read_settings(FILES[kind], values, str(file))
+    if isinstance(found, SystemFile):
+        check_keys(found.transform, inspect.signature(get_transform).parameters, f"{file}: transform")
     return found

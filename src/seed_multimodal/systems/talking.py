@@ -1,4 +1,5 @@
-"""What all systems that describe, answer, draw, edit and chat have in common: `SeedLlama` and `SeedX` are such systems.
+"""What all systems that describe, answer, draw, edit and chat have in common (`System`), and what those share whose
+answers mix texts and pictures: `SeedLlama` and `SeedX` are such `TalkingSystem`s.
 
     messages ─► read_messages ─► _request: prompt ids ─► Speaker ─► answer ids ─► texts and pictures
 
@@ -46,8 +47,8 @@ class Request:
     note: str = ""
 
 
-class TalkingSystem:
-    """Base of the systems; see `SeedLlama` and `SeedX` for how they are made.
+class System:
+    """What commands ask of any system.
 
     Attributes:
         decode_keys: options of the methods that go to the de-tokenizer.
@@ -55,12 +56,46 @@ class TalkingSystem:
 
     decode_keys: ClassVar[tuple[str, ...]]
     spec: Any
-    tasks: Any
     tokenizer: MultimodalTokenizer
     llm: Any
     pictures: Any
-    speaker: Speaker
     log: Log = None
+
+    def describe(self, image: Any, prompt: str | None = None, **options: Any) -> str:
+        """What `image` shows (a picture, or several of them); `prompt` replaces the usual request."""
+        raise NotImplementedError
+
+    def ask(self, image: Any, question: str, *, short: bool = True, **options: Any) -> str:
+        """The answer to `question` about `image` (or several); `short`: as the system was taught to be asked."""
+        raise NotImplementedError
+
+    def detect(self, image: Any, phrase: str, **options: Any) -> Any:
+        """Where `phrase` is in a picture, for systems that answer with boxes (`SeedX`)."""
+        raise ConfigError(f"{self.spec.name} answers without boxes, so it cannot say where things are; SEED-X can.")
+
+    def draw(self, text: str, seed: int = 0, *, codes: Any = None, **options: Any) -> Any:
+        """A picture of `text`."""
+        raise NotImplementedError
+
+    def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
+        """`image` after `instruction`."""
+        raise NotImplementedError
+
+    def _take_decode(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Remove the de-tokenizer's settings from `options` and give them."""
+        return {key: options.pop(key) for key in self.decode_keys if key in options}
+
+    def _shown(self, image: Any) -> list[Any]:
+        """Pictures of a task's message; a string is a file name there."""
+        return [Path(item) if isinstance(item, str) else item for item in as_parts(image, "The picture")]
+
+
+class TalkingSystem(System):
+    """Base of the systems whose language model writes texts and pictures in one answer; see `SeedLlama` and `SeedX` for
+    how they are made."""
+
+    tasks: Any
+    speaker: Speaker
 
     def to_request(self, contents: Sequence[Content], opening: str = "", task: str = "") -> Request:
         """A conversation as the model is asked it.
@@ -82,26 +117,12 @@ class TalkingSystem:
     # ---- tasks
 
     def describe(self, image: Any, prompt: str | None = None, **options: Any) -> str:
-        """What `image` shows (a picture, or several of them); `prompt` replaces the usual request."""
         return self._say([*self._shown(image), self.tasks.describe if prompt is None
                           else as_text(prompt, "The request")], options)
 
     def ask(self, image: Any, question: str, *, short: bool = True, **options: Any) -> str:
-        """The answer to `question` about `image` (or several); `short` adds the system's suffix for short answers."""
         question = as_text(question, "The question")
         return self._say([*self._shown(image), self.tasks.question(question) if short else question], options)
-
-    def detect(self, image: Any, phrase: str, **options: Any) -> Any:
-        """Where `phrase` is in a picture, for systems that answer with boxes (`SeedX`)."""
-        raise ConfigError(f"{self.spec.name} answers without boxes, so it cannot say where things are; SEED-X can.")
-
-    def draw(self, text: str, seed: int = 0, *, codes: Any = None, **options: Any) -> Any:
-        """A picture of `text`."""
-        raise NotImplementedError
-
-    def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
-        """`image` after `instruction`."""
-        raise NotImplementedError
 
     @overload
     def chat(self, messages: Sequence[Any], stream: Literal[False] = False, **options: Any) -> Answer: ...
@@ -165,14 +186,6 @@ class TalkingSystem:
         return str(self.tasks.edit_response if seen else self.tasks.draw_response)
 
     # ---- inside
-
-    def _take_decode(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Remove the de-tokenizer's settings from `options` and give them."""
-        return {key: options.pop(key) for key in self.decode_keys if key in options}
-
-    def _shown(self, image: Any) -> list[Any]:
-        """Pictures of a task's message; a string is a file name there."""
-        return [Path(item) if isinstance(item, str) else item for item in as_parts(image, "The picture")]
 
     def _forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
         """Settings that force a picture; the system's own limit is raised to leave room for it, a given one is kept,

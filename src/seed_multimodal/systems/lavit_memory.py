@@ -1,0 +1,114 @@
+"""How much memory a LaVIT needs, before a tensor is read: `memory_plan` for its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from seed_multimodal.detokenizers.autoencoder import autoencoder_folder
+from seed_multimodal.device import Runtime
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.hub import first_file
+from seed_multimodal.systems.lavit_files import DECODERS, ENCODER, STAGE_2, TOWER, VISUAL, LavitSpec, weights_file
+from seed_multimodal.systems.memory_plan import (
+    PICTURE_PER_PIXEL,
+    QUANTIZED,
+    STEP_PER_PIXEL,
+    VAE_FILES,
+    MemoryPlan,
+    Part,
+    llm_sizes,
+)
+from seed_multimodal.systems.picture_half import off_loaded
+from seed_multimodal.weights import load_state_dict
+
+CONTEXT = 2560  # tokens whose keys and values are kept at once: an answer's five beams, or a drawing's two streams
+OURS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class LavitSizes:
+    """Numbers of weights: the language model's (its layers' matrices apart, which are quantised), tower, the rest of
+    the dynamic tokenizer, its second merger and projector, decoder of codes, U-Net and autoencoder; `cache`: numbers
+    kept of the context; `pixels`: of a drawing. The defaults are the released sizes."""
+
+    llm_layers: int = 6_476_005_376
+    llm_rest: int = 396_644_352
+    tower: int = 1_012_588_928
+    tokenizer: int = 404_080_000
+    understanding: int = 404_070_000
+    decoder: int = 414_000_000
+    unet: int = 2_567_463_684
+    vae: int = 83_653_863
+    cache: int = 2 * 32 * 4096 * CONTEXT
+    pixels: int = 1024 * 1024
+
+
+def plan_lavit(sizes: LavitSizes, llm: Runtime, here: Runtime, there: Runtime, quantization: str | None = None,
+               offload: bool | Collection[str] = False,
+               modes: Collection[str] = ("understanding", "generation")) -> MemoryPlan:
+    """The plan of a system; arguments as of `Lavit.from_pretrained`."""
+    each, leaves = llm.dtype.itemsize, off_loaded(offload)
+    layers = sizes.llm_layers * QUANTIZED.get(str(quantization), each)
+    name = "language model" + (f" ({quantization})" if quantization else "")
+    reads, draws = "understanding" in modes, "generation" in modes
+    stays = "encoder" not in leaves
+    parts = [Part(name, str(llm.device), layers + sizes.llm_rest * each, sizes.cache * each,
+                  stays=quantization is not None or "llm" not in leaves),
+             Part("vision tower", str(here.device), sizes.tower * here.dtype.itemsize, stays=stays),
+             Part("dynamic tokenizer", str(here.device),
+                  (sizes.tokenizer + sizes.understanding * (reads and draws)) * here.dtype.itemsize, stays=stays)]
+    if draws:
+        stays, place, each = "decoder" not in leaves, str(there.device), there.dtype.itemsize
+        parts += [Part("decoder of codes", place, sizes.decoder * each, stays=stays),
+                  Part("U-Net", place, sizes.unet * each, sizes.pixels * STEP_PER_PIXEL * each / 2, stays=stays),
+                  Part("autoencoder", place, sizes.vae * 4.0, sizes.pixels * PICTURE_PER_PIXEL, stays=stays)]
+    return MemoryPlan(tuple(parts))
+
+
+def read_lavit_sizes(spec: LavitSpec) -> LavitSizes:
+    """Sizes of a system's files; what is not there counts nothing.
+
+    Raises:
+        CheckpointError: a file that is damaged, or a language model without its sizes.
+    """
+    try:
+        config = read_json_object(spec.llm / "config.json")
+        layers, rest, cache = llm_sizes({**config, "max_position_embeddings": CONTEXT})
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{spec.llm}: its config.json gives no sizes ({first_line(error)}).") from error
+    if spec.released:
+        visual = spec.tokenizer / VISUAL
+        tower, tokenizer = _count(weights_file(visual / TOWER)), _count(weights_file(visual / ENCODER))
+        second, decoder = weights_file(spec.llm / STAGE_2), weights_file(visual / DECODERS[spec.head])
+    else:
+        tower = _count(spec.tokenizer / OURS, "encoder.")
+        tokenizer = _count(spec.tokenizer / OURS) - tower
+        second = weights_file(spec.tokenizer / STAGE_2)
+        decoder = None if spec.decoder is None else spec.decoder / OURS
+    unet = vae = pixels = 0
+    if spec.has("pixels") and spec.pixels is not None:
+        unet = _count(first_file(spec.pixels / "unet", VAE_FILES))  # diffusers' names are the same for both
+        vae = _count(first_file(autoencoder_folder(spec.pixels), VAE_FILES))
+        pixels = _pixels(spec.pixels)
+    return LavitSizes(layers, rest, tower, tokenizer, _count(second), _count(decoder), unet, vae, cache, pixels)
+
+
+def _pixels(folder: Path) -> int:
+    """Pixels of a drawing of the U-Net's own size."""
+    vae, unet = (read_json_object(place / "config.json") for place in (autoencoder_folder(folder), folder / "unet"))
+    try:
+        side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: unet/config.json gives no sample_size, or vae/config.json no "
+                              f"block_out_channels ({first_line(error)}).") from error
+    return side * side
+
+
+def _count(file: Path | None, prefix: str = "") -> int:
+    """Numbers in a file's tensors whose names begin so; 0 where there is no file."""
+    if file is None or not file.is_file():
+        return 0
+    return sum(value.numel() for name, value in load_state_dict(file, mapped=True).items() if name.startswith(prefix))

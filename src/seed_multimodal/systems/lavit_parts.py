@@ -1,0 +1,143 @@
+"""LaVIT's parts out of their files, checked to belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.detokenizers.lavit import LavitPixels
+from seed_multimodal.device import Runtime
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.language.lavit import LavitTokenizer
+from seed_multimodal.language.llama import load_llm
+from seed_multimodal.systems.lavit_files import DECODERS, VISUAL, LavitSpec, weights_file
+from seed_multimodal.systems.lavit_pictures import LavitPictures
+from seed_multimodal.systems.picture_half import off_loaded
+from seed_multimodal.tokenizers.lavit import DynamicTokenizer
+from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
+from seed_multimodal.tokenizers.lavit_files import load_both, load_dynamic_tokenizer
+
+UNDERSTANDING, GENERATION = "understanding", "generation"
+MODES = (UNDERSTANDING, GENERATION)
+
+
+class CodeDrawer:
+    """Codebook rows to pictures: the decoder of codes, and the pixel decoder.
+
+    Attributes:
+        decoder: rows → conditions. pixels: conditions → pictures.
+    """
+
+    def __init__(self, decoder: CodeDecoder, pixels: LavitPixels) -> None:
+        self.decoder, self.pixels = decoder, pixels
+
+    def to(self, device: str | torch.device) -> CodeDrawer:
+        """Move both; returns self."""
+        self.decoder.to(device)
+        self.pixels.to(device)
+        return self
+
+    @wraps(LavitPixels.decode)
+    def decode(self, rows: list[Tensor], **settings: Any) -> list[Image.Image]:
+        """Rows `[n, C]` of each picture → pictures; `settings` of `LavitPixels.decode`."""
+        return self.pixels.decode(self.decoder(rows), **settings)
+
+    def check_settings(self, **settings: Any) -> None:
+        """Refuse settings that `decode` would refuse, without drawing: `ConfigError`."""
+        self.pixels.check_settings(**settings)
+
+
+def load_language(spec: LavitSpec, runtime: Runtime, quantization: str | None = None,
+                  offload_llm: bool = False) -> tuple[LavitTokenizer, Any]:
+    """The text tokenizer and the language model.
+
+    Raises:
+        CheckpointError: missing or damaged files, or a language model with too few words.
+    """
+    spec.require("llm", "words")
+    words = LavitTokenizer.from_pretrained(spec.words or spec.llm)
+    llm = load_llm(spec.llm, device="cpu" if offload_llm else runtime.device, dtype=runtime.dtype,
+                   quantization=quantization)
+    words.vocabulary.check_rows(llm.config.vocab_size, spec.llm)
+    return words, llm
+
+
+def load_tokenizers(spec: LavitSpec, here: Runtime, modes: Collection[str],
+                    offload: bool = False) -> tuple[DynamicTokenizer | None, DynamicTokenizer | None]:
+    """(whose codes are drawn, which the language model sees with), of the `modes` that the folder has; they share all
+    but the merger. None: not there.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    spec.require("tokenizer")
+    options: dict[str, Any] = {"device": "cpu" if offload else here.device, "dtype": here.dtype,
+                               "config": spec.sizes.get("tokenizer")}
+    if spec.released:
+        options["language_model"] = str(spec.llm.resolve())
+    reads = UNDERSTANDING in modes and spec.has("understanding")
+    if reads and GENERATION in modes:
+        writer, reader = load_both(spec.tokenizer, **options)
+    elif reads:
+        writer, reader = None, load_dynamic_tokenizer(spec.tokenizer, True, **options)
+    else:
+        writer, reader = load_dynamic_tokenizer(spec.tokenizer, False, **options), None
+    return writer, reader if reader is not None and reader.vit_proj is not None else None
+
+
+def load_pictures(spec: LavitSpec, here: Runtime, there: Runtime, modes: Collection[str] = MODES,
+                  offload: bool | Collection[str] = False, check_safety: bool = False) -> LavitPictures:
+    """The picture half: the tokenizers now, the decoders when they are first needed.
+
+    Args:
+        here, there: where pictures are read and drawn.
+        modes: of `MODES`, what it is for.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    leaves = off_loaded(offload)
+    writer, reader = load_tokenizers(spec, here, modes, "encoder" in leaves)
+    load = partial(open_drawer, spec, there, check_safety) if GENERATION in modes else None
+    return LavitPictures(writer, reader, selection=spec.selection, load_decoder=load,
+                         device=here.device, drawing_device=there.device, offload_encoder="encoder" in leaves,
+                         offload_decoder="decoder" in leaves)
+
+
+def open_drawer(spec: LavitSpec, there: Runtime, check_safety: bool = False) -> CodeDrawer:
+    """Both decoders, on the CPU.
+
+    Raises:
+        CheckpointError: missing or damaged files, or parts of different sizes.
+    """
+    spec.require("decoder", "pixels", *(["safety"] if check_safety else []))
+    place: Any = spec.decoder or weights_file(spec.tokenizer / VISUAL / DECODERS[spec.head])
+    assert spec.pixels is not None
+    decoder = CodeDecoder.from_pretrained(place, head=spec.head, config=spec.sizes.get("decoder"), dtype=there.dtype)
+    pixels = LavitPixels.from_pretrained(spec.pixels, dtype=there.dtype, check_safety=check_safety, safety=spec.safety)
+    if pixels.embedding_dim != decoder.config.context_dim:
+        raise CheckpointError(f"{spec.pixels}: its U-Net reads width {pixels.embedding_dim}, but the decoder {place} "
+                              f"writes width {decoder.config.context_dim}; they do not belong together.")
+    return CodeDrawer(decoder, pixels)
+
+
+def check_belonging(spec: LavitSpec, words: LavitTokenizer, llm: Any, pictures: LavitPictures) -> None:
+    """Refuse parts of different sizes (`CheckpointError`)."""
+    for model in filter(None, (pictures.writer, pictures.reader)):
+        here, there = (words.vocabulary.n_codes, words.vocabulary.tokens_per_image), (
+            model.config.codebook_size, model.config.patches)
+        if here != there:
+            raise CheckpointError(f"{spec.tokenizer}: its codebook has {there[0]} codes and a picture {there[1]} "
+                                  f"patches, but the language model's words are made for {here[0]} and {here[1]}; they "
+                                  f"do not belong together.")
+    reader = pictures.reader
+    if reader is not None and reader.vit_proj is not None and reader.vit_proj.out_features != llm.config.hidden_size:
+        raise CheckpointError(f"{spec.tokenizer}: its rows have width {reader.vit_proj.out_features}, but the language "
+                              f"model {spec.llm} reads width {llm.config.hidden_size}; they do not belong together.")
+
+

@@ -1,0 +1,219 @@
+"""The picture half of LaVIT: pictures to codes, or to the rows that the language model reads; codes to pictures.
+
+    codes = pictures.tokenize([picture], seed=1)[0]      # as many as there is to see, 1 … 256
+    pictures.draw([codes], ratio="3:2", seed=1)
+
+The model draws which patches it keeps. Each picture's draw comes from a generator of its own, so that its tokens depend
+on the picture and the seed, never on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, ImageError, RequestError
+from seed_multimodal.finite import not_numbers
+from seed_multimodal.images.open import DETAIL
+from seed_multimodal.progress import Progress
+from seed_multimodal.settings import check_value
+from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each
+from seed_multimodal.systems.pictures import is_codes, is_picture
+from seed_multimodal.tokenizers.lavit import DynamicTokenizer
+
+AT_ONCE = 16  # pictures in one pass of the tower
+WRITER, READER = "writer", "reader"
+
+
+class LavitPictures(PictureHalf):
+    """Pictures ⇄ codes.
+
+    Args:
+        writer: the tokenizer whose codes are drawn; None: a system that reads pictures only.
+        reader: the tokenizer that the language model sees with; None: a system that draws only.
+        selection: "draw" or "threshold", see `tokenizers.lavit_selector`.
+        options: of `PictureHalf`.
+
+    Attributes:
+        log: shows the steps of a drawing that takes long.
+    """
+
+    has_codes = True
+    log: Callable[[str], None] | None = None
+
+    def __init__(self, writer: DynamicTokenizer | None, reader: DynamicTokenizer | None, *, selection: str = "draw",
+                 **options: Any) -> None:
+        models = {name: model for name, model in ((WRITER, writer), (READER, reader)) if model is not None}
+        super().__init__(nn.ModuleDict(models), **options)
+        self.writer, self.reader, self.selection = writer, reader, selection
+        some = writer or reader
+        self.at_least = None if some is None else DETAIL * some.config.vit.image_size
+
+    @property
+    def section(self) -> int:
+        """As of `PictureCodec`: the codebook is in one piece."""
+        return self._writing().config.codebook_size
+
+    # ---- reading
+
+    def read(self, pictures: Picture | Sequence[Picture], *, seed: Any = 0,
+             selection: str | None = None) -> list[Tensor]:
+        """Each picture's rows for the language model, `[n, llm_width]`.
+
+        Args:
+            seed: of the choice of patches, one for all pictures or one each; None: torch's global generator, as the
+                released model does.
+            selection: "draw" or "threshold"; None: the system's.
+
+        Raises:
+            ImageError: a picture that cannot be read. CheckpointError: a system without the second stage's weights.
+        """
+        if self.reader is None:
+            raise CheckpointError("This system was opened without the weights that read pictures (merger and projector "
+                                  "of the second stage), so it cannot describe pictures or answer.")
+        return self._encoded(self.reader.continuous, self.reader, pictures, seed, selection)
+
+    def tokenize(self, pictures: Picture | Sequence[Picture], *, seed: Any = 0,
+                 selection: str | None = None) -> list[Tensor]:
+        """Each picture's codes `[n]` int64, on the CPU; arguments and errors as of `read`."""
+        model = self._writing()
+        return [codes.cpu() for codes in self._encoded(model.encode, model, pictures, seed, selection)]
+
+    def kept(self, pictures: Picture | Sequence[Picture], *, seed: Any = 0,
+             selection: str | None = None) -> list[Tensor]:
+        """Which patches of each picture are kept, `[g, g]` bool, on the CPU; arguments as of `read`."""
+        model = self.writer or self.reader
+        assert model is not None
+
+        def choose(pixels: Tensor, **choice: Any) -> list[Tensor]:
+            keep_BN = model.select(model.patch_features(pixels), **choice).keep_BN
+            return list(keep_BN.bool().unflatten(1, (model.config.vit.grid, -1)).cpu())
+
+        return self._encoded(choose, model, pictures, seed, selection)
+
+    @torch.inference_mode()
+    def _encoded(self, encode: Callable[..., list[Tensor]], model: DynamicTokenizer, pictures: Any, seed: Any,
+                 selection: str | None) -> list[Tensor]:
+        several: list[Any] = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+        if isinstance(pictures, Tensor):
+            several = list(_checked_pixels(pictures))
+        generators: list[torch.Generator] | None = None
+        if seed is not None:
+            generators = [torch.Generator().manual_seed(one) for one in one_seed_each(seed, len(several))]
+        found: list[Tensor] = []
+        for start in range(0, len(several), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            pixels = torch.stack([one if isinstance(one, Tensor) else model.transform(self.open(one))
+                                  for one in several[part]])
+            with self.reading():
+                rows = encode(pixels.to(model.device), mode=selection or self.selection,
+                              generator=None if generators is None else generators[part])
+                if any(row.is_floating_point() and not bool(torch.isfinite(row).all()) for row in rows):
+                    raise not_numbers("The image tokenizer", model)
+            found += rows
+        return found
+
+    def _writing(self) -> DynamicTokenizer:
+        if self.writer is None:
+            raise CheckpointError("This system was opened without the tokenizer of the first stage, so its pictures "
+                                  "have no codes.")
+        return self.writer
+
+    # ---- drawing
+
+    def check_codes(self, codes: Any) -> list[Tensor]:
+        """Codes of one picture or several → of each `[n]` int64.
+
+        Raises:
+            CodesError: no codes, more than the decoder takes, or one outside the codebook.
+        """
+        config = self._writing().config
+        given = codes.tolist() if isinstance(codes, Tensor) else codes
+        rows = [given] if given and isinstance(given[0], int) else given
+        checked = []
+        for number, row in enumerate(rows, start=1):
+            values = torch.as_tensor(row)
+            if values.ndim != 1 or values.is_floating_point() or not 0 < len(values) <= config.patches:
+                raise CodesError(f"Picture {number} must be a row of 1 to {config.patches} codes, got "
+                                 f"{list(values.shape)}.")
+            if not 0 <= int(values.min()) <= int(values.max()) < config.codebook_size:
+                wrong = int(values.min() if values.min() < 0 else values.max())
+                raise CodesError(f"Picture {number} holds the code {wrong}, but the codebook has 0 to "
+                                 f"{config.codebook_size - 1}.")
+            checked.append(values.long())
+        return checked
+
+    def codes_of(self, part: Any, seed: int | None, selection: str | None = None) -> list[int]:
+        """The codes of a picture, or given ones, checked."""
+        rows = self.check_codes([part]) if is_codes(part) else self.tokenize(part, seed=seed, selection=selection)
+        return [int(code) for code in rows[0]]
+
+    def refuse_first(self, first: Any) -> None:
+        """Refuse progressive drawing (`ConfigError`)."""
+        if first is not None:
+            raise ConfigError("LaVIT's codes are a picture's patches in order, so there is no picture of the first of "
+                              "them.")
+
+    @torch.inference_mode()
+    def draw(self, codes: Any, *, seed: Any = 0, batch_size: int = 4, first: None = None,
+             **decode: Any) -> list[Image.Image]:
+        """Codes → pictures.
+
+        Args:
+            codes: of one picture or several, see `check_codes`.
+            seed: one for all pictures or one each; None: torch's global generator.
+            batch_size: pictures per pass through the U-Net.
+            first: refused.
+            decode: of `LavitPixels.decode`: `ratio` ("3:2") or `height` and `width`, `num_inference_steps`,
+                `guidance_scale`, `scheduler`, …; None for the usual.
+
+        Raises:
+            CodesError: codes that are no picture. ConfigError: a setting that is unknown or out of range.
+        """
+        self.refuse_first(first)
+        check_value(int, batch_size, "batch_size", least=1)
+        rows = self.check_codes(codes)
+        generators = None
+        if seed is not None:
+            generators = [torch.Generator().manual_seed(one) for one in one_seed_each(seed, len(rows))]
+        self.check_keys(decode)
+        pictures: list[Image.Image] = []
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            with self.drawing(), Progress("drawing", None, log=self.log) as bar:
+                pictures += self.decoder.decode(
+                    self._rows(rows[part]), generator=None if generators is None else generators[part],
+                    on_step=partial(_tell, bar), **decode)
+        return pictures
+
+    def _rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        model = self._writing()
+        return [model.embed_codes(row.to(model.quantize.embedding.weight.device)) for row in codes]
+
+
+def composed_parts(parts: Any) -> list[Any]:
+    """Texts, pictures and codes of a prompt, checked (`RequestError`)."""
+    if isinstance(parts, (str, bytes)) or not isinstance(parts, Sequence) or not len(parts):
+        raise RequestError("A list of texts and pictures is composed, with at least one of them.")
+    for part in parts:
+        if not (isinstance(part, str) or is_picture(part) or is_codes(part)):
+            raise RequestError(f"Texts, pictures and codes are composed, not {type(part).__name__}.")
+    return list(parts)
+
+
+def _tell(bar: Progress, done: int, total: int) -> None:
+    bar.update(step=f"{done} of {total}")
+
+
+def _checked_pixels(pixels: Tensor) -> Iterator[Tensor]:
+    """Ready pixels `[B, 3, S, S]` one by one; `ImageError` for other tensors, or what is no number."""
+    if pixels.ndim != 4 or not pixels.is_floating_point():
+        raise ImageError(f"Pixels must be a floating tensor [B, 3, S, S], got {list(pixels.shape)}.")
+    if not bool(torch.isfinite(pixels).all()):
+        raise ImageError("The pixels hold NaN or infinity.")
+    yield from pixels
