@@ -61,6 +61,7 @@ NOT_IMPORTED = {
     "bitsandbytes": "transformers and peft load 8-bit and 4-bit weights with it",
     "pytest-timeout": "a plug-in of pytest: ends a test that hangs",
     "pytest-xdist": "a plug-in of pytest: both cores",
+    "spacy": "imported by its name, where it is (the extra lavit)",
     "ruff": "a command: style",
     "mypy": "a command: types",
 }

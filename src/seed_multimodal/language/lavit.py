@@ -17,6 +17,7 @@ behaviour of its released programs.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -266,9 +267,7 @@ class Lemmatizer:
         if choice == "none":
             return
         try:
-            import spacy
-
-            self._read = spacy.load(model)
+            self._read = importlib.import_module("spacy").load(model)  # of an extra that nothing else here needs
         except (ImportError, OSError) as error:  # the package, the model
             if choice == "spacy":
                 raise ConfigError(f"Answers cannot be lemmatised ({first_line(error)}); pip install spacy, then python "
