@@ -80,13 +80,6 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance-scale", type=float, metavar="G")
 
 
-def add_shape(parser: argparse.ArgumentParser) -> None:
-    """Flags of the size of a drawing."""
-    parser.add_argument("--ratio", choices=SHAPES, help="LaVIT: width to height of the drawing (default: 1:1)")
-    parser.add_argument("--height", type=whole_number(8), metavar="PIXELS", help="SEED-X, LaVIT: of the drawing")
-    parser.add_argument("--width", type=whole_number(8), metavar="PIXELS")
-
-
 def add_beside(parser: argparse.ArgumentParser) -> None:
     """Flags of drawing beside a source or condition picture."""
     parser.add_argument("--image-guidance-scale", type=float, metavar="G", help="SEED-X: towards that picture")
