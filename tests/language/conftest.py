@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 TEXTS = ["USER: What is this animal?\nASSISTANT:It is a cat. It is a dog.", "Please draw a red apple, a blue house.",
@@ -48,3 +49,9 @@ def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalToken
     """SEED-X's words: 4 of 6 image words a picture, a grid of 16 for boxes."""
     folder = tmp_path_factory.mktemp("seedx_tokenizer")
     return MultimodalTokenizer.train(TEXTS, folder, vocab_size=330, n_codes=6, tokens_per_image=4, n_locations=16)
+
+
+@pytest.fixture(scope="session")
+def lavit_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
+    """LaVIT's words: 330 text pieces, 24 codes, at most 6 a picture."""
+    return LavitTokenizer.train(TEXTS, tmp_path_factory.mktemp("lavit_tokenizer"), 330, n_codes=24, tokens_per_image=6)

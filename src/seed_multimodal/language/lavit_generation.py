@@ -194,7 +194,11 @@ def _write(llm: Any, embeds: Tensor, mask: Tensor, settings: WritingSettings, bu
            seeds: Sequence[int] | None, watch: Callable[[], None] | None, streamer: Any, **special: int
            ) -> list[list[int]]:
     """Prompts [B, L, D] → new ids of B · number answers, each up to and including its end."""
-    from transformers import GenerationConfig, MinNewTokensLengthLogitsProcessor
+    from transformers import (
+        GenerationConfig,
+        MinNewTokensLengthLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+    )
 
     beams = settings.num_beams > 1
     draws = Draws(settings.row_seeds(len(embeds), seeds, 1 if beams else settings.number))
@@ -203,6 +207,8 @@ def _write(llm: Any, embeds: Tensor, mask: Tensor, settings: WritingSettings, bu
     end = special["eos_token_id"]
     least = MinNewTokensLengthLogitsProcessor(0, settings.min_new_tokens, end, device=embeds.device)
     processors = [FiniteScores(llm), *([Watched(watch)] if watch else []), *rules, least]
+    if settings.repetition_penalty != 1:  # `generate` itself would forgive a row as many new words as it has padding
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     drawing = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
     if settings.samples and beams:
         drawing = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
@@ -211,7 +217,7 @@ def _write(llm: Any, embeds: Tensor, mask: Tensor, settings: WritingSettings, bu
     config = GenerationConfig(
         max_new_tokens=budget, num_beams=settings.num_beams, do_sample=settings.samples and beams, use_cache=True,
         num_return_sequences=settings.number if beams else 1, early_stopping=settings.early_stopping,
-        length_penalty=settings.length_penalty, repetition_penalty=settings.repetition_penalty, **drawing, **special)
+        length_penalty=settings.length_penalty, repetition_penalty=1.0, **drawing, **special)
     with DrawnBeams(draws) if settings.samples and beams else contextlib.nullcontext():
         output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
                               logits_processor=processors, streamer=streamer)
