@@ -173,7 +173,7 @@ def beams_loop(llm: LlamaForCausalLM, words: LavitWords, prompt: list[int], sett
 @pytest.mark.parametrize(("guidance", "penalty", "early"), [(3.0, 1.0, False), (1.5, 0.0, True), (1.0, 1.0, False)])
 def test_beams_follow_their_own_guidance(guidance: float, penalty: float, early: bool, llm, words, prompts) -> None:
     settings = CodeSettings(do_sample=False, num_beams=4, number=2, guidance=guidance, length_penalty=penalty,
-                            early_stopping=early, max_new_tokens=12, min_new_tokens=2)
+                            early_stopping=early, max_new_tokens=9, min_new_tokens=2)
     expected = [ids for prompt in prompts for ids in beams_loop(llm, words, prompt, settings)]
     written = generate_codes(llm, words, prompts, settings)
     assert ids_of(written) == expected
