@@ -68,7 +68,7 @@ def test_the_folder_is_a_plain_llama_tokenizer(tokenizer: LavitTokenizer, tmp_pa
     from transformers import LlamaTokenizer
 
     stock = LlamaTokenizer.from_pretrained(folder)
-    for text in ("USER: What is this animal?\nASSISTANT:It is a cat.", "Question: what is it? Answer:", "two  blanks, ünïcode 7"):
+    for text in ("USER: What is it?\nASSISTANT:It is a cat.", "Question: is it? Answer:", "two  blanks, ünïcode 7"):
         ids = tokenizer.text_ids(text)
         assert ids == stock.encode(text, add_special_tokens=False)
         assert tokenizer.decode([*ids, 2, 2]) == stock.decode([*ids, 2, 2], skip_special_tokens=True) == text
@@ -176,8 +176,8 @@ def test_answers_end_at_the_first_of_several_words(text: str, answer: str) -> No
 
 
 @pytest.mark.parametrize(("question", "cleaned"), [
-    ("Is the ratio 3.5:1?", "is the ratio 351?"), ('What "IS" (this)! ', "what is this"), ("a b c d e f g", "a b c d e"),
-    ("a  b c d", "a  b c d"), ("", "")])
+    ("Is the ratio 3.5:1?", "is the ratio 351?"), ('What "IS" (this)! ', "what is this"),
+    ("a b c d e f g", "a b c d e"), ("a  b c d", "a  b c d"), ("", "")])
 def test_questions_of_the_benchmarks(question: str, cleaned: str) -> None:
     assert QuestionProcessor(5)(question) == cleaned
 
