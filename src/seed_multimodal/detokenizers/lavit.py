@@ -34,6 +34,7 @@ from seed_multimodal.detokenizers.sdxl import LAYOUT, layout_start
 from seed_multimodal.detokenizers.sdxl_adapter import size_ids
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.hub import LAVIT_WHERE, find_folder
+from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import check_value, setting
 from seed_multimodal.tokenizers.lavit_decoder import Conditions
 from seed_multimodal.weights import read_tensor
@@ -108,7 +109,8 @@ class LavitPixels(PipelineDetokenizer):
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> LavitPixels:
         """Move every part; `dtype` is the U-Net's alone. Returns self."""
-        self.pipeline.unet.to(device=device, dtype=dtype or self.pipeline.unet.dtype)
+        with quiet_loading("diffusers"):  # it warns about every cast, even to the precision that a part has
+            self.pipeline.unet.to(device=device, dtype=dtype or self.pipeline.unet.dtype)
         self.pipeline.vae.to(device)
         for part in (self.layout, self.safety):
             if part is not None:

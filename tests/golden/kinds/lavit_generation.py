@@ -1,7 +1,5 @@
-"""Kind `lavit_generation`: image words that the language model writes, with guidance, and its scores at each call.
-
-Left out: nothing of the language half.
-"""
+"""Kind `lavit_generation`: image words that the language model writes, with guidance, and its scores at each call; what
+words become: conditions, latents and pictures (lavit_pixels.py)."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lavit_pixels import check_pixels
 from runner import assert_close, assert_same, read_json, read_tensors
 
 from seed_multimodal.language.lavit import LavitTokenizer, LavitWords
@@ -21,6 +20,7 @@ SETTINGS = {"guidance_scale": "guidance", "use_nucleus_sampling": "do_sample", "
 
 
 def check(folder: Path) -> None:
+    check_pixels(folder)
     config, cases = read_json(folder / "config.json"), read_json(folder / "cases.json")
     weights, outputs = (read_tensors(folder / f"{name}.safetensors") for name in ("weights", "outputs"))
     for name in [name for name in outputs if name.startswith("cfg.scale_")]:
