@@ -59,7 +59,8 @@ def read_autoencoder(place: Path, kind: type[PipelineDetokenizer], dtype: torch.
 
 
 def pixels_of(vae: Any, latents: Tensor) -> Tensor:
-    """Pictures `[B, 3, H, W]` (about -1…1) of latents `[B, C, h, w]`, in float32 and one after the other, since memory
-    grows with their number."""
-    return torch.cat([vae.decode(one.to(vae.device, torch.float32) / vae.config.scaling_factor).sample
-                      for one in latents.split(1)])
+    """Pictures `[B, 3, H, W]` (about -1…1) of latents `[B, C, h, w]`, in float32, whatever the caller's autocast, and
+    one after the other, since memory grows with their number."""
+    with torch.autocast(vae.device.type, enabled=False):
+        return torch.cat([vae.decode(one.to(vae.device, torch.float32) / vae.config.scaling_factor).sample
+                          for one in latents.split(1)])
