@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 
+SCORES = 2**28  # distances held at once, 1 GB
 
 @dataclass(frozen=True)
 class CodebookUsage:
@@ -102,10 +103,12 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             points = self.prepare(z.float()).reshape(-1, self.sections, self.dim).transpose(0, 1)
             codes = self._rows(self.embedding.weight.float()).unflatten(0, (self.sections, -1))
+            lengths = codes.square().sum(2)[:, None]
             # The squared length of a point is the same for all codes, so the order does not need it.
-            scores = codes.square().sum(2)[:, None] - 2 * torch.bmm(points, codes.transpose(1, 2))
+            found = [(lengths - 2 * torch.bmm(part, codes.transpose(1, 2))).argmin(dim=2)
+                     for part in points.split(max(1, SCORES // self.size), dim=1)]
             first = torch.arange(self.sections, device=z.device)[:, None] * (self.size // self.sections)
-            return (scores.argmin(dim=2) + first).T.reshape(z.shape[:-1])
+            return (torch.cat(found, dim=1) + first).T.reshape(z.shape[:-1])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise `[B, Q, d]` → (straight-through codes `[B, Q, d]`, loss `[]`, indices `[B, Q]` int64)."""

@@ -1,0 +1,157 @@
+"""The loss of LaVIT's stage 1: its parts against formulas, its gradients, its codebook against a plain reference."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.lavit import DynamicTokenizer
+from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer
+from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Weights, moving_codebook
+from seed_multimodal.tokenizers.quantizer import VectorQuantizer
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training_lavit"))
+
+import stage1_toy as toy  # noqa: E402
+
+
+@pytest.fixture
+def model() -> LavitStage1:
+    return toy.stage1()
+
+
+@pytest.fixture(scope="module")
+def features() -> torch.Tensor:
+    return toy.pictures(6)[0]
+
+
+def gumbel(seed: int, count: int = 6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return -torch.empty(count, toy.PATCHES, 2).exponential_(generator=generator).log()
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_loss_is_the_published_formula(model: LavitStage1, features: torch.Tensor, quantize: bool) -> None:
+    model.eval()
+    out = model(features, quantize=quantize, noise=gumbel(1))
+    keep = model.tokenizer.select(features, noise=gumbel(1)).keep_BN > 0.5
+    rows = F.normalize(model.tokenizer.to_codebook(model.tokenizer.merge(features, keep.float())), dim=-1)
+    kept = [row[one] for row, one in zip(rows, keep, strict=True)]
+    if quantize:
+        table = model.quantize.embedding.weight
+        codes = [torch.cdist(row, table).argmin(1) for row in kept]
+        assert torch.equal(torch.cat(codes), out.codes_T)
+        commitment = F.mse_loss(torch.cat(kept), table[torch.cat(codes)])
+        torch.testing.assert_close(out.loss_commitment, commitment)
+        kept = [table[one] for one in codes]
+    rebuilt = model.decoder.features(kept)  # of kept rows alone: dropped ones do not show
+    cosine = (1 - F.cosine_similarity(rebuilt, features, dim=-1)).mean()
+    torch.testing.assert_close(out.loss_cosine, cosine, rtol=1e-3, atol=1e-4)
+    share = keep.float().mean()
+    torch.testing.assert_close(out.kept, share)
+    expected = out.loss_cosine + 2 * (1 / 3 - share) ** 2 + (out.loss_commitment if quantize else 0)
+    torch.testing.assert_close(out.loss, expected)
+    assert out.counts_B.tolist() == keep.sum(1).tolist() and len(out.rows_TC) == keep.sum()
+
+
+def test_a_share_of_the_batch_not_of_a_picture(model: LavitStage1, features: torch.Tensor) -> None:
+    """One picture that keeps all beside two that keep one patch: the share is right on, so nothing is to be paid."""
+    noise = torch.zeros(3, toy.PATCHES, 2)
+    noise[:, :, 1], noise[0, :, 0] = 50.0, 100.0
+    out = model(features[:3], quantize=False, noise=noise)
+    assert out.counts_B.tolist() == [toy.PATCHES, 1, 1]  # a picture keeps its most probable patch at least
+    torch.testing.assert_close(out.loss_ratio, (1 / 3 - out.kept).square())
+    assert float(out.kept) == pytest.approx((toy.PATCHES + 2) / (3 * toy.PATCHES))
+
+
+def test_gradients_reach_the_selector_also_from_patches_that_were_dropped(
+    model: LavitStage1, features: torch.Tensor
+) -> None:
+    keep = model.tokenizer.select(features, noise=gumbel(2)).keep_BN.detach()
+    with torch.no_grad():
+        rows = model.quantize.prepare(model.tokenizer.to_codebook(model.tokenizer.merge(features, keep)))
+
+    def loss(keep: torch.Tensor) -> torch.Tensor:
+        return (1 - F.cosine_similarity(model.rebuild(rows, keep), features, dim=-1)).mean()
+
+    mask = keep.clone().requires_grad_()
+    gradient, = torch.autograd.grad(loss(mask), mask)
+    picture, place = (keep == 0).nonzero()[3].tolist()
+    step = torch.zeros_like(keep)
+    step[picture, place] = 0.05
+    change = (loss(keep + step) - loss(keep)).item() / 0.05
+    assert gradient[picture, place].item() == pytest.approx(change, rel=0.2) and abs(change) > 1e-9
+    model(features, noise=gumbel(2)).loss_cosine.backward()
+    assert all(part.grad.abs().sum() > 0 for part in model.tokenizer.token_predictor.parameters())
+    trained = {name for name, part in model.named_parameters() if part.grad is not None}
+    assert any("causal_encoder" in name for name in trained) and any(name.startswith("decoder.") for name in trained)
+    assert not any(".encoder." in name or "vit_proj" in name or "unet_" in name for name in trained)
+
+
+def test_without_looking_ahead_only_kept_rows_are_decoded(features: torch.Tensor) -> None:
+    blind, seeing = (toy.stage1(look_ahead=look).eval() for look in (False, True))
+    outs = [one(features, quantize=False, noise=gumbel(3)) for one in (blind, seeing)]
+    torch.testing.assert_close(outs[0].loss, outs[1].loss, rtol=1e-3, atol=1e-4)
+
+
+def test_moving_averages_are_those_of_a_plain_loop() -> None:
+    decay, generator = 0.8, torch.Generator().manual_seed(0)
+    quantizer = moving_codebook(VectorQuantizer(6, 3, unit_rows=True), decay).train()
+    rows = quantizer.embedding.weight.clone()
+    count, total = [1.0] * 6, [row.clone() for row in rows]
+    for _ in range(4):
+        points = torch.randn(20, 3, generator=generator)
+        unit = points / points.norm(dim=1, keepdim=True)
+        codes = [min(range(6), key=lambda k: float((point - rows[k]).square().sum())) for point in unit]
+        found = quantizer(points)
+        assert found[2].tolist() == codes
+        torch.testing.assert_close(found[0], rows[codes])
+        for k in range(6):
+            mine = [point for point, code in zip(unit, codes, strict=True) if code == k]
+            count[k] = decay * count[k] + (1 - decay) * len(mine)
+            total[k] = decay * total[k] + (1 - decay) * sum(mine, torch.zeros(3))
+            rows[k] = total[k] / total[k].norm()
+        torch.testing.assert_close(quantizer.embedding.weight.data, rows)
+    torch.testing.assert_close(quantizer.ema_count, torch.tensor(count))
+
+
+def test_the_finished_parts_encode_and_decode_as_the_training_did(
+    model: LavitStage1, features: torch.Tensor, tmp_path: Path
+) -> None:
+    pixels = torch.randn(2, 3, 32, 32)
+    model.train()(features)  # moves the codebook
+    noise = gumbel(4, 2)
+    out = model.eval()(pixels, noise=noise)
+    tokenizer, decoder = model.finished()
+    save_dynamic_tokenizer(tokenizer, tmp_path / "tokenizer")
+    decoder.save_pretrained(tmp_path / "decoder")
+    again = load_dynamic_tokenizer(tmp_path / "tokenizer")
+    codes = again.encode(pixels, noise=noise)
+    assert torch.equal(torch.cat(codes), out.codes_T)
+    reread = CodeDecoder.from_pretrained(tmp_path / "decoder")
+    rebuilt = reread.features([again.embed_codes(one) for one in codes])
+    cosine = (1 - F.cosine_similarity(rebuilt, again.patch_features(pixels), dim=-1)).mean()
+    torch.testing.assert_close(cosine, out.loss_cosine, rtol=1e-3, atol=1e-4)
+    assert not any(part.requires_grad for part in (*tokenizer.parameters(), *decoder.parameters()))
+
+
+def test_many_distances_are_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = VectorQuantizer(8, 4, sections=2)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    points = torch.randn(11, 2, 4)
+    whole = quantizer.nearest(points)
+    monkeypatch.setattr("seed_multimodal.tokenizers.quantizer.SCORES", 24)  # three points at once
+    assert torch.equal(quantizer.nearest(points), whole)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="The tokenizer has 16 patches, the decoder 9"):
+        LavitStage1(DynamicTokenizer(toy.SIZES), CodeDecoder(LavitDecoderConfig(
+            head="lowres", tokens=9, code_dim=16, width=32, depth=1, heads=2, mlp_width=32, feature_dim=32)))
+    assert LavitStage1Weights().keep == pytest.approx(1 / 3) and LavitStage1Weights().ratio == 2

@@ -1,0 +1,112 @@
+"""Stage 1 of LaVIT on made-up features; also a program: `python stage1_toy.py FOLDER '{"steps": 40}'`.
+
+A picture has one background in all 16 patches, but in the first 0 to 8 places of a random order it has things; so how
+much there is to see differs. Under torchrun it trains with DistributedDataParallel over gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seed_multimodal.errors import SeedError
+from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Output
+from seed_multimodal.training.codebook import CodebookHealth
+from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
+from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.stage import train_stage
+from seed_multimodal.vision.eva import EvaConfig
+
+PATCHES, WIDTH, CODES, CODE = 16, 32, 32, 16
+SIZES = LavitTokenizerConfig(
+    vit=EvaConfig(image_size=32, patch_size=8, width=WIDTH, depth=1, heads=2, mlp_width=32), vit_head=0, merger_depth=1,
+    merger_heads=2, merger_mlp_width=64, codebook_size=CODES, codebook_dim=CODE, llm_width=8)
+DECODER = LavitDecoderConfig(head="lowres", tokens=PATCHES, code_dim=CODE, width=WIDTH, depth=1, heads=2, mlp_width=64,
+                             feature_dim=WIDTH, prompt_dim=8)
+
+
+class Repeatable(LavitStage1):
+    """Draws each picture's noise from the picture, so that it does not matter which process has it."""
+
+    def forward(self, batch: Tensor, **more: Any) -> LavitStage1Output:
+        seeds = (batch.flatten(1)[:, 0] * 1e6).round().long().abs().tolist()
+        return super().forward(batch, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **more)
+
+
+def stage1(kind: type[LavitStage1] = LavitStage1, seed: int = 0, **options: Any) -> LavitStage1:
+    """A model, the same at every call."""
+    torch.manual_seed(seed)
+    model = kind(DynamicTokenizer(SIZES), CodeDecoder(DECODER), **options)
+    for layer in model.decoder.modules():
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    model.start_share()
+    return model
+
+
+def pictures(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Features `[count, 16, 32]` and how many things each picture has (0, 2, 4, 6 or 8)."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(7))
+    things = 2 * torch.randint(5, (count,), generator=generator)
+    grounds = kinds[torch.randint(4, (count,), generator=generator)]
+    found = grounds[:, None].repeat(1, PATCHES, 1)
+    for number in range(count):
+        places = torch.randperm(PATCHES, generator=generator)[:things[number]]
+        found[number, places] = kinds[4 + torch.randint(20, (len(places),), generator=generator)]
+    places_ND = torch.randn(PATCHES, WIDTH, generator=torch.Generator().manual_seed(8))  # as a tower's positions
+    return found + places_ND + 0.05 * torch.randn(found.shape, generator=generator), things
+
+
+def train(folder: Path, *, name: str = "tokenizer", kill_at: int = -1, health: dict[str, Any] | None = None,
+          repeatable: bool = False, freeze_selector: bool = False, selector_lr_scale: float = 1.0, **settings: Any
+          ) -> tuple[LavitStage1, dict[str, Any]]:
+    """One run; in micro-step `kill_at` this process kills itself."""
+    data, _ = pictures()
+    model = stage1(Repeatable if repeatable else LavitStage1, freeze_selector=freeze_selector)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    choices = {"steps": 12, "batch_size": 16, "lr": 3e-3, "warmup": 5, "precision": "fp32", "log_every": 1, "seed": 3,
+               "save_seconds": 1e9, "curves": False, **settings}
+
+    def batch(micro_step: int) -> Tensor:
+        if micro_step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        size = choices["batch_size"]
+        first = (micro_step * world + rank) * size
+        return data[(first + torch.arange(size)) % len(data)]
+
+    task = LavitTokenizerTask(name, model, StageSettings(**choices), batch, CodebookHealth(**(health or {})),
+                              selector_lr_scale=selector_lr_scale)
+    return model, train_stage(task, folder)
+
+
+def main(folder: Path, *runs: str) -> int:
+    """Train; each process leaves its weights."""
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    try:
+        for run in map(json.loads, runs):
+            model, _ = train(folder, **run)
+            torch.save(model.state_dict(), folder / f"{run.get('name', 'tokenizer')}.{os.environ.get('RANK', 0)}.pt")
+    except SeedError as error:
+        print(f"refused: {error}", flush=True)
+        return 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
