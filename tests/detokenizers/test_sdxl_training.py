@@ -11,15 +11,12 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
+from seed_multimodal.detokenizers.denoising import denoising_loss, min_snr_weight, noise_target, training_schedule
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter, size_ids
 from seed_multimodal.detokenizers.sdxl_training import (
     AdapterLoss,
     ConditionDropout,
     adapter_from_sdxl,
-    denoising_loss,
-    min_snr_weight,
-    noise_target,
-    training_schedule,
 )
 from seed_multimodal.errors import CheckpointError, ConfigError
 

@@ -21,17 +21,20 @@ from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
-from seed_multimodal.training.seed_x.detokenizer import train_detokenizer
-from seed_multimodal.training.seed_x.detokenizer_app import APPLICATION as APPLICATION_OF
-from seed_multimodal.training.seed_x.detokenizer_features import (
+from seed_multimodal.training.pixel_decoder.features import (
     LatentMoments,
     PictureFeatures,
     drawn_latents,
     load_autoencoder,
 )
-from seed_multimodal.training.seed_x.detokenizer_settings import GROUPS, read_detokenizer_run
+from seed_multimodal.training.pixel_decoder.settings import GROUPS
+from seed_multimodal.training.seed_x.detokenizer import train_detokenizer
+from seed_multimodal.training.seed_x.detokenizer_app import APPLICATION as APPLICATION_OF
+from seed_multimodal.training.seed_x.detokenizer_settings import read_detokenizer_run
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.vision.qwen_vit import QwenVit
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +157,9 @@ def test_kept_features_give_the_same_numbers(parts: Path, tmp_path: Path, monkey
 
 def test_features_do_not_follow_the_runs_precision(parts: Path) -> None:
     """Under autocast: the autoencoder stays in float32, and a condition's latents are its means, not scaled."""
-    vae = load_autoencoder(parts / "sdxl")
+    vae = load_autoencoder(parts / "sdxl", SdxlDetokenizer)
     tower = QwenVit.from_pretrained(parts / "tower")
-    features = PictureFeatures(tower, vae, 4, torch.device("cpu"))
+    features = PictureFeatures(TowerFeatures(tower, CPU, tokens=4), LatentMoments(vae, CPU))
     batch = {"seen": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
              "image": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
              "condition": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
@@ -168,7 +171,7 @@ def test_features_do_not_follow_the_runs_precision(parts: Path) -> None:
         before = vae.encode(batch["condition"].float() / 127.5 - 1).latent_dist.mode()
     torch.testing.assert_close(made["moments"], seen.parameters)
     torch.testing.assert_close(made["condition"][[0, 2]], before[[0, 2]])
-    assert not made["condition"][1].any() and made["embeds"].shape == (3, 4, tiny_sdxl.WIDTH)
+    assert not made["condition"][1].any() and made["seen"].shape == (3, 4, tiny_sdxl.WIDTH)
     torch.manual_seed(0)
     drawn = torch.stack([drawn_latents(made["moments"], 0.5) for _ in range(400)])
     torch.testing.assert_close(drawn.mean(0), 0.5 * seen.mean, atol=0.2, rtol=0.1)

@@ -19,10 +19,11 @@ from PIL import Image
 from tiny_detokenizer import TOWER, config, losses, write_parts
 
 from seed_multimodal.data.stream.order import EpochOrder, MixedOrder, drawn_indices
+from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.errors import CheckpointError, DataError
+from seed_multimodal.training.pixel_decoder.features import LatentMoments, load_autoencoder
 from seed_multimodal.training.seed_x.detokenizer import train_detokenizer
-from seed_multimodal.training.seed_x.detokenizer_features import LatentMoments, load_autoencoder
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.vision.qwen_vit import QwenVit
 
@@ -139,7 +140,7 @@ def test_a_cache_serves_several_models_and_sizes(parts: Path, tmp_path: Path) ->
     other, kept, cpu = QwenVit(TOWER).eval(), tmp_path / "kept", torch.device("cpu")
     own = QwenVit.from_pretrained(parts / "tower")
     small, large = (torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8) for side in (16, 32))
-    vae = load_autoencoder(parts / "sdxl")
+    vae = load_autoencoder(parts / "sdxl", SdxlDetokenizer)
     cases = [(TowerFeatures, own, {}, small), (TowerFeatures, other, {}, small),
              (TowerFeatures, own, {"tokens": 4}, small), (TowerFeatures, own, {"tokens": 2}, small),
              (TowerFeatures, QwenVit.from_pretrained(parts / "tower", dtype=torch.bfloat16), {}, small),
@@ -165,7 +166,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_a_full_disk_while_features_are_written(parts: Path, tmp_path: Path) -> None:
     """One sentence, no torn file; with room again the same folder is filled."""
-    features = LatentMoments(load_autoencoder(parts / "sdxl"), torch.device("cpu"), tmp_path / "kept")
+    features = LatentMoments(load_autoencoder(parts / "sdxl", SdxlDetokenizer), torch.device("cpu"), tmp_path / "kept")
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     with files_of_at_most(1000), pytest.raises(CheckpointError, match="cannot be written .the disk or quota is full"):
         features(pixels)

@@ -35,9 +35,9 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.memory import GIB
+from seed_multimodal.training.pixel_decoder.memory import held_memory
 from seed_multimodal.training.seed_x.detokenizer import build_adapter, train_detokenizer
 from seed_multimodal.training.seed_x.detokenizer_app import APPLICATION as PROGRAM_OF
-from seed_multimodal.training.seed_x.detokenizer_memory import held_memory
 from seed_multimodal.training.seed_x.detokenizer_settings import read_detokenizer_run
 from seed_multimodal.weights import load_state_dict
 
@@ -163,7 +163,7 @@ def test_what_zero_refuses(parts: Path, tmp_path: Path, changes: dict[str, Any],
 def test_what_is_held_is_what_is_counted(which: Any) -> None:
     adapter = tiny_sdxl.adapter(2)
     trained = adapter.set_trainable(which)
-    plan = held_memory(adapter, precision="fp32", ema=True, tower=5.0, autoencoder=7.0)
+    plan = held_memory(adapter, precision="fp32", ema=True, frozen={"tower": 5.0, "autoencoder": 7.0})
     optimizer, average = torch.optim.AdamW(trained, lr=1e-3), Ema(adapter, 0.9)
     adapter(torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 4, tiny_sdxl.WIDTH), torch.zeros(1, 6),
             torch.randn(1, 4, 8, 8)).square().mean().backward()
@@ -184,7 +184,7 @@ def test_the_released_sizes_in_memory() -> None:
     with torch.device("meta"):
         adapter = SDXLAdapter(UNet2DConditionModel.from_config({**SDXL_UNET, "in_channels": 4}), ResamplerXLV2())
         adapter.set_trainable("key_value")
-        first = held_memory(adapter, tower=2 * 1_935_610_624, autoencoder=4 * 83_653_863)
+        first = held_memory(adapter, frozen={"tower": 2 * 1_935_610_624, "autoencoder": 4 * 83_653_863})
         kept = held_memory(adapter)
         adapter.add_condition_channels()
         adapter.set_trainable("all")

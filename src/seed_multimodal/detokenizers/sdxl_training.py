@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from seed_multimodal.detokenizers.denoising import Noised
 from seed_multimodal.detokenizers.pipelines import refuse_unfilled
 from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
@@ -85,15 +85,11 @@ class AdapterLoss:
         """
         count, device = len(latents), latents.device
         without_embeds, without_picture = self.dropout.draw(count, generator)
-        noise = torch.randn(latents.shape, generator=generator).to(device, latents.dtype)
-        steps = torch.randint(schedule.config.num_train_timesteps, (count,), generator=generator).to(device)
+        noised = Noised.draw(schedule, latents, self.min_snr, generator)
         embeds = torch.where(without_embeds.to(device)[:, None, None], empty_features.to(image_embeds), image_embeds)
         if condition_latents is not None:
             condition_latents = condition_latents * ~without_picture.to(device)[:, None, None, None]
-        made = adapter(schedule.add_noise(latents, noise, steps), steps, embeds, time_ids, condition_latents)
-        target = noise_target(schedule, latents, noise, steps)
-        weight = None if self.min_snr is None else min_snr_weight(schedule, steps, self.min_snr)
-        return {"total_loss": denoising_loss(made, target, weight), "mse": denoising_loss(made.detach(), target)}
+        return noised.losses(adapter(noised.latents, noised.steps, embeds, time_ids, condition_latents))
 
 
 def adapter_from_sdxl(folder: str | Path, sizes: ResamplerSizes | None = None, *, seed: int = 0,
@@ -115,40 +111,3 @@ def adapter_from_sdxl(folder: str | Path, sizes: ResamplerSizes | None = None, *
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SDXLAdapter(unet, ResamplerXLV2(sizes).to(dtype)).train()
-
-
-def training_schedule(scheduler: Any) -> Any:
-    """A `DDPMScheduler` with the noise schedule of a folder's sampler (SDXL's, Euler, adds noise on another scale)."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(scheduler.config)
-
-
-def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error in float32 of `[B, C, h, w]`, samples weighted by `weight` `[B]`."""
-    if weight is None:
-        return F.mse_loss(prediction.float(), target.float())
-    each = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
-    return (each * weight).mean()
-
-
-def noise_target(schedule: Any, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-    """What the U-Net should predict: the noise, or the velocity.
-
-    Raises:
-        ConfigError: the schedule is for neither.
-    """
-    kind = schedule.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return schedule.get_velocity(latents, noise, steps)
-    raise ConfigError(f"The scheduler's prediction_type is {kind!r}; adapters are trained with 'epsilon' or "
-                      f"'v_prediction'.")
-
-
-def min_snr_weight(schedule: Any, steps: Tensor, cap: float) -> Tensor:
-    """Weights `[B]` of time steps: min(SNR, cap) / SNR for noise, / (SNR + 1) for velocity (Hang et al. 2023)."""
-    share = schedule.alphas_cumprod.to(steps.device)[steps]
-    ratio = share / (1 - share)
-    return ratio.clamp(max=cap) / (ratio + (schedule.config.prediction_type == "v_prediction"))

@@ -1,27 +1,37 @@
-"""Pictures that a de-tokenizer learns to draw: their pixels, what the vision tower sees of them, their size conditions,
-and for edits the picture that was there before.
+"""Pictures that a pixel decoder learns to draw: their pixels, what the tower sees of them, their size conditions, and
+for edits the picture that was there before.
 
 Both views are of the same part of the picture, so that embeddings say what is to be drawn. With `keep_ratio` the
 shorter side is scaled and the centre cut out (as in the nearest published training of such an adapter, SEED-Story's);
 else both sides are squashed, as SEED-X's programs do with what they edit.
+
+A view of several sizes (`sizes`) draws each picture in one of them, always the same: with `keep_ratio` in the one whose
+ratio is nearest, of which the centre is cut, else squashed to one that its key chooses. The tower sees that part of the
+picture squashed to its square, as LaVIT's does. `by_size` makes batches of such samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.pairs import Pair, PairSource, open_pairs
 from seed_multimodal.data.stream.pair_dataset import SourceDataset
 from seed_multimodal.detokenizers.sdxl_adapter import size_ids
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.open import open_image
-from seed_multimodal.images.transforms import ImageTransform, to_bytes
+from seed_multimodal.images.transforms import INTERPOLATIONS, ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.settings import check_settings, setting
+
+Size = tuple[int, int]  # height and width in pixels
 
 
 @dataclass(frozen=True)
@@ -30,35 +40,67 @@ class DrawnView:
 
     Attributes:
         resolution: side of the drawn square in pixels. tower_size: side of what the tower sees.
+        sizes: of drawings, in the place of `resolution`.
+        seen_by: how the tower's view is resized.
     """
 
     resolution: int = setting(1024, least=8)
     tower_size: int = setting(448, least=1)
     keep_ratio: bool = True
+    sizes: tuple[Size, ...] = ()
+    seen_by: str = setting("bilinear", choices=tuple(INTERPOLATIONS))
 
     def __post_init__(self) -> None:
         check_settings(self, "view")
+        small = next((size for size in self.sizes if min(size) < 8), None)
+        if small is not None:
+            raise ConfigError(f"view: sizes are heights and widths of at least 8 pixels, not {list(small)}.")
 
-    def drawn(self, picture: Image.Image) -> Tensor:
-        """uint8 `[3, R, R]`."""
+    def size_of(self, picture: Image.Image, key: str = "") -> Size:
+        """The size in which a picture is drawn."""
+        if not self.sizes:
+            return self.resolution, self.resolution
+        if not self.keep_ratio:
+            return self.sizes[zlib.crc32(key.encode()) % len(self.sizes)]
+        wanted = math.log(picture.width / picture.height)
+        return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - wanted))
+
+    def drawn(self, picture: Image.Image, size: Size | None = None) -> Tensor:
+        """uint8 `[3, H, W]`, in a size of `size_of`."""
+        if self.sizes:
+            return _part(picture, size or self.size_of(picture), size or self.size_of(picture), self.keep_ratio)
         return to_bytes(ImageTransform(self.resolution, self.keep_ratio, "bicubic").resize(picture))
 
-    def seen(self, picture: Image.Image) -> Tensor:
-        """uint8 `[3, S, S]`, resized as the tower's released transform does."""
-        return to_bytes(ImageTransform(self.tower_size, self.keep_ratio, "bilinear").resize(picture))
+    def seen(self, picture: Image.Image, size: Size | None = None) -> Tensor:
+        """uint8 `[3, S, S]`: of the part that is drawn in a size of `size_of`."""
+        if self.sizes:
+            side = self.tower_size
+            return _part(picture, size or self.size_of(picture), (side, side), self.keep_ratio, self.seen_by)
+        return to_bytes(ImageTransform(self.tower_size, self.keep_ratio, self.seen_by).resize(picture))
 
-    def time_ids(self, size: tuple[int, int]) -> Tensor:
+    def time_ids(self, picture: Size, size: Size | None = None) -> Tensor:
         """SDXL's size conditions `[6]` of a picture of (width, height): of the file, of the cut, of the drawing."""
-        width, height = size
-        side, short, long = self.resolution, min(size), max(size)
-        cut = round((int(side * long / short) - side) / 2) if self.keep_ratio else 0
-        crop = (cut, 0) if height > width else (0, cut)
-        return size_ids((side, side), original=(height, width), crop=crop)[0]
+        (width, height), (tall, wide) = picture, size or (self.resolution, self.resolution)
+        across, down = int(tall * width / height) - wide, int(wide * height / width) - tall
+        crop = (0, 0) if not self.keep_ratio else (0, round(across / 2)) if across >= 0 else (round(down / 2), 0)
+        return size_ids((tall, wide), original=(height, width), crop=crop)[0]
+
+
+def _part(picture: Image.Image, ratio: Size, size: Size, cut: bool, by: str = "bicubic") -> Tensor:
+    """The largest centred part of a ratio (`cut`), or all, resized to a (height, width): uint8 `[3, H, W]`."""
+    picture = plain_rgb(picture)
+    (width, height), (tall, wide) = picture.size, ratio
+    if cut and width * tall != height * wide:
+        kept = min(width, height * wide / tall), min(height, width * tall / wide)
+        left, top = (width - kept[0]) / 2, (height - kept[1]) / 2
+        box = (left, top, left + kept[0], top + kept[1])
+        return to_bytes(picture.resize((size[1], size[0]), INTERPOLATIONS[by], box=box))
+    return to_bytes(resize_passes(picture, (size[1], size[0]), INTERPOLATIONS[by]))
 
 
 class DrawnPairs(SourceDataset):
-    """`image` uint8 `[3, R, R]`, `seen` uint8 `[3, S, S]`, `time_ids` `[6]`, `key`, `conditioned` (whether it is an
-    edit) and, for a model that reads one, `condition` uint8 `[3, R, R]` (zeros where there is none).
+    """`image` uint8 `[3, H, W]`, `seen` uint8 `[3, S, S]`, `time_ids` `[6]`, `key`, `conditioned` (whether it is an
+    edit) and, for a model that reads one, `condition` uint8 `[3, H, W]` (zeros where there is none).
 
     Args:
         source: pictures (`open_pictures`); those with a condition hold edits.
@@ -73,13 +115,22 @@ class DrawnPairs(SourceDataset):
     def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
         """See `SourceDataset`; nothing is random."""
         picture = open_image(read.image, name=read.name)
-        made = {"image": self.view.drawn(picture), "seen": self.view.seen(picture),
-                "time_ids": self.view.time_ids(picture.size), "key": read.key,
+        size = self.view.size_of(picture, read.key)
+        made = {"image": self.view.drawn(picture, size), "seen": self.view.seen(picture, size),
+                "time_ids": self.view.time_ids(picture.size, size), "key": read.key,
                 "conditioned": read.condition is not None}
         if self.reads_condition:
             made["condition"] = torch.zeros_like(made["image"]) if read.condition is None else self.view.drawn(
-                open_image(read.condition, name=f"{read.name} (the picture before the edit)"))
+                open_image(read.condition, name=f"{read.name} (the picture before the edit)"), size)
         return made
+
+
+def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Samples of `DrawnPairs` as batches of one size each, in the order in which the sizes appear."""
+    groups: dict[torch.Size, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        groups.setdefault(sample["image"].shape, []).append(sample)
+    return [default_collate(group) for group in groups.values()]
 
 
 def open_pictures(spec: Mapping[str, Any]) -> PairSource:

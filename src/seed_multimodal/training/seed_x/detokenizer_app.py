@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from seed_multimodal.training.llm.app import Application
 from seed_multimodal.training.llm.app import main_process as start
-from seed_multimodal.training.seed_x.detokenizer_settings import DEEPSPEED, GROUPS
+from seed_multimodal.training.pixel_decoder.settings import DEEPSPEED, GROUPS
 
 
 def _train(config: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Features of views by SEED-X's frozen vision tower; the autoencoder's are in `detokenizer_features`."""
+"""Features of pictures by a frozen Qwen tower."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a de-tokenizer learns from: the tower's embeddings of pictures and the autoencoder's latents, both frozen.
+"""What a pixel decoder learns from: the conditions of pictures and the autoencoder's latents, both of frozen models.
 
 The autoencoder computes in float32 whatever the run's precision (SDXL's overflows in float16), one picture at a time;
-the tower in the run's.
+the conditions' model in the run's.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seed_multimodal.detokenizers.autoencoder import read_autoencoder
-from seed_multimodal.detokenizers.sdxl import NEEDED, SdxlDetokenizer
+from seed_multimodal.detokenizers.denoising import training_schedule
+from seed_multimodal.detokenizers.pipelines import PipelineDetokenizer
+from seed_multimodal.detokenizers.schedulers import scheduler_class
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.hub import SDXL_WHERE, find_folder
+from seed_multimodal.hub import find_folder
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NEEDED = ("unet/config.json", "vae/*", "scheduler/*")
 
 
 class LatentMoments(FrozenFeatures):
@@ -36,31 +38,26 @@ class LatentMoments(FrozenFeatures):
 
 
 class PictureFeatures:
-    """Tower and autoencoder.
+    """Conditions and latents of samples of `DrawnPairs`.
 
     Args:
-        tower: pixels `[B, 3, S, S]` → embeddings `[B, N, W]`. vae: SDXL's autoencoder, in float32.
-        tokens: embeddings of a picture after pooling; 0: as many as the tower gives.
-        cache: folder where what both make of a picture is kept; None: they run whenever they are asked.
-        at_once: pictures in a pass of the autoencoder.
+        seen: what conditions are made of: of `seen` pixels `[B, 3, S, S]`. moments: of the drawn pictures.
 
     Attributes:
         record: a file that says that everything is kept; removed once that turns out to be wrong.
     """
 
-    def __init__(self, tower: nn.Module, vae: Any, tokens: int, device: torch.device, cache: str | Path | None = None,
-                 at_once: int = 1) -> None:
-        self.tower = TowerFeatures(tower, device, cache=cache, tokens=tokens)
-        self.moments, self.device = LatentMoments(vae, device, cache, at_once), device
+    def __init__(self, seen: FrozenFeatures, moments: LatentMoments) -> None:
+        self.seen, self.moments, self.device = seen, moments, moments.device
         self.record: Path | None = None
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Features of samples of `DrawnPairs`, on the device.
+        """Features of a batch of one size, on the device.
 
         Returns:
-            `embeds` `[B, N, W]`; `moments` as of `LatentMoments`; with pictures to condition on `condition`
-            `[B, C, h, w]`, the means of their latents, zeros where a sample has none.
+            `seen`; `moments` as of `LatentMoments`; with pictures to condition on `condition` `[B, C, h, w]`, the means
+            of their latents, zeros where a sample has none.
 
         Raises:
             CheckpointError: as of `FrozenFeatures`.
@@ -74,7 +71,7 @@ class PictureFeatures:
 
     def _features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, enabled=False):
-            made = {"embeds": self.tower(batch["seen"]).float(), "moments": self.moments(batch["image"])}
+            made = {"seen": self.seen(batch["seen"]), "moments": self.moments(batch["image"])}
             if "condition" in batch:
                 channels = made["moments"].shape[1] // 2
                 made["condition"] = torch.zeros_like(made["moments"][:, :channels])
@@ -84,9 +81,9 @@ class PictureFeatures:
         return made
 
     def keep(self, batch: Mapping[str, Any]) -> None:
-        """Make and write what is not kept of samples of `DrawnPairs`. Raises as a call."""
+        """Make and write what is not kept of a batch of one size. Raises as a call."""
         with torch.autocast(self.device.type, enabled=False):
-            self.tower.keep(batch["seen"])
+            self.seen.keep(batch["seen"])
             self.moments.keep(batch["image"])
             if "condition" in batch:
                 self.moments.keep(batch["condition"][batch["conditioned"]])
@@ -94,31 +91,27 @@ class PictureFeatures:
     @property
     def folders(self) -> list[Path]:
         """Of kept features; none without a cache."""
-        return [folder for folder in (self.tower.folder, self.moments.folder) if folder is not None]
+        return [folder for folder in (self.seen.folder, self.moments.folder) if folder is not None]
 
     def release(self) -> None:
         """Let go of both models; what is asked for from here on must be kept."""
-        self.tower.release()
+        self.seen.release()
         self.moments.release()
 
-    def empty(self, size: int) -> Tensor:
-        """What the tower sees in nothing, normalised pixels of zero: `[1, N, W]`."""
-        with torch.autocast(self.device.type, enabled=False):
-            return self.tower.see(torch.zeros(1, 3, size, size, device=self.device)).float()
+
+def load_autoencoder(folder: str | Path, kind: type[PipelineDetokenizer]) -> Any:
+    """A diffusers folder's autoencoder in float32; `kind` says in errors what the folder should be.
+
+    Raises:
+        CheckpointError: not there, or not complete.
+    """
+    return read_autoencoder(find_folder(folder, NEEDED, kind.where), kind)
 
 
-def load_autoencoder(sdxl: str | Path) -> Any:
-    """SDXL's autoencoder in float32. Raises CheckpointError: not there, or not complete."""
-    return read_autoencoder(find_folder(sdxl, NEEDED, SDXL_WHERE), SdxlDetokenizer)
-
-
-def load_schedule(sdxl: str | Path) -> Any:
-    """The noise schedule of SDXL's folder, for training. Raises CheckpointError: not there."""
-    from seed_multimodal.detokenizers.schedulers import scheduler_class
-    from seed_multimodal.detokenizers.sdxl_training import training_schedule
-
-    place = find_folder(sdxl, NEEDED, SDXL_WHERE)
-    settings = read_json_object(place / "scheduler" / "scheduler_config.json", CheckpointError, SDXL_WHERE)
+def load_schedule(folder: str | Path, kind: type[PipelineDetokenizer]) -> Any:
+    """The noise schedule of a diffusers folder, for training. Raises CheckpointError: not there."""
+    place = find_folder(folder, NEEDED, kind.where)
+    settings = read_json_object(place / "scheduler" / "scheduler_config.json", CheckpointError, kind.where)
     return training_schedule(scheduler_class(str(settings.get("_class_name"))).from_config(settings))
 
 

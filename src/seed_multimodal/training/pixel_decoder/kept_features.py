@@ -1,4 +1,4 @@
-"""Filling the cache of frozen features before a training, so that tower and autoencoder need no memory during it.
+"""Filling the cache of frozen features before a training, so that the frozen models need no memory during it.
 
 Only what the run will draw is made, each process its share; what is kept already costs a look at the picture. The run's
 folder remembers that everything is there, so that a resume does not look again.
@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.data.stream.drawn_pairs import by_size
 from seed_multimodal.data.stream.order import ChosenOrder, drawn_indices
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.disk import read_json_object, replace_text, writing
 from seed_multimodal.errors import CheckpointError, SeedError
 from seed_multimodal.progress import Progress
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.seed_x.detokenizer_features import PictureFeatures
+from seed_multimodal.training.pixel_decoder.features import PictureFeatures
 
 RECORD = "features.json"
 
@@ -42,10 +43,12 @@ def keep_features(features: PictureFeatures, batches: StepBatches, draws: int, g
     log(f"features of {len(wanted):,} pictures are made first, and kept in {features.folders[0].parent}")
     problem: SeedError | None = None
     try:
-        with StepBatches(batches.dataset, batch_size, seed=0, workers=workers, order=ChosenOrder(share)) as once, (
+        with StepBatches(batches.dataset, batch_size, seed=0, workers=workers, order=ChosenOrder(share),
+                         collate=by_size) as once, (
                 Progress("features", len(share), "picture", log=log if group.first else None)) as bar:
             for start in range(0, len(share), batch_size):
-                features.keep(once.at(start // batch_size))
+                for batch in once.at(start // batch_size):
+                    features.keep(batch)
                 bar.update(min(batch_size, len(share) - start))
     except SeedError as error:
         problem = error
