@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -200,11 +201,14 @@ def test_features_are_kept(parts: ModuleType, home: Path, tmp_path: Path) -> Non
     tower = QwenVit.from_pretrained(home / "tower")
     plain = TowerFeatures(tower, torch.device("cpu"), at_once=2)(pixels)
     kept = TowerFeatures(tower, torch.device("cpu"), at_once=2, cache=tmp_path)
-    assert torch.equal(kept(pixels[:3]), plain[:3]) and len(list(tmp_path.rglob("*.safetensors"))) == 3
+    close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)  # other pictures share a pass
+    close(kept(pixels[:3]), plain[:3])
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
     calls: list[int] = []
     tower.register_forward_hook(lambda module, given, found: calls.append(len(found)))
-    assert torch.equal(kept(pixels), plain) and calls == [2]
-    assert torch.equal(kept(pixels.flip(0)), plain.flip(0)) and calls == [2]
+    found = kept(pixels)
+    close(found, plain)
+    assert torch.equal(kept(pixels.flip(0)), found.flip(0)) and calls == [2]
     other = QwenVit(replace(tower.config, heads=4))  # the same weights, which mean something else
     other.load_state_dict(tower.state_dict())
     heads = TowerFeatures(other, torch.device("cpu"))(pixels)
