@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.detokenizers.autoencoder import pixels_of, read_autoencoder
+from seed_multimodal.detokenizers.lavit_unconditional import UNCONDITIONAL, empty_text, is_sdxl, unconditional
 from seed_multimodal.detokenizers.layout import LayoutDecoder
 from seed_multimodal.detokenizers.pipelines import DecodeDefaults, Generators, PipelineDetokenizer, refuse_unfilled
 from seed_multimodal.detokenizers.safety import SafetyChecker
@@ -37,13 +38,11 @@ from seed_multimodal.hub import LAVIT_WHERE, find_folder
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import check_value, setting
 from seed_multimodal.tokenizers.lavit_decoder import Conditions
-from seed_multimodal.weights import read_tensor
 
 # (height, width) in pixels of the released shapes; a U-Net of another size draws them in its own.
 RATIOS = {"1:1": (1024, 1024), "4:3": (896, 1152), "3:2": (832, 1216), "16:9": (768, 1344), "2:3": (1216, 832),
           "3:4": (1152, 896)}
 SIDE = 1024  # of the square one
-UNCONDITIONAL = "uncond_embeddings.bin"
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*", UNCONDITIONAL)
 
 
@@ -101,7 +100,7 @@ class LavitPixels(PipelineDetokenizer):
                                                              local_files_only=True)
         refuse_unfilled(unet, place / "unet")
         vae = read_autoencoder(place, cls)
-        nothing = None if is_sdxl(unet) else _nothing_of(place, int(unet.config.cross_attention_dim))
+        nothing = None if is_sdxl(unet) else empty_text(place, int(unet.config.cross_attention_dim))
         layout = LayoutDecoder.from_pretrained(place / LAYOUT) if (place / LAYOUT).is_dir() else None
         checker = SafetyChecker.find(safety or place, cls) if check_safety else None
         return cls(unet.eval(), vae, scheduler, nothing=nothing, defaults=defaults, layout=layout,
@@ -240,16 +239,7 @@ class LavitPixels(PipelineDetokenizer):
         return torch.stack([torch.randn(shape, generator=own, device=own.device).cpu() for own in generators])
 
     def _unconditional(self, prompt: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What guidance steers away from, as long as the prompt, and which of its embeddings are there (None: all)."""
-        nothing = torch.zeros_like(prompt)
-        if self.nothing is None:
-            return nothing, None
-        length = self.nothing.shape[1]
-        if length > prompt.shape[1]:
-            raise CheckpointError(f"{UNCONDITIONAL} holds {length} embeddings, but a prompt has {prompt.shape[1]}: "
-                                  f"decoder and pixel decoder do not belong together.")
-        nothing[:, :length] = self.nothing.to(prompt)
-        return nothing, (torch.arange(prompt.shape[1], device=prompt.device) < length).expand(len(prompt), -1)
+        return unconditional(prompt, self.nothing)
 
     def _pictures(self, latents: Tensor, made: str) -> Any:
         """Pictures in 0…1; black those that must not be shown."""
@@ -264,11 +254,6 @@ class LavitPixels(PipelineDetokenizer):
         return images if made == "pt" else processor.pt_to_numpy(images)
 
 
-def is_sdxl(unet: Any) -> bool:
-    """Whether a U-Net reads pooled embeddings and sizes, as SDXL's."""
-    return unet.config.addition_embed_type == "text_time"
-
-
 def _check_unet(unet: Any, vae: Any) -> None:
     config = unet.config
     if config.class_embed_type is not None or config.addition_embed_type not in (None, "text_time"):
@@ -277,19 +262,6 @@ def _check_unet(unet: Any, vae: Any) -> None:
     if not config.in_channels == config.out_channels == vae.config.latent_channels:
         raise CheckpointError(f"The U-Net draws latents of {config.out_channels} channels from {config.in_channels}, "
                               f"but the autoencoder reads {vae.config.latent_channels}.")
-
-
-def _nothing_of(place: Path, width: int) -> Tensor:
-    """The empty text's embeddings `[1, L, W]` of a folder of the second kind."""
-    file = place / UNCONDITIONAL
-    if not file.is_file():
-        raise CheckpointError(f"{file}: there is no such file: a U-Net of Stable Diffusion 1's kind is steered away "
-                              f"from the empty text; {LAVIT_WHERE}.")
-    value = read_tensor(file)
-    value = value if value.ndim == 3 else value[None]
-    if value.ndim != 3 or len(value) != 1 or value.shape[2] != width:
-        raise CheckpointError(f"{file}: must hold a tensor [1, L, {width}], got {list(value.shape)}.")
-    return value.float()
 
 
 def _pair(values: Sequence[int], name: str, least: int) -> tuple[int, int]:

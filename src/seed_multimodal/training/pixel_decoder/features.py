@@ -16,14 +16,13 @@ from torch import Tensor
 from seed_multimodal.detokenizers.autoencoder import read_autoencoder
 from seed_multimodal.detokenizers.denoising import training_schedule
 from seed_multimodal.detokenizers.pipelines import PipelineDetokenizer
-from seed_multimodal.detokenizers.schedulers import scheduler_class
-from seed_multimodal.disk import read_json_object
+from seed_multimodal.detokenizers.schedulers import read_scheduler
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import find_folder
 from seed_multimodal.training.frozen_features import FrozenFeatures
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NEEDED = ("unet/config.json", "vae/*", "scheduler/*")
+NEEDED = ("unet/config.json", "vae/*", "vae.json", "scheduler/*")
 
 
 class LatentMoments(FrozenFeatures):
@@ -111,8 +110,7 @@ def load_autoencoder(folder: str | Path, kind: type[PipelineDetokenizer]) -> Any
 def load_schedule(folder: str | Path, kind: type[PipelineDetokenizer]) -> Any:
     """The noise schedule of a diffusers folder, for training. Raises CheckpointError: not there."""
     place = find_folder(folder, NEEDED, kind.where)
-    settings = read_json_object(place / "scheduler" / "scheduler_config.json", CheckpointError, kind.where)
-    return training_schedule(scheduler_class(str(settings.get("_class_name"))).from_config(settings))
+    return training_schedule(read_scheduler(place, kind.where))
 
 
 def drawn_latents(moments: Tensor, scaling: float, generator: torch.Generator | None = None) -> Tensor:

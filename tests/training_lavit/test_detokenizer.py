@@ -1,0 +1,240 @@
+"""Training of LaVIT's pixel decoders: both kinds, from real pictures of several sizes; resumed, cached, drawn with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import warm_python
+from tiny_detokenizer import APPLICATION, ROOT, environment, losses
+from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
+from tiny_lavit_tokenizer import tiny_tokenizer
+from torch import Tensor, nn
+
+from seed_multimodal.detokenizers.denoising import training_schedule
+from seed_multimodal.detokenizers.lavit import LavitPixels
+from seed_multimodal.detokenizers.lavit_training import HEADS, LavitPixelLoss, TrainedPixels, read_unet
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
+from seed_multimodal.training.lavit.detokenizer import train_lavit_detokenizer
+from seed_multimodal.training.lavit.detokenizer_app import APPLICATION as PROGRAM
+from seed_multimodal.training.lavit.detokenizer_settings import read_lavit_pixel_run
+from seed_multimodal.training.lavit.picture_codes import PictureCodes
+from seed_multimodal.training.llm.app import main
+from seed_multimodal.training.llm.compose import compose
+from seed_multimodal.weights import load_state_dict
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("lavit_pixels"))
+
+
+def result(run: Path) -> dict[str, Tensor]:
+    files = (run / "pixels").rglob("*.safetensors")
+    return {f"{file.parent.name}.{name}": value for file in files for name, value in load_state_dict(file).items()}
+
+
+# ---- what is learned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["highres", "lowres"])
+def test_a_pixel_decoder_is_trained_and_draws(parts: Path, tmp_path: Path, head: Any) -> None:
+    """From one code decoder for both; heads and U-Net are trained, nothing before them is."""
+    record = train_lavit_detokenizer(config(parts, tmp_path / "run", head))
+    assert record["steps"] == 4 and record["pixels"] == str(tmp_path / "run" / "pixels")
+    decoder = CodeDecoder.from_pretrained(tmp_path / "run" / "pixels" / "decoder")
+    assert decoder.config.head == head
+    start = code_decoder().state_dict()
+    same = {name for name, value in decoder.state_dict().items() if torch.equal(value, start.get(name, torch.ones(0)))}
+    assert same == {name for name in start if not name.startswith(HEADS)}
+    moved, unet = read_unet(tmp_path / "run" / "pixels"), read_unet(parts / head)
+    assert not any(torch.equal(a, b) for a, b in zip(moved.parameters(), unet.parameters(), strict=True))
+    pixels = LavitPixels.from_pretrained(tmp_path / "run" / "pixels")
+    with torch.no_grad():
+        pictures = pixels.draw(decoder([torch.randn(n, 4) for n in (3, 9)]), 16, 24, num_inference_steps=2)
+    assert [picture.size for picture in pictures] == [(24, 16)] * 2
+
+
+@pytest.mark.slow
+def test_the_loss_falls_and_a_run_goes_on_from_a_result(parts: Path, tmp_path: Path) -> None:
+    """By Muon, as nano's recipes; keys and values alone; a second run begins where the first ended."""
+    noisy = {"selection": "threshold", "dropout": 0.0}
+    train_lavit_detokenizer(config(parts, tmp_path / "one", model=noisy, optim={"name": "muon", "learning_rate": 0.01},
+                                   trainer={"max_steps": 40, "save_steps": 0}))
+    made = losses(tmp_path / "one")
+    assert sum(made[-8:]) < 0.9 * sum(made[:8])
+    more = {**noisy, "start": str(tmp_path / "one" / "pixels"), "trained": "key_value"}
+    train_lavit_detokenizer(config(parts, tmp_path / "two", model=more, trainer={"max_steps": 1}))
+    one, two = result(tmp_path / "one"), result(tmp_path / "two")
+    moved = {name for name, value in two.items() if not torch.equal(value, one[name])}
+    assert moved and all(".to_k." in name or ".to_v." in name or name.startswith("decoder.unet_") for name in moved)
+
+
+class Recorder(nn.Module):
+    """In the place of `TrainedPixels`: keeps who is without conditions."""
+
+    def forward(self, noisy: Tensor, steps: Tensor, rows: Any, ids: Tensor, without: Tensor) -> Tensor:
+        self.without = without
+        return torch.zeros_like(noisy, requires_grad=True)
+
+
+def test_the_share_without_conditions() -> None:
+    from diffusers import DDPMScheduler
+
+    watched, schedule = Recorder(), training_schedule(DDPMScheduler())
+    loss = LavitPixelLoss(dropout=0.2, min_snr=5.0)
+    made = loss(watched, schedule, torch.zeros(4000, 1, 1, 1), [], torch.zeros(4000, 6),
+                generator=torch.Generator().manual_seed(0))
+    assert abs(watched.without.float().mean() - 0.2) < 0.02 and made["mse"] == pytest.approx(1, abs=0.1)
+    assert made["total_loss"] < made["mse"]
+    with pytest.raises(ConfigError, match="dropout must be at most 1, not 2"):
+        LavitPixelLoss(dropout=2)
+
+
+@pytest.mark.parametrize("head", ["highres", "lowres"])
+@torch.no_grad()
+def test_without_conditions_it_is_the_unconditional_half_of_drawing(parts: Path, head: Any) -> None:
+    """The same prediction as the drawing program's for what it steers away from, whatever the codes; with conditions
+    the codes count."""
+    pixels, decoder = LavitPixels.from_pretrained(parts / head), code_decoder(head)
+    if head == "lowres":
+        decoder.unet_proj = nn.Linear(decoder.config.feature_dim, 14)
+        decoder.config = decoder.config.__class__(**{**vars(decoder.config), "prompt_dim": 14})
+    model = TrainedPixels(pixels.pipeline.unet, decoder, pixels.nothing).eval()
+    noisy, steps, ids = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.full((2, 6), 16.0)
+    rows = [[torch.randn(n, 4) for n in lengths] for lengths in ((2, 7), (5, 16))]
+    without = torch.tensor([True, False])
+    made = [model(noisy, steps, one, ids, without) for one in rows]
+    torch.testing.assert_close(made[0][0], made[1][0])
+    assert not torch.allclose(made[0][1], made[1][1], atol=1e-4)
+    told = decoder(rows[0])
+    asked: list[Tensor] = []
+
+    class Watched(nn.Module):
+        dtype, config = torch.float32, pixels.pipeline.unet.config
+
+        def forward(self, sample: Tensor, step: Tensor, **options: Any) -> Any:
+            asked.append(pixels_unet(noisy.repeat(2, 1, 1, 1), steps.repeat(2), **options).sample)
+            raise StopIteration
+
+    pixels_unet = pixels.pipeline.unet
+    pixels.pipeline.unet = Watched()
+    with pytest.raises((StopIteration, RuntimeError)):
+        pixels.draw(told, 16, 16, num_inference_steps=1, guidance_scale=3.0)
+    torch.testing.assert_close(asked[0][0], made[0][0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(asked[0][3], made[0][1], atol=1e-5, rtol=1e-4)
+
+
+# ---- codes
+
+
+def test_a_pictures_codes_are_its_own(parts: Path, tmp_path: Path) -> None:
+    """Drawn patches follow from the picture, in any batch, from a cache too; another seed or rule has other codes."""
+    pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    codes = PictureCodes(tiny_tokenizer(), CPU)
+    made = codes(pixels)
+    assert made.shape == (5, 16) and made.dtype == torch.int32
+    kept = (made >= 0).sum(1)
+    assert 1 <= kept.min() < kept.max() and all((row[:n] >= 0).all() for row, n in zip(made, kept, strict=True))
+    assert torch.equal(codes(pixels.flip(0)).flip(0), made)
+    cached = PictureCodes(tiny_tokenizer(), CPU, cache=tmp_path)
+    assert torch.equal(cached(pixels), made)
+    cached.release()
+    assert torch.equal(cached(pixels), made)
+    for other in (PictureCodes(tiny_tokenizer(), CPU, seed=1, cache=tmp_path),
+                  PictureCodes(tiny_tokenizer(), CPU, "threshold", cache=tmp_path)):
+        assert not torch.equal(other(pixels), made) and other.folder != cached.folder
+
+
+@pytest.mark.slow
+def test_kept_codes_and_latents_give_the_same_numbers(parts: Path, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    train_lavit_detokenizer(config(parts, tmp_path / "fresh"))
+    cached = {"cache": str(tmp_path / "kept")}
+    train_lavit_detokenizer(config(parts, tmp_path / "first", data=cached))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("is kept")
+
+    monkeypatch.setattr(PictureCodes, "compute", refuse)
+    train_lavit_detokenizer(config(parts, tmp_path / "second", data=cached))
+    assert losses(tmp_path / "second") == losses(tmp_path / "first")
+    assert losses(tmp_path / "first") == pytest.approx(losses(tmp_path / "fresh"), rel=1e-5)
+
+
+# ---- the program
+
+
+@pytest.mark.parametrize(("changes", "error", "said"), [
+    ({"data": {"sizes": [[16, 17]]}}, ConfigError, "data: sizes: 17 is no multiple of 2"),
+    ({"data": {"sizes": [[16, 4]]}}, ConfigError, "sizes are heights and widths of at least 8 pixels"),
+    ({"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the tokenizer .* sees 16 pixels a side"),
+    ({"data": {"sources": [{"name": "a", "condition_key": "x"}]}}, ConfigError, "LaVIT reads no condition picture"),
+    ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere: there is no such folder"),
+    ({"model": {"tokenizer": "/nowhere"}}, CheckpointError, "/nowhere: there is no such LaVIT folder"),
+    ({"model": {"decoder": "/nowhere"}}, CheckpointError, "/nowhere: there is no such"),
+    ({"model": {"selection": "all"}}, ConfigError, "selection must be 'draw' or 'threshold'"),
+    ({"model": {"dropout": 2.0}}, ConfigError, "dropout must be at most 1"),
+])
+def test_settings_that_cannot_be(parts: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception],
+                                 said: str) -> None:
+    with pytest.raises(error, match=said) as caught:
+        train_lavit_detokenizer(config(parts, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigkill_and_resume_is_bit_equal(parts: Path, tmp_path: Path) -> None:
+    """The program on scenes of two sizes, with averaged weights, really killed."""
+    def given(name: str) -> list[str]:
+        return ["model=tiny", "data=tiny", "trainer=tiny", "optim=tiny", f"model.diffusion={parts / 'highres'}",
+                f"model.tokenizer={parts / 'tokenizer'}", f"model.decoder={parts / 'decoder'}", "trainer.ema=0.9",
+                "trainer.max_steps=12", "trainer.save_steps=3", f"output_dir={tmp_path / name}"]
+
+    process = subprocess.Popen([warm_python.PYTHON, "src/train/train_lavit_detokenizer.py", *given("killed")],
+                               cwd=APPLICATION, stderr=subprocess.PIPE, text=True, env=environment(parts))
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None and not (
+            tmp_path / "killed" / "checkpoint-6" / "manifest.json").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    complained = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGKILL, complained
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    for name in ("killed", "whole"):
+        assert main(given(name), CONFIGS, PROGRAM) == 0
+    assert len(losses(tmp_path / "whole")) == 12 and losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    whole = result(tmp_path / "whole")
+    assert all(torch.equal(value, whole[name]) for name, value in result(tmp_path / "killed").items())
+    shutil.rmtree(tmp_path / "killed" / "pixels")
+
+
+@pytest.mark.parametrize("kind", ["highres", "lowres"])
+def test_the_recipes_are_read(kind: str) -> None:
+    run = read_lavit_pixel_run(compose([*(f"{group}={kind}" for group in ("model", "data", "trainer")),
+                                        "output_dir=x"], CONFIGS).config)
+    assert run.trainer.max_steps == 20000 and run.data.tower_size == 224 and run.model.trained == "all"
+    assert len(run.data.drawn_sizes) == (6 if kind == "highres" else 1) and run.data.view.seen_by == "bicubic"
+
+
+@pytest.mark.process
+def test_the_script_asks_for_its_decoder() -> None:
+    script = ROOT / "scripts" / "train_lavit_detokenizer.sh"
+    done = subprocess.run(["sh", str(script)], capture_output=True, text=True)
+    assert done.returncode == 2 and "the first argument is the decoder: highres" in done.stderr
+    done = subprocess.run(["sh", str(script), "lowres", "model.dropout=4"], capture_output=True, text=True,
+                          env={**os.environ, "NPROC": "1"})
+    assert done.returncode == 2 and "model: dropout must be at most 1" in done.stderr
