@@ -14,8 +14,8 @@ import pytest
 import torch
 import warm_python
 from tiny_detokenizer import APPLICATION, ROOT, environment, losses
-from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
 from tiny_lavit_tokenizer import tiny_tokenizer
+from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
 from torch import Tensor, nn
 
 from seed_multimodal.detokenizers.denoising import training_schedule
