@@ -11,6 +11,7 @@
     seed convert old.pt new.safetensors         old weights, safely
     seed export-tokenizer --stage1 … --stage2 … trained stages → a tokenizer
     seed eval tokenizer --data … --out …        quality of a tokenizer
+    seed eval vqa|caption|text2image …          accuracy, CIDEr, FID on the benchmarks' files
     seed plot runs/a runs/b                     curves of training runs
     seed data check train.jsonl …               errors in training data, and where
     seed data convert old/*.tar --out new       the original's pickled shards as json
@@ -26,7 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from seed_multimodal import __version__
-from seed_multimodal.commands import chat, convert, data, eval_tokenizer, export_tokenizer, pictures, plot
+from seed_multimodal.commands import chat, convert, data, eval_tokenizer, evaluate, export_tokenizer, pictures, plot
 from seed_multimodal.commands.common import (
     SHAPES,
     add_beside,
@@ -124,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
                                                                                     metavar="WHAT")
     eval_tokenizer.add_arguments(measured.add_parser("tokenizer",
                                                      help="retrieval, reconstruction, codebook, contact sheet"))
+    evaluate.add_commands(measured)
     plotter = commands.add_parser("plot", help="curves of training runs, over each other")
     plot.add_arguments(plotter)
     plotter.set_defaults(work=plot.plot)

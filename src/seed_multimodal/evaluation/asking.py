@@ -138,13 +138,13 @@ class AnySystem:
             return list(self.system.ask_all(seen, texts, **self.options))
         return [self.system.ask(one, text, **self.options) for one, text in zip(seen, texts, strict=True)]
 
-    def draw(self, texts: Sequence[str], count: int, seed: int) -> list[list[Image.Image]]:
-        """So many pictures of each text, each with a seed of its own. Raises GenerationError."""
+    def draw(self, texts: Sequence[str], count: int, seeds: Sequence[int]) -> list[list[Image.Image]]:
+        """So many pictures of each text; number n is drawn with the text's seed + n. Raises GenerationError."""
         if hasattr(self.system, "draw_all"):
-            made = list(self.system.draw_all(texts, seed=seed, number=count, **self.drawing))
+            made = list(self.system.draw_all(texts, seed=list(seeds), number=count, **self.drawing))
             return [made[start:start + count] for start in range(0, len(made), count)]
         return [[self.system.draw(text, seed=seed + number, **self.drawing) for number in range(count)]
-                for text in texts]
+                for text, seed in zip(texts, seeds, strict=True)]
 
     def facts(self) -> dict[str, Any]:
         """What answers depend on."""

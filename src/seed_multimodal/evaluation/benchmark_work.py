@@ -22,10 +22,13 @@ from seed_multimodal.data.formats.pictures import HeldPicture
 from seed_multimodal.disk import sha256_of
 from seed_multimodal.evaluation.answer_folder import Line, Score, Work
 from seed_multimodal.evaluation.asking import Asked
+from seed_multimodal.evaluation.java_scores import java_scores
 from seed_multimodal.evaluation.vqa_accuracy import UNANSWERABLE, lavit_answer, vqa_accuracy, vqa_answer
 from seed_multimodal.language.caption_scores import caption_scores
 
 ANSWERABLE = 'Is the question: "{}" answerable?'  # LaVIT's evaluation on VizWiz asks this first
+NO_LEMMAS = ("Answers and annotations were compared as they stand, not by their dictionary forms, because spaCy or its "
+             "model en_core_web_sm is not there; accuracies can be lower by a little.")
 T = TypeVar("T")
 Lemmas = Callable[[str], str]
 
@@ -38,8 +41,7 @@ class QuestionRules:
         lavit: LaVIT's rule for answers instead of the official one, see `vqa_accuracy`.
         exact: an answer is right if it equals the right one (GQA), instead of agreement with ten annotators.
         answerable: it is asked first whether the question can be answered (VizWiz).
-        lemmas: what makes dictionary forms of an answer's words; None: they stay.
-        lemmas_of_answers: the model's answers have not been through `lemmas` yet.
+        lemmas: what makes dictionary forms of the annotators' words, as LaVIT's answers have them; None: they stay.
         legacy: as LaVIT's evaluation was released: see `lavit_answer`; and every "no" in the answer to that first
             question counts, that of "not known" and of "nothing", too.
     """
@@ -48,7 +50,6 @@ class QuestionRules:
     exact: bool = False
     answerable: bool = False
     lemmas: Lemmas | None = None
-    lemmas_of_answers: bool = False
     legacy: bool = False
 
     def refuses(self, said: str) -> bool:
@@ -58,10 +59,7 @@ class QuestionRules:
     def accuracy(self, answer: str, truth: Annotation) -> float:
         """0 to 1."""
         rule = partial(lavit_answer, legacy=self.legacy) if self.lavit else vqa_answer
-        wanted = truth.answers
-        if self.lemmas is not None:
-            wanted = [self.lemmas(one) for one in wanted]
-            answer = self.lemmas(answer) if self.lemmas_of_answers else answer
+        wanted = truth.answers if self.lemmas is None else [self.lemmas(one) for one in truth.answers]
         return float(rule(answer) == wanted[0]) if self.exact else vqa_accuracy(answer, wanted, rule)
 
 
@@ -110,8 +108,11 @@ def question_work(asked: Asked, questions: Questions, annotations: Annotations |
                 if line["id"] not in questions.problems]
 
     def numbers(lines: Sequence[Line]) -> dict[str, Any]:
-        return {} if annotations is None else _accuracies(
-            [line for line in lines if line["id"] not in questions.problems], annotations, rules)
+        if annotations is None:
+            return {}
+        found = _accuracies([line for line in lines if line["id"] not in questions.problems], annotations, rules)
+        plain = rules.lemmas is not None and not getattr(rules.lemmas, "uses_spacy", True)
+        return {**found, "notes": [NO_LEMMAS]} if plain else found
 
     samples = PictureSamples(questions.keys, questions.read, lambda one: asked.see(one.picture, path, one.name),
                              lambda one: one.picture)
@@ -154,7 +155,10 @@ def caption_work(asked: Asked, path: Path, pictures: Sequence[CaptionedPicture],
         return [{"image_id": key, "caption": text} for key, text in captions(lines).items()]
 
     def numbers(lines: Sequence[Line]) -> dict[str, Any]:
-        return {name: round(value, 4) for name, value in caption_scores(captions(lines), references).items()}
+        said = captions(lines)
+        more, notes = java_scores(said, references)
+        scores = {name: round(value, 4) for name, value in {**caption_scores(said, references), **more}.items()}
+        return {**scores, "notes": notes} if notes else scores
 
     samples = PictureSamples([one.key for one in pictures], lambda number: pictures[number].checked(),
                              lambda one: asked.see(one.picture, path, one.name), lambda one: one.picture)

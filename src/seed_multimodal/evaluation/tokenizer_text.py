@@ -135,15 +135,8 @@ def clip_texts(source: str | Path, device: torch.device) -> TextSide:
         CheckpointError: no such folder, no text tower in it, or no tokenizer.
     """
     place = Path(source)
-    from transformers import CLIPTokenizer
-
     tower = load_clip_text(place, device=device, log=None)
-    if not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise CheckpointError(f"{place}: holds no CLIP tokenizer (vocab.json and merges.txt).")
-    try:
-        tokenizer: Any = CLIPTokenizer.from_pretrained(str(place), local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{place}: holds no CLIP tokenizer (vocab.json and merges.txt).") from error
+    tokenizer = clip_tokenizer(place)
 
     @torch.no_grad()
     def embed(texts: Sequence[str]) -> Tensor:
@@ -151,3 +144,21 @@ def clip_texts(source: str | Path, device: torch.device) -> TextSide:
         return F.normalize(tower(**found).text_embeds.float(), dim=-1)
 
     return TextSide(f"CLIP text tower {place.name}", embed)
+
+
+def has_clip_tokenizer(place: Path) -> bool:
+    """Whether a folder holds CLIP's tokenizer."""
+    return any((place / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+
+
+def clip_tokenizer(place: Path) -> Any:
+    """The tokenizer of a CLIP folder. Raises CheckpointError: there is none."""
+    from transformers import CLIPTokenizer
+
+    advice = f"{place}: holds no CLIP tokenizer (vocab.json and merges.txt)."
+    if not has_clip_tokenizer(place):
+        raise CheckpointError(advice)
+    try:
+        return CLIPTokenizer.from_pretrained(str(place), local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(advice) from error
