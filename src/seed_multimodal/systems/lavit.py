@@ -53,16 +53,17 @@ Part = Any  # of what is composed: a text, a picture, or codes
 
 
 class Lavit(System):
-    """A loaded system; make one with `from_pretrained`.
+    """A loaded system.
 
     Methods take generation settings (`WritingSettings`; where they draw `CodeSettings`, and those of
     `LavitPictures.draw`) as keywords. Defaults are the released programs', or the system's own in `system.json`.
 
     Attributes:
-        lemmatizer: of answers; None: spaCy's, if it is there, loaded with the first answer.
+        lemmatizer: of answers; None: spaCy's, if it is there, loaded with the first.
     """
 
     decode_keys = DECODE_KEYS
+    tokenizer: LavitTokenizer
     memory: MemoryPlan | None = None
     lemmatizer: Callable[[str], str] | None = None
 
@@ -168,10 +169,9 @@ class Lavit(System):
     # ---- drawing
 
     def draw(self, text: str, seed: int = 0, *, codes: Any = None, **options: Any) -> Image.Image:
-        """A picture of `text`.
+        """A picture of `text`; `codes` are refused, as there are no pictures of the first of them.
 
         Args:
-            codes: refused: there are no pictures of the first codes.
             options: `CodeSettings` (`guidance`, `top_k`, …), `negative` (words to steer away from), and of
                 `LavitPictures.draw`: `ratio` ("3:2") or `height` and `width`, `num_inference_steps`, `guidance_scale`.
 

@@ -29,8 +29,7 @@ FOLDER = PARTS["lavit"].folder
 MEANING = {"llm": ("language model", "describe, answer or draw words"), "words": ("text tokenizer", "read words"),
            "tokenizer": ("dynamic tokenizer (tower, selector, merger and codebook)", "read pictures or draw"),
            "understanding": ("merger and projector of the second stage", "describe pictures or answer"),
-           "decoder": ("decoder of codes", "draw"), "pixels": ("pixel decoder (unet, vae, scheduler)", "draw"),
-           "safety": ("safety checker (feature_extractor, safety_checker)", "check its drawings")}
+           "decoder": ("decoder of codes", "draw"), "pixels": ("pixel decoder (unet, vae, scheduler)", "draw")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +71,9 @@ class LavitSpec(LavitFile):
         place = self.tokenizer if part == "understanding" else getattr(self, part)  # ours: in one folder
         if place is None:
             return None if part == "words" else ""
-        inner = {"pixels": ("unet", "scheduler"), "safety": ("feature_extractor", "safety_checker")}.get(part, ())
-        needed = [place, *(place / name for name in inner), *([autoencoder_folder(place)] if part == "pixels" else [])]
+        needed = [place]
+        if part == "pixels":
+            needed += [place / "unet", place / "scheduler", autoencoder_folder(place)]
         return next((str(one) for one in needed if not one.exists()), None)
 
 
@@ -93,13 +93,14 @@ def is_lavit_layout(folder: Path) -> bool:
 
 
 def find_lavit(name: str | Path | None = None, *, head: str | None = None, llm_folder: str = LLM,
-               **parts: str | Path | None) -> LavitSpec:
+               local_only: bool = False, **parts: str | Path | None) -> LavitSpec:
     """The parts of a LaVIT.
 
     Args:
         name: `lavit`, `nano-lavit`, a released folder, one with `system.json`, or the hub's name.
         head: "highres" or "lowres", of a folder with both; None: what `system.json` says, or highres.
         llm_folder: the language model's, of a released folder with several.
+        local_only: the hub client's copy does not do.
         parts: `llm`, `words`, `tokenizer`, `decoder`, `pixels`, `safety` replace single parts.
 
     Raises:
@@ -110,7 +111,10 @@ def find_lavit(name: str | Path | None = None, *, head: str | None = None, llm_f
         raise ConfigError(f"The pixel decoder is {' or '.join(DECODERS)}, not {head!r}.")
     if name is None:
         raise ConfigError("Name a system: lavit, nano-lavit or a folder.")
-    folder = _snapshot() if is_released_lavit(name) else locate_system(name) or local_folder(name)
+    if is_released_lavit(name):
+        folder = _snapshot(local_only)
+    else:
+        folder = locate_system(name) or local_folder(name, cache=not local_only)
     if folder is None:
         advice = f"download {LAVIT} (26 GB) into {FOLDER}"
         other = f"; or take --model {shipped}, which runs now" if (shipped := _shipped()) else ""
@@ -138,10 +142,10 @@ def _released(folder: Path, head: str, llm_folder: str, given: dict[str, Any]) -
     return LavitSpec(**{**parts, **given, "head": head, "name": str(folder), "released": True})
 
 
-def _snapshot() -> Path | None:
+def _snapshot(local_only: bool) -> Path | None:
     """The released folder below `pretrained/`, else in the hub client's cache; None: not there."""
     found = locate(FOLDER)
-    if found is not None:
+    if found is not None or local_only:
         return found
     try:
         return fetch(LAVIT)

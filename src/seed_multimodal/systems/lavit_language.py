@@ -126,13 +126,19 @@ class LavitLanguage:
         Raises:
             CodesError: codes that are none. GenerationError: a prompt too long.
         """
-        rows, most = [self.tokenizer.drawing_ids(prompt) for prompt in prompts], self.words.tokens_per_image
-        settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, most + 1))
+        rows = [self.tokenizer.drawing_ids(prompt) for prompt in prompts]
         against = None
         if negative is not None:
             ids = self.tokenizer.text_ids(negative) if isinstance(negative, str) else list(negative)
             against = [[*ids, self.words.boi_id]]
+        return self.write_ids(rows, settings, seeds, against, log)
+
+    def write_ids(self, rows: Sequence[Sequence[int]], settings: CodeSettings, seeds: Seeds,
+                  negative: Sequence[Sequence[int]] | None = None, log: Log = None) -> list[WrittenPicture]:
+        """As `write`, of prompts as ids, and of negative ones as `generate_codes` takes them."""
+        most = self.words.tokens_per_image  # the decoder has places for so many
+        settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, most + 1))
         with Progress("codes", settings.max_new_tokens, "code", log=log) as bar, self._lock, self.resident():
-            written = generate_codes(self.llm, self.words, rows, settings, negative=against, seeds=seeds,
+            written = generate_codes(self.llm, self.words, rows, settings, negative=negative, seeds=seeds,
                                      watch=bar.update, pad_id=self.tokenizer.pad_id)
-        return [replace(one, codes=one.codes[:most]) for one in written]  # the decoder has places for so many
+        return [replace(one, codes=one.codes[:most]) for one in written]

@@ -115,7 +115,7 @@ def open_drawer(spec: LavitSpec, there: Runtime, check_safety: bool = False) -> 
     Raises:
         CheckpointError: missing or damaged files, or parts of different sizes.
     """
-    spec.require("decoder", "pixels", *(["safety"] if check_safety else []))
+    spec.require("decoder", "pixels")
     place: Any = spec.decoder or weights_file(spec.tokenizer / VISUAL / DECODERS[spec.head])
     assert spec.pixels is not None
     decoder = CodeDecoder.from_pretrained(place, head=spec.head, config=spec.sizes.get("decoder"), dtype=there.dtype)

@@ -187,11 +187,11 @@ class LavitPictures(PictureHalf):
             part = slice(start, start + batch_size)
             with self.drawing(), Progress("drawing", None, log=self.log) as bar:
                 pictures += self.decoder.decode(
-                    self._rows(rows[part]), generator=None if generators is None else generators[part],
+                    self.rows_of(rows[part]), generator=None if generators is None else generators[part],
                     on_step=partial(_tell, bar), **decode)
         return pictures
 
-    def _rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
+    def rows_of(self, codes: Sequence[Tensor]) -> list[Tensor]:
         model = self._writing()
         return [model.embed_codes(row.to(model.quantize.embedding.weight.device)) for row in codes]
 

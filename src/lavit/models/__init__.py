@@ -1,0 +1,18 @@
+"""LaVIT's released names, for programs and notebooks in this folder: `from models import build_model`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
+
+from seed_multimodal.systems.lavit_original import (  # noqa: E402
+    LaVITDetokenizer,
+    LaVITforGeneration,
+    LaVITforUnderstanding,
+    LaVITImageProcessor,
+    LaVITQuestionProcessor,
+    build_model,
+)
+
+__all__ = ["LaVITDetokenizer", "LaVITImageProcessor", "LaVITQuestionProcessor", "LaVITforGeneration",
+           "LaVITforUnderstanding", "build_model"]
