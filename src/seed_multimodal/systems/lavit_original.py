@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.device import DTYPES, Runtime, choose_device
+from seed_multimodal.device import DTYPES, choose_device
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.transforms import ImageTransform, normalise, seed_image_processor
 from seed_multimodal.language.lavit import QUESTION, QuestionProcessor
@@ -31,6 +31,7 @@ from seed_multimodal.language.padding import padded_left
 from seed_multimodal.systems.lavit import Lavit
 from seed_multimodal.systems.lavit_files import LLM, NAME, LavitSpec, find_lavit, is_lavit_layout
 from seed_multimodal.systems.lavit_parts import GENERATION, UNDERSTANDING, load_pictures
+from seed_multimodal.systems.lavit_pictures import LavitPictures
 from seed_multimodal.tokenizers.lavit_decoder import Conditions
 
 HERE = ("", ".", "./")  # the default of `model_path`
@@ -74,14 +75,16 @@ def build_model(
 
 
 class _Model:
-    """What both models share; `system` is the `Lavit` inside."""
+    """What all share; `system` is the `Lavit` inside, None for a model of pictures alone."""
 
-    system: Lavit
+    system: Any = None
+    pictures: LavitPictures
 
     def to(self, device: str | torch.device) -> Self:
         """Move everything; returns self."""
-        self.system.llm.to(device)
-        self.system.pictures.to(torch.device(device))
+        if self.system is not None:
+            self.system.llm.to(device)
+        self.pictures.to(torch.device(device))
         return self
 
     def eval(self) -> Self:
@@ -90,8 +93,13 @@ class _Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is."""
-        return torch.device(self.system.llm.device)
+        """Where pictures are read and drawn."""
+        return self.pictures.device
+
+    def ratio_size(self, ratio: str) -> tuple[int, int]:
+        """Height and width of a ratio (1:1, 4:3, 3:2, 16:9, 2:3, 3:4) in the U-Net's size."""
+        height, width = self.pictures.decoder.pixels.ratio_size(ratio)
+        return height, width
 
 
 class LaVITforUnderstanding(_Model):
@@ -99,9 +107,10 @@ class LaVITforUnderstanding(_Model):
 
     def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
                  device_id: int | None = None, model_sub_dir: str = LLM, local_files_only: bool = False) -> None:
-        place = _device(device_id)
-        self.system = Lavit.from_pretrained(_spec(model_path, model_sub_dir, local_files_only), device=place,
-                                            dtype=_dtype(model_dtype), modes=(UNDERSTANDING,), log=None)
+        self.system = Lavit.from_pretrained(
+            original_spec(model_path, model_sub_dir, local_files_only), device=original_device(device_id),
+            dtype=original_dtype(model_dtype), modes=(UNDERSTANDING,), log=None)
+        self.pictures = self.system.pictures
 
     def generate(
         self, samples: Mapping[str, Any], use_nucleus_sampling: bool = False, num_beams: int = 2, max_length: int = 36,
@@ -110,10 +119,11 @@ class LaVITforUnderstanding(_Model):
     ) -> list[str]:
         """Captions of `samples["image"]` (a file, a list of files, or pixels `[B, 3, S, S]`), behind which
         `samples["prompt"]` (a text, or one each) is put; `num_captions` of each picture, one after the other."""
-        return self.system.describe_all(
+        captions: list[str] = self.system.describe_all(
             _images(samples), samples.get("prompt"), seed=None, do_sample=use_nucleus_sampling, num_beams=num_beams,
             max_new_tokens=max_length, min_new_tokens=min_length, top_p=top_p, top_k=top_k, number=num_captions,
             repetition_penalty=repetition_penalty, length_penalty=length_penalty, temperature=temperature)
+        return captions
 
     def predict_answers(
         self, samples: Mapping[str, Any], use_nucleus_sampling: bool = False, num_beams: int = 5, max_len: int = 10,
@@ -124,10 +134,11 @@ class LaVITforUnderstanding(_Model):
         texts are asked as they are."""
         if "text_input" not in samples:
             raise RequestError("samples['text_input'] is missing: the question, or one for each picture.")
-        return self.system.ask_all(
+        answers: list[str] = self.system.ask_all(
             _images(samples), samples["text_input"], short=bool(prompt), prompt=prompt or QUESTION, seed=None,
             do_sample=use_nucleus_sampling, num_beams=num_beams, max_new_tokens=max_len, min_new_tokens=min_len,
             temperature=temperature, top_p=top_p, top_k=top_k, length_penalty=length_penalty)
+        return answers
 
 
 class LaVITforGeneration(_Model):
@@ -138,10 +149,11 @@ class LaVITforGeneration(_Model):
         check_safety: bool = False, load_tokenizer: bool = False, pixel_decoding: str = "highres",
         device_id: int | None = None, model_sub_dir: str = LLM, local_files_only: bool = False,
     ) -> None:
-        spec = _spec(model_path, model_sub_dir, local_files_only, _head(pixel_decoding))
+        spec = original_spec(model_path, model_sub_dir, local_files_only, _head(pixel_decoding))
         self.system = Lavit.from_pretrained(
-            spec, device=_device(device_id), dtype=_dtype(model_dtype), modes=(GENERATION,), check_safety=check_safety,
-            offload=() if load_tokenizer else ("encoder",), log=None)
+            spec, device=original_device(device_id), dtype=original_dtype(model_dtype), modes=(GENERATION,),
+            check_safety=check_safety, offload=() if load_tokenizer else ("encoder",), log=None)
+        self.pictures = self.system.pictures
 
     def generate_image(
         self, prompts: Any, width: int = 512, height: int = 512, original_size: Sequence[int] | None = None,
@@ -166,11 +178,11 @@ class LaVITforGeneration(_Model):
                   "guidance_scale": guidance_scale_for_decoder, "original_size": original_size,
                   "crops_coords_top_left": crops_coords_top_left or (0, 0)}
         self.system.spec.require("decoder", "pixels")
-        self.system.pictures.check_drawing(**decode)
+        self.pictures.check_drawing(**decode)
         ids = self.generate_image_tokenids(
             prompts, use_nucleus_sampling, top_p, top_k, num_beams, temperature, num_return_images, length_penalty,
             max_length, min_length, guidance_scale_for_llm, uncond_input_ids, is_token_prompt, legacy_max_length)
-        return self.system.pictures.draw(self._codes(ids), seed=None, **decode)
+        return self.pictures.draw(self._codes(ids), seed=None, **decode)
 
     def multimodal_synthesis(self, prompts: Sequence[tuple[Any, str]], *, guidance_scale_for_llm: float = 5.0,
                              **options: Any) -> list[Image.Image]:
@@ -184,7 +196,7 @@ class LaVITforGeneration(_Model):
         for value, kind in prompts:
             if kind not in ("image", "text"):
                 raise RequestError(f"A part of the prompt is an image or a text, not {kind!r}.")
-            part = value if kind == "text" else self.system.pictures.tokenize(value, seed=None)[0].tolist()
+            part = value if kind == "text" else self.pictures.tokenize(value, seed=None)[0].tolist()
             ids += self.system.tokenizer.drawing_ids([part])
         options |= {"guidance_scale_for_llm": guidance_scale_for_llm, "is_token_prompt": True}
         return self.generate_image([ids], **options)
@@ -207,41 +219,27 @@ class LaVITforGeneration(_Model):
         written = self.system.language.write_ids(rows, settings, None, against)
         return padded_left([one.ids for one in written], words.pad_id)[0]
 
-    def ratio_size(self, ratio: str) -> tuple[int, int]:
-        """Height and width of a ratio (1:1, 4:3, 3:2, 16:9, 2:3, 3:4) in the U-Net's size."""
-        height, width = self.system.pictures.decoder.pixels.ratio_size(ratio)
-        return height, width
-
     def generate_image_embeds(self, image_tokens: Any) -> Conditions:
         """What the pixel decoder is told of pictures, from rows of ids `[R, L]`."""
-        drawer = self.system.pictures.decoder
-        conditions: Conditions = drawer.decoder(self.system.pictures.rows_of(self._codes(image_tokens)))
+        drawer = self.pictures.decoder
+        conditions: Conditions = drawer.decoder(self.pictures.rows_of(self._codes(image_tokens)))
         return conditions
 
     def _codes(self, ids: Any) -> list[Tensor]:
         """Ids that are no codes are left out; `CodesError` for a row without any."""
         codes = [self.system.tokenizer.vocabulary.codes_of(row) for row in ids]
-        return self.system.pictures.check_codes([row[:self.system.tokenizer.vocabulary.tokens_per_image]
+        return self.pictures.check_codes([row[:self.system.tokenizer.vocabulary.tokens_per_image]
                                                  for row in codes])
 
 
-class LaVITDetokenizer:
+class LaVITDetokenizer(_Model):
     """Pictures drawn again from their codes, without a language model."""
 
     def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
                  pixel_decoding: str = "highres", device_id: int | None = None, local_files_only: bool = False) -> None:
-        spec = _spec(model_path, LLM, local_files_only, _head(pixel_decoding))
-        runtime = Runtime(choose_device(_device(device_id), "float32", None).device, _dtype(model_dtype))
+        spec = original_spec(model_path, LLM, local_files_only, _head(pixel_decoding))
+        runtime = choose_device(original_device(device_id), original_dtype(model_dtype), None)
         self.pictures = load_pictures(spec, runtime, runtime, (GENERATION,))
-
-    def to(self, device: str | torch.device) -> Self:
-        """Move everything; returns self."""
-        self.pictures.to(torch.device(device))
-        return self
-
-    def eval(self) -> Self:
-        """It always is; returns self."""
-        return self
 
     def reconstruct_from_token(
         self, x: Tensor, width: int = 1024, height: int = 1024, original_size: Sequence[int] | None = None,
@@ -259,8 +257,13 @@ class LaVITDetokenizer:
                                   num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
 
 
-def _spec(model_path: str | Path, model_sub_dir: str, local_files_only: bool, head: str | None = None) -> LavitSpec:
-    """The parts at a path; the default path stands for the released folder below `pretrained/`."""
+def original_spec(model_path: str | Path, model_sub_dir: str = LLM, local_files_only: bool = True,
+                  head: str | None = None) -> LavitSpec:
+    """The parts at a path; the default path stands for the released folder below `pretrained/`.
+
+    Args:
+        head: of a released folder; one with `system.json` has its own.
+    """
     place = Path(model_path)
     usual = str(model_path) in HERE and not is_lavit_layout(place) and not (place / "system.json").is_file()
     name: str | Path = NAME if usual else model_path
@@ -279,13 +282,15 @@ def _head(pixel_decoding: str) -> str:
     return "lowres" if pixel_decoding == "lowres" else "highres"
 
 
-def _dtype(name: str) -> torch.dtype:
+def original_dtype(name: str) -> torch.dtype:
+    """`model_dtype`; raises `ConfigError` for another name."""
     if name not in DTYPES:
         raise ConfigError(f"model_dtype {name!r}: use bf16 or fp16 (or fp32).")
     return DTYPES[name]
 
 
-def _device(device_id: int | None) -> str:
+def original_device(device_id: int | None) -> str:
+    """`device_id`; None: the process's own, or "auto" without CUDA."""
     if device_id is None and not torch.cuda.is_available():
         return "auto"
     number = int(os.environ.get("LOCAL_RANK", "0")) if device_id is None else device_id

@@ -1,0 +1,15 @@
+"""LaVIT draws pictures again from their codes, and a sheet with both beside each other.
+
+    python src/lavit/image_detokenize.py --model nano-lavit --image images/*.png
+    python src/lavit/image_detokenize.py --guidance_scale 2 --steps 25
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.lavit import detokenize_script  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(detokenize_script(Path(__file__).name, str(__doc__)))

@@ -1,0 +1,15 @@
+"""LaVIT's tasks one after the other: a caption, an answer, a picture of a text, a picture of a picture and words.
+
+    python src/lavit/inference.py --model nano-lavit
+    python src/lavit/inference.py --image dog.jpg --question "What is the dog doing?" --words "It is in the snow."
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.lavit import inference_script  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(inference_script(Path(__file__).name, str(__doc__)))

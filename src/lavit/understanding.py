@@ -1,0 +1,15 @@
+"""LaVIT describes pictures and answers questions about them.
+
+    python src/lavit/understanding.py --model nano-lavit                       images/cat.jpg, three questions
+    python src/lavit/understanding.py --image dog.jpg --question "What is the dog doing?"
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from seed_multimodal.commands.lavit import understanding_script  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(understanding_script(Path(__file__).name, str(__doc__)))
