@@ -138,6 +138,26 @@ def test_the_flags_of_the_evaluation(capsys):
         assert '"$@"' in (HOME / "scripts" / f"{name}.sh").read_text()
 
 
+def test_the_evaluation_of_captions_and_answers(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for number in (1, 2):
+        picture(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "asked.json").write_text(json.dumps([
+        {"image": f"{number}.png", "img_id": number, "question": "What is it?", "question_id": number, "answer": "fox"}
+        for number in (1, 2)]))
+    (tmp_path / "truth.json").write_text(json.dumps({"images": [], "annotations": [
+        {"image_id": number, "caption": "a fox"} for number in (1, 2)]}))
+    own = ["--model_path", str(tiny_lavit_folder), "--model_dtype", "fp32", "--device", "cpu", "--imagepath",
+           str(tmp_path), "--annopath", str(tmp_path / "asked.json")]
+    for task, dataset, more in (("caption", "nocaps", ["--truth", str(tmp_path / "truth.json")]), ("vqa", "gqa", [])):
+        out = tmp_path / "results" / task
+        code = programs.evaluate_script("evaluate.py", "", ["--task_name", task, "--dataset", dataset, *own, *more,
+                                                            "--out", str(out)])
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert code == 0 and summary["samples"] == 2 and any(out.iterdir())
+
+
 @pytest.mark.process
 def test_the_wrappers_start_the_evaluation(tmp_path):
     done = subprocess.run(["bash", str(HOME / "scripts" / "vqa_eval.sh"), "--model_path", "nowhere"], cwd=tmp_path,

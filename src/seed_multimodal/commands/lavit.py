@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,15 +256,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     task = Task(args.task_name, args.dataset or TASKS[args.task_name][0], args.annopath, images=args.imagepath,
                 truth=args.truth, out=args.out, limit=args.limit, batch=args.batch_size, legacy=args.legacy,
-                clip=args.clip, clip_words=args.clip_words, inception=args.inception, resolution=args.resolution,
-                weights=None)
+                clip=args.clip, clip_words=args.clip_words, inception=args.inception, resolution=args.resolution)
     quiet_libraries(args.debug)
     draws = args.task_name == "text2image"
     spec = original_spec(args.model_path, head="lowres" if draws else None)
     system = Lavit.from_pretrained(
         spec, device=args.device or original_device(None), dtype=original_dtype(args.model_dtype),
         quantization=args.quantization, modes=("generation" if draws else "understanding",), log=log_line)
-    summary = run_task(system, task)
+    summary = run_task(system, replace(task, weights=Path(spec.name)))
     if summary is None:
         return DONE
     print(json.dumps(summary, ensure_ascii=False), flush=True)
