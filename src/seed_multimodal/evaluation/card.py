@@ -1,4 +1,4 @@
-"""The model card of nano or nano-x.
+"""The model card of nano, nano-x or nano-lavit.
 
     python -m seed_multimodal.evaluation.card --model pretrained/nano --work runs/full
 
@@ -48,6 +48,10 @@ LINES = {
         "SEED nano-x", "A tiny SEED-X: a small LLaMA reads and writes {side}pictures of scenes of emoji-like drawings "
         "as features, finds things by boxes and edits with the picture at hand, through an SDXL-class decoder.",
         ("tower", "layout", "first", "second", "sft")),
+    "lavit": Line(
+        "LaVIT nano", "A tiny LaVIT: a {side}picture of a scene of emoji-like drawings becomes as many tokens as there "
+        "is to see, a small LLaMA reads them and writes them, and an SDXL-class decoder draws them again, in two "
+        "ratios.", ("reader", "tokenizer", "layout", "pixels", "llm")),
 }
 
 

@@ -24,12 +24,14 @@ from seed_multimodal.entry import DONE, add_device, add_quantization, run_progra
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.batched import BatchedSystem
+from seed_multimodal.evaluation.batched_lavit import BatchedLavit
 from seed_multimodal.evaluation.batched_x import BatchedSeedX
 from seed_multimodal.evaluation.judge import Judge
+from seed_multimodal.evaluation.lavit_run import LavitRun
 from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.evaluation.report_plots import save_plots
 from seed_multimodal.evaluation.report_sheets import save_sheets
-from seed_multimodal.evaluation.report_text import AIMS, X_AIMS, aims, markdown
+from seed_multimodal.evaluation.report_text import AIMS, LAVIT_AIMS, X_AIMS, aims, markdown
 from seed_multimodal.evaluation.samples import Sizes, make_samples
 from seed_multimodal.evaluation.split_run import SplitRun
 from seed_multimodal.evaluation.tasks import System
@@ -41,6 +43,10 @@ from seed_multimodal.systems.open_system import kind_of
 
 MODULE = "seed_multimodal.evaluation.report"
 Log = Callable[[str], None]
+KINDS: dict[str, tuple[Any, type[SplitRun], Sequence[Any]]] = {
+    "seed_llama": (BatchedSystem, SplitRun, AIMS), "seed_x": (BatchedSeedX, XRun, X_AIMS),
+    "lavit": (BatchedLavit, LavitRun, LAVIT_AIMS)}
+"""kind of a system -> what opens it, what measures it, its aims"""
 
 
 def evaluate(system: System, judge: Judge, splits: Sequence[str], sizes: Sizes, log: Log = print,
@@ -83,7 +89,7 @@ def write_report(report: dict[str, Any], runs: Sequence[SplitRun], out: Path) ->
         packed = gzip.compress((json.dumps(answers, ensure_ascii=False) + "\n").encode(), mtime=0)  # a tenth
         with replacing(out / "answers.json.gz") as file:
             file.write(packed)
-        sheets = [*(save_plots(runs, out) if runs[0].plotted else ()), *save_sheets(runs, out)]
+        sheets = [*save_plots(runs, out), *save_sheets(runs, out)]
         replace_text(out / "report.md", markdown(plain(report), sheets))
 
 
@@ -99,7 +105,7 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: no folder that can be written ({disk_reason(error)}).") from error
-    opener, kind = (BatchedSeedX, XRun) if kind_of(options.model) == "seed_x" else (BatchedSystem, SplitRun)
+    opener, kind, wanted = KINDS[kind_of(options.model)]
     system: Any = opener.from_pretrained(options.model, device=options.device, dtype=options.dtype,
                                          quantization=options.quantization, batch=options.batch, seed=options.seed,
                                          log=log)
@@ -111,7 +117,7 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
         "model": str(options.model), **machine.circumstances(system.device, machine.command_line(MODULE)),
         "seconds": round(time.monotonic() - start, 1), "system": system.facts(),
         "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch}, "judge": judge.config.training,
-        "aims": aims(sections, X_AIMS if kind is XRun else AIMS), "splits": sections}
+        "aims": aims(sections, wanted), "splits": sections}
     write_report(report, runs, out)
     return out
 

@@ -1,4 +1,5 @@
-"""Plots of a report: labels right on each rung of the ladder, and over the number of codes."""
+"""Plots of a report: labels right on each rung of the ladder, and over the number of codes; tokens over the number of
+things."""
 
 from __future__ import annotations
 
@@ -18,25 +19,23 @@ RUNGS = {"judge on real pictures": ("ladder", "ceiling"), "VAE round trip": ("la
 
 
 def save_plots(runs: Sequence[SplitRun], out: Path) -> list[str]:
-    """Write `ladder.png` and `codes_curve.png` into `out`; returns their names.
+    """Write the plots of these runs into `out`; returns their names.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    names = []
-    for name, draw, title in (("ladder.png", _ladder, "share of pictures with every label right, rung by rung"),
-                              ("codes_curve.png", _curve, "share with every label right after the first codes")):
+    for name in runs[0].plots:
+        draw, title = PLOTS[name]
         figure, axes = _page()
+        axes.set_ylim(0, 1.02)
         draw(axes, runs)
         axes.set_title(title, fontsize=10, loc="left")
-        axes.set_ylim(0, 1.02)
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
         with replacing(out / name) as handle:
             figure.savefig(handle, format="png")
-        names.append(name)
-    return names
+    return list(runs[0].plots)
 
 
 def _page() -> tuple[Any, Any]:
@@ -65,3 +64,22 @@ def _curve(axes: Any, runs: Sequence[SplitRun]) -> None:
         points = [(int(number), part["all"].value) for number, part in run.sections["prefix"].items() if number != "n"]
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=run.samples.split)
         axes.set_xticks([number for number, _ in points])
+
+
+def _tokens(axes: Any, runs: Sequence[SplitRun]) -> None:
+    """Mean and standard deviation, the runs side by side around each number of things."""
+    step = 0.6 / len(runs)
+    for place, (run, colour) in enumerate(zip(runs, COLOURS, strict=False)):
+        found = [(int(number), part) for number, part in run.sections["tokens"]["things"].items()]
+        axes.errorbar([number + (place - (len(runs) - 1) / 2) * step for number, _ in found],
+                      [part["mean"].value for _, part in found], yerr=[part["spread"] for _, part in found],
+                      color=colour, marker="o", markersize=4, linewidth=0.8, elinewidth=0.8, capsize=2,
+                      label=run.samples.split)
+    axes.set_ylim(0, runs[0].sections["tokens"]["patches"] + 0.5)
+    axes.set_xlim(-0.5, 4.5)
+    axes.set_xticks(range(5), ["no thing", "1", "2", "3", "4 things"], fontsize=9)
+
+
+PLOTS = {"ladder.png": (_ladder, "share of pictures with every label right, rung by rung"),
+         "codes_curve.png": (_curve, "share with every label right after the first codes"),
+         "tokens.png": (_tokens, "tokens of a picture by the number of things in it: mean and standard deviation")}

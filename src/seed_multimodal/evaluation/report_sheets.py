@@ -13,6 +13,7 @@ from PIL import Image
 from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.words import describe
 from seed_multimodal.disk import replacing
+from seed_multimodal.errors import counted
 from seed_multimodal.evaluation.longer_run import Seen
 from seed_multimodal.evaluation.split_run import SplitRun
 from seed_multimodal.images.code_strip import code_strip
@@ -152,6 +153,25 @@ def _wide(runs: Runs) -> list[Row]:
             for run in runs if "wide" in run.pictures]
 
 
+def _kept(runs: Runs) -> list[Row]:
+    def row(run: SplitRun, label: str, kind: str) -> Row:
+        return Row(label, [Cell(picture, counted(number, "token")) for picture, number in zip(
+            run.pictures[kind], run.answers[kind], strict=True)])
+
+    return [row(runs[0], "no thing", "kept_empty"), *(row(run, run.samples.split, "kept") for run in runs)]
+
+
+def _wide_drawings(runs: Runs) -> list[Row]:
+    return [Row(run.samples.split, [Cell(picture, asked=describe(scene), wide=2) for picture, scene in zip(
+        run.pictures["wide_drawn"][:ROWS], run.samples.scenes, strict=False)])
+        for run in runs if "wide_drawn" in run.pictures]
+
+
+def _composed(runs: Runs) -> list[Row]:
+    return [Row(run.samples.split, [Cell(picture, arrow=place % 3 == 2) for place, picture in
+                                    enumerate(run.pictures["composed"])]) for run in runs if "composed" in run.pictures]
+
+
 SHEETS: dict[str, tuple[str, Callable[[Runs], list[Row]]]] = {
     "reconstructions": ("Rebuilt", _reconstructions), "drawings": ("Drawn from words", _drawings),
     "edits": ("Edited", _edits), "conversations": ("Conversations, after its own answers", _conversations),
@@ -159,5 +179,7 @@ SHEETS: dict[str, tuple[str, Callable[[Runs], list[Row]]]] = {
     "ladder": ("The ladder", _ladder), "progressive": ("From the first codes only", _progressive),
     "conditioned": ("Rebuilt beside the picture before an edit", _conditioned),
     "detections": ("Found", _detections), "wide": ("Wide scenes, described", _wide),
+    "kept": ("Patches that become tokens", _kept), "wide_drawings": ("Drawn from words in 3:2", _wide_drawings),
+    "composed": ("Composed of two pictures", _composed),
     "codes": ("Pictures and their codes: equal colours in a column are equal codes", _codes),
 }

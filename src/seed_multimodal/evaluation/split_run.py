@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -47,18 +48,21 @@ class SplitRun(LongerRun):
 
     Attributes:
         sections: what was measured; pictures: kind -> pictures in the order of the samples, for the sheets.
-        sheets: those that its report has; rebuilt_from: in words. plotted: whether it has plots.
+        sheets, plots: those that its report has; rebuilt_from: in words.
+        drawn: the codes of the pictures drawn from words.
     """
 
     sheets: tuple[str, ...] = ("reconstructions", "drawings", "edits", "conversations", "stories", "examples", "ladder",
                                "progressive", "codes")
-    rebuilt_from, plotted = "32 codes", True
+    plots: tuple[str, ...] = ("ladder.png", "codes_curve.png")
+    rebuilt_from = "32 codes"
 
     def __init__(self, system: System, judge: Judge, samples: Samples) -> None:
         super().__init__(system, judge, samples)
         self.sizes, self.words = samples.sizes, all_words(samples.scenes)
         self.sections: Section = {}
         self.pictures: dict[str, Pictures] = {}
+        self.drawn: list[Codes | None] = []
 
     def parts(self) -> dict[str, Callable[[], Section]]:
         """The sections that this split has material for, in the order in which they are measured."""
@@ -70,11 +74,14 @@ class SplitRun(LongerRun):
         """All sections; `done` is told of each."""
         self.real = self._render(self.samples.scenes)
         self.codes = self.system.codes(self.real)
-        self.sections["codes"] = codebook_statistics(self.codes, self.system.codebook_size)
+        self.sections |= self._code_use()
         for name, part in self.parts().items():
             self.sections[name] = part()
             done(name)
         return self.sections
+
+    def _code_use(self) -> Section:
+        return {"codes": codebook_statistics(self.codes, self.system.codebook_size)}
 
     # ---- pictures
 
@@ -112,7 +119,7 @@ class SplitRun(LongerRun):
 
     def _drawing(self) -> Section:
         scenes = self.samples.scenes[: self.sizes.scenes]
-        codes = self.system.draw([describe(scene) for scene in scenes])
+        codes = self.drawn = self.system.draw([describe(scene) for scene in scenes])
         made = self.pictures["drawn"] = self._paint(codes)
         found = self._read(made, "drawn")
         return {"n": len(scenes), **score(found, self.words[: len(scenes)]), "without_picture": codes.count(None),
@@ -169,9 +176,9 @@ class SplitRun(LongerRun):
                               for scene, read in zip(self.samples.scenes, found, strict=False)]
         return found
 
-    def _paint(self, codes: Sequence[Codes | None]) -> list[Image.Image | None]:
-        """Pictures of the rows that have codes, None for the others."""
-        pictures = iter(self.system.pictures([row for row in codes if row is not None]))
+    def _paint(self, codes: Sequence[Codes | None], **settings: Any) -> list[Image.Image | None]:
+        """Pictures of the rows that have codes, None for the others; `settings` of the system's `pictures`."""
+        pictures = iter(self.system.pictures([row for row in codes if row is not None], **settings))
         return [None if row is None else next(pictures) for row in codes]
 
 

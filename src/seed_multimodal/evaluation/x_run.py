@@ -42,7 +42,7 @@ class XRun(SplitRun):
     system: Any
 
     sheets = ("reconstructions", "conditioned", "drawings", "edits", "detections", "wide")
-    rebuilt_from, plotted = "the tower's features", False
+    plots, rebuilt_from = (), "the tower's features"
 
     def parts(self) -> dict[str, Callable[[], Section]]:
         """The sections that this split has material for."""
@@ -51,14 +51,8 @@ class XRun(SplitRun):
         wide = {"wide": self._wide} if self.samples.split in WIDE_SPLITS else {}
         return {"reconstruction": self._reconstruction, **(asked if self.samples.edits else {}), **wide}
 
-    def measure(self, done: Callable[[str], None] = lambda name: None) -> Section:
-        """All sections; `done` is told of each."""
-        self.real = self._render(self.samples.scenes)
-        self.codes = self.system.codes(self.real)
-        for name, part in self.parts().items():
-            self.sections[name] = part()
-            done(name)
-        return self.sections
+    def _code_use(self) -> Section:
+        return {}  # pictures are features
 
     def _conditioned(self) -> Section:
         """Targets of edits, rebuilt beside the pictures before: what is new comes from the features alone."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 _SMALLEST_SCALE = 2.0**-20  # 36 overflows in a row from GradScaler's first value: not a passing one
-_GIVEN = ("betas", "eps", "weight_decay")  # of an optimiser's group; its rate is set at each step
+_GIVEN = ("betas", "eps", "weight_decay", "lr_scale")  # of an optimiser's group; its rate is set at each step
 
 
 class Engine:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import nearest, setting
 from seed_multimodal.training.schedules import KINDS, check_kind, scheduled_rate, warmup_count
 
 OUTER_PARTS = ("embed", "lm_head", "proj_out", "output_resampler")
@@ -33,6 +33,8 @@ class OptimSettings:
     Attributes:
         name: adamw (torch, fused on CUDA), adamw_hf (the original's) or muon (matrices by Muon, the rest by AdamW;
             plain engine only; its AdamW part has betas 0.9 and 0.99 and spares norms).
+        part_rates: highest rate of parameters whose names begin so, where it is not `learning_rate` (names as in
+            `Task.module`; LaVIT: `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon.
         decay: `all`: weight decay on everything trained, as released; `matrices`: not on norms and biases.
         lr_scheduler_type: a name of transformers' `SchedulerType`, see `schedules`; lr_scheduler_kwargs: its options.
         warmup_steps: used instead of `warmup_ratio` (rounded up) if above 0.
@@ -42,6 +44,7 @@ class OptimSettings:
 
     name: str = setting("adamw", choices=("adamw", "adamw_hf", "muon"))
     learning_rate: float = setting(1.5e-4, least=0)
+    part_rates: dict[str, float] = setting(factory=dict)
     adam_beta1: float = setting(0.9, least=0, below=1)
     adam_beta2: float = setting(0.95, least=0, below=1)
     adam_epsilon: float = setting(1e-5, least=0, most=1)
@@ -57,6 +60,11 @@ class OptimSettings:
     def __post_init__(self) -> None:
         if self.lr_scheduler_type in KINDS:  # others are refused where settings are read
             check_kind(self.lr_scheduler_type, self.lr_scheduler_kwargs)
+        wrong = next((name for name, rate in self.part_rates.items() if not rate >= 0), None)
+        if wrong is not None:
+            raise ConfigError(f"optim: part_rates: {wrong}: must be 0 or more, not {self.part_rates[wrong]!r}.")
+        if self.part_rates and (self.name == "muon" or not self.learning_rate):
+            raise ConfigError("optim: part_rates need a learning_rate above 0 and cannot be used with muon.")
 
 
 def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int = 1) -> float:
@@ -70,18 +78,31 @@ def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: matrices decay, vectors (biases, norms) do not; frozen parameters are left out."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    return _by_decay([p for p in module.parameters() if p.requires_grad], weight_decay)
+
+
+def _by_decay(trained: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
 
 
 def trained_groups(module: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
-    """The optimiser's groups of what is trained in `module`, each parameter once; empty groups are left out."""
-    if settings.decay == "matrices":
-        groups = parameter_groups(module, settings.weight_decay)
-    else:
-        groups = [{"params": [p for p in module.parameters() if p.requires_grad],
-                   "weight_decay": settings.weight_decay}]
+    """The optimiser's groups of what is trained in `module`, each parameter once; empty groups are left out.
+
+    Raises:
+        ConfigError: `part_rates` of a part that is not trained.
+    """
+    groups: list[dict[str, Any]] = []
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for part, rate in [*settings.part_rates.items(), (None, None)]:
+        own = [trained.pop(name) for name in list(trained) if part is None or name.startswith(part)]
+        if part is not None and not own:
+            raise ConfigError(f"optim: part_rates: nothing that is trained is called {part}{nearest(part, trained)}.")
+        scale = {} if rate is None else {"lr_scale": rate / settings.learning_rate}
+        if settings.decay == "matrices":
+            groups += [{**group, **scale} for group in _by_decay(own, settings.weight_decay)]
+        else:
+            groups.append({"params": own, "weight_decay": settings.weight_decay, **scale})
     return [group for group in groups if group["params"]]
 
 

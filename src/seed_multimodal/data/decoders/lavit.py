@@ -53,6 +53,11 @@ class LavitOptions(OpenedOptions):
     image_tokens: int = setting(0, least=0)
 
 
+def planned_places(options: Mapping[str, Any], patches: int) -> int:
+    """Places that a source with these options plans for a picture of so many patches."""
+    return min(patches, options.get("image_tokens") or -(-patches * 3 // 8))
+
+
 class LavitDecoder(OpenedDecoder):
     """Base of these decoders."""
 
@@ -64,8 +69,7 @@ class LavitDecoder(OpenedDecoder):
         super().__init__(tokenizer, options)
         if not isinstance(self.vocabulary, LavitWords):
             raise ConfigError(f"decoder {self.name}: the tokenizer's words are not LaVIT's.")
-        most = self.vocabulary.tokens_per_image
-        self.places = min(most, self.options.image_tokens or -(-most * 3 // 8))
+        self.places = planned_places(options, self.vocabulary.tokens_per_image)
 
     def said(self, fields: Mapping[str, Any], name: str, draws: Draws) -> str:
         """A text of the record, of a list one of them. Raises BadRecord: it is empty, or holds a placeholder."""

@@ -85,7 +85,12 @@ class LossModule(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None, facts: RowFacts | None = None) -> LossParts:
         """As `packed_loss`, from the batch's tensors `[B, L]`; with their `facts` it does not wait for a GPU."""
-        return _parts(self.llm, input_ids, labels, position_ids, attention_mask, self.kind, self.weights, facts)
+        return self.parts(input_ids, labels, position_ids, attention_mask, facts)
+
+    def parts(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None,
+              facts: RowFacts | None, embeds: Tensor | None = None) -> LossParts:
+        """As `forward`; `embeds` `[B, L, width]`: of the ids, where some of them are features."""
+        return _parts(self.llm, input_ids, labels, position_ids, attention_mask, self.kind, self.weights, facts, embeds)
 
     def facts(self, labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> RowFacts:
         """What `forward` needs to know of a batch, from its tensors on the CPU."""
@@ -177,8 +182,9 @@ def check_kernel(kind: str, device: torch.device, zero_stage: int = 0, llm: nn.M
 
 
 def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None,
-             facts: RowFacts | None = None) -> tuple[Tensor, Tensor]:
-    """Last hidden states that have something to predict `[T, width]`, and what `[T]`."""
+             facts: RowFacts | None = None, embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Last hidden states that have something to predict `[T, width]`, and what `[T]`. `embeds`: of the ids, where some
+    are features."""
     if mask is not None:
         positions = None
         masked = bool((mask[:, 1:] > mask[:, :-1]).any()) if facts is None else facts.masked
@@ -187,9 +193,11 @@ def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, 
     shape, ends = ids.shape, {}
     if positions is not None and "flash" in str(llama.config._attn_implementation):
         ids, positions = ids.reshape(1, -1), positions.expand(shape).reshape(1, -1)
+        embeds = None if embeds is None else embeds.reshape(1, -1, embeds.shape[-1])
         ends = {} if facts is None else facts.flash
+    given = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
     with packing_known(None if facts is None else positions is not None and facts.packed):
-        hidden = llama.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False,
+        hidden = llama.model(**given, position_ids=positions, attention_mask=mask, use_cache=False,
                              **ends).last_hidden_state
     hidden = hidden.reshape(*shape, -1)[:, :-1].flatten(0, 1)
     targets = learned_targets(labels, None if positions is None else positions.reshape(-1, shape[1])).flatten()
@@ -198,10 +206,10 @@ def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, 
 
 
 def _parts(model: nn.Module, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None, kind: str,
-           weights: LossWeights | None, facts: RowFacts | None = None) -> LossParts:
+           weights: LossWeights | None, facts: RowFacts | None = None, embeds: Tensor | None = None) -> LossParts:
     check_kernel(kind, ids.device, llm=model)
     llama = find_llama(model)
-    hidden, targets = _learned(llama, ids, labels, positions, mask, facts)
+    hidden, targets = _learned(llama, ids, labels, positions, mask, facts, embeds)
     image = targets >= weights.first_code if weights is not None else torch.zeros_like(targets, dtype=torch.bool)
     text_weight, image_weight = (weights.text, weights.image) if weights is not None else (1.0, 1.0)
     if kind == "liger":

@@ -70,10 +70,11 @@ class LlamaSizes:
 @dataclass(frozen=True)
 class Beside:
     """What a model has beside its language model: numbers of trained weights, bytes of frozen ones (which no engine
-    spreads)."""
+    spreads), bytes of activations that come on each position."""
 
     trained: int = 0
     frozen: int = 0
+    position: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def memory_plan(sizes: LlamaSizes, spread: Spread, *, lora: Mapping[str, Any] | 
         entries = min(entries, LARGEST_LOGITS)
     logits = entries * (14 if number == 2 else 12)  # in half precision and fp32, their softmax, and gradients of both
     return MemoryPlan(weights, gradients, states, logits,
-                      _position(sizes, lora, number, base_bytes < 4, checkpointing), beside.frozen)
+                      _position(sizes, lora, number, base_bytes < 4, checkpointing) + beside.position, beside.frozen)
 
 
 def held_bytes(frozen: int, trained: int, spread: Spread, number: int, base_bytes: float

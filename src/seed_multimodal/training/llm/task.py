@@ -62,7 +62,7 @@ class LlmTask(Task):
     averages = False
     meter: TokenMeter
     module: Any
-    layer_classes = ("LlamaDecoderLayer",)
+    layer_classes: Sequence[str] = ("LlamaDecoderLayer",)
     quiet_keys = _QUIET
     start_hint = "model.adapter, or model.path"
 
@@ -77,11 +77,10 @@ class LlmTask(Task):
         self.zero_stage = int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
         check_kernel(self.settings.loss_kernel, device, self.zero_stage)
         self.model_settings, remark = for_run(run.model, self.settings, run.deepspeed is not None)
-        self.tokenizer = MultimodalTokenizer.from_pretrained(find_folder(run.tokenizer))
+        self.tokenizer = self.open_tokenizer(find_folder(run.tokenizer))
         data_settings, remarks = with_prompts(read_data_settings(run.data), self.model_settings,
                                               find_folder(run.tokenizer))
-        for one in filter(None, [remark, *remarks]):
-            self._log(one)
+        self._log(remark, *remarks)
         self.plan = StepPlan(self.settings, self.model_settings, run.deepspeed, self.tokenizer.vocabulary.size, group,
                              device, self.beside())
         self.by_tokens = (self.settings.loss_average or ("tokens" if data_settings.packing else "batch")) == "tokens"
@@ -100,6 +99,10 @@ class LlmTask(Task):
         self.share = self.each = 1.0
 
     # ------------------------------------------------------------------------------------------------- the training
+
+    def open_tokenizer(self, folder: Path) -> MultimodalTokenizer:
+        """The words of the model."""
+        return MultimodalTokenizer.from_pretrained(folder)
 
     def prepare(self) -> None:
         """Write the configuration into the output folder, build the model and its optimiser."""
@@ -134,8 +137,7 @@ class LlmTask(Task):
         config, remarks = fill_config(self.run.deepspeed, self.settings.loop_settings(), world=world, rows=self.rows,
                                       hidden_size=int(find_llama(self.llm).config.hidden_size),
                                       cpu_adam=self.settings.cpu_adam)
-        for remark in filter(None, [*remarks, use_offload_threads(config)]):
-            self._log(remark)
+        self._log(*remarks, use_offload_threads(config))
         return config
 
     def prepared(self, run: Run) -> None:
@@ -150,8 +152,7 @@ class LlmTask(Task):
         self._log(f"{trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
                   f"{world} process{'es' if world > 1 else ''} on {self.device.type}, {run.engine.kind}; {mean}; "
                   f"output in {self.run.output_dir}.")
-        for line in self.plan.lines(self.data.settings):
-            self._log(line)
+        self._log(*self.plan.lines(self.data.settings))
 
     def learning_rate(self, step: int) -> float:
         """By `OptimSettings`."""
@@ -160,7 +161,7 @@ class LlmTask(Task):
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches (fewer where this process's data end) and count their learned tokens."""
         count = self.settings.gradient_accumulation_steps
-        self.batches = first_batches(self.data, count, start=step * count)
+        self.batches = [self.ready(batch) for batch in first_batches(self.data, count, start=step * count)]
         total, left = self.group.sum([sum(map(self._learned, self.batches)), float(len(self.batches))])
         world = self.group.world
         self.each = left / world  # micro-batches that a process has, on average
@@ -173,16 +174,23 @@ class LlmTask(Task):
         pass may include a collective operation."""
         place = micro_step % self.settings.gradient_accumulation_steps
         real = self.batches[place] if place < len(self.batches) else None
-        batch = real or blank_batch()
-        facts = self.module.facts(batch.labels, batch.position_ids, batch.attention_mask).to(self.device)
-        batch = batch.to(self.device)
-        parts = model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, facts)
+        parts = self.losses(model, real or self.ready(blank_batch()))
         value = parts.sum if self.by_tokens else parts.mean
         shown = value.detach() if self.by_tokens else value.detach() / self.each
         return value * self.share, {
             "loss": shown, "text_sum": parts.text_sum, "text_count": parts.text_count, "image_sum": parts.image_sum,
             "image_count": parts.image_count, "tokens": real.tokens if real else 0,
             "positions": real.input_ids.numel() if real else 0, "squares": real.squares if real else 0}
+
+    def ready(self, batch: LlmBatch) -> LlmBatch:
+        """A batch of the data as `losses` takes it."""
+        return batch
+
+    def losses(self, model: nn.Module, batch: LlmBatch) -> Any:
+        """`loss.LossParts` of a `ready` batch by `wrapped_part`."""
+        facts = self.module.facts(batch.labels, batch.position_ids, batch.attention_mask).to(self.device)
+        batch = batch.to(self.device)
+        return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, facts)
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate when it is due."""
@@ -286,8 +294,6 @@ class LlmTask(Task):
         state = {name: value for file in files for name, value in load_state_dict(file).items()}
         load_trained(self.llm, state, str(folder))
 
-    # ---------------------------------------------------------------------------------------------------- the start
-
-    def _log(self, text: str) -> None:
-        if self.group.first:
+    def _log(self, *texts: str) -> None:
+        for text in filter(None, texts if self.group.first else ()):
             print(f"[{self.name}] {text}", flush=True)
