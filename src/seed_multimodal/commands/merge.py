@@ -114,9 +114,13 @@ def _tokenizer(file: str | None) -> Any:
     if file is None:
         return None
     from seed_multimodal.hub import locate
+    from seed_multimodal.language.lavit import LavitTokenizer
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.language.tokenizer_files import ADDED
 
     folder = _plain(Path(file)).get("pretrained_model_name_or_path")
     if folder in (None, "", "???"):
         raise ConfigError(f"{file}: pretrained_model_name_or_path is needed: the tokenizer's folder.")
-    return MultimodalTokenizer.from_pretrained(locate(str(folder)) or Path(str(folder)))
+    place = Path(locate(str(folder)) or str(folder))
+    kind = MultimodalTokenizer if (place / ADDED).is_file() else LavitTokenizer  # LaVIT's image words have no spelling
+    return kind.from_pretrained(place)

@@ -35,6 +35,7 @@ from seed_multimodal.weights import save_state_dict, warn_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LLM_FOLDER, AGENT_FOLDER = "llm", "agent"
+VISUAL = "visual_weight.safetensors"  # LaVIT's merger and projector, which go along as they are
 AGENT_FILE, AGENT_SIZES = "model.safetensors", "config.json"
 Log = Callable[[str], None] | None
 AgentSizes = Callable[[TrainedTensors], Mapping[str, Any]]
@@ -131,6 +132,9 @@ def merge_adapter(
             inner.mkdir(exist_ok=True)
             files = write_shards(inner, plan.tensors, plan.value, largest, log)
             _write_settings(inner, plan, tokenizer)
+            visual = Path(trained or base or "") / VISUAL
+            if visual.is_file():
+                shutil.copyfile(visual, inner / VISUAL)
             if report.beside and plan.trained is not None:
                 _write_agent(folder / AGENT_FOLDER, plan.trained, sizes)
             if verify:

@@ -75,7 +75,10 @@ class Encoder:
         on_gpu = self.device.type == "cuda"
         half = on_gpu and getattr(opened, "fp16", True)  # `fp16: False` in the tokenizer's YAML
         dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if half else torch.float32
-        self.fast = (on_gpu or bool(settings.compile)) if settings.fast is None else settings.fast
+        packs = getattr(model, "packs", True)
+        if (settings.fast or settings.compile) and not packs:
+            raise ConfigError("tokenizer: LaVIT's has no packed encoder; leave out --fast and --compile.")
+        self.fast = packs and ((on_gpu or bool(settings.compile)) if settings.fast is None else settings.fast)
         self.dtype = str(dtype).removeprefix("torch.")
         if settings.compile and not self.fast:
             raise ConfigError("--compile compiles the packed encoder, which --no-fast leaves out; give one of them.")
@@ -127,7 +130,7 @@ class Encoder:
                       f"(--batch_size {self.most} starts so); nothing is lost.")
 
     def _encode(self, rows: Sequence[Tensor]) -> Tensor:
-        """Codes of one batch, [B, tokens_per_image] int32 on the device."""
+        """Codes of one batch, [B, tokens_per_image] int32 on the device; -1 behind those of a picture with fewer."""
         on_gpu = self.device.type == "cuda"  # the copy from page-locked memory overlaps with decoding the next batch
         pixels = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
         torch.stack(tuple(rows), out=pixels)

@@ -160,7 +160,7 @@ class Extractor:
     def _fetch(self, part: _Part) -> None:
         codes, places = part.batches.popleft()
         for place, row in zip(places, codes.result().tolist(), strict=True):
-            part.codes[place] = row
+            part.codes[place] = [code for code in row if code >= 0]  # LaVIT's pictures have fewer
         self.pictures += len(places)
 
     def _write(self, part: _Part) -> None:

@@ -1,0 +1,75 @@
+"""LaVIT's dynamic tokenizer as an encoder of shards: codes of pictures, as many of each as its selector keeps.
+
+    # tokenizer.yaml
+    _target_: seed_multimodal.data.pretokenize.lavit_codes.lavit_codes
+    pretrained_model_name_or_path: pretrained/LaVIT-7B-v2
+
+A batch is padded with -1, which is left out where records are written. The draw of a picture is a function of its
+pixels and the seed, so that shards are the same however they are made.
+"""
+
+from __future__ import annotations
+
+import zlib
+from types import SimpleNamespace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.hub import locate
+from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.settings import check_value
+from seed_multimodal.tokenizers.lavit import DynamicTokenizer, padded
+from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer
+from seed_multimodal.tokenizers.lavit_selector import MODES
+from seed_multimodal.vision.layers import cast_layers
+
+NONE = -1
+
+
+class DynamicCodes(nn.Module):
+    """`encode`: normalised pixels `[B, 3, S, S]` → codes `[B, patches]`, `NONE` behind those of a picture.
+
+    Attributes:
+        packs: it is no model of the packed encoder.
+    """
+
+    packs = False
+
+    def __init__(self, tokenizer: DynamicTokenizer, selection: str, seed: int) -> None:
+        super().__init__()
+        self.tokenizer, self.selection, self.seed = tokenizer, selection, seed
+        sizes = tokenizer.config
+        # Part of the encoder's fingerprint: another draw makes other shards.
+        self.register_buffer("drawn_by", torch.tensor([MODES.index(selection), seed]))
+        self.config: Any = SimpleNamespace(vit=sizes.vit, codebook_size=sizes.codebook_size, num_query=sizes.patches)
+
+    def to(self, *arguments: Any, **named: Any) -> Self:
+        """As torch's; a precision is that of the layers, the rest stays fp32."""
+        if len(arguments) == 1 and isinstance(arguments[0], torch.dtype) and not named:
+            cast_layers(self.tokenizer, arguments[0])
+            return self
+        return super().to(*arguments, **named)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """See the class."""
+        generators = [torch.Generator().manual_seed(zlib.crc32(one.numpy().tobytes(), self.seed))
+                      for one in pixels.cpu().contiguous()]
+        codes, _ = padded(self.tokenizer.encode(pixels, mode=self.selection, generator=generators), NONE)
+        return nn.functional.pad(codes, [0, self.config.num_query - codes.shape[1]], value=NONE)
+
+
+def lavit_codes(pretrained_model_name_or_path: str, selection: str = "draw", seed: int = 0, device: str = "cpu"
+                ) -> Any:
+    """What `encode.Encoder` takes: `model` and `transform`.
+
+    Raises:
+        CheckpointError: as `load_dynamic_tokenizer`. ConfigError: another selection.
+    """
+    check_value(str, selection, "selection", choices=MODES)
+    folder = locate(pretrained_model_name_or_path) or pretrained_model_name_or_path
+    tokenizer = load_dynamic_tokenizer(folder, device=device)
+    whole: ImageTransform = tokenizer.transform
+    return SimpleNamespace(model=DynamicCodes(tokenizer, selection, seed), transform=whole, fp16=False)
