@@ -9,18 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
+from seed_multimodal.commands.merge import main
+from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.pretokenize.encode import EncoderSettings
+from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.systems.lavit import Lavit
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, with_merger
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.lavit.pretrain_task import PretrainTask
 from seed_multimodal.training.llm.train import train_llm
 from seed_multimodal.training.llm.trainer_settings import read_run
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.weights import load_state_dict, save_state_dict
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
 CASES: dict[str, dict[str, Any]] = {
@@ -148,6 +154,48 @@ def test_a_checkpoint_is_a_language_model_folder(parts: ModuleType, home: Path, 
     assert all(torch.equal(value, saved[name]) for name, value in task.weights().items() if name in saved)
     with pytest.raises(CheckpointError, match="there is no visual_weight.safetensors"):
         task_of(parts.config_of(home, tmp_path, visual_encoder={"start": str(home / "words")})).prepare()
+
+
+@pytest.mark.slow
+def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """Merged by the tool, and put beside the visual tokenizer of stage 1 as `language_model`."""
+    train_llm(parts.config_of(home, tmp_path / "out", model={"lora": {**LORA, "lora_dropout": 0.0}},
+                              trainer={"max_steps": 2}), PretrainTask)
+    (tmp_path / "model.yaml").write_text(f"path: {home / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n")
+    (tmp_path / "words.yaml").write_text(f"pretrained_model_name_or_path: {home / 'words'}\n")
+    system = tmp_path / "system"
+    assert main("merge_lora_weights.py", "", [
+        "--model_cfg", str(tmp_path / "model.yaml"), "--tokenizer_cfg", str(tmp_path / "words.yaml"), "--lora_model",
+        str(tmp_path / "out" / "checkpoint-2"), "--save_path", str(system / "language_model")]) == 0
+    state, visual = load_state_dict(home / "visual" / "model.safetensors"), system / "visual_tokenizer"
+    visual.mkdir()
+    shutil.copy(home / "visual" / "config.json", visual)
+    tower = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    save_state_dict(tower, visual / "eva_vitg_psz14.safetensors")
+    save_state_dict({name: value for name, value in state.items() if not name.startswith(("encoder.", "vit_proj."))},
+                    visual / "tokenizer_encoder.safetensors")
+    lavit = Lavit.from_pretrained(system, device="cpu", dtype="fp32", modes=["understanding"], log=None)
+    assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
+
+
+def test_codes_of_shards_are_the_tokenizers(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """As many as each picture keeps, the same however often they are made, and read by the decoder."""
+    shards = {"_target_": "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes",
+              "pretrained_model_name_or_path": str(home / "visual")}
+    for name in ("one", "other"):
+        assert run(RunSettings("caption", {"files": str(home / "captions.tar")}, str(tmp_path / name), EncoderSettings(
+            shards, device="cpu"), workers=0, batch_size=3 if name == "one" else 1)) == 0
+    opened = [open_records(str(tmp_path / name)) for name in ("one", "other")]
+    found = [[records.read(number).fields for number in range(len(records))] for records in opened]
+    codes = [fields["image_ids"] for fields in found[0]]
+    assert found[0] == found[1] and len(codes) == 4 and len({len(one) for one in codes}) > 1
+    assert all(0 <= code < parts.CODES for one in codes for code in one)
+    source = {"name": "made", "files": str(tmp_path / "one"), "decoder": "lavit.caption", "options": {
+        "text_dropout": 1.0, "base_resolution": parts.SIDE}}
+    task = task_of(parts.config_of(home, tmp_path / "out", data={"sources": [source]}))
+    rows, start = task.data.at(0).input_ids, task.tokenizer.vocabulary.code_start
+    assert all(any(torch.equal(row[at:at + len(one)], torch.tensor(one) + start) for row in rows
+                   for at in range(len(row))) for one in codes)
 
 
 def test_rates_of_both_groups(parts: ModuleType, home: Path, tmp_path: Path) -> None:
