@@ -53,7 +53,7 @@ class TrainedPixels(nn.Module):
         self.register_buffer("nothing", nothing, persistent=False)
         made = head_sizes(decoder.config.head, decoder.config.prompt_dim, decoder.config.pooled_dim)
         if made != (read := read_sizes(unet)):
-            raise ConfigError(f"The code decoder makes {made} of a picture, but the U-Net reads {read}.")
+            raise ConfigError(f"The code decoder makes {made}, but the U-Net reads {read}.")
 
     def forward(self, noisy_latents: Tensor, steps: Tensor, rows: Sequence[Tensor], time_ids: Tensor, without: Tensor
                 ) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, open_pictures
+from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, by_size, open_pictures
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 
 VIEW = DrawnView(resolution=16, tower_size=8)
@@ -88,3 +88,45 @@ def test_edits_bring_the_picture_before(tmp_path: Path) -> None:
 def test_views_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="resolution must be at least 8, not 4"):
         DrawnView(resolution=4)
+    with pytest.raises(ConfigError, match=r"sizes are heights and widths of at least 8 pixels, not \[16, 4\]"):
+        DrawnView(sizes=((16, 4),))
+
+
+# ---- several sizes in one run
+
+SIZES = ((16, 16), (16, 24), (24, 16))
+
+
+@pytest.mark.parametrize(("size", "drawn", "ids"), [
+    ((40, 40), (16, 16), [40, 40, 0, 0, 16, 16]), ((45, 30), (16, 24), [30, 45, 0, 0, 16, 24]),
+    ((80, 30), (16, 24), [30, 80, 0, 9, 16, 24]), ((20, 60), (24, 16), [60, 20, 12, 0, 24, 16])])
+def test_the_nearest_ratio_is_drawn(size: tuple[int, int], drawn: tuple[int, int], ids: list[int]) -> None:
+    """Its centre, cut as little as can be; the tower sees the same part, squashed."""
+    view, picture = DrawnView(tower_size=8, sizes=SIZES), Image.new("RGB", size, "red")
+    width, height = size
+    kept = min(width, height * drawn[1] / drawn[0]), min(height, width * drawn[0] / drawn[1])
+    across, down = (width - kept[0]) / 2, (height - kept[1]) / 2
+    picture.paste("blue", (round(across), round(down), round(width - across), round(height - down)))
+    assert view.size_of(picture) == drawn and view.time_ids(size, drawn).tolist() == ids
+    assert view.drawn(picture).shape == (3, *drawn) and view.seen(picture).shape == (3, 8, 8)
+    for made in (view.drawn(picture), view.seen(picture)):
+        assert (made[2, 2:-2, 2:-2] > 240).all() and (made[0, 2:-2, 2:-2] < 15).all()
+
+
+def test_a_squashed_picture_has_one_size_by_its_key() -> None:
+    """All of it is drawn; each size has its share of the keys."""
+    view, picture = DrawnView(tower_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
+    chosen = [view.size_of(picture, str(key)) for key in range(400)]
+    assert 150 < chosen.count(SIZES[0]) < 250 and chosen == [view.size_of(picture, str(key)) for key in range(400)]
+    made = view.drawn(picture, SIZES[1])
+    assert made.shape == (3, 16, 24) and made[0, 0, 0] > 200 and made[2, 0, -1] > 200
+    assert view.time_ids((48, 32), SIZES[1]).tolist() == [32, 48, 0, 0, 16, 24]
+
+
+def test_batches_of_one_size(tmp_path: Path) -> None:
+    for number, size in enumerate([(20, 20), (30, 20), (22, 22), (20, 33), (60, 40)]):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    pairs = DrawnPairs(open_pictures({"files": str(tmp_path)}), DrawnView(tower_size=8, sizes=SIZES), log=None)
+    made = by_size([pairs.get(number) for number in range(5)])
+    assert [batch["image"].shape for batch in made] == [(2, 3, 16, 16), (2, 3, 16, 24), (1, 3, 24, 16)]
+    assert [batch["key"] for batch in made] == [["0.png", "2.png"], ["1.png", "4.png"], ["3.png"]]
