@@ -1,4 +1,4 @@
-"""SEED-2's (and SEED-1's) tokenizer training on LAVIS: models, tasks, builders, processors and a runner, registered.
+"""SEED-2's, SEED-1's and LaVIT's tokenizer training on LAVIS: its parts, registered.
 
 `register()` fills LAVIS's registry; everything else happens through LAVIS's `Config` and a YAML file, see train.py.
 The models are those of `seed_multimodal.tokenizers`; the loop, the data and the weights are the library's too.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-PARTS = ("models", "seed1", "tasks", "processors", "builders", "schedules", "runner")
+PARTS = ("models", "seed1", "lavit", "tasks", "processors", "builders", "schedules", "runner")
 
 
 def register() -> None:

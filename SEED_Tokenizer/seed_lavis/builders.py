@@ -9,7 +9,8 @@
           images: {storage: /data/cc3m}                     folder of the paths in them (default: beside the list)
           storage: cc3m/{00000..00331}.tar                  or shards, or a folder of pictures and .txt files
 
-Nothing is downloaded. A split is a `PairDataset`, addressed by (index, epoch).
+`captioned: False` in build_info: pictures alone, whose captions are not read. Nothing is downloaded. A split is a
+`PairDataset`, addressed by (index, epoch).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from seed_multimodal.settings import check_keys
 
 FORMATS = ("auto", "json", "jsonl", "parquet", "folder", "webdataset", "nano")
 BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", "image_key", "image_keys", "caption_key",
-              "caption_file", "index_folder", "folder", "number", "seed", "size")
+              "caption_file", "captioned", "index_folder", "folder", "number", "seed", "size")
 DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info", "sample_ratio")
 DEFAULTS = APPLICATION / "lavis" / "configs" / "datasets"
 
@@ -107,6 +108,8 @@ class PairBuilder(BaseDatasetBuilder):
         image, text = self.vis_processors[kind], self.text_processors[kind]
         if image is None:
             image = BlipImageEval(int(self.config.vis_processor.train.get("image_size", 224)))
+        if self.config.get("text_processor") is None:
+            return image, None
         return image, text if text is not None else self.text_processors["train"]
 
 
@@ -122,7 +125,7 @@ def split_sources(info: Mapping[str, Any], where: str) -> dict[str, dict[str, An
         return {split: {"format": kind, "split": own, **more}
                 for split, own in (section_at(info, "splits", where) or {"train": "train", "val": "val"}).items()}
     root = section_at(info, "images", where).get("storage")
-    keys = ("image_key", "image_keys", "caption_key", "caption_file", "index_folder")
+    keys = ("image_key", "image_keys", "caption_key", "caption_file", "captioned", "index_folder")
     more = {**({"image_root": locate(root)} if root else {}), **_given(info, keys)}
     if kind == "webdataset" or (kind != "json" and (info.get("storage") or info.get("splits"))):
         shards = section_at(info, "splits", where) or {"train": info.get("storage")}
@@ -155,6 +158,8 @@ def _register(name: str, defaults: str) -> type[PairBuilder]:
 ConceptualCaption3MBuilder = _register("conceptual_caption_3m", "conceptual_caption/defaults_3m.yaml")
 UnsplashBuilder = _register("unsplash", "unsplash/defaults.yaml")
 LaionCocoBuilder = _register("laion_coco", "laion/defaults_coco.yaml")
+Laion400MBuilder = _register("laion_400m", "laion/defaults_400m.yaml")
+PicturesBuilder = _register("pictures", "pictures/defaults.yaml")
 CocoCaptionBuilder = _register("coco_caption", "coco/defaults_cap.yaml")
 NanoBuilder = _register("nano", "nano/defaults.yaml")
 

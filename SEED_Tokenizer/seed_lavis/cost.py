@@ -8,7 +8,7 @@ import torch
 
 from seed_lavis.context import RunContext
 from seed_multimodal.peaks import known_peak
-from seed_multimodal.tokenizers.flops import stage1_flops, stage2_flops, text_flops, vision_flops
+from seed_multimodal.tokenizers.flops import lavit_stage1_flops, stage1_flops, stage2_flops, text_flops, vision_flops
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.training.loop_settings import SampleCost
 from seed_multimodal.vision.eva import EvaConfig
@@ -29,6 +29,8 @@ def step_flops(model: Any, pairs: int) -> int:
     Captions count as if all were as long as they may be.
     """
     options = model.options
+    if model.stage == "lavit-stage1":
+        return lavit_stage1_flops(model.config.tokenizer, model.config.decoder)
     clip, text = (getattr(model, name, None) for name in ("clip", "text_encoder"))
     clip = getattr(model, "clip_model", None) if clip is None else clip
     target = 0 if clip is None or model.shares_tower else vision_flops(clip_sizes(clip))

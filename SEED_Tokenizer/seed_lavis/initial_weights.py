@@ -16,10 +16,10 @@ from seed_lavis.base import frozen_names
 from seed_lavis.log import log
 from seed_lavis.options import Stage2Options, locate
 from seed_multimodal.device import DTYPES
-from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.tokenizers import initial
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
-from seed_multimodal.tokenizers.initial import load_blip2, load_eva
+from seed_multimodal.tokenizers.initial import load_blip2
 from seed_multimodal.tokenizers.released import TOWER, VISION_URL
 from seed_multimodal.vision.clip_towers import eva_from_clip
 from seed_multimodal.vision.label_heads import LabelHeads
@@ -88,14 +88,8 @@ def load_finetuned(model: Any) -> None:
 
 
 def load_tower(tower: nn.Module, source: str) -> None:
-    """An EVA file, or (ours) a transformers CLIP folder of the same sizes."""
-    place = Path(locate(source))
-    if (place / "config.json").is_file() and _is_clip(place / "config.json"):
-        clip = load_clip_vision(place, log=None)
-        report = assign_strictly(tower, eva_from_clip(clip.state_dict(), tower.config), place)
-        log(f"{place}: {len(report.loaded)} tensors of a CLIP tower loaded into the vision tower.")
-        return
-    load_eva(tower, place, log)
+    """The tower's weights from a file or folder that the YAML names."""
+    initial.load_tower(tower, locate(source), log)  # type: ignore[arg-type]
 
 
 def is_tower_of(tower: nn.Module, clip: Any) -> bool:
@@ -105,10 +99,6 @@ def is_tower_of(tower: nn.Module, clip: Any) -> bool:
     theirs, own = eva_from_clip(clip.state_dict(), tower.config), tower.state_dict()
     return all(value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value))
                for name, value in own.items())
-
-
-def _is_clip(file: Path) -> bool:
-    return str(read_json_object(file).get("model_type", "")).startswith("clip")
 
 
 def clip_target(source: str | None, precision: str, wanted_by: str) -> Any:

@@ -127,6 +127,22 @@ class Seed1Options(CodebookOptions):
 
 
 @dataclass
+class LavitOptions(CodebookHealth, ModelOptions):
+    """`lavit_tokenizer`: LaVIT's stage 1. `merger` and `decoder` override single sizes of `LavitTokenizerConfig` and
+    `LavitDecoderConfig`, `loss_weights` factors of `LavitStage1Weights`; see `LavitStage1` for the rest."""
+
+    n_embed: int = setting(16384, least=1)
+    codebook_embed_dim: int = setting(32, least=1)
+    merger: dict[str, Any] = setting(factory=dict)
+    decoder: dict[str, Any] = setting(factory=dict)
+    loss_weights: dict[str, float] = setting(factory=dict)
+    ema_decay: float = setting(0.99, least=0, most=0.999999)
+    freeze_selector: bool = False
+    look_ahead: bool = True
+    selector_lr_scale: float = setting(1.0, least=1e-6, most=1e6)
+
+
+@dataclass
 class RunOptions:
     """The section `run`, read by our runner, LAVIS's runner and LAVIS's schedules."""
 

@@ -14,9 +14,11 @@ from seed_lavis.options import locate
 from seed_multimodal.hub import PARTS
 from seed_multimodal.language.tokenizer_files import MODEL
 from seed_multimodal.progress import duration
+from seed_multimodal.tokenizers.lavit_training import REFERENCE
 from seed_multimodal.training.meter import utilisation, utilisation_text
 
-NAMES = {"stage1": "Stage 1 (causal Q-Former)", "stage2": "Stage 2 (codebook)", "seed1-stage2": "SEED-1's stage 2"}
+NAMES = {"stage1": "Stage 1 (causal Q-Former)", "stage2": "Stage 2 (codebook)", "seed1-stage2": "SEED-1's stage 2",
+         "lavit-stage1": "LaVIT's stage 1 (tokenizer)"}
 
 def short_path(path: str | Path) -> str:
     """A path as it is shortest from here."""
@@ -59,6 +61,10 @@ def _next(run: RunContext, record: dict[str, Any]) -> list[str]:
     if run.stage == "stage1":
         nano = "CONFIG=lavis/projects/nano/pretrain_codebook.yaml " if not options.load_pretrained else ""
         return [f"Next: {nano}sh train_scripts/codebook.sh --options model.pretrained={checkpoint}"]
+    if run.stage == "lavit-stage1":
+        vision = short_path(locate(options.vit_weights)) if options.vit_weights else "TOWER"
+        return [f"Next: seed export-tokenizer --lavit {checkpoint} --vision {vision} --out tokenizer",
+                f"  the released tokenizer is said to have ended at loss_cosine {REFERENCE}."]
     stage1 = locate(str(options.pretrained)) if options.load_pretrained else "STAGE1.pth"
     vision = f" --vision {short_path(locate(str(options.vit_weights)))}" if options.vit_weights else ""
     export = f"Next: seed export-tokenizer --stage1 {short_path(stage1)} --stage2 {checkpoint}{vision}"

@@ -61,6 +61,14 @@ class RunnerSeed(RunnerBase):
         return self._wrapped_model
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """LAVIS's, or AdamW on the groups of a model that has its own."""
+        if self._optimizer is None and hasattr(self._model, "optimizer_groups"):
+            groups = self.model.optimizer_groups(self.options.weight_decay)  # type: ignore[operator]
+            self._optimizer = torch.optim.AdamW(groups, lr=self.options.init_lr, betas=(0.9, self.options.beta2))
+        return super().optimizer
+
+    @property
     def scaler(self) -> None:
         """The loop has its own; LAVIS's would need CUDA."""
         return None

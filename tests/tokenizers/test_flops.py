@@ -10,11 +10,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from seed_multimodal.tokenizers import flops
+from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.tokenizers.lavit_training import LavitStage1
 from seed_multimodal.tokenizers.seed1 import Seed1Config
 from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model
+from seed_multimodal.vision.eva import EvaConfig
 
 BATCH = 3
 
@@ -81,3 +85,17 @@ def test_stage_1_step(tiny: Seed2Config, pixels: torch.Tensor, freeze_vit: bool,
 def test_released_size() -> None:
     assert flops.encode_flops(Seed2Config()) == pytest.approx(533e9, rel=0.01)
     assert flops.vision_flops(Seed2Config().vit) > 0.97 * flops.encode_flops(Seed2Config())
+
+
+def test_lavits_stage_1_step() -> None:
+    vit = EvaConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2, mlp_width=24)
+    config = LavitTokenizerConfig(vit=vit, vit_head=0, merger_depth=2, merger_heads=2, merger_mlp_width=24,
+                                  codebook_size=20, codebook_dim=6, llm_width=8)
+    decoder = LavitDecoderConfig(head="lowres", tokens=16, code_dim=6, width=12, depth=2, heads=2, mlp_width=20,
+                                 feature_dim=16, prompt_dim=8)
+    model = LavitStage1(DynamicTokenizer(config), CodeDecoder(decoder))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        out = model(torch.randn(BATCH, 3, 16, 16))
+        out.loss.backward()
+    expected = BATCH * flops.lavit_stage1_flops(config, decoder, keep=float(out.kept))
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-4)

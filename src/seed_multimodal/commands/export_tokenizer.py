@@ -8,7 +8,7 @@ from pathlib import Path
 
 from seed_multimodal.commands.common import add_json, cat_picture
 from seed_multimodal.entry import DONE
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, ConfigError
 
 
 def export(args: argparse.Namespace) -> int:
@@ -16,6 +16,8 @@ def export(args: argparse.Namespace) -> int:
     from seed_multimodal.language.tokenizer_files import ADDED, CONFIG, MODEL, SPECIAL
     from seed_multimodal.tokenizers.export import export_tokenizer
 
+    if args.lavit or not args.stage2:
+        return export_lavit(args)
     beside: list[Path] = []
     if args.text_tokenizer:
         folder = Path(args.text_tokenizer)
@@ -36,11 +38,30 @@ def export(args: argparse.Namespace) -> int:
     return DONE
 
 
+def export_lavit(args: argparse.Namespace) -> int:
+    """A LaVIT tokenizer and its decoder from a checkpoint of stage 1."""
+    from seed_multimodal.tokenizers.lavit_export import export_stage1
+
+    other = [f"--{name.replace('_', '-')}" for name in ("stage1", "stage2", "released", "text_tokenizer", "image")
+             if getattr(args, name)]
+    if not args.lavit:
+        raise ConfigError("Give the checkpoint: --stage2 CKPT of a SEED tokenizer, or --lavit CKPT.")
+    if other:
+        raise ConfigError(f"--lavit goes with --vision, --config, --out and --force; {other[0]} is a SEED tokenizer's.")
+    folders = export_stage1(args.lavit, args.out, vision=args.vision, config=args.config, force=args.force)
+    if args.json:
+        print(json.dumps({"tokenizer": str(folders[0]), "decoder": str(folders[1])}))
+    else:
+        print("\n".join(map(str, folders)))
+    return DONE
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     parser.add_argument("--stage1", metavar="CKPT", help="checkpoint of stage 1 (not needed if stage 2 trained the "
                         "Q-Former too)")
-    parser.add_argument("--stage2", metavar="CKPT", required=True, help="checkpoint of stage 2")
+    parser.add_argument("--stage2", metavar="CKPT", help="checkpoint of stage 2")
+    parser.add_argument("--lavit", metavar="CKPT", help="checkpoint of LaVIT's stage 1, in the place of both")
     parser.add_argument("--vision", metavar="CKPT", help="vision tower (eva_vit_g.pth), unless a stage trained it")
     parser.add_argument("--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained "
                         "(default: by its decode side; with both, seed2)")

@@ -8,6 +8,8 @@ the same numbers. Backward counts as twice the forward, less gradients that no l
 
 from __future__ import annotations
 
+from seed_multimodal.tokenizers.lavit import LavitTokenizerConfig
+from seed_multimodal.tokenizers.lavit_decoder import LavitDecoderConfig
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed1 import Seed1Config
 from seed_multimodal.tokenizers.seed2 import DOWN_WIDTHS, Seed2Config
@@ -92,6 +94,25 @@ def stage2_flops(config: Seed2Config | Seed1Config, *, freeze_qformer: bool = Tr
     if freeze_qformer:
         return total + _reading_flops(config) - config.num_query * linear_flops(width, width)
     return total + 3 * _reading_flops(config)
+
+
+def lavit_stage1_flops(config: LavitTokenizerConfig, decoder: LavitDecoderConfig, keep: float = 1 / 3) -> int:
+    """One image through one step of LaVIT's stage 1: the tower forward, the rest forward and backward.
+
+    Args:
+        keep: share of the patches that are kept, which are looked up in the codebook; everything else sees all.
+    """
+    n, width, inner = config.patches, config.vit.width, decoder.width
+    selector = linear_flops(width, width + width // 2) + linear_flops(width // 2, width // 4)
+    selector += linear_flops(width // 4, 2)
+    merger = n * (linear_flops(width, 8 * width) + 2 * linear_flops(width, config.merger_mlp_width))
+    merger = config.merger_depth * (merger + 2 * attention_flops(n, n, width))
+    rows = linear_flops(width, width) + linear_flops(width, config.codebook_dim) + linear_flops(decoder.code_dim, inner)
+    block = n * (linear_flops(inner, 8 * inner) + 2 * linear_flops(inner, decoder.mlp_width))
+    back = decoder.depth * (block + 2 * attention_flops(n, n, inner))
+    back += n * (linear_flops(inner, inner) + linear_flops(inner, decoder.feature_dim))
+    search = round(keep * n) * linear_flops(config.codebook_dim, config.codebook_size)
+    return vision_flops(config.vit) + search + 3 * (n * (selector + rows) + merger + back)
 
 
 def text_flops(config: QFormerConfig, words: int) -> int:

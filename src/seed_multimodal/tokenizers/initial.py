@@ -20,8 +20,10 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import UNCLIP_WHERE, find_file, find_folder
 from seed_multimodal.tokenizers.checkpoints import fill_tower, read_tower
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.released import TOWER, VISION_FILES, VISION_URL
 from seed_multimodal.tokenizers.stage1 import Stage1Model
+from seed_multimodal.vision.clip_towers import eva_from_clip
 from seed_multimodal.vision.eva import EvaVit
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
@@ -80,6 +82,18 @@ def load_eva(vit: EvaVit, path_or_id: str | Path, log: Log = print) -> LoadRepor
     report = fill_tower(vit, read_tower(file), file)
     if log is not None:
         log(report.describe())
+    return report
+
+
+def load_tower(vit: EvaVit, source: str | Path, log: Log = print) -> LoadReport:
+    """Start the vision tower from an EVA file (`load_eva`), or (ours) a transformers CLIP folder of the same sizes."""
+    config = Path(source) / "config.json"
+    if not config.is_file() or not str(read_json_object(config).get("model_type", "")).startswith("clip"):
+        return load_eva(vit, source, log)
+    clip = load_clip_vision(source, log=None)
+    report = assign_strictly(vit, eva_from_clip(clip.state_dict(), vit.config), source)
+    if log is not None:
+        log(f"{source}: {len(report.loaded)} tensors of a CLIP tower loaded into the vision tower.")
     return report
 
 

@@ -114,7 +114,8 @@ class PairDataset(SourceDataset):
 
     def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
         """See `SourceDataset`."""
-        caption = read.captions[int(torch.randint(len(read.captions), (), generator=generator))]
+        captions = read.captions or [""]  # of a source that is not captioned
+        caption = captions[int(torch.randint(len(captions), (), generator=generator))]
         return {"image": self._read(read, generator, number),
                 "caption": self.text_transform(caption) if self.text_transform else caption, "key": read.key}
 

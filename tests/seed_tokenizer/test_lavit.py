@@ -1,0 +1,147 @@
+"""LaVIT's stage 1 on LAVIS: from real picture files to a tokenizer folder, and a run that is killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import warm_python
+from lavis_runs import APPLICATION, ROOT, environment, log_of, torchrun
+from omegaconf import OmegaConf
+
+TOWER = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
+TINY = ["model.merger={merger_depth: 1, merger_heads: 6, merger_mlp_width: 64, llm_width: 8}",
+        "model.decoder={head: lowres, width: 48, depth: 1, heads: 6, mlp_width: 64, prompt_dim: 8}", "model.n_embed=32",
+        "model.kmeans_images=16", "model.codebook_warmup=2", "model.restart_every=2", "run.batch_size_train=8",
+        "run.iters_per_epoch=2", "run.max_epoch=3", "run.warmup_steps=2", "run.log_freq=1", "run.batch_size_eval=8"]
+
+
+@pytest.fixture
+def yaml(pictures: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """options → the arguments of train.py for a tiny run on a folder of pictures into `tmp_path/NAME`."""
+    def make(*options: str, name: str = "run", storage: Path | None = None) -> list[str]:
+        folder = tmp_path / "pictures"
+        if not folder.exists():
+            folder.mkdir()
+            for picture in pictures.glob("*.png"):
+                shutil.copy(picture, folder)
+        config = OmegaConf.load(APPLICATION / "lavis" / "projects" / "nano" / "pretrain_lavit.yaml")
+        config.datasets = {"pictures": {**config.datasets.pop("nano"), "build_info": {
+            "splits": {"train": str(storage or folder), "val": str(storage or folder)}}}}
+        config.run.output_dir = str(tmp_path / name)
+        file = tmp_path / f"{name}.yaml"
+        OmegaConf.save(OmegaConf.merge(config, OmegaConf.from_dotlist(TINY)), file)
+        return ["--cfg-path", str(file), *(["--options", *options] if options else [])]
+
+    return make
+
+
+def test_pictures_without_captions_become_a_tokenizer(
+    yaml: Callable[..., list[str]], run: Callable[[list[str]], Any], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from seed_multimodal.cli import main
+    from seed_multimodal.images.open import open_image
+    from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
+    from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer
+    from seed_multimodal.tokenizers.lavit_training import LavitStage1
+
+    runner = run(yaml("run.valid_splits=[val]"))
+    lines = log_of(tmp_path / "run", "lavit-stage1")
+    assert list(lines) == [1, 2, 3, 4, 5, 6] and all(math.isfinite(line["last_loss"]) for line in lines.values())
+    assert "perplexity" not in lines[2] and lines[3]["perplexity"] > 1 and 0 < lines[6]["kept"] < 1
+    assert {"valid/val/loss_cosine", "valid/val/tokens", "valid/val/perplexity"} <= set(lines[6])
+    said = capsys.readouterr().out
+    assert "seed export-tokenizer --lavit" in said and "loss_cosine 0.18" in said
+
+    checkpoint = tmp_path / "run" / "checkpoint_2.pth"
+    out = tmp_path / "tokenizer"
+    assert main(["export-tokenizer", "--lavit", str(checkpoint), "--out", str(out)]) == 2
+    assert "holds no vision tower" in capsys.readouterr().err
+    assert main(["export-tokenizer", "--lavit", str(checkpoint), "--vision", str(TOWER), "--out", str(out)]) == 0
+    tokenizer = load_dynamic_tokenizer(out / "tokenizer")
+    decoder = CodeDecoder.from_pretrained(out / "decoder")
+    pixels = tokenizer.pixels([open_image(path) for path in sorted((tmp_path / "pictures").glob("*.png"))[:3]])
+    model = runner._model.eval()
+    noise = torch.randn(3, 16, 2)
+    codes = tokenizer.encode(pixels, noise=noise)
+    expected = LavitStage1.forward(model, pixels, noise=noise)
+    assert torch.equal(torch.cat(codes), expected.codes_T)
+    rebuilt = decoder.features([tokenizer.embed_codes(one) for one in codes])
+    cosine = 1 - torch.nn.functional.cosine_similarity(rebuilt, tokenizer.patch_features(pixels), dim=-1).mean()
+    torch.testing.assert_close(cosine, expected.loss_cosine, rtol=1e-3, atol=1e-4)
+
+
+def test_shards_of_pictures_the_selectors_rate_and_refusals(
+    yaml: Callable[..., list[str]], run: Callable[[list[str]], Any], tmp_path: Path
+) -> None:
+    import train
+
+    from seed_multimodal.errors import ConfigError
+
+    yaml()  # makes the pictures
+    shard = tmp_path / "shard-000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for picture in sorted((tmp_path / "pictures").glob("*.png")):
+            tar.add(picture, picture.name)
+    runner = run(yaml("run.max_epoch=1", "model.codebook_warmup=1", "model.selector_lr_scale=0.5",
+                      "model.freeze_selector=true", name="tar", storage=shard))
+    assert [group.get("lr_scale", 1.0) for group in runner.optimizer.param_groups] == [1.0, 1.0, 0.5, 0.5]
+    assert len(runner.datasets["pictures"]["train"]) == 24
+    for key, option in {"model.freeze_vit is false": "model.freeze_vit=false",
+                        "The vision tower has no weights": "model.vit_weights=null",
+                        "codebook_warmup": "model.codebook_warmup=99",
+                        "selector_lr_scal": "model.selector_lr_scal=2"}.items():
+        with pytest.raises(ConfigError, match=key):
+            train.build(train.parser("").parse_args(yaml(option, name="wrong"))).train()
+
+
+@pytest.mark.process
+def test_a_killed_run_goes_on_with_equal_losses(
+    yaml: Callable[..., list[str]], run: Callable[[list[str]], Any], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    options = ("run.iters_per_epoch=4", "run.max_epoch=2", "run.save_every_steps=3")
+    killed = yaml(*options, name="killed")
+    process = start(warm_python.PYTHON, "train.py", *killed)
+    log = tmp_path / "killed" / "lavit-stage1.log.jsonl"
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and process.poll() is None and not (
+            log.is_file() and log.read_text().count("\n") >= 4):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    run(killed)
+    run(yaml(*options, name="whole"))
+    first, second = ({step: line["last_loss"] for step, line in log_of(tmp_path / name, "lavit-stage1").items()}
+                     for name in ("killed", "whole"))
+    assert list(first) == list(range(1, 9)) and first == second
+    states = [torch.load(tmp_path / name / "checkpoint_1.pth", weights_only=True)["model"]
+              for name in ("killed", "whole")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.process
+def test_two_processes_have_one_codebook(
+    yaml: Callable[..., list[str]], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    _, (first, second) = torchrun(start, tmp_path, yaml("run.num_workers=0", "model.freeze_selector=true"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items() if not name.endswith("counts"))
+    assert json.loads((tmp_path / "run" / "lavit-stage1.done.json").read_text())["processes"] == 2
+
+
+def test_the_script_names_the_configuration() -> None:
+    text = (APPLICATION / "train_scripts" / "lavit_tokenizer.sh").read_text()
+    config = OmegaConf.load(APPLICATION / "lavis" / "projects" / "lavit" / "train" / "pretrain_tokenizer.yaml")
+    assert "lavis/projects/lavit/train/pretrain_tokenizer.yaml" in text and "PATH" in environment()
+    run = config.run
+    assert run.batch_size_train * run.accum_grad_iters * 8 == 2048  # eight processes
+    assert run.max_epoch * run.iters_per_epoch // run.accum_grad_iters == 50_000
