@@ -320,7 +320,7 @@ def test_the_memory_plan(tiny_lavit_folder):
     whole = plan_lavit(LavitSizes(), CARD, CARD, CARD)
     small = plan_lavit(LavitSizes(), CARD, CARD, CARD, "4bit", offload=True)
     reads = plan_lavit(LavitSizes(), CARD, CARD, CARD, modes=("understanding",))
-    assert 25e9 < whole.most("cuda") < 32e9 and small.most("cuda") < 16e9 and 16e9 < reads.most("cuda") < 20e9
+    assert 25e9 < whole.most("cuda") < 32e9 and small.most("cuda") < 16.5e9 and 16e9 < reads.most("cuda") < 20e9
     sizes = read_lavit_sizes(find_lavit(tiny_lavit_folder))
     model = tiny_lavit.tokenizer()
     tower = sum(value.numel() for value in model.encoder.state_dict().values())

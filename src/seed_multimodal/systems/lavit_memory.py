@@ -37,9 +37,9 @@ class LavitSizes:
     llm_layers: int = 6_476_005_376
     llm_rest: int = 396_644_352
     tower: int = 1_012_588_928
-    tokenizer: int = 404_080_000
-    understanding: int = 404_070_000
-    decoder: int = 414_000_000
+    tokenizer: int = 404_048_130
+    understanding: int = 404_038_656
+    decoder: int = 414_002_304
     unet: int = 2_567_463_684
     vae: int = 83_653_863
     cache: int = 2 * 32 * 4096 * CONTEXT
@@ -54,18 +54,27 @@ def plan_lavit(sizes: LavitSizes, llm: Runtime, here: Runtime, there: Runtime, q
     layers = sizes.llm_layers * QUANTIZED.get(str(quantization), each)
     name = "language model" + (f" ({quantization})" if quantization else "")
     reads, draws = "understanding" in modes, "generation" in modes
-    stays = "encoder" not in leaves
+    place, of_half = str(here.device), here.dtype.itemsize
     parts = [Part(name, str(llm.device), layers + sizes.llm_rest * each, sizes.cache * each,
-                  stays=quantization is not None or "llm" not in leaves),
-             Part("vision tower", str(here.device), sizes.tower * here.dtype.itemsize, stays=stays),
-             Part("dynamic tokenizer", str(here.device),
-                  (sizes.tokenizer + sizes.understanding * (reads and draws)) * here.dtype.itemsize, stays=stays)]
+                  stays=quantization is not None or "llm" not in leaves)]
+    parts += _half("tower and dynamic tokenizer", "encoder" in leaves, [
+        Part("vision tower", place, sizes.tower * of_half),
+        Part("dynamic tokenizer", place, (sizes.tokenizer + sizes.understanding * (reads and draws)) * of_half)])
     if draws:
-        stays, place, each = "decoder" not in leaves, str(there.device), there.dtype.itemsize
-        parts += [Part("decoder of codes", place, sizes.decoder * each, stays=stays),
-                  Part("U-Net", place, sizes.unet * each, sizes.pixels * STEP_PER_PIXEL * each / 2, stays=stays),
-                  Part("autoencoder", place, sizes.vae * 4.0, sizes.pixels * PICTURE_PER_PIXEL, stays=stays)]
+        place, each = str(there.device), there.dtype.itemsize
+        parts += _half("decoders", "decoder" in leaves, [
+            Part("decoder of codes", place, sizes.decoder * each),
+            Part("U-Net", place, sizes.unet * each, sizes.pixels * STEP_PER_PIXEL * each / 2),
+            Part("autoencoder", place, sizes.vae * 4.0, sizes.pixels * PICTURE_PER_PIXEL)])
     return MemoryPlan(tuple(parts))
+
+
+def _half(name: str, leaves: bool, parts: list[Part]) -> list[Part]:
+    """Parts that stay; or, as they come and go together, one."""
+    if not leaves:
+        return parts
+    return [Part(name, parts[0].device, sum(part.weights for part in parts), max(part.works for part in parts),
+                 stays=False)]
 
 
 def read_lavit_sizes(spec: LavitSpec) -> LavitSizes:

@@ -76,7 +76,7 @@ def find_system(
 def _from_folder(folder: Path, parts: dict[str, Path], template: str | None) -> SystemSpec:
     file = read_system_json(folder)
     if not isinstance(file, SystemFile):
-        raise ConfigError(f"{folder}: its system.json describes another system, {file.system}, which has no codes.")
+        raise ConfigError(f"{folder}: its system.json describes another system, {file.system}: open_system opens any.")
     own = {key: folder / value for key, value in vars(file).items() if isinstance(value, Path)}
     spec = SystemSpec(**{**vars(file), **own, **parts, "name": str(folder), "template": template or file.template,
                          "transform": {**RELEASED_TRANSFORM, **file.transform}})
