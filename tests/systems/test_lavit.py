@@ -316,6 +316,12 @@ def test_off_loaded_parts_and_two_names_of_one_part(tiny_lavit_folder, tiny_lavi
     assert tiny_lavit.pictures.writer.causal_encoder is not tiny_lavit.pictures.reader.causal_encoder
 
 
+def test_a_quantised_language_model(tiny_lavit_folder):
+    pytest.importorskip("bitsandbytes")
+    packed = open_tiny(tiny_lavit_folder, quantization="8bit")
+    assert packed.llm.is_loaded_in_8bit and packed.describe(picture(1))
+
+
 def test_the_memory_plan(tiny_lavit_folder):
     whole = plan_lavit(LavitSizes(), CARD, CARD, CARD)
     small = plan_lavit(LavitSizes(), CARD, CARD, CARD, "4bit", offload=True)

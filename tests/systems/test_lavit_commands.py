@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / "src" / "lavit"
 PROGRAMS = ("understanding", "text2image_synthesis", "multimodal_synthesis", "image_detokenize", "inference")
 NOTEBOOKS = PROGRAMS[:4]
-pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Answers are not lemmatised")]
 
 
 @pytest.fixture
