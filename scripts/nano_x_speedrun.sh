@@ -11,10 +11,6 @@ cd "$(dirname "$0")/.."
 read_options nano_x "$@"
 needs_hydra
 
-app() {  # app PROGRAM NAME
-  echo "== $2"
-  "$python" "MultiModalLLM/src/train/$1.py" --config-path "$work" --config-name "$2"
-}
 decoder() {
   stages layout
   app train_seed_x_detokenizer first
@@ -29,12 +25,5 @@ OMP_NUM_THREADS=$cores stages start,tower,recipes "$cores"
 export OMP_NUM_THREADS=$half
 both decoder language_model
 stages assemble
-if [ "$report" = 1 ]; then
-  amount=()
-  [ "$name" != pico ] || amount=(--limit 24)
-  nano=$(sed -n 's/^start: //p' "$work/config.yaml")
-  "$python" -m seed_multimodal.evaluation.report --model "$out" --judge "$nano/judge" --out "$out/report" \
-    ${amount[@]+"${amount[@]}"}
-  echo "The report card is $out/report/report.md."
-fi
+report_on_start 24
 finished nano-x

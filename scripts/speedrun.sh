@@ -46,6 +46,21 @@ stages() {  # stages NAMES [THREADS]
     --threads "${2:-$half}" ${overrides[@]+"${overrides[@]}"}
 }
 
+app() {  # app PROGRAM NAME: a training of MultiModalLLM by work/NAME.yaml
+  echo "== $2"
+  "$python" "MultiModalLLM/src/train/$1.py" --config-path "$work" --config-name "$2"
+}
+
+report_on_start() {  # report_on_start LIMIT: the report card, by the judge of the nano that the run began with
+  [ "$report" = 1 ] || return 0
+  amount=()
+  [ "$name" != pico ] || amount=(--limit "$1")
+  nano=$(sed -n 's/^start: //p' "$work/config.yaml")
+  "$python" -m seed_multimodal.evaluation.report --model "$out" --judge "$nano/judge" --out "$out/report" \
+    ${amount[@]+"${amount[@]}"}
+  echo "The report card is $out/report/report.md."
+}
+
 needs_hydra() {
   "$python" -c 'import hydra' 2>/dev/null || {
     echo "The language model is trained through Hydra, which is not installed: bash install.sh --extras train" >&2; exit 2; }

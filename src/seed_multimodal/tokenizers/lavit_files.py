@@ -137,13 +137,18 @@ def save_dynamic_tokenizer(model: DynamicTokenizer, folder: str | Path, understa
     left_out = ("quantize.ema_", *((TOWER,) if tower else ()))
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(left_out)}
     if tower:
-        where = os.path.relpath(Path(tower[0]).resolve(), place.resolve())
-        replace_text(place / ELSEWHERE, json.dumps({"file": Path(where).as_posix(), "prefix": tower[1]}) + "\n")
+        name_tower(place, *tower)
     save_state_dict(state, place / OURS, {"model_type": MODEL_TYPE})
     if understanding is not None:
         save_state_dict(reading_state(understanding), place / "visual_weight.safetensors", {"model_type": MODEL_TYPE})
     replace_text(place / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
     return place
+
+
+def name_tower(folder: str | Path, file: str | Path, prefix: str) -> None:
+    """Write `tower.json`: the vision tower of the tokenizer in `folder` is in `file`, under names with a prefix."""
+    where = Path(os.path.relpath(Path(file).resolve(), Path(folder).resolve())).as_posix()
+    replace_text(Path(folder) / ELSEWHERE, json.dumps({"file": where, "prefix": prefix}) + "\n")
 
 
 def reading_state(model: DynamicTokenizer) -> State:

@@ -38,12 +38,12 @@ def assemble(space: Workspace) -> dict[str, Any]:
                 "world": "nano", "tasks": {"edit_words": 40}}
     (out / "system.json").write_text(json.dumps(settings, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
-        _halve(file)
+        halve(file)
     weights = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
     return {"weights_mb": round(weights / 1e6, 2), "folder": str(out)}
 
 
-def _halve(file: Path) -> None:
+def halve(file: Path) -> None:
     """Rewrite float32 tensors as float16, keeping metadata; loaders compute in float32 again."""
     tensors = load_state_dict(file)
     with safe_open(file, framework="pt") as handle:

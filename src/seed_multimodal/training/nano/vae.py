@@ -145,16 +145,21 @@ def latents(space: Workspace) -> Tensor:
     return space.cached("latents", "vae", lambda: _encode(space))
 
 
-@torch.no_grad()
 def _encode(space: Workspace) -> Tensor:
     from diffusers import AutoencoderKL
 
     space.need("vae", space.decoder_folder / "vae" / "config.json")
-    vae = read_part(AutoencoderKL, space.decoder_folder / "vae").eval().to(
-        space.device, memory_format=torch.channels_last)
+    return scene_latents(read_part(AutoencoderKL, space.decoder_folder / "vae"), space.pool, space.config.image_size,
+                         space.device)
+
+
+@torch.no_grad()
+def scene_latents(vae: Any, scenes: Sequence[Scene], size: int, device: torch.device) -> Tensor:
+    """Posterior means of scenes, float16 `[N, C, h, w]`."""
+    vae = vae.eval().to(device, memory_format=torch.channels_last)
     parts = []
-    with torch.autocast(space.device.type, dtype=torch.bfloat16):
-        for at in range(0, len(space.pool), 256):
-            x = to_signed(scene_pixels(space.pool[at:at + 256], space.config.image_size), space.device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        for at in range(0, len(scenes), 256):
+            x = to_signed(scene_pixels(scenes[at:at + 256], size), device)
             parts.append(vae.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist.mean.half().cpu())
     return torch.cat(parts).contiguous()

@@ -33,9 +33,9 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.continuous import AgentSettings, ContinuousLVLM
 from seed_multimodal.training.loop_settings import StageSettings
-from seed_multimodal.training.nano.assemble import _halve as halve
+from seed_multimodal.training.nano.assemble import halve
 from seed_multimodal.training.nano.unet import TRAIN_STEPS, cosine_betas
-from seed_multimodal.training.nano.workspace import read_part
+from seed_multimodal.training.nano.workspace import Workspace, read_part
 from seed_multimodal.training.nano_x.config import KINDS
 from seed_multimodal.training.nano_x.workspace import XWorkspace
 from seed_multimodal.training.stage import read_record
@@ -43,6 +43,7 @@ from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
 from seed_multimodal.weights import count_parameters, save_state_dict
 
 FIRST, SECOND, SFT = "first", "second", "sft"
+SCRIPT = "scripts/nano_x_speedrun.sh"
 FINAL_SIGNAL = 0.98
 DECODE = {"num_inference_steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0}
 GRIDS, ROW = ["1x1", "2x2"], 512
@@ -72,27 +73,36 @@ def _write(space: XWorkspace, name: str, recipe: dict[str, Any]) -> Path:
 
 def write_sdxl(space: XWorkspace) -> None:
     """SDXL's folder: the autoencoder is there; a new U-Net, the scheduler, defaults of drawing."""
+    folder, sizes = space.decoder_folder, space.config.unet
+    write_unet(folder, autoencoder_folder(folder), space.config.image_size, sizes.channels, sizes.heads,
+               context=sizes.prompt, pooled=sizes.prompt // 2, seed=space.config.seed + 4)
+    replace_text(folder / "seed_decode.json", json.dumps(DECODE))
+
+
+def write_unet(folder: Path, autoencoder: Path, image_size: int, channels: list[int], heads: int, *, context: int,
+               pooled: int, seed: int) -> None:
+    """An untrained U-Net of SDXL's kind for latents of that autoencoder, and the scheduler, into a diffusion folder.
+
+    Args:
+        context, pooled: widths of prompt and pooled embeddings.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-    folder, sizes = space.decoder_folder, space.config.unet
-    vae = read_part(AutoencoderKL, autoencoder_folder(folder))
-    halvings = len(vae.config.block_out_channels) - 1
-    levels = len(sizes.channels)
-    torch.manual_seed(space.config.seed + 4)
+    vae = read_part(AutoencoderKL, autoencoder)
+    levels, latent = len(channels), vae.config.latent_channels
+    torch.manual_seed(seed)
     attends = [level == 1 or levels == 1 for level in range(levels)]
-    channels = vae.config.latent_channels
     UNet2DConditionModel(
-        sample_size=space.config.image_size // 2**halvings, in_channels=channels, out_channels=channels,
+        sample_size=image_size // 2**(len(vae.config.block_out_channels) - 1), in_channels=latent, out_channels=latent,
         down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends),
         up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
-        block_out_channels=tuple(sizes.channels), layers_per_block=1, norm_num_groups=8,
-        cross_attention_dim=sizes.prompt, attention_head_dim=sizes.heads, use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + sizes.prompt // 2).save_pretrained(folder / "unet")
+        block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=8, cross_attention_dim=context,
+        attention_head_dim=heads, use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + pooled
+        ).save_pretrained(folder / "unet")
     DDIMScheduler(num_train_timesteps=TRAIN_STEPS, trained_betas=cosine_betas(final_signal=FINAL_SIGNAL),
                   clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing",
                   set_alpha_to_one=True).save_pretrained(folder / "scheduler")
-    replace_text(folder / "seed_decode.json", json.dumps(DECODE))
 
 
 def _detokenizer(space: XWorkspace, stage: int) -> dict[str, Any]:
@@ -116,7 +126,7 @@ def _detokenizer(space: XWorkspace, stage: int) -> dict[str, Any]:
         "optim": {"name": "adamw", "learning_rate": settings.lr, "adam_beta2": 0.99, "adam_epsilon": 1e-8,
                   "weight_decay": settings.weight_decay, "lr_scheduler_type": "cosine",
                   "warmup_steps": settings.warmup, "min_lr_ratio": settings.min_lr_ratio},
-        "trainer": {**_trainer(space, settings), "ema": settings.ema, "save_frozen": True}}
+        "trainer": {**trainer_settings(space, settings), "ema": settings.ema, "save_frozen": True}}
 
 
 # ----------------------------------------------------------------------------------------------- instruction tuning
@@ -138,7 +148,7 @@ def _tuning(space: XWorkspace) -> dict[str, Any]:
         "optim": {"name": "muon", "learning_rate": settings.lr, "weight_decay": settings.weight_decay,
                   "lr_scheduler_type": "cosine", "warmup_steps": settings.warmup,
                   "min_lr_ratio": settings.min_lr_ratio},
-        "trainer": _trainer(space, settings)}
+        "trainer": trainer_settings(space, settings)}
 
 
 def _sources(space: XWorkspace) -> list[dict[str, Any]]:
@@ -170,7 +180,8 @@ def resamplers(space: XWorkspace) -> dict[str, ResamplerConfig]:
             "output_resampler": ResamplerConfig(tower.grid, tower.features, tower.pool_heads, llm.width)}
 
 
-def _trainer(space: XWorkspace, settings: StageSettings) -> dict[str, Any]:
+def trainer_settings(space: Workspace, settings: StageSettings) -> dict[str, Any]:
+    """Section `trainer` of a stage that one of the applications trains."""
     return {"max_steps": settings.steps, "gradient_accumulation_steps": settings.accumulate,
             "precision": settings.precision, "max_grad_norm": settings.clip,
             "seed": space.config.seed + settings.seed, "device": space.config.device,
@@ -194,7 +205,7 @@ def install_agent(space: XWorkspace) -> dict[str, Any]:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    record = _trained(space, SFT, space.config.train_sft.steps)
+    record = trained_to_its_end(space, SFT, space.config.train_sft.steps)
     words, parts = space.words, resamplers(space)
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary.size, bos_token_id=words.bos_id,
                                        eos_token_id=words.eos_id, pad_token_id=words.pad_id, **llama_sizes(space)))
@@ -215,15 +226,24 @@ def share_autoencoder(space: XWorkspace) -> None:
     if own.is_dir() and start.is_relative_to(space.out.resolve().parent):
         shutil.rmtree(own)
         replace_text(space.decoder_folder / ELSEWHERE, json.dumps(
-            {"folder": Path(os.path.relpath(start, space.decoder_folder.resolve())).as_posix()}))
+            {"folder": relative(start, space.decoder_folder)}))
 
 
-def _trained(space: XWorkspace, name: str, steps: int) -> dict[str, Any]:
+def relative(place: Path, folder: Path) -> str:
+    """A path as a file in a folder names it."""
+    return Path(os.path.relpath(place.resolve(), folder.resolve())).as_posix()
+
+
+def trained_to_its_end(space: Workspace, name: str, steps: int, script: str = SCRIPT) -> dict[str, Any]:
+    """The record of a training by one of the applications.
+
+    Raises:
+        CheckpointError: it is not at its end.
+    """
     file = space.work / name / "summary.json"
     record = read_record(file) if file.is_file() else {}
     if record.get("steps") != steps:
-        raise CheckpointError(f"{file.parent}: {name} is not trained to its end; bash scripts/nano_x_speedrun.sh "
-                              "continues it.")
+        raise CheckpointError(f"{file.parent}: {name} is not trained to its end; bash {script} continues it.")
     return record
 
 
@@ -237,7 +257,7 @@ def assemble(space: XWorkspace) -> dict[str, Any]:
     for stage, folder in (("start", autoencoder_folder(space.decoder_folder)), ("tower", out / "vision"),
                           ("agent", out / "llm"), ("layout", space.work / "layout")):
         space.need(stage, folder / "config.json")
-    _trained(space, SECOND, space.config.train_second.steps)
+    trained_to_its_end(space, SECOND, space.config.train_second.steps)
     target = out / "detokenizer"
     shutil.copytree(space.work / SECOND / "adapter", target, dirs_exist_ok=True)
     shutil.copytree(space.work / "layout", target / LAYOUT, dirs_exist_ok=True)

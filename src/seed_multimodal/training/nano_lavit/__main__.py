@@ -1,0 +1,26 @@
+"""Train nano-lavit, a tiny LaVIT:
+`python -m seed_multimodal.training.nano_lavit --config configs/nano_lavit/pico.yaml`.
+
+The pixel decoder and the language model are trained by LaVIT's own trainings, between `recipes` and `llm`;
+scripts/nano_lavit_speedrun.sh does it all. At the end `--out` is a folder that `Lavit.from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+from seed_multimodal.training.nano.__main__ import Line, main, trained
+from seed_multimodal.training.nano_lavit.config import NanoLavitConfig
+from seed_multimodal.training.nano_lavit.layout import LayoutTask
+from seed_multimodal.training.nano_lavit.reader import ReaderTask
+from seed_multimodal.training.nano_lavit.recipes import assemble, install_llm, recipes
+from seed_multimodal.training.nano_lavit.tokenizer import TokenizerTask
+from seed_multimodal.training.nano_lavit.workspace import LavitSpace
+
+LINE = Line(
+    "nano_lavit", str(__doc__), NanoLavitConfig, LavitSpace,
+    {"reader": trained(ReaderTask), "tokenizer": trained(TokenizerTask), "layout": trained(LayoutTask),
+     "recipes": recipes, "llm": install_llm, "assemble": assemble},
+    {"tokenizer": (("tokenizer", ("reader",)),), "layout": (("layout", ("tokenizer",)),),
+     "recipes": (("pixels", ("tokenizer", "layout")), ("language", ("tokenizer",)))})
+
+if __name__ == "__main__":
+    raise SystemExit(main(line=LINE))

@@ -1,0 +1,98 @@
+"""Settings of nano-lavit: sizes of every part and length of every stage, from one YAML file (configs/nano_lavit/)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import setting
+from seed_multimodal.training.loop_settings import StageSettings, stage
+from seed_multimodal.training.nano_x.config import LayoutSizes
+
+KINDS = {"captions": 0.6, "qa": 0.28, "edits": 0.12}
+"""Shares of the language model's sequences: content of the data format `nano` -> share."""
+READ_FIRST = 0.35  # share of the captions of which the picture comes first
+
+
+@dataclass
+class TokenizerSizes:
+    """Merger, codebook and code decoder; their width is that of nano's tower.
+
+    `keep`: share of the patches to be kept. `reading`: numbers of a patch from which labels are read.
+    """
+
+    merger_depth: int = setting(1, least=1)
+    merger_mlp: int = setting(576, least=1)
+    heads: int = setting(6, least=1)
+    codes: int = setting(1024, least=2)
+    code_dim: int = setting(16, least=1)
+    decoder_depth: int = setting(2, least=1)
+    decoder_mlp: int = setting(384, least=1)
+    keep: float = setting(1 / 3, above=0, most=1)
+    reading: int = setting(24, least=1)
+
+
+@dataclass
+class UnetSizes:
+    """The SDXL-class U-Net; it reads prompts of `prompt` + `pooled` numbers."""
+
+    channels: list[int] = setting(factory=lambda: [32, 48], least=1)
+    heads: int = setting(2, least=1)
+    prompt: int = setting(16, least=1)
+    pooled: int = setting(16, least=1)
+
+
+@dataclass
+class LanguageSizes:
+    """LLaMA with its `text_vocabulary` pieces, two marks of a picture and the codes."""
+
+    width: int = setting(192, least=1)
+    layers: int = setting(4, least=1)
+    heads: int = setting(6, least=1)
+    ffn: int = setting(384, least=1)
+    text_vocabulary: int = setting(800, least=1)
+    positions: int = setting(256, least=1)
+    compile: bool | None = None
+
+
+@dataclass
+class NanoLavitConfig:
+    """Everything one run needs; the resolved file is saved beside its outputs.
+
+    Attributes:
+        start: a finished nano, whose vision tower and autoencoder nano-lavit has in common with it.
+        pool: scenes of which the tower's features are kept; `drawn`: those of them of which latents are kept, too.
+        gate_scenes, workers, device: as of nano's settings.
+        records: records of an epoch of each kind.
+        gate_cosine: greatest loss with which pictures of val may be rebuilt.
+    """
+
+    start: str = "pretrained/nano"
+    image_size: int = setting(64, least=32)
+    pool: int = setting(160_000, least=8)
+    drawn: int = setting(40_000, least=8)
+    gate_scenes: int = setting(1000, least=1)
+    workers: int = setting(0, least=0)
+    device: str = "auto"
+    seed: int = 0
+    tokenizer: TokenizerSizes = field(default_factory=TokenizerSizes)
+    layout: LayoutSizes = field(default_factory=lambda: LayoutSizes(width=128))
+    unet: UnetSizes = field(default_factory=UnetSizes)
+    llm: LanguageSizes = field(default_factory=LanguageSizes)
+    records: int = setting(400_000, least=1)
+    train_reader: StageSettings = stage(3000, 512, 3e-3, weight_decay=0.02)
+    train_tokenizer: StageSettings = stage(10_000, 256, 1e-3, ema=0.99)
+    train_layout: StageSettings = stage(2500, 96, 2e-3, ema=0.998)
+    train_pixels: StageSettings = stage(1500, 32, 2e-3, ema=0.995)
+    train_llm: StageSettings = stage(5000, 64, 2e-3, weight_decay=0.1)
+    gate_cosine: float = setting(0.2, above=0)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError: sizes that do not fit each other."""
+        unet, llm = self.unet, self.llm
+        for name, value, unit, why in (
+                *(("unet.channels", width, 8, "groups of the U-Net") for width in unet.channels or [0]),
+                ("layout.hidden", self.layout.hidden, 8, "groups of the layout decoder"),
+                ("llm.width", llm.width, 2 * llm.heads, "pairs of numbers in each of llm.heads")):
+            if value < 1 or value % unit:
+                raise ConfigError(f"{name} must be a multiple of {unit} ({why}), not {value}.")

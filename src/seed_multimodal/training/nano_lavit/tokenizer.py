@@ -1,0 +1,161 @@
+"""Stage `tokenizer`: selector, merger, codebook and decoder, on features that nano's tower gave once.
+
+As the published stage 1 (`training/lavit/tokenizer_task.py`), first without codes. Different: what the reader says
+about rebuilt features is drawn towards what it says about the tower's, because the cosine of all features hardly tells
+one thing from another; the codebook is smaller, and its dead codes move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.data.nano.scene import Scene, paint
+from seed_multimodal.data.nano.targets import label_tensor
+from seed_multimodal.data.nano.things import BACKGROUNDS, STYLES
+from seed_multimodal.tokenizers.lavit import DynamicTokenizer
+from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
+from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer
+from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Output, LavitStage1Weights
+from seed_multimodal.training.codebook import CodebookHealth
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask, measure
+from seed_multimodal.training.nano.pixels import to_clip
+from seed_multimodal.training.nano.task import NanoTask
+from seed_multimodal.training.nano_lavit.reader import Reader, load_reader
+from seed_multimodal.training.nano_lavit.workspace import PREFIX, LavitSpace
+from seed_multimodal.training.schedules import batch_indices
+
+READ_WEIGHT = 0.3  # of what the reader says about rebuilt features
+WITHOUT_CODES = 0.3  # share of the steps
+SELECTOR_LR = 0.3  # of the selector's learning rate over all else's
+
+
+class ReadStage1(LavitStage1):
+    """With the reader's distance between rebuilt features and the tower's in the loss."""
+
+    def __init__(self, reader: Reader, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.reader = [reader]  # no part of what is trained and saved
+        self.rebuilt: Tensor | None = None
+        self.misread = torch.zeros(())
+
+    def rebuild(self, rows_BNC: Tensor, keep_BN: Tensor) -> Tensor:
+        """See the base; what was rebuilt is kept for the loss."""
+        self.rebuilt = super().rebuild(rows_BNC, keep_BN)
+        return self.rebuilt
+
+    def forward(self, batch: Tensor, **options: Any) -> LavitStage1Output:
+        """See the base."""
+        output = super().forward(batch, **options)
+        assert self.rebuilt is not None
+        reader = self.reader[0]
+        misread = reader.heads.divergence(reader(self.rebuilt), reader(self.patch_features(batch)))
+        self.rebuilt, self.misread = None, misread.detach()
+        return replace(output, loss=output.loss + READ_WEIGHT * misread)
+
+
+class TokenizerTask(NanoTask):
+    """The tokenizer goes to `out/tokenizer`, the decoder to `out/decoder`."""
+
+    sections = (*NanoTask.sections, "pool", "start", "tokenizer")
+
+    def __init__(self, space: LavitSpace) -> None:
+        self.out, config = space, space.config
+        settings, pool = config.train_tokenizer, space.features
+        tokenizer = space.new_tokenizer()
+        torch.manual_seed(config.seed + 3)
+        self.model = ReadStage1(load_reader(space), tokenizer, CodeDecoder(space.decoder_sizes).to(space.device),
+                                weights=LavitStage1Weights(keep=config.tokenizer.keep))
+        self.model.start_share()
+
+        def batch(micro_step: int) -> Tensor:
+            rows = batch_indices(micro_step, settings.batch_size, len(pool), settings.seed)
+            return pool[rows].to(space.device).float()
+
+        health = CodebookHealth(codebook_warmup=int(WITHOUT_CODES * settings.steps), kmeans_start=True,
+                                kmeans_images=1024, restart_every=max(1, settings.steps // 80))
+        self.inner = LavitTokenizerTask("tokenizer", self.model, settings, batch, health,
+                                        selector_lr_scale=SELECTOR_LR)
+        super().__init__(space, "tokenizer", self.inner.module)
+        self.optimizer = self.inner.optimizer
+
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        loss, numbers = self.inner.step_loss(self.model, micro_step)
+        return loss, {**numbers, "misread": self.model.misread}
+
+    def after_step(self, step: int) -> None:
+        self.inner.after_step(step)
+
+    def acts_after(self, step: int) -> bool:
+        return self.inner.acts_after(step)
+
+    def status(self) -> dict[str, float]:
+        return self.inner.status()
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        return self.inner.state_dict(step)
+
+    def made(self) -> Sequence[Path]:
+        return self.out.tokenizer_folder / "model.safetensors", self.out.out / "decoder" / "model.safetensors"
+
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+        space, model = self.out, self.model.eval()
+        scenes = space.held_out("val")
+        seen = [part.to(space.device).float() for part in space.see(scenes).split(256)]
+        measured = measure(model, seen)
+        tokenizer, decoder = model.finished()
+        save_tokenizer(space, tokenizer.cpu())
+        decoder.cpu().save_pretrained(space.out / "decoder")
+        with torch.no_grad():
+            rebuilt = torch.cat([rebuild(tokenizer, decoder, part.cpu()) for part in seen])
+        missed = measured.cosine > space.config.gate_cosine
+        if missed:
+            print(f"The gate was missed: cosine loss {measured.cosine:.3f} > {space.config.gate_cosine}.", flush=True)
+        return {**super().finish(group), **measured.to_dict(), "gate_passed": not missed,
+                "tokens_by_things": tokens_by_things(tokenizer, torch.cat(seen).cpu(), scenes),
+                "tokens_of_empty": empty_tokens(tokenizer, space.config.image_size),
+                "read": model.reader[0].cpu().read_right(rebuilt, label_tensor(scenes))}
+
+
+def save_tokenizer(space: LavitSpace, tokenizer: DynamicTokenizer) -> None:
+    """To the system's folder, without the tower, which is nano's."""
+    tower = space.nano_tokenizer / "model.safetensors"
+    save_dynamic_tokenizer(tokenizer, space.tokenizer_folder, tower=(tower, PREFIX))
+
+
+def load_parts(space: LavitSpace) -> tuple[DynamicTokenizer, CodeDecoder]:
+    """What the stage has made."""
+    folder = space.out / "decoder"
+    space.need("tokenizer", space.tokenizer_folder / "model.safetensors", folder / "model.safetensors")
+    return load_dynamic_tokenizer(space.tokenizer_folder), CodeDecoder.from_pretrained(folder)
+
+
+@torch.no_grad()
+def rebuild(tokenizer: DynamicTokenizer, decoder: CodeDecoder, features_BND: Tensor) -> Tensor:
+    """The tower's features `[B, N, D]` → codes → features."""
+    keep_BN = tokenizer.select(features_BND, mode="threshold").keep_BN
+    rows_TD = tokenizer.merge(features_BND, keep_BN)[keep_BN > 0.5]
+    counts = (keep_BN > 0.5).sum(1).tolist()
+    return decoder.features(list(tokenizer.quantize_rows(rows_TD)[1].split(counts)))
+
+
+@torch.no_grad()
+def tokens_by_things(tokenizer: DynamicTokenizer, features_BND: Tensor, scenes: Sequence[Scene]) -> dict[int, float]:
+    """Mean tokens of the scenes with so many things."""
+    counts = tokenizer.select(features_BND, mode="threshold").counts_B.float()
+    things = torch.tensor([sum(scene.counts) for scene in scenes])
+    return {int(number): round(counts[things == number].mean().item(), 2) for number in things.unique()}
+
+
+@torch.no_grad()
+def empty_tokens(tokenizer: DynamicTokenizer, size: int) -> float:
+    """Mean tokens of all backgrounds without a thing."""
+    pictures = torch.stack([torch.from_numpy(paint(STYLES[0], name, [], size)) for name in BACKGROUNDS])
+    features = tokenizer.patch_features(to_clip(pictures.permute(0, 3, 1, 2)))
+    return round(tokenizer.select(features, mode="threshold").counts_B.float().mean().item(), 2)
