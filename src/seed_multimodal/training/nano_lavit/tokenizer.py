@@ -156,6 +156,6 @@ def tokens_by_things(tokenizer: DynamicTokenizer, features_BND: Tensor, scenes: 
 @torch.no_grad()
 def empty_tokens(tokenizer: DynamicTokenizer, size: int) -> float:
     """Mean tokens of all backgrounds without a thing."""
-    pictures = torch.stack([torch.from_numpy(paint(STYLES[0], name, [], size)) for name in BACKGROUNDS])
+    pictures = torch.stack([torch.tensor(paint(STYLES[0], name, [], size)) for name in BACKGROUNDS])
     features = tokenizer.patch_features(to_clip(pictures.permute(0, 3, 1, 2)))
     return round(tokenizer.select(features, mode="threshold").counts_B.float().mean().item(), 2)

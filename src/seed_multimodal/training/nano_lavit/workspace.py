@@ -16,7 +16,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.tokenizers.lavit_decoder import LavitDecoderConfig
-from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.training.nano.pixels import scene_pixels, to_clip
 from seed_multimodal.training.nano.vae import scene_latents
 from seed_multimodal.training.nano.workspace import Workspace, read_part
@@ -72,7 +72,7 @@ class LavitSpace(Workspace):
         Raises:
             ConfigError: pictures of another size than nano's tower takes.
         """
-        made, vit = self.config.tokenizer, TokenizerConfig.read(self.nano_tokenizer / "config.json").vit
+        made, vit = self.config.tokenizer, Seed2Config.read(self.nano_tokenizer / "config.json").vit
         if vit.image_size != self.config.image_size:
             raise ConfigError(f"image_size is {self.config.image_size}, but the tower of {self.config.start} takes "
                               f"pictures of {vit.image_size}.")
