@@ -41,10 +41,9 @@ DECODERS = {"captions": ("lavit.caption", {"img_first_ratio": READ_FIRST}), "qa"
 ROW = 256
 MEAN_LENGTH = 36  # tokens of a sequence: turns `batch_size` sequences into packed rows
 SELECTION = "threshold"
-SPEAKING = {"describe": {"num_beams": 1, "min_length": 1, "max_length": 48}, "ask": {"num_beams": 1, "min_len": 1},
-            "draw": {"guidance_scale_for_llm": 1.0, "use_nucleus_sampling": False, "min_length": 1, "max_length": 17},
-            "compose": {"guidance_scale_for_llm": 1.0, "use_nucleus_sampling": False, "min_length": 1,
-                        "max_length": 17}}
+_WRITTEN = {"guidance": 1.0, "do_sample": False, "min_new_tokens": 2, "max_new_tokens": 17}
+SPEAKING = {"describe": {"num_beams": 1, "min_new_tokens": 1, "max_new_tokens": 48},
+            "ask": {"num_beams": 1, "min_new_tokens": 1, "max_new_tokens": 16}, "draw": _WRITTEN, "compose": _WRITTEN}
 
 
 def recipes(space: LavitSpace) -> dict[str, Any]:
