@@ -51,7 +51,7 @@ LINES = {
     "lavit": Line(
         "LaVIT nano", "A tiny LaVIT: a {side}picture of a scene of emoji-like drawings becomes as many tokens as there "
         "is to see, a small LLaMA reads them and writes them, and an SDXL-class decoder draws them again, in two "
-        "ratios.", ("reader", "tokenizer", "layout", "pixels", "llm")),
+        "ratios.", ("reader", "tokenizer", "layout", "pixels", "language")),
 }
 
 

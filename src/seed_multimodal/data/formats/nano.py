@@ -132,7 +132,7 @@ class NanoContent:
 
 def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
     if content == "captions":
-        return {"image": made["image_ids"], "caption": made["text"]}
+        return {"image": made["image_ids"], "caption": made["text"], "text": made["text"]}
     if content == "documents":
         return {"images": made["image_ids"], "texts": made["texts"]}
     asked, answered = (message["content"] for message in from_last_picture(made)[:2])

@@ -87,7 +87,7 @@ def _language(space: LavitSpace) -> dict[str, Any]:
     world = str(find_world().absolute())
     sources = [{"name": kind, "files": world, "format": "nano", "content": kind, "number": config.records,
                 "decoder": DECODERS[kind][0], "weight": weight,
-                "options": {**DECODERS[kind][1], "image_size": config.image_size}} for kind, weight in KINDS.items()]
+                "options": {**DECODERS[kind][1], "base_resolution": config.image_size}} for kind, weight in KINDS.items()]
     return {
         "tokenizer": {"pretrained_model_name_or_path": _path(space.words_folder)},
         "model": {"sizes": {"hidden_size": sizes.width, "intermediate_size": sizes.ffn,

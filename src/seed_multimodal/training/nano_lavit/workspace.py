@@ -101,7 +101,7 @@ class LavitSpace(Workspace):
     @cached_property
     def features(self) -> Tensor:
         """The tower's features of the pool, float16 `[P, N, D]`."""
-        return self.cached("features", "reader", lambda: self.see(self.pool), start=self.config.start)
+        return self.cached("features", "start", lambda: self.see(self.pool), start=self.config.start)
 
     @torch.no_grad()
     def see(self, scenes: list[Scene]) -> Tensor:
@@ -116,7 +116,7 @@ class LavitSpace(Workspace):
         from diffusers import AutoencoderKL
 
         scenes, size = self.pool[: self.config.drawn], self.config.image_size
-        return self.cached("latents", "reader", lambda: scene_latents(
+        return self.cached("latents", "start", lambda: scene_latents(
             read_part(AutoencoderKL, self.autoencoder), scenes, size, self.device), drawn=self.config.drawn)
 
     @cached_property
