@@ -214,10 +214,10 @@ def _write(llm: Any, embeds: Tensor, mask: Tensor, settings: WritingSettings, bu
         drawing = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
     elif settings.samples:
         processors.append(DrawnTokens(draws, settings.temperature, settings.top_k, settings.top_p))
+    ranking = {"early_stopping": settings.early_stopping, "length_penalty": settings.length_penalty} if beams else {}
     config = GenerationConfig(
         max_new_tokens=budget, num_beams=settings.num_beams, do_sample=settings.samples and beams, use_cache=True,
-        num_return_sequences=settings.number if beams else 1, early_stopping=settings.early_stopping,
-        length_penalty=settings.length_penalty, repetition_penalty=1.0, **drawing, **special)
+        num_return_sequences=settings.number if beams else 1, repetition_penalty=1.0, **ranking, **drawing, **special)
     with DrawnBeams(draws) if settings.samples and beams else contextlib.nullcontext():
         output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
                               logits_processor=processors, streamer=streamer)

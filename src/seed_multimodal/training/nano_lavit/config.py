@@ -18,7 +18,8 @@ READ_FIRST = 0.35  # share of the captions of which the picture comes first
 class TokenizerSizes:
     """Merger, codebook and code decoder; their width is that of nano's tower.
 
-    `keep`: share of the patches to be kept. `reading`: numbers of a patch from which labels are read.
+    `keep`: share of the patches to be kept, `ratio`: weight of that in the loss (with the published 2 half of them are
+    kept, since a small decoder gains more by each). `reading`: numbers of a patch from which labels are read.
     """
 
     merger_depth: int = setting(1, least=1)
@@ -29,6 +30,7 @@ class TokenizerSizes:
     decoder_depth: int = setting(2, least=1)
     decoder_mlp: int = setting(384, least=1)
     keep: float = setting(1 / 3, above=0, most=1)
+    ratio: float = setting(10.0, least=0)
     reading: int = setting(24, least=1)
 
 

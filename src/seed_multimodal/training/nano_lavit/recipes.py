@@ -85,9 +85,12 @@ def _language(space: LavitSpace) -> dict[str, Any]:
     config, settings, sizes = space.config, space.config.train_llm, space.config.llm
     compiled = bool(shutil.which("g++")) if sizes.compile is None else sizes.compile
     world = str(find_world().absolute())
-    sources = [{"name": kind, "files": world, "format": "nano", "content": kind, "number": config.records,
-                "decoder": DECODERS[kind][0], "weight": weight,
-                "options": {**DECODERS[kind][1], "base_resolution": config.image_size}} for kind, weight in KINDS.items()]
+    sources = []
+    for kind, weight in KINDS.items():
+        decoder, options = DECODERS[kind]
+        sources.append({"name": kind, "files": world, "format": "nano", "content": kind, "number": config.records,
+                        "decoder": decoder, "weight": weight,
+                        "options": {**options, "base_resolution": config.image_size}})
     return {
         "tokenizer": {"pretrained_model_name_or_path": _path(space.words_folder)},
         "model": {"sizes": {"hidden_size": sizes.width, "intermediate_size": sizes.ffn,

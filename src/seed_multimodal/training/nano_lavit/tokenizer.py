@@ -71,7 +71,7 @@ class TokenizerTask(NanoTask):
         tokenizer = space.new_tokenizer()
         torch.manual_seed(config.seed + 3)
         self.model = ReadStage1(load_reader(space), tokenizer, CodeDecoder(space.decoder_sizes).to(space.device),
-                                weights=LavitStage1Weights(keep=config.tokenizer.keep))
+                                weights=LavitStage1Weights(config.tokenizer.keep, config.tokenizer.ratio))
         self.model.start_share()
 
         def batch(micro_step: int) -> Tensor:
