@@ -26,6 +26,7 @@ from seed_multimodal.systems.lavit import Lavit
 from seed_multimodal.systems.lavit_files import find_lavit
 from seed_multimodal.systems.lavit_memory import LavitSizes, plan_lavit, read_lavit_sizes
 from seed_multimodal.systems.open_system import kind_of, open_pictures, open_system
+from seed_multimodal.tokenizers.lavit_files import save_dynamic_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
 CARD = Runtime(torch.device("cuda"), torch.bfloat16)
@@ -322,7 +323,7 @@ def test_a_quantised_language_model(tiny_lavit_folder):
     assert packed.llm.is_loaded_in_8bit and packed.describe(picture(1))
 
 
-def test_the_memory_plan(tiny_lavit_folder):
+def test_the_memory_plan(tiny_lavit_folder, tmp_path):
     whole = plan_lavit(LavitSizes(), CARD, CARD, CARD)
     small = plan_lavit(LavitSizes(), CARD, CARD, CARD, "4bit", offload=True)
     reads = plan_lavit(LavitSizes(), CARD, CARD, CARD, modes=("understanding",))
@@ -333,6 +334,9 @@ def test_the_memory_plan(tiny_lavit_folder):
     assert sizes.tower == tower
     assert sizes.tower + sizes.tokenizer == sum(value.numel() for value in model.state_dict().values())
     assert sizes.pixels == 64 * 64 and sizes.decoder and sizes.unet and sizes.vae and sizes.understanding
+    shared = save_dynamic_tokenizer(model, tmp_path / "tokenizer", model,  # its tower is in the other's file
+                                    (tiny_lavit_folder / "tokenizer" / "model.safetensors", "encoder."))
+    assert read_lavit_sizes(find_lavit(tiny_lavit_folder, tokenizer=shared)) == sizes
 
 
 def test_answers_are_lemmatised_by_what_is_given(tiny_lavit_folder):

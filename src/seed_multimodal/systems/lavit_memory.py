@@ -11,7 +11,7 @@ from seed_multimodal.device import Runtime
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import first_file
-from seed_multimodal.systems.lavit_files import DECODERS, ENCODER, STAGE_2, TOWER, VISUAL, LavitSpec, weights_file
+from seed_multimodal.systems.lavit_files import DECODERS, VISUAL, LavitSpec, weights_file
 from seed_multimodal.systems.memory_plan import (
     PICTURE_PER_PIXEL,
     QUANTIZED,
@@ -22,6 +22,7 @@ from seed_multimodal.systems.memory_plan import (
     llm_sizes,
 )
 from seed_multimodal.systems.picture_half import off_loaded
+from seed_multimodal.tokenizers.lavit_files import count_stored
 from seed_multimodal.weights import load_state_dict
 
 CONTEXT = 2560  # tokens whose keys and values are kept at once: an answer's five beams, or a drawing's two streams
@@ -88,21 +89,18 @@ def read_lavit_sizes(spec: LavitSpec) -> LavitSizes:
         layers, rest, cache = llm_sizes({**config, "max_position_embeddings": CONTEXT})
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{spec.llm}: its config.json gives no sizes ({first_line(error)}).") from error
+    counted, decoder = (0, 0, 0), None if spec.decoder is None else spec.decoder / OURS
     if spec.released:
-        visual = spec.tokenizer / VISUAL
-        tower, tokenizer = _count(weights_file(visual / TOWER)), _count(weights_file(visual / ENCODER))
-        second, decoder = weights_file(spec.llm / STAGE_2), weights_file(visual / DECODERS[spec.head])
-    else:
-        tower = _count(spec.tokenizer / OURS, "encoder.")
-        tokenizer = _count(spec.tokenizer / OURS) - tower
-        second = weights_file(spec.tokenizer / STAGE_2)
-        decoder = None if spec.decoder is None else spec.decoder / OURS
+        decoder = weights_file(spec.tokenizer / VISUAL / DECODERS[spec.head])
+    if spec.has("tokenizer"):
+        counted = count_stored(spec.tokenizer, spec.has("understanding"), str(spec.llm.resolve()))
+    tower, tokenizer, second = counted
     unet = vae = pixels = 0
     if spec.has("pixels") and spec.pixels is not None:
         unet = _count(first_file(spec.pixels / "unet", VAE_FILES))  # diffusers' names are the same for both
         vae = _count(first_file(autoencoder_folder(spec.pixels), VAE_FILES))
         pixels = _pixels(spec.pixels)
-    return LavitSizes(layers, rest, tower, tokenizer, _count(second), _count(decoder), unet, vae, cache, pixels)
+    return LavitSizes(layers, rest, tower, tokenizer, second, _count(decoder), unet, vae, cache, pixels)
 
 
 def _pixels(folder: Path) -> int:
@@ -116,8 +114,8 @@ def _pixels(folder: Path) -> int:
     return side * side
 
 
-def _count(file: Path | None, prefix: str = "") -> int:
-    """Numbers in a file's tensors whose names begin so; 0 where there is no file."""
+def _count(file: Path | None) -> int:
+    """Numbers in a file's tensors; 0 where there is no file."""
     if file is None or not file.is_file():
         return 0
-    return sum(value.numel() for name, value in load_state_dict(file, mapped=True).items() if name.startswith(prefix))
+    return sum(value.numel() for value in load_state_dict(file, mapped=True).values())

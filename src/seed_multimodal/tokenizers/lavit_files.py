@@ -103,6 +103,18 @@ def load_both(folder: str | Path, **options: object) -> tuple[DynamicTokenizer, 
     return coding, with_merger(coding, last.read(), last.file)
 
 
+def count_stored(folder: str | Path, understanding: bool = True,
+                 language_model: str = "language_model") -> tuple[int, int, int]:
+    """Numbers of weights in a tokenizer's files, wherever they lie: tower, all else, second merger and projector (0
+    where there are none, or without `understanding`); arguments and errors as of `load_dynamic_tokenizer`."""
+    parts, second = _find(Path(folder).expanduser(), understanding, language_model)[0], 0
+    if parts[-1].needed == READING:
+        second = sum(value.numel() for value in parts.pop().read().values())
+    numbers = {name: value.numel() for part in parts for name, value in part.read().items()}
+    tower = sum(number for name, number in numbers.items() if name.startswith(TOWER))
+    return tower, sum(numbers.values()) - tower, second
+
+
 def with_merger(model: DynamicTokenizer, state: Mapping[str, Tensor], source: str | Path) -> DynamicTokenizer:
     """A tokenizer that shares all of `model` but its merger and projector, which are those in `state`.
 
