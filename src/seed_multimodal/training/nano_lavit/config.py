@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 from seed_multimodal.training.loop_settings import StageSettings, stage
-from seed_multimodal.training.nano_x.config import LayoutSizes
+from seed_multimodal.training.nano_x.config import LanguageSizes, LayoutSizes, check_multiples
 
 KINDS = {"captions": 0.6, "qa": 0.28, "edits": 0.12}
 """Shares of the language model's sequences: content of the data format `nano` -> share."""
@@ -45,19 +44,6 @@ class UnetSizes:
 
 
 @dataclass
-class LanguageSizes:
-    """LLaMA with its `text_vocabulary` pieces, two marks of a picture and the codes."""
-
-    width: int = setting(192, least=1)
-    layers: int = setting(4, least=1)
-    heads: int = setting(6, least=1)
-    ffn: int = setting(384, least=1)
-    text_vocabulary: int = setting(800, least=1)
-    positions: int = setting(256, least=1)
-    compile: bool | None = None
-
-
-@dataclass
 class NanoLavitConfig:
     """Everything one run needs; the resolved file is saved beside its outputs.
 
@@ -80,7 +66,7 @@ class NanoLavitConfig:
     tokenizer: TokenizerSizes = field(default_factory=TokenizerSizes)
     layout: LayoutSizes = field(default_factory=lambda: LayoutSizes(width=128))
     unet: UnetSizes = field(default_factory=UnetSizes)
-    llm: LanguageSizes = field(default_factory=LanguageSizes)
+    llm: LanguageSizes = field(default_factory=lambda: LanguageSizes(ffn=384, positions=256))
     records: int = setting(400_000, least=1)
     train_reader: StageSettings = stage(3000, 512, 3e-3, weight_decay=0.02)
     train_tokenizer: StageSettings = stage(10_000, 256, 1e-3, ema=0.99)
@@ -92,9 +78,7 @@ class NanoLavitConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError: sizes that do not fit each other."""
         unet, llm = self.unet, self.llm
-        for name, value, unit, why in (
-                *(("unet.channels", width, 8, "groups of the U-Net") for width in unet.channels or [0]),
-                ("layout.hidden", self.layout.hidden, 8, "groups of the layout decoder"),
-                ("llm.width", llm.width, 2 * llm.heads, "pairs of numbers in each of llm.heads")):
-            if value < 1 or value % unit:
-                raise ConfigError(f"{name} must be a multiple of {unit} ({why}), not {value}.")
+        check_multiples(
+            *(("unet.channels", width, 8, "groups of the U-Net") for width in unet.channels or [0]),
+            ("layout.hidden", self.layout.hidden, 8, "groups of the layout decoder"),
+            ("llm.width", llm.width, 2 * llm.heads, "pairs of numbers in each of llm.heads"))

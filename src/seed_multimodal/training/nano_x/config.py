@@ -49,17 +49,37 @@ class UnetSizes:
 
 
 @dataclass
-class AgentSizes:
-    """LLaMA with its words: `text_vocabulary` pieces, `locations` places of boxes along each side."""
+class LanguageSizes:
+    """LLaMA with its words, `text_vocabulary` pieces among them."""
 
     width: int = setting(192, least=1)
     layers: int = setting(4, least=1)
     heads: int = setting(6, least=1)
     ffn: int = setting(448, least=1)
     text_vocabulary: int = setting(800, least=1)
-    locations: int = setting(64, least=1)
     positions: int = setting(512, least=1)
     compile: bool | None = None
+
+
+@dataclass
+class AgentSizes(LanguageSizes):
+    """With `locations` places of boxes along each side."""
+
+    locations: int = setting(64, least=1)
+
+
+def check_multiples(*sizes: tuple[str, int, int, str]) -> None:
+    """Refuse sizes that do not fit each other.
+
+    Args:
+        sizes: (name, value, what it must be a multiple of, why).
+
+    Raises:
+        ConfigError: one is none.
+    """
+    for name, value, unit, why in sizes:
+        if value < 1 or value % unit:
+            raise ConfigError(f"{name} must be a multiple of {unit} ({why}), not {value}.")
 
 
 @dataclass
@@ -97,12 +117,10 @@ class NanoXConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError: sizes that do not fit each other."""
         tower, unet, llm = self.tower, self.unet, self.llm
-        for name, value, unit, why in (
-                ("tower.features", tower.features, 4, "sines and cosines along both sides"),
-                ("tower.features", tower.features, tower.pool_heads, "tower.pool_heads"),
-                ("unet.dim", unet.dim, unet.heads, "unet.heads"), ("unet.prompt", unet.prompt, 2, "two text encoders"),
-                *(("unet.channels", width, 8, "groups of the U-Net") for width in unet.channels or [0]),
-                ("layout.hidden", self.layout.hidden, 8, "groups of the layout decoder"),
-                ("llm.width", llm.width, 4 * llm.heads, "sines, and pairs of numbers in each of llm.heads")):
-            if value < 1 or value % unit:
-                raise ConfigError(f"{name} must be a multiple of {unit} ({why}), not {value}.")
+        check_multiples(
+            ("tower.features", tower.features, 4, "sines and cosines along both sides"),
+            ("tower.features", tower.features, tower.pool_heads, "tower.pool_heads"),
+            ("unet.dim", unet.dim, unet.heads, "unet.heads"), ("unet.prompt", unet.prompt, 2, "two text encoders"),
+            *(("unet.channels", width, 8, "groups of the U-Net") for width in unet.channels or [0]),
+            ("layout.hidden", self.layout.hidden, 8, "groups of the layout decoder"),
+            ("llm.width", llm.width, 4 * llm.heads, "sines, and pairs of numbers in each of llm.heads"))
