@@ -54,7 +54,7 @@ def test_values_arrive_as_the_types_say():
     ({"lr": math.nan}, "trainer: lr must be a finite number, not nan."),
     ({"precision": "bf61"}, "trainer: precision must be one of bf16, fp32, not 'bf61' (did you mean 'bf16'?)."),
     ({"files": "x"}, "trainer: files must be a list, not 'x'."),
-    ({"betas": [1.0]}, "trainer: betas must be a list, not [1.0]."),
+    ({"betas": [1.0]}, "trainer: betas must be a list of 2, not [1.0]."),
     ({"inner": {"width": 0}}, "trainer: inner: width must be at least 1, not 0."),
     ({"inner": 3}, "trainer: inner must be a mapping of keys to values, not 3."),
 ])

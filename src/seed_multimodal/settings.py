@@ -214,7 +214,8 @@ def _name(option: Any) -> str:
         return " or ".join(map(repr, get_args(option)))
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
     if origin in (list, tuple, Sequence):
-        return "a list"
+        inner = get_args(option)
+        return "a list" if origin is not tuple or inner[-1:] == (Ellipsis,) else f"a list of {len(inner)}"
     if origin in (dict, Mapping) or option in (dict, Mapping) or dataclasses.is_dataclass(option):
         return "a mapping of keys to values"
     return plain.get(option, getattr(option, "__name__", str(option)))

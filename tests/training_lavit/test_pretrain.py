@@ -23,6 +23,7 @@ from seed_multimodal.images.transforms import normalise
 from seed_multimodal.systems.lavit import Lavit
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, with_merger
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.lavit.pretrain_settings import load_visual
 from seed_multimodal.training.lavit.pretrain_task import PretrainTask
 from seed_multimodal.training.llm.train import train_llm
 from seed_multimodal.training.llm.trainer_settings import read_run
@@ -154,6 +155,8 @@ def test_a_checkpoint_is_a_language_model_folder(parts: ModuleType, home: Path, 
     assert all(torch.equal(value, saved[name]) for name, value in task.weights().items() if name in saved)
     with pytest.raises(CheckpointError, match="there is no visual_weight.safetensors"):
         task_of(parts.config_of(home, tmp_path, visual_encoder={"start": str(home / "words")})).prepare()
+    with pytest.raises(CheckpointError, match="holds no causal_encoder, so it is no visual_weight"):
+        load_visual({"causal_encoder": task.module.causal_encoder}, folder / "model.safetensors")
 
 
 @pytest.mark.slow

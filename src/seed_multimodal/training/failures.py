@@ -18,6 +18,7 @@ STUCK = 75  # another process did not answer in time
 
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
                "timed out", "NCCL", "remote process", "no response from")
+_SMALLER = "data.rows and data.length, or data.batch_size and sizes of pictures"
 
 
 class TrainingError(SeedError):
@@ -40,12 +41,11 @@ def translate_errors(where: str, saved: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"Out of GPU memory at {where} ({first_line(error)}): use fewer rows or a smaller length (data.rows, "
-            f"data.length), gradient_checkpointing, a ZeRO stage or an offload configuration; {saved}.") from error
+            f"Out of GPU memory at {where} ({first_line(error)}): use smaller batches ({_SMALLER}), "
+            f"gradient_checkpointing, a ZeRO stage or an offload configuration; {saved}.") from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):
-            raise TrainingError(f"Out of memory at {where}: use fewer rows or a smaller length (data.rows, "
-                                f"data.length); {saved}.") from error
+            raise TrainingError(f"Out of memory at {where}: use smaller batches ({_SMALLER}); {saved}.") from error
         if not _is_peer_failure(error):
             raise
         raise TrainingError(f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; the "

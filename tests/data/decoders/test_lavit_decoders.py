@@ -89,7 +89,8 @@ def test_too_long(words: LavitTokenizer) -> None:
     ("caption", {"image": "cat.jpg", "text": "a cat"}, "image: must be an opened picture"),
     ("caption", {"image": PICTURE, "text": 3}, "text: must be a text"),
     ("caption", {"image_ids": [1, 8], "text": "a cat"}, "code 8 at place 1 is outside 0..7"),
-    ("caption", {"image_ids": [], "text": "a cat"}, "holds no code"),
+    ("caption", {"image_ids": [], "text": "a cat"}, "holds 0 codes; a picture has 1 to 16"),
+    ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "holds 17 codes; a picture has 1 to 16"),
     ("caption", {"image_ids": [1.5], "text": "a cat"}, "must be a list of image codes"),
     ("question", {"image": PICTURE, "question": "What?", "answer": ""}, "answer: is empty"),
     ("compose", {"source_image_ids": [1], "instruction": "a cat"}, "target_image: is missing"),
@@ -106,3 +107,5 @@ def test_settings(words: LavitTokenizer) -> None:
         get_decoder("lavit.caption", nano)
     with pytest.raises(ConfigError, match="img_first_ratio"):
         get_decoder("lavit.caption", words, {"img_first_ration": 1})
+    with pytest.raises(ConfigError, match=r"prompt 'Question:' has no \{\} to put the question in"):
+        get_decoder("lavit.question", words, {"prompt": "Question:"})

@@ -304,7 +304,9 @@ def test_other_spellings():
     assert messages(edit) == [("user", [{"image": "s.jpg"}, "Red."]), ("assistant", [{"image": "t.jpg"}])]
     polite = edit | {"instruction_new": "Please, red.", "response": "Here."}
     assert messages(polite)[1] == ("assistant", ["Here.", {"image": "t.jpg"}])
-    for untouched in (caption(1), {"image_ids": [[1]], "data": ["q", "a"]}, {"data": ["only one"]}, {"text": "a"}):
+    codes = edit | {"source_image": None, "source_image_ids": [1]}
+    for untouched in (caption(1), codes, {"image_ids": [[1]], "data": ["q", "a"]}, {"data": ["only one"]},
+                      {"text": "a"}):
         assert with_messages(untouched, "w") == untouched
 
 

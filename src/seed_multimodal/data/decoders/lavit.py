@@ -94,7 +94,7 @@ class LavitDecoder(OpenedDecoder):
         return self.codes(fields[ids], ids) if fields.get(ids) is not None else self.seen(fields, name, draws, True)
 
     def codes(self, value: Any, name: str) -> Codes:
-        """The codes of one picture, any number of them. Raises BadRecord: none, or one outside the codebook."""
+        """The codes of one picture. Raises BadRecord: none, more than a picture has, or one outside the codebook."""
         if not isinstance(value, list | tuple) or any(type(code) is not int for code in value):
             raise BadRecord("wrong type", f"{name}: must be a list of image codes, not {shorten(value)}.")
         size = self.vocabulary.n_codes
@@ -102,8 +102,9 @@ class LavitDecoder(OpenedDecoder):
         if wrong is not None:
             raise BadRecord("codes out of range",
                             f"{name}: code {value[wrong]} at place {wrong} is outside 0..{size - 1}.")
-        if not value:
-            raise BadRecord("number of codes", f"{name}: holds no code; a picture has one at least.")
+        most = self.vocabulary.tokens_per_image
+        if not 1 <= len(value) <= most:
+            raise BadRecord("number of codes", f"{name}: holds {len(value)} codes; a picture has 1 to {most}.")
         return list(value)
 
     def written(self, picture: UsedPicture | Codes) -> list[Span]:
@@ -186,6 +187,10 @@ class Question(LavitDecoder):
     @dataclass(frozen=True)
     class Options(LavitOptions):
         prompt: str = QUESTION
+
+        def __post_init__(self) -> None:
+            if "{}" not in self.prompt:
+                raise ConfigError(f"prompt {self.prompt!r} has no {{}} to put the question in.")
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""

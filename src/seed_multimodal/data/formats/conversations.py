@@ -46,7 +46,7 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
         turns = _turns(fields["conversations"], ("from", "role"), ("value", "content"), "conversations", where)
     elif "data" in fields and "image_ids" not in fields and ("image" in fields or _pairs(fields["data"])):
         turns = _alternating(fields["data"], where)  # without a picture, odd ones are left to the released decoder
-    elif {"source_image", "target_image"} <= fields.keys():
+    elif {"source_image", "target_image"} <= fields.keys() and not _as_codes(fields):
         fields["messages"] = _edit(fields, where)
         return fields
     else:
@@ -117,6 +117,11 @@ def _alternating(data: Any, where: str) -> list[tuple[str, list[Part]]]:
     if not data or len(data) % 2:
         raise BadRecord("wrong role", f"{where}: 'data' holds {len(data)} texts; questions and answers come in pairs.")
     return [("assistant" if number % 2 else "user", [text]) for number, text in enumerate(data)]
+
+
+def _as_codes(fields: Mapping[str, Any]) -> bool:
+    """Whether a picture of an edit is given as codes; tables have an empty column of pictures beside them."""
+    return any(fields.get(f"{key}_ids") is not None for key in ("source_image", "target_image"))
 
 
 def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:

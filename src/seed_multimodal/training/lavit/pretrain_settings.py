@@ -177,5 +177,7 @@ def load_visual(parts: Mapping[str, nn.Module], place: Path) -> None:
     state = load_state_dict(file)
     for name, part in parts.items():
         start = f"{name}."
+        if not any(key.startswith(start) for key in state):
+            raise CheckpointError(f"{file}: holds no {name}, so it is no {VISUAL[0]} of a LaVIT.")
         assign_strictly(part, {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)},
                         file)
