@@ -33,7 +33,7 @@ def test_registers_in_a_fresh_process(start):
     found = {line.partition(" ")[0]: line.partition(" ")[2] for line in out.splitlines()}
     assert found["heavy"] == "[]"
     assert found["bare"] == "None 1"
-    assert found["models"] == "blip2_casual blip2_codebook_all_image seed1_codebook_text"
+    assert found["models"] == "blip2_casual blip2_codebook_all_image lavit_tokenizer seed1_codebook_text"
     assert found["tasks"] == "image_gen_pretrain image_text_pretrain"
     assert found["runners"] == "runner_base runner_iter runner_seed"
     assert {"linear_warmup_cosine_lr", "linear_warmup_cosine_steps", "polynomial"} <= set(found["schedules"].split())

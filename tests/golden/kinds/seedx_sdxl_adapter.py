@@ -15,10 +15,10 @@ from PIL import Image
 from runner import assert_close, assert_same, read_json, read_tensors
 from torch import Tensor, nn
 
+from seed_multimodal.detokenizers.denoising import denoising_loss
 from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes, ResamplerXLV2
-from seed_multimodal.detokenizers.sdxl_training import denoising_loss
 from seed_multimodal.weights import assign_strictly
 
 KIND = "seedx_sdxl_adapter"
