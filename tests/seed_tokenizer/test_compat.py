@@ -38,7 +38,7 @@ def test_registers_in_a_fresh_process(start):
     assert found["runners"] == "runner_base runner_iter runner_seed"
     assert {"linear_warmup_cosine_lr", "linear_warmup_cosine_steps", "polynomial"} <= set(found["schedules"].split())
     assert found["processors"] == "blip2_image_train blip_caption blip_image_eval"
-    assert found["sets"] == "coco_caption conceptual_caption_3m laion_coco nano unsplash"
+    assert found["sets"] == "coco_caption conceptual_caption_3m laion_400m laion_coco nano pictures unsplash"
     assert found["parents"] == "lavis.runners.runner_base lavis.models.base_model lavis.common.config"
     assert found["pandas"].endswith("NoneType")
 
