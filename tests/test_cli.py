@@ -24,10 +24,10 @@ from seed_multimodal import disk, quickstart
 from seed_multimodal.cli import build_parser, main
 from seed_multimodal.commands import pictures
 from seed_multimodal.commands.chat import Talk
-from seed_multimodal.commands.common import OutputNames
+from seed_multimodal.commands.common import Outcomes, OutputNames
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import SPLITS, held_out, scene_at
-from seed_multimodal.errors import CheckpointError, GenerationError
+from seed_multimodal.errors import CheckpointError, GenerationError, RequestError
 from seed_multimodal.images.sheet import DARK, LIGHT, contact_sheet
 from seed_multimodal.language.answer import TextPart
 from seed_multimodal.systems.chat import Answer, DrawnPart
@@ -594,3 +594,11 @@ def test_what_is_said_to_be_untrained_is_held_out():
     assert quickstart.never_trained_on(horse) == "never trained on: horse on the sea"
     *_, last = quickstart.edits()
     assert last.target.key == ("fluent", "night", "left of", ("car", "house"), (1, 1))
+
+
+def test_a_text_of_many_words_is_named_by_its_first_ones(capsys):
+    outcomes = Outcomes(1)
+    with outcomes.one("word " * 5000):
+        raise RequestError("The prompt is too long.")
+    assert outcomes.finish() == 1
+    assert len(capsys.readouterr().err) < 600

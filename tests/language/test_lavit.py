@@ -153,7 +153,7 @@ def test_pictures_alone_and_one_text_for_all(tokenizer: LavitTokenizer) -> None:
 def test_questions_in_their_template() -> None:
     assert question_prompts("Is it {red}?") == ["Question: Is it {red}? Answer:"]
     assert question_prompts(["a", "b"], "") == question_prompts(["a", "b"], None) == ["a", "b"]
-    for template in ("{} or {}?", "{question}", "{"):
+    for template in ("{} or {}?", "{question}", "{", "What is it?"):
         with pytest.raises(RequestError, match="cannot be filled"):
             question_prompts(["a"], template)
 

@@ -50,6 +50,25 @@ def damaged(tiny_lavit_folder, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_lavit_folder, tmp_path / "copy"))
 
 
+def test_what_is_asked_in_another_form_is_one_sentence(tiny_lavit, tiny_lavit_folder):
+    for error, words, call in (
+            (RequestError, "must be a list, not NoneType", lambda: tiny_lavit.describe_all(None)),
+            (RequestError, "must be a list, not str", lambda: tiny_lavit.describe_all("cat.png")),
+            (RequestError, "must be a list, not int", lambda: tiny_lavit.describe(picture(1), 3)),
+            (RequestError, "must be a list, not int", lambda: tiny_lavit.draw("a fish", negative=3)),
+            (RequestError, "texts to draw must be a list, not str", lambda: tiny_lavit.draw_all("a fish")),
+            (RequestError, "is empty", lambda: tiny_lavit.compose(["", " "])),
+            (ConfigError, "number must be at most 1000", lambda: tiny_lavit.draw_all(["a fish"], number=10**6)),
+            (CodesError, "not NoneType", lambda: tiny_lavit.reconstruct(None)),
+            (CodesError, "Picture 1 must be a row of codes", lambda: tiny_lavit.reconstruct([["a"]])),
+            (ConfigError, "modes: unknown key 'talking'", lambda: open_tiny(tiny_lavit_folder, modes=("talking",))),
+            (ConfigError, "one of understanding, generation", lambda: open_tiny(tiny_lavit_folder, modes=())),
+            (ConfigError, "offload: unknown key 'tower'", lambda: open_tiny(tiny_lavit_folder, offload=["tower"])),
+            (ConfigError, "did you mean 'decoder'", lambda: open_tiny(tiny_lavit_folder, decodr="elsewhere"))):
+        with pytest.raises(error, match=words):
+            call()
+
+
 # ---- reading
 
 
@@ -115,6 +134,18 @@ def test_pictures_that_cannot_be_read_are_named(tiny_lavit, tmp_path):
         tiny_lavit.pictures.tokenize(torch.full((1, 3, 16, 16), torch.nan))
     with pytest.raises(ImageError, match=r"\[B, 3, 16, 16\]"):
         tiny_lavit.pictures.tokenize(torch.zeros(1, 3, 20, 20))
+
+
+def test_sizes_that_are_missing_or_none_are_named(damaged):
+    for file in ("decoder", "tokenizer"):
+        (damaged / file / "config.json").rename(damaged / file / "sizes")
+        with pytest.raises(CheckpointError, match=rf"{file}/config\.json: there is no such file, which tells"):
+            open_tiny(damaged).draw("a red apple")
+        (damaged / file / "sizes").rename(damaged / file / "config.json")
+    unet = damaged / "pixels" / "unet" / "config.json"
+    unet.write_text(json.dumps(json.loads(unet.read_text()) | {"sample_size": 0}))
+    with pytest.raises(CheckpointError, match=r"sample_size, .*, is 0"):
+        open_tiny(damaged).draw("a red apple")
 
 
 # ---- drawing

@@ -131,6 +131,12 @@ def test_programs_without_weights_say_what_to_put_where(tmp_path, monkeypatch, c
     assert said.count("\n") == 1 and "rain1011/LaVIT-7B-v2" in said and "pretrained/LaVIT-7B-v2" in said
 
 
+def test_a_mistyped_picture_is_not_drawn_as_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert programs.multimodal_script("multimodal_synthesis.py", "", ["absent.png", "in the snow"]) == 2
+    assert "absent.png: there is no such file" in capsys.readouterr().err
+
+
 def test_the_flags_of_the_evaluation(capsys):
     assert programs.evaluate_script("evaluate.py", "", ["--task_name", "vqa", "--dataset", "cocoo"]) == 2
     assert "cocoo" in capsys.readouterr().err

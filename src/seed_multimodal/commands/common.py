@@ -136,8 +136,8 @@ class Outcomes:
         except OF_ONE_PICTURE as error:
             if debug:
                 raise
-            self.failed.append(name)
-            log_line(f"seed: {sentence(error, name)}")
+            self.failed.append(name if len(name) <= MOST_BYTES else f"{name[:MOST_BYTES]}…")
+            log_line(f"seed: {sentence(error, self.failed[-1])}")
 
     def finish(self) -> int:
         """The exit code: 0, or 1 with a summary when something was refused."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.commands.common import (
+    PICTURE_SUFFIXES,
     SHAPES,
     Outcomes,
     OutputNames,
@@ -37,6 +38,7 @@ from seed_multimodal.entry import (
     some_text,
     whole_number,
 )
+from seed_multimodal.errors import ImageError
 from seed_multimodal.quiet import quiet_libraries
 
 HEADS = ("highres", "lowres")
@@ -207,11 +209,14 @@ def _draw(args: argparse.Namespace) -> int:
 
 def _compose(args: argparse.Namespace) -> int:
     parts = args.parts or [str(cat_picture()), WORDS]
-    names = OutputNames(args.out, "output", 1, [part for part in parts if os.path.isfile(part)])
+    shown = [part for part in parts if os.path.isfile(part) or Path(part).suffix.lower() in PICTURE_SUFFIXES]
+    for name in shown:
+        if not os.path.isfile(name):  # mistyped: never drawn as words
+            raise ImageError(f"{name}: there is no such file.")
+    names = OutputNames(args.out, "output", 1, shown)
     system = _open(args, "generation")
-    stem = "_".join(Path(part).stem if os.path.isfile(part) else part for part in parts)
-    drawn = system.compose([Path(part) if os.path.isfile(part) else part for part in parts], seed=args.seed,
-                           **_drawing(args))
+    stem = "_".join(Path(part).stem if part in shown else part for part in parts)
+    drawn = system.compose([Path(part) if part in shown else part for part in parts], seed=args.seed, **_drawing(args))
     print(save_picture(drawn, names.next(stem)), flush=True)
     return DONE
 

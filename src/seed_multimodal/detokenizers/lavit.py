@@ -259,6 +259,9 @@ def _check_unet(unet: Any, vae: Any) -> None:
     if config.class_embed_type is not None or config.addition_embed_type not in (None, "text_time"):
         raise CheckpointError("The U-Net needs other conditions than LaVIT's decoder makes: it is neither of SDXL's "
                               "kind nor of Stable Diffusion 1's.")
+    if not isinstance(config.sample_size, int) or config.sample_size < 1:
+        raise CheckpointError(f"The U-Net's sample_size, the side of its latents, is {config.sample_size!r:.80}, but "
+                              "must be a whole number above 0.")
     if not config.in_channels == config.out_channels == vae.config.latent_channels:
         raise CheckpointError(f"The U-Net draws latents of {config.out_channels} channels from {config.in_channels}, "
                               f"but the autoencoder reads {vae.config.latent_channels}.")

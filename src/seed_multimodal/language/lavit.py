@@ -198,23 +198,32 @@ def understand_inputs(llm: Any, tokenizer: LavitTokenizer, features: Sequence[Te
     picture = picture_inputs(embed, tokenizer.vocabulary, [row.to(device) for row in features], tokenizer.pad_id)
     if prompts is None:
         return picture
-    texts = [prompts] * len(features) if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] * len(features) if isinstance(prompts, str) else several(prompts, "The prompts")
     if len(texts) != len(features):
         raise RequestError(f"There are {len(features)} pictures, but {len(texts)} texts; give one text, or one each.")
     ids, mask = padded_left([tokenizer.text_ids(text) for text in texts], tokenizer.pad_id)
     return with_text(picture, (embed(ids.to(device)), mask.to(device)), side)
 
 
+def several(given: Any, what: str) -> list[Any]:
+    """`given` as a list; raises RequestError for one text, or what is no list."""
+    if isinstance(given, (str, bytes)) or not hasattr(given, "__len__"):
+        raise RequestError(f"{what} must be a list, not {type(given).__name__}.")
+    return list(given)
+
+
 def question_prompts(questions: str | Sequence[str], template: str | None = QUESTION) -> list[str]:
     """Questions in the template's "{}"; without a template as they are.
 
     Raises:
-        RequestError: a template with other braces.
+        RequestError: a template with other braces, or without any.
     """
-    asked = [questions] if isinstance(questions, str) else list(questions)
+    asked = [questions] if isinstance(questions, str) else several(questions, "The questions")
     if not template:
         return asked
     try:
+        if template.format("") == template.format("?"):
+            raise ValueError("the question would be left out")
         return [template.format(question) for question in asked]
     except (IndexError, KeyError, ValueError, AttributeError) as error:
         raise RequestError(f"A prompt has one place for the question, {{}}: {template!r} cannot be filled.") from error

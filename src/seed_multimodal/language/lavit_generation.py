@@ -45,7 +45,7 @@ class WritingSettings:
     takes one number from torch's global generator.
     """
 
-    number: int = setting(1, least=1)
+    number: int = setting(1, least=1, most=1000)
     max_new_tokens: int = setting(36, least=1)
     min_new_tokens: int = setting(8, least=0)
     do_sample: bool = False

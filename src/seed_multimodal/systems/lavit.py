@@ -40,7 +40,7 @@ from seed_multimodal.systems.lavit_files import LavitSpec, find_lavit
 from seed_multimodal.systems.lavit_language import Inputs, LavitLanguage, Seeds
 from seed_multimodal.systems.lavit_memory import plan_lavit, read_lavit_sizes
 from seed_multimodal.systems.lavit_parts import MODES, check_belonging, load_language, load_pictures
-from seed_multimodal.systems.lavit_pictures import LavitPictures, composed_parts
+from seed_multimodal.systems.lavit_pictures import LavitPictures, composed_parts, drawn_texts
 from seed_multimodal.systems.memory_plan import MemoryPlan
 from seed_multimodal.systems.picture_half import off_loaded, one_seed_each, resident
 from seed_multimodal.systems.pictures import is_picture
@@ -130,7 +130,7 @@ class Lavit(System):
             selection: how patches are chosen, see `LavitPictures.read`.
             options: of `WritingSettings`; `seed` may be one for each picture, or None for torch's global generator.
         """
-        settings, seeds = self.language.asked("describe", len(images), options)
+        settings, seeds = self.language.asked("describe", images, options)
         inputs = self._inputs(images, prompts, seeds, selection, "caption")
         return [caption_of(text) for text in (self.language.say(inputs, settings, seeds) if inputs else ())]
 
@@ -146,7 +146,7 @@ class Lavit(System):
         Args:
             prompt: with "{}" for the question.
         """
-        settings, seeds = self.language.asked("ask", len(images), options)
+        settings, seeds = self.language.asked("ask", images, options)
         asked = question_prompts(questions, prompt if short else None)
         inputs = self._inputs(images, asked[0] if isinstance(questions, str) else asked, seeds, selection, "answer")
         self.lemmatizer = self.lemmatizer or Lemmatizer()
@@ -184,7 +184,7 @@ class Lavit(System):
     def draw_all(self, texts: Sequence[str], *, seed: Any = 0, **options: Any) -> list[Image.Image]:
         """`number` pictures (1) of each text, one after the other; arguments as of `draw`, `seed` one for all or one
         each."""
-        return self._drawn([[as_text(text, "The text to draw")] for text in texts], "draw", seed, options)
+        return self._drawn(drawn_texts(texts), "draw", seed, options)
 
     def compose(self, parts: Sequence[Part], seed: int = 0, **options: Any) -> Image.Image:
         """A picture of texts and pictures in their order; arguments and errors as of `draw`.
@@ -218,7 +218,7 @@ class Lavit(System):
         Raises:
             ImageError, CodesError, RequestError: a part that cannot be read.
         """
-        settings, seeds = self.language.asked(task, len(prompts), {**options, "seed": seed})
+        settings, seeds = self.language.asked(task, prompts, {**options, "seed": seed})
         assert isinstance(settings, CodeSettings)
         own: list[int] | list[None] = [None] * len(prompts) if seeds is None else seeds
         coded = [[part if isinstance(part, str) else self.pictures.codes_of(part, one, selection) for part in prompt]
@@ -284,7 +284,7 @@ class Lavit(System):
             raise RequestError("LaVIT answers about pictures: show one with the message, or ask for a picture as the "
                                "answer.")
         task, cut = ("ask", answer_of) if words else ("describe", caption_of)
-        settings, seeds = self.language.asked(task, 1, options)
+        settings, seeds = self.language.asked(task, [pictures], options)
         inputs = self._inputs([pictures], question_prompts(words) if words else None, seeds, None,
                               "answer" if words else "caption")
         assert inputs is not None

@@ -18,6 +18,7 @@ from typing import Any
 from seed_multimodal.detokenizers.autoencoder import autoencoder_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import LAVIT, PARTS, fetch, first_file, local_folder, locate, locate_system
+from seed_multimodal.settings import check_keys
 from seed_multimodal.systems.system_file import LavitFile, read_system_json
 
 LLM, VISUAL, HIGHRES, LOWRES = "language_model", "visual_tokenizer", "highres_pixel_decoding", "pixel_decoding"
@@ -106,6 +107,7 @@ def find_lavit(name: str | Path | None = None, *, head: str | None = None, llm_f
     Raises:
         CheckpointError: no such folder: what to put where. ConfigError: a damaged `system.json`, or of another system.
     """
+    check_keys(parts, ("llm", "words", "tokenizer", "decoder", "pixels", "safety"), "Parts of a LaVIT")
     given: dict[str, Any] = {key: Path(value) for key, value in parts.items() if value is not None}
     if head is not None and head not in DECODERS:
         raise ConfigError(f"The pixel decoder is {' or '.join(DECODERS)}, not {head!r}.")

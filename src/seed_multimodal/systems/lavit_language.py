@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.lavit import LavitTokenizer, Side, understand_inputs
+from seed_multimodal.language.lavit import LavitTokenizer, Side, several, understand_inputs
 from seed_multimodal.language.lavit_generation import (
     ANSWERS,
     CAPTIONS,
@@ -75,9 +75,10 @@ class LavitLanguage:
             options = {"do_sample": True, "num_beams": 1, **options}
         return read_settings(type(usual), {**vars(usual), **self._own.get(task, {}), **options}, "Generation setting")
 
-    def asked(self, task: str, count: int, options: Mapping[str, Any]) -> tuple[WritingSettings, Seeds]:
-        """Settings, and a seed for each of `count` prompts (`seed`: one for all, one each, or None)."""
-        rest = dict(options)
+    def asked(self, task: str, prompts: Sequence[Any], options: Mapping[str, Any]) -> tuple[WritingSettings, Seeds]:
+        """Settings, and a seed for each of `prompts` (`seed`: one for all, one each, or None); `RequestError`: no list.
+        """
+        rest, count = dict(options), len(several(prompts, "What is asked for together"))
         seed = rest.pop("seed", 0)
         return self.settings(task, **rest), None if seed is None else one_seed_each(seed, count)
 
@@ -129,7 +130,8 @@ class LavitLanguage:
         rows = [self.tokenizer.drawing_ids(prompt) for prompt in prompts]
         against = None
         if negative is not None:
-            ids = self.tokenizer.text_ids(negative) if isinstance(negative, str) else list(negative)
+            ids = self.tokenizer.text_ids(negative) if isinstance(negative, str) else several(
+                negative, "The negative words")
             against = [[*ids, self.words.boi_id]]
         return self.write_ids(rows, settings, seeds, against, log)
 

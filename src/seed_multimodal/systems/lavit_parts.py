@@ -12,9 +12,10 @@ from torch import Tensor
 
 from seed_multimodal.detokenizers.lavit import LavitPixels
 from seed_multimodal.device import Runtime
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.llama import load_llm
+from seed_multimodal.settings import check_keys
 from seed_multimodal.systems.lavit_files import DECODERS, VISUAL, LavitSpec, weights_file
 from seed_multimodal.systems.lavit_pictures import LavitPictures
 from seed_multimodal.systems.picture_half import off_loaded
@@ -76,6 +77,9 @@ def load_tokenizers(spec: LavitSpec, here: Runtime, modes: Collection[str],
         CheckpointError: missing or damaged files.
     """
     spec.require("tokenizer")
+    check_keys((modes,) if isinstance(modes, str) else modes, MODES, "modes")
+    if not modes:
+        raise ConfigError(f"A system is opened for one of {', '.join(MODES)} at least.")
     options: dict[str, Any] = {"device": "cpu" if offload else here.device, "dtype": here.dtype,
                                "config": spec.sizes.get("tokenizer")}
     if spec.released:

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, ImageError, RequestError
 from seed_multimodal.finite import not_numbers
 from seed_multimodal.images.open import DETAIL
+from seed_multimodal.language.lavit import several
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
+from seed_multimodal.systems.chat import as_text
 from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each
 from seed_multimodal.systems.pictures import is_codes, is_picture
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer
@@ -134,10 +136,15 @@ class LavitPictures(PictureHalf):
         """
         config = self._writing().config
         given = codes.tolist() if isinstance(codes, Tensor) else codes
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise CodesError(f"Codes are rows of whole numbers, not {type(given).__name__}.")
         rows = [given] if given and isinstance(given[0], int) else given
         checked = []
         for number, row in enumerate(rows, start=1):
-            values = torch.as_tensor(row)
+            try:
+                values = torch.as_tensor(row)
+            except (TypeError, ValueError, RuntimeError):
+                raise CodesError(f"Picture {number} must be a row of codes, which are whole numbers.") from None
             if values.ndim != 1 or values.is_floating_point() or not 0 < len(values) <= config.patches:
                 raise CodesError(f"Picture {number} must be a row of 1 to {config.patches} codes, got "
                                  f"{list(values.shape)}.")
@@ -196,6 +203,11 @@ class LavitPictures(PictureHalf):
         return [model.embed_codes(row.to(model.quantize.embedding.weight.device)) for row in codes]
 
 
+def drawn_texts(texts: Any) -> list[list[str]]:
+    """Each of a list of texts to draw as a prompt, checked (`RequestError`)."""
+    return [[as_text(text, "The text to draw")] for text in several(texts, "The texts to draw")]
+
+
 def composed_parts(parts: Any) -> list[Any]:
     """Texts, pictures and codes of a prompt, checked (`RequestError`)."""
     if isinstance(parts, (str, bytes)) or not isinstance(parts, Sequence) or not len(parts):
@@ -203,6 +215,8 @@ def composed_parts(parts: Any) -> list[Any]:
     for part in parts:
         if not (isinstance(part, str) or is_picture(part) or is_codes(part)):
             raise RequestError(f"Texts, pictures and codes are composed, not {type(part).__name__}.")
+    if all(isinstance(part, str) and not part.strip() for part in parts):
+        raise RequestError("What is to be composed is empty: there is no picture and no word.")
     return list(parts)
 
 

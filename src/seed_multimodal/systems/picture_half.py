@@ -30,8 +30,11 @@ NOT_SETTINGS = ("generator", "batch_size", "conditions", "on_step")  # arguments
 
 
 def off_loaded(parts: bool | Collection[str]) -> frozenset[str]:
-    """The names of the parts that are on their device only while they work; True: all of them."""
-    return PARTS if parts is True else frozenset(parts or ())
+    """The names of the parts that are on their device only while they work; True: all of them. `ConfigError` for
+    another name."""
+    named = () if isinstance(parts, bool) or parts is None else (parts,) if isinstance(parts, str) else tuple(parts)
+    check_keys(named, PARTS, "offload")
+    return PARTS if parts is True else frozenset(named)
 
 
 class PictureHalf:

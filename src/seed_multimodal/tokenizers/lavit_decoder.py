@@ -242,6 +242,8 @@ class CodeDecoder(nn.Module):
         listed = file.parent / CONFIG
         if listed.is_file():
             config = read_settings(LavitDecoderConfig, read_json_object(listed, CheckpointError), str(listed))
+        elif config is None and file.name == WEIGHTS:
+            raise CheckpointError(f"{listed}: there is no such file, which tells the sizes of {WEIGHTS} beside it.")
         config = dataclasses.replace(config or LavitDecoderConfig(), head=found)
         with torch.device("meta"):
             decoder = cls(config).to(dtype)

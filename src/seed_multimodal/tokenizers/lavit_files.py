@@ -215,6 +215,9 @@ def _find(folder: Path, understanding: bool, language_model: str) -> tuple[list[
         found = [*tower, _Part(folder / OURS, needed)]
         return [*found, _Part(reader, READING)] if understanding and reader is not None else found, own
     place = folder / "visual_tokenizer"
+    if (folder / OURS).is_file() and not place.is_dir():
+        why = f"its model_type is not {MODEL_TYPE}" if own.is_file() else "there is no such file, which tells the sizes"
+        raise CheckpointError(f"{own}: {why}, so {OURS} beside it is not read as a LaVIT tokenizer.")
     wanted = [(place, "eva_vitg_psz14", (TOWER + "*",), TOWER), (place, "tokenizer_encoder", CODING, "")]
     if understanding:
         wanted.append((folder / language_model, "visual_weight", READING, ""))
