@@ -94,6 +94,25 @@ def test_gradients_reach_the_selector_also_from_patches_that_were_dropped(
     assert not any(".encoder." in name or "vit_proj" in name or "unet_" in name for name in trained)
 
 
+def test_no_patch_is_said_to_change_its_picture_beyond_measure(features: torch.Tensor) -> None:
+    gradients = {}
+    for patch in (0.0, 1e-4):
+        model = toy.stage1(weights=LavitStage1Weights(ratio=0.0, patch=patch))
+        seen: list[torch.Tensor] = []
+        select = model.tokenizer.select
+
+        def kept(*args: object, **options: object) -> object:
+            selection = select(*args, **options)  # noqa: B023
+            selection.keep_BN.register_hook(seen.append)  # noqa: B023
+            return selection
+
+        model.tokenizer.select = kept  # type: ignore[method-assign]
+        model(features, quantize=False, noise=gumbel(1)).loss.backward()
+        gradients[patch] = seen[0]
+    assert gradients[0.0].abs().max() > 1e-3
+    assert 0 < gradients[1e-4].abs().max() <= 2e-4 / len(features) * 1.001  # through the merger and the decoder
+
+
 def test_without_looking_ahead_only_kept_rows_are_decoded(features: torch.Tensor) -> None:
     blind, seeing = (toy.stage1(look_ahead=look).eval() for look in (False, True))
     outs = [one(features, quantize=False, noise=gumbel(3)) for one in (blind, seeing)]

@@ -17,8 +17,8 @@ READ_FIRST = 0.35  # share of the captions of which the picture comes first
 class TokenizerSizes:
     """Merger, codebook and code decoder; their width is that of nano's tower.
 
-    `keep`: share of the patches to be kept, `ratio`: weight of that in the loss (with the published 2 half of them are
-    kept, since a small decoder gains more by each). `reading`: numbers of a patch from which labels are read.
+    `keep`: share of the patches to be kept, `ratio`: weight of that in the loss (published: 2; a patch is a
+    sixteenth of a picture here). `reading`: numbers of a patch from which labels are read.
     """
 
     merger_depth: int = setting(1, least=1)
