@@ -140,6 +140,8 @@ def read_unet(place: Path) -> Any:
     """A diffusers folder's U-Net in float32. Raises CheckpointError: not there, or not complete."""
     from diffusers import UNet2DConditionModel
 
+    if not place.is_dir():  # diffusers would take it for a name of the hub
+        raise CheckpointError(f"{place}: there is no such folder; {LavitPixels.where}.")
     with LavitPixels.reading(place):
         unet = UNet2DConditionModel.from_pretrained(place, subfolder="unet", torch_dtype=torch.float32,
                                                     local_files_only=True)

@@ -59,7 +59,7 @@ class FrozenFeatures:
         """
         fresh = self.keep(pixels)
         return torch.stack([fresh[number] if number in fresh else copy_to(
-            self.device, load_state_dict(self._file(view))[_NAME]) for number, view in enumerate(pixels)])
+            self.device, _kept(self._file(view))) for number, view in enumerate(pixels)])
 
     @torch.no_grad()
     def keep(self, pixels: Tensor) -> dict[int, Tensor]:
@@ -85,6 +85,17 @@ class FrozenFeatures:
         assert self.folder is not None
         digest = hashlib.sha256(view.contiguous().numpy().tobytes()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.safetensors"
+
+
+def _kept(file: Path) -> Tensor:
+    try:
+        found = load_state_dict(file)
+        if _NAME not in found:
+            raise CheckpointError(f"{file}: holds no {_NAME}")
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(error).rstrip('.')}; delete it, and the same command makes the features anew."
+                              ) from error
+    return found[_NAME]
 
 
 def _fingerprint(model: nn.Module) -> int:

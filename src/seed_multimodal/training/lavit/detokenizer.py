@@ -116,10 +116,9 @@ class LavitPixelTask(PixelTask):
             torch.save(module.nothing.cpu(), folder / UNCONDITIONAL)
 
     def about_model(self) -> dict[str, Any]:
-        """What is trained, and from which codes."""
+        """What is trained, and from which codes. Folders may move: the weights say whether they are others."""
         model = self.model
-        return {"diffusion": str(model.diffusion), "trained": model.trained, "selection": model.selection,
-                "start": model.start}
+        return {"trained": model.trained, "selection": model.selection, "start": model.start}
 
 
 def train_lavit_detokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
