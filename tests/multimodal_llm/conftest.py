@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,14 +10,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def runs() -> ModuleType:
-    """The module `llm_runs`."""
-    name = "llm_runs"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    """The module `llm_runs`, imported where it is used: it is slow."""
+    import llm_runs
+
+    return llm_runs
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
+import stage1_toy as toy
 import torch
 import torch.nn.functional as F
 
@@ -16,9 +16,6 @@ from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_
 from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Weights, moving_codebook
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training_lavit"))
-
-import stage1_toy as toy  # noqa: E402
 
 
 @pytest.fixture
