@@ -17,7 +17,6 @@ from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1We
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 
 
-
 @pytest.fixture
 def model() -> LavitStage1:
     return toy.stage1()
