@@ -142,7 +142,7 @@ def test_unknown_decoder_names_the_nearest(words) -> None:
     ("pretrain.caption", {"code_noise": 1.5}, "code_noise must be at most 1, not 1.5"),
     ("pretrain.caption", {"code_noise": 0.5}, "code_noise needs a noise_source"),
     ("pretrain.text", {"code_noise": 0.5, "noise_source": min}, "there are none here"),
-    ("sft.text_conversation", {"roles": "USER"}, "roles must be a list, not 'USER'"),
+    ("sft.text_conversation", {"roles": "USER"}, "roles must be a list of 2, not 'USER'"),
     ("sft.difference", {"reverse_ratio": 0.5}, "reverse_ratio must be 0"),
 ])
 def test_wrong_options_are_sentences(words, name, options, sentence) -> None:
