@@ -109,6 +109,17 @@ def test_no_patch_is_said_to_change_its_picture_beyond_measure(features: torch.T
     assert 0 < gradients[1e-4].abs().max() <= 2e-4 / len(features) * 1.001  # through the merger and the decoder
 
 
+def test_no_score_shows_the_decoder_what_was_dropped(features: torch.Tensor) -> None:
+    model = toy.stage1()
+    with torch.no_grad():
+        for block in model.decoder.blocks:
+            block.cross_attn.key.weight *= 30  # scores of tens, which a training reaches
+        keep_BN, rows_BNC = model.select_rows(features, noise=gumbel(1))
+        told = model.rebuild(rows_BNC, keep_BN)
+        alone = model.decoder.features([row[one] for row, one in zip(rows_BNC, keep_BN > 0.5, strict=True)])
+    torch.testing.assert_close(told, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_without_looking_ahead_only_kept_rows_are_decoded(features: torch.Tensor) -> None:
     blind, seeing = (toy.stage1(look_ahead=look).eval() for look in (False, True))
     outs = [one(features, quantize=False, noise=gumbel(3)) for one in (blind, seeing)]

@@ -9,7 +9,7 @@ to see may keep more. Every picture keeps one patch at least.
 
 Note: the decoder gets all patches, and the dropped ones' scores are lowered by ln ε; so the selector also learns what a
 patch would have changed had it been kept, which rows that are simply left out cannot tell. What the decoder sees of
-dropped rows is below 1e-6 of a kept one's weight each.
+dropped rows is nothing that its scores could make up for (`HIDDEN`).
 
 Source: specification §5.1. Shape suffixes: B pictures, N patches, D vision width, C code width, T kept rows of all.
 """
@@ -32,7 +32,9 @@ from seed_multimodal.tokenizers.lavit_selector import Generators
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 from seed_multimodal.tokenizers.stage2_base import cosine
 
-HIDDEN = 1e-6  # weight of a dropped row in the decoder, against that of a kept one
+HIDDEN = 1e-20
+"""Weight of a dropped row in the decoder, against that of a kept one with the same score. It has to be far below what
+scores can make up for: with 1e-6 a decoder learned to read dropped rows, and rebuilt far worse from kept ones alone."""
 REFERENCE = 0.18
 """Cosine loss at which the released tokenizer is said to have converged (about 0.3 where codes were used from the
 start, and fewer than 2,000 of 16,384 of them)."""
@@ -194,10 +196,10 @@ class LavitStage1(nn.Module):
         return passed
 
     def rebuild(self, rows_BNC: Tensor, keep_BN: Tensor) -> Tensor:
-        """Rows of all patches `[B, N, C]`, kept or not → features `[B, N, D]`, as `decoder.features` of the kept ones
-        (see the note above); a row's position is its rank among those kept."""
+        """Rows of all patches `[B, N, C]`, kept or not → features `[B, N, D]`, as `decoder.features` of the kept ones,
+        by which they are made out of training (see the note above); a row's position is its rank among those kept."""
         decoder = self.decoder
-        if not self.look_ahead:
+        if not (self.look_ahead and self.training):
             return decoder.features([rows[keep] for rows, keep in zip(rows_BNC, keep_BN.detach() > 0.5, strict=True)])
         rank_BN = (keep_BN.detach().round().long().cumsum(1) - 1).clamp_min(0)
         rows_BND = decoder.in_proj(rows_BNC) + decoder.pos_embed[0][rank_BN]
