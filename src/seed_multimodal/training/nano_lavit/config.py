@@ -22,12 +22,12 @@ class TokenizerSizes:
     """
 
     merger_depth: int = setting(1, least=1)
-    merger_mlp: int = setting(576, least=1)
+    merger_mlp: int = setting(288, least=1)
     heads: int = setting(6, least=1)
     codes: int = setting(1024, least=2)
     code_dim: int = setting(16, least=1)
     decoder_depth: int = setting(2, least=1)
-    decoder_mlp: int = setting(384, least=1)
+    decoder_mlp: int = setting(256, least=1)
     keep: float = setting(1 / 3, above=0, most=1)
     ratio: float = setting(10.0, least=0)
     reading: int = setting(24, least=1)
@@ -37,7 +37,7 @@ class TokenizerSizes:
 class UnetSizes:
     """The SDXL-class U-Net; it reads prompts of `prompt` + `pooled` numbers."""
 
-    channels: list[int] = setting(factory=lambda: [32, 48], least=1)
+    channels: list[int] = setting(factory=lambda: [24, 40], least=1)
     heads: int = setting(2, least=1)
     prompt: int = setting(16, least=1)
     pooled: int = setting(16, least=1)
@@ -64,9 +64,9 @@ class NanoLavitConfig:
     device: str = "auto"
     seed: int = 0
     tokenizer: TokenizerSizes = field(default_factory=TokenizerSizes)
-    layout: LayoutSizes = field(default_factory=lambda: LayoutSizes(width=128))
+    layout: LayoutSizes = field(default_factory=lambda: LayoutSizes(width=96, features=24))
     unet: UnetSizes = field(default_factory=UnetSizes)
-    llm: LanguageSizes = field(default_factory=lambda: LanguageSizes(ffn=384, positions=256))
+    llm: LanguageSizes = field(default_factory=lambda: LanguageSizes(ffn=320, positions=256))
     records: int = setting(400_000, least=1)
     train_reader: StageSettings = stage(3000, 512, 3e-3, weight_decay=0.02)
     train_tokenizer: StageSettings = stage(10_000, 256, 1e-3, ema=0.99)
