@@ -7,8 +7,7 @@ of what they made into a system.
     python MultiModalLLM/src/train/train_lavit_detokenizer.py --config-path WORK --config-name pixels
     python MultiModalLLM/src/train/train_lavit.py --config-path WORK --config-name language
 
-Different from the published recipes: patches are kept by threshold, so that a picture always has the same codes; a
-random start; the U-Net predicts velocities under a schedule that ends at a signal share, because sampling starts from
+Different from the published recipes: a random start; the U-Net predicts velocities under a schedule that ends at a signal share, because sampling starts from
 the latents that the layout decoder expects, and so it needs no guidance; the language model's matrices by Muon, and
 questions and edits beside captions.
 """
@@ -40,7 +39,7 @@ DECODERS = {"captions": ("lavit.caption", {"img_first_ratio": READ_FIRST}), "qa"
             "edits": ("lavit.compose", {})}
 ROW = 256
 MEAN_LENGTH = 36  # tokens of a sequence: turns `batch_size` sequences into packed rows
-SELECTION = "threshold"
+SELECTION = "draw"
 _WRITTEN = {"guidance": 1.0, "do_sample": False, "min_new_tokens": 2, "max_new_tokens": 17}
 SPEAKING = {"describe": {"num_beams": 1, "min_new_tokens": 1, "max_new_tokens": 48},
             "ask": {"num_beams": 1, "min_new_tokens": 1, "max_new_tokens": 16}, "draw": _WRITTEN, "compose": _WRITTEN}

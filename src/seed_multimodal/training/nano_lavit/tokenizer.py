@@ -139,7 +139,7 @@ def load_parts(space: LavitSpace) -> tuple[DynamicTokenizer, CodeDecoder]:
 @torch.no_grad()
 def rebuild(tokenizer: DynamicTokenizer, decoder: CodeDecoder, features_BND: Tensor) -> Tensor:
     """The tower's features `[B, N, D]` → codes → features."""
-    keep_BN = tokenizer.select(features_BND, mode="threshold").keep_BN
+    keep_BN = tokenizer.select(features_BND, generator=_fixed()).keep_BN
     rows_TD = tokenizer.merge(features_BND, keep_BN)[keep_BN > 0.5]
     counts = (keep_BN > 0.5).sum(1).tolist()
     return decoder.features(list(tokenizer.quantize_rows(rows_TD)[1].split(counts)))
@@ -148,7 +148,7 @@ def rebuild(tokenizer: DynamicTokenizer, decoder: CodeDecoder, features_BND: Ten
 @torch.no_grad()
 def tokens_by_things(tokenizer: DynamicTokenizer, features_BND: Tensor, scenes: Sequence[Scene]) -> dict[int, float]:
     """Mean tokens of the scenes with so many things."""
-    counts = tokenizer.select(features_BND, mode="threshold").counts_B.float()
+    counts = tokenizer.select(features_BND, generator=_fixed()).counts_B.float()
     things = torch.tensor([sum(scene.counts) for scene in scenes])
     return {int(number): round(counts[things == number].mean().item(), 2) for number in things.unique()}
 
@@ -158,4 +158,9 @@ def empty_tokens(tokenizer: DynamicTokenizer, size: int) -> float:
     """Mean tokens of all backgrounds without a thing."""
     pictures = torch.stack([torch.tensor(paint(STYLES[0], name, [], size)) for name in BACKGROUNDS])
     features = tokenizer.patch_features(to_clip(pictures.permute(0, 3, 1, 2)))
-    return round(tokenizer.select(features, mode="threshold").counts_B.float().mean().item(), 2)
+    return round(tokenizer.select(features, generator=_fixed()).counts_B.float().mean().item(), 2)
+
+
+def _fixed() -> torch.Generator:
+    """Of the selector's draws, so that what is measured can be measured again."""
+    return torch.Generator().manual_seed(0)
