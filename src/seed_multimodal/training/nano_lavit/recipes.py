@@ -7,9 +7,9 @@ of what they made into a system.
     python MultiModalLLM/src/train/train_lavit_detokenizer.py --config-path WORK --config-name pixels
     python MultiModalLLM/src/train/train_lavit.py --config-path WORK --config-name language
 
-Different from the published recipes: a random start; the U-Net predicts velocities under a schedule that ends at a signal share, because sampling starts from
-the latents that the layout decoder expects, and so it needs no guidance; the language model's matrices by Muon, and
-questions and edits beside captions.
+Different from the published recipes: a random start; the U-Net predicts velocities under a schedule that ends at a
+signal share, because sampling starts from the latents that the layout decoder expects, and so it needs no guidance; the
+language model's matrices by Muon, and questions and edits beside captions.
 """
 
 from __future__ import annotations
