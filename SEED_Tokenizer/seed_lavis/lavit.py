@@ -48,7 +48,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
         LavitStage1.__init__(
             self, DynamicTokenizer(sizes.tokenizer), CodeDecoder(sizes.decoder),
             weights=read_settings(LavitStage1Weights, options.loss_weights, "model.loss_weights"),
-            ema_decay=options.ema_decay, freeze_selector=options.freeze_selector, look_ahead=options.look_ahead)
+            ema_decay=options.ema_decay, freeze_selector=options.freeze_selector)
         self.options, self.config = options, sizes
         self.start_share()
         # It changes without gradient, and counts as trained, so that it is saved.

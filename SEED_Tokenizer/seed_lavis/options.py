@@ -138,7 +138,6 @@ class LavitOptions(CodebookHealth, ModelOptions):
     loss_weights: dict[str, float] = setting(factory=dict)
     ema_decay: float = setting(0.99, least=0, most=0.999999)
     freeze_selector: bool = False
-    look_ahead: bool = True
     selector_lr_scale: float = setting(1.0, least=1e-6, most=1e6)
 
 

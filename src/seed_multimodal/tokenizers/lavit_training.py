@@ -7,9 +7,10 @@ them: the codebook starts at k-means centres of the rows and follows a moving av
 (`training/codebook.py` says when). The share counts over the batch of all processes, never for a picture: one with more
 to see may keep more. Every picture keeps one patch at least.
 
-Note: the decoder gets all patches, and the dropped ones' scores are lowered by ln ε; so the selector also learns what a
-patch would have changed had it been kept, which rows that are simply left out cannot tell. What the decoder sees of
-dropped rows is nothing that its scores could make up for (`HIDDEN`).
+The selector learns from what its decisions change: one patch of a picture is decided the other way, the picture is
+rebuilt again, and the difference in its loss is the gradient of that patch's probability. Note: a gradient straight
+through the mask says it to first order, which for a patch that was dropped is many times the real change; with it the
+selector of nano-lavit learnt nothing in 1,000 steps (docs/LOG.md).
 
 Source: specification §5.1. Shape suffixes: B pictures, N patches, D vision width, C code width, T kept rows of all.
 """
@@ -28,31 +29,24 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
-from seed_multimodal.tokenizers.lavit_selector import Generators
+from seed_multimodal.tokenizers.lavit_selector import Generators, Selection
 from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 from seed_multimodal.tokenizers.stage2_base import cosine
 
-HIDDEN = 1e-20
-"""Weight of a dropped row in the decoder, against that of a kept one with the same score. It has to be far below what
-scores can make up for: with 1e-6 a decoder learned to read dropped rows, and rebuilt far worse from kept ones alone."""
 REFERENCE = 0.18
 """Cosine loss at which the released tokenizer is said to have converged (about 0.3 where codes were used from the
 start, and fewer than 2,000 of 16,384 of them)."""
+TRIED = 2
+"""Of one picture in so many a decision is tried the other way: rebuilding costs as much as the loss's own forward."""
 
 
 @dataclass(frozen=True)
 class LavitStage1Weights:
-    """Factors of the loss: `keep` is ρ, the share to be kept; `ratio` is λ; `commitment` pulls rows to their codes.
-
-    `patch`: the most by which keeping one patch may be said to change its picture's loss (0: any). To first order a
-    dropped patch, or one where attention sees hardly any other, seems to change it many times over: on nano's features
-    gradients were 40 to 150 times as large as with 0.05, and half of the patches were kept where a third was wanted.
-    """
+    """Factors of the loss: `keep` is ρ, the share to be kept; `ratio` is λ; `commitment` pulls rows to their codes."""
 
     keep: float = setting(1 / 3, least=0, most=1)
     ratio: float = setting(2.0, least=0)
     commitment: float = setting(1.0, least=0)
-    patch: float = setting(0.05, least=0)
 
 
 @dataclass(kw_only=True)
@@ -92,7 +86,6 @@ class LavitStage1(nn.Module):
         decoder: of the same number of patches; the heads for the U-Net are not trained here.
         ema_decay: of the codebook's moving averages.
         freeze_selector: once codes are used, the selector stays as it is (both were told of the released training).
-        look_ahead: False: rows of dropped patches do not reach the decoder, and no gradient comes back from them.
 
     Attributes:
         use_codes, codes, features: see `training.codebook.CodedModel`.
@@ -102,7 +95,7 @@ class LavitStage1(nn.Module):
     """
 
     def __init__(self, tokenizer: DynamicTokenizer, decoder: CodeDecoder, *, weights: LavitStage1Weights | None = None,
-                 ema_decay: float = 0.99, freeze_selector: bool = False, look_ahead: bool = True) -> None:
+                 ema_decay: float = 0.99, freeze_selector: bool = False) -> None:
         super().__init__()
         config = tokenizer.config
         for what, ours, theirs in (("patches", config.patches, decoder.config.tokens),
@@ -112,8 +105,7 @@ class LavitStage1(nn.Module):
                 raise ConfigError(f"The tokenizer has {ours} {what}, the decoder {theirs}.")
         self.tokenizer, self.decoder = tokenizer, decoder
         self.weights = weights or LavitStage1Weights()
-        self.freeze_selector, self.look_ahead = freeze_selector, look_ahead
-        self.use_codes = True
+        self.freeze_selector, self.use_codes = freeze_selector, True
         self.codes: Tensor | None = None
         self.features: Tensor | None = None
         tokenizer.quantize = moving_codebook(tokenizer.quantize, ema_decay)
@@ -158,61 +150,72 @@ class LavitStage1(nn.Module):
         """
         quantize = self.use_codes if quantize is None else quantize
         features_BND = self.patch_features(batch)
-        keep_BN, rows_BNC = self.select_rows(features_BND, frozen=quantize and self.freeze_selector,
-                                             generator=generator, noise=noise)
-        kept_BN = keep_BN.detach() > 0.5
-        kept_TC, commitment, codes_T = rows_BNC[kept_BN], None, None
+        selection = self.select(features_BND, frozen=quantize and self.freeze_selector, generator=generator,
+                                noise=noise)
+        kept_BN = selection.keep_BN.detach() > 0.5
+        rows_TC, commitment, codes_T = self.rows_of(features_BND, kept_BN), None, None
+        read_TC = rows_TC
         if quantize:
-            quantised_TC, commitment, codes_T = self.quantize(kept_TC)
-            commitment = commitment * weight_of_own(len(kept_TC), kept_TC.device)
-            rows_BNC = rows_BNC.masked_scatter(kept_BN[..., None], quantised_TC.to(rows_BNC.dtype))
-        rebuilt_BND = self.rebuild(rows_BNC, self.limited(keep_BN))
-        loss_cosine = (1 - cosine(rebuilt_BND, features_BND)).mean()
-        share = mean_of_all(keep_BN.mean())
+            read_TC, commitment, codes_T = self.quantize(rows_TC)
+            commitment = commitment * weight_of_own(len(rows_TC), rows_TC.device)
+        errors_B, cosine_B = self.errors(features_BND, read_TC, kept_BN)
+        share = mean_of_all(selection.keep_BN.mean())
         loss_ratio = (self.weights.keep - share).square()
-        loss = loss_cosine + self.weights.ratio * loss_ratio
+        loss = errors_B.mean() + self.weights.ratio * loss_ratio
         if commitment is not None:
             loss = loss + self.weights.commitment * commitment
-        self.features, self.codes = kept_TC.detach().float(), codes_T
-        return LavitStage1Output(loss=loss, loss_cosine=loss_cosine, loss_ratio=loss_ratio, loss_commitment=commitment,
-                                 kept=share.detach(), counts_B=kept_BN.sum(1), rows_TC=kept_TC, codes_T=codes_T)
+        if self.training and selection.log_probs_BN2.requires_grad:
+            loss = loss + self.decisions(features_BND[::TRIED], selection.p_keep_BN[::TRIED], kept_BN[::TRIED],
+                                         errors_B.detach()[::TRIED], quantize)
+        self.features, self.codes = rows_TC.detach().float(), codes_T
+        return LavitStage1Output(loss=loss, loss_cosine=cosine_B.mean(), loss_ratio=loss_ratio,
+                                 loss_commitment=commitment, kept=share.detach(), counts_B=kept_BN.sum(1),
+                                 rows_TC=rows_TC, codes_T=codes_T)
 
-    def select_rows(self, features_BND: Tensor, *, frozen: bool = False, generator: Generators = None,
-                    noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Features → kept or not `[B, N]`, straight through, and every patch's row before the quantiser `[B, N, C]`."""
+    def select(self, features_BND: Tensor, *, frozen: bool = False, generator: Generators = None,
+               noise: Tensor | None = None) -> Selection:
+        """The draw, out of training with a fixed seed unless one is given; a `frozen` selector gets no gradient."""
         if not self.training and generator is None and noise is None:
             generator = torch.Generator(features_BND.device).manual_seed(0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            keep_BN = self.tokenizer.select(features_BND, generator=generator, noise=noise).keep_BN
-        merged_BND = self.tokenizer.merge(features_BND, self.limited(keep_BN))
-        return keep_BN, self.quantize.prepare(self.tokenizer.to_codebook(merged_BND))
+            return self.tokenizer.select(features_BND, generator=generator, noise=noise)
 
-    def limited(self, keep_BN: Tensor) -> Tensor:
-        """The same, with a gradient of `weights.patch` in each picture's loss at most."""
-        if not self.weights.patch or not keep_BN.requires_grad:
-            return keep_BN
-        most, passed = self.weights.patch / len(keep_BN), keep_BN.clone()
-        passed.register_hook(lambda gradient: gradient.clamp(-most, most))
-        return passed
+    def rows_of(self, features_BND: Tensor, kept_BN: Tensor) -> Tensor:
+        """Rows of the kept patches before the quantiser, on the unit sphere `[T, C]`."""
+        merged_TD = self.tokenizer.merge(features_BND, kept_BN.float())[kept_BN]
+        return self.quantize.prepare(self.tokenizer.to_codebook(merged_TD))
 
-    def rebuild(self, rows_BNC: Tensor, keep_BN: Tensor) -> Tensor:
-        """Rows of all patches `[B, N, C]`, kept or not → features `[B, N, D]`, as `decoder.features` of the kept ones,
-        by which they are made out of training (see the note above); a row's position is its rank among those kept."""
-        decoder = self.decoder
-        if not (self.look_ahead and self.training):
-            return decoder.features([rows[keep] for rows, keep in zip(rows_BNC, keep_BN.detach() > 0.5, strict=True)])
-        rank_BN = (keep_BN.detach().round().long().cumsum(1) - 1).clamp_min(0)
-        rows_BND = decoder.in_proj(rows_BNC) + decoder.pos_embed[0][rank_BN]
-        hidden_BN = torch.log(keep_BN + HIDDEN * (1 - keep_BN.detach()))
-        x_BND = decoder.query_embed.expand(len(rows_BND), -1, -1)
-        for block in decoder.blocks:
-            x_BND = block(x_BND, rows_BND, hidden_BN.to(rows_BND.dtype))
-        return decoder.decode_task_layer(decoder.norm(x_BND))
+    def errors(self, features_BND: Tensor, rows_TC: Tensor, kept_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """What each picture adds to the loss, and its cosine loss, both `[B]`, when the decoder reads these rows."""
+        rebuilt_BND = self.decoder.features(list(rows_TC.split(kept_BN.sum(1).tolist())))
+        cosine_B = (1 - cosine(rebuilt_BND, features_BND)).mean(1)
+        return cosine_B + self.other_errors(features_BND, rebuilt_BND), cosine_B
+
+    def other_errors(self, features_BND: Tensor, rebuilt_BND: Tensor) -> Tensor | float:
+        """What a picture adds beside it, `[B]`: nothing here."""
+        return 0.0
+
+    def decisions(self, features_BND: Tensor, p_keep_BN: Tensor, kept_BN: Tensor, errors_B: Tensor, quantize: bool
+                  ) -> Tensor:
+        """`[]`, of which only the gradient counts: that of the expected loss in the probabilities of being kept,
+        estimated from one patch of each picture that is decided the other way."""
+        place_B1 = torch.randint(kept_BN.shape[1], (len(kept_BN), 1), device=kept_BN.device)
+        was_B = kept_BN.gather(1, place_B1)[:, 0]
+        other_BN = kept_BN ^ F.one_hot(place_B1[:, 0], kept_BN.shape[1]).bool()
+        other_BN = torch.where(other_BN.any(1, keepdim=True), other_BN, kept_BN)  # the last one stays
+        with torch.no_grad():
+            rows_TC = self.rows_of(features_BND, other_BN)
+            if quantize:
+                rows_TC = self.quantize.lookup(self.quantize.nearest(rows_TC))
+            change_B = self.errors(features_BND, rows_TC, other_BN)[0] - errors_B
+        of_keeping_B = torch.where(was_B, -change_B, change_B)
+        return kept_BN.shape[1] * (of_keeping_B * p_keep_BN.gather(1, place_B1)[:, 0]).mean()
 
     def codebook_points(self, batch: Tensor) -> Tensor:
         """Rows of a batch's kept patches before the quantiser `[T, C]`, for the codebook's start."""
-        keep_BN, rows_BNC = self.select_rows(self.patch_features(batch))
-        return rows_BNC[keep_BN > 0.5]
+        features_BND = self.patch_features(batch)
+        kept_BN = self.select(features_BND).keep_BN > 0.5
+        return self.rows_of(features_BND, kept_BN)
 
     @torch.no_grad()
     def start_share(self) -> None:

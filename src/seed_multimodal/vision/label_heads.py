@@ -38,14 +38,14 @@ class LabelHeads(nn.Module):
                             for column, logits in enumerate(found)]).mean()
 
     def divergence(self, embedding: Tensor, teacher: Tensor) -> Tensor:
-        """Mean over the labels of the KL divergence `[]` of what is read from embeddings `[B, E]`, from what is read
+        """Mean over the labels of the KL divergence `[B]` of what is read from embeddings `[B, E]`, from what is read
         from the `teacher`'s, which get no gradient; in fp32."""
         with torch.autocast(embedding.device.type, enabled=False):
             with torch.no_grad():
                 wanted = self(teacher.float())
             found = self(embedding.float())
-            return torch.stack([F.kl_div(found[name].log_softmax(1), wanted[name].softmax(1), reduction="batchmean")
-                                for name in found]).mean()
+            return torch.stack([F.kl_div(found[name].log_softmax(1), wanted[name].softmax(1), reduction="none").sum(1)
+                                for name in found]).mean(0)
 
     @classmethod
     def load(cls, file: str | Path, labels: Sequence[str] | None = None) -> LabelHeads:

@@ -8,7 +8,6 @@ one thing from another; the codebook is smaller, and its dead codes move.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from seed_multimodal.data.nano.things import BACKGROUNDS, STYLES
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer
-from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Output, LavitStage1Weights
+from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Weights
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask, measure
@@ -31,9 +30,8 @@ from seed_multimodal.training.nano_lavit.reader import Reader, load_reader
 from seed_multimodal.training.nano_lavit.workspace import PREFIX, LavitSpace
 from seed_multimodal.training.schedules import batch_indices
 
-READ_WEIGHT = 0.3  # of what the reader says about rebuilt features
+READ_WEIGHT = 0.2  # of what the reader says about rebuilt features
 WITHOUT_CODES = 0.3  # share of the steps
-SELECTOR_LR = 0.3  # of the selector's learning rate over all else's
 
 
 class ReadStage1(LavitStage1):
@@ -42,22 +40,15 @@ class ReadStage1(LavitStage1):
     def __init__(self, reader: Reader, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.reader = [reader]  # no part of what is trained and saved
-        self.rebuilt: Tensor | None = None
         self.misread = torch.zeros(())
 
-    def rebuild(self, rows_BNC: Tensor, keep_BN: Tensor) -> Tensor:
-        """See the base; what was rebuilt is kept for the loss."""
-        self.rebuilt = super().rebuild(rows_BNC, keep_BN)
-        return self.rebuilt
-
-    def forward(self, batch: Tensor, **options: Any) -> LavitStage1Output:
+    def other_errors(self, features_BND: Tensor, rebuilt_BND: Tensor) -> Tensor:
         """See the base."""
-        output = super().forward(batch, **options)
-        assert self.rebuilt is not None
         reader = self.reader[0]
-        misread = reader.heads.divergence(reader(self.rebuilt), reader(self.patch_features(batch)))
-        self.rebuilt, self.misread = None, misread.detach()
-        return replace(output, loss=output.loss + READ_WEIGHT * misread)
+        misread_B = reader.heads.divergence(reader(rebuilt_BND), reader(features_BND))
+        if torch.is_grad_enabled():  # else a decision is tried
+            self.misread = misread_B.detach().mean()
+        return READ_WEIGHT * misread_B
 
 
 class TokenizerTask(NanoTask):
@@ -80,8 +71,7 @@ class TokenizerTask(NanoTask):
 
         health = CodebookHealth(codebook_warmup=int(WITHOUT_CODES * settings.steps), kmeans_start=True,
                                 kmeans_images=1024, restart_every=max(1, settings.steps // 80))
-        self.inner = LavitTokenizerTask("tokenizer", self.model, settings, batch, health,
-                                        selector_lr_scale=SELECTOR_LR)
+        self.inner = LavitTokenizerTask("tokenizer", self.model, settings, batch, health)
         super().__init__(space, "tokenizer", self.inner.module)
         self.optimizer = self.inner.optimizer
 
