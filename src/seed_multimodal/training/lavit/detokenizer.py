@@ -34,9 +34,9 @@ from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.lavit.detokenizer_settings import LavitPixelModel, read_lavit_pixel_run
 from seed_multimodal.training.lavit.picture_codes import PictureCodes
 from seed_multimodal.training.pixel_decoder.features import DTYPES, NEEDED
-from seed_multimodal.training.pixel_decoder.run import train_pixels
 from seed_multimodal.training.pixel_decoder.settings import PixelRun
 from seed_multimodal.training.pixel_decoder.task import PixelTask
+from seed_multimodal.training.task_run import run_task
 from seed_multimodal.vision.checkpointing import checkpointed
 
 DECODER = "decoder"  # in the result's folder
@@ -128,6 +128,6 @@ def train_lavit_detokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
         The run's record, also `output_dir/summary.json`; the pixel decoder lies in `output_dir/pixels`.
 
     Raises:
-        SeedError, SystemExit: as `train_pixels`.
+        SeedError, SystemExit: as `run_task`.
     """
-    return train_pixels(read_lavit_pixel_run(config), LavitPixelTask)
+    return run_task(read_lavit_pixel_run(config), LavitPixelTask)

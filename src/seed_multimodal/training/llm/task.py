@@ -210,6 +210,10 @@ class LlmTask(Task):
         """Seconds spent waiting for data."""
         return {"wait_seconds": self.data.wait_seconds}
 
+    def close(self) -> None:
+        """End what reads data."""
+        self.data.close()
+
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """For summary.json: the data of all processes, and measures."""
         history = self.meter.history

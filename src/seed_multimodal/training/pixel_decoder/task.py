@@ -72,7 +72,7 @@ class PixelTask(Task):
     reads_condition = False
 
     def __init__(self, run: PixelRun[Any], group: ProcessGroup, device: torch.device) -> None:
-        """Open the sources. Raises as `train_pixels`."""
+        """Open the sources. Raises as `run_task`."""
         self.run, self.settings, self.group, self.device = run, run.trainer, group, device
         self.config = run.plain
         self.learning_rate(self.settings.max_steps - 1)  # a schedule with impossible options ends here
@@ -226,6 +226,11 @@ class PixelTask(Task):
                 share = len(batch["key"]) / count
                 loss, mse = loss + share * made["total_loss"], mse + share * made["mse"]
         return loss, {"mse": mse}
+
+    def close(self) -> None:
+        """End what reads data; a run that was not prepared reads none."""
+        if hasattr(self, "batches"):
+            self.batches.close()
 
     def status(self) -> Mapping[str, float]:
         """Seconds spent waiting for data, and bad samples."""

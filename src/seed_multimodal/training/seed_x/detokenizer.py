@@ -25,11 +25,11 @@ from seed_multimodal.hub import SDXL_WHERE, find_folder
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.features import DTYPES
-from seed_multimodal.training.pixel_decoder.run import train_pixels
 from seed_multimodal.training.pixel_decoder.settings import PixelRun
 from seed_multimodal.training.pixel_decoder.task import PixelTask
 from seed_multimodal.training.seed_x.detokenizer_settings import DetokenizerModel, read_detokenizer_run
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
+from seed_multimodal.training.task_run import run_task
 from seed_multimodal.vision.checkpointing import checkpointed
 from seed_multimodal.vision.qwen_vit import QwenVit
 
@@ -138,6 +138,6 @@ def train_detokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
         The run's record, also `output_dir/summary.json`; the adapter lies in `output_dir/adapter`.
 
     Raises:
-        SeedError, SystemExit: as `train_pixels`.
+        SeedError, SystemExit: as `run_task`.
     """
-    return train_pixels(read_detokenizer_run(config), DetokenizerTask)
+    return run_task(read_detokenizer_run(config), DetokenizerTask)

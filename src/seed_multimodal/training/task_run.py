@@ -1,4 +1,4 @@
-"""A run of a pixel decoder's training, from checked settings to its record."""
+"""A run from checked settings to its record: what trainings that are started by a configuration have in common."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from seed_multimodal.quiet import quiet_libraries
 from seed_multimodal.training.distributed import ProcessGroup, leave_processes, start_processes
 from seed_multimodal.training.failures import translate_errors
 from seed_multimodal.training.loop import train
-from seed_multimodal.training.pixel_decoder.settings import PixelRun
-from seed_multimodal.training.pixel_decoder.task import PixelTask
 
 
-def train_pixels(run: PixelRun[Any], kind: Callable[[PixelRun[Any], ProcessGroup, torch.device], PixelTask]
-                 ) -> dict[str, Any]:
+def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -> dict[str, Any]:
     """Train by checked settings; under torchrun every process calls it.
+
+    Args:
+        run: the settings, with the sections `trainer` and `deepspeed`, and `output_dir`.
+        kind: makes a `Task` of them that also has `settings`, whose `loop_settings()` are the loop's, and `close()`.
 
     Returns:
         The run's record, also `output_dir/summary.json`.
@@ -35,8 +36,7 @@ def train_pixels(run: PixelRun[Any], kind: Callable[[PixelRun[Any], ProcessGroup
     try:
         with translate_errors("the start", "nothing was trained yet"):
             task = kind(run, group, device)
-        with contextlib.ExitStack() as stack:
-            stack.callback(lambda: task.batches.close() if hasattr(task, "batches") else None)
+        with contextlib.closing(task):
             record = train(task, task.settings.loop_settings(), run.output_dir, group=group, device=device)
         clean = True
         return record
