@@ -27,11 +27,12 @@ from seed_multimodal.detokenizers.sdxl import LAYOUT
 from seed_multimodal.disk import replace_text
 from seed_multimodal.tokenizers.lavit_files import name_tower
 from seed_multimodal.training.nano.assemble import halve
+from seed_multimodal.training.nano.successors import relative, trained_to_its_end, trainer_settings, write_unet
 from seed_multimodal.training.nano_lavit.config import KINDS, READ_FIRST
 from seed_multimodal.training.nano_lavit.workspace import PREFIX, LavitSpace
-from seed_multimodal.training.nano_x.recipes import relative, trained_to_its_end, trainer_settings, write_unet
 from seed_multimodal.weights import count_parameters
 
+SCRIPT = "scripts/nano_lavit_speedrun.sh"
 PIXELS, LANGUAGE = "pixels", "language"
 DECODE = {"num_inference_steps": 4, "guidance_scale": 1.0}
 SHAPES = ((64, 64), (56, 72), (48, 80), (80, 48), (72, 56))  # of LaVIT's six, for a square of 64 pixels
@@ -120,7 +121,7 @@ def install_llm(space: LavitSpace) -> dict[str, Any]:
     Raises:
         CheckpointError: it was not trained to its end, or is damaged.
     """
-    record = trained_to_its_end(space, LANGUAGE, space.config.train_llm.steps, "scripts/nano_lavit_speedrun.sh")
+    record = trained_to_its_end(space, LANGUAGE, space.config.train_llm.steps, SCRIPT)
     made = space.work / LANGUAGE / f"checkpoint-{record['steps']}"
     visual = made / "visual_weight.safetensors"
     space.need("llm", made / "config.json", visual)
@@ -140,7 +141,7 @@ def assemble(space: LavitSpace) -> dict[str, Any]:
         CheckpointError: a part is not there.
     """
     out = space.out
-    trained_to_its_end(space, PIXELS, space.config.train_pixels.steps, "scripts/nano_lavit_speedrun.sh")
+    trained_to_its_end(space, PIXELS, space.config.train_pixels.steps, SCRIPT)
     drawn = space.work / PIXELS / "pixels"
     for stage, file in (("tokenizer", space.tokenizer_folder / "config.json"), ("llm", out / "llm" / "config.json"),
                         ("recipes", space.decoder_folder / "unet" / "config.json")):

@@ -9,19 +9,17 @@ what they made into a system.
 
 Different from the released recipes: a random start, all of the U-Net is trained in both stages, no LoRA, matrices by
 Muon; 16 features a picture, which are not averaged; the U-Net predicts velocities under a schedule that ends at a
-signal share of `FINAL_SIGNAL`, because sampling starts from the latents that the layout decoder expects.
+signal share of 0.98, because sampling starts from the latents that the layout decoder expects.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from seed_multimodal.data.formats.nano import X_KIND
@@ -30,21 +28,16 @@ from seed_multimodal.data.nano.x_records import OWN
 from seed_multimodal.detokenizers.autoencoder import ELSEWHERE, autoencoder_folder
 from seed_multimodal.detokenizers.sdxl import LAYOUT
 from seed_multimodal.disk import replace_text
-from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.continuous import AgentSettings, ContinuousLVLM
-from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.assemble import halve
-from seed_multimodal.training.nano.unet import TRAIN_STEPS, cosine_betas
-from seed_multimodal.training.nano.workspace import Workspace, read_part
+from seed_multimodal.training.nano.successors import relative, trained_to_its_end, trainer_settings, write_unet
 from seed_multimodal.training.nano_x.config import KINDS
 from seed_multimodal.training.nano_x.workspace import XWorkspace
-from seed_multimodal.training.stage import read_record
 from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
 from seed_multimodal.weights import count_parameters, save_state_dict
 
 FIRST, SECOND, SFT = "first", "second", "sft"
 SCRIPT = "scripts/nano_x_speedrun.sh"
-FINAL_SIGNAL = 0.98
 DECODE = {"num_inference_steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0}
 GRIDS, ROW = ["1x1", "2x2"], 512
 ONE_VIEW = 0.25  # share of the wide kinds' records that are read in one view, to be compared with several
@@ -77,32 +70,6 @@ def write_sdxl(space: XWorkspace) -> None:
     write_unet(folder, autoencoder_folder(folder), space.config.image_size, sizes.channels, sizes.heads,
                context=sizes.prompt, pooled=sizes.prompt // 2, seed=space.config.seed + 4)
     replace_text(folder / "seed_decode.json", json.dumps(DECODE))
-
-
-def write_unet(folder: Path, autoencoder: Path, image_size: int, channels: list[int], heads: int, *, context: int,
-               pooled: int, seed: int) -> None:
-    """An untrained U-Net of SDXL's kind for latents of that autoencoder, and the scheduler, into a diffusion folder.
-
-    Args:
-        context, pooled: widths of prompt and pooled embeddings.
-    """
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-
-    vae = read_part(AutoencoderKL, autoencoder)
-    levels, latent = len(channels), vae.config.latent_channels
-    torch.manual_seed(seed)
-    attends = [level == 1 or levels == 1 for level in range(levels)]
-    UNet2DConditionModel(
-        sample_size=image_size // 2**(len(vae.config.block_out_channels) - 1), in_channels=latent, out_channels=latent,
-        down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends),
-        up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
-        block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=8, cross_attention_dim=context,
-        attention_head_dim=heads, use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + pooled
-        ).save_pretrained(folder / "unet")
-    DDIMScheduler(num_train_timesteps=TRAIN_STEPS, trained_betas=cosine_betas(final_signal=FINAL_SIGNAL),
-                  clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing",
-                  set_alpha_to_one=True).save_pretrained(folder / "scheduler")
 
 
 def _detokenizer(space: XWorkspace, stage: int) -> dict[str, Any]:
@@ -180,16 +147,6 @@ def resamplers(space: XWorkspace) -> dict[str, ResamplerConfig]:
             "output_resampler": ResamplerConfig(tower.grid, tower.features, tower.pool_heads, llm.width)}
 
 
-def trainer_settings(space: Workspace, settings: StageSettings) -> dict[str, Any]:
-    """Section `trainer` of a stage that one of the applications trains."""
-    return {"max_steps": settings.steps, "gradient_accumulation_steps": settings.accumulate,
-            "precision": settings.precision, "max_grad_norm": settings.clip,
-            "seed": space.config.seed + settings.seed, "device": space.config.device,
-            "dataloader_num_workers": space.config.workers, "logging_steps": settings.log_every,
-            "save_steps": settings.save_every_steps or max(1, settings.steps // 10), "save_total_limit": 1,
-            "report_to": ["tensorboard"] if settings.tensorboard else []}
-
-
 def _path(folder: Path) -> str:
     return str(folder.absolute())
 
@@ -205,7 +162,7 @@ def install_agent(space: XWorkspace) -> dict[str, Any]:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    record = trained_to_its_end(space, SFT, space.config.train_sft.steps)
+    record = trained_to_its_end(space, SFT, space.config.train_sft.steps, SCRIPT)
     words, parts = space.words, resamplers(space)
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary.size, bos_token_id=words.bos_id,
                                        eos_token_id=words.eos_id, pad_token_id=words.pad_id, **llama_sizes(space)))
@@ -229,24 +186,6 @@ def share_autoencoder(space: XWorkspace) -> None:
             {"folder": relative(start, space.decoder_folder)}))
 
 
-def relative(place: Path, folder: Path) -> str:
-    """A path as a file in a folder names it."""
-    return Path(os.path.relpath(place.resolve(), folder.resolve())).as_posix()
-
-
-def trained_to_its_end(space: Workspace, name: str, steps: int, script: str = SCRIPT) -> dict[str, Any]:
-    """The record of a training by one of the applications.
-
-    Raises:
-        CheckpointError: it is not at its end.
-    """
-    file = space.work / name / "summary.json"
-    record = read_record(file) if file.is_file() else {}
-    if record.get("steps") != steps:
-        raise CheckpointError(f"{file.parent}: {name} is not trained to its end; bash {script} continues it.")
-    return record
-
-
 def assemble(space: XWorkspace) -> dict[str, Any]:
     """Stage `assemble`: the de-tokenizer with its layout decoder, half precision, `system.json`.
 
@@ -257,7 +196,7 @@ def assemble(space: XWorkspace) -> dict[str, Any]:
     for stage, folder in (("start", autoencoder_folder(space.decoder_folder)), ("tower", out / "vision"),
                           ("agent", out / "llm"), ("layout", space.work / "layout")):
         space.need(stage, folder / "config.json")
-    trained_to_its_end(space, SECOND, space.config.train_second.steps)
+    trained_to_its_end(space, SECOND, space.config.train_second.steps, SCRIPT)
     target = out / "detokenizer"
     shutil.copytree(space.work / SECOND / "adapter", target, dirs_exist_ok=True)
     shutil.copytree(space.work / "layout", target / LAYOUT, dirs_exist_ok=True)
