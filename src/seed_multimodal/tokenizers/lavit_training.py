@@ -197,8 +197,8 @@ class LavitStage1(nn.Module):
 
     def decisions(self, features_BND: Tensor, p_keep_BN: Tensor, kept_BN: Tensor, errors_B: Tensor, quantize: bool
                   ) -> Tensor:
-        """`[]`, of which only the gradient counts: that of the expected loss in the probabilities of being kept,
-        estimated from one patch of each picture that is decided the other way."""
+        """0, with the gradient of the expected loss in the probabilities of being kept, estimated from one patch of
+        each picture that is decided the other way."""
         place_B1 = torch.randint(kept_BN.shape[1], (len(kept_BN), 1), device=kept_BN.device)
         was_B = kept_BN.gather(1, place_B1)[:, 0]
         other_BN = kept_BN ^ F.one_hot(place_B1[:, 0], kept_BN.shape[1]).bool()
@@ -209,7 +209,8 @@ class LavitStage1(nn.Module):
                 rows_TC = self.quantize.lookup(self.quantize.nearest(rows_TC))
             change_B = self.errors(features_BND, rows_TC, other_BN)[0] - errors_B
         of_keeping_B = torch.where(was_B, -change_B, change_B)
-        return kept_BN.shape[1] * (of_keeping_B * p_keep_BN.gather(1, place_B1)[:, 0]).mean()
+        expected = kept_BN.shape[1] * (of_keeping_B * p_keep_BN.gather(1, place_B1)[:, 0]).mean()
+        return expected - expected.detach()
 
     def codebook_points(self, batch: Tensor) -> Tensor:
         """Rows of a batch's kept patches before the quantiser `[T, C]`, for the codebook's start."""
