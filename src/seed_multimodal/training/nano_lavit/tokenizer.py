@@ -30,7 +30,8 @@ from seed_multimodal.training.nano_lavit.reader import Reader, load_reader
 from seed_multimodal.training.nano_lavit.workspace import PREFIX, LavitSpace
 from seed_multimodal.training.schedules import batch_indices
 
-READ_WEIGHT = 0.2  # of what the reader says about rebuilt features
+READ_WEIGHT = 0.4  # of what the reader says about rebuilt features
+EMPTY = 0.05  # empty scenes for each of the pool, which has none: how few tokens do is seen on them
 WITHOUT_CODES = 0.3  # share of the steps
 
 
@@ -65,9 +66,14 @@ class TokenizerTask(NanoTask):
                                 weights=LavitStage1Weights(config.tokenizer.keep, config.tokenizer.ratio))
         self.model.start_share()
 
+        empty = tokenizer.patch_features(empty_pixels(config.image_size).to(space.device)).half().cpu()
+        number = len(pool) + round(EMPTY * len(pool))
+
         def batch(micro_step: int) -> Tensor:
-            rows = batch_indices(micro_step, settings.batch_size, len(pool), settings.seed)
-            return pool[rows].to(space.device).float()
+            rows = batch_indices(micro_step, settings.batch_size, number, settings.seed)
+            found = torch.where((rows < len(pool))[:, None, None], pool[rows.clamp(max=len(pool) - 1)],
+                                empty[rows % len(empty)])
+            return found.to(space.device).float()
 
         health = CodebookHealth(codebook_warmup=int(WITHOUT_CODES * settings.steps), kmeans_start=True,
                                 kmeans_images=1024, restart_every=max(1, settings.steps // 80))
@@ -146,9 +152,14 @@ def tokens_by_things(tokenizer: DynamicTokenizer, features_BND: Tensor, scenes: 
 @torch.no_grad()
 def empty_tokens(tokenizer: DynamicTokenizer, size: int) -> float:
     """Mean tokens of all backgrounds without a thing."""
-    pictures = torch.stack([torch.tensor(paint(STYLES[0], name, [], size)) for name in BACKGROUNDS])
-    features = tokenizer.patch_features(to_clip(pictures.permute(0, 3, 1, 2)))
+    features = tokenizer.patch_features(empty_pixels(size))
     return round(tokenizer.select(features, generator=_fixed()).counts_B.float().mean().item(), 2)
+
+
+def empty_pixels(size: int) -> Tensor:
+    """All backgrounds without a thing, normalised `[E, 3, S, S]`."""
+    pictures = torch.stack([torch.tensor(paint(STYLES[0], name, [], size)) for name in BACKGROUNDS])
+    return to_clip(pictures.permute(0, 3, 1, 2))
 
 
 def _fixed() -> torch.Generator:
