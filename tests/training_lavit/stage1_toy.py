@@ -36,11 +36,17 @@ DECODER = LavitDecoderConfig(head="lowres", tokens=PATCHES, code_dim=CODE, width
 
 
 class Repeatable(LavitStage1):
-    """Draws each picture's noise from the picture, so that it does not matter which process has it."""
+    """Draws for each picture from the picture, so that it does not matter which process has it."""
 
     def forward(self, batch: Tensor, **more: Any) -> LavitStage1Output:
-        seeds = (batch.flatten(1)[:, 0] * 1e6).round().long().abs().tolist()
-        return super().forward(batch, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **more)
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(batch).tolist()]
+        return super().forward(batch, generator=generators, **more)
+
+    def places(self, features_BND: Tensor) -> Tensor:
+        return self.seeds(features_BND) % PATCHES
+
+    def seeds(self, batch: Tensor) -> Tensor:
+        return (batch.flatten(1)[:, 0] * 1e6).round().long().abs()
 
 
 def stage1(kind: type[LavitStage1] = LavitStage1, seed: int = 0, **options: Any) -> LavitStage1:

@@ -199,7 +199,7 @@ class LavitStage1(nn.Module):
                   ) -> Tensor:
         """0, with the gradient of the expected loss in the probabilities of being kept, estimated from one patch of
         each picture that is decided the other way."""
-        place_B1 = torch.randint(kept_BN.shape[1], (len(kept_BN), 1), device=kept_BN.device)
+        place_B1 = self.places(features_BND)[:, None]
         was_B = kept_BN.gather(1, place_B1)[:, 0]
         other_BN = kept_BN ^ F.one_hot(place_B1[:, 0], kept_BN.shape[1]).bool()
         other_BN = torch.where(other_BN.any(1, keepdim=True), other_BN, kept_BN)  # the last one stays
@@ -211,6 +211,10 @@ class LavitStage1(nn.Module):
         of_keeping_B = torch.where(was_B, -change_B, change_B)
         expected = kept_BN.shape[1] * (of_keeping_B * p_keep_BN.gather(1, place_B1)[:, 0]).mean()
         return expected - expected.detach()
+
+    def places(self, features_BND: Tensor) -> Tensor:
+        """The patch of each picture whose decision is tried the other way, int64 `[B]`."""
+        return torch.randint(features_BND.shape[1], (len(features_BND),), device=features_BND.device)
 
     def codebook_points(self, batch: Tensor) -> Tensor:
         """Rows of a batch's kept patches before the quantiser `[T, C]`, for the codebook's start."""

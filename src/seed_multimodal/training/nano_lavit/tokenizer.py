@@ -30,7 +30,7 @@ from seed_multimodal.training.nano_lavit.reader import Reader, load_reader
 from seed_multimodal.training.nano_lavit.workspace import PREFIX, LavitSpace
 from seed_multimodal.training.schedules import batch_indices
 
-READ_WEIGHT = 0.4  # of what the reader says about rebuilt features
+READ_WEIGHT = 0.2  # of what the reader says about rebuilt features
 EMPTY = 0.05  # empty scenes for each of the pool, which has none: how few tokens do is seen on them
 WITHOUT_CODES = 0.3  # share of the steps
 
