@@ -48,8 +48,8 @@ def export_stage1(checkpoint: str | Path, out: str | Path, *, vision: str | Path
                   config: str | Path | None = None, force: bool = False) -> tuple[Path, Path]:
     """Write `out/tokenizer` (for `load_dynamic_tokenizer`) and `out/decoder` (for `CodeDecoder.from_pretrained`).
 
-    Stage 1 trains neither the projector to a language model nor the decoder's heads for a U-Net: both hold random
-    numbers here, for their own trainings to start from.
+    Stage 1 trains neither the projector to a language model, which is left out, nor the decoder's heads for a U-Net,
+    which hold random numbers for their own training to start from.
 
     Args:
         vision: the tower that the run was given, unless the checkpoint holds it.

@@ -232,11 +232,13 @@ class LavitStage1(nn.Module):
         last.bias.copy_(torch.tensor([keep, 1 - keep]).log())
 
     def finished(self) -> tuple[DynamicTokenizer, CodeDecoder]:
-        """The trained parts in eval mode, the codebook without its averages; the tensors are this model's own."""
+        """The trained parts in eval mode, the codebook without its averages, and without the projector, which stage 2
+        trains; the tensors are this model's own."""
         trained = self.quantize
         codebook = VectorQuantizer(trained.size, trained.dim, unit_rows=True)
         codebook.embedding.weight = nn.Parameter(trained.embedding.weight.detach())
         self.tokenizer.quantize = codebook.to(trained.embedding.weight.device)
+        self.tokenizer.vit_proj = None
         return self.tokenizer.requires_grad_(False).eval(), self.decoder.requires_grad_(False).eval()
 
 
