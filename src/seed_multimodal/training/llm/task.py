@@ -198,8 +198,7 @@ class LlmTask(Task):
 
     def acts_after(self, step: int) -> bool:
         """At evaluations."""
-        every = self.settings.eval_steps
-        return bool(every) and step % every == 0
+        return self.settings.eval_steps > 0 and step % self.settings.eval_steps == 0
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate if that was not done after this step."""
@@ -216,10 +215,9 @@ class LlmTask(Task):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """For summary.json: the data of all processes, and measures."""
-        history = self.meter.history
         return {"data": join_reports(group.gather(self.data.report())), "processes": group.world,
                 "rows": self.rows, "micro_steps": self.settings.gradient_accumulation_steps,
-                **self.meter.total, "loss": history[-1]["loss"] if history else None,
+                **self.meter.total, "loss": self.meter.history[-1]["loss"] if self.meter.history else None,
                 "evaluation": self.loop.evaluation, "checkpoint": str(self.loop.store.place)}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
@@ -250,15 +248,14 @@ class LlmTask(Task):
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Refuse another engine, model or optimiser, and with ZeRO another number of processes."""
-        names = {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model", "optimizer": "optimiser"}
-        refuse_other_kind(folder, saved, now, names, self.start_hint)
+        refuse_other_kind(folder, saved, now, {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model",
+                                               "optimizer": "optimiser"}, self.start_hint)
         if now["engine"] == "deepspeed" and saved["world_size"] != now["world_size"]:
             raise ConfigError(f"{folder}: its ZeRO shards belong to {saved['world_size']} processes, this run has "
                               f"{now['world_size']}; use {saved['world_size']}, or start from its weights in a new "
                               f"folder ({self.start_hint}). The plain engine may change their number.")
-        nouns = {"world_size": "processes", "max_steps": "steps in all (the schedule follows)",
-                 "rows_per_step": "rows a step"}
-        return other_numbers(saved, now, nouns)
+        return other_numbers(saved, now, {"world_size": "processes", "rows_per_step": "rows a step",
+                                          "max_steps": "steps in all (the schedule follows)"})
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The position in the data."""
