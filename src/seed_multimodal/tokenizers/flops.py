@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from seed_multimodal.tokenizers.lavit import LavitTokenizerConfig
 from seed_multimodal.tokenizers.lavit_decoder import LavitDecoderConfig
+from seed_multimodal.tokenizers.lavit_training import TRIED
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed1 import Seed1Config
 from seed_multimodal.tokenizers.seed2 import DOWN_WIDTHS, Seed2Config
@@ -96,23 +97,31 @@ def stage2_flops(config: Seed2Config | Seed1Config, *, freeze_qformer: bool = Tr
     return total + 3 * _reading_flops(config)
 
 
-def lavit_stage1_flops(config: LavitTokenizerConfig, decoder: LavitDecoderConfig, keep: float = 1 / 3) -> int:
-    """One image through one step of LaVIT's stage 1: the tower forward, the rest forward and backward.
+def lavit_stage1_flops(config: LavitTokenizerConfig, decoder: LavitDecoderConfig, keep: float = 1 / 3,
+                       freeze_selector: bool = False) -> int:
+    """One image through one step of LaVIT's stage 1: the tower forward, the rest forward and backward, and for one
+    picture in `TRIED` forward again. Without rows that pad a shorter picture.
 
     Args:
-        keep: share of the patches that are kept, which are looked up in the codebook; everything else sees all.
+        keep: share of the patches that are kept: only they are looked up in the codebook and read by the decoder.
+        freeze_selector: no decision is tried.
     """
     n, width, inner = config.patches, config.vit.width, decoder.width
+    kept = round(keep * n)
     selector = linear_flops(width, width + width // 2) + linear_flops(width // 2, width // 4)
     selector += linear_flops(width // 4, 2)
     merger = n * (linear_flops(width, 8 * width) + 2 * linear_flops(width, config.merger_mlp_width))
     merger = config.merger_depth * (merger + 2 * attention_flops(n, n, width))
     rows = linear_flops(width, width) + linear_flops(width, config.codebook_dim) + linear_flops(decoder.code_dim, inner)
-    block = n * (linear_flops(inner, 8 * inner) + 2 * linear_flops(inner, decoder.mlp_width))
-    back = decoder.depth * (block + 2 * attention_flops(n, n, inner))
-    back += n * (linear_flops(inner, inner) + linear_flops(inner, decoder.feature_dim))
-    search = round(keep * n) * linear_flops(config.codebook_dim, config.codebook_size)
-    return vision_flops(config.vit) + search + 3 * (n * (selector + rows) + merger + back)
+    block = n * (linear_flops(inner, 6 * inner) + 2 * linear_flops(inner, decoder.mlp_width))
+    block += kept * linear_flops(inner, 2 * inner) + attention_flops(n, n + kept, inner)
+    back = decoder.depth * block + n * (linear_flops(inner, inner) + linear_flops(inner, decoder.feature_dim))
+    search = kept * linear_flops(config.codebook_dim, config.codebook_size)
+    rebuilt = merger + kept * rows + back
+    learned = 3 * (n * selector + rebuilt)
+    if freeze_selector:
+        return vision_flops(config.vit) + search + learned - 2 * n * selector
+    return vision_flops(config.vit) + search + learned + (search + rebuilt) // TRIED
 
 
 def text_flops(config: QFormerConfig, words: int) -> int:
