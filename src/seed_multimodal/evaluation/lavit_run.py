@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from seed_multimodal.data.nano.scene import paint
-from seed_multimodal.data.nano.things import BACKGROUNDS, STYLES
+from seed_multimodal.data.nano.scene import empty_pictures
+from seed_multimodal.data.nano.things import BACKGROUNDS
 from seed_multimodal.data.nano.words import describe
 from seed_multimodal.evaluation.batched_lavit import WIDE
 from seed_multimodal.evaluation.metrics import RESAMPLES, Estimate, bootstrap, codebook_statistics
@@ -54,7 +54,7 @@ class LavitRun(SplitRun):
         """By the number of things, with its spread; empty scenes are all backgrounds. The loss is that of stage 1."""
         counts = np.array(list(map(len, self.system.tokens(self.codes.tolist()))))
         things = np.array([sum(scene.counts) for scene in self.samples.scenes])
-        empty = np.stack([paint(STYLES[0], name, [], self.system.image_size) for name in BACKGROUNDS])
+        empty = empty_pictures(self.system.image_size)
         repeats = EMPTY_DRAWS if self.system.draws else 1
         bare = self.system.codes(np.concatenate([empty] * repeats)).tolist()
         without = np.array(list(map(len, self.system.tokens(bare)))).reshape(repeats, len(empty))

@@ -153,6 +153,11 @@ def paint(style: str, background: str, drawings: Sequence[Slot], size: int, fold
     return np.asarray(canvas.reduce(OVERSAMPLE))
 
 
+def empty_pictures(size: int) -> np.ndarray:
+    """Every background without a thing, uint8 [E, size, size, 3], in the order of `BACKGROUNDS`."""
+    return np.stack([paint(STYLES[0], name, [], size) for name in BACKGROUNDS])
+
+
 def thing_mask(scene: Scene, size: int = SIZE) -> np.ndarray:
     """How much of each pixel is covered by a thing, float32 [size, size] in 0..1."""
     canvas = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.nano.scene import Scene, paint
+from seed_multimodal.data.nano.scene import Scene, empty_pictures
 from seed_multimodal.data.nano.targets import label_tensor
-from seed_multimodal.data.nano.things import BACKGROUNDS, STYLES
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer
@@ -158,8 +157,7 @@ def empty_tokens(tokenizer: DynamicTokenizer, size: int) -> float:
 
 def empty_pixels(size: int) -> Tensor:
     """All backgrounds without a thing, normalised `[E, 3, S, S]`."""
-    pictures = torch.stack([torch.tensor(paint(STYLES[0], name, [], size)) for name in BACKGROUNDS])
-    return to_clip(pictures.permute(0, 3, 1, 2))
+    return to_clip(torch.from_numpy(empty_pictures(size)).permute(0, 3, 1, 2))
 
 
 def _fixed() -> torch.Generator:
