@@ -139,6 +139,13 @@ def test_where_padding_stands(side: str, tokenizer: LavitTokenizer) -> None:
     assert set(embeds.detach()[mask == 0].flatten().tolist()) == {2.0}  # the end word pads
 
 
+@pytest.mark.parametrize("side", ["caption", "answer"])
+def test_a_row_without_a_text_ends_with_its_picture(side: str, tokenizer: LavitTokenizer) -> None:
+    features = [torch.full((2, 2), 1000.0), torch.full((1, 2), 1001.0)]
+    embeds, mask = understand_inputs(reader(tokenizer), tokenizer, features, ["", "It is a dog."], side)
+    assert embeds[0, -4:, 0].tolist() == [330, 1000, 1000, 331] and mask[0].sum() == 4 and mask[:, -1].all()
+
+
 def test_pictures_alone_and_one_text_for_all(tokenizer: LavitTokenizer) -> None:
     features = [torch.zeros(1, 2), torch.zeros(4, 2)]
     assert understand_inputs(reader(tokenizer), tokenizer, features)[1].tolist() == [[0] * 3 + [1] * 3, [1] * 6]
@@ -156,6 +163,8 @@ def test_questions_in_their_template() -> None:
     for template in ("{} or {}?", "{question}", "{", "What is it?"):
         with pytest.raises(RequestError, match="cannot be filled"):
             question_prompts(["a"], template)
+    with pytest.raises(RequestError, match="The question must be a text, not NoneType"):
+        question_prompts([None])
 
 
 # ---- what becomes of its texts

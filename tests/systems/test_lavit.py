@@ -56,6 +56,7 @@ def test_what_is_asked_in_another_form_is_one_sentence(tiny_lavit, tiny_lavit_fo
             (RequestError, "must be a list, not str", lambda: tiny_lavit.describe_all("cat.png")),
             (RequestError, "must be a list, not int", lambda: tiny_lavit.describe(picture(1), 3)),
             (RequestError, "must be a list, not int", lambda: tiny_lavit.draw("a fish", negative=3)),
+            (CodesError, "ids are rows of whole numbers", lambda: tiny_lavit.draw("a fish", negative=["blue", "red"])),
             (RequestError, "texts to draw must be a list, not str", lambda: tiny_lavit.draw_all("a fish")),
             (RequestError, "is empty", lambda: tiny_lavit.compose(["", " "])),
             (ConfigError, "number must be at most 1000", lambda: tiny_lavit.draw_all(["a fish"], number=10**6)),
@@ -79,6 +80,9 @@ def test_pictures_of_any_size_alone_and_in_a_batch(tiny_lavit):
     assert len(set(together)) == 3
     asked = tiny_lavit.ask_all(pictures, ["What is this?", "Is it a cat?", "Where?"], seed=5)
     assert asked[1] == tiny_lavit.ask(pictures[1], "Is it a cat?", seed=5)
+    begun = ["a red apple beside", "", "a"]
+    assert tiny_lavit.describe_all(pictures, begun, seed=5) == [
+        tiny_lavit.describe(one, words, seed=5) for one, words in zip(pictures, begun, strict=True)]
     assert tiny_lavit.describe_all([]) == tiny_lavit.ask_all([], []) == []
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_lavit import picture, same
 
-from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, ImageError, RequestError
 from seed_multimodal.systems import lavit_original
 from seed_multimodal.systems.lavit_original import LaVITDetokenizer, build_model
 
@@ -134,6 +134,34 @@ def test_pictures_and_words_together(draws):
         draws.multimodal_synthesis([("x", "sound")])
 
 
+def test_a_least_length_that_no_picture_reaches_does_not_forbid_its_end(draws):
+    torch.manual_seed(1)
+    asked = {"max_length": 200, "guidance_scale": 1.0}
+    ids = [draws.generate_image_tokenids(["a red apple"] * 20, min_length=least, **asked) for least in (20, 16)]
+    end = draws.system.tokenizer.vocabulary.eoi_id
+    assert (ids[0] == end).any() and not (ids[1][:, :16] == end).any()  # 20 is the released default; a picture has 16
+
+
+def test_wrong_prompts_and_pixels_are_one_sentence(draws, understands, tiny_lavit_folder):
+    pixels = torch.zeros(2, 3, 16, 16)
+    for error, words, call in (
+            (RequestError, "not 'ab'", lambda: draws.multimodal_synthesis(["ab"], **SMALL)),
+            (RequestError, "a text, not NoneType", lambda: draws.multimodal_synthesis([(None, "text")], **SMALL)),
+            (RequestError, "one picture, not 2",
+             lambda: draws.multimodal_synthesis([([picture(1), picture(2)], "image")], **SMALL)),
+            (RequestError, "prompts must be a list, not NoneType", lambda: draws.generate_image(None, **SMALL)),
+            (RequestError, "a list, not str", lambda: draws.generate_image("ab", is_token_prompt=True, **SMALL)),
+            (CodesError, "rows of whole numbers", lambda: draws.generate_image([["a"]], is_token_prompt=True, **SMALL)),
+            (CodesError, "rows of whole numbers", lambda: draws.generate_image("ab", uncond_input_ids=[5, 6], **SMALL)),
+            (ImageError, "uint8", lambda: understands.generate({"image": pixels.byte()})),
+            (ImageError, "NaN", lambda: understands.generate({"image": list(pixels * float("nan"))})),
+            (ImageError, "3, 16, 17", lambda: understands.generate({"image": [pixels[0], torch.ones(3, 16, 17)]}))):
+        with pytest.raises(error, match=words):
+            call()
+    ids = draws.generate_image_tokenids("a red apple", max_length=8, min_length=3)
+    assert draws.generate_image_embeds(ids[0]).prompt_embeds.equal(draws.generate_image_embeds(ids).prompt_embeds)
+
+
 def test_a_detokenizer_takes_pixels_of_any_size(tiny_lavit_folder):
     detokenizer = LaVITDetokenizer(tiny_lavit_folder, model_dtype="fp32").to("cpu").eval()
     pixels = torch.from_numpy(np.array(picture(1, (50, 20)))).permute(2, 0, 1)[None] / 255
@@ -144,6 +172,9 @@ def test_a_detokenizer_takes_pixels_of_any_size(tiny_lavit_folder):
     assert drawn[0].size == (40, 32) and same(*drawn)
     with pytest.raises(RequestError, match=r"\[B, 3, h, w\]"):
         detokenizer.reconstruct_from_token(pixels[0])
+    for wrong in (pixels * 255, pixels[:, :, :0]):
+        with pytest.raises(RequestError, match="in 0…1"):
+            detokenizer.reconstruct_from_token(wrong)
 
 
 def test_the_two_modes_have_different_mergers(understands, draws):

@@ -278,7 +278,7 @@ def room_for_answer(length: int, model: Any) -> int:
     context = int(model.config.max_position_embeddings)
     if length >= context:
         raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; "
-                              f"shorten the conversation.")
+                              f"make it shorter.")
     return context - length
 
 

@@ -129,7 +129,7 @@ class LavitTokenizer(MultimodalTokenizer):
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Ids → text."""
         pieces = self._sp.GetPieceSize()
-        return super().decode([id for id in self._checked(ids) if id < pieces], skip_special_tokens)
+        return super().decode([id for id in self.checked_ids(ids) if id < pieces], skip_special_tokens)
 
     def text_ids(self, text: str) -> list[int]:
         """A user's text → ids; names of control words in it are ordinary letters."""
@@ -167,10 +167,10 @@ def with_text(picture: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], side:
     `side`: "caption" leaves a text's padding between picture and text, "answer" moves it in front of both.
     """
     embeds, mask = (torch.cat(pair, dim=1) for pair in zip(picture, text, strict=True))
-    if side == "caption":
-        return embeds, mask
     width, places = picture[1].shape[1], torch.arange(mask.shape[1], device=mask.device)
     padding = (text[1] == 0).sum(dim=1, keepdim=True)
+    if side == "caption":
+        padding = padding * (padding == text[1].shape[1])  # behind padding alone, the model would go on from padding
     order = torch.where(places < padding, places + width,  # the text's padding, the picture, the text
                         torch.where(places < padding + width, places - padding, places))
     return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
@@ -218,7 +218,8 @@ def question_prompts(questions: str | Sequence[str], template: str | None = QUES
     Raises:
         RequestError: a template with other braces, or without any.
     """
-    asked = [questions] if isinstance(questions, str) else several(questions, "The questions")
+    asked = [plain_text(one, "The question") for one in (
+        [questions] if isinstance(questions, str) else several(questions, "The questions"))]
     if not template:
         return asked
     try:

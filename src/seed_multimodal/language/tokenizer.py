@@ -181,7 +181,7 @@ class MultimodalTokenizer:
         """
         texts: list[str] = []
         stretch: list[int] = []
-        for id in self._checked(ids):
+        for id in self.checked_ids(ids):
             if skip_special_tokens and id in self._special_ids:
                 continue
             if id in self._added_names:
@@ -214,13 +214,14 @@ class MultimodalTokenizer:
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Ids -> their pieces or words (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `decode`."""
         return [self._added_names[id] if id in self._added_names else self._sp.IdToPiece(id)
-                for id in self._checked(ids)]
+                for id in self.checked_ids(ids)]
 
-    def _checked(self, ids: Iterable[int]) -> list[int]:
+    def checked_ids(self, ids: Iterable[int]) -> list[int]:
+        """A row of ids as plain ints; raises CodesError for what is none, or outside the vocabulary."""
         try:
             found = list(map(operator.index, ids))
         except TypeError as error:
-            raise CodesError(f"Token ids are whole numbers ({first_line(error)}).") from error
+            raise CodesError(f"Token ids are rows of whole numbers ({first_line(error)}).") from error
         outside = next((id for id in found if not 0 <= id < self.vocabulary.size), None)
         if outside is not None:
             raise CodesError(f"Token id {outside} is outside the vocabulary of {self.vocabulary.size} words.")

@@ -130,16 +130,22 @@ class LavitLanguage:
         rows = [self.tokenizer.drawing_ids(prompt) for prompt in prompts]
         against = None
         if negative is not None:
-            ids = self.tokenizer.text_ids(negative) if isinstance(negative, str) else several(
-                negative, "The negative words")
+            words = self.tokenizer
+            ids = words.text_ids(negative) if isinstance(negative, str) else words.checked_ids(
+                several(negative, "The negative words"))
             against = [[*ids, self.words.boi_id]]
         return self.write_ids(rows, settings, seeds, against, log)
 
     def write_ids(self, rows: Sequence[Sequence[int]], settings: CodeSettings, seeds: Seeds,
                   negative: Sequence[Sequence[int]] | None = None, log: Log = None) -> list[WrittenPicture]:
-        """As `write`, of prompts as ids, and of negative ones as `generate_codes` takes them."""
+        """As `write`, of prompts as ids, and of negative ones as `generate_codes` takes them. Of a model whose pictures
+        have fewer codes than `min_new_tokens`, as the released 20, any picture is long enough."""
         most = self.words.tokens_per_image  # the decoder has places for so many
-        settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, most + 1))
+        least = settings.min_new_tokens if settings.min_new_tokens <= most else 1
+        settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, most + 1), min_new_tokens=least)
+        rows = [self.tokenizer.checked_ids(row) for row in several(rows, "The prompts")]
+        if negative is not None:
+            negative = [self.tokenizer.checked_ids(row) for row in several(negative, "The negative prompts")]
         with Progress("codes", settings.max_new_tokens, "code", log=log) as bar, self._lock, self.resident():
             written = generate_codes(self.llm, self.words, rows, settings, negative=negative, seeds=seeds,
                                      watch=bar.update, pad_id=self.tokenizer.pad_id)

@@ -25,7 +25,7 @@ from torch import Tensor
 from seed_multimodal.device import DTYPES, choose_device
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.transforms import ImageTransform, normalise, seed_image_processor
-from seed_multimodal.language.lavit import QUESTION, QuestionProcessor
+from seed_multimodal.language.lavit import QUESTION, QuestionProcessor, several
 from seed_multimodal.language.lavit_generation import CodeSettings
 from seed_multimodal.language.padding import padded_left
 from seed_multimodal.systems.lavit import Lavit
@@ -193,11 +193,12 @@ class LaVITforGeneration(_Model):
             options: of `generate_image`.
         """
         ids: list[int] = []
-        for value, kind in prompts:
-            if kind not in ("image", "text"):
-                raise RequestError(f"A part of the prompt is an image or a text, not {kind!r}.")
-            part = value if kind == "text" else self.pictures.tokenize(value, seed=None)[0].tolist()
-            ids += self.system.tokenizer.drawing_ids([part])
+        for pair in several(prompts, "What is drawn together"):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or pair[1] not in ("image", "text"):
+                raise RequestError(f"A part of the prompt is (file, 'image') or (words, 'text'), not {pair!r:.80}.")
+            words = self.system.tokenizer
+            ids += words.text_ids(pair[0]) if pair[1] == "text" else words.drawing_ids(
+                [self.pictures.codes_of(pair[0], None)])
         options |= {"guidance_scale_for_llm": guidance_scale_for_llm, "is_token_prompt": True}
         return self.generate_image([ids], **options)
 
@@ -213,10 +214,9 @@ class LaVITforGeneration(_Model):
             number=num_return_images, length_penalty=length_penalty, max_new_tokens=max_length,
             min_new_tokens=min_length, guidance=guidance_scale, legacy_max_length=legacy_max_length and is_token_prompt)
         words = self.system.tokenizer
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
-        rows = [[int(id) for id in one] if is_token_prompt else words.text_ids(one) for one in several]
-        against = None if uncond_input_ids is None else [[int(id) for id in row] for row in uncond_input_ids]
-        written = self.system.language.write_ids(rows, settings, None, against)
+        rows = prompts if is_token_prompt else [
+            words.text_ids(one) for one in ([prompts] if isinstance(prompts, str) else several(prompts, "The prompts"))]
+        written = self.system.language.write_ids(rows, settings, None, uncond_input_ids)
         return padded_left([one.ids for one in written], words.pad_id)[0]
 
     def generate_image_embeds(self, image_tokens: Any) -> Conditions:
@@ -227,9 +227,9 @@ class LaVITforGeneration(_Model):
 
     def _codes(self, ids: Any) -> list[Tensor]:
         """Ids that are no codes are left out; `CodesError` for a row without any."""
-        codes = [self.system.tokenizer.vocabulary.codes_of(row) for row in ids]
-        return self.pictures.check_codes([row[:self.system.tokenizer.vocabulary.tokens_per_image]
-                                                 for row in codes])
+        words = self.system.tokenizer.vocabulary
+        rows = ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids
+        return self.pictures.check_codes([words.codes_of(row)[:words.tokens_per_image] for row in rows])
 
 
 class LaVITDetokenizer(_Model):
@@ -246,7 +246,8 @@ class LaVITDetokenizer(_Model):
         num_inference_steps: int = 50, guidance_scale: float = 5.0,
     ) -> list[Image.Image]:
         """Pictures in 0…1 `[B, 3, h, w]` of any size, drawn again."""
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point() or (
+                0 in x.shape[2:] or bool(((x < -0.25) | (x > 1.25)).any())):  # resizing may leave 0…1 a little
             raise RequestError("reconstruct_from_token takes pictures in 0…1 as a floating tensor [B, 3, h, w].")
         writer = self.pictures.writer
         assert writer is not None

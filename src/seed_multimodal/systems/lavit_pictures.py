@@ -9,7 +9,7 @@ on the picture and the seed, never on the rest of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -101,17 +101,16 @@ class LavitPictures(PictureHalf):
     @torch.inference_mode()
     def _encoded(self, encode: Callable[..., list[Tensor]], model: DynamicTokenizer, pictures: Any, seed: Any,
                  selection: str | None) -> list[Tensor]:
-        several: list[Any] = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
-        if isinstance(pictures, Tensor):
-            several = list(_checked_pixels(pictures))
+        several: list[Any] = list(pictures) if isinstance(pictures, (list, tuple, Tensor)) else [pictures]
+        size = model.config.vit.image_size
         generators: list[torch.Generator] | None = None
         if seed is not None:
             generators = [torch.Generator().manual_seed(one) for one in one_seed_each(seed, len(several))]
         found: list[Tensor] = []
         for start in range(0, len(several), AT_ONCE):
             part = slice(start, start + AT_ONCE)
-            pixels = torch.stack([one if isinstance(one, Tensor) else model.transform(self.open(one))
-                                  for one in several[part]])
+            pixels = torch.stack([_checked_pixels(one, size) if isinstance(one, Tensor) else
+                                  model.transform(self.open(one)) for one in several[part]])
             with self.reading():
                 rows = encode(pixels.to(model.device), mode=selection or self.selection,
                               generator=None if generators is None else generators[part])
@@ -158,6 +157,8 @@ class LavitPictures(PictureHalf):
     def codes_of(self, part: Any, seed: int | None, selection: str | None = None) -> list[int]:
         """The codes of a picture, or given ones, checked."""
         rows = self.check_codes([part]) if is_codes(part) else self.tokenize(part, seed=seed, selection=selection)
+        if len(rows) != 1:
+            raise RequestError(f"A part of a prompt is one picture, not {len(rows)}.")
         return [int(code) for code in rows[0]]
 
     def refuse_first(self, first: Any) -> None:
@@ -224,10 +225,11 @@ def _tell(bar: Progress, done: int, total: int) -> None:
     bar.update(step=f"{done} of {total}")
 
 
-def _checked_pixels(pixels: Tensor) -> Iterator[Tensor]:
-    """Ready pixels `[B, 3, S, S]` one by one; `ImageError` for other tensors, or what is no number."""
-    if pixels.ndim != 4 or not pixels.is_floating_point():
-        raise ImageError(f"Pixels must be a floating tensor [B, 3, S, S], got {list(pixels.shape)}.")
+def _checked_pixels(pixels: Tensor, size: int) -> Tensor:
+    """Ready pixels of one picture in float32; `ImageError` for other tensors, or what is no number."""
+    if pixels.shape != (3, size, size) or not pixels.is_floating_point():
+        raise ImageError(f"Pixels must be a floating tensor [B, 3, {size}, {size}]; of one picture there are "
+                         f"{list(pixels.shape)}, {str(pixels.dtype).removeprefix('torch.')}.")
     if not bool(torch.isfinite(pixels).all()):
         raise ImageError("The pixels hold NaN or infinity.")
-    yield from pixels
+    return pixels.float()
