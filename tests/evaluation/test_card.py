@@ -54,6 +54,21 @@ def test_damaged_records_and_missing_folders_are_refused(tmp_path: Path) -> None
         write_card(tmp_path / "nowhere", tmp_path, DATA, "the command")
 
 
+@pytest.mark.process
+def test_a_lavits_card_names_its_own_script_and_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "pretrained" / "nano-lavit"
+    save_state_dict({"weight": torch.zeros(3, 4)}, model / "llm" / "model.safetensors")
+    (model / "system.json").write_text('{"system": "lavit"}')
+    record(tmp_path / "runs" / "full", "tokenizer.done.json", stage="tokenizer", codes_used=31)  # nano's
+    with pytest.raises(DataError, match=r"runs/nano_lavit-full: no stage has left a record"):
+        write_card(Path("nano-lavit"), None, DATA)
+    record(tmp_path / "runs" / "nano_lavit-full", "tokenizer.done.json", stage="tokenizer", cosine=0.19)
+    assert write_card(Path("nano-lavit"), None, DATA).resolve() == model / "README.md"
+    text = (model / "README.md").read_text()
+    assert "`bash scripts/nano_lavit_speedrun.sh`" in text and "| cosine 0.19 |" in text and "| `llm` | 12 |" in text
+
+
 def test_a_work_folder_without_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no stage has left a record"):
         write_card(tmp_path, tmp_path, DATA, "the command")

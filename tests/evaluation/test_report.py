@@ -221,6 +221,15 @@ def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert "no split 'vol' (did you mean 'val'?)" in capsys.readouterr().err
 
 
+def test_a_report_goes_into_its_own_systems_folder(tmp_path: Path) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "pretrained"
+    assert report.report_folder("nano").resolve() == shipped / "nano" / "report"
+    assert report.report_folder("nano-x").resolve() == shipped / "nano-x" / "report"
+    assert report.report_folder(tmp_path) == tmp_path / "report"
+    assert report.report_folder("nano", tmp_path) == tmp_path
+    assert report.report_folder("8b") == report.report_folder(tmp_path / "none") == Path("outputs/report")
+
+
 def test_which_judge_scores(tmp_path: Path) -> None:
     shipped = Path(__file__).resolve().parents[2] / "pretrained" / "nano" / "judge"
     assert report.find_judge("nano", None).resolve() == shipped

@@ -22,6 +22,7 @@ from seed_multimodal.disk import read_json_object, replace_text, writing
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
+from seed_multimodal.hub import locate_system
 from seed_multimodal.systems.open_system import kind_of
 from seed_multimodal.weights import count_parameters
 
@@ -37,6 +38,8 @@ class Line:
     title: str
     about: str  # after the size of its pictures
     stages: tuple[str, ...]
+    script: str = "nano_speedrun.sh"
+    work: str = "runs/full"
 
 
 LINES = {
@@ -47,25 +50,30 @@ LINES = {
     "seed_x": Line(
         "SEED nano-x", "A tiny SEED-X: a small LLaMA reads and writes {side}pictures of scenes of emoji-like drawings "
         "as features, finds things by boxes and edits with the picture at hand, through an SDXL-class decoder.",
-        ("tower", "layout", "first", "second", "sft")),
+        ("tower", "layout", "first", "second", "sft"), "nano_x_speedrun.sh",
+        "runs/nano_x-full"),
     "lavit": Line(
         "LaVIT nano", "A tiny LaVIT: a {side}picture of a scene of emoji-like drawings becomes as many tokens as there "
         "is to see, a small LLaMA reads them and writes them, and an SDXL-class decoder draws them again, in two "
-        "ratios.", ("reader", "tokenizer", "layout", "pixels", "language")),
+        "ratios.", ("reader", "tokenizer", "layout", "pixels", "language"), "nano_lavit_speedrun.sh",
+        "runs/nano_lavit-full"),
 }
 
 
-def write_card(model: Path, work: Path, data: Path, command: str, note: str = "") -> Path:
+def write_card(model: Path, work: Path | None, data: Path, command: str = "", note: str = "") -> Path:
     """Write `model/README.md` from the records in `work`, `model/report/report.md` and `data/manifest.json`.
 
     Args:
-        command: how the run was started, as a reader would type it.
+        model: the system's folder, or the name of one that ships.
+        work: of the run; None: where the system's own script works.
+        command: how the run was started, as a reader would type it; "": by that script.
         note: what a reader must know about this run, in sentences.
 
     Raises:
         DataError: a stage's record is missing or unreadable.
     """
-    line = LINES[kind_of(model)]
+    model, line = locate_system(model) or model, LINES[kind_of(model)]
+    work, command = work or Path(line.work), command or f"bash scripts/{line.script}"
     run = [stage for stage in line.stages if _file(work, stage).is_file()]
     if not run:
         raise DataError(f"{work}: no stage has left a record (NAME.done.json) in this work folder.")
@@ -180,9 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the card; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m seed_multimodal.evaluation.card", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("pretrained/nano"))
-    parser.add_argument("--work", type=Path, default=Path("runs/full"), help="the work folder of the speed run")
+    parser.add_argument("--work", type=Path, help="the work folder of the speed run (default: that of the system's own "
+                        "script, runs/full of nano)")
     parser.add_argument("--data", type=Path, default=Path("data/nano"))
-    parser.add_argument("--command", default="bash scripts/nano_speedrun.sh", help="how the run was started")
+    parser.add_argument("--command", default="", help="how the run was started (default: by the system's own script)")
     parser.add_argument("--note", default="", help="what a reader must know about this run")
 
     def work(options: argparse.Namespace) -> int:

@@ -37,6 +37,7 @@ from seed_multimodal.evaluation.split_run import SplitRun
 from seed_multimodal.evaluation.tasks import System
 from seed_multimodal.evaluation.tokenizer_open import find_judge
 from seed_multimodal.evaluation.x_run import XRun
+from seed_multimodal.hub import locate_system
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import nearest
 from seed_multimodal.systems.open_system import kind_of
@@ -93,6 +94,14 @@ def write_report(report: dict[str, Any], runs: Sequence[SplitRun], out: Path) ->
         replace_text(out / "report.md", markdown(plain(report), sheets))
 
 
+def report_folder(model: str | Path, given: str | Path | None = None) -> Path:
+    """The folder that is meant: `given`, or `report` in the system's own, or in outputs if its parts lie apart."""
+    if given is not None:
+        return Path(given)
+    home = locate_system(model)
+    return (home if home is not None and home.is_dir() else Path("outputs")) / "report"
+
+
 def build_report(options: argparse.Namespace, log: Log) -> Path:
     """Load everything, measure, write; returns the folder."""
     for name, least in (("limit", 1), ("batch", 1), ("seed", 0)):
@@ -100,7 +109,7 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
             raise ConfigError(f"--{name} must be at least {least}, not {getattr(options, name)}.")
     start, splits, sizes = time.monotonic(), read_splits(options.splits), Sizes.limited(options.limit)
     judge_folder = find_judge(options.model, options.judge)
-    out = Path(options.out)
+    out = report_folder(options.model, options.out)
     try:  # now: a report takes minutes
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -128,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      "card.")
     parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
     parser.add_argument("--judge", default=None, help="the judge's folder (default: MODEL/judge, or the shipped one)")
-    parser.add_argument("--out", default="pretrained/nano/report", help="folder to write into")
+    parser.add_argument("--out", default=None, help="folder to write into (default: report in the system's folder, "
+                        "in outputs for parts that lie apart)")
     parser.add_argument("--splits", default=",".join(HELD_OUT_SPLITS))
     parser.add_argument("--limit", type=int, default=Sizes.scenes, help="scenes a split (default: %(default)s, the "
                         "full report; all else in proportion)")
