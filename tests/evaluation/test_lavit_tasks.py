@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import warm_python
 from PIL import Image
 
 from seed_multimodal.cli import main
-from seed_multimodal.data.formats.benchmark_files import Annotation
+from seed_multimodal.data.formats.benchmark_files import Annotation, Annotations
 from seed_multimodal.data.formats.caption_files import read_captions
-from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.evaluation.asking import AnySystem
-from seed_multimodal.evaluation.benchmark_work import QuestionRules
+from seed_multimodal.errors import CheckpointError, ConfigError, ImageError
+from seed_multimodal.evaluation.asking import AnySystem, model_facts
+from seed_multimodal.evaluation.benchmark_work import ANSWERABLE, QuestionRules, unreachable
 from seed_multimodal.evaluation.drawing_work import BestOf
 from seed_multimodal.evaluation.lavit_tasks import Task, find_truth, question_rules, run_task, task_work
+from seed_multimodal.evaluation.picture_scores import Distance
 from seed_multimodal.language.lavit import QuestionProcessor
+from seed_multimodal.systems.lavit_files import find_lavit
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 5
@@ -110,13 +115,87 @@ def test_vizwiz_asks_first_whether_there_is_an_answer(world, tiny_lavit):
     for line in lines(world / "out"):
         assert rules.refuses(line["answerable"]) <= (line["answer"] == "unanswerable")
     picture = Image.open(world / "VizWiz_val_00000003.jpg")
-    asked = [tiny_lavit.ask(picture, text, seed=42) for text in ('is the question what is no 3? answerable?',
+    asked = [tiny_lavit.ask(picture, text, seed=42) for text in ('Is the question: "what is no 3?" answerable?',
                                                                  "what is no 3?")]
     line = next(line for line in lines(world / "out") if line["id"] == 3)
-    assert QuestionProcessor()('Is the question: "What is No. 3?" answerable?') == \
-        'is the question what is no 3? answerable?'
+    assert QuestionProcessor()("What is No. 3?") == "what is no 3?"
     assert (line["answerable"], line["answer"]) == (
         asked[0], "unanswerable" if rules.refuses(asked[0]) else asked[1].removesuffix("."))
+
+
+def test_the_request_around_a_question_is_not_made_plain(tiny_lavit):
+    """The set's rules for questions hold for the question, and so does their limit of 50 words."""
+    class Echo:
+        spec, llm = tiny_lavit.spec, tiny_lavit.llm
+
+        def ask_all(self, seen, texts):
+            return texts
+
+    asked = AnySystem(Echo(), question=QuestionProcessor())
+    said, = asked.ask(["picture"], ["What: " + "so " * 60], ANSWERABLE)
+    assert said == f'Is the question: "what {"so " * 48}so" answerable?'
+
+
+def test_questions_that_no_answer_gets_right_are_told(tmp_path):
+    answers = {0: ["a red fox"] * 10, 1: ["fox"], 2: ["fox"] * 10, 3: ["Yes"] * 10}
+    write(tmp_path / "a.json", [{"image": "x.jpg", "question": "What?", "question_id": key, "answers": several}
+                               for key, several in answers.items()])
+    annotated = Annotations(tmp_path / "a.json")
+    few, lost = unreachable(list(answers), annotated, QuestionRules())
+    assert few.startswith("1 question of 4 (first 1) have fewer than 4 annotated answers")
+    assert lost.startswith("No answer can be right for 2 questions of 4 (first 0)")
+    assert unreachable([2], annotated, QuestionRules()) == []
+    assert unreachable([1, 2], annotated, QuestionRules(exact=True)) == []  # one right answer is enough there
+    lower, = unreachable([0, 2, 3], annotated, QuestionRules(lavit=True, lemmas=str))  # lemmas are in lower case
+    assert lower.startswith("No answer can be right for 1 question of 3")
+
+
+def test_a_model_that_was_trained_again_in_its_folder_is_another(tiny_lavit, tiny_lavit_folder, tmp_path):
+    copy = Path(shutil.copytree(tiny_lavit_folder, tmp_path / "copy"))
+    system = SimpleNamespace(llm=tiny_lavit.llm, spec=find_lavit(copy))
+    before = model_facts(system)
+    assert model_facts(system) == before
+    for part in ("llm", "decoder", "pixels/unet"):
+        file = next((copy / part).glob("*.safetensors"))
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        again = model_facts(system)
+        assert {key for key in again if again[key] != before[key]} == {"weights"}, part
+        before = again
+
+
+def test_a_real_picture_that_cannot_be_read_is_told_before_drawing(world, tiny_lavit):
+    """FID needs it when all is drawn; then nothing could be summed up."""
+    texts = read_captions(world / "coco_t2i_eval.json")
+    broken = world / "VizWiz_val_00000001.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    best = BestOf(AnySystem(tiny_lavit), world / "coco_t2i_eval.json", texts, world, count=1, distance=Distance())
+    assert best.read(0) == (0, "a fox")
+    with pytest.raises(ImageError, match="VizWiz_val_00000001"):
+        best.read(1)
+
+
+def test_each_text_of_a_list_is_drawn(world, tiny_lavit):
+    """COCO's prompts name some pictures twice; PartiPrompts names none."""
+    picture = "VizWiz_val_00000001.jpg"
+    write(world / "list.json", [{"image": picture, "text": "a"}, {"image": picture, "text": "b"}, {"text": "c"},
+                                {"image": picture, "text": " "}])
+    texts = read_captions(world / "list.json", drawn=True)
+    assert [(one.key, one.picture, one.captions) for one in texts if not one.problem] == [
+        (1, picture, ["a"]), ("item 1", picture, ["b"]), ("item 2", "", ["c"])]
+    assert [one.key for one in texts if one.problem] == ["item 3"]
+    assert [one.captions for one in read_captions(world / "list.json") if not one.problem] == [["a", "b"]]
+    write(world / "several.json", [{"image": picture, "caption": text} for text in "ab"])
+    assert [one.captions for one in read_captions(world / "several.json", drawn=True)] == [["a", "b"]]
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    network.num_features = 3
+    best = BestOf(AnySystem(tiny_lavit), world / "list.json", texts, world, 1, distance=Distance(8, None, network))
+    drawn = [{"id": key, "picture": picture} for key in (1, "item 1", "item 2")]
+    bad = {"id": "item 3", "bad": "empty"}
+    assert best.numbers([*drawn, bad])["notes"] == [
+        f"FID is not computed: {world / 'list.json'} names no picture for 1 of 3 captions."]
+    assert best.numbers([*drawn[:2], bad])["fid"] == pytest.approx(0, abs=1e-2)  # the text that is bad needs none
 
 
 def test_gqas_answers_are_right_or_wrong_and_missing_spacy_is_told(world, tiny_lavit, capsys):

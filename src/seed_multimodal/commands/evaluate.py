@@ -146,7 +146,7 @@ def evaluate_text2image(args: argparse.Namespace) -> int:
     from seed_multimodal.evaluation.picture_scores import ClipScores, Distance, find_clip
     from seed_multimodal.systems.lavit import Lavit
 
-    texts = read_captions(args.captions, args.split)
+    texts = read_captions(args.captions, args.split, drawn=True)
     place = find_clip(args.clip, Path(args.model)) if args.best_of > 1 or args.clip else None
     system = _loaded(args)
     drawing = {**(DRAWING if isinstance(system, Lavit) else {}), **drawing_settings(args), **generation_settings(args)}
@@ -163,7 +163,7 @@ def _draw(args: argparse.Namespace) -> int:
     from seed_multimodal.evaluation.asking import Benchmark
     from seed_multimodal.evaluation.drawing_work import DRAWING, DRAWING_GUIDANCE, Drawing
 
-    texts = (read_captions(args.captions, args.split) if args.captions else
+    texts = (read_captions(args.captions, args.split, drawn=True) if args.captions else
              [CaptionedPicture(number, "built in", "", [text]) for number, text in enumerate(CAPTIONS, 1)])
     decode = {"guidance_scale": DRAWING_GUIDANCE, **drawing_settings(args)}
     benchmark = _asked(args, DRAWING)

@@ -60,7 +60,8 @@ def add_text2image(parser: argparse.ArgumentParser) -> None:
     """What is drawn."""
     data = parser.add_argument_group("captions")
     data.add_argument("--captions", metavar="JSON", required=True, help="captions with their pictures, as for seed "
-                      "eval caption, or a list with image and text; each picture's first is drawn")
+                      "eval caption (each picture's first is drawn), or a list with image and text (each is drawn); a "
+                      ".txt, or texts alone, have no pictures for FID")
     data.add_argument("--split", default="test", help="of Karpathy's file (default: %(default)s)")
     data.add_argument("--images", metavar="DIR", help="folder of the pictures")
     data.add_argument("--best-of", type=whole_number(1), default=4, metavar="N", help="drawings of a caption, of which "

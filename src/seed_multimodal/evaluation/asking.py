@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +21,14 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.formats.pictures import HeldPicture, find_picture
+from seed_multimodal.disk import sampled_hash
 from seed_multimodal.evaluation.batched import BatchedSystem
 from seed_multimodal.images.open import open_image
 from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.prompts import Turn
 
 PROMPTS = ("chat", "plain")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 PLAIN_QUESTION = "Question: {}\nAnswer:"
 # Of the released captioning evaluation (its temperature 0.7 has no effect without sampling).
 CAPTIONING = GenerationSettings(temperature=0.7, num_beams=5, max_new_tokens=120, do_sample=False)
@@ -43,8 +46,8 @@ class Asked(Protocol):
     def describe(self, seen: Sequence[Any], prompt: str = "") -> list[str]:
         """A caption of each picture; `prompt`: its first words, or the request, as the system has it."""
 
-    def ask(self, seen: Sequence[Any], questions: Sequence[str]) -> list[str]:
-        """A short answer to each question about its picture."""
+    def ask(self, seen: Sequence[Any], questions: Sequence[str], template: str = "{}") -> list[str]:
+        """A short answer to each question about its picture; `template`: a request that holds the question."""
 
     def facts(self) -> dict[str, Any]:
         """What answers depend on."""
@@ -74,10 +77,11 @@ class Benchmark:
         """See `Asked`; `prompt`: first words of a plain caption."""
         return self.say(seen, [self.system.inner.tasks.describe] * len(seen), [prompt] * len(seen))
 
-    def ask(self, seen: Sequence[Tensor], questions: Sequence[str]) -> list[str]:
+    def ask(self, seen: Sequence[Tensor], questions: Sequence[str], template: str = "{}") -> list[str]:
         """See `Asked`."""
-        return self.say(seen, [self.system.inner.tasks.question(one) for one in questions],
-                        [PLAIN_QUESTION.format(one) for one in questions])
+        texts = [template.format(one) for one in questions]
+        return self.say(seen, [self.system.inner.tasks.question(one) for one in texts],
+                        [PLAIN_QUESTION.format(one) for one in texts])
 
     def say(self, pixels: Sequence[Tensor], chat: Sequence[str], plain: Sequence[str]) -> list[str]:
         """The answers to a request about each picture. A plain answer ends with its line, since the pretrained model
@@ -131,9 +135,9 @@ class AnySystem:
             return list(self.system.describe_all(seen, prompt or None, **self.options))
         return [self.system.describe(one, prompt or None, **self.options) for one in seen]
 
-    def ask(self, seen: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+    def ask(self, seen: Sequence[Image.Image], questions: Sequence[str], template: str = "{}") -> list[str]:
         """See `Asked`."""
-        texts = [self.question(one) for one in questions]
+        texts = [template.format(self.question(one)) for one in questions]
         if hasattr(self.system, "ask_all"):
             return list(self.system.ask_all(seen, texts, **self.options))
         return [self.system.ask(one, text, **self.options) for one, text in zip(seen, texts, strict=True)]
@@ -152,7 +156,16 @@ class AnySystem:
 
 
 def model_facts(system: Any) -> dict[str, Any]:
-    """Which weights a system has, and in what precision."""
+    """Which weights a system has, and in what precision; a folder that was trained again has others."""
     bits = next((bits for bits in ("8bit", "4bit") if getattr(system.llm, f"is_loaded_in_{bits}", False)), None)
     return {"model": system.spec.name, "llm": str(system.spec.llm),
-            "dtype": str(system.llm.dtype).removeprefix("torch."), "quantization": bits}
+            "dtype": str(system.llm.dtype).removeprefix("torch."), "quantization": bits,
+            "weights": _weights_mark(system.spec)}
+
+
+def _weights_mark(spec: Any) -> str:
+    """A hash over the weights of all parts, of a few places of each file."""
+    places = {Path(value) for value in vars(spec).values() if isinstance(value, Path)}
+    files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*"))
+             if file.suffix in WEIGHTS and file.is_file()}
+    return hashlib.sha256("".join(sorted(map(sampled_hash, files))).encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,6 +20,7 @@ from seed_multimodal.data.formats.benchmark_files import Annotation, Annotations
 from seed_multimodal.data.formats.caption_files import CaptionedPicture
 from seed_multimodal.data.formats.pictures import HeldPicture
 from seed_multimodal.disk import sha256_of
+from seed_multimodal.errors import counted
 from seed_multimodal.evaluation.answer_folder import Line, Score, Work
 from seed_multimodal.evaluation.asking import Asked
 from seed_multimodal.evaluation.java_scores import java_scores
@@ -27,6 +28,7 @@ from seed_multimodal.evaluation.vqa_accuracy import UNANSWERABLE, lavit_answer, 
 from seed_multimodal.language.caption_scores import caption_scores
 
 ANSWERABLE = 'Is the question: "{}" answerable?'  # LaVIT's evaluation on VizWiz asks this first
+FULL = 4  # so many annotators, if they agree, make an answer wholly right: three of the others
 NO_LEMMAS = ("Answers and annotations were compared as they stand, not by their dictionary forms, because spaCy or its "
              "model en_core_web_sm is not there; accuracies can be lower by a little.")
 T = TypeVar("T")
@@ -94,7 +96,7 @@ def question_work(asked: Asked, questions: Questions, annotations: Annotations |
     def answer(block: list[tuple[Question, Any]]) -> list[Line]:
         lines: list[Line] = [{} for _ in block]
         if rules.answerable:
-            doubts = asked.ask([seen for _, seen in block], [ANSWERABLE.format(one.text) for one, _ in block])
+            doubts = asked.ask([seen for _, seen in block], [one.text for one, _ in block], ANSWERABLE)
             lines = [{"answerable": text, **({"answer": UNANSWERABLE} if rules.refuses(text) else {})}
                      for text in doubts]
         left = [row for row, line in enumerate(lines) if "answer" not in line]
@@ -110,9 +112,11 @@ def question_work(asked: Asked, questions: Questions, annotations: Annotations |
     def numbers(lines: Sequence[Line]) -> dict[str, Any]:
         if annotations is None:
             return {}
-        found = _accuracies([line for line in lines if line["id"] not in questions.problems], annotations, rules)
+        asked_for = [line for line in lines if line["id"] not in questions.problems]
         plain = rules.lemmas is not None and not getattr(rules.lemmas, "uses_spacy", True)
-        return {**found, "notes": [NO_LEMMAS]} if plain else found
+        notes = [*([NO_LEMMAS] if plain else []), *unreachable([line["id"] for line in asked_for], annotations, rules)]
+        found = _accuracies(asked_for, annotations, rules)
+        return {**found, "notes": notes} if notes else found
 
     samples = PictureSamples(questions.keys, questions.read, lambda one: asked.see(one.picture, path, one.name),
                              lambda one: one.picture)
@@ -134,6 +138,29 @@ def _accuracies(lines: Sequence[Line], annotations: Annotations, rules: Question
     means = {name: {kind: round(sum(values) / len(values), 2) for kind, values in kinds.items() if kind}
              for name, kinds in sums.items()}
     return {"accuracy": round(total / max(1, len(lines)), 2), **means}
+
+
+def unreachable(keys: Sequence[int | str], annotations: Annotations, rules: QuestionRules) -> list[str]:
+    """A sentence on the questions that even the annotators' own answers get wrong."""
+    lost, few = list[int | str](), list[int | str]()
+    if rules.lemmas is not None:
+        rules = replace(rules, lemmas=str.lower)  # enough to know, and quick
+    for key in keys:
+        truth = annotations.read(key)
+        if not rules.exact and len(truth.answers) < FULL:
+            few.append(key)
+        elif not any(rules.accuracy(one, truth) for one in truth.answers):
+            lost.append(key)
+    notes = []
+    if few:
+        notes.append(f"{counted(len(few), 'question')} of {len(keys):,} (first {few[0]}) have fewer than {FULL} "
+                     "annotated answers, of which accuracy is by agreement with three others: it cannot be full. "
+                     "--dataset gqa compares with one right answer.")
+    if lost:
+        notes.append(f"No answer can be right for {counted(len(lost), 'question')} of {len(keys):,} (first {lost[0]}): "
+                     "answers are compared in lower case, without articles and punctuation, and the annotated ones are "
+                     "not written so.")
+    return notes
 
 
 def caption_work(asked: Asked, path: Path, pictures: Sequence[CaptionedPicture], prompt: str = "",

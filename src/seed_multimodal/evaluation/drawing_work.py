@@ -15,7 +15,6 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal.data.formats.caption_files import CaptionedPicture
-from seed_multimodal.data.formats.pictures import find_picture
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import ConfigError, GenerationError, ImageError, counted
@@ -132,9 +131,11 @@ class BestOf:
         return [one.key for one in self.texts]
 
     def read(self, number: int) -> tuple[int, str]:
-        """The caption with its number. Raises BadRecord: an empty one. ImageError: its picture is not there."""
-        if self.distance is not None and self.texts[number].checked().picture != "":
-            find_picture(self.texts[number].picture, self.asked.images, self.path, self.texts[number].name)
+        """The caption with its number. Raises BadRecord: an empty one. ImageError: its picture, which FID needs at the
+        end of the run, cannot be read."""
+        one = self.texts[number].checked()
+        if self.distance is not None and one.picture != "":
+            self.asked.see(one.picture, self.path, one.name)
         return number, caption_text_of(self.texts[number])
 
     def answer(self, block: list[tuple[int, str]]) -> list[Line]:
@@ -168,8 +169,9 @@ class BestOf:
         return {**found, "notes": notes} if notes else found
 
     def _no_distance(self, good: Sequence[Line]) -> str:
-        if any(one.picture == "" for one in self.texts):
-            return f"FID is not computed: {self.path} names no pictures."
+        known = {one.key: one.picture for one in self.texts}
+        if bare := sum(known[line["id"]] == "" for line in good):
+            return f"FID is not computed: {self.path} names no picture for {bare:,} of {counted(len(good), 'caption')}."
         if len(good) < 2:
             return "FID is not computed: it needs two drawings at least."
         return self.distance.missing() if self.distance is not None else ""

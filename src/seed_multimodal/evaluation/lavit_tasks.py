@@ -108,7 +108,8 @@ def task_work(system: Lavit, task: Task) -> tuple[Work[Any], Score]:
         device = system.pictures.device
         clip = ClipScores.load(find_clip(task.clip, *([task.weights] if task.weights else [])), device, task.clip_words)
         distance = Distance(task.resolution, task.inception, device=device)
-        return BestOf(asked, file, read_captions(file), task.folder, DRAWN, 0, clip, distance).work(task.limit)
+        texts = read_captions(file, drawn=True)
+        return BestOf(asked, file, texts, task.folder, DRAWN, 0, clip, distance).work(task.limit)
     truth = task.truth or find_truth(QUESTIONS[task.dataset], file)
     questions, answers = Questions(file), Annotations(truth or file)
     answers.require(questions, task.limit)

@@ -27,6 +27,7 @@ from seed_multimodal.data.formats.records import FileRecords, open_file
 from seed_multimodal.errors import DataError, first_line
 
 LISTS = (".jsonl", ".parquet")
+PICTURE_NAMES = ("image", "file_name", "image_id")
 _HEAD = 1 << 16  # bytes in which GQA's file shows what it is
 T = TypeVar("T")
 
@@ -213,7 +214,7 @@ def text_of(item: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def picture_of(item: Mapping[str, Any], where: str) -> int | str | HeldPicture:
-    value = next((item[name] for name in ("image", "file_name", "image_id") if item.get(name) not in (None, "")), None)
+    value = next((item[name] for name in PICTURE_NAMES if item.get(name) not in (None, "")), None)
     if isinstance(value, bool) or not isinstance(value, int | str | HeldPicture):
         raise BadRecord("missing key", f"{where}: names no picture (image, file_name or image_id).")
     return value

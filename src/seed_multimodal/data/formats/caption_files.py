@@ -2,8 +2,9 @@
 
     COCO captions           {"images": [{id, file_name}], "annotations": [{image_id, caption}]}; NoCaps, Flickr30k too
     Karpathy's split        {"images": [{filepath, filename, cocoid, split, sentences: [{raw}]}]}
-    lists, as LAVIS's       [{image, caption: text or list, image_id or img_id}], [{image, text}], or [{image}] beside a
-                            file of captions; also .jsonl and .parquet, with pictures inside them
+    lists, as LAVIS's       [{image, caption: text or list, image_id or img_id}], [{image, text}] or [{text}] for
+                            drawing, or [{image}] beside a file of captions; also .jsonl and .parquet, with pictures
+                            inside them
     texts                   a .txt with one caption a line
 
 Refusals are those of `benchmark_files`.
@@ -17,7 +18,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.benchmark_files import LISTS, Items, key_of, picture_of, text_of, texts_of
+from seed_multimodal.data.formats.benchmark_files import (
+    LISTS,
+    PICTURE_NAMES,
+    Items,
+    key_of,
+    picture_of,
+    text_of,
+    texts_of,
+)
 from seed_multimodal.data.formats.pictures import HeldPicture
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import DataError, counted
@@ -25,13 +34,15 @@ from seed_multimodal.errors import DataError, counted
 
 @dataclass
 class CaptionedPicture:
-    """A picture with its captions; `picture` as in `Question` ("" of a text); `problem`: why it cannot be used."""
+    """A picture with its captions; `picture` as in `Question` ("" of a text); `problem`: why it cannot be used;
+    `alone`: its caption is not put with others of its picture."""
 
     key: int | str
     name: str
     picture: int | str | HeldPicture
     captions: list[str] = field(default_factory=list)
     problem: str = ""
+    alone: bool = False
 
     def checked(self) -> CaptionedPicture:
         """Itself. Raises BadRecord: it cannot be used."""
@@ -40,12 +51,15 @@ class CaptionedPicture:
         return self
 
 
-def read_captions(path: str | Path, split: str = "test", truth: str | Path | None = None) -> list[CaptionedPicture]:
+def read_captions(path: str | Path, split: str = "test", truth: str | Path | None = None, *,
+                  drawn: bool = False) -> list[CaptionedPicture]:
     """The pictures of a file with their captions, in its order.
 
     Args:
         split: the part of Karpathy's file that is meant.
         truth: a file that has the captions instead; then `path` may be a list of pictures without any.
+        drawn: the captions are drawn: each `text` of a list counts by itself, with or without a picture; else those of
+            one picture belong together.
 
     Raises:
         DataError: no such file, another layout, no picture of the split, or pictures that `truth` does not have.
@@ -65,9 +79,11 @@ def read_captions(path: str | Path, split: str = "test", truth: str | Path | Non
     for place, made in images.usable(_image) if images else ():
         one = _unusable(f"image {place}", made) if isinstance(made, BadRecord) else made
         found[one.key] = one
-    for place, made in Items(path, "annotations").usable(_caption):
+    for place, made in Items(path, "annotations").usable(_prompt if drawn and images is None else _caption):
         if isinstance(made, BadRecord):
             found[place] = _unusable(place, made)
+        elif made.alone and (made.key == "" or made.key in found):
+            found[place] = replace(made, key=place)
         else:
             found.setdefault(made.key, replace(made, captions=[])).captions.extend(made.captions)
     return [one for one in found.values() if one.captions or one.problem]
@@ -104,6 +120,15 @@ def _caption(item: Mapping[str, Any], where: str) -> CaptionedPicture:
     if not any(text.strip() for text in captions):
         raise BadRecord("missing key", f"{where}: has no caption (a text or a list of texts).")
     return replace(_picture(item, where), captions=captions)
+
+
+def _prompt(item: Mapping[str, Any], where: str) -> CaptionedPicture:
+    """As `_caption`; a `text` is `alone`, and its key is "" if it comes without a picture."""
+    if "text" not in item or "caption" in item or "captions" in item:
+        return _caption(item, where)
+    if any(item.get(name) not in (None, "") for name in PICTURE_NAMES):
+        return replace(_caption(item, where), alone=True)
+    return CaptionedPicture("", where, "", [text_of(item, "text", where)], alone=True)
 
 
 def _picture(item: Mapping[str, Any], where: str) -> CaptionedPicture:

@@ -11,7 +11,6 @@ of processes and device may differ. Any number of processes may finish at once: 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import platform
@@ -24,12 +23,11 @@ from typing import Any
 from seed_multimodal.data.formats.writer import ShardWriter, open_shard
 from seed_multimodal.data.nano.place import SHARD
 from seed_multimodal.data.pretokenize.units import Unit
-from seed_multimodal.disk import LOCK, folder_lock, read_json_object, replace_text, sha256_of, writing
+from seed_multimodal.disk import LOCK, folder_lock, read_json_object, replace_text, sampled_hash, sha256_of, writing
 from seed_multimodal.errors import DataError, counted
 from seed_multimodal.settings import changed_settings
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
-PROBES, PROBE = 32, 4096  # places of an input that are hashed, bytes at each
 SUMS = ("read", "samples", "pictures", "bad", "lost_pictures")
 CHANGED = "the inputs have changed (new ones belong at the end of the list): choose another --save_dir."
 
@@ -133,21 +131,15 @@ def is_of(manifest: Mapping[str, Any], unit: Unit) -> bool:
 
 
 def content_mark(unit: Unit) -> str:
-    """A hash of the unit's file at `PROBES` places over its length ("" of a folder), which tells another file of equal
-    size (tars come in steps of 10 KiB) without reading all of it; of nano's world, of its drawings."""
+    """The `sampled_hash` of the unit's file ("" of a folder), which tells another file of equal size (tars come in
+    steps of 10 KiB); of nano's world, of its drawings."""
     path = Path(unit.path) / SHARD if unit.format == "nano" else Path(unit.path)
     if not path.is_file():
         return ""
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            last = max(0, path.stat().st_size - PROBE)
-            for place in sorted({last * number // (PROBES - 1) for number in range(PROBES)}):
-                file.seek(place)
-                digest.update(file.read(PROBE))
+        return sampled_hash(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    return digest.hexdigest()[:16]
 
 
 # ---- the whole
