@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_lavis.base import SeedModel, vit_sizes
 from seed_lavis.compat import registry
@@ -19,6 +19,7 @@ from seed_lavis.initial_weights import WITHOUT_TOWER, load_finetuned, load_tower
 from seed_lavis.log import log
 from seed_lavis.options import APPLICATION, LavitOptions
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.likeness import some_weights
 from seed_multimodal.settings import read_settings
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
@@ -27,6 +28,7 @@ from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1We
 from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
 from seed_multimodal.vision.eva import EvaVit
 
+LATER = ("tokenizer.vit_proj.", "decoder.unet_")
 MODEL_CONFIG = str(APPLICATION / "lavis" / "configs" / "models" / "lavit" / "lavit_pretrain.yaml")
 
 
@@ -53,6 +55,10 @@ class LavitTokenizer(SeedModel, LavitStage1):
         self.start_share()
         # It changes without gradient, and counts as trained, so that it is saved.
         self.quantize.embedding.weight.requires_grad_(True)
+        # For later trainings; random ones would make a run with another seed look like one with another tower.
+        for name, one in self.named_parameters():
+            if name.startswith(LATER):
+                nn.init.zeros_(one)
 
     @property
     def visual_encoder(self) -> EvaVit:
@@ -77,6 +83,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
         else:
             log("model.load_pretrained is false: the vision tower has random weights.")
         load_finetuned(self)
+        self.config = replace(self.config, tower=tuple(some_weights(self.visual_encoder)))
 
     def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The optimiser's groups; the selector has its own learning rate."""

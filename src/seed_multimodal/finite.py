@@ -6,6 +6,9 @@ here when they are NaN or infinite.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -18,6 +21,18 @@ def damaged_tensor(module: nn.Module) -> str | None:
         if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             return name
     return None
+
+
+def refuse_diverged(model: nn.Module, origin: Mapping[str, str], otherwise: str | Path) -> None:
+    """Refuse to export NaN of a diverged training: all codes would become 0, and every comparison would pass.
+
+    Args:
+        origin: a tensor's name → the file that it came from, `otherwise` where that is not known.
+    """
+    name = damaged_tensor(model)
+    if name is not None:
+        raise CheckpointError(f"{origin.get(name, otherwise)}: {name!r} holds numbers that are not finite, so its "
+                              "training has diverged; export an earlier checkpoint.")
 
 
 def not_numbers(what: str, *models: nn.Module) -> SeedError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import tarfile
@@ -23,6 +24,17 @@ TINY = ["model.merger={merger_depth: 1, merger_heads: 6, merger_mlp_width: 64, l
         "model.decoder={head: lowres, width: 48, depth: 1, heads: 6, mlp_width: 64, prompt_dim: 8}", "model.n_embed=32",
         "model.kmeans_images=16", "model.codebook_warmup=2", "model.restart_every=2", "run.batch_size_train=8",
         "run.iters_per_epoch=2", "run.max_epoch=3", "run.warmup_steps=2", "run.log_freq=1", "run.batch_size_eval=8"]
+
+
+def other_tower(home: Path) -> Path:
+    """A tower of the same size with other weights."""
+    from seed_multimodal.weights import load_state_dict, save_state_dict
+
+    folder = home / "other"
+    shutil.copytree(TOWER, folder)
+    save_state_dict({name: 1.1 * value if value.is_floating_point() else value for name, value in
+                     load_state_dict(TOWER / "model.safetensors").items()}, folder / "model.safetensors")
+    return folder
 
 
 @pytest.fixture
@@ -65,9 +77,26 @@ def test_pictures_without_captions_become_a_tokenizer(
 
     checkpoint = tmp_path / "run" / "checkpoint_2.pth"
     out = tmp_path / "tokenizer"
-    assert main(["export-tokenizer", "--lavit", str(checkpoint), "--out", str(out)]) == 2
-    assert "holds no vision tower" in capsys.readouterr().err
+    spoilt = torch.load(checkpoint, weights_only=True)
+    spoilt["model"]["decoder.norm.weight"][0] = math.nan
+    torch.save(spoilt, checkpoint.with_name("spoilt.pth"))
+    other = other_tower(tmp_path)
+    for said, file, more in (
+            ("holds no vision tower", checkpoint, []),
+            ("--kind is a SEED tokenizer's", checkpoint, ["--kind", "seed1"]),
+            ("saved before codes were used", checkpoint.with_name("checkpoint_0.pth"), ["--vision", str(TOWER)]),
+            ("not the vision tower that .*checkpoint_2.pth was trained with", checkpoint, ["--vision", str(other)]),
+            ("spoilt.pth: 'decoder.norm.weight' holds numbers that are not", checkpoint.with_name("spoilt.pth"),
+             ["--vision", str(TOWER)]),
+            ("run: there is no such checkpoint; give the file", checkpoint.parent, ["--vision", str(TOWER)])):
+        assert main(["export-tokenizer", "--lavit", str(file), "--out", str(out), *more]) == 2
+        assert re.search(said, capsys.readouterr().err)
+    assert not out.exists()
     assert main(["export-tokenizer", "--lavit", str(checkpoint), "--vision", str(TOWER), "--out", str(out)]) == 0
+    again = tmp_path / "again"
+    assert main(["export-tokenizer", "--lavit", str(checkpoint), "--vision", str(TOWER), "--out", str(again)]) == 0
+    decoders = [(folder / "decoder" / "model.safetensors").read_bytes() for folder in (out, again)]
+    assert decoders[0] == decoders[1]  # the untrained heads, too
     tokenizer = load_dynamic_tokenizer(out / "tokenizer")
     decoder = CodeDecoder.from_pretrained(out / "decoder")
     pixels = tokenizer.pixels([open_image(path) for path in sorted((tmp_path / "pictures").glob("*.png"))[:3]])
@@ -103,6 +132,20 @@ def test_shards_of_pictures_the_selectors_rate_and_refusals(
                         "selector_lr_scal": "model.selector_lr_scal=2"}.items():
         with pytest.raises(ConfigError, match=key):
             train.build(train.parser("").parse_args(yaml(option, name="wrong"))).train()
+
+
+def test_a_finished_run_goes_on_with_another_seed_but_no_other_tower(
+    yaml: Callable[..., list[str]], run: Callable[[list[str]], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The parts that later trainings begin with are random, and do not count as the tower."""
+    from seed_multimodal.errors import CheckpointError
+
+    run(yaml("run.max_epoch=2"))
+    run(yaml("run.max_epoch=3", "run.seed=7"))
+    assert "run.seed: 42 -> 7" in capsys.readouterr().out and len(log_of(tmp_path / "run", "lavit-stage1")) == 6
+    other = other_tower(tmp_path)
+    with pytest.raises(CheckpointError, match="the frozen weights are not those"):
+        run(yaml("run.max_epoch=4", f"model.vit_weights={other}"))
 
 
 @pytest.mark.process

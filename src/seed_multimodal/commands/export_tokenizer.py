@@ -43,7 +43,7 @@ def export_lavit(args: argparse.Namespace) -> int:
     from seed_multimodal.tokenizers.lavit_export import export_stage1
 
     other = [f"--{name.replace('_', '-')}" for name in ("stage1", "stage2", "released", "text_tokenizer", "image")
-             if getattr(args, name)]
+             if getattr(args, name)] + ["--kind"] * (args.kind != "auto")
     if not args.lavit:
         raise ConfigError("Give the checkpoint: --stage2 CKPT of a SEED tokenizer, or --lavit CKPT.")
     if other:

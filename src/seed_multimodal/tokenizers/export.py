@@ -25,6 +25,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import making_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError, counted
+from seed_multimodal.finite import refuse_diverged
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.tokenizers.encoder import CodeTokenizer
@@ -95,7 +96,7 @@ def export_tokenizer(
     model = merged.tokenizer.from_tensors(sizes, merged.state, merged.tower, " and ".join(map(str, reversed(files))),
                                           merged.tower_file)
     pixels = _pixels(picture, sizes.vit.image_size)
-    _refuse_not_finite(model, merged.origin)
+    refuse_diverged(model, merged.origin, "the weights")
     expected = source_codes(merged, sizes, pixels)
     report = _report(model, merged, shown)
     report.codes = expected[0][0].tolist()
@@ -109,14 +110,6 @@ def export_tokenizer(
         for line in report.lines():
             log(line)
     return report
-
-
-def _refuse_not_finite(model: CodeTokenizer, origin: Mapping[str, str]) -> None:
-    """Refuse NaN of a diverged training: all codes would become 0, and every comparison of codes would pass."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{origin.get(name, 'the weights')}: {name!r} holds numbers that are not finite, so "
-                                  "its training has diverged; export an earlier checkpoint.")
 
 
 def _report(model: CodeTokenizer, merged: Merged, folder: Path) -> Export:
