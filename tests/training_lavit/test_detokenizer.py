@@ -24,13 +24,14 @@ from seed_multimodal.detokenizers.lavit_training import HEADS, LavitPixelLoss, T
 from seed_multimodal.detokenizers.sdxl_adapter import size_ids
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
+from seed_multimodal.tokenizers.lavit_files import save_dynamic_tokenizer
 from seed_multimodal.training.lavit.detokenizer import train_lavit_detokenizer
 from seed_multimodal.training.lavit.detokenizer_app import APPLICATION as PROGRAM
 from seed_multimodal.training.lavit.detokenizer_settings import read_lavit_pixel_run
 from seed_multimodal.training.lavit.picture_codes import PictureCodes
 from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.weights import load_state_dict, save_state_dict
 
 CPU = torch.device("cpu")
 SHORT = {"max_steps": 2, "save_steps": 0}
@@ -192,6 +193,27 @@ def test_settings_that_cannot_be(parts: Path, tmp_path: Path, changes: dict[str,
     with pytest.raises(error, match=said) as caught:
         train_lavit_detokenizer(config(parts, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_does_not_go_on_with_other_codes(parts: Path, tmp_path: Path) -> None:
+    """Another tokenizer or autoencoder in the same folder; the same ones in another may."""
+    for name in ("tokenizer", "highres", "decoder", "pictures"):
+        shutil.copytree(parts / name, tmp_path / "one" / name)
+    changes: dict[str, Any] = {"trainer": {**SHORT, "max_steps": 1}}
+    train_lavit_detokenizer(config(tmp_path / "one", tmp_path / "run", **changes))
+    (tmp_path / "one").rename(tmp_path / "two")
+    changes["trainer"]["max_steps"] = 2
+    vae = tmp_path / "two" / "highres" / "vae" / "diffusion_pytorch_model.safetensors"
+    whole = load_state_dict(vae)
+    save_state_dict({name: value + 0.5 for name, value in whole.items()}, vae)
+    with pytest.raises(CheckpointError, match="was trained with another autoencoder than this run has"):
+        train_lavit_detokenizer(config(tmp_path / "two", tmp_path / "run", **changes))
+    save_state_dict(whole, vae)
+    assert train_lavit_detokenizer(config(tmp_path / "two", tmp_path / "run", **changes))["steps"] == 2
+    save_dynamic_tokenizer(tiny_tokenizer(1), tmp_path / "two" / "tokenizer")
+    changes["trainer"]["max_steps"] = 3
+    with pytest.raises(CheckpointError, match="was trained with another tokenizer than this run has; give the same"):
+        train_lavit_detokenizer(config(tmp_path / "two", tmp_path / "run", **changes))
 
 
 @pytest.mark.process

@@ -21,7 +21,8 @@ from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.systems.lavit import Lavit
-from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, with_merger
+from seed_multimodal.tokenizers.lavit import DynamicTokenizer
+from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer, with_merger
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.lavit.pretrain_settings import load_visual
 from seed_multimodal.training.lavit.pretrain_task import PretrainTask
@@ -131,6 +132,22 @@ def test_it_learns_and_resumes_to_the_last_bit(case: str, parts: ModuleType, hom
         ends = [load_state_dict(folder / "checkpoint-6" / f"{name}.safetensors") for folder in (out, again)]
         assert ends[0].keys() == ends[1].keys() and ends[0]
         assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+def test_a_run_does_not_go_on_with_other_codes(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """Another visual tokenizer in the same folder; the same one in another may."""
+    shutil.copytree(home / "visual", tmp_path / "visual")
+
+    def train(steps: int, place: Path) -> Any:
+        return train_llm(parts.config_of(home, tmp_path / "run", trainer={"max_steps": steps},
+                                         visual_encoder={"path": str(place)}), PretrainTask)
+
+    train(1, tmp_path / "visual")
+    assert train(2, home / "visual")["steps"] == 2
+    torch.manual_seed(9)
+    save_dynamic_tokenizer(DynamicTokenizer(parts.SIZES), tmp_path / "visual")
+    with pytest.raises(CheckpointError, match="was trained with another visual tokenizer than this run has"):
+        train(3, tmp_path / "visual")
 
 
 def test_a_checkpoint_is_a_language_model_folder(parts: ModuleType, home: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from seed_multimodal.device import copy_to
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.likeness import some_weights
 from seed_multimodal.training.checkpoint import frozen_check_sum
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -31,12 +32,14 @@ class FrozenFeatures:
     Attributes:
         model: None after `release`, when only kept features are read.
         folder: of kept features.
+        some_weights: of the model, after `release`, too.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, at_once: int = 16, cache: str | Path | None = None,
                  variant: str = "") -> None:
         self.model: Any = model.requires_grad_(False).eval().to(device)
         self.device, self.at_once, self.dtype = device, at_once, next(model.parameters()).dtype
+        self.some_weights = some_weights(model)
         self.folder: Path | None = None
         if cache is not None:
             name = f"{_fingerprint(model):08x}-{str(self.dtype).removeprefix('torch.')}{variant}"

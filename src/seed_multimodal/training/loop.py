@@ -33,6 +33,7 @@ from seed_multimodal.training.resume import (
     load_engine,
     load_task,
     read_states,
+    refuse_other_frozen,
     settings_remark,
     warm_start,
 )
@@ -91,7 +92,9 @@ class Run:
             saved.step, int(saved.trainer.get("begun", 0)))
         with translate_errors("the start", self.store.description()):
             task.prepare()
+            self._frozen_models = dict(task.frozen_models())
             if folder is not None:
+                refuse_other_frozen(folder, saved, self._frozen_models, task.start_hint)
                 load_task(folder, saved, task)
             elif settings.start:
                 self.log_line(f"weights taken from {settings.start} (step {warm_start(Path(settings.start), task)}).")
@@ -195,8 +198,9 @@ class Run:
     def _state(self) -> dict[str, Any]:
         meters = self.group.gather(self.task.meter.own_state()) if self.group.world > 1 else []
         return {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
-                "begun": self.begun, "frozen": self._check_sum, "evaluation": self.evaluation,
-                **self.task.meter.state_dict(), "meters": meters, "config": self.task.config}
+                "begun": self.begun, "frozen": self._check_sum, "frozen_models": self._frozen_models,
+                "evaluation": self.evaluation, **self.task.meter.state_dict(), "meters": meters,
+                "config": self.task.config}
 
     def _end(self, stopped: bool, ended: bool, stop: StopRequest) -> None:
         """The last evaluation and checkpoint; exits if the run was stopped.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.likeness import same_weights
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.checkpoint import (
     AVERAGE,
@@ -105,6 +106,20 @@ def read_states(folder: Path) -> SavedState:
             raise CheckpointError(f"{folder / name}: is not there or not readable, so this is no checkpoint to resume "
                                   "from.") from error
     return SavedState(*found)
+
+
+def refuse_other_frozen(folder: Path, saved: SavedState, now: Mapping[str, Sequence[float]], instead: str) -> None:
+    """Refuse a checkpoint whose run read from other frozen models (`Task.frozen_models`): a name in the settings stays
+    the same where the files behind it are exchanged.
+
+    Raises:
+        CheckpointError: one of them is another.
+    """
+    before = saved.trainer.get("frozen_models", {})
+    other = next((name for name, value in now.items() if not same_weights(before.get(name, value), value)), None)
+    if other is not None:
+        raise CheckpointError(f"{folder}: was trained with another {other} than this run has; give the same one, or "
+                              f"start from its weights in a new folder ({instead}).")
 
 
 def load_engine(folder: Path, step: int, engine: Engine) -> None:

@@ -125,6 +125,11 @@ class Task:
         """What trainer_state.json records of the run, for `check_resume`."""
         return {"world_size": world}
 
+    def frozen_models(self) -> Mapping[str, list[float]]:
+        """By name `some_weights` of the frozen models from which a step's numbers come and that `module` does not hold;
+        asked after `prepare`."""
+        return {}
+
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Refuse a checkpoint that this run cannot resume from; returns remarks on permitted differences."""
         return []

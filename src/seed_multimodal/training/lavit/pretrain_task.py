@@ -27,6 +27,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.lavit import LavitTokenizer
+from seed_multimodal.likeness import some_weights
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
 from seed_multimodal.training.lavit.pretrain_settings import PARTS, VISUAL, VisualTokens, load_visual, read_visual
@@ -126,6 +127,10 @@ class PretrainTask(LlmTask):
                      batch.keep, batch.kept, batch.places)
 
     # ---------------------------------------------------------------------------------------------- the checkpoints
+
+    def frozen_models(self) -> dict[str, list[float]]:
+        """Stage 1's tokenizer, by whose codes pictures are written."""
+        return {"visual tokenizer": some_weights(self.visual.tokenizer)}
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The language model's (or its adapter's), and merger and projector by their released names."""

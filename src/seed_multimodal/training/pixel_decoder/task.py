@@ -253,6 +253,10 @@ class PixelTask(Task):
 
     # ---------------------------------------------------------------------------------------------- the checkpoints
 
+    def frozen_models(self) -> dict[str, list[float]]:
+        """What conditions and latents are made with."""
+        return {self.frozen: self.features.seen.some_weights, "autoencoder": self.features.moments.some_weights}
+
     def identity(self, world: int) -> dict[str, Any]:
         """What is trained, and samples of a step over all processes, from which their order follows."""
         return {"model": self.about_model(), "optimizer": self.run.optim.name, "processes": world,

@@ -153,6 +153,10 @@ class TuningTask(LlmTask):
 
     # ---------------------------------------------------------------------------------------------- the checkpoints
 
+    def frozen_models(self) -> dict[str, list[float]]:
+        """The tower."""
+        return {"tower": self.tower.some_weights}
+
     def identity(self, world: int) -> dict[str, Any]:
         """As the language model's, with the resamplers' sizes."""
         found = super().identity(world)
