@@ -239,6 +239,9 @@ def test_folders_that_are_not_complete(place: Path, tmp_path: Path) -> None:
     torch.save(torch.zeros(1, N + 1, WIDTH), folder / UNCONDITIONAL)
     with pytest.raises(CheckpointError, match=f"holds {N + 1} embeddings, but a prompt has {N}"):
         LavitPixels.from_pretrained(folder).decode(conditions(1, pooled=False), **QUICK)
+    torch.save(torch.full((1, 3, WIDTH), torch.nan), folder / UNCONDITIONAL)
+    with pytest.raises(CheckpointError, match=f"{UNCONDITIONAL}: holds NaN or infinity"):
+        LavitPixels.from_pretrained(folder)
     (folder / UNCONDITIONAL).unlink()
     with pytest.raises(CheckpointError, match=f"{UNCONDITIONAL}: there is no such file"):
         LavitPixels.from_pretrained(folder)

@@ -11,6 +11,7 @@ import pytest
 import tiny_lavit
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import (
@@ -138,6 +139,13 @@ def test_pictures_that_cannot_be_read_are_named(tiny_lavit, tmp_path):
         tiny_lavit.pictures.tokenize(torch.full((1, 3, 16, 16), torch.nan))
     with pytest.raises(ImageError, match=r"\[B, 3, 16, 16\]"):
         tiny_lavit.pictures.tokenize(torch.zeros(1, 3, 20, 20))
+
+
+def test_a_decoder_that_gives_no_numbers_is_named(damaged):
+    file = damaged / "decoder" / "model.safetensors"
+    save_file({name: value * torch.nan for name, value in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="The decoder of codes gives no numbers: its tensor"):
+        open_tiny(damaged).draw("a red apple")
 
 
 def test_sizes_that_are_missing_or_none_are_named(damaged):
@@ -338,7 +346,8 @@ def test_the_published_folder_opens_as_it_is(tmp_path, head):
     system = open_tiny(spec)
     assert system.describe(picture(1)) and system.draw("a red apple", ratio="3:2").size == (80, 48)
     (home / "language_model" / "visual_weight.bin").unlink()
-    draws = open_tiny(spec)
+    (home / "visual_tokenizer" / "config.json").write_text(json.dumps(tiny_lavit.TOKENIZER.to_dict()))
+    draws = open_tiny(spec)  # those sizes are the tokenizer's, not the decoder's in the same folder
     assert draws.draw("a red apple").size == (64, 64)
     with pytest.raises(CheckpointError, match=r"language_model/visual_weight\.bin"):
         draws.describe(picture(1))

@@ -116,6 +116,9 @@ def test_each_file_must_hold_its_parts(file: str, name: str, told: str, tmp_path
     with pytest.raises(CheckpointError, match=rf"{file}\.bin: .*{(told or name)}") as caught:
         load_dynamic_tokenizer(tmp_path, understanding=True)
     assert "missing" in str(caught.value)
+    if file == "visual_weight":
+        with pytest.raises(CheckpointError, match=rf"{file}\.bin: .*missing from the file: '{name}'"):
+            load_both(tmp_path)
 
 
 def test_a_tensor_of_another_size_and_an_unknown_one(tmp_path: Path) -> None:
@@ -125,6 +128,15 @@ def test_a_tensor_of_another_size_and_an_unknown_one(tmp_path: Path) -> None:
     released(tmp_path, tokenizer_encoder={"other.weight": torch.ones(1), "quantize.ema_count": torch.ones(20)})
     with pytest.warns(SeedWarning, match="1 tensor that the model does not know was left out: 'other.weight'"):
         load_dynamic_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["token_predictor.in_conv.1.weight", "encode_task_layer.2.bias",
+                                  "quantize.embedding.weight"])
+def test_weights_that_are_no_numbers_never_become_codes(name: str, tmp_path: Path, pixels: Tensor) -> None:
+    damaged = torch.full_like(tiny_tokenizer().state_dict()[name], torch.nan)
+    model = load_dynamic_tokenizer(released(tmp_path, tokenizer_encoder={name: damaged}))
+    with pytest.raises(CheckpointError, match=f"its tensor {name} holds NaN"):
+        model.encode(pixels, mode="threshold")
 
 
 def test_tower_in_the_second_file_lies_over_the_first(tmp_path: Path) -> None:

@@ -47,4 +47,6 @@ def empty_text(place: Path, width: int) -> Tensor:
     value = value if value.ndim == 3 else value[None]
     if value.ndim != 3 or len(value) != 1 or value.shape[2] != width:
         raise CheckpointError(f"{file}: must hold a tensor [1, L, {width}], got {list(value.shape)}.")
+    if not bool(torch.isfinite(value).all()):
+        raise CheckpointError(f"{file}: holds NaN or infinity, so it is damaged; get it again.")
     return value.float()

@@ -13,6 +13,7 @@ from torch import Tensor
 from seed_multimodal.detokenizers.lavit import LavitPixels
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.finite import not_numbers
 from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.settings import check_keys
@@ -46,7 +47,10 @@ class CodeDrawer:
     @wraps(LavitPixels.decode)
     def decode(self, rows: list[Tensor], **settings: Any) -> list[Image.Image]:
         """Rows `[n, C]` of each picture → pictures; `settings` of `LavitPixels.decode`."""
-        return self.pixels.decode(self.decoder(rows), **settings)
+        conditions = self.decoder(rows)
+        if any(one is not None and not bool(torch.isfinite(one).all()) for one in conditions):
+            raise not_numbers("The decoder of codes", self.decoder)
+        return self.pixels.decode(conditions, **settings)
 
     def check_settings(self, **settings: Any) -> None:
         """Refuse settings that `decode` would refuse, without drawing: `ConfigError`."""

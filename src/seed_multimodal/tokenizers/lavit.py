@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
+from seed_multimodal.finite import not_numbers
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.tokenizers.lavit_merger import Merger
@@ -156,7 +157,7 @@ class DynamicTokenizer(nn.Module):
                noise: Tensor | None = None, allow_empty: bool = False) -> Selection:
         """Which patches are kept; the arguments are those of `choose`. Differentiable (straight through)."""
         with self.precision():
-            log_probs_BN2 = self.token_predictor(features_BND)
+            log_probs_BN2 = self._numbers(self.token_predictor(features_BND))
         return choose(log_probs_BN2, mode=mode, generator=generator, noise=noise, allow_empty=allow_empty)
 
     def merge(self, features_BND: Tensor, keep_BN: Tensor) -> Tensor:
@@ -171,8 +172,8 @@ class DynamicTokenizer(nn.Module):
 
     def quantize_rows(self, rows_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Merged rows `[T, D]` → codes `[T]` int64, codebook rows `[T, C]` (no gradient to `rows_TD`)."""
-        codes_T = self.quantize.nearest(self.to_codebook(rows_TD))
-        return codes_T, self.quantize.lookup(codes_T)
+        codes_T = self.quantize.nearest(self._numbers(self.to_codebook(rows_TD)))
+        return codes_T, self._numbers(self.quantize.lookup(codes_T))
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Codes `[...]` int64 → their rows `[..., C]`.
@@ -215,6 +216,12 @@ class DynamicTokenizer(nn.Module):
         """Pixels → for each picture its codes `[n_b]` int64, 0 … codebook_size − 1; `selection` as of `select`."""
         rows_TD, counts_B = self.rows(pixels_B3HW, **selection)
         return list(self.quantize_rows(rows_TD)[0].split(counts_B.tolist()))
+
+    def _numbers(self, values: Tensor) -> Tensor:
+        """`values`; outside of training NaN and infinity are refused, which decisions and codes would hide."""
+        if not self.training and not bool(torch.isfinite(values).all()):
+            raise not_numbers("The image tokenizer", self)
+        return values
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast to the layers' precision, if that is half; a surrounding autocast holds otherwise."""

@@ -240,8 +240,9 @@ class CodeDecoder(nn.Module):
         if head is not None and found != head:
             raise CheckpointError(f"{file}: holds the {found} decoder, not the {head} one.")
         listed = file.parent / CONFIG
-        if listed.is_file():
-            config = read_settings(LavitDecoderConfig, read_json_object(listed, CheckpointError), str(listed))
+        sizes = read_json_object(listed, CheckpointError) if listed.is_file() else {}
+        if sizes and "model_type" not in sizes:  # beside the released files it may be the dynamic tokenizer's
+            config = read_settings(LavitDecoderConfig, sizes, str(listed))
         elif config is None and file.name == WEIGHTS:
             raise CheckpointError(f"{listed}: there is no such file, which tells the sizes of {WEIGHTS} beside it.")
         config = dataclasses.replace(config or LavitDecoderConfig(), head=found)

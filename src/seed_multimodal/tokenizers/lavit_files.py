@@ -121,6 +121,9 @@ def with_merger(model: DynamicTokenizer, state: Mapping[str, Tensor], source: st
     Raises:
         CheckpointError: `state` lacks one of their tensors, or has another size.
     """
+    own = [name for name in model.state_dict() if name.startswith("causal_encoder.")]
+    lacking = [name for name in (*own, "vit_proj.weight", "vit_proj.bias") if name not in state]
+    refuse_tensors(lacking, (), source, "missing from the file")
     other, sizes = copy.copy(model), model.config
     other._modules = dict(model._modules)
     with torch.device("meta"):
@@ -130,8 +133,8 @@ def with_merger(model: DynamicTokenizer, state: Mapping[str, Tensor], source: st
     other.load_reports = list(model.load_reports)
     for name, part in (("causal_encoder.", other.causal_encoder), ("vit_proj.", other.vit_proj)):
         cast_layers(part, model.encode_task_layer[0].weight.dtype)
-        own = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
-        other.load_reports.append(assign_strictly(part, own, source, device=model.device))
+        mine = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
+        other.load_reports.append(assign_strictly(part, mine, source, device=model.device))
         part.requires_grad_(False).eval()
     return other
 
