@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,14 @@ from safetensors import safe_open
 
 from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.splits import scene_at
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.report import main as report
+from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.systems.lavit import Lavit
 from seed_multimodal.training.nano.__main__ import main
 from seed_multimodal.training.nano_lavit.__main__ import LINE
+from seed_multimodal.training.nano_lavit.config import LanguageSizes, NanoLavitConfig, TokenizerSizes
+from seed_multimodal.training.nano_lavit.workspace import LavitSpace
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "pretrained" / "nano"
@@ -74,6 +79,17 @@ def test_the_line_is_killed_and_resumed_and_ends_in_a_system(tmp_path: Path) -> 
                  "assemble", f"start={tmp_path / 'shipped' / 'nano'}"], LINE) == 0
     assert Lavit.from_pretrained(tmp_path / "shipped" / "nano-lavit", log=None).describe(picture) == lavit.describe(
         picture)
+
+
+def test_words_of_other_settings_are_not_taken(tmp_path: Path) -> None:
+    """Else the language model would be trained with the words of an earlier run, whatever the settings say."""
+    config = NanoLavitConfig(tokenizer=TokenizerSizes(codes=32), llm=LanguageSizes(text_vocabulary=300))
+    texts = ["a red picture a green picture a blue picture a grey picture What is red? plain words"] * 30
+    made = LavitTokenizer.train(texts, tmp_path / "words", 300, 32, 16)
+    assert LavitSpace(config, tmp_path, tmp_path).words.vocabulary == made.vocabulary
+    for name, sizes in (("llm", LanguageSizes(text_vocabulary=301)), ("tokenizer", TokenizerSizes(codes=64))):
+        with pytest.raises(ConfigError, match="has 300 text pieces and 32 image words, the settings .*remove the file"):
+            _ = LavitSpace(replace(config, **{name: sizes}), tmp_path, tmp_path).words
 
 
 def test_without_a_finished_nano_one_sentence_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

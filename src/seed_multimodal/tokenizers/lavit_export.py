@@ -51,9 +51,12 @@ class Stage1Sizes:
         values = read_json_object(file, ConfigError)
         if values.get("model_type") != MODEL_TYPE:
             raise ConfigError(f"{file}: this is not the configuration of a run of LaVIT's stage 1.")
+        tower = values.get("tower", [])
+        if not isinstance(tower, list) or not all(isinstance(one, int | float) for one in tower):
+            raise ConfigError(f"{file}: tower must be a list of numbers.")
         return cls(LavitTokenizerConfig.from_dict(values.get("tokenizer", {}), file),
                    read_settings(LavitDecoderConfig, values.get("decoder", {}), f"{file}: decoder"),
-                   tuple(values.get("tower") or ()))
+                   tuple(tower))
 
 
 def export_stage1(checkpoint: str | Path, out: str | Path, *, vision: str | Path | None = None,

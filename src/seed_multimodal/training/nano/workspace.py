@@ -67,12 +67,16 @@ class Workspace:
         if not file.is_file():
             MultimodalTokenizer.train(sentences(), file.parent, vocab_size=pieces, n_codes=codes)
         words = MultimodalTokenizer.from_pretrained(file.parent)
-        found = words.vocabulary
+        self.check_words(words, file, "the records of stage1, stage2, llm_pretrain and llm_sft")
+        return words
+
+    def check_words(self, words: MultimodalTokenizer, file: Path, built_on: str) -> None:
+        """Refuse the words of a file if they are not those of the settings. Raises ConfigError."""
+        pieces, codes, found = self.config.llm.text_vocabulary, self.config.tokenizer.codes, words.vocabulary
         if (found.n_text, found.n_codes) != (pieces, codes):
             raise ConfigError(f"{file}: has {found.n_text} text pieces and {found.n_codes} image words, the settings "
                               f"(llm.text_vocabulary, tokenizer.codes) say {pieces} and {codes}; use other folders, or "
-                              "remove the file and the records of stage1, stage2, llm_pretrain and llm_sft.")
-        return words
+                              f"remove the file and {built_on}.")
 
     def need(self, stage: str, *files: Path) -> None:
         """Refuse to begin without the files that a stage makes.

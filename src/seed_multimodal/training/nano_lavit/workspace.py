@@ -121,12 +121,18 @@ class LavitSpace(Workspace):
 
     @cached_property
     def words(self) -> LavitTokenizer:  # type: ignore[override]
-        """The text tokenizer, trained on the world's sentences if it does not exist."""
+        """The text tokenizer, trained on the world's sentences if it does not exist.
+
+        Raises:
+            ConfigError: the one that exists was trained with other settings.
+        """
         folder = self.words_folder
         if not (folder / "tokenizer.model").is_file():
             LavitTokenizer.train([*sentences(), *_spoken()], folder, self.config.llm.text_vocabulary,
                                  self.config.tokenizer.codes, self.sizes.patches)
-        return LavitTokenizer.from_pretrained(folder)
+        words = LavitTokenizer.from_pretrained(folder)
+        self.check_words(words, folder / "tokenizer.model", f"{self.work / 'language'}")
+        return words
 
 
 def _spoken() -> list[str]:
