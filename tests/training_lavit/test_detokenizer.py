@@ -216,6 +216,22 @@ def test_a_run_does_not_go_on_with_other_codes(parts: Path, tmp_path: Path) -> N
         train_lavit_detokenizer(config(tmp_path / "two", tmp_path / "run", **changes))
 
 
+def test_a_result_that_is_not_finished_leaves_the_one_before(parts: Path, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on ends between the U-Net's file and the decoder's."""
+    train_lavit_detokenizer(config(parts, tmp_path / "run", trainer={**SHORT, "max_steps": 1}))
+    before = result(tmp_path / "run")
+
+    def ends(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CodeDecoder, "save_pretrained", ends)
+    with pytest.raises(KeyboardInterrupt):
+        train_lavit_detokenizer(config(parts, tmp_path / "run", trainer=SHORT))
+    now = result(tmp_path / "run")
+    assert now.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in now.items())
+
+
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(300)

@@ -22,10 +22,11 @@ from seed_multimodal.data.stream.pair_dataset import JoinedPairs, SourceDataset,
 from seed_multimodal.data.stream.step_batches import StepBatches, block_of
 from seed_multimodal.detokenizers.pipelines import PipelineDetokenizer
 from seed_multimodal.device import copy_to
-from seed_multimodal.disk import writing
+from seed_multimodal.disk import making_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.checkpoint_folders import check_shared
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.failures import TrainingError
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.summary import save_config
 from seed_multimodal.training.meter import Meter
@@ -245,8 +246,8 @@ class PixelTask(Task):
             if group.first:
                 module.load_state_dict(trained, strict=False)
         if group.first:
-            with writing(folder):
-                self.save_result(module, folder)
+            with making_folder(folder, folder, TrainingError) as made:  # never a new U-Net beside an old decoder
+                self.save_result(module, made)
         return {**self.about_record(), "processes": group.world, "samples_per_step": self._samples(group.world),
                 "bad_samples": len(self.batches.bad_samples()), self.result: str(folder),
                 **{key: round(value, 6) for key, value in self.meter.smooth.items()}}
