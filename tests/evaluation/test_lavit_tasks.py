@@ -221,6 +221,8 @@ def test_captions_as_published_with_the_truth_beside_them(world, tiny_lavit):
     alone = tiny_lavit.describe(world / "VizWiz_val_00000002.jpg", seed=42)
     assert found[2]["caption"] == alone  # neighbours change nothing
     assert ("METEOR" in summary) or any("METEOR" in note and "Java" in note for note in summary["notes"])
+    first = run_task(tiny_lavit, Task("caption", "nocaps", world / "nocaps_val.json", out=world / "out", limit=1))
+    assert first is not None and first["CIDEr"] == 0 and first["notes"][0].startswith("CIDEr of a single picture is 0")
 
 
 @pytest.mark.parametrize(("name", "dataset", "sentence"), [

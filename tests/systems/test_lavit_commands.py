@@ -144,6 +144,19 @@ def test_the_flags_of_the_evaluation(capsys):
         assert '"$@"' in (HOME / "scripts" / f"{name}.sh").read_text()
 
 
+def test_what_an_evaluation_needs_is_missed_before_the_weights_are_loaded(tiny_lavit_folder, tmp_path, monkeypatch,
+                                                                         capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("seed_multimodal.systems.lavit.Lavit.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    own = ["--model_path", str(tiny_lavit_folder), "--task_name"]
+    (tmp_path / "a.json").write_text("[]")
+    for more, sentence in ((["vqa"], "--annopath ./: there is no such file"),
+                           (["vqa", "--annopath", "a.json", "--truth", "b.json"], "--truth b.json: there is no such"),
+                           (["text2image", "--annopath", "a.json"], "There is no CLIP")):
+        assert programs.evaluate_script("evaluate.py", "", [*own, *more]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_the_evaluation_of_captions_and_answers(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -254,8 +254,9 @@ def _infer(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     """One of the published evaluations; the summary goes to stdout."""
-    from seed_multimodal.errors import counted
+    from seed_multimodal.errors import ConfigError, counted
     from seed_multimodal.evaluation.lavit_tasks import TASKS, Task, run_task
+    from seed_multimodal.evaluation.picture_scores import find_clip
     from seed_multimodal.systems.lavit import Lavit
     from seed_multimodal.systems.lavit_original import original_device, original_dtype, original_spec
 
@@ -265,6 +266,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     quiet_libraries(args.debug)
     draws = args.task_name == "text2image"
     spec = original_spec(args.model_path, head="lowres" if draws else None)
+    for name in ("annopath", "truth"):  # before the weights, which take minutes
+        if getattr(args, name) is not None and not os.path.isfile(getattr(args, name)):
+            raise ConfigError(f"--{name} {getattr(args, name)}: there is no such file; see --help for what it names.")
+    if draws:
+        find_clip(task.clip, Path(spec.name))
     system = Lavit.from_pretrained(
         spec, device=args.device or original_device(None), dtype=original_dtype(args.model_dtype),
         quantization=args.quantization, modes=("generation" if draws else "understanding",), log=log_line)

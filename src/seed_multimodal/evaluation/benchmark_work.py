@@ -31,6 +31,8 @@ ANSWERABLE = 'Is the question: "{}" answerable?'  # LaVIT's evaluation on VizWiz
 FULL = 4  # so many annotators, if they agree, make an answer wholly right: three of the others
 NO_LEMMAS = ("Answers and annotations were compared as they stand, not by their dictionary forms, because spaCy or its "
              "model en_core_web_sm is not there; accuracies can be lower by a little.")
+ONE_PICTURE = ("CIDEr of a single picture is 0, whatever its caption: words are weighed by how few of the pictures "
+               "have them.")
 T = TypeVar("T")
 Lemmas = Callable[[str], str]
 
@@ -184,6 +186,8 @@ def caption_work(asked: Asked, path: Path, pictures: Sequence[CaptionedPicture],
     def numbers(lines: Sequence[Line]) -> dict[str, Any]:
         said = captions(lines)
         more, notes = java_scores(said, references)
+        if len(said) == 1:
+            notes = [ONE_PICTURE, *notes]
         scores = {name: round(value, 4) for name, value in {**caption_scores(said, references), **more}.items()}
         return {**scores, "notes": notes} if notes else scores
 
