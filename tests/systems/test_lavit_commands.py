@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,18 @@ def test_it_is_not_served(tiny_lavit):
 
 
 # ---- programs
+
+
+def test_several_pictures_of_a_system_that_takes_the_likeliest_codes(tiny_lavit_folder, tmp_path, capsys):
+    home = shutil.copytree(tiny_lavit_folder, tmp_path / "copy")
+    values = json.loads((home / "system.json").read_text())
+    values["generation"]["draw"]["do_sample"] = False
+    (home / "system.json").write_text(json.dumps(values))
+    assert programs.text2image_script("text2image_synthesis.py", "", [
+        "--model", str(home), "--device", "cpu", "--prompt", "a red apple", "--num_return_images", "2", "--out",
+        str(tmp_path / "out")]) == 0
+    one, other = capsys.readouterr().out.split()
+    assert Path(one).read_bytes() != Path(other).read_bytes()
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -199,10 +199,12 @@ def _understand(args: argparse.Namespace) -> int:
 def _draw(args: argparse.Namespace) -> int:
     names = OutputNames(args.out, "output", len(args.prompt) * args.num_return_images)
     system = _open(args, "generation")
-    outcomes = Outcomes(len(args.prompt))
+    outcomes, drawing = Outcomes(len(args.prompt)), _drawing(args)
+    if args.num_return_images > 1:  # a system may take the likeliest codes otherwise: all the same
+        drawing["do_sample"] = True
     for text in args.prompt:
         with outcomes.one(text, args.debug):
-            for picture in system.draw_all([text], seed=args.seed, number=args.num_return_images, **_drawing(args)):
+            for picture in system.draw_all([text], seed=args.seed, number=args.num_return_images, **drawing):
                 print(save_picture(picture, names.next(text)), flush=True)
     return outcomes.finish()
 
