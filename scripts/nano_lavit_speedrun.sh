@@ -14,7 +14,7 @@ needs_hydra
 pixel_decoder() { app train_lavit_detokenizer pixels; }
 language_model() { app train_lavit language; }
 
-OMP_NUM_THREADS=$cores stages reader,tokenizer,layout,recipes "$cores"
+OMP_NUM_THREADS=$cores stages reader,tokenizer,narrow,layout,recipes "$cores"
 export OMP_NUM_THREADS=$half
 both pixel_decoder language_model
 stages llm,assemble

@@ -55,7 +55,7 @@ LINES = {
     "lavit": Line(
         "LaVIT nano", "A tiny LaVIT: a {side}picture of a scene of emoji-like drawings becomes as many tokens as there "
         "is to see, a small LLaMA reads them and writes them, and an SDXL-class decoder draws them again, in two "
-        "ratios.", ("reader", "tokenizer", "layout", "pixels", "language"), "nano_lavit_speedrun.sh",
+        "ratios.", ("reader", "tokenizer", "narrow", "layout", "pixels", "language"), "nano_lavit_speedrun.sh",
         "runs/nano_lavit-full"),
 }
 

@@ -12,15 +12,16 @@ from seed_multimodal.training.nano_lavit.config import NanoLavitConfig
 from seed_multimodal.training.nano_lavit.layout import LayoutTask
 from seed_multimodal.training.nano_lavit.reader import ReaderTask
 from seed_multimodal.training.nano_lavit.recipes import assemble, install_llm, recipes
-from seed_multimodal.training.nano_lavit.tokenizer import TokenizerTask
+from seed_multimodal.training.nano_lavit.tokenizer import NarrowTask, TokenizerTask
 from seed_multimodal.training.nano_lavit.workspace import LavitSpace
 
 LINE = Line(
     "nano_lavit", str(__doc__), NanoLavitConfig, LavitSpace,
-    {"reader": trained(ReaderTask), "tokenizer": trained(TokenizerTask), "layout": trained(LayoutTask),
-     "recipes": recipes, "llm": install_llm, "assemble": assemble},
-    {"tokenizer": (("tokenizer", ("reader",)),), "layout": (("layout", ("tokenizer",)),),
-     "recipes": (("pixels", ("tokenizer", "layout")), ("language", ("tokenizer",)))})
+    {"reader": trained(ReaderTask), "tokenizer": trained(TokenizerTask), "narrow": trained(NarrowTask),
+     "layout": trained(LayoutTask), "recipes": recipes, "llm": install_llm, "assemble": assemble},
+    {"tokenizer": (("tokenizer", ("reader",)),), "narrow": (("narrow", ("tokenizer",)),),
+     "layout": (("layout", ("narrow",)),),
+     "recipes": (("pixels", ("narrow", "layout")), ("language", ("narrow",)))})
 
 if __name__ == "__main__":
     raise SystemExit(main(line=LINE))

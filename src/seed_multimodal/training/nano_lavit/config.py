@@ -17,8 +17,9 @@ READ_FIRST = 0.35  # share of the captions of which the picture comes first
 class TokenizerSizes:
     """Merger, codebook and code decoder; their width is that of nano's tower.
 
-    `keep`: share of the patches to be kept (published: a third), `ratio`: weight of that in the loss (published: 2; a
-    patch is a sixteenth of a picture here). `reading`: numbers of a patch from which labels are read.
+    `keep`: share of the patches to be kept (published: a third), `first_keep`: before the stage `narrow`; `ratio`:
+    weight of that in the loss (published: 2; a patch is a sixteenth of a picture here). `reading`: numbers of a patch
+    from which labels are read.
     """
 
     merger_depth: int = setting(1, least=1)
@@ -28,7 +29,8 @@ class TokenizerSizes:
     code_dim: int = setting(16, least=1)
     decoder_depth: int = setting(2, least=1)
     decoder_mlp: int = setting(256, least=1)
-    keep: float = setting(0.4, above=0, most=1)
+    keep: float = setting(0.36, above=0, most=1)
+    first_keep: float = setting(0.45, above=0, most=1)
     ratio: float = setting(10.0, least=0)
     reading: int = setting(24, least=1)
 
@@ -69,9 +71,10 @@ class NanoLavitConfig:
     llm: LanguageSizes = field(default_factory=lambda: LanguageSizes(ffn=320, positions=256))
     records: int = setting(400_000, least=1)
     train_reader: StageSettings = stage(3000, 512, 3e-3, weight_decay=0.02)
-    train_tokenizer: StageSettings = stage(6000, 192, 1.5e-3, ema=0.99)
+    train_tokenizer: StageSettings = stage(14000, 128, 1.5e-3, ema=0.99)
+    train_narrow: StageSettings = stage(2000, 128, 8e-4, ema=0.99)
     train_layout: StageSettings = stage(2500, 96, 2e-3, ema=0.998)
-    train_pixels: StageSettings = stage(1500, 32, 2e-3, ema=0.995)
+    train_pixels: StageSettings = stage(3000, 32, 2e-3, ema=0.995)
     train_llm: StageSettings = stage(5000, 64, 2e-3, weight_decay=0.1)
     gate_cosine: float = setting(0.2, above=0)
 

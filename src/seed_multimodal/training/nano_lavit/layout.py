@@ -57,7 +57,7 @@ def rebuilt_features(space: LavitSpace) -> Tensor:
         parts = space.features[: space.config.drawn].split(1024)
         return torch.cat([rebuild(tokenizer, decoder, part.to(space.device).float()).half().cpu() for part in parts])
 
-    return space.cached("rebuilt", "tokenizer", make, drawn=space.config.drawn)
+    return space.cached("rebuilt", "narrow", make, drawn=space.config.drawn)
 
 
 def _new_layout(space: LavitSpace, channels: int, grid: int) -> LayoutDecoder:

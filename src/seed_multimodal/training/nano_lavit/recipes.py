@@ -48,7 +48,7 @@ SPEAKING = {"describe": {"num_beams": 1, "min_new_tokens": 1, "max_new_tokens": 
 
 def recipes(space: LavitSpace) -> dict[str, Any]:
     """Stage `recipes`; see the module."""
-    space.need("tokenizer", space.tokenizer_folder / "config.json")
+    space.need("narrow", space.tokenizer_folder / "config.json")
     space.need("layout", space.work / "layout" / "config.json")
     folder, sizes = space.decoder_folder, space.config.unet
     write_unet(folder, space.autoencoder, space.config.image_size, sizes.channels, sizes.heads,
@@ -143,7 +143,7 @@ def assemble(space: LavitSpace) -> dict[str, Any]:
     out = space.out
     trained_to_its_end(space, PIXELS, space.config.train_pixels.steps, SCRIPT)
     drawn = space.work / PIXELS / "pixels"
-    for stage, file in (("tokenizer", space.tokenizer_folder / "config.json"), ("llm", out / "llm" / "config.json"),
+    for stage, file in (("narrow", space.tokenizer_folder / "config.json"), ("llm", out / "llm" / "config.json"),
                         ("recipes", space.decoder_folder / "unet" / "config.json")):
         space.need(stage, file)
     shutil.copytree(drawn / "unet", space.decoder_folder / "unet", dirs_exist_ok=True)

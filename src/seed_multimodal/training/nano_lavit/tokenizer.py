@@ -1,13 +1,16 @@
-"""Stage `tokenizer`: selector, merger, codebook and decoder, on features that nano's tower gave once.
+"""Stages `tokenizer` and `narrow`: selector, merger, codebook and decoder, on features that nano's tower gave once.
 
 As the published stage 1 (`training/lavit/tokenizer_task.py`), first without codes. Different: what the reader says
 about rebuilt features is drawn towards what it says about the tower's, because the cosine of all features hardly tells
-one thing from another; the codebook is smaller, and its dead codes move.
+one thing from another; the codebook is smaller, and its dead codes move. With so many tokens that the last ones show
+nothing new, codes are learnt best, but then a token costs nothing: `narrow` goes on with fewer, and the pictures that
+need them least lose them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,50 +22,64 @@ from seed_multimodal.data.nano.targets import label_tensor
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer
-from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Weights
+from seed_multimodal.tokenizers.lavit_training import TRIED, LavitStage1, LavitStage1Weights
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask, measure
+from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.nano.pixels import to_clip
 from seed_multimodal.training.nano.task import NanoTask
 from seed_multimodal.training.nano_lavit.reader import Reader, load_reader
 from seed_multimodal.training.nano_lavit.workspace import PREFIX, LavitSpace
 from seed_multimodal.training.schedules import batch_indices
 
-READ_WEIGHT = 0.2  # of what the reader says about rebuilt features
+READ_WEIGHT = 0.3  # of what the reader says about rebuilt features
 EMPTY = 0.05  # empty scenes for each of the pool, which has none: how few tokens do is seen on them
-WITHOUT_CODES = 0.3  # share of the steps
+WITHOUT_CODES = 0.15  # share of the steps
 
 
 class ReadStage1(LavitStage1):
-    """With the reader's distance between rebuilt features and the tower's in the loss."""
+    """With the reader's distance between rebuilt features and the tower's in the loss.
+
+    Attributes:
+        readable_B: pictures of the batch that the reader counts for. It has learnt from scenes with things only: what
+            it says about an empty one is a guess, which would be paid for with tokens.
+    """
 
     def __init__(self, reader: Reader, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.reader = [reader]  # no part of what is trained and saved
         self.misread = torch.zeros(())
+        self.readable_B = torch.ones(1, dtype=torch.bool)
 
     def other_errors(self, features_BND: Tensor, rebuilt_BND: Tensor) -> Tensor:
         """See the base."""
         reader = self.reader[0]
         misread_B = reader.heads.divergence(reader(rebuilt_BND), reader(features_BND))
+        if self.training:
+            misread_B = misread_B * (self.readable_B if torch.is_grad_enabled() else self.readable_B[::TRIED])
         if torch.is_grad_enabled():  # else a decision is tried
             self.misread = misread_B.detach().mean()
         return READ_WEIGHT * misread_B
 
 
 class TokenizerTask(NanoTask):
-    """The tokenizer goes to `out/tokenizer`, the decoder to `out/decoder`."""
+    """Stage `tokenizer`, from random weights; `narrow` starts from its checkpoint."""
 
     sections = (*NanoTask.sections, "pool", "start", "tokenizer")
 
     def __init__(self, space: LavitSpace) -> None:
-        self.out, config = space, space.config
-        settings, pool = config.train_tokenizer, space.features
+        keep, settings = space.config.tokenizer.first_keep, space.config.train_tokenizer
+        self.build(space, "tokenizer", keep, settings, codebook_warmup=int(WITHOUT_CODES * settings.steps),
+                   kmeans_start=True, kmeans_images=1024)
+
+    def build(self, space: LavitSpace, name: str, keep: float, settings: StageSettings, **health: Any) -> None:
+        """The task `name` with so large a share of patches kept; `health` is the codebook's."""
+        self.out, config, pool = space, space.config, space.features
         tokenizer = space.new_tokenizer()
         torch.manual_seed(config.seed + 3)
         self.model = ReadStage1(load_reader(space), tokenizer, CodeDecoder(space.decoder_sizes).to(space.device),
-                                weights=LavitStage1Weights(config.tokenizer.keep, config.tokenizer.ratio))
+                                weights=LavitStage1Weights(keep, config.tokenizer.ratio))
         self.model.start_share()
 
         empty = tokenizer.patch_features(empty_pixels(config.image_size).to(space.device)).half().cpu()
@@ -70,14 +87,15 @@ class TokenizerTask(NanoTask):
 
         def batch(micro_step: int) -> Tensor:
             rows = batch_indices(micro_step, settings.batch_size, number, settings.seed)
-            found = torch.where((rows < len(pool))[:, None, None], pool[rows.clamp(max=len(pool) - 1)],
+            readable_B = rows < len(pool)
+            self.model.readable_B = readable_B.to(space.device)
+            found = torch.where(readable_B[:, None, None], pool[rows.clamp(max=len(pool) - 1)],
                                 empty[rows % len(empty)])
             return found.to(space.device).float()
 
-        health = CodebookHealth(codebook_warmup=int(WITHOUT_CODES * settings.steps), kmeans_start=True,
-                                kmeans_images=1024, restart_every=max(1, settings.steps // 80))
-        self.inner = LavitTokenizerTask("tokenizer", self.model, settings, batch, health)
-        super().__init__(space, "tokenizer", self.inner.module)
+        self.inner = LavitTokenizerTask(name, self.model, settings, batch, CodebookHealth(
+            restart_every=max(1, settings.steps // 80), **health))
+        NanoTask.__init__(self, space, name, self.inner.module)
         self.optimizer = self.inner.optimizer
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
@@ -96,26 +114,40 @@ class TokenizerTask(NanoTask):
     def state_dict(self, step: int) -> dict[str, Any]:
         return self.inner.state_dict(step)
 
-    def made(self) -> Sequence[Path]:
-        return self.out.tokenizer_folder / "model.safetensors", self.out.out / "decoder" / "model.safetensors"
-
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         space, model = self.out, self.model.eval()
         scenes = space.held_out("val")
         seen = [part.to(space.device).float() for part in space.see(scenes).split(256)]
         measured = measure(model, seen)
-        tokenizer, decoder = model.finished()
-        save_tokenizer(space, tokenizer.cpu())
-        decoder.cpu().save_pretrained(space.out / "decoder")
+        tokenizer, decoder = (part.cpu() for part in model.finished())
         with torch.no_grad():
             rebuilt = torch.cat([rebuild(tokenizer, decoder, part.cpu()) for part in seen])
-        missed = measured.cosine > space.config.gate_cosine
-        if missed:
-            print(f"The gate was missed: cosine loss {measured.cosine:.3f} > {space.config.gate_cosine}.", flush=True)
-        return {**super().finish(group), **measured.to_dict(), "gate_passed": not missed,
+        return {**super().finish(group), **measured.to_dict(),
                 "tokens_by_things": tokens_by_things(tokenizer, torch.cat(seen).cpu(), scenes),
                 "tokens_of_empty": empty_tokens(tokenizer, space.config.image_size),
                 "read": model.reader[0].cpu().read_right(rebuilt, label_tensor(scenes))}
+
+
+class NarrowTask(TokenizerTask):
+    """Stage `narrow`, with fewer tokens; the tokenizer goes to `out/tokenizer`, the decoder to `out/decoder`."""
+
+    def __init__(self, space: LavitSpace) -> None:
+        begun = space.work / "tokenizer.checkpoints"
+        space.need("tokenizer", space.record("tokenizer"))
+        self.build(space, "narrow", space.config.tokenizer.keep, space.config.train_narrow)
+        self.settings = replace(self.settings, start=self.settings.start or str(begun))
+
+    def made(self) -> Sequence[Path]:
+        return self.out.tokenizer_folder / "model.safetensors", self.out.out / "decoder" / "model.safetensors"
+
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+        space, numbers = self.out, super().finish(group)
+        save_tokenizer(space, self.model.tokenizer)
+        self.model.decoder.save_pretrained(space.out / "decoder")
+        missed = numbers["cosine"] > space.config.gate_cosine
+        if missed:
+            print(f"The gate was missed: cosine loss {numbers['cosine']:.3f} > {space.config.gate_cosine}.", flush=True)
+        return {**numbers, "gate_passed": not missed}
 
 
 def save_tokenizer(space: LavitSpace, tokenizer: DynamicTokenizer) -> None:
@@ -127,7 +159,7 @@ def save_tokenizer(space: LavitSpace, tokenizer: DynamicTokenizer) -> None:
 def load_parts(space: LavitSpace) -> tuple[DynamicTokenizer, CodeDecoder]:
     """What the stage has made."""
     folder = space.out / "decoder"
-    space.need("tokenizer", space.tokenizer_folder / "model.safetensors", folder / "model.safetensors")
+    space.need("narrow", space.tokenizer_folder / "model.safetensors", folder / "model.safetensors")
     return load_dynamic_tokenizer(space.tokenizer_folder), CodeDecoder.from_pretrained(folder)
 
 
