@@ -89,6 +89,13 @@ def test_fid_without_torchmetrics_is_one_sentence(monkeypatch):
     assert said.startswith("FID is not computed (") and "pip install torchmetrics torch-fidelity" in said
 
 
+def test_nothing_is_downloaded_while_the_hub_is_off(monkeypatch, tmp_path):
+    pytest.importorskip("torch_fidelity")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    said = Distance().missing()
+    assert "downloads are off: set HF_HUB_OFFLINE=0" in said and not list(tmp_path.rglob("*.pth"))
+
+
 def test_weights_of_inception_are_read_as_tensors_only(tmp_path):
     torch.save({"weight": Distance}, tmp_path / "inception.pth")  # a class: what tensors are not
     said = Distance(inception=tmp_path / "inception.pth").missing()

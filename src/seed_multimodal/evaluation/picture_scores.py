@@ -105,7 +105,8 @@ class Distance:
 
     Attributes:
         resolution: real pictures are squashed to this square first.
-        inception: file of the network's weights; None: torch-fidelity's own, downloaded once into torch's cache.
+        inception: file of the network's weights; None: torch-fidelity's own, in torch's cache; downloaded once where
+            HF_HUB_OFFLINE=0 allows it.
         features: another network: pictures [B, 3, H, W] in 0 to 1 → [B, E], E its `num_features`.
     """
 
@@ -121,7 +122,7 @@ class Distance:
         except (ImportError, OSError, RuntimeError, CheckpointError) as error:  # packages; download or file of weights
             return (f"FID is not computed ({first_line(error)}): it needs torchmetrics and torch-fidelity (pip install "
                     f"torchmetrics torch-fidelity) and the Inception weights, {INCEPTION} (--inception, or downloaded "
-                    "once).")
+                    "once with HF_HUB_OFFLINE=0).")
         return ""
 
     @torch.no_grad()
@@ -155,10 +156,13 @@ class Distance:
 
 
 def _inception() -> Path:
+    from huggingface_hub import constants
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
 
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
     if not file.is_file():
+        if constants.HF_HUB_OFFLINE:
+            raise CheckpointError("downloads are off: set HF_HUB_OFFLINE=0 to allow them")
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
     return file
