@@ -146,6 +146,7 @@ def read_unet(place: Path) -> Any:
         unet = UNet2DConditionModel.from_pretrained(place, subfolder="unet", torch_dtype=torch.float32,
                                                     local_files_only=True)
     refuse_unfilled(unet, place / "unet")
+    unet.register_to_config(_name_or_path="")  # else this machine's path is saved with the result
     return unet
 
 

@@ -9,7 +9,7 @@ the data set's manifest.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from seed_multimodal.systems.open_system import kind_of
 from seed_multimodal.weights import count_parameters
 
 HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "checkpoint", "processes", "accumulate", "begun",
-          "adapter", "samples_per_step", "data")
+          "adapter", "pixels", "samples_per_step", "data")
 NEEDED = ("stage", "seconds")
 
 
@@ -145,7 +145,7 @@ def _training(records: list[dict[str, Any]], work: Path, command: str, skipped: 
              "| stage | steps × batch | seconds | parameters | measured at its end |",
              "| --- | --- | ---: | ---: | --- |"]
     for record in records:
-        measured = ", ".join(f"{key} {value}" for key, value in record.items() if key not in HIDDEN)
+        measured = ", ".join(_said(key, value) for key, value in record.items() if key not in HIDDEN and value != {})
         amount = f"{record['steps']} × {record['batch_size']}" if "steps" in record else "–"
         parameters = f"{record['parameters']:,}" if "parameters" in record else "–"
         lines.append(f"| {record['stage']} | {amount} | {record['seconds']:.0f} | {parameters} | {measured} |")
@@ -154,6 +154,14 @@ def _training(records: list[dict[str, Any]], work: Path, command: str, skipped: 
         lines += ["", f"Not run: {', '.join(skipped)}."]
     return [*lines, "", "<details><summary>Resolved settings</summary>", "", "```yaml", settings.rstrip(), "```", "",
             "</details>", ""]
+
+
+def _said(key: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{key}: " + " / ".join(_said(str(inner), part) for inner, part in value.items())
+    if isinstance(value, float):
+        value = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{key} {value}"
 
 
 def _data(data: Path) -> list[str]:
