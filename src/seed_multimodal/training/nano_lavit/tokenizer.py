@@ -68,14 +68,13 @@ class TokenizerTask(NanoTask):
 
     sections = (*NanoTask.sections, "pool", "start", "tokenizer")
 
-    def __init__(self, space: LavitSpace) -> None:
-        keep, settings = space.config.tokenizer.first_keep, space.config.train_tokenizer
-        self.build(space, "tokenizer", keep, settings, codebook_warmup=int(WITHOUT_CODES * settings.steps),
-                   kmeans_start=True, kmeans_images=1024)
-
-    def build(self, space: LavitSpace, name: str, keep: float, settings: StageSettings, **health: Any) -> None:
-        """The task `name` with so large a share of patches kept; `health` is the codebook's."""
+    def __init__(self, space: LavitSpace, name: str = "tokenizer", keep: float | None = None) -> None:
+        """`keep`: share of the patches; None: the first one, with the codebook's start."""
         self.out, config, pool = space, space.config, space.features
+        settings: StageSettings = getattr(config, f"train_{name}")
+        start: dict[str, Any] = {} if keep is not None else {
+            "codebook_warmup": int(WITHOUT_CODES * settings.steps), "kmeans_start": True, "kmeans_images": 1024}
+        keep = config.tokenizer.first_keep if keep is None else keep
         tokenizer = space.new_tokenizer()
         torch.manual_seed(config.seed + 3)
         self.model = ReadStage1(load_reader(space), tokenizer, CodeDecoder(space.decoder_sizes).to(space.device),
@@ -94,8 +93,8 @@ class TokenizerTask(NanoTask):
             return found.to(space.device).float()
 
         self.inner = LavitTokenizerTask(name, self.model, settings, batch, CodebookHealth(
-            restart_every=max(1, settings.steps // 80), **health))
-        NanoTask.__init__(self, space, name, self.inner.module)
+            restart_every=max(1, settings.steps // 80), **start))
+        super().__init__(space, name, self.inner.module)
         self.optimizer = self.inner.optimizer
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
@@ -132,10 +131,9 @@ class NarrowTask(TokenizerTask):
     """Stage `narrow`, with fewer tokens; the tokenizer goes to `out/tokenizer`, the decoder to `out/decoder`."""
 
     def __init__(self, space: LavitSpace) -> None:
-        begun = space.work / "tokenizer.checkpoints"
         space.need("tokenizer", space.record("tokenizer"))
-        self.build(space, "narrow", space.config.tokenizer.keep, space.config.train_narrow)
-        self.settings = replace(self.settings, start=self.settings.start or str(begun))
+        super().__init__(space, "narrow", space.config.tokenizer.keep)
+        self.settings = replace(self.settings, start=self.settings.start or str(space.work / "tokenizer.checkpoints"))
 
     def made(self) -> Sequence[Path]:
         return self.out.tokenizer_folder / "model.safetensors", self.out.out / "decoder" / "model.safetensors"
