@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.evaluation.tokenizer_text import clip_tokenizer, has_clip_tokenizer
+from seed_multimodal.hub import DOWNLOADS_OFF
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.tokenizers.clip_weights import load_clip_text, load_clip_vision
 from seed_multimodal.tokenizers.openai_clip import load_openai_clip
@@ -162,7 +163,7 @@ def _inception() -> Path:
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
     if not file.is_file():
         if constants.HF_HUB_OFFLINE:
-            raise CheckpointError("downloads are off: set HF_HUB_OFFLINE=0 to allow them")
+            raise CheckpointError(DOWNLOADS_OFF)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
     return file
