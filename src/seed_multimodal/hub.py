@@ -16,8 +16,8 @@ from seed_multimodal.errors import CheckpointError, first_line
 NANO = "pretrained/nano"
 SEED_X = "AILab-CVC/SEED-X-17B"  # with folders for all three models, their tokenizer and de-tokenizers
 LAVIT = "rain1011/LaVIT-7B-v2"  # all of it in one repository
-# What `--model` takes beside folders.
 DOWNLOADS_OFF = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
+# What `--model` takes beside folders.
 SYSTEMS = ("nano", "8b", "14b", "seed-x", "seed-x-i", "seed-x-edit", "nano-x", "lavit", "nano-lavit")
 SHIPPED = {"nano": NANO, "nano-x": "pretrained/nano-x", "nano-lavit": "pretrained/nano-lavit"}
 UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
