@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 
 import numpy as np
@@ -65,11 +64,8 @@ class Colours(nn.Module):
         return pictures.mean((2, 3))
 
 
-def test_fid_is_the_distance_of_two_gaussians_or_what_it_needs_is_told():
+def test_fid_is_the_distance_of_two_gaussians():
     distance = Distance(8, features=Colours())
-    if importlib.util.find_spec("torchmetrics") is None:
-        assert "pip install torchmetrics torch-fidelity" in distance.missing()
-        return
     real = [noise(seed) for seed in range(6)]
     made = [noise(seed, (8, 8)) for seed in range(10, 15)]
     assert not distance.missing()
@@ -90,7 +86,6 @@ def test_fid_without_torchmetrics_is_one_sentence(monkeypatch):
 
 
 def test_nothing_is_downloaded_while_the_hub_is_off(monkeypatch, tmp_path):
-    pytest.importorskip("torch_fidelity")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     said = Distance().missing()
     assert "downloads are off: set HF_HUB_OFFLINE=0" in said and not list(tmp_path.rglob("*.pth"))
@@ -100,5 +95,4 @@ def test_weights_of_inception_are_read_as_tensors_only(tmp_path):
     torch.save({"weight": Distance}, tmp_path / "inception.pth")  # a class: what tensors are not
     said = Distance(inception=tmp_path / "inception.pth").missing()
     assert said.startswith("FID is not computed (")
-    if importlib.util.find_spec("torchmetrics") is not None:
-        assert "inception.pth: refused, because it holds more than tensors" in said
+    assert "inception.pth: refused, because it holds more than tensors" in said
