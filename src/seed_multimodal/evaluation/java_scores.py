@@ -6,11 +6,14 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from seed_multimodal.errors import first_line
+from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.hub import DOWNLOADS_OFF
 from seed_multimodal.language.caption_scores import Key, caption_words
 
+PARSER = " with Stanford CoreNLP 3.6.0 (downloaded once, 500 MB, with HF_HUB_OFFLINE=0)"
 METRICS = {"METEOR": ("pycocoevalcap.meteor.meteor", "Meteor"), "SPICE": ("pycocoevalcap.spice.spice", "Spice")}
 
 
@@ -29,13 +32,17 @@ def java_scores(captions: Mapping[Key, str], references: Mapping[Key, Sequence[s
                 scores[name] = float(_scorer(module, kind).compute_score(wanted, made)[0])
         except Exception as error:  # noqa: BLE001 (another program's: package, archive, download, memory)
             notes.append(f"{name} is not computed ({first_line(error)}): it needs Java and pycocoevalcap (pip install "
-                         "pycocoevalcap); the other scores do not.")
+                         f"pycocoevalcap){PARSER if name == 'SPICE' else ''}; the other scores do not.")
     return scores, notes
 
 
 def _scorer(module: str, kind: str) -> Any:
     import importlib
 
-    import pycocoevalcap  # noqa: F401 (its sentence, if it is missing)
+    import pycocoevalcap  # its sentence, if it is missing
+    from huggingface_hub import constants
 
+    parser = Path(pycocoevalcap.__path__[0], "spice", "lib", "stanford-corenlp-3.6.0.jar")
+    if kind == "Spice" and constants.HF_HUB_OFFLINE and not parser.is_file():  # it would be downloaded unasked
+        raise CheckpointError(f"{parser} is not there, and {DOWNLOADS_OFF}")
     return getattr(importlib.import_module(module), kind)()
