@@ -26,8 +26,8 @@ def boolean(text: str) -> bool:
 def build_parser() -> argparse.ArgumentParser:
     """The flags: the original's, and ours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--system", help="nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit or a "
-                        "folder with system.json (instead of the three YAML files)")
+    parser.add_argument("--system", help="nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit, "
+                        "nano-lavit or a folder with system.json (instead of the three YAML files)")
     parser.add_argument("--image_transform", help="YAML of the image transform")
     parser.add_argument("--tokenizer", help="YAML of the SEED tokenizer")
     parser.add_argument("--model", help="YAML of the language model")
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="keep the diffusion model on the CPU while no picture is drawn (default: on)")
     parser.add_argument("--no_offload_decoder", dest="offload_decoder", action="store_false")
     parser.add_argument("--offload_llm", action="store_true",
-                        help="keep SEED-X's language model on the CPU while it says nothing")
+                        help="keep SEED-X's or LaVIT's language model on the CPU while it says nothing")
     parser.add_argument("--exact_original", action="store_true",
                         help="answer as the released server does to the letter, its quirks included")
     parser.add_argument("--max_megapixels", type=whole_number(1), default=32,

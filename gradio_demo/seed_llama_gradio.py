@@ -21,7 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="address of the page; 0.0.0.0 shows it to other machines")
     parser.add_argument("--request_address", default="http://127.0.0.1:7890/generate", help="the backend's address")
     parser.add_argument("--model_type", default="seed-llama-14b", help="nano, seed-llama-8b, "
-                        "seed-llama-14b, seed-x, seed-x-i, seed-x-edit or nano-x (default: seed-llama-14b)")
+                        "seed-llama-14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit or nano-lavit (default: "
+                        "seed-llama-14b)")
     return parser
 
 

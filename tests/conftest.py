@@ -7,6 +7,7 @@ another process says so with a marker.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 import seed_multimodal  # noqa: F401  (before transformers: it mends a torchvision built for another torch)
 
+os.environ.pop("PYTHONUNBUFFERED", None)  # whoever pipes a program's lines gets each as it is said without it, too
 PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 started: list[str] = []
 

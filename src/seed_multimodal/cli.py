@@ -29,7 +29,6 @@ from typing import Any, NoReturn
 from seed_multimodal import __version__
 from seed_multimodal.commands import chat, convert, data, eval_tokenizer, evaluate, export_tokenizer, pictures, plot
 from seed_multimodal.commands.common import (
-    SHAPES,
     add_beside,
     add_codes,
     add_common,
@@ -39,6 +38,7 @@ from seed_multimodal.commands.common import (
     add_out,
 )
 from seed_multimodal.entry import add_offload, add_quantization, guarded, whole_number
+from seed_multimodal.images.ratios import RATIOS
 from seed_multimodal.settings import nearest
 
 
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     draw = _command(commands, "draw", pictures.draw, "pictures from words", language=True)
     draw.add_argument("texts", nargs="+", metavar="TEXT")
     add_codes(draw)
-    draw.add_argument("--ratio", choices=SHAPES, help="LaVIT: width to height of the drawing (default: 1:1)")
+    draw.add_argument("--ratio", choices=RATIOS, help="LaVIT: width to height of the drawing (default: 1:1)")
     draw.add_argument("--height", type=whole_number(8), metavar="PIXELS", help="SEED-X, LaVIT: of the drawing")
     draw.add_argument("--width", type=whole_number(8), metavar="PIXELS")
     add_out(draw)

@@ -37,7 +37,7 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; a `SeedError`, or a full disk, becomes its sentence and `REFUSED` unless
     `debug`."""
     warnings.formatwarning = functools.partial(_warning_line, program)
-    _take_any_bytes()
+    _prepare_streams()
     try:
         return work()
     except SeedError as error:
@@ -102,14 +102,15 @@ def _warning_line(program: str, message: Warning | str, category: type[Warning],
     return _PLAIN(message, category, *place, **more)
 
 
-def _take_any_bytes() -> None:
+def _prepare_streams() -> None:
     """Lines and file names that are no UTF-8 neither end the program nor get lost: read as Python reads file names, and
-    written as escapes (which JSON reads back)."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"),
-                           (sys.stderr, "backslashreplace")):
+    written as escapes (which JSON reads back). A line is written when it is whole, into files and pipes, too."""
+    for stream, options in ((sys.stdin, {"errors": "surrogateescape"}),
+                            (sys.stdout, {"errors": "backslashreplace", "line_buffering": True}),
+                            (sys.stderr, {"errors": "backslashreplace"})):
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):  # closed, or half read by another process
-                stream.reconfigure(errors=errors)
+                stream.reconfigure(**options)  # type: ignore[arg-type]
 
 
 def end_with_parent() -> None:

@@ -31,7 +31,7 @@ class Program:
     """A started program whose output is read line by line."""
 
     def __init__(self, *command: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1",
                        "GRADIO_ANALYTICS_ENABLED": "False"}
         self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

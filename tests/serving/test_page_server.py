@@ -30,7 +30,7 @@ class Page:
         self.process = subprocess.Popen(  # a fresh process: a warm one has chosen its folder of temporary files
             [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_gradio.py"), "--model_type", "nano",
              "--server_port", str(port), "--request_address", f"http://127.0.0.1:{backend}/generate"],
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"})
+            stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder)})
         assert self.process.stdout is not None
         line = next(line for line in self.process.stdout if "The chat is at" in line)
         self.address = line.split("The chat is at ")[1].split()[0]

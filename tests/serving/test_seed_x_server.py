@@ -193,7 +193,7 @@ def test_malformed_answers(tiny_x: SeedX, monkeypatch, answer: str, sentence: st
 
 
 def test_the_released_server_never_served_it(tiny_x: SeedX) -> None:
-    with pytest.raises(ConfigError, match="SEED-X's have none"):
+    with pytest.raises(ConfigError, match="which served SEED-LLaMA alone"):
         create_app(tiny_x, exact_original=True)
 
 

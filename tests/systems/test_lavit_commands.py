@@ -17,10 +17,6 @@ from test_lavit import picture
 
 from seed_multimodal.cli import main
 from seed_multimodal.commands import lavit as programs
-from seed_multimodal.commands.common import SHAPES
-from seed_multimodal.detokenizers.lavit import RATIOS
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.serving.features_backend import backend_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / "src" / "lavit"
@@ -59,7 +55,6 @@ def test_reading(seed, shown, tiny_lavit):
 
 
 def test_drawing(seed, shown):
-    assert SHAPES == tuple(RATIOS)
     _, lines = seed("draw", "a red apple", "--steps", "2", "--ratio", "3:2")
     assert Image.open(lines[0]["picture"]).size == (80, 48)
     _, lines = seed("draw", "a red apple", "--height", "32", "--width", "40", "--guidance-scale", "2")
@@ -93,11 +88,6 @@ def test_one_message(seed, shown):
     assert code == 0 and Image.open(lines[0]["answer"][0]["picture"]).size == (64, 64)
     assert seed("chat", "--message", "hello")[0] == 2
     assert seed("chat", "--image", shown, "--message", "one", "--message", "two")[0] == 2
-
-
-def test_it_is_not_served(tiny_lavit):
-    with pytest.raises(ConfigError, match="the server holds conversations"):
-        backend_of(tiny_lavit)
 
 
 # ---- programs

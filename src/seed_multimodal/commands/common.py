@@ -32,11 +32,11 @@ from seed_multimodal.errors import (
     SeedError,
     first_line,
 )
+from seed_multimodal.images.ratios import RATIOS
 from seed_multimodal.quiet import quiet_libraries
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-RATIOS = ("restore", "keep", "square")  # `images.aspect.Ratio`, which is not imported with every program
-SHAPES = ("1:1", "4:3", "3:2", "16:9", "2:3", "3:4")  # `detokenizers.lavit.RATIOS`
+KEPT_RATIOS = ("restore", "keep", "square")  # `images.aspect.Ratio`, which is not imported with every program
 MOST_BYTES = 200  # of a result's name; systems take 255, with an ending, a number and what a file half written adds
 # Errors of one picture or text; any other (weights, settings) stops the whole command.
 OF_ONE_PICTURE = (ImageError, CodesError, GenerationError, RequestError)
@@ -83,8 +83,8 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 def add_beside(parser: argparse.ArgumentParser) -> None:
     """Flags of drawing beside a source or condition picture."""
     parser.add_argument("--image-guidance-scale", type=float, metavar="G", help="SEED-X: towards that picture")
-    parser.add_argument("--ratio", choices=(*RATIOS, *SHAPES), help="of the result; SEED-X: restore or keep that of "
-                        "the source or condition picture, or square as the original's (default: restore); LaVIT: 3:2 …")
+    parser.add_argument("--ratio", choices=(*KEPT_RATIOS, *RATIOS), help="of the result; SEED-X: restore or keep that "
+                        "of the source or condition picture, or square as released (default: restore); LaVIT: 3:2 …")
 
 
 def code_counts(text: str) -> list[int]:

@@ -18,7 +18,6 @@ from typing import Any
 
 from seed_multimodal.commands.common import (
     PICTURE_SUFFIXES,
-    SHAPES,
     Outcomes,
     OutputNames,
     add_common,
@@ -39,6 +38,7 @@ from seed_multimodal.entry import (
     whole_number,
 )
 from seed_multimodal.errors import ImageError
+from seed_multimodal.images.ratios import RATIOS
 from seed_multimodal.quiet import quiet_libraries
 
 HEADS = ("highres", "lowres")
@@ -147,7 +147,7 @@ def _parser(program: str, description: str, out: str = "") -> argparse.ArgumentP
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ratio", choices=SHAPES, help="width to height (default: 1:1)")
+    parser.add_argument("--ratio", choices=RATIOS, help="width to height (default: 1:1)")
     parser.add_argument("--height", type=whole_number(8), metavar="PIXELS", help="with --width, instead")
     parser.add_argument("--width", type=whole_number(8), metavar="PIXELS")
     parser.add_argument("--check_safety", action="store_true", help="what the safety checker flags becomes black")

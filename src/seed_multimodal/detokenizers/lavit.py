@@ -35,13 +35,11 @@ from seed_multimodal.detokenizers.sdxl import LAYOUT, layout_start
 from seed_multimodal.detokenizers.sdxl_adapter import size_ids
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.hub import LAVIT_WHERE, find_folder
+from seed_multimodal.images.ratios import RATIOS
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import check_value, setting
 from seed_multimodal.tokenizers.lavit_decoder import Conditions
 
-# (height, width) in pixels of the released shapes; a U-Net of another size draws them in its own.
-RATIOS = {"1:1": (1024, 1024), "4:3": (896, 1152), "3:2": (832, 1216), "16:9": (768, 1344), "2:3": (1216, 832),
-          "3:4": (1152, 896)}
 SIDE = 1024  # of the square one
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*", UNCONDITIONAL)
 

@@ -24,10 +24,12 @@ CORRUPT = "<corrupt_image>"
 
 
 class SeparatorStyle(Enum):
-    """How messages are written down; the two styles the released models use."""
+    """How messages are written down: the two styles of the released chat models, and the last message alone, for models
+    that do not converse."""
 
     SINGLE = "single"
     LLAMA_2 = "llama_2"
+    ALONE = "alone"
 
 
 @dataclass
@@ -50,8 +52,18 @@ class Conversation:
             raise RequestError(f"Unknown role {role!r}: use {' or '.join(self.roles)}.")
         self.messages.append({"role": role, "message": copy.deepcopy(message)})
 
+    @property
+    def asked(self) -> list[Message]:
+        """The messages that the model is told: all, or the user's last one and what came after it."""
+        if self.style is not SeparatorStyle.ALONE:
+            return self.messages
+        last = max((place for place, entry in enumerate(self.messages) if entry["role"] == self.roles[0]), default=0)
+        return self.messages[last:]
+
     def prompt_text(self) -> str:
         """The prompt without `<s>`, one `<image>` per picture."""
+        if self.style is SeparatorStyle.ALONE:
+            return self.separator.join(str(entry["message"]["text"]) for entry in self.asked)
         if self.style is SeparatorStyle.SINGLE:
             text = self.system + self.separator if self.system else ""
             for entry in self.messages:
@@ -66,7 +78,7 @@ class Conversation:
     def get_prompt(self, encode_image: Callable[[str], Any]) -> dict[str, Any]:
         """`{"text", "images"}`: for every picture its codes, or `encode_image(path)` where none are known yet."""
         images = []
-        for entry in self.messages:
+        for entry in self.asked:
             message = entry["message"]
             for path, codes in zip(message["images"], message["images_ids"], strict=True):
                 images.append(encode_image(path) if codes is None else codes)
@@ -78,7 +90,7 @@ class Conversation:
         Raises:
             RequestError: another number of code lists than pictures.
         """
-        slots = [(entry["message"]["images_ids"], place) for entry in self.messages
+        slots = [(entry["message"]["images_ids"], place) for entry in self.asked
                  for place in range(len(entry["message"]["images_ids"]))]
         if len(slots) != len(images_ids):
             raise RequestError(f"The answer holds codes of {len(images_ids)} pictures, "
@@ -124,6 +136,7 @@ _TEMPLATES = {
     "conv_seed_vicuna": Conversation("", ("USER", "ASSISTANT"), SeparatorStyle.SINGLE),
     "conv_seed_vicuna_system": Conversation(_VICUNA_SYSTEM, ("USER", "ASSISTANT"), SeparatorStyle.SINGLE),
     "conv_seed_llama2": Conversation("", ("[INST]", "[/INST]"), SeparatorStyle.LLAMA_2),
+    "conv_lavit": Conversation("", ("USER", "ASSISTANT"), SeparatorStyle.ALONE),
     "conv_seed_x": Conversation("", ("Question", "Answer"), SeparatorStyle.SINGLE),  # of the model that is not tuned
 }
 
@@ -204,7 +217,8 @@ class Dialogue:
 
     def too_long(self) -> bool:
         """Whether the conversation has more rounds than are answered."""
-        return len(self.conversation.messages) > 2 * self.max_turns
+        alone = self.conversation.style is SeparatorStyle.ALONE
+        return len(self.conversation.messages) > 2 * self.max_turns and not alone
 
     def refuse(self) -> Buttons:
         """Answer a too long history with the fixed sentence; afterwards only clearing is possible."""

@@ -1,6 +1,7 @@
-"""What the server needs of a model: the interface, and how any system answers a request that was read.
+"""What the server needs of a model: the interface, and how models answer whose texts and pictures are words of one
+answer.
 
-Systems with codes are served by `codes_backend`, SEED-X by `features_backend`.
+Systems with codes are served by `codes_backend`, SEED-X by `features_backend`, LaVIT by `message_backend`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from seed_multimodal.images.encode import image_to_base64
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.serving.gate import Vanished
-from seed_multimodal.serving.schema import GenerateRequest, Preview
+from seed_multimodal.serving.rendering import render_answer, render_original
+from seed_multimodal.serving.schema import FoundBox, GenerateRequest, GenerateResponse, Preview
 
 if TYPE_CHECKING:
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -47,14 +49,20 @@ class Asked:
 class Backend(Protocol):
     """Interface of a model for the engine.
 
-    A backend may also have `at_least` (larger pictures may reach it reduced to so many pixels a side), `kept_bytes`
-    (of a pixel of a picture that waits, where `transform` keeps them all),
-    `follow(asked, request)`, which generates as `generate` does and gives each `Preview` on its way, and `boxes(ids)`,
-    the boxes in an answer (as of `GenerateResponse`) and a sentence about each that is malformed.
-    `request.gone()` says whether the client has left.
+    A backend may also have `at_least` (larger pictures may reach it reduced to so many pixels a side) and `kept_bytes`
+    (of a pixel of a picture that waits, where `transform` keeps them all). `request.gone()` says whether the client has
+    left.
     """
 
-    tokenizer: MultimodalTokenizer
+    @property
+    def tokenizer(self) -> MultimodalTokenizer:
+        """Of the language model."""
+        ...
+
+    @property
+    def ratios(self) -> Sequence[str]:
+        """Shapes that pictures can be asked for in, such as "3:2"; none: all are drawn in one."""
+        ...
 
     def transform(self, image: Image.Image) -> Any:
         """One picture as it is kept while its request waits."""
@@ -64,21 +72,60 @@ class Backend(Protocol):
         """Refuse what can be refused before any picture is decoded; `sizes` (None: codes) are from their headers."""
         ...
 
+    def reply(self, request: GenerateRequest, pictures: Sequence[Any],
+              exact_original: bool) -> Generator[Preview, None, GenerateResponse]:
+        """Answer a request with its transformed pictures, and give the previews that it asks for on the way."""
+        ...
+
+
+class WordsBackend:
+    """Models that write texts and pictures as words of one answer; the methods that raise NotImplementedError are a
+    model's own."""
+
+    tokenizer: MultimodalTokenizer
+    ratios: Sequence[str] = ()
+
     def ask(self, request: GenerateRequest, pictures: Sequence[Any], exact_original: bool) -> Asked:
         """A request with its transformed pictures -> what the model is asked."""
-        ...
+        raise NotImplementedError
 
     def generate(self, asked: Asked, request: GenerateRequest) -> list[int]:
         """The ids of the answer, its opening included."""
-        ...
+        raise NotImplementedError
 
     def draw(self, asked: Asked, part: ImagePart, request: GenerateRequest) -> Image.Image:
         """A whole picture of the answer, drawn from the request's seed."""
-        ...
+        raise NotImplementedError
+
+    def follow(self, asked: Asked, request: GenerateRequest) -> Generator[Preview, None, list[int]]:
+        """As `generate`, with previews of the pictures."""
+        yield from ()
+        return list(self.generate(asked, request))
+
+    def boxes(self, asked: Asked, ids: list[int]) -> tuple[list[FoundBox], list[str]]:
+        """The boxes of an answer, and a sentence about each that is malformed."""
+        return [], []
+
+    def reply(self, request: GenerateRequest, pictures: Sequence[Any],
+              exact_original: bool) -> Generator[Preview, None, GenerateResponse]:
+        """See `Backend`."""
+        asked = self.ask(request, pictures, exact_original)
+        ids = (yield from self.follow(asked, request)) if request.previews else list(self.generate(asked, request))
+
+        def draw(part: ImagePart) -> Image.Image:
+            if request.gone():
+                raise Vanished
+            return self.draw(asked, part, request)
+
+        response = (render_original if exact_original else render_answer)(ids, self.tokenizer, draw)
+        response.images_ids = asked.images_ids + response.images_ids
+        response.boxes, problems = self.boxes(asked, ids)
+        response.error_msg += asked.notes + problems
+        return response
 
 
-class SystemBackend:
-    """How any system generates for the server."""
+class SystemBackend(WordsBackend):
+    """How systems generate for the server that hold conversations."""
 
     def __init__(self, system: TalkingSystem) -> None:
         self.system: Any = system

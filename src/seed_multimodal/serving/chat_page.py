@@ -24,6 +24,7 @@ from seed_multimodal.images.encode import (
     request_image,
 )
 from seed_multimodal.images.open import ImageLimits, open_image
+from seed_multimodal.images.ratios import RATIOS
 from seed_multimodal.language.conversation import Dialogue
 from seed_multimodal.language.tasks import DEMO_QUESTIONS, DESCRIBE_PROMPT, QA_SUFFIX, SEED_X_TASKS
 from seed_multimodal.language.vocabulary import BOX_WORDS, PLACEHOLDER
@@ -38,6 +39,8 @@ UPLOADS = ImageLimits(max_bytes=64 << 20, max_memory=144_000_000)
 STORED_SIDE = 512  # of what `chat_image` makes of a picture
 WHOLE_SIDE = 1792  # four views of 448 pixels: SEED-X sees no more
 IN_CODES = "A picture is read and written as 32 words."
+IN_DYNAMIC = ("A picture has as many words as there is to see in it. A picture alone is described, a question about it "
+              "is answered, and “Force a picture” draws what words and pictures say. Every message stands alone.")
 IN_VIEWS = "It sees the whole picture and parts of it, and shows where things are."
 
 
@@ -47,6 +50,7 @@ class Kind:
 
     Attributes:
         whole: pictures are sent as they are (at most `WHOLE_SIDE` pixels), not squashed as the released demo did.
+        ratios: shapes that it draws in; a kind with them is asked with its own settings, not those of the sliders.
     """
 
     template: str
@@ -56,6 +60,7 @@ class Kind:
     remark: str = IN_CODES
     whole: bool = False
     rounds: int = 3
+    ratios: tuple[str, ...] = ()
 
 
 _FIND = SEED_X_TASKS.detect_request("the dog")
@@ -64,6 +69,10 @@ _FIND = SEED_X_TASKS.detect_request("the dog")
 def _of_seed_x(title: str, *more: str, template: str = "conv_seed_llama2") -> Kind:
     examples = (SEED_X_TASKS.describe, *more)
     return Kind(template, title, 0.0, examples, IN_VIEWS, whole=True)
+
+
+def _of_lavit(title: str, *examples: str) -> Kind:
+    return Kind("conv_lavit", title, examples=examples, remark=IN_DYNAMIC, whole=True, ratios=tuple(RATIOS))
 
 
 KINDS = {
@@ -75,6 +84,8 @@ KINDS = {
     "seed-x": _of_seed_x("SEED-X", "What is this?", template="conv_seed_x"),
     "seed-x-i": _of_seed_x("SEED-X-I", _FIND, "Generate an image: a dog on the green grass"),
     "seed-x-edit": _of_seed_x("SEED-X-Edit", "Make it under the sunset"),
+    "lavit": _of_lavit("LaVIT", "What is in the picture?", "A red apple on a white plate."),
+    "nano-lavit": _of_lavit("SEED Multimodal · nano-lavit", "What is the background?", "a noto fox in a meadow"),
     "nano-x": _of_seed_x("SEED Multimodal · nano-x", _FIND, "Generate an image: a noto dog left of a tree"),
 }
 
@@ -119,11 +130,13 @@ class ChatPage:
             return str(error)
         return ""
 
-    def answer(self, dialogue: Dialogue, *, max_turns: int, force_boi: bool,
+    def answer(self, dialogue: Dialogue, *, max_turns: int, force_boi: bool, ratio: str | None = None,
                **settings: Any) -> Generator[list[str], None, str]:
         """Ask the backend; gives the previews of the answer's pictures each time one comes, and returns a message about
         a problem (`""`: the answer is in the dialogue)."""
         dialogue.max_turns, shown = int(max_turns), dict[int, str]()
+        if self.kind.ratios:
+            settings = {"ratio": ratio} if force_boi else {}
         if not dialogue.waits():
             return "Write a message or choose a picture first."
         if dialogue.too_long():

@@ -13,7 +13,7 @@ from seed_multimodal.images.open import DETAIL
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import room_for_answer
 from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
-from seed_multimodal.serving.backend import Asked, Size, SystemBackend
+from seed_multimodal.serving.backend import Asked, Size, SystemBackend, WordsBackend
 from seed_multimodal.serving.schema import GenerateRequest, shown
 from seed_multimodal.systems.chat import unknown_note
 
@@ -21,13 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from seed_multimodal.language.prompts import PromptTemplate
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 
-class CodesBackend:
+class CodesBackend(WordsBackend):
     """What all such models share; the methods that raise NotImplementedError are a model's own."""
-
-    tokenizer: MultimodalTokenizer
 
     def transform(self, image: Image.Image) -> Tensor:
         """One picture -> float32 [3, S, S]."""

@@ -13,20 +13,15 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import IO, Any
-
-from PIL import Image
 
 from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images.encode import bytes_from_base64
 from seed_multimodal.images.open import DETAIL, Header, ImageLimits, image_header, open_image
-from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.serving.backend import Asked, Backend
+from seed_multimodal.serving.backend import Backend
 from seed_multimodal.serving.body import read_body
-from seed_multimodal.serving.gate import Gate, Vanished
-from seed_multimodal.serving.rendering import render_answer, render_original
+from seed_multimodal.serving.gate import Gate
 from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Limits, Preview, parse_request
 
 DECODERS = 2  # threads that decode pictures at once
@@ -130,36 +125,19 @@ class Engine:
     def _answer(self, request: GenerateRequest, pictures: list[Any]) -> Iterator[Preview | GenerateResponse]:
         with self._model.hold(gone=request.gone):
             began = time.monotonic()
-            asked = self.backend.ask(request, pictures, self.exact_original)
-            new_ids = yield from self._generate(asked, request)
-            render = render_original if self.exact_original else render_answer
-            response = render(new_ids, self.backend.tokenizer, partial(self._draw, asked, request))
+            response = yield from self.backend.reply(request, pictures, self.exact_original)
             self.answered += 1
             self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
-        response.images_ids = asked.images_ids + response.images_ids
-        response.error_msg += asked.notes
-        boxes = getattr(self.backend, "boxes", None)
-        if boxes is not None:
-            response.boxes, problems = boxes(asked, new_ids)
-            response.error_msg += problems
         yield response
-
-    def _generate(self, asked: Asked, request: GenerateRequest) -> Generator[Preview, None, list[int]]:
-        """The ids of the answer, its fixed opening included."""
-        follow = getattr(self.backend, "follow", None)
-        if request.previews and follow is not None:
-            return (yield from follow(asked, request))
-        return list(self.backend.generate(asked, request))
-
-    def _draw(self, asked: Asked, request: GenerateRequest, part: ImagePart) -> Image.Image:
-        if request.gone():
-            raise Vanished
-        return self.backend.draw(asked, part, request)
 
     def _read_pictures(self, request: GenerateRequest, kept: contextlib.ExitStack) -> list[Any]:
         """The pictures of a request as the backend keeps them; all that can be refused is refused before the first one
         is decoded. What was read is taken out of the request; its place among kept pictures is given back with `kept`.
         """
+        ratios = self.backend.ratios
+        if request.ratio is not None and request.ratio not in ratios:
+            raise RequestError(f"'ratio' is {request.ratio[:20]!r}; this model draws pictures in "
+                               f"{', '.join(ratios) if ratios else 'one shape'}.")
         numbers = [number for number, item in enumerate(request.images) if not isinstance(item, list)]
         headers = self._check_headers(request, numbers)
         sizes = {number: header.size for number, header in zip(numbers, headers, strict=True)}

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.errors import RequestError
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import room_for_answer
 from seed_multimodal.language.seed_x import Box, ShownPicture, answer_text, read_boxes
 from seed_multimodal.language.vocabulary import PLACEHOLDER
-from seed_multimodal.serving.backend import Asked, Backend, Size, SystemBackend
-from seed_multimodal.serving.codes_backend import CodesSystem, left_out_notes
+from seed_multimodal.serving.backend import Asked, Size, SystemBackend
+from seed_multimodal.serving.codes_backend import left_out_notes
 from seed_multimodal.serving.schema import FoundBox, GenerateRequest
 from seed_multimodal.systems.chat import Content, DrawnPart
-from seed_multimodal.systems.talking import System, TalkingSystem
 
 if TYPE_CHECKING:
     from seed_multimodal.language.prompts import PromptTemplate
@@ -100,18 +99,6 @@ class FeaturesSystem(SystemBackend):
             elif len(picture) == len(self._words):
                 yield picture
             yield from [span] if span else []
-
-
-def backend_of(system: System) -> Backend:
-    """The backend of a system: whether its pictures are codes says which.
-
-    Raises:
-        ConfigError: a system whose language model does not write texts and pictures in one answer (LaVIT).
-    """
-    if not isinstance(system, TalkingSystem):
-        raise ConfigError(f"{system.spec.name}: the server holds conversations, and this system answers single "
-                          f"requests: use `seed describe`, `ask`, `draw`, `edit` and `chat`.")
-    return CodesSystem(system) if system.pictures.has_codes else FeaturesSystem(system)
 
 
 def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:

@@ -21,11 +21,12 @@ from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, RequestError, SeedError
 from seed_multimodal.serving.backend import Backend
 from seed_multimodal.serving.body import BodyTooLong
+from seed_multimodal.serving.codes_backend import CodesBackend, CodesSystem
 from seed_multimodal.serving.engine import Busy, Engine
-from seed_multimodal.serving.features_backend import backend_of
+from seed_multimodal.serving.features_backend import FeaturesSystem
 from seed_multimodal.serving.gate import Vanished
 from seed_multimodal.serving.schema import JSON_LINES, GenerateResponse, Limits, Preview, error_json
-from seed_multimodal.systems.talking import System
+from seed_multimodal.systems.talking import System, TalkingSystem
 
 if TYPE_CHECKING:
     from flask import Flask, Response
@@ -56,8 +57,8 @@ def create_app(
 
     limits = limits or Limits()
     backend = backend_of(system) if isinstance(system, System) else system
-    if exact_original and backend.tokenizer.vocabulary.in_order:
-        raise ConfigError("exact_original repeats the released server, whose pictures are codes; SEED-X's have none.")
+    if exact_original and not isinstance(backend, CodesBackend):
+        raise ConfigError("exact_original repeats the released server, which served SEED-LLaMA alone.")
     engine = Engine(backend, limits=limits, exact_original=exact_original)
     app = Flask("seed_multimodal")
     app.config["MAX_CONTENT_LENGTH"] = limits.max_body_bytes
@@ -103,6 +104,15 @@ def create_app(
         return jsonify(error_json(INSIDE)), 500
 
     return app
+
+
+def backend_of(system: System) -> Backend:
+    """The backend of a system: what its model reads and writes says which."""
+    if isinstance(system, TalkingSystem):
+        return CodesSystem(system) if system.pictures.has_codes else FeaturesSystem(system)
+    from seed_multimodal.serving.message_backend import MessageBackend
+
+    return MessageBackend(system)  # type: ignore[arg-type]  # the one system that does not converse
 
 
 def _lines(first: Preview, rest: Iterator[Preview | GenerateResponse]) -> Iterator[str]:

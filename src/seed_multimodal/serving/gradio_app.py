@@ -68,17 +68,19 @@ def build_demo(page: ChatPage) -> gr.Blocks:
 
 
 def _settings(kind: Kind) -> list[Any]:
-    """The sliders of the released demo, with its ranges, and the model's own defaults."""
+    """The released demo's sliders, with its ranges and the model's own defaults; last what only some kinds have."""
     import gradio as gr
 
     force = gr.Radio([("Yes", True), ("No", False)], value=False, label="Force a picture", elem_id="force")
-    with gr.Accordion("Settings", open=False, elem_id="settings"):
+    ratio = [gr.Radio(list(kind.ratios), value=kind.ratios[0], label="Its shape (width : height)", elem_id="ratio")
+             ] if kind.ratios else []
+    with gr.Accordion("Settings", open=False, elem_id="settings", visible=not kind.ratios):
         beams = gr.Slider(1, 4, value=1, step=1, label="Beams")
         tokens = gr.Slider(64, 1024, value=256, step=64, label="Most new tokens")
         temperature = gr.Slider(0.0, 1.0, value=kind.temperature, step=0.1, label="Temperature (0: the likeliest)")
         top_p = gr.Slider(0.0, 1.0, value=0.5, step=0.1, label="Top P")
         turns = gr.Slider(1, 5, value=kind.rounds, step=1, label="Most rounds of history")
-    return [beams, tokens, temperature, top_p, turns, force]
+    return [beams, tokens, temperature, top_p, turns, force, *ratio]
 
 
 def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any], chat: Any, status: Any, add: Any,
@@ -95,9 +97,9 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
 
     def asking(ask: Callable[..., Generator[list[str], None, str]], dialogue: Dialogue,
                values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-        beams, tokens, temperature, top_p, turns, force = values
-        made = ask(dialogue, max_turns=turns, force_boi=bool(force), num_beams=int(beams),
-                   max_new_tokens=int(tokens), temperature=temperature, top_p=top_p)
+        beams, tokens, temperature, top_p, turns, force, *ratio = values
+        made = ask(dialogue, max_turns=turns, force_boi=bool(force), ratio=next(iter(ratio), None),
+                   num_beams=int(beams), max_new_tokens=int(tokens), temperature=temperature, top_p=top_p)
         while True:
             try:
                 previews = next(made)

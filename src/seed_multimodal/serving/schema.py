@@ -42,8 +42,9 @@ class GenerateRequest:
 
     `text` is the whole conversation so far, without `<s>`, holding one `<image>` per entry of `images`; an entry is
     base64 text of an encoded picture (`bytes` if it is long), or the list of its codes. Ours are `seed` (the same seed,
-    the same answer) and `previews` (send pictures while they are made). `gone` is asked while the request waits and
-    before each token of its answer: whether the client has left.
+    the same answer), `previews` (send pictures while they are made) and `ratio` (the shape of the picture, of models
+    that draw in several). `given` are the settings that the request names; a model may use its own defaults for others.
+    `gone` is asked while the request waits and before each token of its answer: whether the client has left.
     """
 
     text: str
@@ -55,6 +56,8 @@ class GenerateRequest:
     force_boi: bool = False
     seed: int | None = None
     previews: bool = False
+    ratio: str | None = None
+    given: frozenset[str] = frozenset()
     gone: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     @property
@@ -140,6 +143,8 @@ def parse_request(
         force_boi=_flag(body, "force_boi"),
         seed=_integer(body, "seed", 0, 0, 2**31 - 1) if body.get("seed") is not None else None,
         previews=_flag(body, "previews"),
+        ratio=plain_text(body["ratio"], "'ratio'") if body.get("ratio") is not None else None,
+        given=frozenset({"temperature", "num_beams", "max_new_tokens", "top_p"} & body.keys()),
         gone=gone,
     )
     flags = len(request.text_spans) - 1

@@ -14,8 +14,7 @@ Several pictures at once (`describe_all`, `ask_all`, `draw_all`) give what each 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from PIL import Image
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import GenerationError, RequestError
-from seed_multimodal.language.answer import TextPart
 from seed_multimodal.language.lavit import (
     QUESTION,
     LavitTokenizer,
@@ -35,24 +33,24 @@ from seed_multimodal.language.lavit import (
     question_prompts,
 )
 from seed_multimodal.language.lavit_generation import CodeSettings, WrittenPicture
-from seed_multimodal.systems.chat import Answer, DrawnPart, as_text, read_messages
+from seed_multimodal.systems.chat import as_text
 from seed_multimodal.systems.lavit_files import LavitSpec, find_lavit
-from seed_multimodal.systems.lavit_language import Inputs, LavitLanguage, Seeds
+from seed_multimodal.systems.lavit_language import Inputs, LavitLanguage, Seeds, Watch
 from seed_multimodal.systems.lavit_memory import plan_lavit, read_lavit_sizes
+from seed_multimodal.systems.lavit_message import MessageSystem
 from seed_multimodal.systems.lavit_parts import MODES, check_belonging, load_language, load_pictures
 from seed_multimodal.systems.lavit_pictures import LavitPictures, composed_parts, drawn_texts
 from seed_multimodal.systems.memory_plan import MemoryPlan
 from seed_multimodal.systems.picture_half import off_loaded, one_seed_each, resident
 from seed_multimodal.systems.pictures import is_picture
-from seed_multimodal.systems.speaker import Event
-from seed_multimodal.systems.talking import Log, System
+from seed_multimodal.systems.talking import Log
 
 DECODE_KEYS = ("num_inference_steps", "guidance_scale", "height", "width", "ratio", "scheduler", "original_size",
                "crops_coords_top_left", "batch_size")
 Part = Any  # of what is composed: a text, a picture, or codes
 
 
-class Lavit(System):
+class Lavit(MessageSystem):
     """A loaded system.
 
     Methods take generation settings (`WritingSettings`; where they draw `CodeSettings`, and those of
@@ -208,12 +206,12 @@ class Lavit(System):
         return self.pictures.draw(images_or_codes, seed=seed, **decode)
 
     def write(self, prompts: Sequence[Sequence[Part]], task: str = "draw", *, seed: Any = 0,
-              negative: str | Sequence[int] | None = None, selection: str | None = None,
+              negative: str | Sequence[int] | None = None, selection: str | None = None, watch: Watch = None,
               **options: Any) -> list[WrittenPicture]:
         """The codes of `number` pictures (1) of each prompt of texts, pictures and codes, not yet drawn.
 
         Args:
-            task: "draw" or "compose", whose settings hold. negative: see `LavitLanguage.write`.
+            task: "draw" or "compose", whose settings hold. negative, watch: see `LavitLanguage.write`.
 
         Raises:
             ImageError, CodesError, RequestError: a part that cannot be read.
@@ -223,7 +221,7 @@ class Lavit(System):
         own: list[int] | list[None] = [None] * len(prompts) if seeds is None else seeds
         coded = [[part if isinstance(part, str) else self.pictures.codes_of(part, one, selection) for part in prompt]
                  for prompt, one in zip(prompts, own, strict=True)]
-        return self.language.write(coded, settings, seeds, negative, self.log)
+        return self.language.write(coded, settings, seeds, negative, self.log, watch)
 
     def _drawn(self, prompts: list[list[Part]], task: str, seed: Any, options: dict[str, Any]) -> list[Image.Image]:
         decode = self._take_decode(options)
@@ -245,56 +243,3 @@ class Lavit(System):
             if one.note and self.log:
                 self.log(one.note)
         return written
-
-    # ---- one message
-
-    def chat(self, messages: Sequence[Any], stream: bool = False, *, force_image: bool = False,
-             previews: Sequence[int] | None = None, **options: Any) -> Answer | Iterator[Event]:
-        """The answer to one message: a caption of its picture, an answer to a question about it, or a picture
-        (`force_image`) of what it says; events as of `TalkingSystem.chat`. Streams are written without beams.
-
-        Raises:
-            RequestError: a conversation of several messages, or a text without a picture.
-        """
-        contents = read_messages(messages)
-        if len(contents) > 1:
-            raise RequestError("LaVIT answers single messages, it was not taught to converse: start over (/reset) and "
-                               "send one message.")
-        items, decode = contents[0][1], self._take_decode(options)
-        if force_image:
-            events = self._picture_events(items, options, decode)
-        else:
-            events = self._text_events(items, {"num_beams": 1, **options} if stream else options)
-        return events if stream else next(event["answer"] for event in events if event["type"] == "done")
-
-    def _picture_events(self, items: list[Any], options: dict[str, Any], decode: dict[str, Any]) -> Iterator[Event]:
-        seed = options.pop("seed", 0)
-        task = "draw" if all(isinstance(item, str) for item in items) else "compose"
-        yield {"type": "image_start"}
-        written = self._written([composed_parts(items)], task, seed, options, decode)[0]
-        drawn = self.pictures.draw([written.codes], seed=seed or 0, **decode)[0]
-        codes = written.codes.tolist()
-        yield {"type": "image", "codes": codes, "image": drawn}
-        yield {"type": "done", "answer": Answer((DrawnPart(codes, image=drawn),), tuple(written.ids), written.note)}
-
-    def _text_events(self, items: list[Any], options: dict[str, Any]) -> Iterator[Event]:
-        pictures = [item for item in items if is_picture(item)]
-        words = " ".join(item for item in items if isinstance(item, str)).strip()
-        if not pictures:
-            raise RequestError("LaVIT answers about pictures: show one with the message, or ask for a picture as the "
-                               "answer.")
-        task, cut = ("ask", answer_of) if words else ("describe", caption_of)
-        settings, seeds = self.language.asked(task, [pictures], options)
-        inputs = self._inputs([pictures], question_prompts(words) if words else None, seeds, None,
-                              "answer" if words else "caption")
-        assert inputs is not None
-        said = ""
-        with contextlib.closing(self.language.stream(inputs, settings, seeds)) as texts:
-            for text in texts:
-                whole = cut(text)
-                if len(whole) > len(said):
-                    yield {"type": "text", "text": whole[len(said):]}
-                    said = whole
-                if len(whole) < len(text.strip()):
-                    break
-        yield {"type": "done", "answer": Answer((TextPart(said),))}

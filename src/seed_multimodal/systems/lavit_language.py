@@ -37,6 +37,7 @@ DEFAULTS: dict[str, WritingSettings] = {
 Seeds = list[int] | None  # None: torch's global generator
 Inputs = tuple[Tensor, Tensor]
 Resident = Callable[[], contextlib.AbstractContextManager[None]]
+Watch = Callable[[], None] | None
 
 
 class LavitLanguage:
@@ -95,20 +96,23 @@ class LavitLanguage:
             joined = [torch.cat([part for row in group for part in (between, row.to(between))][1:]) for group in groups]
             return understand_inputs(self.llm, self.tokenizer, joined, prompts, side)
 
-    def say(self, inputs: Inputs, settings: WritingSettings, seeds: Seeds, streamer: Any = None) -> list[str]:
-        """`number` texts for each row of `inputs`, as the model wrote them."""
+    def say(self, inputs: Inputs, settings: WritingSettings, seeds: Seeds, streamer: Any = None,
+            watch: Watch = None) -> list[str]:
+        """`number` texts for each row of `inputs`, as the model wrote them; `watch` is called before each word."""
         with self._lock, self.resident():
             device = self.llm.get_input_embeddings().weight.device
             embeds, mask = (part.to(device) for part in inputs)
-            return generate_text(self.llm, self.tokenizer, embeds, mask, settings, seeds=seeds, streamer=streamer)
+            return generate_text(self.llm, self.tokenizer, embeds, mask, settings, seeds=seeds, streamer=streamer,
+                                 watch=watch)
 
-    def stream(self, inputs: Inputs, settings: WritingSettings, seeds: Seeds) -> Generator[str, None, None]:
+    def stream(self, inputs: Inputs, settings: WritingSettings, seeds: Seeds,
+               watch: Watch = None) -> Generator[str, None, None]:
         """The text so far, each time it has grown; with beams once, at the end."""
         if settings.num_beams > 1:
-            yield self.say(inputs, settings, seeds)[0]
+            yield self.say(inputs, settings, seeds, watch=watch)[0]
             return
         ids: list[int] = []
-        tokens = tokens_from_thread(lambda streamer: self.say(inputs, settings, seeds, streamer))
+        tokens = tokens_from_thread(lambda streamer: self.say(inputs, settings, seeds, streamer, watch))
         with contextlib.closing(tokens):  # type: ignore[type-var]  # leaving early ends the thread
             for token in tokens:
                 ids.append(token)
@@ -117,12 +121,14 @@ class LavitLanguage:
                     yield text
 
     def write(self, prompts: Sequence[Sequence[str | Sequence[int]]], settings: CodeSettings, seeds: Seeds,
-              negative: str | Sequence[int] | None = None, log: Log = None) -> list[WrittenPicture]:
+              negative: str | Sequence[int] | None = None, log: Log = None,
+              watch: Watch = None) -> list[WrittenPicture]:
         """`number` pictures for each prompt of texts and codes.
 
         Args:
             negative: words, or ids without the picture's start, to steer away from.
             log: shows how many codes there are, where it takes long.
+            watch: called before each code; what it raises ends the generation.
 
         Raises:
             CodesError: codes that are none. GenerationError: a prompt too long.
@@ -134,10 +140,11 @@ class LavitLanguage:
             ids = words.text_ids(negative) if isinstance(negative, str) else words.checked_ids(
                 several(negative, "The negative words"))
             against = [[*ids, self.words.boi_id]]
-        return self.write_ids(rows, settings, seeds, against, log)
+        return self.write_ids(rows, settings, seeds, against, log, watch)
 
     def write_ids(self, rows: Sequence[Sequence[int]], settings: CodeSettings, seeds: Seeds,
-                  negative: Sequence[Sequence[int]] | None = None, log: Log = None) -> list[WrittenPicture]:
+                  negative: Sequence[Sequence[int]] | None = None, log: Log = None,
+                  watch: Watch = None) -> list[WrittenPicture]:
         """As `write`, of prompts as ids, and of negative ones as `generate_codes` takes them. Of a model whose pictures
         have fewer codes than `min_new_tokens`, as the released 20, any picture is long enough."""
         most = self.words.tokens_per_image  # the decoder has places for so many
@@ -147,6 +154,11 @@ class LavitLanguage:
         if negative is not None:
             negative = [self.tokenizer.checked_ids(row) for row in several(negative, "The negative prompts")]
         with Progress("codes", settings.max_new_tokens, "code", log=log) as bar, self._lock, self.resident():
-            written = generate_codes(self.llm, self.words, rows, settings, negative=negative, seeds=seeds,
-                                     watch=bar.update, pad_id=self.tokenizer.pad_id)
+            def each() -> None:
+                bar.update()
+                if watch is not None:
+                    watch()
+
+            written = generate_codes(self.llm, self.words, rows, settings, negative=negative, seeds=seeds, watch=each,
+                                     pad_id=self.tokenizer.pad_id)
         return [replace(one, codes=one.codes[:most]) for one in written]
