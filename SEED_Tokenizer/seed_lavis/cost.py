@@ -30,7 +30,8 @@ def step_flops(model: Any, pairs: int) -> int:
     """
     options = model.options
     if model.stage == "lavit-stage1":
-        return lavit_stage1_flops(model.config.tokenizer, model.config.decoder)
+        # A frozen selector is frozen once there are codes: until then a step is more than this.
+        return lavit_stage1_flops(model.config.tokenizer, model.config.decoder, freeze_selector=model.freeze_selector)
     clip, text = (getattr(model, name, None) for name in ("clip", "text_encoder"))
     clip = getattr(model, "clip_model", None) if clip is None else clip
     target = 0 if clip is None or model.shares_tower else vision_flops(clip_sizes(clip))

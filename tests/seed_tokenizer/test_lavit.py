@@ -19,6 +19,8 @@ import warm_python
 from lavis_runs import APPLICATION, ROOT, environment, log_of, torchrun
 from omegaconf import OmegaConf
 
+from seed_multimodal.tokenizers.flops import lavit_stage1_flops
+
 TOWER = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
 TINY = ["model.merger={merger_depth: 1, merger_heads: 6, merger_mlp_width: 64, llm_width: 8}",
         "model.decoder={head: lowres, width: 48, depth: 1, heads: 6, mlp_width: 64, prompt_dim: 8}", "model.n_embed=32",
@@ -55,6 +57,17 @@ def yaml(pictures: Path, tmp_path: Path) -> Callable[..., list[str]]:
         return ["--cfg-path", str(file), *(["--options", *options] if options else [])]
 
     return make
+
+
+def test_a_frozen_selector_costs_no_trials(yaml: Callable[..., list[str]]) -> None:
+    import train
+    from seed_lavis.cost import step_flops
+
+    free, frozen = (train.build(train.parser("").parse_args(yaml(f"model.freeze_selector={value}", name=value)))._model
+                    for value in ("False", "True"))
+    config = free.config
+    wanted = [lavit_stage1_flops(config.tokenizer, config.decoder, freeze_selector=value) for value in (False, True)]
+    assert [step_flops(model, 4) for model in (free, frozen)] == wanted and wanted[0] > 1.05 * wanted[1]
 
 
 def test_pictures_without_captions_become_a_tokenizer(

@@ -182,5 +182,5 @@ def find_clip(given: str | Path | None, *folders: Path) -> Path:
     found = next((place for place in places if place.exists()), None)
     if found is None:
         raise CheckpointError(f"There is no CLIP to choose the best of several drawings with: {CLIP_WHERE}, or draw "
-                              "one picture a text.")
+                              "one picture a text (seed eval text2image --best-of 1).")
     return found

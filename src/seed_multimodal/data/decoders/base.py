@@ -240,10 +240,14 @@ class Decoder:
         if wrong is not None:
             raise BadRecord("codes out of range",
                             f"{name}: code {value[wrong]} at place {wrong} is outside 0..{size - 1}.")
-        if self.validate and len(value) != self.vocabulary.tokens_per_image:
-            raise BadRecord("number of codes", f"{name}: a picture has {self.vocabulary.tokens_per_image} codes, "
-                                               f"not {len(value)}.")
+        if problem := self.wrong_number(len(value)):
+            raise BadRecord("number of codes", f"{name}: {problem}")
         return list(value)
+
+    def wrong_number(self, codes: int) -> str:
+        """What is wrong with so many codes of one picture; "": nothing."""
+        wanted = self.vocabulary.tokens_per_image
+        return f"a picture has {wanted} codes, not {codes}." if self.validate and codes != wanted else ""
 
     def picture(self, fields: Mapping[str, Any], draws: Draws, *, read: bool, name: str = "image_ids") -> list[int]:
         """The picture of a field.

@@ -22,7 +22,7 @@ from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import TEXT, TEXTS, Draft, Span
 from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
-from seed_multimodal.data.formats.record import BadRecord, shorten
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.lavit import QUESTION, LavitWords
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -93,19 +93,9 @@ class LavitDecoder(OpenedDecoder):
         ids = f"{name}_ids"
         return self.codes(fields[ids], ids) if fields.get(ids) is not None else self.seen(fields, name, draws, True)
 
-    def codes(self, value: Any, name: str) -> Codes:
-        """The codes of one picture. Raises BadRecord: none, more than a picture has, or one outside the codebook."""
-        if not isinstance(value, list | tuple) or any(type(code) is not int for code in value):
-            raise BadRecord("wrong type", f"{name}: must be a list of image codes, not {shorten(value)}.")
-        size = self.vocabulary.n_codes
-        wrong = next((place for place, code in enumerate(value) if not 0 <= code < size), None)
-        if wrong is not None:
-            raise BadRecord("codes out of range",
-                            f"{name}: code {value[wrong]} at place {wrong} is outside 0..{size - 1}.")
+    def wrong_number(self, codes: int) -> str:
         most = self.vocabulary.tokens_per_image
-        if not 1 <= len(value) <= most:
-            raise BadRecord("number of codes", f"{name}: holds {len(value)} codes; a picture has 1 to {most}.")
-        return list(value)
+        return "" if 1 <= codes <= most else f"holds {codes} codes; a picture has 1 to {most}."
 
     def written(self, picture: UsedPicture | Codes) -> list[Span]:
         """A picture that is learned: its start is given, codes and end are not."""

@@ -8,7 +8,7 @@ things weigh four times. The stage ends with a gate on the labels of held-out sc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +95,20 @@ class ClipTask(SceneTask):
         tower.vision.save_pretrained(space.decoder_folder / "image_encoder")
         save_state_dict(tower.heads.state_dict(), space.work / HEADS_FILE)
         save_state_dict({"readout": tower.readout.weight}, space.work / READOUT_FILE)
-        found: dict[str, Any] = {}
-        for split in ("val", "pairs", "styles"):
-            scenes = space.held_out(split)
-            found[split] = named_right(tower.heads, embed_images(tower.vision, scene_pixels(scenes, size)), scenes)
-        gate = space.config.gate_named
-        worst = min(found["val"][name] for name in ("first", "second", "style"))
-        if worst < gate:
-            print(f"The gate was missed: {worst} of a label of val scenes named right < {gate}.", flush=True)
-        return {**super().finish(group), **found, "gate": gate, "gate_passed": worst >= gate,
-                "parameters": sum(p.numel() for p in tower.vision.parameters())}
+        found = gated(space, tower.heads, lambda scenes: embed_images(tower.vision, scene_pixels(scenes, size)),
+                      space.config.gate_named)
+        return {**super().finish(group), **found, "parameters": sum(p.numel() for p in tower.vision.parameters())}
+
+
+def gated(space: Workspace, heads: LabelHeads, see: Callable[[list[Scene]], Tensor], gate: float) -> dict[str, Any]:
+    """Shares of labels of held-out scenes that are named right from what is seen, and whether the worst reaches the
+    gate, which is said."""
+    found: dict[str, Any] = {split: named_right(heads, see(space.held_out(split)), space.held_out(split))
+                             for split in ("val", "pairs", "styles")}
+    worst = min(found["val"][name] for name in ("first", "second", "style"))
+    if worst < gate:
+        print(f"The gate was missed: {worst} of a label of val scenes named right < {gate}.", flush=True)
+    return {**found, "gate": gate, "gate_passed": worst >= gate}
 
 
 @torch.no_grad()

@@ -150,3 +150,8 @@ def read_part(kind: Any, folder: Path) -> Any:
                               "stage that made it makes it again.") from error
     model.register_to_config(_name_or_path="")  # else this machine's path is saved with the model
     return model
+
+
+def absolute(path: Path) -> str:
+    """A path as the settings of another program name it."""
+    return str(path.absolute())

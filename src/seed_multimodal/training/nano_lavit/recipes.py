@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -28,6 +27,7 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.tokenizers.lavit_files import name_tower
 from seed_multimodal.training.nano.assemble import halve
 from seed_multimodal.training.nano.successors import relative, trained_to_its_end, trainer_settings, write_unet
+from seed_multimodal.training.nano.workspace import absolute
 from seed_multimodal.training.nano_lavit.config import KINDS, READ_FIRST
 from seed_multimodal.training.nano_lavit.workspace import PREFIX, LavitSpace
 from seed_multimodal.weights import count_parameters
@@ -59,7 +59,7 @@ def recipes(space: LavitSpace) -> dict[str, Any]:
     files = []
     for name, made in ((PIXELS, _pixels(space)), (LANGUAGE, _language(space))):
         files.append(space.work / f"{name}.yaml")
-        content = OmegaConf.to_yaml(OmegaConf.create({"output_dir": _path(space.work / name), **made}))
+        content = OmegaConf.to_yaml(OmegaConf.create({"output_dir": absolute(space.work / name), **made}))
         replace_text(files[-1], f"# Written from {space.work.absolute()}/config.yaml\n{content}")
     return {"files": " ".join(map(str, files)), "words": len(space.words)}
 
@@ -68,8 +68,8 @@ def _pixels(space: LavitSpace) -> dict[str, Any]:
     config, settings = space.config, space.config.train_pixels
     unit = config.image_size / 64
     return {
-        "model": {"diffusion": _path(space.decoder_folder), "tokenizer": _path(space.tokenizer_folder),
-                  "decoder": _path(space.out / "decoder"), "trained": "all", "selection": SELECTION, "dropout": 0.0,
+        "model": {"diffusion": absolute(space.decoder_folder), "tokenizer": absolute(space.tokenizer_folder),
+                  "decoder": absolute(space.out / "decoder"), "trained": "all", "selection": SELECTION, "dropout": 0.0,
                   "seed": config.seed + 6},
         "data": {"sources": [{"name": "scenes", "format": "nano", "options": {
             "number": config.records, "seed": config.seed, "size": config.image_size}}],
@@ -84,7 +84,7 @@ def _pixels(space: LavitSpace) -> dict[str, Any]:
 def _language(space: LavitSpace) -> dict[str, Any]:
     config, settings, sizes = space.config, space.config.train_llm, space.config.llm
     compiled = bool(shutil.which("g++")) if sizes.compile is None else sizes.compile
-    world = str(find_world().absolute())
+    world = absolute(find_world())
     sources = []
     for kind, weight in KINDS.items():
         decoder, options = DECODERS[kind]
@@ -92,13 +92,13 @@ def _language(space: LavitSpace) -> dict[str, Any]:
                         "decoder": decoder, "weight": weight,
                         "options": {**options, "base_resolution": config.image_size}})
     return {
-        "tokenizer": {"pretrained_model_name_or_path": _path(space.words_folder)},
+        "tokenizer": {"pretrained_model_name_or_path": absolute(space.words_folder)},
         "model": {"sizes": {"hidden_size": sizes.width, "intermediate_size": sizes.ffn,
                             "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads,
                             "max_position_embeddings": sizes.positions, "tie_word_embeddings": True,
                             "rms_norm_eps": 1e-5},
                   "dtype": "fp32", "seed": config.seed + 7, "compile": compiled},
-        "visual_encoder": {"path": _path(space.tokenizer_folder), "selection": SELECTION, "at_once": 256,
+        "visual_encoder": {"path": absolute(space.tokenizer_folder), "selection": SELECTION, "at_once": 256,
                            "seed": config.seed + 8},
         "data": {"packing": True, "length": ROW, "rows": max(1, settings.batch_size * MEAN_LENGTH // ROW),
                  "seed": config.seed + settings.seed, "too_long": "skip", "sources": sources},
@@ -106,10 +106,6 @@ def _language(space: LavitSpace) -> dict[str, Any]:
                   "lr_scheduler_type": "cosine", "warmup_steps": settings.warmup,
                   "min_lr_ratio": settings.min_lr_ratio},
         "trainer": trainer_settings(space, settings)}
-
-
-def _path(folder: Path) -> str:
-    return str(folder.absolute())
 
 
 # ------------------------------------------------------------------------------------------------------- the system

@@ -31,6 +31,7 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.language.continuous import AgentSettings, ContinuousLVLM
 from seed_multimodal.training.nano.assemble import halve
 from seed_multimodal.training.nano.successors import relative, trained_to_its_end, trainer_settings, write_unet
+from seed_multimodal.training.nano.workspace import absolute
 from seed_multimodal.training.nano_x.config import KINDS
 from seed_multimodal.training.nano_x.workspace import XWorkspace
 from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
@@ -56,7 +57,7 @@ def recipes(space: XWorkspace) -> dict[str, Any]:
 
 def _write(space: XWorkspace, name: str, recipe: dict[str, Any]) -> Path:
     file = space.work / f"{name}.yaml"
-    made = OmegaConf.create({"output_dir": _path(space.work / name), **recipe})
+    made = OmegaConf.create({"output_dir": absolute(space.work / name), **recipe})
     replace_text(file, f"# Written from {space.work.absolute()}/config.yaml\n{OmegaConf.to_yaml(made)}")
     return file
 
@@ -81,8 +82,8 @@ def _detokenizer(space: XWorkspace, stage: int) -> dict[str, Any]:
              "options": {"content": "edits", "number": config.records, "seed": config.seed}}
     return {
         "model": {
-            "stage": stage, "sdxl": _path(space.decoder_folder), "tower": _path(space.out / "vision"),
-            "start": _path(space.work / FIRST / "adapter") if stage == 2 else "", "trained": "all", "tokens": 0,
+            "stage": stage, "sdxl": absolute(space.decoder_folder), "tower": absolute(space.out / "vision"),
+            "start": absolute(space.work / FIRST / "adapter") if stage == 2 else "", "trained": "all", "tokens": 0,
             "resampler": {"dim": unet.dim, "depth": unet.depth, "dim_head": unet.dim // unet.heads,
                           "heads": unet.heads, "num_queries": unet.queries, "embedding_dim": config.tower.features,
                           "output1_dim": unet.prompt // 2, "output2_dim": unet.prompt // 2, "ff_mult": 2},
@@ -104,12 +105,12 @@ def _tuning(space: XWorkspace) -> dict[str, Any]:
     sizes = config.llm
     compiled = bool(shutil.which("g++")) if sizes.compile is None else sizes.compile
     return {
-        "tokenizer": {"pretrained_model_name_or_path": _path(space.tokenizer_folder)},
+        "tokenizer": {"pretrained_model_name_or_path": absolute(space.tokenizer_folder)},
         "model": {"sizes": llama_sizes(space), "dtype": "fp32", "seed": config.seed + 5, "compile": compiled,
                   "template": "llama2"},
         "agent": {**{name: asdict(one) for name, one in resamplers(space).items()},
                   "losses": asdict(AGENT), "seed": config.seed + 7},
-        "visual_encoder": {"path": _path(space.out / "vision"), "at_once": 128},
+        "visual_encoder": {"path": absolute(space.out / "vision"), "at_once": 128},
         "data": {"packing": True, "length": ROW, "rows": max(1, settings.batch_size * MEAN_LENGTH // ROW),
                  "seed": config.seed + settings.seed, "too_long": "skip", "sources": _sources(space)},
         "optim": {"name": "muon", "learning_rate": settings.lr, "weight_decay": settings.weight_decay,
@@ -119,7 +120,7 @@ def _tuning(space: XWorkspace) -> dict[str, Any]:
 
 
 def _sources(space: XWorkspace) -> list[dict[str, Any]]:
-    world = str(find_world().absolute())
+    world = absolute(find_world())
     found = []
     for kind, weight in KINDS.items():
         shares = ((GRIDS, 1 - ONE_VIEW), (["1x1"], ONE_VIEW)) if kind in OWN[1:] else ((GRIDS, 1.0),)
@@ -145,10 +146,6 @@ def resamplers(space: XWorkspace) -> dict[str, ResamplerConfig]:
     tower, llm = space.config.tower, space.config.llm
     return {"input_resampler": ResamplerConfig(tower.grid, llm.width, llm.heads, tower.features),
             "output_resampler": ResamplerConfig(tower.grid, tower.features, tower.pool_heads, llm.width)}
-
-
-def _path(folder: Path) -> str:
-    return str(folder.absolute())
 
 
 # ------------------------------------------------------------------------------------------------------- the system

@@ -26,7 +26,7 @@ from seed_multimodal.data.nano.wide import QUARTERS, WideScene, render_wide, wid
 from seed_multimodal.disk import replace_text
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.nano.clip import HEADS_FILE, REDUCED, label_heads, named_right
+from seed_multimodal.training.nano.clip import HEADS_FILE, REDUCED, gated, label_heads
 from seed_multimodal.training.nano.pixels import scene_pixels, to_clip, to_signed
 from seed_multimodal.training.nano.scenes import SceneStream, scene_batches
 from seed_multimodal.training.nano.task import NanoTask
@@ -186,16 +186,9 @@ class TowerTask(NanoTask):
         unit_scale(tower, scene_pixels(space.pool[:1024], SIZE))
         tower.vision.save_pretrained(space.out / "vision")
         save_state_dict(tower.heads.state_dict(), space.work / HEADS_FILE)
-        found: dict[str, Any] = {}
-        for split in ("val", "pairs", "styles"):
-            scenes = space.held_out(split)
-            found[split] = named_right(tower.heads, see(tower.vision, scene_pixels(scenes, SIZE)).flatten(1), scenes)
-        worst = min(found["val"][name] for name in ("first", "second", "style"))
-        gate = space.config.gate_named  # type: ignore[attr-defined]
-        if worst < gate:
-            print(f"The gate was missed: {worst} of a label of val scenes named right < {gate}.", flush=True)
-        return {**super().finish(group), **found, "gate": gate, "gate_passed": worst >= gate,
-                "parameters": sum(p.numel() for p in tower.vision.parameters())}
+        found = gated(space, tower.heads, lambda scenes: see(tower.vision, scene_pixels(scenes, SIZE)).flatten(1),
+                      space.config.gate_named)  # type: ignore[attr-defined]
+        return {**super().finish(group), **found, "parameters": sum(p.numel() for p in tower.vision.parameters())}
 
 
 @torch.no_grad()
