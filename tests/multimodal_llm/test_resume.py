@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from real_processes import kill_when
 from safetensors.torch import load_file
 
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -42,12 +42,7 @@ def test_sigkill_and_resume_is_bit_equal(case, runs, tmp_path):
     seed = time.time_ns()
     wanted = random.Random(seed).randint(4, 11)
     process = runs.start(arguments(runs, tmp_path, case, killed))
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None and len(runs.losses(killed)) < wanted:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    _, complained = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, complained
+    kill_when(lambda: len(runs.losses(killed)) >= wanted, process, 300)
     made = len(runs.losses(killed))
     assert wanted <= made < 14 and not (killed / "summary.json").exists(), f"seed {seed}"
 

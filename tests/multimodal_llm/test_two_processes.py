@@ -5,32 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import warm_python
+from real_processes import STARTED, children, free_port, nothing_stays_behind  # noqa: F401
 
 from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
 
 pytestmark = pytest.mark.timeout(600)
-STARTED: list[subprocess.Popen] = []
 SCRIPT = "scripts/train_a100_lora_multi_node_pretrain.sh"
-
-
-def free_port() -> str:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return str(place.getsockname()[1])
 
 
 def nodes(runs, arguments: list[str], environment: str = sys.prefix, **names: str) -> list[subprocess.Popen]:
     """The script on two nodes; `names`: the environment's name of the node's number and the like."""
-    port, started = free_port(), []
+    port, started = str(free_port()), []
     for number in range(2):
         env = runs.environment(**{names["rank"]: str(number), names["nodes"]: "2", names["address"]: "127.0.0.1",
                                   names["processes"]: "1", "MASTER_PORT": port, "VIRTUAL_ENV": environment})
@@ -38,16 +30,6 @@ def nodes(runs, arguments: list[str], environment: str = sys.prefix, **names: st
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
     STARTED.extend(started)
     return started
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_behind() -> Iterator[list[subprocess.Popen]]:
-    """Whatever a failed test leaves running ends with it."""
-    STARTED.clear()
-    yield STARTED
-    for process in STARTED:
-        for pid in [*children(process.pid), process.pid] if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
 
 
 def chosen(runs, tmp_path: Path, output: Path, *more: str) -> list[str]:
@@ -185,7 +167,7 @@ def test_a_dead_process_ends_the_other_with_a_sentence(runs, tmp_path):
 def test_a_killed_process_of_a_node_is_a_sentence_without_torchruns_traceback(runs, tmp_path):
     out = tmp_path / "out"
     arguments = chosen(runs, tmp_path, out, "trainer.max_steps=100000", "trainer.dataloader_num_workers=0")
-    env = runs.environment(NPROC="2", MASTER_PORT=free_port(), VIRTUAL_ENV=sys.prefix)  # children of its own
+    env = runs.environment(NPROC="2", MASTER_PORT=str(free_port()), VIRTUAL_ENV=sys.prefix)  # children of its own
     process = subprocess.Popen(["sh", SCRIPT, *arguments], cwd=runs.APPLICATION, env=env, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     STARTED.append(process)
@@ -197,16 +179,3 @@ def test_a_killed_process_of_a_node_is_a_sentence_without_torchruns_traceback(ru
     assert process.returncode == 128 + signal.SIGKILL, complained
     assert "train.py: process" in complained and "was killed by signal 9" in complained, complained
     assert "resumes from" in complained and "Traceback" not in complained, complained
-
-
-def children(parent: int) -> list[int]:
-    """Processes that a process has started."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = place.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent:
-            found.append(int(place.parent.name))
-    return found

@@ -14,19 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from real_processes import descendants, wait_until
 
 OPTIONS = ("model.load_pretrained=False", "model.restart_every=3", "run.iters_per_epoch=5", "run.max_epoch=5",
            "run.save_every_steps=4", "run.batch_size_train=4")
 # As the speed run trains: on scenes that are drawn, codes begin after a warm-up, the Q-Former learns on.
 SCENES = ("model.freeze_qformer=False", "model.codebook_warmup=3", "model.corrupt=0.3", "model.nested=0.5",
           "run.ema=0.9", "run.lr_sched=linear_warmup_cosine_steps", "run.num_workers=1")
-
-
-def children(pid: int) -> list[int]:
-    """Processes that a process has started, and theirs."""
-    own = [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-           for child in (task / "children").read_text().split()]
-    return [*own, *(grandchild for child in own for grandchild in children(child))]
 
 
 def runs(pid: int) -> bool:
@@ -54,12 +48,8 @@ def test_sigkill_and_resume_gives_bit_equal_losses(yaml, run, start, losses, tmp
     killed_run = arguments("killed", "run.valid_splits=[val]")
     process = start(sys.executable, "train.py", *killed_run)
     log = tmp_path / "killed" / "stage2.log.jsonl"
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.is_file() and log.read_text().count("\n") >= 7:  # after the first epoch's held-out losses
-            break
-        time.sleep(0.01)
-    workers = children(process.pid)
+    wait_until(lambda: log.is_file() and log.read_text().count("\n") >= 7, process)  # the first epoch's held-out losses
+    workers = descendants(process.pid)
     process.send_signal(signal.SIGKILL)
     _, error = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGKILL, error

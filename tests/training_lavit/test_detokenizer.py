@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import warm_python
+from real_processes import kill_when
 from tiny_detokenizer import APPLICATION, ROOT, environment, losses
 from tiny_lavit_tokenizer import tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
@@ -244,13 +243,7 @@ def test_sigkill_and_resume_is_bit_equal(parts: Path, tmp_path: Path) -> None:
 
     process = subprocess.Popen([warm_python.PYTHON, "src/train/train_lavit_detokenizer.py", *given("killed")],
                                cwd=APPLICATION, stderr=subprocess.PIPE, text=True, env=environment(parts))
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None and not (
-            tmp_path / "killed" / "checkpoint-2" / "manifest.json").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    complained = process.communicate(timeout=60)[1]
-    assert process.returncode == -signal.SIGKILL, complained
+    kill_when((tmp_path / "killed" / "checkpoint-2" / "manifest.json").exists, process)
     assert not (tmp_path / "killed" / "summary.json").exists()
     for name in ("killed", "whole"):
         assert main(given(name), CONFIGS, PROGRAM) == 0

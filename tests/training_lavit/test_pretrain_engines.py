@@ -5,11 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +13,7 @@ import pytest
 import torch
 import warm_python
 import yaml
+from real_processes import STARTED, free_port, kill_when, nothing_stays_behind  # noqa: F401
 
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.settings import read_settings
@@ -31,18 +28,7 @@ from seed_multimodal.training.optimizers import OptimSettings
 from seed_multimodal.weights import load_state_dict
 
 APPLICATION = Path(__file__).resolve().parents[2] / "MultiModalLLM"
-STARTED: list[subprocess.Popen[str]] = []
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_behind() -> Iterator[None]:
-    """Whatever a failed test leaves running ends with it; each has a process group of its own."""
-    STARTED.clear()
-    yield
-    for process in STARTED:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def overrides(parts: ModuleType, home: Path, output: Path, *more: str) -> list[str]:
@@ -58,9 +44,7 @@ def overrides(parts: ModuleType, home: Path, output: Path, *more: str) -> list[s
 
 def start(parts: ModuleType, home: Path, output: Path, *more: str, processes: int = 2) -> subprocess.Popen[str]:
     """The published script."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = str(place.getsockname()[1])
+    port = str(free_port())
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     process = subprocess.Popen(
         ["sh", "scripts/train_lavit.sh", *overrides(parts, home, output, *more)], cwd=APPLICATION, text=True,
@@ -101,12 +85,8 @@ def test_a_killed_run_resumes_to_the_last_bit(parts: ModuleType, home: Path, tmp
     for folder in (out, whole):
         folder.parent.mkdir()
     endless = start(parts, home, out, *given, "trainer.max_steps=100000", processes=1)
-    log, end = out / "train.log.jsonl", time.monotonic() + 300
-    while time.monotonic() < end and endless.poll() is None and (not log.is_file() or log.read_text().count("\n") < 3):
-        time.sleep(0.02)
-    os.killpg(endless.pid, signal.SIGKILL)
-    endless.communicate(timeout=60)
-    assert endless.returncode == -signal.SIGKILL
+    log = out / "train.log.jsonl"
+    kill_when(lambda: log.is_file() and log.read_text().count("\n") >= 3, endless, 300)
     steps = max(parts.losses(out)) + 2
     for folder in (out, whole):
         assert main(overrides(parts, home, folder, *given, f"trainer.max_steps={steps}"), APPLICATION / "configs",

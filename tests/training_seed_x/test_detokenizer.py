@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import tiny_sdxl
 import torch
 import warm_python
+from real_processes import kill_when
 from tiny_detokenizer import APPLICATION, CONFIGS, PROGRAM, ROOT, arguments, config, environment, losses, write_parts
 
 from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
@@ -212,13 +211,7 @@ def test_sigkill_and_resume_is_bit_equal(parts: Path, tmp_path: Path, monkeypatc
     more = ("trainer.ema=0.9", "trainer.dataloader_num_workers=1")
     process = subprocess.Popen([warm_python.PYTHON, PROGRAM, *arguments(parts, tmp_path / "killed", 2, *more)],
                                cwd=APPLICATION, stderr=subprocess.PIPE, text=True, env=environment(parts))
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None and not (
-            tmp_path / "killed" / "checkpoint-6" / "manifest.json").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    complained = process.communicate(timeout=60)[1]
-    assert process.returncode == -signal.SIGKILL, complained
+    kill_when((tmp_path / "killed" / "checkpoint-6" / "manifest.json").exists, process)
     assert not (tmp_path / "killed" / "summary.json").exists()
     for name in ("killed", "whole"):
         assert main(arguments(parts, tmp_path / name, 2, *more), CONFIGS, APPLICATION_OF) == 0

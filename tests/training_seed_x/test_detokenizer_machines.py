@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import pytest
 import tiny_sdxl
 import torch
 import warm_python
+from real_processes import kill_when
 from tiny_detokenizer import (
     APPLICATION,
     CONFIGS,
@@ -69,16 +66,6 @@ def finished(process: subprocess.Popen[str]) -> str:
     return said
 
 
-def children(parent: int) -> list[int]:
-    """Processes that a process has started."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = place.read_text().rpartition(")")[2].split()
-            found += [int(place.parent.name)] if int(fields[1]) == parent else []
-    return found
-
-
 def adapters(*runs: Path) -> list[dict[str, torch.Tensor]]:
     return [load_state_dict(run / "adapter" / "model.safetensors") for run in runs]
 
@@ -94,14 +81,8 @@ def test_two_processes_killed_and_resumed_are_one_with_twice_the_micro_steps(par
     more = ("trainer.ema=0.9", f"data.cache={tmp_path / 'cache'}")
     given = arguments(parts, tmp_path / "two", 1, *more)
     process = start(parts, given, *TWO, python=sys.executable)  # whose workers are children of its own
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None and not (
-            tmp_path / "two" / "checkpoint-6" / "manifest.json").exists():
-        time.sleep(0.01)
-    for pid in [*children(process.pid), process.pid]:
-        os.kill(pid, signal.SIGKILL)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "two" / "summary.json").exists(), said
+    said = kill_when((tmp_path / "two" / "checkpoint-6" / "manifest.json").exists, process, whole=True)
+    assert not (tmp_path / "two" / "summary.json").exists(), said
     assert "features of 48 pictures are made first" in said and "2 processes on cpu" in said
     again = finished(start(parts, given, *TWO))
     assert "resumes from" in again and "are made first" not in again

@@ -22,6 +22,7 @@ import pytest
 import torch
 import warm_python
 import yaml
+from real_processes import STARTED, children, nothing_stays_behind  # noqa: F401
 
 from seed_multimodal.language.agent_weights import load_agent
 from seed_multimodal.training.distributed import ProcessGroup
@@ -32,31 +33,7 @@ from seed_multimodal.weights import load_state_dict
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
 APPLICATION = Path(__file__).resolve().parents[2] / "MultiModalLLM"
-STARTED: list[subprocess.Popen[str]] = []
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_behind() -> Iterator[None]:
-    """Whatever a failed test leaves running ends with it."""
-    STARTED.clear()
-    yield
-    for process in STARTED:
-        for pid in [*children(process.pid), process.pid] if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-
-
-def children(parent: int) -> list[int]:
-    """Processes that a process has started."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = place.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent:
-            found.append(int(place.parent.name))
-    return found
 
 
 def configured(parts: ModuleType, home: Path, output: Path, **trainer: Any) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import warm_python
 import yaml
+from real_processes import kill_when
 
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.errors import ConfigError
@@ -127,12 +126,7 @@ def test_sigkill_and_resume_is_bit_equal(parts: ModuleType, home: Path, tmp_path
 
     process = start(given("killed"))
     log = tmp_path / "killed" / "train.log.jsonl"
-    end = time.monotonic() + 200
-    while time.monotonic() < end and process.poll() is None and (not log.is_file() or log.read_text().count("\n") < 5):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    _, complained = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, complained
+    kill_when(lambda: log.is_file() and log.read_text().count("\n") >= 5, process)
     for name in ("killed", "whole"):
         run(given(name), CONFIGS, TUNING)
     assert list(parts.losses(tmp_path / "whole")) == list(range(1, 11))

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from real_processes import children
 
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
@@ -96,8 +97,6 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.process
@@ -151,14 +150,14 @@ def test_two_processes_one_or_their_parent_is_killed(inputs, whole, start, tmp_p
     out = tmp_path / "out"
     process = tool(inputs, out, "--gpus", "2")
     wait_for(lambda: parts(out) >= 1, process)
-    os.kill(children_of(process.pid)[-1], signal.SIGKILL)  # the last child: multiprocessing's tracker came first
+    os.kill(children(process.pid)[-1], signal.SIGKILL)  # the last child: multiprocessing's tracker came first
     said = process.communicate()[1]
     assert process.returncode == 1 and "process 1 was killed by signal 9" in said and "the same command" in said
     done = parts(out)
     assert SHARDS // 2 <= done < SHARDS  # the other one has finished its share
     again = tool(inputs, out, "--gpus", "2")
     wait_for(lambda: parts(out) > done, again)
-    orphans = children_of(again.pid)
+    orphans = children(again.pid)
     os.kill(again.pid, signal.SIGKILL)
     again.communicate()
     limit = time.monotonic() + 60
