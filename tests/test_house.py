@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.config import ALIASES, find_target, instantiate, load_yaml
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import EXTRAS, CheckpointError, ConfigError, package_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "seed_multimodal"
@@ -87,6 +87,14 @@ def required() -> set[str]:
 def test_imports_are_declared():
     """Every third-party module the library imports is a dependency (or belongs to an extra)."""
     assert not {name: file for name, file in distributions(SOURCES).items() if name not in required()}
+
+
+def test_every_optional_import_names_its_extra():
+    """Whoever installed the core alone is told which extra brings what is missing."""
+    extras, core = project()["optional-dependencies"], {name_of(r) for r in project()["dependencies"]}
+    told = {package_of(module): extra for extra, modules in EXTRAS.items() for module in modules}
+    assert {name for name in distributions(SOURCES) if name not in core} <= set(told)
+    assert all(name in {name_of(r) for r in extras[extra]} for name, extra in told.items())
 
 
 def test_the_extra_demo_brings_what_the_backends_import():

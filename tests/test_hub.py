@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,22 @@ def test_a_program_refuses_in_one_sentence_unless_it_is_debugged(capsys: pytest.
     assert run_program(argparse.ArgumentParser(prog="x"), work, []) == REFUSED
     assert capsys.readouterr().err == "x: no.\n"
     with pytest.raises(ConfigError):
+        run_program(argparse.ArgumentParser(), work, ["--debug"])
+
+
+@pytest.mark.parametrize(("module", "extra", "package"), [
+    ("gradio", "demo", "gradio"), ("cv2", "train", "opencv-python-headless"), ("resvg_py", "data", "resvg_py")])
+def test_a_package_that_is_not_installed_is_one_sentence(capsys: pytest.CaptureFixture[str], module: str, extra: str,
+                                                         package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say that there is none
+
+    def work(args: argparse.Namespace) -> int:
+        return len(importlib.import_module(module).__name__)
+
+    assert run_program(argparse.ArgumentParser(prog="x"), work, []) == REFUSED
+    assert capsys.readouterr().err == (f"x: the package {package} is not installed, which this needs: "
+                                       f"bash install.sh --extras {extra}, or pip install {package}.\n")
+    with pytest.raises(ModuleNotFoundError):
         run_program(argparse.ArgumentParser(), work, ["--debug"])
 
 

@@ -20,7 +20,7 @@ from multiprocessing import connection
 from typing import Any, NoReturn
 
 from seed_multimodal.disk import disk_is_full
-from seed_multimodal.errors import SeedError, SeedWarning, first_line
+from seed_multimodal.errors import SeedError, SeedWarning, first_line, how_to_install, package_of
 
 _PLAIN = warnings.formatwarning
 AUTO = "auto: on CUDA float16 for pictures, bfloat16 for the language model; float32 elsewhere"
@@ -60,7 +60,9 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
 
 
 def _machine_sentence(error: Exception) -> str:
-    """What the machine has too little of; "" for other errors."""
+    """What the machine has too little of, or a package of an extra that is not installed; "" for other errors."""
+    if isinstance(error, ModuleNotFoundError) and (hint := how_to_install(error.name or "")):
+        return f"the package {package_of(error.name or '')} is not installed, which this needs: {hint}."
     if disk_is_full(error):
         return f"{getattr(error, 'filename', None) or 'a file'} cannot be written: the disk or quota is full."
     from seed_multimodal.device import is_out_of_memory  # not before: it loads torch

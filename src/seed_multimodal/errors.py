@@ -6,6 +6,19 @@ Everything the package refuses raises a `SeedError`; the command line prints its
 
 from __future__ import annotations
 
+# What each extra of pyproject.toml brings, as it is imported; a module of several extras stands in one of them.
+EXTRAS = {
+    "train": ("webdataset", "deepspeed", "torchdata", "hydra", "peft", "tensorboard", "pyarrow", "cv2", "matplotlib"),
+    "gpu": ("liger_kernel",),
+    "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "bitsandbytes"),
+    "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
+    "lavit": ("spacy",),
+    "data": ("resvg_py",),
+}
+# The packages of modules that are called otherwise.
+PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "liger_kernel": "liger-kernel",
+            "torch_fidelity": "torch-fidelity", "werkzeug": "flask"}
+
 
 class SeedError(Exception):
     """Base of every refusal; `str(error)` is the sentence shown to the user."""
@@ -51,6 +64,19 @@ def first_line(error: BaseException, longest: int = 300) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".")[:longest] if lines else type(error).__name__
+
+
+def package_of(module: str) -> str:
+    """The package that a module belongs to."""
+    top = module.partition(".")[0]
+    return PACKAGES.get(top, top)
+
+
+def how_to_install(*modules: str) -> str:
+    """`bash install.sh --extras demo, or pip install gradio`, of modules of one extra; "" for those of none."""
+    top = modules[0].partition(".")[0]
+    extra = next((extra for extra, brought in EXTRAS.items() if top in brought), "")
+    return extra and f"bash install.sh --extras {extra}, or pip install {' '.join(map(package_of, modules))}"
 
 
 def counted(number: int, noun: str) -> str:

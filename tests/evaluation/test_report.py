@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,30 @@ def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert taken.read_text() == "a file"
     assert report.main(["--model", str(tmp_path / "none"), "--splits", "vol"]) == 2  # before anything is loaded
     assert "no split 'vol' (did you mean 'val'?)" in capsys.readouterr().err
+
+
+def test_a_smaller_report_replaces_no_larger_one_unasked(tmp_path: Path, capsys, monkeypatch) -> None:
+    """`--limit 2` alone would have replaced the shipped report."""
+    shipped = report.report_folder("nano") / "report.json"
+    before = shipped.read_bytes()
+    for more in (["--limit", "2"], ["--splits", "val,pairs"]):
+        assert report.main(["--model", "nano", *more]) == 2
+        assert "holds a report of 500 scenes a split, of val, pairs, places" in capsys.readouterr().err
+    assert shipped.read_bytes() == before
+    (tmp_path / "report.json").write_bytes(before)
+    report.check_place(tmp_path, True, ["val"], 2)  # the folder was named
+    report.check_place(tmp_path, False, list(json.loads(before)["splits"]), 500)
+    (tmp_path / "report.json").write_text("{")
+    report.check_place(tmp_path, False, ["val"], 2)
+
+
+def test_what_the_end_of_a_report_needs_is_looked_for_at_its_start(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # the tests may run as root
+    assert report.main(["--model", "nano", "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path}: no folder that can be written (Permission denied)" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert report.main(["--model", "nano", "--out", str(tmp_path)]) == 2
+    assert "needs the package matplotlib: bash install.sh --extras train" in capsys.readouterr().err
 
 
 def test_a_report_goes_into_its_own_systems_folder(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.errors import CheckpointError, first_line, how_to_install
 from seed_multimodal.hub import DOWNLOADS_OFF
 from seed_multimodal.language.caption_scores import Key, caption_words
 
@@ -22,8 +22,8 @@ def java_scores(captions: Mapping[Key, str], references: Mapping[Key, Sequence[s
     """Corpus scores of one caption a picture, and a sentence for each that there is none of."""
     scores, notes = dict[str, float](), []
     if shutil.which("java") is None:
-        return {}, [f"{' and '.join(METRICS)} are not computed: they need Java and pycocoevalcap (pip install "
-                    "pycocoevalcap); the other scores do not."]
+        return {}, [f"{' and '.join(METRICS)} are not computed: they need Java and pycocoevalcap "
+                    f"({how_to_install('pycocoevalcap')}); the other scores do not."]
     made = {key: [" ".join(caption_words(text))] for key, text in captions.items()}
     wanted = {key: [" ".join(caption_words(one)) for one in references[key]] for key in captions}
     for name, (module, kind) in METRICS.items():
@@ -31,8 +31,9 @@ def java_scores(captions: Mapping[Key, str], references: Mapping[Key, Sequence[s
             with contextlib.redirect_stdout(sys.stderr):  # they print
                 scores[name] = float(_scorer(module, kind).compute_score(wanted, made)[0])
         except Exception as error:  # noqa: BLE001 (another program's: package, archive, download, memory)
-            notes.append(f"{name} is not computed ({first_line(error)}): it needs Java and pycocoevalcap (pip install "
-                         f"pycocoevalcap){PARSER if name == 'SPICE' else ''}; the other scores do not.")
+            notes.append(f"{name} is not computed ({first_line(error)}): it needs Java and pycocoevalcap "
+                         f"({how_to_install('pycocoevalcap')}){PARSER if name == 'SPICE' else ''}; the other scores do "
+                         "not.")
     return scores, notes
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.errors import CheckpointError, first_line, how_to_install
 from seed_multimodal.evaluation.tokenizer_text import clip_tokenizer, has_clip_tokenizer
 from seed_multimodal.hub import DOWNLOADS_OFF
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
@@ -121,9 +121,9 @@ class Distance:
         try:
             self._metric()
         except (ImportError, OSError, RuntimeError, CheckpointError) as error:  # packages; download or file of weights
-            return (f"FID is not computed ({first_line(error)}): it needs torchmetrics and torch-fidelity (pip install "
-                    f"torchmetrics torch-fidelity) and the Inception weights, {INCEPTION} (--inception, or downloaded "
-                    "once with HF_HUB_OFFLINE=0).")
+            return (f"FID is not computed ({first_line(error)}): it needs torchmetrics and torch-fidelity "
+                    f"({how_to_install('torchmetrics', 'torch_fidelity')}) and the Inception weights, {INCEPTION} "
+                    "(--inception, or downloaded once with HF_HUB_OFFLINE=0).")
         return ""
 
     @torch.no_grad()

@@ -10,8 +10,11 @@ Writes report.json (everything), answers.json.gz (every answer), report.md (tabl
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import gzip
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.nano.evaluation import HELD_OUT_SPLITS
-from seed_multimodal.disk import disk_reason, replace_text, replacing, writing
+from seed_multimodal.disk import disk_reason, read_json_object, replace_text, replacing, writing
 from seed_multimodal.entry import DONE, add_device, add_quantization, run_program
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.batched import BatchedSystem
 from seed_multimodal.evaluation.batched_lavit import BatchedLavit
@@ -41,6 +44,7 @@ from seed_multimodal.hub import locate_system
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import nearest
 from seed_multimodal.systems.open_system import kind_of
+from seed_multimodal.training.plots import figure_kind
 
 MODULE = "seed_multimodal.evaluation.report"
 Log = Callable[[str], None]
@@ -102,6 +106,30 @@ def report_folder(model: str | Path, given: str | Path | None = None) -> Path:
     return (home if home is not None and home.is_dir() else Path("outputs")) / "report"
 
 
+def check_place(out: Path, given: bool, splits: Sequence[str], scenes: int) -> None:
+    """Refuse what the end of a report would fail for, or regret: now, since a report takes minutes.
+
+    Raises:
+        ConfigError: no matplotlib; no folder that can be written; none was named (`given`), and there lies a report of
+            more scenes or other splits, such as the shipped one.
+    """
+    figure_kind()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"--out {out}: no folder that can be written ({disk_reason(error)}).") from error
+    there: dict[str, Any] = {}
+    if not given and (out / "report.json").is_file():
+        with contextlib.suppress(ConfigError):  # a damaged one is no loss
+            there = read_json_object(out / "report.json", ConfigError)
+    more, missing = there.get("settings", {}).get("scenes", 0), [s for s in there.get("splits", {}) if s not in splits]
+    if more > scenes or missing:
+        raise ConfigError(f"{out} holds a report of {counted(more, 'scene')} a split, of {', '.join(there['splits'])}; "
+                          "this one would be of less: name another folder with --out.")
+
+
 def build_report(options: argparse.Namespace, log: Log) -> Path:
     """Load everything, measure, write; returns the folder."""
     for name, least in (("limit", 1), ("batch", 1), ("seed", 0)):
@@ -110,10 +138,7 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
     start, splits, sizes = time.monotonic(), read_splits(options.splits), Sizes.limited(options.limit)
     judge_folder = find_judge(options.model, options.judge)
     out = report_folder(options.model, options.out)
-    try:  # now: a report takes minutes
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: no folder that can be written ({disk_reason(error)}).") from error
+    check_place(out, options.out is not None, splits, sizes.scenes)
     opener, kind, wanted = KINDS[kind_of(options.model)]
     system: Any = opener.from_pretrained(options.model, device=options.device, dtype=options.dtype,
                                          quantization=options.quantization, batch=options.batch, seed=options.seed,
@@ -138,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
     parser.add_argument("--judge", default=None, help="the judge's folder (default: MODEL/judge, or the shipped one)")
     parser.add_argument("--out", default=None, help="folder to write into (default: report in the system's folder, "
-                        "in outputs for parts that lie apart)")
+                        "in outputs for parts that lie apart, unless a larger report lies there)")
     parser.add_argument("--splits", default=",".join(HELD_OUT_SPLITS))
     parser.add_argument("--limit", type=int, default=Sizes.scenes, help="scenes a split (default: %(default)s, the "
                         "full report; all else in proportion)")

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.disk import replacing
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.report_text import value_at
 from seed_multimodal.evaluation.split_run import SplitRun
-from seed_multimodal.training.plots import COLOURS
+from seed_multimodal.training.plots import COLOURS, figure_kind
 
 RUNGS = {"judge on real pictures": ("ladder", "ceiling"), "VAE round trip": ("ladder", "vae", "all"),
          "true embedding → picture": ("ladder", "embedding", "all"), "32 codes → picture": ("reconstruction", "all"),
@@ -39,11 +38,7 @@ def save_plots(runs: Sequence[SplitRun], out: Path) -> list[str]:
 
 
 def _page() -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("Drawing plots needs the package matplotlib: pip install matplotlib.") from error
-    figure = Figure(figsize=(7.5, 3.6), dpi=100, layout="constrained")
+    figure = figure_kind()(figsize=(7.5, 3.6), dpi=100, layout="constrained")
     return figure, figure.add_subplot()
 
 

@@ -279,11 +279,12 @@ class Lemmatizer:
         try:
             self._read = importlib.import_module("spacy").load(model)  # of an extra that nothing else here needs
         except (ImportError, OSError) as error:  # the package, the model
+            how = f"bash install.sh --extras lavit, or pip install spacy, then python -m spacy download {model}"
             if choice == "spacy":
-                raise ConfigError(f"Answers cannot be lemmatised ({first_line(error)}); pip install spacy, then python "
-                                  f"-m spacy download {model}, or choose none.") from error
+                raise ConfigError(f"Answers cannot be lemmatised ({first_line(error)}): {how}; or choose none."
+                                  ) from error
             warnings.warn(f"Answers are not lemmatised as the released model's are, because spaCy or its model {model} "
-                          f"is not there; scores can be lower by a little.", SeedWarning, stacklevel=2)
+                          f"is not there ({how}); scores can be lower by a little.", SeedWarning, stacklevel=2)
 
     @property
     def uses_spacy(self) -> bool:

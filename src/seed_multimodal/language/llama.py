@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line, how_to_install
 from seed_multimodal.hub import PARTS, is_hub_name
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.quiet import quiet_loading
@@ -140,8 +140,7 @@ def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) ->
     if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"{name} weights need a CUDA device or a CPU, not {device}.")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{name} weights need the package bitsandbytes: bash install.sh --extras demo, or pip "
-                          f"install bitsandbytes.")
+        raise ConfigError(f"{name} weights need the package bitsandbytes: {how_to_install('bitsandbytes')}.")
 
     from transformers import BitsAndBytesConfig
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.disk import replacing, writing
-from seed_multimodal.errors import ConfigError, DataError, SeedError, first_line
+from seed_multimodal.errors import ConfigError, DataError, SeedError, first_line, how_to_install
 
 CURVES_FILE = "curves.png"
 SUFFIX = ".log.jsonl"
@@ -140,16 +140,26 @@ def _quantity(key: str) -> tuple[str | None, str]:
     return ("", key.removeprefix("eval_")) if key.startswith("eval_") else (None, key)
 
 
-def _figure(runs: Sequence[Curves]) -> Any:
-    """A matplotlib figure, drawn without a window and without changing matplotlib's own state."""
+def figure_kind() -> Any:
+    """matplotlib's `Figure`.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("Drawing curves needs the package matplotlib: pip install matplotlib.") from error
+        raise ConfigError(f"Drawing plots needs the package matplotlib: {how_to_install('matplotlib')}.") from error
+    return Figure
+
+
+def _figure(runs: Sequence[Curves]) -> Any:
+    """A matplotlib figure, drawn without a window and without changing matplotlib's own state."""
+    kind = figure_kind()
     panels = _panels(runs)
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.6 * columns + 0.3, 2.5 * rows + 0.7), dpi=110, layout="constrained")
+    figure = kind(figsize=(3.6 * columns + 0.3, 2.5 * rows + 0.7), dpi=110, layout="constrained")
     labels = _labels([run.log for run in runs])
     for number, title in enumerate(panels):
         axes = figure.add_subplot(rows, columns, number + 1)

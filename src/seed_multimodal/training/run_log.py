@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from seed_multimodal.disk import disk_reason, replace_text, writing
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, how_to_install
 from seed_multimodal.progress import duration
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.failures import TrainingError
@@ -202,7 +202,8 @@ def open_board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError("`tensorboard: true` needs the package tensorboard: pip install tensorboard.") from error
+        raise ConfigError("`tensorboard: true` needs the package tensorboard: "
+                          f"{how_to_install('tensorboard')}.") from error
     try:
         return SummaryWriter(str(folder), purge_step=step + 1)
     except OSError as error:

@@ -15,7 +15,7 @@ import numpy as np
 
 from seed_multimodal.data.formats.index_file import Arrays, IndexedFile, Scan
 from seed_multimodal.data.formats.record import BadRecord, Record, Row
-from seed_multimodal.errors import DataError, first_line
+from seed_multimodal.errors import DataError, first_line, how_to_install
 
 # Bytes. The local shuffle reads from about ten places at once, twenty where two blocks meet: so many row groups of
 # WHOLE bytes, or pieces of larger ones, are kept.
@@ -177,7 +177,7 @@ def opened(path: str | Path, **options: Any) -> Iterator[Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path}: reading parquet needs pyarrow (pip install pyarrow).") from None
+        raise DataError(f"{path}: reading parquet needs the package pyarrow: {how_to_install('pyarrow')}.") from None
     try:
         with pyarrow.parquet.ParquetFile(path, **options) as file:
             yield file

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from seed_multimodal.disk import replacing
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, how_to_install
 
 
 class ShardWriter:
@@ -24,7 +24,7 @@ class ShardWriter:
         try:
             from webdataset import TarWriter  # imports torch
         except ImportError:
-            raise DataError("Writing shards needs webdataset (pip install webdataset).") from None
+            raise DataError(f"Writing shards needs the package webdataset: {how_to_install('webdataset')}.") from None
         self._tar: Any = TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False,
                                   keep_meta=True)
         self._tar.tarstream.format = tarfile.USTAR_FORMAT  # it ignores its own argument `format`

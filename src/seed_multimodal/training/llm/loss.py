@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, how_to_install
 from seed_multimodal.training.llm.row_facts import IGNORED, RowFacts, learned_targets, packing_known, row_facts
 
 KINDS = ("auto", "plain", "chunked", "liger")
@@ -175,7 +175,8 @@ def check_kernel(kind: str, device: torch.device, zero_stage: int = 0, llm: nn.M
         raise ConfigError("The loss kernel liger reads the whole lm_head at once, and ZeRO-3 spreads it over the "
                           "processes; use trainer.loss_kernel=auto (chunked), or ZeRO-2.")
     if importlib.util.find_spec("liger_kernel") is None or device.type != "cuda":
-        raise ConfigError("The loss kernel liger needs the package liger-kernel and a CUDA device; use auto.")
+        raise ConfigError("The loss kernel liger needs the package liger-kernel and a CUDA device; use auto, or "
+                          f"{how_to_install('liger_kernel')}.")
     if llm is not None and hasattr(find_llama(llm).lm_head, "lora_A"):
         raise ConfigError("The loss kernel liger needs an lm_head without LoRA; put it under modules_to_save or use "
                           "auto.")
