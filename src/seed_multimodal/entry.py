@@ -28,9 +28,13 @@ DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def log_line(text: str) -> None:
-    """A line on stderr."""
-    sys.stderr.write(text + "\n")  # one write, so that the sentences of several processes do not mix
-    sys.stderr.flush()
+    """A line on stderr; lost where that is a file on a full disk, since results are worth more."""
+    try:
+        sys.stderr.write(text + "\n")  # one write, so that the sentences of several processes do not mix
+        sys.stderr.flush()
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
 
 
 def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
@@ -39,7 +43,9 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     warnings.formatwarning = functools.partial(_warning_line, program)
     _prepare_streams()
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()  # what could not be written is told, not left to Python's end
+        return code
     except SeedError as error:
         if debug:
             raise
@@ -50,7 +56,7 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has ended (`seed … | head`); the rest of the output is discarded.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return DONE
     except Exception as error:
         if debug or not (sentence := _machine_sentence(error)):
@@ -64,7 +70,8 @@ def _machine_sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and (hint := how_to_install(error.name or "")):
         return f"the package {package_of(error.name or '')} is not installed, which this needs: {hint}."
     if disk_is_full(error):
-        return f"{getattr(error, 'filename', None) or 'a file'} cannot be written: the disk or quota is full."
+        place = getattr(error, "filename", None) or ("a file" if _output_arrived() else "the output")
+        return f"{place} cannot be written: the disk or quota is full."
     from seed_multimodal.device import is_out_of_memory  # not before: it loads torch
 
     if is_out_of_memory(error):
@@ -72,6 +79,21 @@ def _machine_sentence(error: Exception) -> str:
                 f"--quantization, smaller batches or smaller pictures, where the program has them, or with "
                 f"--device cpu.")
     return ""
+
+
+def _output_arrived() -> bool:
+    """Whether all that was printed is written; if not, it is discarded."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+        return False
+    return True
+
+
+def _discard_output() -> None:
+    """What could not be written so far, and the rest: Python would fail for it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_and_exit(work: Callable[[], int]) -> NoReturn:
@@ -106,7 +128,11 @@ def _warning_line(program: str, message: Warning | str, category: type[Warning],
 
 def _prepare_streams() -> None:
     """Lines and file names that are no UTF-8 neither end the program nor get lost: read as Python reads file names, and
-    written as escapes (which JSON reads back). A line is written when it is whole, into files and pipes, too."""
+    written as escapes (which JSON reads back). A line is written when it is whole, into files and pipes, too. A stream
+    that was closed is empty, or takes everything."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us: the next file opened must not take its number
+            setattr(sys, name, open(os.devnull, mode))
     for stream, options in ((sys.stdin, {"errors": "surrogateescape"}),
                             (sys.stdout, {"errors": "backslashreplace", "line_buffering": True}),
                             (sys.stderr, {"errors": "backslashreplace"})):

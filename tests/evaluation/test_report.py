@@ -222,7 +222,7 @@ def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert "no split 'vol' (did you mean 'val'?)" in capsys.readouterr().err
 
 
-def test_a_smaller_report_replaces_no_larger_one_unasked(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_smaller_report_replaces_no_larger_one_unasked(tmp_path: Path, capsys) -> None:
     """`--limit 2` alone would have replaced the shipped report."""
     shipped = report.report_folder("nano") / "report.json"
     before = shipped.read_bytes()
