@@ -3,9 +3,11 @@ untrained nano that it starts from is of toy size, too."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image
 from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.nano.splits import scene_at
 from seed_multimodal.data.nano.wide import render_wide, wide_at
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.judge import Judge, JudgeConfig
 from seed_multimodal.evaluation.report import main as report
 from seed_multimodal.systems.seed_x import SeedX
@@ -24,6 +27,8 @@ from seed_multimodal.training.nano.clip import Tower
 from seed_multimodal.training.nano.config import ClipSizes, NanoConfig, VaeSizes
 from seed_multimodal.training.nano.vae import build_vae
 from seed_multimodal.training.nano_x.__main__ import LINE
+from seed_multimodal.training.nano_x.config import NanoXConfig
+from seed_multimodal.training.nano_x.workspace import XWorkspace
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/nano_x/test.yaml"
@@ -96,3 +101,14 @@ def test_without_a_finished_nano_one_sentence_says_so(tmp_path: Path, capsys: py
     assert main(["--config", str(ROOT / CONFIG), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"),
                  "--only", "start", f"start={tmp_path}"], LINE) == 2
     assert "start must be the folder of a finished nano" in capsys.readouterr().err
+
+
+def test_words_of_other_settings_are_refused(tmp_path: Path) -> None:
+    """Those of the shipped system, by the settings that it was trained with and by others."""
+    shutil.copytree(ROOT / "pretrained" / "nano-x" / "tokenizer", tmp_path / "tokenizer")
+    config = NanoXConfig()
+    assert XWorkspace(config, tmp_path, tmp_path).words.vocabulary.n_text == 800
+    for changed in (replace(config, llm=replace(config.llm, text_vocabulary=500)),
+                    replace(config, llm=replace(config.llm, locations=32))):
+        with pytest.raises(ConfigError, match="has 800 text pieces and 16 image words and 64 locations, the settings"):
+            _ = XWorkspace(changed, tmp_path, tmp_path).words

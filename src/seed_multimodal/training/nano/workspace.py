@@ -70,13 +70,20 @@ class Workspace:
         self.check_words(words, file, "the records of stage1, stage2, llm_pretrain and llm_sft")
         return words
 
+    @property
+    def counted_words(self) -> dict[str, int]:
+        """Settings that say how many text pieces and image words (and locations, where there are some) there are."""
+        return {"llm.text_vocabulary": self.config.llm.text_vocabulary, "tokenizer.codes": self.config.tokenizer.codes}
+
     def check_words(self, words: MultimodalTokenizer, file: Path, built_on: str) -> None:
         """Refuse the words of a file if they are not those of the settings. Raises ConfigError."""
-        pieces, codes, found = self.config.llm.text_vocabulary, self.config.tokenizer.codes, words.vocabulary
-        if (found.n_text, found.n_codes) != (pieces, codes):
-            raise ConfigError(f"{file}: has {found.n_text} text pieces and {found.n_codes} image words, the settings "
-                              f"(llm.text_vocabulary, tokenizer.codes) say {pieces} and {codes}; use other folders, or "
-                              f"remove the file and {built_on}.")
+        found, wanted = words.vocabulary, self.counted_words
+        there = [found.n_text, found.n_codes, getattr(found, "n_locations", 0)][:len(wanted)]
+        if there != [*wanted.values()]:
+            kinds = zip(there, ("text pieces", "image words", "locations"), strict=False)
+            raise ConfigError(f"{file}: has {' and '.join(f'{number} {kind}' for number, kind in kinds)}, the settings "
+                              f"({', '.join(wanted)}) say {' and '.join(map(str, wanted.values()))}; use other "
+                              f"folders, or remove the file and {built_on}.")
 
     def need(self, stage: str, *files: Path) -> None:
         """Refuse to begin without the files that a stage makes.

@@ -62,7 +62,11 @@ class XWorkspace(Workspace):
 
     @cached_property
     def words(self) -> MultimodalTokenizer:
-        """The tokenizer, trained on the world's sentences if it does not exist."""
+        """The tokenizer, trained on the world's sentences if it does not exist.
+
+        Raises:
+            ConfigError: the one that exists was trained with other settings.
+        """
         folder, sizes = self.tokenizer_folder, self.config.llm
         if not (folder / "tokenizer.model").is_file():
             spoken = [part for kind in KINDS for number in range(SPOKEN)
@@ -71,4 +75,13 @@ class XWorkspace(Workspace):
             tokens = self.config.tower.grid**2
             MultimodalTokenizer.train([*sentences(), *spoken], folder, vocab_size=sizes.text_vocabulary, n_codes=tokens,
                                       tokens_per_image=tokens, n_locations=sizes.locations)
-        return MultimodalTokenizer.from_pretrained(folder)
+        words = MultimodalTokenizer.from_pretrained(folder)
+        self.check_words(words, folder / "tokenizer.model", f"{self.work / 'sft'}")
+        return words
+
+    @property
+    def counted_words(self) -> dict[str, int]:
+        """As of `Workspace`; a picture's words are only its places."""
+        sizes = self.config.llm
+        return {"llm.text_vocabulary": sizes.text_vocabulary, "tower.grid squared": self.config.tower.grid**2,
+                "llm.locations": sizes.locations}
