@@ -6,7 +6,9 @@ import errno
 import hashlib
 import os
 import platform
+import resource
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from seed_multimodal.disk import making_folder, output_folder, replace_folder, sha256_of
+from seed_multimodal.disk import making_folder, output_folder, replace_folder, sha256_of, writable_folder
 from seed_multimodal.entry import DONE, REFUSED, guarded
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 
@@ -73,6 +75,19 @@ def test_a_result_takes_its_folder_only_when_it_is_whole(tmp_path: Path) -> None
         output_folder(out / "whole", force=True, what="the result")
     with pytest.raises(CheckpointError, match="cannot be written"), making_folder(out / "whole" / "x", "x"):
         pass
+
+
+def test_a_folder_on_a_full_disk_is_refused_before_long_work(tmp_path: Path) -> None:
+    assert writable_folder(tmp_path / "a" / "b", ConfigError).is_dir()
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        with pytest.raises(ConfigError, match=r"a/b: cannot be written \(the disk or quota is full"):
+            writable_folder(tmp_path / "a" / "b", ConfigError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not any((tmp_path / "a" / "b").iterdir())
 
 
 @pytest.mark.parametrize("error", [

@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -103,6 +104,17 @@ def writing(place: str | Path, kind: type[SeedError] = CheckpointError) -> Itera
         raise kind(f"{error.filename or place}: cannot be written ({disk_reason(error)}).") from error
 
 
+def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
+    """The folder, made if need be and tried with a byte, before long work for it. Raises `kind`: the disk refuses."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:  # it names a file that nobody knows
+        raise kind(f"{folder}: cannot be written ({disk_reason(error)}).") from error
+    return Path(folder)
+
+
 @contextlib.contextmanager
 def replacing_path(file: str | Path) -> Iterator[Path]:
     """As `replacing`, for libraries that write by path: the file made at the path given takes the name of `file`."""
@@ -151,11 +163,8 @@ def flush_folder(folder: str | Path) -> None:
 
 
 def replace_text(file: Path, text: str, errors: str = "strict") -> None:
-    """Put a text into a file, flushed, whole or not at all; raises OSError and leaves what was there.
-
-    Args:
-        errors: what becomes of letters that UTF-8 does not have, as of `open`.
-    """
+    """Put a text into a file, flushed, whole or not at all; raises OSError and leaves what was there. `errors`: what
+    becomes of letters that UTF-8 does not have, as of `open`."""
     with replacing(file, "w", errors=errors) as handle:
         handle.write(text)
 
@@ -277,8 +286,7 @@ def set_default_mode(file: str | Path) -> None:
 
 
 def read_json_object(file: Path, kind: type[SeedError] = CheckpointError, advice: str = "") -> dict[str, Any]:
-    """A JSON file that holds an object; raises `kind` if it is missing (then with `advice`), not JSON, or holds
-    something else."""
+    """A JSON file that holds an object; raises `kind` if it is missing (with `advice`) or holds something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -1,7 +1,9 @@
-"""Scores of drawings: CLIP's choice among them, texts longer than it reads, and FID."""
+"""Drawings as they are saved, and their scores: CLIP's choice among them, texts longer than it reads, and FID."""
 
 from __future__ import annotations
 
+import resource
+import signal
 import sys
 
 import numpy as np
@@ -12,7 +14,8 @@ from torch import nn
 from transformers import CLIPModel
 
 import seed_multimodal  # noqa: F401 (before torchmetrics, which imports torchvision)
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, DataError
+from seed_multimodal.evaluation.drawing_work import save_drawing
 from seed_multimodal.evaluation.picture_scores import ClipScores, Distance, find_clip
 
 CPU = torch.device("cpu")
@@ -96,3 +99,19 @@ def test_weights_of_inception_are_read_as_tensors_only(tmp_path):
     said = Distance(inception=tmp_path / "inception.pth").missing()
     assert said.startswith("FID is not computed (")
     assert "inception.pth: refused, because it holds more than tensors" in said
+
+
+def test_a_full_disk_ends_drawing_and_leaves_no_half_picture(tmp_path):
+    """No caption is at fault: the next ones would be drawn in vain."""
+    picture = noise(0, (64, 64))
+    letters = "\U00020000" * 100  # of four bytes each
+    assert (tmp_path / save_drawing(picture, tmp_path, 7, letters, "png")).stat().st_size > 4096
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        with pytest.raises(DataError, match=r"000008_fox\.png: cannot be written \(the disk or quota is full"):
+            save_drawing(picture, tmp_path, 8, "fox", "png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert len(list(tmp_path.iterdir())) == 1

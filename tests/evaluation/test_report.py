@@ -3,6 +3,7 @@ are wrong in one way."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import sys
@@ -187,6 +188,7 @@ def test_written_report(oracle: Oracle, knowing: KnowingJudge, val: Samples, tmp
     whole = {"model": "toy", "command": "python -m x", "date": "today", "commit": "unknown", "seconds": 1.0,
              "hardware": {"cpu": "any"}, "versions": {"torch": "2"}, "settings": vars(Sizes.limited(12)),
              "judge": {"steps": 60}, "aims": report_text.aims(sections), "splits": sections}
+    (tmp_path / "wide.webp").touch()  # of a report of another kind, which was here before
     report.write_report(whole, [run], tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     assert {"value", "low", "high", "n"} == set(data["splits"]["val"]["drawing"]["all"])
@@ -216,7 +218,7 @@ def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys) -> None:
     taken = tmp_path / "taken"
     taken.write_text("a file")
     assert report.main(["--model", "nano", "--out", str(taken), "--limit", "1"]) == 2
-    assert f"--out {taken}: no folder that can be written" in capsys.readouterr().err
+    assert f"{taken}: cannot be written" in capsys.readouterr().err
     assert taken.read_text() == "a file"
     assert report.main(["--model", str(tmp_path / "none"), "--splits", "vol"]) == 2  # before anything is loaded
     assert "no split 'vol' (did you mean 'val'?)" in capsys.readouterr().err
@@ -238,9 +240,13 @@ def test_a_smaller_report_replaces_no_larger_one_unasked(tmp_path: Path, capsys)
 
 
 def test_what_the_end_of_a_report_needs_is_looked_for_at_its_start(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)  # the tests may run as root
+    def refused(**_):  # the tests may run as root
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
     assert report.main(["--model", "nano", "--out", str(tmp_path)]) == 2
-    assert f"--out {tmp_path}: no folder that can be written (Permission denied)" in capsys.readouterr().err
+    assert f"{tmp_path}: cannot be written (Permission denied)" in capsys.readouterr().err
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert report.main(["--model", "nano", "--out", str(tmp_path)]) == 2
     assert "needs the package matplotlib: bash install.sh --extras train" in capsys.readouterr().err

@@ -181,8 +181,7 @@ def _asked(args: argparse.Namespace, defaults: GenerationSettings) -> Benchmark 
     flags over them."""
     from seed_multimodal.evaluation.asking import AnySystem, Benchmark
     from seed_multimodal.evaluation.batched import BatchedSystem
-    from seed_multimodal.language.lavit import QuestionProcessor
-    from seed_multimodal.systems.lavit import Lavit
+    from seed_multimodal.evaluation.lavit_tasks import question_words
     from seed_multimodal.systems.seed_llama import SeedLlama
 
     given = generation_settings(args)
@@ -190,8 +189,7 @@ def _asked(args: argparse.Namespace, defaults: GenerationSettings) -> Benchmark 
         given["do_sample"] = True
     system = _loaded(args)
     if not isinstance(system, SeedLlama):
-        question = QuestionProcessor() if isinstance(system, Lavit) else str
-        return AnySystem(system, {"seed": args.seed, **given}, question=question, images=_images(args))
+        return AnySystem(system, {"seed": args.seed, **given}, question=question_words(system), images=_images(args))
     settings = replace(defaults, **{"seed": args.seed, **given})
     if getattr(args, "keep_ratio", False):
         system.pictures.transform = replace(system.pictures.transform, keep_ratio=True)

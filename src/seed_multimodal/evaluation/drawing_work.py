@@ -16,8 +16,8 @@ from PIL import Image
 
 from seed_multimodal.data.formats.caption_files import CaptionedPicture
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.disk import writing
-from seed_multimodal.errors import ConfigError, GenerationError, ImageError, counted
+from seed_multimodal.disk import replacing, writing
+from seed_multimodal.errors import ConfigError, DataError, GenerationError, counted
 from seed_multimodal.evaluation.answer_folder import Line, Score, Work
 from seed_multimodal.evaluation.asking import AnySystem, Benchmark
 from seed_multimodal.evaluation.benchmark_work import file_identity
@@ -92,8 +92,9 @@ def _drawn(lines: Sequence[Line]) -> Any:
 
 
 def _file_stem(text: str) -> str:
-    """A caption as a part of a file's name."""
-    return "".join(letter if letter.isalnum() else "_" for letter in text).strip("_")[:60] or "picture"
+    """A caption as a part of a file's name, which may have 255 bytes, the scratch file's, too."""
+    stem = "".join(letter if letter.isalnum() else "_" for letter in text).strip("_")[:60]
+    return stem.encode()[:180].decode(errors="ignore") or "picture"
 
 
 @dataclass
@@ -192,8 +193,9 @@ def caption_text_of(one: CaptionedPicture) -> str:
 
 
 def save_drawing(image: Image.Image, folder: Path, number: int, text: str, kind: str = "jpg") -> str:
-    """Save as NUMBER_CAPTION; returns the file's name."""
+    """Save as NUMBER_CAPTION, whole or not at all; returns the file's name. Raises DataError: the disk refuses, which
+    ends the run, since no caption is at fault."""
     path = folder / f"{number:06d}_{_file_stem(text)}.{kind}"
-    with writing(path, ImageError):
-        image.save(path)
+    with writing(path, DataError), replacing(path) as file:
+        image.save(file, "JPEG" if kind == "jpg" else "PNG")
     return path.name

@@ -9,7 +9,7 @@ annotations, and else taken from the annotations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def run_task(system: Lavit, task: Task) -> Line | None:
 def task_work(system: Lavit, task: Task) -> tuple[Work[Any], Score]:
     """A task as `run_through` takes it; errors as of `run_task`."""
     images = None if task.images is None else Path(task.images)
-    asked = AnySystem(system, {"seed": SEED}, dict(task.drawing), QuestionProcessor(), images)
+    asked = AnySystem(system, {"seed": SEED}, dict(task.drawing), question_words(system), images)
     file = Path(task.annotations)
     if task.name == "caption":
         truth = task.truth or find_truth(CAPTIONS[task.dataset], file)
@@ -115,6 +115,12 @@ def task_work(system: Lavit, task: Task) -> tuple[Work[Any], Score]:
     answers.require(questions, task.limit)
     return question_work(asked, questions, answers, task.limit, question_rules(
         task.dataset, Path(truth or file), system, legacy=task.legacy))
+
+
+def question_words(system: Any) -> Callable[[str], str]:
+    """What is made of a question before it is asked: as the published LaVIT was evaluated; any other system, nano-lavit
+    and its kind too, is asked as it was trained, with the question as it is written."""
+    return QuestionProcessor() if isinstance(system, Lavit) and system.spec.released else str
 
 
 def question_rules(dataset: str, truth: Path, system: Any, *, legacy: bool = False) -> QuestionRules:

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import gzip
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.nano.evaluation import HELD_OUT_SPLITS
-from seed_multimodal.disk import disk_reason, read_json_object, replace_text, replacing, writing
+from seed_multimodal.disk import read_json_object, replace_text, replacing, writable_folder, writing
 from seed_multimodal.entry import DONE, add_device, add_quantization, run_program
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.evaluation import machine
@@ -32,8 +30,8 @@ from seed_multimodal.evaluation.batched_x import BatchedSeedX
 from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.evaluation.lavit_run import LavitRun
 from seed_multimodal.evaluation.metrics import plain
-from seed_multimodal.evaluation.report_plots import save_plots
-from seed_multimodal.evaluation.report_sheets import save_sheets
+from seed_multimodal.evaluation.report_plots import PLOTS, save_plots
+from seed_multimodal.evaluation.report_sheets import SHEETS, save_sheets
 from seed_multimodal.evaluation.report_text import AIMS, LAVIT_AIMS, X_AIMS, aims, markdown
 from seed_multimodal.evaluation.samples import Sizes, make_samples
 from seed_multimodal.evaluation.split_run import SplitRun
@@ -82,7 +80,8 @@ def read_splits(text: str) -> list[str]:
 
 
 def write_report(report: dict[str, Any], runs: Sequence[SplitRun], out: Path) -> None:
-    """Write report.json and answers.json.gz, then sheets and plots, then report.md, which shows them, into `out`.
+    """Write report.json and answers.json.gz, then sheets and plots, then report.md, which shows them, into `out`; those
+    sheets and plots of an earlier report that this one has not are removed.
 
     Raises:
         ConfigError: a file cannot be written; what was written before it stays.
@@ -95,6 +94,8 @@ def write_report(report: dict[str, Any], runs: Sequence[SplitRun], out: Path) ->
         with replacing(out / "answers.json.gz") as file:
             file.write(packed)
         sheets = [*save_plots(runs, out), *save_sheets(runs, out)]
+        for left in {*PLOTS, *(f"{kind}.webp" for kind in SHEETS)}.difference(sheets):  # an earlier report's
+            (out / left).unlink(missing_ok=True)
         replace_text(out / "report.md", markdown(plain(report), sheets))
 
 
@@ -114,12 +115,7 @@ def check_place(out: Path, given: bool, splits: Sequence[str], scenes: int) -> N
             more scenes or other splits, such as the shipped one.
     """
     figure_kind()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ConfigError(f"--out {out}: no folder that can be written ({disk_reason(error)}).") from error
+    writable_folder(out, ConfigError)
     there: dict[str, Any] = {}
     if not given and (out / "report.json").is_file():
         with contextlib.suppress(ConfigError):  # a damaged one is no loss

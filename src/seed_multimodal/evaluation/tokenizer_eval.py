@@ -26,7 +26,7 @@ from PIL import Image
 
 from seed_multimodal.data.formats.pairs import PairSource, open_pairs
 from seed_multimodal.device import RELEASED_FP16, choose_device
-from seed_multimodal.disk import writing
+from seed_multimodal.disk import writable_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import FloatArray, bootstrap, codebook_statistics, cosine, plain, retrieval_at_k
@@ -93,8 +93,7 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
                               if getattr(settings, name) == NONE}
     settings = replace(settings, **absent)
     start = time.monotonic()
-    with writing(out, ConfigError):
-        Path(out).mkdir(parents=True, exist_ok=True)
+    writable_folder(out, ConfigError)
     source = open_pairs(settings.data)
     runtime = choose_device(settings.device, settings.dtype, log=log, fp16=RELEASED_FP16)
     if settings.fast is None:
