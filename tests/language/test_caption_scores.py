@@ -46,7 +46,17 @@ def test_a_set_of_one_picture_has_no_cider_and_equal_captions_have_ten():
      "a man 's dog is n't here -lrb- really -rrb- it 's fun"),
     ("Two-thirds of 1,000 U.S. cars; 3.5 m tall!", "two-thirds of 1,000 u.s. cars 3.5 m tall"),
     ("A 10:30 clock, 50% off - great", "a 10:30 clock 50 % off great"), ("one o'clock", "one o'clock"),
-    ("caf\u00e9 au lait", "caf\u00e9 au lait"), ("  ...  ", "")])
+    ("caf\u00e9 au lait", "caf\u00e9 au lait"), ("  ...  ", ""),
+    ("the 21st of 100s, a 50mm lens and a 1950's bus of the '90s",
+     "the 21st of 100s a 50mm lens and a 1950 's bus of the '90s"),
+    ("a black/white 3-way sign w/ a 737-800 at 10:30am, 3,000ft and 3.5-inch",
+     "a black/white 3-way sign w / a 737-800 at 10:30 am 3,000 ft and 3.5-inch"),
+    ("Mr. Bean at Main St. in no. 7, no. Look!! What?! A.", "mr. bean at main st. in no. 7 no look !! what ?! a."),
+    ("a dog.cat at www.example.com - O'Brien, y'all cannot say 'tis rock'n'roll",
+     "a dog.cat at www.example.com o'brien y' all can not say 't is rock 'n' roll"),
+    ("a \U0001f98a \u2026 fox \u2014 \u00bd cup for \u00a35 :) #dog #1",
+     "a fox 1/2 cup for # 5 :-rrb- #dog # 1"),
+    ("--... Ph.D. AT&T r&b [x]", "ph.d. at&t r & b -lsb- x -rsb-")])
 def test_words(text, words):  # as stanford-corenlp 3.4.1 (in pycocoevalcap) gave them
     assert caption_words(text) == words.split()
 

@@ -25,21 +25,38 @@ Grams = Counter[tuple[str, ...]]
 Key = TypeVar("Key", bound=Hashable)
 
 # A stand-in for the Penn Treebank tokeniser (a Java program) that COCO's evaluation uses: lower case, contractions cut
-# into two words, punctuation marks dropped; brackets stay, as -lrb- and -rrb- (its list of marks has them in capitals).
-_WORD = re.compile(r"\.\.\.|--|[+-]?\d+(?:[.,:/]\d+)*(?![^\W\d_])|[^\W\d_]+(?:\.[^\W\d_])+\.?|o['’]clock|"
-                   r"[^\W_]+(?:[-_.@&][^\W_]+)*|\S")
-_CONTRACTION = re.compile(r"(?<=[^\W\d_])(n['’]t|['’](?:s|re|ve|ll|d|m))\b")
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"', "’", "‘", "“", "”"}
+# into two words, punctuation marks dropped; brackets stay, as -lrb- and -rrb- (its list of marks has them in capitals),
+# and so do the full stop of an abbreviation and several marks together (!!).
+_ABBREVIATIONS = ("mr|mrs|ms|dr|prof|gen|sen|rep|gov|capt|lt|sgt|col|jr|sr|st|mt|ft|ave|blvd|rd|dept|est|tel|bros|inc|"
+                  "co|ltd|corp|vs|etc|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tue|wed|thu|fri|calif|fla|ariz")
+_WORD = re.compile(rf"""
+    (?<!\w)n't\b | 'n' | (?<!\w)'\d\ds?(?!\w) | '(?:s|re|ve|ll|d|m|t|em|til|cause|n)(?!\w)
+    | (?:https?://|www\.)[^\s"'<>()]*[\w/]
+    | \.\.\.+ | --+ | [?!]{{2,}} | \*+ | \#{{2,}} | << | >> | (?<!\S)[:;]-?[()]
+    | [^\W\d_]+(?:\.[^\W\d_])+(?![^\W_])\.?                             # u.s., p.m., ph.d.
+    | (?:{_ABBREVIATIONS}|[a-z])\.(?!\w) | no\.(?=\s*\d)
+    | (?:(?:[odlsn]|qu)'|c'(?=mon)|ma'(?=am))[^\W\d_]{{2,}} | [yj]'(?=\w) | ol'
+    | [+-]?(?:\d+(?:[.,:]\d+)+|\.\d+)(?:-[^\W\d_][^\W_]*)*                # 1,000, 10:30, 3.5-inch
+    | [+-]\d++(?![^\W\d_])
+    | (?-i:[A-Z]+(?:&[A-Z]+)+) | @[^\W_]+ | \#[^\W\d_][^\W_]*
+    | [^\W_]+(?:[-_.@/][^\W_]+)*                                          # and/or, 21st, 3-way, 737-800
+    | \S""", re.VERBOSE | re.IGNORECASE)
+_CUT = re.compile(r"(?<=[^\W_])(n't|'(?:s|re|ve|ll|d|m))\b", re.IGNORECASE)
+_CUT_BEHIND = re.compile(r"(?<!\w)('t(?=(?:is|was)\b)|can(?=not\b)|(?:gon|wan)(?=na\b)|got(?=ta\b)|"
+                         r"(?:gim|lem)(?=me\b))", re.IGNORECASE)
+_SAME = str.maketrans({
+    "’": "'", "‘": "'", "…": "...", "–": "--", "—": "--", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ",
+    "⅔": " 2/3 ", "£": "#", "€": "$", "¢": " cents ", "\ufffd": " "})
+_UNKNOWN = re.compile("[\U00010000-\U0010ffff]")  # emoji among them
+_BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
+_DROPPED = {"'", "`", ".", "?", "!", ",", ":", "-", ";", '"', "“", "”"}
 
 
 def caption_words(caption: str) -> list[str]:
     """The words of a caption that are compared."""
-    words: list[str] = []
-    for piece in _CONTRACTION.sub(r" \1 ", caption.lower()).split():
-        cut = [piece.replace("’", "'")] if _CONTRACTION.fullmatch(f"x{piece}", 1) else _WORD.findall(piece)
-        words += [_BRACKETS.get(word, word) for word in cut]
-    return [word for word in words if word not in _DROPPED]
+    text = _CUT.sub(r" \1 ", _UNKNOWN.sub(" ", caption.translate(_SAME)))
+    words = (word.lower().translate(_BRACKETS) for word in _WORD.findall(_CUT_BEHIND.sub(r"\1 ", text)))
+    return [word for word in words if word not in _DROPPED and not word.startswith(("...", "--"))]
 
 
 def caption_scores(captions: Mapping[Key, str], references: Mapping[Key, Sequence[str]]) -> dict[str, float]:
