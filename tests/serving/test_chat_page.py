@@ -15,7 +15,7 @@ from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.serving.chat_page import KINDS, ChatPage, kind_of
 from seed_multimodal.serving.client import follow_generate
 from seed_multimodal.serving.flask_app import create_app
-from seed_multimodal.serving.gradio_app import build_demo
+from seed_multimodal.serving.gradio_app import as_it_is, build_demo
 
 ASKED = {"max_turns": 3, "force_boi": False, "num_beams": 1, "max_new_tokens": 64, "temperature": 0.0, "top_p": 0.5}
 
@@ -92,6 +92,42 @@ def test_what_is_cleared_while_an_answer_comes_stays_cleared(page: ChatPage, pie
     assert list(made) == [] and page.messages(dialogue) == []
     page.add(dialogue, None, "Hello")
     assert ended(page.answer, dialogue, **ASKED) == "" and len(page.messages(dialogue)) == 2
+
+
+def test_nothing_joins_a_message_that_is_being_answered(page: ChatPage, file: str) -> None:
+    """It would seem to be answered, and a picture would make the answer fit no more."""
+    dialogue = page.new_dialogue()
+    page.add(dialogue, None, "Please draw a fish.")
+    made = page.answer(dialogue, **{**ASKED, "force_boi": True})
+    next(made)  # a preview
+    for refused in (page.add(dialogue, file, "And a dog."), ended(page.answer, dialogue, **ASKED),
+                    ended(page.regenerate, dialogue, **ASKED)):
+        assert "still answering" in refused
+    list(made)
+    shown = page.messages(dialogue)
+    assert [message["role"] for message in shown] == ["user", "assistant"]
+    assert shown[0]["content"] == ["Please draw a fish."]
+    assert page.add(dialogue, file, "And a dog.") == "" and ended(page.answer, dialogue, **ASKED) == ""
+    page.add(dialogue, None, "Again")
+    page.answer(dialogue, **ASKED).close()  # its visitor left before it was asked
+    made = page.answer(dialogue, **{**ASKED, "force_boi": True})
+    next(made)
+    made.close()  # … and while it came
+    assert page.add(dialogue, None, "or not") == ""
+
+
+def test_a_failure_brings_nothing_cleared_back(page: ChatPage) -> None:
+    dialogue = page.new_dialogue()
+    page.add(dialogue, None, "hello")
+    ended(page.answer, dialogue, **ASKED)
+
+    def fails(*_: Any) -> Iterator[dict[str, Any]]:
+        dialogue.clear()
+        raise RequestError("The model did not answer.")
+        yield {}
+
+    page.post = fails
+    assert ended(page.regenerate, dialogue, **ASKED) == "" and page.messages(dialogue) == []
 
 
 def test_several_pictures_in_one_message(page: ChatPage, file: str) -> None:
@@ -189,6 +225,12 @@ def test_every_kind_of_page_builds_without_the_internet(name: str, page: ChatPag
     assert {"Picture", "Message", "Conversation", "Beams", "Top P", "Force a picture"} <= labels
     rounds = [block.value for block in demo.blocks.values() if getattr(block, "label", "") == "Most rounds of history"]
     assert rounds == [5 if name == "nano" else 3]
+
+
+def test_problems_are_shown_as_they_are() -> None:
+    """Not as Markdown: a placeholder would be a tag, and marks in a file's name are letters."""
+    assert as_it_is("*a*_b_.png: <image> [1](2) `c`") == (
+        "\\*a\\*\\_b\\_\\.png\\: \\<image\\> \\[1\\]\\(2\\) \\`c\\`")
 
 
 def test_an_unknown_kind_of_page() -> None:

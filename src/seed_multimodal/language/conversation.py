@@ -171,6 +171,7 @@ class Dialogue:
     conversation: Conversation = field(init=False)
     pending: Message = field(default_factory=_empty)
     errors: list[str] = field(default_factory=list)
+    asking: Conversation | None = None  # whose answer is awaited; whatever joined it now would seem to be answered
 
     def __post_init__(self) -> None:
         self.conversation = new_conversation(self.template)
@@ -256,6 +257,6 @@ class Dialogue:
 
     def clear(self) -> Buttons:
         """Start over."""
-        self.conversation = new_conversation(self.template)
+        self.conversation, self.asking = new_conversation(self.template), None
         self.pending, self.errors = _empty(), []
         return ALL_OFF

@@ -34,6 +34,7 @@ from seed_multimodal.serving.gate import Gate
 if TYPE_CHECKING:
     from PIL import Image
 
+STILL_ANSWERING = "The model is still answering the last message; go on when it has."
 LOST_PICTURE = "(a picture that could not be drawn)"
 UPLOADS = ImageLimits(max_bytes=64 << 20, max_memory=144_000_000)
 STORED_SIDE = 512  # of what `chat_image` makes of a picture
@@ -118,6 +119,8 @@ class ChatPage:
 
     def add(self, dialogue: Dialogue, image: str | None, text: str | None) -> str:
         """Put a picture and/or a text into the pending message; returns a message about a problem (`""`: none)."""
+        if dialogue.asking:
+            return STILL_ANSWERING
         try:
             if image:
                 with self.decoding.hold():
@@ -137,17 +140,20 @@ class ChatPage:
         dialogue.max_turns, shown = int(max_turns), dict[int, str]()
         if self.kind.ratios:
             settings = {"ratio": ratio} if force_boi else {}
+        if dialogue.asking:
+            return STILL_ANSWERING
         if not dialogue.waits():
             return "Write a message or choose a picture first."
         if dialogue.too_long():
             dialogue.refuse()
             return ""
+        asked = dialogue.asking = dialogue.conversation
         try:
-            body, asked = dialogue.request(self._for_request, force_boi=force_boi, **settings), dialogue.conversation
+            body = dialogue.request(self._for_request, force_boi=force_boi, **settings)
             assert body is not None
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 for piece in self.post(self.address, {**body, "previews": True}, self.timeout):
-                    if dialogue.conversation is not asked:  # its visitor has cleared it meanwhile
+                    if dialogue.asking is not asked:  # its visitor has cleared it meanwhile
                         return ""
                     if "preview" in piece:
                         shown[piece["picture"]] = self._store_base64(piece["preview"], Path(folder))
@@ -156,11 +162,16 @@ class ChatPage:
                         dialogue.receive(piece, self._store_base64)
                         self._keep_boxes(dialogue, piece.get("boxes", ()))
         except SeedError as error:
-            return str(error)
+            return str(error) if dialogue.asking is asked else ""
+        finally:
+            if dialogue.asking is asked:
+                dialogue.asking = None
         return ""
 
     def regenerate(self, dialogue: Dialogue, **settings: Any) -> Generator[list[str], None, str]:
         """Ask for the last answer again as `answer` does; without a new one the old one stays."""
+        if dialogue.asking:
+            return STILL_ANSWERING
         before = copy.deepcopy(vars(dialogue))
         dialogue.regenerate()
         trouble = yield from self.answer(dialogue, **settings)

@@ -10,6 +10,7 @@ Run: `bash scripts/start_backend_nano.sh` and `bash scripts/start_frontend_nano.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -93,7 +94,8 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
     def on_add(dialogue: Dialogue, path: str | None, said: str | None) -> tuple[Any, ...]:
         trouble = page.add(dialogue, path, said)
         # A picture is in the message by now, or refused. And an update of its box would make a new one, see build_demo.
-        return dialogue, page.messages(dialogue), trouble, None, gr.update() if trouble else ""
+        left = gr.skip() if dialogue.asking else None
+        return dialogue, page.messages(dialogue), as_it_is(trouble), left, gr.update() if trouble else ""
 
     def asking(ask: Callable[..., Generator[list[str], None, str]], dialogue: Dialogue,
                values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
@@ -104,13 +106,13 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
             try:
                 previews = next(made)
             except StopIteration as end:
-                yield dialogue, page.messages(dialogue), end.value, *buttons(True)
+                yield dialogue, page.messages(dialogue), as_it_is(end.value), *buttons(True)
                 return
             yield gr.skip(), page.messages(dialogue, previews), DRAWING, *buttons(False)
 
     def on_submit(dialogue: Dialogue, trouble: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         if trouble:
-            yield gr.skip(), gr.skip(), trouble, *buttons(True)
+            yield gr.skip(), gr.skip(), gr.skip(), *buttons(not dialogue.asking)
             return
         yield gr.skip(), gr.skip(), WRITING, *buttons(False)
         yield from asking(page.answer, dialogue, values)
@@ -131,6 +133,11 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
     added.then(on_submit, [state, status, *settings], [*shown, submit, regenerate], **asks)
     regenerate.click(on_regenerate, [state, *settings], [*shown, submit, regenerate], **asks)
     gr.on([clear.click, chat.clear], on_clear, [state], [*shown, image, text, regenerate], show_progress="hidden")
+
+
+def as_it_is(sentence: str) -> str:
+    """A sentence in Markdown, in which a file's name and `<image>` stay what they are."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", sentence)
 
 
 def launch(
