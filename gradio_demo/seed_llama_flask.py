@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
 from seed_multimodal.entry import AUTO, add_dtype, add_quantization, run_program, whole_number  # noqa: E402
-from seed_multimodal.errors import ConfigError  # noqa: E402
+from seed_multimodal.errors import CheckpointError, ConfigError  # noqa: E402
 
 
 def boolean(text: str) -> bool:
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from seed_multimodal.quiet import quiet_libraries
     from seed_multimodal.serving.flask_app import check_address, create_app, serve
     from seed_multimodal.serving.schema import Limits
+    from seed_multimodal.systems.lavit_files import LavitSpec
     from seed_multimodal.systems.open_system import open_system
 
     check_address(args.host, args.port)
@@ -76,7 +77,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
         raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
-    _ = system.pictures.decoder  # a missing part shows now, not at the first drawing
+    try:
+        _ = system.pictures.decoder  # a missing part shows now, not at the first drawing
+    except CheckpointError as error:
+        if not isinstance(system.spec, LavitSpec) or system.spec.has("decoder", "pixels"):
+            raise
+        print(f"{error} Pictures are read and described.")  # such a folder is made for that
     pixels = args.max_megapixels * 1_000_000
     limits = Limits(max_image_pixels=pixels, max_request_pixels=pixels, max_decoding_pixels=pixels,
                     max_waiting=args.max_waiting)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,28 @@ def read(text: str) -> Image.Image:
 def body(text: str, *images: Any, **more: Any) -> dict[str, Any]:
     sent = [image_to_base64(image) if isinstance(image, Image.Image) else image for image in images]
     return {"text": text, "images": sent, "seed": 3, **more}
+
+
+HALF = base64.b64encode(base64.b64decode(image_to_base64(noise(1)))[:2000]).decode()  # only its header can be read
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The program: its address, and what it said until then."""
+    program = subprocess.Popen(
+        [warm_python.PYTHON, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--system", str(folder), "--port", "0",
+         "--llm_device", "cpu", "--tokenizer_device", "cpu"], stdout=subprocess.PIPE, text=True)
+    assert program.stdout is not None
+    lines: list[str] = []
+    for line in program.stdout:
+        lines.append(line)
+        if "answering at" in line:
+            break
+    try:
+        yield lines[-1].split("answering at ")[1].split()[0], lines
+    finally:
+        program.terminate()
+        assert program.wait(30) == 0
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +119,43 @@ def test_words_pictures_and_codes_are_composed(client: Any, tiny_lavit: Lavit) -
     (("a fish",), {"force_boi": True, "ratio": "5:4"}, "'ratio' is '5:4'; this model draws pictures in 1:1, 4:3,"),
     (("a fish",), {"force_boi": True, "ratio": 3}, "'ratio' must be a text, not int"),
     (("<image>",), {}, "'text' holds 1 <image> placeholders, but 'images' has 0 entries"),
-    (("a fish " * 4000,), {"force_boi": True}, "The prompt"),
+    (("a fish " * 4000,), {"force_boi": True}, "The prompt has 1"),
+    (("<image>" + "a fish " * 4000, HALF), {}, "The prompt has at least 1"),
+    (("<image>" + "a fish " * 4000, HALF), {"force_boi": True}, "The prompt has at least 1"),
+    (("<image>a fish ", HALF), {}, "images[0]: the picture is truncated"),
 ])
 def test_what_cannot_be_answered_is_one_sentence(client: Any, asked: Any, more: Any, sentence: str) -> None:
     said = ask(client, *asked, **more)
     assert said["status"] == 400 and sentence in said["error"], said
+
+
+def test_wrong_requests_do_not_wait_for_a_drawing(client: Any, tiny_lavit: Lavit) -> None:
+    with ThreadPoolExecutor(1) as other, tiny_lavit.pictures.drawing():
+        said = other.submit(ask, client, "a fish " * 4000, force_boi=True, ratio="3:2").result(30)
+    assert said["status"] == 400 and "The prompt has" in said["error"]
+
+
+def test_a_system_that_only_draws_or_reads_says_so(tiny_lavit_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_lavit_folder, tmp_path / "tiny"))
+    draws = create_app(Lavit.from_pretrained(folder, device="cpu", modes=("generation",), log=None)).test_client()
+    assert ask(draws, "a fish", force_boi=True)["status"] == 200
+    said = ask(draws, "<image>", noise(1))
+    assert said["status"] == 400 and "without the weights that read pictures" in said["error"]
+    shutil.rmtree(folder / "decoder")
+    reads = create_app(Lavit.from_pretrained(folder, device="cpu", log=None)).test_client()
+    said = ask(reads, "a fish", force_boi=True)
+    assert said["status"] == 400 and "its decoder of codes is not there, so it cannot draw" in said["error"]
+
+
+@pytest.mark.process
+def test_the_program_serves_a_folder_for_understanding(tiny_lavit_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_lavit_folder, tmp_path / "tiny"))
+    shutil.rmtree(folder / "pixels")
+    with serving(folder) as (address, lines):
+        assert "its pixel decoder (unet, vae, scheduler) is not there, so it cannot draw" in "".join(lines)
+        assert requests.post(address, json=body("<image>", noise(1)), timeout=60).json()["text"]
+        said = requests.post(address, json=body("a fish", force_boi=True), timeout=60)
+        assert said.status_code == 400 and "so it cannot draw" in said.json()["error"]
 
 
 def test_a_client_that_left_ends_the_answer(tiny_lavit: Lavit) -> None:
@@ -127,12 +185,11 @@ def test_other_models_draw_in_one_shape_and_the_released_servers_quirks_are_not_
 @pytest.mark.process
 def test_the_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_path: Path) -> None:
     """Over a socket: a question, then a drawing of what was drawn and said; earlier messages are not sent again."""
-    program = subprocess.Popen(
-        [warm_python.PYTHON, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--system", str(tiny_lavit_folder),
-         "--port", "0", "--llm_device", "cpu", "--tokenizer_device", "cpu"], stdout=subprocess.PIPE, text=True)
-    assert program.stdout is not None
-    line = next(line for line in program.stdout if "answering at" in line)
-    address = line.split("answering at ")[1].split()[0]
+    with serving(tiny_lavit_folder) as (address, _):
+        chat_with(address, tmp_path)
+
+
+def chat_with(address: str, tmp_path: Path) -> None:
     assert requests.get(address.replace("generate", "health"), timeout=60).json()["status"] == "ok"
     page = ChatPage(address, KINDS["nano-lavit"], tmp_path)
     dialogue = page.new_dialogue()
@@ -150,8 +207,6 @@ def test_the_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, t
     assert list(page.regenerate(dialogue, force_boi=True, ratio="2:3", **PAGE)) == []
     again = dialogue.conversation.messages[-1]["message"]
     assert Image.open(again["images"][0]).size == (48, 80) and len(page.messages(dialogue)) == 10
-    program.terminate()
-    assert program.wait(30) == 0
 
 
 def test_the_page_needs_no_torch() -> None:

@@ -269,16 +269,16 @@ def _budget(length: int, settings: GenerationSettings, model: Any, vocabulary: I
     return budget
 
 
-def room_for_answer(length: int, model: Any) -> int:
-    """Tokens that fit behind a prompt of `length`.
+def room_for_answer(length: int, model: Any, unread: int = 0) -> int:
+    """Tokens that fit behind a prompt of `length`; of `unread` pictures it counts one token, as they were not read yet.
 
     Raises:
         GenerationError: none.
     """
     context = int(model.config.max_position_embeddings)
     if length >= context:
-        raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; "
-                              f"make it shorter.")
+        raise GenerationError(f"The prompt has {'at least ' * (unread > 0)}{length} tokens, but the model's context "
+                              f"ends at {context}; make it shorter.")
     return context - length
 
 

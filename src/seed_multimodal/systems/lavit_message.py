@@ -10,7 +10,8 @@ from PIL import Image
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.answer import TextPart
-from seed_multimodal.language.lavit import Side, answer_of, caption_of, question_prompts
+from seed_multimodal.language.generation import room_for_answer
+from seed_multimodal.language.lavit import LavitTokenizer, Side, answer_of, caption_of, question_prompts
 from seed_multimodal.language.lavit_generation import WrittenPicture
 from seed_multimodal.systems.chat import Answer, DrawnPart, read_messages
 from seed_multimodal.systems.lavit_language import Inputs, LavitLanguage, Seeds, Watch
@@ -23,6 +24,7 @@ from seed_multimodal.systems.talking import System
 class MessageSystem(System):
     """Base of `Lavit`, which describes, answers and draws, but does not converse."""
 
+    tokenizer: LavitTokenizer
     language: LavitLanguage
     pictures: LavitPictures
 
@@ -56,21 +58,28 @@ class MessageSystem(System):
         return events if stream else next(event["answer"] for event in events if event["type"] == "done")
 
     def check_message(self, items: Sequence[Any], *, force_image: bool = False, **options: Any) -> None:
-        """Refuse what `chat` would refuse, before any work; `items` of the message, whose pictures are not looked at.
+        """Refuse what `chat` would refuse, before any work and without waiting for that of others; `items` of the
+        message, whose pictures are not looked at. Settings of drawing are left to `chat`: the de-tokenizer checks them,
+        and it may be at work.
 
         Raises:
             RequestError: a text without a picture, codes where pictures are read. ConfigError: a setting.
-            CheckpointError: parts that this system does not have.
+            CheckpointError: parts that this system does not have. GenerationError: too many words, however little there
+                is to see.
         """
-        decode = self._take_decode(options)
+        self._take_decode(options)
         options.pop("seed", None)
         self.language.settings(_task_of(items, force_image), **options)
-        if not force_image:
+        unread = sum(1 for item in items if is_picture(item))
+        if force_image:
+            self.spec.require("decoder", "pixels")
+            known = [part for part in composed_parts(list(items)) if not is_picture(part)]
+            length = len(self.tokenizer.drawing_ids(known)) + unread + 1  # a start
+        else:
             self.spec.require("understanding")
-            return
-        self.spec.require("decoder", "pixels")
-        self.pictures.check_drawing(**decode)
-        composed_parts(list(items))
+            _ = self.pictures.reading_model()
+            length = 3 * unread + len(self.tokenizer.text_ids("".join(_prompts_of(items))))
+        room_for_answer(length, self.llm, unread)
 
     def _written(self, prompts: list[list[Any]], task: str, seed: Any, options: dict[str, Any],
                  decode: dict[str, Any]) -> list[WrittenPicture]:
@@ -96,11 +105,10 @@ class MessageSystem(System):
 
     def _text_events(self, items: list[Any], task: str, options: dict[str, Any], watch: Watch) -> Iterator[Event]:
         pictures = [item for item in items if is_picture(item)]
-        words = " ".join(item for item in items if isinstance(item, str)).strip()
+        prompts = _prompts_of(items)
         cut = answer_of if task == "ask" else caption_of
         settings, seeds = self.language.asked(task, [pictures], options)
-        inputs = self._inputs([pictures], question_prompts(words) if words else None, seeds, None,
-                              "answer" if words else "caption")
+        inputs = self._inputs([pictures], prompts or None, seeds, None, "answer" if prompts else "caption")
         assert inputs is not None
         said = ""
         with contextlib.closing(self.language.stream(inputs, settings, seeds, watch)) as texts:
@@ -112,6 +120,12 @@ class MessageSystem(System):
                 if len(whole) < len(text.strip()):
                     break
         yield {"type": "done", "answer": Answer((TextPart(said),))}
+
+
+def _prompts_of(items: Sequence[Any]) -> list[str]:
+    """The question of a message as the model is asked it, if there is one."""
+    words = " ".join(item for item in items if isinstance(item, str)).strip()
+    return question_prompts(words) if words else []
 
 
 def _task_of(items: Sequence[Any], force_image: bool) -> str:

@@ -75,10 +75,8 @@ class LavitPictures(PictureHalf):
         Raises:
             ImageError: a picture that cannot be read. CheckpointError: a system without the second stage's weights.
         """
-        if self.reader is None:
-            raise CheckpointError("This system was opened without the weights that read pictures (merger and projector "
-                                  "of the second stage), so it cannot describe pictures or answer.")
-        return self._encoded(self.reader.continuous, self.reader, pictures, seed, selection)
+        model = self.reading_model()
+        return self._encoded(model.continuous, model, pictures, seed, selection)
 
     def tokenize(self, pictures: Picture | Sequence[Picture], *, seed: Any = 0,
                  selection: str | None = None) -> list[Tensor]:
@@ -118,6 +116,13 @@ class LavitPictures(PictureHalf):
                     raise not_numbers("The image tokenizer", model)
             found += rows
         return found
+
+    def reading_model(self) -> DynamicTokenizer:
+        """The tokenizer that the language model sees with; `CheckpointError` without it."""
+        if self.reader is None:
+            raise CheckpointError("This system was opened without the weights that read pictures (merger and projector "
+                                  "of the second stage), so it cannot describe pictures or answer.")
+        return self.reader
 
     def _writing(self) -> DynamicTokenizer:
         if self.writer is None:
