@@ -28,8 +28,17 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+EXTRAS="$(printf '%s' "$EXTRAS" | tr -d ' ')"
+case ",$EXTRAS," in *,lavis,*) LAVIS=1 ;; esac  # without the package itself the extra is of no use
+
 say() { printf '[install] %s\n' "$*"; }
 fail() { printf '[install] %s\n' "$*" >&2; exit 1; }
+
+KNOWN="$(sed -n '/^\[project\.optional-dependencies\]/,/^\[project\.scripts\]/s/^\([a-z]*\) = .*/\1/p' pyproject.toml)"
+for extra in $(printf '%s' "$EXTRAS" | tr ',' ' '); do  # pip only warns of it
+    printf '%s\n' "$KNOWN" | grep -qx -- "$extra" || fail "there is no extra $extra: use $(printf '%s' "$KNOWN" | tr '\n' ' ')."
+done
+check_place() { [ -w "$ROOT" ] || fail "$ROOT cannot be written by $(id -un), and installing writes there: take a clone of your own."; }
 
 # --- the environment -------------------------------------------------------------------------------------------------
 modern_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
@@ -54,6 +63,7 @@ environment_with() {  # PYTHON
 
 make_environment() {
     local candidate found=() versions=""
+    check_place
     for candidate in "${SEED_PYTHON:-}" python3 python python3.13 python3.12 python3.11 python3.14; do
         [ -n "$candidate" ] && command -v "$candidate" >/dev/null && modern_python "$candidate" || continue
         case "$versions" in *"|$(version_of "$candidate")|"*) continue ;; esac
@@ -89,6 +99,7 @@ if [ "$FORCE" = 0 ] && [ -f "$STAMP" ] && [ "$(head -n 1 "$STAMP")" = "$FINGERPR
     WANTED="$(printf '%s\n' "$WANTED" "$(tail -n +2 "$STAMP")" | sed '/^$/d' | sort -u)"
 fi
 SECONDS=0
+check_place
 
 # --- the installer ---------------------------------------------------------------------------------------------------
 # uv does not read pip's settings; hand over those that say where packages are.

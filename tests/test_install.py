@@ -167,3 +167,43 @@ def test_the_large_build_shows_its_size_and_a_progress_bar(tmp_path, repository,
     announced, _, after = text.partition("about 3 GB to download")
     assert "no CPU build" in announced and "Downloading" not in announced
     assert re.search(r"Downloading \S*torch-2\.15\.0\S* \(\d+.*[kM]B\)", after) and "━━━" in after, text
+
+
+@pytest.mark.process
+def test_what_cannot_be_installed_is_one_sentence_and_changes_nothing(tmp_path, repository, served):
+    """pip only warns of an extra that there is none of, and reports a folder of another user's as a bug of Python's."""
+    shutil.copy(ROOT / "pyproject.toml", repository)
+    variables = environment(tmp_path, served[1], {"python3": sys.executable, "id": shutil.which("id") or ""})
+
+    def said(*options: str) -> str:
+        run = subprocess.run(["bash", "install.sh", *options], cwd=repository, env=variables, capture_output=True,
+                             text=True)
+        assert run.returncode == 1 and not (repository / ".venv").exists(), run.stdout + run.stderr
+        return run.stderr
+
+    assert said("--extras", "demo, dem") == ("[install] there is no extra dem: use train gpu lavis demo eval lavit data "
+                                             "dev.\n")
+    script = (repository / "install.sh").read_text()
+    (repository / "install.sh").write_text(script.replace("[ -w", "[ ! -w"))  # the tests may run as root
+    assert "cannot be written by" in said() and "take a clone of your own" in said("--extras", "demo")
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_extra_lavis_brings_lavis_however_it_is_asked_for(tmp_path, repository, served):
+    """After `--extras lavis` alone, `--lavis` said that all was there already."""
+    folder, address = served
+    torch_wheel(folder / "links", "2.13.0+cpu", "py3-none-any")
+    info = "salesforce_lavis-1.0.2.dist-info"
+    with zipfile.ZipFile(folder / "links" / "salesforce_lavis-1.0.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("lavis/__init__.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: salesforce-lavis\nVersion: 1.0.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    (repository / "pyproject.toml").write_text(PROJECT + "[project.optional-dependencies]\nlavis = []\n")
+    python = str(Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}").resolve())
+    done = subprocess.run(["bash", "install.sh", "--extras", "lavis"], cwd=repository, capture_output=True, text=True,
+                          env=environment(tmp_path, address, {"python3": python}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "salesforce-lavis 1.0.2, without its dependencies" in done.stdout
+    assert subprocess.run([repository / ".venv" / "bin" / "python", "-c", "import lavis"]).returncode == 0
