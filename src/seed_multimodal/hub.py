@@ -75,6 +75,18 @@ def locate_system(name: str | Path) -> Path | None:
     return locate(SHIPPED.get(str(name).lower(), name))
 
 
+def runs_now(*names: str) -> str:
+    """The first of these shipped systems that is on this disk; "": none, where the package is installed by itself."""
+    return next((name for name in names if locate_system(name) is not None), "")
+
+
+def where_shipped(name: str | Path) -> str:
+    """Where a shipped system is, in a sentence; "" for other names."""
+    shipped = next((one for one in SHIPPED if str(name).rstrip("/").lower().endswith(one)), "")
+    return shipped and (f"The {shipped} weights ship with the repository: run from its root, or give the path to "
+                        f"{SHIPPED[shipped]}.")
+
+
 def released_folder(name: str | Path) -> str:
     """Where a released part belongs that is named as on the hub; other names as they are."""
     return next((part.folder for part in PARTS.values() if part.hub == str(name)), str(name))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.cli import main
-from seed_multimodal.commands.common import RATIOS
+from seed_multimodal.commands.common import KEPT_RATIOS
 from seed_multimodal.images.aspect import Ratio
 from seed_multimodal.systems.open_system import kind_of
 
@@ -67,7 +67,7 @@ def test_conversations(tiny_x_folder: Path, shown: str, capsys: pytest.CaptureFi
 def test_the_ratio_of_what_is_drawn_beside_a_picture(tiny_x_folder: Path, shown: str, tmp_path: Path,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", str(tiny_x_folder), "--device", "cpu", "--json", "--out", str(tmp_path)]
-    assert get_args(Ratio) == RATIOS
+    assert get_args(Ratio) == KEPT_RATIOS
     for ratio, size in (("square", (16, 16)), ("restore", (20, 13))):
         for command in (["edit", shown, "--ratio", ratio, "Make it red."],
                         ["reconstruct", shown, "--condition", shown, f"--ratio={ratio}"]):

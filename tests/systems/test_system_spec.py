@@ -12,7 +12,9 @@ from seed_multimodal import hub
 from seed_multimodal.configured import language_model, picture_codec, seed_llama_tokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import local_folder
+from seed_multimodal.systems.lavit_files import find_lavit
 from seed_multimodal.systems.seed_llama import SeedLlama
+from seed_multimodal.systems.seed_x_spec import find_seed_x
 from seed_multimodal.systems.system_spec import find_system
 
 
@@ -64,8 +66,15 @@ def test_a_misspelt_system_offers_the_names(name: str, near: str, no_weights: Pa
 
 
 def test_a_shipped_system_that_is_not_there(no_weights: Path) -> None:
-    with pytest.raises(CheckpointError, match="^nano-x: there is no such folder; .* path to pretrained/nano-x"):
-        find_system("nano-x")
+    """Also where the package is installed by itself: no other name is said to run, no other weights are asked for."""
+    for name, find in (("nano-x", find_system), ("nano-x", find_seed_x), ("nano-lavit", find_lavit)):
+        with pytest.raises(CheckpointError, match=f"^{name}: there is no such folder.* to pretrained/{name}.$") as it:
+            find(name)
+        assert "download" not in str(it.value)
+    for name, find in (("8b", find_system), ("seed-x", find_seed_x), ("lavit", find_lavit)):
+        with pytest.raises(CheckpointError) as it:
+            find(name)
+        assert "runs now" not in str(it.value)
 
 
 def test_every_missing_part_of_a_released_system_is_named_at_once(no_weights: Path) -> None:

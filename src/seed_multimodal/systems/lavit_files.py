@@ -17,7 +17,17 @@ from typing import Any
 
 from seed_multimodal.detokenizers.autoencoder import autoencoder_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import LAVIT, PARTS, fetch, first_file, local_folder, locate, locate_system
+from seed_multimodal.hub import (
+    LAVIT,
+    PARTS,
+    fetch,
+    first_file,
+    local_folder,
+    locate,
+    locate_system,
+    runs_now,
+    where_shipped,
+)
 from seed_multimodal.settings import check_keys
 from seed_multimodal.systems.system_file import LavitFile, read_system_json
 
@@ -118,8 +128,10 @@ def find_lavit(name: str | Path | None = None, *, head: str | None = None, llm_f
     else:
         folder = locate_system(name) or local_folder(name, cache=not local_only)
     if folder is None:
+        if shipped := where_shipped(name):
+            raise CheckpointError(f"{name}: there is no such folder. {shipped}")
         advice = f"download {LAVIT} (26 GB) into {FOLDER}"
-        other = f"; or take --model {shipped}, which runs now" if (shipped := _shipped()) else ""
+        other = f"; or take --model {shipped}, which runs now" if (shipped := runs_now("nano-lavit", "nano")) else ""
         missing = "its weights are" if is_released_lavit(name) else "this folder is"
         raise CheckpointError(f"{name}: {missing} not on this disk: {advice}{other}.")
     if not (folder / "system.json").is_file():
@@ -153,7 +165,3 @@ def _snapshot(local_only: bool) -> Path | None:
         return fetch(LAVIT)
     except CheckpointError:
         return None
-
-
-def _shipped() -> str:
-    return next((name for name in ("nano-lavit", "nano") if locate_system(name) is not None), "")

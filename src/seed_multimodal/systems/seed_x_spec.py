@@ -16,7 +16,7 @@ from typing import Any
 from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import SEED_X, fetch, local_folder, locate, locate_system
+from seed_multimodal.hub import SEED_X, fetch, local_folder, locate, locate_system, runs_now, where_shipped
 from seed_multimodal.language.continuous import AgentSettings
 from seed_multimodal.settings import read_settings
 from seed_multimodal.systems.system_file import SeedXFile, read_system_json
@@ -85,8 +85,8 @@ def find_seed_x(name: str | Path | None = None, **parts: str | Path | bool | Non
     elif name is None:
         raise ConfigError(f"Name a system ({', '.join(RELEASED)} or a folder with system.json), or give llm=FOLDER.")
     else:
-        raise CheckpointError(f"{name}: there is no such folder; give {', '.join(RELEASED)} or a folder with "
-                              f"system.json.")
+        raise CheckpointError(f"{name}: there is no such folder; give {', '.join(RELEASED)}, nano-x or a folder "
+                              f"with system.json. {where_shipped(name or '')}".rstrip())
     return checked_parts(spec, [name for name in PARTS if name not in ("sdxl", "detokenizer")])  # needed to draw
 
 
@@ -167,12 +167,8 @@ def checked_parts(spec: SeedXSpec, needed: Collection[str]) -> SeedXSpec:
         kept = ", ".join(str(places[key]) for key in OF_HUB if key in missing)
         parts = ([f"{kept} (of {HUB})"] if kept else []) + [f"{places[key]} ({text})" for key, text in FROM.items()
                                                             if key in missing]
-        raise CheckpointError(f"{spec.name}: its weights are not on this disk: put there {'; '.join(parts)}; or take "
-                              f"--model {shipped_name()}, which runs now.")
+        other = f"; or take --model {shipped}, which runs now" if (shipped := runs_now("nano-x", "nano")) else ""
+        raise CheckpointError(f"{spec.name}: its weights are not on this disk: put there {'; '.join(parts)}"
+                              f"{other}.")
     here: dict[str, Any] = {key: place or places[key] for key, place in found.items()}
     return replace(spec, **here)
-
-
-def shipped_name() -> str:
-    """The shipped system that stands in for SEED-X."""
-    return "nano-x" if locate_system("nano-x") else "nano"

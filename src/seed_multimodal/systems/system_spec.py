@@ -13,7 +13,6 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import (
     PARTS,
-    SHIPPED,
     SYSTEMS,
     download,
     is_hub_name,
@@ -21,6 +20,8 @@ from seed_multimodal.hub import (
     locate,
     locate_system,
     not_on_disk,
+    runs_now,
+    where_shipped,
 )
 from seed_multimodal.language.prompts import template_for
 from seed_multimodal.language.tasks import RELEASED_TASKS
@@ -29,7 +30,6 @@ from seed_multimodal.systems.system_file import RELEASED_TRANSFORM, SystemFile, 
 
 # The released inference scripts' settings (top_k 50 is the library default they run under).
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
-NANO_RUNS = "The shipped model runs now, under the name nano."
 TEMPLATES = {"8b": "vicuna", "14b": "llama2"}  # of the released models by their short names
 RELEASED_NAMES = ("released", *TEMPLATES)
 
@@ -96,7 +96,7 @@ def _released(short: str, parts: dict[str, Path], template: str | None) -> Syste
         missing = [(kind, where) for kind, where, there in (
             ("tokenizer", tokenizer, words), (llm_kind(llm), llm, model), ("unclip", detokenizer, locate(detokenizer)))
             if there is None]
-        raise CheckpointError(f"{short or missing[0][1]}: {not_on_disk(missing)}. {NANO_RUNS}")
+        raise CheckpointError(f"{short or missing[0][1]}: {not_on_disk(missing)}. {_nano_runs()}")
     return SystemSpec(
         name=short or str(llm), tokenizer=words, llm=model,
         detokenizer=locate(detokenizer) or detokenizer,  # read later, and only when a picture is drawn
@@ -110,10 +110,12 @@ def _template_of(llm: Path) -> str:
 
 
 def _how_to_get(path: str) -> str:
-    shipped = next((name for name in SHIPPED if path.rstrip("/").endswith(name)), "")
-    if shipped:
-        return (f"The {shipped} weights ship with the repository: run from its root, or give the path to "
-                f"{SHIPPED[shipped]}.")
+    if shipped := where_shipped(path):
+        return shipped
     kind = llm_kind(path)
     advice = f"Download huggingface.co/{download(kind)} into it. " if kind in PARTS else ""
-    return f"{advice}{NANO_RUNS}"
+    return advice + _nano_runs()
+
+
+def _nano_runs() -> str:
+    return "The shipped model runs now, under the name nano." if runs_now("nano") else where_shipped("nano")

@@ -24,7 +24,8 @@ def find_world(path: str | Path | None = None) -> Path:
     for place in places:
         if (place / "manifest.json").is_file():
             return place
-    raise DataError(f"{places[0]}: nano's drawings are not there (no manifest.json); {BUILD_HINT}")
+    raise DataError(f"{places[-1]}: nano's drawings are not there (no manifest.json). They ship with the repository, "
+                    f"in data/nano: run from its root, or name that folder in SEED_NANO_DATA; or {BUILD_HINT}")
 
 
 def is_world(folder: Path) -> bool:
