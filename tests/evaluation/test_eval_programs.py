@@ -152,6 +152,21 @@ def test_many_bad_samples_in_a_row_end_the_run(world, tiny_folder, capsys):
     assert len(lines(world / "out")) == 3
 
 
+def test_vizwiz_own_names_are_in_its_results_and_no_question_has_no_accuracy(world, tiny_folder):
+    picture = world / "val2014" / "COCO_val2014_000000000001.jpg"
+    picture.rename(world / "VizWiz_val_00000001.jpg")
+    write(world / "q.json", [{"image": "VizWiz_val_00000001.jpg", "question": "What?",
+                              "answers": [{"answer": "a fox"}] * 10}])
+    write(world / "a.json", read(world / "q.json"))
+    assert vqa(world, tiny_folder) == 0
+    result, = read(world / "out" / "results.json")
+    assert result["image"] == result["question_id"] == "VizWiz_val_00000001.jpg"
+    assert read(world / "out" / "summary.json")["accuracy"] == 0
+    write(world / "q.json", [1, 2])
+    assert vqa(world, tiny_folder, out="none") == 1
+    assert "accuracy" not in read(world / "none" / "summary.json")
+
+
 def test_another_run_in_the_same_folder_is_refused(world, tiny_folder, capsys):
     assert vqa(world, tiny_folder, "--limit", "2") == 0
     assert read(world / "out" / "summary.json")["samples"] == 2

@@ -216,6 +216,7 @@ def test_gqas_answers_are_right_or_wrong_and_missing_spacy_is_told(world, tiny_l
     spaced = all(" " not in one and one for one in said[:2])
     assert summary["accuracy"] >= (40.0 if spaced else 0.0) and [one["answer"] for one in
                                                                  read(world / "out" / "gqa.json")] == said
+    assert read(world / "out" / "gqa.json")[0].items() >= {"questionId": "0", "prediction": said[0]}.items()
     if "notes" in summary:
         assert "spaCy or its model" in summary["notes"][0] and summary["notes"][0] in capsys.readouterr().err
 

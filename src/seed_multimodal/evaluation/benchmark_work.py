@@ -16,7 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from seed_multimodal.data.formats.benchmark_files import Annotation, Annotations, Question, Questions
+from seed_multimodal.data.formats.benchmark_files import (
+    Annotation,
+    Annotations,
+    GqaItems,
+    Question,
+    Questions,
+    names_vizwiz,
+)
 from seed_multimodal.data.formats.caption_files import CaptionedPicture
 from seed_multimodal.data.formats.pictures import HeldPicture
 from seed_multimodal.disk import sha256_of
@@ -108,13 +115,15 @@ def question_work(asked: Asked, questions: Questions, annotations: Annotations |
         return lines
 
     def results(lines: Sequence[Line]) -> Any:
-        return [{"question_id": line["id"], "answer": line.get("answer", "")} for line in lines
+        return [_result(line, isinstance(questions.items, GqaItems)) for line in lines
                 if line["id"] not in questions.problems]
 
     def numbers(lines: Sequence[Line]) -> dict[str, Any]:
         if annotations is None:
             return {}
         asked_for = [line for line in lines if line["id"] not in questions.problems]
+        if not asked_for:
+            return {}  # 0 would be a number
         plain = rules.lemmas is not None and not getattr(rules.lemmas, "uses_spacy", True)
         notes = [*([NO_LEMMAS] if plain else []), *unreachable([line["id"] for line in asked_for], annotations, rules)]
         found = _accuracies(asked_for, annotations, rules)
@@ -125,6 +134,13 @@ def question_work(asked: Asked, questions: Questions, annotations: Annotations |
     settings = {"task": "vqa", "questions": file_identity(path), **asked.facts(), **(
         {"answerable": True, "legacy": rules.legacy} if rules.answerable else {})}
     return Work(samples, answer, settings, limit), Score(results, numbers)
+
+
+def _result(line: Line, gqa: bool) -> Line:
+    """An answer as VQA's server takes it, with the names that GQA's program or VizWiz's server reads beside its own."""
+    key, answer = line["id"], line.get("answer", "")
+    more = {"questionId": key, "prediction": answer} if gqa else {"image": key} if names_vizwiz(key) else {}
+    return {"question_id": key, "answer": answer, **more}
 
 
 def _accuracies(lines: Sequence[Line], annotations: Annotations, rules: QuestionRules) -> dict[str, Any]:

@@ -103,6 +103,21 @@ def test_a_picture_that_stands_twice_in_karpathys_file_is_one(tmp_path):
     assert [(one.key, one.captions) for one in found] == [(7, ["one", "three"] * 2)]
 
 
+def test_captions_of_two_pictures_with_one_id_are_not_put_together(tmp_path):
+    numbered = write(tmp_path / "a.json", [{"image": f"{place}/1.jpg", "caption": text} for place, text in (
+        ("a", "a fox"), ("b", "a cat"), ("b", "one cat"), ("a", "one fox"))])
+    assert [(one.key, one.captions) for one in read_captions(numbered)] == [
+        (1, ["a fox", "one fox"]), ("b/1.jpg", ["a cat", "one cat"])]
+    named = write(tmp_path / "b.json", [{"image": name, "image_id": 7, "caption": "a fox"}
+                                        for name in ("x.jpg", "y.jpg")])
+    whole, bad = read_captions(named)
+    assert whole.captions == ["a fox"] and "item 1: has the id 7 of another picture, x.jpg" in bad.problem
+    coco = write(tmp_path / "c.json", {"images": [{"id": 7, "file_name": "x.jpg"}, {"id": 7, "file_name": "y.jpg"}],
+                                       "annotations": [{"image_id": 7, "caption": "a fox"}]})
+    whole, bad = read_captions(coco)
+    assert (whole.picture, whole.captions) == ("x.jpg", ["a fox"]) and "another picture, x.jpg" in bad.problem
+
+
 def test_ground_truth_without_file_names_and_lines_of_text(tmp_path):
     truth = {"annotations": [{"image_id": 7, "caption": "one", "id": 0}], "images": [{"id": 7}]}
     (found,) = read_captions(write(tmp_path / "coco_karpathy_test_gt.json", truth))

@@ -170,7 +170,7 @@ class Annotations:
         answers = texts_of(item.get("answers", item.get("answer")), "answer")
         if not answers:
             raise BadRecord("missing key", f"{where}: has no answers (a list of texts, or of objects with 'answer').")
-        return Annotation(answers, str(item.get("answer_type", "")), str(item.get("question_type", "")))
+        return Annotation(answers, *(str(item.get(name) or "") for name in ("answer_type", "question_type")))
 
 
 def _rows_by_id(items: Items) -> tuple[dict[int | str, int], dict[int | str, BadRecord]]:
@@ -188,8 +188,13 @@ def _rows_by_id(items: Items) -> tuple[dict[int | str, int], dict[int | str, Bad
 
 def _question_key(item: Mapping[str, Any], where: str) -> int | str:
     """The `question_id`; of VizWiz's items, each with a picture of its own, the picture's name."""
-    own = item.get("question_id") is None and str(item.get("image")).startswith("VizWiz_")
+    own = item.get("question_id") is None and names_vizwiz(item.get("image"))
     return key_of(item, "image" if own else "question_id", where)
+
+
+def names_vizwiz(value: Any) -> bool:
+    """Whether a value is the name of one of VizWiz's pictures."""
+    return isinstance(value, str) and value.startswith("VizWiz_")
 
 
 def key_of(item: Mapping[str, Any], name: str, where: str) -> int | str:

@@ -77,9 +77,12 @@ def read_captions(path: str | Path, split: str = "test", truth: str | Path | Non
             return _karpathy(images, split)
     found: dict[int | str, CaptionedPicture] = {}
     for place, made in images.usable(_image) if images else ():
+        made = _of_one_picture(made, found)
         one = _unusable(f"image {place}", made) if isinstance(made, BadRecord) else made
         found[one.key] = one
     for place, made in Items(path, "annotations").usable(_prompt if drawn and images is None else _caption):
+        if images is None:
+            made = _of_one_picture(made, found)
         if isinstance(made, BadRecord):
             found[place] = _unusable(place, made)
         elif made.alone and (made.key == "" or made.key in found):
@@ -92,6 +95,7 @@ def read_captions(path: str | Path, split: str = "test", truth: str | Path | Non
 def _pictures(path: Path) -> list[CaptionedPicture]:
     found: dict[int | str, CaptionedPicture] = {}
     for place, made in Items(path, "annotations").usable(_picture):
+        made = _of_one_picture(made, found)
         one = _unusable(place, made) if isinstance(made, BadRecord) else made
         found.setdefault(one.key, one)
     return list(found.values())
@@ -104,6 +108,20 @@ def _with_truth(pictures: list[CaptionedPicture], path: Path, truth: Path) -> li
         raise DataError(f"{truth}: has no captions for {len(missing):,} of {counted(len(pictures), 'picture')} of "
                         f"{path}, first {missing[0]}: pictures and captions belong to different sets.")
     return [one if one.problem else replace(one, captions=captions[one.key]) for one in pictures]
+
+
+def _of_one_picture(made: CaptionedPicture | BadRecord, found: Mapping[int | str, CaptionedPicture]
+                    ) -> CaptionedPicture | BadRecord:
+    """What was made of an item. Where its id is that of another picture, whose captions are others: under its name, if
+    the id was taken from there (a/1.jpg, b/1.jpg), else why it cannot be used."""
+    if isinstance(made, BadRecord) or made.alone or isinstance(made.picture, HeldPicture):
+        return made
+    before = found.get(made.key)
+    if before is None or before.picture == made.picture:
+        return made
+    if made.key == _coco_id(made.picture) != made.picture:
+        return replace(made, key=made.picture)
+    return BadRecord("duplicate id", f"{made.name}: has the id {made.key} of another picture, {before.picture}.")
 
 
 def _unusable(place: str, error: BadRecord) -> CaptionedPicture:
