@@ -131,7 +131,8 @@ def find_lavit(name: str | Path | None = None, *, head: str | None = None, llm_f
         if shipped := where_shipped(name):
             raise CheckpointError(f"{name}: there is no such folder. {shipped}")
         advice = f"download {LAVIT} (26 GB) into {FOLDER}"
-        other = f"; or take --model {shipped}, which runs now" if (shipped := runs_now("nano-lavit", "nano")) else ""
+        shipped = runs_now("nano-lavit", "nano")
+        other = f"; or take {shipped} (--model; of the server, --system), which runs now" if shipped else ""
         missing = "its weights are" if is_released_lavit(name) else "this folder is"
         raise CheckpointError(f"{name}: {missing} not on this disk: {advice}{other}.")
     if not (folder / "system.json").is_file():

@@ -167,7 +167,8 @@ def checked_parts(spec: SeedXSpec, needed: Collection[str]) -> SeedXSpec:
         kept = ", ".join(str(places[key]) for key in OF_HUB if key in missing)
         parts = ([f"{kept} (of {HUB})"] if kept else []) + [f"{places[key]} ({text})" for key, text in FROM.items()
                                                             if key in missing]
-        other = f"; or take --model {shipped}, which runs now" if (shipped := runs_now("nano-x", "nano")) else ""
+        shipped = runs_now("nano-x", "nano")
+        other = f"; or take {shipped} (--model; of the server, --system), which runs now" if shipped else ""
         raise CheckpointError(f"{spec.name}: its weights are not on this disk: put there {'; '.join(parts)}"
                               f"{other}.")
     here: dict[str, Any] = {key: place or places[key] for key, place in found.items()}
