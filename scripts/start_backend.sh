@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # The demo's model server on http://127.0.0.1:7890/generate for one model:
-#     start_backend.sh nano|8b|14b|seed-x|seed-x-i|seed-x-edit|nano-x|lavit|nano-lavit [more arguments]
-# More arguments go to gradio_demo/seed_llama_flask.py. 8b and 14b load in 8 bits, as the original's demo (bitsandbytes).
+#     start_backend.sh nano|8b|14b|seed-x|seed-x-i|seed-x-edit|nano-x|lavit|nano-lavit|FOLDER [more arguments]
+# FOLDER has a system.json; its path is absolute, or from the repository. More arguments go to gradio_demo/seed_llama_flask.py.
+# 8b and 14b load in 8 bits, as the original's demo (bitsandbytes).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-size="${1:?say which model: nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit or nano-lavit}"
+size="${1:?say which model: nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit, nano-lavit or a folder with system.json}"
 shift
-case "$size" in
-    nano* | seed-x* | lavit) exec "$PYTHON" gradio_demo/seed_llama_flask.py --system "$size" --port 7890 "$@" ;;
-esac
+if [ ! -f "configs/llm/seed_llama_${size}_8bit.yaml" ]; then
+    exec "$PYTHON" gradio_demo/seed_llama_flask.py --system "$size" --port 7890 "$@"
+fi
 exec "$PYTHON" gradio_demo/seed_llama_flask.py \
     --image_transform configs/transform/clip_transform.yaml \
     --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml \

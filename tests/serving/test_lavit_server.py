@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -207,6 +208,20 @@ def chat_with(address: str, tmp_path: Path) -> None:
     assert list(page.regenerate(dialogue, force_boi=True, ratio="2:3", **PAGE)) == []
     again = dialogue.conversation.messages[-1]["message"]
     assert Image.open(again["images"][0]).size == (48, 80) and len(page.messages(dialogue)) == 10
+
+
+@pytest.mark.parametrize(("named", "asked"), [
+    ("nano-lavit", "--system nano-lavit --port 7890 --port 1"), ("nano", "--system nano --port 7890 --port 1"),
+    ("/a/folder", "--system /a/folder --port 7890 --port 1"), ("lavitt", "--system lavitt --port 7890 --port 1"),
+    ("8b", "--model configs/llm/seed_llama_8b_8bit.yaml --port 7890")])
+def test_the_script_starts_any_system(named: str, asked: str, tmp_path: Path) -> None:
+    """A folder, too; what there is none of is left to the program's sentence."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho $*\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    done = subprocess.run(["bash", str(ROOT / "scripts" / "start_backend.sh"), named, "--port", "1"], text=True,
+                          capture_output=True, env={**os.environ, "VIRTUAL_ENV": str(tmp_path)})
+    assert done.returncode == 0 and asked in done.stdout, done.stderr
 
 
 def test_the_page_needs_no_torch() -> None:
