@@ -449,8 +449,8 @@ def test_one_picture_has_no_others(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "| – |" in (tmp_path / "report.md").read_text()
 
 
-def test_command_refuses_in_one_sentence(stages: tuple[Path, Path, Path], listed: Path, tmp_path: Path,
-                                         capsys: pytest.CaptureFixture) -> None:
+def test_command_refuses_in_one_sentence(stages: tuple[Path, Path, Path], listed: Path, clip_folder: Path,
+                                         tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     data = ["--data", str(listed), "--image-root", str(listed.parent), "--decoder", "none", *out]
     tiny = ["--model", str(stages[0])]
@@ -462,6 +462,8 @@ def test_command_refuses_in_one_sentence(stages: tuple[Path, Path, Path], listed
             ([*tiny, "--clip", str(tmp_path / "no"), *data], "download laion/CLIP"),
             ([*tiny, "--clip", str(NANO / "seed_tokenizer" / "diffusion_model" / "image_encoder"), *data],
              "gives image embeddings of width 256, this tokenizer decodes to width 10"),
+            ([*tiny, "--clip-text", str(clip_folder), *data],
+             "gives text features of width 8, this tokenizer decodes to width 10"),
             ([*tiny, *data, "--decoder", str(NANO / "seed_tokenizer" / "diffusion_model")],
              "'mean' has (1, 256), the tokenizer's image embeddings need (1, 10)"),
             ([*tiny, "--limit", "0", *data], "limit must be at least 1"),

@@ -119,7 +119,7 @@ def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
     """Entropy in nats of the distribution proportional to `counts`."""
     p = np.asarray(counts, dtype=np.float64)
     p = p[p > 0] / p.sum()
-    return float(max(-(p * np.log(p)).sum(), 0.0))
+    return float(max(0.0, -(p * np.log(p)).sum()))  # in this order: of -0.0, too, 0.0
 
 
 def codebook_statistics(codes: NDArray[np.integer], codebook: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from PIL import Image
 from seed_multimodal.data.formats.pairs import PairSource, open_pairs
 from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.disk import writable_folder
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import FloatArray, bootstrap, codebook_statistics, cosine, plain, retrieval_at_k
 from seed_multimodal.evaluation.tokenizer_open import NONE, OpenedTokenizer, open_tokenizer
@@ -137,6 +137,10 @@ def _text_sides(opened: OpenedTokenizer, settings: EvalSettings, device: torch.d
         texts.by_stage1 = stage1_texts(texts.stage1, find_words(size, settings.text_tokenizer, opened.folder))
     if settings.clip_text is not None:
         texts.by_clip = clip_texts(settings.clip_text, device)
+        has, needs = texts.by_clip.features(["a"]).shape[1], opened.tokenizer.config.image_features_dim
+        if has != needs:  # now: the pass over the pictures comes first
+            raise CheckpointError(f"{settings.clip_text}: gives text features of width {has}, this tokenizer decodes "
+                                  f"to width {needs}: they do not belong together.")
     return texts
 
 
