@@ -89,6 +89,17 @@ def test_imports_are_declared():
     assert not {name: file for name, file in distributions(SOURCES).items() if name not in required()}
 
 
+@pytest.mark.process
+def test_a_python_without_the_environment_is_told_how_to_get_one():
+    """Here: without the folder of installed packages."""
+    for program in ("scripts/seed_tokenizer_inference.py", "gradio_demo/seed_llama_flask.py", "src/lavit/inference.py",
+                    "src/inference/eval_text2img_seed_x.py", "demo_recon.py", "MultiModalLLM/src/train/train.py"):
+        run = subprocess.run([sys.executable, "-S", str(ROOT / program)], capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": ""})
+        last = run.stderr.splitlines()[-1]
+        assert last.startswith("ModuleNotFoundError: torch is not installed for") and "bash install.sh" in last, run
+
+
 def test_every_optional_import_names_its_extra():
     """Whoever installed the core alone is told which extra brings what is missing."""
     extras, core = project()["optional-dependencies"], {name_of(r) for r in project()["dependencies"]}

@@ -10,8 +10,10 @@ Importing this package is light (no torch). The objects below load on first use:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from seed_multimodal import torchvision_shim
@@ -25,6 +27,11 @@ if TYPE_CHECKING:  # for type checkers and editors
     from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer as Seed2Tokenizer
 
 __version__ = "0.1.0"
+
+# A program started without the environment: said here, before some other package is missed somewhere else.
+if importlib.util.find_spec("torch") is None:
+    raise ModuleNotFoundError(f"torch is not installed for {sys.executable}; bash install.sh installs what is needed, "
+                              "and source .venv/bin/activate makes its Python yours.", name="torch")
 
 # Model hubs are opt-in: an unreachable name otherwise costs about 25 s of silent retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
