@@ -229,8 +229,7 @@ def test_every_kind_of_page_builds_without_the_internet(name: str, page: ChatPag
 
 def test_problems_are_shown_as_they_are() -> None:
     """Not as Markdown: a placeholder would be a tag, and marks in a file's name are letters."""
-    assert as_it_is("*a*_b_.png: <image> [1](2) `c`") == (
-        "\\*a\\*\\_b\\_\\.png\\: \\<image\\> \\[1\\]\\(2\\) \\`c\\`")
+    assert as_it_is("*a*_b.png: <image> [1](2) `c`") == "\\*a\\*\\_b.png: \\<image\\> \\[1\\](2) \\`c\\`"
 
 
 def test_an_unknown_kind_of_page() -> None:

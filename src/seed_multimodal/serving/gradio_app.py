@@ -137,7 +137,7 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
 
 def as_it_is(sentence: str) -> str:
     """A sentence in Markdown, in which a file's name and `<image>` stay what they are."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", sentence)
+    return re.sub(r"([\\`*_\[\]<>#~|&$])", r"\\\1", sentence)
 
 
 def launch(
