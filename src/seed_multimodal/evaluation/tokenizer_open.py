@@ -18,6 +18,7 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.hub import PARTS, local_folder, locate, locate_system
 from seed_multimodal.images.transforms import ImageTransform, get_transform
+from seed_multimodal.systems.open_system import kind_of
 from seed_multimodal.systems.pictures import PictureCodec
 from seed_multimodal.systems.system_file import RELEASED_TRANSFORM
 from seed_multimodal.systems.system_spec import RELEASED_NAMES, find_system
@@ -120,6 +121,9 @@ def _parts(model: str) -> tuple[str | Path, Path | None, Path | None, dict[str, 
     if place is None:
         return model, None, None, dict(BICUBIC)  # a hub id, or a sentence by the loader
     if (place / "system.json").is_file():
+        if (kind := kind_of(place)) != "seed_llama":
+            raise CheckpointError(f"{model}: is a {kind}; this measures SEED-2's kind of tokenizer. How it rebuilds "
+                                  "pictures stands in its report: python -m seed_multimodal.evaluation.report.")
         spec = find_system(place)
         return spec.tokenizer, spec.vision, spec.detokenizer, dict(spec.transform)
     return place, None, _decoder_of(place if place.is_dir() else place.parent), dict(BICUBIC)
