@@ -108,6 +108,15 @@ def test_every_optional_import_names_its_extra():
     assert all(name in {name_of(r) for r in extras[extra]} for name, extra in told.items())
 
 
+def test_what_an_extra_brings_is_not_imported_with_a_module():
+    """So that a program starts without it, and `entry.guarded` says which extra it needs."""
+    optional = {package_of(module) for modules in EXTRAS.values() for module in modules}
+    at_once = {f"{path.relative_to(PACKAGE)}: {package_of(name)}" for path in SOURCES
+               for node in ast.parse(path.read_text()).body for name in names_of(node)
+               if package_of(name) in optional}
+    assert at_once == {"serving/wsgi.py: waitress"}  # itself imported by functions only
+
+
 def test_the_extra_demo_brings_what_the_backends_import():
     """From the two programs on, through every module of ours that they can reach; and what 8-bit weights need."""
     paths = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in SOURCES}
@@ -130,14 +139,15 @@ def test_what_is_required_is_imported_or_has_a_reason():
     assert required() - used == set(NOT_IMPORTED)
 
 
+def names_of(node: ast.AST) -> set[str]:
+    """The modules that a statement imports."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    return {node.module} if isinstance(node, ast.ImportFrom) and node.module and not node.level else set()
+
+
 def imported(source: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module)
-    return found
+    return set().union(*map(names_of, ast.walk(ast.parse(source.read_text(encoding="utf-8")))))
 
 
 @pytest.mark.process

@@ -29,7 +29,6 @@ from typing import Any, Self
 
 import torch
 from torch.utils.data import get_worker_info
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from seed_multimodal.errors import ConfigError, DataError, SeedError, first_line
 
@@ -118,6 +117,8 @@ class StepLoader:
             raise DataError(sentence) from error
 
     def _start(self, step: int) -> Any:
+        from torchdata.stateful_dataloader import StatefulDataLoader  # of the extra `train`: missed when it is needed
+
         # A generator of its own: the loader would draw its workers' seed from the global one, and the training's random
         # numbers would depend on when workers were started. No snapshots: the state is ours.
         turns = _turns(self._job, step, self.workers, self._worker_of)
