@@ -85,7 +85,12 @@ def test_one_message(seed, shown):
     code, lines = seed("chat", "--image", shown, "--message", "What is it?")
     assert code == 0 and lines[0]["answer"][0]["text"]
     code, lines = seed("chat", "--image", shown, "--message", "in the snow", "--force-image")
-    assert code == 0 and Image.open(lines[0]["answer"][0]["picture"]).size == (64, 64)
+    first = Path(lines[0]["answer"][0]["picture"])
+    assert code == 0 and Image.open(first).size == (64, 64)
+    before = first.read_bytes()
+    _, lines = seed("chat", "--message", "a red apple", "--force-image", "--seed", "5")
+    second = Path(lines[0]["answer"][0]["picture"])  # another conversation's picture is left alone
+    assert (first.name, second.name) == ("turn_1.png", "turn_1_2.png") and first.read_bytes() == before
     assert seed("chat", "--message", "hello")[0] == 2
     assert seed("chat", "--image", shown, "--message", "one", "--message", "two")[0] == 2
 

@@ -37,7 +37,7 @@ class Talk:
         self.args = args
         self.messages: list[dict[str, Any]] = []
         self.shown: list[Any] = []
-        self.names = OutputNames(None, args.out, 0)
+        self.names = OutputNames(None, args.out, 0, map(str, Path(args.out).glob("turn_*")))  # of earlier conversations
         self._at_start, self._after_aside = True, False  # where printing stands: no blank needed; one needed
 
     def show(self, path: str) -> bool:
