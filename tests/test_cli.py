@@ -358,11 +358,11 @@ def test_chat_leaves_no_preview_of_a_picture_that_never_came(capsys, tiny, tmp_p
         yield {"type": "image_broken", "reason": "31 codes"}
         yield {"type": "done", "answer": Answer(())}
 
-    for end in (None, KeyboardInterrupt, GenerationError):
-        talk = talk_of(tiny, tmp_path)
+    for number, end in enumerate((None, KeyboardInterrupt, GenerationError)):
+        talk = talk_of(tiny, tmp_path / str(number))
         with pytest.raises(end) if end else contextlib.nullcontext():
             talk._follow(events(end))
-        assert [file.name for file in tmp_path.iterdir()] == ["turn_1.png"]
+        assert [file.name for file in (tmp_path / str(number)).iterdir()] == ["turn_1.png"]
         assert "turn_1_2.png" in capsys.readouterr().out
 
 

@@ -80,6 +80,12 @@ def runs_now(*names: str) -> str:
     return next((name for name in names if locate_system(name) is not None), "")
 
 
+def or_take(*names: str) -> str:
+    """The end of a sentence about weights that are not there; "" where none of these shipped systems is either."""
+    name = runs_now(*names)
+    return name and f"; or take --model {name} (of the server: --system {name}), which runs now"
+
+
 def where_shipped(name: str | Path) -> str:
     """Where a shipped system is, in a sentence; "" for other names."""
     shipped = next((one for one in SHIPPED if str(name).rstrip("/").lower().endswith(one)), "")

@@ -25,7 +25,7 @@ from seed_multimodal.hub import (
     local_folder,
     locate,
     locate_system,
-    runs_now,
+    or_take,
     where_shipped,
 )
 from seed_multimodal.settings import check_keys
@@ -131,8 +131,7 @@ def find_lavit(name: str | Path | None = None, *, head: str | None = None, llm_f
         if shipped := where_shipped(name):
             raise CheckpointError(f"{name}: there is no such folder. {shipped}")
         advice = f"download {LAVIT} (26 GB) into {FOLDER}"
-        shipped = runs_now("nano-lavit", "nano")
-        other = f"; or take {shipped} (--model; of the server, --system), which runs now" if shipped else ""
+        other = or_take("nano-lavit", "nano")
         missing = "its weights are" if is_released_lavit(name) else "this folder is"
         raise CheckpointError(f"{name}: {missing} not on this disk: {advice}{other}.")
     if not (folder / "system.json").is_file():

@@ -16,7 +16,7 @@ from typing import Any
 from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import SEED_X, fetch, local_folder, locate, locate_system, runs_now, where_shipped
+from seed_multimodal.hub import SEED_X, fetch, local_folder, locate, locate_system, or_take, where_shipped
 from seed_multimodal.language.continuous import AgentSettings
 from seed_multimodal.settings import read_settings
 from seed_multimodal.systems.system_file import SeedXFile, read_system_json
@@ -167,8 +167,7 @@ def checked_parts(spec: SeedXSpec, needed: Collection[str]) -> SeedXSpec:
         kept = ", ".join(str(places[key]) for key in OF_HUB if key in missing)
         parts = ([f"{kept} (of {HUB})"] if kept else []) + [f"{places[key]} ({text})" for key, text in FROM.items()
                                                             if key in missing]
-        shipped = runs_now("nano-x", "nano")
-        other = f"; or take {shipped} (--model; of the server, --system), which runs now" if shipped else ""
+        other = or_take("nano-x", "nano")
         raise CheckpointError(f"{spec.name}: its weights are not on this disk: put there {'; '.join(parts)}"
                               f"{other}.")
     here: dict[str, Any] = {key: place or places[key] for key, place in found.items()}
