@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     files = {"model": args.model, "tokenizer": args.tokenizer, "image_transform": args.image_transform}
     loading = {"dtype": args.dtype, "quantization": args.quantization}
     if args.system:
+        if given := next((name for name, value in files.items() if value), None):
+            raise ConfigError(f"--system names all that is served, --{given} a part of it; give one of them.")
         parts = {"llm": args.offload_llm, "encoder": args.offload_encoder, "decoder": args.offload_decoder}
         system = open_system(args.system, device=args.llm_device, image_device=args.tokenizer_device,
                              offload=[name for name, chosen in parts.items() if chosen], **loading)

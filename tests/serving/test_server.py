@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import requests
 import warm_python
 from PIL import Image
 
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.serving import wsgi
 from seed_multimodal.serving.codes_backend import CodesSystem
 from seed_multimodal.serving.flask_app import create_app, serve
@@ -281,3 +283,11 @@ def test_hostile_traffic_in_small(tiny_folder) -> None:
     assert done.returncode == 0, done.stderr
     assert results["5xx"] == results["hangs"] == 0 and results["requests"] > 250
     assert results["peak_mb_above_idle"] < 200
+
+
+def test_a_system_and_a_part_of_it_are_not_named_together(tiny_folder: Path) -> None:
+    program = runpy.run_path(str(ROOT / "gradio_demo" / "seed_llama_flask.py"))
+    args = program["build_parser"]().parse_args(["--system", str(tiny_folder), "--model", "a.yaml", "--port", "0"])
+    args.debug = False
+    with pytest.raises(ConfigError, match="--system names all that is served, --model a part of it"):
+        program["run"](args)

@@ -123,16 +123,19 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
 
     def on_clear(dialogue: Dialogue) -> tuple[Any, ...]:
         dialogue.clear()
-        return dialogue, [], "", None, "", gr.update(interactive=False)
+        # An answer that is awaited is no longer of interest: a new message need not wait for it.
+        return dialogue, [], "", None, "", gr.update(interactive=True), gr.update(interactive=False)
 
     shown = [state, chat, status]
     add.click(on_add, [state, image, text], [*shown, image, text], show_progress="hidden")
-    asks: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": VISITORS, "concurrency_id": "ask"}
+    asks: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": VISITORS, "concurrency_id": "ask",
+                            "trigger_mode": "multiple"}
     added = gr.on([submit.click, text.submit], on_add, [state, image, text], [*shown, image, text],
                   show_progress="hidden", api_visibility="private")
-    added.then(on_submit, [state, status, *settings], [*shown, submit, regenerate], **asks)
-    regenerate.click(on_regenerate, [state, *settings], [*shown, submit, regenerate], **asks)
-    gr.on([clear.click, chat.clear], on_clear, [state], [*shown, image, text, regenerate], show_progress="hidden")
+    awaited = [added.then(on_submit, [state, status, *settings], [*shown, submit, regenerate], **asks),
+               regenerate.click(on_regenerate, [state, *settings], [*shown, submit, regenerate], **asks)]
+    gr.on([clear.click, chat.clear], on_clear, [state], [*shown, image, text, submit, regenerate],
+          show_progress="hidden", cancels=awaited)
 
 
 def as_it_is(sentence: str) -> str:
