@@ -22,7 +22,19 @@ def test_meteor_by_its_java_program():
     assert 0 < scores["METEOR"] < same["METEOR"] == pytest.approx(1, abs=0.01) and len(notes) <= 1
 
 
-def test_the_parser_of_spice_is_not_downloaded_while_downloads_are_off(tmp_path, monkeypatch):
+@pytest.fixture
+def imported_anew():
+    """The package is imported from wherever it is first; afterwards what was imported before is there again."""
+    def take() -> dict:
+        return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "pycocoevalcap"}
+
+    before = take()
+    yield
+    take()
+    sys.modules.update(before)
+
+
+def test_the_parser_of_spice_is_not_downloaded_while_downloads_are_off(tmp_path, monkeypatch, imported_anew):
     package = tmp_path / "pycocoevalcap"
     for part, kind in (("meteor", "Meteor"), ("spice", "Spice")):  # laid out as the package; started, it would download
         (package / part).mkdir(parents=True)
@@ -30,8 +42,6 @@ def test_the_parser_of_spice_is_not_downloaded_while_downloads_are_off(tmp_path,
             f"class {kind}:\n    def __init__(self):\n        open({str(tmp_path / part)!r}, 'w')\n"
             "    def compute_score(self, wanted, made):\n        return 0.5, []\n")
     (package / "__init__.py").touch()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "pycocoevalcap"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     scores, notes = java_scores(SAID, TRUE)
@@ -40,8 +50,6 @@ def test_the_parser_of_spice_is_not_downloaded_while_downloads_are_off(tmp_path,
     (package / "spice" / "lib").mkdir()
     (package / "spice" / "lib" / "stanford-corenlp-3.6.0.jar").touch()
     assert java_scores(SAID, TRUE) == ({"METEOR": 0.5, "SPICE": 0.5}, [])
-    for name in [name for name in sys.modules if name.partition(".")[0] == "pycocoevalcap"]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 def test_what_they_need_is_one_sentence(monkeypatch):

@@ -15,13 +15,13 @@ from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, Req
 from seed_multimodal.language.lavit import (
     LavitTokenizer,
     LavitWords,
-    Lemmatizer,
     QuestionProcessor,
     answer_of,
     caption_of,
     question_prompts,
     understand_inputs,
 )
+from seed_multimodal.language.lemmatizer import Lemmatizer
 
 
 @pytest.fixture

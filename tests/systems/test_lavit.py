@@ -22,7 +22,7 @@ from seed_multimodal.errors import (
     ImageError,
     RequestError,
 )
-from seed_multimodal.language.lavit import Lemmatizer
+from seed_multimodal.language.lemmatizer import Lemmatizer
 from seed_multimodal.systems.lavit import Lavit
 from seed_multimodal.systems.lavit_files import find_lavit
 from seed_multimodal.systems.lavit_memory import LavitSizes, plan_lavit, read_lavit_sizes

@@ -21,7 +21,7 @@ from torch import Tensor
 from seed_multimodal.data.nano.scene import SIZE
 from seed_multimodal.evaluation.metrics import FloatArray
 from seed_multimodal.evaluation.tasks import Codes
-from seed_multimodal.language.lavit import Lemmatizer
+from seed_multimodal.language.lemmatizer import Lemmatizer
 from seed_multimodal.systems.lavit import Lavit
 
 SQUARE, WIDE = "1:1", "3:2"

@@ -22,7 +22,8 @@ from seed_multimodal.evaluation.asking import AnySystem
 from seed_multimodal.evaluation.benchmark_work import QuestionRules, caption_work, question_work
 from seed_multimodal.evaluation.drawing_work import BestOf
 from seed_multimodal.evaluation.picture_scores import ClipScores, Distance, find_clip
-from seed_multimodal.language.lavit import Lemmatizer, QuestionProcessor
+from seed_multimodal.language.lavit import QuestionProcessor
+from seed_multimodal.language.lemmatizer import Lemmatizer
 from seed_multimodal.settings import check_value, nearest
 from seed_multimodal.systems.lavit import Lavit
 

@@ -17,8 +17,6 @@ behaviour of its released programs.
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError, SeedWarning, first_line
+from seed_multimodal.errors import (
+    CheckpointError,
+    CodesError,
+    RequestError,
+)
 from seed_multimodal.language.captions import question_text
 from seed_multimodal.language.padding import embeds_padded_left, padded_left
 from seed_multimodal.language.tokenizer import MultimodalTokenizer, plain_text
@@ -39,7 +41,6 @@ Side = Literal["caption", "answer"]
 Embed = Callable[[Tensor], Tensor]  # ids [B, L] → [B, L, D]
 QUESTION = "Question: {} Answer:"
 ANSWER_ENDS = ("\n", "question:", "Long answer:", ",", ".")  # an answer ends before them, looked for in this order
-SPACY_MODEL = "en_core_web_sm"
 
 
 @dataclass(frozen=True)
@@ -257,42 +258,3 @@ def answer_of(text: str) -> str:
     for end in ANSWER_ENDS:
         answer = answer.partition(end)[0]
     return answer
-
-
-class Lemmatizer:
-    """Answers in lower case, nouns and verbs by their base form, words separated by single blanks.
-
-    Args:
-        choice: "spacy" needs spaCy with its English model, "none" leaves the words' forms, "auto" takes spaCy if it is
-            there and else says so once (`SeedWarning`); `uses_spacy` tells which it was.
-        model: spaCy's name or folder of the model.
-
-    Raises:
-        ConfigError: spaCy is needed, and it or its model is not there.
-    """
-
-    def __init__(self, choice: Literal["auto", "spacy", "none"] = "auto", model: str = SPACY_MODEL) -> None:
-        check_value(str, choice, "lemmatizer", choices=("auto", "spacy", "none"))
-        self._read: Any = None
-        if choice == "none":
-            return
-        try:
-            self._read = importlib.import_module("spacy").load(model)  # of an extra that nothing else here needs
-        except (ImportError, OSError) as error:  # the package, the model
-            how = f"bash install.sh --extras lavit, or pip install spacy, then python -m spacy download {model}"
-            if choice == "spacy":
-                raise ConfigError(f"Answers cannot be lemmatised ({first_line(error)}): {how}; or choose none."
-                                  ) from error
-            warnings.warn(f"Answers are not lemmatised as the released model's are, because spaCy or its model {model} "
-                          f"is not there ({how}); scores can be lower by a little.", SeedWarning, stacklevel=2)
-
-    @property
-    def uses_spacy(self) -> bool:
-        """Whether answers are lemmatised."""
-        return self._read is not None
-
-    def __call__(self, answer: str) -> str:
-        text = answer.lower()
-        if self._read is None:
-            return " ".join(text.split())
-        return " ".join(word.lemma_ if word.pos_ in ("NOUN", "VERB") else word.text for word in self._read(text))

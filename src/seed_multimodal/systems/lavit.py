@@ -26,13 +26,13 @@ from seed_multimodal.errors import GenerationError, RequestError
 from seed_multimodal.language.lavit import (
     QUESTION,
     LavitTokenizer,
-    Lemmatizer,
     Side,
     answer_of,
     caption_of,
     question_prompts,
 )
 from seed_multimodal.language.lavit_generation import CodeSettings, WrittenPicture
+from seed_multimodal.language.lemmatizer import Lemmatizer
 from seed_multimodal.systems.chat import as_text
 from seed_multimodal.systems.lavit_files import LavitSpec, find_lavit
 from seed_multimodal.systems.lavit_language import Inputs, LavitLanguage, Seeds, Watch

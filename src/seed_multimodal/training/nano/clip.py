@@ -103,8 +103,10 @@ class ClipTask(SceneTask):
 def gated(space: Workspace, heads: LabelHeads, see: Callable[[list[Scene]], Tensor], gate: float) -> dict[str, Any]:
     """Shares of labels of held-out scenes that are named right from what is seen, and whether the worst reaches the
     gate, which is said."""
-    found: dict[str, Any] = {split: named_right(heads, see(space.held_out(split)), space.held_out(split))
-                             for split in ("val", "pairs", "styles")}
+    found: dict[str, Any] = {}
+    for split in ("val", "pairs", "styles"):
+        scenes = space.held_out(split)
+        found[split] = named_right(heads, see(scenes), scenes)
     worst = min(found["val"][name] for name in ("first", "second", "style"))
     if worst < gate:
         print(f"The gate was missed: {worst} of a label of val scenes named right < {gate}.", flush=True)
