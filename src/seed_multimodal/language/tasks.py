@@ -19,7 +19,10 @@ DRAW_PROMPT = "Please draw {caption}."
 DRAW_RESPONSE = "Here is the picture."
 EDIT_RESPONSE = "Here it is."  # also to a request for a picture in a conversation that has one already
 
-DESCRIBE_REQUESTS = (DESCRIBE_PROMPT, "Describe the picture.", "What do you see?", "What is this a picture of?")
+DESCRIBE_REQUESTS = (
+    DESCRIBE_PROMPT, "Describe the picture.", "What do you see?", "What is this a picture of?",
+    "Describe this picture.", "Describe the image.", "Describe this image.", "Describe this image briefly.", "What can you see?",
+    "What does the picture show?", "Tell me what you see.", "Please describe it.")
 DRAW_REQUESTS = (DRAW_PROMPT, "Draw {caption}.", "Show me {caption}.", "Make a picture of {caption}.")
 CONTINUE_REQUESTS = ("Please go on.", "Continue.", "What comes next?")
 STORY_LENGTHS = {3: " in three pictures", 4: " in four pictures"}
@@ -39,7 +42,8 @@ class TaskPrompts:
 
     The responses open a forced answer: `<img>` follows them. An empty response puts `<img>` first, as the released
     demo does. `draw_words`, `edit_words`: tokens in which the model may first say what the picture will show; only
-    where no picture comes then, it is forced.
+    where no picture comes then, it is forced. `answer_after`: the model's answers may begin with a written verdict that
+    ends with these characters; the answer is what follows them ("": all of it).
     """
 
     describe: str = DESCRIBE_PROMPT
@@ -50,6 +54,7 @@ class TaskPrompts:
     detect: str = "{phrase}"
     draw_words: int = 0
     edit_words: int = 0
+    answer_after: str = ""
 
     def __post_init__(self) -> None:
         if "{caption}" not in self.draw:
@@ -63,6 +68,10 @@ class TaskPrompts:
         """The user's sentence that asks where `phrase` is; one that ends like a sentence is a request of its own."""
         phrase = phrase.strip()
         return phrase if phrase.endswith((".", "?", "!")) else self.detect.replace("{phrase}", phrase)
+
+    def answer(self, text: str) -> str:
+        """The answer in a model's text, without the verdict before it."""
+        return text.partition(self.answer_after)[2] or text if self.answer_after else text
 
     def question(self, question: str) -> str:
         """`question` with the one-word suffix, unless it already ends in it."""

@@ -24,6 +24,7 @@ from seed_multimodal.data.nano.records import from_last_picture, record_at, with
 from seed_multimodal.data.nano.scene import LARGEST, SIZE, Scene, render
 from seed_multimodal.data.nano.splits import check_split, scene_at
 from seed_multimodal.data.nano.sprites import load_sprites
+from seed_multimodal.data.nano.view import View
 from seed_multimodal.data.nano.wide import WideScene, render_wide
 from seed_multimodal.data.nano.words import describe
 from seed_multimodal.data.nano.x_records import x_record_at
@@ -41,11 +42,13 @@ class Drawing:
     """The picture of a scene, drawn when it is called: pixels uint8 [size, size, 3]; small enough to be sent to a
     worker. Its `repr` names it."""
 
-    scene: Scene | WideScene
+    scene: Scene | WideScene | View
     size: int = SIZE
     folder: str | Path | None = None
 
     def __call__(self) -> np.ndarray:
+        if isinstance(self.scene, View):
+            return self.scene.pixels(self.folder)
         if isinstance(self.scene, WideScene):
             return render_wide(self.scene, 2 * self.size)
         return render(self.scene, self.size, self.folder)
@@ -139,7 +142,7 @@ def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
     fields = {"messages": [{"role": message["role"], "content": [
         {"image": part} if isinstance(part, Drawing) else part for part in message["content"]]}
         for message in made["messages"]]}
-    if content == "qa":
+    if content in ("qa", "asides"):
         fields |= {"image": asked[0], "question": asked[1], "answer": answered[0]}
     elif content == "edits":
         fields |= {"source_image": asked[0], "instruction": asked[1], "target_image": answered[1]}

@@ -15,13 +15,22 @@ from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES, NUMBERS
 from seed_multimodal.data.nano.questions import ask_any
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import draw_scene, held_out
+from seed_multimodal.data.nano.talk import small_talk
 from seed_multimodal.data.nano.things import BACKGROUNDS, NAMES, STYLES, THINGS
+from seed_multimodal.data.nano.verdicts import after
 from seed_multimodal.data.nano.words import describe, some
-from seed_multimodal.language.tasks import DESCRIBE_REQUESTS, DRAW_REQUESTS, DRAW_RESPONSE, EDIT_RESPONSE
+from seed_multimodal.language.tasks import (
+    DESCRIBE_REQUESTS,
+    DRAW_REQUESTS,
+    DRAW_RESPONSE,
+    EDIT_RESPONSE,
+    story_request,
+)
 
 Part = str | Scene
 IN_CONTEXT = ("background", "style", "replace", "size", "number")
 """Kinds of edits that examples can show."""
+STORIES = 0.15  # share of the conversations that end with a story
 LETTERS = sorted({name[0] for name in NAMES})
 
 
@@ -55,9 +64,9 @@ class Talk:
         self.messages += [Message("user", asked), Message("assistant", answered)]
         self.scenes += [part for part in (*asked, *answered) if isinstance(part, Scene)]
 
-    def edit(self, asked: str, scene: Scene) -> None:
+    def edit(self, asked: str, scene: Scene, verdict: str = "") -> None:
         """A turn that is answered with a changed picture."""
-        self.say([asked], edited(scene, self.shake))
+        self.say([asked], edited(scene, self.shake, verdict))
 
     @property
     def now(self) -> Scene:
@@ -90,10 +99,12 @@ def sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
 
 
-def edited(scene: Scene, shake: random.Random) -> list[Part]:
-    """The answer to an edit: three times in four the new picture in words first, so that what is read and what is to
-    change are put together in words, which is easier, and drawn from them; else what systems open a forced one with."""
-    return [sentence(describe(scene)) if shake.random() < 0.75 else EDIT_RESPONSE, scene]
+def edited(scene: Scene, shake: random.Random, verdict: str = "") -> list[Part]:
+    """The answer to an edit: mostly the new picture in words first, behind a verdict where a thing is named, so that
+    what is read and what is to change are put together in words, which is easier, and drawn from them; else what systems
+    open a forced one with."""
+    words = shake.random() < (0.9 if verdict else 0.75)
+    return [after(verdict, sentence(describe(scene))) if words else EDIT_RESPONSE, scene]
 
 
 def _draw(talk: Talk) -> None:
@@ -110,12 +121,22 @@ def _look(talk: Talk) -> None:
 
 def _question(talk: Talk) -> None:
     question = ask_any(talk.now, talk.shake)
-    talk.say([question.question], [sentence(question.answer)])
+    talk.say([question.question], [after(question.verdict, sentence(question.answer))])
 
 
 def _edit(talk: Talk) -> None:
     edit = edit_where(talk.now, talk.shake, talk.allowed)
-    talk.edit(sentence(edit.instruction), edit.target)
+    talk.edit(sentence(edit.instruction), edit.target, edit.verdict)
+
+
+def _small(talk: Talk) -> None:
+    asked, answer = small_talk(talk.shake, True)
+    talk.say([asked], [answer])
+
+
+def _story(talk: Talk) -> None:
+    pages = story(talk.shake, talk.allowed, 3)
+    talk.say([story_asked(pages, talk.shake)], [part for page in pages for part in page])
 
 
 def _back(talk: Talk) -> None:
@@ -129,12 +150,19 @@ def _back(talk: Talk) -> None:
     return talk.edit(f"Now the first picture again, but {words}.", target)
 
 
-def conversation(shake: random.Random, allowed: Allowed = trainable, turns: int = 0) -> list[Message]:
-    """Two to six turns that look, ask, draw and edit, and refer to what was shown before."""
+def conversation(shake: random.Random, allowed: Allowed = trainable, turns: int = 0,
+                 stories: bool = False) -> list[Message]:
+    """Two to six turns that look, ask, draw and edit, and refer to what was shown before; with `stories` also small
+    talk, and sometimes a story at the end of a short one."""
     talk = Talk(shake, allowed)
     shake.choice((_draw, _look))(talk)
-    for _ in range((turns or shake.randint(2, 6)) - 1):
-        shake.choices((_question, _edit, _back, _draw, _look), (4, 4, 2, 1, 2))[0](talk)
+    left = (turns or shake.randint(2, 6)) - 1
+    with_story = stories and shake.random() < STORIES and left > 1
+    for _ in range(min(left, 3) - 1 if with_story else left):
+        kinds = (_question, _edit, _back, _draw, _look, _small)
+        shake.choices(kinds, (4, 4, 2, 1, 2, 0.5 if stories else 0))[0](talk)
+    if with_story:
+        _story(talk)
     return talk.messages
 
 
@@ -173,6 +201,14 @@ def story(shake: random.Random, allowed: Allowed = trainable, frames: int = 0) -
         f"together they are {BACKGROUND_PHRASES[second][0]}", f"the {hero} has gone and the {friend} stays",
     ]
     return [(sentence(words), scene) for words, scene in zip(sentences, scenes, strict=False)]
+
+
+def story_asked(pages: list[tuple[str, Scene]], shake: random.Random) -> str:
+    """A request for a story."""
+    together = pages[1][1]
+    hero, friend = (some(1, name, style) for name, style in
+                    zip(together.things, (together.style if shake.random() < 0.5 else "", ""), strict=True))
+    return story_request(hero, friend, len(pages) if shake.random() < 0.7 else 0)
 
 
 def document(shake: random.Random, allowed: Allowed = trainable) -> list[tuple[str, Scene]]:

@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES, NUMBERS, WHERE_PHRASES
 from seed_multimodal.data.nano.scene import WHERE, Scene
 from seed_multimodal.data.nano.things import BACKGROUNDS, COLOURS, NAMES, STYLES
+from seed_multimodal.data.nano.verdicts import verdict
 from seed_multimodal.data.nano.words import some
 
 
 @dataclass(frozen=True)
 class Edit:
     """`kind` is one of `EDITS`; `instruction` in English, lower case; `value` is what the same change of another
-    scene would need (a background, a style, a thing, a number)."""
+    scene would need (a background, a style, a thing, a number); `verdict`: which of the things an instruction names
+    (see `verdicts`)."""
 
     kind: str
     instruction: str
     target: Scene
     value: str = ""
+    verdict: str = ""
 
 
 def make_edit(scene: Scene, kind: str, shake: random.Random, value: str = "") -> Edit | None:
@@ -68,7 +71,8 @@ def _replace(scene: Scene, shake: random.Random, value: str) -> Edit | None:
     count = scene.counts[number]
     old = "the " + some(count, scene.things[number]).split(" ", 1)[1]
     words = shake.choice((f"replace {old} with {some(count, new)}", f"turn {old} into {some(count, new)}"))
-    return Edit("replace", words, scene.but(things=things), new)
+    return Edit("replace", words, scene.but(things=things), new,
+                verdict(scene, scene.things[number], whole=True))
 
 
 def _add(scene: Scene, shake: random.Random, value: str) -> Edit | None:
@@ -88,7 +92,9 @@ def _remove(scene: Scene, shake: random.Random, value: str) -> Edit | None:
         return None
     number = shake.randrange(2)
     target = scene.but(layout=("right", "left")[number], things=(scene.things[1 - number],), counts=(1,))
-    return Edit("remove", f"{shake.choice(('remove', 'take away'))} the {scene.things[number]}", target)
+    name = scene.things[number]
+    words = f"{shake.choice(('remove', 'take away'))} the {name}"
+    return Edit("remove", words, target, "", verdict(scene, name, whole=True))
 
 
 def _swap(scene: Scene, shake: random.Random, value: str) -> Edit | None:
@@ -96,7 +102,7 @@ def _swap(scene: Scene, shake: random.Random, value: str) -> Edit | None:
         return None
     first, second = shake.sample(scene.things, 2)
     words = shake.choice((f"swap the {first} and the {second}", "swap their places"))
-    return Edit("swap", words, scene.but(things=scene.things[::-1]))
+    return Edit("swap", words, scene.but(things=scene.things[::-1]), "", verdict(scene, *scene.things, whole=True))
 
 
 def _move(scene: Scene, shake: random.Random, value: str) -> Edit | None:

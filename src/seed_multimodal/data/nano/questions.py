@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from seed_multimodal.data.nano.phrases import NUMBERS
 from seed_multimodal.data.nano.scene import WHERE, Scene
 from seed_multimodal.data.nano.things import COLOURS, NAMES, THINGS
+from seed_multimodal.data.nano.verdicts import SPOTS, absent, verdict
 from seed_multimodal.data.nano.words import some
 
 
 @dataclass(frozen=True)
 class Question:
-    """`kind`: what, count, style, background, yesno or where; the answer in lower case, no full stop."""
+    """`kind`: one of `KINDS` or absent; the answer in lower case, no full stop; `verdict`: what is written before it
+    (see `verdicts`)."""
 
     kind: str
     question: str
     answer: str
+    verdict: str = ""
 
 
 KINDS = ("what", "count", "style", "background", "yesno", "where")
-
-_SPOTS = {"left of": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}
-_WHERE = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 
 
 def ask(scene: Scene, kind: str, shake: random.Random) -> Question | None:
@@ -37,20 +37,22 @@ def ask(scene: Scene, kind: str, shake: random.Random) -> Question | None:
     if kind == "yesno":
         there = shake.random() < 0.5
         name = shake.choice(scene.things) if there else shake.choice([n for n in NAMES if n not in scene.things])
-        return Question(kind, f"Is there {some(1, name)} in the picture?", "yes" if there else "no")
+        return Question(kind, f"Is there {some(1, name)} in the picture?", "yes" if there else "no",
+                        verdict(scene, name))
+    if kind == "absent":
+        name = shake.choice([n for n in NAMES if n not in scene.things])
+        return Question(kind, f"Where is the {name}?", absent(name), verdict(scene, name))
     number = shake.randrange(len(scene.things))
     thing, count = scene.things[number], scene.counts[number]
     if kind == "count":
-        return Question(kind, f"How many {THINGS[thing].plural} are there?", NUMBERS.get(count, "one"))
+        return Question(kind, f"How many {THINGS[thing].plural} are there?", NUMBERS.get(count, "one"),
+                        verdict(scene, thing) if len(scene.things) > 1 else "")
+    spots = SPOTS.get(scene.layout)
     if kind == "where":
-        if scene.layout in WHERE:
-            return Question(kind, f"Where is the {thing}?", _WHERE[scene.layout])
-        spots = _SPOTS.get(scene.layout)
-        return Question(kind, f"Where is the {thing}?", spots[number]) if spots else None
+        return Question(kind, f"Where is the {thing}?", spots[number], verdict(scene, thing)) if spots else None
     if scene.layout == "two kinds":
         return None
-    spots = _SPOTS.get(scene.layout)
-    where = f"is {spots[number]}" if spots else "is in the picture"
+    where = f"is {spots[number]}" if spots and scene.layout not in WHERE else "is in the picture"
     return Question(kind, f"What {where}?", some(count, thing))
 
 

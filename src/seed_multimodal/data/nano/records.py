@@ -24,6 +24,7 @@ from seed_multimodal.data.nano.dialogues import (
     in_context,
     sentence,
     story,
+    story_asked,
     trainable,
 )
 from seed_multimodal.data.nano.edits import EDITS, Edit, make_edit
@@ -31,7 +32,10 @@ from seed_multimodal.data.nano.questions import KINDS as QUESTIONS
 from seed_multimodal.data.nano.questions import Question, ask, ask_any
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import check_split, held_out, scene_at
+from seed_multimodal.data.nano.talk import small_talk
 from seed_multimodal.data.nano.things import NAMES
+from seed_multimodal.data.nano.verdicts import after
+from seed_multimodal.data.nano.view import View
 from seed_multimodal.data.nano.wide import WideScene
 from seed_multimodal.data.nano.words import describe, some
 from seed_multimodal.errors import DataError
@@ -42,7 +46,6 @@ from seed_multimodal.language.tasks import (
     DRAW_RESPONSE,
     NANO_TASKS,
     examples_request,
-    story_request,
 )
 from seed_multimodal.settings import nearest
 
@@ -51,7 +54,8 @@ Scenes = Iterator[Scene]
 Made = TypeVar("Made")
 PATIENCE = 200
 EDIT_SORTS = (*EDITS, "remove", "replace")  # twice: where a named thing stands is learnt last
-COMPARISONS = ("yesno", "where", "yesno", "where", "yesno", "count")  # kinds of questions that name a thing
+COMPARISONS = ("yesno", "where", "yesno", "where", "absent", "count")  # kinds of questions that name a thing
+ASKED = ("what", "yesno", "count", "where", "style", "yesno", "background", "where", "what", "absent")
 
 
 def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int = 0) -> Record:
@@ -112,8 +116,8 @@ def texts_of(record: Any) -> Iterator[str]:
 
 
 def with_pictures(value: Any, picture: Callable[[Any], Any]) -> Any:
-    """The same with `picture(scene)` in the place of every scene, wide ones too."""
-    if isinstance(value, Scene | WideScene):
+    """The same with `picture(scene)` in the place of every scene, wide one or view."""
+    if isinstance(value, Scene | WideScene | View):
         return picture(value)
     if isinstance(value, dict):
         return {key: with_pictures(one, picture) for key, one in value.items()}
@@ -165,21 +169,21 @@ def _after_another(shake: random.Random, scenes: Scenes, record: Record) -> Reco
         before = _messages([scene, shake.choice(DESCRIBE_REQUESTS)], [sentence(describe(scene))])
     else:
         question = ask_any(scene, shake)
-        before = _messages([scene, question.question], [sentence(question.answer)])
+        before = _messages([scene, question.question], [after(question.verdict, sentence(question.answer))])
     return {"messages": before["messages"] + record["messages"]}
 
 
 def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
     def turn(question: Question, suffixed: float) -> list[list[Part]]:
         if shake.random() < suffixed:
-            return [[NANO_TASKS.question(question.question)], [question.answer]]
-        return [[question.question], [sentence(question.answer)]]
+            return [[NANO_TASKS.question(question.question)], [after(question.verdict, question.answer)]]
+        return [[question.question], [after(question.verdict, sentence(question.answer))]]
 
-    scene, question = _first(scenes, QUESTIONS, index, lambda scene, kind: ask(scene, kind, shake))
+    scene, question = _first(scenes, ASKED, index, lambda scene, kind: ask(scene, kind, shake))
     turns, asked = turn(question, 0.75), {question.question}
     # A picture that is read once teaches several answers; first those that compare a word with the picture and are
     # learnt last. After an answer that names the things they would be read off the text.
-    for kind in (*shake.sample(COMPARISONS, len(COMPARISONS)), *shake.sample(QUESTIONS, 2)):
+    for kind in (*shake.sample(COMPARISONS, 4), *shake.sample(QUESTIONS, 1)):
         more = ask(scene, kind, shake)
         if more is not None and more.question not in asked:
             turns, asked = turns + turn(more, 0.25), asked | {more.question}
@@ -199,14 +203,29 @@ def _edit(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) ->
 
     scene, edit = _first(scenes, EDIT_SORTS, index, make)
     words = sentence(edit.instruction) if shake.random() < 0.5 else edit.instruction
-    return _after_another(shake, scenes, _messages([scene, words], edited(edit.target, shake)))
+    return _after_another(shake, scenes, _messages([scene, words], edited(edit.target, shake, edit.verdict)))
 
 
 def _conversation(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
     def plain(message: Message) -> Record:
         return {"role": message.role, "content": message.content}
 
-    return {"messages": list(map(plain, conversation(shake, allowed)))}
+    return {"messages": list(map(plain, conversation(shake, allowed, stories=True)))}
+
+
+def _talk(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    """Small talk, alone or after a description."""
+    asked, answer = small_talk(shake, bool(index % 2))
+    if not index % 2:
+        return _messages([asked], [answer])
+    scene = next(scenes)
+    return _messages([scene, shake.choice(DESCRIBE_REQUESTS)], [sentence(describe(scene))], [asked], [answer])
+
+
+def _aside(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
+    """Small talk with a picture, and what a picture does not answer."""
+    asked, answer = small_talk(shake, True)
+    return _messages([next(scenes), asked], [answer])
 
 
 def _in_context(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
@@ -216,11 +235,7 @@ def _in_context(shake: random.Random, scenes: Scenes, allowed: Allowed, index: i
 
 def _story(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
     pages = story(shake, allowed)
-    together = pages[1][1]
-    hero, friend = (some(1, name, style) for name, style in
-                    zip(together.things, (together.style if shake.random() < 0.5 else "", ""), strict=True))
-    request = story_request(hero, friend, len(pages) if shake.random() < 0.7 else 0)
-    return _messages([request], [part for page in pages for part in page])
+    return _messages([story_asked(pages, shake)], [part for page in pages for part in page])
 
 
 def _document(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
@@ -239,7 +254,7 @@ def _continued(shake: random.Random, scenes: Scenes, allowed: Allowed, index: in
 KINDS: dict[str, Callable[[random.Random, Scenes, Allowed, int], Record]] = {
     "captions": _caption, "describe": _describe, "questions": _question, "draw": _draw, "edits": _edit,
     "conversations": _conversation, "in_context": _in_context, "stories": _story, "documents": _document,
-    "continued": _continued,
+    "continued": _continued, "talk": _talk, "asides": _aside,
 }
 """Captions are pairs of a picture and texts, documents are interleaved pictures and texts, all others `messages`."""
 

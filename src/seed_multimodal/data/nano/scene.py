@@ -23,7 +23,8 @@ from seed_multimodal.errors import ConfigError, DataError
 
 SIZE = 64
 LARGEST = 1024  # a picture is drawn at four times its size, which takes 64 MB there
-OVERSAMPLE = 4
+OVERSAMPLE = 4  # twice only from LARGE_PICTURE pixels on, where drawing takes most of a record's time
+LARGE_PICTURE = 160
 
 LOW, MIDDLE, HIGH, SIDE, LARGE = 0.25, 0.5, 0.75, 0.44, 0.84
 """Centres and longer side of all small drawings and of a large one, in shares of the picture: what an edit leaves alone
@@ -148,9 +149,10 @@ def paint(style: str, background: str, drawings: Sequence[Slot], size: int, fold
     """A picture of drawings anywhere; else as `render`."""
     if not 1 <= size <= LARGEST:
         raise ConfigError(f"nano: a picture of {size} pixels a side cannot be drawn; give 1 to {LARGEST}.")
-    canvas = _background(background, size * OVERSAMPLE).copy()
+    scale = OVERSAMPLE if size < LARGE_PICTURE else OVERSAMPLE // 2
+    canvas = _background(background, size * scale).copy()
     _draw(canvas, style, drawings, load_sprites(folder))
-    return np.asarray(canvas.reduce(OVERSAMPLE))
+    return np.asarray(canvas.reduce(scale))
 
 
 def empty_pictures(size: int) -> np.ndarray:

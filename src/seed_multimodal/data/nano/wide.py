@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -86,9 +87,9 @@ def wide_slots(scene: WideScene) -> list[Slot]:
     return found
 
 
-def render_wide(scene: WideScene, size: int = WIDE_SIZE) -> np.ndarray:
+def render_wide(scene: WideScene, size: int = WIDE_SIZE, folder: str | Path | None = None) -> np.ndarray:
     """The picture, uint8 [size, size, 3]."""
-    return paint(scene.style, scene.background, wide_slots(scene), size)
+    return paint(scene.style, scene.background, wide_slots(scene), size, folder)
 
 
 def wide_boxes(scene: WideScene) -> list[tuple[str, tuple[float, float, float, float]]]:

@@ -1,9 +1,10 @@
-"""Records of nano-x, the tiny SEED-X: those of nano's language model that it learns, with boxes and wide scenes.
+"""Records of nano-x, the tiny SEED-X: those of nano's language model that it learns, with boxes and wide scenes, and
+pictures of many sizes (`view`).
 
-    x_record_at("detect", 0, 17)     {"messages": [{"role": "user", "content": [Scene(…), "Where are the tigers? …"]},
-                                                   {"role": "assistant", "content": ["<box_start><loc-16>…"]}]}
+    x_record_at("detect", 0, 17)     {"messages": [{"role": "user", "content": [View(…), "Where are the tigers? …"]},
+                                                   {"role": "assistant", "content": ["… - <box_start><loc-16>…"]}, …]}
 
-    from nano     describe, questions, draw, edits, conversations, in the words of SEED-X's requests
+    from nano     describe, questions, draw, edits, conversations, talk, asides, in the words of SEED-X's requests
     its own       detect, wide_describe, wide_questions, wide_detect
 """
 
@@ -11,13 +12,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import count
 
 from seed_multimodal.data.nano.dialogues import sentence
 from seed_multimodal.data.nano.records import KINDS, Record, record_at
-from seed_multimodal.data.nano.scene import Scene, boxes
+from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import scene_at
-from seed_multimodal.data.nano.things import THINGS
-from seed_multimodal.data.nano.wide import ask_wide, describe_wide, wide_at, wide_boxes
+from seed_multimodal.data.nano.talk import ANSWERS
+from seed_multimodal.data.nano.things import NAMES, THINGS
+from seed_multimodal.data.nano.verdicts import absent, after, verdict
+from seed_multimodal.data.nano.view import View, any_view
+from seed_multimodal.data.nano.wide import WideScene, ask_wide, describe_wide, wide_at
 from seed_multimodal.data.nano.words import normalise
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.seed_x import Box
@@ -36,6 +41,7 @@ from seed_multimodal.settings import nearest
 GRID = 64  # places of boxes along each side
 OWN = ("detect", "wide_describe", "wide_questions", "wide_detect")
 _SILENT = (DRAW_RESPONSE, EDIT_RESPONSE)
+_DESCRIBE = (SEED_X_TASKS.describe,) * 4 + DESCRIBE_REQUESTS[1:]
 Shares = tuple[float, float, float, float]
 
 
@@ -45,29 +51,61 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train", grid: in
     Raises:
         DataError: an unknown kind or split.
     """
+    shake = random.Random(f"{seed} {split} {kind} {index}")
     if kind not in OWN:
         if kind not in KINDS:
             known = (*KINDS, *OWN)
             raise DataError(f"nano: unknown kind of records {kind!r}{nearest(kind, known)}; there are "
                             f"{', '.join(known)}.")
-        return _in_its_words(record_at(kind, seed, index, split))
-    shake = random.Random(f"{seed} {split} {kind} {index}")
-    if kind == "detect":
-        scene = scene_at(seed, index, split)
-        name = shake.choice(scene.things)
-        return _record([scene, detect_request(name, boxes(scene))], box_text(name, boxes(scene), grid))
-    wide = wide_at(seed, index, split)
+        return _in_sizes(_in_its_words(record_at(kind, seed, index, split)), shake)
+    wide = kind.startswith("wide")
+    view = any_view(wide_at(seed, index, split) if wide else scene_where(seed, index, split, shake), shake)
+    scene = view.scene
     if kind == "wide_describe":
-        return _record([wide, SEED_X_TASKS.describe], sentence(describe_wide(wide)))
-    if kind == "wide_detect":
-        name, found = shake.choice(wide.there), wide_boxes(wide)
-        return _record([wide, detect_request(name, found)], box_text(name, found, grid))
-    asked = [ask_wide(wide, shake) for _ in range(4)]
-    messages = []
-    for place, (question, answer) in enumerate(asked):
-        messages += [{"role": "user", "content": [question] if place else [wide, question]},
-                     {"role": "assistant", "content": [answer]}]
-    return {"messages": messages}
+        assert isinstance(scene, WideScene)
+        return _dialogue(view, [(shake.choice(_DESCRIBE), sentence(describe_wide(scene)))])
+    if kind == "wide_questions":
+        assert isinstance(scene, WideScene)
+        return _dialogue(view, [_spoken(scene, *ask_wide(scene, shake)) for _ in range(4)])
+    return _dialogue(view, [_located(view, name, grid) for name in _asked_for(scene, shake)])
+
+
+def scene_where(seed: int, index: int, split: str, shake: random.Random) -> Scene:
+    """Scene number `index`; of those with one thing every second is skipped, since there is nothing to choose in it."""
+    for step in count():
+        scene = scene_at(seed, index + step, split)
+        if len(scene.things) > 1 or shake.random() < 0.5:
+            return scene
+    raise AssertionError("the stream of scenes has no end")
+
+
+def _spoken(scene: WideScene, question: str, answer: str) -> tuple[str, str]:
+    """A question about a wide scene; behind a verdict where it names a thing."""
+    named = [name for name in scene.there if question == f"Where is the {name}?"]
+    return question, after(verdict(scene, *named) if named else "", answer)
+
+
+def _asked_for(scene: Scene | WideScene, shake: random.Random) -> list[str]:
+    """Up to two of its things and one that is not there, in any order."""
+    there = scene.there if isinstance(scene, WideScene) else list(scene.things)
+    names = shake.sample(there, min(2, len(there)))
+    return shake.sample([*names, shake.choice([name for name in NAMES if name not in there])], len(names) + 1)
+
+
+def _located(view: View, name: str, grid: int) -> tuple[str, str]:
+    """Where a thing is, asked and answered by boxes behind a verdict."""
+    found = view.boxes()
+    there = any(one == name for one, _ in found)
+    answer = box_text(name, found, grid) if there else absent(name)
+    return detect_request(name, found), after(verdict(view.scene, name, whole=True), answer)
+
+
+def _in_sizes(record: Record, shake: random.Random) -> Record:
+    """Its users' pictures in any size; in any frame, too, where no picture is drawn."""
+    drawn = any(not isinstance(part, str) for message in record["messages"][1::2] for part in message["content"])
+    return {"messages": [{**message, "content": [
+        part if isinstance(part, str) or message["role"] != "user" else any_view(part, shake, not drawn)
+        for part in message["content"]]} for message in record["messages"]]}
 
 
 def _in_its_words(record: Record) -> Record:
@@ -81,7 +119,7 @@ def _in_its_words(record: Record) -> Record:
             asked = content
             content = [_request(part) if isinstance(part, str) else part for part in content]
         elif all(isinstance(part, str) for part in content) and asked[-1] not in DESCRIBE_REQUESTS:
-            content = [normalise(part) for part in content]
+            content = [part if part in ANSWERS else normalise(part) for part in content]
         else:
             content = [part for part in content if part not in _SILENT]
         said.append({**message, "content": content})
@@ -117,5 +155,9 @@ def _words(box: Box) -> str:
     return BOX + "".join(map(location_word, (box.x, box.y, box.width, box.height))) + BOX_END
 
 
-def _record(asked: list[Scene | object], answer: str) -> Record:
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": [answer]}]}
+def _dialogue(view: View, turns: Sequence[tuple[str, str]]) -> Record:
+    messages: list[Record] = []
+    for asked, answer in turns:
+        messages += [{"role": "user", "content": [asked] if messages else [view, asked]},
+                     {"role": "assistant", "content": [answer]}]
+    return {"messages": messages}

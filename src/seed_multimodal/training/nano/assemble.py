@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from seed_multimodal.data.nano.verdicts import VERDICT_END
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -35,7 +36,7 @@ def assemble(space: Workspace) -> dict[str, Any]:
                 "template": "vicuna", "image_size": size,
                 "transform": {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"},
                 "generation": {"do_sample": False, "max_new_tokens": 256}, "previews": [8, 16],
-                "world": "nano", "tasks": {"edit_words": 40}}
+                "world": "nano", "tasks": {"edit_words": 64, "answer_after": VERDICT_END}}
     (out / "system.json").write_text(json.dumps(settings, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
         halve(file)

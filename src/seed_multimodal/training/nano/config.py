@@ -94,6 +94,8 @@ class RecordCounts:
     stories: int = setting(5_000, least=1)
     documents: int = setting(2_500, least=1)
     continued: int = setting(2_500, least=1)
+    talk: int = setting(3_000, least=1)
+    asides: int = setting(3_000, least=1)
 
 
 @dataclass

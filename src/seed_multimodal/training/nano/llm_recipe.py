@@ -58,8 +58,9 @@ SFT_SOURCES: Sources = {
     "text_first": (*PRETRAIN_SOURCES["text_first"][:3], 0.035),
     "describe": ("describe", "chat", {}, 0.13), "questions": ("questions", "chat", {}, 0.22),
     "draw": ("draw", "chat", {}, 0.11), "edits": ("edits", "chat", {}, 0.21),
-    "conversations": ("conversations", "chat", {}, 0.13), "in_context": ("in_context", "chat", {}, 0.07),
-    "stories": ("stories", "chat", {}, 0.03), "continued": ("continued", "chat", {}, 0.03)}
+    "conversations": ("conversations", "chat", {}, 0.13), "in_context": ("in_context", "chat", {}, 0.06),
+    "stories": ("stories", "chat", {}, 0.02), "continued": ("continued", "chat", {}, 0.03),
+    "talk": ("talk", "chat", {}, 0.01), "asides": ("asides", "chat", {}, 0.01)}
 
 
 def records(space: Workspace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.loop_settings import StageSettings, stage
 from seed_multimodal.training.nano_x.config import LanguageSizes, LayoutSizes, check_multiples
 
-KINDS = {"captions": 0.6, "qa": 0.28, "edits": 0.12}
+KINDS = {"captions": 0.5, "qa": 0.36, "edits": 0.12, "asides": 0.02}
 """Shares of the language model's sequences: content of the data format `nano` -> share."""
 READ_FIRST = 0.35  # share of the captions of which the picture comes first
 

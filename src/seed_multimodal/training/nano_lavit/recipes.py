@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -37,13 +38,13 @@ PIXELS, LANGUAGE = "pixels", "language"
 DECODE = {"num_inference_steps": 4, "guidance_scale": 1.0}
 SHAPES = ((64, 64), (56, 72), (48, 80), (80, 48), (72, 56))  # of LaVIT's six, for a square of 64 pixels
 DECODERS = {"captions": ("lavit.caption", {"img_first_ratio": READ_FIRST}), "qa": ("lavit.question", {}),
-            "edits": ("lavit.compose", {})}
+            "edits": ("lavit.compose", {}), "asides": ("lavit.question", {})}
 ROW = 256
 MEAN_LENGTH = 36  # tokens of a sequence: turns `batch_size` sequences into packed rows
 SELECTION = "draw"
 _WRITTEN = {"guidance": 1.0, "do_sample": False, "min_new_tokens": 2, "max_new_tokens": 17}
 SPEAKING = {"describe": {"num_beams": 1, "min_new_tokens": 1, "max_new_tokens": 48},
-            "ask": {"num_beams": 1, "min_new_tokens": 1, "max_new_tokens": 16}, "draw": _WRITTEN, "compose": _WRITTEN}
+            "ask": {"num_beams": 1, "min_new_tokens": 1, "max_new_tokens": 64}, "draw": _WRITTEN, "compose": _WRITTEN}
 
 
 def recipes(space: LavitSpace) -> dict[str, Any]:
@@ -91,14 +92,16 @@ def _language(space: LavitSpace) -> dict[str, Any]:
         sources.append({"name": kind, "files": world, "format": "nano", "content": kind, "number": config.records,
                         "decoder": decoder, "weight": weight,
                         "options": {**options, "base_resolution": config.image_size}})
+    sized = {"sizes": {"hidden_size": sizes.width, "intermediate_size": sizes.ffn, "num_hidden_layers": sizes.layers,
+                       "num_attention_heads": sizes.heads, "max_position_embeddings": sizes.positions,
+                       "tie_word_embeddings": True, "rms_norm_eps": 1e-5}}
+    start = Path(settings.start)
     return {
         "tokenizer": {"pretrained_model_name_or_path": absolute(space.words_folder)},
-        "model": {"sizes": {"hidden_size": sizes.width, "intermediate_size": sizes.ffn,
-                            "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads,
-                            "max_position_embeddings": sizes.positions, "tie_word_embeddings": True,
-                            "rms_norm_eps": 1e-5},
+        "model": {**({"path": absolute(start / "llm")} if settings.start else sized),
                   "dtype": "fp32", "seed": config.seed + 7, "compile": compiled},
         "visual_encoder": {"path": absolute(space.tokenizer_folder), "selection": SELECTION, "at_once": 256,
+                           "start": absolute(start / "tokenizer") if settings.start else None,
                            "seed": config.seed + 8},
         "data": {"packing": True, "length": ROW, "rows": max(1, settings.batch_size * MEAN_LENGTH // ROW),
                  "seed": config.seed + settings.seed, "too_long": "skip", "sources": sources},

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.data.formats.nano import X_KIND
 from seed_multimodal.data.nano.place import find_world
+from seed_multimodal.data.nano.verdicts import VERDICT_END
 from seed_multimodal.data.nano.x_records import OWN
 from seed_multimodal.detokenizers.autoencoder import ELSEWHERE, autoencoder_folder
 from seed_multimodal.detokenizers.sdxl import LAYOUT
@@ -102,13 +103,14 @@ def _detokenizer(space: XWorkspace, stage: int) -> dict[str, Any]:
 
 def _tuning(space: XWorkspace) -> dict[str, Any]:
     config, settings = space.config, space.config.train_sft
-    sizes = config.llm
+    sizes, start = config.llm, Path(settings.start)
     compiled = bool(shutil.which("g++")) if sizes.compile is None else sizes.compile
     return {
         "tokenizer": {"pretrained_model_name_or_path": absolute(space.tokenizer_folder)},
-        "model": {"sizes": llama_sizes(space), "dtype": "fp32", "seed": config.seed + 5, "compile": compiled,
-                  "template": "llama2"},
-        "agent": {**{name: asdict(one) for name, one in resamplers(space).items()},
+        "model": {**({"path": absolute(start / "llm")} if settings.start else {"sizes": llama_sizes(space)}),
+                  "dtype": "fp32", "seed": config.seed + 5, "compile": compiled, "template": "llama2"},
+        "agent": {"path": absolute(start / "agent") if settings.start else None,
+                  **{name: asdict(one) for name, one in resamplers(space).items()},
                   "losses": asdict(AGENT), "seed": config.seed + 7},
         "visual_encoder": {"path": absolute(space.out / "vision"), "at_once": 128},
         "data": {"packing": True, "length": ROW, "rows": max(1, settings.batch_size * MEAN_LENGTH // ROW),
@@ -203,7 +205,7 @@ def assemble(space: XWorkspace) -> dict[str, Any]:
     replace_text(out / "system.json", json.dumps({
         "system": "seed_x", "tuned": True, "grids": GRIDS, "edit_grids": GRIDS,
         "generation": {"max_new_tokens": 120, "do_sample": False},
-        "tasks": {"draw_words": 0, "edit_words": 40}}, indent=1))
+        "tasks": {"draw_words": 0, "edit_words": 64, "answer_after": VERDICT_END}}, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
         halve(file)
     sizes = {part.name: round(sum(f.stat().st_size for f in part.rglob("*.safetensors")) / 1e6, 2)
