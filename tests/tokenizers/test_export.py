@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from seed_multimodal.cli import main
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.tokenizer_files import MODEL, write_files
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
@@ -320,8 +321,9 @@ def test_command(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture
     code, out, _ = _command(capsys, *files, "--vision", trained.vision, "--image", trained.picture, "--out",
                             tmp_path / "a")
     assert code == 0 and "temp (1)" in out and " ".join(map(str, trained.codes[0].tolist())) in out
+    write_files(tmp_path / "words", (NANO / "seed_tokenizer" / MODEL).read_bytes(), trained.config.codebook_size, 32)
     code, out, _ = _command(capsys, *files, "--vision", trained.vision, "--out", tmp_path / "b", "--json", "--released",
-                            "--text-tokenizer", NANO / "seed_tokenizer")
+                            "--text-tokenizer", tmp_path / "words")
     record = json.loads(out)
     assert code == 0 and record["verified"] == ["model.safetensors", "seed_quantizer.pt"] and record["tensors"] == len(
         Seed2Tokenizer(trained.config).state_dict())
@@ -330,7 +332,11 @@ def test_command(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture
     code, out, errors = _command(capsys, *files, "--out", tmp_path / "c")
     assert code == 2 and not out and errors.count("\n") == 1 and "vision tower" in errors
     code, _, errors = _command(capsys, *files, "--out", tmp_path / "c", "--text-tokenizer", tmp_path)
-    assert code == 2 and "holds no language tokenizer" in errors
+    assert code == 2 and f"{tmp_path / MODEL}: this tokenizer file is missing" in errors
+    code, _, errors = _command(capsys, *files, "--vision", trained.vision, "--out", tmp_path / "c", "--text-tokenizer",
+                               NANO / "seed_tokenizer")
+    assert code == 2 and "has words for 1024 codes, 32 to a picture, but" in errors and "has 50, 32 to a picture" in errors
+    assert not (tmp_path / "c").exists()
 
 
 def test_exported_tokenizer_serves_seed_llama(tmp_path: Path, tiny_folder: Path) -> None:
@@ -345,7 +351,7 @@ def test_exported_tokenizer_serves_seed_llama(tmp_path: Path, tiny_folder: Path)
     first.load_state_dict(state, strict=False)
     second.load_state_dict(state, strict=False)
     export_tokenizer(_lavis(second, tmp_path / "2.pth"), tmp_path / "out", stage1=_lavis(first, tmp_path / "1.pth"),
-                     config=tokenizer.config, beside=[f for f in source.iterdir() if "token" in f.name])
+                     config=tokenizer.config, words=source)
     picture = Path(__file__).parents[2] / "images" / "fox.png"
     before = SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None)
     after = SeedLlama.from_pretrained(tiny_folder, tokenizer=tmp_path / "out", device="cpu", log=None)

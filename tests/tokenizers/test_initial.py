@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
-from seed_multimodal.tokenizers.initial import check_unclip, load_blip2, load_eva
+from seed_multimodal.tokenizers.initial import check_unclip, load_blip2, load_tower
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model
@@ -151,19 +151,19 @@ def test_eva_uses_39_of_40_blocks(tmp_path: Path) -> None:
     file, source = _tower_file(tmp_path / "a")
     lines: list[str] = []
     vit = EvaVit(EVA)
-    report = load_eva(vit, file.parent, lines.append)  # a folder with the file is as good as the file
+    report = load_tower(vit, file.parent, lines.append)  # a folder with the file is as good as the file
     assert len(report.loaded) == 511 and not report.missing and not report.fitted
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in vit.state_dict().items())
     assert {name.split(".")[0] for name in report.ignored} == {"blocks", "norm", "head"}
     assert len([name for name in report.ignored if name.startswith("blocks.39.")]) == 13
-    assert lines == [f"{file}: 511 tensors loaded, 0 not in the file, 15 in the file ignored; "
+    assert lines == [f"{file.parent}: 511 tensors loaded, 0 not in the file, 15 in the file ignored; "
                      "ignored: blocks (13), norm (1), head (1)."]
 
 
 def test_eva_positions_are_resized(tmp_path: Path) -> None:
     file, source = _tower_file(tmp_path / "a", depth=3)
     vit = EvaVit(dataclasses.replace(EVA, image_size=24, depth=2))
-    report = load_eva(vit, file, None)
+    report = load_tower(vit, file, None)
     assert report.fitted == {"pos_embed": "resized from (1, 5, 16) to (1, 10, 16)"}
     assert torch.equal(vit.pos_embed[:, 0], source.pos_embed[:, 0])
 
@@ -173,14 +173,14 @@ def test_eva_refusals(tmp_path: Path) -> None:
     wider = EvaVit(dataclasses.replace(EVA, depth=2, width=32, mlp_width=40))
     with pytest.raises(CheckpointError, match=r"tensors have another size, first 'cls_token': the file has "
                                               r"\(1, 1, 16\), the model needs \(1, 1, 32\)"):
-        load_eva(wider, file, None)
+        load_tower(wider, file, None)
     with pytest.raises(CheckpointError, match=r"13 tensors are missing from the file: 'blocks\.3"):
-        load_eva(EvaVit(dataclasses.replace(EVA, depth=4)), file, None)
+        load_tower(EvaVit(dataclasses.replace(EVA, depth=4)), file, None)
     torch.save({"visual.conv1.weight": torch.zeros(2)}, tmp_path / "open_clip.pth")
     with pytest.raises(CheckpointError, match=r"open_clip\.pth: not an EVA vision tower"):
-        load_eva(EvaVit(EVA), tmp_path / "open_clip.pth", None)
+        load_tower(EvaVit(EVA), tmp_path / "open_clip.pth", None)
     with pytest.raises(CheckpointError, match=r"absent\.pth: there is no such file; download https"):
-        load_eva(EvaVit(EVA), tmp_path / "absent.pth", None)
+        load_tower(EvaVit(EVA), tmp_path / "absent.pth", None)
 
 
 @pytest.fixture(scope="module")

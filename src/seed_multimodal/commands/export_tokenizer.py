@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from seed_multimodal.commands.common import add_json, cat_picture
 from seed_multimodal.entry import DONE
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 
 
 def export(args: argparse.Namespace) -> int:
     """Join, write, read back, compare; print what came from where, or one JSON object with `--json`."""
-    from seed_multimodal.language.tokenizer_files import ADDED, CONFIG, MODEL, SPECIAL
     from seed_multimodal.tokenizers.export import export_tokenizer
 
     if args.lavit or not args.stage2:
         return export_lavit(args)
-    beside: list[Path] = []
-    if args.text_tokenizer:
-        folder = Path(args.text_tokenizer)
-        if not (folder / MODEL).is_file():
-            raise CheckpointError(f"{folder}: holds no language tokenizer ({MODEL}).")
-        beside = [folder / name for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()]
     cat = cat_picture()
     picture = args.image or (cat if cat.is_file() else None)
     report = export_tokenizer(args.stage2, args.out, stage1=args.stage1, vision=args.vision, config=args.config,
-                              kind=args.kind, released=args.released, picture=picture, beside=beside, force=args.force)
+                              kind=args.kind, released=args.released, picture=picture, words=args.text_tokenizer,
+                              force=args.force)
     if args.json:
         print(json.dumps({
             "folder": str(report.folder), "kind": report.kind, "tensors": report.tensors, "parts": report.parts,
@@ -62,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "Q-Former too)")
     parser.add_argument("--stage2", metavar="CKPT", help="checkpoint of stage 2")
     parser.add_argument("--lavit", metavar="CKPT", help="checkpoint of LaVIT's stage 1, in the place of both")
-    parser.add_argument("--vision", metavar="CKPT", help="vision tower (eva_vit_g.pth), unless a stage trained it")
+    parser.add_argument("--vision", metavar="CKPT", help="vision tower (eva_vit_g.pth, or the run's CLIP folder), "
+                        "unless a stage trained it")
     parser.add_argument("--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained "
                         "(default: by its decode side; with both, seed2)")
     parser.add_argument("--config", metavar="JSON", help="sizes (default: config.json beside a checkpoint, else read "

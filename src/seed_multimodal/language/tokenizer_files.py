@@ -69,7 +69,18 @@ def read_files(folder: Path) -> TokenizerFiles:
     vocabulary = _seed_x(added, n_text, per_image, folder / ADDED) if seed_x else (
         ImageVocabulary(n_text, n_codes, per_image))
     _check_layout(added, vocabulary, folder / ADDED)
+    if (folder / "config.json").is_file() and "codebook_size" in (sizes := read_json_object(folder / "config.json")):
+        check_codebook(folder, vocabulary, sizes["codebook_size"], sizes.get("num_query", per_image), folder)
     return TokenizerFiles(processor, vocabulary, added, _special_of(folder, raw), raw)
+
+
+def check_codebook(words: Path, vocabulary: ImageVocabulary, codes: int, per_image: int,
+                   tokenizer: str | Path) -> None:
+    """Refuse (`CheckpointError`) words for other codes than an image tokenizer has."""
+    if (codes, per_image) != (vocabulary.n_codes, vocabulary.tokens_per_image):
+        raise CheckpointError(f"{words}: has words for {vocabulary.n_codes} codes, {vocabulary.tokens_per_image} to a "
+                              f"picture, but the image tokenizer {tokenizer} has {codes}, {per_image} to a picture; "
+                              f"train stage 2 with model.n_embed={vocabulary.n_codes}, or take other words.")
 
 
 def read_text_files(folder: Path, vocabulary: Callable[[int, dict[str, Any]], ImageVocabulary]) -> TokenizerFiles:

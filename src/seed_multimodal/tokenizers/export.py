@@ -13,8 +13,7 @@ read back; other codes, and nothing is kept. The folder appears by one rename, c
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,9 @@ from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.finite import refuse_diverged
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.tokenizer_files import check_codebook, read_files
 from seed_multimodal.tokenizers.encoder import CodeTokenizer
-from seed_multimodal.tokenizers.export_merge import AUTO, Merged, merge, part_of, sizes_of
+from seed_multimodal.tokenizers.export_merge import AUTO, Merged, merge, part_of
 from seed_multimodal.tokenizers.released import ENCODER_PARTS, OURS, TOWER, VISION_FILES, ReleasedLayout
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
@@ -68,19 +68,19 @@ class Export:
 def export_tokenizer(
     stage2: str | Path, out: str | Path, *, stage1: str | Path | None = None, vision: str | Path | None = None,
     config: TokenizerConfig | str | Path | None = None, kind: str = AUTO, released: bool = False,
-    picture: Image.Image | str | Path | None = None, beside: Sequence[str | Path] = (), force: bool = False,
+    picture: Image.Image | str | Path | None = None, words: str | Path | None = None, force: bool = False,
     log: Log = None,
 ) -> Export:
     """Join stage checkpoints into a tokenizer folder and verify it by encoding a picture.
 
     Args:
-        stage2, stage1, vision: checkpoint files; `stage1` may be left out if stage 2 trained (and holds) the encoder,
-            `vision` if a stage holds the tower.
+        stage2, stage1, vision: checkpoint files (the tower's may be a CLIP folder); `stage1` may be left out if stage 2
+            trained (and holds) the encoder, `vision` if a stage holds the tower.
         config: sizes, or a config.json; default: ours beside a checkpoint, else read off tensors of released widths.
         kind: `seed2`, `seed1`, or `auto`: what stage 2's decode side is (see `export_merge`).
         released: also write the files of that kind's released layout.
         picture: what is encoded to compare (default: a generated one).
-        beside: further files to copy into the folder, for example a language tokenizer's.
+        words: folder of a language tokenizer, whose files are copied into the folder.
         force: replace a folder that is not empty.
 
     Raises:
@@ -91,8 +91,12 @@ def export_tokenizer(
     files = [Path(file) for file in (stage2, stage1) if file is not None]
     read = [stage1, stage2, vision, picture if isinstance(picture, str | Path) else None]
     shown, target = Path(out), output_folder(out, force=force, what="the tokenizer", read=read)
-    merged = merge(files[1] if len(files) > 1 else None, files[0], Path(vision) if vision is not None else None, kind)
-    sizes = sizes_of(config, merged, files)
+    texts = None if words is None else read_files(Path(words))
+    merged = merge(files[1] if len(files) > 1 else None, files[0], Path(vision) if vision is not None else None, kind,
+                   config)
+    sizes = merged.sizes
+    if texts is not None:
+        check_codebook(Path(words or ""), texts.vocabulary, sizes.codebook_size, sizes.num_query, stage2)
     model = merged.tokenizer.from_tensors(sizes, merged.state, merged.tower, " and ".join(map(str, reversed(files))),
                                           merged.tower_file)
     pixels = _pixels(picture, sizes.vit.image_size)
@@ -103,7 +107,9 @@ def export_tokenizer(
     tokenizer = merged.tokenizer
     del merged  # a billion numbers at released size
     with making_folder(target, shown, ConfigError) as folder:
-        _write(model, folder, released, beside)
+        _write(model, folder, released)
+        for name, content in texts.raw.items() if texts is not None else ():
+            (folder / name).write_bytes(content)
         del model
         report.verified = _verify(folder, tokenizer, released, pixels, expected)
     if log is not None:
@@ -174,12 +180,10 @@ def _pixels(picture: Image.Image | str | Path | None, size: int) -> Tensor:
 # ---- files
 
 
-def _write(model: CodeTokenizer, folder: Path, released: bool, beside: Sequence[str | Path]) -> None:
+def _write(model: CodeTokenizer, folder: Path, released: bool) -> None:
     model.save_pretrained(folder)
     for name, content in released_files(model.layout, model.state_dict()).items() if released else ():
         save_torch(content, folder / name)
-    for file in beside:
-        shutil.copyfile(file, folder / Path(file).name)
 
 
 def released_files(layout: ReleasedLayout, state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

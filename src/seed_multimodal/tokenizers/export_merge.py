@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.tokenizers.checkpoints import State, our_config, read_tower
+from seed_multimodal.tokenizers.checkpoints import State, our_config
 from seed_multimodal.tokenizers.encoder import CodeTokenizer
+from seed_multimodal.tokenizers.initial import tower_tensors
 from seed_multimodal.tokenizers.released import ENCODER_PARTS, TOWER, VISION_URL
 from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model
@@ -34,11 +35,12 @@ class Merged:
     """Tensors of the tokenizer without its tower, the tower, and where each name came from.
 
     Attributes:
-        kind: a key of `KINDS`.
+        kind: a key of `KINDS`. sizes: as given, from our config.json beside a file, or read off the tensors.
         files: the names each file holds; `left_out`: names of the stage-2 file that another decode side owns.
     """
 
     kind: str
+    sizes: TokenizerConfig
     state: State
     tower: State
     origin: dict[str, str]
@@ -83,14 +85,16 @@ def choose_kind(asked: str, state: Mapping[str, Tensor], file: Path) -> str:
     return asked
 
 
-def merge(stage1: Path | None, stage2: Path, vision: Path | None, asked: str) -> Merged:
+def merge(stage1: Path | None, stage2: Path, vision: Path | None, asked: str,
+          config: TokenizerConfig | str | Path | None = None) -> Merged:
     """Read the stages and the tower, in float32.
 
     Args:
-        asked: see `choose_kind`.
+        vision: as `tower_tensors` takes it. asked: see `choose_kind`. config: sizes, or a config.json.
 
     Raises:
-        CheckpointError: not the stages they should be, a part that no file holds, or another tower than was trained.
+        CheckpointError: not the stages they should be, a part that no file holds, another tower than was trained, or no
+            tensor shows a size. ConfigError: sizes of the other kind of tokenizer.
     """
     late = load_state_dict(stage2)
     early = load_state_dict(stage1) if stage1 is not None else {}
@@ -99,7 +103,9 @@ def merge(stage1: Path | None, stage2: Path, vision: Path | None, asked: str) ->
         raise CheckpointError(f"{stage2}: not a stage-2 checkpoint: it holds no {CODEBOOK!r} (its first "
                               f"tensor is {next(iter(late))!r}){advice}")
     kind = choose_kind(asked, late, stage2)
-    late, left_out = KINDS[kind].tokenizer_class.released_names(late)
+    tokenizer = KINDS[kind].tokenizer_class
+    sizes = known_sizes(config, tokenizer.config_class, [file for file in (stage2, stage1) if file is not None])
+    late, left_out = tokenizer.released_names(late)
     # Buffers are always saved, so a lone position_ids does not mean that stage 2 holds the Q-Former.
     trained = {part_of(name) for name in late if not name.endswith("position_ids")} & set(ENCODER_PARTS)
     state, origin = {}, {}
@@ -120,31 +126,32 @@ def merge(stage1: Path | None, stage2: Path, vision: Path | None, asked: str) ->
         raise CheckpointError(f"{stage2}: no stage holds the frozen vision tower; download it from {VISION_URL} and "
                               "give it as the vision file.")
     if vision is not None:
-        given = {name: _float(value) for name, value in read_tower(vision).items()}
+        given = {name: _float(value) for name, value in tower_tensors(vision, sizes and sizes.vit).items()}
         _same_tower(tower, given, holder, vision)
         if not tower:
             tower, holder = given, vision
             origin |= dict.fromkeys((TOWER + name for name in tower), str(vision))
         files[str(vision)] = [TOWER + name for name in given]
-    return Merged(kind, state, tower, origin, files, {str(stage2): left_out}, holder)
+    if sizes is None:
+        whole = {**state, **{TOWER + name: value for name, value in tower.items()}}
+        sizes = tokenizer.config_class.infer(whole, stage2)
+    return Merged(kind, sizes, state, tower, origin, files, {str(stage2): left_out}, holder)
 
 
-def sizes_of(config: TokenizerConfig | str | Path | None, merged: Merged, files: Sequence[Path]) -> TokenizerConfig:
-    """The tokenizer's sizes: as given, from our config.json beside one of the `files`, or read off the tensors.
+def known_sizes(config: TokenizerConfig | str | Path | None, kind: type[TokenizerConfig],
+                files: Sequence[Path]) -> TokenizerConfig | None:
+    """The tokenizer's sizes as given, or from our config.json beside one of the `files`; None: neither.
 
     Raises:
-        ConfigError: of the other kind of tokenizer. CheckpointError: no tensor shows a size.
+        ConfigError: of the other kind of tokenizer.
     """
-    kind = merged.tokenizer.config_class
     if isinstance(config, TokenizerConfig):
         if not isinstance(config, kind):
             raise ConfigError(f"The sizes given are a {config.name} tokenizer's, {files[0]} is a {kind.name} one's.")
         return config
     beside = (found for file in files if (found := our_config(file.parent, kind.model_type)) is not None)
     file = Path(config) if config is not None else next(beside, None)
-    if file is not None:
-        return kind.read(file)
-    return kind.infer({**merged.state, **{TOWER + name: value for name, value in merged.tower.items()}}, files[0])
+    return None if file is None else kind.read(file)
 
 
 def _float(value: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ from torch import Tensor
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import UNCLIP_WHERE, find_file, find_folder
-from seed_multimodal.tokenizers.checkpoints import fill_tower, read_tower
+from seed_multimodal.tokenizers.checkpoints import State, fill_tower, read_tower
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.released import TOWER, VISION_FILES, VISION_URL
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.vision.clip_towers import eva_from_clip
-from seed_multimodal.vision.eva import EvaVit
+from seed_multimodal.vision.eva import EvaConfig, EvaVit
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
 Log = Callable[[str], None] | None
@@ -50,7 +50,7 @@ def load_blip2(model: Stage1Model, path_or_id: str | Path, log: Log = print) -> 
 
     Raises:
         CheckpointError: not there (names the download), damaged, another model's, or of another size; the vision
-            tower is never taken from this file (`load_eva` does that).
+            tower is never taken from this file (`load_tower` does that).
     """
     file = find_file(path_or_id, BLIP2_FILES, BLIP2_WHERE)
     state = load_state_dict(file)
@@ -72,29 +72,30 @@ def load_blip2(model: Stage1Model, path_or_id: str | Path, log: Log = print) -> 
     return report
 
 
-def load_eva(vit: EvaVit, path_or_id: str | Path, log: Log = print) -> LoadReport:
-    """Start the vision tower from `eva_vit_g.pth`: all blocks but the file's last, positions resized to the grid.
+def load_tower(vit: EvaVit, source: str | Path, log: Log = print) -> LoadReport:
+    """Start the vision tower from what `tower_tensors` reads, positions resized to its grid.
 
     Raises:
         CheckpointError: not there (names the download), damaged, another model's, or of another size.
     """
-    file = find_file(path_or_id, VISION_FILES, EVA_WHERE)
-    report = fill_tower(vit, read_tower(file), file)
+    report = fill_tower(vit, tower_tensors(source, vit.config), source)
     if log is not None:
         log(report.describe())
     return report
 
 
-def load_tower(vit: EvaVit, source: str | Path, log: Log = print) -> LoadReport:
-    """Start the vision tower from an EVA file (`load_eva`), or (ours) a transformers CLIP folder of the same sizes."""
+def tower_tensors(source: str | Path, sizes: EvaConfig | None = None) -> State:
+    """Vision-tower tensors by their names in the tower: of `eva_vit_g.pth` (a file, its folder or a hub id), or (ours)
+    of a transformers CLIP folder, of which `sizes` (None: all of it) says how much is used.
+
+    Raises:
+        CheckpointError: not there (names the download), damaged, or another model's.
+    """
     config = Path(source) / "config.json"
     if not config.is_file() or not str(read_json_object(config).get("model_type", "")).startswith("clip"):
-        return load_eva(vit, source, log)
+        return read_tower(find_file(source, VISION_FILES, EVA_WHERE))
     clip = load_clip_vision(source, log=None)
-    report = assign_strictly(vit, eva_from_clip(clip.state_dict(), vit.config), source)
-    if log is not None:
-        log(f"{source}: {len(report.loaded)} tensors of a CLIP tower loaded into the vision tower.")
-    return report
+    return eva_from_clip(clip.state_dict(), sizes or EvaConfig(depth=clip.config.num_hidden_layers, pre_norm=True))
 
 
 def check_unclip(path_or_id: str | Path, embedding_dim: int, log: Log = print) -> LoadReport:

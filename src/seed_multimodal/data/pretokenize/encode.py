@@ -71,7 +71,9 @@ class Encoder:
         self.fingerprint = fingerprint(model)
         self.image_size: int = model.config.vit.image_size
         self.transform: ImageTransform = codec.transform
-        self.vocabulary = self._vocabulary(opened, model)
+        text = getattr(opened, "text", None)  # its words fit, else they had been refused
+        self.vocabulary: ImageVocabulary = text.vocabulary if text is not None else ImageVocabulary(
+            n_codes=model.config.codebook_size, tokens_per_image=model.config.num_query)
         on_gpu = self.device.type == "cuda"
         half = on_gpu and getattr(opened, "fp16", True)  # `fp16: False` in the tokenizer's YAML
         dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if half else torch.float32
@@ -90,18 +92,6 @@ class Encoder:
         else:
             self.compiled = bool(settings.compile)
             self._model = optimise(model, compile=self.compiled, levers=Levers(dtype=dtype))
-
-    def _vocabulary(self, opened: Any, model: Any) -> ImageVocabulary:
-        """The words of the codes; refused when the text tokenizer has others."""
-        text = getattr(opened, "text", None)
-        has = (model.config.codebook_size, model.config.num_query)
-        if text is None:
-            return ImageVocabulary(n_codes=has[0], tokens_per_image=has[1])
-        vocabulary: ImageVocabulary = text.vocabulary
-        if has != (vocabulary.n_codes, vocabulary.tokens_per_image):
-            raise ConfigError(f"tokenizer: its pictures have {has[1]} of {has[0]} codes, but its vocabulary has words "
-                              f"for {vocabulary.tokens_per_image} of {vocabulary.n_codes}.")
-        return vocabulary
 
     def start(self, rows: Sequence[Tensor]) -> Codes:
         """Begin to encode pictures, uint8 [3, S, S] each; on a GPU this returns before it is done.
