@@ -40,6 +40,10 @@ class SeedModel(BaseModel):
     """Names of frozen modules that are used beside the model and are no part of it or its checkpoints."""
     fast_tower: FastTower | None = None
     """The frozen tower on packed weights, by the option `fast_tower`."""
+    reads_captions = True
+    """False: its data sets may hold pictures alone."""
+    vision_file = ""
+    """Where the frozen tower was read from; empty: it is in a checkpoint, or random."""
     shares_tower = False
     """The frozen tower is that of `clip_model`: its output gives the target embedding, too."""
 

@@ -9,8 +9,8 @@
           images: {storage: /data/cc3m}                     folder of the paths in them (default: beside the list)
           storage: cc3m/{00000..00331}.tar                  or shards, or a folder of pictures and .txt files
 
-`captioned: False` in build_info: pictures alone, whose captions are not read. Nothing is downloaded. A split is a
-`PairDataset`, addressed by (index, epoch).
+`captioned: False` in build_info: pictures alone, whose captions are not read (for LaVIT's model, always). Nothing is
+downloaded. A split is a `PairDataset`, addressed by (index, epoch).
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ class PairBuilder(BaseDatasetBuilder):
         wanted = {name for key in ("train_splits", "valid_splits", "test_splits") for name in run.get(key) or ()}
         info = self.build_info()
         specs = split_sources(info, f"datasets.{self.name}.build_info")
+        model = registry.get_model_class(registry.get("configuration").model_cfg.arch)
         for spec in specs.values():
+            if spec["format"] != "nano" and not model.reads_captions:
+                spec["captioned"] = False
             if spec["format"] != "nano" and run.get("output_dir"):
                 spec["index_instead"] = f"{run.output_dir}/index"  # where nothing can be written beside the data
         return {split: spec for split, spec in specs.items() if split in wanted}

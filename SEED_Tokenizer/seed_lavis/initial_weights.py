@@ -42,7 +42,7 @@ def start_stage1(model: Any) -> None:
     elif not options.load_pretrained:
         log("model.load_pretrained is false: the Q-Former starts at random weights.")
     if options.vit_weights:
-        load_tower(model.visual_encoder, options.vit_weights)
+        load_tower(model, options.vit_weights)
     elif options.freeze_vit and options.load_pretrained:
         raise ConfigError(f"model.freeze_vit is true, but the vision tower has no weights: {WITHOUT_TOWER}.")
     load_finetuned(model)
@@ -66,11 +66,11 @@ def start_stage2(model: Any) -> None:
         if not any(name.startswith(f"{TOWER}blocks") for name in state):
             if not options.vit_weights:
                 raise ConfigError(f"{file} holds no vision tower: {WITHOUT_TOWER}.")
-            load_tower(model.visual_encoder, options.vit_weights)
+            load_tower(model, options.vit_weights)
     else:
         log("model.load_pretrained is false: stage 2 starts at random weights.")
         if options.vit_weights:
-            load_tower(model.visual_encoder, options.vit_weights)
+            load_tower(model, options.vit_weights)
     load_finetuned(model)
     model.shares_tower = is_tower_of(model.visual_encoder, getattr(model, "clip_model", None))
 
@@ -87,9 +87,10 @@ def load_finetuned(model: Any) -> None:
                             foreign=True)))
 
 
-def load_tower(tower: nn.Module, source: str) -> None:
+def load_tower(model: Any, source: str) -> None:
     """The tower's weights from a file or folder that the YAML names."""
-    initial.load_tower(tower, locate(source), log)  # type: ignore[arg-type]
+    model.vision_file = locate(source)
+    initial.load_tower(model.visual_encoder, model.vision_file, log)
 
 
 def is_tower_of(tower: nn.Module, clip: Any) -> bool:

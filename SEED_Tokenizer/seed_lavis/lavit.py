@@ -40,6 +40,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
     stage = "lavit-stage1"
     options_type = LavitOptions
     options: LavitOptions
+    reads_captions = False
     skips_parameters = True  # the codebook follows averages, a frozen selector nothing
 
     def __init__(self, options: LavitOptions) -> None:
@@ -77,7 +78,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
             CheckpointError: a file that is not there, damaged, of another model or size. ConfigError: no tower.
         """
         if self.options.vit_weights:
-            load_tower(self.visual_encoder, self.options.vit_weights)
+            load_tower(self, self.options.vit_weights)
         elif self.options.load_pretrained:
             raise ConfigError(f"The vision tower has no weights: {WITHOUT_TOWER}.")
         else:

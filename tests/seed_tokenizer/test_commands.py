@@ -19,7 +19,7 @@ def test_both_stages_and_export(start, tmp_path):
     out, error = first.communicate(timeout=150)
     assert first.returncode == 0, error
     assert "Stage 1 (causal Q-Former): 4 steps, 32 pictures" in out and f"{tmp_path}/q/checkpoint_1.pth" in out
-    assert "Next: CONFIG=lavis/projects/nano/pretrain_codebook.yaml sh train_scripts/codebook.sh" in out
+    assert f"Next: CONFIG={tmp_path}/q/stage2.yaml sh train_scripts/codebook.sh" in out
     assert {"checkpoint_0.pth", "checkpoint_1.pth", "config.json", "config.yaml", "log.txt", "stage1.log.jsonl",
             "stage1.done.json", "stage1.checkpoints"} <= {file.name for file in (tmp_path / "q").iterdir()}
 

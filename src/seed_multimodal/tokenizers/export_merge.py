@@ -126,7 +126,8 @@ def merge(stage1: Path | None, stage2: Path, vision: Path | None, asked: str,
         raise CheckpointError(f"{stage2}: no stage holds the frozen vision tower; download it from {VISION_URL} and "
                               "give it as the vision file.")
     if vision is not None:
-        given = {name: _float(value) for name, value in tower_tensors(vision, sizes and sizes.vit).items()}
+        shape = None if sizes is None else sizes.vit
+        given = {name: _float(value) for name, value in tower_tensors(vision, shape).items()}
         _same_tower(tower, given, holder, vision)
         if not tower:
             tower, holder = given, vision
