@@ -7,6 +7,7 @@
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -28,9 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", help="nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit, "
                         "nano-lavit or a folder with system.json (instead of the three YAML files)")
-    parser.add_argument("--image_transform", help="YAML of the image transform")
-    parser.add_argument("--tokenizer", help="YAML of the SEED tokenizer")
-    parser.add_argument("--model", help="YAML of the language model")
+    parser.add_argument("--image_transform", help="YAML of the image transform (of a folder as --tokenizer: its own)")
+    parser.add_argument("--tokenizer", help="YAML of the SEED tokenizer, or a folder that seed export-tokenizer made")
+    parser.add_argument("--model", help="YAML of the language model, or its folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 shows it to other machines")
     parser.add_argument("--port", type=int, default=7890, help="port to listen on, 0 for a free one (default: 7890)")
     parser.add_argument("--llm_device", default="auto", help="device of the language model (default: auto)")
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         parts = {"llm": args.offload_llm, "encoder": args.offload_encoder, "decoder": args.offload_decoder}
         system = open_system(args.system, device=args.llm_device, image_device=args.tokenizer_device,
                              offload=[name for name, chosen in parts.items() if chosen], **loading)
-    elif all(files.values()):
+    elif args.model and args.tokenizer and (args.image_transform or os.path.isdir(args.tokenizer)):
         system = system_from_configs(**files, llm_device=args.llm_device, tokenizer_device=args.tokenizer_device,
                                      offload_encoder=args.offload_encoder, offload_decoder=args.offload_decoder,
                                      **loading)
@@ -82,9 +83,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         _ = system.pictures.decoder  # a missing part shows now, not at the first drawing
     except CheckpointError as error:
-        if not isinstance(system.spec, LavitSpec) or system.spec.has("decoder", "pixels"):
+        made_for_reading = isinstance(system.spec, LavitSpec) and not system.spec.has("decoder", "pixels")
+        if system.pictures.can_draw and not made_for_reading:
             raise
-        print(f"{error} Pictures are read and described.")  # such a folder is made for that
+        print(f"{error} Pictures are read and described.")
     pixels = args.max_megapixels * 1_000_000
     limits = Limits(max_image_pixels=pixels, max_request_pixels=pixels, max_decoding_pixels=pixels,
                     max_waiting=args.max_waiting)

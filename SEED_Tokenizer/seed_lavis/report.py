@@ -83,7 +83,7 @@ def _next(run: RunContext, record: dict[str, Any]) -> list[str]:
     if words is not None:
         return [f"{export} --text-tokenizer {short_path(words)} --out tokenizer"]
     return [f"{export} --out tokenizer",
-            f"  with --text-tokenizer FOLDER (that holds {MODEL} and words for {options.n_embed} codes) the result also "
+            f"  with --text-tokenizer FOLDER (with {MODEL} and words for {options.n_embed} codes) the result also "
             "serves a language model and `seed eval tokenizer`'s captions."]
 
 

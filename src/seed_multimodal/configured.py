@@ -6,6 +6,7 @@ the original code works unchanged; keys without meaning here (`low_cpu_mem_usage
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,31 +81,31 @@ def picture_codec(model: str, *, device: str = "auto", dtype: str = "auto") -> P
     """The picture half of a system with codes, without its language model.
 
     Args:
-        model: `nano`, a system folder, or `released` (also `8b`, `14b`, which share one tokenizer).
+        model: `nano`, a system folder, `released` (also `8b`, `14b`, which share one tokenizer), or a tokenizer alone.
 
     Raises:
         CheckpointError: a part that is not there.
     """
-    from seed_multimodal.systems.system_spec import RELEASED_NAMES, find_system
+    from seed_multimodal.device import RELEASED_FP16, choose_device
+    from seed_multimodal.systems.pictures import open_codec
+    from seed_multimodal.systems.system_spec import find_pictures
 
-    if model.lower() in RELEASED_NAMES:
-        name = PARTS["tokenizer"].folder
-        if local_folder(name) is None:
-            raise CheckpointError(f"{not_on_disk([('tokenizer', name)])}; `--model nano` runs now.")
-        return seed_llama_tokenizer(name, device=device, dtype=dtype).pictures
-    spec = find_system(model)
-    transform = {**spec.transform, "image_size": spec.image_size}
-    return _codec(spec.tokenizer, spec.vision, spec.detokenizer, transform, device, dtype)
+    parts = find_pictures(model)
+    runtime = choose_device(device, dtype, fp16=RELEASED_FP16)
+    drawing = parts.detokenizer
+    return open_codec(parts.tokenizer, vision=parts.vision, detokenizer=drawing and (local_folder(drawing) or drawing),
+                      transform=parts.transform, device=runtime.device, dtype=runtime.dtype)
 
 
 def system_from_configs(
-    *, model: str | Path, tokenizer: str | Path, image_transform: str | Path, llm_device: str = "auto",
+    *, model: str | Path, tokenizer: str | Path, image_transform: str | Path | None = None, llm_device: str = "auto",
     tokenizer_device: str = "auto", offload_encoder: bool = False, offload_decoder: bool = True, dtype: str = "auto",
     quantization: str | None = None,
 ) -> SeedLlama:
     """A system from the released demo's three YAML files (its server's `--image_transform --tokenizer --model`).
 
     Args:
+        model, tokenizer: or their folders, as `seed export-tokenizer` writes one; image_transform: None: the folder's.
         dtype, quantization: if given, in the place of what the files say (`fp16`, `torch_dtype`, `load_in_8bit`).
 
     Raises:
@@ -113,20 +114,27 @@ def system_from_configs(
     """
     from seed_multimodal.language.prompts import template_for
     from seed_multimodal.language.tasks import RELEASED_TASKS
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer
     from seed_multimodal.systems.seed_llama import SeedLlama
     from seed_multimodal.systems.system_spec import RELEASED_GENERATION, SystemSpec
 
     _refuse_missing(model, tokenizer)
     precision = {} if dtype == "auto" else {"dtype": dtype}
-    words = instantiate(tokenizer, device=tokenizer_device, **precision)
+    if os.path.isdir(tokenizer):
+        words: Any = SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(tokenizer),
+                                        picture_codec(str(tokenizer), device=tokenizer_device, dtype=dtype))
+    else:
+        words = instantiate(tokenizer, device=tokenizer_device, **precision)
     if not isinstance(words, SeedLlamaTokenizer):
         raise ConfigError(f"{tokenizer}: describes a {type(words).__name__}, not a SEED tokenizer.")
-    words.pictures.transform = instantiate(image_transform)
+    if image_transform is not None:
+        words.pictures.transform = instantiate(image_transform)
     words.pictures.offload(encoder=offload_encoder, decoder=offload_decoder)
     precision = {} if dtype == "auto" else {"torch_dtype": dtype}
     packed = {} if quantization is None else {f"load_in_{bits}": bits == quantization for bits in ("8bit", "4bit")}
-    llm = instantiate(model, device_map=llm_device, **precision, **packed)
+    start: Any = language_model if os.path.isdir(model) else instantiate
+    llm = start(str(model), device_map=llm_device, **precision, **packed)
     spec = SystemSpec(name=str(model), tokenizer=Path(tokenizer), llm=Path(model), detokenizer=None,
                       template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION),
                       tasks=RELEASED_TASKS)
@@ -143,7 +151,7 @@ def _refuse_missing(model: str | Path, tokenizer: str | Path) -> None:
 
     fetched = not constants.HF_HUB_OFFLINE  # parts named as on the hub are then downloaded when needed
     named: list[tuple[str, str]] = []
-    for file in (tokenizer, model):
+    for file in (one for one in (tokenizer, model) if not os.path.isdir(one)):
         node = load_yaml(file)
         if not isinstance(node.get("_target_"), str):
             raise ConfigError(f"{file}: must name what to build by '_target_'.")
@@ -163,16 +171,3 @@ def _refuse_missing(model: str | Path, tokenizer: str | Path) -> None:
     if missing:
         raise CheckpointError(f"{not_on_disk(missing)}, or start scripts/start_backend_nano.sh (--system nano), which "
                               "runs now.")
-
-
-def _codec(
-    tokenizer: Path, vision: Path | None, detokenizer: str | Path | None, transform: dict[str, Any], device: str,
-    dtype: str,
-) -> PictureCodec:
-    from seed_multimodal.device import RELEASED_FP16, choose_device
-    from seed_multimodal.systems.pictures import open_codec
-
-    runtime = choose_device(device, dtype, fp16=RELEASED_FP16)
-    where = None if detokenizer is None else local_folder(detokenizer) or Path(detokenizer)
-    return open_codec(tokenizer, vision=vision, detokenizer=where, transform=transform, device=runtime.device,
-                      dtype=runtime.dtype)

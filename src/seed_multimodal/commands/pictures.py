@@ -87,6 +87,9 @@ def reconstruct(args: argparse.Namespace) -> int:
         if file or counts:
             raise ConfigError(f"{args.model}: {NO_CODES}; give pictures alone.")
         return _rebuild(args, codec, names)
+    if not codec.can_draw:
+        raise ConfigError(f"{args.model}: has no decoder for its pictures; put a stable-unCLIP folder that draws its "
+                          f"embeddings at {Path(args.model) / 'diffusion_model'}.")
     if args.condition is not None:
         raise ConfigError(f"{args.model}: a condition picture is for SEED-X's second stage; here a picture is drawn "
                           f"from its codes alone.")

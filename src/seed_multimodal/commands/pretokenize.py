@@ -30,7 +30,7 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--image_transform", metavar="YAML",
                         help="the pictures' transform (default: squashed bilinearly to the tokenizer's size, nano's as "
                              "well; where --tokenizer names a system, the system's)")
-    parser.add_argument("--tokenizer", metavar="YAML")
+    parser.add_argument("--tokenizer", metavar="YAML", help="or a folder, as seed export-tokenizer makes one")
     parser.add_argument("--data", metavar="YAML", help="what is read")
     parser.add_argument("--save_dir", metavar="FOLDER")
     parser.add_argument("--gpus", type=int, default=DefaultNumber(RELEASED_GPUS), metavar="N",

@@ -16,20 +16,17 @@ from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.judge import Judge
-from seed_multimodal.hub import PARTS, local_folder, locate, locate_system
+from seed_multimodal.hub import PARTS, locate, locate_system
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.systems.open_system import kind_of
 from seed_multimodal.systems.pictures import PictureCodec
-from seed_multimodal.systems.system_file import RELEASED_TRANSFORM
-from seed_multimodal.systems.system_spec import RELEASED_NAMES, find_system
+from seed_multimodal.systems.system_spec import PictureParts, find_pictures
 from seed_multimodal.tokenizers.clip_weights import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.tokenizers.fast import FastTokenizer, optimise
 from seed_multimodal.tokenizers.initial import check_unclip
-from seed_multimodal.tokenizers.released import SEED2
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
-RELEASED_TOKENIZER, UNCLIP = PARTS["tokenizer"].folder, PARTS["unclip"].folder
-BICUBIC = {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"}
+UNCLIP = PARTS["unclip"].folder
 NANO_JUDGE = "pretrained/nano/judge"
 NONE = "none"
 PartPath = str | Path | None
@@ -82,13 +79,14 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: PartPath = N
     Raises:
         CheckpointError: no such tokenizer, or a given part that is missing or does not fit it.
     """
-    source, vision, beside, settings = _parts(str(model))
-    tokenizer = Seed2Tokenizer.from_pretrained(source, vision=vision, device=runtime.device, dtype=runtime.dtype)
+    parts = _parts(str(model))
+    source, settings = parts.tokenizer, parts.transform
+    tokenizer = Seed2Tokenizer.from_pretrained(source, vision=parts.vision, device=runtime.device, dtype=runtime.dtype)
     size = tokenizer.config.vit.image_size
     if interpolation is not None:
         settings = {**settings, "interpolation": interpolation}
     transform = get_transform(**{**settings, "image_size": size})
-    drawing = _given(decoder, beside)
+    drawing = _given(decoder, parts.detokenizer)
     if drawing is not None:
         guessed = decoder is None and drawing == locate(UNCLIP)
         drawing = _fitting_decoder(drawing, tokenizer, required=not guessed, log=log)
@@ -109,29 +107,12 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: PartPath = N
                            optimise(tokenizer) if fast else None)
 
 
-def _parts(model: str) -> tuple[str | Path, Path | None, Path | None, dict[str, Any]]:
-    """Tokenizer, vision-tower file, decoder folder and resizing of what `model` names."""
-    if model.lower() in RELEASED_NAMES:
-        folder = local_folder(RELEASED_TOKENIZER)
-        if folder is None:
-            raise CheckpointError(f"{RELEASED_TOKENIZER}: the released tokenizer is not on this disk; "
-                                  f"{SEED2.advice(RELEASED_TOKENIZER, missing=True)}.")
-        return folder, None, _decoder_of(folder), dict(RELEASED_TRANSFORM)
-    place = locate_system(model)
-    if place is None:
-        return model, None, None, dict(BICUBIC)  # a hub id, or a sentence by the loader
-    if (place / "system.json").is_file():
-        if (kind := kind_of(place)) != "seed_llama":
-            raise CheckpointError(f"{model}: is a {kind}; this measures SEED-2's kind of tokenizer. How it rebuilds "
-                                  "pictures stands in its report: python -m seed_multimodal.evaluation.report.")
-        spec = find_system(place)
-        return spec.tokenizer, spec.vision, spec.detokenizer, dict(spec.transform)
-    return place, None, _decoder_of(place if place.is_dir() else place.parent), dict(BICUBIC)
-
-
-def _decoder_of(folder: Path) -> Path | None:
-    inside = folder / "diffusion_model"
-    return inside if inside.is_dir() else locate(UNCLIP)
+def _parts(model: str) -> PictureParts:
+    """The parts of what `model` names; `CheckpointError` for another system."""
+    if (kind := kind_of(model)) != "seed_llama":
+        raise CheckpointError(f"{model}: is a {kind}; this measures SEED-2's kind of tokenizer. How it rebuilds "
+                              "pictures stands in its report: python -m seed_multimodal.evaluation.report.")
+    return find_pictures(model)
 
 
 def _given(value: PartPath, default: Path | None) -> Path | None:

@@ -78,7 +78,7 @@ class SeedLlamaTokenizer:
         drawing = diffusion_path or (inside if inside.is_dir() else PARTS["unclip"].folder)
         runtime = choose_device(device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=RELEASED_FP16)
         codec = open_codec(folder, detokenizer=local_folder(drawing) or Path(drawing), device=runtime.device,
-                           transform={"type": "clip", "keep_ratio": False, "image_size": 224}, dtype=runtime.dtype)
+                           transform={"type": "clip", "keep_ratio": False}, dtype=runtime.dtype)
         if load_diffusion:
             _ = codec.decoder
         return cls(MultimodalTokenizer.from_pretrained(folder), codec, fp16=fp16)

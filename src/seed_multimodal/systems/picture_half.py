@@ -105,8 +105,8 @@ class PictureHalf:
         with self._lock:
             if self._decoder is None:
                 if self._load_decoder is None:
-                    raise CheckpointError("This system was opened without its de-tokenizer (load_decoder=False), so it "
-                                          "cannot draw.")
+                    raise CheckpointError("This system has no de-tokenizer, or was opened without it (load_decoder="
+                                          "False), so it cannot draw.")
                 with quiet_loading("diffusers", "transformers"):
                     self._decoder = self._load_decoder()
                 self._decoder.to("cpu" if self.offload_decoder else self.drawing_device)

@@ -200,10 +200,11 @@ def is_codes(value: object) -> bool:
 
 
 def open_codec(
-    tokenizer: Path, *, vision: Path | None = None, detokenizer: Path | None = None, transform: dict[str, Any],
+    tokenizer: str | Path, *, vision: Path | None = None, detokenizer: Path | None = None, transform: dict[str, Any],
     device: torch.device, dtype: torch.dtype,
 ) -> PictureCodec:
-    """A tokenizer with the resizing it was trained on and, loaded on first use, its de-tokenizer.
+    """A tokenizer with the resizing it was trained on (to its own size, if none is given) and, loaded on first use,
+    its de-tokenizer.
 
     Raises:
         CheckpointError: weights that are missing or damaged.
@@ -215,6 +216,7 @@ def open_codec(
     load = None
     if detokenizer is not None:
         load = partial(UnclipDetokenizer.from_pretrained, detokenizer, device=device, dtype=dtype)
+    transform = {"image_size": model.config.vit.image_size, **transform}
     return PictureCodec(model, get_transform(**transform), load_decoder=load, device=device)
 
 

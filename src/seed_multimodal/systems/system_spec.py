@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from seed_multimodal.data.formats.files import nearest_path
 from seed_multimodal.disk import read_json_object
@@ -15,8 +16,10 @@ from seed_multimodal.hub import (
     PARTS,
     SYSTEMS,
     download,
+    first_file,
     is_hub_name,
     llm_kind,
+    local_folder,
     locate,
     locate_system,
     not_on_disk,
@@ -27,10 +30,13 @@ from seed_multimodal.language.prompts import template_for
 from seed_multimodal.language.tasks import RELEASED_TASKS
 from seed_multimodal.settings import nearest
 from seed_multimodal.systems.system_file import RELEASED_TRANSFORM, SystemFile, read_system_json
+from seed_multimodal.tokenizers.released import LAYOUTS
 
 # The released inference scripts' settings (top_k 50 is the library default they run under).
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
+BICUBIC = {**RELEASED_TRANSFORM, "interpolation": "bicubic"}  # of a tokenizer alone
 TEMPLATES = {"8b": "vicuna", "14b": "llama2"}  # of the released models by their short names
+TOKENIZERS = ("seed2_tokenizer", "seed1_tokenizer")
 RELEASED_NAMES = ("released", *TEMPLATES)
 
 
@@ -68,9 +74,66 @@ def find_system(
         near = nearest_path(str(name)) if "/" in str(name) else "" if short in SYSTEMS else nearest(short, SYSTEMS)
         raise CheckpointError(f"{name}: there is no such folder{near}; give {', '.join(SYSTEMS)} or a folder with "
                               f"system.json. {_how_to_get(str(name))}")
+    if is_tokenizer(folder):
+        raise CheckpointError(f"{folder}: is an image tokenizer without a language model, which seed tokenize, seed "
+                              "reconstruct and seed eval tokenizer take as it is; `seed assemble seed-llama` makes a "
+                              "system of both.")
     if not (folder / "system.json").is_file() and (folder / "config.json").is_file():
         return _released("", {"llm": folder, **parts}, template)  # a released LLaMA folder by itself
     return _from_folder(folder, parts, template)
+
+
+@dataclass(frozen=True)
+class PictureParts:
+    """The picture half of a SEED-LLaMA system, or an image tokenizer alone; `transform` may lack the size, which is
+    then the tokenizer's."""
+
+    tokenizer: str | Path
+    vision: Path | None
+    detokenizer: Path | None
+    transform: dict[str, Any]
+
+
+def find_pictures(name: str | Path) -> PictureParts:
+    """The parts that read and draw pictures, without a language model.
+
+    Args:
+        name: as of `find_system`, or a tokenizer alone: a folder that `seed export-tokenizer` made, a file, or a hub
+            name. That resizes as the released evaluation does: squash, bicubic; it draws with the `diffusion_model` in
+            its folder, else with the released one where it fits and is on this disk.
+
+    Raises:
+        CheckpointError, ConfigError: as `find_system`.
+    """
+    if str(name).lower() in RELEASED_NAMES:
+        folder = local_folder(PARTS["tokenizer"].folder)
+        if folder is None:
+            raise CheckpointError(f"{not_on_disk([('tokenizer', PARTS['tokenizer'].folder)])}. {_nano_runs()}")
+        return PictureParts(folder, None, _decoder_of(folder), dict(RELEASED_TRANSFORM))
+    place = locate_system(name)
+    if place is None and is_hub_name(name):
+        return PictureParts(name, None, None, dict(BICUBIC))
+    if place is not None and is_tokenizer(place):
+        return PictureParts(place, None, _decoder_of(place if place.is_dir() else place.parent), dict(BICUBIC))
+    spec = find_system(name)
+    return PictureParts(spec.tokenizer, spec.vision, spec.detokenizer,
+                        {**spec.transform, "image_size": spec.image_size})
+
+
+def is_tokenizer(place: Path) -> bool:
+    """Whether a place is an image tokenizer alone: a file, ours by its `config.json`, or one in a released layout."""
+    if place.is_file():
+        return True
+    if (place / "system.json").is_file():
+        return False
+    config = place / "config.json"
+    ours = config.is_file() and read_json_object(config).get("model_type") in TOKENIZERS
+    return ours or any(first_file(place, names) for layout in LAYOUTS for names in layout.files)
+
+
+def _decoder_of(folder: Path) -> Path | None:
+    inside = folder / "diffusion_model"
+    return inside if inside.is_dir() else locate(PARTS["unclip"].folder)
 
 
 def _from_folder(folder: Path, parts: dict[str, Path], template: str | None) -> SystemSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.config import find_target, instantiate, load_yaml
+from seed_multimodal.configured import picture_half
 from seed_multimodal.device import DTYPES, choose_device, copy_to, is_out_of_memory
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, first_line
@@ -36,7 +38,7 @@ class EncoderSettings:
     """Where and how codes are computed.
 
     Attributes:
-        tokenizer: its YAML (the released form) or that as a mapping.
+        tokenizer: its YAML (the released form), that as a mapping, or the folder of a tokenizer or a system.
         fast: the packed encoder; None: on CUDA, and where `compile` is asked for.
         dtype: of the packed encoder, or of a plain one on CUDA; `auto`: float16 on CUDA as released, float32
             elsewhere and where the tokenizer's YAML says `fp16: False`.
@@ -162,6 +164,8 @@ class Codes:
 
 def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
     where = config if isinstance(config, str) else "tokenizer"
+    if isinstance(config, str) and os.path.isdir(config):
+        return picture_half(config, device=device, dtype="float32")
     node = load_yaml(config) if isinstance(config, str) else config
     target = find_target(str(node.get("_target_")), where)
     offered: dict[str, Any] = {"load_diffusion": False, "device": device, "dtype": "float32"}
