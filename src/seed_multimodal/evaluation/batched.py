@@ -25,7 +25,7 @@ from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.systems.speaker import AnswerReader
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 
-LONGEST_TEXT = 64
+LONGEST_TEXT = 110
 
 
 class BatchedSystem:
@@ -151,7 +151,8 @@ class BatchedSystem:
 
     def text(self, ids: Sequence[int]) -> str:
         """The words of an answer up to the marker of a user's turn."""
-        return Answer(split_answer(self._reader().read_all(ids), self.inner.tokenizer)).text
+        parts = split_answer(self._reader().read_all(ids), self.inner.tokenizer)
+        return Answer(parts, answer_after=self.inner.tasks.answer_after).text
 
     def _reader(self) -> AnswerReader:
         return AnswerReader(self.inner.tokenizer, self.inner.template.turn_marker)

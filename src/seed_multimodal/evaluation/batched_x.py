@@ -21,9 +21,10 @@ from seed_multimodal.evaluation.tasks import Codes
 from seed_multimodal.images.any_resolution import AnyResolution
 from seed_multimodal.language.continuous import Answer, Prompt
 from seed_multimodal.language.seed_x import read_boxes, without_words
+from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.systems.seed_x import SeedX
 
-LONGEST_TEXT = 64
+LONGEST_TEXT = 110
 Corners = tuple[int, int, int, int]
 
 
@@ -142,7 +143,7 @@ class BatchedSeedX:
         return pictures.draw(one.features[None], seed=self.seed, conditions=shown)[0]
 
     def _say(self, contents: Sequence[list[Any]]) -> list[str]:
-        return [without_words(answer.text).strip()
+        return [answer_in(without_words(answer.text).strip(), self.inner.tasks.answer_after)
                 for answer in self._answers(contents, "ask", max_new_tokens=LONGEST_TEXT)]
 
     def _written(self, contents: Sequence[list[Any]], sources: Sequence[Image.Image | None], task: str = "draw"

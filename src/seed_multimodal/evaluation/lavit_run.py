@@ -43,7 +43,7 @@ class LavitRun(SplitRun):
         asked = {"drawing": self._drawing, "wide_drawing": self._wide_drawing, "caption": self._caption,
                  "qa": self._questions, "edit": self._edits, "composed": self._composed}
         return {"tokens": self._tokens, "reconstruction": self._reconstruction,
-                **(asked if self.samples.edits else {})}
+                **(asked if self.samples.edits else {}), **self.size_parts()}
 
     def _code_use(self) -> Section:
         return {"codes": code_use(self.system.tokens(self.codes.tolist()), self.system.codebook_size)}

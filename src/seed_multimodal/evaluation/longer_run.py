@@ -12,14 +12,15 @@ from PIL import Image
 from seed_multimodal.data.nano.dialogues import Message
 from seed_multimodal.data.nano.phrases import BACKGROUND_PHRASES
 from seed_multimodal.data.nano.scene import Scene, render
+from seed_multimodal.data.nano.verdicts import VERDICT_END
 from seed_multimodal.data.nano.words import describe, normalise, some
 from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.evaluation.samples import Samples
 from seed_multimodal.evaluation.tasks import Codes, Part, Section, System, all_words, picture_words, scene_words, score
-from seed_multimodal.language.tasks import examples_request, story_request
+from seed_multimodal.language.tasks import answer_in, examples_request, story_request
 
-SHORT, LONG = 64, 256
+SHORT, LONG = 96, 256
 """Most tokens of an answer with at most one picture, and of a story."""
 Seen = list[str | Image.Image]
 """An answer as a reader sees it."""
@@ -135,9 +136,9 @@ class LongerRun:
                 for part in content]
 
     def _same(self, answer: Seen, wanted: Sequence[str | Scene]) -> bool:
-        """Whether texts are equal after normalisation, and pictures have all labels, part by part."""
+        """Whether texts are equal after normalisation, without verdicts, and pictures have all labels, part by part."""
         return len(answer) == len(wanted) and all(
-            (isinstance(part, str) and normalise(part) == normalise(true)) if isinstance(true, str) else
+            (isinstance(part, str) and _final(part) == _final(true)) if isinstance(true, str) else
             (not isinstance(part, str) and picture_words(self.judge, [part]) == [scene_words(true)])
             for part, true in zip(answer, wanted, strict=True))
 
@@ -148,6 +149,10 @@ class LongerRun:
         """The judge's share of real pictures with every label right."""
         real = [Image.fromarray(picture) for picture in self._render(scenes)]
         return score(picture_words(self.judge, real), all_words(scenes))["all"]
+
+
+def _final(text: str) -> str:
+    return normalise(answer_in(text, VERDICT_END))
 
 
 def _as_parts(content: Sequence[str | Scene], encoded: dict[Scene, Codes]) -> list[Part]:

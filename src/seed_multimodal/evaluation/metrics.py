@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from seed_multimodal.errors import DataError
 
 FloatArray = NDArray[np.floating]
+OVERLAP = 0.5  # least intersection over union of a box that counts as found
 RESAMPLES = 1000
 PREFIXES = (1, 2, 4, 8, 16, 32)
 _ARTICLES = {"a", "an", "the"}
@@ -182,3 +183,23 @@ def majority_baseline(train: Sequence[tuple[Hashable, str]], test: Sequence[tupl
         tally.setdefault(kind, Counter())[normalise_answer(answer)] += 1
     guess = {kind: counter.most_common(1)[0][0] for kind, counter in tally.items()}
     return np.array([float(kind in guess and same_answer(guess[kind], answer)) for kind, answer in test])
+
+
+def matched(found: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> int:
+    """How many boxes are found: each of `wanted` by the best of `found` that is left, with enough overlap."""
+    left, hits = list(range(len(found))), 0
+    for box in wanted:
+        best = max(left, key=lambda place: overlap(found[place], box), default=None)
+        if best is not None and overlap(found[best], box) >= OVERLAP:
+            left.remove(best)
+            hits += 1
+    return hits
+
+
+def overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union of two boxes (left, top, right, bottom)."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    both = max(width, 0.0) * max(height, 0.0)
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other))
+    return both / (areas - both) if areas > both else 0.0

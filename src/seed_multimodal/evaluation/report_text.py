@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from seed_multimodal.evaluation.metrics import Estimate
+from seed_multimodal.evaluation.sizes import REPORTED, ROWS
 
 Path = tuple[str, ...]
 _FIVE = ("val", "pairs", "places", "counts", "styles")
@@ -112,6 +113,8 @@ TABLES: tuple[tuple[str, tuple[tuple[str, Path], ...]], ...] = (
     ("Edits (picture + instruction → picture)", _labels(
         "edit", ("PSNR where nothing changes, dB", "unchanged_psnr"), ("what was to stay stayed", "stayed"),
         ("left as it was", "unchanged"), _CEILING, _MISSING)),
+    ("Pictures of several sizes", tuple(
+        (f"{what}, {size} px", ("sizes", str(size), name)) for name, what in ROWS.items() for size in REPORTED)),
     ("Conversations", (
         ("**turns right**", ("conversation", "turns")), ("answers in words", ("conversation", "turns_words")),
         ("answers with a picture", ("conversation", "turns_pictures")),
@@ -149,6 +152,8 @@ and things altogether (things: only rebuilt).
 * *Boxes*: a box is found if one overlaps it by half or more (intersection over union), each at most once; all boxes of
   the thing that is named are asked for.
 * *Wide scenes*: 128 pixels a side, a thing in each quarter or none; *one view*: squashed to 64 pixels.
+* *Pictures of several sizes*: the same scenes drawn at so many pixels a side; a box of one of two things is right if
+  every box of the thing that is named is found, and none is too many.
 * *Conversations*: an answer is right if its words are exact and its picture has every label; earlier turns are the true
   ones, or (*after its own answers*) the system's. Nothing is forced: whether to draw is its choice.
 * *Stories*: three or four frames from a request that leaves backgrounds open; a frame is right if its sentence is the

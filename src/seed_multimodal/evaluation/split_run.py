@@ -21,6 +21,7 @@ from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.evaluation.longer_run import LongerRun
 from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics, majority_baseline, same_answer
 from seed_multimodal.evaluation.samples import SEED, Samples
+from seed_multimodal.evaluation.sizes import REPORTED, measure
 from seed_multimodal.evaluation.tasks import (
     Codes,
     Pictures,
@@ -68,7 +69,11 @@ class SplitRun(LongerRun):
         """The sections that this split has material for, in the order in which they are measured."""
         asked = {"drawing": self._drawing, "caption": self._caption, "qa": self._questions, "edit": self._edits}
         return {"reconstruction": self._reconstruction, "ladder": self._ladder, "prefix": self._prefixes,
-                **(asked if self.samples.edits else {}), **self.longer_parts()}
+                **(asked if self.samples.edits else {}), **self.size_parts(), **self.longer_parts()}
+
+    def size_parts(self) -> dict[str, Callable[[], Section]]:
+        """Pictures of several sizes, of one split."""
+        return {"sizes": self._sizes} if self.samples.split == "val" else {}
 
     def measure(self, done: Callable[[str], None] = lambda name: None) -> Section:
         """All sections; `done` is told of each."""
@@ -167,6 +172,11 @@ class SplitRun(LongerRun):
         return {"n": len(asked), "all": bootstrap(hits, rows), "blind": bootstrap(blind, rows),
                 "kinds": {kind: bootstrap(hits[at], [rows[i] for i in at]) for kind, at in chosen.items()},
                 "blind_kinds": {kind: bootstrap(blind[at], [rows[i] for i in at]) for kind, at in chosen.items()}}
+
+    def _sizes(self) -> Section:
+        scenes = self.samples.scenes[: self.sizes.rungs]
+        return {str(size): {name: bootstrap(hits) for name, hits in measure(self.system, scenes, size).items()}
+                for size in REPORTED}
 
     # ---- inside
 

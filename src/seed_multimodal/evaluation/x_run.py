@@ -24,14 +24,13 @@ from seed_multimodal.data.nano.wide import (
     wide_boxes,
 )
 from seed_multimodal.data.nano.x_records import detect_phrase
-from seed_multimodal.evaluation.metrics import bootstrap, same_answer
+from seed_multimodal.evaluation.metrics import bootstrap, matched, same_answer
 from seed_multimodal.evaluation.samples import SEED
 from seed_multimodal.evaluation.split_run import SplitRun
 from seed_multimodal.evaluation.tasks import Section, all_words, likeness, picture_words, score
 from seed_multimodal.images.boxes import draw_boxes
 
 WIDE_SPLITS = ("val", "pairs", "places", "styles")
-OVERLAP = 0.5  # least intersection over union of a box that counts as found
 LEAST = 0.05  # share of a picture that must be unchanged for its PSNR to be taken
 Box = tuple[float, float, float, float]
 
@@ -49,7 +48,8 @@ class XRun(SplitRun):
         asked = {"conditioned": self._conditioned, "drawing": self._drawing, "caption": self._caption,
                  "qa": self._questions, "edit": self._edits, "detection": self._detection}
         wide = {"wide": self._wide} if self.samples.split in WIDE_SPLITS else {}
-        return {"reconstruction": self._reconstruction, **(asked if self.samples.edits else {}), **wide}
+        return {"reconstruction": self._reconstruction, **(asked if self.samples.edits else {}), **self.size_parts(),
+                **wide}
 
     def _code_use(self) -> Section:
         return {}  # pictures are features
@@ -141,26 +141,6 @@ def _unchanged(made: Sequence[Image.Image | None], before: Sequence[Image.Image]
         error = np.square(np.asarray(picture.convert("RGB"), np.float32) - one).mean(2)[same].mean()
         found.append(float(10 * np.log10(255**2 / max(float(error), 0.1))))
     return found
-
-
-def matched(found: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> int:
-    """How many boxes are found: each of `wanted` by the best of `found` that is left, with enough overlap."""
-    left, hits = list(range(len(found))), 0
-    for box in wanted:
-        best = max(left, key=lambda place: overlap(found[place], box), default=None)
-        if best is not None and overlap(found[best], box) >= OVERLAP:
-            left.remove(best)
-            hits += 1
-    return hits
-
-
-def overlap(one: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes (left, top, right, bottom)."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    both = max(width, 0.0) * max(height, 0.0)
-    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other))
-    return both / (areas - both) if areas > both else 0.0
 
 
 def rates(hits: Sequence[int], found: Sequence[int], wanted: Sequence[int]) -> Section:

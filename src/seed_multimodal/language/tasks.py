@@ -21,8 +21,8 @@ EDIT_RESPONSE = "Here it is."  # also to a request for a picture in a conversati
 
 DESCRIBE_REQUESTS = (
     DESCRIBE_PROMPT, "Describe the picture.", "What do you see?", "What is this a picture of?",
-    "Describe this picture.", "Describe the image.", "Describe this image.", "Describe this image briefly.", "What can you see?",
-    "What does the picture show?", "Tell me what you see.", "Please describe it.")
+    "Describe this picture.", "Describe the image.", "Describe this image.", "Describe this image briefly.",
+    "What can you see?", "What does the picture show?", "Tell me what you see.", "Please describe it.")
 DRAW_REQUESTS = (DRAW_PROMPT, "Draw {caption}.", "Show me {caption}.", "Make a picture of {caption}.")
 CONTINUE_REQUESTS = ("Please go on.", "Continue.", "What comes next?")
 STORY_LENGTHS = {3: " in three pictures", 4: " in four pictures"}
@@ -69,14 +69,15 @@ class TaskPrompts:
         phrase = phrase.strip()
         return phrase if phrase.endswith((".", "?", "!")) else self.detect.replace("{phrase}", phrase)
 
-    def answer(self, text: str) -> str:
-        """The answer in a model's text, without the verdict before it."""
-        return text.partition(self.answer_after)[2] or text if self.answer_after else text
-
     def question(self, question: str) -> str:
         """`question` with the one-word suffix, unless it already ends in it."""
         question = question.strip()
         return question if question.endswith(self.qa_suffix.strip()) else question + self.qa_suffix
+
+
+def answer_in(text: str, after: str) -> str:
+    """What follows `after` in a model's text (see `TaskPrompts.answer_after`); all of it where there is none."""
+    return (text.partition(after)[2] if after else "") or text
 
 
 NANO_TASKS = TaskPrompts()

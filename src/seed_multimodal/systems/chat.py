@@ -24,6 +24,7 @@ from seed_multimodal.errors import RequestError
 from seed_multimodal.images.encode import image_from_base64
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
 from seed_multimodal.language.prompts import ROLES, Turn
+from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.tokenizer import plain_text
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.systems.pictures import is_codes, is_picture
@@ -45,17 +46,20 @@ class Answer:
 
     `parts` holds `TextPart`, `DrawnPart` and `BrokenImagePart` (image words that are no picture, with the reason) in
     order; the properties are views of it. `ids` are the generated tokens. `note`: what the system says of words in the
-    request that it does not know, no part of the answer.
+    request that it does not know, no part of the answer. `answer_after`: of the system's `TaskPrompts`; `parts` keep a
+    verdict that the model wrote first, the texts do not.
     """
 
     parts: Sequence[AnswerPart]
     ids: Sequence[int] = ()
     note: str = ""
+    answer_after: str = ""
 
     @property
     def text(self) -> str:
         """All text, without the pictures' places."""
-        return " ".join(part.text.strip() for part in self.parts if isinstance(part, TextPart))
+        return " ".join(answer_in(part.text.strip(), self.answer_after)
+                        for part in self.parts if isinstance(part, TextPart))
 
     @property
     def images(self) -> list[Image.Image]:
@@ -79,7 +83,8 @@ class Answer:
 
     def __str__(self) -> str:
         """The text with `<image>` where pictures stand."""
-        return " ".join(part.text.strip() if isinstance(part, TextPart) else PLACEHOLDER for part in self.parts)
+        return " ".join(answer_in(part.text.strip(), self.answer_after) if isinstance(part, TextPart) else PLACEHOLDER
+                        for part in self.parts)
 
 
 Tokenize = Callable[[list[Any]], Tensor]

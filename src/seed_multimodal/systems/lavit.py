@@ -33,6 +33,7 @@ from seed_multimodal.language.lavit import (
 )
 from seed_multimodal.language.lavit_generation import CodeSettings, WrittenPicture
 from seed_multimodal.language.lemmatizer import Lemmatizer
+from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.systems.chat import as_text
 from seed_multimodal.systems.lavit_files import LavitSpec, find_lavit
 from seed_multimodal.systems.lavit_language import Inputs, LavitLanguage, Seeds, Watch
@@ -148,8 +149,8 @@ class Lavit(MessageSystem):
         asked = question_prompts(questions, prompt if short else None)
         inputs = self._inputs(images, asked[0] if isinstance(questions, str) else asked, seeds, selection, "answer")
         self.lemmatizer = self.lemmatizer or Lemmatizer()
-        return [self.lemmatizer(answer_of(text)) for text in (self.language.say(inputs, settings, seeds) if inputs
-                                                              else ())]
+        said = self.language.say(inputs, settings, seeds) if inputs else ()
+        return [self.lemmatizer(answer_in(answer_of(text), self.spec.answer_after)) for text in said]
 
     def _inputs(self, images: Sequence[Any], prompts: str | Sequence[str] | None, seeds: Seeds, selection: str | None,
                 side: Side) -> Inputs | None:

@@ -119,7 +119,7 @@ class MessageSystem(System):
                     said = whole
                 if len(whole) < len(text.strip()):
                     break
-        yield {"type": "done", "answer": Answer((TextPart(said),))}
+        yield {"type": "done", "answer": Answer((TextPart(said),), answer_after=self.spec.answer_after)}
 
 
 def _prompts_of(items: Sequence[Any]) -> list[str]:

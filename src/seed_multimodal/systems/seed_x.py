@@ -37,6 +37,7 @@ from seed_multimodal.language.seed_x import (
     without_words,
 )
 from seed_multimodal.language.seed_x import Content as Spans
+from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_text
@@ -154,7 +155,7 @@ class SeedX(TalkingSystem):
         opened = not self.spec.tuned
         request = self._task([*image, phrase if opened else self.tasks.detect_request(phrase)], "detect")
         ids = self.speaker.answer(request.ids, self.settings(**options), reading=request.reading)
-        text = answer_text(ids, self.tokenizer)
+        text = answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after)
         grid, problems = read_boxes(text, opened, self.prompts.vocabulary.n_locations)
         for problem in problems if self.log else ():
             self.log(problem)  # type: ignore[misc]

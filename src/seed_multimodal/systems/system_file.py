@@ -92,6 +92,7 @@ class LavitFile:
         head: the decoder's, and with it the kind of U-Net.
         selection: how patches are chosen: drawn from the picture's seed, or those more likely kept than not.
         generation: settings of `describe`, `ask`, `draw` and `compose` over the released ones.
+        answer_after: as of `TaskPrompts`.
     """
 
     llm: Path = Path("llm")
@@ -103,6 +104,7 @@ class LavitFile:
     head: Literal["highres", "lowres"] = "highres"
     selection: Literal["draw", "threshold"] = "draw"
     generation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    answer_after: str = ""
     system: str = "lavit"
     previews: tuple[int, ...] = ()
 

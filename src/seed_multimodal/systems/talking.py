@@ -208,7 +208,7 @@ class TalkingSystem(System):
         request = self._task(content, "ask")
         self._remark(request)
         ids = self.speaker.answer(request.ids, self.settings(**options), reading=request.reading)
-        return self._words(Answer(split_answer(ids, self.tokenizer)))
+        return self._words(Answer(split_answer(ids, self.tokenizer), answer_after=self.tasks.answer_after))
 
     def _one_picture(self, task: str, content: list[Any], opening: str, options: dict[str, Any],
                      decode: dict[str, Any], words: int = 0) -> tuple[Request, ImagePart, int]:
@@ -265,4 +265,4 @@ class TalkingSystem(System):
         rest = iter(images)
         parts: list[AnswerPart] = [DrawnPart(part.codes, next(rest)) if isinstance(part, ImagePart) else part
                                    for part in split_answer(ids, self.tokenizer)]
-        return Answer(tuple(parts), tuple(ids), note)
+        return Answer(tuple(parts), tuple(ids), note, self.tasks.answer_after)

@@ -32,8 +32,8 @@ class View:
 
     def pixels(self, folder: str | Path | None = None) -> np.ndarray:
         """uint8 [height, width, 3]; a whole scene has `size` pixels a side."""
-        draw = render_wide if isinstance(self.scene, WideScene) else render
-        whole = draw(self.scene, self.size, folder)  # type: ignore[operator]
+        whole = (render_wide(self.scene, self.size, folder) if isinstance(self.scene, WideScene)
+                 else render(self.scene, self.size, folder))
         left, top, right, bottom = (round(share * self.size) for share in self.frame)
         canvas = np.full((bottom - top, right - left, 3), self.margin, np.uint8)
         x, y = max(left, 0), max(top, 0)

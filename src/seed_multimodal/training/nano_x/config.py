@@ -8,8 +8,8 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 from seed_multimodal.training.loop_settings import StageSettings, stage
 
-KINDS = {"describe": 0.14, "questions": 0.16, "draw": 0.15, "edits": 0.22, "conversations": 0.06, "talk": 0.01,
-         "asides": 0.01, "detect": 0.13, "wide_describe": 0.04, "wide_questions": 0.04, "wide_detect": 0.04}
+KINDS = {"describe": 0.12, "questions": 0.24, "draw": 0.11, "edits": 0.17, "conversations": 0.05, "talk": 0.01,
+         "asides": 0.01, "detect": 0.19, "wide_describe": 0.03, "wide_questions": 0.03, "wide_detect": 0.04}
 """Shares of the sequences of instruction tuning: kind of `data.nano.x_records` -> share."""
 
 
