@@ -4,22 +4,30 @@ from collections import Counter
 
 import pytest
 
-from seed_multimodal.data.nano.questions import KINDS as QUESTIONS
-from seed_multimodal.data.nano.records import EDIT_SORTS, KINDS, from_last_picture, record_at, scenes_of, with_pictures
+from seed_multimodal.data.nano.records import (
+    ASKED,
+    EDIT_SORTS,
+    KINDS,
+    from_last_picture,
+    record_at,
+    scenes_of,
+    with_pictures,
+)
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import held_out, scene_at
-from seed_multimodal.data.nano.words import describe, labels, read_caption
-from seed_multimodal.language.tasks import NANO_TASKS
+from seed_multimodal.data.nano.verdicts import VERDICT_END, verdict
+from seed_multimodal.data.nano.words import describe, labels, normalise, read_caption
+from seed_multimodal.language.tasks import NANO_TASKS, answer_in
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_is_a_function_of_its_number_and_shows_nothing_held_out(kind: str) -> None:
     for index in range(20):
         record = record_at(kind, 3, index)
-        assert record == record_at(kind, 3, index) and scenes_of(record)
+        assert record == record_at(kind, 3, index) and (scenes_of(record) or kind == "talk")
         assert not any(map(held_out, scenes_of(record)))
         assert all(held_out(scene) <= {"val"} for scene in scenes_of(record_at(kind, 3, index, "val", pool=8)))
-    assert record_at(kind, 3, 0) != record_at(kind, 4, 0)
+    assert [record_at(kind, 3, index) for index in range(4)] != [record_at(kind, 4, index) for index in range(4)]
 
 
 def test_pictures_of_single_ones_come_from_the_pool() -> None:
@@ -45,10 +53,11 @@ def test_what_is_said_of_a_scene_is_read_back_exactly() -> None:
 
 
 def test_questions_and_edits_are_of_every_sort_equally_often_and_yes_is_as_frequent_as_no() -> None:
-    answers = Counter(from_last_picture(record_at("questions", 1, index))[1]["content"][0].lower().rstrip(".")
-                      for index in range(QUESTIONS.index("yesno"), 300 * len(QUESTIONS), len(QUESTIONS)))
+    texts = [from_last_picture(record_at("questions", 1, index))[1]["content"][0]
+             for index in range(ASKED.index("yesno"), 300 * len(ASKED), len(ASKED))]
+    answers = Counter(normalise(answer_in(text, VERDICT_END)) for text in texts)
     assert set(answers) == {"yes", "no"} and abs(answers["yes"] - 150) < 40
-    where = [from_last_picture(record_at("questions", 1, index)) for index in range(5, 60, 6)]
+    where = [from_last_picture(record_at("questions", 1, index)) for index in range(3, 60, len(ASKED))]
     assert all(turns[0]["content"][1].startswith("Where is the") for turns in where)
     swapped = [record_at("edits", 1, index) for index in range(EDIT_SORTS.index("swap"), 110, len(EDIT_SORTS))]
     for *_, before, after in map(scenes_of, swapped):
@@ -59,7 +68,7 @@ def test_a_picture_is_asked_about_several_times_and_no_question_comes_twice() ->
     for index in range(40):
         turns = from_last_picture(record_at("questions", 2, index))
         asked = [[part for part in turn["content"] if isinstance(part, str)][0].split("?")[0] for turn in turns[::2]]
-        assert 3 <= len(asked) == len(set(asked)) and sum(text.startswith("Is there") for text in asked) >= 1
+        assert 2 <= len(asked) == len(set(asked)) and any(text.startswith(("Is there", "Where")) for text in asked)
 
 
 def test_a_third_is_said_after_another_picture_was_shown() -> None:
@@ -83,3 +92,32 @@ def test_scenes_are_replaced_wherever_they_stand() -> None:
     record = record_at("conversations", 0, 1)
     named = with_pictures(record, describe)
     assert scenes_of(named) == [] and str(named).count(describe(scenes_of(record)[0])) >= 1
+
+
+def test_verdict_compares_each_thing_until_the_named_one() -> None:
+    scene = Scene("noto", "sea", "above", ("shark", "flame"))
+    assert verdict(scene, "flame") == "at the top a shark: no, at the bottom a flame: yes"
+    assert verdict(scene, "shark") == "at the top a shark: yes"
+    assert verdict(scene, "shark", whole=True) == "at the top a shark: yes, at the bottom a flame: no"
+    assert verdict(scene, "dog").endswith("a flame: no")
+
+
+def test_answers_about_a_named_thing_end_a_verdict_about_it() -> None:
+    seen = 0
+    for index in range(60):
+        turns = from_last_picture(record_at("questions", 5, index))
+        for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+            before, mark, answer = answered["content"][0].partition(VERDICT_END)
+            named = asked["content"][-1].startswith(("Is there", "Where is"))
+            assert bool(mark) is named or "How many" in asked["content"][-1]
+            if named:
+                seen += 1
+                assert ("yes" in before) is not normalise(answer).startswith(("no", "there is no"))
+    assert seen > 60
+
+
+def test_stories_come_in_the_middle_of_conversations() -> None:
+    records = [record_at("conversations", 6, index)["messages"] for index in range(150)]
+    told = [messages for messages in records if "Tell a story" in str(messages[-2]["content"])]
+    assert len(told) > 8
+    assert all(len(messages) > 2 and len(scenes_of({"messages": messages[-1:]})) == 3 for messages in told)

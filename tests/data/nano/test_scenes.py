@@ -89,7 +89,7 @@ def test_records_of_every_kind_in_every_split(split):
     for kind in RECORD_KINDS:
         for index in range(6):  # some sorts of questions and edits cannot be in some splits
             shown = scenes_of(record_at(kind, 0, index, split))
-            assert shown and all(held_out(scene) <= {split} for scene in shown)
+            assert (shown or kind == "talk") and all(held_out(scene) <= {split} for scene in shown)
 
 
 def test_questions_have_one_exact_answer():

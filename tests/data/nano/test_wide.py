@@ -1,13 +1,18 @@
 """Wide scenes and the records of nano-x: nothing held out, exact boxes, words that are read back."""
 
 import random
+from collections import defaultdict
 
 import numpy as np
 import pytest
 
 from seed_multimodal.data.formats.nano import NanoContent
-from seed_multimodal.data.nano.scene import Scene, boxes, paint
+from seed_multimodal.data.nano.scene import Scene, paint
 from seed_multimodal.data.nano.splits import held_compositions, held_out
+from seed_multimodal.data.nano.talk import ANSWERS
+from seed_multimodal.data.nano.things import THINGS
+from seed_multimodal.data.nano.verdicts import VERDICT_END
+from seed_multimodal.data.nano.view import View
 from seed_multimodal.data.nano.wide import (
     QUARTERS,
     WideScene,
@@ -70,31 +75,51 @@ def test_no_such_wide_scene(things: tuple[str, str, str, str]) -> None:
 
 
 def test_boxes_of_a_record_are_those_of_its_scene() -> None:
+    there = not_there = 0
     for number in range(60):
-        record = x_record_at("detect", 0, number)
-        (scene, request), (answer,) = (message["content"] for message in record["messages"])
-        found, problems = read_boxes(answer, grid=GRID)
-        name = next(name for name in scene.things if box_text(name, boxes(scene)) == answer)
-        wanted = [box for one, box in boxes(scene) if one == name]
-        assert not problems and len(found) == len(wanted) and request.startswith("Where is the ")
-        for box in found:
-            near = [max(abs(box.x / GRID - (one[0] + one[2]) / 2), abs(box.width / GRID - (one[2] - one[0])))
-                    for one in wanted]
-            assert min(near) <= 0.51 / GRID + 0.01
+        messages = x_record_at("detect", 0, number)["messages"]
+        view = messages[0]["content"][0]
+        for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+            before, _, answer = answered["content"][0].partition(VERDICT_END)
+            found, problems = read_boxes(answer, grid=GRID)
+            request = asked["content"][-1]
+            wanted = [box for one, box in view.boxes()
+                      if f"the {one}?" in request or f"the {THINGS[one].plural}?" in request]
+            assert not problems and len(found) == len(wanted) and ("yes" in before) is bool(wanted), request
+            assert wanted or answer.startswith("there is no ")
+            there, not_there = there + bool(wanted), not_there + (not wanted)
+            for box in found:
+                near = [max(abs(box.x / GRID - (one[0] + one[2]) / 2), abs(box.width / GRID - (one[2] - one[0])))
+                        for one in wanted]
+                assert min(near) <= 0.51 / GRID + 0.01
+    assert there > 80 and not_there == 60
+
+
+def test_view_crops_and_adds_margins_with_the_boxes() -> None:
+    scene = Scene("noto", "sea", "left", ("crab",))
+    plain, wide = View(scene, 100), View(scene, 100, (-0.5, 0.1, 1.5, 1.0), 7)
+    assert plain.pixels().shape == (100, 100, 3) and wide.pixels().shape == (90, 200, 3)
+    assert (wide.pixels()[:, :50] == 7).all() and (wide.pixels()[:, 50:150] == plain.pixels()[10:]).all()
+    (_, one), (_, other) = plain.boxes()[0], wide.boxes()[0]
+    assert other == pytest.approx(((one[0] + 0.5) / 2, (one[1] - 0.1) / 0.9, (one[2] + 0.5) / 2, (one[3] - 0.1) / 0.9))
 
 
 def test_records_show_nothing_held_out_and_ask_as_seed_x_does() -> None:
+    shapes: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for kind in ("describe", "questions", "draw", "edits", "conversations", *OWN):
         for number in range(30):
             record = NanoContent(None, f"seed_x.{kind}").locate(number)
             assert [message["role"] for message in record.fields["messages"]][:2] == ["user", "assistant"]
             parts = [part for message in record.fields["messages"] for part in message["content"]]
             drawn = [part["image"]().shape for part in parts if not isinstance(part, str)]
-            assert drawn and set(drawn) == {(128, 128, 3) if kind.startswith("wide") else (64, 64, 3)}, kind
+            assert drawn and all(57 <= side <= 600 for shape in drawn for side in shape[:2]), kind
+            shapes[kind] |= set(drawn)
             for message in x_record_at(kind, 0, number)["messages"]:
                 for part in message["content"]:
-                    assert not (isinstance(part, Scene) and held_out(part))
+                    scene = part.scene if isinstance(part, View) else part
+                    assert not (isinstance(scene, Scene) and held_out(scene))
                     assert not (isinstance(part, str) and "Please draw" in part)
+    assert all(len(shapes[kind]) > 5 for kind in ("describe", "questions", "edits", *OWN)) and len(shapes["draw"]) == 1
     with pytest.raises(DataError, match="did you mean 'detect'"):
         x_record_at("detekt", 0, 0)
 
@@ -109,6 +134,8 @@ def test_an_answer_has_one_form_whatever_was_asked_before() -> None:
                 if len(assistant["content"]) > 1 or not isinstance(text, str):
                     continue
                 sentence = user["content"][-1] in (SEED_X_TASKS.describe, *DESCRIBE_REQUESTS)
+                if text in ANSWERS:
+                    continue
                 assert (text[0].isupper() and text.endswith(".")) is sentence, (user, text)
                 described, answered = described + sentence, answered + (not sentence)
     assert described > 100 and answered > 200
