@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from seed_multimodal.data.nano.place import find_world
+from seed_multimodal.data.nano.verdicts import VERDICT_END
 from seed_multimodal.detokenizers.autoencoder import ELSEWHERE
 from seed_multimodal.detokenizers.sdxl import LAYOUT
 from seed_multimodal.disk import replace_text
@@ -151,7 +152,8 @@ def assemble(space: LavitSpace) -> dict[str, Any]:
         {"folder": relative(space.autoencoder, space.decoder_folder)}))
     name_tower(space.tokenizer_folder, space.nano_tokenizer / "model.safetensors", PREFIX)
     replace_text(out / "system.json", json.dumps(
-        {"system": "lavit", "words": "words", "selection": SELECTION, "generation": SPEAKING}, indent=1))
+        {"system": "lavit", "words": "words", "selection": SELECTION, "generation": SPEAKING,
+         "answer_after": VERDICT_END}, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
         halve(file)
     sizes = {part.name: round(sum(f.stat().st_size for f in part.rglob("*.safetensors")) / 1e6, 2)
