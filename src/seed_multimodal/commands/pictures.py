@@ -237,9 +237,9 @@ def detect(args: argparse.Namespace) -> int:
     def one(name: str, image: Image.Image) -> None:
         found = system.detect(image, args.phrase, seed=args.seed, **generation_settings(args))
         path = str(save_picture(found.drawn(), names.next(Path(name).stem, "_boxes")))
-        said = "; ".join(" ".join(map(str, box)) for box in found) or "not found"
-        emit(args, {"picture": name, "phrase": args.phrase, "boxes": [list(box) for box in found], "drawn": path,
-                    "problems": found.problems}, f"{name}: {said} ({path})")
+        said = "; ".join(" ".join(map(str, box)) for box in found) or found.text.strip() or "not found"
+        emit(args, {"picture": name, "phrase": args.phrase, "boxes": [list(box) for box in found], "text": found.text,
+                    "drawn": path, "problems": found.problems}, f"{name}: {said} ({path})")
 
     return each_picture(args, one)
 
