@@ -10,6 +10,7 @@
     seed chat                                   a conversation with pictures in both directions
     seed convert old.pt new.safetensors         old weights, safely
     seed export-tokenizer --stage1 … --stage2 … trained stages → a tokenizer
+    seed assemble lavit --tokenizer … --out …   parts of trainings → a system folder
     seed eval tokenizer --data … --out …        quality of a tokenizer
     seed eval vqa|caption|text2image …          accuracy, CIDEr, FID on the benchmarks' files
     seed plot runs/a runs/b                     curves of training runs
@@ -27,7 +28,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from seed_multimodal import __version__
-from seed_multimodal.commands import chat, convert, data, eval_tokenizer, evaluate, export_tokenizer, pictures, plot
+from seed_multimodal.commands import (
+    assemble,
+    chat,
+    convert,
+    data,
+    eval_tokenizer,
+    evaluate,
+    export_tokenizer,
+    pictures,
+    plot,
+)
 from seed_multimodal.commands.common import (
     add_beside,
     add_codes,
@@ -121,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     converter.set_defaults(work=convert.convert)
     exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
     export_tokenizer.add_arguments(exporter)
+    assemble.add_commands(commands.add_parser("assemble", help="parts that trainings made → a system folder"))
     measured = commands.add_parser("eval", help="measure a model").add_subparsers(dest="what", required=True,
                                                                                     metavar="WHAT")
     eval_tokenizer.add_arguments(measured.add_parser("tokenizer",
@@ -157,7 +169,7 @@ class _Command(argparse.ArgumentParser):
 
 def _refuse_unknown(parser: argparse.ArgumentParser, args: argparse.Namespace, unknown: list[str]) -> NoReturn:
     """End with the usage of the command that was meant, and the option nearest to an unknown one."""
-    for name in ("command", "what"):
+    for name in ("command", "what", "system"):
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction) and action.dest == name:
                 parser = action.choices[getattr(args, name)]

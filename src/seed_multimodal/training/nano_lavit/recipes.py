@@ -26,6 +26,7 @@ from seed_multimodal.data.nano.verdicts import VERDICT_END
 from seed_multimodal.detokenizers.autoencoder import ELSEWHERE
 from seed_multimodal.detokenizers.sdxl import LAYOUT
 from seed_multimodal.disk import replace_text
+from seed_multimodal.systems.assemble import join
 from seed_multimodal.tokenizers.lavit_files import name_tower
 from seed_multimodal.training.nano.assemble import halve
 from seed_multimodal.training.nano.successors import relative, trained_to_its_end, trainer_settings, write_unet
@@ -146,14 +147,11 @@ def assemble(space: LavitSpace) -> dict[str, Any]:
     for stage, file in (("narrow", space.tokenizer_folder / "config.json"), ("llm", out / "llm" / "config.json"),
                         ("recipes", space.decoder_folder / "unet" / "config.json")):
         space.need(stage, file)
-    shutil.copytree(drawn / "unet", space.decoder_folder / "unet", dirs_exist_ok=True)
-    shutil.copytree(drawn / "decoder", out / "decoder", dirs_exist_ok=True)
+    join("lavit", out, {"pixels/unet": drawn / "unet", "decoder": drawn / "decoder"},
+         {"selection": SELECTION, "generation": SPEAKING, "answer_after": VERDICT_END})
     replace_text(space.decoder_folder / ELSEWHERE, json.dumps(
         {"folder": relative(space.autoencoder, space.decoder_folder)}))
     name_tower(space.tokenizer_folder, space.nano_tokenizer / "model.safetensors", PREFIX)
-    replace_text(out / "system.json", json.dumps(
-        {"system": "lavit", "words": "words", "selection": SELECTION, "generation": SPEAKING,
-         "answer_after": VERDICT_END}, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
         halve(file)
     sizes = {part.name: round(sum(f.stat().st_size for f in part.rglob("*.safetensors")) / 1e6, 2)

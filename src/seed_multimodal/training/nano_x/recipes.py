@@ -30,6 +30,7 @@ from seed_multimodal.detokenizers.autoencoder import ELSEWHERE, autoencoder_fold
 from seed_multimodal.detokenizers.sdxl import LAYOUT
 from seed_multimodal.disk import replace_text
 from seed_multimodal.language.continuous import AgentSettings, ContinuousLVLM
+from seed_multimodal.systems.assemble import join
 from seed_multimodal.training.nano.assemble import halve
 from seed_multimodal.training.nano.successors import relative, trained_to_its_end, trainer_settings, write_unet
 from seed_multimodal.training.nano.workspace import absolute
@@ -197,15 +198,11 @@ def assemble(space: XWorkspace) -> dict[str, Any]:
         space.need(stage, folder / "config.json")
     trained_to_its_end(space, SECOND, space.config.train_second.steps, SCRIPT)
     target = out / "detokenizer"
-    shutil.copytree(space.work / SECOND / "adapter", target, dirs_exist_ok=True)
+    join("seed_x", out, {"detokenizer": space.work / SECOND / "adapter"}, {
+        "tuned": True, "grids": GRIDS, "edit_grids": GRIDS, "generation": {"max_new_tokens": 120, "do_sample": False},
+        "tasks": {"draw_words": 0, "edit_words": 64, "answer_after": VERDICT_END}})
     shutil.copytree(space.work / "layout", target / LAYOUT, dirs_exist_ok=True)
-    for file in (out / "sdxl" / "unet").glob("*.safetensors"):  # its weights are the adapter's
-        file.unlink()
     share_autoencoder(space)
-    replace_text(out / "system.json", json.dumps({
-        "system": "seed_x", "tuned": True, "grids": GRIDS, "edit_grids": GRIDS,
-        "generation": {"max_new_tokens": 120, "do_sample": False},
-        "tasks": {"draw_words": 0, "edit_words": 64, "answer_after": VERDICT_END}}, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
         halve(file)
     sizes = {part.name: round(sum(f.stat().st_size for f in part.rglob("*.safetensors")) / 1e6, 2)
