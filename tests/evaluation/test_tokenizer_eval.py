@@ -456,7 +456,7 @@ def test_command_refuses_in_one_sentence(stages: tuple[Path, Path, Path], listed
     tiny = ["--model", str(stages[0])]
     (tmp_path / "file").write_text("")
     for arguments, sentence in (
-            (["--model", str(tmp_path / "absent"), *data], "there is no such tokenizer"),
+            (["--model", str(tmp_path / "absent"), *data], "there is no such folder"),
             (["--model", "nano-x", *data], "nano-x: is a seed_x; this measures SEED-2's kind of tokenizer"),
             ([*tiny, "--data", "elsewhere.txt", *out], "there is no such file or folder"),
             ([*tiny, "--stage1", str(tmp_path / "no.pth"), *data], "there is no such weights file"),

@@ -29,6 +29,16 @@ def test_any_text_survives(tokenizer: MultimodalTokenizer, text: str) -> None:
     assert tokenizer.decode(ids) == text
 
 
+def test_from_pretrained_refuses_words_for_another_codebook(tokenizer_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    sizes = {"model_type": "seed2_tokenizer", "codebook_size": 24, "num_query": 5}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    MultimodalTokenizer.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**sizes, "codebook_size": 12}))
+    with pytest.raises(CheckpointError, match="has words for 24 codes, 5 to a picture, but .* has 12, 5 to"):
+        MultimodalTokenizer.from_pretrained(folder)
+
+
 def test_training_is_repeatable(tmp_path: Path) -> None:
     texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
     for name in ("a", "b"):

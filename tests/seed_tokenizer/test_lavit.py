@@ -59,6 +59,18 @@ def yaml(pictures: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
+def test_pictures_without_captions_train_as_any_data_set(yaml: Callable[..., list[str]], tmp_path: Path) -> None:
+    import train
+
+    given = yaml("run.output_dir=" + str(tmp_path / "coco"))
+    config = OmegaConf.load(given[1])
+    for name in ("coco_caption", "laion_400m"):  # the one reads captions by default, the other shards
+        config.datasets = {name: next(iter(config.datasets.values()))}
+        OmegaConf.save(config, given[1])
+        runner = train.build(train.parser("").parse_args(given))
+        assert len(runner.datasets[name]["train"]) == 24
+
+
 def test_a_frozen_selector_costs_no_trials(yaml: Callable[..., list[str]]) -> None:
     import train
     from seed_lavis.cost import step_flops
