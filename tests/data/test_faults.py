@@ -16,7 +16,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from seed_multimodal.data.check.run import CheckSettings, check_records
+from seed_multimodal.data.check.report import CheckSettings
+from seed_multimodal.data.check.run import check_records
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.writer import ShardWriter
 from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoding, iterate

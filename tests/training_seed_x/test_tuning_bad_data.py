@@ -125,5 +125,5 @@ def test_too_much_of_it_ends_the_run(parts: ModuleType, home: Path, tmp_path: Pa
     data["sources"] = data["sources"][:1]
     data["sources"][0] |= {"batch_size": 1, "cycles": None}
     (tmp_path / "talks.jsonl").write_text("".join(f"{line}\n" for line, reason in TALKS if reason == "malformed box"))
-    with pytest.raises(DataError, match=r"records are broken without a good one between them.*talks.jsonl: line"):
+    with pytest.raises(DataError, match=r"Source conversation: no record can be used .*talks.jsonl: line"):
         train_llm(parts.config_of(home, tmp_path / "out", data=data), TuningTask)

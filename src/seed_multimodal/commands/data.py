@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def check(args: argparse.Namespace) -> int:
     """Check every record; prints errors and a summary. Exit code 1 if anything is wrong."""
-    from seed_multimodal.data.check.run import CheckSettings, check_records
+    from seed_multimodal.data.check.report import CheckSettings
+    from seed_multimodal.data.check.run import check_records
     from seed_multimodal.data.pretokenize.input_settings import parse_fields
 
     if args.images is not None and not Path(args.images).is_dir():
@@ -54,7 +55,7 @@ def check(args: argparse.Namespace) -> int:
 
 def _opened(report: CheckReport, wanted: int | None) -> str:
     """How many of the pictures were opened, where there are any to open."""
-    if not any(kind.endswith("(not tokenised)") for kind in report.kinds):
+    if not report.opened and not any(kind.endswith("(not tokenised)") for kind in report.kinds):
         return ""
     if wanted is None or report.opened == report.images:
         return f" ({report.opened:,} opened)"
@@ -86,7 +87,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     checker = commands.add_parser("check", help="check every record before training")
     checker.add_argument("files", nargs="+", metavar="FILES", help="tar, jsonl, json, parquet; patterns, folders")
     checker.add_argument("--tokenizer", metavar="DIR", help="also check codes against it, and count tokens")
-    checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each one's keys)")
+    checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each "
+                         "one's keys); lavit.… and seed_x.… read pictures as training does, and need --tokenizer")
     checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the "
                          "decoder, as reverse_ratio=0.5; repeat for more")
     checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder, nano (default: by name)")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from seed_multimodal.data.check.run import CheckReport, CheckSettings, check_records
+from seed_multimodal.data.check.report import CheckReport, CheckSettings
+from seed_multimodal.data.check.run import check_records
 from seed_multimodal.data.formats.pictures import IMAGE_KEYS
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
@@ -149,8 +150,9 @@ def test_a_named_decoder_asks_for_its_keys(tmp_path, tokenizer):
         check(clip, decoder="pretrain.video", options={"numframes": 3}, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="--option needs --decoder"):
         check(clip, options={"num_frames": 3}, tokenizer=tokenizer)
-    with pytest.raises(ConfigError, match="seed_x.chat reads pictures, not codes: check them without --decoder"):
-        check(clip, decoder="seed_x.chat", tokenizer=tokenizer)
+    for wrong in ({}, {"tokenizer": tokenizer, "stage": "caption"}):
+        with pytest.raises(ConfigError, match="seed_x.chat needs --tokenizer"):
+            check(clip, decoder="seed_x.chat", **wrong)
     with pytest.raises(ConfigError, match="no decoder 'sft.edits'.*did you mean 'sft.edit'"):
         check(path, decoder="sft.edits")
 

@@ -209,8 +209,11 @@ def test_what_is_too_long_is_counted_and_named(tmp_path: Path, words, lines: Cal
     assert reports["split"]["tokens"] > reports["truncate"]["tokens"] > reports["skip"]["tokens"]
 
 
-def test_only_running_text_is_split(mixed: Callable, words) -> None:
-    batches = LlmBatches(read_data_settings(mixed(length=60, too_long="split")), words)
+def test_only_running_text_is_split(tmp_path: Path, mixed: Callable, words, codes: Callable, lines: Callable) -> None:
+    lines(tmp_path / "c.jsonl", [{"image_ids": codes(n), "text": "many words " * (n % 2 * 50 + 1)} for n in range(9)])
+    config = mixed(length=60, too_long="split")
+    config["sources"][1] |= {"files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption"}
+    batches = LlmBatches(read_data_settings(config), words)
     for step in range(40):
         batches.at(step)
     report = batches.report()["sources"]
@@ -257,14 +260,33 @@ def test_broken_records_are_skipped_named_and_counted(tmp_path: Path, words, cod
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_broken_records_end_the_run(tmp_path: Path, words, lines: Callable, workers: int) -> None:
-    lines(tmp_path / "c.jsonl", [{"image_ids": [1, 2], "text": "x", "metadata": {}}] * 50)
-    config = {"sources": [{"name": "c", "files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption"}],
-              "length": 60, "max_bad_in_a_row": 7}
+@pytest.mark.parametrize(("workers", "packing"), [(0, True), (1, True), (0, False)])
+def test_stream_ends_at_broken_records_of_one_source_beside_a_good_one(tmp_path: Path, words, lines: Callable,
+                                                                      workers: int, packing: bool) -> None:
+    bad = [{"image_ids": [1, 2], "text": "x", "metadata": {}}] * 199
+    lines(tmp_path / "c.jsonl", [{"image_ids": [1] * 32, "text": "x", "metadata": {}}, *bad])
+    lines(tmp_path / "t.jsonl", [{"text": "words " * 9}] * 50)
+    sources = [{"name": name, "files": str(tmp_path / f"{name}.jsonl"), "decoder": f"pretrain.{kind}", "batch_size": 8,
+                "max_length": 60} for name, kind in (("c", "caption"), ("t", "text"))]
+    config = {"sources": sources, "length": 60, "lanes": 1, "max_bad_in_a_row": 130, "packing": packing}
+    sentence = r"130 records of source c are broken without a good one between them, the last: .*c\.jsonl: line \d+"
     with LlmBatches(read_data_settings(config), words, workers=workers) as batches, \
-            pytest.raises(DataError, match=r"7 records are broken without a good one.*source c: .*c\.jsonl: line \d+"):
-        batches.at(0)
+            pytest.raises(DataError, match=sentence):
+        for step in range(2000):
+            batches.at(step)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_check_usable_ends_the_run_at_its_start_beside_a_good_source(tmp_path: Path, words, lines: Callable,
+                                                                    packing: bool) -> None:
+    lines(tmp_path / "c.jsonl", [{"image": "a.jpg", "caption": "x"}] * 300)
+    lines(tmp_path / "t.jsonl", [{"text": "words"}] * 50)
+    config = {"sources": [{"name": "t", "files": str(tmp_path / "t.jsonl"), "decoder": "pretrain.text", "weight": 99},
+                          {"name": "c", "files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption"}],
+              "length": 60, "packing": packing}
+    with pytest.raises(DataError, match=r"Source c: no record can be used \(100 records tried\); the first: .*: "
+                       "image_ids: is missing; decoder pretrain.caption needs it"):
+        LlmBatches(read_data_settings(config), words)
 
 
 def test_a_search_without_hope_ends(tmp_path: Path, words, lines: Callable) -> None:
@@ -274,8 +296,8 @@ def test_a_search_without_hope_ends(tmp_path: Path, words, lines: Callable) -> N
     assert [budget.spend("dropped") for _ in range(1000)] == [False] * 999 + [True]
     lines(tmp_path / "t.jsonl", [{"text": "many words " * 50}] * 3)
     config = {"sources": [{"name": "s", "files": str(tmp_path / "t.jsonl"), "decoder": "pretrain.text"}], "length": 20}
-    with pytest.raises(DataError, match=r"1000 draws in a row gave no sequence, the last of source s \(skipped\)"):
-        LlmBatches(read_data_settings(config), words).at(0)
+    with pytest.raises(DataError, match=r"no record can be used \(3 records tried.*tokens, rows have 20\): too long"):
+        LlmBatches(read_data_settings(config), words)
 
 
 def test_noise_comes_from_other_pictures_of_the_source(tmp_path: Path, words, shard: Callable) -> None:

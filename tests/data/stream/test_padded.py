@@ -132,5 +132,5 @@ def test_nothing_but_broken_samples_ends_the_run(tmp_path: Path, words, lines: C
     lines(tmp_path / "c.jsonl", ["{"] * 6)
     config = {"sources": [{"name": "c", "files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption", "cycles": 1,
                            "batch_size": 4}], "packing": False, "length": 40}
-    with pytest.raises(DataError, match=r"20 records are broken.*c\.jsonl: line \d"):
+    with pytest.raises(DataError, match=r"Source c: no record can be used \(6 records tried\); .*c\.jsonl: line \d"):
         LlmBatches(read_data_settings(config), words).at(0)

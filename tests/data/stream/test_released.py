@@ -14,6 +14,7 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders.registry import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.released_settings import BUILDERS, is_released
 from seed_multimodal.data.stream.released_size import released_size
 from seed_multimodal.errors import ConfigError, DataError
@@ -121,7 +122,7 @@ def test_rows_follow_from_the_sizes_of_the_released_micro_batches(tmp_path: Path
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"image_ids": codes, "text": text}) + "\n")
         sources.append({"name": name, "files": str(tmp_path / f"{name}.jsonl"), "decoder": "pretrain.caption",
                         "weight": weight, "batch_size": size, "max_length": length})
-    given = {"sources": sources, "length": 128}
+    given = {"sources": sources, "length": 128, "too_long": "truncate"}
     tokens = len(words.encode_parts([short])) + 36  # <s> <img> codes </img> ... </s>
     batches = LlmBatches(read_data_settings(given), words)
     size = released_size(batches.mixture)
@@ -134,7 +135,7 @@ def test_rows_follow_from_the_sizes_of_the_released_micro_batches(tmp_path: Path
     assert LlmBatches(read_data_settings(given), words).settings.rows == 1
     (tmp_path / "short.jsonl").write_text("{}\n")  # nothing to measure: as if it had no padding
     sources[0]["max_length"] = 100
-    assert released_size(LlmBatches(read_data_settings(given), words).mixture).tokens == 0.75 * 1000 + 0.25 * 200
+    assert released_size(Mixture(read_data_settings(given), words)).tokens == 0.75 * 1000 + 0.25 * 200
 
 
 @pytest.mark.parametrize("file", [PRETRAIN, SFT])

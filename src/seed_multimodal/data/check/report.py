@@ -1,12 +1,44 @@
-"""Findings of `seed data check`: counts of records, kinds and errors, lengths, control words in texts."""
+"""Settings and findings of `seed data check`: counts of records, kinds and errors, lengths, control words in texts."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.check.words import ControlWords
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """Settings of the check.
+
+    Args:
+        files: as `open_records` and `pairs.Pairs` take them; `format` too.
+        stage: the tool that will take them, of `pictures.STAGES`; only what it cannot use is an error then. None: each
+            record is looked at by its keys.
+        fields: keys that hold what, for a stage that looks at pictures.
+        pictures: about so many pictures are opened, evenly over the files; None: all. A decoder that opens pictures
+            (`FEATURE_DECODERS`) opens all.
+        tokenizer: folder of the tokenizer the training will use. `length`: tokens a record may have (needs it).
+        decoder: of all records; None: guessed from each record's keys. `options` go to it.
+        images: folder of pictures; None: paths count from their file's folder, or from the current one.
+        max_errors: this many findings are kept as sentences (all are counted); 0 keeps every one.
+    """
+
+    files: Sequence[str | Path]
+    format: str = "auto"
+    tokenizer: str | Path | None = None
+    decoder: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    images: str | Path | None = None
+    max_errors: int = 20
+    length: int | None = None
+    stage: str | None = None
+    fields: str | Mapping[str, str] = field(default_factory=dict)
+    pictures: int | None = 200
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,16 @@ Without a tokenizer the codebook is unknown: codes must be whole numbers from 0,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.check.fields import PICTURES, as_tokenised, code_lists, has_pictures, is_raw
 from seed_multimodal.data.check.pictures import LLM, STAGES, TOKENIZER, PictureReader, guess_stage
-from seed_multimodal.data.check.report import CheckReport, Finding
+from seed_multimodal.data.check.report import CheckReport, CheckSettings, Finding
 from seed_multimodal.data.decoders.base import TEXT, TEXTS, Decoder
+from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
 from seed_multimodal.data.decoders.phrases import BLANK_CAPTION
 from seed_multimodal.data.decoders.registry import DECODERS, FEATURE_DECODERS, get_decoder, guess_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
@@ -30,42 +31,14 @@ from seed_multimodal.data.formats.record import BadRecord, Record
 from seed_multimodal.data.formats.records import FileRecords, RecordFile, open_file
 from seed_multimodal.data.formats.tar import OpenFiles, TarFile
 from seed_multimodal.data.pretokenize.samples import Dropped
+from seed_multimodal.data.stream import views
+from seed_multimodal.data.stream.mixture import read_sequence
+from seed_multimodal.data.stream.skip_budget import BROKEN, SkippedSample
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError, ImageError, SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import nearest
-
-OPENED = 200
-
-
-@dataclass(frozen=True)
-class CheckSettings:
-    """Settings of the check.
-
-    Args:
-        files: as `open_records` and `pairs.Pairs` take them; `format` too.
-        stage: the tool that will take them, of `pictures.STAGES`; only what it cannot use is an error then. None: each
-            record is looked at by its keys.
-        fields: keys that hold what, for a stage that looks at pictures.
-        pictures: about so many pictures are opened, evenly over the files; None: all.
-        tokenizer: folder of the tokenizer the training will use. `length`: tokens a record may have (needs it).
-        decoder: of all records; None: guessed from each record's keys. `options` go to it.
-        images: folder of pictures; None: paths count from their file's folder, or from the current one.
-        max_errors: this many findings are kept as sentences (all are counted); 0 keeps every one.
-    """
-
-    files: Sequence[str | Path]
-    format: str = "auto"
-    tokenizer: str | Path | None = None
-    decoder: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    images: str | Path | None = None
-    max_errors: int = 20
-    length: int | None = None
-    stage: str | None = None
-    fields: str | Mapping[str, str] = field(default_factory=dict)
-    pictures: int | None = OPENED
 
 
 def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckReport:
@@ -105,18 +78,22 @@ class _Checker:
         if settings.length is not None and (settings.tokenizer is None or settings.length < 1):
             raise ConfigError("--length needs --tokenizer, and must be 1 or more.")
         if settings.stage is not None and settings.stage not in STAGES:
-            raise ConfigError(f"--stage {settings.stage}: use {', '.join(STAGES)}{nearest(settings.stage, STAGES)}.")
+            raise ConfigError(f"--stage {settings.stage}: use {', '.join(STAGES)}{nearest(settings.stage, STAGES)}; "
+                              f"for LaVIT's and SEED-X's training --decoder ({', '.join(FEATURE_DECODERS)}).")
         if settings.fields and settings.stage in (None, LLM):
             raise ConfigError("--fields needs the --stage that looks at pictures.")
-        if settings.decoder in FEATURE_DECODERS:
-            raise ConfigError(f"--decoder {settings.decoder} reads pictures, not codes: check them without --decoder.")
-        self.settings = settings
+        self._opens = settings.decoder in FEATURE_DECODERS
+        if self._opens and (settings.stage not in (None, LLM) or settings.tokenizer is None):
+            raise ConfigError(f"--decoder {settings.decoder} needs --tokenizer, the language model's, and the --stage "
+                              f"{LLM} or none.")
+        self.settings = replace(settings, stage=LLM) if self._opens else settings
         self._pictures = PictureReader(None if settings.images is None else str(settings.images), settings.fields,
                                        settings.stage)
         self.report = CheckReport()
         self.tokenizer: MultimodalTokenizer | None = None
         if settings.tokenizer is not None:
-            self.tokenizer = MultimodalTokenizer.from_pretrained(settings.tokenizer)
+            self.tokenizer = FEATURE_DECODERS.get(settings.decoder or "", Decoder).Words.from_pretrained(
+                settings.tokenizer)
         self._decoders: dict[str, Decoder] = {}
         if settings.decoder is not None and settings.decoder not in DECODERS or self.tokenizer is not None:
             self._decoder(settings.decoder or "chat")  # refuses an unknown name or option before anything is read
@@ -141,11 +118,14 @@ class _Checker:
             shard = TarFile(path, self._pictures.pair.columns)
             if stage is not None or shard.has("image").any():
                 return shard
-        return open_file(path, format)
+        return open_file(path, format, views.TAR_PARTS if self._opens else None)
 
     def read(self, source: FileRecords, index: int, *, opens: bool = True) -> None:
         """Look at one record; `opens`: open its pictures."""
         self.report.records += 1
+        if self._opens:
+            self._read_opened(source, index)
+            return
         stage = self.settings.stage
         try:
             found = source.locate(index)
@@ -167,6 +147,23 @@ class _Checker:
             self._see(raw, record, source, opens)
             return
         self._read_tokenised(record, source, opens)
+
+    def _read_opened(self, source: FileRecords, index: int) -> None:
+        """A record of a decoder that opens pictures, by the reader and decoder of training."""
+        decoder, folder = self._decoder(str(self.settings.decoder)), self.settings.images
+        assert isinstance(decoder, OpenedDecoder)
+        reader = views.PictureReader(decoder, source.open_files, str(folder) if folder else None)
+        found = read_sequence(source, index, decoder, reader, SeededDraws(0, self.report.records), self.settings.length)
+        self.report.kinds[decoder.name] += 1
+        if not isinstance(found, SkippedSample):
+            sequence, where = found
+            assert isinstance(sequence, PictureSequence)
+            self.report.images = self.report.opened = self.report.images + len(sequence.pictures)
+            self._note_length(len(sequence) + sequence.cut, where)
+        elif found.kind == BROKEN:
+            self.note(found.reason, self._with_hint(found.where))
+        else:
+            self.note("dropped", f"{found.where}: decoder {decoder.name} leaves it out: {found.reason}")
 
     def _read_tokenised(self, record: Record, source: FileRecords, opens: bool) -> None:
         settings = self.settings
@@ -295,6 +292,9 @@ class _Checker:
         if sequence is None:
             self.note("dropped", f"{record.where}: decoder {kind.name} leaves it out: {decoder.reason}")
             return
-        self.report.lengths[len(sequence.ids)] += 1
-        if self.settings.length is not None and len(sequence.ids) > self.settings.length:
-            self.note("too long", f"{record.where}: has {len(sequence.ids)} tokens, more than {self.settings.length}.")
+        self._note_length(len(sequence.ids), record.where)
+
+    def _note_length(self, length: int, where: str) -> None:
+        self.report.lengths[length] += 1
+        if self.settings.length is not None and length > self.settings.length:
+            self.note("too long", f"{where}: has {length} tokens, more than {self.settings.length}.")

@@ -81,6 +81,7 @@ class Decoder:
     Options: ClassVar[type[DecoderOptions]] = DecoderOptions
     without_effect: ClassVar[Sequence[str]] = ()  # options of the released function that it never reads
     reads_pictures: ClassVar[bool] = True
+    Words: ClassVar[type[MultimodalTokenizer]] = MultimodalTokenizer
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
         """Raises ConfigError: an unknown option (the nearest is named), or one of the wrong type."""

@@ -24,7 +24,7 @@ from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, P
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.lavit import QUESTION, LavitWords
+from seed_multimodal.language.lavit import QUESTION, LavitTokenizer, LavitWords
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.settings import setting
@@ -62,6 +62,7 @@ class LavitDecoder(OpenedDecoder):
     """Base of these decoders."""
 
     Options = LavitOptions
+    Words = LavitTokenizer
     interpolation = "bicubic"
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:

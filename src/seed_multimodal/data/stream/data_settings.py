@@ -74,7 +74,7 @@ class LlmDataSettings:
         too_long: treatment of a sequence longer than `length` (packing): `skip`, `truncate` (the decoder's released cut
             on the right), or `split` (documents of the decoder `pretrain.text` become several pieces; others are
             skipped). Each is counted and named. Without packing sequences are cut, as released, and counted.
-        max_bad_in_a_row: this many broken records one after another end the run.
+        max_bad_in_a_row: this many broken records of a source one after another end the run.
         template: words around a user's turn (vicuna, llama2) for the decoders that have such an option, in sources that
             do not set it themselves; None: those of the model that is trained.
         concat_type: `sample` (weighted draws), `concat` (one source after the other), `mux_longest` (round robin).

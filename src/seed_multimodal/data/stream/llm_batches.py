@@ -26,6 +26,7 @@ from seed_multimodal.data.stream.mixture import EndOfData, Mixture
 from seed_multimodal.data.stream.plan import MicroBatch, StreamPlan
 from seed_multimodal.data.stream.released_size import released_size
 from seed_multimodal.data.stream.statistics import DataStatistics
+from seed_multimodal.data.stream.streams import check_usable
 from seed_multimodal.data.stream.views import BatchViews
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
@@ -79,7 +80,8 @@ class LlmBatches(StepLoader):
         log: gets one sentence for each of the first few records skipped for a reason.
 
     Raises:
-        ConfigError: settings that contradict each other. DataError: sources that cannot be opened.
+        ConfigError: settings that contradict each other. DataError: sources that cannot be opened, or of which
+            nothing can be used.
     """
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer, *, rank: int = 0, world: int = 1,
@@ -94,6 +96,7 @@ class LlmBatches(StepLoader):
         if settings.packing and settings.rows is None:
             fitting, released = (rows or _released_rows)(self.mixture)
             self.mixture.settings = replace(settings, rows=fitting)
+        check_usable(self.mixture)
         self.settings = self.mixture.settings
         self.plan = StreamPlan(self.mixture, rank, world, tokenizer.pad_id, tokenizer.vocabulary.boi_id,
                                released)

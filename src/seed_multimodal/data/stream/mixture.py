@@ -77,25 +77,9 @@ class Mixture:
         Args:
             max_length: None: the whole sequence; a number: cut as the released decoder cuts.
         """
-        index = self.index(source, position)
-        where = ""
-        try:
-            record = self.records[source].read(index)
-            where = record.where
-            draws = SeededDraws(self.settings.seed, self.seeds[source], position)
-            reader = self.readers[source]
-            fields = record.fields if reader is None else reader.fields(record)
-            made = self.decoders[source].decode(fields, draws, max_length)
-        except ConfigError:
-            raise
-        except SeedError as error:
-            sentence = str(error)
-            if where and not sentence.startswith(where):
-                sentence = f"{where}: {sentence}"
-            return SkippedSample(source, BROKEN, getattr(error, "kind", "broken record"), sentence)
-        if made.dropped or not made.ids:
-            return SkippedSample(source, DROPPED, made.dropped or "empty", where)
-        return made, where
+        draws = SeededDraws(self.settings.seed, self.seeds[source], position)
+        return read_sequence(self.records[source], self.index(source, position), self.decoders[source],
+                             self.readers[source], draws, max_length, source)
 
     def views(self, source: int, made: TokenSequence) -> SequenceViews | None:
         """The views of a sequence that is used; its opened pictures are let go."""
@@ -107,6 +91,30 @@ class Mixture:
         used = ", ".join(f"{source.name} {source.cycles}x" for source in self.settings.sources)
         return EndOfData(f"All sources are used up (cycles: {used}): ask for fewer steps, raise cycles, or leave "
                          f"cycles out for no end.")
+
+
+def read_sequence(records: FileRecords, index: int, decoder: Decoder, reader: PictureReader | None, draws: Draws,
+                  max_length: int | None = None, source: int = 0) -> Found | SkippedSample:
+    """(the sequence of a record, its place), or why there is none: for training and for `seed data check`.
+
+    Args:
+        reader: of a decoder that opens pictures. max_length: as of `Mixture.sequence`. source: number in the result.
+    """
+    where = ""
+    try:
+        record = records.read(index)
+        where = record.where
+        made = decoder.decode(record.fields if reader is None else reader.fields(record), draws, max_length)
+    except ConfigError:
+        raise
+    except SeedError as error:
+        sentence = str(error)
+        if where and not sentence.startswith(where):
+            sentence = f"{where}: {sentence}"
+        return SkippedSample(source, BROKEN, getattr(error, "kind", "broken record"), sentence)
+    if made.dropped or not made.ids:
+        return SkippedSample(source, DROPPED, made.dropped or "empty", where)
+    return made, where
 
 
 class OtherPicture:

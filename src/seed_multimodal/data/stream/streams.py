@@ -24,8 +24,9 @@ from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.packing import Arrays, best_fit, split_long
 from seed_multimodal.data.stream.skip_budget import BROKEN, DROPPED, TOO_LONG, SkipBudget, SkippedSample
 from seed_multimodal.data.stream.views import SequenceViews
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import ConfigError, DataError, counted
 
+USABLE_WITHIN = 100
 SPLIT_DECODERS = ("pretrain.text",)
 Read = tuple[Arrays, SequenceViews | None]
 _WORDS = {"skip": "skipped", "truncate": "cut", "split": "split"}
@@ -65,7 +66,8 @@ class DrawStream:
         self.mixture, self.number, self.steps = mixture, number, steps
         self.rows = int(state["rows"]) if state else 0
         self.counts = list(state["counts"]) if state else [0] * len(mixture.names)
-        self.budget = SkipBudget(mixture.settings.max_bad_in_a_row)
+        broken = (state or {}).get("broken_of", [0] * len(mixture.names))
+        self.budgets = [SkipBudget(mixture.settings.max_bad_in_a_row, number) for number in broken]  # of each source
         self.skipped: list[SkippedSample] = []
 
     def state(self) -> dict[str, Any]:
@@ -133,7 +135,7 @@ class DrawStream:
             pieces = [(ids, labels) for ids, labels in pieces if (labels[1:] != IGNORED).any()]
             if not pieces:
                 return self._skip(SkippedSample(source, DROPPED, "nothing to learn in it", where))
-        self.budget.good()
+        self.budgets[source].good()
         return [(arrays, None) for arrays in pieces]
 
     def _pictured(self, source: int, sequence: PictureSequence, where: str, length: int, too_long: str) -> list[Read]:
@@ -145,19 +147,39 @@ class DrawStream:
             if skip:
                 return self._skip(note)
             self.skipped.append(note)
-        self.budget.good()
+        self.budgets[source].good()
         return [(_arrays(sequence), self.mixture.views(source, sequence))]
 
     def _skip(self, sample: SkippedSample) -> list[Read]:
         self.skipped.append(sample)
-        if self.budget.spend(sample.kind):
-            name = self.mixture.names[sample.source]
+        budget, name = self.budgets[sample.source], self.mixture.names[sample.source]
+        if budget.spend(sample.kind):
             if sample.kind == BROKEN:
-                raise DataError(f"{self.budget.broken} records are broken without a good one between them, the last of "
-                                f"source {name}: {sample.where}")
-            raise DataError(f"{self.budget.unusable} draws in a row gave no sequence, the last of source {name} "
+                raise DataError(f"{budget.broken} records of source {name} are broken without a good one between them, "
+                                f"the last: {sample.where}")
+            raise DataError(f"{budget.unusable} draws in a row from source {name} gave no sequence, the last "
                             f"({sample.reason}): {sample.where}")
         return []
+
+
+def check_usable(mixture: Mixture) -> None:
+    """Read the first record of each source that training can use.
+
+    Raises:
+        DataError: a source has none among its first ones in training's order (`USABLE_WITHIN`, or `max_bad_in_a_row`).
+    """
+    settings = mixture.settings
+    for source, name in enumerate(mixture.names):
+        stream = DrawStream(mixture, 0, [1] * len(mixture.names))
+        count = min(mixture.sizes[source], max(USABLE_WITHIN, settings.max_bad_in_a_row))
+        stream.budgets[source] = SkipBudget(count + 1)
+        length, too_long = (settings.length, settings.too_long) if settings.packing else (
+            settings.padded_shape(source)[1], "truncate")
+        if not any(stream.read(source, position, length, too_long, settings.packing) for position in range(count)):
+            first = stream.skipped[0]
+            reason = "too long" if first.kind == TOO_LONG else first.reason
+            raise DataError(f"Source {name}: no record can be used ({counted(count, 'record')} tried); the first: "
+                            + (first.where if first.kind == BROKEN else f"{first.where}: {reason}."))
 
 
 class PackingStream(DrawStream):
@@ -176,7 +198,7 @@ class PackingStream(DrawStream):
 
     def state(self) -> dict[str, Any]:
         """State to continue this stream from (json-able); the look-ahead is read again from its draws."""
-        return {**super().state(), "broken": self.budget.broken,
+        return {**super().state(), "broken_of": [one.broken for one in self.budgets],
                 "waiting": [[one.source, one.count, one.piece] for one in self.waiting]}
 
     def next_row(self) -> list[Piece]:
@@ -209,6 +231,7 @@ class PackingStream(DrawStream):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         known: dict[tuple[int, int], list[Piece]] = {}
+        before = [budget.broken for budget in self.budgets]
         for source, count, piece in state["waiting"]:
             if (source, count) not in known:
                 known[source, count] = self._pieces(source, count)
@@ -217,7 +240,8 @@ class PackingStream(DrawStream):
                                   f"draw {count} of lane {self.number} no longer gives a sequence.")
             self.waiting.append(known[source, count][piece])
         self.skipped.clear()  # those were reported before
-        self.budget = SkipBudget(self.budget.most, int(state["broken"]))
+        for budget, broken in zip(self.budgets, before, strict=True):
+            budget.broken = broken
 
 
 class PaddedStream(DrawStream):
@@ -236,7 +260,7 @@ class PaddedStream(DrawStream):
         source, count = drawn
         size, length = self.mixture.settings.padded_shape(source)
         limit, start = self.mixture.limits[source], count * size
-        self.budget = SkipBudget(self.budget.most)
+        self.budgets[source] = SkipBudget(self.mixture.settings.max_bad_in_a_row)
         pieces: list[Piece] = []
         while not pieces:
             end = start + size
