@@ -8,6 +8,7 @@ Nothing in the project calls `.cuda()`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -93,6 +94,14 @@ def free_memory(device: torch.device) -> None:
     """Give memory that tensors have left back to the GPU."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def machine_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

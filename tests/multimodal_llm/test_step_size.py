@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.llm.memory import FREE_BYTES, FREE_SHARE, GIB, LlamaSizes, Spread, memory_plan
 
@@ -72,3 +73,13 @@ def test_the_first_of_several_processes_decides(runs, train, open_rows, tmp_path
                                       f"trainer.max_steps={STEPS}"), before=runs.torchrun())
     assert said.count(f"a step: {rows} packed rows of 160 x 1 micro-step x 2 processes = ") == 1
     assert runs.losses(two) == pytest.approx(runs.losses(one), rel=1e-4)
+
+
+def test_check_machine_refuses_a_batch_that_does_not_fit_the_memory(runs, train, tmp_path):
+    runs.write_files(tmp_path / "files")
+    data = yaml.safe_load((tmp_path / "files" / "data.yaml").read_text())
+    for packing in (True, False):
+        sources = [{**source, "batch_size": 10**8} for source in data["sources"]]
+        with pytest.raises(ConfigError, match=r"a micro-batch of [\d,]+ positions needs [\d,]+ GiB, and this machine "
+                           r"has .*lower rows \(or batch_size\)"):
+            train("large", data={**data, "sources": sources, "rows": 10**8, "packing": packing})

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from seed_multimodal.device import machine_memory
+
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow", "safetensors", "sentencepiece")
 
 
@@ -25,8 +27,10 @@ def circumstances(device: torch.device | str, command: str) -> dict[str, Any]:
 
 def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Processor, usable cores, torch threads, memory in GiB, and the GPU's name when `device` is one."""
+    memory = machine_memory()
     facts: dict[str, Any] = {
-        "cpu": _cpu_name(), "cores": _cores(), "threads": torch.get_num_threads(), "memory_gib": _memory_gib()}
+        "cpu": _cpu_name(), "cores": _cores(), "threads": torch.get_num_threads(),
+        "memory_gib": None if memory is None else round(memory / 2**30, 1)}
     place = torch.device(device)
     if place.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(place)
@@ -88,10 +92,3 @@ def _cpu_name() -> str:
     except OSError:
         pass  # not Linux
     return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError):
-        return None

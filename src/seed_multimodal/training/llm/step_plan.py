@@ -8,6 +8,7 @@ so that the tokens of a step stay the released ones. The first process decides f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from seed_multimodal.data.stream.data_settings import LlmDataSettings
 from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.released_size import ReleasedSize, released_size
-from seed_multimodal.errors import counted
+from seed_multimodal.device import machine_memory
+from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.lora import recorded_lora
 from seed_multimodal.training.llm.memory import GIB, Beside, LlamaSizes, MemoryPlan, Spread, memory_plan
@@ -34,6 +36,13 @@ def split_rows(rows: int, accumulate: int, fitting: int) -> tuple[int, int]:
     whole, most = rows * accumulate, max(1, fitting)
     found = [(one, max(1, round(whole / one))) for one in range((most + 1) // 2, most + 1)]
     return min(found, key=lambda pair: (abs(pair[0] * pair[1] - whole), -pair[0]))
+
+
+def _positions(settings: LlmDataSettings) -> int:
+    """Of the largest micro-batch."""
+    if settings.packing:
+        return (settings.rows or 1) * settings.length
+    return max(rows * length for rows, length in map(settings.padded_shape, range(len(settings.sources))))
 
 
 class StepPlan:
@@ -87,18 +96,29 @@ class StepPlan:
                            checkpointing=model.gradient_checkpointing, kernel=self.trainer.loss_kernel,
                            positions=positions, beside=self.beside)
 
+    def check_machine(self, settings: LlmDataSettings) -> None:
+        """Refuse micro-batches that do not fit this machine by the memory plan, where it trains on the CPU.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        positions, memory = _positions(settings), machine_memory()
+        plan = self.memory_plan(positions) if self.device.type == "cpu" and memory else None
+        need = 0.0 if plan is None else plan.total(positions) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if memory and need > memory:
+            raise ConfigError(f"data: a micro-batch of {positions:,} positions needs {need / GIB:,.0f} GiB, and this "
+                              f"machine has {memory / GIB:,.1f} GiB of memory: lower rows (or batch_size) and raise "
+                              "trainer.gradient_accumulation_steps.")
+
     def lines(self, settings: LlmDataSettings) -> list[str]:
         """What is said at the start: the size of a step, the released one, and the memory plan."""
-        world = self.group.world
+        world, positions = self.group.world, _positions(settings)
         shared = f"{counted(self.accumulate, 'micro-step')} x {world} process{'es' if world > 1 else ''}"
         if settings.packing:
             rows = settings.rows or 1
-            positions = rows * settings.length
             lines = [f"a step: {counted(rows, 'packed row')} of {settings.length:,} x {shared} = "
                      f"{positions * self.accumulate * world:,} positions."]
         else:
-            shapes = [settings.padded_shape(source) for source in range(len(settings.sources))]
-            positions = max(rows * length for rows, length in shapes)
             lines = [f"a step: padded micro-batches of up to {positions:,} positions x {shared}."]
         return [*lines, *self._origin(settings), self._memory_line(positions)]
 

@@ -58,8 +58,7 @@ _QUIET = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max
 class LlmTask(Task):
     """One run of the language model in one process."""
 
-    name, record_file, checkpoint_folder = "train", "summary.json", ""
-    averages = False
+    name, record_file, checkpoint_folder, averages = "train", "summary.json", "", False
     meter: TokenMeter
     module: Any
     layer_classes: Sequence[str] = ("LlamaDecoderLayer",)
@@ -90,6 +89,7 @@ class LlmTask(Task):
                                workers=self.settings.dataloader_num_workers, rows=self.plan.rows, log=self._log)
         self.settings = replace(self.settings, gradient_accumulation_steps=self.plan.accumulate)
         self.rows = self.data.settings.rows or 1
+        self.plan.check_machine(self.data.settings)
         self.evaluation = open_evaluation(run, self.tokenizer, group, self._log, self.plan.held_out_rows(self.rows),
                                           template_of(self.model_settings), self.held_out_losses())
         self.meter = TokenMeter()
