@@ -130,8 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     converter.add_argument("--force", action="store_true", help="write over an existing file")
     add_json(converter)
     converter.set_defaults(work=convert.convert)
-    exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
-    export_tokenizer.add_arguments(exporter)
+    export_tokenizer.add_arguments(commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder"))
     assemble.add_commands(commands.add_parser("assemble", help="parts that trainings made → a system folder"))
     measured = commands.add_parser("eval", help="measure a model").add_subparsers(dest="what", required=True,
                                                                                     metavar="WHAT")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from seed_multimodal.cli import main
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.language.tokenizer_files import MODEL, write_files
+from seed_multimodal.language.tokenizer_files import MODEL, read_files, write_files
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
@@ -351,7 +351,7 @@ def test_exported_tokenizer_serves_seed_llama(tmp_path: Path, tiny_folder: Path)
     first.load_state_dict(state, strict=False)
     second.load_state_dict(state, strict=False)
     export_tokenizer(_lavis(second, tmp_path / "2.pth"), tmp_path / "out", stage1=_lavis(first, tmp_path / "1.pth"),
-                     config=tokenizer.config, words=source)
+                     config=tokenizer.config, beside=read_files(source).raw)
     picture = Path(__file__).parents[2] / "images" / "fox.png"
     before = SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None)
     after = SeedLlama.from_pretrained(tiny_folder, tokenizer=tmp_path / "out", device="cpu", log=None)

@@ -10,7 +10,7 @@ from seed_multimodal.commands.common import add_json
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.systems.parts import PARTS
+from seed_multimodal.system_folder import PARTS
 
 
 def assemble(args: argparse.Namespace) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
+from pathlib import Path
 
 from seed_multimodal.commands.common import add_json, cat_picture
 from seed_multimodal.entry import DONE
@@ -12,15 +14,20 @@ from seed_multimodal.errors import ConfigError
 
 def export(args: argparse.Namespace) -> int:
     """Join, write, read back, compare; print what came from where, or one JSON object with `--json`."""
+    from seed_multimodal.language.tokenizer_files import check_codebook, read_files
     from seed_multimodal.tokenizers.export import export_tokenizer
 
     if args.lavit or not args.stage2:
         return export_lavit(args)
+    beside, check = {}, None
+    if args.text_tokenizer:
+        words = read_files(Path(args.text_tokenizer))
+        beside, check = words.raw, partial(check_codebook, args.text_tokenizer, words.vocabulary)
     cat = cat_picture()
     picture = args.image or (cat if cat.is_file() else None)
     report = export_tokenizer(args.stage2, args.out, stage1=args.stage1, vision=args.vision, config=args.config,
-                              kind=args.kind, released=args.released, picture=picture, words=args.text_tokenizer,
-                              force=args.force)
+                              kind=args.kind, released=args.released, picture=picture, beside=beside,
+                              check=check, force=args.force)
     if args.json:
         print(json.dumps({
             "folder": str(report.folder), "kind": report.kind, "tensors": report.tensors, "parts": report.parts,

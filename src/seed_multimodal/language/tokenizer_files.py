@@ -74,7 +74,7 @@ def read_files(folder: Path) -> TokenizerFiles:
     return TokenizerFiles(processor, vocabulary, added, _special_of(folder, raw), raw)
 
 
-def check_codebook(words: Path, vocabulary: ImageVocabulary, codes: int, per_image: int,
+def check_codebook(words: str | Path, vocabulary: ImageVocabulary, codes: int, per_image: int,
                    tokenizer: str | Path) -> None:
     """Refuse (`CheckpointError`) words for other codes than an image tokenizer has."""
     if (codes, per_image) != (vocabulary.n_codes, vocabulary.tokens_per_image):

@@ -29,7 +29,7 @@ from seed_multimodal.hub import (
 from seed_multimodal.language.prompts import template_for
 from seed_multimodal.language.tasks import RELEASED_TASKS
 from seed_multimodal.settings import nearest
-from seed_multimodal.systems.system_file import RELEASED_TRANSFORM, SystemFile, read_system_json
+from seed_multimodal.systems.system_file import RELEASED_TRANSFORM, Learned, SystemFile, read_system_json
 from seed_multimodal.tokenizers.released import LAYOUTS
 
 # The released inference scripts' settings (top_k 50 is the library default they run under).
@@ -92,6 +92,7 @@ class PictureParts:
     vision: Path | None
     detokenizer: Path | None
     transform: dict[str, Any]
+    learned: Learned = Learned()
 
 
 def find_pictures(name: str | Path) -> PictureParts:
@@ -108,7 +109,8 @@ def find_pictures(name: str | Path) -> PictureParts:
     if str(name).lower() in RELEASED_NAMES:
         folder = local_folder(PARTS["tokenizer"].folder)
         if folder is None:
-            raise CheckpointError(f"{not_on_disk([('tokenizer', PARTS['tokenizer'].folder)])}. {_nano_runs()}")
+            missing = not_on_disk([("tokenizer", PARTS["tokenizer"].folder)])
+            raise CheckpointError(f"{missing}; `--model nano` runs now.")
         return PictureParts(folder, None, _decoder_of(folder), dict(RELEASED_TRANSFORM))
     place = locate_system(name)
     if place is None and is_hub_name(name):
@@ -117,7 +119,7 @@ def find_pictures(name: str | Path) -> PictureParts:
         return PictureParts(place, None, _decoder_of(place if place.is_dir() else place.parent), dict(BICUBIC))
     spec = find_system(name)
     return PictureParts(spec.tokenizer, spec.vision, spec.detokenizer,
-                        {**spec.transform, "image_size": spec.image_size})
+                        {**spec.transform, "image_size": spec.image_size}, spec)
 
 
 def is_tokenizer(place: Path) -> bool:

@@ -27,7 +27,6 @@ from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.finite import refuse_diverged
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.language.tokenizer_files import check_codebook, read_files
 from seed_multimodal.tokenizers.encoder import CodeTokenizer
 from seed_multimodal.tokenizers.export_merge import AUTO, Merged, merge, part_of
 from seed_multimodal.tokenizers.released import ENCODER_PARTS, OURS, TOWER, VISION_FILES, ReleasedLayout
@@ -68,8 +67,8 @@ class Export:
 def export_tokenizer(
     stage2: str | Path, out: str | Path, *, stage1: str | Path | None = None, vision: str | Path | None = None,
     config: TokenizerConfig | str | Path | None = None, kind: str = AUTO, released: bool = False,
-    picture: Image.Image | str | Path | None = None, words: str | Path | None = None, force: bool = False,
-    log: Log = None,
+    picture: Image.Image | str | Path | None = None, beside: Mapping[str, bytes] | None = None,
+    check: Callable[[int, int, str | Path], None] | None = None, force: bool = False, log: Log = None,
 ) -> Export:
     """Join stage checkpoints into a tokenizer folder and verify it by encoding a picture.
 
@@ -80,7 +79,8 @@ def export_tokenizer(
         kind: `seed2`, `seed1`, or `auto`: what stage 2's decode side is (see `export_merge`).
         released: also write the files of that kind's released layout.
         picture: what is encoded to compare (default: a generated one).
-        words: folder of a language tokenizer, whose files are copied into the folder.
+        beside: further files for the folder, for example a language tokenizer's; check: gets the number of codes, that
+            of a picture's, and the checkpoint, and refuses them if those files do not fit.
         force: replace a folder that is not empty.
 
     Raises:
@@ -91,12 +91,11 @@ def export_tokenizer(
     files = [Path(file) for file in (stage2, stage1) if file is not None]
     read = [stage1, stage2, vision, picture if isinstance(picture, str | Path) else None]
     shown, target = Path(out), output_folder(out, force=force, what="the tokenizer", read=read)
-    texts = None if words is None else read_files(Path(words))
     merged = merge(files[1] if len(files) > 1 else None, files[0], Path(vision) if vision is not None else None, kind,
                    config)
     sizes = merged.sizes
-    if texts is not None:
-        check_codebook(Path(words or ""), texts.vocabulary, sizes.codebook_size, sizes.num_query, stage2)
+    if check is not None:
+        check(sizes.codebook_size, sizes.num_query, stage2)
     model = merged.tokenizer.from_tensors(sizes, merged.state, merged.tower, " and ".join(map(str, reversed(files))),
                                           merged.tower_file)
     pixels = _pixels(picture, sizes.vit.image_size)
@@ -108,7 +107,7 @@ def export_tokenizer(
     del merged  # a billion numbers at released size
     with making_folder(target, shown, ConfigError) as folder:
         _write(model, folder, released)
-        for name, content in texts.raw.items() if texts is not None else ():
+        for name, content in (beside or {}).items():
             (folder / name).write_bytes(content)
         del model
         report.verified = _verify(folder, tokenizer, released, pixels, expected)

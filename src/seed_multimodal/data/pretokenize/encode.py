@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.config import find_target, instantiate, load_yaml
-from seed_multimodal.configured import picture_half
 from seed_multimodal.device import DTYPES, choose_device, copy_to, is_out_of_memory
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, first_line
@@ -165,7 +164,7 @@ class Codes:
 def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
     where = config if isinstance(config, str) else "tokenizer"
     if isinstance(config, str) and os.path.isdir(config):
-        return picture_half(config, device=device, dtype="float32")
+        config = {"_target_": "seed_multimodal.configured.picture_half", "model": config}
     node = load_yaml(config) if isinstance(config, str) else config
     target = find_target(str(node.get("_target_")), where)
     offered: dict[str, Any] = {"load_diffusion": False, "device": device, "dtype": "float32"}
