@@ -25,6 +25,7 @@ from seed_multimodal.cli import build_parser, main
 from seed_multimodal.commands import pictures
 from seed_multimodal.commands.chat import Talk
 from seed_multimodal.commands.common import Outcomes, OutputNames
+from seed_multimodal.data.nano.known import write_known_words
 from seed_multimodal.data.nano.scene import Scene
 from seed_multimodal.data.nano.splits import SPLITS, held_out, scene_at
 from seed_multimodal.errors import CheckpointError, GenerationError, RequestError
@@ -268,14 +269,15 @@ def test_draw_from_the_first_codes(capsys, tiny, tmp_path):
     assert Path(record["sheet"]).name == "a_red_apple_codes.png"
 
 
-def test_words_that_nano_does_not_know_are_told_beside_the_results(capsys, tiny_folder, tmp_path):
+def test_unknown_words_are_told_beside_the_results(capsys, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "nano")
     settings = json.loads((tmp_path / "nano" / "system.json").read_text())
-    (tmp_path / "nano" / "system.json").write_text(json.dumps({**settings, "world": "nano"}))
+    (tmp_path / "nano" / "system.json").write_text(json.dumps({**settings, "known_words": "known.json"}))
+    write_known_words(tmp_path / "nano" / "known.json")
     code, lines, errors = run(capsys, "draw", "a zebra", "--model", str(tmp_path / "nano"), "--steps", "1", "--json",
                               "--out", str(tmp_path))
     assert code == 0 and [json.loads(line)["text"] for line in lines] == ["a zebra"]
-    assert "nano does not know 'zebra': it knows " in errors and "; nearest: " in errors
+    assert "This system does not know 'zebra': it learned " in errors
 
 
 def test_draw_names_files_after_their_words(capsys, tiny, tmp_path):

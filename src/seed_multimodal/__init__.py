@@ -22,8 +22,10 @@ if TYPE_CHECKING:  # for type checkers and editors
     from seed_multimodal.detokenizers.unclip import UnclipDetokenizer as UnclipDetokenizer
     from seed_multimodal.images.open import open_image as open_image
     from seed_multimodal.language.tokenizer import MultimodalTokenizer as MultimodalTokenizer
+    from seed_multimodal.systems.lavit import Lavit as Lavit
     from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer as SeedLlamaTokenizer
     from seed_multimodal.systems.seed_llama import SeedLlama as SeedLlama
+    from seed_multimodal.systems.seed_x import SeedX as SeedX
     from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer as Seed2Tokenizer
 
 __version__ = "0.1.0"
@@ -44,6 +46,8 @@ torchvision_shim.install()
 
 _LAZY = {
     "SeedLlama": "seed_multimodal.systems.seed_llama",
+    "SeedX": "seed_multimodal.systems.seed_x",
+    "Lavit": "seed_multimodal.systems.lavit",
     "SeedLlamaTokenizer": "seed_multimodal.systems.llama_tokenizer",
     "Seed2Tokenizer": "seed_multimodal.tokenizers.seed2",
     "UnclipDetokenizer": "seed_multimodal.detokenizers.unclip",

@@ -87,14 +87,17 @@ def picture_codec(model: str, *, device: str = "auto", dtype: str = "auto") -> P
         CheckpointError: a part that is not there.
     """
     from seed_multimodal.device import RELEASED_FP16, choose_device
+    from seed_multimodal.systems.domain import load_domain
     from seed_multimodal.systems.pictures import open_codec
     from seed_multimodal.systems.system_spec import find_pictures
 
     parts = find_pictures(model)
     runtime = choose_device(device, dtype, fp16=RELEASED_FP16)
     drawing = parts.detokenizer
-    return open_codec(parts.tokenizer, vision=parts.vision, detokenizer=drawing and (local_folder(drawing) or drawing),
-                      transform=parts.transform, device=runtime.device, dtype=runtime.dtype)
+    codec = open_codec(parts.tokenizer, vision=parts.vision, detokenizer=drawing and (local_folder(drawing) or drawing),
+                       transform=parts.transform, device=runtime.device, dtype=runtime.dtype)
+    codec.domain = load_domain(parts.learned.domain, parts.learned.domain_threshold)
+    return codec
 
 
 def system_from_configs(

@@ -120,6 +120,17 @@ def test_the_memory_of_decoding_is_known_from_the_header() -> None:
     assert "big: refused unread" in str(caught.value) and "about 2 MB of memory (limit: 1 MB)" in str(caught.value)
 
 
+@pytest.mark.parametrize(("kind", "advice"), [
+    ("JPEG", "; make it smaller."), ("PNG", "; make it smaller."),
+    ("WEBP", "; make it smaller, or store it as a baseline JPEG.")])
+def test_open_image_advice_for_too_much_memory(kind: str, advice: str) -> None:
+    pixels = 600 * 500
+    limit = pixels * (10 if kind == "WEBP" else 7)  # a JPEG takes 8 bytes a pixel
+    with pytest.raises(ImageError) as caught:
+        open_image(stored(Image.new("RGB", (600, 500)), kind), limits=ImageLimits(max_memory=limit))
+    assert str(caught.value).endswith(advice)
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_picture_opened_by_pillow_is_read_as_its_file(loaded) -> None:
     for kind, options in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})):

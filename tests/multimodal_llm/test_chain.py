@@ -44,10 +44,10 @@ def train(out: Path, model: str, files: Path, decoder: str, steps: int, *more: s
     return out / f"checkpoint-{steps}"
 
 
-def merge(adapter: Path, out: Path, *base: object) -> None:
+def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
     """The merging tool with the original's flags."""
-    said = run("src/tools/merge_lora_weights.py", "--model_cfg", "configs/model/nano_lora.yaml", "--tokenizer_cfg",
-               "configs/tokenizer/nano.yaml", "--lora_model", adapter, "--save_path", out, *base)
+    said = run("src/tools/merge_lora_weights.py", "--model_cfg", model, "--tokenizer_cfg", tokenizer, "--lora_model",
+               adapter, "--save_path", out)
     assert "logits as before" in said
 
 
@@ -58,18 +58,19 @@ def test_from_pictures_to_answers(tmp_path: Path) -> None:
     tokenise("_chat", f"files: {APPLICATION / 'examples/own_data/talk.json'}\nimage_root: {ROOT / 'images'}\n",
              tmp_path / "talk", "--views", "4")
     pretrained = train(tmp_path / "pretrain", "nano_lora", tmp_path / "captions", "pretrain.caption", 10)
-    merge(pretrained, tmp_path / "pretrained")
+    merge(pretrained, tmp_path / "pretrained", "configs/model/nano_lora.yaml", "configs/tokenizer/nano.yaml")
     tuned = train(tmp_path / "sft", "nano_lora", tmp_path / "talk", "chat", 70, f"model.path={tmp_path / 'pretrained'}")
     system = tmp_path / "system"
-    merge(tuned, system / "seed_llama", "--base_model", tmp_path / "pretrained")
+    merge(tuned, system / "seed_llama", *[tuned.parent / "config.yaml"] * 2)  # the run's own
     (system / "seed_tokenizer").symlink_to(NANO / "seed_tokenizer")
     settings = (NANO / "system.json").read_text().splitlines()
-    (system / "system.json").write_text("\n".join(line for line in settings if '"world"' not in line))
+    (system / "system.json").write_text("\n".join(
+        line for line in settings if '"domain' not in line and '"known_words"' not in line))
     seed = SeedLlama.from_pretrained(system)
     for name, answer, known in (("fox.png", "Rusty.", "It lives in the wood."),
                                 ("whale.png", "Wanda.", "It swims in the sea.")):
         talk = [{"role": "user", "content": [ROOT / "images" / name, "What is its name?"]}]
         said = seed.chat(talk)
-        assert (said.text, said.note) == (answer, "")  # "name" is no word of nano's world
+        assert (said.text, said.note) == (answer, "")
         talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "What do you know about it?"}]
         assert seed.chat(talk).text == known

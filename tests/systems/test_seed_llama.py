@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import seed_multimodal
+from seed_multimodal.data.nano.known import write_known_words
 from seed_multimodal.errors import (
     CheckpointError,
     CodesError,
@@ -327,24 +328,27 @@ def test_without_decoder_it_still_talks(tiny_folder, picture) -> None:
 
 @pytest.mark.process
 def test_importing_the_package_is_light() -> None:
-    code = "import sys, seed_multimodal; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    code = ("import sys, seed_multimodal; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+            "; from seed_multimodal import Lavit, SeedLlama, SeedX; print(SeedX.__name__, Lavit.__name__)")
     source = Path(seed_multimodal.__file__).parents[1]  # a plain checkout need not be installed
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                          env={**os.environ, "PYTHONPATH": str(source)})
-    assert run.stdout.strip() == "[]"
+    assert run.stdout.split("\n")[:2] == ["[]", "SeedX Lavit"]
 
 
-def test_words_that_nanos_world_does_not_have_are_told_beside_the_answer(tiny, picture) -> None:
+def test_unknown_words_are_told_beside_the_answer(tiny, picture, tmp_path) -> None:
     said: list[str] = []
-    spec = replace(tiny.spec, world="nano")
+    write_known_words(tmp_path / "known.json")
+    spec = replace(tiny.spec, known_words=tmp_path / "known.json")
     nano = seed_multimodal.SeedLlama(spec, tiny.tokenizer, tiny.llm, tiny.pictures, said.append)
     nano.draw("a zebra left of a panda")
     nano.draw("a panda")
     nano.ask(picture, "Is there a unicorm?")
-    assert [note.partition(":")[0] for note in said] == ["nano does not know 'zebra'", "nano does not know 'unicorm'"]
+    assert [note.partition(":")[0] for note in said] == [
+        "This system does not know 'zebra'", "This system does not know 'unicorm'"]
     asked = [{"role": "user", "content": [picture, "Turn it into a goat."]}]
     answer, (*_, last) = nano.chat(asked), nano.chat(asked, stream=True)
-    assert answer.note == last["answer"].note and "'goat': it knows 150 things; nearest: " in answer.note
+    assert answer.note == last["answer"].note and "'goat': it learned 150 things, " in answer.note
     assert answer.note not in str(answer) and tiny.chat(asked).note == "" and len(said) == 2
 
 

@@ -22,8 +22,10 @@ def main(program: str, description: str, arguments: Sequence[str] | None = None)
     """Run the command line; returns its exit code."""
     parser = argparse.ArgumentParser(prog=program, description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_cfg", required=True, help="YAML of the model: base and peft configuration")
-    parser.add_argument("--tokenizer_cfg", help="YAML of the tokenizer; its words are checked, its files written")
+    parser.add_argument("--model_cfg", required=True, help="YAML of the model (base and peft configuration), or the "
+                                                             "run's own config.yaml")
+    parser.add_argument("--tokenizer_cfg", help="YAML of the tokenizer, or the run's config.yaml; its words are "
+                                                  "checked, its files written")
     parser.add_argument("--base_model", help="folder of the base model, instead of the YAML's")
     parser.add_argument("--lora_model", required=True,
                         help="folder of the adapter (or of a whole trained model, or a zero_to_fp32.py output)")
@@ -56,19 +58,24 @@ def _merge(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _plain(file: Path) -> dict[str, Any]:
+def _plain(file: Path, part: str) -> dict[str, Any]:
+    """A part's YAML; or that part of the configuration that a run keeps."""
     from omegaconf import OmegaConf
 
     from seed_multimodal.config import load_yaml
 
     values = OmegaConf.to_container(load_yaml(file), resolve=True)
     assert isinstance(values, dict)
+    if {"trainer", "data"} <= set(values):
+        values = values.get(part)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file}: the run's configuration has no {part}.")
     return {str(key): value for key, value in values.items()}
 
 
 def _model(file: Path, base: str | None) -> tuple[str | None, Mapping[str, Any] | None]:
     """Base folder and LoRA fields of a model's YAML, ours or the original's."""
-    node = _plain(file)
+    node = _plain(file, "model")
     inner = node.get("model")
     inner = inner if isinstance(inner, Mapping) else {}
     found = base or inner.get("pretrained_model_name_or_path") or node.get("path") or node.get(
@@ -91,7 +98,7 @@ def _agent(file: str | None, found: TrainedTensors) -> dict[str, Any]:
     from seed_multimodal.systems.seed_x_spec import AgentSizes
     from seed_multimodal.vision.resampler import Resampler
 
-    where, values = str(found.source), _plain(Path(file)) if file else found.agent
+    where, values = str(found.source), _plain(Path(file), "agent") if file else found.agent
     losses = {one.name: values[one.name] for one in fields(AgentSettings) if one.name in values}
     own: dict[str, Any] = {"settings": {**losses, **(values.get("losses") or {})}}
     for name in RESAMPLERS:
@@ -118,7 +125,7 @@ def _tokenizer(file: str | None) -> Any:
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.language.tokenizer_files import ADDED
 
-    folder = _plain(Path(file)).get("pretrained_model_name_or_path")
+    folder = _plain(Path(file), "tokenizer").get("pretrained_model_name_or_path")
     if folder in (None, "", "???"):
         raise ConfigError(f"{file}: pretrained_model_name_or_path is needed: the tokenizer's folder.")
     place = Path(locate(str(folder)) or str(folder))

@@ -53,7 +53,7 @@ def tokenize(args: argparse.Namespace) -> int:
     outcomes = Outcomes(len(args.pictures))
     lines = []
     shown: list[tuple[str, Image.Image, list[int]]] = []
-    for batch in batched(opened(args.pictures, outcomes, args.debug), args.batch_size):
+    for batch in batched(_noted(codec, opened(args.pictures, outcomes, args.debug)), args.batch_size):
         rows = codec.tokenize([image for _, image in batch])
         for (name, image), codes in zip(batch, (row.tolist() for row in rows), strict=True):
             if args.save_plot and len(shown) < MOST_STRIPS:
@@ -69,6 +69,14 @@ def tokenize(args: argparse.Namespace) -> int:
             log_line(f"{args.save_plot} shows the first {len(shown)} of {len(lines)} pictures.")
         save_strips(shown, codec, Path(args.save_plot))
     return outcomes.finish()
+
+
+def _noted(half: Any, named: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, Image.Image]]:
+    """Pictures, of which those unlike the training's are logged."""
+    for name, image in named:
+        if note := half.note([image]):
+            log_line(f"{name}: {note}")
+        yield name, image
 
 
 def reconstruct(args: argparse.Namespace) -> int:
@@ -98,7 +106,7 @@ def reconstruct(args: argparse.Namespace) -> int:
         named = _checked(codec, stored, outcomes, args.debug)
     else:
         named = ((name, codec.tokenize(image)[0].tolist())
-                 for name, image in opened(args.pictures, outcomes, args.debug))
+                 for name, image in _noted(codec, opened(args.pictures, outcomes, args.debug)))
     for batch in batched(named, args.batch_size):
         images = codec.draw([codes for _, codes in batch for _ in counts or (0,)], seed=args.seed,
                             first=counts and counts * len(batch), **drawing_settings(args))
@@ -112,6 +120,7 @@ def reconstruct(args: argparse.Namespace) -> int:
 def _rebuild(args: argparse.Namespace, pictures: Any, names: OutputNames) -> int:
     """Rebuild pictures from their features."""
     def one(name: str, image: Image.Image) -> None:
+        list(_noted(pictures, [(name, image)]))
         rebuilt = pictures.rebuild(image, args.condition and Path(args.condition), args.seed, **drawing_settings(args))
         path = str(save_picture(rebuilt[0], names.next(Path(name).stem, "_rebuilt")))
         emit(args, {"picture": name, "rebuilt": path}, f"{name}: {path}")

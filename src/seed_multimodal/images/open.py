@@ -51,6 +51,7 @@ Divisor = Callable[[tuple[int, int]], int]
 EXACT_UP_TO = 12_500_000  # what phones and cameras call 12 megapixels
 # A picture reduced to three times what is then resized cannot be told from one resized directly.
 DETAIL = 3
+JPEG_BYTES = 8  # that decoding a pixel of a baseline JPEG takes
 MOST_SCANS = 200  # of a progressive JPEG; programs write about ten, and each costs as much time as a whole picture
 
 
@@ -73,12 +74,12 @@ class ImageLimits:
             raise ImageError(f"{name}: refused unread, because its header claims {width}x{height} pixels "
                              f"(limit: {self.max_pixels} pixels, {self.max_side} a side).")
 
-    def check_memory(self, count: int, name: str) -> None:
-        """Raise ImageError for a picture whose decoding takes too much memory."""
+    def check_memory(self, count: int, name: str, pixels: int) -> None:
+        """Raise ImageError for a picture of so many pixels whose decoding takes too much memory."""
         if count > self.max_memory:
             raise ImageError(f"{name}: refused unread, because decoding it takes about {count / 1e6:,.0f} MB of memory "
-                             f"(limit: {self.max_memory / 1e6:,.0f} MB); make it smaller, or store it as a JPEG, not "
-                             f"a progressive one.")
+                             f"(limit: {self.max_memory / 1e6:,.0f} MB); make it smaller"
+                             f"{', or store it as a baseline JPEG' if JPEG_BYTES * pixels <= self.max_memory else ''}.")
 
     def check_bytes(self, count: int, name: str) -> None:
         """Raise ImageError for an empty or too long file."""
@@ -217,7 +218,7 @@ def _header(image: Image.Image, factor: int, name: str, limits: ImageLimits) -> 
         memory = max(decoding_bytes(frame, factor), decoding_bytes(image, factor))
     except _DECODE_ERRORS as error:  # tags of a TIFF
         raise ImageError(f"{name}: not a picture in a known format, or its header is damaged.") from error
-    limits.check_memory(memory, name)
+    limits.check_memory(memory, name, frame.width * frame.height)
     if isinstance(image, JpegImagePlugin.JpegImageFile) and scans(image, MOST_SCANS) > MOST_SCANS:
         raise ImageError(f"{name}: refused unread, because it is a JPEG of more than {MOST_SCANS} scans.")
     return Header(frame.size, memory)

@@ -15,7 +15,6 @@ from seed_multimodal.language.generation import room_for_answer
 from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
 from seed_multimodal.serving.backend import Asked, Size, SystemBackend, WordsBackend
 from seed_multimodal.serving.schema import GenerateRequest, shown
-from seed_multimodal.systems.chat import unknown_note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +48,7 @@ class CodesBackend(WordsBackend):
     def check_prompt(self, length: int) -> None:
         """Refuse a prompt that leaves no room for an answer."""
 
-    def notes(self, request: GenerateRequest) -> list[str]:
+    def notes(self, request: GenerateRequest, pictures: Sequence[Tensor]) -> list[str]:
         """Sentences about the request that are reported beside the answer."""
         return []
 
@@ -75,7 +74,7 @@ class CodesBackend(WordsBackend):
         codes = [list(item) if isinstance(item, list) else next(rows) for item in request.images]
         prompt, opening = self._prompt(request, codes, exact_original)
         left_out = [] if exact_original else left_out_notes(codes, self.tokenizer.vocabulary.tokens_per_image)
-        return Asked(prompt, opening, [*codes], notes=[*left_out, *self.notes(request)])
+        return Asked(prompt, opening, [*codes], notes=[*left_out, *self.notes(request, pictures)])
 
     def draw(self, asked: Asked, part: ImagePart, request: GenerateRequest) -> Image.Image:
         return self.decode(list(part.codes), request)
@@ -144,13 +143,13 @@ class CodesSystem(SystemBackend, CodesBackend):
         words: str = self.system.forced_opening(PLACEHOLDER in request.text)
         return words
 
-    def notes(self, request: GenerateRequest) -> list[str]:
-        """About words that the model does not know."""
+    def notes(self, request: GenerateRequest, pictures: Sequence[Tensor]) -> list[str]:
+        """About words and pictures that are unlike those of the training."""
         template = self.system.template
         said = request.text.rpartition(template.user_marker)[2]
         ending = template.user_suffix.strip()  # the answer's role is no word of the message
-        note = unknown_note(self.system.spec.world, [said.partition(ending)[0] if ending else said])
-        return [note] if note else []
+        words = self.system.note([said.partition(ending)[0] if ending else said])
+        return [note for note in (words, self.system.pictures.note(pictures)) if note]
 
 
 def left_out_notes(codes: Sequence[Any], whole: int) -> list[str]:

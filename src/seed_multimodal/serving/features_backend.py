@@ -58,7 +58,8 @@ class FeaturesSystem(SystemBackend):
         opening = self.system.forced_opening(PLACEHOLDER in request.text) if request.force_boi and not task else ""
         asked = self.system.to_request(contents, opening, task)
         kept = [item if isinstance(item, list) else None for item in request.images]
-        return Asked(asked.ids, opening, kept, request.force_boi, left_out_notes(kept, len(self._words)), asked)
+        notes = left_out_notes(kept, len(self._words)) + [asked.note] * bool(asked.note)
+        return Asked(asked.ids, opening, kept, request.force_boi, notes, asked)
 
     def draw(self, asked: Asked, part: ImagePart, request: GenerateRequest) -> Image.Image:
         assert asked.request is not None

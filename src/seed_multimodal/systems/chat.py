@@ -45,9 +45,9 @@ class Answer:
     """One answer of the model.
 
     `parts` holds `TextPart`, `DrawnPart` and `BrokenImagePart` (image words that are no picture, with the reason) in
-    order; the properties are views of it. `ids` are the generated tokens. `note`: what the system says of words in the
-    request that it does not know, no part of the answer. `answer_after`: of the system's `TaskPrompts`; `parts` keep a
-    verdict that the model wrote first, the texts do not.
+    order; the properties are views of it. `ids` are the generated tokens. `note`: what the system says of words and
+    pictures in the request that are unlike those of its training, no part of the answer. `answer_after`: of the
+    system's `TaskPrompts`; `parts` keep a verdict that the model wrote first, the texts do not.
     """
 
     parts: Sequence[AnswerPart]
@@ -127,15 +127,6 @@ def to_turns(contents: Sequence[Content], tokenize: Tokenize, check_codes: Calla
                  check_codes(item)[0].tolist() for item in content]
         turns.append(Turn(role, tuple(spans)))
     return turns
-
-
-def unknown_note(world: str, content: Sequence[Any]) -> str:
-    """One sentence about words of a message that a system's world (see `SystemFile`) does not have, or nothing."""
-    if world != "nano":
-        return ""
-    from seed_multimodal.data.nano.unknown import unknown_note as note
-
-    return note(" ".join(part for part in content if isinstance(part, str)))
 
 
 def as_parts(content: Any, what: str) -> list[Any]:

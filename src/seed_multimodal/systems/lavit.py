@@ -131,6 +131,7 @@ class Lavit(MessageSystem):
         """
         settings, seeds = self.language.asked("describe", images, options)
         inputs = self._inputs(images, prompts, seeds, selection, "caption")
+        self._remark_on(images, prompts)
         return [caption_of(text) for text in (self.language.say(inputs, settings, seeds) if inputs else ())]
 
     def ask(self, image: Any, question: str, *, short: bool = True, **options: Any) -> str:
@@ -148,9 +149,14 @@ class Lavit(MessageSystem):
         settings, seeds = self.language.asked("ask", images, options)
         asked = question_prompts(questions, prompt if short else None)
         inputs = self._inputs(images, asked[0] if isinstance(questions, str) else asked, seeds, selection, "answer")
+        self._remark_on(images, questions)
         self.lemmatizer = self.lemmatizer or Lemmatizer()
         said = self.language.say(inputs, settings, seeds) if inputs else ()
-        return [self.lemmatizer(answer_in(answer_of(text), self.spec.answer_after)) for text in said]
+        return [self.lemmatizer(answer_of(answer_in(text, self.spec.answer_after))) for text in said]
+
+    def _remark_on(self, images: Sequence[Any], words: str | Sequence[str] | None) -> None:
+        pictures = [one for image in images for one in self._shown(image)]
+        self._remark(self.note([*pictures, *([words] if isinstance(words, str) else words or ())]))
 
     def _inputs(self, images: Sequence[Any], prompts: str | Sequence[str] | None, seeds: Seeds, selection: str | None,
                 side: Side) -> Inputs | None:
@@ -203,7 +209,9 @@ class Lavit(MessageSystem):
         self.pictures.refuse_first(codes)
         several = images_or_codes if isinstance(images_or_codes, (list, tuple)) else [images_or_codes]
         if len(several) and (isinstance(several[0], str) or is_picture(several[0])):
-            images_or_codes = self.pictures.tokenize(self._shown(images_or_codes), seed=seed, selection=selection)
+            shown = self._shown(images_or_codes)
+            images_or_codes = self.pictures.tokenize(shown, seed=seed, selection=selection)
+            self._remark(self.pictures.note(shown))
         return self.pictures.draw(images_or_codes, seed=seed, **decode)
 
     def write(self, prompts: Sequence[Sequence[Part]], task: str = "draw", *, seed: Any = 0,
@@ -227,6 +235,7 @@ class Lavit(MessageSystem):
     def _drawn(self, prompts: list[list[Part]], task: str, seed: Any, options: dict[str, Any]) -> list[Image.Image]:
         decode = self._take_decode(options)
         written = self._written(prompts, task, seed, options, decode)
+        self._remark(self.note([part for prompt in prompts for part in prompt]))
         seeds = one_seed_each(0 if seed is None else seed, len(prompts))
         number = len(written) // max(len(prompts), 1)
         each = [(one + place) % 2**63 for one in seeds for place in range(number)]  # as the codes were drawn with

@@ -13,6 +13,7 @@ from seed_multimodal.language.answer import TextPart
 from seed_multimodal.language.generation import room_for_answer
 from seed_multimodal.language.lavit import LavitTokenizer, Side, answer_of, caption_of, question_prompts
 from seed_multimodal.language.lavit_generation import WrittenPicture
+from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.systems.chat import Answer, DrawnPart, read_messages
 from seed_multimodal.systems.lavit_language import Inputs, LavitLanguage, Seeds, Watch
 from seed_multimodal.systems.lavit_pictures import LavitPictures, composed_parts
@@ -101,25 +102,31 @@ class MessageSystem(System):
         drawn: Image.Image = self.pictures.draw([written.codes], seed=seed or 0, **decode)[0]
         codes = written.codes.tolist()
         yield {"type": "image", "codes": codes, "image": drawn}
-        yield {"type": "done", "answer": Answer((DrawnPart(codes, image=drawn),), tuple(written.ids), written.note)}
+        note = " ".join(filter(None, (written.note, self.note(items))))
+        yield {"type": "done", "answer": Answer((DrawnPart(codes, image=drawn),), tuple(written.ids), note)}
 
     def _text_events(self, items: list[Any], task: str, options: dict[str, Any], watch: Watch) -> Iterator[Event]:
         pictures = [item for item in items if is_picture(item)]
         prompts = _prompts_of(items)
-        cut = answer_of if task == "ask" else caption_of
+        cut, after = (answer_of, self.spec.answer_after) if task == "ask" else (caption_of, "")
         settings, seeds = self.language.asked(task, [pictures], options)
         inputs = self._inputs([pictures], prompts or None, seeds, None, "answer" if prompts else "caption")
         assert inputs is not None
-        said = ""
+        said = text = ""
         with contextlib.closing(self.language.stream(inputs, settings, seeds, watch)) as texts:
             for text in texts:
-                whole = cut(text)
+                if after not in text:  # it may still be a verdict
+                    continue
+                whole = cut(answer_in(text, after))
                 if len(whole) > len(said):
                     yield {"type": "text", "text": whole[len(said):]}
                     said = whole
-                if len(whole) < len(text.strip()):
+                if len(whole) < len(answer_in(text, after).strip()):
                     break
-        yield {"type": "done", "answer": Answer((TextPart(said),), answer_after=self.spec.answer_after)}
+        if not said and (said := cut(text)):
+            yield {"type": "text", "text": said}
+        yield {"type": "done", "answer": Answer((TextPart(said),), note=self.note(items),
+                                                answer_after=self.spec.answer_after)}
 
 
 def _prompts_of(items: Sequence[Any]) -> list[str]:

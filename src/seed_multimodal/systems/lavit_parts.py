@@ -17,6 +17,7 @@ from seed_multimodal.finite import not_numbers
 from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.settings import check_keys
+from seed_multimodal.systems.domain import load_domain
 from seed_multimodal.systems.lavit_files import DECODERS, VISUAL, LavitSpec, weights_file
 from seed_multimodal.systems.lavit_pictures import LavitPictures
 from seed_multimodal.systems.picture_half import off_loaded
@@ -112,9 +113,11 @@ def load_pictures(spec: LavitSpec, here: Runtime, there: Runtime, modes: Collect
     leaves = off_loaded(offload)
     writer, reader = load_tokenizers(spec, here, modes, "encoder" in leaves)
     load = partial(open_drawer, spec, there, check_safety) if GENERATION in modes else None
-    return LavitPictures(writer, reader, selection=spec.selection, load_decoder=load,
+    half = LavitPictures(writer, reader, selection=spec.selection, load_decoder=load,
                          device=here.device, drawing_device=there.device, offload_encoder="encoder" in leaves,
                          offload_decoder="decoder" in leaves)
+    half.domain = load_domain(spec.domain, spec.domain_threshold)
+    return half
 
 
 def open_drawer(spec: LavitSpec, there: Runtime, check_safety: bool = False) -> CodeDrawer:

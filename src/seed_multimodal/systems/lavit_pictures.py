@@ -78,6 +78,16 @@ class LavitPictures(PictureHalf):
         model = self.reading_model()
         return self._encoded(model.continuous, model, pictures, seed, selection)
 
+    @property
+    def tower(self) -> nn.Module:
+        some = self.writer or self.reader
+        assert some is not None
+        return some.encoder
+
+    def see(self, pictures: Sequence[Any]) -> None:
+        """See `PictureHalf`."""
+        self.kept(pictures)
+
     def tokenize(self, pictures: Picture | Sequence[Picture], *, seed: Any = 0,
                  selection: str | None = None) -> list[Tensor]:
         """Each picture's codes `[n]` int64, on the CPU; arguments and errors as of `read`."""

@@ -22,6 +22,7 @@ from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.open import ImageLimits, ImageSource, open_image
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import SEEDS, check_keys, check_value
+from seed_multimodal.systems.domain import Domain
 
 Picture = ImageSource
 PARTS = frozenset(("llm", "encoder", "decoder"))  # of a system, that can be off-loaded
@@ -49,10 +50,12 @@ class PictureHalf:
     Attributes:
         has_codes: whether a picture is a row of codes, of which the first ones can be shown.
         own_settings: of `draw`, beside the de-tokenizer's.
+        domain: what the system was trained on.
     """
 
     has_codes = False
     own_settings: ClassVar[tuple[str, ...]] = ()
+    domain: Domain | None = None
 
     def __init__(self, model: Any, *, load_decoder: Callable[[], Any] | None, device: torch.device,
                  drawing_device: torch.device | None = None, limits: ImageLimits | None = None,
@@ -71,6 +74,34 @@ class PictureHalf:
         """The large part of `model`, which can stay on the CPU."""
         encoder: nn.Module = self.model
         return encoder
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower."""
+        return self.encoder
+
+    def see(self, pictures: Sequence[Any]) -> None:
+        """Run the tower on whole pictures, or pixels that are ready."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def tokens_of(self, pictures: Sequence[Any], layer: str) -> Tensor:
+        """What a layer of the tower makes of pictures, [B, T, W] in float32 on the CPU."""
+        found: list[Tensor] = []
+        with self.reading():
+            hook = self.tower.get_submodule(layer).register_forward_hook(
+                lambda _module, _given, made: found.append(made.float().cpu()))
+            try:
+                self.see(pictures)
+            finally:
+                hook.remove()
+        return torch.cat(found)
+
+    def note(self, pictures: Sequence[Any]) -> str:
+        """One sentence where pictures are unlike those of the training, or nothing."""
+        if self.domain is None or not len(pictures):
+            return ""
+        return self.domain.note(self.tokens_of(pictures, self.domain.layer))
 
     def offload(self, *, encoder: bool, decoder: bool) -> None:
         """Choose which parts stay on the CPU while they are not in use."""

@@ -23,6 +23,7 @@ from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.finite import damaged_tensor, not_numbers
 from seed_multimodal.images.open import DETAIL, is_file
 from seed_multimodal.settings import check_value
+from seed_multimodal.systems.domain import load_domain
 from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each
 from seed_multimodal.tokenizers.encoder import First
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
@@ -68,6 +69,11 @@ class PictureCodec(PictureHalf):
         size = getattr(self.transform, "image_size", None)
         self.at_least = None if size is None else DETAIL * size
         return super().open(picture, name)
+
+    def see(self, pictures: Sequence[Any]) -> None:
+        """See `PictureHalf`."""
+        pixels = [one if isinstance(one, Tensor) else self.transform(self.open(one)) for one in pictures]
+        self.encoder(self.model.check_images(torch.stack(pixels)).to(self.device, self.model.dtype))
 
     def tokenize(self, pictures: Picture | Sequence[Picture], *, once: bool = False) -> Tensor:
         """One picture or several -> codes [B, 32] int64 on the CPU; `once`: by `encode_once`."""
@@ -238,4 +244,5 @@ def load_codec(
     size = codec.model.config.vit.image_size
     if spec.image_size != size:
         raise ConfigError(f"{spec.name}: image_size is {spec.image_size}, but the image tokenizer reads {size} pixels.")
+    codec.domain = load_domain(spec.domain, spec.domain_threshold)
     return codec

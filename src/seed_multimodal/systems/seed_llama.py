@@ -6,8 +6,8 @@
     print(seed.describe("cat.png"))
     seed.draw("a blue fish").save("fish.png")
 
-`describe`, `ask` and `chat` are those of all systems (`talking`). Only the choice of the device and words unknown to
-nano go to `log`.
+`describe`, `ask` and `chat` are those of all systems (`talking`). Only the choice of the device and words and
+pictures unlike those of the training go to `log`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.systems.chat import Content, as_text, to_turns, unknown_note
+from seed_multimodal.systems.chat import Content, as_text, to_turns
 from seed_multimodal.systems.picture_half import Picture
 from seed_multimodal.systems.pictures import PictureCodec, is_picture, load_codec
 from seed_multimodal.systems.speaker import Speaker
@@ -103,7 +103,9 @@ class SeedLlama(TalkingSystem):
 
     def tokenize(self, images: Picture | Sequence[Picture]) -> Tensor:
         """One picture or several (PIL, path, bytes) -> codes [B, 32] int64."""
-        return self.pictures.tokenize(images)
+        several = list(images) if isinstance(images, (list, tuple)) else [images]
+        self._remark(self.pictures.note(several))
+        return self.pictures.tokenize(several)
 
     def reconstruct(self, images_or_codes: Any, seed: int = 0, *, codes: First = None,
                     **decode: Any) -> list[Image.Image]:
@@ -168,7 +170,7 @@ class SeedLlama(TalkingSystem):
         turns = to_turns(contents, self._known_codes, self.pictures.check_codes)
         seen = any(not isinstance(part, str) for turn in turns for part in turn.content)
         return Request(self.prompt_ids(turns), self._paint, seen=seen,
-                       note=unknown_note(self.spec.world, turns[-1].content))
+                       note=self.note(contents[-1][1]))
 
     def _paint(self, parts: Sequence[ImagePart], seed: int | None, decode: dict[str, Any]) -> Painted:
         return list(self.pictures.draw([part.codes for part in parts], seed=seed or 0, **decode))

@@ -154,6 +154,7 @@ class SeedX(TalkingSystem):
         phrase = as_text(phrase, "The phrase")
         opened = not self.spec.tuned
         request = self._task([*image, phrase if opened else self.tasks.detect_request(phrase)], "detect")
+        self._remark(request.note)
         ids = self.speaker.answer(request.ids, self.settings(**options), reading=request.reading)
         text = answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after)
         grid, problems = read_boxes(text, opened, self.prompts.vocabulary.n_locations)
@@ -183,6 +184,7 @@ class SeedX(TalkingSystem):
     def reconstruct(self, images: Picture | Sequence[Picture], condition: Picture | Sequence[Picture] | None = None,
                     seed: Any = 0, *, embeddings: int | None = None, **decode: Any) -> list[Image.Image]:
         """Pictures drawn again from their features, see `FeaturePictures.rebuild`."""
+        self._remark(self.pictures.note(list(images) if isinstance(images, (list, tuple)) else [images]))
         return self.pictures.rebuild(images, condition, seed, embeddings=embeddings, **decode)
 
     def prompt_ids(self, contents: Sequence[Content], task: str = "") -> list[int]:
@@ -207,7 +209,7 @@ class SeedX(TalkingSystem):
         states = ImageStates(len(self.tokenizer.encode_parts([opening])) if opening else 0)
         reading = {"embed": self.agent.reader([prompt], self.tokenizer), "states": states}
         return Request(list(prompt.ids), partial(self._paint, states, sources[-1] if sources else None), reading,
-                       seen=prompt.features is not None)
+                       seen=prompt.features is not None, note=self.note(contents[-1][1]))
 
     def prompt(self, contents: Sequence[Content], task: str = "") -> tuple[Prompt, list[Image.Image]]:
         """A conversation as the language model reads it, and its pictures, opened.

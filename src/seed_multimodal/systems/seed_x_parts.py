@@ -16,6 +16,7 @@ from seed_multimodal.language.agent_weights import load_agent
 from seed_multimodal.language.continuous import ContinuousLVLM
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.seed_x import seed_x_words
+from seed_multimodal.systems.domain import load_domain
 from seed_multimodal.systems.picture_half import off_loaded
 from seed_multimodal.systems.seed_x_pictures import FeaturePictures
 from seed_multimodal.systems.seed_x_spec import SeedXSpec, read_agent_sizes, read_lora
@@ -109,10 +110,12 @@ def pictures_of(spec: SeedXSpec, tower: QwenVit, width: int, here: Runtime, ther
     if load_decoder and spec.detokenizer is not None:
         load = partial(open_decoder, spec, width, there)
     largest = max(max(grid) for grid in read_grids(spec.grids))
-    return FeaturePictures(tower, AnyResolution(size, spec.grids), AnyResolution(size, spec.edit_grids),
+    half = FeaturePictures(tower, AnyResolution(size, spec.grids), AnyResolution(size, spec.edit_grids),
                            load_decoder=load, device=here.device, drawing_device=there.device,
                            at_least=2 * size * largest, offload_encoder="encoder" in leaves,
                            offload_decoder="decoder" in leaves)
+    half.domain = load_domain(spec.domain, spec.domain_threshold)
+    return half
 
 
 def open_decoder(spec: SeedXSpec, width: int, there: Runtime) -> SdxlDetokenizer:

@@ -104,6 +104,10 @@ class FeaturePictures(PictureHalf):
                 raise not_numbers("The vision tower", self.model)
         return found
 
+    def see(self, pictures: Sequence[Any]) -> None:
+        """See `PictureHalf`."""
+        self.whole([self.open(picture) for picture in pictures])
+
     def whole(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Features [B, N, K] of whole pictures in one view each, squashed to a square (as they are rebuilt from)."""
         alone = AnyResolution(self.views.image_size, ("1x1",), self.views.interpolation)

@@ -32,11 +32,19 @@ SEED_X_GENERATION = {"max_new_tokens": 512, "do_sample": False}  # of the releas
 
 
 @dataclass(frozen=True)
-class SystemFile:
+class Learned:
+    """What the weights were trained on, see `systems.domain`; None: pictures and words of any kind."""
+
+    domain: Path | None = None
+    domain_threshold: float = 0.0
+    known_words: Path | None = None
+
+
+@dataclass(frozen=True)
+class SystemFile(Learned):
     """`system.json`: paths relative to its folder, and the settings that belong to the weights.
 
     `previews`: after how many of a picture's codes a stream shows it, for weights trained on prefixes of the codes.
-    `world`: nano says which words of a request are not of its world of scenes; empty: any words will do.
     """
 
     tokenizer: Path = Path("seed_tokenizer")
@@ -50,11 +58,10 @@ class SystemFile:
     tasks: TaskPrompts = NANO_TASKS
     previews: tuple[int, ...] = setting((), least=1)
     system: str = "seed_llama"
-    world: str = setting("", choices=("", "nano"))
 
 
 @dataclass(frozen=True)
-class SeedXFile:
+class SeedXFile(Learned):
     """`system.json` of SEED-X: paths relative to its folder, and the settings that belong to the weights.
 
     Attributes:
@@ -80,7 +87,7 @@ class SeedXFile:
 
 
 @dataclass(frozen=True)
-class LavitFile:
+class LavitFile(Learned):
     """`system.json` of LaVIT: paths relative to its folder (also to another system's, `../nano/…`), and the settings
     that belong to the weights. Without `decoder` or `pixels` (`null`) the system cannot draw.
 

@@ -24,6 +24,8 @@ from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import check_value, nearest, read_settings
 from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_parts, as_text, read_messages
+from seed_multimodal.systems.domain import read_known_words
+from seed_multimodal.systems.pictures import is_picture
 from seed_multimodal.systems.speaker import Event, Speaker
 
 Log = Callable[[str], None] | None
@@ -80,6 +82,16 @@ class System:
     def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
         """`image` after `instruction`."""
         raise NotImplementedError
+
+    def note(self, content: Sequence[Any]) -> str:
+        """What there is to say of a message's words and pictures that are unlike those of the training, or nothing."""
+        words = [item for item in content if isinstance(item, str)]
+        known = read_known_words(self.spec.known_words).note(" ".join(words)) if self.spec.known_words else ""
+        return " ".join(filter(None, (known, self.pictures.note(list(filter(is_picture, content))))))
+
+    def _remark(self, note: str) -> None:
+        if self.log and note:
+            self.log(note)
 
     def _take_decode(self, options: dict[str, Any]) -> dict[str, Any]:
         """Remove the de-tokenizer's settings from `options` and give them."""
@@ -199,14 +211,10 @@ class TalkingSystem(System):
     def _task(self, content: list[Any], task: str, opening: str = "") -> Request:
         return self.to_request(read_messages([{"role": "user", "content": content}]), opening, task)
 
-    def _remark(self, request: Request) -> None:
-        if self.log and request.note:
-            self.log(request.note)
-
     def _say(self, content: list[Any], options: dict[str, Any]) -> str:
         """The text of an answer; pictures in it are not drawn."""
         request = self._task(content, "ask")
-        self._remark(request)
+        self._remark(request.note)
         ids = self.speaker.answer(request.ids, self.settings(**options), reading=request.reading)
         return self._words(Answer(split_answer(ids, self.tokenizer), answer_after=self.tasks.answer_after))
 
@@ -233,7 +241,7 @@ class TalkingSystem(System):
                 ids = self.speaker.answer(request.ids, how, start, reading=request.reading)
                 answer = Answer(split_answer(ids, self.tokenizer))
                 drawn = [part for part in answer.parts if isinstance(part, ImagePart)]
-        self._remark(request)
+        self._remark(request.note)
         if len(drawn) != 1 or not isinstance(drawn[0], ImagePart):
             raise GenerationError("The model's answer holds no whole picture"
                                   + (f": {answer.problems[0]}" if answer.problems else "."))

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from seed_multimodal.data.nano.verdicts import VERDICT_END
+from seed_multimodal.training.nano.domain import write_domains
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -36,10 +37,11 @@ def assemble(space: Workspace) -> dict[str, Any]:
                 "template": "vicuna", "image_size": size,
                 "transform": {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"},
                 "generation": {"do_sample": False, "max_new_tokens": 256}, "previews": [8, 16],
-                "world": "nano", "tasks": {"edit_words": 64, "answer_after": VERDICT_END}}
+                "tasks": {"edit_words": 64, "answer_after": VERDICT_END}}
     (out / "system.json").write_text(json.dumps(settings, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
         halve(file)
+    write_domains([out], 5 * space.config.gate_scenes)
     weights = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
     return {"weights_mb": round(weights / 1e6, 2), "folder": str(out)}
 
