@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Load the system and serve it."""
     from seed_multimodal.configured import system_from_configs
+    from seed_multimodal.device import limit_threads
     from seed_multimodal.quiet import quiet_libraries
     from seed_multimodal.serving.flask_app import check_address, create_app, serve
     from seed_multimodal.serving.schema import Limits
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
         raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
+    limit_threads(system.llm, system.pictures.model)
     try:
         _ = system.pictures.decoder  # a missing part shows now, not at the first drawing
     except CheckpointError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -148,3 +151,36 @@ def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFix
         assert "--quantization {8bit,4bit}" in text, text[:200]
     for text in talking + pictures:
         assert "--dtype DTYPE auto, float32, bfloat16 or float16 (default: " in text, text[:200]
+
+
+THREADS = """
+import torch
+from torch import nn
+from seed_multimodal.device import SMALL, limit_threads
+
+class Model(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float16))
+
+before = torch.get_num_threads()
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("code", "environment", "same"), [
+    ("limit_threads(Model(9), Model(SMALL - 10))", {}, False),
+    ("limit_threads(Model(9), Model(SMALL - 9))", {}, True),
+    ("limit_threads(Model(9))", {"OMP_NUM_THREADS": "3"}, True),
+    ("before = 5; torch.set_num_threads(before); limit_threads(Model(9))", {}, True),
+    ("from argparse import Namespace; from seed_multimodal.commands.common import load_system\n"
+     "load_system(Namespace(model='nano', device='cpu', dtype='auto', debug=False))", {}, False),
+    ("from argparse import Namespace; from seed_multimodal.commands.pictures import load_codec\n"
+     "load_codec(Namespace(model='nano', device='cpu', dtype='auto', debug=False))", {}, False)])
+def test_limit_threads_takes_one_for_small_models_unless_a_number_was_set(code: str, environment: dict[str, str],
+                                                                         same: bool) -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    ended = subprocess.run([sys.executable, "-c", f"{THREADS}{code}\nprint(before, torch.get_num_threads())"],
+                           capture_output=True, text=True, env={**plain, **environment}, cwd=ROOT, check=True)
+    before, after = map(int, ended.stdout.split()[-2:])
+    assert after == (before if same else 1)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 
@@ -23,6 +23,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }
 
+
+SMALL = 50_000_000  # parameters
+_THREADS = torch.get_num_threads()  # another number later was set by the user
 
 # Reasons for `choose_device(fp16=…)`.
 RELEASED_FP16 = "as pictures were read and drawn by the released programs"
@@ -88,6 +91,18 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # nothing is copied where it is so already
     return tensor.to(device, non_blocking=True)
+
+
+def limit_threads(*models: nn.Module) -> None:
+    """Take one CPU thread in a program whose models are small, unless the user has set a number of threads.
+
+    Their operations are so short that threads mostly wait for each other, most of all beside other work.
+    """
+    weights = [weight for model in models for weight in model.parameters()]
+    if (not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+            and torch.get_num_threads() == _THREADS and all(weight.device.type == "cpu" for weight in weights)
+            and sum(weight.numel() for weight in weights) < SMALL):
+        torch.set_num_threads(1)
 
 
 def free_memory(device: torch.device) -> None:

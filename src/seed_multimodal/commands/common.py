@@ -115,10 +115,13 @@ def load_system(args: argparse.Namespace) -> Any:
     """The system that the flags describe; what it says of itself and of requests goes to stderr."""
     quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
+        from seed_multimodal.device import limit_threads
         from seed_multimodal.systems.open_system import open_system
 
-        return open_system(args.model, device=args.device, dtype=args.dtype, offload=getattr(args, "offload", False),
-                           quantization=getattr(args, "quantization", None), log=log_line)
+        system = open_system(args.model, device=args.device, dtype=args.dtype, log=log_line,
+                             offload=getattr(args, "offload", False), quantization=getattr(args, "quantization", None))
+    limit_threads(system.llm, system.pictures.model)
+    return system
 
 
 @dataclass
@@ -277,11 +280,7 @@ def require_room(folder: Path) -> None:
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Write a text file, making its folder.
-
-    Raises:
-        ConfigError: the place cannot be written.
-    """
+    """Write a text file, making its folder. Raises ConfigError: the place cannot be written."""
     with writing(path, ConfigError):
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)

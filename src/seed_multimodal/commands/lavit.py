@@ -173,12 +173,15 @@ def _open(args: argparse.Namespace, *modes: str) -> Any:
     """The system that the flags name, for `modes` (none: all)."""
     quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
+        from seed_multimodal.device import limit_threads
         from seed_multimodal.systems.lavit import Lavit
 
         more: dict[str, Any] = {"modes": modes} if modes else {}
-        return Lavit.from_pretrained(
+        system = Lavit.from_pretrained(
             args.model, head=args.pixel_decoding, device=args.device, dtype=args.dtype, offload=args.offload,
             quantization=args.quantization, check_safety=getattr(args, "check_safety", False), log=log_line, **more)
+    limit_threads(system.llm, system.pictures.model)
+    return system
 
 
 # ---- the programs

@@ -164,8 +164,11 @@ def load_codec(args: argparse.Namespace) -> Any:
     quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
         from seed_multimodal.configured import picture_half
+        from seed_multimodal.device import limit_threads
 
-        return picture_half(args.model, device=args.device, dtype=args.dtype)
+        codec = picture_half(args.model, device=args.device, dtype=args.dtype)
+    limit_threads(codec.model)
+    return codec
 
 
 def read_codes(path: str) -> list[tuple[str, Any]]:
@@ -246,8 +249,9 @@ def detect(args: argparse.Namespace) -> int:
     def one(name: str, image: Image.Image) -> None:
         found = system.detect(image, args.phrase, seed=args.seed, **generation_settings(args))
         path = str(save_picture(found.drawn(), names.next(Path(name).stem, "_boxes")))
-        said = "; ".join(" ".join(map(str, box)) for box in found) or found.text.strip() or "not found"
-        emit(args, {"picture": name, "phrase": args.phrase, "boxes": [list(box) for box in found], "text": found.text,
+        text = found.text.replace("</s>", "").strip()
+        said = "; ".join(" ".join(map(str, box)) for box in found) or text or "not found"
+        emit(args, {"picture": name, "phrase": args.phrase, "boxes": [list(box) for box in found], "text": text,
                     "drawn": path, "problems": found.problems}, f"{name}: {said} ({path})")
 
     return each_picture(args, one)

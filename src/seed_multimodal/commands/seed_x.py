@@ -236,12 +236,14 @@ def _picture_half(args: argparse.Namespace, script: Script) -> Any:
             here = choose_for_pictures(runtime.device, args.dtype, runtime, log_line)
             return load_rebuilder(spec, here, here, args.offload)
         from seed_multimodal.configured import picture_half
+        from seed_multimodal.device import limit_threads
 
         _refuse_files(args, script)
         half = picture_half(args.model, device=args.device_2 or args.device, dtype=args.dtype)
         if half.has_codes:
             raise ConfigError(f"{args.model}: its pictures have codes, they are no SEED-X's; `seed reconstruct --model "
                               f"{args.model}` draws them again.")
+        limit_threads(half.model)
         half.offload(encoder=args.offload, decoder=args.offload)
         return half
 
