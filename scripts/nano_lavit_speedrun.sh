@@ -18,5 +18,6 @@ OMP_NUM_THREADS=$cores stages reader,tokenizer,narrow,layout,recipes "$cores"
 export OMP_NUM_THREADS=$half
 both pixel_decoder language_model
 stages llm,assemble
+write_domain
 report_on_start 24
 finished nano-lavit

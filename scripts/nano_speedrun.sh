@@ -57,6 +57,7 @@ both vae clip
 both decoder tokenizer
 both decoder_of_codes language_model
 stages assemble
+write_domain
 if [ "$report" = 1 ]; then
   "$python" -m seed_multimodal.evaluation.report --model "$out" --judge "$judge" --out "$out/report" \
     ${amount[@]+"${amount[@]}"}

@@ -25,5 +25,6 @@ OMP_NUM_THREADS=$cores stages start,tower,recipes "$cores"
 export OMP_NUM_THREADS=$half
 both decoder language_model
 stages assemble
+write_domain
 report_on_start 24
 finished nano-x

@@ -51,6 +51,12 @@ app() {  # app PROGRAM NAME: a training of MultiModalLLM by work/NAME.yaml
   "$python" "MultiModalLLM/src/train/$1.py" --config-path "$work" --config-name "$2"
 }
 
+write_domain() {  # what the system says of pictures and words that are not of nano's world
+  amount=()
+  [ "$name" != pico ] || amount=(--number 500)
+  "$python" -m seed_multimodal.evaluation.nano_domain "$out" ${amount[@]+"${amount[@]}"}
+}
+
 report_on_start() {  # report_on_start LIMIT: the report card, by the judge of the nano that the run began with
   [ "$report" = 1 ] || return 0
   amount=()

@@ -24,9 +24,6 @@ from seed_multimodal.disk import read_json_object, replace_text, replacing, writ
 from seed_multimodal.entry import DONE, add_device, add_quantization, run_program
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.evaluation import machine
-from seed_multimodal.evaluation.batched import BatchedSystem
-from seed_multimodal.evaluation.batched_lavit import BatchedLavit
-from seed_multimodal.evaluation.batched_x import BatchedSeedX
 from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.evaluation.lavit_run import LavitRun
 from seed_multimodal.evaluation.metrics import plain
@@ -34,6 +31,7 @@ from seed_multimodal.evaluation.report_plots import PLOTS, save_plots
 from seed_multimodal.evaluation.report_sheets import SHEETS, save_sheets
 from seed_multimodal.evaluation.report_text import AIMS, LAVIT_AIMS, X_AIMS, aims, markdown
 from seed_multimodal.evaluation.samples import Sizes, make_samples
+from seed_multimodal.evaluation.sizes import OPENERS
 from seed_multimodal.evaluation.split_run import SplitRun
 from seed_multimodal.evaluation.tasks import System
 from seed_multimodal.evaluation.tokenizer_open import find_judge
@@ -46,10 +44,9 @@ from seed_multimodal.training.plots import figure_kind
 
 MODULE = "seed_multimodal.evaluation.report"
 Log = Callable[[str], None]
-KINDS: dict[str, tuple[Any, type[SplitRun], Sequence[Any]]] = {
-    "seed_llama": (BatchedSystem, SplitRun, AIMS), "seed_x": (BatchedSeedX, XRun, X_AIMS),
-    "lavit": (BatchedLavit, LavitRun, LAVIT_AIMS)}
-"""kind of a system -> what opens it, what measures it, its aims"""
+KINDS: dict[str, tuple[type[SplitRun], Sequence[Any]]] = {
+    "seed_llama": (SplitRun, AIMS), "seed_x": (XRun, X_AIMS), "lavit": (LavitRun, LAVIT_AIMS)}
+"""kind of a system -> what measures it, its aims"""
 
 
 def evaluate(system: System, judge: Judge, splits: Sequence[str], sizes: Sizes, log: Log = print,
@@ -135,8 +132,8 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
     judge_folder = find_judge(options.model, options.judge)
     out = report_folder(options.model, options.out)
     check_place(out, options.out is not None, splits, sizes.scenes)
-    opener, kind, wanted = KINDS[kind_of(options.model)]
-    system: Any = opener.from_pretrained(options.model, device=options.device, dtype=options.dtype,
+    kind, wanted = KINDS[kind_of(options.model)]
+    system: Any = OPENERS[kind_of(options.model)].from_pretrained(options.model, device=options.device, dtype=options.dtype,
                                          quantization=options.quantization, batch=options.batch, seed=options.seed,
                                          log=log)
     judge = Judge.from_pretrained(judge_folder, device=system.device)

@@ -26,8 +26,12 @@ from seed_multimodal.data.nano.words import describe, normalise
 from seed_multimodal.data.nano.x_records import detect_phrase
 from seed_multimodal.disk import replace_text
 from seed_multimodal.entry import DONE, add_device, run_program
+from seed_multimodal.evaluation.batched import BatchedSystem
+from seed_multimodal.evaluation.batched_lavit import BatchedLavit
+from seed_multimodal.evaluation.batched_x import BatchedSeedX
 from seed_multimodal.evaluation.metrics import matched, same_answer
 from seed_multimodal.progress import Progress
+from seed_multimodal.systems.open_system import kind_of
 
 MODULE = "seed_multimodal.evaluation.sizes"
 SIZES = (64, 96, 128, 200, 256, 400)
@@ -35,6 +39,7 @@ REPORTED = (64, 128, 256, 400)  # those of a report
 ROWS = {"caption": "caption, every word right", "where": "where a thing is", "is_there": "is there a thing",
         "absent": "where a thing is that is not there", "box_alone": "box of the only thing",
         "box_of_two": "box of one of two things", "box_absent": "no box of a thing that is not there"}
+OPENERS: dict[str, Any] = {"seed_llama": BatchedSystem, "seed_x": BatchedSeedX, "lavit": BatchedLavit}
 Hits = dict[str, list[bool]]
 
 
@@ -100,12 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_device(parser)
 
     def work(options: argparse.Namespace) -> int:
-        from seed_multimodal.evaluation.report import KINDS
-        from seed_multimodal.systems.open_system import kind_of
-
         check_split(options.split)
-        system = KINDS[kind_of(options.model)][0].from_pretrained(options.model, device=options.device,
-                                                                  dtype=options.dtype)
+        system = OPENERS[kind_of(options.model)].from_pretrained(options.model, device=options.device,
+                                                                 dtype=options.dtype)
         scenes = [scene_at(options.seed, number, options.split) for number in range(options.number)]
         sides = list(map(int, options.sizes.split(",")))
         found: dict[int, Hits] = {}

@@ -101,8 +101,8 @@ def sentence(words: str) -> str:
 
 def edited(scene: Scene, shake: random.Random, verdict: str = "") -> list[Part]:
     """The answer to an edit: mostly the new picture in words first, behind a verdict where a thing is named, so that
-    what is read and what is to change are put together in words, which is easier, and drawn from them; else what systems
-    open a forced one with."""
+    what is read and what is to change are put together in words and drawn from them; else what systems open a forced
+    one with."""
     words = shake.random() < (0.9 if verdict else 0.75)
     return [after(verdict, sentence(describe(scene))) if words else EDIT_RESPONSE, scene]
 

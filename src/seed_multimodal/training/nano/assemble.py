@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 
 from seed_multimodal.data.nano.verdicts import VERDICT_END
-from seed_multimodal.training.nano.domain import write_domains
 from seed_multimodal.training.nano.workspace import Workspace
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -41,7 +40,6 @@ def assemble(space: Workspace) -> dict[str, Any]:
     (out / "system.json").write_text(json.dumps(settings, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
         halve(file)
-    write_domains([out], 5 * space.config.gate_scenes)
     weights = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
     return {"weights_mb": round(weights / 1e6, 2), "folder": str(out)}
 

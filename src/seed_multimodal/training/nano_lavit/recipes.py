@@ -29,7 +29,6 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.system_folder import join
 from seed_multimodal.tokenizers.lavit_files import name_tower
 from seed_multimodal.training.nano.assemble import halve
-from seed_multimodal.training.nano.domain import write_domains
 from seed_multimodal.training.nano.successors import relative, trained_to_its_end, trainer_settings, write_unet
 from seed_multimodal.training.nano.workspace import absolute
 from seed_multimodal.training.nano_lavit.config import KINDS, READ_FIRST
@@ -155,7 +154,6 @@ def assemble(space: LavitSpace) -> dict[str, Any]:
     name_tower(space.tokenizer_folder, space.nano_tokenizer / "model.safetensors", PREFIX)
     for file in sorted(out.rglob("*.safetensors")):
         halve(file)
-    write_domains([out], 5 * space.config.gate_scenes)
     sizes = {part.name: round(sum(f.stat().st_size for f in part.rglob("*.safetensors")) / 1e6, 2)
              for part in sorted(out.iterdir()) if part.is_dir()}
     return {"weights_mb": round(sum(sizes.values()), 2),

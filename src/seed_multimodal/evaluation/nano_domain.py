@@ -1,6 +1,6 @@
 """The domain of nano's systems: a head that tells scenes from other pictures by the vision tower, and the known words.
 
-    python -m seed_multimodal.training.nano.domain pretrained/nano pretrained/nano-x pretrained/nano-lavit
+    python -m seed_multimodal.evaluation.nano_domain pretrained/nano pretrained/nano-x pretrained/nano-lavit
 
 Distances from the training scenes alone do not do: Mahalanobis and residual distances of pooled features let most
 texts, gradients and photographs pass, as the tower maps everything near to some scene. So the head learns from scenes
@@ -254,7 +254,7 @@ def _write(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m seed_multimodal.training.nano.domain",
+    parser = argparse.ArgumentParser(prog="python -m seed_multimodal.evaluation.nano_domain",
                                      description="write a system's domain: what it says of other pictures and words")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="systems that scenes trained")
     parser.add_argument("--number", type=whole_number(1), default=5000, metavar="N", help="training scenes (5000)")
