@@ -132,10 +132,11 @@ def build_report(options: argparse.Namespace, log: Log) -> Path:
     judge_folder = find_judge(options.model, options.judge)
     out = report_folder(options.model, options.out)
     check_place(out, options.out is not None, splits, sizes.scenes)
-    kind, wanted = KINDS[kind_of(options.model)]
-    system: Any = OPENERS[kind_of(options.model)].from_pretrained(options.model, device=options.device, dtype=options.dtype,
-                                         quantization=options.quantization, batch=options.batch, seed=options.seed,
-                                         log=log)
+    which = kind_of(options.model)
+    kind, wanted = KINDS[which]
+    system: Any = OPENERS[which].from_pretrained(
+        options.model, device=options.device, dtype=options.dtype, quantization=options.quantization,
+        batch=options.batch, seed=options.seed, log=log)
     judge = Judge.from_pretrained(judge_folder, device=system.device)
     log(f"Loaded in {time.monotonic() - start:.0f} s; measuring {', '.join(splits)} by {judge_folder}.")
     runs = evaluate(system, judge, splits, sizes, log, kind)
