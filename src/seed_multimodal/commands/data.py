@@ -94,8 +94,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder, nano (default: by name)")
     checker.add_argument("--images", metavar="DIR", help="folder of the pictures that records name")
     checker.add_argument("--stage", metavar="NAME", help="the tool that will take them: tokenizer (training and "
-                         "evaluation), llm, or an extraction: caption, qa, video, edit, story, interleaved, chat "
-                         "(default: by each record's keys)")
+                         "evaluation), pictures (LaVIT's tokenizer, pixel decoders), llm, or an extraction: caption, "
+                         "qa, video, edit, story, interleaved, chat (default: by each record's keys)")
     checker.add_argument("--fields", metavar="NAME | A=B,…", help="of that stage: a preset, or which keys hold what")
     checker.add_argument("--pictures", type=_pictures, default=200, metavar="N", help="open about N pictures that are "
                          "not tokenised yet, or all (default: 200)")

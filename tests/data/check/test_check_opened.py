@@ -100,3 +100,16 @@ def test_check_names_the_decoder_for_an_unknown_stage(capsys: pytest.CaptureFixt
 
     assert main(["data", "check", str(tmp_path), "--stage", "lavit"]) == 2
     assert "LaVIT's and SEED-X's training --decoder (" in capsys.readouterr().err
+
+
+def test_check_records_takes_pictures_without_captions_and_edits(tmp_path: Path, jpeg: Callable) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg(1))
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text("".join(json.dumps({"target_image": "a.jpg", "source_image": name}) + "\n"
+                             for name in ("b.jpg", "gone.jpg")))
+    report = check_records(CheckSettings([tmp_path], "folder", stage="pictures"), progress=False)
+    assert (report.wrong, report.opened) == (0, 2)
+    keys = {"image": "target_image", "condition": "source_image"}
+    report = check_records(CheckSettings([edits], stage="pictures", fields=keys), progress=False)
+    assert report.errors == {"missing picture": 1} and "gone.jpg is not there" in report.findings[0].sentence

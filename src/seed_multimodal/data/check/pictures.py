@@ -15,8 +15,9 @@ from seed_multimodal.data.pretokenize.samples import Sample
 from seed_multimodal.images.open import open_image
 from seed_multimodal.settings import check_keys
 
-LLM, TOKENIZER = "llm", "tokenizer"
-STAGES = (LLM, TOKENIZER, *KINDS)
+LLM, TOKENIZER, ALONE = "llm", "tokenizer", "pictures"
+PAIRS = (TOKENIZER, ALONE)  # read as pairs, the second without captions
+STAGES = (LLM, *PAIRS, *KINDS)
 _CONVERSATIONS = ("messages", "conversations", "data")
 
 
@@ -25,7 +26,7 @@ class PictureReader:
 
     Args:
         root: folder of the pictures that records name; None: as the tools look for them.
-        fields: as of the extraction tools; for pairs the keys `image` and `caption`.
+        fields: as of the extraction tools; for pairs the keys `image`, `caption` and, of edits, `condition`.
         stage: one of `STAGES`, for which `fields` must be; None: guessed from each record.
     """
 
@@ -34,10 +35,11 @@ class PictureReader:
         if stage in KINDS:
             get_kind(stage).keys(fields, "--fields")  # refused before anything is read
         elif not isinstance(fields, str):
-            check_keys(fields, ("image", "caption"), "--fields")
+            check_keys(fields, ("image", "caption", "condition"), "--fields")
         named = {} if isinstance(fields, str) else dict(fields)
         self._settings = InputSettings(image_root=root)
-        self.pair = PairReader(root, named.get("image"), caption_key=named.get("caption"))
+        self.pair = PairReader(root, named.get("image"), caption_key=named.get("caption"), captioned=stage != ALONE,
+                               condition_key=named.get("condition"))
 
     def read(self, stage: str, record: Record, files: FileReader) -> list[Picture]:
         """The pictures of a record.
@@ -45,9 +47,10 @@ class PictureReader:
         Raises:
             DataError, ImageError: the stage would skip it. Dropped: it would leave it out.
         """
-        if stage == TOKENIZER:
+        if stage in PAIRS:
             pair = self.pair(record, files)
-            return [Picture(pair.name, partial(open_image, pair.image, name=pair.name))]
+            return [Picture(pair.name, partial(open_image, one, name=pair.name))
+                    for one in (pair.image, pair.condition) if one is not None]
         kind = get_kind(stage)
         preset = "plain" if self._guessed and "plain" in kind.presets else self._fields
         sample = Sample(record, files, self._settings.image_root)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.check.fields import PICTURES, as_tokenised, code_lists, has_pictures, is_raw
-from seed_multimodal.data.check.pictures import LLM, STAGES, TOKENIZER, PictureReader, guess_stage
+from seed_multimodal.data.check.pictures import LLM, PAIRS, STAGES, PictureReader, guess_stage
 from seed_multimodal.data.check.report import CheckReport, CheckSettings, Finding
 from seed_multimodal.data.decoders.base import TEXT, TEXTS, Decoder
 from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
@@ -129,7 +129,7 @@ class _Checker:
         stage = self.settings.stage
         try:
             found = source.locate(index)
-            record = found.parsed(source.open_files, half_pairs=stage == TOKENIZER)
+            record = found.parsed(source.open_files, half_pairs=stage in PAIRS)
             raw = stage if stage != LLM else None
             if stage is None and (found.members.keys() & {"image", "txt"}
                                   or (is_raw(record.fields) and not self.settings.decoder)):
