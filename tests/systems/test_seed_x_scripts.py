@@ -100,6 +100,17 @@ def test_the_programs_without_flags(name: str, released: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["eval_img2text_seed_x", "eval_img2text_seed_x_i"])
+def test_programs_that_read_need_no_drawing_parts(name: str, released: Path, here: Path) -> None:
+    (here / "pretrained").unlink()
+    (here / "pretrained").mkdir()
+    for part in (released / "pretrained").iterdir():
+        if part.name not in ("stable-diffusion-xl-base-1.0", "seed_detokenizer"):
+            (here / "pretrained" / part.name).symlink_to(part)
+    assert seed_x_script(name, ["--device", "cpu", "--max-new-tokens", "4"]) == 0
+
+
+@pytest.mark.slow
 def test_the_requests_are_the_originals(here: Path, prompts: list[list[int]]) -> None:
     for name in PICTURES:
         if SCRIPTS[name].model:

@@ -15,8 +15,10 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from seed_multimodal.commands.merge import main
+from seed_multimodal.config import find_target, load_yaml
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
+from seed_multimodal.data.pretokenize.lavit_codes import lavit_codes
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
@@ -196,6 +198,14 @@ def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Pa
                     visual / "tokenizer_encoder.safetensors")
     lavit = Lavit.from_pretrained(system, device="cpu", dtype="fp32", modes=["understanding"], log=None)
     assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
+
+
+def test_the_mixture_names_a_command_that_is_there() -> None:
+    home = Path(__file__).resolve().parents[2] / "MultiModalLLM"
+    words = (home / "configs/data/lavit_pretrain.yaml").read_text(encoding="utf-8").split()
+    named = [word for word in words if word.startswith(("src/tools/", "configs/tokenizer/"))]
+    assert len(named) == 2 and all((home / word).is_file() for word in named)
+    assert find_target(load_yaml(home / named[1])["_target_"]) is lavit_codes
 
 
 def test_codes_of_shards_are_the_tokenizers(parts: ModuleType, home: Path, tmp_path: Path) -> None:
