@@ -15,6 +15,7 @@ from seed_multimodal.data.nano.targets import JUDGED, label_tensor
 from seed_multimodal.data.nano.words import describe, some
 from seed_multimodal.evaluation.judge import JudgeConfig
 from seed_multimodal.evaluation.samples import Samples
+from seed_multimodal.evaluation.sizes import REPORTED, questions
 from seed_multimodal.language.tasks import examples_request, story_request
 
 Part = str | list[int]
@@ -61,6 +62,9 @@ class Oracle:
             if name not in self.known:
                 self.known[name] = len(self.scenes)
                 self.scenes.append(scene)
+        for scene in samples.scenes[: samples.sizes.rungs]:
+            self.known |= {render(scene, size).tobytes(): self.known[render(scene).tobytes()] for size in REPORTED}
+            self.truths |= {(scene, question.question): question.answer for question in questions(scene)}
         for scene, edit in samples.edits:
             self.after[scene, edit.instruction] = edit.target
         for row, question in samples.questions:
