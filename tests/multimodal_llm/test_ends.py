@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
+from seed_multimodal.errors import CheckpointError, ConfigError, DataError, SeedError
 from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
 from seed_multimodal.training.failures import TrainingError, translate_errors
 from seed_multimodal.training.llm.summary import save_config, summary_lines
@@ -216,7 +216,7 @@ def test_data_without_a_usable_record_are_no_success(runs, train, tmp_path):
     data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, records=2)
     for source in data["sources"]:
         source["cycles"] = 1
-    with pytest.raises(TrainingError, match="No source gave a single sequence to learn from"):
+    with pytest.raises(DataError, match="no record can be used"):
         train("out", "data.length=20", data=data)
     assert not (tmp_path / "out" / "summary.json").exists()
 
