@@ -142,7 +142,7 @@ def test_the_command_writes_the_report(tiny_lavit_folder: Path, tmp_path: Path, 
     found = json.loads((tmp_path / "report.json").read_text())
     val = found["splits"]["val"]
     assert set(val) == {"codes", "tokens", "reconstruction", "drawing", "wide_drawing", "caption", "qa", "edit",
-                        "composed"}
+                        "composed", "sizes"}
     assert set(found["splits"]["things"]) == {"codes", "tokens", "reconstruction"}
     assert len(found["aims"]) == 5 and found["system"]["selection"] == "draw"
     text = (tmp_path / "report.md").read_text()

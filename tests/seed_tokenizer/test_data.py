@@ -29,7 +29,8 @@ def build(name: str, info: dict[str, Any], **more: Any) -> dict[str, Any]:
 
     run = OmegaConf.create({"seed": 3, "train_splits": ["train"], "test_splits": ["val"],
                             "output_dir": more.pop("to", None)})
-    registry.register("configuration", SimpleNamespace(run_cfg=run))
+    registry.register("configuration", SimpleNamespace(run_cfg=run,
+                                                         model_cfg=SimpleNamespace(arch="blip2_casual")))
     builder = registry.get_builder_class(name)
     config = OmegaConf.merge(OmegaConf.load(builder.default_config_path()).datasets[name],
                              {**PROCESSORS, **more, "build_info": info})

@@ -22,7 +22,6 @@ from seed_multimodal.data.nano.scene import LAYOUTS, Scene, boxes, render, thing
 from seed_multimodal.data.nano.splits import SPLITS, held_out, scene_at, split_of
 from seed_multimodal.data.nano.sprites import load_sprites
 from seed_multimodal.data.nano.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES, THINGS
-from seed_multimodal.data.nano.unknown import nearest_things
 from seed_multimodal.data.nano.words import captions_in, describe, labels, read_caption
 from seed_multimodal.errors import ConfigError, DataError
 
@@ -77,10 +76,6 @@ def test_words_say_what_is_there():
 @pytest.mark.parametrize("words", ["", "hello", "a noto tigger", "a tiger left of", "the tiger", "5 tigers", "a noto"])
 def test_other_words_are_no_caption(words):
     assert read_caption(words) is None
-
-
-def test_an_unknown_thing_has_known_neighbours():
-    assert nearest_things("tigger")[0] == "tiger" and len(nearest_things("xyz")) == 3
 
 
 @pytest.mark.slow
