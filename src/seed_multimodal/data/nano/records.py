@@ -179,12 +179,12 @@ def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int
             return [[NANO_TASKS.question(question.question)], [after(question.verdict, question.answer)]]
         return [[question.question], [after(question.verdict, sentence(question.answer))]]
 
-    scene, question = _first(scenes, ASKED, index, lambda scene, kind: ask(scene, kind, shake))
+    scene, question = _first(scenes, ASKED, index, lambda scene, kind: ask(scene, kind, shake, varied=True))
     turns, asked = turn(question, 0.75), {question.question}
     # A picture that is read once teaches several answers; first those that compare a word with the picture and are
     # learnt last. After an answer that names the things they would be read off the text.
     for kind in (*shake.sample(COMPARISONS, 4), *shake.sample(QUESTIONS, 1)):
-        more = ask(scene, kind, shake)
+        more = ask(scene, kind, shake, varied=True)
         if more is not None and more.question not in asked:
             turns, asked = turns + turn(more, 0.25), asked | {more.question}
     return _after_another(shake, scenes, _messages([scene, *turns[0]], *turns[1:]))

@@ -41,7 +41,7 @@ from seed_multimodal.settings import nearest
 GRID = 64  # places of boxes along each side
 OWN = ("detect", "wide_describe", "wide_questions", "wide_detect")
 _SILENT = (DRAW_RESPONSE, EDIT_RESPONSE)
-_DESCRIBE = (SEED_X_TASKS.describe,) * 4 + DESCRIBE_REQUESTS[1:]
+_DESCRIBE = (SEED_X_TASKS.describe,) * 4 + DESCRIBE_REQUESTS
 Shares = tuple[float, float, float, float]
 
 
@@ -57,7 +57,7 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train", grid: in
             known = (*KINDS, *OWN)
             raise DataError(f"nano: unknown kind of records {kind!r}{nearest(kind, known)}; there are "
                             f"{', '.join(known)}.")
-        return _in_sizes(_in_its_words(record_at(kind, seed, index, split)), shake)
+        return _in_sizes(_in_its_words(record_at(kind, seed, index, split), shake), shake)
     wide = kind.startswith("wide")
     view = any_view(wide_at(seed, index, split) if wide else scene_where(seed, index, split, shake), shake)
     scene = view.scene
@@ -108,7 +108,7 @@ def _in_sizes(record: Record, shake: random.Random) -> Record:
         for part in message["content"]]} for message in record["messages"]]}
 
 
-def _in_its_words(record: Record) -> Record:
+def _in_its_words(record: Record, shake: random.Random) -> Record:
     """The requests that nano's systems send, as SEED-X's send them: descriptions are sentences, answers to questions
     short and in lower case whatever picture was shown before; nothing but a description is said before a drawing."""
     said: list[Record] = []
@@ -117,7 +117,7 @@ def _in_its_words(record: Record) -> Record:
         content = message["content"]
         if message["role"] == "user":
             asked = content
-            content = [_request(part) if isinstance(part, str) else part for part in content]
+            content = [_request(part, shake) if isinstance(part, str) else part for part in content]
         elif all(isinstance(part, str) for part in content) and asked[-1] not in DESCRIBE_REQUESTS:
             content = [part if part in ANSWERS else normalise(part) for part in content]
         else:
@@ -126,9 +126,9 @@ def _in_its_words(record: Record) -> Record:
     return {**record, "messages": said}
 
 
-def _request(text: str) -> str:
+def _request(text: str, shake: random.Random) -> str:
     if text == DESCRIBE_PROMPT:
-        return SEED_X_TASKS.describe
+        return SEED_X_TASKS.describe if shake.random() < 0.8 else text
     before, after = DRAW_PROMPT.split("{caption}")
     if text.startswith(before) and text.endswith(after):
         return SEED_X_TASKS.draw_request(text[len(before):len(text) - len(after)])
