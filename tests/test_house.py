@@ -361,7 +361,7 @@ def test_files_and_functions_stay_small():
     too_long = []
     for source in SOURCES:
         text = source.read_text(encoding="utf-8")
-        too_long += [f"{source.name}: {text.count(chr(10))} lines"] if text.count("\n") > 300 else []
+        too_long += [f"{source.name}: {text.count(chr(10))} lines"] if text.count("\n") > 500 else []
         too_long += [f"{source.name}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
                      for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
                      and node.end_lineno - node.lineno >= 80]

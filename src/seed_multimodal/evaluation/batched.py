@@ -64,9 +64,7 @@ class BatchedSystem:
 
     def codes(self, pictures: NDArray[np.uint8]) -> NDArray[np.int64]:
         """uint8 [N, H, W, 3] → codes [N, T]."""
-        parts = [self.inner.pictures.tokenize([Image.fromarray(p) for p in pictures[i : i + self.batch]])
-                 for i in range(0, len(pictures), self.batch)]
-        return torch.cat(parts).numpy()
+        return self.inner.encode_all([Image.fromarray(p) for p in pictures], batch_size=self.batch).numpy()
 
     def pictures(self, codes: Sequence[Codes], first: int | None = None) -> list[Image.Image]:
         """Codes of N pictures → N pictures, drawn from their `first` codes only if that is given."""
@@ -76,29 +74,20 @@ class BatchedSystem:
 
     def describe(self, codes: Sequence[Codes]) -> list[str]:
         """The system's usual request for a description, about each picture."""
-        return self._say([(list(row), self.inner.tasks.describe) for row in codes])
+        return self.inner.describe_all([list(row) for row in codes], **self._short())
 
     def ask(self, codes: Sequence[Codes], questions: Sequence[str]) -> list[str]:
         """Each question with the one-word suffix, about its picture."""
-        return self._say([(list(row), self.inner.tasks.question(question))
-                          for row, question in zip(codes, questions, strict=True)])
+        return self.inner.ask_all([list(row) for row in codes], questions, **self._short())
 
     def draw(self, texts: Sequence[str]) -> list[Codes | None]:
         """The system's drawing request for each text; the codes of the forced picture."""
-        return self._paint([(self.inner.tasks.draw_request(text),) for text in texts], self.inner.tasks.draw_response)
+        return self._write([[self.inner.tasks.draw_request(text)] for text in texts], "draw")
 
     def edit(self, codes: Sequence[Codes], instructions: Sequence[str]) -> list[Codes | None]:
         """Each picture with its instruction; the codes of the answer's picture, which is forced where the system may
         not say something first, or says something else."""
-        contents = [(list(row), text) for row, text in zip(codes, instructions, strict=True)]
-        tasks, size = self.inner.tasks, self.inner.tokenizer.vocabulary.tokens_per_image
-        said = self.answer([[("user", content)] for content in contents], size + 1 + tasks.edit_words
-                           ) if tasks.edit_words else [[] for _ in contents]
-        found: list[Codes | None] = [next((one for one in parts if not isinstance(one, str)), None) for parts in said]
-        left = [i for i, row in enumerate(found) if row is None]
-        for i, row in zip(left, self._paint([contents[i] for i in left], tasks.edit_response), strict=True):
-            found[i] = row
-        return found
+        return self._write([[list(row), text] for row, text in zip(codes, instructions, strict=True)], "edit")
 
     def answer(self, dialogues: Sequence[Dialogue], most: int) -> list[list[Part]]:
         """What the system says in at most `most` tokens, nothing forced: texts and codes of whole pictures, in order;
@@ -144,10 +133,13 @@ class BatchedSystem:
                 torch.Generator("cpu").manual_seed(self.seed) for _ in shown])
         return made
 
-    def _say(self, contents: Sequence[tuple[Any, ...]]) -> list[str]:
-        settings = self.inner.settings(seed=self.seed)
-        settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, LONGEST_TEXT))
-        return [self.text(ids) for ids in self.generate([self._prompt(c) for c in contents], settings)]
+    def _short(self) -> dict[str, Any]:
+        return {"seed": self.seed, "batch_size": self.batch,
+                "max_new_tokens": min(self.inner.settings().max_new_tokens, LONGEST_TEXT)}
+
+    def _write(self, contents: Sequence[list[Any]], task: str) -> list[Codes | None]:
+        written = self.inner.write_all(contents, task, batch_size=self.batch, seed=self.seed)
+        return [one.images[0] if len(one.images) == 1 else None for one in written]
 
     def text(self, ids: Sequence[int]) -> str:
         """The words of an answer up to the marker of a user's turn."""
@@ -156,19 +148,6 @@ class BatchedSystem:
 
     def _reader(self) -> AnswerReader:
         return AnswerReader(self.inner.tokenizer, self.inner.template.turn_marker)
-
-    def _paint(self, contents: Sequence[tuple[Any, ...]], opening: str) -> list[Codes | None]:
-        words = self.inner.tokenizer.encode_parts([opening]) if opening else []
-        settings = replace(self.inner.settings(seed=self.seed), force_image=True,
-                           max_new_tokens=self.inner.tokenizer.vocabulary.tokens_per_image + 1)
-        found: list[Codes | None] = []
-        for ids in self.generate([[*self._prompt(c), *words] for c in contents], settings):
-            drawn = [part.codes for part in split_answer(ids, self.inner.tokenizer) if isinstance(part, ImagePart)]
-            found.append(list(drawn[0]) if len(drawn) == 1 else None)
-        return found
-
-    def _prompt(self, content: tuple[Any, ...]) -> list[int]:
-        return self.inner.prompt_ids([Turn("user", content)])
 
     def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[list[int]]:
         """Prompt ids with their `<s>` → the ids of each answer."""

@@ -7,7 +7,7 @@ features of one that the model has written, beside the picture that it was edite
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,6 @@ from torch import Tensor
 from seed_multimodal.data.nano.scene import SIZE
 from seed_multimodal.evaluation.tasks import Codes
 from seed_multimodal.images.any_resolution import AnyResolution
-from seed_multimodal.language.continuous import Answer, Prompt
-from seed_multimodal.language.seed_x import read_boxes, without_words
-from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.systems.seed_x import SeedX
 
 LONGEST_TEXT = 110
@@ -78,30 +75,20 @@ class BatchedSeedX:
 
     def describe(self, codes: Sequence[Codes]) -> list[str]:
         """The system's usual request for a description, about each picture."""
-        return self._say([[self.kept[row[0]].picture, self.inner.tasks.describe] for row in codes])
+        return self.inner.describe_all([self.kept[row[0]].picture for row in codes], **self._short())
 
     def ask(self, codes: Sequence[Codes], questions: Sequence[str]) -> list[str]:
         """Each question, as the system asks it, about its picture."""
-        return self._say([[self.kept[row[0]].picture, self.inner.tasks.question(question)]
-                          for row, question in zip(codes, questions, strict=True)])
+        return self.inner.ask_all([self.kept[row[0]].picture for row in codes], questions, **self._short())
 
     def draw(self, texts: Sequence[str]) -> list[Codes | None]:
         """The system's drawing request for each text; the number of the forced picture."""
-        return self._written([[self.inner.tasks.draw_request(text)] for text in texts], [None] * len(texts))
+        return self._written([[self.inner.tasks.draw_request(text)] for text in texts], "draw")
 
     def edit(self, codes: Sequence[Codes], instructions: Sequence[str]) -> list[Codes | None]:
         """Each picture with its instruction; the answer's picture, which is forced where none came by itself."""
-        sources = [self.kept[row[0]].picture for row in codes]
-        contents = [[source, text] for source, text in zip(sources, instructions, strict=True)]
-        room = self.inner.tokenizer.vocabulary.tokens_per_image + 2 + self.inner.tasks.edit_words
-        found: list[Codes | None] = [
-            self._keep(Kept(features=answer.features[0].cpu(), source=source)) if len(answer.features) else None
-            for answer, source in zip(self._answers(contents, "edit", max_new_tokens=room), sources, strict=True)]
-        left = [row for row, one in enumerate(found) if one is None]
-        forced = self._written([contents[row] for row in left], [sources[row] for row in left], "edit")
-        for row, one in zip(left, forced, strict=True):
-            found[row] = one
-        return found
+        return self._written([[self.kept[row[0]].picture, text] for row, text in zip(codes, instructions, strict=True)],
+                             "edit")
 
     # ---- what SEED-X is asked beside
 
@@ -113,18 +100,13 @@ class BatchedSeedX:
     def detect(self, pictures: Sequence[Image.Image], phrases: Sequence[str], views: bool = True
                ) -> list[list[Corners]]:
         """The boxes (left, top, right, bottom in pixels) of each phrase in its picture; `views`: see `say`."""
-        contents = [[picture, self.inner.tasks.detect_request(phrase)]
-                    for picture, phrase in zip(pictures, phrases, strict=True)]
-        grid = self.inner.prompts.vocabulary.n_locations
         with self._in_views(views):
-            answers = self._answers(contents, "detect", max_new_tokens=LONGEST_TEXT)
-        return [[box.corners(picture.size, grid) for box in read_boxes(answer.text, grid=grid)[0]]
-                for picture, answer in zip(pictures, answers, strict=True)]
+            return [one.boxes for one in self.inner.detect_all(pictures, phrases, **self._short())]
 
     def say(self, pictures: Sequence[Image.Image], requests: Sequence[str], views: bool = True) -> list[str]:
         """An answer in words to each request about its picture, which is read in one view without `views`."""
         with self._in_views(views):
-            return self._say([[picture, request] for picture, request in zip(pictures, requests, strict=True)])
+            return self.inner.describe_all(pictures, requests, **self._short())
 
     # ---- inside
 
@@ -142,28 +124,12 @@ class BatchedSeedX:
         shown = [one.source] if pictures.reads_condition else None
         return pictures.draw(one.features[None], seed=self.seed, conditions=shown)[0]
 
-    def _say(self, contents: Sequence[list[Any]]) -> list[str]:
-        return [answer_in(without_words(answer.text).strip(), self.inner.tasks.answer_after)
-                for answer in self._answers(contents, "ask", max_new_tokens=LONGEST_TEXT)]
+    def _short(self) -> dict[str, Any]:
+        return {"seed": self.seed, "batch_size": self.batch, "max_new_tokens": LONGEST_TEXT}
 
-    def _written(self, contents: Sequence[list[Any]], sources: Sequence[Image.Image | None], task: str = "draw"
-                 ) -> list[Codes | None]:
-        room = self.inner.tokenizer.vocabulary.tokens_per_image + 1
-        return [self._keep(Kept(features=answer.features[0].cpu(), source=source)) if len(answer.features) else None
-                for answer, source in zip(self._answers(contents, task, max_new_tokens=room, force_image=True), sources,
-                                          strict=True)]
-
-    def _answers(self, contents: Sequence[list[Any]], task: str, **settings: Any) -> list[Answer]:
-        """The model's answers, prompts of like length together."""
-        prompts = [self.inner.prompt([("user", content)], task)[0] for content in contents]
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
-        given = replace(self.inner.settings(seed=self.seed), **settings)
-        found: dict[int, Answer] = {}
-        for start in range(0, len(order), self.batch):
-            rows = order[start:start + self.batch]
-            chosen: list[Prompt] = [prompts[row] for row in rows]
-            found |= dict(zip(rows, self.inner.agent.generate(chosen, given, self.inner.tokenizer), strict=True))
-        return [found[row] for row in range(len(prompts))]
+    def _written(self, contents: Sequence[list[Any]], task: str) -> list[Codes | None]:
+        return [self._keep(Kept(features=one.images[0], source=one.source)) if len(one.images) == 1 else None
+                for one in self.inner.write_all(contents, task, batch_size=self.batch, seed=self.seed)]
 
 
 class _Views:

@@ -222,18 +222,18 @@ class ContinuousLVLM(nn.Module):
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, tokenizer: MultimodalTokenizer,
                  streamer: Any = None, watch: Callable[[], None] | None = None, *, released: bool = False,
-                 ) -> list[Answer]:
+                 seeds: Sequence[int] | None = None) -> list[Answer]:
         """Answer every prompt; each gets what it would get alone.
 
         Args:
-            streamer, watch, released: as of `generation.generate_ids`.
+            streamer, watch, released, seeds: as of `generation.generate_ids`.
 
         Raises:
             RequestError: another number of features than the prompt has places. GenerationError: as `generate_ids`.
         """
         states = ImageStates()
         answers = generate_ids(self.llm, [prompt.ids for prompt in prompts], settings, tokenizer, streamer, watch,
-                               embed=self.reader(prompts, tokenizer), states=states, released=released)
+                               embed=self.reader(prompts, tokenizer), states=states, released=released, seeds=seeds)
         return [self._answer(ids, row, states, tokenizer, prompts[row].ids[-1:]) for row, ids in enumerate(answers)]
 
     def reader(self, prompts: Sequence[Prompt], tokenizer: MultimodalTokenizer) -> Callable[[Tensor], Tensor]:

@@ -179,6 +179,7 @@ def generate_ids(
     embed: Callable[[Tensor], Tensor] | None = None,
     states: ImageStates | None = None,
     released: bool = False,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt.
 
@@ -189,6 +190,7 @@ def generate_ids(
         embed: the prompts' ids `[B, L]`, padded on the left -> what the model reads in their place `[B, L, D]`.
         states: gets the model's states at the answers' words.
         released: keep to the released rules of `ImageSpanLogitsProcessor`, and begin pictures without room for them.
+        seeds: one for each prompt; None: `settings.seed` for all.
 
     Returns:
         The new ids of each prompt up to and including `</s>`; a forced `<img>` comes first. The budget is cut to what
@@ -219,7 +221,8 @@ def generate_ids(
         processors.append(ImageSpanLogitsProcessor(vocabulary, None if released else longest + budget, released))
     with contextlib.ExitStack() as inside:
         if settings.samples:
-            draws = Draws([own_seed() if settings.seed is None else settings.seed for _ in rows])
+            draws = Draws(list(seeds) if seeds is not None else
+                          [own_seed() if settings.seed is None else settings.seed for _ in rows])
             if settings.num_beams > 1:
                 inside.enter_context(DrawnBeams(draws))
             else:

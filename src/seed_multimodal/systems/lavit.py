@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import GenerationError, RequestError
@@ -34,6 +35,7 @@ from seed_multimodal.language.lavit import (
 from seed_multimodal.language.lavit_generation import CodeSettings, WrittenPicture
 from seed_multimodal.language.lemmatizer import Lemmatizer
 from seed_multimodal.language.tasks import answer_in
+from seed_multimodal.systems.batch import BATCH
 from seed_multimodal.systems.chat import as_text
 from seed_multimodal.systems.lavit_files import LavitSpec, find_lavit
 from seed_multimodal.systems.lavit_language import Inputs, LavitLanguage, Seeds, Watch
@@ -49,6 +51,7 @@ from seed_multimodal.systems.talking import Log
 DECODE_KEYS = ("num_inference_steps", "guidance_scale", "height", "width", "ratio", "scheduler", "original_size",
                "crops_coords_top_left", "batch_size")
 Part = Any  # of what is composed: a text, a picture, or codes
+Prompts = str | Sequence[str] | None  # one for all, or one each
 
 
 class Lavit(MessageSystem):
@@ -120,8 +123,8 @@ class Lavit(MessageSystem):
         """A caption of a picture (or of several in one prompt); `prompt` is put behind it."""
         return self.describe_all([self._shown(image)], prompt, **options)[0]
 
-    def describe_all(self, images: Sequence[Any], prompts: str | Sequence[str] | None = None, *,
-                     selection: str | None = None, **options: Any) -> list[str]:
+    def describe_all(self, images: Sequence[Any], prompts: Prompts = None, *,
+                     selection: str | None = None, batch_size: int = BATCH, **options: Any) -> list[str]:
         """Captions of pictures, each as `describe` gives it.
 
         Args:
@@ -129,10 +132,8 @@ class Lavit(MessageSystem):
             selection: how patches are chosen, see `LavitPictures.read`.
             options: of `WritingSettings`; `seed` may be one for each picture, or None for torch's global generator.
         """
-        settings, seeds = self.language.asked("describe", images, options)
-        inputs = self._inputs(images, prompts, seeds, selection, "caption")
-        self._remark_on(images, prompts)
-        return [caption_of(text) for text in (self.language.say(inputs, settings, seeds) if inputs else ())]
+        said = self._say_all("describe", images, prompts, prompts, selection, batch_size, options)
+        return [caption_of(text) for text in said]
 
     def ask(self, image: Any, question: str, *, short: bool = True, **options: Any) -> str:
         """The answer to `question` about a picture (or several in one prompt); without `short` the words are the prompt
@@ -140,25 +141,42 @@ class Lavit(MessageSystem):
         return self.ask_all([self._shown(image)], as_text(question, "The question"), short=short, **options)[0]
 
     def ask_all(self, images: Sequence[Any], questions: str | Sequence[str], *, short: bool = True,
-                prompt: str = QUESTION, selection: str | None = None, **options: Any) -> list[str]:
+                prompt: str = QUESTION, selection: str | None = None, batch_size: int = BATCH,
+                **options: Any) -> list[str]:
         """Answers about pictures, each as `ask` gives it; arguments as of `describe_all`.
 
         Args:
             prompt: with "{}" for the question.
         """
-        settings, seeds = self.language.asked("ask", images, options)
         asked = question_prompts(questions, prompt if short else None)
-        inputs = self._inputs(images, asked[0] if isinstance(questions, str) else asked, seeds, selection, "answer")
-        self._remark_on(images, questions)
         self.lemmatizer = self.lemmatizer or Lemmatizer()
-        said = self.language.say(inputs, settings, seeds) if inputs else ()
+        said = self._say_all("ask", images, asked[0] if isinstance(questions, str) else asked, questions, selection,
+                             batch_size, options)
         return [self.lemmatizer(answer_of(answer_in(text, self.spec.answer_after))) for text in said]
 
-    def _remark_on(self, images: Sequence[Any], words: str | Sequence[str] | None) -> None:
+    def _say_all(self, task: str, images: Sequence[Any], prompts: Prompts, words: Prompts, selection: str | None,
+                 batch_size: int, options: dict[str, Any]) -> list[str]:
+        """`words`: of the caller, without the text around a question."""
+        settings, seeds = self.language.asked(task, images, options)
+        side: Side = "caption" if task == "describe" else "answer"
+        said: list[str] = []
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, start + batch_size)
+            own = None if seeds is None else seeds[rows]
+            inputs = self._inputs(images[rows], _of(prompts, rows), own, selection, side)
+            self._remark_on(images[rows], _of(words, rows))
+            said += self.language.say(inputs, settings, own) if inputs else ()
+        return said
+
+    def encode_all(self, images: Sequence[Any], *, seed: Any = 0, selection: str | None = None) -> list[Tensor]:
+        """Codes of each picture, as many as there is to see; `seed` of the selection: one for all, or one each."""
+        return self.pictures.tokenize(self._shown(images), seed=seed, selection=selection)
+
+    def _remark_on(self, images: Sequence[Any], words: Prompts) -> None:
         pictures = [one for image in images for one in self._shown(image)]
         self._remark(self.note([*pictures, *([words] if isinstance(words, str) else words or ())]))
 
-    def _inputs(self, images: Sequence[Any], prompts: str | Sequence[str] | None, seeds: Seeds, selection: str | None,
+    def _inputs(self, images: Sequence[Any], prompts: Prompts, seeds: Seeds, selection: str | None,
                 side: Side) -> Inputs | None:
         """What the language model reads of pictures, or lists of them; None for none."""
         self.spec.require("understanding")
@@ -202,6 +220,13 @@ class Lavit(MessageSystem):
     def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
         """What pictures and words say together: `compose`, which is as near as LaVIT comes to editing."""
         return self.compose([*self._shown(image), as_text(instruction, "The instruction")], seed, **options)
+
+    def edit_all(self, images: Sequence[Any], instructions: str | Sequence[str], *, seed: Any = 0,
+                 **options: Any) -> list[Image.Image]:
+        """Edits, each as `edit` gives it; `instructions` and `seed`: one for all, or one each."""
+        texts = [instructions] * len(images) if isinstance(instructions, str) else instructions
+        return self._drawn([[*self._shown(image), text] for image, text in zip(images, texts, strict=True)],
+                           "compose", seed, options)
 
     def reconstruct(self, images_or_codes: Any, seed: Any = 0, *, codes: Any = None, selection: str | None = None,
                     **decode: Any) -> list[Image.Image]:
@@ -253,3 +278,7 @@ class Lavit(MessageSystem):
             if one.note and self.log:
                 self.log(one.note)
         return written
+
+
+def _of(prompts: Prompts, rows: slice) -> Prompts:
+    return prompts[rows] if isinstance(prompts, (list, tuple)) else prompts

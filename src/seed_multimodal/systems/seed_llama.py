@@ -16,16 +16,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.generation import GenerationSettings
+from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.systems.batch import BATCH, Written, written_images
 from seed_multimodal.systems.chat import Content, as_text, to_turns
 from seed_multimodal.systems.picture_half import Picture
 from seed_multimodal.systems.pictures import PictureCodec, is_picture, load_codec
@@ -107,6 +109,11 @@ class SeedLlama(TalkingSystem):
         self._remark(self.pictures.note(several))
         return self.pictures.tokenize(several)
 
+    def encode_all(self, images: Sequence[Picture], *, batch_size: int = BATCH) -> Tensor:
+        """Many images -> codes [N, 32] int64."""
+        return torch.cat([self.pictures.tokenize(images[start:start + batch_size])
+                          for start in range(0, max(len(images), 1), batch_size)])
+
     def reconstruct(self, images_or_codes: Any, seed: int = 0, *, codes: First = None,
                     **decode: Any) -> list[Image.Image]:
         """Pictures, or their codes ([B, 32] or the 32 of one), drawn again; `decode` goes to the de-tokenizer.
@@ -138,8 +145,7 @@ class SeedLlama(TalkingSystem):
         Raises:
             GenerationError: no whole picture.
         """
-        text = as_text(text, "The text to draw")
-        request = text if verbatim else self.tasks.draw_request(text)
+        request = self.drawing_request(text, verbatim)
         drawn = self._drawn("draw", [request], self.tasks.draw_response, {**options, "seed": seed}, codes,
                             self.tasks.draw_words)
         return drawn if several_counts(codes) else drawn[0]
@@ -163,6 +169,19 @@ class SeedLlama(TalkingSystem):
         `watch` is called before each token; what it raises ends the generation.
         """
         return self.speaker.answer(prompt, settings, watch=watch)
+
+    def answer_batch(self, contents: Sequence[Content], task: str, settings: GenerationSettings,
+                     opening: Sequence[int] = (), seeds: Sequence[int] | None = None) -> list[Written]:
+        turns = to_turns(contents, self._known_codes, self.pictures.check_codes)
+        prompts = [[*self.prompt_ids([turn]), *opening] for turn in turns]
+        with self.speaker.working():
+            ids = generate_ids(self.llm, prompts, settings, self.tokenizer, seeds=seeds)
+        answers = [self._read_answer(row) for row in ids]
+        return [Written(one, [list(part.codes) for part in written_images(one)]) for one in answers]
+
+    def draw_written(self, written: Sequence[Written], seeds: Sequence[int], batch_size: int,
+                     decode: dict[str, Any]) -> list[Image.Image]:
+        return self.pictures.draw([one.images[0] for one in written], seed=seeds, batch_size=batch_size, **decode)
 
     # ---- inside
 

@@ -13,19 +13,21 @@ those of all systems (`talking`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.boxes import draw_boxes
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.continuous import ContinuousLVLM, Prompt
-from seed_multimodal.language.generation import ImageStates
+from seed_multimodal.language.generation import GenerationSettings, ImageStates
 from seed_multimodal.language.seed_x import (
     Box,
     SeedXPrompts,
@@ -40,6 +42,7 @@ from seed_multimodal.language.seed_x import Content as Spans
 from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.systems.batch import BATCH, Written, written_images
 from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_text
 from seed_multimodal.systems.memory_plan import MemoryPlan, plan_memory, read_sizes
 from seed_multimodal.systems.picture_half import Picture, off_loaded, resident
@@ -151,16 +154,27 @@ class SeedX(TalkingSystem):
         image = self._shown(image)
         if len(image) != 1 or not is_picture(image[0]):
             raise RequestError("Things are looked for in one picture.")
-        phrase = as_text(phrase, "The phrase")
-        opened = not self.spec.tuned
-        request = self._task([*image, phrase if opened else self.tasks.detect_request(phrase)], "detect")
+        request = self._task([*image, self._phrase(phrase)], "detect")
         self._remark(request.note)
         ids = self.speaker.answer(request.ids, self.settings(**options), reading=request.reading)
+        return self._detection(image[0], ids)
+
+    def detect_all(self, images: Sequence[Picture], phrases: Sequence[str], *, batch_size: int = BATCH,
+                   **options: Any) -> list[Detection]:
+        """Detections, each as `detect` gives it."""
+        answers = self._answer_all(images, list(map(self._phrase, phrases)), "detect", batch_size, options)
+        return [self._detection(image, answer.ids) for image, answer in zip(images, answers, strict=True)]
+
+    def _phrase(self, phrase: str) -> str:
+        phrase = as_text(phrase, "The phrase")
+        return str(self.tasks.detect_request(phrase)) if self.spec.tuned else phrase
+
+    def _detection(self, image: Picture, ids: Sequence[int]) -> Detection:
         text = answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after)
-        grid, problems = read_boxes(text, opened, self.prompts.vocabulary.n_locations)
+        grid, problems = read_boxes(text, not self.spec.tuned, self.prompts.vocabulary.n_locations)
         for problem in problems if self.log else ():
             self.log(problem)  # type: ignore[misc]
-        picture = self.pictures.open(image[0])
+        picture = self.pictures.open(image)
         corners = [box.corners(picture.size, self.prompts.vocabulary.n_locations) for box in grid]
         return Detection(picture, corners, grid, text, problems)
 
@@ -170,11 +184,8 @@ class SeedX(TalkingSystem):
         no whole picture. There are no `codes`: a picture is whole or not there."""
         if codes is not None:
             raise ConfigError(f"{self.spec.name} draws from features, not from codes, so not from the first of them.")
-        text = as_text(text, "The text to draw")
-        words = self.tasks.draw_words if self.spec.tuned else 0
-        plain = verbatim or not self.spec.tuned
-        return self._drawn("draw", [text if plain else self.tasks.draw_request(text)], self.tasks.draw_response,
-                           {**options, "seed": seed}, words)
+        return self._drawn("draw", [self.drawing_request(text, verbatim)], self.tasks.draw_response,
+                           {**options, "seed": seed}, self.free_words("draw"))
 
     def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
         """`image` after `instruction`, in its aspect ratio (`ratio`, see `images.aspect`); raises as `draw`."""
@@ -186,6 +197,33 @@ class SeedX(TalkingSystem):
         """Pictures drawn again from their features, see `FeaturePictures.rebuild`."""
         self._remark(self.pictures.note(list(images) if isinstance(images, (list, tuple)) else [images]))
         return self.pictures.rebuild(images, condition, seed, embeddings=embeddings, **decode)
+
+    def encode_all(self, images: Sequence[Picture]) -> list[Tensor]:
+        """Features [views, N, K] of each image."""
+        return [one.features for one in self.pictures.read(images)]
+
+    def drawing_request(self, text: str, verbatim: bool) -> str:
+        return super().drawing_request(text, verbatim or not self.spec.tuned)
+
+    def free_words(self, task: str) -> int:
+        return super().free_words(task) if self.spec.tuned or task == "edit" else 0
+
+    def answer_batch(self, contents: Sequence[Content], task: str, settings: GenerationSettings,
+                     opening: Sequence[int] = (), seeds: Sequence[int] | None = None) -> list[Written]:
+        asked = [self.prompt([content], task) for content in contents]
+        prompts = [replace(prompt, ids=[*prompt.ids, *opening]) for prompt, _ in asked]
+        with self.speaker.working():
+            answers = self.agent.generate(prompts, settings, self.tokenizer, seeds=seeds)
+        written = []
+        for one, (_, sources) in zip(answers, asked, strict=True):
+            answer = self._read_answer(one.ids)
+            written.append(Written(answer, one.features[:len(written_images(answer))].cpu(), *sources[-1:]))
+        return written
+
+    def draw_written(self, written: Sequence[Written], seeds: Sequence[int], batch_size: int,
+                     decode: dict[str, Any]) -> list[Image.Image]:
+        features = torch.stack([one.images[0] for one in written])
+        return self._drawn_beside(features, [one.source for one in written], seeds, decode)
 
     def prompt_ids(self, contents: Sequence[Content], task: str = "") -> list[int]:
         """As the ids of `to_request`, of pictures that are not read: `ShownPicture`s stand for them."""
@@ -238,8 +276,6 @@ class SeedX(TalkingSystem):
         return ids, self.prompts.places(ids, turns)
 
     def _prompt(self, turns: list[tuple[str, list[Spans]]], task: str, seen: list[SeenPicture]) -> Prompt:
-        import torch
-
         ids, places = self._words_of(turns, task)
         if not seen:
             return Prompt(ids, places=places)
@@ -273,8 +309,12 @@ class SeedX(TalkingSystem):
     def _paint(self, states: ImageStates, source: Image.Image | None, parts: Sequence[ImagePart], seed: int | None,
                decode: dict[str, Any]) -> Painted:
         features = self.agent.written(states, [range(part.place, part.place + len(part.codes)) for part in parts])
-        shown = [source] * len(parts) if source is not None and self.pictures.reads_condition else None
+        return list(self._drawn_beside(features, [source] * len(parts), seed or 0, decode))
+
+    def _drawn_beside(self, features: Tensor, sources: Sequence[Image.Image | None], seed: Any,
+                      decode: dict[str, Any]) -> list[Image.Image]:
+        shown = sources if any(sources) and self.pictures.reads_condition else None
         if shown is None:
             decode = {key: value for key, value in decode.items() if key not in ("ratio", "image_guidance_scale")}
-        return list(self.pictures.draw(features, seed=seed or 0, conditions=shown, **decode))
+        return self.pictures.draw(features, seed=seed, conditions=shown, **decode)
 

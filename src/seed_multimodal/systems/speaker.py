@@ -244,6 +244,12 @@ class Speaker:
             self._generate(prompt, settings, watch, reading, ReadingStreamer(take))
         return reader.read_all(())
 
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside, the model is where it computes, and this thread alone uses it."""
+        with self._lock, self.resident():
+            yield
+
     def events(self, prompt: Sequence[int], settings: GenerationSettings, opening: str | Sequence[int] = "",
                previews: Sequence[int] = (), watch: Callable[[], None] | None = None,
                reading: Mapping[str, Any] | None = None) -> Generator[Event, None, None]:

@@ -23,6 +23,7 @@ from seed_multimodal.language.answer import AnswerPart, ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import check_value, nearest, read_settings
+from seed_multimodal.systems.batch import BatchMethods
 from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_parts, as_text, read_messages
 from seed_multimodal.systems.domain import read_known_words
 from seed_multimodal.systems.pictures import is_picture
@@ -102,7 +103,7 @@ class System:
         return [Path(item) if isinstance(item, str) else item for item in as_parts(image, "The picture")]
 
 
-class TalkingSystem(System):
+class TalkingSystem(BatchMethods, System):
     """Base of the systems whose language model writes texts and pictures in one answer; see `SeedLlama` and `SeedX` for
     how they are made."""
 
@@ -121,10 +122,6 @@ class TalkingSystem(System):
             RequestError, ImageError: contents that cannot be read.
         """
         raise NotImplementedError
-
-    def _words(self, answer: Answer) -> str:
-        """The text of an answer for people."""
-        return answer.text
 
     # ---- tasks
 
