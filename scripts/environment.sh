@@ -1,15 +1,6 @@
-# Sourced by the other scripts: where the repository is, and which Python runs it.
-# An active environment (venv or conda) wins; otherwise .venv in the repository, which install.sh makes; otherwise a
-# python on the PATH that has the package.
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-if [ -n "${VIRTUAL_ENV:-}" ]; then
-    ENVIRONMENT="$VIRTUAL_ENV"
-elif [ -n "${CONDA_PREFIX:-}" ]; then
-    ENVIRONMENT="$CONDA_PREFIX"
-else
-    ENVIRONMENT="$ROOT/.venv"
-fi
-PYTHON="$ENVIRONMENT/bin/python"
-if [ ! -x "$PYTHON" ] && command -v python3 >/dev/null && python3 -c 'import seed_multimodal' 2>/dev/null; then
-    PYTHON="$(command -v python3)"
-fi
+# Sourced by shell scripts that set ROOT, the repository: PYTHON is the interpreter of the active environment (venv or
+# conda), of the repository's .venv (made by install.sh), or of the PATH.
+for PYTHON in "${VIRTUAL_ENV:-/nowhere}/bin/python" "${CONDA_PREFIX:-/nowhere}/bin/python" "$ROOT/.venv/bin/python"; do
+    [ -x "$PYTHON" ] && return
+done
+PYTHON=$(command -v python3 || command -v python) || { echo "No Python found: run bash install.sh first." >&2; exit 2; }

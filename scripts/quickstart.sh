@@ -4,8 +4,8 @@
 #
 #   bash scripts/quickstart.sh [--model DIR] [--out DIR] [--seed N]
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-cd "$ROOT"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash install.sh
-. scripts/environment.sh  # there may be a .venv now
+ROOT=$PWD
+. scripts/environment.sh
 HF_HUB_OFFLINE=1 exec "$PYTHON" -m seed_multimodal.quickstart "$@"

@@ -4,8 +4,9 @@
 # FOLDER has a system.json; its path is absolute, or from the repository. More arguments go to gradio_demo/seed_llama_flask.py.
 # 8b and 14b load in 8 bits, as the original's demo (bitsandbytes).
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-cd "$ROOT"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ROOT=$PWD
+. scripts/environment.sh
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 size="${1:?say which model: nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit, nano-lavit or a folder with system.json}"
 shift

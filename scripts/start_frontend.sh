@@ -3,8 +3,9 @@
 # MODEL is nano, seed-llama-8b, seed-llama-14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit or nano-lavit.
 # Start the backend first. More arguments go to gradio_demo/seed_llama_gradio.py.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-cd "$ROOT"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ROOT=$PWD
+. scripts/environment.sh
 export GRADIO_ANALYTICS_ENABLED=False
 kind="${1:?say which model: nano, seed-llama-8b, seed-llama-14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit or nano-lavit}"
 shift

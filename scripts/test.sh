@@ -7,14 +7,14 @@
 #
 # WORKERS=N: pytest processes (default: one a core, each with 6 GiB of memory that is free now).
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-cd "$ROOT"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 CHOICE=()
 if [ "${1:-}" = --fast ]; then
     CHOICE=(-m "not process and not browser and not slow"); shift
 fi
-bash install.sh --lavis --extras demo,data,dev,train
-. scripts/environment.sh  # there may be a .venv now
+bash install.sh --lavis --extras demo,data,dev,eval,train
+ROOT=$PWD
+. scripts/environment.sh
 
 # One test drives the demo in a real browser.
 if [ ${#CHOICE[@]} = 0 ] && { ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; }; then

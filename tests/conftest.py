@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-import seed_multimodal  # noqa: F401  (before transformers: it mends a torchvision built for another torch)
+import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # whoever pipes a program's lines gets each as it is said without it, too
 PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")

@@ -6,7 +6,8 @@
 #   MASTER_ADDR (CHIEF_IP), MASTER_PORT      node 0's address and a free port on it
 # Nothing is assumed about the network; NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the like are used if they are set.
 cd "$(dirname "$0")/.."
-. ../scripts/python.sh
+ROOT=..
+. ../scripts/environment.sh
 
 counted() { # NAMES VALUE
     case $1:$2 in

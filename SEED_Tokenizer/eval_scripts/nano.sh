@@ -8,7 +8,8 @@
 # SPLIT: val (default), pairs, places, counts, styles or things. The other variables are those of retrieval_coco.sh.
 set -eu
 cd "$(dirname "$0")/.."
-. ../scripts/python.sh
+ROOT=..
+. ../scripts/environment.sh
 export PYTHONPATH="../src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 exec "$PYTHON" -m seed_multimodal.cli eval tokenizer --model "${MODEL:-nano}" --data "${DATA:-nano}" --split "${SPLIT:-val}" \
     --out "${OUT:-log/eval/nano}" ${STAGE1:+--stage1 "$STAGE1"} "$@"

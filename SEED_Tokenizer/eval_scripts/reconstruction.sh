@@ -8,7 +8,8 @@
 # DATA: a json list, a pattern of .tar shards, or nano. The other variables are those of retrieval_coco.sh.
 set -eu
 cd "$(dirname "$0")/.."
-. ../scripts/python.sh
+ROOT=..
+. ../scripts/environment.sh
 export PYTHONPATH="../src${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m seed_multimodal.cli eval tokenizer \
     --model "${MODEL:-released}" --data "${DATA:-../data/coco/annotations/coco_karpathy_test.json}" \

@@ -9,7 +9,8 @@
 # seed eval tokenizer --help.
 set -eu
 cd "$(dirname "$0")/.."
-. ../scripts/python.sh
+ROOT=..
+. ../scripts/environment.sh
 export PYTHONPATH="../src${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m seed_multimodal.cli eval tokenizer \
     --model "${MODEL:-released}" --data "${DATA:-../data/coco/annotations/coco_karpathy_test.json}" \

@@ -9,5 +9,6 @@
 # Environment: CONFIG, NNODES, NPROC_PER_NODE, MASTER_PORT; NCCL's own variables (NCCL_SOCKET_IFNAME …) if you need them.
 set -eu
 cd "$(dirname "$0")/.."
-. ../scripts/python.sh
+ROOT=..
+. ../scripts/environment.sh
 exec "$PYTHON" launch.py --config "${CONFIG:-lavis/projects/blip2/train/pretrain_codebook.yaml}" --port 18272 "$@"

@@ -16,8 +16,6 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from seed_multimodal import torchvision_shim
-
 if TYPE_CHECKING:  # for type checkers and editors
     from seed_multimodal.detokenizers.unclip import UnclipDetokenizer as UnclipDetokenizer
     from seed_multimodal.images.open import open_image as open_image
@@ -40,9 +38,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Where bitsandbytes is installed, transformers and diffusers import it, and it warns of a kernel it cannot download.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-# A CPU build of torch beside torchvision from PyPI: repaired just before torchvision is first imported.
-torchvision_shim.install()
 
 _LAZY = {
     "SeedLlama": "seed_multimodal.systems.seed_llama",

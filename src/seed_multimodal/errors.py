@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # What each extra of pyproject.toml brings, as it is imported; a module of several extras stands in one of them.
 EXTRAS = {
-    "train": ("webdataset", "deepspeed", "torchdata", "hydra", "peft", "tensorboard", "pyarrow", "cv2", "matplotlib"),
+    "train": ("deepspeed", "torchdata", "hydra", "peft", "tensorboard", "pyarrow", "cv2", "matplotlib"),
     "gpu": ("liger_kernel",),
     "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "bitsandbytes"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPModel
 
-import seed_multimodal  # noqa: F401 (before torchmetrics, which imports torchvision)
 from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.evaluation.drawing_work import save_drawing
 from seed_multimodal.evaluation.picture_scores import ClipScores, Distance, find_clip

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import seed_multimodal  # noqa: F401  before transformers: it makes a torchvision of another torch importable
+import seed_multimodal  # noqa: F401  before transformers: it sets HF_HUB_OFFLINE
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = Path(__file__).with_name("words")  # the tokenizer of the records: what is shipped may change

@@ -22,7 +22,7 @@ from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SLOW = (
-    "seed_multimodal",  # first: repairs torchvision
+    "seed_multimodal",
     "multiprocessing.spawn",  # keeps the interpreter that it finds at its import: it hands over files
     "torch", "torch.distributed.run", "torch.utils.data", "torchvision", "numpy", "PIL.Image", "yaml", "omegaconf",
     "hydra", "sentencepiece", "safetensors.torch", "accelerate", "peft", "transformers.models.llama.modeling_llama",

@@ -3,7 +3,8 @@
 # and paths count from the current folder.
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$HERE/../../scripts/environment.sh"
+ROOT="$(cd "$HERE/../.." && pwd)"
+source "$ROOT/scripts/environment.sh"
 export PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}"  # a checkout need not be installed
 COUNT="${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 if [ "$COUNT" = 1 ]; then
