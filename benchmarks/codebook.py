@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.data.nano.splits import scene_at
 from seed_multimodal.entry import guarded
 from seed_multimodal.evaluation.machine import hardware, today, versions
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage2 import Stage2Model
-from seed_multimodal.training.nano.clip import embed_images
-from seed_multimodal.training.nano.pixels import scene_pixels, to_clip
 from seed_multimodal.training.schedules import batch_indices
+from seed_nano.train.clip import embed_images
+from seed_nano.train.pixels import scene_pixels, to_clip
+from seed_nano.world.splits import scene_at
 
 
 @dataclasses.dataclass(frozen=True)

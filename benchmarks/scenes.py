@@ -12,13 +12,13 @@ import torch
 from shared import measure, positive, print_line, rounded
 
 from seed_multimodal.data.formats.pairs import open_pairs
-from seed_multimodal.data.nano.scene import SIZE, render
-from seed_multimodal.data.nano.splits import scene_at
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.entry import whole_number
 from seed_multimodal.images.train_transforms import TrainTransform
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_nano.world.scene import SIZE, render
+from seed_nano.world.splits import scene_at
 
 TRANSFORMS = {"plain": seed_image_processor, "train": TrainTransform}
 

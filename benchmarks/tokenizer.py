@@ -117,8 +117,8 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Seed2Tokeni
 def pictures(count: int, size: int, model: str) -> Tensor:
     """Normalised pixels `[count, 3, S, S]`: held-out scenes for nano weights, noise for random weights."""
     if not model.startswith("random") and size == 64:
-        from seed_multimodal.data.nano.evaluation import scenes
-        from seed_multimodal.training.nano.pixels import scene_pixels, to_clip
+        from seed_nano.train.pixels import scene_pixels, to_clip
+        from seed_nano.world.evaluation import scenes
 
         with contextlib.suppress(SeedError):  # the drawings may be missing
             found = to_clip(scene_pixels(scenes("val")[:count], size))

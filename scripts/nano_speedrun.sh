@@ -22,7 +22,7 @@ fi
 needs_hydra
 
 # Settings that are wrong end the script here, with one sentence.
-read_steps="import sys; from seed_multimodal.entry import guarded; from seed_multimodal.training.nano.config import load_config
+read_steps="import sys; from seed_multimodal.entry import guarded; from seed_nano.train.config import load_config
 sys.exit(guarded('nano training', False, lambda: print(load_config(sys.argv[1], sys.argv[2:]).judge_steps) or 0))"
 judge_steps=$("$python" -c "$read_steps" "$config" ${overrides[@]+"${overrides[@]}"})
 
@@ -49,7 +49,7 @@ language_model() {
 train_judge() {
   [ "$report" = 1 ] && [ "$judge" = "$out/judge" ] && [ ! -f "$judge/config.json" ] || return 0
   echo "== judge"
-  "$python" -m seed_multimodal.evaluation.train_judge --out "$judge" --work "$work/judge" --steps "$judge_steps"
+  "$python" -m seed_nano.report.train_judge --out "$judge" --work "$work/judge" --steps "$judge_steps"
 }
 
 export OMP_NUM_THREADS=$half
@@ -59,7 +59,7 @@ both decoder_of_codes language_model
 stages assemble
 write_domain
 if [ "$report" = 1 ]; then
-  "$python" -m seed_multimodal.evaluation.report --model "$out" --judge "$judge" --out "$out/report" \
+  "$python" -m seed_nano.report.report --model "$out" --judge "$judge" --out "$out/report" \
     ${amount[@]+"${amount[@]}"}
   echo "The report card is $out/report/report.md."
 fi

@@ -8,4 +8,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash install.sh
 ROOT=$PWD
 . scripts/environment.sh
-HF_HUB_OFFLINE=1 exec "$PYTHON" -m seed_multimodal.quickstart "$@"
+HF_HUB_OFFLINE=1 exec "$PYTHON" -m seed_nano.quickstart "$@"

@@ -54,7 +54,7 @@ app() {  # app PROGRAM NAME: a training of MultiModalLLM by work/NAME.yaml
 write_domain() {  # what the system says of pictures and words that are not of nano's world
   amount=()
   [ "$name" != pico ] || amount=(--number 500)
-  "$python" -m seed_multimodal.evaluation.nano_domain "$out" ${amount[@]+"${amount[@]}"}
+  "$python" -m seed_nano.report.domain "$out" ${amount[@]+"${amount[@]}"}
 }
 
 report_on_start() {  # report_on_start LIMIT: the report card, by the judge of the nano that the run began with
@@ -62,7 +62,7 @@ report_on_start() {  # report_on_start LIMIT: the report card, by the judge of t
   amount=()
   [ "$name" != pico ] || amount=(--limit "$1")
   nano=$(sed -n 's/^start: //p' "$work/config.yaml")
-  "$python" -m seed_multimodal.evaluation.report --model "$out" --judge "$nano/judge" --out "$out/report" \
+  "$python" -m seed_nano.report.report --model "$out" --judge "$nano/judge" --out "$out/report" \
     ${amount[@]+"${amount[@]}"}
   echo "The report card is $out/report/report.md."
 }

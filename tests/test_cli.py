@@ -25,15 +25,15 @@ from seed_multimodal.cli import build_parser, main
 from seed_multimodal.commands import pictures
 from seed_multimodal.commands.chat import Talk
 from seed_multimodal.commands.common import Outcomes, OutputNames
-from seed_multimodal.data.nano.known import write_known_words
-from seed_multimodal.data.nano.scene import Scene
-from seed_multimodal.data.nano.splits import SPLITS, held_out, scene_at
 from seed_multimodal.errors import CheckpointError, GenerationError, RequestError
 from seed_multimodal.images.sheet import DARK, LIGHT, contact_sheet
 from seed_multimodal.language.answer import TextPart
 from seed_multimodal.systems.chat import Answer, DrawnPart
 from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.weights import load_state_dict
+from seed_nano.world.known import write_known_words
+from seed_nano.world.scene import Scene
+from seed_nano.world.splits import SPLITS, held_out, scene_at
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "images"

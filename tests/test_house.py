@@ -377,6 +377,12 @@ def test_no_modules_import_each_other(package):
     assert circles(import_graph(package)) == []
 
 
+def test_the_library_never_imports_seed_nano():
+    importing = [str(path) for folder in ("src/seed_multimodal", "SEED_Tokenizer", "MultiModalLLM", "gradio_demo")
+                 for path in (ROOT / folder).rglob("*.py") if "seed_nano" in path.read_text(encoding="utf-8")]
+    assert importing == []
+
+
 def test_a_circle_is_found():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
     assert circles(graph) == [{"b", "c"}]

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from seed_multimodal import SeedLlama, open_image
-from seed_multimodal.data.nano.scene import Scene, render
-from seed_multimodal.data.nano.splits import scene_at
-from seed_multimodal.data.nano.words import describe, normalise
-from seed_multimodal.evaluation.judge import Judge
-from seed_multimodal.evaluation.tasks import all_words, every, picture_words, right_labels
+from seed_nano.report.judge import Judge
+from seed_nano.report.tasks import all_words, every, picture_words, right_labels
+from seed_nano.world.scene import Scene, render
+from seed_nano.world.splits import scene_at
+from seed_nano.world.words import describe, normalise
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "pretrained" / "nano"

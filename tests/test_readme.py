@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.cli import main
-from seed_multimodal.data.nano.scene import Scene, boxes
-from seed_multimodal.data.nano.words import normalise
-from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.evaluation.metrics import overlap
-from seed_multimodal.evaluation.tasks import all_words, picture_words
+from seed_nano.report.judge import Judge
+from seed_nano.report.tasks import all_words, picture_words
+from seed_nano.world.scene import Scene, boxes
+from seed_nano.world.words import normalise
 
 ROOT = Path(__file__).resolve().parents[1]
 BOTH = Scene("fluent", "meadow", "left of", ("fox", "snowman"))

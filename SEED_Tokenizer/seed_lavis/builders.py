@@ -1,4 +1,4 @@
-"""Dataset builders: one for each set of the YAMLs, all of which read lists, shards, picture folders or nano's scenes.
+"""Dataset builders, one for each set of the YAMLs: lists, shards, image folders or registered formats.
 
     datasets:
       conceptual_caption_3m:
@@ -26,13 +26,14 @@ from seed_lavis.log import log, log_rank
 from seed_lavis.options import APPLICATION, locate, section_at
 from seed_lavis.processors import BlipImageEval
 from seed_multimodal.data.formats.pairs import PairSource, open_pairs
+from seed_multimodal.data.formats.registry import registered
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.errors import ConfigError, DataError, first_line
 from seed_multimodal.settings import check_keys
 
-FORMATS = ("auto", "json", "jsonl", "parquet", "folder", "webdataset", "nano")
+FORMATS = ("auto", "json", "jsonl", "parquet", "folder", "webdataset")
 BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", "image_key", "image_keys", "caption_key",
-              "caption_file", "captioned", "index_folder", "folder", "number", "seed", "size")
+              "caption_file", "captioned", "index_folder")
 DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info", "sample_ratio")
 DEFAULTS = APPLICATION / "lavis" / "configs" / "datasets"
 
@@ -73,9 +74,11 @@ class PairBuilder(BaseDatasetBuilder):
         specs = split_sources(info, f"datasets.{self.name}.build_info")
         model = registry.get_model_class(registry.get("configuration").model_cfg.arch)
         for spec in specs.values():
-            if spec["format"] != "nano" and not model.reads_captions:
+            if spec["format"] in registered():
+                continue
+            if not model.reads_captions:
                 spec["captioned"] = False
-            if spec["format"] != "nano" and run.get("output_dir"):
+            if run.get("output_dir"):
                 spec["index_instead"] = f"{run.output_dir}/index"  # where nothing can be written beside the data
         return {split: spec for split, spec in specs.items() if split in wanted}
 
@@ -118,15 +121,15 @@ class PairBuilder(BaseDatasetBuilder):
 
 def split_sources(info: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
     """`build_info` → for each split what `open_pairs` takes."""
-    check_keys(map(str, info), BUILD_KEYS, where)
     kind = info.get("format") or "auto"
-    if kind not in FORMATS:
-        raise ConfigError(f"{where}.format must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, not {kind!r}.")
-    if kind == "nano":
-        folder = info.get("folder")
-        more = {**({"folder": locate(folder)} if folder else {}), **_given(info, ("number", "seed", "size"))}
-        return {split: {"format": kind, "split": own, **more}
+    if kind in registered():
+        more = {key: value for key, value in info.items() if key not in ("splits", "files") and value is not None}
+        more |= {"files": locate(info["files"])} if info.get("files") else {}
+        return {split: {"split": own, **more}
                 for split, own in (section_at(info, "splits", where) or {"train": "train", "val": "val"}).items()}
+    check_keys(map(str, info), BUILD_KEYS, where)
+    if kind not in FORMATS:
+        raise ConfigError(f"{where}.format must be {', '.join((*FORMATS, *registered()))}, not {kind!r}.")
     root = section_at(info, "images", where).get("storage")
     keys = ("image_key", "image_keys", "caption_key", "caption_file", "captioned", "index_folder")
     more = {**({"image_root": locate(root)} if root else {}), **_given(info, keys)}

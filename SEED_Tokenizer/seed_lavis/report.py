@@ -52,16 +52,7 @@ def summary(run: RunContext, record: dict[str, Any]) -> list[str]:
     ]
     if record.get("bad_samples"):
         lines.append(f"  {record['bad_samples']} samples that cannot be used were replaced; the log names them.")
-    of_nano = all((run.folder.parent / name).is_file() for name in ("config.yaml", "stage2.yaml"))
-    return [*lines, *(_next_of_speedrun(run) if of_nano else _next(run, record))]
-
-
-def _next_of_speedrun(run: RunContext) -> list[str]:
-    """Of a run whose YAML `training.nano` has written into its work folder."""
-    if run.stage == "stage1":
-        return [f"Next: python SEED_Tokenizer/train.py --cfg-path {short_path(run.folder.parent / 'stage2.yaml')}"]
-    return ["Next: --only tokenizer,codes of python -m seed_multimodal.training.nano (scripts/nano_speedrun.sh does "
-            "it by itself)."]
+    return [*lines, *_next(run, record)]
 
 
 def _next(run: RunContext, record: dict[str, Any]) -> list[str]:

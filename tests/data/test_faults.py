@@ -198,7 +198,7 @@ def evaluated(folder: Path, most: int = 20) -> Found:
     import numpy as np
 
     source = open_pairs({"format": "auto", "files": str(folder)})
-    seen = PassResult([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None, None)
+    seen = PassResult([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None)
     for _ in _batches(source, range(len(source)), 4, seen, lambda line: None):
         pass
     return [texts[0] for texts in seen.captions], [reason for _, reason in seen.bad]

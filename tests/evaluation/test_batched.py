@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seed_multimodal.data.nano.evaluation import scenes
-from seed_multimodal.data.nano.scene import render
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.evaluation import report
 from seed_multimodal.evaluation.batched import BatchedSystem
+from seed_nano.world.evaluation import scenes
+from seed_nano.world.scene import render
 
 PICTURES = np.stack([render(scene) for scene in scenes("val")[:5]])
 

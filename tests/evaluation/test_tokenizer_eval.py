@@ -22,7 +22,6 @@ from seed_multimodal.commands.eval_tokenizer import data_spec
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
-from seed_multimodal.evaluation.judge import Judge
 from seed_multimodal.evaluation.tokenizer_eval import EvalSettings, evaluate_tokenizer
 from seed_multimodal.evaluation.tokenizer_open import open_tokenizer
 from seed_multimodal.evaluation.tokenizer_pass import choose_rows, run_pass
@@ -34,6 +33,7 @@ from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.vision.eva import EvaConfig
+from seed_nano.report.judge import Judge
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "pretrained" / "nano"

@@ -54,7 +54,7 @@ def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
 @pytest.mark.process
 @pytest.mark.timeout(300)
 def test_from_pictures_to_answers(tmp_path: Path) -> None:
-    tokenise("", "{format: nano, split: pairs, content: captions, number: 60}", tmp_path / "captions")
+    tokenise("", "{format: nano, format_options: {split: pairs, content: captions, number: 60}}", tmp_path / "captions")
     tokenise("_chat", f"files: {APPLICATION / 'examples/own_data/talk.json'}\nimage_root: {ROOT / 'images'}\n",
              tmp_path / "talk", "--views", "4")
     pretrained = train(tmp_path / "pretrain", "nano_lora", tmp_path / "captions", "pretrain.caption", 10)

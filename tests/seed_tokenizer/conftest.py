@@ -42,9 +42,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pictures of nano's scenes and `pairs.json` beside them."""
     from PIL import Image
 
-    from seed_multimodal.data.nano.scene import render
-    from seed_multimodal.data.nano.splits import scene_at
-    from seed_multimodal.data.nano.words import describe
+    from seed_nano.world.scene import render
+    from seed_nano.world.splits import scene_at
+    from seed_nano.world.words import describe
 
     folder = tmp_path_factory.mktemp("pictures")
     items = []

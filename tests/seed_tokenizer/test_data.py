@@ -147,7 +147,7 @@ def test_nano_has_a_split_to_evaluate_on():
     ("unsplash", {"annotations": {"train": "x.json"}}, ConfigError, "annotations.train must be a section of keys"),
     ("unsplash", {"storage": 5}, ConfigError, "storage must be a path, a pattern or a list of them, not 5"),
     ("nano", None, ConfigError, "datasets.nano.build_info must be a section of keys"),
-    ("unsplash", {"format": "csv"}, ConfigError, "json, jsonl, parquet, folder, webdataset or nano"),
+    ("unsplash", {"format": "csv"}, ConfigError, "json, jsonl, parquet, folder, webdataset, nano"),
 ])
 def test_what_cannot_be_read_is_one_sentence(name, info, error, sentence):
     with pytest.raises(error, match=sentence) as caught:

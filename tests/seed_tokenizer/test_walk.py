@@ -47,9 +47,9 @@ def drawn_pictures(folder: Path) -> Path:
     """30 scenes, each with its caption beside it."""
     from PIL import Image
 
-    from seed_multimodal.data.nano.scene import render
-    from seed_multimodal.data.nano.splits import scene_at
-    from seed_multimodal.data.nano.words import describe
+    from seed_nano.world.scene import render
+    from seed_nano.world.splits import scene_at
+    from seed_nano.world.words import describe
 
     folder.mkdir()
     for number in range(30):

@@ -15,14 +15,14 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import seed_multimodal
 from seed_multimodal.configured import picture_half
-from seed_multimodal.data.nano.scene import empty_pictures, render
-from seed_multimodal.data.nano.splits import scene_at
-from seed_multimodal.data.nano.wide import render_wide, wide_at
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.nano_domain import fit
 from seed_multimodal.systems.domain import load_domain
 from seed_multimodal.systems.open_system import open_system
 from seed_multimodal.systems.picture_half import PictureHalf
+from seed_nano.report.domain import fit
+from seed_nano.world.scene import empty_pictures, render
+from seed_nano.world.splits import scene_at
+from seed_nano.world.wide import render_wide, wide_at
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("nano", "nano-x", "nano-lavit")

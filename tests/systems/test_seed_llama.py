@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 import seed_multimodal
-from seed_multimodal.data.nano.known import write_known_words
 from seed_multimodal.errors import (
     CheckpointError,
     CodesError,
@@ -26,6 +25,7 @@ from seed_multimodal.errors import (
 )
 from seed_multimodal.language.answer import TextPart
 from seed_multimodal.systems.chat import DrawnPart
+from seed_nano.world.known import write_known_words
 
 
 @pytest.fixture()

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from seed_multimodal.evaluation.tasks import Codes, Dialogue, Part
 from seed_multimodal.language.answer import ImagePart, TextPart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.prompts import Turn
@@ -25,6 +24,10 @@ from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.systems.speaker import AnswerReader
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 
+Codes = list[int]
+Part = str | Codes
+Dialogue = Sequence[tuple[str, Sequence[Part]]]
+"""Turns of (role, texts and codes in order), the last one the user's."""
 LONGEST_TEXT = 110
 
 

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.data.nano.scene import SIZE
+from seed_multimodal.evaluation.batched import Codes
 from seed_multimodal.evaluation.metrics import FloatArray
-from seed_multimodal.evaluation.tasks import Codes
 from seed_multimodal.language.lemmatizer import Lemmatizer
 from seed_multimodal.systems.lavit import Lavit
 
@@ -42,7 +41,7 @@ class BatchedLavit:
     """What `LavitRun` asks of a system, over a `Lavit`; `batch`: prompts or pictures at a time."""
 
     section = 1
-    image_size = SIZE
+    image_size = 64
 
     def __init__(self, lavit: Lavit, batch: int = 64, seed: int = 0) -> None:
         self.inner, self.batch, self.seed = lavit, batch, seed

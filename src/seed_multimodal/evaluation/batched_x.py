@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.data.nano.scene import SIZE
-from seed_multimodal.evaluation.tasks import Codes
+from seed_multimodal.evaluation.batched import Codes
 from seed_multimodal.images.any_resolution import AnyResolution
 from seed_multimodal.systems.seed_x import SeedX
 
@@ -38,7 +37,7 @@ class BatchedSeedX:
     """What `XRun` asks of a system, over a `SeedX` that follows instructions; `batch`: prompts at a time."""
 
     codebook_size = section = 1
-    image_size = SIZE
+    image_size = 64
 
     def __init__(self, seed_x: SeedX, batch: int = 64, seed: int = 0) -> None:
         self.inner, self.batch, self.seed = seed_x, batch, seed

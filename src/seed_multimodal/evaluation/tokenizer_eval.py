@@ -52,18 +52,17 @@ class EvalSettings:
         data: mapping for `data.formats.pairs.open_pairs`.
         stage1: stage-1 checkpoint with the text path; clip_text: CLIP folder with a text tower.
         text_tokenizer: word pieces of stage 1 (default: what fits).
-        decoder, clip, judge, interpolation: see `tokenizer_open.open_tokenizer`.
+        decoder, clip, interpolation: see `tokenizer_open.open_tokenizer`.
         limit: pictures, drawn by `seed` (None: all); rebuild: how many of them are rebuilt as pictures.
         fast: encode on packed weights (None: on CUDA); the report says what was done.
     """
 
-    data: dict[str, Any] = field(default_factory=lambda: {"format": "nano", "split": "val"})
+    data: dict[str, Any] = field(default_factory=dict)
     stage1: str | None = None
     clip_text: str | None = None
     text_tokenizer: str | None = None
     decoder: str | None = None
     clip: str | None = None
-    judge: str | None = None
     interpolation: str | None = None
     limit: int | None = setting(None, least=1)
     rebuild: int = setting(128, least=0)
@@ -98,9 +97,8 @@ def evaluate_tokenizer(model: str | Path, out: str | Path, settings: EvalSetting
     runtime = choose_device(settings.device, settings.dtype, log=log, fp16=RELEASED_FP16)
     if settings.fast is None:
         settings = replace(settings, fast=runtime.device.type == "cuda")
-    opened = open_tokenizer(model, runtime, decoder=settings.decoder, clip=settings.clip, judge=settings.judge,
-                            nano=settings.data.get("format") == "nano", interpolation=settings.interpolation,
-                            fast=bool(settings.fast), log=log)
+    opened = open_tokenizer(model, runtime, decoder=settings.decoder, clip=settings.clip,
+                            interpolation=settings.interpolation, fast=bool(settings.fast), log=log)
     texts = _text_sides(opened, settings, runtime.device)
     rows = choose_rows(len(source), settings.limit, settings.seed)
     log(f"Measuring {len(rows)} of {len(source)} pictures.")
@@ -174,15 +172,13 @@ def _rebuild(opened: OpenedTokenizer, seen: PassResult, settings: EvalSettings, 
 
 
 def _reconstruction(seen: PassResult, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer) -> Section:
-    """How near codes bring back the picture: as an embedding, and as a picture under CLIP and under the judge."""
+    """How near codes bring back the picture: as an embedding, and as a picture under CLIP."""
     section: Section = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
     if seen.target is not None:
         section["embedding"] = {**_nearness(seen.decoded, seen.target),
                                 "mse": bootstrap(np.square(seen.decoded - seen.target).mean(1))}
         if rebuilt:
             section["picture_clip"] = _nearness(clip_embeddings(rebuilt, opened).numpy(), seen.target)
-    if rebuilt and opened.judge is not None and seen.judged is not None:
-        section["picture_judge"] = _nearness(opened.judge.embed_images(list(rebuilt)).numpy(), seen.judged)
     return section
 
 

@@ -1,4 +1,4 @@
-"""Opening a tokenizer for evaluation, with the resizing, decoder, CLIP target and judge that belong to it.
+"""Opening a tokenizer for evaluation, with the resizing, decoder, and CLIP target that belong to it.
 
 `model` is a system (`nano`, `released`, a folder with system.json) or a tokenizer alone (a folder that
 `seed export-tokenizer` made, or a file). A tokenizer alone resizes as the released evaluation does: squash, bicubic.
@@ -15,8 +15,7 @@ from typing import Any
 from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.judge import Judge
-from seed_multimodal.hub import PARTS, locate, locate_system
+from seed_multimodal.hub import PARTS, locate
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.systems.open_system import kind_of
 from seed_multimodal.systems.pictures import PictureCodec
@@ -27,7 +26,6 @@ from seed_multimodal.tokenizers.initial import check_unclip
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 UNCLIP = PARTS["unclip"].folder
-NANO_JUDGE = "pretrained/nano/judge"
 NONE = "none"
 PartPath = str | Path | None
 Log = Callable[[str], None] | None
@@ -42,7 +40,6 @@ class OpenedTokenizer:
         transform: picture → pixels the tokenizer reads.
         clip: frozen CLIP vision tower that gives the target embedding, and `clip_transform` for it; None if there is
             none; `clip_source`: its origin.
-        judge: independent scorer of nano pictures, or None.
         fast: the tokenizer's encoder on packed weights, or None to encode with its own modules.
     """
 
@@ -53,7 +50,6 @@ class OpenedTokenizer:
     clip: Any | None
     clip_transform: ImageTransform
     clip_source: str
-    judge: Judge | None
     fast: FastTokenizer | None = None
 
     @property
@@ -63,7 +59,7 @@ class OpenedTokenizer:
 
 
 def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: PartPath = None, clip: PartPath = None,
-                   judge: PartPath = None, nano: bool = False, interpolation: str | None = None, fast: bool = False,
+                   interpolation: str | None = None, fast: bool = False,
                    log: Log = None) -> OpenedTokenizer:
     """Load what `model` names, and the parts found for it.
 
@@ -71,8 +67,6 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: PartPath = N
         decoder: diffusers folder; default: the system's, the tokenizer folder's `diffusion_model`, or the released one
             where it is on this disk. "none": no pictures are rebuilt.
         clip: CLIP folder of the target embedding; default: the decoder's `image_encoder`, else the released one.
-        judge: folder of the scorer; default: the system's, or the shipped one. Only with `nano` pictures, on which it
-            was trained.
         interpolation: overrides how pictures are resized.
         fast: encode on packed weights; the same codes but for rounding, and the encoder's memory once more.
 
@@ -103,7 +97,7 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: PartPath = N
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     return OpenedTokenizer(str(model), folder, codec, transform, tower,
                            get_transform(**{**settings, "image_size": clip_size}),
-                           str(target) if tower is not None else "", _judge(model, judge, runtime) if nano else None,
+                           str(target) if tower is not None else "",
                            optimise(tokenizer) if fast else None)
 
 
@@ -111,7 +105,7 @@ def _parts(model: str) -> PictureParts:
     """The parts of what `model` names; `CheckpointError` for another system."""
     if (kind := kind_of(model)) != "seed_llama":
         raise CheckpointError(f"{model}: is a {kind}; this measures SEED-2's kind of tokenizer. How it rebuilds "
-                              "pictures stands in its report: python -m seed_multimodal.evaluation.report.")
+                              "pictures stands in its report: its report.md.")
     return find_pictures(model)
 
 
@@ -152,18 +146,3 @@ def _fitting(tower: Any, source: Path, tokenizer: Seed2Tokenizer, required: bool
     if log is not None:
         log(f"{sentence}, so it is not used.")
     return None
-
-
-def find_judge(model: str | Path, given: str | Path | None = None) -> Path:
-    """Folder of the scorer: `given`, or the system's own if it holds one, or the shipped one (of no system)."""
-    if given is not None:
-        return Path(given)
-    own = (locate_system(model) or Path(model)) / "judge"
-    return own if (own / "config.json").is_file() else locate(NANO_JUDGE) or own
-
-
-def _judge(model: str | Path, given: PartPath, runtime: Runtime) -> Judge | None:
-    place = find_judge(model, given)
-    if str(given) == NONE or given is None and not (place / "config.json").is_file():
-        return None
-    return Judge.from_pretrained(place, runtime.device)

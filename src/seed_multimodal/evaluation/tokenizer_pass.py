@@ -39,7 +39,6 @@ class PassResult:
         target: CLIP's embedding of the picture [N, E], not normalised, or None.
         causal: unit features of the last query under stage 1 [N, P], or None.
         rebuilt: the same from the codes, rebuilt by `blocks` [N, P], or None.
-        judged: the judge's unit embedding of the picture [N, D], or None.
         bad: (name, reason) of samples that could not be used.
     """
 
@@ -51,7 +50,6 @@ class PassResult:
     target: FloatArray | None
     causal: FloatArray | None
     rebuilt: FloatArray | None
-    judged: FloatArray | None
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -76,7 +74,7 @@ def run_pass(source: PairSource, rows: Sequence[int], opened: OpenedTokenizer, *
         DataError: no sample could be used, too many in a row could not, or one gave numbers that are not finite.
     """
     found: dict[str, list[Tensor]] = {}
-    seen = PassResult([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None, None)
+    seen = PassResult([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None)
     for pictures in _batches(source, rows, batch, seen, log):
         for name, value in _features(pictures, opened, stage1).items():
             found.setdefault(name, []).append(value.cpu())
@@ -138,8 +136,6 @@ def _features(pictures: list[Image.Image], opened: OpenedTokenizer, stage1: Stag
         found["causal"] = _last_query(stage1, stage1.query_features(own))
         if config.recon_s:
             found["rebuilt"] = _last_query(stage1, tokenizer.rebuild_queries(up))
-    if opened.judge is not None:
-        found["judged"] = opened.judge.embed_images(pictures)
     return found
 
 

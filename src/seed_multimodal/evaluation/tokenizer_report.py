@@ -11,8 +11,8 @@ from PIL import Image
 
 from seed_multimodal.disk import replace_text, replacing, writing
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.evaluation.markdown import facts, show, table
 from seed_multimodal.evaluation.metrics import plain
-from seed_multimodal.evaluation.report_text import facts, show, table
 from seed_multimodal.evaluation.tokenizer_pass import PassResult
 from seed_multimodal.images.sheet import Cell, contact_sheet, interleaved_rows
 
@@ -27,7 +27,6 @@ resampled together). A caption that two pictures share letter for letter is righ
 NAMES = {
     "embedding": "decoded embedding against CLIP's embedding of the picture",
     "picture_clip": "rebuilt picture against the picture, under CLIP",
-    "picture_judge": "rebuilt picture against the picture, under the judge",
 }
 
 

@@ -1,14 +1,11 @@
 """Request sentences of each task: training data is written with them, systems ask with them.
 
-`DESCRIBE_PROMPT` and `QA_SUFFIX` are the sentences the released models were tuned on; the others are nano's. The first
-of several requests is the one that systems send; nano is trained with all of them.
+`DESCRIBE_PROMPT` and `QA_SUFFIX` are the sentences that the original models were tuned on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from seed_multimodal.errors import ConfigError
 
@@ -18,14 +15,6 @@ QA_SUFFIX = " Please provide an accurate answer consisting of only one word or p
 DRAW_PROMPT = "Please draw {caption}."
 DRAW_RESPONSE = "Here is the picture."
 EDIT_RESPONSE = "Here it is."  # also to a request for a picture in a conversation that has one already
-
-DESCRIBE_REQUESTS = (
-    DESCRIBE_PROMPT, "Describe the picture.", "What do you see?", "What is this a picture of?",
-    "Describe this picture.", "Describe the image.", "Describe this image.", "Describe this image briefly.",
-    "What can you see?", "What does the picture show?", "Tell me what you see.", "Please describe it.")
-DRAW_REQUESTS = (DRAW_PROMPT, "Draw {caption}.", "Show me {caption}.", "Make a picture of {caption}.")
-CONTINUE_REQUESTS = ("Please go on.", "Continue.", "What comes next?")
-STORY_LENGTHS = {3: " in three pictures", 4: " in four pictures"}
 
 # One of the released models' own request and response pairs (same index in their instruction-tuning data).
 RELEASED_DRAW_PROMPT = "Please generate an image of {caption}."
@@ -80,20 +69,7 @@ def answer_in(text: str, after: str) -> str:
     return (text.partition(after)[2] if after else "") or text
 
 
-NANO_TASKS = TaskPrompts()
-Picture = TypeVar("Picture")
-
-
-def examples_request(pictures: Sequence[Picture]) -> list[str | Picture]:
-    """Two examples of a change (before, after, before, after) and a fifth picture, as the content of a message."""
-    first, second, third, fourth, fifth = pictures
-    return [first, "becomes", second, "and", third, "becomes", fourth, "Do the same with this one:", fifth]
-
-
-def story_request(somebody: str, friend: str, frames: int = 0) -> str:
-    """`Tell a story about a dog and a cat in three pictures.`; `frames` 0 leaves the number open."""
-    return f"Tell a story about {somebody} and {friend}{STORY_LENGTHS.get(frames, '')}."
-
+DEFAULT_TASKS = TaskPrompts()
 
 RELEASED_TASKS = TaskPrompts(draw=RELEASED_DRAW_PROMPT, draw_response=RELEASED_DRAW_RESPONSE,
                              edit_response=RELEASED_DRAW_RESPONSE)

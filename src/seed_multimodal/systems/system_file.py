@@ -24,7 +24,7 @@ from typing import Any, Literal
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.any_resolution import RELEASED_GRIDS
-from seed_multimodal.language.tasks import NANO_TASKS, SEED_X_TASKS, TaskPrompts
+from seed_multimodal.language.tasks import DEFAULT_TASKS, SEED_X_TASKS, TaskPrompts
 from seed_multimodal.settings import check_keys, check_value, read_settings, setting
 
 RELEASED_TRANSFORM = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
@@ -55,7 +55,7 @@ class SystemFile(Learned):
     image_size: int = setting(224, least=1)
     transform: dict[str, Any] = field(default_factory=lambda: dict(RELEASED_TRANSFORM))
     generation: dict[str, Any] = field(default_factory=dict)
-    tasks: TaskPrompts = NANO_TASKS
+    tasks: TaskPrompts = DEFAULT_TASKS
     previews: tuple[int, ...] = setting((), least=1)
     system: str = "seed_llama"
 

@@ -13,7 +13,7 @@ import pytest
 
 from seed_multimodal.cli import main
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.nano.place import find_world
+from seed_nano.world.place import find_world
 
 ROOT = Path(__file__).resolve().parents[3]
 NANO_WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"
@@ -81,7 +81,7 @@ def test_what_is_wrong_is_printed_and_counted(capsys, tmp_path):
 def test_refusals_are_sentences_with_code_2(capsys, tmp_path, old):
     assert run(capsys, "check", tmp_path / "none.jsonl")[0] == 2
     code, _, err = run(capsys, "check", old, "--format", "tars")
-    assert code == 2 and "format must be auto, tar, jsonl, json, parquet, folder, nano, not 'tars'" in err
+    assert code == 2 and "format must be auto, tar, jsonl, json, parquet, folder, not 'tars'" in err
     code, _, err = run(capsys, "check", old, "--decoder", "sft.qas")
     assert code == 2 and "did you mean 'sft.qa'" in err
     path = tmp_path / "a.jsonl"
@@ -117,8 +117,8 @@ def test_a_shard_with_code_in_it_is_told_and_the_others_are_converted(tmp_path, 
     assert not (tmp_path / "it_ran").exists() and not (tmp_path / "new" / "evil.tar").exists()
 
 
-def test_the_world_of_nano_is_checked_as_any_folder(monkeypatch, capsys):
-    monkeypatch.setattr("seed_multimodal.data.formats.nano.EPOCH", 300)
-    assert main(["data", "check", str(find_world()), "--json"]) == 0
+def test_check_of_a_registered_format(monkeypatch, capsys):
+    monkeypatch.setattr("seed_nano.world.source.EPOCH", 300)
+    assert main(["data", "check", str(find_world()), "--format", "nano", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["records"] == 300 and report["opened"] > 100 and not report["wrong"]

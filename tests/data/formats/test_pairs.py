@@ -20,17 +20,11 @@ from omegaconf import OmegaConf
 from seed_multimodal.data.formats import tar_headers
 from seed_multimodal.data.formats.files import expand_pattern, nearest_path
 from seed_multimodal.data.formats.packed import PackedStrings
-from seed_multimodal.data.formats.pairs import NanoPairs, Pairs, open_pairs
+from seed_multimodal.data.formats.pairs import Pairs, open_pairs
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.tar import OpenFiles, scan_tar, tar_records
 from seed_multimodal.data.formats.tar_headers import tar_members
-from seed_multimodal.data.nano.evaluation import scenes
-from seed_multimodal.data.nano.place import find_world
-from seed_multimodal.data.nano.scene import render
-from seed_multimodal.data.nano.splits import scene_at
-from seed_multimodal.data.nano.words import describe, read_caption
-from seed_multimodal.errors import ConfigError, DataError, SeedError
-from seed_multimodal.images.open import open_image
+from seed_multimodal.errors import ConfigError, DataError
 
 
 def sentence(error: pytest.ExceptionInfo[Exception]) -> str:
@@ -390,7 +384,7 @@ def test_few_files_stay_open(tmp_path: Path) -> None:
         files.read(tmp_path / "gone", 0, 1)
 
 
-# ---- json and nano
+# ---- json
 
 
 def test_json(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,34 +441,6 @@ def test_json_that_is_none(tmp_path: Path) -> None:
         Pairs(tmp_path / "x.json")
     with pytest.raises(DataError, match=r"y\.json: there is no such file or folder \(did you mean .*x\.json\?\)"):
         Pairs(tmp_path / "y.json")
-
-
-def test_scenes_of_nano() -> None:
-    pairs = open_pairs({"format": "nano", "number": 50, "seed": 3, "size": 32})
-    assert isinstance(pairs, NanoPairs) and len(pairs) == 50
-    pair = pairs.read(7)
-    scene = scene_at(3, 7)
-    assert np.array_equal(open_image(pair.image), render(scene, 32))
-    assert pair.key == pairs.key(7) == "scene train 3 7" and pair.captions == pairs.read(7).captions
-    assert len(pair.captions) == 4 and {read_caption(text).things for text in pair.captions} == {scene.things}
-    assert pairs.read(8).captions != pair.captions and not np.array_equal(pairs.read(8).image(), pair.image())
-    other = NanoPairs(split="val", size=32, number=50)
-    assert len(other) == 50 and len(NanoPairs(split="val")) == 1000 and len(NanoPairs()) == 100_000
-    assert other.read(9).captions == [describe(scenes("val")[9])] and other.key(9) == "scene val 9"
-    assert np.array_equal(other.read(9).image(), render(scenes("val")[9], 32))
-    with pytest.raises(DataError, match=r"unknown split 'vall' \(did you mean 'val'\?\); there are train, val, pairs"):
-        NanoPairs(split="vall")
-    for wrong, words in (({"number": 0}, "number is 0"), ({"seed": -1}, "seed is -1"), ({"size": 1.5}, "size is 1.5"),
-                         ({"folder": "nowhere"}, "nano's drawings are not there")):
-        with pytest.raises(SeedError, match=words):
-            NanoPairs(**wrong)
-
-
-def test_a_folder_of_nano_is_known_as_such() -> None:
-    folder = find_world()
-    source = Pairs(folder)
-    assert len(source) == 100_000 and source.read(5).captions == NanoPairs(folder).read(5).captions
-    assert np.array_equal(source.read(5).image(), NanoPairs().read(5).image())
 
 
 def test_open_pairs(tmp_path: Path, shards: Path) -> None:

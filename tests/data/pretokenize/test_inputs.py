@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -13,12 +12,10 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoding, iterate
 from seed_multimodal.data.pretokenize.encode import build_transform
 from seed_multimodal.data.pretokenize.input_settings import InputSettings, parse_fields, read_input_settings
 from seed_multimodal.data.pretokenize.kinds import KINDS, get_kind
-from seed_multimodal.data.pretokenize.output import content_mark
 from seed_multimodal.data.pretokenize.pictures import middles, view
 from seed_multimodal.data.pretokenize.units import list_units, unit_records
 from seed_multimodal.errors import ConfigError, DataError
@@ -311,22 +308,3 @@ def test_views_depend_on_picture_and_number_only(jpeg):
 def test_frames_are_the_middles_of_equal_stretches():
     assert middles(100, 4) == [12, 37, 62, 87]
     assert middles(8, 8) == list(range(8)) and middles(2, 4) == [0, 0, 1, 1] and middles(1, 3) == [0, 0, 0]
-
-
-# ---- nano's world
-
-
-def test_other_drawings_of_nano_are_found_and_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("SEED_NANO_DATA", raising=False)
-    other = Path(shutil.copytree(find_world(), tmp_path / "nano"))
-    (usual,) = list_units(InputSettings(format="nano", number=5), 1000)
-    for files in (str(other), [str(other)], "~/nano", ["~/nano"]):
-        (unit,) = list_units(InputSettings(files, format="nano", number=5), 1000)
-        assert unit.path == str(other) and content_mark(unit) == content_mark(usual) != ""
-    with open(other / "sprites.tar", "r+b") as file:
-        file.seek(100)
-        file.write(b"0000600")  # the mode of a member: a different file that holds the same drawings
-    assert content_mark(unit) != content_mark(usual)
-    with pytest.raises(ConfigError, match="number"):
-        read_input_settings({"format": "nano", "number": 10**20}, "caption")  # units are listed before they are read

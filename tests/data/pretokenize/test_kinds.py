@@ -19,9 +19,6 @@ from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
-from seed_multimodal.data.nano.evaluation import scenes
-from seed_multimodal.data.nano.records import from_last_picture, record_at, scenes_of
-from seed_multimodal.data.nano.scene import render
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
@@ -29,6 +26,9 @@ from seed_multimodal.images.open import open_image
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.systems.pictures import PictureCodec
+from seed_nano.world.evaluation import scenes
+from seed_nano.world.records import from_last_picture, record_at, scenes_of
+from seed_nano.world.scene import render
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
@@ -260,7 +260,7 @@ def test_short_videos_repeat_frames(make, words, tmp_path, length, wanted):
     ("chat", "conversations", "chat"), ("chat", "in_context", "chat"), ("chat", "stories", "chat"),
     ("story", "stories", "sft.story"), ("interleaved", "documents", "pretrain.interleaved")])
 def test_the_world_of_nano(make, codec, words, kind, content, name):
-    data = {"format": "nano", "split": "pairs", "content": content, "number": 7, "seed": 3}
+    data = {"format": "nano", "format_options": {"split": "pairs", "content": content, "number": 7, "seed": 3}}
     if kind == "qa":
         data["fields"] = "plain"
     if kind == "story":

@@ -27,8 +27,8 @@ from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.parquet import WHOLE
-from seed_multimodal.data.formats.record import BadRecord, Record
-from seed_multimodal.data.formats.records import FileRecords, RecordFile, open_file
+from seed_multimodal.data.formats.record import BadRecord, Record, RecordFile
+from seed_multimodal.data.formats.records import FileRecords, open_file
 from seed_multimodal.data.formats.tar import OpenFiles, TarFile
 from seed_multimodal.data.pretokenize.samples import Dropped
 from seed_multimodal.data.stream import views

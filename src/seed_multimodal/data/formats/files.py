@@ -14,7 +14,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from seed_multimodal.data.formats.pictures import is_picture
-from seed_multimodal.data.nano.place import is_world
+from seed_multimodal.data.formats.registry import registered
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest
 
@@ -65,13 +65,15 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
 
     Args:
         pictures: a folder may hold pictures, too: lists and tables in it name them, and without any it is one input of
-            format `folder`; nano's folder is one of format `nano`.
+            format `folder`.
         recursive: folders are searched at any depth.
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
     """
-    known = [*SUFFIXES, *(["folder", "nano"] if pictures else [])]
+    if format in registered():
+        return [(Path(one), format) for one in given]
+    known = [*SUFFIXES, *(["folder"] if pictures else [])]
     if format not in ("auto", *known):
         raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
                           f"{nearest(format, known)}.")
@@ -82,8 +84,7 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
         with _looking(one):
             folders = _folders(str(one))
             for folder in folders:
-                found.update({folder: "nano"} if pictures and format in ("auto", "nano") and is_world(folder) else
-                             _in_folder(folder, format, pictures, recursive))
+                found.update(_in_folder(folder, format, pictures, recursive))
             if not folders:
                 found.update((path, _format_of(path, format)) for path in expand_pattern(one))
     return list(found.items())

@@ -1,4 +1,4 @@
-"""Picture-caption pairs by number, as a view of records: shards, lists, tables, folders of pictures, nano's scenes.
+"""Image-caption pairs by number, as a view of records: shards, lists, tables, image folders, registered formats.
 
     source = open_pairs({"format": "webdataset", "pattern": "cc3m/{00000..00331}.tar"})
     source.read(17)                # Pair(key, name, image, captions)
@@ -21,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 from seed_multimodal.data.formats.captions import captions, has_caption, text_member
 from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.index_store import IndexStore
-from seed_multimodal.data.formats.nano import NanoContent, NanoFile
 from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
 from seed_multimodal.data.formats.pictures import (
     IMAGE_KEYS,
@@ -33,10 +32,10 @@ from seed_multimodal.data.formats.pictures import (
 )
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record
 from seed_multimodal.data.formats.records import FileRecords, open_file
+from seed_multimodal.data.formats.registry import open_registered, registered
 from seed_multimodal.data.formats.tar import OpenFiles, TarFile
-from seed_multimodal.data.nano.scene import SIZE
 from seed_multimodal.errors import ConfigError, DataError, ImageError
-from seed_multimodal.settings import check_keys, check_value, nearest
+from seed_multimodal.settings import check_keys, nearest
 
 SAMPLE_FAULTS = (ImageError, DataError)  # what a sample that cannot be used raises: named, skipped and counted
 PROBED = 20  # samples that are looked at before a source is refused
@@ -200,39 +199,33 @@ class Pairs:
         raise first
 
 
-class NanoPairs:
-    """One split of nano's world of scenes; the arguments are those of `NanoFile`. `content` edits: pictures after and
-    before an edit, of the stream of `NanoContent`, without captions."""
+class RegisteredPairs:
+    """Pairs of a registered format (`registry`); `options` go to its opener."""
 
-    def __init__(self, folder: str | Path | None = None, split: str = "train", number: int | None = None,
-                 seed: int = 0, size: int = SIZE, content: str = "captions") -> None:
-        check_value(str, content, "nano: content", choices=("captions", "edits"))
-        edits = content == "edits"
-        self._file = NanoContent(folder, content, split, number, seed) if edits else NanoFile(
-            folder, split, number, seed, size)
-        self._reader = PairReader(image_key="target_image", captioned=False, condition_key="source_image"
-                                  ) if edits else PairReader()
+    def __init__(self, format: str, files: str | Path | None = None, **options: Any) -> None:
+        self._file = open_registered(format, files, options)
+        self._reader = PairReader(**getattr(self._file, "pair_keys", {}))
 
     def __len__(self) -> int:
-        return sum(self._file.sizes)
+        return sum(map(int, self._file.sizes))
 
     def key(self, index: int) -> str:
-        """Split, seed and number of the scene."""
+        """Name of the record."""
         return _key(self._file.locate(index))
 
     def read(self, index: int) -> Pair:
-        """One scene, to be drawn when it is opened."""
+        """One pair, its image not opened."""
         return self._reader(self._file.locate(index), OpenFiles(limit=1))
 
 
 FORMATS: dict[str, Callable[..., PairSource]] = {
     "auto": Pairs, **{name: partial(Pairs, format=name) for name in ("json", "jsonl", "parquet", "folder")},
-    "webdataset": partial(Pairs, format="tar"), "nano": NanoPairs}
+    "webdataset": partial(Pairs, format="tar")}
 
 
 def open_pairs(spec: Mapping[str, Any]) -> PairSource:
     """The source a configuration describes: `format`, `files` (of webdataset also `pattern`), and the other arguments
-    of `Pairs`; or, of `nano`, those of `NanoPairs`.
+    of `Pairs`; of a registered format, `files` and its options.
 
     Raises:
         ConfigError: an unknown format, an unknown key (the nearest is named), or a missing one.
@@ -242,16 +235,18 @@ def open_pairs(spec: Mapping[str, Any]) -> PairSource:
     assert isinstance(plain, dict)
     options = {str(key): value for key, value in plain.items()}
     kind = options.pop("format", None)
+    if kind in registered():
+        return RegisteredPairs(kind, **options)
     if kind not in FORMATS:
-        raise ConfigError(f"data: format must be {', '.join(FORMATS)}, not {kind!r}{nearest(str(kind), FORMATS)}.")
+        known = (*FORMATS, *registered())
+        raise ConfigError(f"data: format must be {', '.join(known)}, not {kind!r}{nearest(str(kind), known)}.")
     named = "pattern" if kind == "webdataset" and "files" not in options else "files"
-    known = [named if one == "files" else one for one in inspect.signature(FORMATS[kind]).parameters if one != "format"]
-    check_keys(options, known, f"data of format {kind}")
-    if kind != "nano":
-        files = options.pop(named, None)
-        if not files:
-            raise ConfigError(f"data of format {kind}: {named} is not given.")
-        options["files"] = files
+    keys = [named if one == "files" else one for one in inspect.signature(FORMATS[kind]).parameters if one != "format"]
+    check_keys(options, keys, f"data of format {kind}")
+    files = options.pop(named, None)
+    if not files:
+        raise ConfigError(f"data of format {kind}: {named} is not given.")
+    options["files"] = files
     return FORMATS[kind](**options)
 
 

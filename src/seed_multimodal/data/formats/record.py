@@ -1,12 +1,13 @@
 """The one record type of all data: readers return it; decoders, picture–text pairs and pre-tokenisation take it.
 
-Every format (tar, jsonl, json, parquet, a folder of pictures, nano's scenes) is read into it by `records.open_records`.
+Every format (tar, jsonl, json, parquet, image folder, registered formats) is read into it by `records.open_records`.
 A record that is not read yet holds only the positions of its parts, so that it can be sent to a worker process.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -168,3 +169,16 @@ def _is_file(place: Path) -> bool:
         return place.is_file()
     except (OSError, ValueError):  # a name too long, such as a picture as base64; a closed folder; a null byte
         return False
+
+
+class RecordFile(Protocol):
+    """The records of one file by number; `sizes` counts the records of each piece that is read together."""
+
+    path: Path
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Records of each piece."""
+
+    def locate(self, row: int) -> Record:
+        """A record, unread where that is possible."""

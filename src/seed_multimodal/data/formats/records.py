@@ -1,4 +1,4 @@
-"""Records by number from files of any kind: webdataset tars, jsonl, json lists, parquet, pictures, nano.
+"""Records by number from files of any kind: webdataset tars, jsonl, json lists, parquet, images, registered formats.
 
     source = open_records("dataset/part-{0000..0031}/*.tar")      # or a folder, a .jsonl, a list of them
     source.read(17)                                               # Record(key, where, fields)
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,28 +25,14 @@ from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.index_file import IndexedFile
 from seed_multimodal.data.formats.index_store import IndexStore
 from seed_multimodal.data.formats.json_lines import JsonFile
-from seed_multimodal.data.formats.nano import NanoContent, NanoFile
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.pictures import PictureFolder
-from seed_multimodal.data.formats.record import BadRecord, Record
+from seed_multimodal.data.formats.record import BadRecord, Record, RecordFile
+from seed_multimodal.data.formats.registry import open_registered, registered
 from seed_multimodal.data.formats.tar import OpenFiles, TarFile
-from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.errors import DataError
 
 PICKLED = ("pkl", "pickle")
-
-
-class RecordFile(Protocol):
-    """The records of one file by number; `sizes` counts the records of each piece that is read together."""
-
-    path: Path
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        """Records of each piece."""
-
-    def locate(self, row: int) -> Record:
-        """A record, unread where that is possible."""
 
 
 class JsonTar(TarFile):
@@ -79,7 +65,7 @@ class JsonTar(TarFile):
 
 
 def open_file(path: Path, format: str, others: Mapping[str, Sequence[str]] | None = None) -> RecordFile:
-    """The records of one file: tar, jsonl, json, parquet, folder (of pictures) or nano; nothing is read yet.
+    """The records of one file: tar, jsonl, json, parquet, folder or a registered format; nothing is read yet.
 
     Args:
         others: of a tar, members to be found beside the json (`JsonTar`).
@@ -90,7 +76,7 @@ def open_file(path: Path, format: str, others: Mapping[str, Sequence[str]] | Non
         return ParquetFile(path)
     if format in ("json", "jsonl"):
         return JsonFile(path, lines=format == "jsonl")
-    return NanoFile(path) if format == "nano" else PictureFolder(path)
+    return open_registered(format, path, {}) if format in registered() else PictureFolder(path)
 
 
 def open_records(
@@ -100,30 +86,25 @@ def open_records(
     name: str = "",
     index_folder: str | Path | None = None,
     others: Mapping[str, Sequence[str]] | None = None,
-    content: str = "",
-    number: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> FileRecords:
     """The records of files, patterns (braces, wildcards) and folders (searched recursively), in the order written.
 
     Args:
         format: tar, jsonl, json or parquet; auto goes by each file's suffix, and by the kind of file a folder holds.
-            `folder`: pictures with their captions in .txt files beside them. `nano`: scenes to
-            train on (None: where its folder is).
+            `folder`: pictures with their captions in .txt files beside them. Or a registered one (`registry`).
         name: name of the source in logs and counts; default: what was given as `files`.
         index_folder: of the files' indexes, see `index_store.IndexStore`.
         others: as of `open_file`.
-        content, number: of `nano`: records of this kind, so many, instead of scenes (`formats.nano.NanoContent`).
+        options: of a registered format.
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
     """
     given = [files] if isinstance(files, str | Path) else list(files or ())
-    if format == "nano" and content:
-        return FileRecords([NanoContent(one, content, number=number) for one in given or (None,)], name or content)
-    if format == "nano":
-        found = [(find_world(one), format) for one in given or (None,)]
-    else:
-        found = [(Path(one), format) for one in given] if format == "folder" else find_files(given, format)
+    if format in registered():
+        return FileRecords([open_registered(format, one, options or {}) for one in given or (None,)], name or format)
+    found = [(Path(one), format) for one in given] if format == "folder" else find_files(given, format)
     return FileRecords([open_file(path, format, others) for path, format in found], name or ", ".join(map(str, given)),
                        IndexStore(index_folder))
 

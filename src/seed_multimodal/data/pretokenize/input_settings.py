@@ -1,7 +1,7 @@
 """Settings of the input: a description in our keys, or one of the released pre-tokenisation files.
 
     files: data/unsplash/webdataset        # folders, patterns with braces, lists of them
-    format: auto                           # tar, json (lists or an object per line), parquet, folder (pictures), nano
+    format: auto                           # tar, json (lists or an object per line), parquet, folder, a registered one
     fields: vqa                            # which keys hold what: a preset of the kind, or a mapping
     min_resolution: 180                    # filters; without a key nothing is dropped for it
 
@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.config import load_yaml
+from seed_multimodal.data.formats.registry import registered
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 
@@ -29,7 +30,8 @@ class InputSettings:
     """The input, and the filters on it.
 
     Attributes:
-        files: folders, patterns or files; for `nano` its folder (None: the one in the repository).
+        files: folders, patterns or files; a registered format may do without.
+        format_options: of a registered format (`formats.registry`).
         recursive: folders are searched at any depth.
         image_root: folder of the pictures that records name; without it: beside the list, then the current folder.
         fields: keys of the input by what they hold, merged over the kind's own (`kinds.py`); or a preset's name.
@@ -37,12 +39,11 @@ class InputSettings:
         similarity_thr, min_resolution, min_aspect_ratio: see `images.filters`; None: that filter is off.
         num_frames: pictures taken from each video.
         num_images: pictures of a story; None: any number from 2.
-        split, content, number, seed: of nano's world: the split, the kind of content, how many records (None: 100,000)
-            of which stream.
     """
 
     files: str | list[str] | None = None
-    format: str = setting("auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", "nano"))
+    format: str = setting("auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", *registered()))
+    format_options: dict[str, Any] = setting(factory=dict)
     recursive: bool = True
     image_root: str | None = None
     fields: str | dict[str, Any] = setting(factory=dict)
@@ -53,11 +54,6 @@ class InputSettings:
     min_aspect_ratio: int | float | None = setting(None, above=0, most=1)
     num_frames: int = setting(4, least=1)
     num_images: int | None = setting(5, least=1)
-    split: str = "train"
-    content: str = setting("captions", choices=("captions", "qa", "describe", "draw", "edits", "conversations",
-                                                "in_context", "stories", "documents"))
-    number: int | None = setting(None, least=1, most=1_000_000_000)
-    seed: int = setting(0, least=0)
 
     def identity(self) -> dict[str, Any]:
         """Settings that the output depends on, for the manifest."""
@@ -99,7 +95,7 @@ def read_input_settings(config: Mapping[str, Any] | str | Path, kind: str, **rep
         given = _released(given, kind, where)
     given |= {key: value for key, value in replaced.items() if value is not None}
     settings = read_settings(InputSettings, given, where)
-    if settings.format != "nano" and not settings.files:
+    if settings.format not in registered() and not settings.files:
         raise ConfigError(f"{where}: needs a value for 'files'.")
     if settings.image_root == "":
         raise ConfigError(f"{where}: image_root must be a folder, not ''.")

@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Any
 
 from seed_multimodal.data.formats.writer import ShardWriter, open_shard
-from seed_multimodal.data.nano.place import SHARD
 from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.disk import LOCK, folder_lock, read_json_object, replace_text, sampled_hash, sha256_of, writing
 from seed_multimodal.errors import DataError, counted
@@ -132,8 +131,8 @@ def is_of(manifest: Mapping[str, Any], unit: Unit) -> bool:
 
 def content_mark(unit: Unit) -> str:
     """The `sampled_hash` of the unit's file ("" of a folder), which tells another file of equal size (tars come in
-    steps of 10 KiB); of nano's world, of its drawings."""
-    path = Path(unit.path) / SHARD if unit.format == "nano" else Path(unit.path)
+    steps of 10 KiB)."""
+    path = Path(unit.path)
     if not path.is_file():
         return ""
     try:

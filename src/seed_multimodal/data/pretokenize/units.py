@@ -1,7 +1,7 @@
 """Input files as units of work, and the records of a unit.
 
-A unit is one tar, or a block of records of a list, a table, a folder of pictures or nano's world. Units are numbered
-in the order of the inputs, and each becomes one output folder; nothing of one depends on another.
+A unit is one tar, or a block of records of a list, a table, a folder of pictures or a registered format. Units are
+numbered in the order of the inputs, and each becomes one output folder; nothing of one depends on another.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.formats.files import find_files, nearest_path
-from seed_multimodal.data.formats.nano import NanoContent
 from seed_multimodal.data.formats.pictures import IMAGE_KEYS, PictureFolder
-from seed_multimodal.data.formats.record import Record
-from seed_multimodal.data.formats.records import RecordFile, open_file
+from seed_multimodal.data.formats.record import Record, RecordFile
+from seed_multimodal.data.formats.records import open_file
+from seed_multimodal.data.formats.registry import open_registered, registered
 from seed_multimodal.data.formats.tar import tar_records
 from seed_multimodal.data.formats.tar_headers import COMPRESSED, Damaged
-from seed_multimodal.data.nano.place import find_world
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.errors import DataError
 
@@ -103,9 +102,8 @@ def unit_records(unit: Unit, settings: InputSettings) -> tuple[list[Record], str
 
 def _numbered(path: str, format: str, settings: InputSettings) -> tuple[int, Callable[[int], Record]]:
     """How many records an input other than a tar has, and what gives one by its number."""
-    file: NanoContent | RecordFile
-    if format == "nano":
-        file = NanoContent(path, settings.content, settings.split, settings.number, settings.seed)
+    if format in registered():
+        file = open_registered(format, path, settings.format_options)
     else:
         file = _opened(Path(path), format, settings.recursive)
     return sum(file.sizes), file.locate
@@ -117,10 +115,11 @@ def _opened(path: Path, format: str, recursive: bool) -> RecordFile:
 
 
 def _inputs(settings: InputSettings) -> list[tuple[Path, str]]:
-    """Files (folders of pictures, nano's world) with their format, in the order written."""
+    """Files (or folders) with their format, in the order written."""
     wanted = [settings.files] if isinstance(settings.files, str) else settings.files or []
-    if settings.format == "nano":
-        return [(find_world(folder), "nano") for folder in wanted or (None,)]
+    if settings.format in registered():
+        return [(open_registered(settings.format, one, settings.format_options).path, settings.format)
+                for one in wanted or (None,)]
     found = find_files([str(Path(one).expanduser()) for one in wanted], settings.format, pictures=True,
                        recursive=settings.recursive)
     packed = next((path for path, _ in found if path.suffix.lower() in COMPRESSED), None)

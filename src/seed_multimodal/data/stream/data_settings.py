@@ -36,7 +36,7 @@ class SourceSettings:
     """One source of sequences.
 
     Attributes:
-        files: as `formats.records.open_records` takes them; `format`, and of nano `content` and `number`, too.
+        files, format, format_options: as `formats.records.open_records` takes them.
         decoder: a name of `decoders.registry.get_decoder`; `options` go to it.
         image_dir: folder of the pictures that the records of a decoder `seed_x.*` name; None: beside their file.
         weight: share of the draws, relative to the other sources'. A draw is one micro-batch of `batch_size` sequences
@@ -51,8 +51,7 @@ class SourceSettings:
     files: Files
     decoder: str
     format: str = "auto"
-    content: str = ""
-    number: int | None = setting(None, least=1)
+    format_options: dict[str, Any] = setting(factory=dict)
     options: dict[str, Any] = setting(factory=dict)
     image_dir: str | None = None
     weight: float = setting(1.0, above=0)

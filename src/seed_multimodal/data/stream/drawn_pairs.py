@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.pairs import Pair, PairSource, open_pairs
+from seed_multimodal.data.formats.registry import registered
 from seed_multimodal.data.stream.pair_dataset import SourceDataset
 from seed_multimodal.detokenizers.sdxl_adapter import size_ids
 from seed_multimodal.errors import ConfigError
@@ -140,4 +141,4 @@ def open_pictures(spec: Mapping[str, Any]) -> PairSource:
         ConfigError, DataError: as `open_pairs`.
     """
     plain = {"format": "auto", **spec}
-    return open_pairs(plain if plain["format"] == "nano" else {"captioned": False, **plain})
+    return open_pairs(plain if plain["format"] in registered() else {"captioned": False, **plain})

@@ -45,7 +45,7 @@ class Mixture:
         self.names = [source.name for source in settings.sources]
         self.choice = SourceChoice(settings.draw_weights(), settings.concat_type, settings.seed)
         self.records = [open_records(source.files, format=source.format, name=source.name,
-                                     index_folder=settings.index_folder, content=source.content, number=source.number,
+                                     index_folder=settings.index_folder, options=source.format_options,
                                      others=TAR_PARTS if source.decoder in FEATURE_DECODERS else None)
                         for source in settings.sources]
         self.decoders = [_decoder(source, records, tokenizer)

@@ -1,0 +1,225 @@
+"""A scene of nano's world: which things stand where, in which style, on which background; and its picture.
+
+    scene = Scene("noto", "meadow", "left of", ("tiger", "penguin"))
+    render(scene)        # uint8 [64, 64, 3]
+
+Everything else (words, questions, boxes, edits, stories) is a function of the same dataclass.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from seed_multimodal.errors import ConfigError, DataError
+from seed_nano.world.sprites import load_sprites
+from seed_nano.world.things import BACKGROUNDS, COLOURS, STYLES, THINGS
+
+SIZE = 64
+LARGEST = 1024  # a picture is drawn at four times its size, which takes 64 MB there
+OVERSAMPLE = 4  # twice only from LARGE_PICTURE pixels on, where drawing takes most of a record's time
+LARGE_PICTURE = 160
+
+LOW, MIDDLE, HIGH, SIDE, LARGE = 0.25, 0.5, 0.75, 0.44, 0.84
+"""Centres and longer side of all small drawings and of a large one, in shares of the picture: what an edit leaves alone
+stays in place."""
+
+WHERE = {"left": LOW, "middle": MIDDLE, "right": HIGH}
+
+LAYOUTS = ("large", *WHERE, "left of", "above", "many", "two kinds")
+"""One thing (large, or small at the left, middle, right); two kinds beside or above each other; n of one; n and m."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture, before it is drawn.
+
+    Args:
+        style: of all its drawings: noto, twemoji or fluent.
+        background: a flat colour or a place, see `BACKGROUNDS`.
+        layout: see `LAYOUTS`.
+        things: one name or two different ones; the first is at the left or above.
+        counts: how many of each, one if nothing is given; more only in the layouts `many` (2 to 4) and `two kinds`
+            (3 or 4 in all).
+        jitter: seed of the small shifts of position and size.
+
+    Raises:
+        DataError: naming what does not fit.
+    """
+
+    style: str
+    background: str
+    layout: str
+    things: tuple[str, ...]
+    counts: tuple[int, ...] = ()
+    jitter: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.counts:
+            object.__setattr__(self, "counts", (1,) * len(self.things))
+        kinds = 2 if self.layout in ("left of", "above", "two kinds") else 1
+        counts = {"many": 2 <= sum(self.counts) <= 4, "two kinds": 3 <= sum(self.counts) <= 4}.get(
+            self.layout, set(self.counts) == {1})
+        if (self.style not in STYLES or self.background not in BACKGROUNDS or self.layout not in LAYOUTS
+                or {type(number) for number in (*self.counts, self.jitter)} != {int}
+                or not set(self.things) <= set(THINGS) or len(set(self.things)) != kinds
+                or len(self.things) != kinds or len(self.counts) != kinds or not counts or min(self.counts) < 1
+                or max(self.counts) > (4 if kinds == 1 else 2)):
+            raise DataError(f"no such scene in nano's world: {self}")
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What a viewer can tell: everything but the jitter."""
+        return self.style, self.background, self.layout, self.things, self.counts
+
+    def but(self, **changes: object) -> Scene:
+        """The same scene with some fields changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One drawing in a scene: centre and longer side in shares of the picture (0..1, y downwards)."""
+
+    thing: str
+    x: float
+    y: float
+    side: float
+
+
+def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float, float]]:
+    """Where a layout has its drawings, before jitter: (0 for the first kind or 1 for the second, x, y, longer side), in
+    shares of the picture."""
+    if layout == "large":
+        return [(0, MIDDLE, MIDDLE, LARGE)]
+    if layout in WHERE:
+        return [(0, WHERE[layout], MIDDLE, SIDE)]
+    if layout == "left of":
+        return [(0, LOW, MIDDLE, SIDE), (1, HIGH, MIDDLE, SIDE)]
+    if layout == "above":
+        return [(0, MIDDLE, LOW, SIDE), (1, MIDDLE, HIGH, SIDE)]
+    halves: dict[tuple[int, ...], tuple[int, ...]] = {(3,): (1, 2), (4,): (2, 2)}
+    rows = halves.get(tuple(counts), tuple(counts))
+    kinds = [kind for kind, count in enumerate(counts) for _ in range(count)]
+    heights = (MIDDLE,) if len(rows) == 1 else (LOW, HIGH)
+    spots = [(x, y) for y, row in zip(heights, rows, strict=True) for x in ((MIDDLE,) if row == 1 else (LOW, HIGH))]
+    return [(kind, x, y, SIDE) for kind, (x, y) in zip(kinds, spots, strict=True)]
+
+
+def slots(scene: Scene) -> list[Slot]:
+    """Where every drawing stands, first kind first, jitter included."""
+    found = []
+    for kind, x, y, side in anchors(scene.layout, scene.counts):
+        shake = random.Random(f"{scene.jitter} {x} {y}")  # by place, so that what an edit does not name stays
+        side *= 1 + shake.uniform(-0.07, 0.07)
+        found.append(Slot(scene.things[kind], x + shake.uniform(-0.015, 0.015), y + shake.uniform(-0.015, 0.015), side))
+    return found
+
+
+def boxes(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """(thing, (left, top, right, bottom)) of every drawing, in shares of the picture (0..1)."""
+    return [(slot.thing, slot_box(scene.style, slot)) for slot in slots(scene)]
+
+
+def slot_box(style: str, slot: Slot) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a drawing, in shares of the picture."""
+    width, height = load_sprites()[style, slot.thing].size
+    half_x, half_y = slot.side * width / max(width, height) / 2, slot.side * height / max(width, height) / 2
+    return slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y
+
+
+def render(scene: Scene, size: int = SIZE, folder: str | Path | None = None) -> np.ndarray:
+    """The picture, uint8 [size, size, 3] RGB: drawn at four times the size and reduced once; `folder`: of the drawings,
+    see `find_world`.
+
+    Raises:
+        ConfigError: a size below 1 or above `LARGEST`.
+    """
+    return paint(scene.style, scene.background, slots(scene), size, folder)
+
+
+def paint(style: str, background: str, drawings: Sequence[Slot], size: int, folder: str | Path | None = None
+          ) -> np.ndarray:
+    """A picture of drawings anywhere; else as `render`."""
+    if not 1 <= size <= LARGEST:
+        raise ConfigError(f"nano: a picture of {size} pixels a side cannot be drawn; give 1 to {LARGEST}.")
+    scale = OVERSAMPLE if size < LARGE_PICTURE else OVERSAMPLE // 2
+    canvas = _background(background, size * scale).copy()
+    _draw(canvas, style, drawings, load_sprites(folder))
+    return np.asarray(canvas.reduce(scale))
+
+
+def empty_pictures(size: int) -> np.ndarray:
+    """Every background without a thing, uint8 [E, size, size, 3], in the order of `BACKGROUNDS`."""
+    return np.stack([paint(STYLES[0], name, [], size) for name in BACKGROUNDS])
+
+
+def thing_mask(scene: Scene, size: int = SIZE) -> np.ndarray:
+    """How much of each pixel is covered by a thing, float32 [size, size] in 0..1."""
+    canvas = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
+    _draw(canvas, scene.style, slots(scene), load_sprites())
+    return np.asarray(canvas.reduce(OVERSAMPLE), np.float32) / 255
+
+
+def _draw(canvas: Image.Image, style: str, drawings: Sequence[Slot],
+          sprites: Mapping[tuple[str, str], Image.Image]) -> None:
+    """Paste drawings; on a mode-L canvas, white shapes."""
+    for slot in drawings:
+        sprite = sprites[style, slot.thing]
+        scale = slot.side * canvas.width / max(sprite.size)
+        width, height = max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale))
+        drawn = sprite.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")
+        corner = (round(slot.x * canvas.width - width / 2), round(slot.y * canvas.width - height / 2))
+        canvas.paste(255 if canvas.mode == "L" else drawn, (*corner, corner[0] + width, corner[1] + height),
+                     mask=drawn.getchannel("A"))
+
+
+@lru_cache(maxsize=32)
+def _background(name: str, side: int) -> Image.Image:
+    """A flat colour, or one of the four places, RGB [side, side]."""
+    if name in COLOURS:
+        return Image.new("RGB", (side, side), COLOURS[name])
+    canvas = Image.new("RGB", (side, side))
+    draw = ImageDraw.Draw(canvas)
+    unit = side / 64
+
+    def bands(top: float, bottom: float, upper: tuple[int, int, int], lower: tuple[int, int, int]) -> None:
+        rows = range(round(top * unit), round(bottom * unit))
+        for row in rows:
+            share = (row - rows.start) / max(1, len(rows) - 1)
+            colour = tuple(round(a + (b - a) * share) for a, b in zip(upper, lower, strict=True))
+            draw.line([(0, row), (side, row)], colour)
+
+    if name == "meadow":
+        bands(0, 38, (150, 205, 250), (215, 238, 255))
+        bands(38, 64, (132, 200, 92), (84, 160, 62))
+        for x, y in ((7, 46), (20, 57), (33, 44), (45, 59), (57, 49), (30, 61), (12, 61), (61, 60)):
+            draw.line([(x * unit, y * unit), ((x + 1) * unit, (y - 3) * unit), ((x + 2) * unit, y * unit)],
+                      (58, 128, 48), max(1, round(0.6 * unit)))
+    elif name == "sea":
+        bands(0, 26, (168, 222, 250), (226, 244, 253))
+        bands(26, 64, (62, 156, 208), (20, 92, 158))
+        for row, y in enumerate((32, 41, 51, 60)):
+            for x in range(-8 + 6 * (row % 2), 72, 14):
+                draw.arc([x * unit, y * unit, (x + 8) * unit, (y + 4) * unit], 200, 340, (150, 212, 240),
+                         max(1, round(0.8 * unit)))
+    elif name == "night":
+        bands(0, 64, (14, 16, 48), (52, 40, 92))
+        shake = random.Random(5)
+        for _ in range(26):
+            left, top, radius = shake.uniform(1, 63), shake.uniform(1, 63), shake.choice((0.4, 0.5, 0.8))
+            draw.ellipse([(left - radius) * unit, (top - radius) * unit, (left + radius) * unit, (top + radius) * unit],
+                         (255, 250, 214))
+    else:
+        bands(0, 44, (250, 226, 196), (244, 214, 180))
+        bands(44, 64, (176, 122, 82), (142, 94, 60))
+        draw.rectangle([0, 43 * unit, side, 45 * unit], (255, 248, 238))
+        for y in (50, 57):
+            draw.line([(0, y * unit), (side, y * unit)], (126, 82, 52), max(1, round(0.5 * unit)))
+    return canvas

@@ -1,0 +1,95 @@
+"""Which compositions are held out of training, by hash; and the scenes of a split as a function of (seed, index).
+
+`val`: the very scene. `pairs`: two things together. `places`: a thing on a background. `counts`: a thing in a number.
+`styles`: a thing in a style (known in the two others). `things`: things that are only ever rebuilt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+
+from seed_multimodal.errors import DataError
+from seed_multimodal.settings import nearest
+from seed_nano.world.scene import LAYOUTS, Scene
+from seed_nano.world.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES, THINGS
+
+SPLITS = ("train", "val", "pairs", "places", "counts", "styles", "things")
+SHARES = {"val": 0.05, "pairs": 0.15, "places": 0.10, "counts": 0.15, "styles": 0.06}
+WEIGHTS = dict(zip(LAYOUTS, (3, 1.5, 1.5, 1.5, 5, 4, 4, 3), strict=True))
+"""How often each layout is drawn."""
+
+
+def check_split(split: str) -> None:
+    """Raise DataError for an unknown split; the nearest is named."""
+    if split not in SPLITS:
+        raise DataError(f"nano: unknown split {split!r}{nearest(str(split), SPLITS)}; there are {', '.join(SPLITS)}.")
+
+
+def _share(*parts: object) -> float:
+    """A number in 0..1 that depends on the parts only."""
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _style_held(thing: str) -> str:
+    """The one style in which `thing` is held out, or nothing: so the two others are always known."""
+    share = _share("styles", thing) / (len(STYLES) * SHARES["styles"])
+    return STYLES[int(share * len(STYLES))] if share < 1 else ""
+
+
+def held_compositions(things: Sequence[str], counts: Sequence[int], style: str | None,
+                      background: str | None) -> set[str]:
+    """Every held-out composition among labels, of which a caption may leave out the style and the background."""
+    found = set()
+    if any(THINGS[thing].held_out for thing in things):
+        found.add("things")
+    if len(things) == 2 and _share("pairs", *sorted(things)) < SHARES["pairs"]:
+        found.add("pairs")
+    if background and any(_share("places", thing, background) < SHARES["places"] for thing in things):
+        found.add("places")
+    if any(count > 1 and _share("counts", thing, count) < SHARES["counts"]
+           for thing, count in zip(things, counts, strict=True)):
+        found.add("counts")
+    if style and any(_style_held(thing) == style for thing in things):
+        found.add("styles")
+    return found
+
+
+def held_out(scene: Scene) -> frozenset[str]:
+    """Every held-out composition that the scene shows (empty: it may be trained on)."""
+    found = held_compositions(scene.things, scene.counts, scene.style, scene.background)
+    if not found and _share("val", *scene.key) < SHARES["val"]:
+        found.add("val")
+    return frozenset(found)
+
+
+def split_of(scene: Scene) -> str | None:
+    """The split of a scene; None when it shows held-out compositions of several kinds, which no split uses."""
+    found = held_out(scene)
+    return next(iter(found or {"train"})) if len(found) < 2 else None
+
+
+def draw_scene(shake: random.Random, names: Sequence[str] = NAMES) -> Scene:
+    """Any scene, held out or not."""
+    layout = shake.choices(LAYOUTS, [WEIGHTS[name] for name in LAYOUTS])[0]
+    kinds = 2 if layout in ("left of", "above", "two kinds") else 1
+    counts = {"many": (shake.choice((2, 3, 4)),), "two kinds": shake.choice(((2, 1), (1, 2), (2, 2)))}.get(layout, ())
+    return Scene(shake.choice(STYLES), shake.choice(BACKGROUNDS), layout, tuple(shake.sample(names, kinds)), counts,
+                 shake.randrange(2**31))
+
+
+def scene_at(seed: int, index: int, split: str = "train") -> Scene:
+    """Scene number `index` of a split's endless stream: a function of its arguments alone.
+
+    Raises:
+        DataError: an unknown split.
+    """
+    check_split(split)
+    shake = random.Random(f"{seed} {split} {index}")
+    names = HELD_OUT if split == "things" else NAMES
+    while True:
+        scene = draw_scene(shake, names)
+        if split_of(scene) == split:
+            return scene
