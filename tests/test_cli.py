@@ -20,7 +20,7 @@ import torch
 import warm_python
 from PIL import Image
 
-from seed_multimodal import disk, quickstart
+from seed_multimodal import disk
 from seed_multimodal.cli import build_parser, main
 from seed_multimodal.commands import pictures
 from seed_multimodal.commands.chat import Talk
@@ -31,6 +31,7 @@ from seed_multimodal.language.answer import TextPart
 from seed_multimodal.systems.chat import Answer, DrawnPart
 from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.weights import load_state_dict
+from seed_nano import quickstart
 from seed_nano.world.known import write_known_words
 from seed_nano.world.scene import Scene
 from seed_nano.world.splits import SPLITS, held_out, scene_at

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.errors import GenerationError
-from seed_multimodal.evaluation import report
 from seed_multimodal.evaluation.batched import BatchedSystem
+from seed_nano.report import report
 from seed_nano.world.evaluation import scenes
 from seed_nano.world.scene import render
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from known_world import KnowingJudge, Oracle, few_things
 
-from seed_multimodal.evaluation import train_judge
 from seed_multimodal.training.loop import train
 from seed_multimodal.training.loop_settings import StageSettings
+from seed_nano.report import train_judge
 from seed_nano.report.judge import Judge, JudgeConfig
 from seed_nano.report.samples import Samples, Sizes, make_samples
 

@@ -9,7 +9,7 @@ from known_world import few_things
 from PIL import Image
 
 from seed_multimodal.errors import CheckpointError, DataError
-from seed_multimodal.evaluation import train_judge
+from seed_nano.report import train_judge
 from seed_nano.report.augment import augment
 from seed_nano.report.judge import Judge, JudgeConfig, pixels_of
 from seed_nano.world.scene import Scene, render

@@ -14,8 +14,8 @@ from known_world import KnowingJudge, Oracle
 from PIL import Image
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation import report, report_text
 from seed_multimodal.evaluation.batched_lavit import WIDE, BatchedLavit
+from seed_nano.report import report, report_text
 from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.lavit_run import LavitRun, amount, code_use, dimmed, ratio
 from seed_nano.report.samples import Samples, Sizes, make_samples

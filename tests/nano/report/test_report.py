@@ -15,8 +15,8 @@ from known_world import KnowingJudge, Oracle
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.evaluation import report, report_text
 from seed_multimodal.evaluation.metrics import Estimate
+from seed_nano.report import report, report_text
 from seed_nano.report.longer_run import _as_told
 from seed_nano.report.samples import Samples, Sizes, make_samples
 from seed_nano.report.split_run import SplitRun
