@@ -25,7 +25,7 @@ PLAIN = set("""
     now number of off often ok okay old on once one only or other our out over paint painted painting photo
     photograph phrase picture pictures place places please plus poem president problem provide put question
     questions quite really remove replace right robot same say scene scenes second see sentence several shall she
-    ships short should show single size sketch sky small smaller so some someone something somewhere sorry speak
+    ships short should show side single size sketch sky small smaller so some someone something somewhere sorry speak
     stars stay stays story style styles such sure swap take taken tell than thank thanks that that's the their them
     then there there's these they thing things think third this those three time to today together tomorrow too top
     try turn two under until up us use used very want was water way we weather welcome well were what what's when

@@ -29,6 +29,9 @@ def test_a_record_is_a_function_of_its_number_and_shows_nothing_held_out(kind: s
         assert all(held_out(scene) <= {"val"} for scene in scenes_of(record_at(kind, 3, index, "val", pool=8)))
     assert [record_at(kind, 3, index) for index in range(4)] != [record_at(kind, 4, index) for index in range(4)]
 
+PLACE = ("Where", "On which side")
+PRESENCE = ("Is there", "Can you see", "Do you see", "Does the picture")
+
 
 def test_pictures_of_single_ones_come_from_the_pool() -> None:
     pool = {scene_at(3, number) for number in range(50)}
@@ -58,7 +61,7 @@ def test_questions_and_edits_are_of_every_sort_equally_often_and_yes_is_as_frequ
     answers = Counter(normalise(answer_in(text, VERDICT_END)) for text in texts)
     assert set(answers) == {"yes", "no"} and abs(answers["yes"] - 150) < 40
     where = [from_last_picture(record_at("questions", 1, index)) for index in range(3, 60, len(ASKED))]
-    assert all(turns[0]["content"][1].startswith("Where is the") for turns in where)
+    assert all(turns[0]["content"][1].startswith(PLACE) for turns in where)
     swapped = [record_at("edits", 1, index) for index in range(EDIT_SORTS.index("swap"), 110, len(EDIT_SORTS))]
     for *_, before, after in map(scenes_of, swapped):
         assert after.things == before.things[::-1] and after.jitter == before.jitter
@@ -68,7 +71,7 @@ def test_a_picture_is_asked_about_several_times_and_no_question_comes_twice() ->
     for index in range(40):
         turns = from_last_picture(record_at("questions", 2, index))
         asked = [[part for part in turn["content"] if isinstance(part, str)][0].split("?")[0] for turn in turns[::2]]
-        assert 2 <= len(asked) == len(set(asked)) and any(text.startswith(("Is there", "Where")) for text in asked)
+        assert 2 <= len(asked) == len(set(asked)) and any(text.startswith((*PLACE, *PRESENCE)) for text in asked)
 
 
 def test_a_third_is_said_after_another_picture_was_shown() -> None:
@@ -108,7 +111,7 @@ def test_answers_about_a_named_thing_end_a_verdict_about_it() -> None:
         turns = from_last_picture(record_at("questions", 5, index))
         for asked, answered in zip(turns[::2], turns[1::2], strict=True):
             before, mark, answer = answered["content"][0].partition(VERDICT_END)
-            named = asked["content"][-1].startswith(("Is there", "Where is"))
+            named = asked["content"][-1].startswith((*PLACE, *PRESENCE))
             assert bool(mark) is named or "How many" in asked["content"][-1]
             if named:
                 seen += 1
