@@ -1,235 +1,212 @@
-"""Send the server for nano generated hostile traffic, and measure what an innocent visitor and the machine notice.
+"""Send the server generated hostile traffic; measure what a visitor and the machine notice. One JSON line.
 
-    python benchmarks/hostile.py                                      # about three minutes on two cores
-    python benchmarks/hostile.py --half-sent 40 --megapixels 2 --seed 3
+    python benchmarks/hostile.py
 
-Starts `gradio_demo/seed_llama_flask.py` on the loopback address, lets it answer a few ordinary requests, and sends, in
-an order of the seed's: every case of `hostile_traffic.py` from several connections at
-once, clients that ask and leave, half-sent bodies, and connections that send a byte now and then. Meanwhile an innocent
-visitor asks every 0.2 s. Prints one JSON line: requests, answers by status, 5xx, hangs (no answer and no end of the
-connection in time), peak memory above that of the idle server, and the visitor's times. The exit code is 1 after a 5xx,
-a hang or a dead server.
+Several connections send odd JSON, decompression bombs, damaged files and broken HTTP in an order of the seed's; other
+clients leave, send half a body, or a byte now and then. Meanwhile a visitor asks every 0.2 s (median and longest wait).
+The exit code is 1 after an answer 5xx, a hang (no answer and no end of the connection in time) or a dead server.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
+import contextlib
+import io
+import json
 import re
-import select
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import hostile_traffic as traffic
-import torch
-from shared import positive, print_line
+import numpy as np
+from PIL import Image
+from serving import Server
+from shared import base_parser, print_line, rounded, start
 
-ROOT = Path(__file__).resolve().parents[1]
+from seed_multimodal.device import choose_device
+
 HANG_SECONDS = 60.0
-SENDERS = 8
 
 
-@dataclass
-class Findings:
-    """What was seen."""
-
-    statuses: collections.Counter[str] = field(default_factory=collections.Counter)
-    faults: list[str] = field(default_factory=list)  # cases with a 5xx
-    hangs: list[str] = field(default_factory=list)
-    visitor: list[float] = field(default_factory=list)  # seconds of each of the innocent's answers
-    turned_away: int = 0  # the innocent's answers 429
-
-    def note(self, name: str, answer: bytes | None) -> None:
-        """Count one answer (None: none came in time)."""
-        if answer is None:
-            self.hangs.append(name)
-            return
-        status = re.match(rb"HTTP/1\.[01] (\d{3})", answer)
-        code = status[1].decode() if status else "closed"
-        self.statuses[code] += 1
-        if code.startswith("5") and code != "501":  # 501: a kind of request that HTTP lets a server not know
-            self.faults.append(f"{name}: {code}")
+def post(body: bytes, *headers: str) -> bytes:
+    """An HTTP request."""
+    lines = ["POST /generate HTTP/1.1", "Host: localhost", "Content-Type: application/json",
+             f"Content-Length: {len(body)}", "Connection: close", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-class Server:
-    """The server for nano as its own process."""
+def ask(text: Any = "USER: hi\nASSISTANT:", images: Any = (), **settings: Any) -> bytes:
+    """A request as documented, whatever its values are."""
+    return post(json.dumps({"text": text, "images": images, "max_new_tokens": 4, **settings}).encode())
 
-    def __init__(self, system: str, megapixels: int) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--system", system, "--port", "0",
-             "--llm_device", "cpu", "--tokenizer_device", "cpu", "--max_megapixels", str(megapixels)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
-        assert self.process.stdout is not None and self.process.stderr is not None
-        self.port, self.log = 0, collections.deque[str](maxlen=200)
-        for line in self.process.stdout:
-            if found := re.search(r"answering at http://127\.0\.0\.1:(\d+)", line):
-                self.port = int(found[1])
-                break
-        else:
-            raise SystemExit(f"The server did not start: {self.process.stderr.read()}")
-        for stream in (self.process.stdout, self.process.stderr):  # else a full pipe stops it
-            threading.Thread(target=lambda stream=stream: self.log.extend(stream), daemon=True).start()
 
-    def memory(self, key: str) -> float:
-        """MB of `VmRSS` (now) or `VmHWM` (peak)."""
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(rf"{key}:\s+(\d+)", text)
-        return int(found[1]) / 1000 if found else 0.0
+def show(*files: bytes) -> bytes:
+    """A request with these image files."""
+    return ask("USER: " + "<image>" * len(files) + "What is it?\nASSISTANT:",
+               [base64.b64encode(file).decode() for file in files])
 
-    def forget_peak(self) -> None:
-        """Count the peak from here."""
-        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """An image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def odd_requests(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of requests: JSON with wrong types and sizes, deep nesting, invalid text; broken HTTP."""
+    for name in ("temperature", "top_p", "num_beams", "max_new_tokens", "seed", "force_boi", "text", "images"):
+        for value in (0, -1, 1.5, 1e-45, 1e308, 10**400, 2**63, True, None, "1", [], {}, "<image>" * 17, "\ud800",
+                      "a" * 32_001, [[0] * 31], [[-1] * 32], [[0] * 40_000], ["data:image/png;base64,"]):
+            yield f"{name}={value!r:.30}", ask(**{name: value})
+        yield f"{name}=NaN", post(b'{"text": "<image>", "images": [""], "%s": NaN}' % name.encode())
+    yield "29 MB that are no image", ask("<image>", ["A" * 29_000_000])
+    for body in (b"", b"{", b"null", b"\xff\xfe", "{}".encode("utf-16"), b"[" * 100_000, b'{"a":' * 100_000,
+                 b'{"text": "x", "images": [[' + b"1," * 4_000_000 + b"1]]}", b'["' + b'\\"' * 200_000):
+        yield f"body {body[:20]!r} of {len(body)}", post(body)
+    chunked = b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    yield "chunked, over the limit", chunked + (b"100000\r\n" + b"x" * 2**20 + b"\r\n") * 70 + b"0\r\n\r\n"
+    yield "chunked, wrong size", chunked + b"zz\r\n{}\r\n0\r\n\r\n"
+    yield "over the limit", post(b" " * (66 << 20))
+    yield "long header", post(b"{}", "X-Long: " + "x" * 300_000)
+    yield "not HTTP", rng.bytes(3000).replace(b"\r\n", b"") + b"\r\n\r\n"
+
+
+def hostile_files(rng: np.random.Generator, side: int) -> Iterator[tuple[str, bytes]]:
+    """Decompression bombs and damaged files; `side`: of a square just within the limit of pixels."""
+    bomb = saved(Image.new("1", (side, side)))  # 31 megapixels in 4 kB
+    yield "16 one-bit bombs", show(*[bomb] * 16)
+    yield "one-bit bomb, three times too large", show(saved(Image.new("1", (side, 3 * side))))
+    for mode in ("L", "P", "RGBA"):
+        yield f"PNG {mode} at the limit", show(saved(Image.new(mode, (side, side))))
+    noise = Image.fromarray(rng.integers(0, 255, (256, 256, 3), dtype=np.uint8)).resize((side, side))
+    for options in ({}, {"progressive": True, "subsampling": 0}):
+        yield f"JPEG at the limit {options}", show(saved(noise, "JPEG", quality=30, **options))
+    small = saved(noise.resize((900, 900)), "JPEG", progressive=True)
+    scan = small.rindex(b"\xff\xda")
+    yield "JPEG of 100,000 scans", show(small[:scan] + small[scan:-2][:40] * 100_000)
+    for kind in ("GIF", "WEBP", "AVIF", "JPEG2000", "TIFF", "PNG", "JPEG", "BMP"):
+        if kind in Image.SAVE:
+            whole = bytearray(saved(noise.resize((min(side, 1500),) * 2), kind))
+            yield f"{kind} of 1,500 squared", show(bytes(whole))
+            yield f"half a {kind}", show(bytes(whole[:len(whole) // 2]))
+            for place in rng.integers(0, len(whole), 20):
+                whole[place] = rng.integers(256)
+            yield f"damaged {kind}", show(bytes(whole))
+
+
+class Traffic:
+    """Requests to one server, and what came back."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.statuses = collections.Counter[str]()
+        self.faults: list[str] = []  # 5xx and hangs
+        self.visits: list[float] = []  # seconds of the visitor's answers
+        self.done = threading.Event()
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=HANG_SECONDS)
+        return socket.create_connection(("127.0.0.1", self.server.port), timeout=HANG_SECONDS)
 
-    def send(self, request: bytes) -> bytes | None:
-        """The whole answer; `b""`: the connection was closed without one; None: nothing in time."""
-        answer = bytearray()
+    def send(self, name: str, request: bytes) -> str:
+        """Count and return the status of the answer, `closed` or `hang`."""
+        answer, status = b"", "closed"
         try:
-            with self.connect() as sock:
-                rest = memoryview(request)
-                deadline = time.monotonic() + HANG_SECONDS
-                sock.setblocking(False)
-                while time.monotonic() < deadline:
-                    readable, writable, _ = select.select([sock], [sock] if rest else [], [], 1.0)
-                    if readable:
-                        piece = sock.recv(1 << 16)
-                        answer += piece
-                        if not piece:
-                            return bytes(answer)
-                    if writable:
-                        rest = rest[sock.send(rest[:1 << 18]):]
-                    if not rest and _whole(answer):
-                        return bytes(answer)
-                return None
+            with self.connect() as sock:  # an answer may come before the whole request is sent
+                threading.Thread(target=send_all, args=(sock, request), daemon=True).start()
+                while len(answer) < 12 and (piece := sock.recv(1 << 16)):
+                    answer += piece
         except TimeoutError:
-            return None
-        except OSError:  # reset by the server
-            return bytes(answer)
-
-
-def _whole(answer: bytearray) -> bool:
-    """Whether a whole answer is there (the server may keep the connection)."""
-    head, found, body = answer.partition(b"\r\n\r\n")
-    length = re.search(rb"(?i)content-length: (\d+)", head)
-    return bool(found) and length is not None and len(body) >= int(length[1])
-
-
-def visit(server: Server, findings: Findings, done: threading.Event) -> None:
-    """The innocent visitor: a short question every 0.2 s."""
-    number = 0
-    while not done.is_set():
-        began = time.monotonic()
-        answer = server.send(traffic.ask("USER: hi\nASSISTANT:", seed=number))
-        findings.note("innocent visitor", answer)
-        if answer is not None and b" 429 " in answer[:20]:
-            findings.turned_away += 1
-        else:
-            findings.visitor.append(time.monotonic() - began)
-        number += 1
-        done.wait(0.2)
-
-
-def leave(server: Server, count: int) -> None:
-    """Clients that ask for a long answer and close the connection at once."""
-    for number in range(count):
-        with server.connect() as sock:
-            sock.sendall(traffic.ask("USER: Tell me all.\nASSISTANT:", max_new_tokens=2048, num_beams=8, seed=number,
-                                     temperature=5.0, top_p=1.0))
-
-
-def stall(server: Server, half_sent: int, dribbling: int, seconds: float) -> int:
-    """Connections that send half a body, or a letter now and then; returns how many were still open at the end."""
-    request = traffic.ask("USER: " + "x" * 20_000)
-    held = []
-    for number in range(half_sent + dribbling):
-        sock = server.connect()
-        sock.sendall(request[:len(request) // 2] if number < half_sent else b"POST /generate HTTP/1.1\r\nX-")
-        held.append(sock)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        for sock in held[half_sent:]:
-            try:
-                sock.sendall(b"x")
-            except OSError:
-                continue  # closed by the server, as it should be
-        time.sleep(1)
-    open_still = len(held)
-    for sock in held:
-        sock.settimeout(0.01)
-        try:
-            open_still -= not sock.recv(1)
-        except TimeoutError:
-            pass
+            status = "hang"
         except OSError:
-            open_still -= 1
-        sock.close()
-    return open_still
+            pass  # reset by the server
+        if code := re.match(rb"HTTP/1\.[01] (\d{3})", answer):
+            status = code[1].decode()
+        self.statuses[status] += 1
+        if status == "hang" or status.startswith("5"):
+            self.faults.append(f"{name}: {status}")
+        return status
+
+    def visit(self) -> None:
+        """The visitor: a short question every 0.2 s."""
+        while not self.done.wait(0.2):
+            start = time.monotonic()
+            if self.send("visitor", ask()) != "429":
+                self.visits.append(time.monotonic() - start)
+
+    def stall(self, half_sent: int, seconds: int) -> None:
+        """Connections with half a body, and 20 that send a byte now and then."""
+        halves = [ask("x" * 20_000)[:10_000]] * half_sent + [b"POST /generate HTTP/1.1\r\nX-"] * 20
+        with contextlib.ExitStack() as connections:
+            sockets = [connections.enter_context(self.connect()) for _ in halves]
+            for sock, half in zip(sockets, halves, strict=True):
+                send_all(sock, half)
+            for _ in range(seconds):
+                time.sleep(1)
+                for sock in sockets[half_sent:]:
+                    send_all(sock, b"x")
 
 
-def attack(server: Server, options: argparse.Namespace, findings: Findings) -> dict[str, float]:
-    """All phases; returns the figures."""
-    requests = traffic.cases(options.seed, int((options.megapixels * 0.98e6) ** 0.5))
-    for number in range(3):  # ordinary traffic first: an idle server has loaded and used everything
-        server.send(traffic.show(traffic.stored(traffic.Image.new("RGB", (500, 400)))))
-        server.send(traffic.ask("USER: draw a fish\nASSISTANT:", force_boi=True, max_new_tokens=40, seed=number))
-    idle = server.memory("VmRSS")
-    server.forget_peak()
-    done = threading.Event()
-    visitor = threading.Thread(target=visit, args=(server, findings, done))
-    visitor.start()
-    leave(server, options.leaving)
-    with ThreadPoolExecutor(SENDERS) as pool:
-        stalled = pool.submit(stall, server, options.half_sent, 20, options.stall_seconds)
-        for (name, _), answer in zip(requests, pool.map(server.send, [request for _, request in requests]),
-                                     strict=True):
-            findings.note(name, answer)
-        open_still = stalled.result()
-    done.set()
-    visitor.join()
-    times = sorted(findings.visitor) or [HANG_SECONDS]
-    return {"idle_mb": round(idle, 1), "peak_mb_above_idle": round(server.memory("VmHWM") - idle, 1),
-            "after_mb_above_idle": round(server.memory("VmRSS") - idle, 1), "stalled_connections_open": open_still,
-            "visitor_median_s": round(statistics.median(times), 3),
-            "visitor_p95_s": round(times[int(0.95 * (len(times) - 1))], 3), "visitor_worst_s": round(times[-1], 3)}
+def memory_mb(server: Server, key: str) -> float:
+    """Memory of the server: `VmRSS` (now) or `VmHWM` (peak)."""
+    return int(Path(f"/proc/{server.process.pid}/status").read_text().partition(f"{key}:")[2].split()[0]) / 1000
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--system", default="nano", help="the server's --system")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--megapixels", type=positive, default=32, help="--max_megapixels, and size of the bombs")
-    parser.add_argument("--leaving", type=positive, default=20, help="clients that leave")
-    parser.add_argument("--half-sent", type=positive, default=300, help="connections with half a body")
-    parser.add_argument("--stall-seconds", type=float, default=45.0, help="how long those are kept")
-    options = parser.parse_args()
-    findings, server = Findings(), Server(options.system, options.megapixels)
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """Send, unless the server has closed the connection."""
     try:
-        results = attack(server, options, findings)
-        alive = server.process.poll() is None and server.send(traffic.post(b"", path="/health", method="GET"))
-    finally:
-        server.process.terminate()
-        ended = server.process.wait(30)
-    if not alive or ended != 0:
-        findings.faults.append(f"the server ended with exit code {ended}")
-    print_line("hostile", torch.device("cpu"), {"seed": options.seed, "megapixels": options.megapixels}, {
-        "requests": sum(findings.statuses.values()) + len(findings.hangs), "by_status": dict(findings.statuses),
-        "5xx": len(findings.faults), "hangs": len(findings.hangs), **results,
-        "visitor_answers": len(findings.visitor), "visitor_turned_away": findings.turned_away})
-    for line in (*findings.faults, *(f"{name}: no answer in {HANG_SECONDS:g} s" for name in findings.hangs)):
-        sys.stderr.write(line + "\n")
-    if findings.faults:
+        sock.sendall(data)
+    except OSError:
+        return
+
+
+def run(options: argparse.Namespace) -> int:
+    """All phases; 1 after a fault."""
+    runtime, rng = choose_device(options.device, options.dtype, log=None), np.random.default_rng(options.seed)
+    cases = [*odd_requests(rng), *hostile_files(rng, int((options.megapixels * 0.98e6) ** 0.5))]
+    with Server(options.model, str(runtime.device), "--max_megapixels", str(options.megapixels)) as server:
+        traffic = Traffic(server)
+        traffic.send("ordinary image", show(saved(Image.new("RGB", (500, 400)))))
+        traffic.send("ordinary drawing", ask("USER: draw a fish\nASSISTANT:", force_boi=True, max_new_tokens=40))
+        idle = memory_mb(server, "VmRSS")
+        Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # the peak counts from here
+        with ThreadPoolExecutor(10) as pool:
+            visitor = pool.submit(traffic.visit)
+            try:
+                for _ in range(20):  # clients that ask for a long answer and leave
+                    with traffic.connect() as sock:
+                        sock.sendall(ask(max_new_tokens=2048, num_beams=8, temperature=5.0, top_p=1.0))
+                stalled = pool.submit(traffic.stall, options.half_sent, options.stall_seconds)
+                list(pool.map(lambda number: traffic.send(*cases[number]), rng.permutation(len(cases))))
+                stalled.result()
+            finally:
+                traffic.done.set()
+            visitor.result()
+        peak = memory_mb(server, "VmHWM")
+        traffic.send("alive", ask())
+    if server.process.returncode:
+        traffic.faults.append(f"the server ended with exit code {server.process.returncode}")
+    print_line("hostile", runtime.device, {"seed": options.seed, "megapixels": options.megapixels}, {
+        "requests": sum(traffic.statuses.values()), "by_status": dict(traffic.statuses), "faults": traffic.faults,
+        "idle_mb": round(idle), "peak_mb_above_idle": round(peak - idle),
+        "visitor_seconds": [rounded(statistics.median(traffic.visits)), rounded(max(traffic.visits))]})
+    if traffic.faults:
         sys.stderr.writelines(server.log)
-    return int(bool(findings.faults or findings.hangs))
+    return int(bool(traffic.faults))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = base_parser(__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--megapixels", type=int, default=32, help="--max_megapixels, and the size of the bombs")
+    parser.add_argument("--half-sent", type=int, default=300, help="connections with half a body")
+    parser.add_argument("--stall-seconds", type=int, default=45, help="how long those are kept")
+    start(run, parser)

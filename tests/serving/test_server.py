@@ -277,11 +277,11 @@ def test_sigterm_ends_the_program_at_once_while_it_works(tiny_folder) -> None:
 @pytest.mark.slow
 def test_hostile_traffic_in_small(tiny_folder) -> None:
     done = subprocess.run(
-        [warm_python.PYTHON, str(ROOT / "benchmarks" / "hostile.py"), "--system", str(tiny_folder), "--megapixels", "1",
+        [warm_python.PYTHON, str(ROOT / "benchmarks" / "hostile.py"), "--model", str(tiny_folder), "--megapixels", "1",
          "--half-sent", "40", "--stall-seconds", "3"], capture_output=True, text=True, timeout=280)
     results = json.loads(done.stdout)["results"]
     assert done.returncode == 0, done.stderr
-    assert results["5xx"] == results["hangs"] == 0 and results["requests"] > 250
+    assert results["faults"] == [] and results["requests"] > 200
     assert results["peak_mb_above_idle"] < 200
 
 

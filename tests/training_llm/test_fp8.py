@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,15 +241,6 @@ def test_released_files_may_ask_for_it() -> None:
     file = ROOT / "MultiModalLLM" / "configs" / "model" / "vicuna_7b_lora.yaml"
     settings = read_model_settings({**load_yaml(file), "fp8": True})
     assert settings.fp8 and settings.lora is not None and not read_model_settings(dict(load_yaml(file))).fp8
-
-
-def test_the_benchmark_wants_fp8_last(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    script = ROOT / "benchmarks" / "llm_training.py"
-    monkeypatch.syspath_prepend(str(script.parent))
-    monkeypatch.setattr(sys, "argv", [script.name, "--device", "cpu", "--levers", "packed,fp8,learned-head"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(script), run_name="__main__")
-    assert stopped.value.code == 2 and "the fp8 levers must come last" in capsys.readouterr().err
 
 
 @needs_gpu

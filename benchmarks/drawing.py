@@ -1,0 +1,83 @@
+"""Time drawing: images from text, edits, images drawn again. One JSON line per task, variant and batch size.
+
+    python benchmarks/drawing.py                                   pretrained/nano
+    python benchmarks/drawing.py --model pretrained/nano-x         any system: SEED-LLaMA, SEED-X, LaVIT
+    python benchmarks/drawing.py --device cuda --model original    random weights of SD-2.1-unCLIP, 768 pixels, 20 steps
+
+`plain`: one image after another; `batch`: so many in one call; `compiled` (CUDA, images drawn again): the same with a
+compiled U-Net in channels-last format. `original` draws from random embeddings.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from shared import Timed, benchmark_parser, compare, fill_random, input_images, start, system_folder
+
+from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
+from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
+from seed_multimodal.systems.open_system import open_system
+
+UNET = {"sample_size": 96, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True, "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 2048}
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 768,
+       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+
+
+def random_detokenizer(runtime: Runtime) -> UnclipDetokenizer:
+    """SD-2.1-unCLIP with random weights, without its text encoder (the empty prompt is a constant)."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+    from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
+
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
+    return UnclipDetokenizer(SeedUnclipPipeline(
+        feature_extractor=None, image_encoder=None, tokenizer=None, text_encoder=None,
+        image_normalizer=StableUnCLIPImageNormalizer(1024).to(runtime.device, runtime.dtype),
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        unet=fill_random(unet, runtime.device, runtime.dtype), vae=fill_random(vae, runtime.device, runtime.dtype),
+        scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False)))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Time each task."""
+    runtime = choose_device(options.device, options.dtype, log=None, fp16=RELEASED_FP16)
+    steps = {} if options.steps is None else {"num_inference_steps": options.steps}
+    tasks: dict[str, Callable[[int], Any]]  # what draws so many images
+    if options.model == "original":
+        decoder: Any = random_detokenizer(runtime)
+        embeds = torch.randn(max(options.batches), decoder.embedding_dim)
+        tasks = {"reconstruct": lambda count: decoder.decode(embeds[:count], **steps)}
+    else:
+        system = open_system(system_folder(options.model), device=options.device, dtype=options.dtype, log=None)
+        decoder = getattr(system.pictures.decoder, "pixels", system.pictures.decoder)  # LaVIT's has two parts
+        images = input_images(max(options.batches))
+        tasks = {"draw": lambda count: system.draw_all(["a red fish"] * count, **steps),
+                 "edit": lambda count: system.edit_all(images[:count], "Put it at night.", **steps),
+                 "reconstruct": lambda count: system.reconstruct(images[:count], **steps)}
+
+    def compiled(batch: int) -> Timed:  # for the rest of the run
+        for unet in [part for model in decoder.models for part in model.modules() if "UNet2D" in type(part).__name__]:
+            unet.to(memory_format=torch.channels_last).compile()
+        return Timed(lambda: tasks["reconstruct"](batch), batch)
+
+    settings = {"parameters": sum(p.numel() for model in decoder.models for p in model.parameters()),
+                "steps": options.steps or decoder.defaults.num_inference_steps}
+    for name, draw in tasks.items():
+        variants = {"plain": lambda batch, draw=draw: Timed(lambda: draw(1), 1),
+                    "batch": lambda batch, draw=draw: Timed(lambda: draw(batch), batch)}
+        if name == "reconstruct" and runtime.device.type == "cuda":
+            variants["compiled"] = compiled
+        compare(name, "images", variants, options, runtime, settings)
+
+
+if __name__ == "__main__":
+    parser = benchmark_parser(__doc__, [1, 8])
+    parser.add_argument("--steps", type=int, help="diffusion steps (default: the system's; original: 20)")
+    start(run, parser)

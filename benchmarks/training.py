@@ -1,0 +1,163 @@
+"""Time training steps: the language model's (LoRA as the original) and stage 2 of the SEED-2 tokenizer.
+
+    python benchmarks/training.py                                     sizes of pretrained/nano, random weights
+    python benchmarks/training.py --device cuda --model original      Vicuna-7B's and the SEED-2 tokenizer's sizes
+    python benchmarks/training.py --parts llm --variants plain packed
+
+Language model, on captions of an image's 32 codes and 6 to 40 text tokens; rates count useful tokens (no padding).
+`plain` is the original's step: one caption a row, padded to 200 tokens, transformers' loss over all positions,
+activation checkpointing. `packed`: rows packed, loss on learned tokens only. On CUDA `compiled` also compiles the
+layers, `selective` checkpoints every other one of these, `kept` none, and `liger` adds liger-kernel's loss.
+Tokenizer: `plain` are the modules; `compiled` (CUDA) compiles the step's forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from shared import Timed, benchmark_parser, compare, rounded, start, system_folder
+from torch import Tensor, nn
+
+from seed_multimodal.device import Runtime, choose_device
+from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.peaks import known_peak
+from seed_multimodal.systems.system_file import read_system_json
+from seed_multimodal.tokenizers.seed2 import Seed2Config
+from seed_multimodal.tokenizers.stage2 import Stage2Model
+from seed_multimodal.training.llm.flops import step_flops
+from seed_multimodal.training.llm.loss import packed_loss
+from seed_multimodal.training.llm.model import build_llm
+from seed_multimodal.training.llm.model_settings import LlmModelSettings
+
+VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+             "max_position_embeddings": 2048}
+PADDED_LENGTH, LEAST_TEXT, MOST_TEXT = 200, 6, 40
+CHECKPOINTING = {"plain": True, "packed": True, "compiled": True, "selective": "selective", "kept": False,
+                 "liger": False}  # of the language model's variants
+
+
+def read_sizes(model: str) -> tuple[dict[str, Any], ImageVocabulary, Seed2Config]:
+    """Sizes of the language model, its vocabulary, sizes of the tokenizer."""
+    if model == "original":
+        return VICUNA_7B, ImageVocabulary(), Seed2Config()
+    folder = system_folder(model)
+    file = read_system_json(folder)
+    llm = json.loads((folder / file.llm / "config.json").read_text())
+    tokenizer = Seed2Config.read(folder / file.tokenizer / "config.json")
+    words = ImageVocabulary(llm["vocab_size"] - tokenizer.codebook_size - 2, tokenizer.codebook_size)
+    return {name: llm[name] for name in VICUNA_7B}, words, tokenizer
+
+
+def captions(words: ImageVocabulary, rows: int, length: int, packing: bool) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Rows of `<s><img>codes</img>text</s>`, one in each or packed; their tensors, and the captions' lengths."""
+    rng, lengths = np.random.default_rng(0), []
+    ids, positions, labels = (np.full((rows, length), value) for value in (0, 0, -100))
+    for row in range(rows):
+        end = 0
+        while (end == 0 or packing) and length - end >= LEAST_TEXT + words.tokens_per_image + 4:
+            text = np.clip(int(rng.lognormal(2.5, 0.4)), LEAST_TEXT, MOST_TEXT)
+            text = min(text, length - end - words.tokens_per_image - 4)
+            codes = rng.integers(words.n_text, words.boi_id, words.tokens_per_image)
+            caption = [1, words.boi_id, *codes, words.eoi_id, *rng.integers(3, words.n_text, text), 2]
+            start, end = end, end + len(caption)
+            ids[row, start:end], labels[row, start + 1:end] = caption, caption[1:]
+            positions[row, start:end] = np.arange(end - start)
+            lengths.append(end - start)
+        positions[row, end:] = np.arange(length - end)
+    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(positions)}, np.array(lengths)
+
+
+def training_step(model: nn.Module, loss: Callable[[], Tensor], runtime: Runtime) -> Callable[[], Tensor]:
+    """Forward under autocast, backward, clipped gradients, AdamW."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=runtime.device.type == "cuda")
+
+    def step() -> Tensor:
+        with torch.autocast(runtime.device.type, dtype=runtime.dtype, enabled=runtime.dtype != torch.float32):
+            value = loss()
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        return value.detach()
+
+    return step
+
+
+def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: str) -> Timed:
+    """A step of the language model on `rows` packed rows, or as many positions of padded ones."""
+    sizes, words, _ = read_sizes(options.model)
+    length = options.length or (2048 if options.model == "original" else 256)
+    packing = variant != "plain"
+    if not packing:
+        rows, length = max(1, rows * length // PADDED_LENGTH), PADDED_LENGTH
+    tensors, lengths = captions(words, rows, length, packing)
+    mask = None if packing else (tensors["input_ids"] != 0).long().to(runtime.device)
+    batch = {name: tensor.to(runtime.device) for name, tensor in tensors.items()}
+    settings = LlmModelSettings(
+        sizes=sizes, dtype="fp32" if runtime.dtype == torch.float32 else "bf16", lora={"lora_dropout": 0.05},
+        attention="auto" if packing else "sdpa", gradient_checkpointing=CHECKPOINTING[variant],
+        compile=variant not in ("plain", "packed"))
+    with torch.device(runtime.device):  # drawing seven billion weights on a CPU takes minutes
+        model: Any = build_llm(settings, SimpleNamespace(vocabulary=words), runtime.device)
+
+    def loss() -> Tensor:
+        if not packing:
+            return model(**{**batch, "position_ids": None}, attention_mask=mask, use_cache=False).loss
+        kind = "liger" if variant == "liger" else "auto"
+        return packed_loss(model, SimpleNamespace(**batch, attention_mask=None), kind=kind).mean
+
+    step = training_step(model, loss, runtime)
+    tokens, first = int(lengths.sum()), float(step())
+    flops = step_flops(model, tokens, float((lengths**2).sum()) / tokens, tokens - len(lengths))
+    peak = known_peak(runtime.device, runtime.dtype)
+
+    def extra(seconds: float) -> dict[str, Any]:
+        tflops = flops / seconds / 1e12
+        return {"model_tflops": rounded(tflops), "mfu": peak and rounded(tflops / peak), "rows": rows,
+                "fill": round(tokens / (rows * length), 4), "first_loss": round(first, 3),
+                "loss": round(float(step()), 3)}
+
+    return Timed(step, tokens, extra)
+
+
+def tokenizer_step(options: argparse.Namespace, runtime: Runtime, batch: int, variant: str) -> Timed:
+    """A step of stage 2 with given target embeddings."""
+    sizes = read_sizes(options.model)[2].to_dict()
+    config = Seed2Config.from_dict({**sizes, "use_qformer_image": True, "reverse_depth": 4, "recon_s": True})
+    torch.manual_seed(0)
+    with torch.device(runtime.device):
+        model = Stage2Model(config)
+        pixels = torch.randn(batch, 3, config.vit.image_size, config.vit.image_size)
+        target = torch.randn(batch, config.image_features_dim)
+    forward = torch.compile(model) if variant == "compiled" else model
+    step = training_step(model, lambda: forward(pixels, target).loss, runtime)
+    first = float(step())
+    return Timed(step, batch, lambda seconds: {"first_loss": round(first, 3), "loss": round(float(step()), 3)})
+
+
+def run(options: argparse.Namespace) -> None:
+    """Time both trainings."""
+    runtime = choose_device(options.device, options.dtype, log=None)
+    cuda = runtime.device.type == "cuda"
+    parts = {"llm": (llm_step, "useful_tokens", [*CHECKPOINTING] if cuda else ["plain", "packed"],
+                     8 if options.model == "original" else 16),
+             "tokenizer": (tokenizer_step, "images", ["plain", "compiled"] if cuda else ["plain"], 64)}
+    for part in options.parts:
+        make, unit, names, batch = parts[part]
+        compare(f"training {part}", unit, {name: lambda batch, make=make, name=name: make(options, runtime, batch, name)
+                                           for name in names}, options, runtime, {}, options.batches or [batch])
+
+
+if __name__ == "__main__":
+    parser = benchmark_parser(__doc__, [])
+    parser.add_argument("--parts", nargs="+", choices=("llm", "tokenizer"), default=["llm", "tokenizer"])
+    parser.add_argument("--length", type=int, help="positions of a packed row (nano 256, original 2,048)")
+    start(run, parser)

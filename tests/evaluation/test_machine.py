@@ -1,0 +1,18 @@
+"""The facts about the machine that reports and benchmarks keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from seed_multimodal.evaluation import machine
+
+
+@pytest.mark.process
+def test_machine_facts(tmp_path: Path) -> None:
+    facts = machine.hardware()
+    assert facts["cpu"] and facts["cores"] >= 1 and facts["memory_gib"] > 0 and "gpu" not in facts
+    assert machine.versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert machine.commit(tmp_path) == "unknown"
