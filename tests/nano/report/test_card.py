@@ -12,7 +12,7 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.weights import save_state_dict
 from seed_nano.report.card import write_card
 
-DATA = Path(__file__).resolve().parents[2] / "data" / "nano"
+DATA = Path(__file__).resolve().parents[3] / "data" / "nano"
 
 
 def record(work: Path, place: str, **values: object) -> None:

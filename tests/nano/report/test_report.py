@@ -254,7 +254,7 @@ def test_what_the_end_of_a_report_needs_is_looked_for_at_its_start(tmp_path: Pat
 
 
 def test_a_report_goes_into_its_own_systems_folder(tmp_path: Path) -> None:
-    shipped = Path(__file__).resolve().parents[2] / "pretrained"
+    shipped = Path(__file__).resolve().parents[3] / "pretrained"
     assert report.report_folder("nano").resolve() == shipped / "nano" / "report"
     assert report.report_folder("nano-x").resolve() == shipped / "nano-x" / "report"
     assert report.report_folder(tmp_path) == tmp_path / "report"
@@ -263,7 +263,7 @@ def test_a_report_goes_into_its_own_systems_folder(tmp_path: Path) -> None:
 
 
 def test_which_judge_scores(tmp_path: Path) -> None:
-    shipped = Path(__file__).resolve().parents[2] / "pretrained" / "nano" / "judge"
+    shipped = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "judge"
     assert report.find_judge("nano", None).resolve() == shipped
     assert report.find_judge(tmp_path, None).resolve() == shipped  # a system of one's own has none
     assert report.find_judge(tmp_path, tmp_path / "other") == tmp_path / "other"

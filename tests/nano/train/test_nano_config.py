@@ -7,7 +7,7 @@ import pytest
 from seed_multimodal.errors import ConfigError
 from seed_nano.train.config import load_config
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "nano"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "nano"
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))

@@ -26,7 +26,7 @@ from seed_nano.train_lavit.workspace import LavitSpace
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NANO = ROOT / "pretrained" / "nano"
 CONFIG = "configs/nano_lavit/test.yaml"
 PLAIN = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

@@ -16,7 +16,7 @@ from PIL import Image
 from seed_multimodal import SeedLlama
 from seed_nano.train.__main__ import main
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PLAIN = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT = {**PLAIN, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                "PYTHON": warm_python.PYTHON}

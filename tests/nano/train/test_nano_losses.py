@@ -21,7 +21,7 @@ from seed_nano.train.llm_recipe import PRETRAIN, SFT, install_llm, write_llm_rec
 from seed_nano.train.workspace import Workspace
 from seed_nano.world.records import KINDS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EXPECTED = Path(__file__).with_name("nano_losses.json")
 STEPS = (1, 2, 5, 10, 20, 30)
 SETTINGS = ["pool=60", "gate_scenes=60", "llm.text_vocabulary=1500", "tokenizer.codes=1024",

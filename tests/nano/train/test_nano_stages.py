@@ -36,7 +36,7 @@ from seed_nano.world.targets import (
     true_spots,
 )
 
-TEST = Path(__file__).resolve().parents[2] / "configs" / "nano" / "test.yaml"
+TEST = Path(__file__).resolve().parents[3] / "configs" / "nano" / "test.yaml"
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])

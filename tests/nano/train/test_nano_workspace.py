@@ -20,7 +20,7 @@ from seed_nano.train.config import NanoConfig, load_config
 from seed_nano.train.vae import VaeTask, build_vae, latents
 from seed_nano.train.workspace import Workspace
 
-TEST = Path(__file__).resolve().parents[2] / "configs" / "nano" / "test.yaml"
+TEST = Path(__file__).resolve().parents[3] / "configs" / "nano" / "test.yaml"
 
 
 def test_what_is_kept_is_made_anew_when_it_no_longer_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
