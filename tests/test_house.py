@@ -262,7 +262,7 @@ def test_damaged_yaml_is_one_sentence(tmp_path, content):
 def test_licences_are_there():
     text = (ROOT / "License.txt").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
-    for named in ("data/nano/NOTICE.md", "images/NOTICE.md"):
+    for named in ("data/nano/NOTICE.md", "images/NOTICE.md", "pretrained/nano-x/", "pretrained/nano-lavit/", "CC BY"):
         assert named in (ROOT / "NOTICE").read_text()
     assert (ROOT / "images" / "NOTICE.md").is_file()
 

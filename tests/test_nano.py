@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from seed_multimodal import SeedLlama, open_image
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_nano.report.judge import Judge
 from seed_nano.report.tasks import all_words, every, picture_words, right_labels
 from seed_nano.world.scene import Scene, render
@@ -93,7 +94,8 @@ def test_stock_pipeline_class_runs_the_decoder() -> None:
     from diffusers import StableUnCLIPImg2ImgPipeline
 
     folder = NANO / "seed_tokenizer" / "diffusion_model"
-    pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(folder, tokenizer=None, text_encoder=None)
+    pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(
+        folder, tokenizer=None, text_encoder=None, image_encoder=load_clip_vision(folder / "image_encoder", log=None))
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.unet.config.cross_attention_dim
     picture = pipeline(

@@ -62,7 +62,9 @@ def _copy(source: Path, place: Path) -> None:
         return
     shutil.copytree(source, place, dirs_exist_ok=True, ignore=OF_TRAINING)
     for name, key in (("tower.json", "file"), ("vae.json", "folder")):
-        if (source / name).is_file():
-            values = read_json_object(source / name)
-            values[key] = Path(os.path.relpath((source / values[key]).resolve(), place.resolve())).as_posix()
-            replace_text(place / name, json.dumps(values) + "\n")
+        for file in source.rglob(name):
+            values = read_json_object(file)
+            named, copied = (file.parent / values[key]).resolve(), place / file.relative_to(source)
+            if not named.is_relative_to(source.resolve()):
+                values[key] = Path(os.path.relpath(named, copied.parent.resolve())).as_posix()
+                replace_text(copied, json.dumps(values) + "\n")

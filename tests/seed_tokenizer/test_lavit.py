@@ -30,13 +30,12 @@ TINY = ["model.merger={merger_depth: 1, merger_heads: 6, merger_mlp_width: 64, l
 
 def other_tower(home: Path) -> Path:
     """A tower of the same size with other weights."""
-    from seed_multimodal.weights import load_state_dict, save_state_dict
+    from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 
-    folder = home / "other"
-    shutil.copytree(TOWER, folder)
-    save_state_dict({name: 1.1 * value if value.is_floating_point() else value for name, value in
-                     load_state_dict(TOWER / "model.safetensors").items()}, folder / "model.safetensors")
-    return folder
+    vision = load_clip_vision(TOWER, log=None)
+    vision.load_state_dict({name: 1.1 * value for name, value in vision.state_dict().items()})
+    vision.save_pretrained(home / "other")
+    return home / "other"
 
 
 @pytest.fixture

@@ -58,8 +58,13 @@ def test_assemble_keeps_what_a_part_names_elsewhere(tmp_path: Path, capsys: pyte
     source = FOX.parents[1] / "pretrained" / "nano-lavit"
     assert main(["assemble", "lavit", "--tokenizer", str(source / "tokenizer"), "--pixels", str(source / "pixels"),
                  "--decoder", str(source / "decoder"), "--out", str(tmp_path / "a" / "system")]) == 0
-    for name, key in (("tokenizer/tower.json", "file"), ("pixels/vae.json", "folder")):
-        file = tmp_path / "a" / "system" / name
+    nano = source.parent / "nano" / "seed_tokenizer"
+    assert main(["assemble", "seed-llama", "--llm", str(nano.parent / "seed_llama"), "--tokenizer", str(nano),
+                 "--detokenizer", str(nano / "diffusion_model"), "--out", str(tmp_path / "b" / "system")]) == 0
+    for name, key in (("a/system/tokenizer/tower.json", "file"), ("a/system/pixels/vae.json", "folder"),
+                      ("b/system/detokenizer/image_encoder/tower.json", "file"),
+                      ("b/system/tokenizer/diffusion_model/image_encoder/tower.json", "file")):
+        file = tmp_path / name
         assert (file.parent / json.loads(file.read_text())[key]).exists()
 
 

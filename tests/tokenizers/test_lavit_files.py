@@ -192,7 +192,7 @@ def test_a_tower_that_another_system_holds(tmp_path: Path, pixels: Tensor) -> No
     assert equal(again.encode(pixels, mode="threshold"), model.encode(pixels, mode="threshold"))
     assert equal(again.continuous(pixels, mode="threshold"), model.continuous(pixels, mode="threshold"))
     other.rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"tower.json: names the file \S+ for the vision tower"):
+    with pytest.raises(CheckpointError, match=r"tower.json: names the file \S+ for the vision encoder"):
         load_dynamic_tokenizer(place)
 
 

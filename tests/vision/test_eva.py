@@ -6,16 +6,20 @@ import copy
 import dataclasses
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import ConfigError, ImageError
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.vision.checkpointing import checkpoint_layers, is_checkpointed
 from seed_multimodal.vision.clip_towers import eva_from_clip
 from seed_multimodal.vision.eva import EvaConfig, EvaVit, resize_positions
 from seed_multimodal.vision.layers import LayerNorm
+from seed_multimodal.vision.shared_encoder import share_encoder
+from seed_multimodal.weights import load_state_dict, save_state_dict
 
 SMALL = EvaConfig(image_size=16, patch_size=4, width=24, depth=3, heads=3, mlp_width=40)
 
@@ -53,6 +57,26 @@ def test_a_clip_tower_s_weights_give_a_clip_tower_s_output() -> None:
         without = EvaVit(SMALL)
         without.load_state_dict(eva_from_clip(clip.state_dict(), without.config))
         assert (without(images) - wanted).abs().max() > 0.1
+
+
+def test_share_encoder_stores_equal_tensors_once(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=4,
+        projection_dim=8))
+    clip.save_pretrained(tmp_path / "clip")
+    before, file = load_clip_vision(tmp_path / "clip", log=None).state_dict(), tmp_path / "tokenizer.safetensors"
+    eva = eva_from_clip(before, dataclasses.replace(SMALL, depth=2, pre_norm=True))
+    tensors = {f"v.{name}": value for name, value in eva.items()}
+    save_state_dict({**tensors, "v.blocks.0.attn.q_bias": torch.ones(24)}, file)
+    assert not share_encoder(tmp_path / "clip", file, "v.") and not (tmp_path / "clip" / "tower.json").exists()
+    save_state_dict(tensors, file)
+    assert share_encoder(tmp_path / "clip", file, "v.")
+    assert "visual_projection.weight" in (own := load_state_dict(tmp_path / "clip" / "model.safetensors"))
+    assert not any(name.endswith("fc1.weight") for name in own)
+    after = load_clip_vision(tmp_path / "clip", log=None).state_dict()
+    assert after.keys() == before.keys() and all(value.equal(before[name]) for name, value in after.items())
 
 
 def test_output_projections_start_smaller_with_depth() -> None:

@@ -17,6 +17,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import find_folder
 from seed_multimodal.tokenizers.checkpoints import empty_model
+from seed_multimodal.vision.shared_encoder import with_named_encoder
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 Log = Callable[[str], None] | None
@@ -91,7 +92,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
     for name in (SAFE, OLD):
         file, index = folder / name, folder / f"{name}.index.json"
         if file.is_file():
-            return load_state_dict(file), file
+            return with_named_encoder(folder, load_state_dict(file)), file
         if index.is_file():
             shards = read_json_object(index, advice=CLIP_WHERE).get("weight_map")
             if not isinstance(shards, dict) or not shards:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import fnmatch
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,17 +29,17 @@ from torch import Tensor, nn
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import first_file
-from seed_multimodal.settings import check_keys, check_value
 from seed_multimodal.tokenizers.checkpoints import with_buffers
 from seed_multimodal.tokenizers.lavit import MODEL_TYPE, DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.tokenizers.lavit_merger import Merger
 from seed_multimodal.vision.eva import EvaConfig
 from seed_multimodal.vision.layers import cast_layers
+from seed_multimodal.vision.shared_encoder import name_encoder, named_encoder
 from seed_multimodal.weights import assign_strictly, load_state_dict, refuse_tensors, save_state_dict
 
 State = dict[str, Tensor]
 TOWER = "encoder."
-OURS, ELSEWHERE = "model.safetensors", "tower.json"
+OURS = "model.safetensors"
 CODING = ("token_predictor.*", "causal_encoder.*", "quantize.embedding.*", "encode_task_layer.*")
 READING = ("causal_encoder.*", "vit_proj.*")  # what stage 2 trains with the language model
 LEFT_OUT = ("quantize.*", "decoder.*")  # states of training beside the codebook's rows
@@ -152,18 +151,12 @@ def save_dynamic_tokenizer(model: DynamicTokenizer, folder: str | Path, understa
     left_out = ("quantize.ema_", *((TOWER,) if tower else ()))
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(left_out)}
     if tower:
-        name_tower(place, *tower)
+        name_encoder(place, *tower)
     save_state_dict(state, place / OURS, {"model_type": MODEL_TYPE})
     if understanding is not None:
         save_state_dict(reading_state(understanding), place / "visual_weight.safetensors", {"model_type": MODEL_TYPE})
     replace_text(place / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
     return place
-
-
-def name_tower(folder: str | Path, file: str | Path, prefix: str) -> None:
-    """Write `tower.json`: the vision tower of the tokenizer in `folder` is in `file`, under names with a prefix."""
-    where = Path(os.path.relpath(Path(file).resolve(), Path(folder).resolve())).as_posix()
-    replace_text(Path(folder) / ELSEWHERE, json.dumps({"file": where, "prefix": prefix}) + "\n")
 
 
 def reading_state(model: DynamicTokenizer) -> State:
@@ -211,11 +204,13 @@ def _find(folder: Path, understanding: bool, language_model: str) -> tuple[list[
         raise CheckpointError(f"{folder}: there is no such LaVIT folder; {WHERE}.")
     own = folder / "config.json"
     if (folder / OURS).is_file() and own.is_file() and read_json_object(own).get("model_type") == MODEL_TYPE:
-        reader, tower = first_file(folder, _either("visual_weight")), _tower_elsewhere(folder)
-        needed: tuple[str, ...] = CODING if tower else (TOWER + "*", *CODING)
+        reader, tower = first_file(folder, _either("visual_weight")), named_encoder(folder)
+        needed: tuple[str, ...] = (TOWER + "*", *CODING) if tower is None else CODING
         if understanding and reader is None:
             needed = (*needed, "vit_proj.*")
-        found = [*tower, _Part(folder / OURS, needed)]
+        found = [_Part(folder / OURS, needed)]
+        if tower is not None:
+            found.insert(0, _Part(tower[0], (TOWER + "*",), TOWER, tower[1]))
         return [*found, _Part(reader, READING)] if understanding and reader is not None else found, own
     place = folder / "visual_tokenizer"
     if (folder / OURS).is_file() and not place.is_dir():
@@ -233,20 +228,6 @@ def _find(folder: Path, understanding: bool, language_model: str) -> tuple[list[
         parts.append(_Part(file, needed, prefix))
     sizes = place / "config.json"
     return parts, sizes if sizes.is_file() else None
-
-
-def _tower_elsewhere(folder: Path) -> list[_Part]:
-    """The file that `tower.json` names."""
-    listed = folder / ELSEWHERE
-    if not listed.is_file():
-        return []
-    values = read_json_object(listed)
-    check_keys(values, ("file", "prefix"), str(listed))
-    file, prefix = (check_value(str, values.get(key), f"{listed}: {key}") for key in ("file", "prefix"))
-    if not (folder / file).is_file():
-        raise CheckpointError(f"{listed}: names the file {folder / file} for the vision tower, where there is none; "
-                              "keep this folder beside the one that it names.")
-    return [_Part(folder / file, (TOWER + "*",), TOWER, prefix)]
 
 
 def _either(name: str) -> tuple[str, str]:

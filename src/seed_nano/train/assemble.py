@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from seed_multimodal.tokenizers.released import TOWER
+from seed_multimodal.vision.shared_encoder import share_encoder
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.workspace import Workspace
 from seed_nano.world.verdicts import VERDICT_END
@@ -40,6 +42,7 @@ def assemble(space: Workspace) -> dict[str, Any]:
     (out / "system.json").write_text(json.dumps(settings, indent=1))
     for file in sorted(out.rglob("*.safetensors")):
         halve(file)
+    share_encoder(decoder / "image_encoder", space.tokenizer_folder / "model.safetensors", TOWER)
     weights = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
     return {"weights_mb": round(weights / 1e6, 2), "folder": str(out)}
 

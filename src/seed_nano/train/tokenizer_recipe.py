@@ -30,12 +30,13 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.disk import replace_copy, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.stage import read_record
 from seed_multimodal.vision.clip_towers import eva_from_clip
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.weights import save_state_dict
 from seed_nano.train.clip import HEADS_FILE, READOUT_FILE
 from seed_nano.train.config import NanoConfig
 from seed_nano.train.tokenizer import code_metrics, tokenizer_config
@@ -171,12 +172,12 @@ def join_stages(space: Workspace) -> dict[str, Any]:
         print(f"[tokenizer] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
         return record
     started = time.monotonic()
-    space.need("clip", space.decoder_folder / "image_encoder" / "model.safetensors", space.work / HEADS_FILE,
+    encoder = space.decoder_folder / "image_encoder"
+    space.need("clip", encoder / "model.safetensors", space.work / HEADS_FILE,
                space.work / READOUT_FILE)
     new, vision = space.work / "tokenizer", space.work / "tokenizer-vision.safetensors"
     sizes = tokenizer_config(space.config)
-    clip = load_state_dict(space.decoder_folder / "image_encoder" / "model.safetensors")
-    save_state_dict(eva_from_clip(clip, sizes.vit), vision)
+    save_state_dict(eva_from_clip(load_clip_vision(encoder, log=None).state_dict(), sizes.vit), vision)
     export_tokenizer(files[1], new, stage1=files[0], vision=vision, config=sizes, force=True)
     space.tokenizer_folder.mkdir(parents=True, exist_ok=True)
     for name in ("model.safetensors", "config.json"):

@@ -25,7 +25,7 @@ from seed_multimodal.detokenizers.autoencoder import ELSEWHERE
 from seed_multimodal.detokenizers.sdxl import LAYOUT
 from seed_multimodal.disk import replace_text
 from seed_multimodal.system_folder import join
-from seed_multimodal.tokenizers.lavit_files import name_tower
+from seed_multimodal.vision.shared_encoder import name_encoder
 from seed_multimodal.weights import count_parameters
 from seed_nano.train.assemble import halve
 from seed_nano.train.successors import relative, trained_to_its_end, trainer_settings, write_unet
@@ -151,7 +151,7 @@ def assemble(space: LavitSpace) -> dict[str, Any]:
          {"selection": SELECTION, "generation": SPEAKING, "answer_after": VERDICT_END})
     replace_text(space.decoder_folder / ELSEWHERE, json.dumps(
         {"folder": relative(space.autoencoder, space.decoder_folder)}))
-    name_tower(space.tokenizer_folder, space.nano_tokenizer / "model.safetensors", PREFIX)
+    name_encoder(space.tokenizer_folder, space.nano_tokenizer / "model.safetensors", PREFIX)
     for file in sorted(out.rglob("*.safetensors")):
         halve(file)
     sizes = {part.name: round(sum(f.stat().st_size for f in part.rglob("*.safetensors")) / 1e6, 2)

@@ -45,6 +45,7 @@ def test_the_line_ends_in_a_system_that_answers(
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
     index = json.loads((out / "seed_tokenizer/diffusion_model/model_index.json").read_text())
     assert index["_class_name"] == "StableUnCLIPImg2ImgPipeline"
+    assert (out / "seed_tokenizer/diffusion_model/image_encoder/tower.json").is_file()
     for stage, steps in (("stage1", 4), ("stage2", 10)):
         assert json.loads((work / stage / f"{stage}.done.json").read_text())["steps"] == steps
     assert json.loads((work / "tokenizer.done.json").read_text())["codebook"] == 64
