@@ -42,7 +42,7 @@ from_here() {  # from_here PATH: as it was meant where the script was called
 }
 
 stages() {  # stages NAMES [THREADS]
-  "$python" -m "seed_multimodal.training.$system" --config "$config" --work "$work" --out "$out" --only "$1" \
+  "$python" -m "seed_nano.train${system#nano}" --config "$config" --work "$work" --out "$out" --only "$1" \
     --threads "${2:-$half}" ${overrides[@]+"${overrides[@]}"}
 }
 

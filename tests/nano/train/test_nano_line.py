@@ -99,7 +99,7 @@ def standing_in(folder: Path) -> dict[str, str]:
     python = folder / "python"
     python.write_text(f"""#!/bin/sh
 case "$*" in
-  *training.nano*--only*) echo "$$ $*" >> "{folder}/started"
+  *seed_nano.train*--only*) echo "$$ $*" >> "{folder}/started"
     case "$*" in *"--only ${{FAILS:-none}} "*) exit 3 ;; esac
     exec sleep 60 ;;
   *) exec "{sys.executable}" "$@" ;;

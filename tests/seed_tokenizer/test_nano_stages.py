@@ -23,7 +23,7 @@ from seed_nano.train.workspace import Workspace
 from seed_nano.world.splits import scene_at
 from seed_nano.world.targets import CLASSES
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 
 
