@@ -49,7 +49,7 @@ language_model() {
 train_judge() {
   [ "$report" = 1 ] && [ "$judge" = "$out/judge" ] && [ ! -f "$judge/config.json" ] || return 0
   echo "== judge"
-  "$python" -m seed_nano.report.train_judge --out "$judge" --work "$work/judge" --steps "$judge_steps"
+  "$python" -m seed_nano.report.judge --out "$judge" --work "$work/judge" --steps "$judge_steps"
 }
 
 export OMP_NUM_THREADS=$half
@@ -59,7 +59,7 @@ both decoder_of_codes language_model
 stages assemble
 write_domain
 if [ "$report" = 1 ]; then
-  "$python" -m seed_nano.report.report --model "$out" --judge "$judge" --out "$out/report" \
+  "$python" -m seed_nano.report --model "$out" --judge "$judge" --out "$out/report" \
     ${amount[@]+"${amount[@]}"}
   echo "The report card is $out/report/report.md."
 fi

@@ -62,7 +62,7 @@ report_on_start() {  # report_on_start LIMIT: the report card, by the judge of t
   amount=()
   [ "$name" != pico ] || amount=(--limit "$1")
   nano=$(sed -n 's/^start: //p' "$work/config.yaml")
-  "$python" -m seed_nano.report.report --model "$out" --judge "$nano/judge" --out "$out/report" \
+  "$python" -m seed_nano.report --model "$out" --judge "$nano/judge" --out "$out/report" \
     ${amount[@]+"${amount[@]}"}
   echo "The report card is $out/report/report.md."
 }

@@ -13,7 +13,7 @@ from PIL import Image
 from seed_multimodal import SeedLlama, open_image
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_nano.report.judge import Judge
-from seed_nano.report.tasks import all_words, every, picture_words, right_labels
+from seed_nano.report.scoring import all_words, every, picture_words, right_labels
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.words import describe, normalise

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from seed_nano.report.report import main as report
+from seed_nano.report.__main__ import main as report
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, JUDGE = ROOT / "pretrained" / "nano-lavit", ROOT / "pretrained" / "nano" / "judge"

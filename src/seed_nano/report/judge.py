@@ -1,41 +1,53 @@
-"""The independent judge: a small ResNet that reads a scene's labels off a rebuilt or drawn picture.
+"""The judge: a small ResNet that reads a scene's labels off an image, independently of the systems.
 
-It is trained by `seed_nano.report.train_judge` on scenes of all parts, held-out ones included, with exact
-labels, another seed and another architecture than the system's own vision tower, and is never used in training.
+    python -m seed_nano.report.judge --out pretrained/nano/judge        # trains it
 
     judge = Judge.from_pretrained("pretrained/nano/judge")
-    judge.labels(pictures)            # class numbers int64 [N, 5], in the order of world.targets.JUDGED
-    judge.embed_images(pictures)      # unit vectors [N, D] for retrieval
+    judge.labels(images)              # class numbers int64 [N, 5], in the order of world.targets.JUDGED
+    judge.embed_images(images)        # unit vectors [N, D] for retrieval
 
-Where a thing is looked for follows from the layout: for each layout the cells of the feature map have learned weights
-for the first and for the second thing, and one classifier names both, so a thing is learned once for all its places.
+It is trained on scenes of all splits, with another seed and architecture than a system's vision encoder. For each
+layout the cells of the feature map have learned weights for the first and for the second thing, and one classifier
+names both, so a thing is learned once for all its places.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
+from seed_multimodal.device import choose_device
 from seed_multimodal.disk import read_json_object, replace_text
-from seed_multimodal.errors import CheckpointError, DataError
+from seed_multimodal.entry import DONE, run_program
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import locate, locate_system
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.stage import StageTask, train_stage
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
-from seed_nano.world.targets import JUDGED, NOTHING
+from seed_nano.world.evaluation import HELD_OUT_SPLITS
+from seed_nano.world.evaluation import scenes as listed
+from seed_nano.world.scene import Scene, render
+from seed_nano.world.splits import draw_scene
+from seed_nano.world.targets import JUDGED, NOTHING, label_tensor
+from seed_nano.world.things import HELD_OUT, NAMES
 
-Pictures = Sequence[Image.Image] | NDArray[np.uint8]
 SHIPPED = "pretrained/nano/judge"
 SHARPNESS = 10.0  # of the weights of cells, so that they are learned as fast as the rest
 TWO_KINDS = ("left of", "above", "two kinds")
+STEPS, BATCH, SEED, LR, WARMUP = 1500, 96, 77, 3e-3, 200
 
 
 @dataclass
@@ -73,14 +85,6 @@ class ResidualBlock(nn.Module):
         return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
 
 
-@dataclass
-class Reading:
-    """What a judge sees: logits `[B, classes]` by label, and the features `[B, D]` they are read from."""
-
-    logits: dict[str, Tensor]
-    features: Tensor
-
-
 class Judge(nn.Module):
     """ResNet, layout head, cell weights for each layout, one classifier of things; see the module's docstring."""
 
@@ -106,8 +110,11 @@ class Judge(nn.Module):
         alone = [not name.startswith(TWO_KINDS) for name in config.labels["layout"]]
         self.register_buffer("alone", torch.tensor(alone), persistent=False)
 
-    def forward(self, pixels: Tensor, layout: Tensor | None = None) -> Reading:
-        """[B, 3, S, S] in -1..1; `layout` [B], the true class numbers in training, says where to look."""
+    def forward(self, pixels: Tensor, layout: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """[B, 3, S, S] in -1..1 → logits `[B, classes]` by label, and the features [B, D] that they are read from.
+
+        `layout` [B], the true class numbers in training, says where to look.
+        """
         grid = self.body(pixels)
         narrow = F.relu(self.narrow(grid)).flatten(1)
         top, bottom = (half.amax((2, 3)) for half in grid.chunk(2, 2))  # tells three of one kind from one and two
@@ -123,29 +130,23 @@ class Judge(nn.Module):
                   "style": self.style(torch.cat([seen[:, 0], mean], 1)), "background": self.background(mean),
                   "layout": layouts}
         parts = (seen[:, 0], seen[:, 1], mean, narrow)
-        return Reading({name: logits[name].float() for name in self.config.labels},
-                       torch.cat([F.normalize(part.float(), dim=1) for part in parts], 1))
+        return ({name: logits[name].float() for name in self.config.labels},
+                torch.cat([F.normalize(part.float(), dim=1) for part in parts], 1))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Judge:
         """Load `config.json` and `model.safetensors` of `folder`, in fp32 and in evaluation mode.
 
         Raises:
-            CheckpointError: when a file is missing, damaged or of another model.
+            CheckpointError: a file is missing, damaged or of another model.
         """
         file = Path(folder) / "config.json"
         raw = read_json_object(file, CheckpointError, "there is no judge in this folder; train one with `python -m "
-                               "seed_nano.report.train_judge`")
-        try:
-            config = JudgeConfig(**{**raw, "widths": tuple(raw["widths"]), "blocks": tuple(raw["blocks"])})
-            judge = cls(config)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(f"{file}: not a config of a judge of scenes ({error}).") from error
-        if list(config.labels.items()) != list(JudgeConfig().labels.items()):
-            raise CheckpointError(f"{file}: a judge of another world: its things, styles, backgrounds or layouts are "
-                                  "not those of data/nano; train one with `python -m "
-                                  "seed_nano.report.train_judge`.")
-        source = file.with_name("model.safetensors")
+                               "seed_nano.report.judge`")
+        if raw.get("labels") != JudgeConfig().labels:
+            raise CheckpointError(f"{file}: not a judge of the scenes of data/nano; train one with `python -m "
+                                  "seed_nano.report.judge`.")
+        judge, source = cls(JudgeConfig(**raw)), file.with_name("model.safetensors")
         state = load_state_dict(source)
         assign_strictly(judge, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, source)
         return judge.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -159,57 +160,120 @@ class Judge(nn.Module):
         return target
 
     @torch.inference_mode()
-    def read(self, pictures: Pictures, batch: int = 256) -> tuple[Tensor, Tensor]:
-        """Class numbers int64 [N, 5] in the order of `config.labels`, and unit vectors [N, D], of PIL pictures of any
-        sizes or uint8 [N, H, W, 3]."""
-        device, labels, features = self.where.device, [], []
-        for start in range(0, len(pictures), batch):
-            pixels = pixels_of(pictures[start : start + batch], self.config.image_size)
-            found = self(pixels.to(device, memory_format=torch.channels_last))
-            labels.append(torch.stack([logits.argmax(1) for logits in found.logits.values()], 1).cpu())
-            features.append(F.normalize(found.features, dim=1).cpu())
-        if not labels:
-            return torch.zeros(0, len(self.config.labels), dtype=torch.long), torch.zeros(0, self.features)
-        return torch.cat(labels), torch.cat(features)
+    def read(self, images: Sequence[Image.Image], batch: int = 256) -> tuple[Tensor, Tensor]:
+        """Class numbers int64 [N, 5] in the order of `config.labels`, and unit vectors [N, D], of images of any
+        size."""
+        features = 2 * self.thing.in_features + self.layout.in_features
+        labels, vectors = [torch.zeros(0, len(self.config.labels), dtype=torch.long)], [torch.zeros(0, features)]
+        for start in range(0, len(images), batch):
+            pixels = torch.cat([pixels_of(one, self.config.image_size) for one in images[start:start + batch]])
+            logits, seen = self(pixels.to(self.where.device, memory_format=torch.channels_last))
+            labels.append(torch.stack([one.argmax(1) for one in logits.values()], 1).cpu())
+            vectors.append(F.normalize(seen, dim=1).cpu())
+        return torch.cat(labels), torch.cat(vectors)
 
-    @property
-    def features(self) -> int:
-        """Width of the vectors that `read` gives."""
-        return 2 * self.thing.in_features + self.layout.in_features
-
-    def labels(self, pictures: Pictures) -> Tensor:
+    def labels(self, images: Sequence[Image.Image]) -> Tensor:
         """Class numbers int64 [N, 5] of `read`."""
-        return self.read(pictures)[0]
+        return self.read(images)[0]
 
-    def embed_images(self, pictures: Pictures) -> Tensor:
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors float32 [N, D] of `read`."""
-        return self.read(pictures)[1]
+        return self.read(images)[1]
 
 
-def pixels_of(pictures: Pictures, size: int) -> Tensor:
-    """Pictures as float32 [N, 3, size, size] in -1..1; shrinking averages areas, so no detail is aliased.
-
-    Raises:
-        DataError: when an array is not uint8 [N, H, W, 3].
-    """
-    if isinstance(pictures, np.ndarray):
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-            raise DataError(f"the judge needs uint8 pictures [N, H, W, 3], got {pictures.dtype} {pictures.shape}.")
-        return shrink(torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1, size)
-    rows = [torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1 for p in pictures]
-    return torch.cat([shrink(row[None], size) for row in rows]) if rows else torch.zeros(0, 3, size, size)
-
-
-def shrink(pixels: Tensor, size: int) -> Tensor:
-    """[N, 3, H, W] → [N, 3, size, size] by area means, or bilinear where a side must grow."""
+def pixels_of(image: Image.Image, size: int) -> Tensor:
+    """An image as float32 [1, 3, size, size] in -1..1; shrinking averages areas, so no detail is aliased."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
     if min(pixels.shape[-2:]) >= size:
         return F.interpolate(pixels, size=(size, size), mode="area")
     return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def find_judge(model: str | Path, given: str | Path | None = None) -> Path:
-    """Folder of the scorer: `given`, or the system's own if it holds one, or the shipped one (of no system)."""
+    """Folder of the judge: `given`, or the system's own if it has one, or the shipped one."""
     if given is not None:
         return Path(given)
     own = (locate_system(model) or Path(model)) / "judge"
     return own if (own / "config.json").is_file() else locate(SHIPPED) or own
+
+
+# ---- training
+
+
+def judge_scene(seed: int, index: int) -> Scene:
+    """Scene number `index` of the endless training stream: any composition of any things."""
+    return draw_scene(random.Random(f"judge {seed} {index}"), NAMES + HELD_OUT)
+
+
+def augmentations(size: int) -> v2.Transform:
+    """Changes that imitate rebuilt images: shifted, tinted, blurred, coarse, banded, noisy. Never mirrored: labels say
+    left and right."""
+    moved = [v2.Pad(8, padding_mode="edge"), v2.RandomAffine(3, (0.02, 0.02), (0.94, 1.06)), v2.CenterCrop(size)]
+    some = [(moved, 0.3), ([v2.ColorJitter(brightness=0.08, contrast=0.1)], 0.4), ([v2.GaussianBlur(3, (0.1, 1.0))], 0.3),
+            ([v2.Resize(size // 2), v2.Resize(size)], 0.2), ([v2.RandomPosterize(4, 1.0)], 0.2)]
+    return v2.Compose([v2.PILToTensor(), *(v2.RandomApply(changes, share) for changes, share in some),
+                       v2.ToDtype(torch.float32, scale=True), v2.RandomApply([v2.GaussianNoise(sigma=0.05)], 0.2),
+                       v2.Normalize([0.5] * 3, [0.5] * 3)])
+
+
+class JudgeTask(StageTask):
+    """The judge's training, resumable; the record holds its accuracy on real images of every split."""
+
+    def __init__(self, settings: StageSettings, out: Path, device: torch.device, config: JudgeConfig | None = None,
+                 scenes: Any = judge_scene, probes: int = 1000) -> None:
+        torch.manual_seed(settings.seed)
+        self.judge = Judge(config or JudgeConfig()).to(device, memory_format=torch.channels_last)
+        self.out, self.scenes, self.probes = out, scenes, probes
+        self.augment = augmentations(self.judge.config.image_size)
+        super().__init__("judge", self.judge, settings, parallel=False)
+
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        judge, batch = self.judge, self.settings.batch_size
+        scenes = [self.scenes(self.settings.seed, micro_step * batch + row) for row in range(batch)]
+        images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
+        pixels = torch.stack([self.augment(one) for one in images])
+        labels = label_tensor(scenes, JUDGED).to(judge.where.device)
+        order = list(judge.config.labels)
+        logits = judge(pixels.to(labels.device, memory_format=torch.channels_last), labels[:, order.index("layout")])[0]
+        losses = [F.cross_entropy(logits[name], labels[:, column]) for column, name in enumerate(order)]
+        right = logits["first"].argmax(1) == labels[:, order.index("first")]
+        return torch.stack(losses).sum(), {"first_right": right.float().mean()}
+
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+        judge, measured = self.judge.eval(), {}
+        for split in HELD_OUT_SPLITS:
+            scenes = listed(split)[:self.probes]
+            images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
+            right = judge.labels(images) == label_tensor(scenes, JUDGED)
+            measured[split] = {**dict(zip(judge.config.labels, right.float().mean(0).tolist(), strict=True)),
+                               "all": right.all(1).float().mean().item()}
+        judge.config.training = {
+            "steps": self.settings.steps, "batch": self.settings.batch_size, "seed": self.settings.seed,
+            "device": str(judge.where.device), "threads": torch.get_num_threads(), "real_pictures": measured}
+        judge.save_pretrained(self.out)
+        return {**super().finish(group), "parameters": sum(one.numel() for one in judge.parameters()),
+                **{f"{split}_all": row["all"] for split, row in measured.items()}}
+
+
+def _train(options: argparse.Namespace) -> int:
+    settings = StageSettings(steps=options.steps, batch_size=options.batch, lr=LR, warmup=WARMUP, weight_decay=0.05,
+                             seed=options.seed)
+    train_stage(JudgeTask(settings, options.out, choose_device(options.device, "float32").device), options.work)
+    print(f"Saved {options.out}.")
+    return DONE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m seed_nano.report.judge", description="Train the judge.")
+    parser.add_argument("--out", type=Path, default=Path(SHIPPED), help="folder to write it into")
+    parser.add_argument("--work", type=Path, default=Path("runs/judge"), help="folder of checkpoint, log and record")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--device", default="auto")
+    return run_program(parser, _train, arguments, "train judge")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

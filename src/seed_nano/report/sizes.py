@@ -14,17 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from seed_multimodal.disk import replace_text
 from seed_multimodal.entry import DONE, add_device, run_program
-from seed_multimodal.evaluation.batched import BatchedSystem
-from seed_multimodal.evaluation.batched_lavit import BatchedLavit
-from seed_multimodal.evaluation.batched_x import BatchedSeedX
 from seed_multimodal.evaluation.metrics import matched, same_answer
 from seed_multimodal.progress import Progress
-from seed_multimodal.systems.open_system import kind_of
+from seed_nano.report.systems import load_system
 from seed_nano.world.questions import Question, ask
 from seed_nano.world.scene import Scene, boxes, render
 from seed_nano.world.splits import check_split, scene_at
@@ -39,22 +35,21 @@ REPORTED = (64, 128, 256, 400)  # those of a report
 ROWS = {"caption": "caption, every word right", "where": "where a thing is", "is_there": "is there a thing",
         "absent": "where a thing is that is not there", "box_alone": "box of the only thing",
         "box_of_two": "box of one of two things", "box_absent": "no box of a thing that is not there"}
-OPENERS: dict[str, Any] = {"seed_llama": BatchedSystem, "seed_x": BatchedSeedX, "lavit": BatchedLavit}
 Hits = dict[str, list[bool]]
 
 
 def measure(system: Any, scenes: Sequence[Scene], size: int) -> Hits:
     """Which answers about the scenes, drawn at `size` pixels a side, are right, by what was asked (`ROWS`)."""
-    pictures = np.stack([render(scene, size) for scene in scenes])
-    codes = system.codes(pictures).tolist()
+    images = [Image.fromarray(render(scene, size)) for scene in scenes]
+    encoded = system.encode(images)
     hits: Hits = {"caption": [normalise(text) == describe(scene) for text, scene in
-                              zip(system.describe(codes), scenes, strict=True)]}
+                              zip(system.describe(encoded), scenes, strict=True)]}
     asked = [(row, question) for row, scene in enumerate(scenes) for question in questions(scene)]
-    answers = system.ask([codes[row] for row, _ in asked], [question.question for _, question in asked])
+    answers = system.ask([encoded[row] for row, _ in asked], [question.question for _, question in asked])
     for (_, question), answer in zip(asked, answers, strict=True):
         name = {"yesno": "is_there"}.get(question.kind, question.kind)
         hits.setdefault(name, []).append(same_answer(answer, question.answer))
-    return hits | (_boxes(system, scenes, pictures) if hasattr(system, "detect") else {})
+    return hits | (_boxes(system, scenes, images) if hasattr(system, "detect") else {})
 
 
 def questions(scene: Scene) -> list[Question]:
@@ -66,19 +61,19 @@ def questions(scene: Scene) -> list[Question]:
     return found + [question for question in asked if question is not None]
 
 
-def _boxes(system: Any, scenes: Sequence[Scene], pictures: Any) -> Hits:
+def _boxes(system: Any, scenes: Sequence[Scene], images: Sequence[Image.Image]) -> Hits:
     """Boxes of each thing (all found and none too many), and of one that is not there."""
     asked: list[tuple[int, str, str]] = []
     for row, scene in enumerate(scenes):
         kind = "box_alone" if len(scene.things) == 1 else "box_of_two"
         other = random.Random(f"sizes {scene}").choice([name for name in NAMES if name not in scene.things])
         asked += [*((row, name, kind) for name in scene.things), (row, other, "box_absent")]
-    found = system.detect([Image.fromarray(pictures[row]) for row, _, _ in asked],
+    found = system.detect([images[row] for row, _, _ in asked],
                           [detect_phrase(name, boxes(scenes[row])) for row, name, _ in asked])
     hits: Hits = {}
     for (row, name, kind), made in zip(asked, found, strict=True):
         wanted = [box for one, box in boxes(scenes[row]) if one == name]
-        shares = [[value / pictures.shape[1] for value in box] for box in made]
+        shares = [[value / images[0].width for value in box] for box in made]
         hits.setdefault(kind, []).append(len(made) == len(wanted) == matched(shares, wanted))
     return hits
 
@@ -106,8 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(options: argparse.Namespace) -> int:
         check_split(options.split)
-        system = OPENERS[kind_of(options.model)].from_pretrained(options.model, device=options.device,
-                                                                 dtype=options.dtype)
+        system = load_system(options.model, device=options.device, dtype=options.dtype)
         scenes = [scene_at(options.seed, number, options.split) for number in range(options.number)]
         sides = list(map(int, options.sizes.split(",")))
         found: dict[int, Hits] = {}

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.systems.lavit import Lavit
-from seed_nano.report.report import main as report
+from seed_nano.report.__main__ import main as report
 from seed_nano.train.__main__ import main
 from seed_nano.train_lavit.__main__ import LINE
 from seed_nano.train_lavit.config import LanguageSizes, NanoLavitConfig, TokenizerSizes

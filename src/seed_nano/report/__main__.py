@@ -1,0 +1,86 @@
+"""Measure a system on nano's scenes and write its report.
+
+    python -m seed_nano.report --model pretrained/nano --out outputs/report --limit 250
+
+The first `--limit` scenes of each list are described, asked about, drawn and edited, twice as many rebuilt; 500 is the
+full report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from seed_multimodal.disk import writable_folder
+from seed_multimodal.entry import DONE, add_device, add_quantization, log_line, run_program, whole_number
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.evaluation import machine
+from seed_multimodal.progress import Progress
+from seed_multimodal.settings import nearest
+from seed_multimodal.systems.open_system import kind_of
+from seed_multimodal.training.plots import figure_kind
+from seed_nano.report.judge import Judge, find_judge
+from seed_nano.report.samples import Sizes, make_samples
+from seed_nano.report.sections import Run, sections_of
+from seed_nano.report.systems import load_system
+from seed_nano.report.write import aims, write_report
+from seed_nano.world.evaluation import HELD_OUT_SPLITS
+
+
+def report(options: argparse.Namespace) -> int:
+    """The command."""
+    splits = list(dict.fromkeys(map(str.strip, options.splits.split(","))))
+    for split in splits:
+        if split not in HELD_OUT_SPLITS:
+            raise ConfigError(f"There is no split {split!r}{nearest(split, HELD_OUT_SPLITS)}: use "
+                              f"{', '.join(HELD_OUT_SPLITS)}.")
+    start, sizes, kind = time.monotonic(), Sizes.limited(options.limit), kind_of(options.model)
+    figure_kind()  # raises without matplotlib: now, not after minutes
+    writable_folder(options.out, ConfigError)
+    judge_folder = find_judge(options.model, options.judge)
+    judge = Judge.from_pretrained(judge_folder)
+    system = load_system(options.model, batch=options.batch, seed=options.seed, device=options.device,
+                         dtype=options.dtype, quantization=options.quantization, log=log_line)
+    device = system.inner.pictures.device
+    judge.to(device)
+    runs, sections = [], {}
+    with Progress("report", sum(len(sections_of(kind, split)) for split in splits), "part", every=0, log=log_line
+                  ) as progress:
+        for split in splits:
+            run = Run(system, judge, make_samples(split, sizes))
+            runs.append(run)
+            sections[split] = {}
+            for section in sections_of(kind, split):
+                sections[split][section.__name__] = section(run)
+                progress.update(1, **{split: section.__name__})
+    write_report({
+        "model": str(options.model), **machine.circumstances(device, machine.command_line("seed_nano.report")),
+        "seconds": round(time.monotonic() - start, 1), "system": system.facts(),
+        "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch}, "judge": judge.config.training,
+        "aims": aims(kind, sections), "splits": sections}, kind, runs, options.out)
+    print(f"Wrote {options.out / 'report.md'}, report.json, answers.json.gz, plots and sheets.")
+    return DONE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m seed_nano.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
+    parser.add_argument("--judge", help="the judge's folder (default: MODEL/judge, or the shipped one)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/report"), help="folder to write into (%(default)s)")
+    parser.add_argument("--splits", default=",".join(HELD_OUT_SPLITS))
+    parser.add_argument("--limit", type=whole_number(1), default=Sizes.scenes, help="scenes of a split (%(default)s, "
+                        "the full report; all else in proportion)")
+    parser.add_argument("--batch", type=whole_number(1), default=64)
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the noise that images are drawn from")
+    add_device(parser)
+    add_quantization(parser)
+    return run_program(parser, report, arguments, "report")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

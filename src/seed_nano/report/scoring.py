@@ -1,0 +1,149 @@
+"""Scores: labels read off images and captions, likeness of copies, and their means with intervals.
+
+Images are read by the judge, captions by nano's grammar; both become (first thing, second thing, style, background,
+layout with counts). An answer without a whole image, a caption outside the grammar and a missing label are wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+from seed_multimodal.evaluation.metrics import RESAMPLES, Estimate, FloatArray, bootstrap, retrieval_at_k
+from seed_nano.report.judge import Judge
+from seed_nano.world.scene import Scene, render, thing_mask
+from seed_nano.world.targets import JUDGED, NOTHING, label_ids
+from seed_nano.world.words import Labels, read_caption
+
+Section = dict[str, Any]
+Drawn = Sequence[Image.Image | None]
+BoolArray = NDArray[np.bool_]
+LABELS = tuple(JUDGED)
+Words = tuple[str | None, ...]
+"""A word for each of `LABELS`; None: missing."""
+UNREAD: Words = (None,) * len(LABELS)
+UNCHANGED = 0.05  # least share of unchanged pixels for their PSNR to count
+
+
+def scene_words(scene: Scene) -> Words:
+    """The true words of a scene."""
+    return tuple(JUDGED[name][number] for name, number in label_ids(scene, JUDGED).items())
+
+
+def all_words(scenes: Sequence[Scene]) -> list[Words]:
+    """The true words of scenes."""
+    return [scene_words(scene) for scene in scenes]
+
+
+def caption_words(text: str) -> Words:
+    """The words of a caption."""
+    said = read_caption(text) or Labels()
+    if not said.things:
+        return UNREAD
+    layout = said.layout
+    if layout in ("many", "two kinds"):
+        layout = " ".join([layout, *map(str, said.counts)])
+    return said.things[0], said.things[1] if len(said.things) == 2 else NOTHING, said.style, said.background, layout
+
+
+def picture_words(judge: Judge, images: Drawn) -> list[Words]:
+    """The words that the judge reads off images."""
+    classes = list(judge.config.labels.values())
+    rows = iter(judge.labels([image for image in images if image is not None]).tolist())
+    return [UNREAD if image is None else tuple(row[i] for row, i in zip(classes, next(rows), strict=True))
+            for image in images]
+
+
+def right_labels(found: Sequence[Words], wanted: Sequence[Words]) -> BoolArray:
+    """[N, 5] which labels are right."""
+    return np.array([[a == b for a, b in zip(one, other, strict=True)]
+                     for one, other in zip(found, wanted, strict=True)], dtype=bool).reshape(-1, len(LABELS))
+
+
+def every(right: BoolArray) -> BoolArray:
+    """[N] where all labels `[N, 5]` are right."""
+    return np.asarray(right.all(1))
+
+
+def score(found: Sequence[Words], wanted: Sequence[Words]) -> Section:
+    """Shares of answers with every label right (`all`), and with each label right."""
+    right = right_labels(found, wanted)
+    return {"all": bootstrap(every(right)),
+            **{name: bootstrap(right[:, column]) for column, name in enumerate(LABELS)}}
+
+
+def grouped(hits: Any, kinds: Sequence[str], groups: Sequence[Hashable]) -> dict[str, Estimate]:
+    """Means by kind; intervals resample `groups`."""
+    return {kind: bootstrap(np.asarray(hits)[at], [groups[i] for i in at])
+            for kind in sorted(set(kinds)) for at in [[i for i, one in enumerate(kinds) if one == kind]]}
+
+
+def confusions(found: Sequence[Words], wanted: Sequence[Words], most: int = 10) -> dict[str, int]:
+    """The most frequent wrong names of things: `dog read as fox` -> how often."""
+    pairs = Counter(f"{other} read as {one}" for row, truth in zip(found, wanted, strict=True)
+                    for one, other in zip(row[:2], truth[:2], strict=True) if one != other and row is not UNREAD)
+    return dict(pairs.most_common(most))
+
+
+def retrieval(judge: Judge, images: Sequence[Image.Image], real: Sequence[Image.Image]) -> FloatArray:
+    """[N] 1.0 where the nearest real image to a copy, by the judge's features, is its original; `real` begins with the
+    originals, in order."""
+    similarity = (judge.embed_images(images) @ judge.embed_images(real).T).numpy()
+    return retrieval_at_k(similarity, np.eye(len(images), len(real), dtype=bool), 1)
+
+
+def likeness(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
+    """PSNR in dB over all pixels and over those of things (weighted by `thing_mask`), and SSIM (7×7 windows)."""
+    rows = []
+    for image, scene in zip(images, scenes, strict=True):
+        made, real = np.array(image.convert("RGB"), np.float64), render(scene, image.width).astype(np.float64)
+        error, mask = np.square(made - real).mean(2), thing_mask(scene, image.width)
+        one, other = (torch.from_numpy(pixels).permute(2, 0, 1)[None] for pixels in (made, real))
+        _, like = ssim(one, other, gaussian_kernel=False, kernel_size=7, data_range=255.0, return_full_image=True)
+        rows.append((_psnr(error.mean()), _psnr((error * mask).sum() / max(mask.sum(), 1e-6)),
+                     float(like[..., 3:-3, 3:-3].mean())))  # whole windows only
+    columns = np.array(rows).reshape(-1, 3).T
+    return {name: bootstrap(column) for name, column in zip(("psnr", "psnr_things", "ssim"), columns, strict=True)}
+
+
+def unchanged_psnr(made: Drawn, before: Sequence[Image.Image], targets: Sequence[Image.Image]) -> Estimate:
+    """PSNR against the image before, over pixels equal before and in the target; a missing image has 0. Images with
+    hardly any such pixels do not count."""
+    found = []
+    for image, source, target in zip(made, before, targets, strict=True):
+        one, other = np.array(source, np.float64), np.array(target, np.float64)
+        same = (one == other).all(2)
+        if same.mean() >= UNCHANGED:
+            found.append(0.0 if image is None else _psnr(
+                np.square(np.array(image.convert("RGB").resize(source.size), np.float64) - one).mean(2)[same].mean()))
+    return bootstrap(found)
+
+
+def _psnr(error: float) -> float:
+    return 10 * math.log10(255**2 / max(float(error), 0.1))  # at most 58 dB: equal images have no number
+
+
+def ratio(above: Any, below: Any, paired: bool = False) -> Estimate:
+    """Sum of `above` over sum of `below` if `paired`, else mean over mean; the interval resamples both."""
+    rng, columns = np.random.default_rng(0), [np.asarray(values, float) for values in (above, below)]
+    draws = [rng.integers(0, len(values), (RESAMPLES, len(values))) for values in columns[:2 - paired]]
+    upper, lower = (values[rows].sum(1) if paired else values[rows].mean(1)
+                    for values, rows in zip(columns, draws * (1 + paired), strict=True))
+    low, high = np.percentile(upper / np.maximum(lower, 1e-9), (2.5, 97.5))
+    up, down = (values.sum() if paired else values.mean() for values in columns)
+    return Estimate(float(up / down) if down else 0.0, float(low), float(high), len(columns[0]))
+
+
+def box_rates(hits: Sequence[int], found: Sequence[int], wanted: Sequence[int]) -> Section:
+    """Precision, recall and F1 over all boxes, with intervals over images."""
+    both = [(one + other) / 2 for one, other in zip(found, wanted, strict=True)]
+    return {name: ratio(hits, over, paired=True) for name, over in
+            (("precision", found), ("recall", wanted), ("f1", both))}
