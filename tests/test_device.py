@@ -125,10 +125,11 @@ def test_dtype_and_quantization_in_place_of_what_yaml_files_say(tiny_folder: Pat
 
 def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFixture[str],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    from seed_multimodal import cli, quickstart
+    from seed_multimodal import cli
     from seed_multimodal.commands import evaluate, recon, released
     from seed_multimodal.commands.seed_x import SCRIPTS, seed_x_script
-    from seed_multimodal.evaluation import report
+    from seed_nano import quickstart
+    from seed_nano.report import __main__ as report
 
     def shown(program: Callable[[list[str]], object], *words: str) -> str:
         with pytest.raises(SystemExit) as ended:

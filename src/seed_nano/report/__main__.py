@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_device, add_quantization, log_line, run_program, whole_number
@@ -46,7 +47,8 @@ def report(options: argparse.Namespace) -> int:
                          dtype=options.dtype, quantization=options.quantization, log=log_line)
     device = system.inner.pictures.device
     judge.to(device)
-    runs, sections = [], {}
+    runs: list[Run] = []
+    sections: dict[str, dict[str, Any]] = {}
     with Progress("report", sum(len(sections_of(kind, split)) for split in splits), "part", every=0, log=log_line
                   ) as progress:
         for split in splits:

@@ -209,8 +209,9 @@ def augmentations(size: int) -> v2.Transform:
     """Changes that imitate rebuilt images: shifted, tinted, blurred, coarse, banded, noisy. Never mirrored: labels say
     left and right."""
     moved = [v2.Pad(8, padding_mode="edge"), v2.RandomAffine(3, (0.02, 0.02), (0.94, 1.06)), v2.CenterCrop(size)]
-    some = [(moved, 0.3), ([v2.ColorJitter(brightness=0.08, contrast=0.1)], 0.4), ([v2.GaussianBlur(3, (0.1, 1.0))], 0.3),
-            ([v2.Resize(size // 2), v2.Resize(size)], 0.2), ([v2.RandomPosterize(4, 1.0)], 0.2)]
+    some = [(moved, 0.3), ([v2.ColorJitter(brightness=0.08, contrast=0.1)], 0.4),
+            ([v2.GaussianBlur(3, (0.1, 1.0))], 0.3), ([v2.Resize(size // 2), v2.Resize(size)], 0.2),
+            ([v2.RandomPosterize(4, 1.0)], 0.2)]
     return v2.Compose([v2.PILToTensor(), *(v2.RandomApply(changes, share) for changes, share in some),
                        v2.ToDtype(torch.float32, scale=True), v2.RandomApply([v2.GaussianNoise(sigma=0.05)], 0.2),
                        v2.Normalize([0.5] * 3, [0.5] * 3)])

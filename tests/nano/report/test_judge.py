@@ -7,18 +7,50 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import few_things
 from PIL import Image
 
 from seed_multimodal.errors import CheckpointError
-from seed_nano.report.judge import Judge, JudgeConfig, augmentations, find_judge, judge_scene, pixels_of
+from seed_multimodal.training.loop import train
+from seed_multimodal.training.loop_settings import StageSettings
+from seed_nano.report.judge import Judge, JudgeConfig, JudgeTask, augmentations, find_judge, judge_scene, pixels_of
 from seed_nano.world.evaluation import scenes
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.targets import JUDGED, label_tensor
 from seed_nano.world.things import HELD_OUT
 
-FRESH = [few_things(7, index) for index in range(48)]
 SHIPPED = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "judge"
+
+
+def few_things(seed: int, index: int) -> Scene:
+    """Three things, two backgrounds, alone or side by side."""
+    things = ("sun", "tree", "whale")
+    one, other = things[index % 3], things[(index + 1 + index // 3 % 2) % 3]
+    layout = ("large", "left of")[index // 6 % 2]
+    return Scene(("noto", "fluent")[index // 12 % 2], ("white", "sea")[index // 24 % 2], layout,
+                 (one, other) if layout == "left of" else (one,), jitter=index + 1000 * seed)
+
+
+@pytest.fixture(scope="module")
+def run_judge():
+    """Train a small judge: (folder, steps, stop_after=None)."""
+    def run(folder: Path, steps: int, stop_after: int | None = None) -> Judge:
+        settings = StageSettings(steps=steps, batch_size=24, lr=3e-3, warmup=5, seed=5, curves=False)
+        config = JudgeConfig(widths=(16, 24, 32), blocks=(0, 1, 1))
+        task = JudgeTask(settings, folder / "judge", torch.device("cpu"), config, few_things, probes=4)
+        if stop_after is not None:  # as data that ends: the checkpoint of that step remains
+            task.begin_step = lambda step: step < stop_after
+        train(task, task.settings, folder)
+        return task.judge.eval()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(run_judge, tmp_path_factory) -> Judge:
+    return run_judge(tmp_path_factory.mktemp("judge"), 100)
+
+
+FRESH = [few_things(7, index) for index in range(48)]
 
 
 def images(shown: list[Scene]) -> list[Image.Image]:
@@ -62,7 +94,8 @@ def test_resumed_training_ends_bit_equal(run_judge, tmp_path: Path) -> None:
 def test_from_pretrained_of_other_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no judge in this folder"):
         Judge.from_pretrained(tmp_path)
-    Judge(JudgeConfig(labels={**JudgeConfig().labels, "style": ["pencil", "noto", "twemoji"]})).save_pretrained(tmp_path)
+    labels = {**JudgeConfig().labels, "style": ["pencil", "noto", "twemoji"]}
+    Judge(JudgeConfig(labels=labels)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="not a judge of the scenes"):
         Judge.from_pretrained(tmp_path)
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.systems.seed_x import SeedX
-from seed_nano.report.judge import Judge, JudgeConfig
 from seed_nano.report.__main__ import main as report
+from seed_nano.report.judge import Judge, JudgeConfig
 from seed_nano.train.__main__ import main
 from seed_nano.train.clip import Tower
 from seed_nano.train.config import ClipSizes, NanoConfig, VaeSizes
