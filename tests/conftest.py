@@ -23,8 +23,12 @@ started: list[str] = []
 
 def pytest_configure(config: pytest.Config) -> None:
     """Where tests with processes are left out, note each process that is started all the same."""
+    def note(event: str, arguments: tuple) -> None:
+        if event in PROCESSES and arguments[:1] != ("git",):  # reports ask git for the commit, in milliseconds
+            started.append(f"{event} {arguments[:1]}")
+
     if "not process" in config.option.markexpr:
-        sys.addaudithook(lambda event, arguments: started.append(event) if event in PROCESSES else None)
+        sys.addaudithook(note)
 
 
 @pytest.hookimpl(tryfirst=True)

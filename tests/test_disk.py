@@ -45,6 +45,7 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+@pytest.mark.process
 def test_a_result_takes_its_folder_only_when_it_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     target = output_folder(out, force=False, what="the result")

@@ -221,6 +221,7 @@ def test_a_process_that_is_none_of_the_processes_is_refused(world, tiny_folder, 
 
 
 @pytest.mark.parametrize("prompts", ["chat", "plain"])
+@pytest.mark.process
 def test_captions_are_scored_against_the_file(world, tiny_folder, prompts):
     code = caption_program("eval_caption.py", "", [
         "--model", str(tiny_folder), "--device", "cpu", "--captions", str(world / "c.json"), "--images",

@@ -13,6 +13,7 @@ SAID = {1: "a red fox in the snow", 2: "two cats on a sofa", 3: ""}
 TRUE = {1: ["a fox stands in snow", "A red fox, in the snow!"], 2: ["two cats lie on a couch"], 3: ["a dog"]}
 
 
+@pytest.mark.process
 def test_meteor_by_its_java_program():
     pytest.importorskip("pycocoevalcap")
     if shutil.which("java") is None:

@@ -221,6 +221,7 @@ def test_gqas_answers_are_right_or_wrong_and_missing_spacy_is_told(world, tiny_l
         assert "spaCy or its model" in summary["notes"][0] and summary["notes"][0] in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_captions_as_published_with_the_truth_beside_them(world, tiny_lavit):
     summary = run_task(tiny_lavit, Task("caption", "nocaps", world / "nocaps_val.json", out=world / "out"))
     assert summary is not None and {"CIDEr", "Bleu_4", "ROUGE_L"} <= set(summary)

@@ -159,16 +159,15 @@ def test_the_tower_can_start_from_a_clip_folder():
     from omegaconf import OmegaConf
     from seed_lavis.models import Blip2Casual
 
-    from seed_multimodal.weights import load_state_dict
+    from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 
     folder = "pretrained/nano/seed_tokenizer/diffusion_model/image_encoder"
     model = Blip2Casual.from_config(OmegaConf.create({
         "vit": {"patch_size": 16, "width": 192, "heads": 6, "depth": 2, "mlp_width": 768}, "image_size": 64,
         "qformer": {"width": 16, "depth": 1, "heads": 2, "mlp_width": 16}, "text_tokenizer": None, "vocab_size": 30,
         "load_pretrained": False, "vit_weights": folder}))
-    clip = load_state_dict(APPLICATION.parent / folder / "model.safetensors")
-    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
-    assert torch.equal(model.visual_encoder.blocks[1].mlp.fc1.weight, clip[name])
+    clip = load_clip_vision(APPLICATION.parent / folder, log=None).vision_model
+    assert torch.equal(model.visual_encoder.blocks[1].mlp.fc1.weight, clip.encoder.layers[1].mlp.fc1.weight)
     assert not any(parameter.requires_grad for parameter in model.visual_encoder.parameters())
 
 

@@ -214,6 +214,7 @@ def chat_with(address: str, tmp_path: Path) -> None:
     ("nano-lavit", "--system nano-lavit --port 7890 --port 1"), ("nano", "--system nano --port 7890 --port 1"),
     ("/a/folder", "--system /a/folder --port 7890 --port 1"), ("lavitt", "--system lavitt --port 7890 --port 1"),
     ("8b", "--model configs/llm/seed_llama_8b_8bit.yaml --port 7890")])
+@pytest.mark.process
 def test_the_script_starts_any_system(named: str, asked: str, tmp_path: Path) -> None:
     """A folder, too; what there is none of is left to the program's sentence."""
     (tmp_path / "bin").mkdir()
@@ -224,6 +225,7 @@ def test_the_script_starts_any_system(named: str, asked: str, tmp_path: Path) ->
     assert done.returncode == 0 and asked in done.stdout, done.stderr
 
 
+@pytest.mark.process
 def test_the_page_needs_no_torch() -> None:
     loaded = subprocess.run([sys.executable, "-c", "import sys, seed_multimodal.serving.gradio_app\n"
                              "print([name for name in ('torch', 'diffusers') if name in sys.modules])"],
