@@ -21,7 +21,7 @@ from seed_multimodal.cli import main
 from seed_multimodal.commands.eval_tokenizer import data_spec
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
-from seed_multimodal.errors import CheckpointError, ConfigError, DataError
+from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.evaluation.tokenizer_eval import EvalSettings, evaluate_tokenizer
 from seed_multimodal.evaluation.tokenizer_open import open_tokenizer
 from seed_multimodal.evaluation.tokenizer_pass import choose_rows, run_pass
@@ -33,7 +33,6 @@ from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.vision.eva import EvaConfig
-from seed_nano.report.judge import Judge
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "pretrained" / "nano"
@@ -256,8 +255,7 @@ def test_clip_text_tower(tmp_path: Path) -> None:
 
 def test_data_specs(tmp_path: Path) -> None:
     assert data_spec("nano") == {"format": "nano", "split": "val"}
-    assert data_spec(str(ROOT / "data" / "nano"), "pairs") == {
-        "format": "nano", "split": "pairs", "folder": str(ROOT / "data" / "nano")}
+    assert data_spec("nano", "pairs") == {"format": "nano", "split": "pairs"}
     assert data_spec("a/{0..3}.tar", caption_key="top_caption", image_root=None) == {
         "format": "auto", "files": "a/{0..3}.tar", "caption_key": "top_caption"}
     file = tmp_path / "data.yaml"
@@ -265,8 +263,6 @@ def test_data_specs(tmp_path: Path) -> None:
     assert data_spec(str(file)) == {"format": "webdataset", "pattern": "x/*.tar", "caption_file": "txt"}
     with pytest.raises(DataError, match="somewhere: there is no such file or folder"):
         open_pairs(data_spec("somewhere"))
-    with pytest.raises(ConfigError, match="only nano's world has splits"):
-        data_spec("a.json", "val")
     rows = choose_rows(50, None, 1)
     assert sorted(rows) == list(range(50)) and rows != sorted(rows) and choose_rows(50, 5, 1) == rows[:5]
 
@@ -344,19 +340,17 @@ def test_shards_give_the_same_as_the_list(stages: tuple[Path, Path, Path], tmp_p
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_shipped_tokenizer(trained: Judge, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    judge = trained.save_pretrained(tmp_path / "judge")
-    assert main(["eval", "tokenizer", "--model", str(NANO), "--judge", str(judge), "--out", str(tmp_path), "--limit",
-                 "60", "--rebuild", "12", "--device", "cpu"]) == 0
+def test_shipped_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["eval", "tokenizer", "--model", str(NANO), "--data", "nano", "--out", str(tmp_path), "--limit", "60",
+                 "--rebuild", "12", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["data"] == {"format": "nano", "split": "val"} and report["n"] == 60
     assert report["retrieval"] == {"causal_codes": None, "routes": {}}  # nano has no text tower
     near = report["reconstruction"]["embedding"]
     assert near["n"] == 60 and near["cosine"]["value"] > near["cosine_to_others"]["value"] + 0.3
-    for name in ("picture_clip", "picture_judge"):
-        part = report["reconstruction"][name]
-        assert part["n"] == 12 and part["cosine"]["value"] > part["cosine_to_others"]["value"]
+    part = report["reconstruction"]["picture_clip"]
+    assert part["n"] == 12 and part["cosine"]["value"] > part["cosine_to_others"]["value"]
     assert report["codes"]["distinct"] >= 55
     assert printed[-1] == str(tmp_path / "report.md") and printed[0].startswith("embedding (n 60): cosine 0.")
     text = (tmp_path / "report.md").read_text()
@@ -384,8 +378,8 @@ def test_the_fast_encoder_sees_the_same(stages: tuple[Path, Path, Path], tmp_pat
         else:  # an untrained codebook has rows that rounding tells apart
             assert same > 0.99
             np.testing.assert_allclose(seen[1].causal, seen[0].causal, atol=1e-4)
-    run = ["eval", "tokenizer", "--model", str(NANO), "--decoder", "none", "--clip", "none", "--limit", "4", "--device",
-           "cpu", "--json", "--out", str(tmp_path / "out")]
+    run = ["eval", "tokenizer", "--model", str(NANO), "--data", "nano", "--decoder", "none", "--clip", "none", "--limit",
+           "4", "--device", "cpu", "--json", "--out", str(tmp_path / "out")]
     used = []
     for flags in ([], ["--fast"], ["--no-fast"]):
         assert main([*run, *flags]) == 0
@@ -440,8 +434,8 @@ def test_a_folder_of_pictures_and_captions_is_evaluated(stages: tuple[Path, Path
 @pytest.mark.process
 @pytest.mark.slow
 def test_one_picture_has_no_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["eval", "tokenizer", "--model", str(NANO), "--rebuild", "0", "--limit", "1", "--device", "cpu",
-                 "--out", str(tmp_path)]) == 0
+    assert main(["eval", "tokenizer", "--model", str(NANO), "--data", "nano", "--rebuild", "0", "--limit", "1",
+                 "--device", "cpu", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "embedding (n 1): cosine" in out and "no others to compare with" in out and "to others" not in out
     part = json.loads((tmp_path / "report.json").read_text())["reconstruction"]["embedding"]
@@ -470,7 +464,7 @@ def test_command_refuses_in_one_sentence(stages: tuple[Path, Path, Path], listed
             ([*tiny, "--limit", "0", *data], "limit must be at least 1"),
             ([*tiny, "--seed", "-1", *data], "The seed must be at least 0, got -1"),
             ([*tiny, "--caption-key", "captoin", *data], "'captoin'"),
-            ([*tiny, "--split", "vla", *out], "unknown split 'vla'"),
+            ([*tiny, "--data", "nano", "--split", "vla", *out], "unknown split 'vla'"),
             ([*tiny, *data, "--out", str(tmp_path / "file" / "out")], "cannot be written")):
         assert main(["eval", "tokenizer", *arguments]) == 2
         captured = capsys.readouterr()
