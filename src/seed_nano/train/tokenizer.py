@@ -1,43 +1,63 @@
-"""The SEED-2 tokenizer at nano size: its sizes, codes of scenes, and what of a scene survives in them.
-
-Its two training stages run through the LAVIS application, see tokenizer_recipe.py.
-"""
+"""nano's SEED-2 tokenizer: its sizes, the join of both LAVIS stages, codes of scenes and what they hold."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seed_multimodal.disk import replace_copy
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
+from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.quantizer import CodebookUsage
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
+from seed_multimodal.vision.clip_towers import eva_from_clip
 from seed_multimodal.vision.eva import EvaConfig
-from seed_multimodal.weights import load_state_dict
-from seed_nano.train.clip import HEADS_FILE, READOUT_FILE, embed_images, load_label_heads, named_right
-from seed_nano.train.config import NanoConfig
+from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.pixels import scene_pixels, to_clip
+from seed_nano.train.vision import HEADS_FILE, READOUT_FILE, embed, load_label_heads, named_right
 from seed_nano.train.workspace import Workspace
 from seed_nano.world.scene import Scene
 
-JUDGED_SPLITS = ("val", "pairs")
+CHECKPOINT = "checkpoint_0.pth"  # a LAVIS stage is one epoch
 PREFIXES = (4, 8, 16)
 
 
-def tokenizer_config(config: NanoConfig) -> Seed2Config:
-    """The SEED-2 configuration at nano size; its vision tower is that of stage `clip`."""
-    sizes, tower = config.tokenizer, config.clip
+def tokenizer_config(config: Any) -> Seed2Config:
+    """The SEED-2 configuration at nano size; its vision encoder is that of stage `clip`."""
+    sizes, vision = config.tokenizer, config.clip
     return Seed2Config(
-        vit=EvaConfig(image_size=config.image_size, patch_size=tower.patch, width=tower.width, depth=tower.layers,
-                      heads=tower.heads, mlp_width=4 * tower.width, pre_norm=True),
+        vit=EvaConfig(image_size=config.image_size, patch_size=vision.patch, width=vision.width, depth=vision.layers,
+                      heads=vision.heads, mlp_width=4 * vision.width, pre_norm=True),
         qformer=QFormerConfig(width=sizes.hidden, depth=sizes.layers, heads=sizes.heads, mlp_width=4 * sizes.hidden,
                               max_positions=64, dropout=0.0),
         codebook_size=sizes.codes, codebook_dim=sizes.code_dim, decode_depth=sizes.decode_depth,
-        decode_heads=sizes.heads, recon_s=False, image_features_dim=tower.embedding,
+        decode_heads=sizes.heads, recon_s=False, image_features_dim=vision.embedding,
         codebook_sections=Seed2Config.num_query if sizes.sections else 1)
+
+
+def join_stages(space: Workspace) -> dict[str, Any]:
+    """Stage `tokenizer`: write the system's tokenizer from both stages' checkpoints; returns what its codes hold."""
+    new, vision = space.work / "tokenizer", space.work / "tokenizer-vision.safetensors"
+    sizes = tokenizer_config(space.config)
+    clip = load_clip_vision(space.decoder_folder / "image_encoder", log=None)
+    save_state_dict(eva_from_clip(clip.state_dict(), sizes.vit), vision)
+    export_tokenizer(space.work / "stage2" / CHECKPOINT, new, stage1=space.work / "stage1" / CHECKPOINT, vision=vision,
+                     config=sizes, force=True)
+    space.words_folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", "config.json"):
+        replace_copy(new / name, space.words_folder)
+    shutil.rmtree(new)
+    vision.unlink()
+    return code_metrics(space)
+
+
+def load_tokenizer(space: Workspace) -> Seed2Tokenizer:
+    """The finished tokenizer, on the device."""
+    return Seed2Tokenizer.from_pretrained(space.words_folder).to(space.device)
 
 
 @torch.no_grad()
@@ -50,46 +70,34 @@ def encode_scenes(tokenizer: Seed2Tokenizer, scenes: Sequence[Scene], size: int,
     return torch.cat(parts)
 
 
-def load_tokenizer(space: Workspace) -> Seed2Tokenizer:
-    """The finished tokenizer; raises `CheckpointError` if stage `tokenizer` was not run."""
-    space.need("tokenizer", space.tokenizer_folder / "model.safetensors")
-    return Seed2Tokenizer.from_pretrained(space.tokenizer_folder).to(space.device)
-
-
 def pool_codes(space: Workspace) -> Tensor:
-    """Codes int16 `[N, 32]` of the pool; made once by the finished tokenizer."""
-    def make() -> Tensor:
-        tokenizer = load_tokenizer(space)
-        return encode_scenes(tokenizer, space.pool, space.config.image_size)
-
-    return space.cached("codes", "tokenizer", make)
+    """Codes int16 `[N, 32]` of the pool; computed once."""
+    return space.cached("codes", "tokenizer", lambda: encode_scenes(
+        load_tokenizer(space), space.pool, space.config.image_size))
 
 
 @torch.no_grad()
-def code_metrics(tokenizer: Seed2Tokenizer, space: Workspace) -> dict[str, Any]:
-    """What 32 codes hold of held-out scenes: unexplained variance of embedding and thumbnail read-out, use of the
-    codebook, and for each of `JUDGED_SPLITS` the labels that the tower's heads read right from the true embedding
-    (`true`), from the decoded one (`codes`), and from that of the first codes only (`first 4` …)."""
-    size = space.config.image_size
+def code_metrics(space: Workspace) -> dict[str, Any]:
+    """Of held-out scenes: unexplained variance of embedding and read-out, codes used, and the labels that the heads
+    read right from the true embedding, from the decoded one, and from that of the first codes only."""
+    size, tokenizer = space.config.image_size, Seed2Tokenizer.from_pretrained(space.words_folder)
     heads = load_label_heads(space.work / HEADS_FILE)
     readout = load_state_dict(space.work / READOUT_FILE)["readout"]
     vision = load_clip_vision(space.decoder_folder / "image_encoder", log=None)
-    found: dict[str, Any] = {}
-    for split in JUDGED_SPLITS:
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in tokenizer.parameters()),
+                             "codebook": tokenizer.quantize.size}
+    for split in ("val", "pairs"):
         scenes = space.held_out(split)
-        true = embed_images(vision, scene_pixels(scenes, size))
-        codes = encode_scenes(tokenizer, scenes, size)
+        true, codes = embed(vision, scene_pixels(scenes, size)), encode_scenes(tokenizer, scenes, size)
         decoded = {first: tokenizer.decode(codes, first=first, batch_size=256).float().cpu()
                    for first in (None, *PREFIXES)}
-        whole = decoded.pop(None)
-        if split == JUDGED_SPLITS[0]:
-            use = CodebookUsage.of_counts(torch.bincount(codes.flatten().long(), minlength=tokenizer.quantize.size))
-            found = {"unexplained_embedding": unexplained(true, whole),
-                     "unexplained_readout": unexplained(true @ readout.T, whole @ readout.T),
-                     "codes_used": use.used, "codebook": use.size, "perplexity": round(use.perplexity, 1),
-                     "distinct_sequences": len({tuple(row) for row in codes.tolist()}), "held_out": len(scenes)}
-        found[split] = {"true": named_right(heads, true, scenes), "codes": named_right(heads, whole, scenes),
-                        **{f"first {first}": named_right(heads, part, scenes) for first, part in decoded.items()}}
+        if split == "val":
+            found |= {"unexplained_embedding": unexplained(true, decoded[None]),
+                      "unexplained_readout": unexplained(true @ readout.T, decoded[None] @ readout.T),
+                      "codes_used": len(codes.unique()), "held_out": len(scenes)}
+        found[split] = {"true": named_right(heads, true, scenes),
+                        **{f"first {first}" if first else "codes": named_right(heads, part, scenes)
+                           for first, part in decoded.items()}}
     return found
 
 

@@ -1,1 +1,0 @@
-"""nano-lavit: a tiny LaVIT, trained on nano's scenes on top of a finished nano."""

@@ -1,1 +1,0 @@
-"""Training of nano-x, the tiny SEED-X."""

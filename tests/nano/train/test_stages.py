@@ -1,0 +1,120 @@
+"""Parts of nano's stages: batches by step, losses, normalised latents, the layout decoder, cached tensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from seed_multimodal.detokenizers.layout import LayoutDecoder
+from seed_nano.train.pixels import SceneStream, scene_pixels, to_signed
+from seed_nano.train.settings import PRESETS, load_settings
+from seed_nano.train.vae import (
+    FastGroupNorm,
+    VaeTask,
+    normalise_latents,
+    reconstruction_loss,
+    round_trip,
+    set_group_norm,
+)
+from seed_nano.train.workspace import Workspace
+from seed_nano.world.scene import slots
+from seed_nano.world.splits import scene_at
+from seed_nano.world.targets import ARRANGEMENTS, arranged_anchors, true_spots
+
+SOME = {"first": 5, "second": 6, "style": 2, "background": 3, "layout": 12}
+
+
+@pytest.mark.parametrize("file", sorted(PRESETS.glob("*/*.yaml")), ids=str)
+def test_load_settings_reads_every_preset(file: Path) -> None:
+    key = {"nano": "train_vae", "nano_x": "train_sft", "nano_lavit": "train_llm"}[file.parent.name]
+    settings = load_settings(file.parent.name, file.stem, [f"{key}.steps=7"])
+    assert getattr(settings, key).steps == 7 and settings.image_size == 64
+
+
+@pytest.mark.parametrize(("groups", "channels", "height", "width"), [(4, 16, 8, 8), (1, 6, 5, 3), (8, 8, 1, 7)])
+def test_fast_group_norm_equals_pytorch(groups: int, channels: int, height: int, width: int) -> None:
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(groups, channels)
+    x = (torch.randn(3, channels, height, width) * 2 + 1).to(memory_format=torch.channels_last).requires_grad_()
+    grad, found = torch.randn(3, channels, height, width), []
+    for kind in (nn.GroupNorm, FastGroupNorm):
+        x.grad = norm.weight.grad = norm.bias.grad = None
+        output = set_group_norm(norm, kind)(x)
+        output.backward(grad)
+        found.append([output.detach(), x.grad, norm.weight.grad, norm.bias.grad])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_reconstruction_loss_weighs_things_and_colours() -> None:
+    target, mask = torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
+    mask[..., :8, :] = 1
+    thing, background = target.clone(), target.clone()
+    thing[..., :8, :], background[..., 8:, :] = 0.5, 0.5
+    assert reconstruction_loss(thing, target, mask) > 2.5 * reconstruction_loss(background, target, mask)
+    grey, green = torch.full_like(target, 0.1), target.clone()
+    green[:, 1] = 0.3  # the same sum of errors
+    assert reconstruction_loss(green, target, 0 * mask) > 1.2 * reconstruction_loss(grey, target, 0 * mask)
+
+
+def test_normalise_latents_keeps_the_round_trip(tmp_path: Path) -> None:
+    vae = VaeTask(Workspace(load_settings("nano", "test"), tmp_path, tmp_path)).vae.eval()
+    images = scene_pixels([scene_at(0, n) for n in range(16)], 64)
+    before = round_trip(vae, images)
+    normalise_latents(vae, to_signed(images))
+    torch.testing.assert_close(round_trip(vae, images), before, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        means = vae.encode(to_signed(images)).latent_dist.mean
+    torch.testing.assert_close(means.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(means.std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
+
+
+def test_scene_stream_gives_any_batch_alone() -> None:
+    stream = SceneStream(32, seed=3)
+    batch, one = stream.get_batch(torch.arange(10, 15).numpy()), stream.get(12)
+    assert all(torch.equal(batch[name][2], one[name]) for name in one) and batch["mask"].shape == (5, 1, 32, 32)
+
+
+def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
+    layout = LayoutDecoder(12, 4, 16, 10, SOME, arranged_anchors(), width=16).eval()
+    with torch.no_grad():  # the embedding is the layout's logits
+        layout.heads.layers["layout"].weight.copy_(50 * torch.eye(12))
+        shares = {name: logits.softmax(1) for name, logits in layout.heads(torch.eye(12)).items()}
+        placed = layout._placed(torch.eye(12), shares, None).abs().sum(2) > 0  # [layouts, 2, 16, 16]
+    left, right, beside = (placed[ARRANGEMENTS.index(name)] for name in ("left", "right", "left of"))
+    assert left[0, :, :8].any() and not left[0, :, 9:].any() and not right[0, :, :7].any()
+    assert beside[0].equal(left[0]) and beside[1].equal(right[0])
+    scenes = [scene_at(0, index) for index in range(40)]
+    spots, x = true_spots(scenes), torch.randn(1, 12).expand(40, 12)
+    for scene, row in zip(scenes, spots, strict=True):
+        names = [scene.things[int(kind)] for kind in row[:, 0].tolist() if kind >= 0]
+        assert names == [slot.thing for slot in slots(scene)]
+    told = layout(x, spots)[0].flatten(1)
+    alike = (spots.flatten(1)[:, None] == spots.flatten(1)).all(-1)
+    assert torch.equal((told[:, None] - told).abs().amax(-1) < 1e-4, alike)  # but for rounding, which differs by row
+
+
+def test_cached_computes_again_what_no_longer_fits(tmp_path: Path) -> None:
+    made = 0
+
+    def value(**changes: int) -> int:
+        def make() -> torch.Tensor:
+            nonlocal made
+            made += 1
+            return torch.tensor([made])
+
+        settings = load_settings("nano", "test", [f"{key}={number}" for key, number in changes.items()])
+        return int(Workspace(settings, tmp_path, tmp_path).cached("codes", "tokenizer", make))
+
+    file, record = tmp_path / "codes.safetensors", tmp_path / "tokenizer.done.json"
+    record.write_text("{}")
+    assert [value(), value(), value(pool=64), value(pool=64), value(seed=3)] == [1, 1, 2, 2, 3]
+    file.write_bytes(file.read_bytes()[:-4])
+    assert value(seed=3) == 4
+    later = file.stat().st_mtime_ns + 10**9
+    os.utime(record, ns=(later, later))
+    assert value(seed=3) == 5
