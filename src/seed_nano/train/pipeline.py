@@ -125,8 +125,9 @@ def is_finished(space: Workspace, stage: Stage) -> bool:
         return False
     print(f"[{stage.name}] already done: {space.record(stage.name)}", flush=True)
     if change:
-        print(f"[{stage.name}] was trained before: {change}; to train it again remove {space.work / stage.name}* and "
-              "run this command once more.", flush=True)
+        folder = space.record(stage.name).parent
+        print(f"[{stage.name}] was trained before this changed: {change}; to train it again remove "
+              f"{space.work / stage.name}.*{f' and {folder}' if folder != space.work else ''}.", flush=True)
     return True
 
 

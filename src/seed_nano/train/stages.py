@@ -37,7 +37,7 @@ def _ends(assemble: Any, *needs: str) -> tuple[Stage, ...]:
         Stage("assemble", assemble, needs, ("{out}/system.json",)),
         Stage("domain", Program("seed_nano.report.domain", ("{out}", "--number", "{domain_scenes}")), ("assemble",),
               ("{out}/domain.safetensors",), ("domain_scenes",)),
-        Stage("report", Program("seed_nano.report.report", (
+        Stage("report", Program("seed_nano.report", (
             "--model", "{out}", "--judge", "{judge}", "--out", "{out}/report", "--limit", "{report_scenes}")),
               ("domain", "judge"), ("{out}/report/report.md",), ("report_scenes",)))
 
@@ -63,7 +63,7 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
         Stage("unet2", UnetOfCodesTask, ("unet", "codes"), (
             "{decoder}/unet/diffusion_pytorch_model.safetensors", "{decoder}/layout/model.safetensors"),
               ("pool", "unet")),
-        Stage("judge", Program("seed_nano.report.train_judge", (
+        Stage("judge", Program("seed_nano.report.judge", (
             "--out", "{judge}", "--work", "{work}/judge", "--steps", "{judge_steps}")), (), ("{judge}/config.json",)),
         Stage("llm_sft", Application(HYDRA.format("train"), "train_sft"), ("llm_pretrain",), (), ("llm",)),
         Stage("llm", install_llm, ("llm_sft",), ("{out}/seed_llama/config.json",)),

@@ -48,11 +48,15 @@ class VisionTask(NanoTask):
     heads: LabelHeads
     readout: nn.Linear
 
+    def naming(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Loss of the labels `[B, L]`."""
+        return self.heads.loss(features, labels[:, :len(LABELS)])
+
     def read(self, features: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Losses of naming and of the read-out, and numbers to log."""
         device = self.space.device
         labels = batch["labels"][:, :len(LABELS)].to(device)
-        naming = self.heads.loss(features, labels)
+        naming = self.naming(features, batch["labels"].to(device))
         pool = batch["image"].shape[-1] // REDUCED
         target = F.avg_pool2d(to_signed(batch["image"], device), pool)
         weight = 1.0 + THINGS_WEIGHT * F.avg_pool2d(batch["mask"].to(device), pool)
@@ -249,6 +253,10 @@ class TowerTask(VisionTask):
         super().__init__(space, "tower", module.to(space.device),
                          WideStream(space.config.image_size, space.config.seed))
 
+    def naming(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Of a scene and of the quarters of a wide one."""
+        return super().naming(features, labels) + 0.5 * self.quarters.loss(features, labels[:, len(LABELS):])
+
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         batch, device = self.scenes.at(micro_step), self.space.device
         labels, pixels = batch["labels"].to(device), to_clip(batch["image"], device)
@@ -258,8 +266,7 @@ class TowerTask(VisionTask):
             wanted = self.teacher(pixel_values=pixels[usual]).image_embeds.float()
         unlike = F.mse_loss(self.imitate(features[usual]).float(), wanted)
         naming, reading, numbers = self.read(features, batch)
-        naming = naming + 0.5 * self.quarters.loss(features, labels[:, len(LABELS):])
-        return naming + reading + IMITATION * unlike, {**numbers, "naming": naming.detach(), "unlike": unlike.detach()}
+        return naming + reading + IMITATION * unlike, {**numbers, "unlike": unlike.detach()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         self.module.cpu().eval()
