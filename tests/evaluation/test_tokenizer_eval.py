@@ -378,8 +378,8 @@ def test_the_fast_encoder_sees_the_same(stages: tuple[Path, Path, Path], tmp_pat
         else:  # an untrained codebook has rows that rounding tells apart
             assert same > 0.99
             np.testing.assert_allclose(seen[1].causal, seen[0].causal, atol=1e-4)
-    run = ["eval", "tokenizer", "--model", str(NANO), "--data", "nano", "--decoder", "none", "--clip", "none", "--limit",
-           "4", "--device", "cpu", "--json", "--out", str(tmp_path / "out")]
+    run = ["eval", "tokenizer", "--model", str(NANO), "--data", "nano", "--decoder", "none", "--clip", "none",
+           "--limit", "4", "--device", "cpu", "--json", "--out", str(tmp_path / "out")]
     used = []
     for flags in ([], ["--fast"], ["--no-fast"]):
         assert main([*run, *flags]) == 0
