@@ -1,8 +1,7 @@
 """What a report asks of a system: the fixed scenes, questions, edits, conversations, examples and stories of a split.
 
-Scenes are the listed ones of `world.evaluation`; the rest is a function of (split, sizes). What is asked for shows
-the split's held-out composition (a picture of the split, an edit or a change whose result is of the split); nothing in
-it is held out in any other way.
+Scenes are the lists of `world.evaluation`; the rest is a function of (split, sizes). Nothing is held out in any other
+way than the split's.
 """
 
 from __future__ import annotations
@@ -72,7 +71,12 @@ def make_samples(split: str, sizes: Sizes) -> Samples:
     def shakes(kind: str, number: int) -> list[random.Random]:
         return [random.Random(f"{SEED} {split} {kind} {index}") for index in range(number)]
 
-    within, inside = partial(_within, split), partial(_inside, split)
+    def within(scene: Scene) -> bool:
+        return held_out(scene) <= {split}
+
+    def inside(scene: Scene) -> bool:
+        return held_out(scene) == {split}
+
     made.questions = [_question(made.scenes, sizes.scenes, index, shake)
                       for index, shake in enumerate(shakes("question", sizes.questions))]
     kinds = list(EDITS)
@@ -89,16 +93,6 @@ def make_samples(split: str, sizes: Sizes) -> Samples:
     return made
 
 
-def _within(split: str, scene: Scene) -> bool:
-    """Not held out in any other way than the split's."""
-    return held_out(scene) <= {split}
-
-
-def _inside(split: str, scene: Scene) -> bool:
-    """Of the split."""
-    return held_out(scene) == {split}
-
-
 def _until(wanted: Callable[[Made], bool], make: Callable[[], Made]) -> Made:
     return next(made for made in iter(make, None) if wanted(made))
 
@@ -106,12 +100,8 @@ def _until(wanted: Callable[[Made], bool], make: Callable[[], Made]) -> Made:
 def _question(scenes: list[Scene], number: int, index: int, shake: random.Random) -> tuple[int, Question]:
     """A question of kind number `index`, in turn, about the next of the first `number` scenes that has an answer to it;
     where none has, of the next kind."""
-    for tried in count():
-        row, kind = (index + tried) % number, KINDS[(index + tried // number) % len(KINDS)]
-        found = ask(scenes[row], kind, shake)
-        if found is not None:
-            return row, found
-    raise AssertionError("the count never ends")
+    places = (((index + tried) % number, KINDS[(index + tried // number) % len(KINDS)]) for tried in count())
+    return next((row, found) for row, kind in places if (found := ask(scenes[row], kind, shake)) is not None)
 
 
 def _edit(kinds: list[str], shake: random.Random, index: int, within: Allowed,

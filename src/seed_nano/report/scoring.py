@@ -19,9 +19,10 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from seed_multimodal.evaluation.metrics import RESAMPLES, Estimate, FloatArray, bootstrap, retrieval_at_k
 from seed_nano.report.judge import Judge
+from seed_nano.world.phrases import BACKGROUND_PHRASES
 from seed_nano.world.scene import Scene, render, thing_mask
 from seed_nano.world.targets import JUDGED, NOTHING, label_ids
-from seed_nano.world.words import Labels, read_caption
+from seed_nano.world.words import Labels, normalise, read_caption
 
 Section = dict[str, Any]
 Drawn = Sequence[Image.Image | None]
@@ -147,3 +148,19 @@ def box_rates(hits: Sequence[int], found: Sequence[int], wanted: Sequence[int]) 
     both = [(one + other) / 2 for one, other in zip(found, wanted, strict=True)]
     return {name: ratio(hits, over, paired=True) for name, over in
             (("precision", found), ("recall", wanted), ("f1", both))}
+
+
+def as_told(pages: Sequence[tuple[str, Scene]], texts: Sequence[str]) -> list[Scene | None]:
+    """The scenes of a story as its sentences `texts` tell them, None for a sentence that is not the story's. The
+    backgrounds are those that the first and the third sentence name."""
+    told: list[Scene | None] = []
+    background = ""
+    for (wanted, scene), text in zip(pages, [*texts, *[""] * len(pages)], strict=False):
+        true, said = normalise(wanted), normalise(text)
+        phrase = BACKGROUND_PHRASES[scene.background][0]
+        if true.endswith(phrase):
+            start = true.removesuffix(phrase)
+            background = next((name for name, phrases in BACKGROUND_PHRASES.items() if said == start + phrases[0]), "")
+            said = true
+        told.append(scene.but(background=background) if background and said == true else None)
+    return told

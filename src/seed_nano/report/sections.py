@@ -14,7 +14,6 @@ from PIL import Image
 from seed_multimodal.errors import counted
 from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics, majority_baseline, matched, same_answer
 from seed_multimodal.images.boxes import draw_boxes
-from seed_multimodal.images.code_strip import code_strip
 from seed_multimodal.images.sheet import Cell, Row
 from seed_multimodal.language.tasks import answer_in
 from seed_nano.report.judge import Judge
@@ -24,6 +23,7 @@ from seed_nano.report.scoring import (
     Section,
     Words,
     all_words,
+    as_told,
     box_rates,
     caption_words,
     confusions,
@@ -41,7 +41,6 @@ from seed_nano.report.scoring import (
 from seed_nano.report.sizes import REPORTED, measure
 from seed_nano.world.dialogues import sentence
 from seed_nano.world.evaluation import HELD_OUT_SPLITS
-from seed_nano.world.phrases import BACKGROUND_PHRASES
 from seed_nano.world.questions import KINDS, ask
 from seed_nano.world.requests import examples_request, story_request
 from seed_nano.world.scene import Scene, boxes, empty_pictures, render
@@ -82,10 +81,10 @@ class Run:
         """Images of scenes."""
         return [Image.fromarray(render(scene, self.system.image_size)) for scene in scenes]
 
-    def read(self, name: str, images: Drawn, rows: Iterable[Section]) -> list[Words]:
-        """The words of drawn images by the judge, packed as the answers `name`; `rows`: what was asked for."""
+    def read(self, name: str, images: Drawn, scenes: Iterable[Scene], key: str = "asked") -> list[Words]:
+        """The words of drawn images by the judge, packed as the answers `name`; `scenes`: what was asked for."""
         found = picture_words(self.judge, images)
-        self.answers[name] = [{**row, "read": read} for row, read in zip(rows, found, strict=True)]
+        self.answers[name] = [{key: describe(scene), "read": read} for scene, read in zip(scenes, found, strict=True)]
         return found
 
     def score(self, found: Sequence[Words], scenes: Sequence[Scene]) -> Section:
@@ -103,10 +102,6 @@ class Run:
                         [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells]))
 
 
-def _asked(scenes: Iterable[Scene]) -> list[Section]:
-    return [{"asked": describe(scene)} for scene in scenes]
-
-
 # ---- codes
 
 
@@ -117,9 +112,6 @@ def codes(run: Run) -> Section:
         found = codebook_statistics(np.concatenate(rows)[:, None], entries)
         return {"sequences": len(rows), "distinct": len(set(map(tuple, rows))),
                 **{name: found[name] for name in ("codebook", "used", "usage", "perplexity")}}
-    if run.system.section and run.samples.split == "val":
-        for image, row, scene in list(zip(run.real, rows, run.scenes, strict=False))[:6]:
-            run.show("codes", [image, Cell(code_strip(row, run.system.section), describe(scene), wide=6)], "")
     return codebook_statistics(np.array(rows), entries)
 
 
@@ -132,7 +124,7 @@ def tokens(run: Run) -> Section:
     empty, repeats = empty_pictures(run.system.image_size), EMPTY_DRAWS if run.system.samples else 1
     bare = run.system.encode([Image.fromarray(one) for _ in range(repeats) for one in empty])
     for label, shown in (("no thing", bare[:len(empty)]), (None, run.encoded[:COLUMNS])):
-        run.show("kept", [Cell(_dimmed(one), counted(len(one.codes), "token")) for one in shown], label)
+        run.show("kept", [Cell(one.dimmed(), counted(len(one.codes), "token")) for one in shown], label)
         run.answers["kept" if label is None else "kept_empty"] = [len(one.codes) for one in shown]
     without = np.array([len(one.codes) for one in bare])
     near, blind = run.system.losses(run.encoded)
@@ -145,13 +137,6 @@ def tokens(run: Run) -> Section:
             "empty_share": ratio(without.reshape(repeats, -1).mean(0), counts[things == things.max()])}
 
 
-def _dimmed(one: Any) -> Image.Image:
-    """An image with all but its kept patches greyed."""
-    pixels, kept = np.array(one.image, np.float32), one.patches.numpy()
-    mask = np.repeat(np.repeat(kept, len(pixels) // len(kept), 0), pixels.shape[1] // kept.shape[1], 1)[..., None]
-    return Image.fromarray(np.where(mask, pixels, 128 + 0.25 * (pixels - 128)).astype(np.uint8))
-
-
 # ---- images
 
 
@@ -160,7 +145,7 @@ def reconstruction(run: Run) -> Section:
     the judge's features. *psnr things*: over the pixels of things."""
     scenes = run.samples.scenes[:run.sizes.gallery]
     made = run.images["rebuilt"] = run.system.decode(run.encoded[:len(scenes)])
-    found = run.read("rebuilt", made, _asked(scenes))
+    found = run.read("rebuilt", made, scenes)
     run.show("reconstructions", run.real[:COLUMNS])
     run.show("reconstructions", made[:COLUMNS], "rebuilt")
     return {**run.score(found, scenes), "r1": bootstrap(retrieval(run.judge, made, run.real)), **likeness(made, scenes),
@@ -196,7 +181,7 @@ def drawing(run: Run) -> Section:
     """Images drawn from descriptions."""
     run.drawn = run.system.draw(list(map(describe, run.scenes)))
     made = run.system.paint(run.drawn)
-    found = run.read("drawn", made, _asked(run.scenes))
+    found = run.read("drawn", made, run.scenes)
     run.show("drawings", [Cell(image, asked=describe(scene)) for image, scene in
                           list(zip(made, run.scenes, strict=True))[:COLUMNS]])
     return {**run.score(found, run.scenes), "without_picture": made.count(None),
@@ -213,7 +198,7 @@ def wide_drawing(run: Run) -> Section:
     def square(images: Drawn) -> list[Image.Image | None]:
         return [image and image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
 
-    found = run.read("wide_drawn", square(made), _asked(run.scenes))
+    found = run.read("wide_drawn", square(made), run.scenes)
     run.show("wide_drawings", [Cell(image, asked=describe(scene), wide=2) for image, scene in
                                list(zip(made, run.scenes, strict=True))[:6]])
     real = square([image.resize(size, Image.Resampling.BICUBIC) for image in run.real[:len(run.scenes)]])
@@ -240,8 +225,9 @@ def edit(run: Run) -> Section:
     before, targets = run.render(sources), run.render(scenes)
     made = run.system.paint(run.system.edit(run.system.encode(before),
                                             [sentence(edit.instruction) for _, edit in edits]))
-    found = run.read("edits", made, [{"before": describe(scene), "instruction": edit.instruction,
-                                      "target": describe(edit.target)} for scene, edit in edits])
+    found = run.read("edits", made, scenes, "target")
+    for row, (scene, one) in zip(run.answers["edits"], edits, strict=True):
+        row |= {"before": describe(scene), "instruction": one.instruction}
     right, stays = (right_labels(one, all_words(scenes)) for one in (found, all_words(sources)))
     for start in (0, 3):
         run.show("edits", [cell for (_, edit), given, result, target in list(
@@ -391,7 +377,7 @@ def examples(run: Run) -> Section:
     made = [row[0] if len(row) == 1 else None for row in images]
     for row, image in list(zip(given, made, strict=True))[:6]:
         run.show("examples", [Cell(one, arrow=place % 2 == 1) for place, one in enumerate([*run.render(row), image])])
-    found = run.read("examples", made, [{"wanted": describe(scene)} for scene in scenes])
+    found = run.read("examples", made, scenes, "wanted")
     return {**run.score(found, scenes), "without_picture": made.count(None)}
 
 
@@ -418,22 +404,6 @@ def story(run: Run) -> Section:
                               for text, answer in zip(requests, answers, strict=True)]
     return {"n": len(stories), "frames": bootstrap(frames, rows), "sentences": bootstrap(words, rows),
             "ceiling": run.ceiling([scene for pages in stories for _, scene in pages])}
-
-
-def as_told(pages: Sequence[tuple[str, Scene]], texts: Sequence[str]) -> list[Scene | None]:
-    """The scenes of a story as its sentences `texts` tell them, None for a sentence that is not the story's. The
-    backgrounds are those that the first and the third sentence name."""
-    told: list[Scene | None] = []
-    background = ""
-    for (wanted, scene), text in zip(pages, [*texts, *[""] * len(pages)], strict=False):
-        true, said = normalise(wanted), normalise(text)
-        phrase = BACKGROUND_PHRASES[scene.background][0]
-        if true.endswith(phrase):
-            start = true.removesuffix(phrase)
-            background = next((name for name, phrases in BACKGROUND_PHRASES.items() if said == start + phrases[0]), "")
-            said = true
-        told.append(scene.but(background=background) if background and said == true else None)
-    return told
 
 
 def _talk(run: Run, talks: Sequence[Any], encoded: dict[Scene, Any], own: bool) -> list[list[Seen]]:
@@ -489,9 +459,9 @@ def _plain(answer: Seen) -> list[str]:
 
 Function = Callable[[Run], Section]
 _FIVE = HELD_OUT_SPLITS[:5]
-_ALL = dict.fromkeys((codes, tokens, reconstruction, ladder, prefix), HELD_OUT_SPLITS)
 SPLITS_OF: dict[Function, Sequence[str]] = {
-    **_ALL, sizes: ("val",), examples: ("val",), conversation: ("val", "pairs"), story: ("val", "pairs"),
+    **dict.fromkeys((codes, tokens, reconstruction, ladder, prefix), HELD_OUT_SPLITS), sizes: ("val",),
+    examples: ("val",), conversation: ("val", "pairs"), story: ("val", "pairs"),
     wide: ("val", "pairs", "places", "styles")}
 """The splits of a section; of others all but `things`, which are only rebuilt."""
 Aims = dict[tuple[str, str], dict[str, float]]

@@ -18,6 +18,7 @@ from PIL import Image
 
 from seed_multimodal.disk import replace_text
 from seed_multimodal.entry import DONE, add_device, run_program
+from seed_multimodal.evaluation.markdown import table
 from seed_multimodal.evaluation.metrics import matched, same_answer
 from seed_multimodal.progress import Progress
 from seed_nano.report.systems import load_system
@@ -78,15 +79,6 @@ def _boxes(system: Any, scenes: Sequence[Scene], images: Sequence[Image.Image]) 
     return hits
 
 
-def table(found: dict[int, Hits]) -> str:
-    """Markdown, a row for each of `ROWS`, a column for each size."""
-    lines = ["|  | " + " | ".join(f"{size} px" for size in found) + " |", "| --- " * (len(found) + 1) + "|"]
-    for name, words in ROWS.items():
-        cells = [f"{sum(hits[name])} of {len(hits[name])}" for hits in found.values() if name in hits]
-        lines += [f"| {words} | {' | '.join(cells)} |"] if cells else []
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Measure a small system on scenes of "
@@ -109,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for size in sides:
                 found[size] = measure(system, scenes, size)
                 bar.update()
-        print(table(found))
+        rows = [(words, *(f"{sum(hits[name])} of {len(hits[name])}" for hits in found.values() if name in hits))
+                for name, words in ROWS.items()]
+        print(table(("", *(f"{size} px" for size in sides)), [row for row in rows if len(row) > 1]))
         if options.out:
             replace_text(options.out, json.dumps({str(size): {name: [sum(row), len(row)] for name, row in hits.items()}
                                                   for size, hits in found.items()}, indent=1))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class System:
     """Base: `inner` is the library's system, `batch` the number of prompts or images at a time, `seed` that of every
     drawing and of sampling."""
 
-    image_size, codebook_size, section = 64, 1, 0
+    image_size, codebook_size = 64, 1
 
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         self.inner, self.batch, self.seed = inner, batch, seed
@@ -66,11 +67,11 @@ class System:
 
     def describe(self, encoded: Sequence[Any]) -> list[str]:
         """A caption of each image."""
-        return list(self.inner.describe_all(encoded, **self.short()))
+        return list(self.inner.describe_all(self.images(encoded), **self.short(encoded)))
 
     def ask(self, encoded: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """A short answer to each question about its image."""
-        return list(self.inner.ask_all(encoded, questions, **self.short()))
+        return list(self.inner.ask_all(self.images(encoded), questions, **self.short(encoded)))
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
         """An image for each text, not yet decoded; None where the answer holds no whole image."""
@@ -89,8 +90,12 @@ class System:
         """What `decode` needs of an answer."""
         return written
 
-    def short(self) -> dict[str, Any]:
-        """Options of short answers."""
+    def images(self, encoded: Sequence[Any]) -> Sequence[Any]:
+        """What the library's methods are given for encoded images."""
+        return encoded
+
+    def short(self, encoded: Sequence[Any]) -> dict[str, Any]:
+        """Options of short answers about encoded images."""
         most = min(self.inner.settings().max_new_tokens, LONGEST_TEXT)
         return {"seed": self.seed, "batch_size": self.batch, "max_new_tokens": most}
 
@@ -101,7 +106,6 @@ class SeedLlamaSystem(System):
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         super().__init__(inner, batch, seed)
         self.image_size, self.codebook_size = inner.spec.image_size, inner.tokenizer.vocabulary.n_codes
-        self.section = self.codebook_size // inner.pictures.model.config.codebook_sections
 
     def facts(self) -> dict[str, Any]:
         return {"template": self.inner.template.name, **super().facts(), "codebook": self.codebook_size}
@@ -139,13 +143,10 @@ class SeedLlamaSystem(System):
     @torch.no_grad()
     def through_vae(self, images: Images) -> list[Image.Image]:
         """Images through the decoder's VAE alone: the ceiling of what it can show."""
-        vae, made = self.inner.pictures.decoder.pipeline.vae, list[Image.Image]()
+        vae, pixels, made = self.inner.pictures.decoder.pipeline.vae, VaeImageProcessor(), list[Image.Image]()
         for start in range(0, len(images), self.batch):
-            pixels = torch.from_numpy(np.stack([np.array(one) for one in images[start:start + self.batch]]))
-            signed = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(vae.device, vae.dtype)
-            rebuilt = vae.decode(vae.encode(signed).latent_dist.mode()).sample.float().cpu()
-            arrays = ((rebuilt + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-            made += [Image.fromarray(one) for one in arrays]
+            rows = pixels.preprocess(list(images[start:start + self.batch])).to(vae.device, vae.dtype)
+            made += pixels.postprocess(vae.decode(vae.encode(rows).latent_dist.mode()).sample.float())
         return made
 
     @torch.no_grad()
@@ -179,12 +180,12 @@ class SeedXSystem(System):
     def detect(self, images: Images, phrases: Sequence[str], views: bool = True) -> list[list[tuple[int, ...]]]:
         """Boxes (left, top, right, bottom in pixels) of each phrase in its image; `views`: see `say`."""
         with self._read_in(views):
-            return [one.boxes for one in self.inner.detect_all(images, phrases, **self.short())]
+            return [one.boxes for one in self.inner.detect_all(images, phrases, **self.short(images))]
 
     def say(self, images: Images, requests: Sequence[str], views: bool = True) -> list[str]:
         """An answer to each request about its image, which is read in one view without `views`."""
         with self._read_in(views):
-            return list(self.inner.describe_all(images, requests, **self.short()))
+            return list(self.inner.describe_all(images, requests, **self.short(images)))
 
     @contextmanager
     def _read_in(self, views: bool) -> Iterator[None]:
@@ -205,6 +206,14 @@ class Tokens:
     image: Image.Image | None = None
     seed: int = 0
     patches: Tensor | None = None
+
+    def dimmed(self) -> Image.Image:
+        """The image with all but its kept patches greyed."""
+        assert self.image is not None and self.patches is not None
+        mask = self.patches.float()[None, None]
+        pixels = np.array(self.image, np.float32)
+        kept = F.interpolate(mask, pixels.shape[:2], mode="nearest")[0, 0, :, :, None].numpy() > 0
+        return Image.fromarray(np.where(kept, pixels, 128 + 0.25 * (pixels - 128)).astype(np.uint8))
 
 
 class LavitSystem(System):
@@ -240,13 +249,11 @@ class LavitSystem(System):
     def codes_of(self, encoded: Any) -> list[int]:
         return list(encoded.codes)
 
-    def describe(self, encoded: Sequence[Any]) -> list[str]:
-        return list(self.inner.describe_all([one.image for one in encoded], seed=[one.seed for one in encoded],
-                                            batch_size=self.batch))
+    def images(self, encoded: Sequence[Any]) -> Sequence[Any]:
+        return [one.image for one in encoded]
 
-    def ask(self, encoded: Sequence[Any], questions: Sequence[str]) -> list[str]:
-        return list(self.inner.ask_all([one.image for one in encoded], questions, seed=[one.seed for one in encoded],
-                                       batch_size=self.batch))
+    def short(self, encoded: Sequence[Any]) -> dict[str, Any]:
+        return {"seed": [one.seed for one in encoded], "batch_size": self.batch}
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
         return self.write([[text] for text in texts], "draw")
