@@ -90,7 +90,7 @@ class Packed:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
 def test_figures_of_packed_answers(name: str, split: str = "val") -> None:
     shipped = json.loads((SHIPPED / name / "report" / "report.json").read_text())
