@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,6 @@ from seed_multimodal.commands.common import (
 )
 from seed_multimodal.entry import (
     DONE,
-    SOME_FAILED,
     add_offload,
     add_quantization,
     log_line,
@@ -48,6 +46,8 @@ WORDS = "It is running in the snow."
 SEEDS = {"understanding": 42, "image_detokenize": 42, "text2image_synthesis": 1234, "multimodal_synthesis": 1234,
          "inference": 1234}
 DRAWN, COMPOSED = "t2i_output.jpg", "it2i_output.jpg"  # files of inference.py
+EVALUATION_SEED = 42
+DRAWN_BY_CLIP = 4  # drawings of a caption, of which CLIP keeps one
 
 
 def understanding_script(program: str, description: str, argv: Sequence[str] | None = None) -> int:
@@ -116,14 +116,13 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
     parser.add_argument("--resolution", type=whole_number(1), default=224, metavar="N", help="of real pictures for FID "
                         "(default: 224)")
     ours = parser.add_argument_group("not in the original")
-    ours.add_argument("--truth", metavar="FILE", help="answers or captions to compare with, where not found by name")
+    ours.add_argument("--truth", type=Path, metavar="FILE", help="answers or captions to compare with, where not found "
+                      "by name")
     ours.add_argument("--out", metavar="FOLDER", help="of the results (default: tmp/TASK/DATASET)")
     ours.add_argument("--limit", type=whole_number(1), metavar="N", help="the first N samples only")
-    ours.add_argument("--legacy", action="store_true", help="score with the faults of the original")
-    ours.add_argument("--clip", metavar="PATH", help="CLIP ViT-L/14 (default: openai_clip_ViT-L-14.bin in the model's "
-                      "folder)")
-    ours.add_argument("--clip_words", metavar="FOLDER", help="of CLIP's tokenizer, which OpenAI's file lacks")
-    ours.add_argument("--inception", metavar="FILE", help="weights of FID's network")
+    ours.add_argument("--clip", metavar="FOLDER", help="CLIP ViT-L/14 of transformers (default: "
+                      "pretrained/clip-vit-large-patch14)")
+    ours.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network")
     ours.add_argument("--device", default=None, help="auto, cpu, cuda, cuda:N or mps (default: that of the process)")
     add_quantization(ours)
     return run_program(parser, _evaluate, argv)
@@ -259,32 +258,25 @@ def _infer(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     """One of the published evaluations; the summary goes to stdout."""
-    from seed_multimodal.errors import ConfigError, counted
-    from seed_multimodal.evaluation.lavit_tasks import TASKS, Task, run_task
-    from seed_multimodal.evaluation.picture_scores import find_clip
+    from seed_multimodal.commands.evaluate import report
+    from seed_multimodal.evaluation.benchmark import evaluate, read_samples
+    from seed_multimodal.evaluation.drawing import find_clip
+    from seed_multimodal.evaluation.task_table import TASKS, Run, find_truth
     from seed_multimodal.systems.lavit import Lavit
     from seed_multimodal.systems.lavit_original import original_device, original_dtype, original_spec
 
-    task = Task(args.task_name, args.dataset or TASKS[args.task_name][0], args.annopath, images=args.imagepath,
-                truth=args.truth, out=args.out, limit=args.limit, batch=args.batch_size, legacy=args.legacy,
-                clip=args.clip, clip_words=args.clip_words, inception=args.inception, resolution=args.resolution)
     quiet_libraries(args.debug)
-    draws = args.task_name == "text2image"
-    spec = original_spec(args.model_path, head="lowres" if draws else None)
-    for name in ("annopath", "truth"):  # before the weights, which take minutes
-        if getattr(args, name) is not None and not os.path.isfile(getattr(args, name)):
-            raise ConfigError(f"--{name} {getattr(args, name)}: there is no such file; see --help for what it names.")
+    draws, dataset = args.task_name == "text2image", args.dataset or next(iter(TASKS[args.task_name]))
+    run = Run(args.task_name, dataset, Path(args.annopath), Path(args.out or f"tmp/{args.task_name}/{dataset}"),
+              images=Path(args.imagepath), limit=args.limit, batch=args.batch_size, results=dataset)
     if draws:
-        find_clip(task.clip, Path(spec.name))
+        run = replace(run, best_of=DRAWN_BY_CLIP, clip=find_clip(args.clip), resolution=args.resolution,
+                      inception=args.inception)
+    else:
+        run = replace(run, truth=args.truth or find_truth(run.row, run.annotations), options={"seed": EVALUATION_SEED})
+    spec = original_spec(args.model_path, head="lowres" if draws else None)
+    samples = read_samples(run)  # before the weights, which take minutes
     system = Lavit.from_pretrained(
         spec, device=args.device or original_device(None), dtype=original_dtype(args.model_dtype),
         quantization=args.quantization, modes=("generation" if draws else "understanding",), log=log_line)
-    summary = run_task(system, replace(task, weights=Path(spec.name)))
-    if summary is None:
-        return DONE
-    print(json.dumps(summary, ensure_ascii=False), flush=True)
-    if summary["bad"]:
-        log_line(f"{task.folder}: {counted(summary['bad'], 'sample')} of {summary['samples']:,} could not be used.")
-    return SOME_FAILED if summary["bad"] else DONE
-
-
+    return report(evaluate(system, run, samples), run.out)

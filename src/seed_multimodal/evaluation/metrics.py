@@ -23,6 +23,8 @@ from seed_multimodal.errors import DataError
 FloatArray = NDArray[np.floating]
 OVERLAP = 0.5  # least intersection over union of a box that counts as found
 RESAMPLES = 1000
+LARGE = 100_000  # groups, above which the interval is the normal one
+AT_ONCE = 1 << 22  # numbers of a group drawn at a time
 PREFIXES = (1, 2, 4, 8, 16, 32)
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {word: str(i) for i, word in enumerate(
@@ -44,14 +46,13 @@ class Estimate:
         return {k: (None if isinstance(v, float) and math.isnan(v) else round(v, 4)) for k, v in asdict(self).items()}
 
 
-def bootstrap(values: Sequence[float] | NDArray[Any], groups: Sequence[Hashable] | None = None) -> Estimate:
-    """Mean of `values` [N] and its percentile bootstrap interval.
+def bootstrap(values: Sequence[float] | NDArray[Any], groups: Sequence[Hashable] | NDArray[Any] | None = None
+              ) -> Estimate:
+    """Mean of `values` [N] and its percentile bootstrap interval; of more than `LARGE` groups the normal interval.
 
     Args:
         groups: one name per value; whole groups are resampled (several questions about one picture are not
             independent). The mean stays the mean over values.
-    Raises:
-        DataError: when `groups` has another length than `values`.
     """
     data = np.asarray(values, dtype=np.float64)
     if data.size == 0:
@@ -61,16 +62,19 @@ def bootstrap(values: Sequence[float] | NDArray[Any], groups: Sequence[Hashable]
     if groups is None:
         sums, counts = data, np.ones_like(data)
     else:
-        if len(groups) != data.size:
-            raise DataError(f"bootstrap: {data.size} values but {len(groups)} group names.")
         order = {name: i for i, name in enumerate(dict.fromkeys(groups))}
         index = np.fromiter((order[name] for name in groups), dtype=np.int64, count=data.size)
         sums, counts = np.bincount(index, weights=data).astype(float), np.bincount(index).astype(float)
-    draws = np.random.default_rng(0).integers(0, sums.size, size=(RESAMPLES, sums.size))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    tail = (1.0 - 0.95) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(float(data.mean()), float(low), float(high), int(data.size))
+    mean = float(data.mean())
+    if sums.size > LARGE:
+        half = 1.96 * math.sqrt(float(np.square(sums - mean * counts).sum())) / data.size
+        return Estimate(mean, mean - half, mean + half, int(data.size))
+    rng, means = np.random.default_rng(0), list[FloatArray]()
+    for part in np.array_split(np.arange(RESAMPLES), -(-RESAMPLES * sums.size // AT_ONCE)):
+        draws = rng.integers(0, sums.size, size=(len(part), sums.size))
+        means.append(sums[draws].sum(1) / counts[draws].sum(1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return Estimate(mean, float(low), float(high), int(data.size))
 
 
 def retrieval_ranks(similarity: FloatArray, positives: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -99,14 +103,6 @@ def retrieval_ranks(similarity: FloatArray, positives: NDArray[np.bool_]) -> NDA
 def retrieval_at_k(similarity: FloatArray, positives: NDArray[np.bool_], k: int) -> FloatArray:
     """1.0 where a right item is among the best `k` of a query, else 0.0: [Q]. See `retrieval_ranks`."""
     return (retrieval_ranks(similarity, positives) < k).astype(np.float64)
-
-
-def chance_at_k(positives: NDArray[np.bool_], k: int) -> float:
-    """Expected recall at `k` of a uniformly random ranking, averaged over the queries of `positives` [Q, G]."""
-    right = np.asarray(positives, dtype=bool)
-    size = right.shape[1]
-    hits = [1.0 - math.comb(size - int(p), k) / math.comb(size, k) if k < size else 1.0 for p in right.sum(1)]
-    return float(np.mean(hits))
 
 
 def cosine(left: FloatArray, right: FloatArray) -> FloatArray:
@@ -143,13 +139,17 @@ def codebook_statistics(codes: NDArray[np.integer], codebook: int) -> dict[str, 
         raise DataError(f"codes {int(table.min())}..{int(table.max())} lie outside the codebook 0..{codebook - 1}.")
     counts = np.bincount(table.ravel(), minlength=codebook)
     by_position = [math.exp(entropy_nats(np.bincount(column))) for column in table.T]
-    rows = [tuple(row) for row in table.tolist()]
-    bits = {str(n): round(entropy_nats(list(Counter(row[:n] for row in rows).values())) / math.log(2), 3)
+    bits = {str(n): round(entropy_nats(_repeats(table[:, :n])) / math.log(2), 3)
             for n in PREFIXES if n <= table.shape[1]}
-    return {"sequences": len(rows), "codebook": codebook, "used": int((counts > 0).sum()),
+    return {"sequences": len(table), "codebook": codebook, "used": int((counts > 0).sum()),
             "usage": round(float((counts > 0).mean()), 4), "perplexity": round(math.exp(entropy_nats(counts)), 4),
-            "position_perplexity": round(float(np.mean(by_position)), 4), "distinct": len(set(rows)),
+            "position_perplexity": round(float(np.mean(by_position)), 4), "distinct": len(_repeats(table)),
             "prefix_bits": bits}
+
+
+def _repeats(rows: NDArray[np.integer]) -> NDArray[np.int64]:
+    """How often each different row occurs."""
+    return np.unique(rows, axis=0, return_counts=True)[1]
 
 
 def plain(value: Any) -> Any:

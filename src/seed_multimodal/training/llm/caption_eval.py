@@ -17,7 +17,7 @@ import torch
 
 from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
-from seed_multimodal.data.formats.caption_files import read_captions
+from seed_multimodal.data.formats.benchmarks import read_captions
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
@@ -91,7 +91,7 @@ class CaptionEvaluation:
                               "eval/eval_caption.py.")
         settings = read_data_settings(run.eval_data or {}, "eval_data")
         self.truth = _truth_file(Path(str(run.trainer.coco_caption_root)))
-        self.references = {str(one.key): one.captions for one in read_captions(self.truth) if not one.problem}
+        self.references = {str(one.key): one.references for one in read_captions(self.truth) if not one.problem}
         self.tokenizer, self.group, self.log, self.folder = tokenizer, group, log, run.output_dir / "captions"
         self.prompts = dict(self._prompts(settings))
 
@@ -154,7 +154,8 @@ class CaptionEvaluation:
                 replace_text(file, json.dumps([
                     {"image_id": int(key) if key.isdecimal() else key, "caption": text} for key, text in found.items()],
                     ensure_ascii=False))
-            numbers = {f"eval_{name}": value for name, value in caption_scores(found, self.references).items()}
+            scores, _ = caption_scores(found, self.references, java=False)
+            numbers = {f"eval_{name}": value for name, value in scores.items()}
         return self.group.gather(numbers)[0]
 
     def _captions(self, llama: Any, beat: Callable[[], None]) -> Iterator[tuple[str, str]]:

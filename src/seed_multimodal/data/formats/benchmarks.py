@@ -1,0 +1,202 @@
+"""Questions and captions in the files that benchmarks publish, as `Sample`s.
+
+    VQA (v1, v2, OK-VQA)    {"questions": [{image_id, question, question_id}]}
+                            {"annotations": [{question_id, answers: [{answer}], answer_type, question_type}]}
+    VizWiz                  [{image, question, answers: [{answer}], answer_type}]: the image's name is the id
+    GQA                     {ID: {imageId, question, answer, types}}
+    COCO captions           {"images": [{id, file_name}], "annotations": [{image_id, caption}]}; NoCaps, Flickr30k too
+    Karpathy's split        {"images": [{filepath, filename, cocoid, split, sentences: [{raw}]}]}
+    lists, as LAVIS's       [{image, question, question_id, answer: text or list}], [{image, caption: text or list,
+                            image_id or img_id}], [{image, text}] or [{text}] to draw; also .jsonl
+    texts                   a .txt with one caption a line
+
+Images are named by path or by COCO's number. An item that cannot be used is a sample with a `problem`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.data.formats.files import nearest_path
+from seed_multimodal.errors import DataError, first_line
+
+Key = int | str
+
+
+@dataclass
+class Sample:
+    """A question about an image, or an image with its captions.
+
+    Attributes:
+        key: name in the results. where: place in the file. image: as the file names it; None: a caption without image.
+        references: the annotators' answers, or the captions. answer_type, question_type: as VQA's files class it.
+        problem: why it cannot be used.
+    """
+
+    key: Key
+    where: str
+    image: Key | None = None
+    question: str = ""
+    references: list[str] = field(default_factory=list)
+    answer_type: str = ""
+    question_type: str = ""
+    problem: str = ""
+
+    @property
+    def caption(self) -> str:
+        """The first caption, to draw."""
+        return next(text.strip() for text in self.references if text.strip())
+
+
+def read_questions(path: str | Path, annotations: str | Path | None = None) -> list[Sample]:
+    """The questions of a file; their answers are those of `annotations`, else of the file itself (or none).
+
+    Raises:
+        DataError: no such file, another layout, two questions with one id, or questions without annotation.
+    """
+    samples = [_sample(*one, ("question", "image")) for one in _items(_load(path), path, "questions")]
+    keys = [one.key for one in samples]
+    if len(set(keys)) < len(keys):
+        raise DataError(f"{path}: several questions have one question_id.")
+    if annotations is None:
+        return samples
+    found = [_sample(*one, ("references",)) for one in _items(_load(annotations), annotations, "annotations")]
+    answers = {one.key: one for one in found if not one.problem}
+    missing = [one.key for one in samples if not one.problem and one.key not in answers]
+    if missing:
+        raise DataError(f"{annotations}: {len(missing):,} of {len(samples):,} questions are not annotated in it, first "
+                        f"question_id {missing[0]}: questions and annotations belong to different sets.")
+    return [one if one.problem else replace(answers[one.key], where=one.where, image=one.image, question=one.question)
+            for one in samples]
+
+
+def read_captions(path: str | Path, split: str = "test", truth: str | Path | None = None, *,
+                  each_text: bool = False) -> list[Sample]:
+    """The images of a file with their captions.
+
+    Args:
+        split: the part of Karpathy's file that is meant.
+        truth: a file with the captions; then `path` may be a list of images alone.
+        each_text: each item is a sample of its own, with an image or without (texts to draw); else captions of one
+            image belong together.
+
+    Raises:
+        DataError: no such file, another layout, no image of the split, or images that `truth` does not have.
+    """
+    content = _load(path)
+    if Path(path).suffix == ".txt":
+        return [Sample(number, f"{path}: line {number}", references=[line.strip()])
+                for number, line in enumerate(content, 1) if line.strip()]
+    images = content.get("images") or [] if isinstance(content, dict) else []
+    karpathy = any("sentences" in one for one in images)
+    items = _items(content, path, "images" if karpathy else "annotations")
+    if karpathy:
+        items = [(where, item) for where, item in items if item.get("split") == split]
+        if not items:
+            splits = ", ".join(sorted({str(one.get("split")) for one in images}))
+            raise DataError(f"{path}: has no image of the split {split!r}; there are {splits}.")
+    needed = ("image",) if truth is not None else ("references",) if each_text else ("image", "references")
+    samples = [_sample(*one, needed) for one in items]
+    if each_text:
+        first = {one.key: number for number, one in reversed(list(enumerate(samples)))}
+        return [one if one.key is not None and first[one.key] == number else replace(one, key=f"item {number}")
+                for number, one in enumerate(samples)]
+    files = {one.get("id"): one["file_name"] for one in images if "file_name" in one}
+    samples = [replace(one, image=files.get(one.image, one.image)) for one in _grouped(samples)]
+    if truth is None:
+        return samples
+    captions = {one.key: one.references for one in read_captions(truth)}
+    missing = [one.key for one in samples if not one.problem and not captions.get(one.key)]
+    if missing:
+        raise DataError(f"{truth}: has no captions for {len(missing):,} of {len(samples):,} images of {path}, first "
+                        f"{missing[0]}: images and captions belong to different sets.")
+    return [one if one.problem else replace(one, references=captions[one.key]) for one in samples]
+
+
+def _sample(where: str, item: Any, needed: Iterable[str]) -> Sample:
+    """A sample of an item in any of the layouts; its problem where it lacks what is `needed`."""
+    place = where.rpartition(": ")[2]
+    if not isinstance(item, dict):
+        return Sample(place, where, problem=f"{where}: holds a {type(item).__name__}, not an object.")
+    image: Any = _first(item, "image", "file_name", "image_id")
+    if "imageId" in item:  # GQA
+        image = f"{item['imageId']}.jpg"
+    elif "filename" in item:  # Karpathy
+        image = "/".join(filter(None, (item.get("filepath"), item["filename"])))
+    types = item.get("types") or {}
+    key: Any = _first(item, "question_id", "image_id", "img_id", "cocoid", "imgid")
+    sample = Sample(
+        key, where, image,
+        str(item.get("question") or "").strip(),
+        _texts(_first(item, "answers", "answer", "captions", "caption", "text", "sentences")),
+        str(item.get("answer_type") or types.get("structural") or ""),
+        str(item.get("question_type") or types.get("semantic") or ""))
+    missing = [name for name in needed if getattr(sample, name) in (None, "", [])]
+    if "question" not in item and sample.key is None:
+        sample.key = _coco_number(image)
+    elif "question" in item and "question_id" not in item:
+        missing += [] if str(image).startswith("VizWiz_") else ["question_id"]
+        sample.key = image
+    if missing:
+        sample = Sample(place, where, problem=f"{where}: has no {' and no '.join(missing)}.")
+    return sample
+
+
+def _grouped(samples: Iterable[Sample]) -> list[Sample]:
+    """One sample for each image. Two images whose names end in one number (a/1.jpg, b/1.jpg) go by their names."""
+    found: dict[Key, Sample] = {}
+    for one in samples:
+        if one.image is not None and one.key in found and found[one.key].image != one.image:
+            one = replace(one, key=one.image)
+        if one.key in found:
+            found[one.key].references.extend(one.references)
+        else:
+            found[one.key] = one
+    return list(found.values())
+
+
+def _load(path: str | Path) -> Any:
+    """A file's json; of a .txt or .jsonl a list of its lines."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file{nearest_path(path)}.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".txt":
+            return text.split("\n")
+        return [json.loads(line) for line in text.split("\n") if line] if path.suffix == ".jsonl" else json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: is not json ({first_line(error)}).") from None
+
+
+def _items(content: Any, path: str | Path, key: str) -> list[tuple[str, Any]]:
+    """The items of a list, of the list under `key`, or of GQA's object, with their places in the file."""
+    items = content.get(key) if isinstance(content, dict) else content
+    if isinstance(content, dict) and any("imageId" in one for one in content.values() if isinstance(one, dict)):
+        items = [{**one, "question_id": name} for name, one in content.items()]
+    if not isinstance(items, list) or not items:
+        raise DataError(f"{path}: holds no json list, by itself or under {key!r}.")
+    return [(f"{path}: item {number}", item) for number, item in enumerate(items)]
+
+
+def _first(item: Mapping[str, Any], *names: str) -> Any:
+    return next((item[name] for name in names if item.get(name) not in (None, "")), None)
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a text, of a list of them, or of objects that hold one each; an empty list for anything else."""
+    several = value if isinstance(value, list) else [value]
+    texts: list[Any] = [one.get("answer", one.get("raw")) if isinstance(one, dict) else one for one in several]
+    sound = all(isinstance(text, str) for text in texts) and any(text.strip() for text in texts)
+    return texts if sound else []
+
+
+def _coco_number(image: Any) -> Any:
+    """The number at the end of a COCO file's name, by which its results are filed; else the name itself."""
+    number = re.fullmatch(r"(?:.*_)?0*(\d+)", Path(image).stem) if isinstance(image, str) else None
+    return int(number[1]) if number else image

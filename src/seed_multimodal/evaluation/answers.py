@@ -1,0 +1,150 @@
+"""Answers to many samples by any number of processes, appended to files, so that the same command resumes.
+
+    OUT/settings.json      what the answers depend on; a run with other settings is refused
+    OUT/samples-0.jsonl    one line per sample, appended by process 0 (-1 by process 1, …)
+    OUT/results.json       in the benchmark's own format, and summary.json: written when every sample has its line
+
+Processes (torchrun's RANK and WORLD_SIZE) share samples[rank::world]; a resumed run may have another number of them. A
+sample that cannot be used is named, counted and tried again by the next run; `max_bad` in a row end the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.data.formats.benchmarks import Key, Sample
+from seed_multimodal.data.formats.pictures import find_picture
+from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
+from seed_multimodal.entry import log_line
+from seed_multimodal.errors import DataError, GenerationError, ImageError, counted
+from seed_multimodal.images.open import open_image
+from seed_multimodal.progress import Progress
+from seed_multimodal.settings import changed_settings
+from seed_multimodal.training.distributed import environment_place
+
+NAMED = 5  # bad samples that the summary names
+Line = dict[str, Any]
+Answer = Callable[[Sequence[Sample], Sequence[Any]], Sequence[Line]]  # samples and their images → a line for each
+
+
+def answer_samples(samples: Sequence[Sample], answer: Answer, folder: Path, settings: Mapping[str, Any], *,
+                   images: Path | None, source: Path, batch: int, max_bad: int) -> list[Line] | None:
+    """Answer this process's share of the samples that have no line yet.
+
+    Args:
+        images: folder of the images; None: beside `source`, the file that names them, or in the current folder.
+
+    Returns:
+        The line of each sample, to the process that finishes last; else None.
+
+    Raises:
+        DataError: the folder belongs to another run, a process with this rank is running, the disk refuses, or
+            `max_bad` samples in a row cannot be used.
+    """
+    rank, world = environment_place()
+    _check_settings(folder, settings)
+    file, share = folder / f"samples-{rank}.jsonl", samples[rank::world]
+    with folder_lock(folder, DataError, "answering with this rank", name=f".{file.name}.lock"):
+        known = read_lines(folder)
+        todo = [one for one in share if "bad" in known.get(one.key, {"bad": ""})]
+        if len(todo) < len(share):
+            log_line(f"{folder}: {len(share) - len(todo):,} of {counted(len(share), 'sample')} have been answered "
+                     "before.")
+        _end_torn_line(file)
+        bad_in_a_row = 0
+        with Progress("evaluation", len(share), "sample", start=len(share) - len(todo)) as bar:
+            for start in range(0, len(todo), batch):
+                block = todo[start:start + batch]
+                lines = list(_answered(block, answer, images, source))
+                with writing(file, DataError), open(file, "a", encoding="utf-8", errors="replace") as opened:
+                    opened.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                bar.update(len(block))
+                for line in lines:
+                    bad_in_a_row = bad_in_a_row + 1 if "bad" in line else 0
+                    if "bad" in line:
+                        bar.write(f"skipped: {line['bad']}")
+                    if bad_in_a_row >= max_bad:
+                        raise DataError(f"{bad_in_a_row} samples in a row cannot be used, the last: {line['bad']}")
+        known = read_lines(folder)
+    if any(one.key not in known for one in samples):
+        log_line(f"{folder}: this share is finished; other processes still work or have to be run.")
+        return None
+    return [known[one.key] for one in samples]
+
+
+def open_sample(sample: Sample, images: Path | None, source: Path) -> Any:
+    """The image of a sample, or None where it has none. Raises DataError, ImageError: it cannot be used."""
+    if sample.problem:
+        raise DataError(sample.problem)
+    return None if sample.image is None else open_image(find_picture(sample.image, images, source, sample.where))
+
+
+def finish(folder: Path, name: str, lines: Sequence[Line], results: Any, numbers: Mapping[str, Any]) -> Line:
+    """Write NAME.json and summary.json; returns the summary: counts, the first bad samples, `numbers`."""
+    bad = [line["bad"] for line in lines if "bad" in line]
+    summary = {"samples": len(lines), "answered": len(lines) - len(bad), "bad": len(bad), "bad_first": bad[:NAMED],
+               **numbers}
+    with writing(folder, DataError):
+        replace_text(folder / f"{name}.json", json.dumps(results, ensure_ascii=False))
+        replace_text(folder / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    for note in summary.get("notes", ()):
+        log_line(note)
+    return summary
+
+
+def read_lines(folder: Path) -> dict[Key, Line]:
+    """Every sample's line: the answer if there is one, else the latest reason why there is none."""
+    found: dict[Key, Line] = {}
+    for path in sorted(folder.glob("samples-*.jsonl")):
+        for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                line = json.loads(text)
+            except ValueError:  # torn by a kill
+                continue
+            if "bad" not in line or "bad" in found.get(line["id"], {"bad": ""}):
+                found[line["id"]] = line
+    return found
+
+
+def _answered(block: Sequence[Sample], answer: Answer, images: Path | None, source: Path) -> Iterator[Line]:
+    """Lines of a block; where the model refuses it as a whole, its samples are answered one at a time."""
+    good: list[tuple[Sample, Any]] = []
+    for sample in block:
+        try:
+            good.append((sample, open_sample(sample, images, source)))
+        except (DataError, ImageError) as error:
+            yield {"id": sample.key, "bad": str(error)}
+    yield from _lines(good, answer)
+
+
+def _lines(good: Sequence[tuple[Sample, Any]], answer: Answer) -> Iterator[Line]:
+    try:
+        lines = answer([sample for sample, _ in good], [image for _, image in good]) if good else ()
+        yield from ({"id": sample.key, **line} for (sample, _), line in zip(good, lines, strict=True))
+    except (GenerationError, ImageError) as error:
+        if len(good) == 1:
+            yield {"id": good[0][0].key, "bad": f"{good[0][0].where}: {error}"}
+        for one in good if len(good) > 1 else ():
+            yield from _lines([one], answer)
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings into the folder, or refuse a folder with other ones."""
+    file, plain = folder / "settings.json", json.loads(json.dumps(dict(settings)))
+    with folder_lock(folder, DataError, timeout=-1), writing(file, DataError):
+        if not file.exists():
+            replace_text(file, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    changes = changed_settings(read_json_object(file, DataError), plain)
+    if changes:
+        raise DataError(f"{folder}: was begun with other settings ({'; '.join(changes)}); choose another --out, or the "
+                        "same settings.")
+
+
+def _end_torn_line(file: Path) -> None:
+    """Begin a new line after one that a kill left unfinished."""
+    if file.exists() and not file.read_bytes().endswith(b"\n"):
+        with writing(file, DataError), open(file, "a", encoding="utf-8") as opened:
+            opened.write("\n")

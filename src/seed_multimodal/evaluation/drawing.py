@@ -1,0 +1,154 @@
+"""Drawings of captions and their scores: the best of N by CLIP similarity, and FID to the images that they describe."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from seed_multimodal.data.formats.benchmarks import Key, Sample
+from seed_multimodal.disk import replacing, writing
+from seed_multimodal.errors import CheckpointError, DataError, GenerationError, first_line, how_to_install
+from seed_multimodal.evaluation.answers import Line, open_sample
+from seed_multimodal.evaluation.retrieval import clip_tokenizer
+from seed_multimodal.evaluation.task_table import Run
+from seed_multimodal.images.open import open_image
+from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
+from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.systems.seed_llama import SeedLlama
+from seed_multimodal.tokenizers.clip_weights import load_clip_text, load_clip_vision
+from seed_multimodal.weights import load_state_dict
+
+CLIP_FOLDER = "clip-vit-large-patch14"
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
+BATCH = 32
+
+
+class ClipScores:
+    """Both encoders of a CLIP folder (transformers), in fp32.
+
+    Raises:
+        CheckpointError: encoder or tokenizer is missing.
+    """
+
+    def __init__(self, place: Path, device: torch.device) -> None:
+        self.vision = load_clip_vision(place, device=device, log=None)
+        self.text = load_clip_text(place, device=device, log=None)
+        self.tokenizer, self.device = clip_tokenizer(place), device
+        self.transform = ImageTransform(self.vision.config.image_size, interpolation="bicubic")
+
+    @torch.no_grad()
+    def cosines(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[list[float]]:
+        """Cosines of each text with its images; longer texts than CLIP reads are cut."""
+        ids = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt",
+                             max_length=self.text.config.max_position_embeddings).to(self.device)
+        words = F.normalize(self.text(**ids).text_embeds, dim=-1)
+        found = []
+        for row, several in zip(words, images, strict=True):
+            pixels = self.transform.batch(list(several)).to(self.device)
+            found.append((F.normalize(self.vision(pixel_values=pixels).image_embeds, dim=-1) @ row).tolist())
+        return found
+
+
+def find_clip(given: str | Path | None) -> Path:
+    """The CLIP folder to choose drawings with. Raises CheckpointError: there is none: what to put where."""
+    place = Path("pretrained") / CLIP_FOLDER if given is None else Path(given)
+    if not place.is_dir():
+        raise CheckpointError(f"{place}: there is no CLIP folder to choose the best of several drawings with; put "
+                              f"openai/{CLIP_FOLDER} of the Hugging Face hub there, or name another by --clip, or draw "
+                              "one image per text (--best-of 1).")
+    return place
+
+
+def fid(run: Run, samples: Sequence[Sample], drawn: Sequence[Path], device: torch.device) -> float:
+    """FID (Heusel et al. 2017) by torchmetrics, of two drawings or more from the images of their samples.
+
+    Raises:
+        ImportError: torchmetrics or torch-fidelity (the extra eval) is missing. CheckpointError: no or bad weights.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    file = Path(run.inception or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION}")
+    if not file.is_file():
+        raise CheckpointError(f"{file}: there are no Inception weights; put {INCEPTION_URL} there, or name them by "
+                              "--inception")
+    with tempfile.TemporaryDirectory() as folder:  # torch-fidelity unpickles what it is given: it gets tensors only
+        torch.save(load_state_dict(file), f"{folder}/{INCEPTION}")
+        metric = FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=f"{folder}/{INCEPTION}")
+    metric = metric.to(device)
+    for start in range(0, len(samples), BATCH):
+        part = samples[start:start + BATCH]
+        real = [plain_rgb(open_sample(one, run.images, run.annotations)) for one in part]
+        squares = [resize_passes(image, (run.resolution, run.resolution), Image.Resampling.BICUBIC) for image in real]
+        for images, are_real in ((squares, True), ([open_image(path) for path in drawn[start:start + BATCH]], False)):
+            metric.update(torch.stack(list(map(to_bytes, images))).to(device).float() / 255, real=are_real)
+    return float(metric.compute())
+
+
+def save_drawing(image: Image.Image, folder: Path, number: int, text: str, kind: str) -> str:
+    """Save as NUMBER_CAPTION.kind; returns the file's name. Raises DataError: the disk refuses."""
+    stem = "".join(letter if letter.isalnum() else "_" for letter in text).strip("_")[:60]
+    stem = stem.encode()[:180].decode(errors="ignore") or "image"  # file names have 255 bytes
+    path = folder / f"{number:06d}_{stem}.{kind}"
+    with writing(path, DataError), replacing(path) as file:
+        image.save(file, "JPEG" if kind == "jpg" else "PNG")
+    return path.name
+
+
+def unconditional_codes(system: SeedLlama, options: Mapping[str, Any]) -> list[list[int]]:
+    """The codes that follow `<s><img>`, [1, 32]: what the original script steers drawings away from."""
+    settings = replace(system.settings(**options), force_image=True)
+    ids = system.generate([system.tokenizer.bos_id], settings)
+    codes = [list(part.codes) for part in split_answer(ids, system.tokenizer) if isinstance(part, ImagePart)]
+    if not codes:
+        raise GenerationError("The model draws no whole image without a caption.")
+    return codes[:1]
+
+
+class Drawings:
+    """The task "text2image" with a system; `numbers`: place of each sample, for seeds and file names."""
+
+    def __init__(self, system: Any, run: Run, options: Mapping[str, Any], numbers: Mapping[Key, int]) -> None:
+        self.system, self.run, self.options, self.numbers = system, run, {**options, "batch_size": run.batch}, numbers
+        self.clip = None if run.clip is None else ClipScores(run.clip, system.pictures.device)
+        if isinstance(system, SeedLlama) and run.prompts == "plain":
+            self.options["verbatim"] = True
+        if isinstance(system, SeedLlama) and run.unconditional:
+            generation = {key: value for key, value in options.items() if key not in system.decode_keys}
+            self.options["negative_codes"] = unconditional_codes(system, generation)
+
+    def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
+        """Of a batch: draw, choose, save."""
+        run, texts, lines = self.run, [one.caption for one in samples], list[Line]()
+        seeds = [run.seed + run.best_of * self.numbers[one.key] for one in samples]
+        drawn = self.system.draw_all(texts, seed=seeds, number=run.best_of, **self.options)
+        several = [drawn[start:start + run.best_of] for start in range(0, len(drawn), run.best_of)]
+        cosines = [[0.0]] * len(texts) if self.clip is None else self.clip.cosines(texts, several)
+        for one, row, own in zip(samples, cosines, several, strict=True):
+            best = max(range(len(row)), key=row.__getitem__)
+            name = save_drawing(own[best], run.out, self.numbers[one.key], one.caption, run.kind)
+            chosen = {} if self.clip is None else {"clip": round(row[best], 4)}
+            lines.append({"caption": one.caption, "picture": name, **chosen})
+        return lines
+
+    def score(self, samples: Sequence[Sample], lines: Mapping[Any, Line]) -> tuple[Any, dict[str, Any]]:
+        """Names of the drawings; their mean CLIP cosine, and FID where each caption belongs to an image."""
+        drawn = [one for one in samples if "picture" in lines[one.key]]
+        results = [{"id": one.key, **{name: lines[one.key][name] for name in ("caption", "picture")}} for one in drawn]
+        cosines = [lines[one.key]["clip"] for one in drawn if "clip" in lines[one.key]]
+        numbers: dict[str, Any] = {"clip": round(sum(cosines) / len(cosines), 4)} if cosines else {}
+        if len(drawn) > 1 and all(one.image is not None for one in drawn):
+            files = [self.run.out / one["picture"] for one in results]
+            try:
+                numbers["fid"] = round(fid(self.run, drawn, files, self.system.pictures.device), 4)
+            except (ImportError, CheckpointError) as error:
+                numbers["notes"] = [f"FID is not computed ({first_line(error)}): it needs the Inception weights and "
+                                    f"{how_to_install('torchmetrics', 'torch_fidelity')}."]
+        return results, numbers
