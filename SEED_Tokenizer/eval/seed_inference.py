@@ -39,7 +39,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     """Print the codes and where the picture was saved."""
     from seed_multimodal.commands.common import save_picture
     from seed_multimodal.device import choose_device
-    from seed_multimodal.evaluation.tokenizer_open import open_tokenizer
+    from seed_multimodal.evaluation.tokenizer import open_tokenizer
     from seed_multimodal.quiet import quiet_libraries
 
     quiet_libraries(args.debug)

@@ -29,7 +29,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.errors import DataError, SeedError
-from seed_multimodal.evaluation.tokenizer_pass import PassResult, _batches
+from seed_multimodal.evaluation.tokenizer import Pass, read_images
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.captions import BlipCaption
 
@@ -195,11 +195,8 @@ def trained(folder: Path, most: int = 20) -> Found:
 
 def evaluated(folder: Path, most: int = 20) -> Found:
     """The tokenizer's evaluation, up to its pictures."""
-    import numpy as np
-
-    source = open_pairs({"format": "auto", "files": str(folder)})
-    seen = PassResult([], [], [], np.zeros((0, 0), np.int64), np.zeros((0, 0)), None, None, None)
-    for _ in _batches(source, range(len(source)), 4, seen, lambda line: None):
+    source, seen = open_pairs({"format": "auto", "files": str(folder)}), Pass()
+    for _ in read_images(source, range(len(source)), 4, seen, lambda line: None):
         pass
     return [texts[0] for texts in seen.captions], [reason for _, reason in seen.bad]
 

@@ -1,8 +1,9 @@
-"""A tiny CLIP for the tests of evaluation."""
+"""A tiny CLIP, and a tiny tokenizer with its stage-1 checkpoint."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,41 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_config={**tower, "vocab_size": size, "max_position_embeddings": 8, "bos_token_id": size - 2,
                      "eos_token_id": size - 1})).save_pretrained(folder)
     return folder
+
+
+@dataclass
+class Stages:
+    """A tokenizer's folder, the stage-1 checkpoint that it came from, and a BERT tokenizer's folder."""
+
+    tokenizer: Path
+    stage1: Path
+    words: Path
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    from seed_multimodal.tokenizers.qformer import QFormerConfig
+    from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
+    from seed_multimodal.tokenizers.stage1 import Stage1Model
+    from seed_multimodal.vision.eva import EvaConfig
+
+    folder, words = tmp_path_factory.mktemp("stages"), "a red green blue grey square of".split()
+    config = Seed2Config(
+        vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
+        qformer=QFormerConfig(width=24, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1),
+        codebook_size=50, codebook_dim=6, decode_depth=1, image_features_dim=10)
+    torch.manual_seed(0)
+    first = Stage1Model(config, vocab_size=len(words) + 6, embed_dim=8)
+    torch.nn.init.normal_(first.query_tokens)
+    tokenizer = Seed2Tokenizer(config).eval()
+    own = tokenizer.state_dict()
+    tokenizer.load_state_dict({name: value for name, value in first.state_dict().items() if name in own}, strict=False)
+    features = tokenizer.pre_quant(torch.randn(5, 3, 16, 16)).detach()
+    tokenizer.quantize.embedding.weight.data = features.flatten(0, 1)[:50]
+    tokenizer.save_pretrained(folder / "tokenizer")
+    frozen = {name for name, parameter in first.named_parameters() if not parameter.requires_grad}
+    torch.save({"model": {name: value for name, value in first.state_dict().items() if name not in frozen}},
+               folder / "stage1.pth")
+    (folder / "bert").mkdir()
+    (folder / "bert" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    return Stages(folder / "tokenizer", folder / "stage1.pth", folder / "bert")

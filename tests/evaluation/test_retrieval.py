@@ -10,7 +10,7 @@ import torch
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation import retrieval as module
-from seed_multimodal.evaluation.retrieval import Captions, clip_texts, load_stage1, ranks, retrieval, stage1_texts
+from seed_multimodal.evaluation.retrieval import clip_texts, load_stage1, ranks, retrieval, stage1_texts
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
@@ -42,17 +42,24 @@ def unit(rows: np.ndarray) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.from_numpy(rows), dim=-1)
 
 
+def encoder(captions: list[list[str]], features: torch.Tensor):
+    """Texts → the features given for them."""
+    known = dict(zip([text for row in captions for text in row], features, strict=True))
+    return lambda texts: torch.stack([known[text] for text in texts])
+
+
 @pytest.mark.parametrize(("k_test", "block"), [(128, 1 << 26), (20, 1000)])
 def test_retrieval_equals_lavis(k_test, block, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", block)
     rng = np.random.default_rng(0)
-    captions = Captions.of([[f"image {i} words {j}" for j in range(2 + i % 3)] for i in range(60)])
+    captions = [[f"image {i} words {j}" for j in range(2 + i % 3)] for i in range(60)]
+    owner = [i for i, row in enumerate(captions) for _ in row]
     images = unit(rng.normal(size=(60, 8)))
-    texts = unit(images[captions.image].numpy() + 0.5 * rng.normal(size=(len(captions.text), 8)))
-    found = retrieval(images, texts, captions)
-    assert found["lavis"] == pytest.approx(lavis(images.numpy(), texts.numpy(), captions.image.tolist(), k_test))
+    texts = unit(images[owner].numpy() + 0.5 * rng.normal(size=(len(owner), 8)))
+    found = retrieval(images, encoder(captions, texts), captions)
+    assert found["lavis"] == pytest.approx(lavis(images.numpy(), texts.numpy(), owner, k_test))
     assert 10 < found["lavis"]["txt_r1"] < found["lavis"]["txt_r10"] < 100
-    assert (found["n"], found["texts"], found["img_r5"].n) == (60, len(captions.text), len(captions.text))
+    assert (found["n"], found["texts"], found["img_r5"].n) == (60, len(owner), len(owner))
     assert found["img_r5"].low < found["img_r5"].value < found["img_r5"].high
 
 
@@ -66,21 +73,19 @@ def test_ranks_by_hand():
 
 
 def test_a_text_of_several_images_is_right_for_each():
-    captions = Captions.of([["a cat", "one"], ["a cat"], ["two"]])
-    assert captions.texts == ["a cat", "one", "two"] and captions.text.tolist() == [0, 1, 0, 2]
-    images = torch.eye(3)
-    texts = unit(np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
-    found = retrieval(images, texts.float(), captions)
-    assert (found["txt_r1"].value, found["img_r1"].value) == (1.0, 1.0)
-    same = torch.ones(3, 4) / 2  # equal features score nothing instead of winning by order
-    assert retrieval(same, same, captions)["txt_r1"].value == retrieval(same, same, captions)["img_r1"].value == 0.0
+    captions = [["a cat", "one"], ["a cat"], ["two"]]
+    texts = unit(np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])).float()
+    found = retrieval(torch.eye(3), encoder(captions, texts), captions)
+    assert (found["texts"], found["txt_r1"].value, found["img_r1"].value) == (4, 1.0, 1.0)
+    same = retrieval(torch.ones(3, 4) / 2, encoder(captions, torch.ones(4, 4) / 2), captions)
+    assert same["txt_r1"].value == same["img_r1"].value == 0.0  # ties count as wrong
 
 
 def test_stage1_texts_reads_captions_as_in_training(stages):
     tokenizer = Seed2Tokenizer.from_pretrained(stages.tokenizer)
     model = load_stage1(stages.stage1, tokenizer)
     assert model.visual_encoder is tokenizer.visual_encoder
-    texts = stage1_texts(model, stages.words).features(["A red square.", "a red square"])
+    texts = stage1_texts(model, stages.words)(["A red square.", "a red square"])
     assert torch.allclose(texts[0], texts[1]) and torch.allclose(texts.norm(dim=1), torch.ones(2))
     number = MultimodalTokenizer.from_pretrained(NANO / "seed_tokenizer").vocabulary.n_text
     with pytest.raises(CheckpointError, match=rf"{number} word pieces.*table has 13 rows.*--text-tokenizer"):
@@ -101,7 +106,7 @@ def test_load_stage1_refuses_other_checkpoints(stages, tmp_path):
 
 
 def test_clip_texts_needs_a_text_encoder_and_its_tokenizer(clip_folder, tmp_path):
-    texts = clip_texts(clip_folder, torch.device("cpu")).features(["a red square", "a bad", "a red square"])
+    texts = clip_texts(clip_folder, torch.device("cpu"))(["a red square", "a bad", "a red square"])
     assert torch.allclose(texts.norm(dim=1), torch.ones(3)) and torch.allclose(texts[0], texts[2])
     assert not torch.allclose(texts[0], texts[1], atol=1e-3)
     with pytest.raises(CheckpointError, match="absent: there is no such folder"):

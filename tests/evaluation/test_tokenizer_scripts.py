@@ -44,7 +44,7 @@ def test_retrieval_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["n"] == 2 and report["model"] == str(tiny_folder)
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "report.md")
+    assert json.loads(done.stdout.splitlines()[-1]) == report
 
 
 @pytest.mark.process

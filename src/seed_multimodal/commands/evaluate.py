@@ -1,8 +1,6 @@
-"""`seed eval vqa|caption|text2image` for every system, and the programs of `MultiModalLLM/eval/`: questions, captions
-and drawings over whole sets, alone or under torchrun.
-
-The programs are for SEED-LLaMA. Without flags two of them repeat the original's probes; what the original hard-coded is
-the default of a flag here. Results and summary lie in `--out`, which the same command resumes.
+"""`seed eval vqa|caption|text2image` for every system, and the programs of `MultiModalLLM/eval/` for SEED-LLaMA:
+questions, captions and drawings over whole sets, alone or under torchrun. Without flags two of the programs repeat the
+original's probes. The same command resumes.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,39 +23,23 @@ from seed_multimodal.commands.common import (
     load_system,
 )
 from seed_multimodal.entry import DONE, SOME_FAILED, add_quantization, log_line, run_program, whole_number
-from seed_multimodal.errors import ConfigError, counted
+from seed_multimodal.errors import counted
 from seed_multimodal.language.tasks import DEMO_QUESTIONS
 
-# For `eval_caption_to_images.py` without a file: subjects, places, styles, text in the image, counting.
-CAPTIONS = (
-    "A small wooden house on a snowy hill in the evening", "Two red apples on a white plate",
-    "A lighthouse at the sea in a storm, oil painting", "A fox asleep under a tree, watercolour",
-    "A street market in the rain at night, photograph", "A robot that waters flowers, children's book illustration",
-    "Three sailing boats on a calm lake at sunrise", "A bowl of noodle soup seen from above",
-    "An owl with glasses reads a newspaper", "A bicycle made of glass in a museum",
-    "A train crosses a high stone bridge in autumn", "The word HELLO written in the sand of a beach")
+# For `eval_caption_to_images.py` without a file.
+CAPTIONS = ("A small wooden house on a snowy hill in the evening", "A lighthouse at the sea in a storm, oil painting",
+            "Three sailing boats on a calm lake at sunrise", "The word HELLO written in the sand of a beach")
 
 
-def vqa_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
-    """`eval_vqa.py`; returns the exit code."""
-    return _program(program, description, argv, "outputs/eval_vqa", add_vqa, evaluate_vqa)
-
-
-def caption_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
-    """`eval_caption.py`; returns the exit code."""
-    return _program(program, description, argv, "outputs/eval_caption", add_caption, evaluate_caption)
-
-
-def drawing_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
-    """`eval_caption_to_images.py`; returns the exit code."""
-    return _program(program, description, argv, "generated_images", _add_drawings, _draw_captions)
-
-
-def _program(program: str, description: str, argv: Sequence[str] | None, out: str,
-             add: Callable[[argparse.ArgumentParser], None], work: Callable[[argparse.Namespace], int]) -> int:
+def eval_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
+    """A program of `MultiModalLLM/eval/` by its name; returns the exit code."""
+    out, add, work = {
+        "eval_vqa.py": ("outputs/eval_vqa", _add_vqa, _ask),
+        "eval_caption.py": ("outputs/eval_caption", _add_caption, _describe),
+        "eval_caption_to_images.py": ("generated_images", _add_drawings, _draw_as_original)}[program]
     parser = argparse.ArgumentParser(prog=program, description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run(parser, out, "8b", debug=False)
+    _add_run(parser, out, "8b", debug=False)
     add(parser)
     return run_program(parser, work, argv)
 
@@ -65,11 +47,11 @@ def _program(program: str, description: str, argv: Sequence[str] | None, out: st
 def add_commands(measured: Any) -> None:
     """`vqa`, `caption` and `text2image` below `seed eval`."""
     for name, add, work, text in (
-            ("vqa", add_vqa, evaluate_vqa, "questions about images: accuracy"),
-            ("caption", add_caption, evaluate_caption, "captions of images: CIDEr and others"),
-            ("text2image", add_text2image, evaluate_text2image, "the best of several drawings by CLIP: FID")):
+            ("vqa", _add_vqa, _ask, "questions about images: accuracy"),
+            ("caption", _add_caption, _describe, "captions of images: CIDEr and others"),
+            ("text2image", _add_text2image, _draw, "the best of several drawings by CLIP: FID")):
         parser = measured.add_parser(name, help=text, description=text)
-        add_run(parser, f"outputs/eval_{name}", "nano", debug=True)
+        _add_run(parser, f"outputs/eval_{name}", "nano", debug=True)
         add(parser)
         parser.set_defaults(work=work)
 
@@ -77,12 +59,11 @@ def add_commands(measured: Any) -> None:
 # ---- flags
 
 
-def add_run(parser: argparse.ArgumentParser, out: str, model: str, debug: bool) -> None:
-    """Flags of all evaluations."""
+def _add_run(parser: argparse.ArgumentParser, out: str, model: str, debug: bool) -> None:
     parser.add_argument("--out", default=out, metavar="DIR", help="results; the same command resumes (default: "
                         "%(default)s)")
     parser.add_argument("--prompts", choices=("chat", "plain"), default="chat", help="of SEED-LLaMA: the tuned models' "
-                        "requests, or the pretrained model's bare ones (default: %(default)s)")
+                        "requests, or the pretrained model's bare ones")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images")
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="the first N samples only")
     parser.add_argument("--batch-size", type=whole_number(1), default=16, metavar="N", help="samples at a time "
@@ -95,104 +76,88 @@ def add_run(parser: argparse.ArgumentParser, out: str, model: str, debug: bool) 
     add_generation(parser)
 
 
-def add_vqa(parser: argparse.ArgumentParser) -> None:
-    """Flags of questions."""
-    data = parser.add_argument_group("questions")
-    data.add_argument("--questions", metavar="JSON", help="VQA's file of questions (or a list with image, question, "
-                      "question_id); without it --question about --image is asked, as the original does")
-    data.add_argument("--annotations", type=Path, metavar="JSON", help="VQA's file of answers (default: those in "
-                      "--questions, if it has them)")
-    data.add_argument("--dataset", choices=("vqav2", "okvqa", "vizwiz", "gqa"), default="vqav2", help="gqa: an answer "
-                      "is right or wrong; vizwiz: the system is first asked whether there is an answer (default: "
-                      "%(default)s)")
-    data.add_argument("--image", metavar="PICTURE", help="for one question (default: images/cat.jpg)")
-    data.add_argument("--question", metavar="TEXT", default=DEMO_QUESTIONS[0], help="default: %(default)s")
-    data.add_argument("--keep_ratio", action="store_true", help="scale the shorter side and cut out the centre, as the "
-                      "original's probe does (default: the transform of the training data)")
+def _add_vqa(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", metavar="JSON", help="VQA's file of questions (or a list with image, question, "
+                        "question_id); without it --question about --image is asked, as the original does")
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="VQA's file of answers (default: those in "
+                        "--questions, if it has them)")
+    parser.add_argument("--dataset", choices=("vqav2", "okvqa", "vizwiz", "gqa"), default="vqav2", help="gqa: an "
+                        "answer is right or wrong; vizwiz: the system is first asked whether there is an answer "
+                        "(default: %(default)s)")
+    parser.add_argument("--image", metavar="PICTURE", help="for one question (default: images/cat.jpg)")
+    parser.add_argument("--question", metavar="TEXT", default=DEMO_QUESTIONS[0], help="default: %(default)s")
+    parser.add_argument("--keep_ratio", action="store_true", help="scale the shorter side and cut out the centre, as "
+                        "the original's probe does (default: the transform of the training data)")
 
 
-def add_caption(parser: argparse.ArgumentParser) -> None:
-    """Flags of captions."""
-    data = parser.add_argument_group("captions")
-    data.add_argument("--captions", metavar="JSON", required=True, help="COCO's captions, Karpathy's file "
-                      "dataset_coco.json, or a list with image and caption")
-    data.add_argument("--truth", type=Path, metavar="JSON", help="the captions to compare with, where --captions is a "
-                      "list of images (NoCaps, Flickr30k, LaVIT's lists)")
-    data.add_argument("--split", default="test", help="of Karpathy's file (default: %(default)s)")
-    data.add_argument("--caption_prompt", default="", metavar="TEXT", help="the request; of plain prompts the "
-                      "caption's first words")
+def _add_caption(parser: argparse.ArgumentParser) -> None:
+    _add_captions(parser, required=True)
+    parser.add_argument("--truth", type=Path, metavar="JSON", help="the captions to compare with, where --captions is "
+                        "a list of images (NoCaps, Flickr30k, LaVIT's lists)")
 
 
-def add_text2image(parser: argparse.ArgumentParser) -> None:
-    """Flags of drawings."""
-    data = parser.add_argument_group("captions")
-    data.add_argument("--captions", metavar="FILE", required=True, help="captions with their images, as for seed eval "
-                      "caption, or a list with image and text; a .txt, or texts alone, have no images for FID")
-    data.add_argument("--split", default="test", help="of Karpathy's file (default: %(default)s)")
-    data.add_argument("--best-of", type=whole_number(1), default=4, metavar="N", help="drawings of a caption, of which "
-                      "CLIP keeps one (default: %(default)s)")
-    data.add_argument("--clip", metavar="DIR", help="CLIP folder of transformers")
-    data.add_argument("--resolution", type=whole_number(1), default=512, metavar="N", help="real images are resized to "
-                      "this square for FID (default: %(default)s)")
-    data.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network (default: "
-                      "torch-fidelity's)")
+def _add_text2image(parser: argparse.ArgumentParser) -> None:
+    _add_captions(parser, required=True)
+    parser.add_argument("--best-of", type=whole_number(1), default=4, metavar="N", help="drawings of a caption, of "
+                        "which CLIP keeps one (default: %(default)s)")
+    parser.add_argument("--clip", metavar="DIR", help="CLIP folder of transformers")
+    parser.add_argument("--resolution", type=whole_number(1), default=512, metavar="N", help="real images are resized "
+                        "to this square for FID (default: %(default)s)")
+    parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network (default: "
+                        "torch-fidelity's)")
     add_drawing(parser)
 
 
 def _add_drawings(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("captions")
-    data.add_argument("--captions", metavar="FILE", help="a .txt with a caption a line, or a file of captions as for "
-                      "eval_caption.py, of which each image's first is drawn (default: twelve built-in captions)")
-    data.add_argument("--split", default="test", help="of Karpathy's file (default: %(default)s)")
+    _add_captions(parser, required=False)
     add_drawing(parser)
     parser.set_defaults(prompts="plain")
+
+
+def _add_captions(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--captions", metavar="FILE", required=required, help="COCO's captions, Karpathy's file "
+                        "dataset_coco.json, or a list with image and caption; to draw also a list of texts, or a .txt")
+    parser.add_argument("--split", default="test", help="of Karpathy's file (default: %(default)s)")
 
 
 # ---- work
 
 
-def evaluate_vqa(args: argparse.Namespace) -> int:
-    """Questions; returns the exit code."""
+def _ask(args: argparse.Namespace) -> int:
     if args.questions is None:
         return _ask_once(args)
     return _evaluate(args, args.questions, "vqa", args.dataset, truth=args.annotations, options=_text_options(args))
 
 
-def evaluate_caption(args: argparse.Namespace) -> int:
-    """Captions; returns the exit code."""
-    return _evaluate(args, args.captions, "caption", "coco", truth=args.truth, split=args.split,
-                     caption_prompt=args.caption_prompt, options=_text_options(args))
+def _describe(args: argparse.Namespace) -> int:
+    return _evaluate(args, args.captions, "caption", truth=args.truth, split=args.split, options=_text_options(args))
 
 
-def evaluate_text2image(args: argparse.Namespace) -> int:
-    """Drawings; returns the exit code."""
+def _draw(args: argparse.Namespace) -> int:
     from seed_multimodal.evaluation.drawing import find_clip
 
     clip = find_clip(args.clip) if args.best_of > 1 or args.clip else None
-    return _evaluate(args, args.captions, "text2image", "coco", split=args.split, best_of=args.best_of, clip=clip,
+    return _evaluate(args, args.captions, "text2image", split=args.split, best_of=args.best_of, clip=clip,
                      seed=args.seed, resolution=args.resolution, inception=args.inception,
                      options={**drawing_settings(args), **generation_settings(args)})
 
 
-def _draw_captions(args: argparse.Namespace) -> int:
+def _draw_as_original(args: argparse.Namespace) -> int:
     """Drawings as the original script makes them, without scores."""
     from seed_multimodal.data.formats.benchmarks import Sample, read_captions
 
     samples = (read_captions(args.captions, args.split) if args.captions else
                [Sample(number, f"caption {number}", references=[text]) for number, text in enumerate(CAPTIONS, 1)])
-    return _evaluate(args, args.captions or "built in", "text2image", "coco", seed=args.seed, kind="jpg",
-                     unconditional=True, options={**drawing_settings(args), **generation_settings(args)},
+    return _evaluate(args, args.captions or "built in", "text2image", seed=args.seed, original=True,
+                     options={**drawing_settings(args), **generation_settings(args)},
                      samples=[replace(one, image=None) for one in samples])
 
 
 def _ask_once(args: argparse.Namespace) -> int:
     """One question, with the original's prompt and settings; the answer goes to stdout."""
-    from seed_multimodal.evaluation.benchmark import set_prompts
-    from seed_multimodal.evaluation.task_table import PROBE
+    from seed_multimodal.evaluation.tasks import PROBE, set_prompts
     from seed_multimodal.evaluation.vqa import PLAIN_QUESTION
 
-    if args.annotations:
-        raise ConfigError("--annotations belongs to --questions, which is not given.")
     system = _load(args)
     set_prompts(system, "plain")
     print(system.ask(args.image or cat_picture(), PLAIN_QUESTION.format(args.question), short=False,
@@ -202,7 +167,7 @@ def _ask_once(args: argparse.Namespace) -> int:
 
 def _text_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {"seed": args.seed, **generation_settings(args)}
-    return {"do_sample": True, **options} if "temperature" in options or "top_p" in options else options
+    return {"do_sample": True, **options} if {"temperature", "top_p"} & set(options) else options
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -218,14 +183,14 @@ def _load(args: argparse.Namespace) -> Any:
     return system
 
 
-def _evaluate(args: argparse.Namespace, file: str, task: str, dataset: str, *, samples: Any = None, **settings: Any
-              ) -> int:
-    from seed_multimodal.evaluation.benchmark import evaluate, read_samples
-    from seed_multimodal.evaluation.task_table import Run
+def _evaluate(args: argparse.Namespace, file: str, task: str, dataset: str = "coco", *, samples: Any = None,
+              **settings: Any) -> int:
+    from seed_multimodal.evaluation.answers import Run
+    from seed_multimodal.evaluation.tasks import evaluate, find_task, read_samples
 
-    run = Run(task, dataset, Path(file), Path(args.out), images=args.images, limit=args.limit, batch=args.batch_size,
-              max_bad=args.max_bad, prompts=args.prompts, **settings)
-    samples = read_samples(run) if samples is None else samples  # before the weights, which take minutes
+    run = Run(find_task(task, dataset), Path(file), Path(args.out), images=args.images, limit=args.limit,
+              batch=args.batch_size, max_bad=args.max_bad, prompts=args.prompts, **settings)
+    samples = read_samples(run) if samples is None else samples[:args.limit]  # before the weights, which take minutes
     return report(evaluate(_load(args), run, samples), run.out)
 
 

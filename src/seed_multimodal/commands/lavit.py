@@ -259,21 +259,22 @@ def _infer(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     """One of the published evaluations; the summary goes to stdout."""
     from seed_multimodal.commands.evaluate import report
-    from seed_multimodal.evaluation.benchmark import evaluate, read_samples
+    from seed_multimodal.evaluation.answers import Run
     from seed_multimodal.evaluation.drawing import find_clip
-    from seed_multimodal.evaluation.task_table import TASKS, Run, find_truth
+    from seed_multimodal.evaluation.tasks import TASKS, evaluate, find_task, find_truth, read_samples
     from seed_multimodal.systems.lavit import Lavit
     from seed_multimodal.systems.lavit_original import original_device, original_dtype, original_spec
 
     quiet_libraries(args.debug)
     draws, dataset = args.task_name == "text2image", args.dataset or next(iter(TASKS[args.task_name]))
-    run = Run(args.task_name, dataset, Path(args.annopath), Path(args.out or f"tmp/{args.task_name}/{dataset}"),
-              images=Path(args.imagepath), limit=args.limit, batch=args.batch_size, results=dataset)
+    out = Path(args.out or f"tmp/{args.task_name}/{dataset}")
+    run = Run(find_task(args.task_name, dataset), Path(args.annopath), out, images=Path(args.imagepath),
+              limit=args.limit, batch=args.batch_size)
     if draws:
         run = replace(run, best_of=DRAWN_BY_CLIP, clip=find_clip(args.clip), resolution=args.resolution,
                       inception=args.inception)
     else:
-        run = replace(run, truth=args.truth or find_truth(run.row, run.annotations), options={"seed": EVALUATION_SEED})
+        run = replace(run, truth=args.truth or find_truth(run.task, run.annotations), options={"seed": EVALUATION_SEED})
     spec = original_spec(args.model_path, head="lowres" if draws else None)
     samples = read_samples(run)  # before the weights, which take minutes
     system = Lavit.from_pretrained(

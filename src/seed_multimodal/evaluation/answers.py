@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +27,73 @@ from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.distributed import environment_place
 
 NAMED = 5  # bad samples that the summary names
+LEMMATISED = "_lemm"  # in the names of ground-truth files that LaVIT's authors have lemmatised
 Line = dict[str, Any]
 Answer = Callable[[Sequence[Sample], Sequence[Any]], Sequence[Line]]  # samples and their images → a line for each
 
 
-def answer_samples(samples: Sequence[Sample], answer: Answer, folder: Path, settings: Mapping[str, Any], *,
-                   images: Path | None, source: Path, batch: int, max_bad: int) -> list[Line] | None:
-    """Answer this process's share of the samples that have no line yet.
+@dataclass(frozen=True)
+class Task:
+    """A benchmark.
 
-    Args:
-        images: folder of the images; None: beside `source`, the file that names them, or in the current folder.
+    Attributes:
+        kind: "vqa", "caption" or "text2image". truth: LaVIT's ground-truth file, see `tasks.find_truth`.
+        exact: an answer is right if it equals the one right answer, instead of agreement with ten annotators.
+        first: is asked before each question; a "no" makes the answer "unanswerable".
+    """
 
-    Returns:
-        The line of each sample, to the process that finishes last; else None.
+    kind: str
+    truth: str = ""
+    exact: bool = False
+    first: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An evaluation.
+
+    Attributes:
+        annotations: questions, images to describe or captions to draw. out: folder of the results.
+        images: folder of the images (None: beside `annotations`). truth: file of answers or captions to compare with.
+        split: of Karpathy's file. limit: the first samples only. batch: samples at a time. max_bad: see above.
+        prompts: "chat" or "plain", see `tasks.set_prompts`.
+        options: of the batch methods, over the system's own. seed: of the first drawing; number n has seed + n.
+        best_of: drawings per caption, chosen by `clip`. inception, resolution: see `drawing.fid`.
+        original: .jpg files as of the original script, steered away from what SEED-LLaMA draws without a caption.
+    """
+
+    task: Task
+    annotations: Path
+    out: Path
+    images: Path | None = None
+    truth: Path | None = None
+    split: str = "test"
+    limit: int | None = None
+    batch: int = 16
+    max_bad: int = 20
+    prompts: str = "chat"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    best_of: int = 1
+    clip: Path | None = None
+    inception: Path | None = None
+    resolution: int = 512
+    original: bool = False
+
+    def cut(self, text: str) -> str:
+        """An answer; of plain prompts its first line, since the pretrained model continues with another question."""
+        return (text.partition("\n")[0] if self.prompts == "plain" else text).strip()
+
+
+def answer_samples(samples: Sequence[Sample], answer: Answer, run: Run, settings: Mapping[str, Any]
+                   ) -> list[Line] | None:
+    """Answer this process's share of the samples that have no line; all lines, to the process that finishes last.
 
     Raises:
         DataError: the folder belongs to another run, a process with this rank is running, the disk refuses, or
             `max_bad` samples in a row cannot be used.
     """
-    rank, world = environment_place()
+    (rank, world), folder = environment_place(), run.out
     _check_settings(folder, settings)
     file, share = folder / f"samples-{rank}.jsonl", samples[rank::world]
     with folder_lock(folder, DataError, "answering with this rank", name=f".{file.name}.lock"):
@@ -53,20 +102,19 @@ def answer_samples(samples: Sequence[Sample], answer: Answer, folder: Path, sett
         if len(todo) < len(share):
             log_line(f"{folder}: {len(share) - len(todo):,} of {counted(len(share), 'sample')} have been answered "
                      "before.")
-        _end_torn_line(file)
         bad_in_a_row = 0
         with Progress("evaluation", len(share), "sample", start=len(share) - len(todo)) as bar:
-            for start in range(0, len(todo), batch):
-                block = todo[start:start + batch]
-                lines = list(_answered(block, answer, images, source))
+            for start in range(0, len(todo), run.batch):
+                block = todo[start:start + run.batch]
+                lines = list(_answered(block, answer, run))
                 with writing(file, DataError), open(file, "a", encoding="utf-8", errors="replace") as opened:
-                    opened.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                    opened.write("".join("\n" + json.dumps(line, ensure_ascii=False) for line in lines))
                 bar.update(len(block))
                 for line in lines:
                     bad_in_a_row = bad_in_a_row + 1 if "bad" in line else 0
                     if "bad" in line:
                         bar.write(f"skipped: {line['bad']}")
-                    if bad_in_a_row >= max_bad:
+                    if bad_in_a_row >= run.max_bad:
                         raise DataError(f"{bad_in_a_row} samples in a row cannot be used, the last: {line['bad']}")
         known = read_lines(folder)
     if any(one.key not in known for one in samples):
@@ -75,21 +123,23 @@ def answer_samples(samples: Sequence[Sample], answer: Answer, folder: Path, sett
     return [known[one.key] for one in samples]
 
 
-def open_sample(sample: Sample, images: Path | None, source: Path) -> Any:
+def open_sample(sample: Sample, run: Run) -> Any:
     """The image of a sample, or None where it has none. Raises DataError, ImageError: it cannot be used."""
     if sample.problem:
         raise DataError(sample.problem)
-    return None if sample.image is None else open_image(find_picture(sample.image, images, source, sample.where))
+    if sample.image is None:
+        return None
+    return open_image(find_picture(sample.image, run.images, run.annotations, sample.where))
 
 
-def finish(folder: Path, name: str, lines: Sequence[Line], results: Any, numbers: Mapping[str, Any]) -> Line:
-    """Write NAME.json and summary.json; returns the summary: counts, the first bad samples, `numbers`."""
+def finish(run: Run, lines: Sequence[Line], results: Any, numbers: Mapping[str, Any]) -> Line:
+    """Write results and summary.json; returns the summary: counts, the first bad samples, `numbers`."""
     bad = [line["bad"] for line in lines if "bad" in line]
     summary = {"samples": len(lines), "answered": len(lines) - len(bad), "bad": len(bad), "bad_first": bad[:NAMED],
                **numbers}
-    with writing(folder, DataError):
-        replace_text(folder / f"{name}.json", json.dumps(results, ensure_ascii=False))
-        replace_text(folder / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    with writing(run.out, DataError):
+        replace_text(run.out / "results.json", json.dumps(results, ensure_ascii=False))
+        replace_text(run.out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     for note in summary.get("notes", ()):
         log_line(note)
     return summary
@@ -102,19 +152,19 @@ def read_lines(folder: Path) -> dict[Key, Line]:
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
-            except ValueError:  # torn by a kill
+            except ValueError:  # blank, or torn by a kill
                 continue
             if "bad" not in line or "bad" in found.get(line["id"], {"bad": ""}):
                 found[line["id"]] = line
     return found
 
 
-def _answered(block: Sequence[Sample], answer: Answer, images: Path | None, source: Path) -> Iterator[Line]:
+def _answered(block: Sequence[Sample], answer: Answer, run: Run) -> Iterator[Line]:
     """Lines of a block; where the model refuses it as a whole, its samples are answered one at a time."""
     good: list[tuple[Sample, Any]] = []
     for sample in block:
         try:
-            good.append((sample, open_sample(sample, images, source)))
+            good.append((sample, open_sample(sample, run)))
         except (DataError, ImageError) as error:
             yield {"id": sample.key, "bad": str(error)}
     yield from _lines(good, answer)
@@ -136,15 +186,8 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     file, plain = folder / "settings.json", json.loads(json.dumps(dict(settings)))
     with folder_lock(folder, DataError, timeout=-1), writing(file, DataError):
         if not file.exists():
-            replace_text(file, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+            replace_text(file, json.dumps(plain, indent=1, ensure_ascii=False))
     changes = changed_settings(read_json_object(file, DataError), plain)
     if changes:
         raise DataError(f"{folder}: was begun with other settings ({'; '.join(changes)}); choose another --out, or the "
                         "same settings.")
-
-
-def _end_torn_line(file: Path) -> None:
-    """Begin a new line after one that a kill left unfinished."""
-    if file.exists() and not file.read_bytes().endswith(b"\n"):
-        with writing(file, DataError), open(file, "a", encoding="utf-8") as opened:
-            opened.write("\n")

@@ -6,22 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seed_multimodal.data.formats.benchmarks import Sample
-from seed_multimodal.evaluation.answers import Line
-from seed_multimodal.evaluation.task_table import Run
+from seed_multimodal.evaluation.answers import Line, Run
 from seed_multimodal.language.caption_scores import caption_scores
-from seed_multimodal.systems.seed_llama import SeedLlama
 
 
 class Captions:
     """The task "caption" with a system."""
 
-    def __init__(self, system: Any, run: Run, options: Mapping[str, Any]) -> None:
-        self.system, self.run, self.options = system, run, options
-        self.prompt = None if isinstance(system, SeedLlama) else run.caption_prompt or None  # it has its prompt already
+    def __init__(self, system: Any, run: Run, samples: Sequence[Sample]) -> None:
+        self.system, self.run = system, run
 
     def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
         """Of a batch."""
-        captions = self.system.describe_all(images, self.prompt, batch_size=self.run.batch, **self.options)
+        captions = self.system.describe_all(images, batch_size=self.run.batch, **self.run.options)
         return [{"caption": self.run.cut(text)} for text in captions]
 
     def score(self, samples: Sequence[Sample], lines: Mapping[Any, Line]) -> tuple[Any, dict[str, Any]]:

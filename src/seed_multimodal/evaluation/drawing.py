@@ -12,47 +12,36 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from seed_multimodal.data.formats.benchmarks import Key, Sample
+from seed_multimodal.data.formats.benchmarks import Sample
 from seed_multimodal.disk import replacing, writing
 from seed_multimodal.errors import CheckpointError, DataError, GenerationError, first_line, how_to_install
-from seed_multimodal.evaluation.answers import Line, open_sample
-from seed_multimodal.evaluation.retrieval import clip_tokenizer
-from seed_multimodal.evaluation.task_table import Run
+from seed_multimodal.evaluation.answers import Line, Run, open_sample
+from seed_multimodal.evaluation.retrieval import clip_texts
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.language.answer import ImagePart, split_answer
 from seed_multimodal.systems.seed_llama import SeedLlama
-from seed_multimodal.tokenizers.clip_weights import load_clip_text, load_clip_vision
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.weights import load_state_dict
 
 CLIP_FOLDER = "clip-vit-large-patch14"
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # of github.com/toshas/torch-fidelity, release v0.2.0
 BATCH = 32
 
 
 class ClipScores:
-    """Both encoders of a CLIP folder (transformers), in fp32.
-
-    Raises:
-        CheckpointError: encoder or tokenizer is missing.
-    """
+    """Both encoders of a CLIP folder (transformers), in fp32. Raises CheckpointError: encoder or tokenizer missing."""
 
     def __init__(self, place: Path, device: torch.device) -> None:
-        self.vision = load_clip_vision(place, device=device, log=None)
-        self.text = load_clip_text(place, device=device, log=None)
-        self.tokenizer, self.device = clip_tokenizer(place), device
+        self.vision, self.texts = load_clip_vision(place, device=device, log=None), clip_texts(place, device)
         self.transform = ImageTransform(self.vision.config.image_size, interpolation="bicubic")
 
     @torch.no_grad()
     def cosines(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[list[float]]:
         """Cosines of each text with its images; longer texts than CLIP reads are cut."""
-        ids = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt",
-                             max_length=self.text.config.max_position_embeddings).to(self.device)
-        words = F.normalize(self.text(**ids).text_embeds, dim=-1)
-        found = []
-        for row, several in zip(words, images, strict=True):
-            pixels = self.transform.batch(list(several)).to(self.device)
+        found, device = [], self.vision.device
+        for row, several in zip(self.texts(texts), images, strict=True):
+            pixels = self.transform.batch(list(several)).to(device)
             found.append((F.normalize(self.vision(pixel_values=pixels).image_embeds, dim=-1) @ row).tolist())
         return found
 
@@ -67,38 +56,40 @@ def find_clip(given: str | Path | None) -> Path:
     return place
 
 
-def fid(run: Run, samples: Sequence[Sample], drawn: Sequence[Path], device: torch.device) -> float:
-    """FID (Heusel et al. 2017) by torchmetrics, of two drawings or more from the images of their samples.
+def fid_metric(inception: Path | None) -> Any:
+    """FID (Heusel et al. 2017) by torchmetrics; `inception`: torch-fidelity's weights (None: in torch's cache).
 
     Raises:
         ImportError: torchmetrics or torch-fidelity (the extra eval) is missing. CheckpointError: no or bad weights.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    file = Path(run.inception or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION}")
+    file = Path(inception or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION}")
     if not file.is_file():
-        raise CheckpointError(f"{file}: there are no Inception weights; put {INCEPTION_URL} there, or name them by "
-                              "--inception")
+        raise CheckpointError(f"{file}: there are no Inception weights; download torch-fidelity's (--inception)")
     with tempfile.TemporaryDirectory() as folder:  # torch-fidelity unpickles what it is given: it gets tensors only
         torch.save(load_state_dict(file), f"{folder}/{INCEPTION}")
-        metric = FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=f"{folder}/{INCEPTION}")
-    metric = metric.to(device)
+        return FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=f"{folder}/{INCEPTION}")
+
+
+def fid(metric: Any, run: Run, samples: Sequence[Sample], drawn: Sequence[Path]) -> float:
+    """FID of two drawings or more from the images of their samples, which are resized to a square first."""
     for start in range(0, len(samples), BATCH):
-        part = samples[start:start + BATCH]
-        real = [plain_rgb(open_sample(one, run.images, run.annotations)) for one in part]
+        real = [plain_rgb(open_sample(one, run)) for one in samples[start:start + BATCH]]
         squares = [resize_passes(image, (run.resolution, run.resolution), Image.Resampling.BICUBIC) for image in real]
         for images, are_real in ((squares, True), ([open_image(path) for path in drawn[start:start + BATCH]], False)):
-            metric.update(torch.stack(list(map(to_bytes, images))).to(device).float() / 255, real=are_real)
+            pixels = torch.stack(list(map(to_bytes, images))).to(metric.device)
+            metric.update(pixels.float() / 255, real=are_real)
     return float(metric.compute())
 
 
-def save_drawing(image: Image.Image, folder: Path, number: int, text: str, kind: str) -> str:
-    """Save as NUMBER_CAPTION.kind; returns the file's name. Raises DataError: the disk refuses."""
+def save_drawing(image: Image.Image, folder: Path, number: int, text: str, jpeg: bool = False) -> str:
+    """Save as NUMBER_CAPTION.png; returns the file's name. Raises DataError: the disk refuses."""
     stem = "".join(letter if letter.isalnum() else "_" for letter in text).strip("_")[:60]
     stem = stem.encode()[:180].decode(errors="ignore") or "image"  # file names have 255 bytes
-    path = folder / f"{number:06d}_{stem}.{kind}"
+    path = folder / f"{number:06d}_{stem}.{'jpg' if jpeg else 'png'}"
     with writing(path, DataError), replacing(path) as file:
-        image.save(file, "JPEG" if kind == "jpg" else "PNG")
+        image.save(file, "JPEG" if jpeg else "PNG")
     return path.name
 
 
@@ -113,15 +104,16 @@ def unconditional_codes(system: SeedLlama, options: Mapping[str, Any]) -> list[l
 
 
 class Drawings:
-    """The task "text2image" with a system; `numbers`: place of each sample, for seeds and file names."""
+    """The task "text2image" with a system; seeds and file names count the `samples`."""
 
-    def __init__(self, system: Any, run: Run, options: Mapping[str, Any], numbers: Mapping[Key, int]) -> None:
-        self.system, self.run, self.options, self.numbers = system, run, {**options, "batch_size": run.batch}, numbers
+    def __init__(self, system: Any, run: Run, samples: Sequence[Sample]) -> None:
+        self.system, self.run, self.options = system, run, {**run.options, "batch_size": run.batch}
+        self.numbers = {one.key: number for number, one in enumerate(samples)}
         self.clip = None if run.clip is None else ClipScores(run.clip, system.pictures.device)
         if isinstance(system, SeedLlama) and run.prompts == "plain":
             self.options["verbatim"] = True
-        if isinstance(system, SeedLlama) and run.unconditional:
-            generation = {key: value for key, value in options.items() if key not in system.decode_keys}
+        if isinstance(system, SeedLlama) and run.original:
+            generation = {key: value for key, value in run.options.items() if key not in system.decode_keys}
             self.options["negative_codes"] = unconditional_codes(system, generation)
 
     def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
@@ -133,7 +125,7 @@ class Drawings:
         cosines = [[0.0]] * len(texts) if self.clip is None else self.clip.cosines(texts, several)
         for one, row, own in zip(samples, cosines, several, strict=True):
             best = max(range(len(row)), key=row.__getitem__)
-            name = save_drawing(own[best], run.out, self.numbers[one.key], one.caption, run.kind)
+            name = save_drawing(own[best], run.out, self.numbers[one.key], one.caption, run.original)
             chosen = {} if self.clip is None else {"clip": round(row[best], 4)}
             lines.append({"caption": one.caption, "picture": name, **chosen})
         return lines
@@ -147,7 +139,8 @@ class Drawings:
         if len(drawn) > 1 and all(one.image is not None for one in drawn):
             files = [self.run.out / one["picture"] for one in results]
             try:
-                numbers["fid"] = round(fid(self.run, drawn, files, self.system.pictures.device), 4)
+                metric = fid_metric(self.run.inception).to(self.system.pictures.device)
+                numbers["fid"] = round(fid(metric, self.run, drawn, files), 4)
             except (ImportError, CheckpointError) as error:
                 numbers["notes"] = [f"FID is not computed ({first_line(error)}): it needs the Inception weights and "
                                     f"{how_to_install('torchmetrics', 'torch_fidelity')}."]

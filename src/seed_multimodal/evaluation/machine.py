@@ -1,4 +1,4 @@
-"""The conditions of a measurement: hardware, versions, commit, command; kept beside every report and benchmark line."""
+"""The conditions of a measurement: hardware, versions, commit, command; kept with every report and benchmark line."""
 
 from __future__ import annotations
 
@@ -27,68 +27,39 @@ def circumstances(device: torch.device | str, command: str) -> dict[str, Any]:
 
 def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Processor, usable cores, torch threads, memory in GiB, and the GPU's name when `device` is one."""
-    memory = machine_memory()
-    facts: dict[str, Any] = {
-        "cpu": _cpu_name(), "cores": _cores(), "threads": torch.get_num_threads(),
-        "memory_gib": None if memory is None else round(memory / 2**30, 1)}
-    place = torch.device(device)
-    if place.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(place)
-    elif place.type != "cpu":
-        facts["gpu"] = place.type
+    info, memory, place = Path("/proc/cpuinfo"), machine_memory(), torch.device(device)
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts = {"cpu": names[0] if names else platform.processor() or platform.machine(), "cores": cores,
+             "threads": torch.get_num_threads(), "memory_gib": None if memory is None else round(memory / 2**30, 1)}
+    if place.type != "cpu":
+        facts["gpu"] = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     return facts
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that compute."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
-def commit(folder: str | Path | None = None) -> str:
+def commit(folder: str | Path = Path(__file__).parent) -> str:
     """Git commit of the source, with `+changes` when files differ from it; `unknown` outside a repository."""
-    where = Path(folder) if folder else Path(__file__).resolve().parent
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True).stdout
+
     try:
-        head = _git(where, "rev-parse", "HEAD")
-        return head + ("+changes" if _git(where, "status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no").strip()
+        return git("rev-parse", "HEAD").strip() + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def command_line(module: str) -> str:
-    """The command as typed, for a program run as `python -m module`."""
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
-
-
 def script_line() -> str:
-    """The command as typed, for a program run as `python file.py`."""
-    return shlex.join(["python", *sys.argv])
+    """The command as typed."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def today() -> str:
     """UTC date and minute."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()

@@ -1,15 +1,14 @@
 """Image ↔ text retrieval with LAVIS's metrics, for any number of images: scores are computed in blocks of queries.
 
 `txt_r5`: share of images with one of their captions among the five best texts; `img_r5`: share of captions with their
-image among the five best images; `agg_metrics`: mean of the three text levels. LAVIS drops all but the 128 best scores
-of a query (`k_test`), which cannot change a recall at 10 or less. Unlike LAVIS, a text that captions several images is
-right for each of them, and ties count against the query.
+image among the five best images; `agg_metrics`: mean of the three text levels. LAVIS's `k_test` (128 scores per query)
+cannot change a recall at 10. Unlike LAVIS, a text that captions several images is right for each, and ties count
+against the query.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ MAX_PIECES = 35  # texts are cut to so many word pieces, as in LAVIS
 STAGE1_IGNORED = ("Qformer.cls.*", "itm_head.*", "embedding_head.*")
 WORDS_TABLE = "Qformer.bert.embeddings.word_embeddings.weight"
 Ints = NDArray[np.int64]
+TextEncoder = Callable[[Sequence[str]], Tensor]  # texts → unit features [T, E]
 
 
 # ---- ranks
@@ -65,39 +65,23 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Ints, counts: Ints | None = N
     return found
 
 
-@dataclass(frozen=True)
-class Captions:
-    """The captions of N images: each different text once, and for each of T captions its text and its image [T]."""
-
-    texts: list[str]
-    text: Ints
-    image: Ints
-
-    @classmethod
-    def of(cls, captions: Sequence[Sequence[str]]) -> Captions:
-        """From the captions of each image."""
-        numbers: dict[str, int] = {}
-        text = [numbers.setdefault(one, len(numbers)) for row in captions for one in row]
-        image = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
-        return cls(list(numbers), np.array(text, np.int64), image)
-
-
-def retrieval(images: Tensor, texts: Tensor, captions: Captions) -> dict[str, Any]:
-    """Both directions between unit features of images [N, E] and of `captions.texts` [W, E].
+def retrieval(images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Both directions between unit features of images [N, E] and their captions.
 
     Returns:
-        n, texts (captions), `txt_r1` … `img_r10` as `Estimate`s (captions of one image are resampled together),
-        `r_mean`, and `lavis`: LAVIS's dictionary, in percent.
+        n, texts (captions), `txt_r1` … `img_r10` as `Estimate`s (captions of one image are resampled together), and
+        `lavis`: LAVIS's dictionary, in percent.
     """
-    pairs = np.unique(np.stack([captions.image, captions.text], 1), axis=0)
-    to_text = ranks(images, texts, pairs, np.bincount(captions.text))
-    to_image = ranks(texts, images, np.unique(pairs[:, ::-1], axis=0))[captions.text]
-    section: dict[str, Any] = {"n": len(images), "texts": len(captions.text)}
-    section |= {f"txt_r{k}": bootstrap(to_text < k) for k in LEVELS}
-    section |= {f"img_r{k}": bootstrap(to_image < k, captions.image) for k in LEVELS}
-    section["r_mean"] = float(np.mean([section[f"{way}_r{k}"].value for way in ("txt", "img") for k in LEVELS]))
-    section["lavis"] = lavis_metrics(to_text, to_image)
-    return section
+    numbers: dict[str, int] = {}  # each different text is embedded and scored once
+    text = np.array([numbers.setdefault(one, len(numbers)) for row in captions for one in row], np.int64)
+    image = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
+    different = list(numbers)
+    embedded = torch.cat([texts(different[i:i + 256]).to(images) for i in range(0, len(different), 256)])
+    pairs = np.unique(np.stack([image, text], 1), axis=0)
+    to_text = ranks(images, embedded, pairs, np.bincount(text))
+    to_image = ranks(embedded, images, np.unique(pairs[:, ::-1], axis=0))[text]
+    return {"n": len(images), "texts": len(text), **{f"txt_r{k}": bootstrap(to_text < k) for k in LEVELS},
+            **{f"img_r{k}": bootstrap(to_image < k, image) for k in LEVELS}, "lavis": lavis_metrics(to_text, to_image)}
 
 
 def lavis_metrics(to_text: Ints, to_image: Ints) -> dict[str, float]:
@@ -110,19 +94,6 @@ def lavis_metrics(to_text: Ints, to_image: Ints) -> dict[str, float]:
 
 
 # ---- text encoders
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """Texts → unit features; `name` says whose."""
-
-    name: str
-    embed: Callable[[Sequence[str]], Tensor]
-
-    @torch.no_grad()
-    def features(self, texts: Sequence[str], batch: int = 256) -> Tensor:
-        """[len(texts), E] float32, on the CPU."""
-        return torch.cat([self.embed(texts[i:i + batch]).float().cpu() for i in range(0, len(texts), batch)])
 
 
 def stage1_texts(model: Stage1Model, words: str | Path) -> TextEncoder:
@@ -139,41 +110,37 @@ def stage1_texts(model: Stage1Model, words: str | Path) -> TextEncoder:
     if size not in (pieces.size, pieces.size - 1):  # the row of [DEC] may be missing
         raise CheckpointError(f"{words}: has {pieces.size - 1} word pieces; the stage-1 checkpoint's word table has "
                               f"{size} rows (one more than the pieces is right); name stage 1's by --text-tokenizer.")
-    device = model.query_tokens.device
 
+    @torch.no_grad()
     def embed(texts: Sequence[str]) -> Tensor:
         ids, mask = pieces([caption_text(text) for text in texts])
-        return model.text_features(ids.to(device), mask.to(device))
+        return model.text_features(ids.to(model.query_tokens.device), mask.to(model.query_tokens.device))
 
-    return TextEncoder("stage-1 text path", embed)
+    return embed
 
 
 def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:
     """The text encoder of a CLIP folder. Raises CheckpointError: no folder, no text encoder, or no tokenizer."""
-    place = Path(source)
-    encoder, tokenizer = load_clip_text(place, device=device, log=None), clip_tokenizer(place)
-
-    def embed(texts: Sequence[str]) -> Tensor:
-        found = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt",
-                          max_length=encoder.config.max_position_embeddings).to(device)
-        return F.normalize(encoder(**found).text_embeds.float(), dim=-1)
-
-    return TextEncoder(f"CLIP text encoder {place.name}", embed)
-
-
-def clip_tokenizer(place: Path) -> Any:
-    """The tokenizer of a CLIP folder. Raises CheckpointError: there is none."""
     from transformers import CLIPTokenizer
 
+    place = Path(source)
+    encoder = load_clip_text(place, device=device, log=None)
     if not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise CheckpointError(f"{place}: holds no CLIP tokenizer (vocab.json and merges.txt).")
-    return CLIPTokenizer.from_pretrained(str(place), local_files_only=True)
+    tokenizer: Any = CLIPTokenizer.from_pretrained(str(place), local_files_only=True)
+    most = encoder.config.max_position_embeddings
+
+    @torch.no_grad()
+    def embed(texts: Sequence[str]) -> Tensor:
+        ids = tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt").to(device)
+        return F.normalize(encoder(**ids).text_embeds.float(), dim=-1)
+
+    return embed
 
 
 def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
-    """A stage-1 checkpoint in eval mode on the tokenizer's device.
-
-    The vision encoder is the tokenizer's own module where the file has none or an equal one, so features are shared.
+    """A stage-1 checkpoint in eval mode on the tokenizer's device; its vision encoder is the tokenizer's where the file
+    has none.
 
     Raises:
         CheckpointError: not a stage-1 checkpoint, or one of other sizes than the tokenizer.
@@ -191,11 +158,8 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
     positions.copy_(torch.arange(positions.shape[1])[None])
     rest = {name: value for name, value in state.items() if not name.startswith(TOWER)}
     assign_strictly(model, rest, file, allow_missing=["*position_ids"], allow_unexpected=STAGE1_IGNORED, foreign=True)
-    own = tokenizer.visual_encoder.state_dict()
     vision = {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)}
-    model.visual_encoder = tokenizer.visual_encoder
-    if any(name not in own or not torch.equal(own[name].cpu(), value.to(own[name].dtype))
-           for name, value in vision.items()):
-        model.visual_encoder = EvaVit(tokenizer.config.vit)
+    model.visual_encoder = EvaVit(tokenizer.config.vit) if vision else tokenizer.visual_encoder
+    if vision:
         fill_tower(model.visual_encoder, vision, file)
     return model.to(tokenizer.device, tokenizer.dtype).requires_grad_(False).eval()

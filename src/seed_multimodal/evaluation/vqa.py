@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from seed_multimodal.data.formats.benchmarks import Sample
-from seed_multimodal.evaluation.answers import Line
-from seed_multimodal.evaluation.task_table import LEMMATISED, Run
+from seed_multimodal.evaluation.answers import LEMMATISED, Line, Run
 from seed_multimodal.language.lavit import QuestionProcessor
 from seed_multimodal.language.lemmatizer import Lemmatizer
 from seed_multimodal.systems.lavit import Lavit
@@ -23,10 +24,9 @@ Rule = Callable[[str], str]
 PLAIN_QUESTION = "Question: {}\nAnswer:"  # of the pretrained SEED-LLaMA
 
 _MARKS = ";/[]\"{}()=+\\_-><@`,?!"
-_COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# The official pattern has (?!<=\d) where (?<!\d) was meant, so a full stop goes wherever no digit follows.
-_STOP = re.compile(r"\.(?!\d)")
-_MOST_STOPS = 32  # re.UNICODE stands in the place of a count there
+# The official pattern has (?!<=\d) where (?<!\d) was meant, so a full stop goes wherever no digit follows; and it has
+# re.UNICODE, 32, in the place of the count.
+_STOP, _MOST_STOPS = re.compile(r"\.(?!\d)"), 32
 _NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(
     "zero one two three four five six seven eight nine ten".split())}}
 _ARTICLES = ("a", "an", "the")
@@ -50,8 +50,7 @@ UNANSWERABLE = "unanswerable"
 def without_marks(text: str) -> str:
     """The official rule for punctuation: marks at a blank vanish, others become blanks; all vanish where a number has
     a comma in it."""
-    number = _COMMA_IN_NUMBER.search(text) is not None
-    made = text
+    number, made = re.search(r"\d,\d", text) is not None, text
     for mark in _MARKS:
         made = made.replace(mark, "" if number or f"{mark} " in text or f" {mark}" in text else " ")
     return _STOP.sub("", made, count=_MOST_STOPS)
@@ -77,11 +76,7 @@ def lavit_answer(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str], rule: Rule = vqa_answer) -> float:
-    """Accuracy (0 to 1) of an answer (as the model gave it) against the annotators' answers, of which at least one.
-
-    Args:
-        rule: normalises the answer.
-    """
+    """Accuracy (0 to 1) of an answer, which `rule` normalises, against the annotators' answers (one or more)."""
     wanted = [one.replace("\n", " ").replace("\t", " ").strip() for one in annotated]
     if len(set(wanted)) > 1:
         wanted = [without_marks(one) for one in wanted]
@@ -93,22 +88,21 @@ def vqa_accuracy(answer: str, annotated: Sequence[str], rule: Rule = vqa_answer)
 def accuracies(samples: Sequence[Sample], answers: Sequence[str | None], accuracy: Callable[[str, Sample], float]
                ) -> dict[str, Any]:
     """Means in percent: of all, by type of answer and by type of question; None is a wrong answer."""
-    values = [0.0 if answer is None else 100 * accuracy(answer, sample)
-              for sample, answer in zip(samples, answers, strict=True)]
-    found: dict[str, Any] = {"accuracy": round(sum(values) / len(values), 2)}
+    values = np.array([0.0 if answer is None else 100 * accuracy(answer, sample)
+                       for sample, answer in zip(samples, answers, strict=True)])
+    found: dict[str, Any] = {"accuracy": round(float(values.mean()), 2)}
     for name in ("answer_type", "question_type"):
-        kinds: dict[str, list[float]] = {}
-        for sample, value in zip(samples, values, strict=True):
-            kinds.setdefault(getattr(sample, name), []).append(value)
-        found[f"per_{name}"] = {kind: round(sum(some) / len(some), 2) for kind, some in kinds.items() if kind}
+        kinds = np.array([getattr(one, name) for one in samples])
+        found[f"per_{name}"] = {str(kind): round(float(values[kinds == kind].mean()), 2) for kind in np.unique(kinds)
+                                if kind}
     return found
 
 
 class Questions:
     """The task "vqa" with a system."""
 
-    def __init__(self, system: Any, run: Run, options: Mapping[str, Any]) -> None:
-        self.system, self.run, self.options = system, run, options
+    def __init__(self, system: Any, run: Run, samples: Sequence[Sample]) -> None:
+        self.system, self.run = system, run
         lavit = isinstance(system, Lavit)
         self.rule: Rule = lavit_answer if lavit else vqa_answer
         # nano-lavit and its kind are asked as they were trained, with the question as it is written.
@@ -120,7 +114,7 @@ class Questions:
     def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
         """Of a batch."""
         lines: list[Line] = [{} for _ in samples]
-        if first := self.run.row.first:
+        if first := self.run.task.first:
             for line, text in zip(lines, self._ask(samples, images, first), strict=True):
                 line["answerable"] = text
                 if re.search(r"\bno\b", text.lower()):
@@ -135,7 +129,7 @@ class Questions:
         """Results as VQA's server takes them, with the names that GQA's program and VizWiz's server read; numbers."""
         answers = [lines[one.key].get("answer") for one in samples]
         results = [{"question_id": one.key, "answer": answer or "", **(
-            {"questionId": one.key, "prediction": answer or ""} if self.run.row.exact else
+            {"questionId": one.key, "prediction": answer or ""} if self.run.task.exact else
             {"image": one.key} if one.key == one.image else {})} for one, answer in zip(samples, answers, strict=True)]
         scored = samples and all(one.references for one in samples)
         return results, accuracies(samples, answers, self._accuracy) if scored else {}
@@ -144,9 +138,9 @@ class Questions:
         plain = self.run.prompts == "plain"
         texts = [template.format(self.question(one.question)) for one in samples]
         texts = [PLAIN_QUESTION.format(text) if plain else text for text in texts]
-        answers = self.system.ask_all(images, texts, batch_size=self.run.batch, **self.options)
+        answers = self.system.ask_all(images, texts, batch_size=self.run.batch, **self.run.options)
         return [self.run.cut(text) for text in answers]
 
     def _accuracy(self, answer: str, sample: Sample) -> float:
         wanted = [self.lemma(one) for one in sample.references]
-        return float(self.rule(answer) == wanted[0]) if self.run.row.exact else vqa_accuracy(answer, wanted, self.rule)
+        return float(self.rule(answer) == wanted[0]) if self.run.task.exact else vqa_accuracy(answer, wanted, self.rule)

@@ -133,7 +133,7 @@ class BatchMethods:
                     options: dict[str, Any]) -> list[Answer]:
         settings, answers = self.settings(**options), list[Answer]()
         for rows in _batches(range(len(images)), batch_size):
-            contents = [_message([*self._shown(images[row]), as_text(texts[row], "The request")]) for row in rows]
+            contents = [_message([*self._shown(images[row]), texts[row]]) for row in rows]
             answers += [one.answer for one in self.answer_batch(contents, task, settings)]
         return answers
 

@@ -259,7 +259,8 @@ class Lavit(MessageSystem):
 
     def _drawn(self, prompts: list[list[Part]], task: str, seed: Any, options: dict[str, Any]) -> list[Image.Image]:
         decode = self._take_decode(options)
-        written = self._written(prompts, task, seed, options, decode)
+        checked = {key: value for key, value in decode.items() if key != "batch_size"}  # of the half, not the decoder
+        written = self._written(prompts, task, seed, options, checked)
         self._remark(self.note([part for prompt in prompts for part in prompt]))
         seeds = one_seed_each(0 if seed is None else seed, len(prompts))
         number = len(written) // max(len(prompts), 1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,16 @@ Key = int | str
 
 @dataclass
 class Sample:
-    """A question about an image, or an image with its captions.
+    """A question about an image, or an image with its captions."""
 
-    Attributes:
-        key: name in the results. where: place in the file. image: as the file names it; None: a caption without image.
-        references: the annotators' answers, or the captions. answer_type, question_type: as VQA's files class it.
-        problem: why it cannot be used.
-    """
-
-    key: Key
-    where: str
-    image: Key | None = None
+    key: Key  # in the results
+    where: str  # place in the file
+    image: Key | None = None  # as the file names it; None: a caption without image
     question: str = ""
-    references: list[str] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)  # the annotators' answers, or the captions
     answer_type: str = ""
     question_type: str = ""
-    problem: str = ""
+    problem: str = ""  # why it cannot be used
 
     @property
     def caption(self) -> str:
@@ -59,20 +53,14 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
     Raises:
         DataError: no such file, another layout, two questions with one id, or questions without annotation.
     """
-    samples = [_sample(*one, ("question", "image")) for one in _items(_load(path), path, "questions")]
+    samples = [_sample(*one, ("question", "image"), asked=True) for one in _items(_load(path), path, "questions")]
     keys = [one.key for one in samples]
     if len(set(keys)) < len(keys):
         raise DataError(f"{path}: several questions have one question_id.")
     if annotations is None:
         return samples
-    found = [_sample(*one, ("references",)) for one in _items(_load(annotations), annotations, "annotations")]
-    answers = {one.key: one for one in found if not one.problem}
-    missing = [one.key for one in samples if not one.problem and one.key not in answers]
-    if missing:
-        raise DataError(f"{annotations}: {len(missing):,} of {len(samples):,} questions are not annotated in it, first "
-                        f"question_id {missing[0]}: questions and annotations belong to different sets.")
-    return [one if one.problem else replace(answers[one.key], where=one.where, image=one.image, question=one.question)
-            for one in samples]
+    items = _items(_load(annotations), annotations, "annotations")
+    return _annotated(samples, [_sample(*one, ("references",), asked=True) for one in items], path, annotations)
 
 
 def read_captions(path: str | Path, split: str = "test", truth: str | Path | None = None, *,
@@ -108,18 +96,23 @@ def read_captions(path: str | Path, split: str = "test", truth: str | Path | Non
                 for number, one in enumerate(samples)]
     files = {one.get("id"): one["file_name"] for one in images if "file_name" in one}
     samples = [replace(one, image=files.get(one.image, one.image)) for one in _grouped(samples)]
-    if truth is None:
-        return samples
-    captions = {one.key: one.references for one in read_captions(truth)}
-    missing = [one.key for one in samples if not one.problem and not captions.get(one.key)]
+    return samples if truth is None else _annotated(samples, read_captions(truth), path, truth)
+
+
+def _annotated(samples: Sequence[Sample], truth: Sequence[Sample], path: str | Path, file: str | Path) -> list[Sample]:
+    """Samples of one file with the references of another."""
+    known = {one.key: one for one in truth if not one.problem}
+    missing = [one.key for one in samples if not one.problem and one.key not in known]
     if missing:
-        raise DataError(f"{truth}: has no captions for {len(missing):,} of {len(samples):,} images of {path}, first "
-                        f"{missing[0]}: images and captions belong to different sets.")
-    return [one if one.problem else replace(one, references=captions[one.key]) for one in samples]
+        raise DataError(f"{file}: has nothing about {len(missing):,} of {len(samples):,} samples of {path}, first "
+                        f"{missing[0]}: they belong to different sets.")
+    return [one if one.problem else replace(known[one.key], where=one.where, image=one.image, question=one.question)
+            for one in samples]
 
 
-def _sample(where: str, item: Any, needed: Iterable[str]) -> Sample:
-    """A sample of an item in any of the layouts; its problem where it lacks what is `needed`."""
+def _sample(where: str, item: Any, needed: Sequence[str], asked: bool = False) -> Sample:
+    """A sample of an item in any of the layouts; its problem where it lacks what is `needed`. `asked`: its key is that
+    of a question, not of an image."""
     place = where.rpartition(": ")[2]
     if not isinstance(item, dict):
         return Sample(place, where, problem=f"{where}: holds a {type(item).__name__}, not an object.")
@@ -128,23 +121,19 @@ def _sample(where: str, item: Any, needed: Iterable[str]) -> Sample:
         image = f"{item['imageId']}.jpg"
     elif "filename" in item:  # Karpathy
         image = "/".join(filter(None, (item.get("filepath"), item["filename"])))
-    types = item.get("types") or {}
-    key: Any = _first(item, "question_id", "image_id", "img_id", "cocoid", "imgid")
+    types, key = item.get("types") or {}, _first(item, "image_id", "img_id", "cocoid", "imgid")
+    if asked:
+        key = item.get("question_id", image if str(image).startswith("VizWiz_") else None)
+    elif key is None:
+        key = _coco_number(image)
     sample = Sample(
-        key, where, image,
-        str(item.get("question") or "").strip(),
+        key, where, image, str(item.get("question") or "").strip(),
         _texts(_first(item, "answers", "answer", "captions", "caption", "text", "sentences")),
         str(item.get("answer_type") or types.get("structural") or ""),
         str(item.get("question_type") or types.get("semantic") or ""))
     missing = [name for name in needed if getattr(sample, name) in (None, "", [])]
-    if "question" not in item and sample.key is None:
-        sample.key = _coco_number(image)
-    elif "question" in item and "question_id" not in item:
-        missing += [] if str(image).startswith("VizWiz_") else ["question_id"]
-        sample.key = image
-    if missing:
-        sample = Sample(place, where, problem=f"{where}: has no {' and no '.join(missing)}.")
-    return sample
+    missing += ["question_id"] if asked and key is None else []
+    return Sample(place, where, problem=f"{where}: has no {' and no '.join(missing)}.") if missing else sample
 
 
 def _grouped(samples: Iterable[Sample]) -> list[Sample]:

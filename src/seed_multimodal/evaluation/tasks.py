@@ -1,0 +1,121 @@
+"""The benchmarks, as rows of one table, and the evaluation of a system on one of them.
+
+    run = Run(TASKS["vqa"]["vizwiz"], Path("val.json"), Path("outputs/vizwiz"), images=Path("vizwiz"))
+    summary = evaluate(system, run, read_samples(run))
+
+Samples go through the systems' batch methods (`ask_all`, `describe_all`, `draw_all`). SEED-LLaMA answers with the
+settings of the original scripts, LaVIT with those of its published evaluation, other systems with their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.data.formats.benchmarks import Sample, read_captions, read_questions
+from seed_multimodal.disk import sampled_hash, sha256_of
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.evaluation.answers import LEMMATISED, Line, Run, Task, answer_samples, finish
+from seed_multimodal.evaluation.captions import Captions
+from seed_multimodal.evaluation.drawing import Drawings
+from seed_multimodal.evaluation.vqa import Questions
+from seed_multimodal.language.prompts import get_template
+from seed_multimodal.settings import nearest
+from seed_multimodal.systems.lavit import Lavit
+from seed_multimodal.systems.seed_llama import SeedLlama
+
+TASKS: dict[str, dict[str, Task]] = {
+    "vqa": {
+        "vqav2": Task("vqa", "v2_mscoco_val2014_annotations_lemm.json"),
+        "okvqa": Task("vqa", "mscoco_val2014_annotations_lemm.json"),
+        "vizwiz": Task("vqa", "vizwiz_val_annotations_lemm.json", first='Is the question: "{}" answerable?'),
+        "gqa": Task("vqa", exact=True)},
+    "caption": {
+        "coco": Task("caption", "data/coco_gt/coco_karpathy_test_gt.json"),
+        "nocaps": Task("caption", "data/nocaps/nocaps_val_4500_captions.json"),
+        "flickr": Task("caption", "data/flickr30k/flickr30k_test_gt.json")},
+    "text2image": {"coco": Task("text2image")}}
+WORK = {"vqa": Questions, "caption": Captions, "text2image": Drawings}
+
+# Generation of the original SEED-LLaMA scripts ("vqa" is ours: the script asked one question, with PROBE).
+SEED_LLAMA: dict[str, dict[str, Any]] = {
+    "vqa": {"do_sample": False, "num_beams": 1, "max_new_tokens": 16},
+    "caption": {"do_sample": False, "num_beams": 5, "max_new_tokens": 120},
+    "text2image": {"do_sample": False, "num_beams": 4, "max_new_tokens": 120, "guidance_scale": 5.0}}
+PROBE = {"do_sample": True, "temperature": 1.0, "top_p": 0.5, "num_beams": 5, "max_new_tokens": 512, "seed": 42}
+LAVIT_DRAWING = {"top_k": 300, "top_p": 1.0, "guidance": 1.5, "guidance_scale": 1.5, "num_inference_steps": 50}
+
+
+def find_task(kind: str, dataset: str) -> Task:
+    """A row of `TASKS`. Raises ConfigError: an unknown data set."""
+    rows = TASKS[kind]
+    if dataset not in rows:
+        raise ConfigError(f"The task {kind} has no dataset {dataset!r}{nearest(dataset, rows)}; use {', '.join(rows)}.")
+    return rows[dataset]
+
+
+def find_truth(task: Task, annotations: Path) -> Path | None:
+    """The ground-truth file of a row: by its path, then beside the annotations; the official file where the lemmatised
+    one is missing. None: the annotations hold it themselves."""
+    names = [task.truth, task.truth.replace(LEMMATISED, "")] if task.truth else []
+    places = [place for one in names for place in (Path(one), annotations.parent / Path(one).name)]
+    return next((place for place in places if place.is_file()), None)
+
+
+def read_samples(run: Run) -> list[Sample]:
+    """The samples of a run. Raises DataError: see the readers."""
+    if run.task.kind == "vqa":
+        return read_questions(run.annotations, run.truth)[:run.limit]
+    drawn = run.task.kind == "text2image"
+    return read_captions(run.annotations, run.split, run.truth, each_text=drawn)[:run.limit]
+
+
+def evaluate(system: Any, run: Run, samples: Sequence[Sample]) -> Line | None:
+    """Evaluate a system, alone or under torchrun; the same call resumes. The process that finishes last gets the
+    summary, others None.
+
+    Raises:
+        DataError, CheckpointError, ConfigError: files, weights or settings that are missing or wrong.
+    """
+    set_prompts(system, run.prompts)
+    kind = run.task.kind
+    usual = SEED_LLAMA[kind] if isinstance(system, SeedLlama) else {}
+    if isinstance(system, Lavit) and kind == "text2image":
+        usual = LAVIT_DRAWING
+    run = replace(run, options={**usual, **run.options})
+    work: Any = WORK[kind](system, run, samples)
+    lines = answer_samples(samples, work.answer, run, _facts(system, run))
+    if lines is None:
+        return None
+    usable = [one for one in samples if not one.problem]
+    return finish(run, lines, *work.score(usable, {line["id"]: line for line in lines}))
+
+
+def set_prompts(system: Any, prompts: str) -> None:
+    """Make a SEED-LLaMA read the tuned models' requests ("chat"), or the pretrained model's bare ones ("plain").
+
+    Raises:
+        ConfigError: plain prompts for another system.
+    """
+    if prompts == "plain":
+        if not isinstance(system, SeedLlama):
+            raise ConfigError(f"{system.spec.name}: is no SEED-LLaMA, which alone has plain prompts.")
+        system.template, system.speaker.marker = get_template("plain"), ""
+        system.tasks = replace(system.tasks, describe="", qa_suffix="", draw_response="", draw_words=0)
+
+
+def _facts(system: Any, run: Run) -> dict[str, Any]:
+    """What answers depend on: settings, the file of samples, weights (hashed at a few places of each file)."""
+    places = {value for value in vars(system.spec).values() if isinstance(value, Path)}
+    files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*"))
+             if file.suffix in (".safetensors", ".bin", ".pt", ".pth") and file.is_file()}
+    return {"task": asdict(run.task), "prompts": run.prompts, "options": run.options, "seed": run.seed,
+            "best_of": run.best_of, "clip": str(run.clip), "model": system.spec.name,
+            "annotations": sha256_of(run.annotations) if run.annotations.is_file() else "",
+            "dtype": str(system.llm.dtype).removeprefix("torch."),
+            "quantization": str(getattr(system.llm, "quantization_method", None)),
+            "transform": repr(getattr(system.pictures, "transform", None)),
+            "weights": hashlib.sha256("".join(sorted(map(sampled_hash, files))).encode()).hexdigest()[:16]}
