@@ -198,7 +198,7 @@ def evaluated(folder: Path, most: int = 20) -> Found:
     source, seen = open_pairs({"format": "auto", "files": str(folder)}), Pass()
     for _ in read_images(source, range(len(source)), 4, seen, lambda line: None):
         pass
-    return [texts[0] for texts in seen.captions], [reason for _, reason in seen.bad]
+    return [texts[0] for texts in seen.captions], seen.bad
 
 
 def extracted(folder: Path, most: int = 20, kind: str = "caption") -> Found:

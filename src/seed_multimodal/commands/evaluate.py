@@ -68,8 +68,8 @@ def _add_run(parser: argparse.ArgumentParser, out: str, model: str, debug: bool)
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="the first N samples only")
     parser.add_argument("--batch-size", type=whole_number(1), default=16, metavar="N", help="samples at a time "
                         "(default: %(default)s)")
-    parser.add_argument("--max_bad", type=whole_number(1), default=20, metavar="N", help="so many samples in a row "
-                        "that cannot be used end the run (default: %(default)s)")
+    parser.add_argument("--max_bad", type=whole_number(1), default=20, metavar="N", help="end after N bad samples in a "
+                        "row (default: %(default)s)")
     add_common(parser, model=model, debug=debug)
     parser.set_defaults(seed=42)  # the originals'
     add_quantization(parser)
@@ -86,8 +86,7 @@ def _add_vqa(parser: argparse.ArgumentParser) -> None:
                         "(default: %(default)s)")
     parser.add_argument("--image", metavar="PICTURE", help="for one question (default: images/cat.jpg)")
     parser.add_argument("--question", metavar="TEXT", default=DEMO_QUESTIONS[0], help="default: %(default)s")
-    parser.add_argument("--keep_ratio", action="store_true", help="scale the shorter side and cut out the centre, as "
-                        "the original's probe does (default: the transform of the training data)")
+    parser.add_argument("--keep_ratio", action="store_true", help="resize and crop, as the original's probe does")
 
 
 def _add_caption(parser: argparse.ArgumentParser) -> None:
@@ -103,8 +102,7 @@ def _add_text2image(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", metavar="DIR", help="CLIP folder of transformers")
     parser.add_argument("--resolution", type=whole_number(1), default=512, metavar="N", help="real images are resized "
                         "to this square for FID (default: %(default)s)")
-    parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network (default: "
-                        "torch-fidelity's)")
+    parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network")
     add_drawing(parser)
 
 

@@ -26,7 +26,6 @@ from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.distributed import environment_place
 
-NAMED = 5  # bad samples that the summary names
 LEMMATISED = "_lemm"  # in the names of ground-truth files that LaVIT's authors have lemmatised
 Line = dict[str, Any]
 Answer = Callable[[Sequence[Sample], Sequence[Any]], Sequence[Line]]  # samples and their images → a line for each
@@ -135,7 +134,7 @@ def open_sample(sample: Sample, run: Run) -> Any:
 def finish(run: Run, lines: Sequence[Line], results: Any, numbers: Mapping[str, Any]) -> Line:
     """Write results and summary.json; returns the summary: counts, the first bad samples, `numbers`."""
     bad = [line["bad"] for line in lines if "bad" in line]
-    summary = {"samples": len(lines), "answered": len(lines) - len(bad), "bad": len(bad), "bad_first": bad[:NAMED],
+    summary = {"samples": len(lines), "answered": len(lines) - len(bad), "bad": len(bad), "bad_first": bad[:5],
                **numbers}
     with writing(run.out, DataError):
         replace_text(run.out / "results.json", json.dumps(results, ensure_ascii=False))

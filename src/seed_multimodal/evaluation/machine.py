@@ -22,7 +22,7 @@ PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow", "safetensor
 def circumstances(device: torch.device | str, command: str) -> dict[str, Any]:
     """Hardware, versions, commit, command and date of a measurement."""
     return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "command": command,
-            "date": today()}
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")}
 
 
 def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -58,8 +58,3 @@ def commit(folder: str | Path = Path(__file__).parent) -> str:
 def script_line() -> str:
     """The command as typed."""
     return shlex.join(["python", *sys.orig_argv[1:]])
-
-
-def today() -> str:
-    """UTC date and minute."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -82,16 +82,15 @@ def evaluate(system: Any, run: Run, samples: Sequence[Sample]) -> Line | None:
     """
     set_prompts(system, run.prompts)
     kind = run.task.kind
-    usual = SEED_LLAMA[kind] if isinstance(system, SeedLlama) else {}
-    if isinstance(system, Lavit) and kind == "text2image":
-        usual = LAVIT_DRAWING
+    drawing = LAVIT_DRAWING if isinstance(system, Lavit) and kind == "text2image" else {}
+    usual = SEED_LLAMA[kind] if isinstance(system, SeedLlama) else drawing
     run = replace(run, options={**usual, **run.options})
     work: Any = WORK[kind](system, run, samples)
     lines = answer_samples(samples, work.answer, run, _facts(system, run))
     if lines is None:
         return None
-    usable = [one for one in samples if not one.problem]
-    return finish(run, lines, *work.score(usable, {line["id"]: line for line in lines}))
+    answers = {line["id"]: line for line in lines}
+    return finish(run, lines, *work.score([one for one in samples if not one.problem], answers))
 
 
 def set_prompts(system: Any, prompts: str) -> None:

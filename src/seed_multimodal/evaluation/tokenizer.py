@@ -120,7 +120,6 @@ def evaluate_tokenizer(source: PairSource, opened: OpenedTokenizer, out: str | P
     """
     folder = writable_folder(out, ConfigError)
     rows = np.random.default_rng(seed).permutation(len(source))[:limit].tolist()
-    log(f"Measuring {len(rows):,} of {len(source):,} images.")
     seen = run_pass(source, rows, opened, batch=batch, log=log)
     rebuilt: list[Image.Image] = []
     if rebuild and opened.codec.can_draw:

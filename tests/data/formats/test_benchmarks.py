@@ -62,7 +62,7 @@ def test_read_questions_of_lists_gqa_and_vizwiz(tmp_path):
 
 
 @pytest.mark.parametrize(("item", "problem"), [
-    (1, "holds a int"), ({"question": "q?", "image": "a"}, "no question_id"), ({"question_id": 2, "image": "a"},
+    (1, "has no question"), ({"question": "q?", "image": "a"}, "no question_id"), ({"question_id": 2, "image": "a"},
                                                                                "no question"),
     ({"question_id": 2, "question": "q?"}, "no image")])
 def test_a_bad_question_is_a_sample_with_a_problem(tmp_path, item, problem):

@@ -113,9 +113,7 @@ def _annotated(samples: Sequence[Sample], truth: Sequence[Sample], path: str | P
 def _sample(where: str, item: Any, needed: Sequence[str], asked: bool = False) -> Sample:
     """A sample of an item in any of the layouts; its problem where it lacks what is `needed`. `asked`: its key is that
     of a question, not of an image."""
-    place = where.rpartition(": ")[2]
-    if not isinstance(item, dict):
-        return Sample(place, where, problem=f"{where}: holds a {type(item).__name__}, not an object.")
+    item = item if isinstance(item, dict) else {}
     image: Any = _first(item, "image", "file_name", "image_id")
     if "imageId" in item:  # GQA
         image = f"{item['imageId']}.jpg"
@@ -133,7 +131,8 @@ def _sample(where: str, item: Any, needed: Sequence[str], asked: bool = False) -
         str(item.get("question_type") or types.get("semantic") or ""))
     missing = [name for name in needed if getattr(sample, name) in (None, "", [])]
     missing += ["question_id"] if asked and key is None else []
-    return Sample(place, where, problem=f"{where}: has no {' and no '.join(missing)}.") if missing else sample
+    return replace(sample, key=where.rpartition(": ")[2], problem=f"{where}: has no {' and no '.join(missing)}."
+                   ) if missing else sample
 
 
 def _grouped(samples: Iterable[Sample]) -> list[Sample]:

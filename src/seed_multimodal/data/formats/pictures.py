@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record, find_image, shorten
+from seed_multimodal.data.formats.record import BadRecord, Place, Record, find_image, shorten
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.encode import bytes_from_base64
 from seed_multimodal.images.open import Drawing
@@ -88,38 +87,17 @@ def stored_picture(value: Any, record: Record, root: str | Path | None = None) -
     return path
 
 
-@dataclass(frozen=True)
-class HeldPicture:
-    """A picture that a record itself holds (bytes, base64 text), read when it is asked for; `name` is for results."""
-
-    record: Record
-    files: FileReader
-    name: str
-
-    def read(self, root: str | Path | None = None) -> StoredPicture:
-        """As `stored_picture`."""
-        record = self.record.parsed(self.files)
-        return stored_picture(record.fields["image"], record, root)
-
-
-def find_picture(picture: int | str | HeldPicture, root: Path | None, beside: Path, where: str) -> StoredPicture:
-    """The file of a picture that a benchmark names by path or by COCO's number, or holds.
+def find_picture(picture: int | str, root: Path | None, beside: Path, where: str) -> Path:
+    """The file of a picture that a benchmark names by path or by COCO's number.
 
     Raises:
         ImageError: it is not there; names the first place that was tried.
     """
-    if isinstance(picture, HeldPicture):
-        return picture.read(root)
     names = [name.format(picture) for name in _COCO_NAMES] if isinstance(picture, int) else [picture]
     found = next(filter(None, (find_image(name, root, beside) for name in names)), None)
     if found is None:
         raise ImageError(f"{where}: its picture is not there: {root or beside.parent}/{names[0][:200]}.")
     return found
-
-
-def is_base64(value: Any) -> bool:
-    """Whether a value is a picture as base64 text (a path of 64 signs has a dot)."""
-    return isinstance(value, str) and (value.startswith("data:") or _BASE64.fullmatch(value) is not None)
 
 
 def _file_name(text: str) -> str:
