@@ -60,6 +60,7 @@ NOT_IMPORTED = {
     "pytest-timeout": "a plug-in of pytest: ends a test that hangs",
     "pytest-xdist": "a plug-in of pytest: both cores",
     "spacy": "imported by its name, where it is (the extra lavit)",
+    "torch-fidelity": "torchmetrics computes FID with its network",
     "ruff": "a command: style",
     "mypy": "a command: types",
 }

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.cli import main
-from seed_multimodal.evaluation.metrics import overlap
 from seed_nano.report.judge import Judge
+from seed_nano.report.metrics import overlap
 from seed_nano.report.scoring import all_words, picture_words
 from seed_nano.world.scene import Scene, boxes
 from seed_nano.world.words import normalise

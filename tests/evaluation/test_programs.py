@@ -105,7 +105,7 @@ def test_processes_share_the_samples(data, tiny_folder, monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         assert vqa(data, tiny_folder, out="two") == 0
     assert "other processes still work" in capsys.readouterr().err
-    shares = [[json.loads(line)["id"] for line in path.read_text().splitlines()]
+    shares = [[json.loads(line)["id"] for line in path.read_text().splitlines() if line]
               for path in sorted((data / "two").glob("samples-*.jsonl"))]
     assert shares == [[10 * n for n in range(1, 7)], [10 * n + 1 for n in range(1, 7)]]
     assert read(data / "two" / "results.json") == read(data / "out" / "results.json")
@@ -128,7 +128,7 @@ def test_a_killed_run_resumes(data, tiny_folder):
     before = file.read_text().count("\n")
     assert 2 <= before < COUNT and not (data / "killed" / "summary.json").exists()
     with open(file, "a") as torn:  # as a kill in the middle of a write leaves it
-        torn.write('{"id": 60, "ans')
+        torn.write('\n{"id": 60, "ans')
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{before} of {COUNT} samples have been answered before" in done.stderr

@@ -59,7 +59,7 @@ def report(options: argparse.Namespace) -> int:
                 sections[split][section.__name__] = section(run)
                 progress.update(1, **{split: section.__name__})
     write_report({
-        "model": str(options.model), **machine.circumstances(device, machine.command_line("seed_nano.report")),
+        "model": str(options.model), **machine.circumstances(device, machine.script_line()),
         "seconds": round(time.monotonic() - start, 1), "system": system.facts(),
         "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch}, "judge": judge.config.training,
         "aims": aims(kind, sections), "splits": sections}, kind, runs, options.out)

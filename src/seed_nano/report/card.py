@@ -17,9 +17,9 @@ from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
-from seed_multimodal.evaluation.markdown import table
 from seed_multimodal.systems.open_system import kind_of
 from seed_multimodal.weights import count_parameters
+from seed_nano.report.markdown import table
 from seed_nano.world.things import NAMES
 
 ABOUT = {"seed_llama": "an image becomes 32 codes, a small LLaMA reads and writes them, an unCLIP decoder draws them",

@@ -1,8 +1,4 @@
-"""Scores of answers, boxes and retrieval.
-
-Ties in retrieval count against the system, so a collapsed embedding (all images alike) scores zero instead of winning
-by order.
-"""
+"""Scores of answers and boxes."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from seed_multimodal.evaluation.metrics import FloatArray
 
@@ -21,18 +16,6 @@ _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {word: str(i) for i, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}“”‘’…]+")
-
-
-def retrieval_at_k(similarity: FloatArray, positives: NDArray[np.bool_], k: int) -> FloatArray:
-    """1.0 where fewer than `k` wrong items score at least as high as the best right one, else 0.0: [Q].
-
-    Args:
-        similarity: [Q, G] scores of Q queries against G gallery items; NaN counts against the query.
-        positives: [Q, G] true where the item is a right answer; at least one for each query.
-    """
-    broken = np.isnan(similarity)
-    best = np.where(positives & ~broken, similarity, -np.inf).max(1, keepdims=True)
-    return ((((similarity >= best) | broken) & ~positives).sum(1) < k).astype(np.float64)
 
 
 def normalise_answer(text: str) -> str:

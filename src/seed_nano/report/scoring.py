@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from seed_multimodal.evaluation.metrics import RESAMPLES, Estimate, FloatArray, bootstrap, retrieval_at_k
+from seed_multimodal.evaluation.metrics import RESAMPLES, Estimate, FloatArray, bootstrap
+from seed_multimodal.evaluation.retrieval import ranks
 from seed_nano.report.judge import Judge
 from seed_nano.world.phrases import BACKGROUND_PHRASES
 from seed_nano.world.scene import Scene, render, thing_mask
@@ -97,8 +98,8 @@ def confusions(found: Sequence[Words], wanted: Sequence[Words], most: int = 10) 
 def retrieval(judge: Judge, images: Sequence[Image.Image], real: Sequence[Image.Image]) -> FloatArray:
     """[N] 1.0 where the nearest real image to a copy, by the judge's features, is its original; `real` begins with the
     originals, in order."""
-    similarity = (judge.embed_images(images) @ judge.embed_images(real).T).numpy()
-    return retrieval_at_k(similarity, np.eye(len(images), len(real), dtype=bool), 1)
+    own = np.arange(len(images))[:, None].repeat(2, axis=1)
+    return (ranks(judge.embed_images(images), judge.embed_images(real), own) < 1).astype(np.float64)
 
 
 def likeness(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:

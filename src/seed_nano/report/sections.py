@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 from seed_multimodal.errors import counted
-from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics, majority_baseline, matched, same_answer
+from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics
 from seed_multimodal.images.boxes import draw_boxes
 from seed_multimodal.images.sheet import Cell, Row
 from seed_multimodal.language.tasks import answer_in
 from seed_nano.report.judge import Judge
+from seed_nano.report.metrics import majority_baseline, matched, same_answer
 from seed_nano.report.samples import SEED, Samples
 from seed_nano.report.scoring import (
     Drawn,

@@ -18,9 +18,9 @@ from PIL import Image
 
 from seed_multimodal.disk import replace_text
 from seed_multimodal.entry import DONE, add_device, run_program
-from seed_multimodal.evaluation.markdown import table
-from seed_multimodal.evaluation.metrics import matched, same_answer
 from seed_multimodal.progress import Progress
+from seed_nano.report.markdown import table
+from seed_nano.report.metrics import matched, same_answer
 from seed_nano.report.systems import load_system
 from seed_nano.world.questions import Question, ask
 from seed_nano.world.scene import Scene, boxes, render

@@ -14,11 +14,11 @@ from PIL import Image
 
 from seed_multimodal.disk import replace_text, replacing, writing
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.evaluation.markdown import facts, show, table
 from seed_multimodal.evaluation.metrics import Estimate, plain
 from seed_multimodal.images.encode import image_to_bytes
 from seed_multimodal.images.sheet import contact_sheet
 from seed_multimodal.training.plots import COLOURS, figure_kind
+from seed_nano.report.markdown import facts, show, table
 from seed_nano.report.sections import AT_MOST, REPORT, Run
 
 MAX_BYTES = 140_000  # of a sheet
