@@ -157,10 +157,10 @@ def test_what_an_evaluation_needs_is_missed_before_the_weights_are_loaded(tiny_l
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("seed_multimodal.systems.lavit.Lavit.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     own = ["--model_path", str(tiny_lavit_folder), "--task_name"]
-    (tmp_path / "a.json").write_text("[]")
-    for more, sentence in ((["vqa"], "--annopath ./: there is no such file"),
-                           (["vqa", "--annopath", "a.json", "--truth", "b.json"], "--truth b.json: there is no such"),
-                           (["text2image", "--annopath", "a.json"], "There is no CLIP")):
+    (tmp_path / "a.json").write_text('[{"image": "1.png", "question": "What?", "question_id": 1, "caption": "a fox"}]')
+    for more, sentence in ((["vqa"], "there is no such file"),
+                           (["vqa", "--annopath", "a.json", "--truth", "b.json"], "b.json: there is no such"),
+                           (["text2image", "--annopath", "a.json"], "there is no CLIP folder")):
         assert programs.evaluate_script("evaluate.py", "", [*own, *more]) == 2
         assert sentence in capsys.readouterr().err
 
