@@ -140,7 +140,7 @@ class PretrainedTokenizer:
         assert isinstance(self, nn.Module)
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        save_state_dict(self.state_dict(), place / OURS, {"model_type": self.config.model_type})
+        save_state_dict(self.state_dict(), place / OURS)
         replace_text(place / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
         return place
 

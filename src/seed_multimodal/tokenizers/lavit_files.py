@@ -152,9 +152,9 @@ def save_dynamic_tokenizer(model: DynamicTokenizer, folder: str | Path, understa
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(left_out)}
     if tower:
         name_encoder(place, *tower)
-    save_state_dict(state, place / OURS, {"model_type": MODEL_TYPE})
+    save_state_dict(state, place / OURS)
     if understanding is not None:
-        save_state_dict(reading_state(understanding), place / "visual_weight.safetensors", {"model_type": MODEL_TYPE})
+        save_state_dict(reading_state(understanding), place / "visual_weight.safetensors")
     replace_text(place / "config.json", json.dumps(model.config.to_dict(), indent=2) + "\n")
     return place
 

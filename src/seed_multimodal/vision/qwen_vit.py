@@ -238,7 +238,7 @@ class QwenVit(nn.Module):
         """Write `config.json` and `model.safetensors` (weights in their present dtype); each appears whole or not."""
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        save_state_dict(self.state_dict(), place / FILES[0], {"model_type": MODEL_TYPE})
+        save_state_dict(self.state_dict(), place / FILES[0])
         values = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
         replace_text(place / "config.json", json.dumps(values, indent=2) + "\n")
         return place

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from seed_multimodal import SeedLlama
-from seed_multimodal.disk import lock
+from seed_multimodal.disk import lock, sha256_of
 from seed_multimodal.systems.lavit import Lavit
 from seed_multimodal.systems.seed_x import SeedX
 from seed_nano.report.__main__ import main as report
@@ -49,8 +49,9 @@ def killed(system: str, work: Path, checkpoint: str, *words: str) -> None:
     run.wait()
 
 
-def weights(folder: Path, parts: Sequence[str]) -> list[bytes]:
-    return [next((folder / part).glob("*.safetensors")).read_bytes() for part in parts]
+def weights(folder: Path, parts: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the parts' files."""
+    return {part: sha256_of(next((folder / part).glob("*.safetensors"))) for part in parts}
 
 
 @pytest.mark.process
