@@ -32,9 +32,9 @@ from seed_multimodal.systems.chat import Answer, DrawnPart
 from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.weights import load_state_dict
 from seed_nano import quickstart
-from seed_nano.world.known import write_known_words
 from seed_nano.world.scene import Scene
 from seed_nano.world.splits import SPLITS, held_out, scene_at
+from seed_nano.world.words import write_known_words
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "images"

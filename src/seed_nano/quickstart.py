@@ -30,15 +30,13 @@ from seed_multimodal.images.code_strip import above_strip, code_strip
 from seed_multimodal.images.sheet import DARK, LIGHT, Cell, Row, contact_sheet
 from seed_multimodal.language.tasks import DEFAULT_TASKS
 from seed_nano.sheet_run import Run
-from seed_nano.world.dialogues import sentence
-from seed_nano.world.edits import Edit, background_words, make_edit
-from seed_nano.world.phrases import BACKGROUND_PHRASES
-from seed_nano.world.questions import ask
-from seed_nano.world.requests import story_request
+from seed_nano.world.dialogues import story_request
+from seed_nano.world.records import detect_phrase
 from seed_nano.world.scene import Scene, boxes
 from seed_nano.world.splits import held_out
-from seed_nano.world.words import describe, some
-from seed_nano.world.x_records import detect_phrase
+from seed_nano.world.tasks import Edit, ask, background_words, make_edit
+from seed_nano.world.things import BACKGROUND_PHRASES
+from seed_nano.world.words import describe, sentence, some
 
 # What is looked at, with the kind of question that is asked; and what is drawn. Nano was trained on none of these.
 LOOKED_AT = ((Scene("fluent", "meadow", "left of", ("fox", "snowman")), "where"),

@@ -28,7 +28,7 @@ from seed_nano.report.samples import Sizes, make_samples
 from seed_nano.report.sections import Run, sections_of
 from seed_nano.report.systems import load_system
 from seed_nano.report.write import aims, write_report
-from seed_nano.world.evaluation import HELD_OUT_SPLITS
+from seed_nano.world.splits import HELD_OUT_SPLITS
 
 
 def report(options: argparse.Namespace) -> int:

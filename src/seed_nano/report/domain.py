@@ -31,11 +31,11 @@ from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.entry import DONE, log_line, run_program, whole_number
 from seed_multimodal.systems.domain import DomainHead, load_domain
 from seed_multimodal.weights import save_state_dict
-from seed_nano.world.known import write_known_words
 from seed_nano.world.scene import MIDDLE, Slot, paint, render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.things import BACKGROUNDS, NAMES, STYLES
 from seed_nano.world.wide import render_wide, wide_at
+from seed_nano.world.words import write_known_words
 
 NAME, FILE, WORDS = "nano's scenes", "domain.safetensors", "known_words.json"
 SIZES = (64, 128, 256, 400)

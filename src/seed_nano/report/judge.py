@@ -37,10 +37,9 @@ from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.stage import StageTask, train_stage
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
-from seed_nano.world.evaluation import HELD_OUT_SPLITS
-from seed_nano.world.evaluation import scenes as listed
 from seed_nano.world.scene import Scene, render
-from seed_nano.world.splits import draw_scene
+from seed_nano.world.splits import HELD_OUT_SPLITS, draw_scene
+from seed_nano.world.splits import scenes as listed
 from seed_nano.world.targets import JUDGED, NOTHING, label_tensor
 from seed_nano.world.things import HELD_OUT, NAMES
 

@@ -14,11 +14,10 @@ from itertools import count
 from typing import TypeVar
 
 from seed_nano.world.dialogues import Allowed, Message, conversation, in_context, scene_where, story
-from seed_nano.world.edits import EDITS, Edit, make_edit
-from seed_nano.world.evaluation import scenes as listed
-from seed_nano.world.questions import KINDS, Question, ask
 from seed_nano.world.scene import Scene
 from seed_nano.world.splits import held_out
+from seed_nano.world.splits import scenes as listed
+from seed_nano.world.tasks import EDITS, KINDS, Edit, Question, ask, make_edit
 
 SEED = 12345
 REBUILT_ONLY = "things"

@@ -20,9 +20,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from seed_multimodal.evaluation.metrics import RESAMPLES, Estimate, FloatArray, bootstrap
 from seed_multimodal.evaluation.retrieval import ranks
 from seed_nano.report.judge import Judge
-from seed_nano.world.phrases import BACKGROUND_PHRASES
 from seed_nano.world.scene import Scene, render, thing_mask
 from seed_nano.world.targets import JUDGED, NOTHING, label_ids
+from seed_nano.world.things import BACKGROUND_PHRASES
 from seed_nano.world.words import Labels, normalise, read_caption
 
 Section = dict[str, Any]

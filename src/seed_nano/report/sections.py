@@ -40,17 +40,14 @@ from seed_nano.report.scoring import (
     unchanged_psnr,
 )
 from seed_nano.report.sizes import REPORTED, measure
-from seed_nano.world.dialogues import sentence
-from seed_nano.world.evaluation import HELD_OUT_SPLITS
-from seed_nano.world.questions import KINDS, ask
-from seed_nano.world.requests import examples_request, story_request
-from seed_nano.world.scene import Scene, boxes, empty_pictures, render
-from seed_nano.world.splits import scene_at
+from seed_nano.world.dialogues import examples_request, story_request
+from seed_nano.world.records import detect_phrase
+from seed_nano.world.scene import QUARTERS, Scene, boxes, empty_pictures, render
+from seed_nano.world.splits import HELD_OUT_SPLITS, scene_at
+from seed_nano.world.tasks import KINDS, VERDICT_END, ask
 from seed_nano.world.things import BACKGROUNDS
-from seed_nano.world.verdicts import VERDICT_END
-from seed_nano.world.wide import QUARTERS, ask_wide, describe_wide, read_wide, render_wide, wide_at, wide_boxes
-from seed_nano.world.words import describe, normalise, some
-from seed_nano.world.x_records import detect_phrase
+from seed_nano.world.wide import ask_wide, describe_wide, read_wide, render_wide, wide_at
+from seed_nano.world.words import describe, normalise, sentence, some
 
 PREFIXES = (4, 8, 16)
 BLIND = 3000  # training questions from which the most frequent answers are counted
@@ -310,7 +307,7 @@ def wide(run: Run) -> Section:
         places = [read_wide(text) for text in texts]
         right = [[read.get(quarter, "") == name for quarter, name in zip(QUARTERS, scene.things, strict=True)]
                  for read, scene in zip(places, scenes, strict=True)]
-        boxed = _detect(run, f"{kind}wide_detection", images, names, list(map(wide_boxes, scenes)), views)
+        boxed = _detect(run, f"{kind}wide_detection", images, names, list(map(boxes, scenes)), views)
         found |= {f"{kind}all": bootstrap([all(row) for row in right]),
                   f"{kind}quarters": bootstrap(np.array(right, float).mean(1)),
                   f"{kind}questions": bootstrap([same_answer(one, answer) for one, (_, answer) in

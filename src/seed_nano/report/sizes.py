@@ -22,13 +22,12 @@ from seed_multimodal.progress import Progress
 from seed_nano.report.markdown import table
 from seed_nano.report.metrics import matched, same_answer
 from seed_nano.report.systems import load_system
-from seed_nano.world.questions import Question, ask
+from seed_nano.world.records import detect_phrase
 from seed_nano.world.scene import Scene, boxes, render
 from seed_nano.world.splits import check_split, scene_at
+from seed_nano.world.tasks import SPOTS, Question, ask
 from seed_nano.world.things import NAMES
-from seed_nano.world.verdicts import SPOTS
 from seed_nano.world.words import describe, normalise
-from seed_nano.world.x_records import detect_phrase
 
 MODULE = "seed_nano.report.sizes"
 SIZES = (64, 96, 128, 200, 256, 400)

@@ -20,7 +20,7 @@ from seed_multimodal.vision.shared_encoder import name_encoder, share_encoder
 from seed_multimodal.weights import count_parameters, load_state_dict, save_state_dict
 from seed_nano.train.unet import write_successor_unet
 from seed_nano.train.workspace import PREFIX, LavitWorkspace, SuccessorWorkspace, Workspace, XWorkspace
-from seed_nano.world.verdicts import VERDICT_END
+from seed_nano.world.tasks import VERDICT_END
 
 PIPELINE_INDEX = {
     "_class_name": "StableUnCLIPImg2ImgPipeline", "_diffusers_version": "0.39.0",

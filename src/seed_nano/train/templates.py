@@ -17,7 +17,7 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_nano.train.workspace import Workspace, located
-from seed_nano.world.place import find_world
+from seed_nano.world.scene import find_world
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 RESOLVERS: dict[str, Callable[..., Any]] = {

@@ -27,10 +27,10 @@ from seed_nano.train.pixels import SceneStream, scene_pixels, to_clip, to_signed
 from seed_nano.train.task import NanoTask
 from seed_nano.train.vae import THINGS_WEIGHT
 from seed_nano.train.workspace import Workspace, XWorkspace
-from seed_nano.world.scene import Scene
+from seed_nano.world.scene import QUARTERS, Scene, WideScene
 from seed_nano.world.targets import CLASSES, IGNORED, label_tensor
 from seed_nano.world.things import NAMES
-from seed_nano.world.wide import QUARTERS, WideScene, render_wide, wide_at
+from seed_nano.world.wide import render_wide, wide_at
 
 HEADS_FILE, READOUT_FILE = "heads.safetensors", "readout.safetensors"
 REDUCED = 16  # side of the image that is read out of an embedding

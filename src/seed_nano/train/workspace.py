@@ -23,11 +23,10 @@ from seed_multimodal.tokenizers.lavit_decoder import LavitDecoderConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.pixels import scene_pixels, to_clip
-from seed_nano.world.records import from_last_picture, record_at, sentences
+from seed_nano.world.records import OWN, from_last_picture, record_at, sentences, x_record_at
 from seed_nano.world.scene import Scene
-from seed_nano.world.source import NanoContent
+from seed_nano.world.source import open_nano
 from seed_nano.world.splits import scene_at
-from seed_nano.world.x_records import OWN, x_record_at
 
 ROOT = Path(__file__).resolve().parents[3]
 PREFIX = "visual_encoder."  # of the vision encoder's weights in nano's tokenizer
@@ -256,7 +255,7 @@ class LavitWorkspace(SuccessorWorkspace):
         """Train the text tokenizer on the sentences, questions, answers and edits."""
         texts = list(sentences())
         for content, fields in (("qa", ("question", "answer")), ("edits", ("instruction",))):
-            records = NanoContent(None, content, number=LAVIT_TEXTS)
+            records = open_nano(None, content=content, number=LAVIT_TEXTS)
             texts += [str(records.locate(row).fields[field]) for row in range(LAVIT_TEXTS) for field in fields]
         LavitTokenizer.train(texts, self.words_folder, self.config.llm.text_vocabulary, self.config.tokenizer.codes,
                              self.sizes.patches)

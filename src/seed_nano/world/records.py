@@ -1,55 +1,69 @@
-"""Samples of nano's language model: the records that a user's own data would be, with scenes in the place of pictures.
+"""Samples of the language models: the records that a user's own data would be, with scenes in the place of images.
 
-    record_at("edits", seed, 17)      {"messages": [{"role": "user", "content": [Scene(…), "Swap their places."]}, …]}
+    record_at("edits", seed, 17)     {"messages": [{"role": "user", "content": [Scene(…), "Swap their places."]}, …]}
+    x_record_at("detect", 0, 17)     {"messages": [{"role": "user", "content": [View(…), "Where are the tigers?"]}, …]}
 
-A record is a function of its kind, seed and index. Kinds whose number of sorts is even (questions, edits) take the
-sorts in turn. `with_pictures` puts something else (codes, file names) in the place of the scenes.
+A record is a function of its kind, seed and index. `record_at` makes those of nano; `x_record_at` those of nano-x, the
+small SEED-X: the same in the words of its requests, with images of many sizes, and its own with boxes and wide scenes.
+`with_pictures` replaces the scenes by something else (codes, file names).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, TypeVar
 
 from seed_multimodal.errors import DataError
-from seed_multimodal.language.tasks import DEFAULT_TASKS, DRAW_RESPONSE
+from seed_multimodal.language.seed_x import Box
+from seed_multimodal.language.tasks import (
+    DEFAULT_TASKS,
+    DESCRIBE_PROMPT,
+    DRAW_PROMPT,
+    DRAW_RESPONSE,
+    EDIT_RESPONSE,
+    QA_SUFFIX,
+    SEED_X_TASKS,
+)
+from seed_multimodal.language.vocabulary import BOX, BOX_END, location_word
 from seed_multimodal.settings import nearest
 from seed_nano.world.dialogues import (
+    ANSWERS,
+    CONTINUE_REQUESTS,
+    DESCRIBE_REQUESTS,
+    DRAW_REQUESTS,
     Allowed,
-    Message,
     Part,
     conversation,
     document,
     edited,
+    examples_request,
     in_context,
-    sentence,
+    small_talk,
     story,
     story_asked,
     trainable,
 )
-from seed_nano.world.edits import EDITS, Edit, make_edit
-from seed_nano.world.questions import KINDS as QUESTIONS
-from seed_nano.world.questions import Question, ask, ask_any
-from seed_nano.world.requests import CONTINUE_REQUESTS, DESCRIBE_REQUESTS, DRAW_REQUESTS, examples_request
-from seed_nano.world.scene import Scene
+from seed_nano.world.scene import Scene, WideScene
 from seed_nano.world.splits import check_split, held_out, scene_at
-from seed_nano.world.talk import small_talk
-from seed_nano.world.things import NAMES
-from seed_nano.world.verdicts import after
-from seed_nano.world.view import View
-from seed_nano.world.wide import WideScene
-from seed_nano.world.words import describe, some
+from seed_nano.world.tasks import EDITS, Edit, Question, absent, after, ask, ask_any, make_edit, verdict
+from seed_nano.world.tasks import KINDS as QUESTIONS
+from seed_nano.world.things import NAMES, plural
+from seed_nano.world.wide import View, any_view, ask_wide, describe_wide, wide_at
+from seed_nano.world.words import describe, normalise, sentence, some
 
 Record = dict[str, Any]
-Scenes = Iterator[Scene]
 Made = TypeVar("Made")
 PATIENCE = 200
 EDIT_SORTS = (*EDITS, "remove", "replace")  # twice: where a named thing stands is learnt last
 COMPARISONS = ("yesno", "where", "yesno", "where", "absent", "count")  # kinds of questions that name a thing
 ASKED = ("what", "yesno", "count", "where", "style", "yesno", "background", "where", "what", "absent")
+KINDS = ("captions", "describe", "questions", "draw", "edits", "conversations", "in_context", "stories", "documents",
+         "continued", "talk", "asides")
+"""Captions are pairs of an image and texts, documents are interleaved images and texts, all others `messages`."""
+GRID = 64  # places of boxes along each side
+OWN = ("detect", "wide_describe", "wide_questions", "wide_detect")  # kinds that only nano-x has
 
 
 def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int = 0) -> Record:
@@ -57,39 +71,32 @@ def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int 
 
     Args:
         split: no scene is held out otherwise.
-        pool: kinds about a single picture take it from the first `pool` of the split's stream, so that what is
-            encoded once serves many records; 0: number `index` of the stream.
+        pool: kinds about a single image take it from the first `pool` of the split's stream, so that what is encoded
+            once serves many records; 0: number `index` of the stream.
 
     Raises:
         DataError: an unknown kind or split.
     """
     check_split(split)
-    if kind not in KINDS:
-        raise DataError(f"nano: unknown kind of records {kind!r}{nearest(kind, KINDS)}; there are {', '.join(KINDS)}.")
-    shake = random.Random(f"{seed} {split} {kind} {index}")
-    allowed = trainable if split == "train" else partial(_only, split)
-    start = shake.randrange(pool) if pool else index
-
-    def scenes() -> Scenes:
-        for step in count():  # past a pool in which no scene would do
-            yield scene_at(seed, (start + step) % pool if step < pool else start + step, split)
-
-    return KINDS[kind](shake, scenes(), allowed, index)
+    _check_kind(kind, KINDS)
+    record: Record = getattr(_Maker(kind, seed, index, split, pool), kind)()
+    return record
 
 
-def _only(split: str, scene: Scene) -> bool:
-    return held_out(scene) <= {split}
+def _check_kind(kind: str, known: tuple[str, ...]) -> None:
+    if kind not in known:
+        raise DataError(f"nano: unknown kind of records {kind!r}{nearest(kind, known)}; there are {', '.join(known)}.")
 
 
 def scenes_of(record: Record) -> list[Scene]:
     """The scenes of a record, in order."""
     found: list[Scene] = []
-    with_pictures(record, lambda scene: found.append(scene))
+    with_pictures(record, found.append)
     return found
 
 
 def from_last_picture(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages from the last picture on that the user shows; what is said of one shown before is left out."""
+    """The messages from the user's last image on."""
     messages = record["messages"]
     shows = [place for place, message in enumerate(messages)
              if message["role"] == "user" and not all(isinstance(part, str) for part in message["content"])]
@@ -100,12 +107,8 @@ def texts_of(record: Any) -> Iterator[str]:
     """Every text in a record but the names of roles."""
     if isinstance(record, str):
         yield record
-    elif isinstance(record, dict):
-        for key, value in record.items():
-            if key != "role":
-                yield from texts_of(value)
-    elif isinstance(record, list):
-        for value in record:
+    elif isinstance(record, dict | list):
+        for value in record if isinstance(record, list) else (record[key] for key in record if key != "role"):
             yield from texts_of(value)
 
 
@@ -118,148 +121,230 @@ def with_pictures(value: Any, picture: Callable[[Any], Any]) -> Any:
     return [with_pictures(one, picture) for one in value] if isinstance(value, list | tuple) else value
 
 
-# ------------------------------------------------------------------------------------------------------ the kinds
-
-
-def _messages(*contents: list[Part]) -> Record:
-    return {"messages": [{"role": ("user", "assistant")[place % 2], "content": content}
-                         for place, content in enumerate(contents)]}
-
-
-def _half(shake: random.Random, requests: tuple[str, ...]) -> str:
-    """The request that systems send, or one of all of them."""
-    return requests[0] if shake.random() < 0.5 else shake.choice(requests)
-
-
-def _first(scenes: Scenes, sorts: tuple[str, ...], index: int, make: Callable[[Scene, str], Made | None]
-           ) -> tuple[Scene, Made]:
-    """The first scene of which something of sort `index` can be made, and that; of the next sort after `PATIENCE`
-    scenes without (there is no `add` in a split whose every scene shows two things)."""
-    for tried, scene in enumerate(scenes):
-        made = make(scene, sorts[(index + tried // PATIENCE) % len(sorts)])
-        if made is not None:
-            return scene, made
-    raise AssertionError("the stream of scenes has no end")
-
-
-def _caption(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    scene = next(scenes)
-    return {"image_ids": scene, "text": [describe(scene), *(describe(scene, shake) for _ in range(2))]}
-
-
-def _describe(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    scene = next(scenes)
-    own = _messages([scene, _half(shake, DESCRIBE_REQUESTS)], [sentence(describe(scene))])
-    return _after_another(shake, scenes, own)
-
-
-def _after_another(shake: random.Random, scenes: Scenes, record: Record) -> Record:
-    """In a third of the cases the same after another picture was shown: a model that only ever looks at the first
-    picture of a conversation does not learn to look at the next."""
-    if shake.random() >= 1 / 3:
-        return record
-    scene = next(scenes)
-    if shake.random() < 0.5:
-        before = _messages([scene, shake.choice(DESCRIBE_REQUESTS)], [sentence(describe(scene))])
-    else:
-        question = ask_any(scene, shake)
-        before = _messages([scene, question.question], [after(question.verdict, sentence(question.answer))])
-    return {"messages": before["messages"] + record["messages"]}
-
-
-def _question(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    def turn(question: Question, suffixed: float) -> list[list[Part]]:
-        if shake.random() < suffixed:
-            return [[DEFAULT_TASKS.question(question.question)], [after(question.verdict, question.answer)]]
-        return [[question.question], [after(question.verdict, sentence(question.answer))]]
-
-    scene, question = _first(scenes, ASKED, index, lambda scene, kind: ask(scene, kind, shake, varied=True))
-    turns, asked = turn(question, 0.75), {question.question}
-    # A picture that is read once teaches several answers; first those that compare a word with the picture and are
-    # learnt last. After an answer that names the things they would be read off the text.
-    for kind in (*shake.sample(COMPARISONS, 4), *shake.sample(QUESTIONS, 1)):
-        more = ask(scene, kind, shake, varied=True)
-        if more is not None and more.question not in asked:
-            turns, asked = turns + turn(more, 0.25), asked | {more.question}
-    return _after_another(shake, scenes, _messages([scene, *turns[0]], *turns[1:]))
-
-
-def _draw(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    scene = next(scenes)
-    words = describe(scene, None if shake.random() < 0.6 else shake, background_first=False)
-    return _messages([_half(shake, DRAW_REQUESTS).format(caption=words)], [DRAW_RESPONSE, scene])
-
-
-def _edit(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    def make(scene: Scene, kind: str) -> Edit | None:
-        edit = make_edit(scene, kind, shake)
-        return edit if edit is not None and allowed(edit.target) else None
-
-    scene, edit = _first(scenes, EDIT_SORTS, index, make)
-    words = sentence(edit.instruction) if shake.random() < 0.5 else edit.instruction
-    return _after_another(shake, scenes, _messages([scene, words], edited(edit.target, shake, edit.verdict)))
-
-
-def _conversation(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    def plain(message: Message) -> Record:
-        return {"role": message.role, "content": message.content}
-
-    return {"messages": list(map(plain, conversation(shake, allowed, stories=True)))}
-
-
-def _talk(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    """Small talk, alone or after a description."""
-    asked, answer = small_talk(shake, bool(index % 2))
-    if not index % 2:
-        return _messages([asked], [answer])
-    scene = next(scenes)
-    return _messages([scene, shake.choice(DESCRIBE_REQUESTS)], [sentence(describe(scene))], [asked], [answer])
-
-
-def _aside(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    """Small talk with a picture, and what a picture does not answer."""
-    asked, answer = small_talk(shake, True)
-    return _messages([next(scenes), asked], [answer])
-
-
-def _in_context(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    examples, answer = in_context(shake, allowed)
-    return _messages(examples_request(examples), edited(answer, shake))
-
-
-def _story(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    pages = story(shake, allowed)
-    return _messages([story_asked(pages, shake)], [part for page in pages for part in page])
-
-
-def _document(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    pages = document(shake, allowed)
-    return {"texts": [part for words, _ in pages for part in (words, None)],
-            "image_ids": [part for _, scene in pages for part in (None, scene)], "metadata": {}}
-
-
-def _continued(shake: random.Random, scenes: Scenes, allowed: Allowed, index: int) -> Record:
-    pages = document(shake, allowed)
-    shown = shake.randrange(1, len(pages))
-    parts: list[list[Part]] = [[part for page in chosen for part in page] for chosen in (pages[:shown], pages[shown:])]
-    return _messages([*parts[0], shake.choice(CONTINUE_REQUESTS)], parts[1])
-
-
-KINDS: dict[str, Callable[[random.Random, Scenes, Allowed, int], Record]] = {
-    "captions": _caption, "describe": _describe, "questions": _question, "draw": _draw, "edits": _edit,
-    "conversations": _conversation, "in_context": _in_context, "stories": _story, "documents": _document,
-    "continued": _continued, "talk": _talk, "asides": _aside,
-}
-"""Captions are pairs of a picture and texts, documents are interleaved pictures and texts, all others `messages`."""
-
-
 def sentences(number: int = 500, seed: int = 0) -> list[str]:
-    """What word pieces are learnt from: the texts of `number` records of every kind, every name, the template's words.
-
-    The names stand there often enough that each becomes a piece of its own.
-    """
+    """What word pieces are learnt from: the texts of `number` records of every kind, every name (often enough that each
+    becomes a piece of its own), the template's words."""
     lines = [some(count, name) for name in NAMES for count in (1, 2)] * 20
     for kind in KINDS:
         for index in range(number):
             lines += texts_of(record_at(kind, seed, index))
     return [*lines, *["USER:", "ASSISTANT:"] * number]
+
+
+def _messages(*contents: Sequence[Any]) -> Record:
+    return {"messages": [{"role": ("user", "assistant")[place % 2], "content": list(content)}
+                         for place, content in enumerate(contents)]}
+
+
+class _Maker:
+    """A record of nano; a method for each of `KINDS`."""
+
+    def __init__(self, kind: str, seed: int, index: int, split: str, pool: int) -> None:
+        self.rng = random.Random(f"{seed} {split} {kind} {index}")
+        self.index = index
+        self.allowed: Allowed = trainable if split == "train" else lambda scene: held_out(scene) <= {split}
+        start = self.rng.randrange(pool) if pool else index
+        self.scenes = (scene_at(seed, (start + step) % pool if step < pool else start + step, split)
+                       for step in count())  # past a pool in which no scene would do
+
+    def captions(self) -> Record:
+        scene = next(self.scenes)
+        return {"image_ids": scene, "text": [describe(scene), *(describe(scene, self.rng) for _ in range(2))]}
+
+    def describe(self) -> Record:
+        scene = next(self.scenes)
+        own = _messages([scene, self._half(DESCRIBE_REQUESTS)], [sentence(describe(scene))])
+        return self._after_another(own)
+
+    def questions(self) -> Record:
+        scene, question = self._first(ASKED, lambda scene, kind: ask(scene, kind, self.rng, varied=True))
+        turns, asked = self._turn(question, 0.75), {question.question}
+        # Several questions to an image; first those that compare a word with the image and are learnt last. After an
+        # answer that names the things they would be read off the text.
+        for kind in (*self.rng.sample(COMPARISONS, 4), *self.rng.sample(QUESTIONS, 1)):
+            more = ask(scene, kind, self.rng, varied=True)
+            if more is not None and more.question not in asked:
+                turns, asked = turns + self._turn(more, 0.25), asked | {more.question}
+        return self._after_another(_messages([scene, *turns[0]], *turns[1:]))
+
+    def draw(self) -> Record:
+        scene = next(self.scenes)
+        words = describe(scene, None if self.rng.random() < 0.6 else self.rng, background_first=False)
+        return _messages([self._half(DRAW_REQUESTS).format(caption=words)], [DRAW_RESPONSE, scene])
+
+    def edits(self) -> Record:
+        def make(scene: Scene, kind: str) -> Edit | None:
+            edit = make_edit(scene, kind, self.rng)
+            return edit if edit is not None and self.allowed(edit.target) else None
+
+        scene, edit = self._first(EDIT_SORTS, make)
+        words = sentence(edit.instruction) if self.rng.random() < 0.5 else edit.instruction
+        return self._after_another(_messages([scene, words], edited(edit.target, self.rng, edit.verdict)))
+
+    def conversations(self) -> Record:
+        return _messages(*(message.content for message in conversation(self.rng, self.allowed, stories=True)))
+
+    def talk(self) -> Record:
+        """Small talk, alone or after a description."""
+        request, answer = small_talk(self.rng, bool(self.index % 2))
+        if not self.index % 2:
+            return _messages([request], [answer])
+        scene = next(self.scenes)
+        asked = [scene, self.rng.choice(DESCRIBE_REQUESTS)]
+        return _messages(asked, [sentence(describe(scene))], [request], [answer])
+
+    def asides(self) -> Record:
+        """Small talk with an image, and what an image does not answer."""
+        request, answer = small_talk(self.rng, True)
+        return _messages([next(self.scenes), request], [answer])
+
+    def in_context(self) -> Record:
+        examples, answer = in_context(self.rng, self.allowed)
+        return _messages(examples_request(examples), edited(answer, self.rng))
+
+    def stories(self) -> Record:
+        pages = story(self.rng, self.allowed)
+        return _messages([story_asked(pages, self.rng)], [part for page in pages for part in page])
+
+    def documents(self) -> Record:
+        pages = document(self.rng, self.allowed)
+        return {"texts": [part for words, _ in pages for part in (words, None)],
+                "image_ids": [part for _, scene in pages for part in (None, scene)], "metadata": {}}
+
+    def continued(self) -> Record:
+        pages = document(self.rng, self.allowed)
+        shown = self.rng.randrange(1, len(pages))
+        before, rest = ([part for page in chosen for part in page] for chosen in (pages[:shown], pages[shown:]))
+        return _messages([*before, self.rng.choice(CONTINUE_REQUESTS)], rest)
+
+    def _half(self, requests: tuple[str, ...]) -> str:
+        """The request that systems send, or one of all of them."""
+        return requests[0] if self.rng.random() < 0.5 else self.rng.choice(requests)
+
+    def _first(self, sorts: tuple[str, ...], make: Callable[[Scene, str], Made | None]) -> tuple[Scene, Made]:
+        """The first scene of which something of the record's sort can be made, and that; of the next sort after
+        `PATIENCE` scenes without (no scene of the split `pairs` allows `add`)."""
+        made = ((scene, make(scene, sorts[(self.index + tried // PATIENCE) % len(sorts)]))
+                for tried, scene in enumerate(self.scenes))
+        return next((scene, one) for scene, one in made if one is not None)
+
+    def _turn(self, question: Question, suffixed: float) -> list[list[Part]]:
+        if self.rng.random() < suffixed:
+            return [[DEFAULT_TASKS.question(question.question)], [after(question.verdict, question.answer)]]
+        return [[question.question], [after(question.verdict, sentence(question.answer))]]
+
+    def _after_another(self, record: Record) -> Record:
+        """In a third of the cases, the same after another image: else a model learns to look at the first one only."""
+        if self.rng.random() >= 1 / 3:
+            return record
+        scene = next(self.scenes)
+        if self.rng.random() < 0.5:
+            before = _messages([scene, self.rng.choice(DESCRIBE_REQUESTS)], [sentence(describe(scene))])
+        else:
+            question = ask_any(scene, self.rng)
+            before = _messages([scene, question.question], [after(question.verdict, sentence(question.answer))])
+        return {"messages": before["messages"] + record["messages"]}
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of nano-x
+
+
+def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Record:
+    """Record number `index` of a kind of nano (those with messages) or of `OWN`; user images are views.
+
+    Raises:
+        DataError: an unknown kind or split.
+    """
+    _check_kind(kind, (*KINDS, *OWN))
+    rng = random.Random(f"{seed} {split} {kind} {index}")
+    if kind not in OWN:
+        return _in_sizes(_in_its_words(record_at(kind, seed, index, split), rng), rng)
+    if kind == "detect":
+        view = any_view(_mostly_two(seed, index, split, rng), rng)
+        return _dialogue(view, [_located(view, name) for name in _asked_for(list(view.scene.things), rng)])
+    scene = wide_at(seed, index, split)
+    view = any_view(scene, rng)
+    if kind == "wide_describe":
+        request = rng.choice((SEED_X_TASKS.describe,) * 4 + DESCRIBE_REQUESTS)
+        return _dialogue(view, [(request, sentence(describe_wide(scene)))])
+    if kind == "wide_questions":
+        return _dialogue(view, [_wide_question(scene, rng) for _ in range(4)])
+    return _dialogue(view, [_located(view, name) for name in _asked_for(scene.there, rng)])
+
+
+def _mostly_two(seed: int, index: int, split: str, rng: random.Random) -> Scene:
+    """Scene number `index`; of those with one thing every second is skipped: there is nothing to choose in it."""
+    scenes = (scene_at(seed, number, split) for number in count(index))
+    return next(scene for scene in scenes if len(scene.things) > 1 or rng.random() < 0.5)
+
+
+def _wide_question(scene: WideScene, rng: random.Random) -> tuple[str, str]:
+    """A question about a wide scene; behind a verdict where it names a thing."""
+    question, answer = ask_wide(scene, rng)
+    named = [name for name in scene.there if question == f"Where is the {name}?"]
+    return question, after(verdict(scene, *named) if named else "", answer)
+
+
+def _asked_for(shown: list[str], rng: random.Random) -> list[str]:
+    """Up to two of the things of a scene and one that it does not show, in any order."""
+    names = rng.sample(shown, min(2, len(shown)))
+    return rng.sample([*names, rng.choice([name for name in NAMES if name not in shown])], len(names) + 1)
+
+
+def _located(view: View, name: str) -> tuple[str, str]:
+    """Where a thing is, asked and answered by boxes behind a verdict."""
+    boxes = view.boxes()
+    answer = box_text(name, boxes) if any(one == name for one, _ in boxes) else absent(name)
+    return SEED_X_TASKS.detect_request(detect_phrase(name, boxes)), after(verdict(view.scene, name, whole=True), answer)
+
+
+def detect_phrase(name: str, boxes: Sequence[tuple[str, Any]]) -> str:
+    """`the tiger`, `the tigers`."""
+    return f"the {plural(name) if sum(one == name for one, _ in boxes) > 1 else name}"
+
+
+def box_text(name: str, boxes: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """The boxes of a thing as words, row by row."""
+    words = ""
+    for place in sorted((box for one, box in boxes if one == name), key=lambda box: (round(2 * box[1]), box[0])):
+        box = Box.around([min(max(value, 0.0), 1.0) for value in place], (1, 1), GRID)
+        words += BOX + "".join(map(location_word, (box.x, box.y, box.width, box.height))) + BOX_END
+    return words
+
+
+def _dialogue(view: View, turns: Sequence[tuple[str, str]]) -> Record:
+    (request, answer), *rest = turns
+    return _messages([view, request], [answer], *([text] for turn in rest for text in turn))
+
+
+def _in_sizes(record: Record, rng: random.Random) -> Record:
+    """Its users' images in any size; in any frame, too, where no image is drawn."""
+    drawn = any(not isinstance(part, str) for message in record["messages"][1::2] for part in message["content"])
+    return {"messages": [{**message, "content": [
+        part if isinstance(part, str) or message["role"] != "user" else any_view(part, rng, not drawn)
+        for part in message["content"]]} for message in record["messages"]]}
+
+
+def _in_its_words(record: Record, rng: random.Random) -> Record:
+    """The requests as SEED-X's systems send them: descriptions are sentences, answers to questions short and in lower
+    case; nothing but a description stands before a drawing."""
+    contents: list[list[Any]] = []
+    for place, content in enumerate(message["content"] for message in record["messages"]):
+        if place % 2 == 0:
+            request = content
+            content = [_request(part, rng) if isinstance(part, str) else part for part in content]
+        elif all(isinstance(part, str) for part in content) and request[-1] not in DESCRIBE_REQUESTS:
+            content = [part if part in ANSWERS else normalise(part) for part in content]
+        else:
+            content = [part for part in content if part not in (DRAW_RESPONSE, EDIT_RESPONSE)]
+        contents.append(content)
+    return _messages(*contents)
+
+
+def _request(text: str, rng: random.Random) -> str:
+    if text == DESCRIBE_PROMPT:
+        return SEED_X_TASKS.describe if rng.random() < 0.8 else text
+    before, after = DRAW_PROMPT.split("{caption}")
+    if text.startswith(before) and text.endswith(after):
+        return SEED_X_TASKS.draw_request(text[len(before):len(text) - len(after)])
+    return text.removesuffix(QA_SUFFIX)

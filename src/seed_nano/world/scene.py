@@ -1,15 +1,19 @@
-"""A scene of nano's world: which things stand where, in which style, on which background; and its picture.
+"""A scene of nano's world: which things stand where, in which style, on which background; and its image.
 
     scene = Scene("noto", "meadow", "left of", ("tiger", "penguin"))
     render(scene)        # uint8 [64, 64, 3]
 
-Everything else (words, questions, boxes, edits, stories) is a function of the same dataclass.
+Words, questions, edits and stories are functions of the same dataclass. Positions and sizes are in shares of the image
+(0..1, y downwards).
 """
 
 from __future__ import annotations
 
+import io
+import os
 import random
-from collections.abc import Mapping, Sequence
+import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,39 +22,51 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from seed_multimodal.errors import ConfigError, DataError
-from seed_nano.world.sprites import load_sprites
 from seed_nano.world.things import BACKGROUNDS, COLOURS, STYLES, THINGS
 
 SIZE = 64
-LARGEST = 1024  # a picture is drawn at four times its size, which takes 64 MB there
-OVERSAMPLE = 4  # twice only from LARGE_PICTURE pixels on, where drawing takes most of a record's time
-LARGE_PICTURE = 160
+LARGEST = 1024
+OVERSAMPLE = 4  # an image is drawn at four times its size and reduced once; at twice from LARGE_IMAGE pixels on
+LARGE_IMAGE = 160
 
 LOW, MIDDLE, HIGH, SIDE, LARGE = 0.25, 0.5, 0.75, 0.44, 0.84
-"""Centres and longer side of all small drawings and of a large one, in shares of the picture: what an edit leaves alone
-stays in place."""
+"""Centres and longer side of all small drawings and of a large one: what an edit does not name stays in place."""
 
 WHERE = {"left": LOW, "middle": MIDDLE, "right": HIGH}
 
 LAYOUTS = ("large", *WHERE, "left of", "above", "many", "two kinds")
 """One thing (large, or small at the left, middle, right); two kinds beside or above each other; n of one; n and m."""
 
+QUARTERS = ("top left", "top right", "bottom left", "bottom right")
+_SHIFT = 0.03  # largest distance of a thing of a wide scene from the middle of its quarter
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One drawing in a scene: centre and longer side."""
+
+    thing: str
+    x: float
+    y: float
+    side: float
+
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture, before it is drawn.
+    """One image, before it is drawn.
 
     Args:
-        style: of all its drawings: noto, twemoji or fluent.
+        style: of all its drawings, see `STYLES`.
         background: a flat colour or a place, see `BACKGROUNDS`.
         layout: see `LAYOUTS`.
         things: one name or two different ones; the first is at the left or above.
-        counts: how many of each, one if nothing is given; more only in the layouts `many` (2 to 4) and `two kinds`
-            (3 or 4 in all).
+        counts: how many of each, default one; more only in the layouts `many` (2 to 4) and `two kinds` (3 or 4 in all).
         jitter: seed of the small shifts of position and size.
 
     Raises:
-        DataError: naming what does not fit.
+        DataError: no such scene.
     """
 
     style: str
@@ -64,13 +80,8 @@ class Scene:
         if not self.counts:
             object.__setattr__(self, "counts", (1,) * len(self.things))
         kinds = 2 if self.layout in ("left of", "above", "two kinds") else 1
-        counts = {"many": 2 <= sum(self.counts) <= 4, "two kinds": 3 <= sum(self.counts) <= 4}.get(
-            self.layout, set(self.counts) == {1})
         if (self.style not in STYLES or self.background not in BACKGROUNDS or self.layout not in LAYOUTS
-                or {type(number) for number in (*self.counts, self.jitter)} != {int}
-                or not set(self.things) <= set(THINGS) or len(set(self.things)) != kinds
-                or len(self.things) != kinds or len(self.counts) != kinds or not counts or min(self.counts) < 1
-                or max(self.counts) > (4 if kinds == 1 else 2)):
+                or not set(self.things) <= set(THINGS) or not kinds == len(set(self.things)) == len(self.counts)):
             raise DataError(f"no such scene in nano's world: {self}")
 
     @property
@@ -82,20 +93,90 @@ class Scene:
         """The same scene with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    def slots(self) -> list[Slot]:
+        """All drawings, first kind first, jitter included."""
+        found = []
+        for kind, x, y, side in anchors(self.layout, self.counts):
+            rng = random.Random(f"{self.jitter} {x} {y}")  # by place, so that what an edit does not name stays
+            side *= 1 + rng.uniform(-0.07, 0.07)
+            found.append(Slot(self.things[kind], x + rng.uniform(-0.015, 0.015), y + rng.uniform(-0.015, 0.015), side))
+        return found
+
 
 @dataclass(frozen=True)
-class Slot:
-    """One drawing in a scene: centre and longer side in shares of the picture (0..1, y downwards)."""
+class WideScene:
+    """A scene of four times the area with at most one thing in each quarter: what several views of an image are for.
 
-    thing: str
-    x: float
-    y: float
-    side: float
+    Args:
+        things: in the order of `QUARTERS`, "" for none; all different.
+    """
+
+    style: str
+    background: str
+    things: tuple[str, str, str, str]
+    jitter: int = 0
+
+    @property
+    def there(self) -> list[str]:
+        """Its things, without empty quarters."""
+        return [name for name in self.things if name]
+
+    def slots(self) -> list[Slot]:
+        """All drawings, jitter included; half as large as in a `Scene`."""
+        found = []
+        for quarter, name in enumerate(self.things):
+            rng = random.Random(f"{self.jitter} {quarter}")
+            side = SIDE / 2 * (1 + rng.uniform(-0.07, 0.07))
+            x, y = (LOW + place / 2 + rng.uniform(-_SHIFT, _SHIFT) for place in (quarter % 2, quarter // 2))
+            if name:
+                found.append(Slot(name, x, y, side))
+        return found
+
+
+def find_world(path: str | Path | None = None) -> Path:
+    """Folder of the drawings: `path`, else $SEED_NANO_DATA, else data/nano of the project or the current folder.
+
+    Raises:
+        DataError: it has no manifest.json.
+    """
+    given = path or os.environ.get("SEED_NANO_DATA")
+    project = Path(__file__).resolve().parents[3]
+    places = [Path(given).expanduser()] if given else [project / "data" / "nano", Path.cwd() / "data" / "nano"]
+    for place in places:
+        if (place / "manifest.json").is_file():
+            return place
+    raise DataError(f"{places[-1]}: nano's drawings are not there (no manifest.json). They ship with the repository, "
+                    "in data/nano: run from its root, or set SEED_NANO_DATA to that folder.")
+
+
+@lru_cache(maxsize=4)
+def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.Image]:
+    """Every drawing by (style, thing), mode `RGBa`: colours premultiplied with alpha, so that no colour of an invisible
+    pixel gets into an edge when an image is reduced.
+
+    Raises:
+        DataError: the shard is missing, damaged or lacks a drawing.
+    """
+    file = find_world(path) / "sprites.tar"
+    sprites = {}
+    try:
+        with tarfile.open(file) as tar:
+            for member in tar:
+                style, _, name = member.name.removesuffix(".webp").partition("-")
+                content = tar.extractfile(member)
+                if content is not None:
+                    drawing = Image.open(io.BytesIO(content.read()))
+                    sprites[style, name.replace("_", " ")] = drawing.convert("RGBA").convert("RGBa")
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{file}: missing or damaged ({error}).") from None
+    missing = next(((style, name) for style in STYLES for name in THINGS if (style, name) not in sprites), None)
+    if missing:
+        raise DataError(f"{file}: no drawing of {missing[1]!r} in style {missing[0]!r}.")
+    return sprites
 
 
 def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float, float]]:
-    """Where a layout has its drawings, before jitter: (0 for the first kind or 1 for the second, x, y, longer side), in
-    shares of the picture."""
+    """Where a layout has its drawings before jitter: (0 or 1, for the first or second kind, x, y, longer side)."""
     if layout == "large":
         return [(0, MIDDLE, MIDDLE, LARGE)]
     if layout in WHERE:
@@ -112,46 +193,38 @@ def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float,
     return [(kind, x, y, SIDE) for kind, (x, y) in zip(kinds, spots, strict=True)]
 
 
-def slots(scene: Scene) -> list[Slot]:
-    """Where every drawing stands, first kind first, jitter included."""
+def slots(scene: Scene | WideScene) -> list[Slot]:
+    """All drawings of a scene."""
+    return scene.slots()
+
+
+def boxes(scene: Scene | WideScene) -> list[tuple[str, Box]]:
+    """(thing, (left, top, right, bottom)) of every drawing."""
     found = []
-    for kind, x, y, side in anchors(scene.layout, scene.counts):
-        shake = random.Random(f"{scene.jitter} {x} {y}")  # by place, so that what an edit does not name stays
-        side *= 1 + shake.uniform(-0.07, 0.07)
-        found.append(Slot(scene.things[kind], x + shake.uniform(-0.015, 0.015), y + shake.uniform(-0.015, 0.015), side))
+    for slot in scene.slots():
+        width, height = load_sprites()[scene.style, slot.thing].size
+        half_x, half_y = slot.side * width / max(width, height) / 2, slot.side * height / max(width, height) / 2
+        found.append((slot.thing, (slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y)))
     return found
 
 
-def boxes(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
-    """(thing, (left, top, right, bottom)) of every drawing, in shares of the picture (0..1)."""
-    return [(slot.thing, slot_box(scene.style, slot)) for slot in slots(scene)]
-
-
-def slot_box(style: str, slot: Slot) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a drawing, in shares of the picture."""
-    width, height = load_sprites()[style, slot.thing].size
-    half_x, half_y = slot.side * width / max(width, height) / 2, slot.side * height / max(width, height) / 2
-    return slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y
-
-
-def render(scene: Scene, size: int = SIZE, folder: str | Path | None = None) -> np.ndarray:
-    """The picture, uint8 [size, size, 3] RGB: drawn at four times the size and reduced once; `folder`: of the drawings,
-    see `find_world`.
+def render(scene: Scene | WideScene, size: int = SIZE, folder: str | Path | None = None) -> np.ndarray:
+    """The image, uint8 [size, size, 3] RGB; `folder`: of the drawings, see `find_world`.
 
     Raises:
         ConfigError: a size below 1 or above `LARGEST`.
     """
-    return paint(scene.style, scene.background, slots(scene), size, folder)
+    return paint(scene.style, scene.background, scene.slots(), size, folder)
 
 
-def paint(style: str, background: str, drawings: Sequence[Slot], size: int, folder: str | Path | None = None
-          ) -> np.ndarray:
-    """A picture of drawings anywhere; else as `render`."""
+def paint(style: str, background: str, drawings: Sequence[Slot], size: int,
+          folder: str | Path | None = None) -> np.ndarray:
+    """An image of drawings anywhere; else as `render`."""
     if not 1 <= size <= LARGEST:
-        raise ConfigError(f"nano: a picture of {size} pixels a side cannot be drawn; give 1 to {LARGEST}.")
-    scale = OVERSAMPLE if size < LARGE_PICTURE else OVERSAMPLE // 2
+        raise ConfigError(f"nano: an image of {size} pixels a side cannot be drawn; give 1 to {LARGEST}.")
+    scale = OVERSAMPLE if size < LARGE_IMAGE else OVERSAMPLE // 2
     canvas = _background(background, size * scale).copy()
-    _draw(canvas, style, drawings, load_sprites(folder))
+    _draw(canvas, style, drawings, folder)
     return np.asarray(canvas.reduce(scale))
 
 
@@ -163,15 +236,14 @@ def empty_pictures(size: int) -> np.ndarray:
 def thing_mask(scene: Scene, size: int = SIZE) -> np.ndarray:
     """How much of each pixel is covered by a thing, float32 [size, size] in 0..1."""
     canvas = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE))
-    _draw(canvas, scene.style, slots(scene), load_sprites())
+    _draw(canvas, scene.style, scene.slots())
     return np.asarray(canvas.reduce(OVERSAMPLE), np.float32) / 255
 
 
-def _draw(canvas: Image.Image, style: str, drawings: Sequence[Slot],
-          sprites: Mapping[tuple[str, str], Image.Image]) -> None:
+def _draw(canvas: Image.Image, style: str, drawings: Sequence[Slot], folder: str | Path | None = None) -> None:
     """Paste drawings; on a mode-L canvas, white shapes."""
     for slot in drawings:
-        sprite = sprites[style, slot.thing]
+        sprite = load_sprites(folder)[style, slot.thing]
         scale = slot.side * canvas.width / max(sprite.size)
         width, height = max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale))
         drawn = sprite.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")

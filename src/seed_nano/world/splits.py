@@ -1,7 +1,7 @@
-"""Which compositions are held out of training, by hash; and the scenes of a split as a function of (seed, index).
+"""Which compositions are held out of training, by hash; the scenes of a split's stream; the lists for evaluation.
 
 `val`: the very scene. `pairs`: two things together. `places`: a thing on a background. `counts`: a thing in a number.
-`styles`: a thing in a style (known in the two others). `things`: things that are only ever rebuilt.
+`styles`: a thing in a style (known in the two others). `things`: things that are only ever reconstructed.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import DataError
 from seed_multimodal.settings import nearest
-from seed_nano.world.scene import LAYOUTS, Scene
-from seed_nano.world.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES, THINGS
+from seed_nano.world.scene import LAYOUTS, Scene, find_world
+from seed_nano.world.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES
 
 SPLITS = ("train", "val", "pairs", "places", "counts", "styles", "things")
+HELD_OUT_SPLITS = SPLITS[1:]
 SHARES = {"val": 0.05, "pairs": 0.15, "places": 0.10, "counts": 0.15, "styles": 0.06}
 WEIGHTS = dict(zip(LAYOUTS, (3, 1.5, 1.5, 1.5, 5, 4, 4, 3), strict=True))
 """How often each layout is drawn."""
@@ -43,7 +46,7 @@ def held_compositions(things: Sequence[str], counts: Sequence[int], style: str |
                       background: str | None) -> set[str]:
     """Every held-out composition among labels, of which a caption may leave out the style and the background."""
     found = set()
-    if any(THINGS[thing].held_out for thing in things):
+    if not set(HELD_OUT).isdisjoint(things):
         found.add("things")
     if len(things) == 2 and _share("pairs", *sorted(things)) < SHARES["pairs"]:
         found.add("pairs")
@@ -71,13 +74,13 @@ def split_of(scene: Scene) -> str | None:
     return next(iter(found or {"train"})) if len(found) < 2 else None
 
 
-def draw_scene(shake: random.Random, names: Sequence[str] = NAMES) -> Scene:
+def draw_scene(rng: random.Random, names: Sequence[str] = NAMES) -> Scene:
     """Any scene, held out or not."""
-    layout = shake.choices(LAYOUTS, [WEIGHTS[name] for name in LAYOUTS])[0]
+    layout = rng.choices(LAYOUTS, [WEIGHTS[name] for name in LAYOUTS])[0]
     kinds = 2 if layout in ("left of", "above", "two kinds") else 1
-    counts = {"many": (shake.choice((2, 3, 4)),), "two kinds": shake.choice(((2, 1), (1, 2), (2, 2)))}.get(layout, ())
-    return Scene(shake.choice(STYLES), shake.choice(BACKGROUNDS), layout, tuple(shake.sample(names, kinds)), counts,
-                 shake.randrange(2**31))
+    counts = {"many": (rng.choice((2, 3, 4)),), "two kinds": rng.choice(((2, 1), (1, 2), (2, 2)))}.get(layout, ())
+    return Scene(rng.choice(STYLES), rng.choice(BACKGROUNDS), layout, tuple(rng.sample(names, kinds)), counts,
+                 rng.randrange(2**31))
 
 
 def scene_at(seed: int, index: int, split: str = "train") -> Scene:
@@ -87,9 +90,23 @@ def scene_at(seed: int, index: int, split: str = "train") -> Scene:
         DataError: an unknown split.
     """
     check_split(split)
-    shake = random.Random(f"{seed} {split} {index}")
+    rng = random.Random(f"{seed} {split} {index}")
     names = HELD_OUT if split == "things" else NAMES
     while True:
-        scene = draw_scene(shake, names)
+        scene = draw_scene(rng, names)
         if split_of(scene) == split:
             return scene
+
+
+def scenes(split: str, folder: str | Path | None = None) -> list[Scene]:
+    """The list on which a held-out split is measured: 1,000 scenes that a viewer can tell from each other.
+
+    They are stored as scenes, not as numbers of a stream, so that they stay the same when the code changes.
+
+    Raises:
+        DataError: an unknown split, or no lists; `folder`: see `find_world`.
+    """
+    check_split(split)
+    rows = read_json_object(find_world(folder) / "evaluation.json", DataError)[split]
+    return [Scene(style, background, layout, tuple(things), tuple(counts), jitter)
+            for style, background, layout, things, counts, jitter in rows]

@@ -1,23 +1,25 @@
-"""A scene's labels as class numbers: what the tower is taught, what probes and the judge read.
+"""A scene's labels as class numbers: what the vision encoder is trained on, what probes and the judge predict.
 
     ids = label_ids(scene)     # {"first": 3, "second": 150, "style": 0, "background": 6, "layout": 4}
 
-`first` is the thing at the left or above (or the only one), `second` the other one; `layout` holds the counts, too.
+`first` is the thing at the left or above (or the only one), `second` the other one; `layout` includes the counts.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from seed_nano.world.scene import Scene, anchors, slots
+from seed_nano.world.scene import Scene, anchors
 from seed_nano.world.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES
 
-ARRANGEMENTS = ("large", "left", "middle", "right", "left of", "above", "many 2", "many 3", "many 4", "two kinds 1 2",
-                "two kinds 2 1", "two kinds 2 2")
+_LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
+    **{layout: (layout, (1,)) for layout in ("large", "left", "middle", "right", "left of", "above")},
+    **{f"many {count}": ("many", (count,)) for count in (2, 3, 4)},
+    **{f"two kinds {n} {m}": ("two kinds", (n, m)) for n, m in ((1, 2), (2, 1), (2, 2))}}
+ARRANGEMENTS = tuple(_LAYOUTS)
 """Layouts with their counts."""
 
 NOTHING = "nothing"
@@ -25,7 +27,7 @@ NOTHING = "nothing"
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "first": NAMES, "second": (*NAMES, NOTHING), "style": STYLES, "background": BACKGROUNDS, "layout": ARRANGEMENTS}
-"""Label -> its classes, as the tower learns them."""
+"""Label -> its classes, as the vision encoder learns them."""
 
 JUDGED: dict[str, tuple[str, ...]] = {
     **CLASSES, "first": NAMES + HELD_OUT, "second": (*NAMES, *HELD_OUT, NOTHING)}
@@ -35,30 +37,24 @@ IGNORED = -100
 """Class number of a thing that is not among the classes; cross entropy leaves it out."""
 
 
-def arrangement(scene: Scene) -> str:
-    """One of `ARRANGEMENTS`."""
-    return " ".join([scene.layout, *map(str, scene.counts)]) if scene.layout in ("many", "two kinds") else scene.layout
-
-
 def arranged_anchors() -> list[list[tuple[int, float, float, float]]]:
     """`anchors` of each of `ARRANGEMENTS`."""
-    split = [re.fullmatch(r"(\D+?)((?: \d)*)", name) for name in ARRANGEMENTS]
-    return [anchors(found[1], [int(count) for count in found[2].split()] or [1]) for found in split if found]
+    return [anchors(layout, counts) for layout, counts in _LAYOUTS.values()]
 
 
 def true_spots(scenes: Sequence[Scene]) -> Tensor:
     """Where the drawings of each scene stand, jitter included, as rows of `arranged_anchors`: float32 [N, K, 4], filled
     up with rows that begin with -1."""
     most = max(map(len, arranged_anchors()))
-    rows = [[[scene.things.index(slot.thing), slot.x, slot.y, slot.side] for slot in slots(scene)] for scene in scenes]
+    rows = [[[scene.things.index(slot.thing), slot.x, slot.y, slot.side] for slot in scene.slots()] for scene in scenes]
     return torch.tensor([[*row, *[[-1, 0.5, 0.5, 1.0]] * (most - len(row))] for row in rows])
 
 
 def label_ids(scene: Scene, classes: dict[str, tuple[str, ...]] = CLASSES) -> dict[str, int]:
     """Class number of every label; `IGNORED` where the scene's class is not among `classes`."""
-    second = scene.things[1] if len(scene.things) == 2 else NOTHING
-    found = {"first": scene.things[0], "second": second, "style": scene.style, "background": scene.background,
-             "layout": arrangement(scene)}
+    counts = map(str, scene.counts) if scene.layout in ("many", "two kinds") else ()
+    found = {"first": scene.things[0], "second": scene.things[1] if len(scene.things) == 2 else NOTHING,
+             "style": scene.style, "background": scene.background, "layout": " ".join((scene.layout, *counts))}
     return {name: classes[name].index(value) if value in classes[name] else IGNORED for name, value in found.items()}
 
 

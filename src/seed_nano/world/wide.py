@@ -1,10 +1,11 @@
-"""Scenes of four times the area, with things as small as in the others: what several views of a picture are good for.
+"""Wide scenes; and views: scenes as images of many sizes and shapes, like those of users.
 
     scene = WideScene("noto", "meadow", ("tiger", "", "penguin", ""))
-    render_wide(scene)     # uint8 [128, 128, 3]; squashed to 64 pixels a thing is 14 pixels large
+    render_wide(scene)                                # uint8 [128, 128, 3]; reduced to 64 pixels a thing has 14
+    View(scene, 200, (-0.2, 0, 1.2, 1))()             # uint8 [200, 280, 3], flat margins at both sides
 
-At most one thing stands in each quarter. What is held out of the other scenes is held out of these: no two things of a
-held-out pair, no thing on a background or in a style that is held out.
+Wide scenes of `train` show no two things of a held-out pair, and no thing on a background or in a style that is held
+out.
 """
 
 from __future__ import annotations
@@ -16,109 +17,119 @@ from pathlib import Path
 
 import numpy as np
 
-from seed_multimodal.errors import DataError
-from seed_nano.world.phrases import BACKGROUND_PHRASES
-from seed_nano.world.scene import SIDE, SIZE, Slot, paint, slot_box
+from seed_nano.world.scene import QUARTERS, SIZE, Box, Scene, WideScene, boxes, render
 from seed_nano.world.splits import check_split, held_compositions
-from seed_nano.world.things import BACKGROUNDS, NAMES, STYLES
+from seed_nano.world.things import BACKGROUND_PHRASES, BACKGROUNDS, NAMES, STYLES
 from seed_nano.world.words import normalise, some
 
-WIDE_SIZE = 2 * SIZE
-QUARTERS = ("top left", "top right", "bottom left", "bottom right")
-NOWHERE = "nothing"  # the answer about an empty quarter
-_SHIFT = 0.03  # most that a thing is off the middle of its quarter, in shares of the picture
-_SAID = re.compile(rf"\ban? ([a-z -]+?) at the ({'|'.join(QUARTERS)})")
+_SAID = re.compile(rf"\ban? (?:(?:{'|'.join(STYLES)}) )?([a-z -]+?) at the ({'|'.join(QUARTERS)})")
 
-
-@dataclass(frozen=True)
-class WideScene:
-    """`things`: in the quarters of `QUARTERS`, "" for none; at least one, all different."""
-
-    style: str
-    background: str
-    things: tuple[str, str, str, str]
-    jitter: int = 0
-
-    def __post_init__(self) -> None:
-        there = self.there
-        if (self.style not in STYLES or self.background not in BACKGROUNDS or len(self.things) != len(QUARTERS)
-                or not there or len(set(there)) < len(there) or not set(there) <= set(NAMES)):
-            raise DataError(f"no such wide scene in nano's world: {self}")
-
-    @property
-    def there(self) -> list[str]:
-        """The things that are there."""
-        return [name for name in self.things if name]
+SIZES = {64: 0.34, 96: 0.14, 128: 0.22, 160: 0.1, 200: 0.1, 256: 0.07, 400: 0.03}
+"""Sides in pixels of images that are read, and how often."""
+FRAMED = 0.3  # share of the images that are cropped or have margins
+WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
 def wide_at(seed: int, index: int, split: str = "train") -> WideScene:
     """Wide scene number `index` of a split's endless stream, by `held_wide`; `val` has its own stream of such that
     show nothing held out."""
     check_split(split)
-    shake = random.Random(f"{seed} wide {split} {index}")
+    rng = random.Random(f"{seed} wide {split} {index}")
     while True:
-        count = shake.choice((2, 3, 4))
-        names = [*shake.sample(NAMES, count), *[""] * (len(QUARTERS) - count)]
-        shake.shuffle(names)
-        scene = WideScene(shake.choice(STYLES), shake.choice(BACKGROUNDS), (names[0], names[1], names[2], names[3]),
-                          shake.randrange(2**31))
+        count = rng.choice((2, 3, 4))
+        names = [*rng.sample(NAMES, count), *[""] * (len(QUARTERS) - count)]
+        rng.shuffle(names)
+        scene = WideScene(rng.choice(STYLES), rng.choice(BACKGROUNDS), (names[0], names[1], names[2], names[3]),
+                          rng.randrange(2**31))
         if held_wide(scene) == (set() if split in ("train", "val") else {split}):
             return scene
 
 
 def held_wide(scene: WideScene) -> set[str]:
     """The held-out compositions that it shows; of pairs, any two of its things."""
-    there, found = scene.there, set()
-    for place, name in enumerate(there):
-        for other in there[place + 1:]:
-            found |= held_compositions((name, other), (1, 1), scene.style, scene.background)
-    return found | held_compositions(there[:1], (1,), scene.style, scene.background)
+    names = scene.there
+    held = held_compositions(names[:1], (1,), scene.style, scene.background)
+    for place, name in enumerate(names):
+        for other in names[place + 1:]:
+            held |= held_compositions((name, other), (1, 1), scene.style, scene.background)
+    return held
 
 
-def wide_slots(scene: WideScene) -> list[Slot]:
-    """Where its drawings stand."""
-    found = []
-    for quarter, name in enumerate(scene.things):
-        shake = random.Random(f"{scene.jitter} {quarter}")
-        side, across, down = (SIDE / 2 * (1 + shake.uniform(-0.07, 0.07)), *(shake.uniform(-_SHIFT, _SHIFT)
-                                                                            for _ in range(2)))
-        if name:
-            found.append(Slot(name, 0.25 + 0.5 * (quarter % 2) + across, 0.25 + 0.5 * (quarter // 2) + down, side))
-    return found
-
-
-def render_wide(scene: WideScene, size: int = WIDE_SIZE, folder: str | Path | None = None) -> np.ndarray:
-    """The picture, uint8 [size, size, 3]."""
-    return paint(scene.style, scene.background, wide_slots(scene), size, folder)
-
-
-def wide_boxes(scene: WideScene) -> list[tuple[str, tuple[float, float, float, float]]]:
-    """(thing, (left, top, right, bottom)) in shares of the picture."""
-    return [(slot.thing, slot_box(scene.style, slot)) for slot in wide_slots(scene)]
+def render_wide(scene: WideScene, size: int = 2 * SIZE) -> np.ndarray:
+    """The image, uint8 [size, size, 3]."""
+    return render(scene, size)
 
 
 def describe_wide(scene: WideScene) -> str:
     """`a noto tiger at the top left, a penguin at the bottom left, in a meadow`."""
-    said = [(name, quarter) for name, quarter in zip(scene.things, QUARTERS, strict=True) if name]
-    parts = [f"{some(1, name, '' if place else scene.style)} at the {quarter}"
-             for place, (name, quarter) in enumerate(said)]
+    style, parts = scene.style, []
+    for name, quarter in zip(scene.things, QUARTERS, strict=True):
+        if name:
+            parts.append(f"{some(1, name, style)} at the {quarter}")
+            style = ""
     return ", ".join([*parts, BACKGROUND_PHRASES[scene.background][0]])
 
 
 def read_wide(text: str) -> dict[str, str]:
     """Quarter -> the thing that a description says is there."""
-    found = {}
-    for name, quarter in _SAID.findall(normalise(text)):
-        words = name.strip()
-        style = next((one for one in STYLES if words.startswith(f"{one} ")), "")
-        found[quarter] = words.removeprefix(f"{style} ") if style else words
-    return found
+    return {quarter: name.strip() for name, quarter in _SAID.findall(normalise(text))}
 
 
-def ask_wide(scene: WideScene, shake: random.Random) -> tuple[str, str]:
+def ask_wide(scene: WideScene, rng: random.Random) -> tuple[str, str]:
     """A question and its exact answer: what is in a quarter, or where a thing is."""
-    quarter = shake.randrange(len(QUARTERS))
+    quarter = rng.randrange(len(QUARTERS))
     name = scene.things[quarter]
-    if name and shake.random() < 0.4:
+    if name and rng.random() < 0.4:
         return f"Where is the {name}?", f"at the {QUARTERS[quarter]}"
-    return f"What is at the {QUARTERS[quarter]}?", some(1, name) if name else NOWHERE
+    return f"What is at the {QUARTERS[quarter]}?", some(1, name) if name else "nothing"
+
+
+@dataclass(frozen=True)
+class View:
+    """A scene as an image that is drawn when it is called; small enough to be sent to a worker.
+
+    `frame`: left, top, right and bottom of the image in shares of the scene; beyond it is `margin` (a grey).
+    """
+
+    scene: Scene | WideScene
+    size: int = SIZE
+    frame: Box = WHOLE
+    margin: int = 255
+    folder: Path | None = None
+
+    def __call__(self) -> np.ndarray:
+        """uint8 [height, width, 3]; a whole scene has `size` pixels a side."""
+        left, top, right, bottom = (round(share * self.size) for share in self.frame)
+        canvas = np.full((bottom - top, right - left, 3), self.margin, np.uint8)
+        x, y = max(left, 0), max(top, 0)
+        inside = render(self.scene, self.size, self.folder)[y:min(bottom, self.size), x:min(right, self.size)]
+        canvas[y - top:y - top + inside.shape[0], x - left:x - left + inside.shape[1]] = inside
+        return canvas
+
+    def boxes(self) -> list[tuple[str, Box]]:
+        """(thing, (left, top, right, bottom)) in shares of the image, cut off at its edges."""
+        left, top, right, bottom = self.frame
+
+        def inside(value: float, start: float, end: float) -> float:
+            return min(max((value - start) / (end - start), 0.0), 1.0)
+
+        return [(name, (inside(box[0], left, right), inside(box[1], top, bottom), inside(box[2], left, right),
+                        inside(box[3], top, bottom))) for name, box in boxes(self.scene)]
+
+
+def any_view(scene: Scene | WideScene, rng: random.Random, framed: bool = True) -> View:
+    """The scene in a random size (a wide scene in twice as many pixels) and, if `framed`, sometimes another frame."""
+    size = rng.choices(list(SIZES), list(SIZES.values()))[0]
+    size = min(2 * size, 400) if isinstance(scene, WideScene) else size
+    frame = _frame(rng) if framed and rng.random() < FRAMED else WHOLE
+    return View(scene, size, frame, rng.choice((255, 255, 0, 128)))
+
+
+def _frame(rng: random.Random) -> Box:
+    """Up to a twentieth cut off each side, or margins at two opposite sides or all around."""
+    if rng.random() < 0.5:
+        cut = [rng.uniform(0, 0.05) for _ in range(4)]
+        return cut[0], cut[1], 1 - cut[2], 1 - cut[3]
+    across, down = rng.choice(((1, 0), (0, 1), (1, 1)))
+    side = rng.uniform(0.03, 0.12 if across and down else 0.25)
+    return -side * across, -side * down, 1 + side * across, 1 + side * down

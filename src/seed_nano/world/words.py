@@ -3,19 +3,33 @@
     describe(scene)            "a noto tiger left of a chicken on a blue background"
     read_caption(text)         Labels(style="noto", background="blue", layout="left of", things=("tiger", "chicken"), …)
 
-`read_caption` takes every caption that `describe` can make, so that a model's words can be compared label by label.
+`read_caption` parses every caption that `describe` writes, so that a model's captions can be compared label by label.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from seed_nano.world.phrases import BACKGROUND_PHRASES, NUMBERS, RELATIONS, WHERE_PHRASES
+from seed_multimodal.disk import replace_text
 from seed_nano.world.scene import WHERE, Scene
-from seed_nano.world.things import STYLES, THINGS, article
+from seed_nano.world.things import (
+    BACKGROUND_PHRASES,
+    COLOURS,
+    NAMES,
+    NUMBERS,
+    RELATIONS,
+    STYLES,
+    THINGS,
+    VOCABULARY,
+    WHERE_PHRASES,
+    article,
+    plural,
+)
 
 _TURNED = {"left of": "right of", "above": "below"}
 
@@ -38,21 +52,31 @@ def labels(scene: Scene) -> Labels:
 
 def some(count: int, name: str, adjectives: str = "") -> str:
     """`a noto tiger`, `three noto tigers`."""
-    words = f"{adjectives} {THINGS[name].plural if count > 1 else name}".strip()
+    words = f"{adjectives} {plural(name) if count > 1 else name}".strip()
     return f"{NUMBERS[count] if count > 1 else article(words)} {words}"
 
 
-def describe(scene: Scene, shake: random.Random | None = None, background_first: bool = True) -> str:
-    """The canonical caption; with `shake`, one of many others that say the same or less.
+def sentence(words: str) -> str:
+    """A clause as a sentence: capital and full stop."""
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no full stop: the form in which captions are compared."""
+    return " ".join(text.lower().split()).rstrip(".!").strip()
+
+
+def describe(scene: Scene, rng: random.Random | None = None, background_first: bool = True) -> str:
+    """The canonical caption; with `rng`, one of many others that say the same or less.
 
     Args:
         background_first: such a caption may begin with the background (`at night, a noto owl`).
     """
-    def one_of(options: tuple[str, ...]) -> str:
-        return shake.choice(options) if shake else options[0]
+    def one_of(options: Sequence[str]) -> str:
+        return rng.choice(options) if rng else options[0]
 
     def leave_out(share: float) -> bool:
-        return shake is not None and shake.random() < share
+        return rng is not None and rng.random() < share
 
     style = "" if leave_out(0.15) else scene.style
     first = some(scene.counts[0], scene.things[0], style)
@@ -79,62 +103,52 @@ def describe(scene: Scene, shake: random.Random | None = None, background_first:
 _PHRASES = {phrase: name for name, phrases in BACKGROUND_PHRASES.items() for phrase in phrases}
 _SPOTS = {phrase: name for name, phrases in WHERE_PHRASES.items() for phrase in phrases}
 _RELATION_WORDS = {phrase: name for name, phrases in RELATIONS.items() for phrase in phrases}
-_NAMED = {form: name for name, thing in THINGS.items() for form in (name, thing.plural)}
+_NAMED = {form: name for name in THINGS for form in (name, plural(name))}
 _COUNTED = {"a": 1, "an": 1, **{word: number for number, word in NUMBERS.items()}}
 
 
-def _either(options: dict[str, str] | dict[str, int]) -> str:
+def _either(options: Iterable[str]) -> str:
     return "|".join(sorted(map(re.escape, options), key=len, reverse=True))
 
 
 _SOME = (rf"(?P<count{{0}}>{_either(_COUNTED)}) (?:(?P<size{{0}}>large|small) )?"
          rf"(?:(?P<style{{0}}>{'|'.join(STYLES)}) )?(?P<name{{0}}>{_either(_NAMED)})")
 _CAPTION = re.compile(
-    _SOME.format(1) + rf"(?: (?P<spot>{_either(_SPOTS)}))?"
-    + rf"(?: (?:and|(?P<relation>{_either(_RELATION_WORDS)})) " + _SOME.format(2) + r")?")
-_BACKGROUND = re.compile(
-    rf"^(?P<before>{_either(_PHRASES)}), (?P<rest>.*)$|^(?P<rest2>.*) (?P<after>{_either(_PHRASES)})$")
-_SAID = re.compile(
-    rf"\b(?:(?P<before>{_either(_PHRASES)}), )?(?:{_CAPTION.pattern})(?: (?P<after>{_either(_PHRASES)}))?\b")
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, no full stop: what captions are compared in."""
-    return " ".join(text.lower().split()).rstrip(".!").strip()
+    rf"(?:(?P<before>{_either(_PHRASES)}), )?" + _SOME.format(1) + rf"(?: (?P<spot>{_either(_SPOTS)}))?"
+    + rf"(?: (?:and|(?P<relation>{_either(_RELATION_WORDS)})) " + _SOME.format(2) + r")?"
+    + rf"(?: (?P<after>{_either(_PHRASES)}))?")
 
 
 def read_caption(text: str) -> Labels | None:
     """What a caption says, or None when it is no sentence of nano's grammar."""
-    words, background = normalise(text), None
-    found = _BACKGROUND.match(words)
-    if found:
-        background = _PHRASES[found["before"] or found["after"]]
-        words = found["rest"] or found["rest2"]
-    read = _CAPTION.fullmatch(words)
-    return None if read is None else _labels(read, background)
-
-
-def captions_in(text: str) -> Iterator[tuple[str, Labels]]:
-    """Every caption inside a text (`Please draw a noto dog at night.`), and what it says."""
-    for read in _SAID.finditer(normalise(text)):
-        background = read["before"] or read["after"]
-        yield read[0], _labels(read, _PHRASES[background] if background else None)
-
-
-def _labels(read: re.Match[str], background: str | None) -> Labels:
-    things = [_NAMED[read["name1"]]] + ([_NAMED[read["name2"]]] if read["name2"] else [])
-    counts = [_COUNTED[read["count1"]]] + ([_COUNTED[read["count2"]]] if read["name2"] else [])
+    read = _CAPTION.fullmatch(normalise(text))
+    if read is None or (read["before"] and read["after"]):
+        return None
+    things, counts = [_NAMED[read["name1"]]], [_COUNTED[read["count1"]]]
     layout = None
-    if len(things) == 2:
-        relation = _RELATION_WORDS.get(read["relation"] or "", "two kinds")
+    if read["name2"]:
+        things, counts = [*things, _NAMED[read["name2"]]], [*counts, _COUNTED[read["count2"]]]
+        layout = _RELATION_WORDS.get(read["relation"] or "", "two kinds")
         turned = {after: before for before, after in _TURNED.items()}
-        if relation in turned:
-            things, counts, relation = things[::-1], counts[::-1], turned[relation]
-        layout = relation
+        if layout in turned:
+            things, counts, layout = things[::-1], counts[::-1], turned[layout]
     elif counts[0] > 1:
         layout = "many"
     elif read["size1"] == "large":
         layout = "large"
     elif read["spot"]:
         layout = _SPOTS[read["spot"]]
-    return Labels(read["style1"] or read["style2"], background, layout, tuple(things), tuple(counts))
+    return Labels(read["style1"] or read["style2"], _PHRASES.get(read["before"] or read["after"]), layout,
+                  tuple(things), tuple(counts))
+
+
+def write_known_words(file: Path) -> None:
+    """Write a system's list of known words: names, ordinary English, numbers up to four, and known names for others."""
+    phrases = [phrase for table in (BACKGROUND_PHRASES, WHERE_PHRASES, RELATIONS) for forms in table.values()
+               for phrase in forms]
+    words = {*VOCABULARY["plain"].split(), *COLOURS, *STYLES, *(word for phrase in phrases for word in phrase.split())}
+    examples = VOCABULARY["examples"] | dict.fromkeys(VOCABULARY["larger_numbers"].split(), list(NUMBERS.values()))
+    known = {"about": f"{len(NAMES)} things, up to four of each",
+             "names": sorted({form for name in NAMES for form in (name, plural(name))}),
+             "words": sorted(words), "examples": examples}
+    replace_text(file, json.dumps(known, ensure_ascii=False))

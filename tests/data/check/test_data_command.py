@@ -13,7 +13,7 @@ import pytest
 
 from seed_multimodal.cli import main
 from seed_multimodal.data.formats.writer import write_shard
-from seed_nano.world.place import find_world
+from seed_nano.world.scene import find_world
 
 ROOT = Path(__file__).resolve().parents[3]
 NANO_WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"

@@ -26,9 +26,9 @@ from seed_multimodal.images.open import open_image
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.systems.pictures import PictureCodec
-from seed_nano.world.evaluation import scenes
 from seed_nano.world.records import from_last_picture, record_at, scenes_of
 from seed_nano.world.scene import render
+from seed_nano.world.splits import scenes
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "MultiModalLLM" / "configs"

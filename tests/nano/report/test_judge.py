@@ -13,8 +13,8 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.loop import train
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_nano.report.judge import Judge, JudgeConfig, JudgeTask, augmentations, find_judge, judge_scene, pixels_of
-from seed_nano.world.evaluation import scenes
 from seed_nano.world.scene import Scene, render
+from seed_nano.world.splits import scenes
 from seed_nano.world.targets import JUDGED, label_tensor
 from seed_nano.world.things import HELD_OUT
 

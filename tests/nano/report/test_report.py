@@ -33,9 +33,9 @@ from seed_nano.report.sections import sections_of
 from seed_nano.report.sizes import main as sizes
 from seed_nano.report.systems import load_system
 from seed_nano.report.write import aims
-from seed_nano.world.phrases import BACKGROUND_PHRASES
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.splits import held_out
+from seed_nano.world.things import BACKGROUND_PHRASES
 
 JUDGE = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "judge"
 PAIR = Scene("noto", "blue", "left of", ("tiger", "penguin"))

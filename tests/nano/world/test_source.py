@@ -6,9 +6,8 @@ import pytest
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.open import open_image
-from seed_nano.world.evaluation import scenes
 from seed_nano.world.scene import render
-from seed_nano.world.splits import scene_at
+from seed_nano.world.splits import scene_at, scenes
 from seed_nano.world.words import describe, read_caption
 
 
@@ -22,14 +21,12 @@ def test_open_pairs_of_training_scenes():
     assert len(pairs) == 50 and np.array_equal(open_image(pair.image), render(scene, 32))
     assert pair.key == pairs.key(7) == "scene train 3 7" and pair.captions == pairs.read(7).captions
     assert len(pair.captions) == 4 and {read_caption(text).things for text in pair.captions} == {scene.things}
-    assert pairs.read(8).captions != pair.captions and not np.array_equal(pairs.read(8).image(), pair.image())
 
 
 def test_open_pairs_of_a_held_out_split():
     pairs = nano(split="val", size=32, number=50)
     assert len(pairs) == 50 and len(nano(split="val")) == 1000 and len(nano()) == 100_000
     assert pairs.read(9).captions == [describe(scenes("val")[9])] and pairs.key(9) == "scene val 9"
-    assert np.array_equal(pairs.read(9).image(), render(scenes("val")[9], 32))
 
 
 @pytest.mark.parametrize(("options", "error", "words"), [

@@ -1,0 +1,71 @@
+"""Nothing held out is trained on: scenes and texts of training samples of every kind are checked."""
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from seed_multimodal.errors import DataError
+from seed_nano.world import records
+from seed_nano.world.records import KINDS, record_at, scenes_of, texts_of
+from seed_nano.world.scene import Scene
+from seed_nano.world.source import open_nano
+from seed_nano.world.splits import held_compositions, held_out, scene_at
+from seed_nano.world.things import HELD_OUT, plural
+from seed_nano.world.words import describe, normalise, read_caption
+
+UNNAMED = re.compile(rf"\b(?:{'|'.join(form for name in HELD_OUT for form in (plural(name), name))})\b", re.I)
+START = re.compile(r"\b(?:an?|two|three|four|in|on|at|under|against|indoors|inside)\b")
+
+
+def captions_in(text: str) -> Iterator[str]:
+    """The longest caption at each place of a text where one can begin."""
+    text = normalise(text)
+    for start in START.finditer(text):
+        ends = [match.start() for match in re.finditer(r"(?=[ ,.?!]|$)", text[:start.start() + 120])]
+        parts = (text[start.start():end] for end in reversed(ends) if end > start.start())
+        yield from [part for part in parts if read_caption(part)][:1]
+
+
+def leaks(sample: Any) -> list[tuple[str, set[str]]]:
+    """What of a sample is held out: captions of scenes, parts of texts; each with its splits."""
+    found = [(describe(scene), set(held_out(scene))) for scene in scenes_of(sample)]
+    for text in texts_of(sample):
+        found += [(name[0], {"things"}) for name in UNNAMED.finditer(text)]
+        for caption in captions_in(text):
+            said = read_caption(caption)
+            held = held_compositions(said.things, said.counts, said.style, said.background)
+            if not held and said.style and said.background and said.layout:
+                with suppress(DataError):  # `a dog and a cat` is no scene
+                    held = held_out(Scene(said.style, said.background, said.layout, said.things, said.counts))
+            found.append((caption, set(held)))
+    return [(words, splits) for words, splits in found if splits]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "pairs"])
+def test_training_samples_show_and_say_nothing_held_out(kind):
+    pairs = open_nano()
+    for index in range(60):
+        samples = [record_at(kind, 0, index), record_at(kind, 0, index, pool=1000)] if kind in KINDS else [
+            {"image": (fields := pairs.locate(index).fields)["image"].scene, "caption": fields["caption"]}]
+        for sample in samples:
+            assert leaks(sample) == []
+            assert scenes_of(sample) or kind == "talk"
+
+
+@pytest.mark.parametrize("split", ["val", "pairs", "places", "counts", "styles"])
+def test_leaks_finds_a_scene_and_a_text(split):
+    scene = next(one for one in (scene_at(0, index, split) for index in range(99)) if one.layout in ("many", "above"))
+    assert leaks({"messages": [{"role": "user", "content": [scene]}]}) == [(describe(scene), {split})]
+    words = f"Please draw {describe(scene)}, please. Then the dog."
+    assert (describe(scene), {split}) in leaks([words])
+    assert [word for word, _ in leaks(["Two Peaches.", {"content": ["Draw a seal."]}])] == [
+        "Peaches", "two peaches", "seal", "a seal"]
+
+
+@pytest.mark.parametrize("kind", ["edits", "conversations", "in_context", "stories", "documents", "continued"])
+def test_leaks_finds_a_kind_that_ignores_what_is_held_out(kind, monkeypatch):
+    monkeypatch.setattr(records, "trainable", lambda scene: True)
+    assert any(leaks(record_at(kind, 0, index)) for index in range(60))
