@@ -62,7 +62,7 @@ def test_a_program_refuses_in_one_sentence_unless_it_is_debugged(capsys: pytest.
 
 
 @pytest.mark.parametrize(("module", "extra", "package"), [
-    ("gradio", "demo", "gradio"), ("cv2", "train", "opencv-python-headless"), ("resvg_py", "data", "resvg_py")])
+    ("gradio", "demo", "gradio"), ("cv2", "train", "opencv-python-headless")])
 def test_a_package_that_is_not_installed_is_one_sentence(capsys: pytest.CaptureFixture[str], module: str, extra: str,
                                                          package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say that there is none

@@ -13,7 +13,6 @@ EXTRAS = {
     "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "bitsandbytes"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
-    "data": ("resvg_py",),
 }
 # The packages of modules that are called otherwise.
 PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "liger_kernel": "liger-kernel",
