@@ -10,8 +10,7 @@ from PIL import Image
 
 from seed_multimodal.cli import main
 from seed_nano.report.judge import Judge
-from seed_nano.report.metrics import overlap
-from seed_nano.report.scoring import all_words, picture_words
+from seed_nano.report.scoring import all_words, matched, picture_words
 from seed_nano.world.scene import Scene, boxes
 from seed_nano.world.words import normalise
 
@@ -88,6 +87,6 @@ def test_drawings_of_the_readme_show_what_was_asked_for(command: str, place: Pat
 def test_detect_boxes_the_named_thing_and_no_absent_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(WHERE, capsys).split(": ")[1].split(" (")[0].split()
     true = next(box for name, box in boxes(BOTH) if name == "snowman")
-    assert overlap([int(value) / 256 for value in found], true) > 0.5
+    assert matched([[int(value) / 256 for value in found]], [true])
     assert main(["detect", "images/fox_and_snowman.png", "the whale", "--model", "nano-x"]) == 0
     assert "there is no whale" in capsys.readouterr().out

@@ -20,9 +20,8 @@ from seed_multimodal.entry import DONE, add_device, add_quantization, log_line, 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import nearest
+from seed_multimodal.settings import check_keys
 from seed_multimodal.systems.open_system import kind_of
-from seed_multimodal.training.plots import figure_kind
 from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.samples import Sizes, make_samples
 from seed_nano.report.sections import Run, sections_of
@@ -34,36 +33,30 @@ from seed_nano.world.splits import HELD_OUT_SPLITS
 def report(options: argparse.Namespace) -> int:
     """The command."""
     splits = list(dict.fromkeys(map(str.strip, options.splits.split(","))))
-    for split in splits:
-        if split not in HELD_OUT_SPLITS:
-            raise ConfigError(f"There is no split {split!r}{nearest(split, HELD_OUT_SPLITS)}: use "
-                              f"{', '.join(HELD_OUT_SPLITS)}.")
+    check_keys(splits, HELD_OUT_SPLITS, "Split")
     start, sizes, kind = time.monotonic(), Sizes.limited(options.limit), kind_of(options.model)
-    figure_kind()  # raises without matplotlib: now, not after minutes
     writable_folder(options.out, ConfigError)
-    judge_folder = find_judge(options.model, options.judge)
-    judge = Judge.from_pretrained(judge_folder)
+    judge = Judge.from_pretrained(find_judge(options.model, options.judge))
     system = load_system(options.model, batch=options.batch, seed=options.seed, device=options.device,
                          dtype=options.dtype, quantization=options.quantization, log=log_line)
     device = system.inner.pictures.device
     judge.to(device)
     runs: list[Run] = []
-    sections: dict[str, dict[str, Any]] = {}
-    with Progress("report", sum(len(sections_of(kind, split)) for split in splits), "part", every=0, log=log_line
-                  ) as progress:
+    found: dict[str, dict[str, Any]] = {}
+    total = sum(len(sections_of(kind, split)) for split in splits)
+    with Progress("report", total, "section", every=0, log=log_line) as progress:
         for split in splits:
-            run = Run(system, judge, make_samples(split, sizes))
-            runs.append(run)
-            sections[split] = {}
+            runs.append(Run(system, judge, make_samples(split, sizes)))
+            found[split] = {}
             for section in sections_of(kind, split):
-                sections[split][section.__name__] = section(run)
+                found[split][section.__name__] = section(runs[-1])
                 progress.update(1, **{split: section.__name__})
     write_report({
         "model": str(options.model), **machine.circumstances(device, machine.script_line()),
         "seconds": round(time.monotonic() - start, 1), "system": system.facts(),
         "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch}, "judge": judge.config.training,
-        "aims": aims(kind, sections), "splits": sections}, kind, runs, options.out)
-    print(f"Wrote {options.out / 'report.md'}, report.json, answers.json.gz, plots and sheets.")
+        "aims": aims(kind, found), "splits": found}, runs, options.out)
+    print(f"Wrote {options.out / 'report.md'}, report.json, answers.json.gz and sheets.")
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""The model card of a trained system, from what its run wrote: records of the stages, settings, the report.
+"""The model card of a trained system: its parts, the records of its stages, its settings and its report.
 
     python -m seed_nano.report.card --model pretrained/nano --work runs/nano
 """
@@ -7,26 +7,47 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation import machine
-from seed_multimodal.systems.open_system import kind_of
 from seed_multimodal.weights import count_parameters
-from seed_nano.report.markdown import table
-from seed_nano.world.things import NAMES
+from seed_nano.report.write import table
 
-ABOUT = {"seed_llama": "an image becomes 32 codes, a small LLaMA reads and writes them, an unCLIP decoder draws them",
-         "seed_x": "a small LLaMA reads and writes images as features, finds things by boxes and edits",
-         "lavit": "an image becomes as many tokens as there is to see, a small LLaMA reads and writes them"}
 HIDDEN = ("stage", "steps", "batch_size", "seconds", "parameters", "checkpoint", "processes", "accumulate", "begun",
           "adapter", "pixels", "samples_per_step", "data")
+CARD = """\
+---
+license: apache-2.0
+library_name: seed_multimodal
+language: en
+---
+
+# {name}
+
+Scenes of emoji-like things: images become tokens, a small LLaMA reads and writes them. Trained from scratch on scenes
+made as they are needed; knows nothing about photographs. English only; not for decisions about people. Artwork:
+`data/nano/NOTICE.md`.
+
+{note}
+
+{weights}
+## Training
+
+Commit `{commit}`.
+
+{stages}
+```yaml
+{settings}
+```
+
+{report}"""
 
 
 def write_card(model: Path, work: Path, note: str = "") -> Path:
@@ -35,26 +56,24 @@ def write_card(model: Path, work: Path, note: str = "") -> Path:
                    key=lambda file: file.stat().st_mtime)
     if not files:
         raise DataError(f"{work}: no stage has left a record (NAME.done.json) in this work folder.")
-    records = [{"stage": file.parent.name, **read_json_object(file, DataError)} for file in files]
-    settings, report = work / "config.yaml", model / "report" / "report.md"
     weights = [(f"`{file.parent.relative_to(model)}`", f"{count_parameters(file):,}",
                 f"{file.stat().st_size / 1e6:.2f}") for file in sorted(model.rglob("*.safetensors"))]
-    measured = report.read_text(encoding="utf-8") if report.is_file() else "# Report\n\nNot measured yet.\n"
-    measured = re.sub("^#", "##", measured, flags=re.MULTILINE).replace("](", "](report/")
-    data = ModelCardData(license="apache-2.0", library_name="seed_multimodal", language="en")
-    text = "\n".join([
-        f"---\n{data.to_yaml()}\n---\n\n# {model.resolve().name}\n\nScenes of {len(NAMES)} emoji-like things: "
-        f"{ABOUT[kind_of(model)]}. Trained from scratch on scenes made as they are needed; knows nothing about "
-        f"photographs. English only; not for decisions about people. Artwork: `data/nano/NOTICE.md`.\n\n{note}\n",
-        table(("part", "parameters", "MB"), weights), f"## Training\n\nCommit `{machine.commit()}`.\n",
-        table(("stage", "steps × batch", "seconds", "measured at its end"), map(_row, records)),
-        "```yaml", settings.read_text(encoding="utf-8").rstrip() if settings.is_file() else "", "```\n", measured])
+    stages = [_row({"stage": file.parent.name, **read_json_object(file, DataError)}) for file in files]
+    report = re.sub("^#", "##", _text(model / "report" / "report.md"), flags=re.MULTILINE).replace("](", "](report/")
     with writing(model / "README.md", DataError):
-        ModelCard(text).save(model / "README.md")
+        ModelCard(CARD.format(
+            name=model.resolve().name, note=note, weights=table(("part", "parameters", "MB"), weights),
+            commit=machine.commit(), settings=_text(work / "config.yaml").rstrip(), report=report,
+            stages=table(("stage", "steps × batch", "seconds", "measured at its end"), stages),
+        )).save(model / "README.md")
     return model / "README.md"
 
 
-def _row(record: dict[str, Any]) -> tuple[str, ...]:
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
     batch = record.get("batch_size", record.get("samples_per_step", "packed rows"))
     return (str(record["stage"]), f"{record['steps']} × {batch}" if "steps" in record else "–",
             f"{record.get('seconds', 0):.0f}", ", ".join(

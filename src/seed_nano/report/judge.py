@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
 from seed_multimodal.device import choose_device
@@ -46,7 +47,6 @@ from seed_nano.world.things import HELD_OUT, NAMES
 SHIPPED = "pretrained/nano/judge"
 SHARPNESS = 10.0  # of the weights of cells, so that they are learned as fast as the rest
 TWO_KINDS = ("left of", "above", "two kinds")
-STEPS, BATCH, SEED, LR, WARMUP = 1500, 96, 77, 3e-3, 200
 
 
 @dataclass
@@ -66,22 +66,10 @@ class JudgeConfig:
         return self.image_size // 2 ** len(self.widths)
 
 
-class ResidualBlock(nn.Module):
+def residual_block(inputs: int, outputs: int, stride: int = 1) -> BasicBlock:
     """Two 3x3 convolutions with batch norm and a shortcut; `stride` 2 halves the picture."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] → [B, outputs, H/stride, W/stride]."""
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
+    same = stride == 1 and inputs == outputs
+    return BasicBlock(inputs, outputs, stride, None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False))
 
 
 class Judge(nn.Module):
@@ -92,10 +80,9 @@ class Judge(nn.Module):
         self.config = config
         stem, *widths = config.widths
         layers: list[nn.Module] = [nn.Conv2d(3, stem, 5, 2, 2, bias=False), nn.BatchNorm2d(stem), nn.ReLU()]
-        layers += [ResidualBlock(stem, stem, 1) for _ in range(config.blocks[0])]
         for width, blocks in zip(widths, config.blocks[1:], strict=True):
-            layers.append(ResidualBlock(stem, width, 2))
-            layers += [ResidualBlock(width, width, 1) for _ in range(blocks - 1)]
+            layers.append(residual_block(stem, width, 2))
+            layers += [residual_block(width, width) for _ in range(blocks - 1)]
             stem = width
         self.body = nn.Sequential(*layers)
         classes = {name: len(row) for name, row in config.labels.items()}
@@ -133,50 +120,46 @@ class Judge(nn.Module):
                 torch.cat([F.normalize(part.float(), dim=1) for part in parts], 1))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Judge:
-        """Load `config.json` and `model.safetensors` of `folder`, in fp32 and in evaluation mode.
-
-        Raises:
-            CheckpointError: a file is missing, damaged or of another model.
-        """
+    def from_pretrained(cls, folder: str | Path) -> Judge:
+        """Load `config.json` and `model.safetensors`, in fp32 and in evaluation mode. Raises CheckpointError: a file is
+        missing, damaged or of another model."""
         file = Path(folder) / "config.json"
-        raw = read_json_object(file, CheckpointError, "there is no judge in this folder; train one with `python -m "
-                               "seed_nano.report.judge`")
+        hint = "there is no judge in this folder; train one with `python -m seed_nano.report.judge`"
+        raw = read_json_object(file, CheckpointError, hint)
         if raw.get("labels") != JudgeConfig().labels:
-            raise CheckpointError(f"{file}: not a judge of the scenes of data/nano; train one with `python -m "
-                                  "seed_nano.report.judge`.")
+            raise CheckpointError(f"{file}: not a judge of the scenes of data/nano.")
         judge, source = cls(JudgeConfig(**raw)), file.with_name("model.safetensors")
-        state = load_state_dict(source)
-        assign_strictly(judge, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, source)
-        return judge.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        # the shipped weights name the parts of a block otherwise than torchvision
+        state = {name.replace("norm", "bn").replace("shortcut", "downsample"): value.float()
+                 for name, value in load_state_dict(source).items() if value.is_floating_point()}
+        assign_strictly(judge, state, source, allow_missing=["*num_batches_tracked"])
+        return judge.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `config.json` and `model.safetensors` (fp16) into `folder`, the weights first."""
+        """Write `config.json` and `model.safetensors` (fp16), the weights first."""
         target = Path(folder)
-        state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        state = {name: value.half() for name, value in self.state_dict().items() if value.is_floating_point()}
         save_state_dict(state, target / "model.safetensors")
         replace_text(target / "config.json", json.dumps(asdict(self.config), ensure_ascii=False) + "\n")
         return target
 
     @torch.inference_mode()
     def read(self, images: Sequence[Image.Image], batch: int = 256) -> tuple[Tensor, Tensor]:
-        """Class numbers int64 [N, 5] in the order of `config.labels`, and unit vectors [N, D], of images of any
-        size."""
-        features = 2 * self.thing.in_features + self.layout.in_features
-        labels, vectors = [torch.zeros(0, len(self.config.labels), dtype=torch.long)], [torch.zeros(0, features)]
+        """Class numbers int64 [N, 5], in the order of `config.labels`, and unit vectors float32 [N, D]."""
+        labels, vectors = [torch.zeros(0, len(self.config.labels), dtype=torch.long)], list[Tensor]()
         for start in range(0, len(images), batch):
             pixels = torch.cat([pixels_of(one, self.config.image_size) for one in images[start:start + batch]])
             logits, seen = self(pixels.to(self.where.device, memory_format=torch.channels_last))
             labels.append(torch.stack([one.argmax(1) for one in logits.values()], 1).cpu())
             vectors.append(F.normalize(seen, dim=1).cpu())
-        return torch.cat(labels), torch.cat(vectors)
+        return torch.cat(labels), torch.cat(vectors or labels)
 
     def labels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Class numbers int64 [N, 5] of `read`."""
+        """Class numbers int64 [N, 5] of images of any size."""
         return self.read(images)[0]
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors float32 [N, D] of `read`."""
+        """Unit vectors float32 [N, D] of images of any size."""
         return self.read(images)[1]
 
 
@@ -247,20 +230,10 @@ class JudgeTask(StageTask):
             right = judge.labels(images) == label_tensor(scenes, JUDGED)
             measured[split] = {**dict(zip(judge.config.labels, right.float().mean(0).tolist(), strict=True)),
                                "all": right.all(1).float().mean().item()}
-        judge.config.training = {
-            "steps": self.settings.steps, "batch": self.settings.batch_size, "seed": self.settings.seed,
-            "device": str(judge.where.device), "threads": torch.get_num_threads(), "real_pictures": measured}
+        judge.config.training = {"steps": self.settings.steps, "batch": self.settings.batch_size,
+                                 "seed": self.settings.seed, "real_pictures": measured}
         judge.save_pretrained(self.out)
-        return {**super().finish(group), "parameters": sum(one.numel() for one in judge.parameters()),
-                **{f"{split}_all": row["all"] for split, row in measured.items()}}
-
-
-def _train(options: argparse.Namespace) -> int:
-    settings = StageSettings(steps=options.steps, batch_size=options.batch, lr=LR, warmup=WARMUP, weight_decay=0.05,
-                             seed=options.seed)
-    train_stage(JudgeTask(settings, options.out, choose_device(options.device, "float32").device), options.work)
-    print(f"Saved {options.out}.")
-    return DONE
+        return {**super().finish(group), **{f"{split}_all": row["all"] for split, row in measured.items()}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -268,11 +241,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m seed_nano.report.judge", description="Train the judge.")
     parser.add_argument("--out", type=Path, default=Path(SHIPPED), help="folder to write it into")
     parser.add_argument("--work", type=Path, default=Path("runs/judge"), help="folder of checkpoint, log and record")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--device", default="auto")
-    return run_program(parser, _train, arguments, "train judge")
+    parser.add_argument("--steps", type=int, default=1500)
+
+    def work(options: argparse.Namespace) -> int:
+        settings = StageSettings(steps=options.steps, batch_size=96, lr=3e-3, warmup=200, weight_decay=0.05, seed=77)
+        train_stage(JudgeTask(settings, options.out, choose_device("auto", "float32").device), options.work)
+        print(f"Saved {options.out}.")
+        return DONE
+
+    return run_program(parser, work, arguments, "train judge")
 
 
 if __name__ == "__main__":

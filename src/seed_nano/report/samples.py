@@ -1,4 +1,4 @@
-"""What a report asks of a system: the fixed scenes, questions, edits, conversations, examples and stories of a split.
+"""What a report asks of a system: the fixed scenes, questions, edits and conversations of a split.
 
 Scenes are the lists of `world.evaluation`; the rest is a function of (split, sizes). Nothing is held out in any other
 way than the split's.
@@ -7,13 +7,10 @@ way than the split's.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
-from typing import TypeVar
 
-from seed_nano.world.dialogues import Allowed, Message, conversation, in_context, scene_where, story
+from seed_nano.world.dialogues import Allowed, Message, conversation, scene_where
 from seed_nano.world.scene import Scene
 from seed_nano.world.splits import held_out
 from seed_nano.world.splits import scenes as listed
@@ -21,24 +18,21 @@ from seed_nano.world.tasks import EDITS, KINDS, Edit, Question, ask, make_edit
 
 SEED = 12345
 REBUILT_ONLY = "things"
-CONVERSED, EXAMPLES, STORIES = ("val", "pairs"), ("val",), ("val", "pairs")
-"""The splits in which there are conversations, examples of a change and stories."""
+CONVERSED = ("val", "pairs")
+"""The splits in which there are conversations."""
 TRIES = 600
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: `scenes` are described, drawn and edited, `gallery` rebuilt, `rungs` go up the ladder."""
+    """How much of everything: `scenes` are described, drawn and edited, `gallery` rebuilt, `rungs` drawn from their
+    first codes and at several sizes."""
 
     scenes: int = 500
     gallery: int = 1000
     rungs: int = 200
     questions: int = 1000
     conversations: int = 200
-    examples: int = 200
-    stories: int = 100
 
     @classmethod
     def limited(cls, limit: int) -> Sizes:
@@ -49,7 +43,7 @@ class Sizes:
 
 @dataclass
 class Samples:
-    """The material of one split; `questions` and `edits` come with the scene that they are about."""
+    """The material of one split; a question comes with the number of its scene, an edit with the scene."""
 
     split: str
     sizes: Sizes
@@ -57,8 +51,6 @@ class Samples:
     questions: list[tuple[int, Question]] = field(default_factory=list)
     edits: list[tuple[Scene, Edit]] = field(default_factory=list)
     conversations: list[list[Message]] = field(default_factory=list)
-    examples: list[tuple[list[Scene], Scene]] = field(default_factory=list)
-    stories: list[list[tuple[str, Scene]]] = field(default_factory=list)
 
 
 def make_samples(split: str, sizes: Sizes) -> Samples:
@@ -83,17 +75,7 @@ def make_samples(split: str, sizes: Sizes) -> Samples:
                   for index, shake in enumerate(shakes("edit", sizes.scenes))]
     if split in CONVERSED:
         made.conversations = [conversation(shake, inside) for shake in shakes("conversation", sizes.conversations)]
-    if split in EXAMPLES:
-        made.examples = [_until(lambda found: inside(found[1]), partial(in_context, shake, within))
-                         for shake in shakes("examples", sizes.examples)]
-    if split in STORIES:
-        made.stories = [_until(lambda found: any(inside(scene) for _, scene in found), partial(story, shake, within))
-                        for shake in shakes("story", sizes.stories)]
     return made
-
-
-def _until(wanted: Callable[[Made], bool], make: Callable[[], Made]) -> Made:
-    return next(made for made in iter(make, None) if wanted(made))
 
 
 def _question(scenes: list[Scene], number: int, index: int, shake: random.Random) -> tuple[int, Question]:

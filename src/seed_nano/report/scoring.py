@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+from torchvision.ops import box_iou
 
-from seed_multimodal.evaluation.metrics import RESAMPLES, Estimate, FloatArray, bootstrap
-from seed_multimodal.evaluation.retrieval import ranks
+from seed_multimodal.evaluation.metrics import Estimate, FloatArray, bootstrap
+from seed_multimodal.evaluation.vqa import vqa_answer
 from seed_nano.report.judge import Judge
 from seed_nano.world.scene import Scene, render, thing_mask
 from seed_nano.world.targets import JUDGED, NOTHING, label_ids
-from seed_nano.world.things import BACKGROUND_PHRASES
-from seed_nano.world.words import Labels, normalise, read_caption
+from seed_nano.world.words import Labels, read_caption
 
 Section = dict[str, Any]
 Drawn = Sequence[Image.Image | None]
@@ -33,6 +33,8 @@ Words = tuple[str | None, ...]
 """A word for each of `LABELS`; None: missing."""
 UNREAD: Words = (None,) * len(LABELS)
 UNCHANGED = 0.05  # least share of unchanged pixels for their PSNR to count
+OVERLAP = 0.5  # least intersection over union of a box that counts as found
+RESAMPLES = 1000
 
 
 def scene_words(scene: Scene) -> Words:
@@ -97,9 +99,9 @@ def confusions(found: Sequence[Words], wanted: Sequence[Words], most: int = 10) 
 
 def retrieval(judge: Judge, images: Sequence[Image.Image], real: Sequence[Image.Image]) -> FloatArray:
     """[N] 1.0 where the nearest real image to a copy, by the judge's features, is its original; `real` begins with the
-    originals, in order."""
-    own = np.arange(len(images))[:, None].repeat(2, axis=1)
-    return (ranks(judge.embed_images(images), judge.embed_images(real), own) < 1).astype(np.float64)
+    originals, in order. A tie counts against the copy."""
+    similarity = judge.embed_images(images) @ judge.embed_images(real).T
+    return ((similarity >= similarity.diagonal()[:, None]).sum(1) == 1).double().numpy()
 
 
 def likeness(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
@@ -151,17 +153,25 @@ def box_rates(hits: Sequence[int], found: Sequence[int], wanted: Sequence[int]) 
             (("precision", found), ("recall", wanted), ("f1", both))}
 
 
-def as_told(pages: Sequence[tuple[str, Scene]], texts: Sequence[str]) -> list[Scene | None]:
-    """The scenes of a story as its sentences `texts` tell them, None for a sentence that is not the story's. The
-    backgrounds are those that the first and the third sentence name."""
-    told: list[Scene | None] = []
-    background = ""
-    for (wanted, scene), text in zip(pages, [*texts, *[""] * len(pages)], strict=False):
-        true, said = normalise(wanted), normalise(text)
-        phrase = BACKGROUND_PHRASES[scene.background][0]
-        if true.endswith(phrase):
-            start = true.removesuffix(phrase)
-            background = next((name for name, phrases in BACKGROUND_PHRASES.items() if said == start + phrases[0]), "")
-            said = true
-        told.append(scene.but(background=background) if background and said == true else None)
-    return told
+def same_answer(answer: str, truth: str) -> bool:
+    """Whether two short answers are equal, as VQA compares them: without case, articles and punctuation."""
+    return vqa_answer(answer) == vqa_answer(truth)
+
+
+def blind_answers(train: Sequence[tuple[str, str]], kinds: Sequence[str]) -> list[str]:
+    """The most frequent training answer (kind, answer) to each kind of question."""
+    tally: dict[str, Counter[str]] = {}
+    for kind, answer in train:
+        tally.setdefault(kind, Counter())[vqa_answer(answer)] += 1
+    return [tally[kind].most_common(1)[0][0] for kind in kinds]
+
+
+def matched(found: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> int:
+    """How many of the wanted boxes are found: each by the best box that is left, with enough overlap."""
+    overlaps, hits = box_iou(*(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) for rows in (wanted, found))), 0
+    for row in overlaps if len(found) else ():
+        best = int(row.argmax())
+        if row[best] >= OVERLAP:
+            overlaps[:, best] = 0
+            hits += 1
+    return hits

@@ -5,29 +5,22 @@ SEED-LLaMA's images are lists of codes, SEED-X's PIL images or `Written` feature
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.evaluation.metrics import FloatArray
-from seed_multimodal.images.any_resolution import AnyResolution
-from seed_multimodal.language.answer import ImagePart, TextPart, split_answer
-from seed_multimodal.language.generation import generate_ids
+from seed_multimodal.language.answer import TextPart
 from seed_multimodal.language.lemmatizer import Lemmatizer
-from seed_multimodal.language.prompts import Turn
-from seed_multimodal.systems.batch import Written
+from seed_multimodal.systems.chat import DrawnPart
 from seed_multimodal.systems.open_system import kind_of, open_system
-from seed_multimodal.systems.speaker import AnswerReader
-from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 
 Images = Sequence[Image.Image]
 LONGEST_TEXT = 110  # tokens: an answer without end would delay its whole batch
@@ -44,9 +37,9 @@ class System:
 
     def facts(self) -> dict[str, Any]:
         """Settings that the numbers depend on."""
-        defaults, settings = self.inner.pictures.decoder.defaults, self.inner.settings()
-        return {"steps": defaults.num_inference_steps, "guidance": defaults.guidance_scale, "beams": settings.num_beams,
-                "sampling": settings.samples, "dtype": str(self.inner.llm.dtype).removeprefix("torch.")}
+        drawing, text = self.inner.pictures.decoder.defaults, self.inner.settings()
+        return {"steps": drawing.num_inference_steps, "guidance": drawing.guidance_scale, "beams": text.num_beams,
+                "dtype": str(self.inner.llm.dtype).removeprefix("torch.")}
 
     def encode(self, images: Images) -> list[Any]:
         """Images as the language model reads them."""
@@ -56,22 +49,19 @@ class System:
         """Images drawn from what `encode`, `draw` and `edit` return."""
         raise NotImplementedError
 
-    def codes_of(self, encoded: Any) -> list[int]:
-        """The codes of an image."""
-        return list(encoded)
-
     def paint(self, written: Sequence[Any], **options: Any) -> list[Image.Image | None]:
         """`decode`, with None where no whole image was written."""
-        drawn = iter(self.decode([one for one in written if one is not None], **options))
+        whole = [one for one in written if one is not None]
+        drawn = iter(self.decode(whole, **options) if whole else ())
         return [None if one is None else next(drawn) for one in written]
 
-    def describe(self, encoded: Sequence[Any]) -> list[str]:
-        """A caption of each image."""
-        return list(self.inner.describe_all(self.images(encoded), **self.short(encoded)))
+    def describe(self, encoded: Sequence[Any], requests: Sequence[str] | None = None) -> list[str]:
+        """A caption of each image, or the answer to a request about it."""
+        return list(self.inner.describe_all(self.images(encoded), requests, **self.options(encoded)))
 
     def ask(self, encoded: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """A short answer to each question about its image."""
-        return list(self.inner.ask_all(self.images(encoded), questions, **self.short(encoded)))
+        return list(self.inner.ask_all(self.images(encoded), questions, **self.options(encoded)))
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
         """An image for each text, not yet decoded; None where the answer holds no whole image."""
@@ -84,18 +74,14 @@ class System:
     def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
         """The image that answers each message."""
         written = self.inner.write_all(contents, task, batch_size=self.batch, seed=self.seed)
-        return [self.image_of(one) if len(one.images) == 1 else None for one in written]
-
-    def image_of(self, written: Written) -> Any:
-        """What `decode` needs of an answer."""
-        return written
+        return [one if len(one.images) == 1 else None for one in written]
 
     def images(self, encoded: Sequence[Any]) -> Sequence[Any]:
         """What the library's methods are given for encoded images."""
         return encoded
 
-    def short(self, encoded: Sequence[Any]) -> dict[str, Any]:
-        """Options of short answers about encoded images."""
+    def options(self, encoded: Sequence[Any]) -> dict[str, Any]:
+        """Options of answers about encoded images."""
         most = min(self.inner.settings().max_new_tokens, LONGEST_TEXT)
         return {"seed": self.seed, "batch_size": self.batch, "max_new_tokens": most}
 
@@ -107,94 +93,37 @@ class SeedLlamaSystem(System):
         super().__init__(inner, batch, seed)
         self.image_size, self.codebook_size = inner.spec.image_size, inner.tokenizer.vocabulary.n_codes
 
-    def facts(self) -> dict[str, Any]:
-        return {"template": self.inner.template.name, **super().facts(), "codebook": self.codebook_size}
-
     def encode(self, images: Images) -> list[Any]:
-        return list(self.inner.encode_all(images, batch_size=self.batch).tolist()) if images else []
+        return list(self.inner.encode_all(images, batch_size=self.batch).tolist())
 
     def decode(self, encoded: Sequence[Any], first: int | None = None) -> list[Image.Image]:
         """See `System`; `first`: draw from so many codes only."""
-        return list(self.inner.pictures.draw(encoded, seed=self.seed, batch_size=self.batch, first=first)
-                    ) if encoded else []
+        codes = [getattr(one, "images", [one])[0] for one in encoded]
+        return list(self.inner.pictures.draw(codes, seed=self.seed, batch_size=self.batch, first=first))
 
-    def image_of(self, written: Written) -> Any:
-        return written.images[0]
-
-    def answer(self, dialogues: Sequence[Any], most: int) -> list[list[Any]]:
-        """Texts and codes of the answer to each dialogue, in at most `most` tokens, nothing forced; nothing where the
-        context has no room. Prompts of like length share a batch."""
-        inner = self.inner
-        prompts = [inner.prompt_ids([Turn(role, tuple(parts)) for role, parts in turns]) for turns in dialogues]
-        room = inner.llm.config.max_position_embeddings - most
-        order = sorted((row for row, ids in enumerate(prompts) if len(ids) <= room), key=lambda row: len(prompts[row]))
-        settings = replace(inner.settings(seed=self.seed), max_new_tokens=most)
-        answers: list[list[Any]] = [[] for _ in prompts]
-        for start in range(0, len(order), self.batch):
-            rows = order[start:start + self.batch]
-            made = generate_ids(inner.llm, [prompts[row] for row in rows], settings, inner.tokenizer)
-            for row, ids in zip(rows, made, strict=True):
-                reader = AnswerReader(inner.tokenizer, inner.template.turn_marker)
-                answers[row] = [list(part.codes) if isinstance(part, ImagePart) else part.text.strip() for part in
-                                split_answer(reader.read_all(ids), inner.tokenizer)
-                                if isinstance(part, ImagePart | TextPart)]
-        return answers
-
-    @torch.no_grad()
-    def through_vae(self, images: Images) -> list[Image.Image]:
-        """Images through the decoder's VAE alone: the ceiling of what it can show."""
-        vae, pixels, made = self.inner.pictures.decoder.pipeline.vae, VaeImageProcessor(), list[Image.Image]()
-        for start in range(0, len(images), self.batch):
-            rows = pixels.preprocess(list(images[start:start + self.batch])).to(vae.device, vae.dtype)
-            made += pixels.postprocess(vae.decode(vae.encode(rows).latent_dist.mode()).sample.float())
-        return made
-
-    @torch.no_grad()
-    def through_embedding(self, images: Images) -> list[Image.Image] | None:
-        """Images drawn from their true embeddings: the ceiling of codes; None without an image encoder for it."""
-        folder = Path(self.inner.spec.detokenizer or "") / "image_encoder"
-        if not folder.is_dir():
-            return None
-        device, made = self.inner.pictures.device, list[Image.Image]()
-        encoder = load_clip_vision(folder, device=device, dtype=self.inner.pictures.model.dtype, log=None)
-        for start in range(0, len(images), self.batch):
-            pixels = torch.stack([self.inner.transform(one) for one in images[start:start + self.batch]])
-            embeddings = encoder(pixel_values=pixels.to(device, encoder.dtype)).image_embeds
-            made += self.inner.pictures.decoder.decode(embeddings, generator=[
-                torch.Generator("cpu").manual_seed(self.seed) for _ in pixels])
-        return made
+    def answer(self, turns: Sequence[tuple[str, Sequence[Any]]]) -> list[Any]:
+        """Texts and images of the answer to turns (role, texts and images), nothing forced."""
+        answer = self.inner.chat([{"role": role, "content": list(content)} for role, content in turns], seed=self.seed,
+                                 max_new_tokens=LONGEST_TEXT)
+        return [part.text.strip() if isinstance(part, TextPart) else part.image for part in answer.parts
+                if isinstance(part, TextPart | DrawnPart)]
 
 
 class SeedXSystem(System):
     """A SEED-X that follows instructions."""
 
     def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
-        if encoded and isinstance(encoded[0], Image.Image):
+        if isinstance(encoded[0], Image.Image):
             return list(self.inner.pictures.rebuild(encoded, seed=self.seed))
-        return list(self.inner.draw_written(encoded, self.seed, self.batch, {})) if encoded else []
+        return list(self.inner.draw_written(encoded, self.seed, self.batch, {}))
 
     def rebuild(self, images: Images, conditions: Images) -> list[Image.Image]:
         """Images drawn from their features, each with a condition image."""
         return list(self.inner.pictures.rebuild(images, conditions, self.seed))
 
-    def detect(self, images: Images, phrases: Sequence[str], views: bool = True) -> list[list[tuple[int, ...]]]:
-        """Boxes (left, top, right, bottom in pixels) of each phrase in its image; `views`: see `say`."""
-        with self._read_in(views):
-            return [one.boxes for one in self.inner.detect_all(images, phrases, **self.short(images))]
-
-    def say(self, images: Images, requests: Sequence[str], views: bool = True) -> list[str]:
-        """An answer to each request about its image, which is read in one view without `views`."""
-        with self._read_in(views):
-            return list(self.inner.describe_all(images, requests, **self.short(images)))
-
-    @contextmanager
-    def _read_in(self, views: bool) -> Iterator[None]:
-        pictures, own = self.inner.pictures, self.inner.pictures.views
-        pictures.views = own if views else AnyResolution(own.image_size, ("1x1",), own.interpolation)
-        try:
-            yield
-        finally:
-            pictures.views = own
+    def detect(self, images: Images, phrases: Sequence[str]) -> list[list[tuple[int, ...]]]:
+        """Boxes (left, top, right, bottom in pixels) of each phrase in its image."""
+        return [one.boxes for one in self.inner.detect_all(images, phrases, **self.options(images))]
 
 
 @dataclass(frozen=True)
@@ -210,10 +139,9 @@ class Tokens:
     def dimmed(self) -> Image.Image:
         """The image with all but its kept patches greyed."""
         assert self.image is not None and self.patches is not None
-        mask = self.patches.float()[None, None]
-        pixels = np.array(self.image, np.float32)
-        kept = F.interpolate(mask, pixels.shape[:2], mode="nearest")[0, 0, :, :, None].numpy() > 0
-        return Image.fromarray(np.where(kept, pixels, 128 + 0.25 * (pixels - 128)).astype(np.uint8))
+        mask = Image.fromarray(255 * self.patches.numpy().astype(np.uint8))
+        grey = Image.new("RGB", self.image.size, (128, 128, 128))
+        return Image.composite(self.image, Image.blend(grey, self.image, 0.25), mask.resize(self.image.size, 0))
 
 
 class LavitSystem(System):
@@ -229,11 +157,10 @@ class LavitSystem(System):
         self.samples = inner.pictures.selection == "draw"
 
     def facts(self) -> dict[str, Any]:
-        defaults, settings = self.inner.pictures.decoder.pixels.defaults, self.inner.language.settings
-        drawn = settings("draw")
-        return {"selection": self.inner.pictures.selection, "steps": defaults.num_inference_steps,
-                "guidance": defaults.guidance_scale, "guidance of the language model": drawn.guidance,
-                "temperature": drawn.temperature, "beams": settings("describe").num_beams,
+        drawing, text = self.inner.pictures.decoder.pixels.defaults, self.inner.language.settings
+        return {"selection": self.inner.pictures.selection, "steps": drawing.num_inference_steps,
+                "guidance": drawing.guidance_scale, "guidance of the language model": text("draw").guidance,
+                "temperature": text("draw").temperature, "beams": text("describe").num_beams,
                 "dtype": str(self.inner.llm.dtype).removeprefix("torch.")}
 
     def encode(self, images: Images) -> list[Any]:
@@ -244,24 +171,19 @@ class LavitSystem(System):
     def decode(self, encoded: Sequence[Any], ratio: str = "1:1") -> list[Image.Image]:
         """See `System`; `ratio`: of the sides."""
         return list(self.inner.pictures.draw([one.codes for one in encoded], seed=self.seed, ratio=ratio,
-                                             batch_size=self.batch)) if encoded else []
-
-    def codes_of(self, encoded: Any) -> list[int]:
-        return list(encoded.codes)
+                                             batch_size=self.batch))
 
     def images(self, encoded: Sequence[Any]) -> Sequence[Any]:
         return [one.image for one in encoded]
 
-    def short(self, encoded: Sequence[Any]) -> dict[str, Any]:
+    def options(self, encoded: Sequence[Any]) -> dict[str, Any]:
         return {"seed": [one.seed for one in encoded], "batch_size": self.batch}
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
         return self.write([[text] for text in texts], "draw")
 
-    def edit(self, encoded: Sequence[Any], instructions: Sequence[Any]) -> list[Any]:
-        """See `System`; an instruction may be another image's `Tokens`."""
-        return self.write([[one.codes, getattr(text, "codes", text)] for one, text in
-                           zip(encoded, instructions, strict=True)], "compose")
+    def edit(self, encoded: Sequence[Any], instructions: Sequence[str]) -> list[Any]:
+        return self.write([[one.codes, text] for one, text in zip(encoded, instructions, strict=True)], "compose")
 
     def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
         written, seeds = list[Any](), self._seeds(contents)

@@ -1,46 +1,49 @@
-"""The files of a report: report.json, answers.json.gz, report.md, sheets and plots."""
+"""The files of a report: report.json, answers.json.gz, report.md and the sheets."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from seed_multimodal.disk import replace_text, replacing, writing
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.evaluation.metrics import Estimate, plain
+from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.images.encode import image_to_bytes
 from seed_multimodal.images.sheet import contact_sheet
-from seed_multimodal.training.plots import COLOURS, figure_kind
-from seed_nano.report.markdown import facts, show, table
-from seed_nano.report.sections import AT_MOST, REPORT, Run
+from seed_nano.report.sections import AIMS, AT_MOST, TABLE, Run
 
 MAX_BYTES = 140_000  # of a sheet
-PLOTS: dict[str, tuple[str, dict[str, str]]] = {  # file -> title, label -> path in the sections
-    "ladder.png": ("share of images with every label right", {
-        "real": "ladder.ceiling", "VAE": "ladder.vae.all", "embedding": "ladder.embedding.all",
-        "codes": "reconstruction.all", "words": "drawing.all"}),
-    "codes_curve.png": ("share with every label right after the first codes", {
-        str(number): f"prefix.{number}.all" for number in (4, 8, 16, 32)}),
-    "tokens.png": ("tokens of an image by the number of things in it", {
-        str(number): f"tokens.things.{number}.mean" for number in range(5)})}
-HEAD = """\
+PAGE = """\
+# Report of {model}
+
 Images are read by an independent judge (another architecture and seed than the system's, trained on scenes of all
 splits, never used in training); *ceiling* is its share of real images with every label right. Numbers are shares with a
 95 % bootstrap interval (scenes resampled) and the number of samples. Splits hold out the very scene (val), two things
 together (pairs), a thing on a background (places), in a number (counts), in a style (styles), and things altogether
 (things: only rebuilt). Labels: first thing (left, above or alone), second thing, style, background, layout with counts;
 *all* needs all five. An answer without a whole image is wrong.
+
+## Aims
+
+Measured / aim (ceiling); missed aims are bold.
+
+{aims}
+{sections}
+## How it was measured
+
+* `{command}`
+* {date}, commit {commit}, {seconds} s on {hardware}
+* Settings: {settings}, {system}
+* Versions: {versions}
 """
 
 
-def write_report(report: Mapping[str, Any], kind: str, runs: Sequence[Run], out: Path) -> None:
+def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> None:
     """Write all files into `out`. Raises ConfigError: a file cannot be written; what was written before it stays."""
     with writing(out, ConfigError):
         out.mkdir(parents=True, exist_ok=True)
@@ -48,47 +51,48 @@ def write_report(report: Mapping[str, Any], kind: str, runs: Sequence[Run], out:
         answers = {run.samples.split: run.answers for run in runs}
         with replacing(out / "answers.json.gz") as file:
             file.write(gzip.compress((json.dumps(answers, ensure_ascii=False) + "\n").encode(), mtime=0))
-        images = [*_save_plots(report["splits"], out), *_save_sheets(runs, out)]
-        replace_text(out / "report.md", markdown(plain(report), kind, images))
+        replace_text(out / "report.md", markdown(plain(report), _save_sheets(runs, out)))
 
 
 def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The aims that the measured splits cover, each with its value, the judge's ceiling and whether it is met."""
     found = []
-    for path, wanted in REPORT[kind][1].items():
+    for path, wanted in AIMS[kind].items():
         for split, aim in wanted.items():
-            value = _number(value_at(splits.get(split, {}), path))
+            section, _, figure = path.partition(".")
+            value = _number(splits, split, section, figure)
             if value is not None:
-                ceiling = _number(value_at(splits[split], (path[0], "ceiling"))) if path[1] != "r1" else None
-                most = {"at_most": True} if path in AT_MOST else {}
-                found.append({"what": ", ".join(map(_label, path)), "split": split, "aim": aim,
-                              "value": round(value, 4), "ceiling": ceiling,
-                              "met": bool(value <= aim if most else value >= aim), **most})
+                ceiling = _number(splits, split, section, "ceiling") if figure != "r1" else None
+                found.append({"what": f"{section}, {_label(figure)}", "split": split, "aim": aim,
+                              "value": round(value, 4), "ceiling": ceiling, "at_most": path in AT_MOST,
+                              "met": bool(value <= aim if path in AT_MOST else value >= aim)})
     return found
 
 
-def value_at(section: Mapping[str, Any], path: Iterable[str]) -> Any:
-    """The value at `path`, or None where any step is missing."""
-    value: Any = section
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def markdown(report: Mapping[str, Any], kind: str, images: Sequence[str]) -> str:
-    """The whole report (plain JSON values) as Markdown; `images`: names of the sheets and plots."""
-    splits = report["splits"]
-    parts = [f"# Report of {report['model']}\n", HEAD, "## Aims\n\nMeasured / aim (ceiling); missed aims are bold.\n",
-             _aims_table(report["aims"])]
-    for section in REPORT[kind][0]:
+def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
+    """The whole report (plain JSON values) as Markdown; `images`: names of the sheets."""
+    splits, parts = report["splits"], list[str]()
+    for section, *_ in TABLE:
         name = section.__name__
         columns = {split: dict(_leaves(found[name])) for split, found in splits.items() if name in found}
         labels = dict.fromkeys(label for column in columns.values() for label in column)
         if columns:
             parts += [f"## {_label(name).capitalize()}\n", f"{getdoc(section)}\n", table(("", *columns), [
-                (label, *(show(column.get(label)) for column in columns.values())) for label in labels])]
+                (label, *(_show(column.get(label)) for column in columns.values())) for label in labels])]
     parts += [f"![{name}]({name})\n" for name in images]
-    return "\n".join([*parts, "## How it was measured\n", facts(report)])
+    return PAGE.format(**{**report, **{name: _listed(report[name]) for name in (
+        "hardware", "settings", "system", "versions")}, "aims": _aims_table(report["aims"]),
+        "sections": "\n".join(parts)})
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, Mapping))
 
 
 def _leaves(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -103,13 +107,23 @@ def _leaves(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
             yield label, inner
 
 
+def _show(value: Any) -> str:
+    """A table cell: an estimate with its interval, a plain number, or a dash."""
+    if isinstance(value, Mapping) and value["value"] is not None:
+        return f"{value['value']:.3f} ({value['low']:.2f}–{value['high']:.2f}), n {value['n']}"
+    if value is None or isinstance(value, Mapping):
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 def _label(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _number(value: Any) -> float | None:
-    number = value.value if isinstance(value, Estimate) else value
-    return None if number is None or math.isnan(number) else float(number)
+def _number(splits: Mapping[str, Any], *path: str) -> float | None:
+    """The figure at `path`, or None where it was not measured."""
+    value = plain(reduce(lambda values, key: values.get(key, {}), path, splits))
+    return (value or {"value": None})["value"] if isinstance(value, Mapping) else value
 
 
 def _aims_table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -117,48 +131,23 @@ def _aims_table(found: Sequence[Mapping[str, Any]]) -> str:
     for aim in found:
         number = f"{aim['value']:.3f}" if aim["met"] else f"**{aim['value']:.3f}**"
         ceiling = "" if aim["ceiling"] is None else f" ({aim['ceiling']:.3f})"
-        least = "≤ " if aim.get("at_most") else ""
+        least = "≤ " if aim["at_most"] else ""
         cells.setdefault(aim["what"], {})[aim["split"]] = f"{number} / {least}{aim['aim']:.2f}{ceiling}"
     splits = list(dict.fromkeys(aim["split"] for aim in found))
     return table(("", *splits), [(what, *(row.get(split, "–") for split in splits)) for what, row in cells.items()])
-
-
-def _save_plots(splits: Mapping[str, Any], out: Path) -> list[str]:
-    names = []
-    for name, (title, points) in PLOTS.items():
-        rows = {split: [value_at(found, path.split(".")) for path in points.values()]
-                for split, found in splits.items()}
-        if any(row[0] for row in rows.values()):
-            axes = figure_kind()(figsize=(7.5, 3.6), dpi=100, layout="constrained").add_subplot(title=title)
-            for colour, (split, row) in zip(COLOURS, rows.items(), strict=False):
-                there = [(label, one) for label, one in zip(points, row, strict=True) if one]
-                axes.errorbar([label for label, _ in there], [one.value for _, one in there], yerr=[
-                    [one.value - one.low for _, one in there], [one.high - one.value for _, one in there]],
-                    color=colour, marker="o", markersize=4, linewidth=0.8, capsize=2, label=split)
-            axes.set_ylim(0)
-            axes.legend(fontsize=8, frameon=False, ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.08))
-            with replacing(out / name) as handle:
-                axes.figure.savefig(handle, format="png")
-            names.append(name)
-    return names
 
 
 def _save_sheets(runs: Sequence[Run], out: Path) -> list[str]:
     """The rows of all splits, as WebP of the best quality under `MAX_BYTES`."""
     names = []
     for name in dict.fromkeys(name for run in runs for name in run.sheets):
-        rows = [row for run in runs for row in run.sheets.get(name, ())]
-        sheet: Image.Image = contact_sheet(rows, _label(name).capitalize(), 72, 12, 8)
-        contents = (image_to_bytes(sheet, "WEBP", quality=quality, method=6) for quality in (85, 75, 60, 45))
-        *_, content = iter(_until_small(contents))
+        sheet = contact_sheet([row for run in runs for row in run.sheets.get(name, ())], _label(name).capitalize(),
+                              72, 12, 8)
+        for quality in (85, 75, 60, 45):
+            content = image_to_bytes(sheet, "WEBP", quality=quality, method=6)
+            if len(content) <= MAX_BYTES:
+                break
         with replacing(out / f"{name}.webp") as handle:
             handle.write(content)
         names.append(f"{name}.webp")
     return names
-
-
-def _until_small(contents: Iterable[bytes]) -> Iterator[bytes]:
-    for content in contents:
-        yield content
-        if len(content) <= MAX_BYTES:
-            return

@@ -11,42 +11,41 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_nano.report.__main__ import main
 from seed_nano.report.judge import Judge
 from seed_nano.report.samples import Sizes, make_samples
 from seed_nano.report.scoring import (
     UNREAD,
-    as_told,
+    blind_answers,
     box_rates,
     caption_words,
     confusions,
     likeness,
+    matched,
     picture_words,
     ratio,
     right_labels,
+    same_answer,
     scene_words,
     score,
     unchanged_psnr,
 )
 from seed_nano.report.sections import sections_of
-from seed_nano.report.sizes import main as sizes
 from seed_nano.report.systems import load_system
 from seed_nano.report.write import aims
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.splits import held_out
-from seed_nano.world.things import BACKGROUND_PHRASES
 
 JUDGE = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "judge"
 PAIR = Scene("noto", "blue", "left of", ("tiger", "penguin"))
 
 
 @pytest.mark.process  # the report names the commit
-@pytest.mark.parametrize(("fixture", "kind", "files"), [
-    ("tiny_folder", "seed_llama", ("ladder.png", "codes_curve.png", "conversations.webp", "stories.webp")),
-    ("tiny_lavit_folder", "lavit", ("tokens.png", "kept.webp", "wide_drawings.webp", "composed.webp")),
-    ("tiny_x_folder", "seed_x", ("conditioned.webp", "detections.webp", "wide.webp"))])
-def test_command_of_each_kind(fixture: str, kind: str, files: tuple[str, ...], request: pytest.FixtureRequest,
+@pytest.mark.parametrize(("fixture", "kind", "sheets"), [
+    ("tiny_folder", "seed_llama", ("progressive", "conversations")),
+    ("tiny_lavit_folder", "lavit", ("kept", "wide_drawings")),
+    ("tiny_x_folder", "seed_x", ("conditioned", "detections", "wide"))])
+def test_command_of_each_kind(fixture: str, kind: str, sheets: tuple[str, ...], request: pytest.FixtureRequest,
                               tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = request.getfixturevalue(fixture)
     assert main(["--model", str(folder), "--judge", str(JUDGE), "--out", str(tmp_path), "--splits", "val,things",
@@ -60,36 +59,15 @@ def test_command_of_each_kind(fixture: str, kind: str, files: tuple[str, ...], r
     assert len(answers["val"]["captions"]) == 2 and len(answers["things"]["rebuilt"]) == 4
     text = (tmp_path / "report.md").read_text()
     assert "## Reconstruction\n\nImages drawn from" in text and not re.search(r"\| \*?\*?nan\b", text)
-    for name in (*files, "reconstructions.webp", "drawings.webp", "edits.webp"):
-        assert (tmp_path / name).is_file() and f"({name})" in text, name
+    for name in (*sheets, "reconstructions", "drawings", "edits"):
+        assert (tmp_path / f"{name}.webp").is_file() and f"({name}.webp)" in text, name
 
 
 def test_command_names_wrong_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "nano", "--out", str(tmp_path), "--splits", "vol"]) == 2
-    assert "no split 'vol' (did you mean 'val'?)" in capsys.readouterr().err
+    assert "'vol' (did you mean 'val'?)" in capsys.readouterr().err
     assert main(["--model", "nano", "--out", str(tmp_path), "--judge", str(tmp_path / "none")]) == 2
     assert "no judge in this folder" in capsys.readouterr().err
-
-
-def test_sizes_command(tiny_x_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sizes(["--model", str(tiny_x_folder), "--sizes", "64,96", "--number", "2", "--device", "cpu", "--out",
-                  str(tmp_path / "sizes.json")]) == 0
-    assert "| caption, every word right |" in capsys.readouterr().out
-    found = json.loads((tmp_path / "sizes.json").read_text())
-    assert set(found) == {"64", "96"} and found["64"]["caption"][1] == 2
-
-
-def test_answers_of_dialogues_equal_those_of_chat(tiny: SeedLlama, tiny_folder: Path) -> None:
-    system = load_system(tiny_folder, batch=2, device="cpu", log=None)
-    codes = system.encode([Image.fromarray(render(scene)) for scene in make_samples("val", Sizes.limited(1)).scenes])
-    dialogues = [[("user", [codes[0], "What do you see?"])],
-                 [("user", ["Draw a dog."]), ("assistant", ["Here.", codes[1]]), ("user", ["Make it noto."])]]
-    found = system.answer(dialogues, 20)
-    for turns, parts in zip(dialogues, found, strict=True):
-        alone = tiny.chat([{"role": role, "content": list(content)} for role, content in turns], max_new_tokens=20)
-        assert [part for part in parts if isinstance(part, str)] == [
-            part.text.strip() for part in alone.parts if hasattr(part, "text")]
-    assert system.answer([[("user", ["word " * 600])], dialogues[0]], 20) == [[], found[0]]
 
 
 def test_lavit_batches_equal_single_requests(tiny_lavit_folder: Path) -> None:
@@ -147,14 +125,17 @@ def test_ratios_by_hand() -> None:
     assert [rates[name].value for name in ("precision", "recall", "f1")] == pytest.approx([2 / 3, 1 / 2, 4 / 7])
 
 
-def test_stories_follow_the_backgrounds_that_were_named() -> None:
-    pages = make_samples("val", Sizes.limited(5)).stories[0]
-    assert as_told(pages, [text for text, _ in pages]) == [scene for _, scene in pages]
-    background = "room" if pages[0][1].background != "room" else "sea"
-    moved = pages[0][0].replace(BACKGROUND_PHRASES[pages[0][1].background][0], BACKGROUND_PHRASES[background][0])
-    again = as_told(pages, [moved, *(text for text, _ in pages[1:])])
-    assert [scene.background for scene in again[:2]] == [background] * 2 and again[2] == pages[2][1]
-    assert as_told(pages, ["a dog", pages[1][0]])[:3] == [None, None, None]
+def test_answers_as_vqa_compares_them() -> None:
+    for answer, truth, same in (("A cat.", "cat", True), ("Two", "2", True), ("cats", "cat", False), ("", "x", False)):
+        assert same_answer(answer, truth) is same, answer
+    train = [("colour", "red"), ("colour", "red"), ("colour", "blue"), ("yesno", "Yes."), ("yesno", "yes")]
+    assert blind_answers(train, ["yesno", "colour"]) == ["yes", "red"]
+
+
+def test_matched_boxes_are_used_once() -> None:
+    left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
+    assert [matched(*both) for both in (([left], [left, left]), ([right, left], [left, right]), ([], [left]),
+                                        ([left], []), ([(0, 0, 0.5, 0.4)], [left]))] == [1, 2, 0, 0, 0]
 
 
 def test_aims_at_most() -> None:
@@ -169,5 +150,5 @@ def test_samples_are_fixed_and_of_their_split() -> None:
         assert made == make_samples(split, Sizes.limited(9)) and len(made.scenes) == 18 and len(made.edits) == 9
         assert all(held_out(scene) == {split} for scene in made.scenes)
         assert all(held_out(scene) | held_out(edit.target) == {split} for scene, edit in made.edits)
-        assert bool(made.stories) == bool(made.conversations) == (split == "pairs")
+        assert bool(made.conversations) == (split == "pairs")
     assert make_samples("things", Sizes.limited(9)).questions == []
