@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh                     everything: what CI runs
 #   bash scripts/test.sh --fast              without tests that start processes, drive a browser or take seconds
-#   bash scripts/test.sh tests/images -x     only some tests (style and types still run)
+#   bash scripts/test.sh tests/unit/images -x only some tests (style and types still run)
 #
 # WORKERS=N: pytest processes (default: one a core, each with 6 GiB of memory that is free now).
 set -euo pipefail

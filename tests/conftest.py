@@ -1,5 +1,4 @@
-"""What several rooms' tests share: tiny random systems (tests/systems/tiny_*.py), each
-built once per session.
+"""What several packages' tests share: tiny random systems (tests/support/tiny_*.py), each built once per session.
 
 Tests read it; one that damages a system works on a copy. And the rule of `scripts/test.sh --fast`: a test that starts
 another process says so with a marker.

@@ -9,7 +9,7 @@ The choices, all in one place:
 * Animations and multi-page files give their first frame. EXIF rotation is applied. Colours: `images.rgb`.
 * A caller that needs no more than N pixels a side says so (`at_least`): a picture of more than `exact_up_to` pixels is
   then halved, quartered or divided by eight while it is decoded, JPEGs by their decoder, the others strip by strip.
-  Smaller pictures are read as ever, pixel for pixel. How little it changes is measured in `tests/images/test_rgb.py`.
+  Smaller pictures are read as ever, pixel for pixel. How little it changes: `tests/unit/images/test_rgb.py`.
   A training view needs a crop only, so it chooses the factor itself (`divisor`).
 """
 

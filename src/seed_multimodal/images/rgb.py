@@ -6,7 +6,7 @@
 * CMYK and the other colour spaces go through Pillow's plain conversion; embedded colour profiles are not applied,
   as in the released preprocessing.
 
-Every conversion is one of single pixels, so the strips change nothing (`tests/images/test_rgb.py`).
+Every conversion is one of single pixels, so the strips change nothing (`tests/unit/images/test_rgb.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A count, not a measurement. Weights, gradients and optimiser states follow from the numbers of weights and the engine;
 activations are the bytes that autograd keeps for a position in a layer, which were counted on small models of several
-widths (tests/training_llm/test_memory.py counts again): of the width, of the keys and values, of the feed-forward
+widths (tests/unit/training/llm/test_memory.py counts again): of the width, of the keys and values, of the feed-forward
 width, and of each input of a LoRA matrix with dropout. Not counted: what other programs use, and fragmentation; a share
 of the memory stays free for that.
 """

@@ -1,0 +1,64 @@
+"""Every program of `benchmarks/` at its smallest: the lines it prints, and figures that belong together."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+PROGRAMS = {  # flags; what is timed, and in which units
+    "tokenizer": (["--batches", "1", "3", "--variants", "plain", "packed"],
+                  {"tokenizer encode": "images", "tokenizer decode": "embeddings"}),
+    "generation": (["--batches", "2", "--prompt", "8", "--new", "4"],
+                   {"generation": "tokens", "describe": "images"}),
+    "drawing": (["--batches", "2", "--steps", "1"], {"draw": "images", "edit": "images", "reconstruct": "images"}),
+    "training": (["--batches", "2"], {"training llm": "useful_tokens", "training tokenizer": "images"}),
+    "serving": (["--requests", "2", "--clients", "2"], {"serving": "requests"})}
+
+
+def printed_lines(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch,
+                  capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    """What a program prints when it is run in this process."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCHMARKS / f"{program}.py"), run_name="__main__")
+    assert ended.value.code == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_benchmark_prints_a_line_per_variant(program: str, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, units = PROGRAMS[program]
+    repeats = [] if program == "serving" else ["--repeats", "1"]
+    lines = printed_lines(program, [*arguments, *repeats], monkeypatch, capsys)
+    assert {line["benchmark"] for line in lines} == set(units)
+    for line in lines:
+        results, rate = line["results"], line["results"][f"{units[line['benchmark']]}_per_second"]
+        assert "error" not in results and rate > 0 and results["times_plain"] > 0
+        assert line["variant"] != "plain" or results["times_plain"] == 1.0
+        assert line["hardware"]["cores"] and line["versions"]["torch"] and line["date"]
+        assert f"{program}.py --device cpu" in line["command"]
+        if line["benchmark"] == "tokenizer encode":
+            assert rate * results["seconds"] == pytest.approx(line["batch"], rel=0.01)
+            assert results["codes_equal_float32"] == results["images_equal_float32"] == 1.0
+        if program == "training":
+            assert results["loss"] < results["first_loss"], "the same batch again and again is learned"
+
+
+def test_benchmark_of_a_missing_model_is_one_sentence(monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--device", "cpu", "--model", "pretrained/nan"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCHMARKS / "tokenizer.py"), run_name="__main__")
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and not printed.out
+    assert "pretrained/nan/system.json" in printed.err and printed.err.count("\n") == 1

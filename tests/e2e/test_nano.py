@@ -1,0 +1,113 @@
+"""The shipped weights: size, formats, and that they do the job: see, rebuild, draw, edit, chat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seed_multimodal import SeedLlama, open_image
+from seed_multimodal.tokenizers.clip_weights import load_clip_vision
+from seed_nano.report.judge import Judge
+from seed_nano.report.scoring import all_words, every, picture_words, right_labels
+from seed_nano.world.scene import Scene, render
+from seed_nano.world.splits import scene_at
+from seed_nano.world.words import describe, normalise
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "pretrained" / "nano"
+DEMO = ("cat.jpg", "fox.png", "castle.png", "banana.png", "whale.png")
+
+
+@pytest.fixture(scope="module")
+def seed() -> SeedLlama:
+    return SeedLlama.from_pretrained(NANO)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BOX), dtype=np.float32) / 255
+
+
+def test_weights_are_safetensors_and_at_most_40_mb() -> None:
+    files = list(NANO.rglob("*.safetensors"))
+    assert len(files) >= 7 and sum(file.stat().st_size for file in files) <= 40e6
+    assert not [file for file in NANO.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl")]
+
+
+def test_rebuilt_pictures_are_nearest_to_their_originals(seed: SeedLlama) -> None:
+    originals = [open_image(ROOT / "images" / name) for name in DEMO]
+    codes = seed.tokenize(originals)
+    assert codes.shape == (len(DEMO), 32) and codes.dtype == torch.int64
+    rebuilt = seed.reconstruct(codes, seed=0)
+    distance = np.array([[np.square(_pixels(a) - _pixels(b)).mean() for b in originals] for a in rebuilt])
+    assert distance.argmin(1).tolist() == list(range(len(DEMO)))
+
+
+def test_the_same_seed_draws_the_same_picture(seed: SeedLlama) -> None:
+    first, again = (seed.draw("a fluent elephant left of a penguin in a meadow", seed=3) for _ in range(2))
+    assert first.size == (64, 64) and np.array_equal(np.asarray(first), np.asarray(again))
+
+
+def test_pictures_come_out_of_their_first_codes(seed: SeedLlama) -> None:
+    """The more codes, the nearer to the whole picture, on average."""
+    counts = (4, 8, 16, 32)
+    scenes = [Image.fromarray(render(scene_at(5, number, "val"))) for number in range(12)]
+    codes = seed.tokenize(scenes)
+    ladder = [seed.reconstruct(codes, codes=count, num_inference_steps=4, batch_size=16) for count in counts]
+    distance = [np.mean([np.square(_pixels(a) - _pixels(b)).mean() for a, b in zip(step, ladder[-1], strict=True)])
+                for step in ladder]
+    assert distance[0] > distance[1] > distance[2] > distance[3] == 0
+    embeddings = [seed.pictures.model.decode(codes, first=count) for count in counts]
+    likeness = [float(torch.cosine_similarity(step, embeddings[-1]).mean()) for step in embeddings]
+    assert likeness == sorted(likeness) and likeness[0] < likeness[2]
+
+
+def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama) -> None:
+    """The judge reads it off the pictures; most of these scenes hold a pair that was never trained on."""
+    judge = Judge.from_pretrained(NANO / "judge")
+    scenes = [scene_at(5, number, "pairs") for number in range(12)]
+    asked = all_words(scenes)
+    drawn = [seed.draw(describe(scene), seed=0) for scene in scenes]
+    assert every(right_labels(picture_words(judge, drawn), asked)).mean() >= 0.5
+    assert every(right_labels(picture_words(judge, drawn[::-1]), asked)).mean() <= 0.2
+
+
+def test_an_edit_changes_what_it_names(seed: SeedLlama) -> None:
+    judge = Judge.from_pretrained(NANO / "judge")
+    before = Scene("twemoji", "meadow", "left", ("car",))
+    edited = seed.edit(Image.fromarray(render(before)), "Put it at night.", seed=0)
+    assert edited.size == (64, 64)
+    assert picture_words(judge, [edited]) == all_words([before.but(background="night")])
+
+
+def test_description_is_the_caption(seed: SeedLlama) -> None:
+    scenes = [scene_at(6, number, "val") for number in range(12)]
+    said = [seed.describe(Image.fromarray(render(scene))) for scene in scenes]
+    assert sum(normalise(text) == describe(scene) for text, scene in zip(said, scenes, strict=True)) >= 8
+
+
+def test_stock_pipeline_class_runs_the_decoder() -> None:
+    from diffusers import StableUnCLIPImg2ImgPipeline
+
+    folder = NANO / "seed_tokenizer" / "diffusion_model"
+    pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(
+        folder, tokenizer=None, text_encoder=None, image_encoder=load_clip_vision(folder / "image_encoder", log=None))
+    pipeline.set_progress_bar_config(disable=True)
+    size = pipeline.unet.config.cross_attention_dim
+    picture = pipeline(
+        image_embeds=torch.zeros(1, pipeline.image_normalizer.mean.shape[1]), prompt_embeds=torch.zeros(1, 1, size),
+        negative_prompt_embeds=torch.zeros(1, 1, size), num_inference_steps=2).images[0]
+    assert picture.size == (64, 64)
+
+
+def test_report_card_is_there_and_complete() -> None:
+    report = json.loads((NANO / "report" / "report.json").read_text(encoding="utf-8"))
+    for split in ("val", "pairs", "places", "counts", "styles"):
+        assert {"codes", "reconstruction", "drawing", "caption", "qa", "edit"} <= set(report["splits"][split])
+    assert report["splits"]["val"]["codes"]["usage"] >= 0.5
+    card = (NANO / "README.md").read_text(encoding="utf-8")
+    assert "Command:" in card and "Hardware:" in card and "Twemoji" in card

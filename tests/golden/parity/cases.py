@@ -1,0 +1,289 @@
+"""Batches and losses that must not move: how each is made, small and from nothing but this file's numbers."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import platform
+import random
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import adapters
+import lavis_runs
+import llm_runs
+import numpy as np
+import torch
+from PIL import Image
+
+BATCHES, EVERY, STEPS = 200, 20, 30
+
+
+def environment() -> str:
+    """Where floating-point results are the same to the last bit: the processor and torch."""
+    cpu = Path("/proc/cpuinfo")
+    wanted = ("model name", "cpu family", "model\t", "flags")
+    lines = cpu.read_text().split("\n\n")[0].splitlines() if cpu.is_file() else [platform.processor()]
+    told = "\n".join(line for line in lines if line.startswith(wanted)) if cpu.is_file() else lines[0]
+    return f"torch {torch.__version__}, processor {hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+
+# ---- files
+
+
+def write_tar(file: Path, samples: Iterable[dict[str, bytes]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for number, sample in enumerate(samples):
+            for extension, content in sample.items():
+                member = tarfile.TarInfo(f"{number:05d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_json_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def picture(number: int) -> bytes:
+    """A picture that differs for each number, stored without loss."""
+    pixels = np.random.default_rng(number).integers(0, 256, (22, 28, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+class Captions:
+    """The captions of a set of 4,359 pictures that is no longer shipped, each with one and the same picture."""
+
+    def __init__(self) -> None:
+        lines = gzip.decompress(Path(__file__).with_name("captions.jsonl.gz").read_bytes()).decode().splitlines()
+        self.rows, self.image = [json.loads(line) for line in lines], picture(0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, index: int) -> str:
+        """Of the picture."""
+        return self.rows[index][0]
+
+    def read(self, index: int) -> Any:
+        """One pair."""
+        return adapters.pair(*self.rows[index], self.image)
+
+
+def write_pairs(folder: Path) -> dict[str, Any]:
+    """The same 40 pairs as shards and as a json list, and captions alone: name -> (description of) the source."""
+    captions = [[f"Picture {n}.", f"A  view of number {n}!"] for n in range(40)]
+    start = 0
+    for shard, size in enumerate((13, 7, 1, 19)):
+        write_tar(folder / "tars" / f"s-{shard:03d}.tar", (
+            {"png": picture(n), "json": json.dumps({"caption": captions[n]}).encode()}
+            for n in range(start, start + size)))
+        start += size
+    for n in range(40):
+        (folder / f"{n:02d}.png").write_bytes(picture(n))
+    (folder / "pairs.json").write_text(json.dumps(
+        [{"image": f"{n:02d}.png", "caption": captions[n]} for n in range(40)]))
+    return {"tar": {"format": "webdataset", "pattern": str(folder / "tars" / "*.tar")},
+            "json": {"format": "json", "files": str(folder / "pairs.json"), "image_root": str(folder)},
+            "nano": Captions()}
+
+
+def write_mixture(folder: Path) -> dict[str, Any]:
+    """Captions and interleaved documents in shards, texts and chats as json lines: their data configuration."""
+    draw = random.Random(3)
+
+    def codes() -> list[int]:
+        return [draw.randrange(1024) for _ in range(32)]
+
+    def words(most: int) -> str:
+        return " ".join(draw.choices("a red fox sits on the green hill under one small yellow moon".split(),
+                                     k=draw.randint(1, most)))
+
+    def member(record: dict[str, Any]) -> dict[str, bytes]:
+        return {"json": json.dumps(record).encode()}
+
+    write_tar(folder / "captions" / "0.tar", (member({"image_ids": codes(), "text": words(9)}) for _ in range(40)))
+    write_tar(folder / "captions" / "1.tar", (member({"image_ids": codes(), "text": words(9)}) for _ in range(11)))
+    write_tar(folder / "documents" / "0.tar", (
+        member({"image_ids": [codes(), None, codes(), None], "texts": [None, words(8), None, words(8)],
+                **({} if number == 7 else {"metadata": {}})})  # the eighth is broken: it is skipped
+        for number in range(25)))
+    write_json_lines(folder / "texts.jsonl", ({"text": words(60)} for _ in range(30)))
+    write_json_lines(folder / "chats.jsonl", (
+        {"messages": [{"role": "user", "content": [{"codes": codes()}, words(6)]},
+                      {"role": "assistant", "content": [words(12)]}]} for _ in range(35)))
+    one = {"reverse_ratio": 0.5}
+    return {"sources": [
+        {"name": "captions", "files": str(folder / "captions"), "decoder": "pretrain.caption", "weight": 4,
+         "options": one, "batch_size": 4, "max_length": 64},
+        {"name": "documents", "files": str(folder / "documents"), "decoder": "pretrain.interleaved", "weight": 1,
+         "options": one, "batch_size": 2, "max_length": 160},
+        {"name": "texts", "files": str(folder / "texts.jsonl"), "decoder": "pretrain.text", "weight": 2,
+         "batch_size": 3, "max_length": 96},
+        {"name": "chats", "files": str(folder / "chats.jsonl"), "decoder": "chat", "weight": 2, "batch_size": 2,
+         "max_length": 128}], "length": 192, "rows": 2, "seed": 11}
+
+
+# ---- digests of batches
+
+
+def running(ranks: list[Any], content: Callable[[Any], dict[str, bytes]]) -> dict[str, list[str]]:
+    """For each part of the content a running SHA-256 over all batches of all ranks, as it stands every 20 steps."""
+    totals: dict[str, Any] = {}
+    found: dict[str, list[str]] = {}
+    for step in range(BATCHES):
+        for rank in ranks:
+            for part, content_of_part in content(rank.at(step)).items():
+                totals.setdefault(part, hashlib.sha256()).update(content_of_part)
+        if (step + 1) % EVERY == 0:
+            for part, total in totals.items():
+                found.setdefault(part, []).append(total.hexdigest()[:16])
+    return found
+
+
+def pairs(batch: dict[str, Any]) -> dict[str, bytes]:
+    """Which pictures and captions; and the views of the pictures, to the last bit."""
+    drawn = batch["index"].numpy().tobytes() + json.dumps([batch["key"], batch["caption"]]).encode()
+    return {"drawn": drawn, "pixels": batch["image"].numpy().tobytes()}
+
+
+def rows(batch: Any) -> dict[str, bytes]:
+    tensors = {name: getattr(batch, name) for name in ("input_ids", "labels", "position_ids", "attention_mask")}
+    return {"rows": b"".join(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes()
+                             for name, tensor in tensors.items() if tensor is not None)}
+
+
+PAIRS = {"tar, 1 process": ("tar", 1, 0), "tar, 1 process, 2 workers": ("tar", 1, 2),
+         "json, 2 processes": ("json", 2, 0), "nano, 3 processes": ("nano", 3, 0)}
+ROWS = {"packed, 1 process": (True, 1, 0), "packed, 1 process, 2 workers": (True, 1, 2),
+        "packed, 2 processes": (True, 2, 0), "packed, 3 processes": (True, 3, 0), "padded, 1 process": (False, 1, 0),
+        "padded, 2 processes": (False, 2, 0), "padded, 3 processes": (False, 3, 0)}
+
+
+def pair_digests(case: str, folder: Path) -> dict[str, list[str]]:
+    kind, world, workers = PAIRS[case]
+    with adapters.pair_batches(write_pairs(folder)[kind], 7, 2, world, workers) as ranks:
+        return running(ranks, pairs)
+
+
+def row_digests(case: str, folder: Path) -> dict[str, list[str]]:
+    packing, world, workers = ROWS[case]
+    with adapters.llm_batches({**write_mixture(folder), "packing": packing}, world, workers) as ranks:
+        return running(ranks, rows)
+
+
+# ---- losses
+
+
+def logged(file: Path, name: str) -> list[float]:
+    """`name` of every step in a run's log."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def language_model(folder: Path, *more: str, processes: int = 1, **changes: Any) -> list[float]:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = llm_runs.write_files(folder, tokenizer={"pretrained_model_name_or_path": str(adapters.WORDS)}, **changes)
+    arguments = llm_runs.overrides(files, folder / "out", f"trainer.max_steps={STEPS}", *more)
+    if processes > 1:
+        llm_runs.run(arguments, before=llm_runs.torchrun())
+    else:
+        adapters.train_language_model(arguments)
+    return logged(folder / "out" / "train.log.jsonl", "loss")
+
+
+PLAIN_LORA = {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}}
+MUON = {"name": "muon", "learning_rate": 2.0e-3, "weight_decay": 0.01, "warmup_ratio": 0.1, "min_lr_ratio": 0.02}
+
+
+def lavis_pictures(folder: Path) -> Path:
+    """24 pictures and `pairs.json` beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(24):
+        (folder / f"{n:02d}.png").write_bytes(picture(n))
+    (folder / "pairs.json").write_text(json.dumps(
+        [{"image": f"{n:02d}.png", "caption": [f"picture number {n}", "a red apple"]} for n in range(24)]))
+    return folder
+
+
+def tokenizer(folder: Path, stage: str, log: str, *options: str) -> list[float]:
+    from omegaconf import OmegaConf
+
+    pictures = lavis_pictures(folder / "pictures")
+    config = OmegaConf.load(lavis_runs.APPLICATION / "lavis" / "projects" / lavis_runs.PROJECTS[stage])
+    processors = config.datasets.pop("nano")
+    processors.vis_processor.train.name = "blip2_image_train"
+    pairs = {"storage": [str(pictures / "pairs.json")]}
+    info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
+    config.datasets = {"coco_caption": {**processors, "build_info": info}}
+    config.run.output_dir = str(folder / "out")
+    own = (lavis_runs.TINY_STAGE2 if stage == "stage2" else [f"model.text_tokenizer={adapters.WORDS}"])
+    tiny = [*lavis_runs.TINY, "run.iters_per_epoch=15", "run.max_epoch=2", *own]
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist(tiny))
+    for key in ("clip_model", "image_features_dim") if log.startswith("seed1") else ():
+        config.model.pop(key)
+    OmegaConf.save(config, folder / "run.yaml")
+    adapters.train_tokenizer(["--cfg-path", str(folder / "run.yaml"), *(["--options", *options] if options else [])])
+    return logged(folder / "out" / f"{log}.log.jsonl", "last_loss")
+
+
+def text_encoder(folder: Path) -> Path:
+    """A diffusion folder's two text parts at tiny size: letters as word pieces."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    torch.manual_seed(0)
+    CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(words), hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=9, bos_token_id=52, eos_token_id=53, pad_token_id=53,
+    )).save_pretrained(folder / "text_encoder")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+def image_tower(folder: Path) -> Path:
+    """A CLIP vision tower with random weights, whose embeddings stage 2 is to hit."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16,
+        projection_dim=256)).save_pretrained(folder)
+    return folder
+
+
+def seed1_tokenizer(folder: Path) -> list[float]:
+    diffusion = text_encoder(folder / "diffusion")
+    return tokenizer(folder, "stage2", "seed1-stage2", "model.arch=seed1_codebook_text", "model.load_pretrained=False",
+                     f"model.text_encoder={diffusion}", "model.text_tokens=9", "model.text_features_dim=24",
+                     "model.reverse_depth=1")
+
+
+LOSSES: dict[str, Callable[[Path], Any]] = {
+    "language model": lambda folder: language_model(folder),
+    "language model, LoRA with dropout, accumulation 2": lambda folder: language_model(
+        folder, "trainer.gradient_accumulation_steps=2",
+        model={"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}}),
+    "language model, bf16": lambda folder: language_model(folder, "trainer.precision=bf16"),
+    "language model, muon, tied words": lambda folder: language_model(
+        folder, optim=MUON, model={"sizes": {**llm_runs.SIZES,
+                                             "tie_word_embeddings": True}}),
+    "language model, 2 processes": lambda folder: language_model(folder, processes=2, model=PLAIN_LORA),
+    "language model, ZeRO-2, 2 processes": lambda folder: language_model(
+        folder, "deepspeed=stage2_bf16", "trainer.timeout_minutes=10", processes=2, model=PLAIN_LORA),
+    "tokenizer, stage 1": lambda folder: tokenizer(folder, "stage1", "stage1"),
+    "tokenizer, stage 2": lambda folder: tokenizer(
+        folder, "stage2", "stage2", "model.load_pretrained=False", "model.restart_every=6",
+        f"model.clip_model={image_tower(folder / 'tower')}"),
+    "SEED-1's tokenizer, stage 2": seed1_tokenizer,
+}

@@ -1,0 +1,176 @@
+"""A complete SEED-X with random weights, small enough to build and run in a test: all parts, the layout of a system
+folder, or that of the released weights.
+
+Built once per test session by the fixture `tiny_x_folder` (tests/conftest.py), or by hand:
+`python tests/support/tiny_seed_x.py FOLDER [STAGE]`. It talks nonsense, but every part does its work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_sdxl import SIZES, adapter, sdxl_folder
+from tiny_sdxl import WIDTH as FEATURES
+
+from seed_multimodal.language.continuous import AgentSettings, ContinuousLVLM
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
+from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
+from seed_multimodal.weights import load_state_dict, save_state_dict
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDTH = 32  # of the language model
+WORDS = 4  # of a picture, on a grid of 2 x 2
+GRID = 16  # places of boxes
+SIZE = 16  # pixels a side of a view
+SENTENCES = ["[INST] Describe this image briefly. [/INST]\nA red apple beside a blue fish.",
+             "Question: What is this animal?\nAnswer: It is a cat. In the picture there is a car [[",
+             "[INST] Generate an image: a small house. [/INST]\nHere is it.",
+             "[INST] Where is the tree? Show me the location. [/INST]\n12 345"] * 8
+TOWER = QwenVitConfig(image_size=SIZE, patch_size=4, width=16, layers=1, heads=2, mlp_ratio=2.0, output_dim=FEATURES,
+                      n_queries=16, position_grid=2, pool_heads=2)
+READS = ResamplerConfig(grid_size=2, embed_dim=WIDTH, num_heads=2, kv_dim=FEATURES)
+WRITES = ResamplerConfig(grid_size=2, embed_dim=FEATURES, num_heads=2, kv_dim=WIDTH)
+
+
+def build(folder: str | Path, *, stage: int = 1, tuned: bool = True, seed: int = 0, context: int = 512) -> Path:
+    """Write a system folder with a de-tokenizer of that stage, and return it."""
+    home = Path(folder)
+    tokenizer = write_tokenizer(home / "tokenizer")
+    write_llm(home / "llm", len(tokenizer), seed, context)
+    write_agent(home / "agent", seed)
+    write_tower(home / "vision", seed)
+    sdxl_folder(home / "sdxl", whole=False)
+    adapter(stage).save_pretrained(home / "detokenizer")
+    (home / "system.json").write_text(json.dumps({
+        "system": "seed_x", "tuned": tuned, "grids": ["1x1", "2x1", "1x2", "2x2"],
+        "generation": {"max_new_tokens": 12, "do_sample": False}, "tasks": {"draw_words": 6, "edit_words": 6}}))
+    (home / "sdxl" / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2}))
+    return home
+
+
+def build_released(home: str | Path) -> Path:
+    """The same parts below a `pretrained` folder, in the released layout and files: seed_x, seed_x_i and seed_x_edit.
+
+    Unlike the released ones, the weights have their sizes beside them (see `forget_sizes`).
+    """
+    root = Path(home)
+    tokenizer = write_tokenizer(root / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
+    for number, name in enumerate(("seed_x", "seed_x_i", "seed_x_edit")):
+        write_llm(root / name / "llm", len(tokenizer), number, max_shard_size="40KB")
+        write_agent(root / name / "agent", number)
+        _as_torch(root / name / "agent" / "model.safetensors", "pytorch_model.bin")
+    write_tower(root / "QwenViT", 0)
+    _as_torch(root / "QwenViT" / "model.safetensors", "qwen_vit_G.pt")
+    sdxl_folder(root / "stable-diffusion-xl-base-1.0", whole=False)
+    for stage, name in enumerate(("first_stage", "second_stage"), 1):
+        made = adapter(stage).save_pretrained(root / "seed_detokenizer" / name)
+        _as_torch(made / "model.safetensors", "pytorch_model.bin")
+    return root
+
+
+def _as_torch(file: Path, name: str) -> None:
+    torch.save(load_state_dict(file), file.with_name(name))
+    file.unlink()
+
+
+def forget_sizes(root: Path) -> None:
+    """Leave of `build_released` what was released; the sizes are then those of `write_configs`."""
+    for file in (*root.glob("*/agent/config.json"), root / "QwenViT" / "config.json",
+                 *root.glob("seed_detokenizer/*/resampler.json")):
+        file.unlink()
+
+
+def write_configs(home: Path) -> Path:
+    """The repository's YAML files for SEED-X with the sizes of these parts, below the folder `home`."""
+    from omegaconf import OmegaConf
+
+    sizes = {"visual_encoder": dataclasses.asdict(TOWER), "processer": {"image_size": SIZE},
+             "clm_models": {"input_resampler": vars(READS), "output_resampler": vars(WRITES)},
+             "sdxl_adapter": {"resampler": dataclasses.asdict(SIZES)}, "tokenizer": {}, "discrete_model": {}}
+    for folder, own in sizes.items():
+        (home / "configs" / folder).mkdir(parents=True)
+        for file in sorted((ROOT / "configs" / folder).glob("*.yaml")):
+            if folder != "tokenizer" or file.name.startswith("clm"):
+                given = OmegaConf.merge(OmegaConf.load(file), {} if file.name.startswith("llm") else own)
+                if "lora" in file.name:
+                    given.peft_config.r = 4
+                OmegaConf.save(given, home / "configs" / folder / file.name)
+    return home / "configs"
+
+
+def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) -> QwenVit:
+    """A Qwen-VL-Chat of which the tower is in the last shards; gives the tower."""
+    from seed_multimodal.vision.qwen_vit import IN_QWEN_VL
+
+    torch.manual_seed(7)
+    tower = _spread(QwenVit(TOWER))
+    names = list(tower.state_dict())
+    language = {f"transformer.h.{n}.attn.c_attn.weight": torch.randn(8, 8) for n in range(4)}
+    per = -(-len(names) // (shards - 1))
+    parts = [language, *({IN_QWEN_VL + name: tower.state_dict()[name].to(torch.bfloat16) for name in
+                          names[at:at + per]} for at in range(0, len(names), per))]
+    kind = "pytorch_model-{:05d}-of-{:05d}.bin" if torch_files else "model-{:05d}-of-{:05d}.safetensors"
+    folder.mkdir(parents=True)
+    places = {}
+    for number, part in enumerate(parts, 1):
+        file = folder / kind.format(number, len(parts))
+        torch.save(part, file) if torch_files else save_state_dict(part, file)
+        places |= dict.fromkeys(part, file.name)
+    index = "pytorch_model.bin.index.json" if torch_files else "model.safetensors.index.json"
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "qwen", "visual": {**dataclasses.asdict(TOWER), "image_start_id": 151857}}))
+    return tower.to(torch.bfloat16)
+
+
+def write_tokenizer(folder: Path) -> MultimodalTokenizer:
+    return MultimodalTokenizer.train(SENTENCES, folder, vocab_size=330, n_codes=6, tokens_per_image=WORDS,
+                                     n_locations=GRID)
+
+
+def write_llm(folder: Path, words: int, seed: int = 0, context: int = 512, **options: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=words, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=context, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        tie_word_embeddings=False, initializer_range=0.5)).save_pretrained(folder, **options)
+
+
+def agent(llm: Any, seed: int = 0) -> ContinuousLVLM:
+    """A language model with fresh resamplers."""
+    torch.manual_seed(10 + seed)
+    return _spread(ContinuousLVLM(llm, Resampler(READS), Resampler(WRITES), AgentSettings()))
+
+
+def write_agent(folder: Path, seed: int = 0) -> None:
+    from types import SimpleNamespace
+
+    made = agent(SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH)), seed)
+    save_state_dict(made.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "input_resampler": dataclasses.asdict(READS), "output_resampler": dataclasses.asdict(WRITES)}))
+
+
+def write_tower(folder: Path, seed: int = 0) -> None:
+    torch.manual_seed(20 + seed)
+    _spread(QwenVit(TOWER)).save_pretrained(folder)
+
+
+def _spread(model: Any) -> Any:
+    """Weights large enough to tell pictures apart."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+if __name__ == "__main__":
+    print(build(sys.argv[1], stage=int(sys.argv[2]) if len(sys.argv) > 2 else 1))

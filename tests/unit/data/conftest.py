@@ -1,0 +1,181 @@
+"""Small real training data: noisy jpegs and shards of pairs, shards and json lines of the LLM, and the nano tokenizer.
+
+Every record of the LLM's data carries its number as its text `number N` (captions, documents) so that tests can tell
+what a batch holds.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.stream.llm_batches import LlmBatch
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="session")
+def jpeg() -> Callable[..., bytes]:
+    """`jpeg(number, width=64, height=64)`: the bytes of a picture that differs for each number."""
+
+    def make(number: int, width: int = 64, height: int = 64) -> bytes:
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "JPEG", quality=90)
+        return out.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_tar() -> Callable[[Path, Iterable[Mapping[str, Any]]], Path]:
+    """`write_tar(path, samples)`: a shard by webdataset's writer; a sample is `{"__key__": .., "jpg": bytes, ..}`."""
+
+    def write(path: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
+        with webdataset.TarWriter(str(path), encoder=True) as writer:
+            for sample in samples:
+                writer.write(dict(sample))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable, write_tar: Callable) -> Path:
+    """Folder with s-000.tar .. s-003.tar of 13, 7, 1 and 19 whole samples (key NNNNN, caption `picture N.`)."""
+    folder = tmp_path_factory.mktemp("shards")
+    number = 0
+    for shard, size in enumerate((13, 7, 1, 19)):
+        samples = []
+        for _ in range(size):
+            caption = f"Picture {number}."
+            samples.append({"__key__": f"{number:05d}", "jpg": jpeg(number), "json": {"caption": caption},
+                            "txt": f"{caption}\n"})
+            number += 1
+        write_tar(folder / f"s-{shard:03d}.tar", samples)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words() -> MultimodalTokenizer:
+    """The nano tokenizer."""
+    return MultimodalTokenizer.from_pretrained(ROOT / "pretrained" / "nano" / "seed_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def codes(words: MultimodalTokenizer) -> Callable[[int], list[int]]:
+    """`codes(n)`: the codes of picture n."""
+
+    def make(number: int) -> list[int]:
+        vocabulary = words.vocabulary
+        rng = random.Random(number)
+        return [rng.randrange(vocabulary.n_codes) for _ in range(vocabulary.tokens_per_image)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shard() -> Callable[[Path, Iterable[dict[str, Any] | bytes]], Path]:
+    """`shard(path, records)`: a webdataset tar of KEY.json members (bytes are written as they are)."""
+
+    def write(path: Path, records: Iterable[dict[str, Any] | bytes]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_shard(path, [(f"{number:05d}", {"json": one if isinstance(one, bytes) else json.dumps(one).encode()})
+                           for number, one in enumerate(records)])
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def lines() -> Callable[[Path, Iterable[dict[str, Any] | str]], Path]:
+    """`lines(path, records)`: a jsonl file (texts are written as they are)."""
+
+    def write(path: Path, records: Iterable[dict[str, Any] | str]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in records))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory: pytest.TempPathFactory, codes: Callable, shard: Callable, lines: Callable) -> Path:
+    """captions/ (three tars of 40, 25 and 1 records, numbers 0..65), documents/ (one tar, 1000..1029, two pictures
+    each), texts/ (two jsonl of 20 and 15 records, 2000..2034)."""
+    folder = tmp_path_factory.mktemp("sets")
+    number = 0
+    for part, size in enumerate((40, 25, 1)):
+        shard(folder / "captions" / f"part-{part:04d}" / "0000000.tar",
+              [{"image_ids": codes(n), "text": f"number {n}" + " and so on" * (n % 5), "metadata": {}}
+               for n in range(number, number + size)])
+        number += size
+    shard(folder / "documents" / "0000000.tar",
+          [{"image_ids": [codes(n), None, codes(n + 1), None], "metadata": {},
+            "texts": [None, f"number {n}", None, "more words" * (n % 7)]} for n in range(1000, 1030)])
+    lines(folder / "texts" / "a.jsonl", [{"text": f"number {n}" + " of them" * (n % 20)} for n in range(2000, 2020)])
+    lines(folder / "texts" / "b.jsonl", [{"text": f"number {n}" + " of them" * (n % 20)} for n in range(2020, 2035)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mixed(sets: Path) -> Callable[..., dict[str, Any]]:
+    """`mixed(**settings)`: a configuration of the three sets with weights 4, 1 and 2."""
+
+    def make(**settings: Any) -> dict[str, Any]:
+        return {"sources": [
+            {"name": "captions", "files": str(sets / "captions"), "decoder": "pretrain.caption", "weight": 4,
+             "options": {"reverse_ratio": 0.5}},
+            {"name": "documents", "files": str(sets / "documents"), "decoder": "pretrain.interleaved", "weight": 1,
+             "options": {"reverse_ratio": 0.5}},
+            {"name": "texts", "files": str(sets / "texts"), "decoder": "pretrain.text", "weight": 2},
+        ], "length": 192, **settings}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sequences() -> Callable[[LlmBatch], list[tuple[list[int], list[int]]]]:
+    """`sequences(batch)`: the (ids, labels) in a batch, cut where positions start again, padding left out."""
+
+    def cut(batch: LlmBatch) -> list[tuple[list[int], list[int]]]:
+        found = []
+        for ids, labels, places in zip(batch.input_ids.tolist(), batch.labels.tolist(), batch.position_ids.tolist(),
+                                       strict=True):
+            starts = [place for place, position in enumerate(places) if position == 0] + [len(ids)]
+            for start, end in zip(starts, starts[1:], strict=False):
+                own = ids[start:end]
+                while own and own[-1] == 0:  # only padding is 0 here
+                    own.pop()
+                if own:
+                    found.append((own, labels[start:start + len(own)]))
+        return found
+
+    return cut
+
+
+@pytest.fixture(scope="session")
+def numbers(words: MultimodalTokenizer, sequences: Callable) -> Callable[[LlmBatch], list[int]]:
+    """`numbers(batch)`: the record numbers of a batch's sequences, in order."""
+
+    def read(batch: LlmBatch) -> list[int]:
+        found = []
+        for ids, _ in sequences(batch):
+            match = re.search(r"number (\d+)", words.decode(ids))
+            assert match, words.decode(ids)
+            found.append(int(match[1]))
+        return found
+
+    return read

@@ -1,0 +1,111 @@
+"""LaVIT's sequences token for token, what is learned of them, and records that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from seed_multimodal.data.decoders.opened import PictureSequence
+from seed_multimodal.data.decoders.registry import get_decoder
+from seed_multimodal.data.decoders.sequence import IGNORED, SeededDraws
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.lavit import LavitTokenizer
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+TEXTS = ["a red cat Question: What is it? Answer: a dog make it blue"] * 30
+PICTURE = Image.new("RGB", (20, 10))
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
+    return LavitTokenizer.train(TEXTS, tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=8, tokens_per_image=16)
+
+
+def make(words: LavitTokenizer, name: str, fields: dict[str, Any], longest: int | None = None, seed: int = 1,
+         **options: Any) -> PictureSequence:
+    found = get_decoder(f"lavit.{name}", words, options).decode(fields, SeededDraws(seed), longest)
+    assert isinstance(found, PictureSequence)
+    return found
+
+
+def learned(sequence: PictureSequence) -> list[int]:
+    pairs = list(zip(sequence.ids, sequence.labels, strict=True))
+    assert all(label in (IGNORED, id) for id, label in pairs)
+    return [label for _, label in pairs if label != IGNORED]
+
+
+def test_a_caption_either_way(words: LavitTokenizer) -> None:
+    """6 places are planned for a picture of 16 patches (three eighths)."""
+    start, end, code, text = 290, 291, 292, words.text_ids("a red cat")
+    read = make(words, "caption", {"image": PICTURE, "text": "a red cat"}, img_first_ratio=1.0)
+    assert read.ids == [start, *[code] * 6, end, *text, words.eos_id] and learned(read) == [*text, words.eos_id]
+    assert read.read == list(range(1, 7)) and not read.written and not read.pictures[0].written
+    drawn = make(words, "caption", {"image": PICTURE, "text": [" a red cat "]}, img_first_ratio=0.0, text_dropout=0.0)
+    assert drawn.ids == [*text, start, *[code] * 6, end] and learned(drawn) == [*[code] * 6, end]
+    assert drawn.written == list(range(len(text) + 1, len(text) + 7)) and drawn.pictures[0].written
+    alone = make(words, "caption", {"image": PICTURE, "text": "a red cat"}, img_first_ratio=0.0, text_dropout=1.0)
+    assert alone.ids == [start, *[code] * 6, end] and learned(alone) == [*[code] * 6, end]
+    seeds = [make(words, "caption", {"image": PICTURE, "text": "a"}, seed=one).pictures[0].seed for one in (1, 1, 2)]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_codes_of_a_record_stand_at_once(words: LavitTokenizer) -> None:
+    text = words.text_ids("a cat")
+    found = make(words, "caption", {"image_ids": [7, 0, 3], "text": "a cat"}, img_first_ratio=1.0, text_dropout=0.0)
+    assert found.ids == [*text, 290, 299, 292, 295, 291] and learned(found) == [299, 292, 295, 291]
+    assert not found.pictures and not found.written
+
+
+def test_questions_and_composition(words: LavitTokenizer) -> None:
+    asked, answer = words.text_ids("Question: What is it? Answer:"), words.text_ids("a dog")
+    found = make(words, "question", {"image": PICTURE, "question": "What is it?", "answer": "a dog"}, image_tokens=2)
+    assert found.ids == [290, 292, 292, 291, *asked, *answer, 2] and learned(found) == [*answer, 2]
+    fields = {"source_image_ids": [1, 2], "target_image": PICTURE, "instruction": "make it blue"}
+    both = make(words, "compose", fields, image_tokens=3, text_dropout=0.0)
+    before = [293, 294, *words.text_ids("make it blue"), 290]
+    assert both.ids == [*before, 292, 292, 292, 291] and learned(both) == [292, 292, 292, 291]
+    assert both.written == list(range(len(before), len(before) + 3)) and len(both.pictures) == 1
+    seen = make(words, "compose", {**fields, "source_image_ids": None, "source_image": PICTURE}, text_dropout=0.0)
+    assert len(seen.pictures) == 2 and len(seen.written) == 12 and learned(seen) == [*[292] * 6, 291]
+
+
+def test_too_long(words: LavitTokenizer) -> None:
+    """A caption that is learned may be cut; one to draw from leaves the sample out."""
+    fields = {"image": PICTURE, "text": "a red cat " * 10}
+    cut = make(words, "caption", fields, longest=20, img_first_ratio=1.0)
+    assert len(cut.ids) == 20 and cut.cut > 0 and not cut.dropped
+    drawn = make(words, "caption", fields, longest=20, img_first_ratio=0.0, text_dropout=0.0)
+    assert drawn.dropped == "the text is too long to draw from within 20 tokens"
+
+
+@pytest.mark.parametrize(("name", "fields", "sentence"), [
+    ("caption", {"image": PICTURE, "text": "<image> a cat"}, "holds 1 <image> placeholders, but decoder lavit.caption"),
+    ("caption", {"image": PICTURE, "text": " . "}, "text: is empty"),
+    ("caption", {"text": "a cat"}, "image: is missing"),
+    ("caption", {"image": "cat.jpg", "text": "a cat"}, "image: must be an opened picture"),
+    ("caption", {"image": PICTURE, "text": 3}, "text: must be a text"),
+    ("caption", {"image_ids": [1, 8], "text": "a cat"}, "code 8 at place 1 is outside 0..7"),
+    ("caption", {"image_ids": [], "text": "a cat"}, "holds 0 codes; a picture has 1 to 16"),
+    ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "holds 17 codes; a picture has 1 to 16"),
+    ("caption", {"image_ids": [1.5], "text": "a cat"}, "must be a list of image codes"),
+    ("question", {"image": PICTURE, "question": "What?", "answer": ""}, "answer: is empty"),
+    ("compose", {"source_image_ids": [1], "instruction": "a cat"}, "target_image: is missing"),
+])
+def test_what_cannot_be_used_is_one_sentence(words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str
+                                             ) -> None:
+    with pytest.raises(BadRecord, match=sentence):
+        make(words, name, fields)
+
+
+def test_settings(words: LavitTokenizer) -> None:
+    nano = MultimodalTokenizer.from_pretrained(Path(__file__).parents[4] / "pretrained" / "nano" / "seed_tokenizer")
+    with pytest.raises(ConfigError, match="words are not LaVIT's"):
+        get_decoder("lavit.caption", nano)
+    with pytest.raises(ConfigError, match="img_first_ratio"):
+        get_decoder("lavit.caption", words, {"img_first_ration": 1})
+    with pytest.raises(ConfigError, match=r"prompt 'Question:' has no \{\} to put the question in"):
+        get_decoder("lavit.question", words, {"prompt": "Question:"})

@@ -1,0 +1,310 @@
+"""What pre-tokenisation reads: input descriptions, units, where samples lie, field mappings, filters, transforms."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoding, iterate
+from seed_multimodal.data.pretokenize.encode import build_transform
+from seed_multimodal.data.pretokenize.input_settings import InputSettings, parse_fields, read_input_settings
+from seed_multimodal.data.pretokenize.kinds import KINDS, get_kind
+from seed_multimodal.data.pretokenize.pictures import middles, view
+from seed_multimodal.data.pretokenize.units import list_units, unit_records
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.images.filters import ImageTextFilter
+from seed_multimodal.images.transforms import ImageTransform, get_transform
+from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
+
+ROOT = Path(__file__).resolve().parents[4]
+CONFIGS = ROOT / "MultiModalLLM" / "configs"
+
+
+def parse(kind: str, settings: InputSettings, workers: int = 0) -> list:
+    """The entries of all samples of the inputs, and their pixels."""
+    decode = TaskDecoder(get_kind(kind), settings, ImageTransform(16))
+    loader = decoding(list_units(settings, 1000), decode, workers, size=3)
+    return [(sample, result) for result in iterate(loader) for sample in result.samples]
+
+
+# ---- descriptions
+
+
+def test_released_files_are_read():
+    caption = read_input_settings({**load("caption_torchdata_preprocess"), "data_dir": ["a", "b"]}, "caption")
+    assert (caption.similarity_thr, caption.min_resolution, caption.min_aspect_ratio) == (0.25, 180, 0.55)
+    assert caption.files == ["a", "b"] and caption.format == "tar" and not caption.use_caption_in_metadata
+    qa = read_input_settings(CONFIGS / "data" / "question_answer_torchdata_eval.yaml", "qa")
+    assert qa.files == "data/sft_data/VQAv2" and qa.format == "json"
+    target = load("caption_torchdata_preprocess")["_target_"]
+    bare = read_input_settings({"_target_": target, "data_dir": "a"}, "caption")
+    assert (bare.similarity_thr, bare.min_resolution, bare.min_aspect_ratio) == (0.2, 180, 0.666)
+
+
+def load(name: str) -> dict:
+    from omegaconf import OmegaConf
+
+    from seed_multimodal.config import load_yaml
+
+    return OmegaConf.to_container(load_yaml(CONFIGS / "data" / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "data").glob("*_preprocess.yaml")), ids=lambda path: path.stem)
+def test_shipped_descriptions_are_read(path):
+    kind = path.stem.removesuffix("_preprocess").removeprefix("nano_").removesuffix("_torchdata")
+    settings = read_input_settings(path, kind)
+    assert KINDS[kind].keys(settings.fields) is not None
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"_target_": "src.data.torchdata_preprocess.build_caption_datapipes_with_pixel", "data_dir": "a"},
+     "did you mean 'src.data.torchdata_preprocess.build_caption_datapipes_with_pixels'"),
+    ({"_target_": "src.data.torchdata_eval.build_question_answer_datapipes", "data_dir": "a"}, "reads qa data"),
+    ({"_target_": "os.system", "data_dir": "a"}, "none of the released input pipes"),
+    ({"files": "a", "min_resolutoin": 3}, "did you mean 'min_resolution'"),
+    ({"files": "a", "format": "tars"}, "format must be"),
+    ({"files": "a", "min_aspect_ratio": 2}, "min_aspect_ratio must be at most 1, not 2"),
+    ({"format": "tar"}, "needs a value for 'files'"),
+    ({"files": "a", "image_root": 5}, "image_root must be a text, not 5"),
+    ({"files": "a", "num_frames": 0}, "num_frames must be at least 1, not 0")])
+def test_wrong_descriptions_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        read_input_settings(config, "caption")
+
+
+def test_presets_and_mappings_of_fields():
+    qa = KINDS["qa"]
+    assert qa.keys({}) == {"image": "image", "question": "question", "answer": "caption", "ask": DESCRIBE_PROMPT,
+                           "suffix": ""}
+    assert qa.keys("vqa")["suffix"] == QA_SUFFIX and qa.keys("vqa")["ask"] == ""
+    assert qa.keys(parse_fields("image=file_name,answer=a"))["image"] == "file_name"
+    assert qa.keys({"image": "file_name"})["ask"] == ""  # a mapping of one's own starts from plain questions
+    with pytest.raises(ConfigError, match="did you mean 'vqa'"):
+        qa.keys("vqaa")
+    with pytest.raises(ConfigError, match="did you mean 'answer'"):
+        qa.keys({"answers": "a"})
+    with pytest.raises(ConfigError, match="NAME=KEY"):
+        parse_fields("image=a,b")
+
+
+# ---- files and units
+
+
+def test_units_of_tars_and_blocks(tmp_path, jpeg):
+    for name in ("b", "a", "c.x"):
+        write_shard(tmp_path / "deep" / f"{name}.tar", [("0", {"jpg": jpeg(0), "txt": b"words"})])
+    units = list_units(InputSettings(files=str(tmp_path)), 10)
+    assert [unit.stem for unit in units] == ["a", "b", "c"] and [unit.number for unit in units] == [0, 1, 2]
+    with pytest.raises(DataError, match="holds no"):
+        list_units(InputSettings(files=str(tmp_path), recursive=False), 10)
+    for name in ("one.jpg", "in/two.jpg"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / name).write_bytes(jpeg(0))
+    for recursive, keys in ((True, ["in/two.jpg", "one.jpg"]), (False, ["one.jpg"])):
+        settings = InputSettings(files=str(tmp_path / "pictures"), recursive=recursive)
+        assert [one.key for one in unit_records(list_units(settings, 10)[0], settings)[0]] == keys
+    rows = [{"image": "x.jpg", "n": n} for n in range(7)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "coco.json").write_text(json.dumps({"info": {"a": [1]}, "annotations": rows}))
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for name in ("rows.json", "coco.json", "lines.jsonl"):
+        settings = InputSettings(files=str(tmp_path / name))
+        units = list_units(settings, 3)
+        assert [(unit.start, unit.stop) for unit in units] == [(0, 3), (3, 6), (6, 7)]
+        places = [record.where.rpartition(" ")[2] for unit in units for record in unit_records(unit, settings)[0]]
+        assert places == [str(n + (name == "lines.jsonl")) for n in range(7)]
+
+
+def test_a_missing_folder_of_pictures_is_refused(tmp_path, jpeg, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.jpg", "caption": "words"}]))
+    given = {"files": str(tmp_path / "a.json"), "fields": {"caption": "caption"}}
+    wrong = read_input_settings({**given, "image_root": f"{tmp_path}/picture"}, "caption")
+    with pytest.raises(DataError, match=r"image_root: there is no folder .*/picture \(did you mean .*/pictures\?\)"):
+        list_units(wrong, 10)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (entry, _), = parse("caption", read_input_settings({**given, "image_root": "~/pictures"}, "caption"))
+    assert not entry.bad and entry.rows == [[0]]
+
+
+@pytest.mark.parametrize(("kind", "record", "words"), [
+    ("qa", {"file": "a.jpg", "question": "q", "caption": "c"}, "has no picture where one is looked for"),
+    ("qa", {"image": "a.jpg", "question": "q", "answer": "a"}, "has no text under 'caption'"),
+    ("interleaved", {"pictures": ["a.jpg"], "texts": [None]}, "has no list of pictures under 'images'")])
+def test_other_keys_are_named_with_the_flag_that_maps_them(tmp_path, kind, record, words):
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    (entry, _), = parse(kind, InputSettings(files=str(tmp_path / "a.json")))
+    assert f"a.json: item 0: {words} (it has {', '.join(sorted(record))}; name them by --fields)" in entry.bad
+
+
+@pytest.mark.parametrize(("record", "words"), [
+    ({"pictures": ["a.jpg"] * 2, "captions": ["a"]}, "0 pictures under 'images' and 1 caption under 'captions' where 2 "
+     "of each belong (it has captions, pictures; name them by --fields)."),
+    ({"images": ["a.jpg"], "captions": ["a", "b"]}, "1 picture under 'images' and 2 captions under 'captions' where 2 "
+     "of each belong.")])
+def test_stories_of_the_wrong_length_name_their_keys(tmp_path, record, words):
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    (entry, _), = parse("story", InputSettings(files=str(tmp_path / "a.json"), num_images=2))
+    assert entry.bad.endswith(f"a.json: item 0: {words}")
+
+
+def test_compressed_inputs_are_refused_by_that_name(tmp_path):
+    (tmp_path / "a.json.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.json\.gz: compressed files cannot be read .* unpack it first"):
+        list_units(InputSettings(files=str(tmp_path / "a.json.gz")), 10)
+
+
+def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+        if number:
+            (tmp_path / f"{number}.txt").write_text(f"picture {number}\n")
+    entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path)))]
+    assert "0.jpg: has no .txt beside it" in entries[0].bad
+    assert [entry.record["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
+
+
+@pytest.mark.parametrize("format", ["tar", "json", "jsonl", "parquet", "folder"])
+def test_what_identifies_a_unit_can_be_written(tmp_path, jpeg, format):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    row = {"image": "0.jpg", "caption": "a text"}
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    write_shard(tmp_path / "a.tar", [("0", {"jpg": jpeg(0), "txt": b"a text"})])
+    (unit,) = list_units(InputSettings(files=str(tmp_path if format == "folder" else tmp_path / f"a.{format}"),
+                                       format=format), 10)
+    assert unit.format == format and json.loads(json.dumps(unit.identity())) == unit.identity()
+
+
+def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
+    samples = [("000", {"jpg": jpeg(0), "txt": b" a text \n", "json": b'{"top_caption": "a top", "n": 1}'}),
+               ("001", {"png": jpeg(1), "json": b'{"caption": "only json"}'}), ("002", {"txt": b"no picture"}),
+               ("003", {"jpg": jpeg(3)}), ("004", {"jpg": jpeg(4), "txt": b"\xff\xfe"}),
+               ("005", {"jpg": jpeg(5)[:-300], "txt": b"cut off"}), ("006", {"jpg": jpeg(6), "json": b"[1"})]
+    write_shard(tmp_path / "a.tar", samples)
+    settings = InputSettings(files=str(tmp_path / "a.tar"))
+    entries = [entry for entry, _ in parse("caption", settings)]
+    assert entries[0].record["text"] == "a text" and entries[0].record["metadata"] == {"top_caption": "a top", "n": 1}
+    assert entries[1].record["text"] == "only json"
+    for entry, words in zip(entries[2:], ("has no picture: no .jpg", "has no caption", "not UTF-8",
+                                          "truncated or damaged", "is not json"), strict=True):
+        assert words in entry.bad and f"a.tar: sample 00{entry.number}" in entry.bad
+    settings.use_caption_in_metadata = True
+    entries = [entry for entry, _ in parse("caption", settings)]
+    assert entries[0].record["text"] == "a top" and "has no caption key 'top_caption'" in entries[1].bad
+
+
+def test_a_torn_tar_gives_what_is_whole(tmp_path, jpeg):
+    write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"words"}) for n in range(5)])
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:len(whole) // 2])
+    settings = InputSettings(files=str(tmp_path / "a.tar"))
+    records, damage = unit_records(list_units(settings, 10)[0], settings)
+    assert 0 < len(records) < 5 and f"after {len(records)} whole samples" in damage
+
+
+def test_two_samples_of_one_name_are_named_not_merged(tmp_path, jpeg):
+    """Side by side in a tar; which picture belongs to which text cannot be told."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, value in [("0.jpg", jpeg(0)), ("0.txt", b"zero"), ("1.jpg", jpeg(1)), ("1.txt", b"one"),
+                            ("1.jpg", jpeg(2)), ("1.txt", b"two"), ("2.jpg", jpeg(3)), ("2.txt", b"three")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(value)
+            tar.addfile(info, io.BytesIO(value))
+    entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path / "a.tar")))]
+    assert [entry.record.get("text") for entry in entries] == ["zero", None, "three"]
+    assert "a.tar: sample 1 has two .txt members." in entries[1].bad
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, jpeg):
+    write_shard(tmp_path / "a.tar", [("0", {"jpg": jpeg(0), "txt": b"\xef\xbb\xbfwords\r\n"})])
+    (entry, _), = parse("caption", InputSettings(files=str(tmp_path / "a.tar")))
+    assert entry.record["text"] == "words"
+
+
+@pytest.mark.process
+def test_workers_give_the_same_in_the_same_order(tmp_path, jpeg):
+    write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"w"}) for n in range(10)])
+    settings = InputSettings(files=str(tmp_path / "a.tar"))
+    alone, several = parse("caption", settings), parse("caption", settings, workers=2)
+    assert [entry.number for entry, _ in several] == list(range(10))
+    assert all((a.pixels == b.pixels).all() for (_, a), (_, b) in zip(alone, several, strict=True))
+
+
+def test_equal_pictures_of_a_task_are_read_once(tmp_path, jpeg):
+    (tmp_path / "x.jpg").write_bytes(jpeg(1))
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "x.jpg", "caption": str(n)} for n in range(3)]))
+    found = parse("caption", InputSettings(files=str(tmp_path / "a.json")))
+    assert [entry.rows for entry, _ in found] == [[[0]]] * 3 and len(found[0][1].pixels) == 1
+
+
+# ---- filters, transforms, views, frames
+
+
+def test_filters_name_their_reason():
+    reason = ImageTextFilter(similarity=0.25, min_resolution=180, min_aspect=0.55).drop_reason
+    assert reason((179, 400), {"similarity": 0.1}) == "resolution"
+    assert reason((180, 400), {"similarity": 0.1}) == "aspect ratio"
+    assert reason((400, 219), {}) == "aspect ratio" and reason((400, 220), {}) == ""
+    assert reason((200, 200), {"similarity": 0.24}) == "similarity" == reason((200, 200), {"similarity": math.nan})
+    assert reason((200, 200), {"all_similarities": [0.1, 0.3], "similarity": 0.1}) == "" == reason((200, 200), {})
+    off = ImageTextFilter(None, None, None)
+    assert off.drop_reason((1, 900), {"similarity": -1}) == "" and not off.active
+
+
+def test_transforms_and_processors(tmp_path):
+    assert build_transform(CONFIGS / "processer" / "blip_transform.yaml") == get_transform("blip", False, 224)
+    assert build_transform(CONFIGS / "processer" / "nano_transform.yaml").interpolation == "bicubic"
+    config = tmp_path / "processor.yaml"
+    config.write_text("_target_: transformers.CLIPImageProcessor.from_pretrained\n"
+                      f"pretrained_model_name_or_path: {tmp_path}\n")
+    with pytest.raises(ConfigError, match="preprocessor_config"):
+        build_transform(config)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(
+        {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}, "resample": 3}))
+    assert build_transform(config) == ImageTransform(64, True, "bicubic")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(
+        {"size": {"height": 48, "width": 48}, "resample": 2}))
+    assert build_transform(config) == ImageTransform(48, False, "bilinear")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 64, "image_mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(ConfigError, match="CLIP's mean"):
+        build_transform(config)
+
+
+def test_a_processor_does_what_transformers_does(tmp_path, jpeg):
+    from transformers import CLIPImageProcessor
+
+    settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "p.yaml").write_text("_target_: transformers.CLIPImageProcessor.from_pretrained\n"
+                                     f"pretrained_model_name_or_path: {tmp_path}\n")
+    image = Image.open(io.BytesIO(jpeg(3, 90, 60)))
+    theirs = CLIPImageProcessor(**settings)(image, return_tensors="pt").pixel_values[0]
+    assert (build_transform(tmp_path / "p.yaml")(image) - theirs).abs().max() < 0.1  # rounding of one grey level or two
+
+
+def test_views_depend_on_picture_and_number_only(jpeg):
+    image = Image.open(io.BytesIO(jpeg(1, 64, 64)))
+    assert view(image, 0, 5, "a") is image
+    first, again, second, other = (view(image, n, 5, name) for n, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b")))
+    assert first.tobytes() == again.tobytes()
+    assert len({one.tobytes() for one in (image, first, second, other)}) == 4
+    plain = Image.new("RGB", (64, 64), (255, 255, 255))
+    assert view(plain, 3, 0, "x").tobytes() == plain.tobytes()  # white stays white at the borders
+
+
+def test_frames_are_the_middles_of_equal_stretches():
+    assert middles(100, 4) == [12, 37, 62, 87]
+    assert middles(8, 8) == list(range(8)) and middles(2, 4) == [0, 0, 1, 1] and middles(1, 3) == [0, 0, 0]

@@ -1,0 +1,286 @@
+"""Every kind of records, from real pictures on disk to what the decoders make of it, with the nano tokenizer."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from seed_multimodal.configured import picture_codec
+from seed_multimodal.data.decoders.registry import get_decoder
+from seed_multimodal.data.decoders.sequence import SeededDraws
+from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.pretokenize.encode import EncoderSettings
+from seed_multimodal.data.pretokenize.run import RunSettings, run
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.images.open import open_image
+from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.systems.pictures import PictureCodec
+from seed_nano.world.records import from_last_picture, record_at, scenes_of
+from seed_nano.world.scene import render
+from seed_nano.world.splits import scenes
+
+ROOT = Path(__file__).resolve().parents[4]
+CONFIGS = ROOT / "MultiModalLLM" / "configs"
+
+
+@pytest.fixture(scope="module")
+def codec() -> PictureCodec:
+    """The nano system's own way from a picture to codes."""
+    return picture_codec("nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of ten scenes 0.png … 9.png."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, scene in enumerate(scenes("val")[:10]):
+        Image.fromarray(render(scene)).resize((90, 70)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path: Path, pictures: Path) -> Callable[..., list[dict[str, Any]]]:
+    """`make(kind, records, **run settings)`: pre-tokenise json records and read what was written."""
+
+    def run_it(kind: str, records: list[dict[str, Any]] | None, data: dict[str, Any] | None = None,
+               **settings: Any) -> list[dict[str, Any]]:
+        if records is not None:
+            (tmp_path / "in.json").write_text(json.dumps(records))
+            data = {"files": str(tmp_path / "in.json"), "image_root": str(pictures), **(data or {})}
+        encoder = EncoderSettings(str(CONFIGS / "tokenizer" / "nano.yaml"), device="cpu")
+        assert run(RunSettings(kind=kind, data=data or {}, save_dir=str(tmp_path / "out"), encoder=encoder, **{
+            "image_transform": str(CONFIGS / "processer" / "nano_transform.yaml"), "workers": 0, **settings})) == 0
+        source = open_records(str(tmp_path / "out"))
+        return [source.read(index).fields for index in range(len(source))]
+
+    return run_it
+
+
+def codes_of(codec: PictureCodec, folder: Path, *numbers: int) -> list[list[int]]:
+    return [codec.tokenize(folder / f"{number}.png")[0].tolist() for number in numbers]
+
+
+def decode(words: MultimodalTokenizer, name: str, fields: dict[str, Any], **options: Any) -> str:
+    sequence = get_decoder(name, words, options)(fields, SeededDraws(0))
+    assert sequence is not None and any(label != -100 for label in sequence.labels)
+    return words.decode(sequence.ids)
+
+
+def shown(words: MultimodalTokenizer, codes: list[int]) -> str:
+    return words.decode(words.vocabulary.image_ids(codes))
+
+
+@pytest.mark.slow
+def test_caption_from_tars(make, codec, pictures, words, tmp_path):
+    for shard in range(2):
+        write_shard(tmp_path / "in" / f"{shard}.tar", [
+            (f"{n:03d}", {"png": (pictures / f"{n}.png").read_bytes(), "txt": f"picture {n}".encode(),
+                          "json": json.dumps({"similarity": 0.1 * n, "url": f"u{n}"}).encode()})
+            for n in range(5 * shard, 5 * shard + 5)])
+    found = make("caption", None, {"files": str(tmp_path / "in"), "similarity_thr": 0.25}, batch_size=3)
+    assert [record["text"] for record in found] == [f"picture {n}" for n in range(3, 10)]
+    assert all(record.keys() == {"image_ids", "text", "metadata"} for record in found)
+    assert found[0]["metadata"] == {"similarity": pytest.approx(0.3), "url": "u3"}
+    assert [record["image_ids"] for record in found] == codes_of(codec, pictures, *range(3, 10))
+    said = decode(words, "pretrain.caption", found[0], reverse_ratio=1.0)
+    assert said.split() == f"<s> {shown(words, found[0]['image_ids'])} picture 3</s>".split()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["read"], manifest["samples"], manifest["pictures"], manifest["bad"]) == (10, 7, 7, 0)
+    assert manifest["dropped"] == {"similarity": 3} and len(manifest["parts"]) == 2
+    assert manifest["settings"]["tokenizer"] and manifest["parts"][0]["made"]["torch"]
+
+
+def test_views_of_captions(make, codec, pictures, words):
+    rows = [{"image": "0.png", "caption": ["a", "b"]}, {"image": "1.png", "caption": "c"},
+            {"image": "0.png", "caption": "d"}]
+    found = make("caption", rows, views=3)
+    assert [record["text"] for record in found] == [["a", "b"], "c", "d"]
+    for record, codes in zip(found, codes_of(codec, pictures, 0, 1, 0), strict=True):
+        assert len(record["views"]) == 3 and record["views"][0] == record["image_ids"] == codes
+    assert found[0]["views"] == found[2]["views"]  # of the same picture
+    assert "a" in decode(words, "pretrain.caption", found[0], first_text=1.0)
+
+
+def test_qa_by_field_mappings(make, codec, pictures, words):
+    found = make("qa", [{"image": "2.png", "caption": "a fox"}])  # as released: JourneyDB
+    assert found == [{"image_ids": codes_of(codec, pictures, 2)[0], "question": DESCRIBE_PROMPT, "answer": "a fox"}]
+    said = decode(words, "sft.qa", found[0], reverse_ratio=0.0)
+    assert said.endswith(f"{DESCRIBE_PROMPT}\nASSISTANT: a fox.</s>")
+
+
+def test_qa_of_questions(make, words):
+    rows = [{"file": "3.png", "question": "What is it?", "answers": ["cat", "dog", "dog"]}]
+    found = make("qa", rows, fields={"image": "file", "answer": "answers", "suffix": QA_SUFFIX})
+    assert found[0]["question"] == "What is it?" + QA_SUFFIX and found[0]["answer"] == "dog"
+    assert list(found[0]) == ["image_ids", "question", "answer"]
+
+
+def test_an_empty_field_of_a_table_is_no_text(make):
+    found = make("qa", [{"image": "0.png", "question": "how many?", "answer": answer} for answer in (float("nan"), 2)],
+                 fields="plain")
+    assert [record["answer"] for record in found] == ["2"]
+
+
+def test_qa_of_two_pictures_is_a_difference(make, codec, pictures, words):
+    rows = [{"image": ["4.png", "5.png"], "question": "What differs in image a and image b?", "answer": "All"}]
+    found = make("qa", rows, fields="plain")
+    assert found[0]["image_ids"] == sum(codes_of(codec, pictures, 4, 5), [])
+    assert "This is the first image." in decode(words, "sft.difference", found[0], reverse_ratio=0.0)
+
+
+def test_edit(make, codec, pictures, words):
+    rows = [{"source_image": "0.png", "target_image": "1.png", "instruction": "make it red"},
+            {"source_image": "1.png", "target_image": "2.png", "instruction_gpt": "Redden it.", "response": "Done."}]
+    found = make("edit", rows)
+    assert [list(record) for record in found] == [
+        ["source_image_ids", "target_image_ids", "instruction"],
+        ["source_image_ids", "target_image_ids", "instruction_gpt", "response"]]
+    source, target = codes_of(codec, pictures, 0, 1)
+    assert (found[0]["source_image_ids"], found[0]["target_image_ids"]) == (source, target)
+    assert decode(words, "sft.edit", found[1]).endswith(f"Done. {shown(words, found[1]['target_image_ids'])} </s>")
+    assert "make it red" in decode(words, "pretrain.edit", found[0])
+
+
+def test_story(make, codec, pictures, words):
+    rows = [{"images": [f"{n}.png" for n in range(5)], "captions": [f"then {n}" for n in range(5)]},
+            {**{f"image{n}": f"{n + 5}.png" for n in range(5)}, **{f"caption{n}": f"so {n}" for n in range(5)}},
+            {"images": ["0.png"], "captions": ["alone"]},
+            {f"{key}{n}": f"{n}.png" for key in ("image", "caption") for n in range(6)}]  # one too many is not cut off
+    found = make("story", rows)
+    assert [list(record) for record in found] == [["image_ids", *(f"caption{n}" for n in range(5))]] * 2
+    assert found[0]["image_ids"] == sum(codes_of(codec, pictures, *range(5)), [])
+    assert found[1]["caption4"] == "so 4"
+    assert decode(words, "sft.story", found[0], reverse_ratio=0.0).count("Here is an image.") == 4
+
+
+def test_interleaved_documents(make, codec, pictures, words, tmp_path, capfd):
+    inline = base64.b64encode((pictures / "6.png").read_bytes()).decode()
+    rows = [{"images": ["5.png", None, None, inline, "gone.png"], "texts": [None, "one", "two", None, None],
+             "metadata": {"url": "u"}}, {"images": ["gone.png"], "texts": [None]},
+            {"images": [None], "texts": ["text only"]}]
+    found = make("interleaved", rows)
+    first, second = codes_of(codec, pictures, 5, 6)
+    assert found == [{"image_ids": [first, None, None, second], "texts": [None, "one", "two", None],
+                      "metadata": {"url": "u"}}]
+    said = decode(words, "pretrain.interleaved", found[0], reverse_ratio=0.0)
+    assert said.split() == f"<s> {shown(words, first)} onetwo {shown(words, second)} </s>".split()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["lost_pictures"], manifest["bad"], manifest["dropped"]) == (1, 1, {"no picture": 1})
+    told = capfd.readouterr().err
+    assert "left out of its document: " in told and "item 0: the picture gone.png is not there, " in told
+    assert "item 1: the picture gone.png is not there, " in told and "; none of its pictures can be read." in told
+
+
+def test_documents_whose_pictures_lie_elsewhere_end_the_run(make):
+    with pytest.raises(DataError, match="item 1: the picture elsewhere/1.png .* none of .* .2 broken samples in a row"):
+        make("interleaved", [{"images": [f"elsewhere/{n}.png", None], "texts": [None, "text"]} for n in range(5)],
+             max_bad=2)
+
+
+def test_interleaved_instructions(make, codec, pictures, words):
+    rows = [{"images": ["7.png", "8.png"], "instruction": "Continue <image>", "response": "So: <image> and done."}]
+    found = make("interleaved", rows)
+    first, second = codes_of(codec, pictures, 7, 8)
+    text = words.vocabulary.image_text
+    assert found == [{"instruction": f"Continue {text(first)}", "response": f"So: {text(second)} and done."}]
+    assert shown(words, second) in decode(words, "sft.interleaved", found[0])
+
+
+def test_chat_from_llava(make, codec, pictures, words):
+    rows = [{"id": "1", "image": "1.png", "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A fox."},
+                {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]},
+            {"id": "2", "image": ["1.png", "2.png"], "conversations": [
+                {"from": "human", "value": "<image> Draw another."}, {"from": "gpt", "value": "Here: <image>"}]},
+            {"id": "3", "image": "1.png", "conversations": [
+                {"from": "human", "value": "no placeholder"}, {"from": "gpt", "value": "A fox."}]}]
+    found = make("chat", rows, views=2)
+    assert len(found) == 2 and all(list(record) == ["messages"] for record in found)
+    first, second = codes_of(codec, pictures, 1, 2)
+    (user, answer) = found[1]["messages"]
+    assert user["content"][0]["codes"][0] == first and len(user["content"][0]["codes"]) == 2
+    assert answer["content"] == ["Here: ", {"codes": second}]  # what the model draws has one view
+    said = decode(words, "chat", found[0])
+    assert said.endswith("ASSISTANT: A fox. \nUSER: Sure?\nASSISTANT: Yes.</s>")
+
+
+@pytest.mark.parametrize("frames, preset, keys", [
+    (4, "plain", ["image_ids", "question", "answer"]), (8, "caption", ["image_ids", "answer"])])
+def test_video(make, codec, words, tmp_path, frames, preset, keys):
+    movie = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 64))
+    colours = [(0, 0, 255), (0, 255, 0), (255, 0, 0), (255, 255, 255)]  # blue, green, red as OpenCV orders them
+    for number in range(40):
+        movie.write(np.full((64, 64, 3), colours[number // 10], np.uint8))
+    movie.release()
+    (tmp_path / "torn.avi").write_bytes(b"RIFF nothing")
+    rows = [{"video": name, "question": "What happens?", "answer": "Colours", "caption": "Colours change"}
+            for name in ("v.avi", "torn.avi", "gone.avi")]
+    found = make("video", rows, {"image_root": str(tmp_path), "num_frames": frames}, fields=preset)
+    assert len(found) == 1 and list(found[0]) == keys
+    pixels = io.BytesIO()
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(pixels, "PNG")
+    size = words.vocabulary.tokens_per_image
+    rows_of = [found[0]["image_ids"][start:start + size] for start in range(0, frames * size, size)]
+    assert rows_of[0] == codec.encode(codec.transform(open_image(pixels.getvalue()))[None])[0].tolist()
+    assert len({tuple(row) for row in rows_of}) == 4  # four colours
+    name = "sft.video" if "question" in found[0] else "pretrain.video"
+    assert decode(words, name, found[0]).count("<img>") == (4 if name == "pretrain.video" else frames)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["bad"] == 2
+
+
+@pytest.mark.parametrize("length, wanted", [(1, [0, 0, 0, 0]), (2, [0, 0, 1, 1]), (3, [0, 1, 1, 2])])
+def test_short_videos_repeat_frames(make, words, tmp_path, length, wanted):
+    movie = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 64))
+    for number in range(length):
+        movie.write(np.full((64, 64, 3), [(0, 0, 255), (0, 255, 0), (255, 0, 0)][number], np.uint8))
+    movie.release()
+    (record,) = make("video", [{"video": "v.avi", "question": "q", "answer": "a"}], {"image_root": str(tmp_path)},
+                     fields="plain")
+    size = words.vocabulary.tokens_per_image
+    frames = [tuple(record["image_ids"][start:start + size]) for start in range(0, 4 * size, size)]
+    assert [list(dict.fromkeys(frames)).index(frame) for frame in frames] == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, content, name", [
+    ("caption", "captions", "pretrain.caption"), ("qa", "qa", "sft.qa"), ("chat", "qa", "chat"),
+    ("chat", "describe", "chat"), ("chat", "draw", "chat"), ("edit", "edits", "sft.edit"), ("chat", "edits", "chat"),
+    ("chat", "conversations", "chat"), ("chat", "in_context", "chat"), ("chat", "stories", "chat"),
+    ("story", "stories", "sft.story"), ("interleaved", "documents", "pretrain.interleaved")])
+def test_the_world_of_nano(make, codec, words, kind, content, name):
+    data = {"format": "nano", "format_options": {"split": "pairs", "content": content, "number": 7, "seed": 3}}
+    if kind == "qa":
+        data["fields"] = "plain"
+    if kind == "story":
+        data["num_images"] = None
+    found = make(kind, None, data, block=4)
+    assert len(found) == 7
+    decode(words, name, found[0])
+    made = record_at({"qa": "questions"}.get(content, content), 3, 5, "pairs")
+    if kind in ("qa", "edit"):
+        made = {"messages": from_last_picture(made)}
+    shown = [codec.tokenize(render(scene))[0].tolist() for scene in scenes_of(made)]
+    written = json.dumps(found[5])
+    assert all(str(codes)[1:-1] in written for codes in shown)  # codes of a record's pictures, end to end or apart
+    if content == "captions":
+        assert found[5] == {"image_ids": shown[0], "text": made["text"], "metadata": {}}
+    if kind == "chat":
+        assert [[part for part in message["content"] if isinstance(part, str)] for message in found[5]["messages"]] == [
+            [part for part in message["content"] if isinstance(part, str)] for message in made["messages"]]
+
+
+def test_views_are_for_kinds_that_hold_them(make):
+    with pytest.raises(ConfigError, match="only caption, qa and chat"):
+        make("story", [], views=2)

@@ -1,0 +1,171 @@
+"""The recorded sequences of SEED-X again, this time out of real files through the whole stream: jsonl of conversations,
+jsonl of edits, tars of captions. Token for token, with the marks, the order and the places of their views."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seed_multimodal.data.stream import mixture
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.views import READ, WRITTEN
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "data" / "seedx_sequences"
+CASES = [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text().splitlines()]
+GRIDS = {1: ["1x1"], 2: ["1x1"], 3: ["2x1"]}  # by the number of views
+OF_FUNCTION = {"decode_llava_data": "seed_x.conversation", "decode_single_turn_edit_data": "seed_x.edit",
+               "decode_image_text_pair": "seed_x.caption", "tokenize_text": "seed_x.caption"}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+    folder = tmp_path_factory.mktemp("words") / "tokenizer"
+    shutil.copytree(GOLDEN / "tokenizer", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    given = json.loads((GOLDEN / "constants.json").read_text())["image_tokens"]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokens_per_image": given}))
+    return MultimodalTokenizer.from_pretrained(folder)
+
+
+class Replay:
+    """The recorded draws, one after the other."""
+
+    def __init__(self, calls: Sequence[Any]) -> None:
+        self.calls = list(calls)
+
+    def uniform(self) -> float:
+        return self.calls.pop(0)[2]
+
+    def choice(self, items: Sequence[Any]) -> Any:
+        return self.calls.pop(0)[2]
+
+    def randint(self, low: int, high: int) -> int:
+        return self.calls.pop(0)[2]
+
+
+def kept(case: dict[str, Any]) -> bool:
+    """Cases of a whole record that gave a row. Left out: an instruction that is null, refused by its type before any
+    decoder sees it."""
+    if case["label"] == "null instruction":
+        return False
+    if case["function"] == "decode_image_text_pair" and case["label"] != "caption with prompt":
+        return False
+    return case["function"] in OF_FUNCTION and "input_ids" in case["output"]
+
+
+def picture(size: Sequence[int]) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", tuple(size), (200, 30, 30)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def write(case: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file with the case's record, and the decoder's options."""
+    kwargs = {key: value for key, value in case["kwargs"].items()
+              if key not in ("max_length", "assure_text") and value is not None}
+    if "value" in case["arguments"]:
+        fields, sizes = case["arguments"]["value"], case["arguments"]["image_sizes"]
+        for name, size in sizes.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(picture(size))
+        (folder / "one.jsonl").write_text(json.dumps(fields) + "\n")
+        if case["function"] == "decode_llava_data":
+            kwargs.pop("min_resolution", None)
+        return folder / "one.jsonl", {"multi_resolution": False, **kwargs}
+    data = case["arguments"]["data"]
+    text, views = (data, 1) if isinstance(data, str) else (data["text"], data["images_patch_length"])
+    with tarfile.open(folder / "one.tar", "w") as tar:
+        for extension, content in (("jpg", picture((500, 450))), ("txt", text.encode())):
+            info = tarfile.TarInfo(f"0.{extension}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return folder / "one.tar", {**kwargs, "multi_resolution": views > 1, "resolution_grids": GRIDS[views],
+                                "base_resolution": 8}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if kept(case)],
+                         ids=lambda case: f"{case['id']}-{case['function']}-{case['label']}".replace(" ", "_"))
+def test_a_recorded_row_out_of_its_file(case: dict[str, Any], words: MultimodalTokenizer, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    file, options = write(case, tmp_path)
+    draws, expected = list[Replay](), case["output"]  # the record is read at the start, too
+    monkeypatch.setattr(mixture, "SeededDraws", lambda *key: draws.append(Replay(case["rng_calls"])) or draws[-1])
+    length = case["kwargs"]["max_length"]
+    settings = read_data_settings({"sources": [{
+        "name": "one", "files": str(file), "decoder": OF_FUNCTION[case["function"]], "image_dir": str(tmp_path),
+        "batch_size": 1, "max_length": length, "cycles": 1, "options": {**options, "validate": False}}],
+        "packing": False})
+    with LlmBatches(settings, words) as batches:
+        batch = batches.at(0)
+    assert not draws[-1].calls and batch.attention_mask is not None
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert getattr(batch, name)[0].tolist() == expected[name], name
+    listed = [expected[name] if isinstance(expected[name], list) else [expected[name]]
+              for name in ("embeds_cmp_mask", "embeds_gen_mask") if expected.get(name) is not None]
+    if not listed:
+        assert batch.views is None and not expected["ids_cmp_mask"]
+        return
+    views = batch.views
+    assert views is not None
+    read, written = listed
+    assert views.written.tolist() == [drawn for shown, drawn in zip(read, written, strict=True) if shown or drawn]
+    for value, name in ((READ, "ids_cmp_mask"), (WRITTEN, "ids_gen_mask")):
+        assert np.flatnonzero(views.marks[0].numpy() == value).tolist() == expected[name], name
+    if expected.get("patch_position") is not None:
+        used = [place for place, shown, drawn in zip(expected["patch_position"], read, written, strict=True)
+                if shown or drawn]
+        assert np.allclose(views.positions.numpy(), used, atol=1e-6)
+
+
+def test_all_three_kinds_are_recorded() -> None:
+    found = {OF_FUNCTION[case["function"]] for case in CASES if kept(case)}
+    assert found == set(OF_FUNCTION.values()) and sum(map(kept, CASES)) > 30
+
+
+def test_edits_that_follow_each_other(words: MultimodalTokenizer, tmp_path: Path) -> None:
+    """Ours, several turns: as single edits laid one behind the other, the drawn picture shown again as the next
+    source; written out by hand."""
+    for name, size in (("a.jpg", (500, 450)), ("b.jpg", (900, 450)), ("c.jpg", (500, 450))):
+        (tmp_path / name).write_bytes(picture(size))
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"messages": [
+        {"role": "user", "content": [{"image": "a.jpg"}, "Make it red."]},
+        {"role": "assistant", "content": ["Here is a picture.", {"image": "b.jpg"}]},
+        {"role": "user", "content": ["a cat"]},
+        {"role": "assistant", "content": [{"image": "c.jpg"}]}]}) + "\n")
+    settings = read_data_settings({"sources": [{
+        "name": "one", "files": str(tmp_path / "turns.jsonl"), "decoder": "seed_x.chat", "batch_size": 1,
+        "max_length": 160, "options": {"base_resolution": 8, "resolution_grids": ["1x1"]}}], "packing": False})
+    with LlmBatches(settings, words) as batches:
+        batch = batches.at(0)
+
+    def ids(text: str) -> list[int]:
+        return words.encode(text)
+
+    def word(name: str) -> int:
+        return words.word_id(name)
+
+    codes = [word(f"<img_{number:05d}>") for number in range(4)]
+    drawn = [word("<img>"), *codes, word("</img>")]
+    shown = [word("<patch>"), *codes, word("</patch>"), *drawn]
+    learned = [drawn[0], *[-100] * 5]
+    parts = [([1], None), (ids("[INST]"), None), (shown, None), (ids("Make it red. [/INST]\n"), None),
+             (ids("Here is a picture."), ids("Here is a picture.")), (drawn, learned), (ids("\n[INST]"), None),
+             (shown, None), (ids("a cat [/INST]\n"), None), (drawn, learned), ([2], [2])]
+    row = [id for part, _ in parts for id in part]
+    labels = [label for part, own in parts for label in (own or [-100] * len(part))]
+    assert batch.input_ids[0, :len(row)].tolist() == row and not batch.input_ids[0, len(row):].any()
+    assert batch.labels[0, :len(row)].tolist() == labels
+    assert batch.views is not None
+    assert batch.views.written.tolist() == [False, False, True, False, False, True]
+    assert batch.views.positions.tolist() == [[0.5, 0.5]] * 6

@@ -1,0 +1,207 @@
+"""The released data files: both mixtures as the tables have them, other files of that form, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from seed_multimodal.config import load_yaml
+from seed_multimodal.data.decoders.registry import DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.mixture import Mixture
+from seed_multimodal.data.stream.released_settings import BUILDERS, is_released
+from seed_multimodal.data.stream.released_size import released_size
+from seed_multimodal.errors import ConfigError, DataError
+
+DATA = Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs" / "data"
+PRETRAIN, SFT = DATA / "multi_torchdata_pretrain.yaml", DATA / "multi_torchdata_sft.yaml"
+CAPTION = "src.data.torchdata_train.build_caption_datapipes_for_llm"
+
+
+def rows(settings: LlmDataSettings) -> list[tuple[Any, ...]]:
+    return [(source.decoder, source.max_length, source.options.get("reverse_ratio"), source.batch_size, source.cycles,
+             source.weight) for source in settings.sources]
+
+
+def test_the_pretraining_mixture() -> None:
+    settings = read_data_settings(load_yaml(PRETRAIN))
+    assert rows(settings) == [
+        ("pretrain.caption", 200, 0.5, 116, 7, 0.5),
+        ("pretrain.caption", 140, 0.5, 164, 2, 5.0),
+        ("pretrain.interleaved", 1024, 0.5, 26, 3, 2.0),
+        ("pretrain.interleaved", 1024, 0.0, 26, 1, 1.0),
+        ("pretrain.video", 200, None, 116, 5, 0.5),
+        ("pretrain.text", 1024, None, 26, 3, 1.0)]
+    assert [source.options.get("max_images") for source in settings.sources] == [None, None, 7, 7, None, None]
+    assert settings.sources[0].files == ["dataset/seed_v2_0828/caption/unsplash_cc3m",
+                                         "dataset/seed_v2_0828/caption/coco"]
+    assert [source.format for source in settings.sources] == ["tar"] * 5 + ["jsonl"]
+    assert settings.concat_type == "sample" and settings.packing and settings.length == 2048
+    slots = [source.max_length * source.batch_size for source in settings.sources]
+    assert slots == [23200, 22960, 26624, 26624, 23200, 26624]
+
+
+def test_the_instruction_mixture() -> None:
+    settings = read_data_settings(load_yaml(SFT))
+    assert rows(settings) == [
+        ("sft.difference", 200, 0.0, 160, 100, 0.15), ("sft.story", 360, 0.0, 80, 100, 0.08),
+        ("sft.edit", 100, None, 256, 30, 0.5), ("sft.conversation", 512, None, 60, 100, 0.15),
+        ("sft.conversation", 1024, None, 32, 50, 0.2), ("sft.qa", 100, 0.0, 256, 30, 0.2),
+        ("sft.qa", 100, 0.0, 256, 100, 0.1), ("sft.conversation", 360, None, 80, 100, 0.15),
+        ("sft.qa", 100, 0.5, 256, 30, 0.2), ("sft.video", 200, None, 160, 100, 0.1),
+        ("sft.video", 360, None, 80, 100, 0.15), ("sft.video", 512, None, 60, 100, 0.2),
+        ("sft.visual_question", 400, None, 80, 20, 0.4), ("sft.qa", 128, -1.0, 200, 30, 0.5),
+        ("sft.qa", 100, -1.0, 256, 30, 0.5), ("sft.qa", 100, 0.0, 256, 100, 0.1),
+        ("sft.conversation", 360, None, 80, 100, 0.08), ("sft.qa", 100, 0.0, 256, 30, 0.05)]
+    assert sum(source.weight for source in settings.sources) == pytest.approx(3.81)
+    padded = read_data_settings({**load_yaml(SFT), "packing": False})
+    assert [round(100 * weight, 2) for weight in padded.draw_weights()[:5]] == [3.94, 2.10, 13.12, 3.94, 5.25]
+    assert len({source.name for source in settings.sources}) == 18
+
+
+def test_packing_draws_as_many_sequences_of_each_source_as_released() -> None:
+    settings = read_data_settings(load_yaml(PRETRAIN))
+    whole = [weight * size for weight, size in zip((0.5, 5, 2, 1, 0.5, 1), (116, 164, 26, 26, 116, 26), strict=True)]
+    assert settings.draw_weights() == pytest.approx([one / sum(whole) for one in whole])
+
+
+def test_every_builder_has_its_decoder() -> None:
+    assert {decoder for decoder, _ in BUILDERS.values()} <= {*DECODERS, *FEATURE_DECODERS}
+    for target in BUILDERS:
+        config = {"_target_": target, "data_dir": "somewhere", "max_length": 64, "batch_size": 2, "cycle_count": 3,
+                  "reverse_ratio": 0.0, "caption_prompt": None, "recursive": True}
+        source, = read_data_settings(config).sources
+        assert (source.files, source.max_length, source.batch_size, source.cycles) == ("somewhere", 64, 2, 3)
+
+
+def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
+    """Our pretraining file with the folders of small sets in place of the released ones, read back from YAML."""
+    config = yaml.safe_load(PRETRAIN.read_text())
+    folders = {"caption": sets / "captions", "interleaved": sets / "documents", "text": sets / "texts"}
+    config["datapipes"] = [pipe for pipe in config["datapipes"] if "video" not in pipe["_target_"]]
+    for pipe in config["datapipes"]:
+        decoder = BUILDERS[pipe["_target_"]][0].partition(".")[2]
+        pipe["data_dir"] = str(folders[decoder])
+        pipe["cycle_count"] = None
+    del config["sample_weights"][4]
+    config.update(more)
+    file = tmp_path / "data.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return read_data_settings(load_yaml(file))
+
+
+def test_a_released_file_runs_on_small_shards_and_packing_gives_the_released_tokens(sets: Path, words, tmp_path: Path
+                                                                                    ) -> None:
+    tokens = {}
+    for packing in (True, False):
+        batches = LlmBatches(small_sets(sets, tmp_path, packing=packing, length=256), words)
+        found = [batches.at(step) for step in range(40)]
+        assert all(batch.learned > 0 for batch in found)
+        assert set(batches.report()["sources"]) == {"captions", "captions-2", "documents", "documents-2", "texts"}
+        tokens[packing] = sum(batch.tokens for batch in found) / len(found)
+        if packing:
+            assert {batch.input_ids.shape for batch in found} == {(batches.settings.rows, 256)}
+            size = released_size(batches.mixture)
+            assert size is not None and size.positions == pytest.approx(232_896 / 9.5)  # without the videos
+            assert abs(batches.settings.rows * 256 - size.tokens) <= 128
+    assert tokens[True] == pytest.approx(tokens[False], rel=0.2)  # 40 draws of few sources
+
+
+def test_rows_follow_from_the_sizes_of_the_released_micro_batches(tmp_path: Path, words) -> None:
+    """Two sources of known lengths: 3 and 1 of 4 draws, micro-batches of 10 x 100 and 4 x 50 positions."""
+    codes = [place * 32 for place in range(32)]
+    sources = []
+    short, long = "a", "a red fox sits " * 20
+    for name, text, weight, size, length in (("short", short, 3.0, 10, 100), ("long", long, 1.0, 4, 50)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"image_ids": codes, "text": text}) + "\n")
+        sources.append({"name": name, "files": str(tmp_path / f"{name}.jsonl"), "decoder": "pretrain.caption",
+                        "weight": weight, "batch_size": size, "max_length": length})
+    given = {"sources": sources, "length": 128, "too_long": "truncate"}
+    tokens = len(words.encode_parts([short])) + 36  # <s> <img> codes </img> ... </s>
+    batches = LlmBatches(read_data_settings(given), words)
+    size = released_size(batches.mixture)
+    assert (size.positions, size.measured) == (0.75 * 1000 + 0.25 * 200, 2)
+    assert size.tokens == pytest.approx(0.75 * 10 * tokens + 0.25 * 4 * 50)  # the long ones are cut at 50
+    assert batches.settings.rows == batches.plan.rows == round(size.tokens / 128) > 1
+    assert LlmBatches(read_data_settings({**given, "rows": "auto"}), words).settings.rows == batches.settings.rows
+    assert LlmBatches(read_data_settings({**given, "rows": 5}), words).settings.rows == 5
+    del sources[0]["max_length"]
+    assert LlmBatches(read_data_settings(given), words).settings.rows == 1
+    (tmp_path / "short.jsonl").write_text("{}\n")  # nothing to measure: as if it had no padding
+    sources[0]["max_length"] = 100
+    assert released_size(Mixture(read_data_settings(given), words)).tokens == 0.75 * 1000 + 0.25 * 200
+
+
+@pytest.mark.parametrize("file", [PRETRAIN, SFT])
+def test_the_published_files_leave_their_rows_open(file: Path) -> None:
+    settings = read_data_settings(load_yaml(file))
+    assert settings.packing and settings.rows is None
+    positions = [source.max_length * source.batch_size for source in settings.sources]
+    assert min(positions) >= 22_960 and max(positions) <= 32_768
+
+
+def test_folders_that_are_not_to_be_searched_deeply(sets: Path) -> None:
+    config = {"_target_": CAPTION, "data_dir": [str(sets / "captions")], "recursive": False}
+    source, = read_data_settings(config).sources
+    assert source.files == [f"{sets / 'captions'}/*.tar"]
+
+
+def test_released_files_may_hold_settings_of_ours() -> None:
+    mixer = "src.data.torchdata_train.build_multi_datapipes"
+    pipe = {"_target_": CAPTION, "data_dir": "a", "options": None} | {"code_noise": 0.1}
+    del pipe["options"]
+    settings = read_data_settings({"_target_": mixer, "datapipes": [pipe], "length": 512, "seed": 3, "rows": 2})
+    assert (settings.length, settings.seed, settings.rows, settings.concat_type) == (512, 3, 2, "sample")
+    assert settings.sources[0].options == {"code_noise": 0.1} and settings.sources[0].weight == 1.0
+    assert is_released({"datapipes": []}) and not is_released({"sources": []})
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"_target_": "src.data.torchdata_train.build_multi_datapipe"}, "did you mean .*train.build_multi_datapipes'"),
+    ({"sample_weights": [1.0, 2.0]}, "one number for each of the 1 datapipes"),
+    ({"sample_weight": [1.0]}, "did you mean 'sample_weights'"),
+    ({"datapipes": []}, "at least one source"),
+    ({"datapipes": ["x"]}, r"datapipes\[0\]: must be a mapping"),
+    ({"sample_weights": [0]}, "weight must be above 0, not 0"),
+])
+def test_mixtures_that_make_no_sense(change: dict[str, Any], message: str) -> None:
+    config = {"_target_": "src.data.torchdata_train.build_multi_datapipes",
+              "datapipes": [{"_target_": CAPTION, "data_dir": "a"}], **change}
+    with pytest.raises(ConfigError, match=message):
+        read_data_settings(config)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"_target_": "os.system"}, "'os.system' is none of the released data builders"),
+    ({"_target_": CAPTION.replace("caption", "captions")}, f"did you mean '{CAPTION}'"),
+    ({"_target_": "src.data.torchdata_train.build_caption_datapipes"}, "is none of the released"),
+    ({"reverse_ration": 0.5}, r"datapipes\[0\]: unknown key 'reverse_ration' \(did you mean 'reverse_ratio'"),
+    ({"data_dir": None}, "needs a value for 'data_dir'"),
+    ({"cycle_count": 0}, "cycles must be at least 1, not 0"),
+])
+def test_sources_that_make_no_sense(change: dict[str, Any], message: str) -> None:
+    pipe = {"_target_": CAPTION, "data_dir": "a", **change}
+    with pytest.raises(ConfigError, match=message):
+        read_data_settings({"datapipes": [pipe], "sample_weights": [1.0]})
+
+
+def test_pickled_shards_name_their_converter(tmp_path: Path, words) -> None:
+    import tarfile
+
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        (tmp_path / "x.pkl").write_bytes(b"\x80\x04}.")
+        tar.add(tmp_path / "x.pkl", "x.pkl")
+    settings = read_data_settings({"_target_": CAPTION, "data_dir": str(tmp_path)})
+    with pytest.raises(DataError, match="seed data convert"):
+        LlmBatches(settings, words)
+
+
+def test_missing_folders_are_told(words: Callable) -> None:
+    with pytest.raises(DataError, match="nowhere/at/all"):
+        LlmBatches(read_data_settings({"_target_": CAPTION, "data_dir": "nowhere/at/all"}), words)

@@ -1,0 +1,382 @@
+"""Every reader with every fault: a sample that cannot be used is named, skipped and counted, and ends the run after
+many in a row; and `seed data check` says of a folder of data what the tools then do with it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from seed_multimodal.data.check.report import CheckSettings
+from seed_multimodal.data.check.run import check_records
+from seed_multimodal.data.formats.pairs import open_pairs
+from seed_multimodal.data.formats.writer import ShardWriter
+from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoding, iterate
+from seed_multimodal.data.pretokenize.input_settings import InputSettings
+from seed_multimodal.data.pretokenize.kinds import get_kind
+from seed_multimodal.data.pretokenize.units import list_units
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.pair_dataset import PairDataset
+from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.errors import DataError, SeedError
+from seed_multimodal.evaluation.tokenizer import Pass, read_images
+from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.captions import BlipCaption
+
+WORDS = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "seed_tokenizer"
+COUNT = 8  # samples of a set, of which number 3 is broken
+BAD = 3
+# fault -> what the sentence says of it. The faults of captions, then of records, then of pictures.
+CAPTIONS = {"no caption": "has no", "null": "null|has no", "empty": "is empty", "blank": "is empty",
+            "list with null": "not a text|no text", "list with blank": "is empty", "no list": "has no caption",
+            "object": "not a text|no text|must be"}
+RECORDS = {"not json": "is not json", "not UTF-8": "UTF-8|utf-8", "a list": "holds a list", "twice": "has two",
+           "torn": "torn or damaged"}
+PICTURES = {"no picture": "picture", "null picture": "picture", "picture gone": "not there", "no picture in it":
+            "not a picture", "cut off": "truncated or damaged", "0 bytes": "0 bytes"}
+# format -> the faults that it can have
+PAIR_FORMATS = {
+    "tar of json": [*CAPTIONS, "not json", "not UTF-8", "a list", "twice", "torn", "no picture", "no picture in it",
+                    "cut off", "0 bytes"],
+    "tar of txt": ["no caption", "empty", "blank", "not UTF-8", "twice", "torn", "no picture", "cut off"],
+    "jsonl": [*CAPTIONS, "not json", "not UTF-8", "a list", *PICTURES],
+    "jsonl with base64": [*CAPTIONS, "not json", "null picture", "no picture in it", "cut off"],
+    "json": [*CAPTIONS, "a list", *PICTURES],
+    "parquet of bytes": ["null", "empty", "blank", "not UTF-8", "null picture", "no picture in it", "cut off",
+                         "0 bytes"],
+    "parquet of structs": ["null", "empty", "null picture", "no picture in it", "cut off"],
+    "parquet of paths": ["null", "empty", "null picture", "picture gone"],
+    "folder": ["no caption", "empty", "blank", "not UTF-8", "no picture in it", "cut off", "0 bytes"],
+    "folder with metadata.jsonl": [*CAPTIONS, "not json", "null picture", "picture gone", "cut off"],
+}
+LLM_FORMATS = {"tar": ["no caption", "null", "empty", "blank", "object", "not json", "not UTF-8", "a list", "twice",
+                       "torn", "no json"],
+               "jsonl": ["no caption", "null", "object", "not json", "not UTF-8", "a list"],
+               "json": ["no caption", "null", "object", "a list"],
+               "parquet": ["null", "empty", "not UTF-8"]}
+
+
+def caption_of(number: int, fault: str) -> Any:
+    """The caption of a sample with this fault; `...` where it has none."""
+    return {"no caption": ..., "null": None, "empty": "", "blank": " \n", "list with null": ["a", None],
+            "list with blank": ["a", " "], "no list": [], "object": {"a": 1}}.get(fault, f"number {number}")
+
+
+def picture_of(jpeg: Callable, number: int, fault: str) -> Any:
+    """The bytes of a sample's picture; `...` where it has none, None where it is null, "" where the file is gone."""
+    whole = jpeg(number)
+    return {"no picture": ..., "null picture": None, "picture gone": "", "no picture in it": b"<html>404</html>" * 9,
+            "cut off": whole[:-400], "0 bytes": b""}.get(fault, whole)
+
+
+def write_pairs(folder: Path, format: str, faults: Sequence[str], jpeg: Callable) -> None:
+    """A folder of `len(faults)` samples of a format, each with its fault ("": none)."""
+    (folder / "pictures").mkdir(parents=True)
+    rows, samples = [], []
+    for number, fault in enumerate(faults):
+        caption, data = caption_of(number, fault), picture_of(jpeg, number, fault)
+        name = f"{number:03d}"
+        row: dict[str, Any] = {"caption": caption}
+        if "tar" not in format:
+            held = data if "bytes" in format or data in (..., None) else \
+                {"bytes": data, "path": None} if "structs" in format else \
+                base64.b64encode(data).decode() if "base64" in format else f"pictures/{name}.jpg"
+            row |= {"file_name" if "metadata" in format else "image": held}
+            if isinstance(held, str) and "base64" not in format and data != "":
+                (folder / held).write_bytes(data)
+        rows.append({key: value for key, value in row.items() if value is not ...})
+        text = caption.encode() if isinstance(caption, str) else caption
+        samples.append((name, {"jpg": data, **({"json": json.dumps(rows[-1]).encode()} if format == "tar of json" else
+                                               {"txt": text})}))
+    if "tar" in format:
+        write_tar_of(folder / "a.tar", samples, faults)
+    elif "parquet" in format:
+        write_table(folder / "a.parquet", rows, faults)
+    elif format == "json":
+        (folder / "captions.json").write_text(json.dumps(
+            [[1] if fault == "a list" else row for row, fault in zip(rows, faults, strict=True)]))
+    elif "jsonl" in format:
+        name = "metadata.jsonl" if "metadata" in format else "captions.jsonl"
+        (folder / name).write_bytes(b"".join(spoiled(json.dumps(row).encode(), fault) + b"\n"
+                                             for row, fault in zip(rows, faults, strict=True)))
+    else:
+        for (name, members), fault in zip(samples, faults, strict=True):
+            (folder / "pictures" / f"{name}.jpg").write_bytes(members["jpg"])
+            caption = caption_of(int(name), fault)
+            if caption is not ...:
+                (folder / "pictures" / f"{name}.txt").write_bytes(b"\xff\xfe" if fault == "not UTF-8" else
+                                                                  caption.encode())
+
+
+def spoiled(data: bytes, fault: str) -> bytes:
+    """A json object with this fault."""
+    return {"not json": data[:-2], "not UTF-8": data[:2] + b"\xff" + data[2:], "a list": b"[1]"}.get(fault, data)
+
+
+def write_tar_of(path: Path, samples: Sequence[tuple[str, dict[str, Any]]], faults: Sequence[str]) -> None:
+    """A tar of samples; a torn one must be the last."""
+    with open(path, "wb") as file:
+        writer = ShardWriter(file)
+        for (key, members), fault in zip(samples, faults, strict=True):
+            kept = {name: spoiled(data, fault) if name == "json" else b"\xff\xfe" if name == "txt" and
+                    fault == "not UTF-8" else data for name, data in members.items() if data is not ...}
+            if fault == "no json":
+                kept = {"txt": b"x"}
+            writer.add(key, kept)
+            if fault == "twice":
+                writer.add(key, dict(list(kept.items())[-1:]))
+        writer.close()
+    if faults[-1] == "torn":
+        with tarfile.open(path) as archive:
+            last = archive.getmembers()[-1]
+        os.truncate(path, last.offset_data + last.size // 2)
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]], faults: Sequence[str]) -> None:
+    """A parquet file of three rows a group."""
+    table = pa.Table.from_pylist(list(rows))
+    if "not UTF-8" in faults:
+        place = table.schema.get_field_index("caption" if "caption" in table.column_names else "text")
+        texts = [b"\xff\xfe" if fault == "not UTF-8" else row[table.column_names[place]].encode()
+                 for row, fault in zip(rows, faults, strict=True)]
+        column = pa.array(texts, pa.binary()).view(pa.string())
+        table = table.set_column(place, table.column_names[place], column)
+    parquet.write_table(table, path, row_group_size=3)
+
+
+def write_llm(folder: Path, format: str, faults: Sequence[str], codes: Callable) -> None:
+    """The same for tokenised captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{key: value for key, value in (("image_ids", codes(number)), ("text", caption_of(number, fault)))
+             if value is not ...} for number, fault in enumerate(faults)]
+    if format == "tar":
+        write_tar_of(folder / "a.tar", [(f"{number:03d}", {"json": json.dumps(row).encode()})
+                                        for number, row in enumerate(rows)], faults)
+    elif format == "parquet":
+        write_table(folder / "a.parquet", rows, faults)
+    elif format == "json":
+        (folder / "a.json").write_text(json.dumps([[1] if fault == "a list" else row
+                                                   for row, fault in zip(rows, faults, strict=True)]))
+    else:
+        (folder / "a.jsonl").write_bytes(b"".join(spoiled(json.dumps(row).encode(), fault) + b"\n"
+                                                  for row, fault in zip(rows, faults, strict=True)))
+
+
+def where_in(faults: list[str], fault: str) -> list[str]:
+    """A set of good samples with one broken (a torn tar breaks in its last)."""
+    faults[-1 if fault == "torn" else BAD] = fault
+    return faults
+
+
+# ---- the tools: (captions of the samples they use, sentences about those they skip)
+
+Found = tuple[list[str], list[str]]
+
+
+def trained(folder: Path, most: int = 20) -> Found:
+    """The tokenizer's training: one epoch of batches."""
+    data = PairDataset(open_pairs({"format": "auto", "files": str(folder)}), seed_image_processor(16), BlipCaption(),
+                       log=None, max_bad_in_a_row=most)
+    with StepBatches(data, len(data), seed=0, shuffle=False) as batches:
+        batch = batches.at(0)
+        used = dict(zip(batch["key"], batch["caption"], strict=True))  # one of them stands for the broken one, too
+        return list(used.values()), [reason for _, reason in batches.bad_samples()]
+
+
+def evaluated(folder: Path, most: int = 20) -> Found:
+    """The tokenizer's evaluation, up to its pictures."""
+    source, seen = open_pairs({"format": "auto", "files": str(folder)}), Pass()
+    for _ in read_images(source, range(len(source)), 4, seen, lambda line: None):
+        pass
+    return [texts[0] for texts in seen.captions], seen.bad
+
+
+def extracted(folder: Path, most: int = 20, kind: str = "caption") -> Found:
+    """An extraction, up to its pictures."""
+    settings = InputSettings(files=str(folder))
+    decoder = TaskDecoder(get_kind(kind), settings, seed_image_processor(16))
+    used, bad = [], []
+    for result in iterate(decoding(list_units(settings, 5), decoder, 0)):
+        used += [sample.record.get("text") for sample in result.samples if sample.record]
+        bad += [reason for sample in result.samples for reason in sample.lost]
+        bad += [sample.bad or f"dropped: {sample.dropped}" for sample in result.samples if not sample.record]
+        bad += [result.task.damage] if result.task.damage else []
+    return used, bad
+
+
+TOOLS = {"training": trained, "evaluation": evaluated, "extraction": extracted}
+ALL = [(format, fault) for format, faults in PAIR_FORMATS.items() for fault in faults]
+
+
+@pytest.mark.parametrize(("format", "fault"), ALL)
+def test_a_sample_without_caption_or_picture_is_skipped(tmp_path: Path, jpeg: Callable, format: str,
+                                                        fault: str) -> None:
+    faults = where_in([""] * COUNT, fault)
+    write_pairs(tmp_path, format, faults, jpeg)
+    good = [f"number {number}" for number, one in enumerate(faults) if not one]
+    for name, tool in TOOLS.items():
+        used, bad = tool(tmp_path)
+        assert set(used) == set(good), (name, bad)
+        assert len(bad) == 1 and str(tmp_path) in bad[0] and "\n" not in bad[0], (name, bad)
+        words = {**CAPTIONS, **RECORDS, **PICTURES}[fault].split("|")
+        assert any(word in bad[0] for word in words), (name, bad)
+
+
+@pytest.mark.parametrize("format", PAIR_FORMATS)
+def test_without_a_fault_every_reader_takes_all(tmp_path: Path, jpeg: Callable, format: str) -> None:
+    write_pairs(tmp_path, format, [""] * COUNT, jpeg)
+    for name, tool in TOOLS.items():
+        assert tool(tmp_path) == ([f"number {number}" for number in range(COUNT)], []), name
+
+
+@pytest.mark.parametrize("fault", ["no caption", "cut off"])
+def test_many_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, fault: str) -> None:
+    write_pairs(tmp_path, "jsonl", ["", *[fault] * 21, *[""] * 3], jpeg)
+    with pytest.raises(DataError, match=r"20 samples in a row, from number 1 on, .*; the last is .*line 21"):
+        trained(tmp_path)
+    with pytest.raises(DataError, match=r"20 samples in a row cannot be used, the last: .*line 21"):
+        evaluated(tmp_path)
+
+
+# ---- the language model's data
+
+
+@pytest.mark.parametrize(("format", "fault"), [(format, fault) for format, faults in LLM_FORMATS.items()
+                                               for fault in faults])
+def test_a_record_that_is_broken_is_skipped(tmp_path: Path, codes: Callable, words: Any, format: str,
+                                            fault: str) -> None:
+    faults = where_in([""] * COUNT, fault)
+    write_llm(tmp_path, format, faults, codes)
+    used, bad = streamed(tmp_path, words)
+    assert sorted(used) == [number for number, one in enumerate(faults) if not one]
+    said = {**CAPTIONS, **RECORDS, "no json": "has no .json", "no caption": "is missing|None",
+            "null": "is missing|None", "empty": "is blank", "blank": "is blank"}
+    assert len(bad) == 1 and str(tmp_path) in bad[0] and any(word in bad[0] for word in said[fault].split("|")), bad
+
+
+def streamed(folder: Path, words: Any) -> tuple[list[int], list[str]]:
+    """The numbers of the records that one epoch of the stream has used, and the sentences about the others."""
+    settings = read_data_settings({"sources": [{"name": "all", "files": str(folder), "decoder": "pretrain.caption",
+                                                "cycles": 1}], "length": 128, "lanes": 1})
+    told: list[str] = []
+    used: list[int] = []
+    with LlmBatches(settings, words, log=told.append) as batches:
+        for row in all_rows(batches):
+            used += [int(number) for number in re.findall(r"number (\d+)", words.decode(row))]
+        skipped = batches.report()["sources"]["all"]["skipped"]
+    assert sum(entry["count"] for entry in skipped.values()) == COUNT - len(used) >= len(told)
+    return used, told
+
+
+def all_rows(batches: LlmBatches) -> Iterator[list[int]]:
+    """The ids of every row until the data ends."""
+    step = 0
+    while True:
+        try:
+            batch = batches.at(step)
+        except SeedError as end:
+            assert "All sources are used up" in str(end)
+            return
+        yield from batch.input_ids.tolist()
+        step += 1
+
+
+# ---- the check
+
+
+def takes_all(tool: Callable[[Path], tuple[list[Any], list[str]]], folder: Path) -> bool:
+    """Whether a tool uses every sample of a folder."""
+    try:
+        used, bad = tool(folder)
+    except SeedError:
+        return False
+    return not bad and len(used) == COUNT
+
+
+def says_ok(folder: Path, stage: str | None, **settings: Any) -> bool:
+    """Whether the check finds nothing wrong."""
+    report = check_records(CheckSettings([folder], stage=stage, pictures=None, **settings), progress=False)
+    assert report.records == COUNT
+    return not report.wrong
+
+
+@pytest.mark.parametrize(("format", "fault"), [*ALL, *[(format, "") for format in PAIR_FORMATS]])
+def test_the_check_says_what_the_tools_do_with_pairs(tmp_path: Path, jpeg: Callable, format: str, fault: str) -> None:
+    write_pairs(tmp_path, format, where_in([""] * COUNT, fault), jpeg)
+    for tool, stage in ((trained, "tokenizer"), (evaluated, "tokenizer"), (extracted, "caption")):
+        assert says_ok(tmp_path, stage) == takes_all(tool, tmp_path) == (not fault), stage
+    assert says_ok(tmp_path, None) == (not fault)
+
+
+@pytest.mark.parametrize(("format", "fault"), [
+    (format, fault) for format, faults in LLM_FORMATS.items() for fault in ["", *faults]])
+def test_the_check_says_what_the_stream_does(tmp_path: Path, codes: Callable, words: Any, format: str,
+                                             fault: str) -> None:
+    write_llm(tmp_path, format, where_in([""] * COUNT, fault), codes)
+    given = {"tokenizer": WORDS, "decoder": "pretrain.caption"}
+    assert says_ok(tmp_path, "llm", **given) == takes_all(lambda folder: streamed(folder, words), tmp_path) == (
+        not fault)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "caption", "llm"])
+def test_data_of_another_stage_is_not_passed(tmp_path: Path, jpeg: Callable, codes: Callable, words: Any,
+                                             stage: str) -> None:
+    """Pictures are no codes, and codes no pictures."""
+    write_pairs(tmp_path / "pairs", "parquet of structs", [""] * COUNT, jpeg)
+    write_llm(tmp_path / "codes", "jsonl", [""] * COUNT, codes)
+    other = tmp_path / ("pairs" if stage == "llm" else "codes")
+    assert not says_ok(other, stage, **({"tokenizer": WORDS} if stage == "llm" else {}))
+    tool = {"tokenizer": trained, "caption": extracted, "llm": lambda folder: streamed(folder, words)}[stage]
+    assert not takes_all(tool, other)
+
+
+# other kinds -> a good record ("{0}" and "{1}": its pictures), and changes that break it
+KINDS = {
+    "qa": ({"image": "{0}", "caption": "a cat"}, [
+        {"caption": None}, {"caption": ""}, {"image": None}, {"image": "gone"}, {"caption": {"a": 1}}, {"image": 5}]),
+    "edit": ({"source_image": "{0}", "target_image": "{1}", "instruction": "redder"},
+             [{"instruction": None}, {"instruction": " "}, {"target_image": None}, {"source_image": "gone"}]),
+    "story": ({"images": ["{0}"] * 5, "captions": ["a"] * 5}, [{"captions": ["a"] * 4}, {"captions": ["a"] * 4 + [""]},
+                                                               {"images": ["{0}"] * 4 + ["gone"]}, {"images": None}]),
+    "interleaved": ({"images": ["{0}", None], "texts": [None, "a"]},
+                    [{"texts": None}, {"texts": ["b", "a"]}, {"images": ["gone", None]}, {"images": [None, None]}]),
+    "chat": ({"image": "{0}", "conversations": [{"from": "human", "value": "<image>what"},
+                                               {"from": "gpt", "value": "a cat"}]},
+             [{"image": None}, {"image": "gone"}, {"conversations": None}, {"conversations": []}]),
+}
+
+
+@pytest.mark.parametrize(("form", "kind", "change"), [
+    (form, kind, change) for form in ("paths in jsonl", "structs in parquet") for kind, (_, changes) in KINDS.items()
+    for change in [{}, *changes] if form == "paths in jsonl" or change not in ({"caption": {"a": 1}}, {"image": 5})])
+def test_the_check_says_what_every_extraction_does(tmp_path: Path, jpeg: Callable, form: str, kind: str,
+                                                   change: dict[str, Any]) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+
+    def stored(value: Any) -> Any:
+        if isinstance(value, list):
+            return [stored(one) for one in value]
+        if isinstance(value, str) and value[:1] == "{":
+            name = f"{value[1]}.jpg"
+            return name if "paths" in form else {"bytes": (tmp_path / name).read_bytes(), "path": name}
+        return {"bytes": None, "path": "gone.jpg"} if value == "gone" and "structs" in form else value
+
+    good = KINDS[kind][0]
+    rows = [{key: stored(value) for key, value in (good | (change if number == BAD else {})).items()}
+            for number in range(COUNT)]
+    if "paths" in form:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        write_table(tmp_path / "a.parquet", rows, [""] * COUNT)
+    assert says_ok(tmp_path, kind) == takes_all(lambda folder: extracted(folder, kind=kind), tmp_path) == (not change)

@@ -1,0 +1,188 @@
+"""`seed eval tokenizer` on files: features of the pass, reports, bad samples, the shipped tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pyarrow import parquet
+
+from seed_multimodal.cli import main
+from seed_multimodal.commands.eval_tokenizer import data_spec
+from seed_multimodal.data.formats.pairs import open_pairs
+from seed_multimodal.device import Runtime
+from seed_multimodal.errors import DataError
+from seed_multimodal.evaluation.tokenizer import open_tokenizer, run_pass
+from seed_multimodal.images.transforms import seed_image_processor
+
+NANO = Path(__file__).parents[3] / "pretrained" / "nano"
+CPU = Runtime(torch.device("cpu"), torch.float32)
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 220), "grey": (128, 128, 128)}
+
+
+def drawing(colour: str) -> bytes:
+    canvas = Image.new("RGB", (24, 24), "white")
+    canvas.paste(COLOURS[colour], (4, 4, 20, 20))
+    data = io.BytesIO()
+    canvas.save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A json list of four images with two captions each, and one that is broken."""
+    items = []
+    for colour in COLOURS:
+        (tmp_path / f"{colour}.png").write_bytes(drawing(colour))
+        items.append({"image": f"{colour}.png", "caption": [f"A {colour} square.", f"a square of {colour}"]})
+    (tmp_path / "broken.png").write_bytes(drawing("red")[:40])
+    items.insert(2, {"image": "broken.png", "caption": "a square"})
+    (tmp_path / "list.json").write_text(json.dumps(items))
+    return tmp_path / "list.json"
+
+
+def source_of(file: Path):
+    return open_pairs({"format": "auto", "files": str(file)})
+
+
+def test_run_pass_computes_what_the_models_compute(stages, listed):
+    opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none", stage1=stages.stage1,
+                            text_tokenizer=stages.words)
+    seen = run_pass(source_of(listed), [4, 0, 1], opened, batch=2)
+    assert seen.rows == [4, 0, 1] and seen.captions[0] == ["A grey square.", "a square of grey"]
+    pixels = torch.stack([seed_image_processor(16)(Image.open(listed.parent / f"{c}.png").convert("RGB"))
+                          for c in ("grey", "red", "green")])
+    tokenizer, stage1, found = opened.codec.model, opened.stage1, seen.features
+    assert found["codes"].tolist() == tokenizer.encode(pixels).tolist()
+    causal = F.normalize(stage1.vision_proj(stage1.query_features(stage1.visual_encoder(pixels))[:, -1]), dim=-1)
+    np.testing.assert_allclose(found["causal"], causal.detach().numpy(), atol=1e-5)
+    up = tokenizer.upsample(tokenizer.quantize.lookup(torch.from_numpy(found["codes"])))
+    rebuilt = F.normalize(stage1.vision_proj(tokenizer.rebuild_queries(up)[:, -1]), dim=-1)
+    np.testing.assert_allclose(found["rebuilt"], rebuilt.detach().numpy(), atol=1e-5)
+    decoded = F.normalize(tokenizer.decode(found["codes"].tolist()), dim=-1)
+    np.testing.assert_allclose(found["decoded"], decoded.numpy(), atol=1e-5)
+
+
+def test_run_pass_ends_after_many_bad_images_in_a_row(stages, tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps([{"image": f"{i}.png", "caption": "a"} for i in range(30)]))
+    opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none")
+    with pytest.raises(DataError, match="20 samples in a row cannot be used"):
+        run_pass(source_of(tmp_path / "list.json"), range(30), opened)
+    with pytest.raises(DataError, match="none of the 3 samples could be used"):
+        run_pass(source_of(tmp_path / "list.json"), range(3), opened)
+
+
+def test_run_pass_names_the_image_whose_features_are_nan(stages, listed):
+    opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none")
+    opened.codec.model.distill_image_proj.bias.data[3] = torch.nan
+    with pytest.raises(DataError, match="item 1 or the images after it: 'decoded' holds numbers that are not finite"):
+        run_pass(source_of(listed), [1, 0], opened)
+
+
+def test_data_spec(tmp_path):
+    def spec(data: str, **given: str) -> dict:
+        flags = dict.fromkeys(("split", "image_root", "image_key", "caption_key")) | given
+        return data_spec(argparse.Namespace(data=data, **flags))
+
+    assert spec("nano") == {"format": "nano", "split": "val"}
+    assert spec("a/{0..3}.tar", caption_key="top_caption") == {
+        "format": "auto", "files": "a/{0..3}.tar", "caption_key": "top_caption"}
+    (tmp_path / "data.yaml").write_text("format: webdataset\npattern: x/*.tar\n")
+    assert spec(str(tmp_path / "data.yaml")) == {"format": "webdataset", "pattern": "x/*.tar"}
+
+
+def run(stages, data: Path | str, out: Path, *more: str) -> int:
+    return main(["eval", "tokenizer", "--model", str(stages.tokenizer), "--data", str(data), "--stage1",
+                 str(stages.stage1), "--text-tokenizer", str(stages.words), "--decoder", "none", "--clip", "none",
+                 "--device", "cpu", "--out", str(out), *more])
+
+
+@pytest.mark.process
+def test_command_writes_the_report(stages, listed, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(stages, listed, out) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report == json.loads((out / "report.json").read_text())
+    assert (report["n"], report["captions"], len(report["left_out"])) == (4, 8, 1)
+    assert "broken.png" in report["left_out"][0] and "left out: " in printed.err
+    assert list(report["retrieval"]) == ["causal_embeddings", "codes_by_blocks"]
+    assert report["reconstruction"] == {"clip": "", "rebuilt": 0} and report["codes"]["codebook"] == 50
+    assert Image.open(out / "reconstructions.jpg").width > 300
+    assert run(stages, listed, out) == 0
+    logged = [json.loads(line) for line in (out / "evaluate.txt").read_text().splitlines()]
+    assert [line["features"] for line in logged] == ["causal_embeddings", "codes_by_blocks"] * 2
+    assert logged[0] == logged[2] and {"txt_r1", "img_r10", "agg_metrics"} <= set(logged[0])
+
+
+def folder_of(place: Path, form: str) -> str:
+    """Five images with captions in a form that `--data` reads, one of them broken and one without a caption."""
+    place.mkdir()
+    names = [*COLOURS, "cut", "bare"]
+    data = {name: drawing(name if name in COLOURS else "red") for name in names}
+    data["cut"] = data["cut"][:40]
+    captions = {name: f"a {name} square" for name in names if name != "bare"}
+    if form == "parquet":
+        rows = [{"image": {"bytes": data[name], "path": name}, "text": captions.get(name)} for name in names]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), place / "train.parquet", row_group_size=2)
+        return str(place)
+    for name in names:
+        (place / f"{name}.png").write_bytes(data[name])
+        if form == "txt" and name in captions:
+            (place / f"{name}.txt").write_text(captions[name])
+    if form != "txt":
+        (place / form).write_text("".join(json.dumps({"file_name": f"{name}.png", "text": captions.get(name)}) + "\n"
+                                          for name in names))
+    return str(place)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("form", ["txt", "metadata.jsonl", "parquet"])
+def test_command_reads_folders_and_tables(stages, tmp_path, capsys, form):
+    assert run(stages, folder_of(tmp_path / "own", form), tmp_path / "out") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["n"], report["captions"], len(report["left_out"])) == (len(COLOURS), len(COLOURS), 2)
+    reasons = " ".join(report["left_out"])
+    assert "not a picture" in reasons and re.search(r"has no (caption|\.txt)", reasons)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["60", "1"])
+def test_shipped_tokenizer(tmp_path, limit):
+    assert main(["eval", "tokenizer", "--model", str(NANO), "--data", "nano", "--out", str(tmp_path), "--limit", limit,
+                 "--rebuild", "12", "--device", "cpu"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["data"] == {"format": "nano", "split": "val"} and report["n"] == int(limit)
+    assert report["retrieval"] == {}  # nano has no text encoder of its own
+    assert "NaN" not in (tmp_path / "report.json").read_text()
+    for name in ("embedding", "image_clip"):
+        near = report["reconstruction"][name]
+        assert near["cosine_to_others"]["n"] == (0 if limit == "1" else near["n"])
+        assert near["cosine"]["value"] > (near["cosine_to_others"]["value"] or 0) + 0.2
+    assert report["codes"]["distinct"] >= 0.9 * int(limit)
+
+
+def test_command_names_what_does_not_fit(stages, listed, clip_folder, tmp_path, capsys):
+    image_encoder = NANO / "seed_tokenizer" / "diffusion_model"
+    for arguments, sentence in (
+            (["--model", str(tmp_path / "absent")], "there is no such folder"),
+            (["--model", "nano-x"], "nano-x: is a seed_x; this measures SEED-2's kind of tokenizer"),
+            (["--data", "elsewhere.txt"], "there is no such file or folder"),
+            (["--stage1", str(tmp_path / "no.pth")], "there is no such weights file"),
+            (["--clip", str(image_encoder / "image_encoder")], "of width 256, this tokenizer decodes to width 10"),
+            (["--clip-text", str(clip_folder)], "of width 8, this tokenizer decodes to width 10"),
+            (["--decoder", str(image_encoder)], "the tokenizer's image embeddings need (1, 10)"),
+            (["--caption-key", "captoin"], "'captoin'")):
+        assert run(stages, listed, tmp_path / "out", *arguments) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and "Traceback" not in error

@@ -1,0 +1,57 @@
+"""The evaluation scripts of SEED_Tokenizer: they parse, and they run with their variables and further flags."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import warm_python
+from PIL import Image
+
+ROOT = Path(__file__).parents[3]
+FOLDER = ROOT / "SEED_Tokenizer"
+SCRIPTS = sorted((FOLDER / "eval_scripts").glob("*.sh"))
+
+
+def _environment(**variables: str) -> dict[str, str]:
+    """`scripts/python.sh` takes the Python of VIRTUAL_ENV: the one that runs the tests."""
+    return {**os.environ, "VIRTUAL_ENV": sys.prefix, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_parse(script: Path) -> None:
+    assert subprocess.run(["sh", "-n", str(script)], capture_output=True).returncode == 0
+
+
+def test_all_scripts_are_there() -> None:
+    assert [path.stem for path in SCRIPTS] == ["nano", "reconstruction", "retrieval_coco", "retrieval_flickr"]
+
+
+@pytest.mark.process
+def test_retrieval_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
+    pictures = ["fox.png", "whale.png"]
+    (tmp_path / "list.json").write_text(json.dumps([{"image": name, "caption": name} for name in pictures]))
+    done = subprocess.run(
+        ["sh", str(FOLDER / "eval_scripts" / "retrieval_flickr.sh"), "--device", "cpu", "--decoder", "none"],
+        capture_output=True, text=True, timeout=170, cwd=tmp_path,
+        env=_environment(MODEL=str(tiny_folder), DATA=str(tmp_path / "list.json"), IMAGES=str(ROOT / "images"),
+                         OUT=str(tmp_path / "out")))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["n"] == 2 and report["model"] == str(tiny_folder)
+    assert json.loads(done.stdout.splitlines()[-1]) == report
+
+
+@pytest.mark.process
+def test_reconstruction_demo(tiny_folder: Path, tmp_path: Path) -> None:
+    command = [warm_python.PYTHON, str(FOLDER / "eval" / "seed_inference.py"), "--device", "cpu", "--model"]
+    done = subprocess.run([*command, str(tiny_folder), "--image", str(ROOT / "images" / "fox.png"), "--steps", "2"],
+                          capture_output=True, text=True, timeout=170, cwd=tmp_path, env=_environment())
+    assert done.returncode == 0, done.stderr
+    codes, saved = done.stdout.splitlines()
+    assert len(codes.split()) == 32 and saved == "recon_fox.png" and Image.open(tmp_path / saved).width > 0

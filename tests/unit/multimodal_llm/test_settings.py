@@ -1,0 +1,297 @@
+"""Hydra overrides and the original's command line both become one checked configuration; nothing is callable."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import read_settings
+from seed_multimodal.training.llm.app import main
+from seed_multimodal.training.llm.compose import compose
+from seed_multimodal.training.llm.flags import translate
+from seed_multimodal.training.llm.trainer_settings import TrainerSettings, read_run
+from seed_multimodal.training.loop_settings import LoopSettings
+from seed_multimodal.training.optimizers import OptimSettings
+from seed_multimodal.training.zero import fill_config, use_offload_threads
+
+CONFIGS = Path(__file__).resolve().parents[3] / "MultiModalLLM" / "configs"
+JSONS = sorted((CONFIGS / "deepspeed").glob("*.json"))
+# The published pretraining command, flag by flag.
+PRETRAIN = """--model {model} --tokenizer {tokenizer} --train_data {data} --deepspeed configs/deepspeed/stage2_bf16.json
+    --output_dir log/pretrain --max_steps 30000 --save_steps 1000 --learning_rate 1.5e-4 --min_lr_ratio 0.05
+    --warmup_ratio 0.03 --lr_scheduler_type cosine --weight_decay 0.05 --adam_beta1 0.9 --adam_beta2 0.95
+    --adam_epsilon 1e-5 --max_grad_norm 1.0 --gradient_accumulation_steps 4 --per_device_train_batch_size 128
+    --per_device_eval_batch_size 1 --bf16 True --gradient_checkpointing True --dataloader_num_workers 2
+    --logging_steps 1 --report_to tensorboard --evaluation_strategy no --ignore_data_skip True
+    --logging_nan_inf_filter no --log_level info"""
+
+
+def loop_settings(trainer: dict) -> LoopSettings:
+    return read_settings(TrainerSettings, trainer, "trainer").loop_settings()
+
+
+@pytest.fixture
+def files(runs, tmp_path) -> dict[str, Path]:
+    return runs.write_files(tmp_path)
+
+
+@pytest.fixture
+def published(files) -> list[str]:
+    return PRETRAIN.format(**files).split()
+
+
+def test_the_published_command_line(published, files):
+    made = compose(published, CONFIGS)
+    run = read_run(made.config)
+    assert (run.trainer.max_steps, run.trainer.save_steps, run.trainer.gradient_accumulation_steps) == (30000, 1000, 4)
+    assert (run.trainer.precision, run.trainer.gradient_checkpointing) == ("bf16", True)
+    assert run.trainer.report_to == ["tensorboard"] and run.trainer.eval_steps == 0
+    optim = read_settings(OptimSettings, run.optim, "optim")
+    assert (optim.name, optim.learning_rate, optim.adam_epsilon, optim.adam_beta2) == ("adamw_hf", 1.5e-4, 1e-5, 0.95)
+    assert (optim.min_lr_ratio, optim.warmup_ratio, optim.weight_decay) == (0.05, 0.03, 0.05)
+    assert run.deepspeed["zero_optimization"]["stage"] == 2
+    assert run.model["sizes"]["hidden_size"] == 32 and len(run.data["sources"]) == 2
+    assert any("per_device_train_batch_size has no effect" in remark for remark in made.remarks)
+
+
+# The published recipes: specification of the original's two scripts, flag by flag.
+PUBLISHED = {
+    "pretrain": {"max_steps": 30000, "save_steps": 1000, "gradient_accumulation_steps": 4, "learning_rate": 1.5e-4,
+                 "min_lr_ratio": 0.05, "warmup_ratio": 0.03},
+    "sft": {"max_steps": 50000, "save_steps": 10000, "gradient_accumulation_steps": 1, "learning_rate": 1e-4,
+            "min_lr_ratio": 0.1, "warmup_ratio": 0.07}}
+OF_BOTH = {"precision": "bf16", "gradient_checkpointing": True, "max_grad_norm": 1.0, "seed": 42,
+           "dataloader_num_workers": 2, "logging_steps": 1, "report_to": ["tensorboard"], "eval_steps": 0,
+           "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "weight_decay": 0.05, "decay": "all",
+           "lr_scheduler_type": "cosine", "warmup_steps": 0}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("way", ["script", "groups"])
+def test_the_published_recipes_are_the_originals(name, way, runs, monkeypatch):
+    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.training.llm.model_settings import read_model_settings
+
+    monkeypatch.chdir(runs.APPLICATION)
+    arguments = [f"optim={name}", f"trainer={name}", f"data=multi_torchdata_{name}", "output_dir=out"]
+    if way == "script":
+        text = Path(f"scripts/train_a100_lora_multi_node_{name}.sh").read_text().replace("\\\n", "")
+        words = shlex.split(text, comments=True)
+        arguments = words[words.index("launch") + 2:-1]  # between the port and "$@"
+    run = read_run(compose(arguments, CONFIGS).config)
+    optim = read_settings(OptimSettings, run.optim, "optim")
+    found = {**vars(optim), **vars(run.trainer)}
+    assert {key: found[key] for key in (*PUBLISHED[name], *OF_BOTH)} == {**PUBLISHED[name], **OF_BOTH}
+    assert found["name"] == ("adamw_hf" if way == "script" else "adamw")
+    data = read_data_settings(run.data)
+    assert data.packing and data.rows is None  # as many as hold a released micro-batch
+    lora = read_model_settings(run.model).lora
+    assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"]) == (16, 32, 0.05)
+    assert lora["modules_to_save"] == ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"]
+    if way == "script":
+        zero = run.deepspeed["zero_optimization"]
+        assert (zero["stage"], "offload_optimizer" in zero) == (2, name == "sft")
+
+
+def test_what_comes_later_wins(published, files):
+    again = compose([*published, "--max_steps", "7", "optim.learning_rate=0.5", "model.sizes.hidden_size=16",
+                     "deepspeed=none"], CONFIGS).config
+    assert (again["trainer"]["max_steps"], again["optim"]["learning_rate"]) == (7, 0.5)
+    assert again["model"]["sizes"]["hidden_size"] == 16 and again.get("deepspeed") is None
+    # A group chosen after the flags replaces all of them; one before does not.
+    chosen = compose([*published, "trainer=nano"], CONFIGS).config
+    assert chosen["trainer"] == yaml.safe_load((CONFIGS / "trainer" / "nano.yaml").read_text())
+    assert compose(["trainer=nano", *published], CONFIGS).config["trainer"]["max_steps"] == 30000
+
+
+def test_booleans_as_the_original_reads_them():
+    assert translate(["--bf16"]).values["trainer.precision"] == "bf16"
+    assert translate(["--bf16", "False"]).values["trainer.precision"] == "fp32"
+    assert translate(["--no_bf16"]).values["trainer.precision"] == "fp32"
+    assert translate(["--fp16=True"]).values["trainer.precision"] == "fp16"
+    assert translate(["--gradient_checkpointing", "--max_steps", "3"]).values == {
+        "trainer.gradient_checkpointing": True, "trainer.max_steps": 3, "trainer.precision": "fp32",
+        "trainer.eval_steps": 0}
+    assert translate(["--report_to", "tensorboard", "wandb"]).values["trainer.report_to"] == ["tensorboard", "wandb"]
+    assert translate(["--report_to", "none"]).values["trainer.report_to"] == []
+    assert translate(["--resume_from_checkpoint", "log/checkpoint-3"]).values["trainer.resume"] == "log/checkpoint-3"
+    # A boolean needs no value, so what follows it may be an override; a path with `=` is another flag's value.
+    made = translate(["--bf16", "trainer.max_steps=3", "--output_dir", "log/lr=1"])
+    assert made.rest == ["trainer.max_steps=3"] and made.values["output_dir"] == "log/lr=1"
+    assert made.values["trainer.precision"] == "bf16"
+    for word in ("output_dir='log/lr=1e-4'", 'output_dir="log/lr=1e-4"'):  # as the refusal without quotes says
+        assert compose([word], CONFIGS).config["output_dir"] == "log/lr=1e-4"
+    # Our own options are no flags of the original: they do not bring its defaults.
+    assert not translate(["--resume", "never"]).original
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--learning_rat", "1"], r"--learning_rat: unknown option \(did you mean '--learning_rate'\?\)"),
+    (["--max_steps", "many"], "--max_steps: needs a whole number, not 'many'"),
+    (["--max_steps", "inf"], "--max_steps: needs a whole number, not 'inf'"),
+    (["--bf16", "perhaps"], "--bf16: needs True or False"),
+    (["--bf16", "--fp16"], "exclude each other"),
+    (["--max_steps"], "--max_steps: needs a value"),
+    (["--num_train_epochs", "3"], "--num_train_epochs: is not built in; use --max_steps"),
+    (["--optim", "adafactor"], "'adafactor' is not built in"),
+    (["--save_strategy", "epoch"], "go by steps"),
+    (["trainr.max_steps=3"], r"unknown key \(did you mean 'trainer'\?\)"),
+    (["optim=pretrian"], r"no such configuration in .*did you mean 'pretrain'\?"),
+    (["deepspeed=stage2_bf61"], "did you mean 'stage2_bf16'"),
+    (["model=none"], "a configuration is needed"),
+    (["something"], "neither an option"),
+    (["output_dir=log/lr=1e-4"], r"'output_dir=log/lr=1e-4' cannot be read .*: 'output_dir=\"log/lr=1e-4\"'"),
+])
+def test_refusals_are_one_sentence(arguments, words, files):
+    with pytest.raises(ConfigError, match=words) as caught:
+        compose([*(f"{group}={file}" for group, file in files.items()), *arguments], CONFIGS)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_only_printed_needs_no_output_folder(files, capsys):
+    chosen = [f"{group}={file}" for group, file in files.items()]
+    assert main([*chosen, "trainer.max_steps=7", "--cfg", "job"], configs=CONFIGS) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["output_dir"] == "???" and shown["trainer"]["max_steps"] == 7
+    assert main([*chosen, "--cfg", "job", "output_dir=log/x"], configs=CONFIGS) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "log/x"
+    with pytest.raises(ConfigError, match="output_dir is needed"):
+        compose(chosen, CONFIGS)
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["trainer.max_stepz=3"], r"trainer: unknown key 'max_stepz' \(did you mean 'max_steps'\?\)"),
+    (["trainer.max_steps=3.5"], "max_steps must be a whole number"),
+    (["trainer.precision=fp8"], "precision must be one of bf16, fp16, fp32"),
+    (["trainer.report_to=[mlflow]"], "report_to must be one of tensorboard, wandb, not 'mlflow'"),
+    (["trainer.gradient_accumulation_steps=0"], "at least 1"),
+    (["trainer.memory_gib=1.0e+300"], "memory_gib must be at most 1000000, not 1e"),
+    (["trainer.peak_tflops=-1"], "peak_tflops must be above 0"),
+    (["output_dir=null"], "output_dir is needed"),
+    (["tokenizer._target_=os.system"], "os.system"),
+    (["tokenizer._target_=models.transforms.get_transform"], "builds no tokenizer"),
+])
+def test_settings_are_checked(more, words, files, runs, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        read_run(compose(runs.overrides(files, tmp_path / "out", *more), CONFIGS).config)
+
+
+def test_models_and_data_build_nothing_that_a_file_names(files, runs, tmp_path):
+    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.training.llm.model_settings import read_model_settings
+
+    for group, read in (("model", read_model_settings), ("data", read_data_settings)):
+        files[group].write_text("_target_: os.system\ncommand: touch /tmp/made\n")
+        config = compose(runs.overrides(files, tmp_path / "out"), CONFIGS).config
+        with pytest.raises(ConfigError, match="os.system"):
+            read(config[group])
+        assert not Path("/tmp/made").exists()
+
+
+def test_groups_of_the_application_have_their_files():
+    assert {path.stem for path in JSONS} == {
+        "stage1_bf16", "stage2_bf16", "stage2_offload_bf16", "stage2_fp16", "stage2_offload_fp16", "stage2_bf16_mefft",
+        "stage2_fp16_mefft", "stage2_fp16_offload_mefft", "stage3_fp16", "stage3_offload_fp16",
+        "stage3_offload_opt_fp16", "stage3_offload_bf16"}
+    for file in (CONFIGS / "trainer").glob("*.yaml"):
+        read_settings(TrainerSettings, yaml.safe_load(file.read_text()), "trainer")
+    for file in (CONFIGS / "optim").glob("*.yaml"):
+        read_settings(OptimSettings, yaml.safe_load(file.read_text()), "optim")
+
+
+@pytest.mark.parametrize(("kernel", "more", "words"), [
+    ("liger", ["deepspeed=stage3_offload_bf16", "trainer.precision=bf16"], "liger reads the whole lm_head .* ZeRO-3"),
+    ("liger", [], "liger needs the package liger-kernel and a CUDA device"),
+    ("ligre", [], "loss_kernel must be one of auto, plain, chunked, liger")])
+def test_a_loss_kernel_that_cannot_run_is_refused_at_the_start(kernel, more, words, train, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        train("out", f"trainer.loss_kernel={kernel}", *more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", JSONS, ids=lambda path: path.stem)
+def test_deepspeed_files_are_filled(file):
+    precision = "bf16" if "bf16" in file.stem else "fp16"
+    settings = loop_settings({"precision": precision, "gradient_accumulation_steps": 1 if "mefft" in file.stem else 4})
+    filled, remarks = fill_config(json.loads(file.read_text()), settings, world=8, rows=3, hidden_size=64)
+    assert '"auto"' not in json.dumps(filled) and filled[precision]["enabled"] is True
+    micro, count = filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]
+    assert filled["train_batch_size"] == micro * count * 8 and "optimizer" not in filled
+    assert bool(remarks) == (file.stem == "stage1_bf16")
+    stage = int(re.search(r"stage(\d)", file.stem)[1])
+    assert filled["zero_optimization"]["stage"] == stage
+    offload = filled["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    assert (offload == "cpu") == ("offload" in file.stem)
+
+
+@pytest.mark.parametrize(("name", "processes", "given", "threads", "words"), [
+    ("stage2_offload_bf16", 4, "1", 16, "16 CPU threads in each of this node's 4 processes"),  # torchrun's own 1
+    ("stage3_offload_opt_fp16", 3, None, 21, "21 CPU threads"),
+    ("stage2_offload_bf16", 128, "1", 1, "1 CPU thread in each"),
+    ("stage2_offload_bf16", 4, "3", None, "OMP_NUM_THREADS=3 CPU threads a process, as set"),
+    ("stage2_offload_bf16", 1, "1", None, ""), ("stage2_bf16", 4, "1", None, "")])
+def test_offloaded_states_get_their_share_of_the_cores(name, processes, given, threads, words, monkeypatch):
+    import torch
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before = torch.get_num_threads()
+    try:
+        said = use_offload_threads(json.loads((CONFIGS / "deepspeed" / f"{name}.json").read_text()))
+        assert torch.get_num_threads() == (before if threads is None else threads)
+    finally:
+        torch.set_num_threads(before)
+    assert words in said if words else not said
+
+
+def test_deepspeed_files_must_agree_with_the_trainer():
+    mefft = json.loads((CONFIGS / "deepspeed" / "stage2_bf16_mefft.json").read_text())
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1 there, but 4"):
+        fill_config(mefft, loop_settings({"gradient_accumulation_steps": 4}), world=1, rows=1, hidden_size=8)
+    with pytest.raises(ConfigError, match="no fp16 block"):
+        fill_config({"zero_optimization": {"stage": 2}}, loop_settings({"precision": "fp16"}), world=1, rows=1,
+                    hidden_size=8)
+    with pytest.raises(ConfigError, match="bf16 is True there"):
+        fill_config(mefft, loop_settings({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
+    with pytest.raises(ConfigError, match="stage must be 1, 2 or 3"):
+        fill_config({"zero_optimization": {"stage": 5}}, loop_settings({}), world=1, rows=1, hidden_size=8)
+
+
+@pytest.mark.parametrize(("precision", "given", "used"), [
+    ("fp16", None, "fp16"), ("bf16", None, "bf16"), ("fp32", None, "fp32"),  # the run's own: released fp16 stays exact
+    ("fp16", "bf16", "bf16"), ("bf16", "fp16", "fp16"), ("bf16", "fp32", "fp32"),  # as the file says
+    ("fp32", "fp16", "fp32")])  # said, because products need one type
+def test_the_base_is_loaded_in_the_precision_of_the_run_or_the_file(runs, tmp_path, capsys, precision, given, used):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.training.distributed import ProcessGroup
+    from seed_multimodal.training.llm.model import build_llm
+    from seed_multimodal.training.llm.task import LlmTask
+
+    words = MultimodalTokenizer.from_pretrained(runs.TOKENIZER).vocabulary.size
+    base = LlamaForCausalLM(LlamaConfig(**runs.SIZES, vocab_size=words)).half()
+    base.save_pretrained(tmp_path / "base")
+    model = {"_target_": "src.model.peft_model.get_peft_model_with_resize_embedding", "model": {
+        "_target_": "src.model.llama_xformer.LlamaForCausalLM.from_pretrained",
+        "pretrained_model_name_or_path": str(tmp_path / "base"), **({"torch_dtype": given} if given else {})},
+        "peft_config": {"_target_": "peft.LoraConfig", "r": 2, "target_modules": ["q_proj"]}}
+    files = runs.write_files(tmp_path)
+    files["model"].write_text(yaml.safe_dump(model))
+    made = compose(runs.overrides(files, tmp_path / "out", f"trainer.precision={precision}"), CONFIGS)
+    task = LlmTask(read_run(made.config), ProcessGroup(), torch.device("cuda"))  # may run fp16; nothing is put there
+    llm = build_llm(task.model_settings, task.tokenizer, "cpu")
+    frozen = llm.get_base_model().model.layers[0].mlp.up_proj.weight
+    assert frozen.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[used]
+    exact = torch.equal(frozen.float(), base.model.layers[0].mlp.up_proj.weight.float())
+    assert exact == (used != "bf16") and all(p.dtype == torch.float32 for p in llm.parameters() if p.requires_grad)
+    assert ("dtype fp16 needs trainer.precision bf16 or fp16" in capsys.readouterr().out) == (precision == "fp32" and
+                                                                                             given == "fp16")

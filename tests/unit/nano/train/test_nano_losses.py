@@ -1,0 +1,87 @@
+"""nano's two language-model stages through the application, compared with recorded losses.
+
+The codes are drawn, not encoded, so that only the data, the model, the optimizer and the loop matter. After a change
+that is meant to move the losses: `PYTHONPATH=src:tests/warm python tests/nano/train/test_nano_losses.py`.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import warm_python
+from safetensors import safe_open
+
+from seed_nano.train.language import install_llm, write_records
+from seed_nano.train.settings import load_settings
+from seed_nano.train.templates import render
+from seed_nano.train.workspace import Workspace
+from seed_nano.world.records import KINDS
+
+ROOT = Path(__file__).resolve().parents[4]
+EXPECTED = Path(__file__).with_name("nano_losses.json")
+STEPS = (1, 2, 5, 10, 20, 30)
+STAGES = {"llm_pretrain": "train_pretrain", "llm_sft": "train_sft"}
+SETTINGS = ["pool=60", "gate_scenes=60", "llm.text_vocabulary=1500", "tokenizer.codes=1024",
+            *(f"records.{kind}=60" for kind in KINDS)] + [
+    f"{stage}={{steps: 30, batch_size: 8, lr: 3.0e-3, warmup: 5, precision: fp32, log_every: 1}}"
+    for stage in STAGES.values()]
+
+
+def prepared(folder: Path) -> Workspace:
+    """60 records of every kind with drawn codes and the configurations, in the shipped tokenizer's words."""
+    out = folder / "system"
+    out.mkdir(parents=True)
+    (out / "seed_tokenizer").symlink_to(ROOT / "pretrained/nano/seed_tokenizer")
+    space = Workspace(load_settings("nano", "test", SETTINGS), folder, out)
+    generator = torch.Generator().manual_seed(7)
+    places = torch.arange(32) * 32
+    write_records(space, lambda scenes: places + torch.randint(32, (len(scenes), 32), generator=generator))
+    for name, settings in STAGES.items():
+        render(space, name, settings)
+    return space
+
+
+def trained(folder: Path, name: str) -> dict[str, list[float]]:
+    """One stage by the application, as a process of its own; returns losses of single steps and held-out ones."""
+    plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [warm_python.PYTHON, str(ROOT / "MultiModalLLM/src/train/train.py"), "--config-path", str(folder),
+         "--config-name", name], capture_output=True, text=True, timeout=170,
+        env={**plain, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    log = [json.loads(line) for line in next((folder / name).glob("*.jsonl")).read_text().splitlines()]
+    steps = {int(line["step"]): line for line in log if "loss" in line}
+    held_out = next(line for line in log if "eval_loss" in line)
+    return {"loss": [steps[step]["loss"] for step in STEPS],
+            "held_out": [held_out["eval_text_loss"], held_out["eval_image_loss"]]}
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_losses_are_the_recorded_ones(tmp_path: Path) -> None:
+    space, expected = prepared(tmp_path / "work"), json.loads(EXPECTED.read_text(encoding="utf-8"))
+    for name in STAGES:
+        found = trained(space.work, name)
+        for what, values in found.items():
+            # Muon multiplies in bf16, which not every release of torch rounds alike.
+            assert values == pytest.approx(expected[name][what], rel=5e-3), f"{name} {what}"
+        assert found["loss"][-1] < 0.9 * found["loss"][0]
+
+    record = install_llm(space)
+    assert record["sft_val_text_loss"] == pytest.approx(found["held_out"][0], abs=1e-3)
+    written = json.loads((space.work / "sft.done.json").read_text())
+    assert written["steps"] == 30 and written["batch_size"].endswith(" rows of 512")
+    with safe_open(space.out / "seed_llama/model.safetensors", "pt") as handle:
+        assert handle.get_slice("model.embed_tokens.weight").get_shape()[0] == space.words.vocabulary.size
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = prepared(Path(folder) / "work").work
+        EXPECTED.write_text(json.dumps({name: trained(work, name) for name in STAGES}, indent=1) + "\n")
+    print(EXPECTED.read_text())

@@ -1,0 +1,109 @@
+"""Runs of the LAVIS application at tiny size: some of nano's scenes as image-caption json, YAMLs that use it, and
+runners built from them. Skipped as a whole where LAVIS is not installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+for place in (ROOT / "SEED_Tokenizer", ROOT / "tests" / "golden"):
+    if str(place) not in sys.path:
+        sys.path.append(str(place))
+
+from lavis_runs import APPLICATION, PROJECTS, TINY, TINY_STAGE2, environment, log_of  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lavis() -> None:
+    try:
+        importlib.metadata.version("salesforce-lavis")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # as in the processes these runs are compared with
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures of nano's scenes and `pairs.json` beside them."""
+    from PIL import Image
+
+    from seed_nano.world.scene import render
+    from seed_nano.world.splits import scene_at
+    from seed_nano.world.words import describe
+
+    folder = tmp_path_factory.mktemp("pictures")
+    items = []
+    for number in range(24):
+        scene, name = scene_at(0, number), f"scene-{number}.png"
+        Image.fromarray(render(scene)).save(folder / name)
+        items.append({"image": name, "caption": [describe(scene), describe(scene, random.Random(number))]})
+    (folder / "pairs.json").write_text(json.dumps(items))
+    return folder
+
+
+@pytest.fixture
+def yaml(pictures: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """stage, options → the arguments of train.py for a tiny run on `pictures` into `tmp_path/NAME`."""
+
+    def make(stage: str, *options: str, name: str = "") -> list[str]:
+        from omegaconf import OmegaConf
+
+        config = OmegaConf.load(APPLICATION / "lavis" / "projects" / PROJECTS[stage])
+        processors = config.datasets.pop("nano")
+        processors.vis_processor.train.name = "blip2_image_train"  # random views, as released
+        pairs = {"storage": [str(pictures / "pairs.json")]}
+        info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
+        config.datasets = {"coco_caption": {**processors, "build_info": info}}
+        config.run.output_dir = str(tmp_path / (name or stage))
+        file = tmp_path / f"{name or stage}.yaml"
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(TINY + (TINY_STAGE2 if stage == "stage2" else [])))
+        OmegaConf.save(config, file)
+        return ["--cfg-path", str(file), *(["--options", *options] if options else [])]
+
+    return make
+
+
+@pytest.fixture
+def run() -> Callable[[list[str]], Any]:
+    """Build a run in this process and train it; returns the runner."""
+
+    def do(arguments: list[str]) -> Any:
+        import train
+
+        runner = train.build(train.parser("").parse_args(arguments))
+        runner.train()
+        return runner
+
+    return do
+
+
+@pytest.fixture
+def start() -> Callable[..., subprocess.Popen[str]]:
+    """Start a command in SEED_Tokenizer/."""
+
+    def do(*command: str, **more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(command, cwd=APPLICATION, env=environment(**more), text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+
+    return do
+
+
+@pytest.fixture
+def losses() -> Callable[[Path, str], dict[int, float]]:
+    """folder, stage → the (unsmoothed) loss of each step."""
+    return lambda folder, stage: {step: line["last_loss"] for step, line in log_of(folder, stage).items()}

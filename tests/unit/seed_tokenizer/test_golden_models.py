@@ -1,0 +1,132 @@
+"""The models LAVIS builds give the originals' recorded losses and gradients (fixtures of tests/golden)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+DATA = Path(__file__).resolve().parents[2] / "golden" / "data"
+
+
+def read(kind: str) -> tuple[dict[str, Any], dict[str, Any], Any, Any, Any]:
+    from runner import read_json, read_tensors
+
+    folder = DATA / kind
+    tensors = (read_tensors(folder / f"{part}.safetensors") for part in ("weights", "inputs", "outputs"))
+    return read_json(folder / "config.json"), read_json(folder / "meta.json"), *tensors
+
+
+def sizes(vit: Any, qformer: Any) -> dict[str, Any]:
+    plain = {"vit": dataclasses.asdict(vit), "qformer": dataclasses.asdict(qformer), "load_pretrained": False,
+             "vit_precision": "fp32", "image_size": vit.image_size}
+    for key in ("image_size", "grad_checkpoint"):
+        plain["vit"].pop(key)
+    plain["cross_attention_freq"] = plain["qformer"].pop("cross_attention_freq")
+    return plain
+
+
+def model_of(config: dict[str, Any]) -> Any:
+    from omegaconf import OmegaConf
+    from seed_lavis import register
+
+    register()
+    from seed_lavis.compat import registry
+
+    arch = config.pop("arch")
+    return registry.get_model_class(arch).from_config(OmegaConf.create(config)).place(torch.device("cpu")).train()
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast_tower"])
+def test_stage1(fast):
+    from runner import assert_close
+    from seed2_common import qformer_config, vit_config
+
+    from seed_multimodal.weights import assign_strictly
+
+    given, meta, weights, inputs, want = read("stage1_losses")
+    model = model_of({
+        "arch": "blip2_casual", **sizes(vit_config(given["vit"]), qformer_config(given["bert"],
+                                                                                 given["cross_attention_freq"])),
+        "num_query_token": given["num_query_token"], "embed_dim": given["embed_dim"], "temperature": given["temp"],
+        "label_smoothing": given["label_smoothing"], "text_tokenizer": None,
+        "vocab_size": weights["Qformer.bert.embeddings.word_embeddings.weight"].shape[0], "fast_tower": fast})
+    assert (model.fast_tower is not None) == fast
+    assign_strictly(model, weights, "the fixture")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == meta["trainable"]
+    output = model(inputs)  # image, input_ids, attention_mask
+    output["loss"].backward()
+    assert_close(output["loss"].detach(), want["nodist.loss"], 1e-5, 1e-4, "loss")
+    assert_close(output["loss_itc"], want["nodist.loss_itc"], 1e-5, 1e-4, "loss_itc")
+    own = dict(model.named_parameters())
+    names = [name for name in want if name.startswith("nodist.grad.")]
+    assert names
+    for name in names:
+        assert_close(own[name.removeprefix("nodist.grad.")].grad, want[name], 1e-6, 1e-3, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast_tower"])
+@pytest.mark.parametrize("kind", ["stage2_losses", "stage2_losses_image_down"])
+def test_stage2(kind, fast, tmp_path):
+    from runner import assert_close
+    from seed2_common import tokenizer_config
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from seed_multimodal.weights import assign_strictly
+
+    given, meta, weights, inputs, want = read(kind)
+    CLIPVisionModelWithProjection(CLIPVisionConfig(**given["clip_vision"])).save_pretrained(tmp_path)
+    config = tokenizer_config({**given, "decode_blocks_heads": given["decode_heads"]}, 4)
+    model = model_of({
+        "arch": "blip2_codebook_all_image", **sizes(config.vit, config.qformer), "clip_model": str(tmp_path),
+        "clip_precision": "fp32", "n_embed": config.codebook_size, "codebook_embed_dim": config.codebook_dim,
+        "decode_depth": config.decode_depth, "decode_heads": config.decode_heads, "num_query_token": config.num_query,
+        "image_features_dim": config.image_features_dim, "use_qformer_image": config.use_qformer_image,
+        "reverse_depth": given["reverse_qformer_layers"] or 4, "loss_weights": given["loss_weights"],
+        "fast_tower": fast})
+    assert (model.fast_tower is not None) == fast
+    near = given["codebook_rows_near"]
+    codebook = torch.full((config.codebook_size, config.codebook_dim), given["codebook_far_value"])
+    codebook[:near] = weights.pop("quantize.embedding.weight.near")
+    assign_strictly(model, {**weights, "quantize.embedding.weight": codebook}, "the fixture",
+                    allow_unexpected=["clip_model.*.position_ids"])
+    assert sorted(name for name, p in model.named_parameters() if p.requires_grad) == sorted(meta["trainable"])
+    output = model({"image": inputs["image"], "caption": [""] * len(inputs["image"])})
+    output["loss"].backward()
+    assert torch.equal(model.codes, want["indices"])
+    for name in ("loss", "loss_embed", "loss_recon_s", "loss_distil_image"):
+        assert_close(output[name].detach(), want[name], 1e-5, 1e-4, name)
+    own = dict(model.named_parameters())
+    names = [name for name in want if name.startswith("grad.")]
+    assert names
+    for name in names:
+        gradient = own[name.removeprefix("grad.")].grad
+        assert_close(gradient[:near] if name.startswith("grad.quantize") else gradient, want[name], 1e-6, 1e-3, name)
+
+
+@pytest.mark.parametrize("options, device, used", [
+    ({}, "cpu", False), ({}, "cuda", True), ({"fast_tower": False}, "cuda", False), ({"fast_tower": True}, "cpu", True),
+    ({"freeze_vit": False}, "cuda", False)])
+def test_where_the_tower_is_packed(options, device, used):
+    from seed_lavis.models import Blip2Casual
+    from seed_lavis.options import Stage1Options
+
+    model = Blip2Casual.__new__(Blip2Casual)
+    model.__dict__["options"] = Stage1Options(**options)
+    assert model.uses_fast_tower(torch.device(device)) is used
+
+
+def test_a_tower_that_is_trained_is_not_packed():
+    from seed_lavis.models import Blip2Casual
+    from seed_lavis.options import Stage1Options
+
+    from seed_multimodal.errors import ConfigError
+
+    model = Blip2Casual.__new__(Blip2Casual)
+    model.__dict__["options"] = Stage1Options(fast_tower=True, freeze_vit=False)
+    with pytest.raises(ConfigError, match="freeze_vit"):
+        model.uses_fast_tower(torch.device("cpu"))

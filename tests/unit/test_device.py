@@ -1,0 +1,187 @@
+"""The choice of device and dtype is printed with reasons for what was chosen, and for nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from seed_multimodal import device as choosing
+from seed_multimodal.device import BESIDE_8BIT, RELEASED_FP16, Runtime, choose_device, choose_for_pictures
+from seed_multimodal.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(("device", "dtype", "sentence"), [
+    ("auto", "auto", r"Running on cpu in float32 \(no GPU found; float32 is the safe precision on cpu\)\."),
+    ("cpu", "auto", r"Running on cpu in float32 \(float32 is the safe precision on cpu\)\."),
+    ("auto", torch.float16, r"Running on cpu in float16 \(no GPU found\)\."),
+    ("cpu", "bf16", r"Running on cpu in bfloat16\.")])
+def test_reasons_are_given_for_what_is_chosen_here(device: str, dtype: object, sentence: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    said: list[str] = []
+    choose_device(device, dtype, log=said.append)  # type: ignore[arg-type]
+    assert len(said) == 1 and re.fullmatch(sentence, said[0]), said
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be chosen on a GPU with bfloat16; nothing is put there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+
+def test_pictures_and_8_bit_weights_are_in_float16_on_a_gpu(gpu: None) -> None:
+    said: list[str] = []
+    language = choose_device("auto", "auto", said.append)
+    pictures = choose_for_pictures(language.device, "auto", language, said.append)
+    assert (language.dtype, pictures.dtype) == (torch.bfloat16, torch.float16)
+    assert said[1].startswith("Reading and drawing pictures on cuda in float16 (float16 as pictures were read")
+    packed = choose_device("cuda:0", "auto", said.append, fp16=BESIDE_8BIT)
+    assert packed.dtype == torch.float16 and said[2] == "Running on cuda:0 in float16 (float16 beside 8-bit weights)."
+    del said[:]
+    for asked in ("float32", "bf16", torch.float16):  # what is asked for holds for both, and is said once
+        one = choose_device("cuda", asked, said.append, fp16=RELEASED_FP16)
+        assert choose_for_pictures("cuda", asked, one, said.append) == one
+    assert len(said) == 3 and choose_device("cpu", "auto", None, fp16=RELEASED_FP16).dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["meta", "xla", "", None, torch.device("meta"), object(), "cuda:1", "cuda:-1"])
+def test_devices_that_are_not_there(gpu: None, device: object) -> None:
+    with pytest.raises(ConfigError, match="Unknown device|last CUDA device is cuda:0"):
+        choose_device(device)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float8", "", None, 16, [], torch.int8, torch.complex64])
+def test_precisions_that_are_none(dtype: object) -> None:
+    with pytest.raises(ConfigError, match="Unknown dtype"):
+        choose_device("cpu", dtype)  # type: ignore[arg-type]
+
+
+def test_every_reader_of_pictures_asks_for_it(gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded on the CPU in the end: what each would compute in on a GPU is recorded where it is decided."""
+    from seed_multimodal import configured
+    from seed_multimodal.systems import llama_tokenizer, pictures, seed1, seed_llama
+
+    told: list[tuple[str, torch.dtype]] = []
+
+    class Enough(Exception):
+        pass
+
+    def stop(*args: object, **options: object) -> None:
+        told.append((str(options["device"]), options["dtype"]))
+        raise Enough
+
+    monkeypatch.setattr(pictures.Seed2Tokenizer, "from_pretrained", stop)
+    monkeypatch.setattr(seed1.Seed1Tokenizer, "from_pretrained", stop)
+    monkeypatch.setattr(seed_llama, "load_llm", lambda *args, **options: told.append(
+        (str(options["quantization"]), options["dtype"])))
+    words = tiny_folder / "seed_tokenizer"
+    for load in (lambda: seed_llama.SeedLlama.from_pretrained(tiny_folder, log=None),
+                 lambda: seed_llama.SeedLlama.from_pretrained(tiny_folder, quantization="8bit", log=None),
+                 lambda: seed_llama.SeedLlama.from_pretrained(tiny_folder, dtype="bf16", quantization="8bit", log=None),
+                 lambda: configured.picture_codec(str(tiny_folder)),
+                 lambda: llama_tokenizer.SeedLlamaTokenizer.from_pretrained(words),
+                 lambda: llama_tokenizer.SeedLlamaTokenizer.from_pretrained(words, fp16=False),
+                 lambda: seed1.Seed1.from_pretrained(words)):
+        with pytest.raises(Enough):
+            load()
+    half, full, brain = torch.float16, torch.float32, torch.bfloat16
+    assert told == [("None", brain), ("cuda", half), ("8bit", half), ("cuda", half), ("8bit", brain), ("cuda", brain),
+                    ("cuda", half), ("cuda", half), ("cuda", full), ("cuda", half)]
+    assert isinstance(choosing.choose_device("cpu", log=None), Runtime)
+
+
+def test_dtype_and_quantization_in_place_of_what_yaml_files_say(tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from seed_multimodal.configured import system_from_configs
+
+    (tmp_path / "words.yaml").write_text(
+        "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
+        f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nfp16: True\nload_diffusion: True\n")
+    (tmp_path / "llm.yaml").write_text("_target_: transformers.LlamaForCausalLM.from_pretrained\n"
+                                       f"pretrained_model_name_or_path: {tiny_folder}/seed_llama\nload_in_8bit: True\n")
+    files = {"model": tmp_path / "llm.yaml", "tokenizer": tmp_path / "words.yaml",
+             "image_transform": ROOT / "configs" / "transform" / "clip_transform.yaml"}
+    place = {"llm_device": "cpu", "tokenizer_device": "cpu"}
+    plain = system_from_configs(**files, **place)
+    assert plain.llm.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    assert plain.llm.model.embed_tokens.weight.dtype == plain.pictures.model.dtype == torch.float32
+    other = system_from_configs(**files, **place, dtype="bf16", quantization="4bit")
+    assert other.llm.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert other.llm.model.embed_tokens.weight.dtype == other.pictures.model.dtype == torch.bfloat16
+
+
+def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFixture[str],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    from seed_multimodal import cli
+    from seed_multimodal.commands import evaluate, recon, released
+    from seed_multimodal.commands.seed_x import SCRIPTS, seed_x_script
+    from seed_nano import quickstart
+    from seed_nano.report import __main__ as report
+
+    def shown(program: Callable[[list[str]], object], *words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            program([*words, "--help"])
+        assert ended.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    monkeypatch.syspath_prepend(str(ROOT / "gradio_demo"))
+    backend = __import__("seed_llama_flask").build_parser()
+    talking = [shown(cli.main, name) for name in ("describe", "ask", "draw", "edit", "chat")]
+    talking += [shown(partial(released.llama_script, size)) for size in ("8b", "14b")]
+    talking += [shown(program) for program in (
+        released.tokenizer_script, backend.parse_args, quickstart.main, report.main,
+        *(partial(getattr(evaluate, f"{name}_program"), "eval.py", "") for name in ("vqa", "caption", "drawing")))]
+    talking += [shown(partial(seed_x_script, name)) for name in SCRIPTS if SCRIPTS[name].model]
+    pictures = [shown(partial(seed_x_script, name)) for name in SCRIPTS if not SCRIPTS[name].model]
+    pictures += [shown(cli.main, name) for name in ("tokenize", "reconstruct")] + [
+        shown(recon.recon_script), shown(cli.main, "eval", "tokenizer")]
+    for text in talking:
+        assert "--quantization {8bit,4bit}" in text, text[:200]
+    for text in talking + pictures:
+        assert "--dtype DTYPE auto, float32, bfloat16 or float16 (default: " in text, text[:200]
+
+
+THREADS = """
+import torch
+from torch import nn
+from seed_multimodal.device import SMALL, limit_threads
+
+class Model(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float16))
+
+before = torch.get_num_threads()
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("code", "environment", "same"), [
+    ("limit_threads(Model(9), Model(SMALL - 10))", {}, False),
+    ("limit_threads(Model(9), Model(SMALL - 9))", {}, True),
+    ("limit_threads(Model(9))", {"OMP_NUM_THREADS": "3"}, True),
+    ("before = 5; torch.set_num_threads(before); limit_threads(Model(9))", {}, True),
+    ("from argparse import Namespace; from seed_multimodal.commands.common import load_system\n"
+     "load_system(Namespace(model='nano', device='cpu', dtype='auto', debug=False))", {}, False),
+    ("from argparse import Namespace; from seed_multimodal.commands.pictures import load_codec\n"
+     "load_codec(Namespace(model='nano', device='cpu', dtype='auto', debug=False))", {}, False)])
+def test_limit_threads_takes_one_for_small_models_unless_a_number_was_set(code: str, environment: dict[str, str],
+                                                                         same: bool) -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    ended = subprocess.run([sys.executable, "-c", f"{THREADS}{code}\nprint(before, torch.get_num_threads())"],
+                           capture_output=True, text=True, env={**plain, **environment}, cwd=ROOT, check=True)
+    before, after = map(int, ended.stdout.split()[-2:])
+    assert after == (before if same else 1)

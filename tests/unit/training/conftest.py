@@ -1,0 +1,35 @@
+"""What the tests of the training loop share: the toy of loop_toy.py and a way to start it as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import warm_python
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="session")
+def toy() -> ModuleType:
+    import loop_toy  # where it is used: it is slow
+
+    return loop_toy
+
+
+@pytest.fixture
+def start_toy() -> Callable[..., subprocess.Popen]:
+    """start_toy(folder, stage, …, before=[command]) → the process that trains the stages."""
+    def start(folder: Path, *stages: dict[str, Any], before: Sequence[str] = (warm_python.PYTHON,)) -> subprocess.Popen:
+        toy = ROOT / "tests" / "support" / "loop_toy.py"
+        return subprocess.Popen([*before, str(toy), str(folder), *map(json.dumps, stages)],
+                                env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start

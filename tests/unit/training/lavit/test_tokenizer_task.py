@@ -1,0 +1,147 @@
+"""LaVIT's stage 1 as a task: it learns, codes begin at all centres, kills and several processes change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stage1_toy as toy
+import torch
+import warm_python
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.tokenizers.lavit_training import LavitStage1
+from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance
+from seed_multimodal.training.lavit.tokenizer_task import measure, stage1_groups
+
+ROOT = Path(__file__).resolve().parents[4]
+
+CODES = {"codebook_warmup": 4, "kmeans_start": True, "kmeans_images": 64, "restart_every": 3}
+TWO = (warm_python.PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture
+def start_stage1() -> Callable[..., subprocess.Popen]:
+    """start_stage1(folder, run, …, before=[command]) → the process that trains."""
+    def start(folder: Path, *runs: dict[str, Any], before: Sequence[str] = (warm_python.PYTHON,)) -> subprocess.Popen:
+        folder.mkdir(parents=True, exist_ok=True)
+        program = ROOT / "tests" / "support" / "stage1_toy.py"
+        return subprocess.Popen([*before, str(program), str(folder), *map(json.dumps, runs)],
+                                env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start
+
+
+def lines(folder: Path, name: str = "tokenizer") -> list[dict[str, float]]:
+    """A run's log."""
+    return [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_before_and_with_codes_and_the_log_has_what_a_plot_needs(tmp_path: Path) -> None:
+    held_out, _ = toy.pictures(64, seed=9)
+    before = measure(toy.stage1(), [held_out], quantize=False)
+    model, record = toy.train(tmp_path, steps=80, lr=6e-3, health={**CODES, "codebook_warmup": 50})
+    after = measure(model, [held_out[:32], held_out[32:]])
+    assert after.cosine < 0.8 * after.blind < 0.3 * before.cosine, (after.cosine, after.blind, before.cosine)
+    assert 0.2 < after.kept < 0.5 and len(after.tokens) == 64 and min(after.tokens) >= 1
+    assert after.usage is not None and after.usage.used > toy.CODES // 2 and before.usage is None
+    log = lines(tmp_path)
+    assert {"loss_cosine", "loss_ratio", "kept", "tokens", "tokens_deviation", "tokens_least", "tokens_most"} <= set(
+        log[40])
+    assert "perplexity" not in log[40] and {"codebook_used", "perplexity", "loss_commitment"} <= set(log[60])
+    assert log[-1]["loss_cosine"] < 0.5 * log[0]["loss_cosine"] and record["loss_cosine"] > 0
+    assert after.to_dict()["tokens_most"] == max(after.tokens)
+
+
+def test_the_codebook_starts_at_centres_that_are_all_used() -> None:
+    data, _ = toy.pictures(128)
+    model = toy.stage1()
+    maintenance = CodebookMaintenance(model, CodebookHealth(kmeans_start=True, kmeans_images=128),
+                                      lambda step: data[16 * step:16 * step + 16], steps=5, images_per_batch=16)
+    at_random = measure(model, [data]).usage
+    maintenance.before(0, True)
+    at_centres = measure(model, [data]).usage
+    assert at_random is not None and at_centres is not None
+    assert at_centres.used == toy.CODES > at_random.used and at_centres.perplexity > 1.5 * at_random.perplexity
+    rows = model.quantize.embedding.weight
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(toy.CODES))
+
+
+def test_the_selector_has_its_own_rate_and_frozen_parts_none() -> None:
+    model = toy.stage1()
+    groups = stage1_groups(model, 0.1, 0.25)
+    scales = {id(parameter): group.get("lr_scale", 1.0) for group in groups for parameter in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert scales.keys() == {id(parameter) for parameter in trained.values()}
+    assert all((scales[id(parameter)] == 0.25) == ("token_predictor" in name) for name, parameter in trained.items())
+    assert not any(part in name for name in trained for part in ("tokenizer.encoder.", "vit_proj", "unet_", "quantize"))
+    with pytest.raises(ConfigError, match=r"selector_lr_scale must be a positive number, not 0\.0"):
+        stage1_groups(model, 0.1, 0.0)
+
+
+def test_a_frozen_selector_stays_once_codes_are_used(tmp_path: Path) -> None:
+    def selector(model: LavitStage1) -> torch.Tensor:
+        return torch.cat([part.detach().flatten() for part in model.tokenizer.token_predictor.parameters()])
+
+    settings = {"health": CODES, "freeze_selector": True, "lr": 1e-2}
+    with_codes, _ = toy.train(tmp_path / "long", steps=8, **settings)
+    start = toy.stage1(freeze_selector=True)
+    before = selector(start)
+    start(toy.pictures(8)[0], quantize=True).loss.backward()
+    assert all(part.grad is None for part in start.tokenizer.token_predictor.parameters())
+    start(toy.pictures(8)[0], quantize=False).loss.backward()
+    assert all(part.grad is not None for part in start.tokenizer.token_predictor.parameters())
+    assert not torch.equal(selector(with_codes), before)  # by the steps without codes
+
+
+@pytest.mark.process
+def test_sigkill_and_resume_give_equal_weights(start_stage1: Callable[..., subprocess.Popen], tmp_path: Path) -> None:
+    """Killed between the codebook's start and a restart of dead codes."""
+    settings = {"steps": 12, "health": CODES, "save_every_steps": 5, "ema": 0.9}
+    process = start_stage1(tmp_path / "killed", {**settings, "kill_at": 8})
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), said
+    resumed, _ = toy.train(tmp_path / "killed", **settings)
+    whole, _ = toy.train(tmp_path / "whole", **settings)
+    states = resumed.state_dict(), whole.state_dict()
+    assert states[0].keys() == states[1].keys() and all(torch.equal(value, states[1][name])
+                                                        for name, value in states[0].items())
+
+    def losses(name: str) -> list[float]:
+        return list({line["step"]: line["loss_cosine"] for line in lines(tmp_path / name)}.values())
+
+    assert len(losses("whole")) == 12 and losses("killed") == losses("whole")
+
+
+@pytest.mark.process
+@pytest.mark.timeout(300)
+def test_two_processes_equal_one_with_the_double_batch_and_have_one_codebook(
+    start_stage1: Callable[..., subprocess.Popen], tmp_path: Path
+) -> None:
+    """Without k-means, whose points are the first process's, the numbers are those of one process."""
+    equal = {"name": "equal", "steps": 6, "repeatable": True}
+    centres = {"name": "centres", "steps": 10, "health": CODES, "batch_size": 8}
+    process = start_stage1(tmp_path, {**equal, "batch_size": 8}, centres, before=TWO)
+    said = process.communicate(timeout=250)[0]
+    assert process.returncode == 0, said
+    model, _ = toy.train(tmp_path / "one", **equal)
+    first, second = (torch.load(tmp_path / f"equal.{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in model.state_dict().items():
+        if not name.endswith("counts"):  # each process's own
+            assert torch.equal(first[name], second[name]), name
+            close = 1e-3 if name.endswith(("qkv.bias", "key.bias")) else 1e-5  # a key's bias has no gradient but noise
+            assert (first[name] - value).abs().max() < close, name
+    torch.testing.assert_close(first["tokenizer.quantize.ema_sum"], model.quantize.ema_sum, rtol=1e-4, atol=1e-6)
+    two, one = (lines(folder, "equal") for folder in (tmp_path, tmp_path / "one"))
+    for key in ("loss", "loss_cosine", "kept", "tokens", "grad"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5), key
+    first, second = (torch.load(tmp_path / f"centres.{rank}.pt", weights_only=True) for rank in (0, 1))
+    codebook = [name for name in first if "quantize." in name]
+    assert len(codebook) >= 3 and all(torch.equal(first[name], second[name]) for name in codebook)

@@ -1,0 +1,330 @@
+"""Building the language model: words, precision, LoRA, tied embeddings, checkpointing, quantised bases, YAML files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from seed_multimodal.config import load_yaml
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.training.llm.lora import MODULES_TO_SAVE, TARGET_MODULES, adapter_state, load_adapter
+from seed_multimodal.training.llm.loss import find_llama, packed_loss
+from seed_multimodal.training.llm.model import (
+    attention_kind,
+    build_llm,
+    load_trained,
+    save_trained,
+    set_attention,
+    trained_state,
+)
+from seed_multimodal.training.llm.model_settings import LlmModelSettings, read_model_settings
+
+ROOT = Path(__file__).resolve().parents[4]
+CONFIGS = ROOT / "MultiModalLLM" / "configs" / "model"
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "max_position_embeddings": 64}
+TEXT, CODES = 60, 8
+TOKENIZER = SimpleNamespace(vocabulary=ImageVocabulary(TEXT, CODES, 4))
+WORDS = TOKENIZER.vocabulary.size
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base of text pieces only, one of all words, and one of all words with tied embeddings."""
+    folder = tmp_path_factory.mktemp("bases")
+    torch.manual_seed(0)
+    for name, words, tied in (("text", TEXT, False), ("all", WORDS, False), ("tied", WORDS, True)):
+        LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=words, tie_word_embeddings=tied, bos_token_id=0,
+                                     eos_token_id=1)).save_pretrained(folder / name)
+    return {name: folder / name for name in ("text", "all", "tied")}
+
+
+def build(path: Path | None, resume: Path | None = None, **settings: Any) -> Any:
+    values = {"dtype": "fp32", **settings}
+    return build_llm(LlmModelSettings(path=None if path is None else str(path), **values), TOKENIZER, "cpu",
+                     resume=resume)
+
+
+def test_attention_goes_by_the_rows() -> None:
+    """Flex attention would be compiled for each length of padded rows; SDPA's fast kernels cannot mask packed ones."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert attention_kind("auto", cuda, packed=True) in ("flash_attention_2", "flex_attention")
+    assert attention_kind("auto", cuda, packed=False) == "sdpa"
+    assert attention_kind("auto", cpu, packed=True) == attention_kind("auto", cpu, packed=False) == "sdpa"
+    assert {attention_kind(name, cuda, packed) for name in ("flash", "eager") for packed in (True, False)} == {
+        "flash_attention_2", "eager"}  # as asked
+    llama = find_llama(build(None, sizes=SIZES, lora={"r": 2}))
+    set_attention(llama, "eager", cpu)
+    assert llama.attentions == {True: "eager", False: "eager"} and llama.config._attn_implementation == "eager"
+
+
+def batch(rows: int = 2, length: int = 20) -> SimpleNamespace:
+    ids = torch.randint(3, WORDS, (rows, length), generator=torch.Generator().manual_seed(4))
+    return SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
+
+
+def step(model: Any, lr: float = 0.1) -> None:
+    packed_loss(model, batch()).mean.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr).step()
+    model.zero_grad()
+
+
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+def test_new_words_are_drawn_from_a_seed_and_old_rows_stay(bases: dict[str, Path]) -> None:
+    old = LlamaForCausalLM.from_pretrained(bases["text"])
+    one, two, other = build(bases["text"]), build(bases["text"]), build(bases["text"], seed=1)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weight = one.state_dict()[name]
+        assert weight.shape == (WORDS, 32) and torch.equal(weight[:TEXT], old.state_dict()[name])
+        assert torch.equal(weight, two.state_dict()[name]) and not torch.equal(weight, other.state_dict()[name])
+        assert 0.015 < weight[TEXT:].std() < 0.025 and abs(weight[TEXT:].mean()) < 0.005
+    assert not torch.equal(one.lm_head.weight[TEXT:], one.model.embed_tokens.weight[TEXT:])
+    assert (one.config.bos_token_id, one.config.eos_token_id, one.config.pad_token_id) == (1, 2, 0)
+    assert one.config.vocab_size == WORDS and one.training
+
+
+def test_a_random_start_depends_on_its_seed_only() -> None:
+    torch.manual_seed(5)
+    one = build(None, sizes=SIZES)
+    torch.manual_seed(6)
+    before = torch.random.get_rng_state()
+    two = build(None, sizes=SIZES)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in one.parameters())
+    with pytest.raises(ConfigError, match="did you mean 'hidden_size'"):
+        build(None, sizes={**SIZES, "hiddensize": 1})
+    with pytest.raises(ConfigError, match="vocab_size is 7, but the tokenizer has 70 words"):
+        build(None, sizes={**SIZES, "vocab_size": 7})
+
+
+def test_lora_as_released(bases: dict[str, Path]) -> None:
+    model = build(bases["text"], dtype="bf16", lora={"r": 4, "lora_dropout": 0.0})
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        wanted = ".lora_" in name or ".modules_to_save." in name
+        assert parameter.requires_grad == wanted, name
+        # Peft leaves what is under modules_to_save in the base's bf16, where small steps are lost.
+        assert parameter.dtype == (torch.float32 if wanted else torch.bfloat16), name
+    layers = SIZES["num_hidden_layers"]
+    assert len(trained) == layers * (2 * len(TARGET_MODULES) + 2) + 3
+    config = model.peft_config["default"]
+    assert list(config.modules_to_save) == list(MODULES_TO_SAVE) and config.lora_alpha == 32
+    assert not any(p.grad is not None for p in model.parameters())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed <= trained and any("lm_head" in name for name in changed)
+
+
+def test_tied_embeddings_stay_one_matrix(bases: dict[str, Path], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = build(bases["tied"], lora=LORA)
+    llama = find_llama(model)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight and llama.lm_head.weight.requires_grad
+    before = llama.lm_head.weight.detach().clone()
+    step(model)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight and not torch.equal(before, llama.lm_head.weight)
+    state = trained_state(model)
+    assert [name for name in state if "embed_tokens" in name or "lm_head" in name] == [
+        "base_model.model.model.embed_tokens.weight"]
+    folder = save_trained(model, tmp_path / "adapter")
+    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == list(MODULES_TO_SAVE)
+    again = build(bases["tied"], lora=LORA, resume=folder)
+    stock = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(bases["tied"]), folder).eval()
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=batch().input_ids).logits
+        for other in (again.eval(), stock):
+            torch.testing.assert_close(other(input_ids=batch().input_ids).logits, wanted)
+
+
+def without(folder: Path, key: str) -> Path:
+    """The adapter with a key left out of its configuration."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != key}))
+    return folder
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"attention": "flex"}, "attention flex has no backward pass on a CPU"),
+    ({"lora": {"r": 0}}, "lora: `r` should be a positive"), ({"lora": {"bias": "x"}}, "lora: Requested bias"),
+    ({"lora": {"target_modules": "nothing"}}, "lora: No modules were targeted"),
+    ({"lora": ["r"]}, "lora must be a mapping"),
+    ({"sizes": {**SIZES, "num_attention_heads": 5}}, "sizes: .*not a multiple of the number of attention heads"),
+    ({"sizes": {**SIZES, "hidden_size": 0}}, "sizes: ")])
+def test_what_the_libraries_refuse_is_one_sentence(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        build(None, **{"sizes": SIZES, **settings})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the package is there")
+def test_flash_attention_without_its_package() -> None:
+    with pytest.raises(ConfigError, match="attention flash: "):
+        build(None, sizes=SIZES, attention="flash")
+
+
+def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = build(bases["all"], lora=LORA)
+    step(model)
+    folder = save_trained(model, tmp_path / "one")
+    again = build(bases["all"], lora=LORA, adapter=str(folder))
+    assert all(torch.equal(value, adapter_state(again)[name]) for name, value in trained_state(model).items())
+    assert sum(p.requires_grad for p in again.parameters()) == sum(p.requires_grad for p in model.parameters())
+    named = build(bases["all"], adapter=str(folder))  # a released `model_id`: its file says how it was trained
+    assert trained_state(named).keys() == trained_state(model).keys() and named.peft_config["default"].lora_alpha == 8
+    old = tmp_path / "old"  # as peft 0.4 wrote it
+    old.mkdir()
+    torch.save(dict(trained_state(model)), old / "adapter_model.bin")
+    load_adapter(build(bases["all"], lora=LORA), old)
+    with pytest.raises(CheckpointError, match="lora_alpha is 8, but the model is set up with 4"):
+        build(bases["all"], lora={**LORA, "lora_alpha": 4}, resume=folder)
+    with pytest.raises(CheckpointError, match="use_rslora is None, but the model is set up with True"):
+        load_adapter(build(bases["all"], lora={**LORA, "use_rslora": True}), without(folder, "use_rslora"))
+    state = dict(trained_state(model))
+    name = next(iter(state))
+    with pytest.raises(CheckpointError, match="1 tensors of the adapter are missing"):
+        load_trained(model, {key: value for key, value in state.items() if key != name})
+    with pytest.raises(CheckpointError, match="unknown to the model: 'x'"):
+        load_trained(model, {**state, "x": state[name]})
+    with pytest.raises(CheckpointError, match="but the model needs"):
+        load_trained(model, {**state, name: torch.zeros(3, 3)})
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [
+    {"modules_to_save": None}, {"modules_to_save": [], "layers_to_transform": [1, 3]}, {"use_dora": True},
+    {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 3}}, {"target_modules": ["q_proj", "up_proj"]}])
+def test_an_adapters_folder_alone_says_how_it_was_trained(bases: dict[str, Path], tmp_path: Path, fields: dict) -> None:
+    model = build(bases["tied"], lora={**LORA, **fields})
+    step(model)
+    again = build(bases["tied"], adapter=str(save_trained(model, tmp_path)))
+    expected, found = trained_state(model), trained_state(again)
+    assert expected.keys() == found.keys() and all(torch.equal(value, found[name]) for name, value in expected.items())
+    with torch.no_grad():
+        assert torch.equal(packed_loss(model.eval(), batch()).sum, packed_loss(again.eval(), batch()).sum)
+
+
+def test_full_fine_tuning_saves_a_plain_model(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = build(bases["tied"])
+    step(model)
+    folder = save_trained(model, tmp_path / "whole")
+    stock = LlamaForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(value, stock.state_dict()[name]) for name, value in trained_state(model).items())
+    again = build(bases["tied"], resume=folder)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    other = build(bases["tied"])
+    load_trained(other, trained_state(model))
+    assert torch.equal(other.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(("mode", "layers"), [(True, [True] * 4), ("selective", [True, False] * 2)])
+def test_checkpointing_changes_no_gradient(bases: dict[str, Path], mode: bool | str, layers: list[bool]) -> None:
+    found = []
+    for chosen in (False, mode):
+        model = build(bases["all"], lora=LORA, gradient_checkpointing=chosen)
+        passes: list[int] = []
+        for layer in find_llama(model).model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, seen=passes: seen.append(1))
+        packed_loss(model, batch()).mean.backward()
+        found.append(({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, len(passes)))
+    assert found[1][1] == found[0][1] + sum(layers)
+    assert found[0][0].keys() == found[1][0].keys()
+    assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_adapters_learn_on_a_quantised_base(bases: dict[str, Path], tmp_path: Path, quantization: str) -> None:
+    model = build(bases["all"], quantization=quantization, lora=LORA)
+    packed = find_llama(model).model.layers[0].mlp.up_proj.base_layer.weight
+    assert packed.dtype in (torch.uint8, torch.int8)
+    packed_loss(model, batch()).mean.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(g is not None for g in grads.values())
+    assert all(float(g.abs().max()) > 0 for name, g in grads.items() if "lora_B" in name)
+    with pytest.raises(ConfigError, match="cannot be trained itself"):
+        build(bases["all"], quantization=quantization)
+    # A trained adapter brings its own LoRA; trained whole weights do not.
+    again = build(bases["all"], quantization=quantization, adapter=str(save_trained(model, tmp_path)))
+    assert trained_state(again).keys() == trained_state(model).keys()
+    with pytest.raises(ConfigError, match="cannot be trained itself"):
+        build(bases["all"], quantization=quantization, adapter=str(bases["all"]))
+
+
+def test_image_words_start_as_the_codebook_lies(bases: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    codebook = torch.randn(CODES, 6, generator=torch.Generator().manual_seed(0))
+    codebook[1] = codebook[0]
+    save_file({"quantize.embedding.weight": codebook}, tmp_path / "model.safetensors")
+    model = build(bases["text"], codebook_start=str(tmp_path))
+    rows = model.model.embed_tokens.weight.detach()
+    assert torch.equal(rows[TEXT], rows[TEXT + 1]) and not torch.equal(rows[TEXT], rows[TEXT + 2])
+    assert rows[TEXT:TEXT + CODES].std() == pytest.approx(rows[:TEXT].std().item(), rel=1e-3)
+    with pytest.raises(ConfigError, match="would overwrite the trained image words"):
+        build(bases["all"], codebook_start=str(tmp_path))
+    save_file({"quantize.embedding.weight": codebook[:4]}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="a codebook of 4 codes, but the tokenizer's vocabulary has 8"):
+        build(bases["text"], codebook_start=str(tmp_path))
+
+
+def test_a_foreign_vocabulary_is_refused(bases: dict[str, Path]) -> None:
+    other = SimpleNamespace(vocabulary=ImageVocabulary(80, CODES, 4))
+    with pytest.raises(ConfigError, match="The model has 70 words, but the tokenizer has 80 text pieces"):
+        build_llm(LlmModelSettings(path=str(bases["all"]), dtype="fp32"), other, "cpu")
+    with pytest.raises(ConfigError, match="gets new words, but embed_tokens is not trained"):
+        build(bases["text"], lora={**LORA, "modules_to_save": ["norm"]})
+    with pytest.raises(ConfigError, match="target_modules names 'qproj'"):
+        build(bases["all"], lora={"target_modules": ["qproj"]})
+    with pytest.raises(ConfigError, match="did you mean 'lora_alpha'"):
+        build(bases["all"], lora={"lora_alfa": 1})
+
+
+def plain(file: Path) -> dict:
+    return OmegaConf.to_container(load_yaml(file), resolve=True)
+
+
+def test_released_files_are_read() -> None:
+    settings = read_model_settings(plain(CONFIGS / "vicuna_7b_lora.yaml"))
+    assert settings.path == "pretrained/vicuna-7b-v1.1" and settings.dtype is None  # the run's
+    assert settings.lora is not None and settings.lora["modules_to_save"] == list(MODULES_TO_SAVE)
+    assert (settings.lora["r"], settings.lora["lora_alpha"], settings.lora["lora_dropout"]) == (16, 32, 0.05)
+    merged = read_model_settings(plain(CONFIGS / "vicuna_7b_lora_from_merged_pretrain.yaml"))
+    assert merged.path == "log/seed_vicuna-7b_lora_pretrain/checkpoint-merged-10000" and merged.lora == settings.lora
+    assert read_model_settings(plain(CONFIGS / "llama2_13b_lora.yaml")).lora == settings.lora
+    trained = read_model_settings({**plain(CONFIGS / "vicuna_7b_lora_pretrained.yaml"), "model_id": "log/x"})
+    assert trained.adapter == "log/x" and trained.lora is None
+    for name in ("nano_scratch", "nano_lora"):
+        assert read_model_settings(plain(CONFIGS / f"{name}.yaml")).dtype == "fp32"
+    whole = read_model_settings({"_target_": "transformers.LlamaForCausalLM.from_pretrained", "load_in_8bit": False,
+                                 "pretrained_model_name_or_path": "x", "torch_dtype": "fp16", "seed": 3})
+    assert (whole.path, whole.dtype, whole.lora, whole.seed) == ("x", "fp16", None, 3)
+
+
+@pytest.mark.parametrize(("config", "sentence"), [
+    ({"path": "x", "atention": "eager"}, "did you mean 'attention'"),
+    ({"path": "x", "attention": "flesh"}, "did you mean 'flash'"),
+    ({}, "give either path"),
+    ({"path": "x", "sizes": {}}, "give either path"),
+    ({"path": "x", "gradient_checkpointing": "some"}, "gradient_checkpointing must be true or false or 'selective'"),
+    ({"_target_": "os.system", "path": "x"}, "'os.system' is not allowed"),
+    ({"_target_": "peft.LoraConfig", "r": 1}, "is not a language model"),
+    ({"_target_": "transformers.LlamaForCausalLM.from_pretrained", "pretrained_model_name_or_path": "???"},
+     "pretrained_model_name_or_path is needed")])
+def test_wrong_settings_are_refused(config: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        read_model_settings(config)

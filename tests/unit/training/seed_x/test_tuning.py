@@ -1,0 +1,291 @@
+"""SEED-X's instruction tuning on the one loop: it learns, resumes to the last bit, and its checkpoints are agents."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.agent_weights import load_agent
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.llm.memory import Beside, MemoryPlan
+from seed_multimodal.training.llm.train import train_llm
+from seed_multimodal.training.llm.trainer_settings import read_run
+from seed_multimodal.training.seed_x.tower_features import TowerFeatures
+from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
+from seed_multimodal.training.seed_x.tuning_task import TuningTask, build_agent
+from seed_multimodal.vision.qwen_vit import QwenVit
+from seed_multimodal.weights import load_state_dict
+
+CASES: dict[str, dict[str, Any]] = {
+    "padded": {"trainer": {"gradient_accumulation_steps": 2}},
+    "packed": {"packing": True},
+    "lora": {"lora": True, "trainer": {"precision": "bf16", "dataloader_num_workers": 1}},
+}
+
+
+def configured(parts: ModuleType, home: Path, output: Path, case: str, **trainer: Any) -> dict[str, Any]:
+    given = CASES[case]
+    data = parts.data_of(home, packing=given.get("packing", False))
+    return parts.config_of(home, output, data=data, lora=given.get("lora", False),
+                           trainer={**given.get("trainer", {}), "save_steps": 4, **trainer})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_it_learns_and_resumes_to_the_last_bit(case: str, parts: ModuleType, home: Path, tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    record = train_llm(configured(parts, home, out, case), TuningTask)
+    whole = parts.losses(out)
+    assert list(whole) == list(range(1, 9)) and min(whole.values()) < 0.9 * whole[1]
+    assert set(record["data"]["sources"]) == {"conversation", "caption", "edit", "chat"}
+    shutil.copytree(out, again, ignore=shutil.ignore_patterns("checkpoint-8", "summary.json"))
+    train_llm(configured(parts, home, again, case), TuningTask)
+    assert "resumes from" in capsys.readouterr().out and parts.losses(again) == whole
+    ends = [load_state_dict(folder / "checkpoint-8" / "model.safetensors") for folder in (out, again)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """What is trained beside a LoRA, by the released names; the loader of agents takes it, a new run starts from it."""
+    config = configured(parts, home, tmp_path / "out", "lora", max_steps=2)
+    train_llm(config, TuningTask)
+    folder = tmp_path / "out" / "checkpoint-2"
+    saved = load_state_dict(folder / "model.safetensors")
+    stem = "llm.base_model.model.model."
+    assert {"patch_pos_embed", "input_resampler.query", "output_resampler.attn.in_proj_weight",
+            f"{stem}embed_tokens.weight", "llm.base_model.model.lm_head.weight",
+            f"{stem}layers.1.self_attn.q_proj.lora_A.default.weight",
+            f"{stem}layers.0.input_layernorm.modules_to_save.default.weight",
+            f"{stem}norm.modules_to_save.default.weight"} <= saved.keys()
+    assert not any(".base_layer." in name or "original_module" in name or name.endswith("resampler.pos_embed")
+                   for name in saved)
+    about = json.loads((folder / "agent.json").read_text())
+    assert parts.LORA.items() <= about["lora"].items() and "q_proj" in about["lora"]["target_modules"]
+    assert about["llm"] is None and about["input_resampler"]["embed_dim"] == 48 and about["train_embeddings"]
+    run = read_run(configured(parts, home, tmp_path / "new", "lora"))
+    task = TuningTask(run, ProcessGroup(), torch.device("cpu"))
+    task.prepare()
+    load_agent(task.module, folder)
+    assert all(torch.equal(value, saved[name]) for name, value in task.weights().items())
+    new = parts.config_of(home, tmp_path / "new", lora=True, agent={"path": str(folder)}, trainer={"max_steps": 2})
+    train_llm(new, TuningTask)
+    assert parts.losses(tmp_path / "new")[1] < parts.losses(tmp_path / "out")[1] + 1
+    heads = {**parts.RESAMPLERS["output_resampler"], "num_heads": 2}
+    for changes, sentence in (({"model": {"lora": {**parts.LORA, "lora_alpha": 16}}}, "lora_alpha is 8, but the model"),
+                              ({"agent": {"output_resampler": heads}}, "output_resampler.num_heads is 4, but the ag")):
+        given = {**changes, "agent": {"path": str(folder), **changes.get("agent", {})}}
+        with pytest.raises(CheckpointError, match=f"agent.json: {sentence}"):  # no tensor's size shows it
+            train_llm(parts.config_of(home, tmp_path / "no", lora=True, **given), TuningTask)
+    with pytest.raises(ConfigError, match="start from its weights in a new folder .agent.path."):
+        train_llm(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True), TuningTask)
+
+
+def test_the_memory_plan_counts_tower_and_resamplers(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    tasks = {name: TuningTask(read_run(configured(parts, home, tmp_path, name, memory_gib=1.0)), ProcessGroup(),
+                              torch.device("cpu")) for name in ("padded", "lora")}
+    for task in tasks.values():
+        plan = task.plan.memory_plan(100)  # before anything is loaded
+        task.prepare()
+        own = sum(value.numel() for name, value in task.module.named_parameters()
+                  if value.requires_grad and not name.startswith("llm."))
+        alone = replace_beside(task)
+        assert plan.frozen == task.tower.held > 0 and plan.position == alone.position
+        assert plan.states - alone.states == 8 * own and plan.gradients - alone.gradients == 4 * own
+        assert plan.fixed > alone.fixed + task.tower.held and " GiB vision tower + " in plan.text(100)
+        assert "vision tower" not in alone.text(100)
+
+
+def replace_beside(task: TuningTask) -> MemoryPlan:
+    """The plan of the language model alone."""
+    task.plan.beside = Beside()
+    found = task.plan.memory_plan(100)
+    assert found is not None
+    return found
+
+
+def test_packed_rows_have_the_losses_of_their_sequences(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """Each sequence alone, weighted by its words and pictures, gives what the packed row gives: features stand at their
+    words, and no sequence sees another."""
+    task = TuningTask(read_run(configured(parts, home, tmp_path, "packed")), ProcessGroup(), torch.device("cpu"))
+    task.prepare()
+    batch = task.data.at(0)
+    assert batch.views is not None and batch.sequences > 3 and 0 < int(batch.views.written.sum())
+    with torch.no_grad():
+        packed = task.module(**task.inputs(batch))
+        sums, counts, view = [0.0, 0.0], [0.0, 0.0], 0
+        inputs = task.inputs(batch)
+        whole = {name: inputs[name].flatten() for name in ("input_ids", "labels", "ids_cmp_mask", "ids_gen_mask")}
+        starts = [*(batch.position_ids.flatten() == 0).nonzero().flatten().tolist(), batch.position_ids.numel()]
+        for start, end in zip(starts, starts[1:], strict=False):
+            own = {name: value[None, start:end] for name, value in whole.items()}
+            views = int((own["ids_cmp_mask"] | own["ids_gen_mask"]).sum()) // 4
+            chosen = slice(view, view + views)
+            view += views
+            one = task.module(**own, attention_mask=None, image_embeds=inputs["image_embeds"][chosen],
+                              embeds_gen_mask=inputs["embeds_gen_mask"][chosen],
+                              embeds_cmp_mask=inputs["embeds_cmp_mask"][chosen],
+                              patch_positions=inputs["patch_positions"][chosen])
+            weights = [int((own["labels"][:, 1:] != -100).sum()), int(own["ids_gen_mask"].sum()) // 4]
+            for place, name in enumerate(("lm_loss", "rec_loss")):
+                sums[place] += weights[place] * float(one[name])
+                counts[place] += weights[place]
+    assert view == len(inputs["image_embeds"])
+    assert [float(packed["lm_loss"]), float(packed["rec_loss"])] == pytest.approx(
+        [total / count for total, count in zip(sums, counts, strict=True)], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_held_out_losses_are_measured_and_change_nothing(packing: bool, parts: ModuleType, home: Path, tmp_path: Path
+                                                         ) -> None:
+    """They are the losses of the first micro-batches with the weights of that step, without dropout; training goes on
+    as without them."""
+    data = parts.data_of(home, packing=packing)
+
+    def run(name: str, **changes: Any) -> list[dict[str, Any]]:
+        given = {"max_steps": 4, "save_steps": 2, "eval_batches": 3, **changes.pop("trainer", {})}
+        train_llm(parts.config_of(home, tmp_path / name, data=data, lora=True, trainer=given, **changes), TuningTask)
+        return [json.loads(line) for line in (tmp_path / name / "train.log.jsonl").read_text().splitlines()]
+
+    plain = run("plain")
+    measured = run("measured", eval_data=parts.data_of(home, packing=packing, seed=9), trainer={"eval_steps": 2})
+    assert [line["loss"] for line in plain if "loss" in line] == [line["loss"] for line in measured if "loss" in line]
+    lines = [line for line in measured if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [2, 4] and lines[1]["eval_loss"] < lines[0]["eval_loss"]
+    task = TuningTask(read_run(parts.config_of(home, tmp_path / "x", lora=True, data=parts.data_of(
+        home, packing=packing, seed=9))), ProcessGroup(), torch.device("cpu"))
+    task.prepare()
+    for line in lines:
+        task.load_weights(tmp_path / "measured" / f"checkpoint-{line['step']}")
+        task.module.eval()
+        sums = torch.zeros(4, dtype=torch.float64)
+        for number in range(3):
+            batch = task.data.at(number)
+            with torch.no_grad():
+                losses = task.module(**task.inputs(batch))
+            drawn = 0 if batch.views is None else int(batch.views.written.sum())
+            sums += torch.tensor([losses["lm_loss"] * batch.learned, batch.learned, losses["rec_loss"] * drawn, drawn])
+        text, image = float(sums[0] / sums[1]), float(sums[2] / sums[3])
+        assert line["eval_text_loss"] == pytest.approx(text, rel=1e-5)
+        assert line["eval_image_loss"] == pytest.approx(image, rel=1e-5)
+        assert line["eval_loss"] == pytest.approx(text + 6 * image, rel=1e-5)
+
+
+def test_the_rate_moves_once_a_step(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """The released loop moved it at every micro-step; a switch does so, too."""
+    rates = {}
+    for legacy in (False, True):
+        config = parts.config_of(home, tmp_path, optim={"schedule_per_micro_batch": legacy, "warmup_ratio": 0.0},
+                                 trainer={"gradient_accumulation_steps": 2, "max_steps": 100})
+        task = TuningTask(read_run(config), ProcessGroup(), torch.device("cpu"))
+        rates[legacy] = [task.learning_rate(step) for step in (0, 49, 99)]
+    assert rates[False][0] > rates[False][1] > rates[False][2] == pytest.approx(1e-3, rel=0.01)
+    assert rates[True][1] == pytest.approx(1e-3, rel=0.01) and rates[True][2] > 0.95e-2
+
+
+def test_features_are_kept(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """No view is computed twice; another tower does not find them."""
+    pixels = torch.randint(0, 256, (5, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tower = QwenVit.from_pretrained(home / "tower")
+    plain = TowerFeatures(tower, torch.device("cpu"), at_once=2)(pixels)
+    kept = TowerFeatures(tower, torch.device("cpu"), at_once=2, cache=tmp_path)
+    close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)  # other pictures share a pass
+    close(kept(pixels[:3]), plain[:3])
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+    calls: list[int] = []
+    tower.register_forward_hook(lambda module, given, found: calls.append(len(found)))
+    found = kept(pixels)
+    close(found, plain)
+    assert torch.equal(kept(pixels.flip(0)), found.flip(0)) and calls == [2]
+    other = QwenVit(replace(tower.config, heads=4))  # the same weights, which mean something else
+    other.load_state_dict(tower.state_dict())
+    heads = TowerFeatures(other, torch.device("cpu"))(pixels)
+    assert not torch.equal(heads, plain)
+    assert torch.equal(TowerFeatures(other, torch.device("cpu"), cache=tmp_path)(pixels), heads)
+    with torch.no_grad():
+        tower.proj.add_(1)
+    assert not torch.equal(TowerFeatures(tower, torch.device("cpu"), cache=tmp_path)(pixels), plain)
+
+
+def test_the_original_files_are_read() -> None:
+    agent = read_agent({
+        "_target_": "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
+        "input_resampler": {"_target_": "src.models.tokenizer.qwen_visual.Resampler", "grid_size": 8,
+                            "embed_dim": 5120, "num_heads": 32, "kv_dim": 4096},
+        "output_resampler": {"_target_": "src.models.tokenizer.qwen_visual.Resampler", "grid_size": 8,
+                             "embed_dim": 4096, "num_heads": 32, "kv_dim": 5120},
+        "add_patch_pos": True, "vit_down": True, "mse": True, "lm_loss_scale": 1.0, "rec_loss_scale": 6.0,
+        "pretrained_model_path": "pretrained/seed_x/agent/pytorch_model.bin"})
+    assert agent == read_agent({"path": "pretrained/seed_x/agent/pytorch_model.bin"})
+    tower = read_tower({
+        "_target_": "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained", "heads": 16,
+        "image_size": 448, 'image_start_id"': 151857, "layers": 48, "mlp_ratio": 4.9231, "output_dim": 4096,
+        "patch_size": 14, "width": 1664, "pretrained_model_path": "pretrained/QwenViT/qwen_vit_G.pt"})
+    assert tower.path.endswith("qwen_vit_G.pt") and tower.sizes is not None and tower.sizes.layers == 48
+    for wrong, sentence in (({"_target_": "src.models.mllm.seed_x.ContinuousLVM"}, "did you mean"),
+                            ({"rec_los_scale": 1}, "rec_los_scale"), ({"losses": {"rec_los_scale": 1}}, "did you mean"),
+                            ({"input_resampler": {"grid_size": 2}}, "embed_dim")):
+        with pytest.raises(ConfigError, match=sentence):
+            read_agent(wrong)
+    with pytest.raises(ConfigError, match="vision tower's weights"):
+        read_tower({"at_once": 2})
+
+
+def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    def task(**changes: Any) -> TuningTask:
+        return TuningTask(read_run(parts.config_of(home, tmp_path, **changes)), ProcessGroup(), torch.device("cpu"))
+
+    wide = {"input_resampler": {"grid_size": 2, "embed_dim": 40, "num_heads": 4, "kv_dim": 16}}
+    with pytest.raises(ConfigError, match="embed_dim is 40, but the language model is 48 wide"):
+        task(agent=wide).prepare()
+    small = {"grid_size": 3, "embed_dim": 48, "num_heads": 4, "kv_dim": 16}
+    for changes, sentence in (
+            ({"input_resampler": {**small, "kv_dim": 20}}, "input_resampler.kv_dim is 20, but the vision tower's feat"),
+            ({"output_resampler": {**parts.RESAMPLERS["output_resampler"], "embed_dim": 20}}, "embed_dim is 20, but"),
+            ({"losses": {"vit_down": False}}, "gives 4 features of a picture, but 16 are to be written"),
+            ({"input_resampler": small}, "takes 4 image words .num_img_in_tokens., but .* gives 9 embeddings")):
+        with pytest.raises(ConfigError, match=sentence):
+            task(agent=changes).prepare()
+    counted = parts.data_of(home)
+    counted["sources"][2]["options"]["num_img_out_tokens"] = 2
+    with pytest.raises(ConfigError, match="num_img_out_tokens of the source edit is 2, which is no square grid"):
+        task(data=counted).prepare()
+    for name, value in (("image_weight", 2.0), ("text_weight", 0.0), ("loss_kernel", "chunked")):
+        with pytest.raises(ConfigError, match=f"trainer.{name}: has no effect on SEED-X"):
+            task(trainer={name: value})
+    nano = Path(__file__).parents[4] / "pretrained" / "nano" / "seed_tokenizer"
+    with pytest.raises(ConfigError, match="not SEED-X's"):
+        task(tokenizer=str(nano))
+    with pytest.raises(ConfigError, match="captions during the training are not built in for SEED-X"):
+        task(trainer={"coco_caption_root": "coco"})
+    data = parts.data_of(home)
+    del data["sources"][3]["options"]["base_resolution"]
+    with pytest.raises(ConfigError, match="one size; base_resolution is 28 .conversation. and 448 .chat."):
+        task(data=data)
+    data["sources"] = data["sources"][3:]
+    for place, found in (("data", {"data": data}), ("eval_data", {"eval_data": data})):
+        with pytest.raises(ConfigError, match=f"^{place}: base_resolution of the source chat is 448, but the vi"):
+            task(**found).prepare()
+    whole = parts.config_of(home, tmp_path)
+    del whole["agent"]
+    with pytest.raises(ConfigError, match="agent is needed"):
+        TuningTask(read_run(whole), ProcessGroup(), torch.device("cpu"))
+    assert build_agent(task(lora=True).llm or _llm(home), read_agent(parts.RESAMPLERS)).settings.rec_loss_scale == 6.0
+
+
+def _llm(home: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(home / "llm")
