@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,13 @@ TINY = ["model.vit={patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64
         "run.batch_size_train=8", "run.iters_per_epoch=4", "run.max_epoch=2", "run.warmup_steps=2", "run.log_freq=1",
         "run.batch_size_eval=4"]
 TINY_STAGE2 = ["model.n_embed=64", "model.codebook_embed_dim=8", "model.decode_heads=2", "model.kmeans_images=16"]
-PROJECTS = {"stage1": "nano/pretrain_qformer.yaml", "stage2": "nano/pretrain_codebook.yaml"}
+TINY_LAVIT = [
+    "model.merger={merger_depth: 1, merger_heads: 6, merger_mlp_width: 64, llm_width: 8}",
+    "model.decoder={head: lowres, width: 48, depth: 1, heads: 6, mlp_width: 64, prompt_dim: 8}", "model.n_embed=32",
+    "model.kmeans_images=16", "model.codebook_warmup=2", "model.restart_every=2", "run.batch_size_train=8",
+    "run.iters_per_epoch=2", "run.max_epoch=3", "run.warmup_steps=2", "run.log_freq=1", "run.batch_size_eval=8"]
+PROJECTS = {"stage1": "nano/pretrain_qformer.yaml", "stage2": "nano/pretrain_codebook.yaml",
+            "lavit": "nano/pretrain_lavit.yaml"}
 WORKER = """
 import sys
 sys.path.insert(0, "APPLICATION")
@@ -36,6 +43,45 @@ def environment(**more: str) -> dict[str, str]:
     plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**plain, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
             "PYTHONDONTWRITEBYTECODE": "1", "VIRTUAL_ENV": warm_python.ENVIRONMENT, **more}
+
+
+def write_pictures(folder: Path, count: int = 24) -> Path:
+    """Pictures of nano's scenes and `pairs.json` beside them."""
+    from PIL import Image
+
+    from seed_nano.world.scene import render
+    from seed_nano.world.splits import scene_at
+    from seed_nano.world.words import describe
+
+    folder.mkdir(parents=True, exist_ok=True)
+    items = []
+    for number in range(count):
+        scene, name = scene_at(0, number), f"scene-{number}.png"
+        Image.fromarray(render(scene)).save(folder / name)
+        items.append({"image": name, "caption": [describe(scene), describe(scene, random.Random(number))]})
+    (folder / "pairs.json").write_text(json.dumps(items))
+    return folder
+
+
+def write_config(stage: str, pictures: Path, output: Path) -> list[str]:
+    """Arguments of train.py for a tiny run on `pictures`, with a YAML file beside `output`."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(APPLICATION / "lavis" / "projects" / PROJECTS[stage])
+    own = config.datasets.pop("nano")
+    if stage == "lavit":
+        splits = {"train": str(pictures), "val": str(pictures)}
+        config.datasets = {"pictures": {**own, "build_info": {"splits": splits}}}
+    else:
+        own.vis_processor.train.name = "blip2_image_train"  # random views, as released
+        pairs = {"storage": [str(pictures / "pairs.json")]}
+        info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
+        config.datasets = {"coco_caption": {**own, "build_info": info}}
+    config.run.output_dir = str(output)
+    sizes = TINY_LAVIT if stage == "lavit" else TINY + (TINY_STAGE2 if stage == "stage2" else [])
+    file = output.with_suffix(".yaml")
+    OmegaConf.save(OmegaConf.merge(config, OmegaConf.from_dotlist(sizes)), file)
+    return ["--cfg-path", str(file)]
 
 
 def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:

@@ -143,7 +143,8 @@ def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFix
     talking += [shown(partial(released.llama_script, size)) for size in ("8b", "14b")]
     talking += [shown(program) for program in (
         released.tokenizer_script, backend.parse_args, quickstart.main, report.main,
-        *(partial(getattr(evaluate, f"{name}_program"), "eval.py", "") for name in ("vqa", "caption", "drawing")))]
+        *(partial(evaluate.eval_program, name, "") for name in (
+            "eval_vqa.py", "eval_caption.py", "eval_caption_to_images.py")))]
     talking += [shown(partial(seed_x_script, name)) for name in SCRIPTS if SCRIPTS[name].model]
     pictures = [shown(partial(seed_x_script, name)) for name in SCRIPTS if not SCRIPTS[name].model]
     pictures += [shown(cli.main, name) for name in ("tokenize", "reconstruct")] + [

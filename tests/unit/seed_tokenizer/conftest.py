@@ -4,8 +4,6 @@ runners built from them. Skipped as a whole where LAVIS is not installed."""
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +17,8 @@ for place in (ROOT / "SEED_Tokenizer", ROOT / "tests" / "golden"):
     if str(place) not in sys.path:
         sys.path.append(str(place))
 
-from lavis_runs import APPLICATION, PROJECTS, TINY, TINY_STAGE2, environment, log_of  # noqa: E402
+import lavis_runs  # noqa: E402
+from lavis_runs import APPLICATION, environment, log_of  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,20 +39,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pictures of nano's scenes and `pairs.json` beside them."""
-    from PIL import Image
-
-    from seed_nano.world.scene import render
-    from seed_nano.world.splits import scene_at
-    from seed_nano.world.words import describe
-
-    folder = tmp_path_factory.mktemp("pictures")
-    items = []
-    for number in range(24):
-        scene, name = scene_at(0, number), f"scene-{number}.png"
-        Image.fromarray(render(scene)).save(folder / name)
-        items.append({"image": name, "caption": [describe(scene), describe(scene, random.Random(number))]})
-    (folder / "pairs.json").write_text(json.dumps(items))
-    return folder
+    return lavis_runs.write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture
@@ -61,19 +47,8 @@ def yaml(pictures: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """stage, options → the arguments of train.py for a tiny run on `pictures` into `tmp_path/NAME`."""
 
     def make(stage: str, *options: str, name: str = "") -> list[str]:
-        from omegaconf import OmegaConf
-
-        config = OmegaConf.load(APPLICATION / "lavis" / "projects" / PROJECTS[stage])
-        processors = config.datasets.pop("nano")
-        processors.vis_processor.train.name = "blip2_image_train"  # random views, as released
-        pairs = {"storage": [str(pictures / "pairs.json")]}
-        info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
-        config.datasets = {"coco_caption": {**processors, "build_info": info}}
-        config.run.output_dir = str(tmp_path / (name or stage))
-        file = tmp_path / f"{name or stage}.yaml"
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(TINY + (TINY_STAGE2 if stage == "stage2" else [])))
-        OmegaConf.save(config, file)
-        return ["--cfg-path", str(file), *(["--options", *options] if options else [])]
+        given = lavis_runs.write_config(stage, pictures, tmp_path / (name or stage))
+        return [*given, *(["--options", *options] if options else [])]
 
     return make
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import signal
-import time
 
 import pytest
 import warm_python
@@ -22,21 +19,6 @@ def test_a_loss_that_is_not_finite(yaml, start, tmp_path):
     _, error = process.communicate(timeout=150)
     assert process.returncode == 2 and "Traceback" not in error
     assert error.startswith("train.py: The ") and error.count("\n") == 1 and "nothing was saved yet" in error
-
-
-@pytest.mark.process
-def test_sigterm_finishes_the_step_and_saves(yaml, start, tmp_path):
-    process = start(warm_python.PYTHON, "train.py", *yaml("stage1", *OPTIONS))
-    log = tmp_path / "stage1" / "stage1.log.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not log.is_file():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 143, error
-    assert "the same command resumes from" in out
-    left = {file.name for file in (tmp_path / "stage1").iterdir()}
-    assert "stage1.checkpoints" in left and "stage1.done.json" not in left
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])
@@ -75,30 +57,6 @@ def test_a_done_run_is_told_by_its_own_sizes_and_a_damaged_record_is_named(yaml,
     assert train.main(yaml("stage1", *SHORT)) == 2
     error = capsys.readouterr().err
     assert "stage1.done.json: not valid json" in error and "remove it" in error and error.count("\n") == 1
-
-
-def test_a_disk_that_takes_nothing_is_one_sentence(yaml, tmp_path, capsys):
-    """The system refuses to write beyond a size (RLIMIT_FSIZE): the logged settings, then the checkpoint."""
-    import train
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size, sentence in ((100, "cannot be written (the disk or quota is full (File too large))"),
-                           (50_000, "checkpoint_0.pth: cannot be written (the disk or quota is full (File")):
-        arguments = yaml("stage1", *SHORT, name=str(size))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            code = train.main(arguments)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        error = capsys.readouterr().err
-        assert code == 2 and sentence in error and error.count("\n") == 1, error
-        left = {file.name for file in (tmp_path / str(size)).iterdir()}
-        assert left <= {"log.txt", "result", "config.yaml", "config.json", "stage1.checkpoints"}, left
-        assert not list((tmp_path / str(size)).rglob("checkpoint-*"))
-    (tmp_path / "file").touch()
-    assert train.main(yaml("stage1", *SHORT, f"run.output_dir={tmp_path}/file/x")) == 2
-    error = capsys.readouterr().err
-    assert "file/x: the folder cannot be made (Not a directory)" in error and error.count("\n") == 1
 
 
 def test_other_batches_with_as_many_samples_per_step_are_told(yaml, run, tmp_path, capsys):

@@ -6,27 +6,19 @@ import json
 import math
 import re
 import shutil
-import signal
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import warm_python
-from lavis_runs import APPLICATION, ROOT, environment, log_of, torchrun
+from lavis_runs import APPLICATION, ROOT, environment, log_of, torchrun, write_config
 from omegaconf import OmegaConf
 
 from seed_multimodal.tokenizers.flops import lavit_stage1_flops
 
 TOWER = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
-TINY = ["model.merger={merger_depth: 1, merger_heads: 6, merger_mlp_width: 64, llm_width: 8}",
-        "model.decoder={head: lowres, width: 48, depth: 1, heads: 6, mlp_width: 64, prompt_dim: 8}", "model.n_embed=32",
-        "model.kmeans_images=16", "model.codebook_warmup=2", "model.restart_every=2", "run.batch_size_train=8",
-        "run.iters_per_epoch=2", "run.max_epoch=3", "run.warmup_steps=2", "run.log_freq=1", "run.batch_size_eval=8"]
-
 
 def other_tower(home: Path) -> Path:
     """A tower of the same size with other weights."""
@@ -47,13 +39,8 @@ def yaml(pictures: Path, tmp_path: Path) -> Callable[..., list[str]]:
             folder.mkdir()
             for picture in pictures.glob("*.png"):
                 shutil.copy(picture, folder)
-        config = OmegaConf.load(APPLICATION / "lavis" / "projects" / "nano" / "pretrain_lavit.yaml")
-        config.datasets = {"pictures": {**config.datasets.pop("nano"), "build_info": {
-            "splits": {"train": str(storage or folder), "val": str(storage or folder)}}}}
-        config.run.output_dir = str(tmp_path / name)
-        file = tmp_path / f"{name}.yaml"
-        OmegaConf.save(OmegaConf.merge(config, OmegaConf.from_dotlist(TINY)), file)
-        return ["--cfg-path", str(file), *(["--options", *options] if options else [])]
+        given = write_config("lavit", storage or folder, tmp_path / name)
+        return [*given, *(["--options", *options] if options else [])]
 
     return make
 
@@ -170,30 +157,6 @@ def test_a_finished_run_goes_on_with_another_seed_but_no_other_tower(
     other = other_tower(tmp_path)
     with pytest.raises(CheckpointError, match="the frozen weights are not those"):
         run(yaml("run.max_epoch=4", f"model.vit_weights={other}"))
-
-
-@pytest.mark.process
-def test_a_killed_run_goes_on_with_equal_losses(
-    yaml: Callable[..., list[str]], run: Callable[[list[str]], Any], start: Callable[..., Any], tmp_path: Path
-) -> None:
-    options = ("run.iters_per_epoch=4", "run.max_epoch=2", "run.save_every_steps=3")
-    killed = yaml(*options, name="killed")
-    process = start(warm_python.PYTHON, "train.py", *killed)
-    log = tmp_path / "killed" / "lavit-stage1.log.jsonl"
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and process.poll() is None and not (
-            log.is_file() and log.read_text().count("\n") >= 4):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    run(killed)
-    run(yaml(*options, name="whole"))
-    first, second = ({step: line["last_loss"] for step, line in log_of(tmp_path / name, "lavit-stage1").items()}
-                     for name in ("killed", "whole"))
-    assert list(first) == list(range(1, 9)) and first == second
-    states = [torch.load(tmp_path / name / "checkpoint_1.pth", weights_only=True)["model"]
-              for name in ("killed", "whole")]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 @pytest.mark.process

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import time
@@ -45,28 +44,6 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
     compare_logs(tmp_path)
     assert_stopped_together(toy, folder, said)
     assert_another_batch_is_refused(toy, folder)
-
-
-@pytest.mark.process
-@pytest.mark.timeout(300)
-def test_one_of_two_processes_is_killed_and_the_rest_is_bit_equal(
-    toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path: Path
-) -> None:
-    """At a random micro-step; the other process ends by itself, and both resume from the last checkpoint."""
-    settings = {"steps": 16, "batch_size": 4, "accumulate": 2, "save_every_steps": 3, "log_every": 1}
-    at = random.SystemRandom().randint(2, 30)
-    killed = start_toy(tmp_path / "killed", {**settings, "kill_at": at}, before=TWO)
-    whole = start_toy(tmp_path / "whole", settings, before=TWO)
-    said = killed.communicate(timeout=200)[0]
-    assert killed.returncode not in (0, None) and "toy.done.json" not in said, said
-    assert whole.wait(timeout=100) == 0
-    again = start_toy(tmp_path / "killed", settings, before=TWO)
-    said = again.communicate(timeout=200)[0]
-    assert again.returncode == 0 and ("resumes from" in said) == (at >= 6), said
-    for rank in (0, 1):
-        assert toy.read_losses(tmp_path / "killed", rank) == toy.read_losses(tmp_path / "whole", rank), at
-    sums = [json.loads((tmp_path / run / "toy.done.json").read_text())["sum"] for run in ("killed", "whole")]
-    assert sums[0] == sums[1], at
 
 
 def lines(folder: Path, rank: int = 0) -> int:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import warm_python
-from real_processes import kill_when
-from tiny_detokenizer import APPLICATION, ROOT, environment, losses
+from tiny_detokenizer import ROOT, losses
 from tiny_lavit_tokenizer import tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
 from torch import Tensor, nn
@@ -25,10 +24,8 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
 from seed_multimodal.tokenizers.lavit_files import save_dynamic_tokenizer
 from seed_multimodal.training.lavit.detokenizer import train_lavit_detokenizer
-from seed_multimodal.training.lavit.detokenizer_app import APPLICATION as PROGRAM
 from seed_multimodal.training.lavit.detokenizer_settings import read_lavit_pixel_run
 from seed_multimodal.training.lavit.picture_codes import PictureCodes
-from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -229,28 +226,6 @@ def test_a_result_that_is_not_finished_leaves_the_one_before(parts: Path, tmp_pa
         train_lavit_detokenizer(config(parts, tmp_path / "run", trainer=SHORT))
     now = result(tmp_path / "run")
     assert now.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in now.items())
-
-
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_sigkill_and_resume_is_bit_equal(parts: Path, tmp_path: Path) -> None:
-    """The program on scenes of two sizes, with averaged weights, really killed."""
-    def given(name: str) -> list[str]:
-        return ["model=tiny", "data=tiny", "trainer=tiny", "optim=tiny", f"model.diffusion={parts / 'highres'}",
-                f"model.tokenizer={parts / 'tokenizer'}", f"model.decoder={parts / 'decoder'}", "trainer.ema=0.9",
-                "trainer.max_steps=8", "trainer.save_steps=2", f"output_dir={tmp_path / name}"]
-
-    process = subprocess.Popen([warm_python.PYTHON, "src/train/train_lavit_detokenizer.py", *given("killed")],
-                               cwd=APPLICATION, stderr=subprocess.PIPE, text=True, env=environment(parts))
-    kill_when((tmp_path / "killed" / "checkpoint-2" / "manifest.json").exists, process)
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    for name in ("killed", "whole"):
-        assert main(given(name), CONFIGS, PROGRAM) == 0
-    assert len(losses(tmp_path / "whole")) == 8 and losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    whole = result(tmp_path / "whole")
-    assert all(torch.equal(value, whole[name]) for name, value in result(tmp_path / "killed").items())
-    shutil.rmtree(tmp_path / "killed" / "pixels")
 
 
 @pytest.mark.parametrize("kind", ["highres", "lowres"])

@@ -20,18 +20,23 @@ from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.lavit_codes import lavit_codes
 from seed_multimodal.data.pretokenize.run import RunSettings, run
+from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.settings import read_settings
 from seed_multimodal.systems.lavit import Lavit
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer, with_merger
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.lavit.pretrain_settings import load_visual
+from seed_multimodal.training.lavit.pretrain_settings import load_visual, read_visual
 from seed_multimodal.training.lavit.pretrain_task import PretrainTask
+from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.llm.train import train_llm
 from seed_multimodal.training.llm.trainer_settings import read_run
+from seed_multimodal.training.optimizers import OptimSettings
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
+ROOT = Path(__file__).resolve().parents[4]
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
 CASES: dict[str, dict[str, Any]] = {
     "whole": {},
@@ -201,7 +206,7 @@ def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Pa
 
 
 def test_the_mixture_names_a_command_that_is_there() -> None:
-    home = Path(__file__).resolve().parents[4] / "MultiModalLLM"
+    home = ROOT / "MultiModalLLM"
     words = (home / "configs/data/lavit_pretrain.yaml").read_text(encoding="utf-8").split()
     named = [word for word in words if word.startswith(("src/tools/", "configs/tokenizer/"))]
     assert len(named) == 2 and all((home / word).is_file() for word in named)
@@ -276,7 +281,7 @@ def test_what_cannot_be_used(parts: ModuleType, home: Path, tmp_path: Path) -> N
             ({"visual_encoder": None}, "visual_encoder is needed for LaVIT"),
             ({"agent": {"x": 1}}, "agent is SEED-X's"),
             ({"trainer": {"coco_caption_root": "x"}}, "captions during the training"),
-            ({"tokenizer": str(Path(__file__).parents[4] / "pretrained" / "nano" / "seed_tokenizer")},
+            ({"tokenizer": str(ROOT / "pretrained" / "nano" / "seed_tokenizer")},
              "has 8 codes, but the words"),
             ({"visual_encoder": {"selection": "top"}}, "selection"),
             ({"model": {"quantization": "8bit"}}, "cannot be trained itself; give lora")):
@@ -286,3 +291,17 @@ def test_what_cannot_be_used(parts: ModuleType, home: Path, tmp_path: Path) -> N
     data["sources"][0]["options"] = {}
     with pytest.raises(ConfigError, match="captions is 224, but the vision tower reads pictures of 16"):
         task_of(parts.config_of(home, tmp_path, data={"sources": data["sources"][:1]}))
+
+
+def test_the_recipe_is_read() -> None:
+    given = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
+    settings = read_run(compose(given, ROOT / "MultiModalLLM" / "configs", "train_lavit").config)
+    assert settings.visual_encoder is not None and settings.agent is None and settings.deepspeed is not None
+    assert read_visual(settings.visual_encoder).selection == "draw"
+    optim = read_settings(OptimSettings, settings.optim, "optim")
+    assert optim.learning_rate == 1e-5 and set(optim.part_rates.values()) == {1e-4}
+    data = read_data_settings(settings.data)
+    weights = {source.name: source.weight for source in data.sources}
+    assert weights["text"] == 2 * (weights["read"] + weights["drawn"])
+    ratios = {source.name: source.options.get("img_first_ratio") for source in data.sources}
+    assert (ratios["read"], ratios["drawn"]) == (1.0, 0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,25 +98,6 @@ def test_a_frozen_selector_stays_once_codes_are_used(tmp_path: Path) -> None:
     start(toy.pictures(8)[0], quantize=False).loss.backward()
     assert all(part.grad is not None for part in start.tokenizer.token_predictor.parameters())
     assert not torch.equal(selector(with_codes), before)  # by the steps without codes
-
-
-@pytest.mark.process
-def test_sigkill_and_resume_give_equal_weights(start_stage1: Callable[..., subprocess.Popen], tmp_path: Path) -> None:
-    """Killed between the codebook's start and a restart of dead codes."""
-    settings = {"steps": 12, "health": CODES, "save_every_steps": 5, "ema": 0.9}
-    process = start_stage1(tmp_path / "killed", {**settings, "kill_at": 8})
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), said
-    resumed, _ = toy.train(tmp_path / "killed", **settings)
-    whole, _ = toy.train(tmp_path / "whole", **settings)
-    states = resumed.state_dict(), whole.state_dict()
-    assert states[0].keys() == states[1].keys() and all(torch.equal(value, states[1][name])
-                                                        for name, value in states[0].items())
-
-    def losses(name: str) -> list[float]:
-        return list({line["step"]: line["loss_cosine"] for line in lines(tmp_path / name)}.values())
-
-    assert len(losses("whole")) == 12 and losses("killed") == losses("whole")
 
 
 @pytest.mark.process

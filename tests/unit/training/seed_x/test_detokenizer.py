@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import tiny_sdxl
 import torch
-import warm_python
-from real_processes import kill_when
-from tiny_detokenizer import APPLICATION, CONFIGS, PROGRAM, ROOT, arguments, config, environment, losses, write_parts
+from tiny_detokenizer import CONFIGS, ROOT, config, losses, write_parts
 
 from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
@@ -200,24 +198,6 @@ def test_bad_pictures_are_named_and_counted(parts: Path, tmp_path: Path, capsys:
 
 
 # ---- the program
-
-
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_sigkill_and_resume_is_bit_equal(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program on edits and scenes, with a data worker and averaged weights, really killed."""
-    monkeypatch.setenv("EDITS", str(parts / "edits.jsonl"))
-    more = ("trainer.ema=0.9", "trainer.dataloader_num_workers=1")
-    process = subprocess.Popen([warm_python.PYTHON, PROGRAM, *arguments(parts, tmp_path / "killed", 2, *more)],
-                               cwd=APPLICATION, stderr=subprocess.PIPE, text=True, env=environment(parts))
-    kill_when((tmp_path / "killed" / "checkpoint-6" / "manifest.json").exists, process)
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    for name in ("killed", "whole"):
-        assert main(arguments(parts, tmp_path / name, 2, *more), CONFIGS, APPLICATION_OF) == 0
-    assert len(losses(tmp_path / "whole")) == 12 and losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    adapters = [(tmp_path / name / "adapter" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
-    assert adapters[0] == adapters[1]
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -6,14 +6,12 @@ import io
 import json
 import resource
 import tarfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_sdxl
 import torch
 from PIL import Image
 from tiny_detokenizer import TOWER, config, losses, write_parts
@@ -195,24 +193,6 @@ def test_a_picture_that_changed_after_its_features_were_made(parts: Path, tmp_pa
         train_detokenizer(given)
     train_detokenizer(given)
     assert len(losses(tmp_path / "run")) == 4
-
-
-def test_two_at_once_on_one_cache(parts: Path, tmp_path: Path) -> None:
-    """Both get the same, and every file is whole."""
-    pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-    both = [TowerFeatures(QwenVit.from_pretrained(parts / "tower"), torch.device("cpu"), 2, tmp_path / "kept")
-            for _ in range(2)]
-    made: dict[int, torch.Tensor] = {}
-    threads = [threading.Thread(target=lambda n=n: made.update({n: both[n](pixels)})) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.equal(made[0], made[1]) and made[0].shape == (8, 16, tiny_sdxl.WIDTH)
-    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
-    assert len(files) == 8 and all(path.suffix == ".safetensors" for path in files)
-    both[0].release()
-    assert torch.equal(both[0](pixels), made[0])
 
 
 def test_what_a_run_draws() -> None:

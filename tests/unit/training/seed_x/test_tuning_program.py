@@ -1,31 +1,24 @@
-"""The tuning as its users start it: the original's files, flags and scripts, a kill, several engines."""
+"""The tuning as its users start it: the original's files, flags and scripts."""
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import warm_python
 import yaml
-from real_processes import kill_when
 
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.llm.app import run
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.llm.model_settings import read_model_settings
 from seed_multimodal.training.llm.trainer_settings import read_run
 from seed_multimodal.training.optimizers import OptimSettings, schedule
-from seed_multimodal.training.seed_x.tuning_app import APPLICATION as TUNING
 from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent, read_tower
-from seed_multimodal.weights import load_state_dict
 
 APPLICATION = Path(__file__).resolve().parents[4] / "MultiModalLLM"
 CONFIGS, NAME = APPLICATION / "configs", "train_seed_x_sft"
@@ -46,14 +39,6 @@ def arguments(parts: ModuleType, home: Path, folder: Path, output: Path, *more: 
     return [*given, "--tokenizer", str(folder / "words.yaml"), "--output_dir", str(output), "--learning_rate", "1e-2",
             "--max_steps", "8", "--batch_size", "50", "--dataloader_num_workers", "0", "--device", "cpu",
             "trainer.timeout_minutes=2", "trainer.report_to=[]", *more]
-
-
-def start(given: list[str], *before: str) -> subprocess.Popen[str]:
-    own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen(
-        [*(before or (warm_python.PYTHON,)), "src/train/train_seed_x_sft.py", *given], cwd=APPLICATION,
-        env={**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(APPLICATION.parent / "src")}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def test_the_published_recipe_is_the_default() -> None:
@@ -110,27 +95,3 @@ def test_flags_that_cannot_be() -> None:
                             (["--agent_modl", "x.yaml"], "did you mean '--agent_model'")):
         with pytest.raises(ConfigError, match=sentence):
             compose(flags, CONFIGS, NAME)
-
-
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_sigkill_and_resume_is_bit_equal(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """With a LoRA in bf16, a data worker and kept features."""
-    more = ("trainer.save_steps=2", "trainer.max_steps=10", "trainer.dataloader_num_workers=1",
-            "trainer.precision=bf16")
-
-    def given(name: str) -> list[str]:
-        return arguments(parts, home, tmp_path / "files", tmp_path / name, *more, lora=True,
-                         visual_encoder={"cache": str(tmp_path / "features")})
-
-    process = start(given("killed"))
-    log = tmp_path / "killed" / "train.log.jsonl"
-    kill_when(lambda: log.is_file() and log.read_text().count("\n") >= 5, process)
-    for name in ("killed", "whole"):
-        run(given(name), CONFIGS, TUNING)
-    assert list(parts.losses(tmp_path / "whole")) == list(range(1, 11))
-    assert parts.losses(tmp_path / "killed") == parts.losses(tmp_path / "whole")
-    ends = [load_state_dict(tmp_path / name / "checkpoint-10" / "model.safetensors") for name in ("killed", "whole")]
-    assert all(bool((value == ends[1][name]).all()) for name, value in ends[0].items())
-    assert list((tmp_path / "features").rglob("*.safetensors"))

@@ -1,26 +1,15 @@
-"""The de-tokenizer's training on several processes and under ZeRO, the memory it holds, averaged weights."""
+"""The de-tokenizer's training: what ZeRO refuses, the memory it holds, averaged weights."""
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_sdxl
 import torch
-import warm_python
-from real_processes import kill_when
 from tiny_detokenizer import (
-    APPLICATION,
-    CONFIGS,
-    PROGRAM,
-    arguments,
     config,
-    environment,
     losses,
     write_parts,
 )
@@ -30,15 +19,12 @@ from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.detokenizers.sdxl_resampler import ResamplerXLV2
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.memory import GIB
 from seed_multimodal.training.pixel_decoder.memory import held_memory
 from seed_multimodal.training.seed_x.detokenizer import build_adapter, train_detokenizer
-from seed_multimodal.training.seed_x.detokenizer_app import APPLICATION as PROGRAM_OF
 from seed_multimodal.training.seed_x.detokenizer_settings import read_detokenizer_run
 from seed_multimodal.weights import load_state_dict
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ZERO = {"zero_optimization": {"stage": 2}}
 # The public unet/config.json of SDXL base 1.0, where it differs from the class's defaults.
 SDXL_UNET = {
@@ -54,74 +40,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_parts(tmp_path_factory.mktemp("detokenizer"))
 
 
-def start(parts: Path, given: list[str], *before: str, python: str = warm_python.PYTHON) -> subprocess.Popen[str]:
-    return subprocess.Popen([python, *before, PROGRAM, *given], cwd=APPLICATION, text=True,
-                            env=environment(parts), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True)
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    said = process.communicate(timeout=280)[0]
-    assert process.returncode == 0, said
-    return said
-
-
 def adapters(*runs: Path) -> list[dict[str, torch.Tensor]]:
     return [load_state_dict(run / "adapter" / "model.safetensors") for run in runs]
 
 
 # ---- processes
-
-
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_two_processes_killed_and_resumed_are_one_with_twice_the_micro_steps(parts: Path, tmp_path: Path) -> None:
-    """The first stage from one cache of features, with averaged weights; all processes are killed at once."""
-    more = ("trainer.ema=0.9", f"data.cache={tmp_path / 'cache'}")
-    given = arguments(parts, tmp_path / "two", 1, *more)
-    process = start(parts, given, *TWO, python=sys.executable)  # whose workers are children of its own
-    said = kill_when((tmp_path / "two" / "checkpoint-6" / "manifest.json").exists, process, whole=True)
-    assert not (tmp_path / "two" / "summary.json").exists(), said
-    assert "features of 48 pictures are made first" in said and "2 processes on cpu" in said
-    again = finished(start(parts, given, *TWO))
-    assert "resumes from" in again and "are made first" not in again
-    one = arguments(parts, tmp_path / "one", 1, *more, "trainer.gradient_accumulation_steps=2")
-    assert main(one, CONFIGS, PROGRAM_OF) == 0
-    assert len(losses(tmp_path / "two")) == 12
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    two, alone = adapters(tmp_path / "two", tmp_path / "one")
-    for name, value in two.items():
-        torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
-def test_the_whole_unet_under_zero(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ZeRO 2 of two processes makes the losses of one without it, resumes from its shards, and its adapter is whole and
-    in fp32, with what was frozen untouched."""
-    given = arguments(parts, tmp_path / "zero", 2, "model.trained=all", "deepspeed=stage2_bf16", "trainer.max_steps=4",
-                      "trainer.save_steps=2")
-    said = finished(start(parts, given, *TWO))
-    assert "vision tower" in said and "optimiser states" in said
-    shutil.rmtree(tmp_path / "zero" / "checkpoint-4")
-    first = losses(tmp_path / "zero")
-    assert "resumes from" in finished(start(parts, given, *TWO))
-    assert losses(tmp_path / "zero") == first
-    one = [word for word in given if not word.startswith(("deepspeed", "output_dir"))]
-    monkeypatch.setenv("EDITS", str(parts / "edits.jsonl"))
-    assert main([*one, f"output_dir={tmp_path / 'plain'}", "trainer.gradient_accumulation_steps=2"], CONFIGS,
-                PROGRAM_OF) == 0
-    assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
-    zero, plain = adapters(tmp_path / "zero", tmp_path / "plain")
-    assert zero.keys() == plain.keys() and {value.dtype for value in zero.values()} == {torch.float32}
-    for name, value in zero.items():
-        torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-4, msg=name)
-    alone = start(parts, given)
-    refused = alone.communicate(timeout=200)[0]
-    assert alone.returncode == 2 and "was saved by a run with 2 processes, this one has 1" in refused, refused
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -1,0 +1,162 @@
+"""Every trainer as a program: killed, stopped, out of disk, in two processes, under DeepSpeed's ZeRO.
+
+| | killed | two processes | ZeRO-2 | ZeRO-3 | SIGTERM | full disk |
+| --- | --- | --- | --- | --- | --- | --- |
+| SEED_Tokenizer: stage1, stage2, LaVIT's | each | stage1 | | | stage1 | stage1 |
+| MultiModalLLM: llm, seed_x_sft, lavit | each | each | each | each | llm | llm |
+| pixel decoders of SEED-X and LaVIT | each | each | each | | SEED-X's | SEED-X's |
+
+DeepSpeed compiles its shared-memory operator at the first start (under a minute; needs g++ and ninja).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from real_processes import kill, wait_until
+from trainers import LAVIS, LLM, TRAINERS, TWO, Trainer, stop
+
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(600)]
+ONE_OF_EACH = [one for one in TRAINERS if one.name in ("stage1", "llm", "seed_x_detokenizer")]
+PUBLISHED = {2: "configs/deepspeed/stage2_bf16.json", 3: "configs/deepspeed/stage3_offload_bf16.json"}
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Trainer → the folder of its parts, filled when it is first used."""
+    return {"": tmp_path_factory.mktemp("trainers")}
+
+
+@pytest.fixture
+def home(trainer: Trainer, homes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    if trainer.application == LAVIS and importlib.util.find_spec("lavis") is None:
+        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+    if trainer.name not in homes:
+        homes[trainer.name] = homes[""] / trainer.name
+        trainer.parts(homes[trainer.name])
+    for name, value in trainer.variables(homes[trainer.name]).items():
+        monkeypatch.setenv(name, value)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes that are compared with
+    yield homes[trainer.name]
+    torch.set_num_threads(threads)
+
+
+def each(trainers: list[Trainer]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("trainer", trainers, ids=lambda one: one.name)
+
+
+@each(TRAINERS)
+def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(trainer: Trainer, home: Path, tmp_path: Path) -> None:
+    killed, whole = (trainer.arguments(home, tmp_path / name, 24, 2, ()) for name in ("killed", "whole"))
+    process = trainer.start(home, killed)
+    wait_until(lambda: len(trainer.losses(tmp_path / "killed")) >= 5, process)
+    kill(process)
+    _, complained = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, complained
+    assert 5 <= len(trainer.losses(tmp_path / "killed")) < 24
+    for arguments in (killed, whole):
+        assert trainer.main(arguments) == 0
+    assert list(trainer.losses(tmp_path / "whole")) == list(range(1, 25))
+    assert trainer.losses(tmp_path / "killed") == trainer.losses(tmp_path / "whole")
+    first, second = (trainer.result(tmp_path / name) for name in ("killed", "whole"))
+    assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@each([one for one in TRAINERS if one.double])
+def test_trainer_in_two_processes_is_one_with_the_double_batch(trainer: Trainer, home: Path, tmp_path: Path) -> None:
+    trainer.run(home, trainer.arguments(home, tmp_path / "two", 4, 100, ()), *TWO)
+    assert trainer.main(trainer.arguments(home, tmp_path / "one", 4, 100, trainer.double)) == 0
+    assert len(trainer.losses(tmp_path / "two")) == 4
+    assert trainer.losses(tmp_path / "two") == pytest.approx(trainer.losses(tmp_path / "one"), rel=trainer.close)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+                    reason="DeepSpeed on a CPU needs the package and g++")
+@pytest.mark.parametrize(("trainer", "stage"), [(one, stage) for one in TRAINERS for stage in one.zero],
+                         ids=lambda value: getattr(value, "name", f"stage{value}"))
+def test_trainer_under_zero_is_the_plain_one_and_resumes(trainer: Trainer, stage: int, home: Path, tmp_path: Path
+                                                         ) -> None:
+    """By the published settings in two processes; the weights of the checkpoint are whole."""
+    out, more = tmp_path / "zero", (f"deepspeed={PUBLISHED[stage]}", "trainer.timeout_minutes=5")
+    given = trainer.arguments(home, out, 4, 2, more)
+    trainer.run(home, given, *TWO)
+    found = trainer.losses(out)
+    shutil.rmtree(out / "checkpoint-4")
+    assert "(step 2)" in trainer.run(home, given, *TWO)
+    assert trainer.losses(out) == found
+    assert trainer.main(trainer.arguments(home, tmp_path / "plain", 4, 2, trainer.double)) == 0
+    assert found == pytest.approx(trainer.losses(tmp_path / "plain"), rel=trainer.close)
+    own, expected = trainer.result(out), trainer.result(tmp_path / "plain")
+    assert own.keys() == expected.keys()
+    for name, value in own.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3, msg=name, check_dtype=False)
+    if trainer.name == "seed_x_sft":
+        check_conversion(trainer, given, out / "checkpoint-4", own)
+
+
+def check_conversion(trainer: Trainer, given: list[str], checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
+    """What DeepSpeed's own script makes of a checkpoint, one file or shards, is an agent again."""
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+
+    from seed_multimodal.language.agent_weights import load_agent
+    from seed_multimodal.training.distributed import ProcessGroup
+    from seed_multimodal.training.llm.compose import compose
+    from seed_multimodal.training.llm.trainer_settings import read_run
+    from seed_multimodal.training.seed_x.tuning_task import TuningTask
+
+    settings = read_run(compose(given, LLM / "configs", "train_seed_x_sft").config)
+    task = TuningTask(settings, ProcessGroup(), torch.device("cpu"))
+    task.prepare()
+    kinds = {"one": {}, "shards": {"max_shard_size": "40KB"}, "safe": {"safe_serialization": True}}
+    for kind, options in kinds.items():
+        convert_zero_checkpoint_to_fp32_state_dict(str(checkpoint), str(checkpoint / kind), **options)
+        for value in task.weights().values():
+            value.data.zero_()
+        load_agent(task.module, checkpoint / kind)
+        assert all(torch.equal(value, weights[f"model.{name}"]) for name, value in task.weights().items()), kind
+
+
+@each(ONE_OF_EACH)
+def test_trainer_stopped_by_sigterm_saves_and_goes_on(trainer: Trainer, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = trainer.start(home, trainer.arguments(home, out, 2000, 1000, ()))
+    wait_until(lambda: len(trainer.losses(out)) >= 3, process)
+    said, complained = stop(process, signal.SIGTERM)
+    assert process.returncode == 143, said + complained
+    assert "the same command resumes from" in said and not complained.strip()
+    made = len(trainer.losses(out))
+    process = trainer.start(home, trainer.arguments(home, out, 2000, 1000, ()))
+    wait_until(lambda: len(trainer.losses(out)) > made, process)
+    said, complained = stop(process, signal.SIGTERM)
+    assert process.returncode == 143 and "resumes from" in said, said + complained
+    assert list(trainer.losses(out)) == list(range(1, len(trainer.losses(out)) + 1))
+
+
+@each(ONE_OF_EACH)
+def test_trainer_on_a_full_disk_says_so_and_goes_on(trainer: Trainer, home: Path, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    """The limit on the size of files stands for a disk without room: writes fail in the same place."""
+    out, given = tmp_path / "out", trainer.arguments(home, tmp_path / "out", 4, 2, ())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        assert trainer.main(given) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert "the disk or quota is full" in error and "Traceback" not in error
+    assert not [path for path in out.rglob("checkpoint-*") if path.is_dir()]
+    assert trainer.main(given) == 0 and len(trainer.losses(out)) == 4
+
+
+def test_trainer_folders_have_every_program() -> None:
+    assert {path.name for path in (LLM / "src" / "train").glob("train*.py")} == {
+        Path(one.program).name for one in TRAINERS if one.application == LLM}

@@ -1,0 +1,242 @@
+"""The programs that train, at tiny size, for tests/e2e/test_trainers.py: how each is called, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import warm_python
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+LLM, LAVIS = ROOT / "MultiModalLLM", ROOT / "SEED_Tokenizer"
+STAGE2 = ["model.load_pretrained=False", "model.restart_every=3", "run.num_workers=1"]
+STEADY = ["optim.lr_scheduler_type=constant", "optim.warmup_ratio=0", "optim.min_lr_ratio=0"]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A program that trains.
+
+    Attributes:
+        application: its folder. program: its file below the folder.
+        parts: writes tiny weights and data into a folder.
+        arguments: (that folder, output folder, steps, steps between checkpoints, further overrides) → its arguments.
+        double: overrides with which one process sees in a step what two see without them.
+        log, loss: the log's file and the name of the loss in it. weights: pattern of the files that a run ends in.
+        zero: the ZeRO stages that it has. close: two processes' losses equal one's within this, relatively.
+        variables: of the environment, made from the folder of parts.
+    """
+
+    name: str
+    application: Path
+    program: str
+    parts: Callable[[Path], Any]
+    arguments: Callable[[Path, Path, int, int, Sequence[str]], list[str]]
+    double: Sequence[str]
+    weights: str
+    log: str = "train.log.jsonl"
+    loss: str = "loss"
+    zero: Sequence[int] = ()
+    close: float = 1e-4
+    variables: Callable[[Path], dict[str, str]] = lambda home: {}
+
+    def start(self, home: Path, arguments: Sequence[str], *before: str,
+              python: str = warm_python.PYTHON) -> subprocess.Popen[str]:
+        """The program as a process of its own; `before`: arguments of Python, as `TWO`."""
+        own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        return subprocess.Popen(
+            [python, *before, self.program, *arguments], cwd=self.application, text=True, start_new_session=True,
+            env={**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
+                 **self.variables(home)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def run(self, home: Path, arguments: Sequence[str], *before: str) -> str:
+        """The program to its end, which must be good; what it said."""
+        process = self.start(home, arguments, *before)
+        said, complained = process.communicate(timeout=400)
+        assert process.returncode == 0, f"{said}\n{complained}"
+        return said
+
+    def main(self, arguments: Sequence[str]) -> int:
+        """The same in this process; returns the exit code."""
+        if self.application == LAVIS:
+            if str(LAVIS) not in sys.path:
+                sys.path.append(str(LAVIS))
+            import train
+
+            return int(train.main(list(arguments)))
+        from importlib import import_module
+
+        from seed_multimodal.training.llm.app import main
+
+        module, _, name = APPLICATIONS[self.name].partition(":")
+        configs = LLM / "configs" / (self.name if self.name.endswith("_detokenizer") else "")
+        return main(list(arguments), configs, getattr(import_module(f"seed_multimodal.training.{module}"), name))
+
+    def losses(self, output: Path) -> dict[int, float]:
+        """Step → loss, exactly as it was computed."""
+        file = output / self.log
+        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        return {int(line["step"]): line[self.loss] for line in found if self.loss in line}
+
+    def result(self, output: Path) -> dict[str, torch.Tensor]:
+        """The weights that a run ends in."""
+        from seed_multimodal.weights import load_state_dict
+
+        found: dict[str, torch.Tensor] = {}
+        for file in sorted(output.glob(self.weights)):
+            state = torch.load(file, weights_only=True)["model"] if file.suffix == ".pth" else load_state_dict(file)
+            found |= {f"{file.stem}.{name}": value for name, value in state.items()}
+        assert found, f"{output} has no {self.weights}"
+        return found
+
+
+def stop(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> tuple[str, str]:
+    """Send a signal to a process; what it said before it ended."""
+    process.send_signal(number)
+    return process.communicate(timeout=60)
+
+
+# ---- how each is called
+
+APPLICATIONS = {"llm": "llm.app:LLM", "seed_x_sft": "seed_x.tuning_app:APPLICATION",
+                "lavit": "lavit.pretrain_app:APPLICATION",
+                "seed_x_detokenizer": "seed_x.detokenizer_app:APPLICATION",
+                "lavit_detokenizer": "lavit.detokenizer_app:APPLICATION"}
+
+
+def _in_files(config: dict[str, Any], folder: Path, groups: Sequence[str]) -> list[str]:
+    """Overrides that use a file for each group, as a user's own configuration does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for group in groups:
+        (folder / f"{group}.yaml").write_text(yaml.safe_dump(config[group]))
+    return [f"tokenizer={config['tokenizer']}", *(f"{group}={folder / group}.yaml" for group in groups)]
+
+
+def _every(output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+    return [f"output_dir={output}", f"trainer.max_steps={steps}", f"trainer.save_steps={save}", *more]
+
+
+def _llm(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+    import llm_runs
+
+    files = {group: home / f"{group}.yaml" for group in ("model", "data", "trainer", "optim", "tokenizer")}
+    return [*llm_runs.overrides(files, output), *_every(output, steps, save, [*STEADY, *more])]
+
+
+def _llm_parts(home: Path) -> None:
+    import llm_runs
+
+    home.mkdir(parents=True, exist_ok=True)
+    llm_runs.write_files(home, model={"lora": {**llm_runs.LORA, "lora_dropout": 0.0}})
+
+
+def _seed_x_parts(home: Path) -> None:
+    """A third of the batches hold no picture at all."""
+    import tuning_parts
+
+    home.mkdir(parents=True, exist_ok=True)
+    tuning_parts.write_parts(home)
+    (home / "words.jsonl").write_text("".join(json.dumps({"data": [f"Make it {name}.", f"It is {name}."]}) + "\n"
+                                              for name in tuning_parts.COLOURS))
+
+
+def _seed_x(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+    import tuning_parts
+
+    data = tuning_parts.data_of(home, seed=4)
+    data["sources"].append({**data["sources"][0], "name": "words", "files": str(home / "words.jsonl"), "weight": 2.0})
+    config = tuning_parts.config_of(home, output, data=data, lora=True,
+                                    model={"lora": {**tuning_parts.LORA, "lora_dropout": 0.0}})
+    groups = ("model", "agent", "visual_encoder", "data", "optim", "trainer")
+    return [*_in_files(config, home / "files", groups), *_every(output, steps, save, [*STEADY, *more])]
+
+
+def _lavit_parts(home: Path) -> None:
+    import pretrain_parts
+
+    home.mkdir(parents=True, exist_ok=True)
+    pretrain_parts.write_parts(home)
+
+
+def _lavit(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+    import pretrain_parts
+
+    config = pretrain_parts.config_of(home, output)
+    groups = ("model", "visual_encoder", "data", "optim", "trainer")
+    return [*_in_files(config, home / "files", groups), *_every(output, steps, save, [*STEADY, *more])]
+
+
+def _seed_x_pixel_parts(home: Path) -> None:
+    import tiny_detokenizer
+
+    home.mkdir(parents=True, exist_ok=True)
+    tiny_detokenizer.write_parts(home)
+
+
+def _seed_x_pixels(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+    import tiny_detokenizer
+
+    return [*tiny_detokenizer.arguments(home, output, 2), "trainer.ema=0", *_every(output, steps, save, more)]
+
+
+def _lavit_pixel_parts(home: Path) -> None:
+    import tiny_lavit_training
+
+    home.mkdir(parents=True, exist_ok=True)
+    tiny_lavit_training.write_parts(home)
+
+
+def _lavit_pixels(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+    return ["model=tiny", "data=tiny", "trainer=tiny", "optim=tiny", f"model.diffusion={home / 'highres'}",
+            f"model.tokenizer={home / 'tokenizer'}", f"model.decoder={home / 'decoder'}",
+            *_every(output, steps, save, more)]
+
+
+def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[str]]:
+    def arguments(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+        import lavis_runs
+
+        given = lavis_runs.write_config(stage, home, output)
+        return [*given, "--options", f"run.iters_per_epoch={steps}", "run.max_epoch=1",
+                f"run.save_every_steps={save}", *(STAGE2 if stage == "stage2" else ()), *more]
+
+    return arguments
+
+
+def _pictures(home: Path) -> None:
+    import lavis_runs
+
+    lavis_runs.write_pictures(home)
+
+
+ACCUMULATE = ["trainer.gradient_accumulation_steps=2"]
+TRAINERS = [
+    Trainer("stage1", LAVIS, "train.py", _pictures, _lavis("stage1"), ["run.batch_size_train=16"], "checkpoint_0.pth",
+            log="stage1.log.jsonl", loss="last_loss"),
+    Trainer("stage2", LAVIS, "train.py", _pictures, _lavis("stage2"), [], "checkpoint_0.pth",
+            log="stage2.log.jsonl", loss="last_loss"),
+    Trainer("lavit_tokenizer", LAVIS, "train.py", _pictures, _lavis("lavit"), [], "checkpoint_0.pth",
+            log="lavit-stage1.log.jsonl", loss="last_loss"),
+    Trainer("llm", LLM, "src/train/train.py", _llm_parts, _llm, ACCUMULATE,
+            "checkpoint-*/adapter_model.safetensors", zero=(2, 3)),
+    Trainer("seed_x_sft", LLM, "src/train/train_seed_x_sft.py", _seed_x_parts, _seed_x, ACCUMULATE,
+            "checkpoint-*/model.safetensors", zero=(2, 3)),
+    Trainer("lavit", LLM, "src/train/train_lavit.py", _lavit_parts, _lavit, ACCUMULATE,
+            "checkpoint-*/[mv]*.safetensors", zero=(2, 3)),
+    Trainer("seed_x_detokenizer", LLM, "src/train/train_seed_x_detokenizer.py", _seed_x_pixel_parts, _seed_x_pixels,
+            ACCUMULATE, "adapter/model.safetensors", zero=(2,),
+            variables=lambda home: {"EDITS": str(home / "edits.jsonl")}),
+    Trainer("lavit_detokenizer", LLM, "src/train/train_lavit_detokenizer.py", _lavit_pixel_parts, _lavit_pixels,
+            ACCUMULATE, "pixels/*/*.safetensors", zero=(2,)),
+]
