@@ -11,9 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,15 +24,14 @@ from seed_multimodal.commands import pictures
 from seed_multimodal.commands.chat import Talk
 from seed_multimodal.commands.common import Outcomes, OutputNames
 from seed_multimodal.errors import CheckpointError, GenerationError, RequestError
-from seed_multimodal.images.sheet import DARK, LIGHT, contact_sheet
+from seed_multimodal.images.sheet import DARK, LIGHT
 from seed_multimodal.language.answer import TextPart
 from seed_multimodal.systems.chat import Answer, DrawnPart
 from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.weights import load_state_dict
 from seed_nano import quickstart
-from seed_nano.world.scene import Scene
-from seed_nano.world.splits import SPLITS, held_out, scene_at
-from seed_nano.world.words import write_known_words
+from seed_nano.world.splits import held_out
+from seed_nano.world.words import scene_of, write_known_words
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "images"
@@ -524,24 +521,20 @@ def test_llama_script_takes_a_request(tiny, tmp_path):
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_quickstart_leaves_sheets_pictures_and_json(tiny, tmp_path, capsys):
+def test_quickstart_writes_sheets_images_and_json(tiny, tmp_path, capsys):
     out = tmp_path / "quick"
     assert quickstart.main(["--model", tiny, "--out", str(out), "--device", "cpu"]) == 0
     result = json.loads((out / "quickstart.json").read_text())
-    assert [len(p["codes"]) for p in result["pictures"]] == [32] * len(quickstart.LOOKED_AT)
-    assert all({"description", "answer", "question"} <= set(p) for p in result["pictures"])
-    assert all(p["note"].startswith("never trained on: ") for p in result["pictures"] + result["drawings"])
-    assert len(result["conversation"]) == 5 and len(result["edits"]) == 1 + len(quickstart.EDITS)
-    assert list(result["progressive"]["pictures"]) == ["4", "8", "16", "32"] and result["story"]["you"]
-    assert {"load", "work", "total"} <= set(result["seconds"]) and result["versions"]["torch"] == version("torch")
-    named = [p[key] for p in result["pictures"] + result["drawings"] + result["edits"] for key in ("picture", "rebuilt")
-             if key in p] + [*result["progressive"]["pictures"].values()]
-    assert all((out / name).is_file() for name in named) and len(named) == 4 + 4 + 6 + 6 + 4
+    assert [len(codes) for codes in result["codes"]] == [32] * len(quickstart.READ)
+    assert [cell["request"] for cell in result["draw"]] == list(quickstart.DRAWN)
+    assert all(cell["answer"].startswith("never trained on: ") for cell in result["draw"])
+    assert [cell["request"] for cell in result["talk"] if cell["request"]] == list(quickstart.CHAT)
+    assert all((out / f"{name}_{number + 1}.png").is_file() for name in ("look", "draw", "edit", "grow")
+               for number in range(len(result[name])))
     light, dark = (Image.open(out / f"contact_sheet{name}.png") for name in ("", "_dark"))
     assert light.size == dark.size and light.width > 1000 and light.height > 1000
     assert light.getpixel((0, 0)) == LIGHT.paper and dark.getpixel((0, 0)) == DARK.paper
-    printed = capsys.readouterr().out
-    assert f"{quickstart.STEPS}/{quickstart.STEPS}]" in printed and "contact_sheet.png" in printed
+    assert "contact_sheet.png" in capsys.readouterr().out
 
 
 def test_quickstart_refuses_a_place_that_cannot_be_written_before_it_works(tmp_path, capsys):
@@ -550,53 +543,18 @@ def test_quickstart_refuses_a_place_that_cannot_be_written_before_it_works(tmp_p
     assert capsys.readouterr().err == f"quickstart: {tmp_path / 'file'}: cannot be written (Not a directory).\n"
 
 
-def test_quickstart_keeps_the_pictures_of_a_conversation(tiny, tmp_path):
-    """The tiny model seldom draws by itself, so here every answer is made to hold a picture."""
-    from seed_multimodal.systems.seed_llama import SeedLlama
-
-    system = SeedLlama.from_pretrained(tiny, device="cpu", log=None)
-    forced = SimpleNamespace(chat=lambda messages, **options: system.chat(messages, force_image=True, **options))
-    result = quickstart.Run(forced, tmp_path, seed=0)
-    quickstart._talks(result)
-    said = [cell.asked for cell in result.rows[0].cells if cell.asked]
-    assert said == quickstart.conversation() and said[0].startswith("Please draw a small noto dinosaur in the middle")
-    assert result.rows[0].cells[0].caption.startswith("Here is the picture.")
-    for turn in result.result["conversation"]:
-        assert any(Image.open(tmp_path / part["picture"]) for part in turn["answer"] if "picture" in part)
+def test_drawn_gives_each_image_the_words_before_it():
+    image = DrawnPart([0] * 32, Image.new("RGB", (8, 8), (9, 200, 9)))
+    cells = quickstart.drawn(Answer((TextPart("One."), image, TextPart("Two."), TextPart("Three."), image)))
+    assert [(cell.caption, cell.arrow) for cell in cells] == [("One.", False), ("Two. Three.", True)]
+    assert quickstart.drawn(Answer((TextPart("One."),))) == []
 
 
-def test_quickstart_shows_words_beside_the_picture_they_are_about(tmp_path):
-    """An answer in words, a story of two pictures, and a model that never draws."""
-    picture = Image.new("RGB", (8, 8), (9, 200, 9))
-    drawn, words = DrawnPart([0] * 32, picture), [TextPart("Here is the picture."), TextPart("A meadow.")]
-    answers = iter([Answer((words[0], drawn)), Answer((words[1],)), *[Answer(())] * 3,
-                    Answer((TextPart("One."), drawn, TextPart("Two."), drawn)), *[Answer((words[1],))] * 5])
-    run = quickstart.Run(SimpleNamespace(chat=lambda messages, **options: next(answers)), tmp_path, seed=0)
-    quickstart._talks(run)
-    quickstart._tells(run)
-    talk, told = (row.cells for row in run.rows)
-    assert [cell.caption for cell in talk] == ["Here is the picture.", "A meadow.", "", "", ""]
-    assert all(cell.image is picture for cell in talk) and [cell.arrow for cell in talk] == [False, *[True] * 4]
-    assert [cell.caption for cell in told] == ["One.", "Two."] and "“Tell a story about a noto fox" in run.rows[1].label
-    quickstart._talks(run)
-    assert all(cell.image is None for cell in run.rows[2].cells)
-    assert contact_sheet(run.rows, columns=6, theme=DARK).height > 500
-
-
-def test_what_is_said_to_be_untrained_is_held_out():
-    shown = [*(scene for scene, _ in quickstart.LOOKED_AT), *quickstart.DRAWN]
-    assert all(held_out(scene) and quickstart.never_trained_on(scene) for scene in shown)
-    assert {split for scene in quickstart.DRAWN for split in held_out(scene)} == {"pairs", "places", "counts", "styles"}
-    for split in SPLITS:
-        for number in range(20):
-            scene = scene_at(1, number, split)
-            said = quickstart.never_trained_on(scene)
-            assert bool(said) == (split != "train")
-            assert split not in ("pairs", "things") or scene.things[0] in said
-    horse = Scene("noto", "sea", "large", ("horse",))
-    assert quickstart.never_trained_on(horse) == "never trained on: horse on the sea"
-    *_, last = quickstart.edits()
-    assert last.target.key == ("fluent", "night", "left of", ("car", "house"), (1, 1))
+def test_never_trained_on_names_what_is_held_out():
+    notes = {words: quickstart.never_trained_on(words) for words in (*quickstart.READ, *quickstart.DRAWN)}
+    assert all(held_out(scene_of(words)) and len(note) > 20 for words, note in notes.items())
+    assert notes["a large fluent horse on the sea"] == "never trained on: horse on the sea"
+    assert notes["two twemoji crabs on the sea"] == "never trained on: two crabs"
 
 
 def test_a_text_of_many_words_is_named_by_its_first_ones(capsys):

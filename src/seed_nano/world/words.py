@@ -12,7 +12,7 @@ import json
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from seed_multimodal.disk import replace_text
@@ -140,6 +140,11 @@ def read_caption(text: str) -> Labels | None:
         layout = _SPOTS[read["spot"]]
     return Labels(read["style1"] or read["style2"], _PHRASES.get(read["before"] or read["after"]), layout,
                   tuple(things), tuple(counts))
+
+
+def scene_of(caption: str) -> Scene:
+    """The scene that a canonical caption describes."""
+    return Scene(*astuple(read_caption(caption) or Labels()))
 
 
 def write_known_words(file: Path) -> None:
