@@ -13,7 +13,7 @@ from PIL import Image
 from seed_multimodal import SeedLlama, open_image
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_nano.report.judge import Judge
-from seed_nano.report.scoring import all_words, every, picture_words, right_labels
+from seed_nano.report.scoring import all_words, picture_words, right_labels
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.words import describe, normalise
@@ -72,8 +72,8 @@ def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama) -> None:
     scenes = [scene_at(5, number, "pairs") for number in range(12)]
     asked = all_words(scenes)
     drawn = [seed.draw(describe(scene), seed=0) for scene in scenes]
-    assert every(right_labels(picture_words(judge, drawn), asked)).mean() >= 0.5
-    assert every(right_labels(picture_words(judge, drawn[::-1]), asked)).mean() <= 0.2
+    assert right_labels(picture_words(judge, drawn), asked).all(1).mean() >= 0.5
+    assert right_labels(picture_words(judge, drawn[::-1]), asked).all(1).mean() <= 0.2
 
 
 def test_an_edit_changes_what_it_names(seed: SeedLlama) -> None:

@@ -26,7 +26,7 @@ from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.samples import Sizes, make_samples
 from seed_nano.report.sections import Run, sections_of
 from seed_nano.report.systems import load_system
-from seed_nano.report.write import aims, write_report
+from seed_nano.report.write import aims, write_card, write_report
 from seed_nano.world.splits import HELD_OUT_SPLITS
 
 
@@ -56,6 +56,8 @@ def report(options: argparse.Namespace) -> int:
         "seconds": round(time.monotonic() - start, 1), "system": system.facts(),
         "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch}, "judge": judge.config.training,
         "aims": aims(kind, found), "splits": found}, runs, options.out)
+    if options.work:
+        write_card(Path(options.model), options.work, options.out)
     print(f"Wrote {options.out / 'report.md'}, report.json, answers.json.gz and sheets.")
     return DONE
 
@@ -72,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "the full report; all else in proportion)")
     parser.add_argument("--batch", type=whole_number(1), default=64)
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the noise that images are drawn from")
+    parser.add_argument("--work", type=Path, help="a training's work folder: also write MODEL/README.md, with its "
+                        "records")
     add_device(parser)
     add_quantization(parser)
     return run_program(parser, report, arguments, "report")

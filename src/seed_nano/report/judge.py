@@ -3,8 +3,7 @@
     python -m seed_nano.report.judge --out pretrained/nano/judge        # trains it
 
     judge = Judge.from_pretrained("pretrained/nano/judge")
-    judge.labels(images)              # class numbers int64 [N, 5], in the order of world.targets.JUDGED
-    judge.embed_images(images)        # unit vectors [N, D] for retrieval
+    labels, vectors = judge.read(images)
 
 It is trained on scenes of all splits, with another seed and architecture than a system's vision encoder. For each
 layout the cells of the feature map have learned weights for the first and for the second thing, and one classifier
@@ -44,7 +43,7 @@ from seed_nano.world.splits import scenes as listed
 from seed_nano.world.targets import JUDGED, NOTHING, label_tensor
 from seed_nano.world.things import HELD_OUT, NAMES
 
-SHIPPED = "pretrained/nano/judge"
+SHIPPED, WEIGHTS = "pretrained/nano/judge", "model.safetensors"
 SHARPNESS = 10.0  # of the weights of cells, so that they are learned as fast as the rest
 TWO_KINDS = ("left of", "above", "two kinds")
 
@@ -60,14 +59,9 @@ class JudgeConfig:
     layout_width: int = 16
     training: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def cells(self) -> int:
-        """Side of the feature map: the stem and every stage but the first halve the picture."""
-        return self.image_size // 2 ** len(self.widths)
-
 
 def residual_block(inputs: int, outputs: int, stride: int = 1) -> BasicBlock:
-    """Two 3x3 convolutions with batch norm and a shortcut; `stride` 2 halves the picture."""
+    """Two 3x3 convolutions with batch norm, and a shortcut without."""
     same = stride == 1 and inputs == outputs
     return BasicBlock(inputs, outputs, stride, None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False))
 
@@ -86,7 +80,7 @@ class Judge(nn.Module):
             stem = width
         self.body = nn.Sequential(*layers)
         classes = {name: len(row) for name, row in config.labels.items()}
-        cells = config.cells**2
+        cells = (config.image_size // 2 ** len(config.widths)) ** 2  # the stem and every stage halve the image
         self.narrow = nn.Conv2d(stem, config.layout_width, 1)
         self.layout = nn.Linear(config.layout_width * cells + stem, classes["layout"])
         self.where = nn.Parameter(torch.zeros(classes["layout"], 2, cells))
@@ -121,14 +115,11 @@ class Judge(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Judge:
-        """Load `config.json` and `model.safetensors`, in fp32 and in evaluation mode. Raises CheckpointError: a file is
-        missing, damaged or of another model."""
+        """Load `config.json` and `model.safetensors`, in fp32 and in evaluation mode. Raises CheckpointError: no judge
+        there, or other weights."""
         file = Path(folder) / "config.json"
         hint = "there is no judge in this folder; train one with `python -m seed_nano.report.judge`"
-        raw = read_json_object(file, CheckpointError, hint)
-        if raw.get("labels") != JudgeConfig().labels:
-            raise CheckpointError(f"{file}: not a judge of the scenes of data/nano.")
-        judge, source = cls(JudgeConfig(**raw)), file.with_name("model.safetensors")
+        judge, source = cls(JudgeConfig(**read_json_object(file, CheckpointError, hint))), file.parent / WEIGHTS
         # the shipped weights name the parts of a block otherwise than torchvision
         state = {name.replace("norm", "bn").replace("shortcut", "downsample"): value.float()
                  for name, value in load_state_dict(source).items() if value.is_floating_point()}
@@ -139,13 +130,14 @@ class Judge(nn.Module):
         """Write `config.json` and `model.safetensors` (fp16), the weights first."""
         target = Path(folder)
         state = {name: value.half() for name, value in self.state_dict().items() if value.is_floating_point()}
-        save_state_dict(state, target / "model.safetensors")
+        save_state_dict(state, target / WEIGHTS)
         replace_text(target / "config.json", json.dumps(asdict(self.config), ensure_ascii=False) + "\n")
         return target
 
     @torch.inference_mode()
     def read(self, images: Sequence[Image.Image], batch: int = 256) -> tuple[Tensor, Tensor]:
-        """Class numbers int64 [N, 5], in the order of `config.labels`, and unit vectors float32 [N, D]."""
+        """Of images of any size: class numbers int64 [N, 5], in the order of `config.labels`, and unit vectors for
+        retrieval float32 [N, D]."""
         labels, vectors = [torch.zeros(0, len(self.config.labels), dtype=torch.long)], list[Tensor]()
         for start in range(0, len(images), batch):
             pixels = torch.cat([pixels_of(one, self.config.image_size) for one in images[start:start + batch]])
@@ -155,20 +147,14 @@ class Judge(nn.Module):
         return torch.cat(labels), torch.cat(vectors or labels)
 
     def labels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Class numbers int64 [N, 5] of images of any size."""
+        """Class numbers of `read`."""
         return self.read(images)[0]
-
-    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors float32 [N, D] of images of any size."""
-        return self.read(images)[1]
 
 
 def pixels_of(image: Image.Image, size: int) -> Tensor:
     """An image as float32 [1, 3, size, size] in -1..1; shrinking averages areas, so no detail is aliased."""
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
-    if min(pixels.shape[-2:]) >= size:
-        return F.interpolate(pixels, size=(size, size), mode="area")
-    return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+    return F.interpolate(pixels, size=(size, size), mode="area" if min(pixels.shape[-2:]) >= size else "bilinear")
 
 
 def find_judge(model: str | Path, given: str | Path | None = None) -> Path:
@@ -223,17 +209,15 @@ class JudgeTask(StageTask):
         return torch.stack(losses).sum(), {"first_right": right.float().mean()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        judge, measured = self.judge.eval(), {}
+        judge, measured = self.judge.eval(), dict[str, float]()
         for split in HELD_OUT_SPLITS:
             scenes = listed(split)[:self.probes]
             images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
-            right = judge.labels(images) == label_tensor(scenes, JUDGED)
-            measured[split] = {**dict(zip(judge.config.labels, right.float().mean(0).tolist(), strict=True)),
-                               "all": right.all(1).float().mean().item()}
+            measured[split] = float((judge.labels(images) == label_tensor(scenes, JUDGED)).all(1).float().mean())
         judge.config.training = {"steps": self.settings.steps, "batch": self.settings.batch_size,
                                  "seed": self.settings.seed, "real_pictures": measured}
         judge.save_pretrained(self.out)
-        return {**super().finish(group), **{f"{split}_all": row["all"] for split, row in measured.items()}}
+        return {**super().finish(group), **measured}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What a report asks of a system: the fixed scenes, questions, edits and conversations of a split.
+"""What a report asks of a system: the fixed scenes, questions and edits of a split.
 
 Scenes are the lists of `world.evaluation`; the rest is a function of (split, sizes). Nothing is held out in any other
 way than the split's.
@@ -10,29 +10,24 @@ import random
 from dataclasses import dataclass, field
 from itertools import count
 
-from seed_nano.world.dialogues import Allowed, Message, conversation, scene_where
+from seed_nano.world.dialogues import Allowed, scene_where
 from seed_nano.world.scene import Scene
 from seed_nano.world.splits import held_out
 from seed_nano.world.splits import scenes as listed
 from seed_nano.world.tasks import EDITS, KINDS, Edit, Question, ask, make_edit
 
 SEED = 12345
-REBUILT_ONLY = "things"
-CONVERSED = ("val", "pairs")
-"""The splits in which there are conversations."""
 TRIES = 600
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: `scenes` are described, drawn and edited, `gallery` rebuilt, `rungs` drawn from their
-    first codes and at several sizes."""
+    """Scenes that are described, drawn and edited; rebuilt (`gallery`); seen in several sizes (`rungs`); questions."""
 
     scenes: int = 500
     gallery: int = 1000
     rungs: int = 200
     questions: int = 1000
-    conversations: int = 200
 
     @classmethod
     def limited(cls, limit: int) -> Sizes:
@@ -50,17 +45,16 @@ class Samples:
     scenes: list[Scene]
     questions: list[tuple[int, Question]] = field(default_factory=list)
     edits: list[tuple[Scene, Edit]] = field(default_factory=list)
-    conversations: list[list[Message]] = field(default_factory=list)
 
 
 def make_samples(split: str, sizes: Sizes) -> Samples:
     """Everything that a report asks about a split."""
     made = Samples(split, sizes, listed(split)[: max(sizes.gallery, sizes.scenes)])
-    if split == REBUILT_ONLY:
+    if split == "things":  # only rebuilt
         return made
 
-    def shakes(kind: str, number: int) -> list[random.Random]:
-        return [random.Random(f"{SEED} {split} {kind} {index}") for index in range(number)]
+    def shake(kind: str, index: int) -> random.Random:
+        return random.Random(f"{SEED} {split} {kind} {index}")
 
     def within(scene: Scene) -> bool:
         return held_out(scene) <= {split}
@@ -68,25 +62,22 @@ def make_samples(split: str, sizes: Sizes) -> Samples:
     def inside(scene: Scene) -> bool:
         return held_out(scene) == {split}
 
-    made.questions = [_question(made.scenes, sizes.scenes, index, shake)
-                      for index, shake in enumerate(shakes("question", sizes.questions))]
+    made.questions = [_question(made.scenes[:sizes.scenes], index, shake("question", index))
+                      for index in range(sizes.questions)]
     kinds = list(EDITS)
-    made.edits = [_edit(kinds, shake, index, within, inside)
-                  for index, shake in enumerate(shakes("edit", sizes.scenes))]
-    if split in CONVERSED:
-        made.conversations = [conversation(shake, inside) for shake in shakes("conversation", sizes.conversations)]
+    made.edits = [_edit(kinds, shake("edit", index), index, within, inside) for index in range(sizes.scenes)]
     return made
 
 
-def _question(scenes: list[Scene], number: int, index: int, shake: random.Random) -> tuple[int, Question]:
-    """A question of kind number `index`, in turn, about the next of the first `number` scenes that has an answer to it;
-    where none has, of the next kind."""
+def _question(scenes: list[Scene], index: int, shake: random.Random) -> tuple[int, Question]:
+    """A question of kind number `index`, in turn, about the next scene that has an answer to it; where none has, of the
+    next kind."""
+    number = len(scenes)
     places = (((index + tried) % number, KINDS[(index + tried // number) % len(KINDS)]) for tried in count())
     return next((row, found) for row, kind in places if (found := ask(scenes[row], kind, shake)) is not None)
 
 
-def _edit(kinds: list[str], shake: random.Random, index: int, within: Allowed,
-          inside: Allowed) -> tuple[Scene, Edit]:
+def _edit(kinds: list[str], shake: random.Random, index: int, within: Allowed, inside: Allowed) -> tuple[Scene, Edit]:
     """An edit of kind number `index`, in turn, with a target of the split; where no edit of the kind can have one (what
     removes a thing leaves no pair), one of a scene of the split. A kind that can be neither leaves `kinds`."""
     while True:

@@ -7,7 +7,6 @@ layout with counts). An answer without a whole image, a caption outside the gram
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -28,23 +27,17 @@ from seed_nano.world.words import Labels, read_caption
 Section = dict[str, Any]
 Drawn = Sequence[Image.Image | None]
 BoolArray = NDArray[np.bool_]
-LABELS = tuple(JUDGED)
 Words = tuple[str | None, ...]
-"""A word for each of `LABELS`; None: missing."""
-UNREAD: Words = (None,) * len(LABELS)
+"""A word for each of `JUDGED`; None: missing."""
+UNREAD: Words = (None,) * len(JUDGED)
 UNCHANGED = 0.05  # least share of unchanged pixels for their PSNR to count
 OVERLAP = 0.5  # least intersection over union of a box that counts as found
 RESAMPLES = 1000
 
 
-def scene_words(scene: Scene) -> Words:
-    """The true words of a scene."""
-    return tuple(JUDGED[name][number] for name, number in label_ids(scene, JUDGED).items())
-
-
 def all_words(scenes: Sequence[Scene]) -> list[Words]:
     """The true words of scenes."""
-    return [scene_words(scene) for scene in scenes]
+    return [tuple(JUDGED[name][number] for name, number in label_ids(scene, JUDGED).items()) for scene in scenes]
 
 
 def caption_words(text: str) -> Words:
@@ -69,19 +62,13 @@ def picture_words(judge: Judge, images: Drawn) -> list[Words]:
 def right_labels(found: Sequence[Words], wanted: Sequence[Words]) -> BoolArray:
     """[N, 5] which labels are right."""
     return np.array([[a == b for a, b in zip(one, other, strict=True)]
-                     for one, other in zip(found, wanted, strict=True)], dtype=bool).reshape(-1, len(LABELS))
-
-
-def every(right: BoolArray) -> BoolArray:
-    """[N] where all labels `[N, 5]` are right."""
-    return np.asarray(right.all(1))
+                     for one, other in zip(found, wanted, strict=True)], dtype=bool).reshape(-1, len(JUDGED))
 
 
 def score(found: Sequence[Words], wanted: Sequence[Words]) -> Section:
     """Shares of answers with every label right (`all`), and with each label right."""
     right = right_labels(found, wanted)
-    return {"all": bootstrap(every(right)),
-            **{name: bootstrap(right[:, column]) for column, name in enumerate(LABELS)}}
+    return {"all": bootstrap(np.all(right, axis=1)), **dict(zip(JUDGED, map(bootstrap, right.T), strict=True))}
 
 
 def grouped(hits: Any, kinds: Sequence[str], groups: Sequence[Hashable]) -> dict[str, Estimate]:
@@ -90,17 +77,10 @@ def grouped(hits: Any, kinds: Sequence[str], groups: Sequence[Hashable]) -> dict
             for kind in sorted(set(kinds)) for at in [[i for i, one in enumerate(kinds) if one == kind]]}
 
 
-def confusions(found: Sequence[Words], wanted: Sequence[Words], most: int = 10) -> dict[str, int]:
-    """The most frequent wrong names of things: `dog read as fox` -> how often."""
-    pairs = Counter(f"{other} read as {one}" for row, truth in zip(found, wanted, strict=True)
-                    for one, other in zip(row[:2], truth[:2], strict=True) if one != other and row is not UNREAD)
-    return dict(pairs.most_common(most))
-
-
 def retrieval(judge: Judge, images: Sequence[Image.Image], real: Sequence[Image.Image]) -> FloatArray:
     """[N] 1.0 where the nearest real image to a copy, by the judge's features, is its original; `real` begins with the
     originals, in order. A tie counts against the copy."""
-    similarity = judge.embed_images(images) @ judge.embed_images(real).T
+    similarity = judge.read(images)[1] @ judge.read(real)[1].T
     return ((similarity >= similarity.diagonal()[:, None]).sum(1) == 1).double().numpy()
 
 
@@ -156,14 +136,6 @@ def box_rates(hits: Sequence[int], found: Sequence[int], wanted: Sequence[int]) 
 def same_answer(answer: str, truth: str) -> bool:
     """Whether two short answers are equal, as VQA compares them: without case, articles and punctuation."""
     return vqa_answer(answer) == vqa_answer(truth)
-
-
-def blind_answers(train: Sequence[tuple[str, str]], kinds: Sequence[str]) -> list[str]:
-    """The most frequent training answer (kind, answer) to each kind of question."""
-    tally: dict[str, Counter[str]] = {}
-    for kind, answer in train:
-        tally.setdefault(kind, Counter())[vqa_answer(answer)] += 1
-    return [tally[kind].most_common(1)[0][0] for kind in kinds]
 
 
 def matched(found: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> int:

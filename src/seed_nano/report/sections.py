@@ -6,8 +6,10 @@ systems and splits have it.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -16,22 +18,20 @@ from PIL import Image
 
 from seed_multimodal.errors import counted
 from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics
+from seed_multimodal.evaluation.vqa import vqa_answer
 from seed_multimodal.images.boxes import draw_boxes
 from seed_multimodal.images.sheet import Cell, Row
-from seed_multimodal.language.tasks import answer_in
 from seed_nano.report import scoring
 from seed_nano.report.judge import Judge
-from seed_nano.report.samples import CONVERSED, SEED, Samples
-from seed_nano.report.scoring import Drawn, Section, all_words, picture_words, same_answer, score
-from seed_nano.world import wide as world
+from seed_nano.report.samples import SEED, Samples
+from seed_nano.report.scoring import Drawn, Section, all_words, picture_words, score
 from seed_nano.world.records import detect_phrase
-from seed_nano.world.scene import QUARTERS, Scene, boxes, empty_pictures, render
+from seed_nano.world.scene import Scene, boxes, empty_pictures, render
 from seed_nano.world.splits import HELD_OUT_SPLITS, scene_at
-from seed_nano.world.tasks import KINDS, VERDICT_END, ask
+from seed_nano.world.tasks import KINDS, ask
 from seed_nano.world.things import BACKGROUNDS
 from seed_nano.world.words import describe, normalise, sentence
 
-PREFIXES = (4, 8, 16)
 SIZES = (64, 128, 256, 400)  # pixels a side of the scenes of `sizes`
 BLIND = 3000  # training questions from which the most frequent answers are counted
 EMPTY_DRAWS = 8  # selections of each empty scene, where the selector samples
@@ -42,8 +42,7 @@ class Run:
     """One split of one system while it is measured.
 
     Attributes:
-        side: of its images in pixels; real, encoded: its images, and as the system reads them. rebuilt, drawn: of
-            earlier sections.
+        side: of its images in pixels; real, encoded: its images, and as the system reads them; drawn: by `drawing`.
         answers: for answers.json.gz. sheets: name -> rows.
     """
 
@@ -53,7 +52,6 @@ class Run:
         self.scenes = samples.scenes[:self.sizes.scenes]
         self.real = self.render(samples.scenes)
         self.encoded = system.encode(self.real)
-        self.rebuilt: Drawn = []
         self.drawn: list[Any] = []
         self.answers: Section = {}
         self.sheets: dict[str, list[Row]] = {}
@@ -124,52 +122,26 @@ def reconstruction(run: Run) -> Section:
     """Images drawn from their own codes or features. *r1*: the original is the nearest of the gallery's real images, by
     the judge's features. *psnr things*: over the pixels of things."""
     scenes = run.samples.scenes[:run.sizes.gallery]
-    made = run.rebuilt = run.system.decode(run.encoded[:len(scenes)])
-    found, shares = run.read(made, scenes, "rebuilt")
+    made = run.system.decode(run.encoded[:len(scenes)])
     run.show("reconstructions", run.real[:COLUMNS])
     run.show("reconstructions", made[:COLUMNS], "rebuilt")
-    return {**shares, "r1": bootstrap(scoring.retrieval(run.judge, made, run.real)), **scoring.likeness(made, scenes),
-            "gallery": len(run.real), "confused": scoring.confusions(found, all_words(scenes))}
-
-
-def prefix(run: Run) -> Section:
-    """Images drawn from their first codes only."""
-    scenes = run.samples.scenes[:run.sizes.rungs]
-    found: Section = {"n": len(scenes)}
-    for first in (*PREFIXES, len(run.encoded[0])):
-        made = (run.rebuilt[:len(scenes)] if first == len(run.encoded[0]) else
-                run.system.decode(run.encoded[:len(scenes)], first=first))
-        found[str(first)] = score(picture_words(run.judge, made), all_words(scenes))
-        if run.samples.split == "val":
-            run.show("progressive", made[:COLUMNS], f"first {first} codes")
-    return found
-
-
-def conditioned(run: Run) -> Section:
-    """Targets of edits drawn from their features, with the image before the edit as condition."""
-    scenes = [edit.target for _, edit in run.samples.edits]
-    before, targets = run.render(scene for scene, _ in run.samples.edits), run.render(scenes)
-    made = run.system.rebuild(targets, before)
-    run.show("conditioned", [cell for row in islice(zip(before, made, targets, strict=True), 3) for cell in row])
-    return {**run.read(made, scenes)[1], **scoring.likeness(made, scenes),
-            "unchanged_psnr": scoring.unchanged_psnr(made, before, targets)}
+    return {**run.read(made, scenes, "rebuilt")[1], **scoring.likeness(made, scenes), "gallery": len(run.real),
+            "r1": bootstrap(scoring.retrieval(run.judge, made, run.real))}
 
 
 def drawing(run: Run) -> Section:
     """Images drawn from descriptions."""
     run.drawn = run.system.draw(list(map(describe, run.scenes)))
     made = run.system.paint(run.drawn)
-    found, shares = run.read(made, run.scenes, "drawn")
     run.show("drawings", [Cell(image, asked=describe(scene)) for image, scene in
                           zip(made[:COLUMNS], run.scenes, strict=False)])
-    return {**shares, "without_picture": made.count(None), "confused": scoring.confusions(found, all_words(run.scenes))}
+    return {**run.read(made, run.scenes, "drawn")[1], "without_picture": made.count(None)}
 
 
 def wide_drawing(run: Run) -> Section:
     """The same codes drawn in 3:2: the scene stretched, judged when resized to the square, as are the real images of
     the ceiling."""
-    side = run.side
-    made = run.system.paint(run.drawn, ratio="3:2")
+    made, side = run.system.paint(run.drawn, ratio="3:2"), run.side
     size = next((image.size for image in made if image is not None), (side, side))
 
     def square(images: Drawn) -> list[Image.Image | None]:
@@ -200,10 +172,10 @@ def edit(run: Run) -> Section:
         Cell(given, "given"), Cell(result, asked=edit.instruction, arrow=True), Cell(target, "target"))]
     run.show("edits", cells[:9])
     run.show("edits", cells[9:18])
-    return {**shares, "stayed": bootstrap(scoring.every(right | ~stays)),
-            "unchanged": bootstrap(scoring.every(scoring.right_labels(found, all_words(sources)))),
+    return {**shares, "stayed": bootstrap(np.all(right | ~stays, axis=1)),
+            "unchanged": bootstrap(np.all(scoring.right_labels(found, all_words(sources)), axis=1)),
             "without_picture": made.count(None), "unchanged_psnr": scoring.unchanged_psnr(made, before, targets),
-            "kinds": scoring.grouped(scoring.every(right), [edit.kind for _, edit in edits], range(len(edits)))}
+            "kinds": scoring.grouped(np.all(right, axis=1), [edit.kind for _, edit in edits], range(len(edits)))}
 
 
 # ---- text
@@ -214,7 +186,7 @@ def caption(run: Run) -> Section:
     texts = run.system.describe(run.encoded[:len(run.scenes)])
     run.answers["captions"] = [{"scene": describe(scene), "text": text}
                                for scene, text in zip(run.scenes, texts, strict=True)]
-    exact = [normalise(text) == describe(scene) for scene, text in zip(run.scenes, texts, strict=True)]
+    exact = [normalise(one["text"]) == one["scene"] for one in run.answers["captions"]]
     return {"n": len(texts), **score(list(map(scoring.caption_words, texts)), all_words(run.scenes)),
             "exact": bootstrap(exact)}
 
@@ -227,120 +199,50 @@ def qa(run: Run) -> Section:
     run.answers["questions"] = [
         {"scene": describe(run.samples.scenes[row]), "question": one.question, "answer": text, "truth": one.answer}
         for row, one, text in zip(rows, asked, texts, strict=True)]
-    seen = [ask(scene_at(SEED, index), KINDS[index % len(KINDS)], random.Random(index)) for index in range(BLIND)]
     kinds = [one.kind for one in asked]
-    guesses = scoring.blind_answers([(one.kind, one.answer) for one in seen if one], kinds)
-    hits, blind = ([same_answer(text, one.answer) for text, one in zip(said, asked, strict=True)]
-                   for said in (texts, guesses))
+    hits, blind = ([scoring.same_answer(text, one.answer) for text, one in zip(said, asked, strict=True)]
+                   for said in (texts, map(most_frequent().get, kinds)))
     return {"n": len(asked), "all": bootstrap(hits, rows), "blind": bootstrap(blind, rows),
             "kinds": scoring.grouped(hits, kinds, rows), "blind_kinds": scoring.grouped(blind, kinds, rows)}
 
 
-# ---- boxes
+@cache
+def most_frequent() -> dict[str, str]:
+    """The most frequent answer to each kind of training question."""
+    asked = [ask(scene_at(SEED, index), KINDS[index % len(KINDS)], random.Random(index)) for index in range(BLIND)]
+    return {kind: Counter(vqa_answer(one.answer) for one in asked if one and one.kind == kind).most_common(1)[0][0]
+            for kind in sorted({one.kind for one in asked if one})}
+
+
+# ---- boxes, sizes
 
 
 def detection(run: Run) -> Section:
     """All boxes of a named thing; a box is found if one overlaps it by half or more (intersection over union)."""
+    images, there = run.real[:len(run.scenes)], list(map(boxes, run.scenes))
     names = [random.Random(f"{SEED} detect {row}").choice(scene.things) for row, scene in enumerate(run.scenes)]
-    return _detect(run, "detection", run.real[:len(run.scenes)], names, list(map(boxes, run.scenes)))
-
-
-def wide(run: Run) -> Section:
-    """Scenes of 128 pixels a side, a thing in each quarter or none, read in several views: every thing at its place in
-    a description (*all*), *quarters*, *questions*, boxes (*f1*)."""
-    number = run.sizes.rungs
-    scenes = [world.wide_at(SEED, row, run.samples.split) for row in range(number)]
-    images = [Image.fromarray(world.render_wide(scene)) for scene in scenes]
-    asked = [world.ask_wide(scene, random.Random(f"{SEED} {row}")) for row, scene in enumerate(scenes)]
-    names = [random.Random(f"{SEED} wide {row}").choice(scene.there) for row, scene in enumerate(scenes)]
-    texts = run.system.describe(images)
-    said = run.system.describe(images, [question for question, _ in asked])
-    right = [[read.get(quarter, "") == name for quarter, name in zip(QUARTERS, scene.things, strict=True)]
-             for read, scene in zip(map(world.read_wide, texts), scenes, strict=True)]
-    run.answers["wide"] = [{"scene": world.describe_wide(scene), "text": text}
-                           for scene, text in zip(scenes, texts, strict=True)]
-    run.show("wide", [Cell(image, text, wide=2) for image, text in zip(images[:5], texts, strict=False)])
-    return {"n": number, "all": bootstrap([all(row) for row in right]),
-            "quarters": bootstrap(np.array(right, float).mean(1)), "questions": bootstrap(
-                [same_answer(one, answer) for one, (_, answer) in zip(said, asked, strict=True)]),
-            "f1": _detect(run, "wide_detection", images, names, list(map(boxes, scenes)))["f1"]}
-
-
-def _detect(run: Run, name: str, images: Sequence[Image.Image], things: Sequence[str], there: Sequence[Any]
-            ) -> Section:
-    phrases, found, shares, wanted = _find(run, images, things, there)
-    hits = list(map(scoring.matched, shares, wanted))
-    run.answers[name] = [{"phrase": phrase, "found": row} for phrase, row in zip(phrases, found, strict=True)]
+    phrases = [detect_phrase(name, row) for name, row in zip(names, there, strict=True)]
+    found = run.system.detect(images, phrases)
+    shares = [[[value / run.side for value in box] for box in row] for row in found]
+    wanted = [[box for one, box in row if one == name] for name, row in zip(names, there, strict=True)]
+    run.answers["detection"] = [{"phrase": phrase, "found": row} for phrase, row in zip(phrases, found, strict=True)]
     run.show("detections", [Cell(draw_boxes(image, row, width=1), asked=phrase) for image, row, phrase in
                             islice(zip(images, found, phrases, strict=True), COLUMNS)])
+    hits = list(map(scoring.matched, shares, wanted))
     return {"n": len(images), **scoring.box_rates(hits, list(map(len, shares)), list(map(len, wanted)))}
-
-
-def _find(run: Run, images: Sequence[Image.Image], things: Sequence[str], there: Sequence[Any]) -> tuple[Any, ...]:
-    """What is asked for each image, the boxes found in pixels and in shares of its sides, and the true ones of the
-    thing among those of all things `there`."""
-    phrases = [detect_phrase(thing, row) for thing, row in zip(things, there, strict=True)]
-    found = run.system.detect(images, phrases)
-    shares = [[[value / image.size[side % 2] for side, value in enumerate(box)] for box in row]
-              for image, row in zip(images, found, strict=True)]
-    return phrases, found, shares, [[box for one, box in row if one == thing]
-                                    for thing, row in zip(things, there, strict=True)]
-
-
-# ---- other sizes, conversations
 
 
 def sizes(run: Run) -> Section:
     """The same scenes drawn at several sizes (pixels a side): captions with every word right, short answers, boxes."""
-    found: Section = {}
-    samples, number = run.samples, run.sizes.rungs
-    few = replace(samples, sizes=replace(run.sizes, scenes=number), scenes=samples.scenes[:number],
-                  questions=[(row, question) for row, question in samples.questions if row < number])
+    found, number = Section(), run.sizes.rungs
+    few = replace(run.samples, sizes=replace(run.sizes, scenes=number), scenes=run.samples.scenes[:number],
+                  questions=[one for one in run.samples.questions if one[0] < number])
     for side in SIZES:
         one = Run(run.system, run.judge, few, side)
         found[str(side)] = {"caption": caption(one)["exact"], "qa": qa(one)["all"]}
         if hasattr(run.system, "detect"):
             found[str(side)]["boxes"] = detection(one)["f1"]
     return found
-
-
-def conversation(run: Run) -> Section:
-    """Turns of conversations after the true earlier turns: words exact, and every label of the image right. Nothing is
-    forced: whether to draw is the system's choice."""
-    right, drawn, rows = list[bool](), list[bool](), list[int]()
-    for row, talk in enumerate(run.samples.conversations):
-        seen = [(message.role, [part if isinstance(part, str) else run.render([part])[0] for part in message.content])
-                for message in talk]
-        answers = [run.system.answer(seen[:place]) for place in range(1, len(talk), 2)]
-        wanted = [message.content for message in talk[1::2]]
-        right += [_same(run, *both) for both in zip(answers, wanted, strict=True)]
-        drawn += [any(isinstance(part, Scene) for part in parts) for parts in wanted]
-        rows += [row] * len(answers)
-        if row < 4:
-            cells = list[Cell]()
-            for (_, asked), answer in zip(seen[::2], answers, strict=True):
-                cells += [Cell(part) for part in asked if not isinstance(part, str)]
-                drawing = next((part for part in answer if not isinstance(part, str)), None)
-                cells.append(Cell(drawing, _text(answer), _text(asked)))
-            run.show("conversations", cells)
-    found = {name: bootstrap(np.array(right)[chosen], np.array(rows)[chosen].tolist()) for name, chosen in (
-        ("turns", np.array(drawn) | True), ("turns_words", ~np.array(drawn)), ("turns_pictures", np.array(drawn)))}
-    return {"n": len(run.samples.conversations), **found, "ceiling": run.ceiling(
-        [part for talk in run.samples.conversations for message in talk[1::2] for part in message.content
-         if isinstance(part, Scene)])}
-
-
-def _same(run: Run, answer: Sequence[Any], wanted: Sequence[str | Scene]) -> bool:
-    """Whether texts are equal after normalisation, without verdicts, and images have all labels, part by part."""
-    def final(part: Any) -> Any:
-        return normalise(answer_in(part, VERDICT_END)) if isinstance(part, str) else picture_words(run.judge, [part])[0]
-
-    return [final(part) for part in answer] == [
-        final(part) if isinstance(part, str) else scoring.scene_words(part) for part in wanted]
-
-
-def _text(parts: Iterable[Any]) -> str:
-    return " ".join(part for part in parts if isinstance(part, str))
 
 
 # ---- which systems have a section, on which splits; the aims
@@ -353,8 +255,6 @@ TABLE: tuple[tuple[Function, Sequence[str], Sequence[str]], ...] = (
     (codes, ("seed_llama", "lavit"), HELD_OUT_SPLITS),
     (tokens, ("lavit",), HELD_OUT_SPLITS),
     (reconstruction, ALL, HELD_OUT_SPLITS),
-    (prefix, ("seed_llama",), HELD_OUT_SPLITS),
-    (conditioned, ("seed_x",), FIVE),
     (drawing, ALL, FIVE),
     (wide_drawing, ("lavit",), FIVE),
     (caption, ALL, FIVE),
@@ -362,8 +262,6 @@ TABLE: tuple[tuple[Function, Sequence[str], Sequence[str]], ...] = (
     (edit, ALL, FIVE),
     (detection, ("seed_x",), FIVE),
     (sizes, ALL, ("val",)),
-    (wide, ("seed_x",), ("val", "pairs", "places", "styles")),
-    (conversation, ("seed_llama",), CONVERSED),
 )
 """Section, systems, splits."""
 
@@ -377,7 +275,7 @@ AIMS: dict[str, dict[str, dict[str, float]]] = {
         "reconstruction.r1": {**_five(0.95, 0.95, 0.95, 0.95, 0.85), "things": 0.80},
         "caption.all": _five(0.90, 0.85, 0.85, 0.80, 0.50), "qa.all": _five(0.95, 0.95, 0.95, 0.90, 0.75),
         "drawing.all": _five(0.90, 0.85, 0.85, 0.75, 0.50), "edit.all": _five(0.80, 0.75, 0.75, 0.65, 0.45),
-        "conversation.turns": {"val": 0.85, "pairs": 0.80}, "codes.usage": {"val": 0.50}},
+        "codes.usage": {"val": 0.50}},
     "seed_x": {name: {"val": aim} for name, aim in {
         "caption.all": 0.85, "detection.f1": 0.85, "detection.precision": 0.85, "detection.recall": 0.85,
         "drawing.all": 0.75, "edit.all": 0.75, "edit.unchanged_psnr": 25.0}.items()},

@@ -17,9 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.evaluation.metrics import FloatArray
-from seed_multimodal.language.answer import TextPart
 from seed_multimodal.language.lemmatizer import Lemmatizer
-from seed_multimodal.systems.chat import DrawnPart
 from seed_multimodal.systems.open_system import kind_of, open_system
 
 Images = Sequence[Image.Image]
@@ -37,9 +35,9 @@ class System:
 
     def facts(self) -> dict[str, Any]:
         """Settings that the numbers depend on."""
-        drawing, text = self.inner.pictures.decoder.defaults, self.inner.settings()
-        return {"steps": drawing.num_inference_steps, "guidance": drawing.guidance_scale, "beams": text.num_beams,
-                "dtype": str(self.inner.llm.dtype).removeprefix("torch.")}
+        decoder = self.inner.pictures.decoder
+        return {"dtype": str(self.inner.llm.dtype).removeprefix("torch."), "generation": self.inner.spec.generation,
+                **vars(getattr(decoder, "pixels", decoder).defaults)}
 
     def encode(self, images: Images) -> list[Any]:
         """Images as the language model reads them."""
@@ -55,13 +53,15 @@ class System:
         drawn = iter(self.decode(whole, **options) if whole else ())
         return [None if one is None else next(drawn) for one in written]
 
-    def describe(self, encoded: Sequence[Any], requests: Sequence[str] | None = None) -> list[str]:
-        """A caption of each image, or the answer to a request about it."""
-        return list(self.inner.describe_all(self.images(encoded), requests, **self.options(encoded)))
+    def describe(self, encoded: Sequence[Any]) -> list[str]:
+        """A caption of each image."""
+        images, options = self.shown(encoded)
+        return list(self.inner.describe_all(images, **options))
 
     def ask(self, encoded: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """A short answer to each question about its image."""
-        return list(self.inner.ask_all(self.images(encoded), questions, **self.options(encoded)))
+        images, options = self.shown(encoded)
+        return list(self.inner.ask_all(images, questions, **options))
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
         """An image for each text, not yet decoded; None where the answer holds no whole image."""
@@ -76,18 +76,14 @@ class System:
         written = self.inner.write_all(contents, task, batch_size=self.batch, seed=self.seed)
         return [one if len(one.images) == 1 else None for one in written]
 
-    def images(self, encoded: Sequence[Any]) -> Sequence[Any]:
-        """What the library's methods are given for encoded images."""
-        return encoded
-
-    def options(self, encoded: Sequence[Any]) -> dict[str, Any]:
-        """Options of answers about encoded images."""
+    def shown(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Encoded images as the library's methods take them, and the options of answers about them."""
         most = min(self.inner.settings().max_new_tokens, LONGEST_TEXT)
-        return {"seed": self.seed, "batch_size": self.batch, "max_new_tokens": most}
+        return encoded, {"seed": self.seed, "batch_size": self.batch, "max_new_tokens": most}
 
 
 class SeedLlamaSystem(System):
-    """SEED-LLaMA; also answers whole conversations."""
+    """SEED-LLaMA."""
 
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         super().__init__(inner, batch, seed)
@@ -96,17 +92,9 @@ class SeedLlamaSystem(System):
     def encode(self, images: Images) -> list[Any]:
         return list(self.inner.encode_all(images, batch_size=self.batch).tolist())
 
-    def decode(self, encoded: Sequence[Any], first: int | None = None) -> list[Image.Image]:
-        """See `System`; `first`: draw from so many codes only."""
+    def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
         codes = [getattr(one, "images", [one])[0] for one in encoded]
-        return list(self.inner.pictures.draw(codes, seed=self.seed, batch_size=self.batch, first=first))
-
-    def answer(self, turns: Sequence[tuple[str, Sequence[Any]]]) -> list[Any]:
-        """Texts and images of the answer to turns (role, texts and images), nothing forced."""
-        answer = self.inner.chat([{"role": role, "content": list(content)} for role, content in turns], seed=self.seed,
-                                 max_new_tokens=LONGEST_TEXT)
-        return [part.text.strip() if isinstance(part, TextPart) else part.image for part in answer.parts
-                if isinstance(part, TextPart | DrawnPart)]
+        return list(self.inner.pictures.draw(codes, seed=self.seed, batch_size=self.batch))
 
 
 class SeedXSystem(System):
@@ -117,13 +105,9 @@ class SeedXSystem(System):
             return list(self.inner.pictures.rebuild(encoded, seed=self.seed))
         return list(self.inner.draw_written(encoded, self.seed, self.batch, {}))
 
-    def rebuild(self, images: Images, conditions: Images) -> list[Image.Image]:
-        """Images drawn from their features, each with a condition image."""
-        return list(self.inner.pictures.rebuild(images, conditions, self.seed))
-
     def detect(self, images: Images, phrases: Sequence[str]) -> list[list[tuple[int, ...]]]:
         """Boxes (left, top, right, bottom in pixels) of each phrase in its image."""
-        return [one.boxes for one in self.inner.detect_all(images, phrases, **self.options(images))]
+        return [one.boxes for one in self.inner.detect_all(images, phrases, **self.shown(images)[1])]
 
 
 @dataclass(frozen=True)
@@ -156,15 +140,8 @@ class LavitSystem(System):
         self.patches = inner.tokenizer.vocabulary.tokens_per_image
         self.samples = inner.pictures.selection == "draw"
 
-    def facts(self) -> dict[str, Any]:
-        drawing, text = self.inner.pictures.decoder.pixels.defaults, self.inner.language.settings
-        return {"selection": self.inner.pictures.selection, "steps": drawing.num_inference_steps,
-                "guidance": drawing.guidance_scale, "guidance of the language model": text("draw").guidance,
-                "temperature": text("draw").temperature, "beams": text("describe").num_beams,
-                "dtype": str(self.inner.llm.dtype).removeprefix("torch.")}
-
     def encode(self, images: Images) -> list[Any]:
-        seeds, pictures = self._seeds(images), self.inner.pictures
+        seeds, pictures = list(range(self.seed, self.seed + len(images))), self.inner.pictures
         rows = zip(pictures.tokenize(images, seed=seeds), images, seeds, pictures.kept(images, seed=seeds), strict=True)
         return [Tokens(codes.tolist(), *rest) for codes, *rest in rows]
 
@@ -173,11 +150,8 @@ class LavitSystem(System):
         return list(self.inner.pictures.draw([one.codes for one in encoded], seed=self.seed, ratio=ratio,
                                              batch_size=self.batch))
 
-    def images(self, encoded: Sequence[Any]) -> Sequence[Any]:
-        return [one.image for one in encoded]
-
-    def options(self, encoded: Sequence[Any]) -> dict[str, Any]:
-        return {"seed": [one.seed for one in encoded], "batch_size": self.batch}
+    def shown(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        return [one.image for one in encoded], {"seed": [one.seed for one in encoded], "batch_size": self.batch}
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
         return self.write([[text] for text in texts], "draw")
@@ -186,10 +160,10 @@ class LavitSystem(System):
         return self.write([[one.codes, text] for one, text in zip(encoded, instructions, strict=True)], "compose")
 
     def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
-        written, seeds = list[Any](), self._seeds(contents)
+        written = list[Any]()
         for start in range(0, len(contents), self.batch):
-            rows = slice(start, start + self.batch)
-            written += self.inner.write(contents[rows], task, seed=seeds[rows])
+            rows = contents[start:start + self.batch]
+            written += self.inner.write(rows, task, seed=list(range(self.seed + start, self.seed + start + len(rows))))
         return [Tokens(one.codes.tolist()) if len(one.codes) else None for one in written]
 
     @torch.inference_mode()
@@ -209,9 +183,6 @@ class LavitSystem(System):
         near, blind = ((1 - F.cosine_similarity(true, other, dim=-1).mean(1)).numpy()
                        for other in (torch.cat(rebuilt), true.mean(0, keepdim=True).expand_as(true)))
         return near, blind
-
-    def _seeds(self, items: Sequence[Any]) -> list[int]:
-        return [self.seed + row for row in range(len(items))]
 
 
 ADAPTERS: dict[str, type[System]] = {"seed_llama": SeedLlamaSystem, "seed_x": SeedXSystem, "lavit": LavitSystem}

@@ -1,46 +1,30 @@
-"""The files of a report: report.json, answers.json.gz, report.md and the sheets."""
+"""The files of a report: report.json, answers.json.gz, the sheets, and by templates report.md and the model card."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.disk import replace_text, replacing, writing
+from huggingface_hub import ModelCard
+
+from seed_multimodal.disk import read_json_object, replace_text, replacing, writing
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.images.encode import image_to_bytes
 from seed_multimodal.images.sheet import contact_sheet
+from seed_multimodal.weights import count_parameters
 from seed_nano.report.sections import AIMS, AT_MOST, TABLE, Run
 
 MAX_BYTES = 140_000  # of a sheet
-PAGE = """\
-# Report of {model}
-
-Images are read by an independent judge (another architecture and seed than the system's, trained on scenes of all
-splits, never used in training); *ceiling* is its share of real images with every label right. Numbers are shares with a
-95 % bootstrap interval (scenes resampled) and the number of samples. Splits hold out the very scene (val), two things
-together (pairs), a thing on a background (places), in a number (counts), in a style (styles), and things altogether
-(things: only rebuilt). Labels: first thing (left, above or alone), second thing, style, background, layout with counts;
-*all* needs all five. An answer without a whole image is wrong.
-
-## Aims
-
-Measured / aim (ceiling); missed aims are bold.
-
-{aims}
-{sections}
-## How it was measured
-
-* `{command}`
-* {date}, commit {commit}, {seconds} s on {hardware}
-* Settings: {settings}, {system}
-* Versions: {versions}
-"""
+REPORT, CARD = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("report.md", "card.md"))
 
 
 def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> None:
@@ -54,18 +38,32 @@ def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> N
         replace_text(out / "report.md", markdown(plain(report), _save_sheets(runs, out)))
 
 
+def write_card(model: Path, work: Path, out: Path) -> None:
+    """Write the model card `model/README.md`: its parts, the records of the stages in the folder `work`, the report in
+    `out`."""
+    files = sorted([*work.rglob("*.done.json"), *work.rglob("summary.json")], key=lambda file: file.stat().st_mtime)
+    stages = [(str(file.relative_to(work)), _listed(read_json_object(file))) for file in files]
+    weights = [(f"`{file.parent.relative_to(model)}`", f"{count_parameters(file):,}",
+                f"{file.stat().st_size / 1e6:.2f}") for file in sorted(model.rglob("*.safetensors"))]
+    report = re.sub("^#", "##", (out / "report.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    ModelCard(CARD.format(
+        name=model.resolve().name, weights=table(("part", "parameters", "MB"), weights), commit=machine.commit(),
+        stages=table(("stage", "record"), stages), report=report.replace("](", f"]({os.path.relpath(out, model)}/"),
+    )).save(model / "README.md")
+
+
 def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The aims that the measured splits cover, each with its value, the judge's ceiling and whether it is met."""
     found = []
     for path, wanted in AIMS[kind].items():
+        section, _, figure = path.partition(".")
         for split, aim in wanted.items():
-            section, _, figure = path.partition(".")
             value = _number(splits, split, section, figure)
             if value is not None:
                 ceiling = _number(splits, split, section, "ceiling") if figure != "r1" else None
-                found.append({"what": f"{section}, {_label(figure)}", "split": split, "aim": aim,
-                              "value": round(value, 4), "ceiling": ceiling, "at_most": path in AT_MOST,
-                              "met": bool(value <= aim if path in AT_MOST else value >= aim)})
+                found.append({"what": _label(f"{section}, {figure}"), "split": split, "aim": aim, "value": value,
+                              "ceiling": ceiling, "at_most": path in AT_MOST,
+                              "met": value <= aim if path in AT_MOST else value >= aim})
     return found
 
 
@@ -80,7 +78,7 @@ def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
             parts += [f"## {_label(name).capitalize()}\n", f"{getdoc(section)}\n", table(("", *columns), [
                 (label, *(_show(column.get(label)) for column in columns.values())) for label in labels])]
     parts += [f"![{name}]({name})\n" for name in images]
-    return PAGE.format(**{**report, **{name: _listed(report[name]) for name in (
+    return REPORT.format(**{**report, **{name: _listed(report[name]) for name in (
         "hardware", "settings", "system", "versions")}, "aims": _aims_table(report["aims"]),
         "sections": "\n".join(parts)})
 
@@ -96,12 +94,10 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _leaves(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Label -> number of everything in a section; confusions are one cell."""
+    """Label -> number of everything in a section."""
     for key, inner in value.items():
         label = f"{above} {_label(key)}".strip()
-        if key == "confused":
-            yield label, ", ".join(f"{pair} ({times})" for pair, times in inner.items()) or "–"
-        elif isinstance(inner, Mapping) and "low" not in inner:
+        if isinstance(inner, Mapping) and "low" not in inner:
             yield from _leaves(inner, label)
         else:
             yield label, inner

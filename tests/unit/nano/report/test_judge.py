@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,9 @@ def test_training_makes_it_read_scenes(trained: Judge) -> None:
 
 
 def test_features_find_the_same_scene(trained: Judge) -> None:
-    real = trained.embed_images(images(FRESH))
+    real = trained.read(images(FRESH))[1]
     assert real.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
-    nearest = (trained.embed_images([one.resize((40, 40)) for one in images(FRESH)]) @ real.T).argmax(1)
+    nearest = (trained.read([one.resize((40, 40)) for one in images(FRESH)])[1] @ real.T).argmax(1)
     assert np.mean([FRESH[int(i)].key == scene.key for i, scene in zip(nearest, FRESH, strict=True)]) >= 0.9
 
 
@@ -94,9 +95,10 @@ def test_resumed_training_ends_bit_equal(run_judge, tmp_path: Path) -> None:
 def test_from_pretrained_of_other_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no judge in this folder"):
         Judge.from_pretrained(tmp_path)
-    labels = {**JudgeConfig().labels, "style": ["pencil", "noto", "twemoji"]}
-    Judge(JudgeConfig(labels=labels)).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="not a judge of the scenes"):
+    Judge(JudgeConfig(layout_width=8)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layout_width": 16}))
+    with pytest.raises(CheckpointError, match="narrow"):
         Judge.from_pretrained(tmp_path)
 
 

@@ -18,8 +18,8 @@ from seed_nano.report.sections import Run, sections_of
 
 SHIPPED = Path(__file__).resolve().parents[4] / "pretrained"
 UNPACKED = {  # figures that need images or answers that are not packed
-    "codes": ..., "tokens": ..., "prefix": ..., "sizes": ..., "conditioned": ..., "conversation": ...,
-    "reconstruction": {"r1", "psnr", "psnr_things", "ssim"}, "edit": {"unchanged_psnr"}, "wide": {"questions"}}
+    "codes": ..., "tokens": ..., "sizes": ..., "reconstruction": {"r1", "psnr", "psnr_things", "ssim"},
+    "edit": {"unchanged_psnr"}}
 
 
 class PackedJudge(Judge):
@@ -65,17 +65,16 @@ class Packed:
     def edit(self, encoded: Any, instructions: Any) -> list[Any]:
         return self.written("edits")
 
-    def describe(self, encoded: Any, requests: Any = None) -> list[str]:
-        return [one["text"] for one in self.answers["captions" if isinstance(encoded[0], tuple) else "wide"]]
+    def describe(self, encoded: Any) -> list[str]:
+        return [one["text"] for one in self.answers["captions"]]
 
     def ask(self, encoded: Any, questions: Any) -> list[str]:
         assert [one["question"] for one in self.answers["questions"]] == questions
         return [one["answer"] for one in self.answers["questions"]]
 
     def detect(self, images: Any, phrases: Any) -> list[Any]:
-        name = "wide_detection" if images[0].width > 64 else "detection"
-        assert [one["phrase"] for one in self.answers[name]] == phrases
-        return [one["found"] for one in self.answers[name]]
+        assert [one["phrase"] for one in self.answers["detection"]] == phrases
+        return [one["found"] for one in self.answers["detection"]]
 
 
 @pytest.mark.slow

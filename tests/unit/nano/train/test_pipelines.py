@@ -117,7 +117,7 @@ def test_nano_x_is_killed_resumed_and_answers(tmp_path: Path) -> None:
     out = tmp_path / "report"
     assert report(["--model", str(work / "system"), "--judge", str(NANO / "judge"), "--out", str(out), "--limit", "1",
                    "--splits", "val"]) == 0
-    assert {"conditioned", "detection", "wide"} <= set(json.loads((out / "report.json").read_text())["splits"]["val"])
+    assert {"detection", "sizes"} <= set(json.loads((out / "report.json").read_text())["splits"]["val"])
 
 
 @pytest.mark.process
