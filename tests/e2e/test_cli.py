@@ -31,7 +31,8 @@ from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.weights import load_state_dict
 from seed_nano import quickstart
 from seed_nano.world.splits import held_out
-from seed_nano.world.words import scene_of, write_known_words
+from seed_nano.world.things import write_known_words
+from seed_nano.world.words import scene_of
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "images"

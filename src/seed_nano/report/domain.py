@@ -35,9 +35,8 @@ from seed_multimodal.training.stage import StageTask
 from seed_multimodal.weights import save_state_dict
 from seed_nano.world.scene import MIDDLE, Slot, paint
 from seed_nano.world.splits import scene_at
-from seed_nano.world.things import BACKGROUNDS, NAMES, STYLES
+from seed_nano.world.things import BACKGROUNDS, NAMES, STYLES, write_known_words
 from seed_nano.world.wide import any_view, wide_at
-from seed_nano.world.words import write_known_words
 
 NAME, FILE, WORDS = "nano's scenes", "domain.safetensors", "known_words.json"
 SHARE = 0.995  # of held-out scenes that count as scenes: the threshold

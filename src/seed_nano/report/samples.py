@@ -10,9 +10,8 @@ import random
 from dataclasses import dataclass, field
 from itertools import count
 
-from seed_nano.world.dialogues import Allowed, scene_where
 from seed_nano.world.scene import Scene
-from seed_nano.world.splits import held_out
+from seed_nano.world.splits import Allowed, held_out, scene_where
 from seed_nano.world.splits import scenes as listed
 from seed_nano.world.tasks import EDITS, KINDS, Edit, Question, ask, make_edit
 

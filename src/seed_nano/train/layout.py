@@ -23,7 +23,7 @@ from seed_nano.train.task import NanoTask
 from seed_nano.train.vae import latents
 from seed_nano.train.vision import HEADS_FILE, LABELS, load_label_heads, pool_features
 from seed_nano.train.workspace import LavitWorkspace, XWorkspace
-from seed_nano.world.scene import Scene, anchors, slots
+from seed_nano.world.scene import Scene, anchors
 from seed_nano.world.targets import arranged_anchors, true_spots
 
 NOISE = 0.35  # most, of features of unit variance
@@ -108,7 +108,7 @@ def kept_spots(edits: Sequence[tuple[Scene, Scene]]) -> Tensor:
         if before.style != after.style:
             continue
         there = {(slot.thing, x, y, side) for slot, (_, x, y, side) in
-                 zip(slots(before), anchors(before.layout, before.counts), strict=True)}
+                 zip(before.slots(), anchors(before.layout, before.counts), strict=True)}
         for place, (kind, x, y, side) in enumerate(anchors(after.layout, after.counts)):
             if (after.things[kind], x, y, side) in there:
                 found[row, place] = torch.tensor([kind, x, y, side])

@@ -1,37 +1,23 @@
-"""Longer samples made of scenes: conversations that refer back, examples in context, stories, interleaved documents.
-
-Every function takes a random source and returns messages or a document whose scenes all satisfy `allowed` (default:
-nothing held out).
-"""
+"""Conversations about scenes that refer back, and stories; every scene of theirs satisfies `allowed`."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, DRAW_PROMPT, DRAW_RESPONSE, EDIT_RESPONSE
 from seed_nano.world.scene import Scene
-from seed_nano.world.splits import draw_scene, held_out
-from seed_nano.world.tasks import after, ask_any, background_words, make_any_edit, make_edit
-from seed_nano.world.things import BACKGROUND_PHRASES, BACKGROUNDS, NAMES, NUMBERS, STYLES, VOCABULARY, plural
+from seed_nano.world.splits import Allowed, scene_where, trainable
+from seed_nano.world.tasks import after, ask_any, make_any_edit
+from seed_nano.world.things import BACKGROUND_PHRASES, BACKGROUNDS, NAMES, NUMBERS, STYLES, VOCABULARY, background_words
 from seed_nano.world.words import describe, sentence, some
 
 Part = str | Scene
-Allowed = Callable[[Scene], bool]
-Picture = TypeVar("Picture")
 
 # Requests; the first of several is the one that systems send.
 DESCRIBE_REQUESTS = (DESCRIBE_PROMPT, *VOCABULARY["describe"])
 DRAW_REQUESTS = (DRAW_PROMPT, *VOCABULARY["draw"])
-CONTINUE_REQUESTS = tuple(VOCABULARY["continue"])
-STORY_LENGTHS = {3: " in three pictures", 4: " in four pictures"}
-
-IN_CONTEXT = ("background", "style", "replace", "size", "number")
-"""Kinds of edits that examples can show."""
 STORIES = 0.15  # share of the conversations that end with a story
-LETTERS = sorted({name[0] for name in NAMES})
 UNKNOWN = "I do not know. I only know small scenes."
 ANSWERS = {UNKNOWN, *(talk["answer"] for talk in VOCABULARY["small_talk"])}
 
@@ -100,20 +86,7 @@ class Talk:
     def story(self) -> None:
         """A story of three images."""
         pages = story(self.rng, self.allowed, 3)
-        self.say([story_asked(pages, self.rng)], [part for page in pages for part in page])
-
-
-def trainable(scene: Scene) -> bool:
-    """Whether a scene may be trained on."""
-    return not held_out(scene)
-
-
-def scene_where(rng: random.Random, allowed: Allowed) -> Scene:
-    """A scene that satisfies `allowed`."""
-    while True:
-        scene = draw_scene(rng)
-        if allowed(scene):
-            return scene
+        self.say([story_request(pages, self.rng)], [part for page in pages for part in page])
 
 
 def small_talk(rng: random.Random, shown: bool) -> tuple[str, str]:
@@ -123,17 +96,6 @@ def small_talk(rng: random.Random, shown: bool) -> tuple[str, str]:
         return rng.choice(VOCABULARY["unanswerable"]), UNKNOWN
     talk = rng.choice(VOCABULARY["small_talk"])
     return rng.choice(talk["asked"]), talk["answer"]
-
-
-def examples_request(pictures: Sequence[Picture]) -> list[str | Picture]:
-    """Two examples of a change (before, after, before, after) and a fifth image, as the content of a message."""
-    first, second, third, fourth, fifth = pictures
-    return [first, "becomes", second, "and", third, "becomes", fourth, "Do the same with this one:", fifth]
-
-
-def story_request(hero: str, friend: str, frames: int = 0) -> str:
-    """`Tell a story about a dog and a cat in three pictures.`; `frames` 0 leaves the number open."""
-    return f"Tell a story about {hero} and {friend}{STORY_LENGTHS.get(frames, '')}."
 
 
 def edited(scene: Scene, rng: random.Random, verdict: str = "") -> list[Part]:
@@ -158,20 +120,6 @@ def conversation(rng: random.Random, allowed: Allowed = trainable, stories: bool
     return talk.messages
 
 
-def in_context(rng: random.Random, allowed: Allowed = trainable) -> tuple[list[Scene], Scene]:
-    """Two examples of one change (before, after, before, after) and a third scene; then the scene that answers."""
-    kind, value = rng.choice(IN_CONTEXT), ""
-    scenes: list[Scene] = []
-    while len(scenes) < 6:
-        scene = scene_where(rng, allowed)
-        edit = make_edit(scene, kind, rng, value)
-        one_reading = len(scene.things) == 1 and (kind != "size" or not scenes or scene.layout == scenes[0].layout)
-        if edit is not None and one_reading and allowed(edit.target):
-            scenes += [scene, edit.target]
-            value = edit.value
-    return scenes[:5], scenes[5]
-
-
 def story(rng: random.Random, allowed: Allowed = trainable, frames: int = 0) -> list[tuple[str, Scene]]:
     """Three or four frames (0: either), a sentence and a scene each: the hero is somewhere, a friend joins, they move
     on."""
@@ -192,28 +140,9 @@ def story(rng: random.Random, allowed: Allowed = trainable, frames: int = 0) -> 
     return [(sentence(words), scene) for words, scene in zip(sentences, scenes, strict=False)]
 
 
-def story_asked(pages: list[tuple[str, Scene]], rng: random.Random) -> str:
-    """A request for a story."""
-    together = pages[1][1]
-    hero = some(1, together.things[0], together.style if rng.random() < 0.5 else "")
-    return story_request(hero, some(1, together.things[1]), len(pages) if rng.random() < 0.7 else 0)
-
-
-def document(rng: random.Random, allowed: Allowed = trainable) -> list[tuple[str, Scene]]:
-    """An interleaved document: three letters (`A is for ant.`) or a thing counted (`Two ants.`), with a scene each."""
-    def page(words: str, name: str, count: int = 1) -> tuple[str, Scene]:
-        layout = "many" if count > 1 else "large"
-        return words, Scene(style, background, layout, (name,), (count,), jitter)
-
-    while True:
-        style, background, jitter = rng.choice(STYLES), rng.choice(BACKGROUNDS), rng.randrange(2**31)
-        if rng.random() < 0.5:
-            start = rng.randrange(len(LETTERS) - 2)
-            names = [rng.choice([n for n in NAMES if n[0] == letter]) for letter in LETTERS[start:start + 3]]
-            pages = [page(f"{name[0].upper()} is for {name}.", name) for name in names]
-        else:
-            name = rng.choice(NAMES)
-            pages = [page(f"One {name}.", name)] + [
-                page(f"{word.capitalize()} {plural(name)}.", name, count) for count, word in NUMBERS.items()]
-        if all(allowed(scene) for _, scene in pages):
-            return pages
+def story_request(pages: list[tuple[str, Scene]], rng: random.Random) -> str:
+    """`Tell a story about a noto dog and a cat in three pictures.`"""
+    scene = pages[1][1]
+    hero = some(1, scene.things[0], scene.style if rng.random() < 0.5 else "")
+    length = f" in {NUMBERS[len(pages)]} pictures" if rng.random() < 0.7 else ""
+    return f"Tell a story about {hero} and {some(1, scene.things[1])}{length}."

@@ -16,40 +16,17 @@ from itertools import count
 from typing import Any, TypeVar
 
 from seed_multimodal.errors import DataError
+from seed_multimodal.language import tasks as prompts
 from seed_multimodal.language.seed_x import Box
-from seed_multimodal.language.tasks import (
-    DEFAULT_TASKS,
-    DESCRIBE_PROMPT,
-    DRAW_PROMPT,
-    DRAW_RESPONSE,
-    EDIT_RESPONSE,
-    QA_SUFFIX,
-    SEED_X_TASKS,
-)
 from seed_multimodal.language.vocabulary import BOX, BOX_END, location_word
 from seed_multimodal.settings import nearest
-from seed_nano.world.dialogues import (
-    ANSWERS,
-    CONTINUE_REQUESTS,
-    DESCRIBE_REQUESTS,
-    DRAW_REQUESTS,
-    Allowed,
-    Part,
-    conversation,
-    document,
-    edited,
-    examples_request,
-    in_context,
-    small_talk,
-    story,
-    story_asked,
-    trainable,
-)
+from seed_nano.world import dialogues
+from seed_nano.world.dialogues import DESCRIBE_REQUESTS, DRAW_REQUESTS, Part, edited
 from seed_nano.world.scene import Scene, WideScene
-from seed_nano.world.splits import check_split, held_out, scene_at
+from seed_nano.world.splits import Allowed, check_split, held_out, scene_at, scene_where, trainable
 from seed_nano.world.tasks import EDITS, Edit, Question, absent, after, ask, ask_any, make_edit, verdict
 from seed_nano.world.tasks import KINDS as QUESTIONS
-from seed_nano.world.things import NAMES, plural
+from seed_nano.world.things import BACKGROUNDS, NAMES, NUMBERS, STYLES, VOCABULARY, plural
 from seed_nano.world.wide import View, any_view, ask_wide, describe_wide, wide_at
 from seed_nano.world.words import describe, normalise, sentence, some
 
@@ -62,6 +39,7 @@ ASKED = ("what", "yesno", "count", "where", "style", "yesno", "background", "whe
 KINDS = ("captions", "describe", "questions", "draw", "edits", "conversations", "in_context", "stories", "documents",
          "continued", "talk", "asides")
 """Captions are pairs of an image and texts, documents are interleaved images and texts, all others `messages`."""
+IN_CONTEXT = ("background", "style", "replace", "size", "number")  # kinds of edits that examples can show
 GRID = 64  # places of boxes along each side
 OWN = ("detect", "wide_describe", "wide_questions", "wide_detect")  # kinds that only nano-x has
 
@@ -170,7 +148,7 @@ class _Maker:
     def draw(self) -> Record:
         scene = next(self.scenes)
         words = describe(scene, None if self.rng.random() < 0.6 else self.rng, background_first=False)
-        return _messages([self._half(DRAW_REQUESTS).format(caption=words)], [DRAW_RESPONSE, scene])
+        return _messages([self._half(DRAW_REQUESTS).format(caption=words)], [prompts.DRAW_RESPONSE, scene])
 
     def edits(self) -> Record:
         def make(scene: Scene, kind: str) -> Edit | None:
@@ -182,11 +160,11 @@ class _Maker:
         return self._after_another(_messages([scene, words], edited(edit.target, self.rng, edit.verdict)))
 
     def conversations(self) -> Record:
-        return _messages(*(message.content for message in conversation(self.rng, self.allowed, stories=True)))
+        return _messages(*(message.content for message in dialogues.conversation(self.rng, self.allowed, stories=True)))
 
     def talk(self) -> Record:
         """Small talk, alone or after a description."""
-        request, answer = small_talk(self.rng, bool(self.index % 2))
+        request, answer = dialogues.small_talk(self.rng, bool(self.index % 2))
         if not self.index % 2:
             return _messages([request], [answer])
         scene = next(self.scenes)
@@ -195,27 +173,55 @@ class _Maker:
 
     def asides(self) -> Record:
         """Small talk with an image, and what an image does not answer."""
-        request, answer = small_talk(self.rng, True)
+        request, answer = dialogues.small_talk(self.rng, True)
         return _messages([next(self.scenes), request], [answer])
 
     def in_context(self) -> Record:
-        examples, answer = in_context(self.rng, self.allowed)
-        return _messages(examples_request(examples), edited(answer, self.rng))
+        """Two examples of one change (before, after, before, after) and a third scene; the answer is its change."""
+        kind, value, scenes = self.rng.choice(IN_CONTEXT), "", list[Scene]()
+        while len(scenes) < 6:
+            scene = scene_where(self.rng, self.allowed)
+            edit = make_edit(scene, kind, self.rng, value)
+            one_reading = len(scene.things) == 1 and (kind != "size" or not scenes or scene.layout == scenes[0].layout)
+            if edit is not None and one_reading and self.allowed(edit.target):
+                scenes += [scene, edit.target]
+                value = edit.value
+        first, second, third, fourth, fifth, answer = scenes
+        request = [first, "becomes", second, "and", third, "becomes", fourth, "Do the same with this one:", fifth]
+        return _messages(request, edited(answer, self.rng))
 
     def stories(self) -> Record:
-        pages = story(self.rng, self.allowed)
-        return _messages([story_asked(pages, self.rng)], [part for page in pages for part in page])
+        pages = dialogues.story(self.rng, self.allowed)
+        return _messages([dialogues.story_request(pages, self.rng)], [part for page in pages for part in page])
 
     def documents(self) -> Record:
-        pages = document(self.rng, self.allowed)
+        pages = self._pages()
         return {"texts": [part for words, _ in pages for part in (words, None)],
                 "image_ids": [part for _, scene in pages for part in (None, scene)], "metadata": {}}
 
     def continued(self) -> Record:
-        pages = document(self.rng, self.allowed)
+        pages = self._pages()
         shown = self.rng.randrange(1, len(pages))
         before, rest = ([part for page in chosen for part in page] for chosen in (pages[:shown], pages[shown:]))
-        return _messages([*before, self.rng.choice(CONTINUE_REQUESTS)], rest)
+        return _messages([*before, self.rng.choice(VOCABULARY["continue"])], rest)
+
+    def _pages(self) -> list[tuple[str, Scene]]:
+        """Three letters (`A is for ant.`) or a thing counted (`Two ants.`), with a scene each."""
+        rng, letters = self.rng, sorted({name[0] for name in NAMES})
+        while True:
+            style, background, jitter = rng.choice(STYLES), rng.choice(BACKGROUNDS), rng.randrange(2**31)
+            if rng.random() < 0.5:
+                start = rng.randrange(len(letters) - 2)
+                names = [rng.choice([n for n in NAMES if n[0] == letter]) for letter in letters[start:start + 3]]
+                texts = [(f"{name[0].upper()} is for {name}.", name, 1) for name in names]
+            else:
+                name = rng.choice(NAMES)
+                texts = [(f"One {name}.", name, 1)] + [
+                    (f"{word.capitalize()} {plural(name)}.", name, count) for count, word in NUMBERS.items()]
+            pages = [(words, Scene(style, background, "many" if count > 1 else "large", (name,), (count,), jitter))
+                     for words, name, count in texts]
+            if all(self.allowed(scene) for _, scene in pages):
+                return pages
 
     def _half(self, requests: tuple[str, ...]) -> str:
         """The request that systems send, or one of all of them."""
@@ -230,7 +236,7 @@ class _Maker:
 
     def _turn(self, question: Question, suffixed: float) -> list[list[Part]]:
         if self.rng.random() < suffixed:
-            return [[DEFAULT_TASKS.question(question.question)], [after(question.verdict, question.answer)]]
+            return [[prompts.DEFAULT_TASKS.question(question.question)], [after(question.verdict, question.answer)]]
         return [[question.question], [after(question.verdict, sentence(question.answer))]]
 
     def _after_another(self, record: Record) -> Record:
@@ -244,9 +250,6 @@ class _Maker:
             question = ask_any(scene, self.rng)
             before = _messages([scene, question.question], [after(question.verdict, sentence(question.answer))])
         return {"messages": before["messages"] + record["messages"]}
-
-
-# ---------------------------------------------------------------------------------------------------- kinds of nano-x
 
 
 def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Record:
@@ -265,7 +268,7 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Recor
     scene = wide_at(seed, index, split)
     view = any_view(scene, rng)
     if kind == "wide_describe":
-        request = rng.choice((SEED_X_TASKS.describe,) * 4 + DESCRIBE_REQUESTS)
+        request = rng.choice((prompts.SEED_X_TASKS.describe,) * 4 + DESCRIBE_REQUESTS)
         return _dialogue(view, [(request, sentence(describe_wide(scene)))])
     if kind == "wide_questions":
         return _dialogue(view, [_wide_question(scene, rng) for _ in range(4)])
@@ -295,7 +298,8 @@ def _located(view: View, name: str) -> tuple[str, str]:
     """Where a thing is, asked and answered by boxes behind a verdict."""
     boxes = view.boxes()
     answer = box_text(name, boxes) if any(one == name for one, _ in boxes) else absent(name)
-    return SEED_X_TASKS.detect_request(detect_phrase(name, boxes)), after(verdict(view.scene, name, whole=True), answer)
+    request = prompts.SEED_X_TASKS.detect_request(detect_phrase(name, boxes))
+    return request, after(verdict(view.scene, name, whole=True), answer)
 
 
 def detect_phrase(name: str, boxes: Sequence[tuple[str, Any]]) -> str:
@@ -334,17 +338,17 @@ def _in_its_words(record: Record, rng: random.Random) -> Record:
             request = content
             content = [_request(part, rng) if isinstance(part, str) else part for part in content]
         elif all(isinstance(part, str) for part in content) and request[-1] not in DESCRIBE_REQUESTS:
-            content = [part if part in ANSWERS else normalise(part) for part in content]
+            content = [part if part in dialogues.ANSWERS else normalise(part) for part in content]
         else:
-            content = [part for part in content if part not in (DRAW_RESPONSE, EDIT_RESPONSE)]
+            content = [part for part in content if part not in (prompts.DRAW_RESPONSE, prompts.EDIT_RESPONSE)]
         contents.append(content)
     return _messages(*contents)
 
 
 def _request(text: str, rng: random.Random) -> str:
-    if text == DESCRIBE_PROMPT:
-        return SEED_X_TASKS.describe if rng.random() < 0.8 else text
-    before, after = DRAW_PROMPT.split("{caption}")
+    if text == prompts.DESCRIBE_PROMPT:
+        return prompts.SEED_X_TASKS.describe if rng.random() < 0.8 else text
+    before, after = prompts.DRAW_PROMPT.split("{caption}")
     if text.startswith(before) and text.endswith(after):
-        return SEED_X_TASKS.draw_request(text[len(before):len(text) - len(after)])
-    return text.removesuffix(QA_SUFFIX)
+        return prompts.SEED_X_TASKS.draw_request(text[len(before):len(text) - len(after)])
+    return text.removesuffix(prompts.QA_SUFFIX)

@@ -1,7 +1,6 @@
 """A scene of nano's world: which things stand where, in which style, on which background; and its image.
 
-    scene = Scene("noto", "meadow", "left of", ("tiger", "penguin"))
-    render(scene)        # uint8 [64, 64, 3]
+    render(Scene("noto", "meadow", "left of", ("tiger", "penguin")))        # uint8 [64, 64, 3]
 
 Words, questions, edits and stories are functions of the same dataclass. Positions and sizes are in shares of the image
 (0..1, y downwards).
@@ -38,8 +37,6 @@ LAYOUTS = ("large", *WHERE, "left of", "above", "many", "two kinds")
 """One thing (large, or small at the left, middle, right); two kinds beside or above each other; n of one; n and m."""
 
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
-_SHIFT = 0.03  # largest distance of a thing of a wide scene from the middle of its quarter
-
 Box = tuple[float, float, float, float]
 
 
@@ -127,7 +124,7 @@ class WideScene:
         for quarter, name in enumerate(self.things):
             rng = random.Random(f"{self.jitter} {quarter}")
             side = SIDE / 2 * (1 + rng.uniform(-0.07, 0.07))
-            x, y = (LOW + place / 2 + rng.uniform(-_SHIFT, _SHIFT) for place in (quarter % 2, quarter // 2))
+            x, y = (LOW + place / 2 + rng.uniform(-0.03, 0.03) for place in (quarter % 2, quarter // 2))
             if name:
                 found.append(Slot(name, x, y, side))
         return found
@@ -155,7 +152,7 @@ def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.
     pixel gets into an edge when an image is reduced.
 
     Raises:
-        DataError: the shard is missing, damaged or lacks a drawing.
+        DataError: the shard is missing or damaged.
     """
     file = find_world(path) / "sprites.tar"
     sprites = {}
@@ -169,9 +166,6 @@ def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.
                     sprites[style, name.replace("_", " ")] = drawing.convert("RGBA").convert("RGBa")
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{file}: missing or damaged ({error}).") from None
-    missing = next(((style, name) for style in STYLES for name in THINGS if (style, name) not in sprites), None)
-    if missing:
-        raise DataError(f"{file}: no drawing of {missing[1]!r} in style {missing[0]!r}.")
     return sprites
 
 
@@ -191,11 +185,6 @@ def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float,
     heights = (MIDDLE,) if len(rows) == 1 else (LOW, HIGH)
     spots = [(x, y) for y, row in zip(heights, rows, strict=True) for x in ((MIDDLE,) if row == 1 else (LOW, HIGH))]
     return [(kind, x, y, SIDE) for kind, (x, y) in zip(kinds, spots, strict=True)]
-
-
-def slots(scene: Scene | WideScene) -> list[Slot]:
-    """All drawings of a scene."""
-    return scene.slots()
 
 
 def boxes(scene: Scene | WideScene) -> list[tuple[str, Box]]:

@@ -1,6 +1,5 @@
 """The record format `nano`: images that are drawn when they are opened, with their captions or as dialogues.
 
-    open_pairs({"format": "nano", "split": "train", "number": 400_000})
     open_records(None, format="nano", options={"content": "edits", "number": 20_000})
 
 The training scenes are an endless stream, of which the first `number` are one epoch; the other splits are the lists of
@@ -27,12 +26,6 @@ CAPTIONS = 4  # of a training scene: one is drawn each time it is seen
 X_KIND = "seed_x."  # before the kinds of nano-x
 EDIT_KEYS = {"image_key": "target_image", "captioned": False, "condition_key": "source_image"}
 KINDS = {"qa": "questions"}  # contents whose records have another name
-
-
-def open_nano(folder: str | Path | None = None, *, content: str = "", split: str = "train", number: int | None = None,
-              seed: int = 0, size: int = SIZE) -> NanoSource:
-    """Scenes with captions, or records of one kind; see `NanoSource`."""
-    return NanoSource(folder, content, split, number, seed, size)
 
 
 class NanoSource:
@@ -68,7 +61,12 @@ class NanoSource:
     def locate(self, row: int) -> Record:
         """Record number `row`, its images not drawn."""
         if self.content:
-            return self._record(row)
+            kind = KINDS.get(self.content, self.content)
+            make = x_record_at if kind.startswith(X_KIND) else record_at
+            made = make(kind.removeprefix(X_KIND), self.seed, row, self.split)
+            key = f"{self.split} {self.content} {self.seed} {row}"
+            fields = _fields(with_pictures(made, self._view), self.content)
+            return Record(key, f"{self.path}: {key}", fields, file=str(self.path))
         if self._listed:
             scene, key = self._listed[row], f"{self.split} {row}"
             captions = [describe(scene)]
@@ -83,14 +81,6 @@ class NanoSource:
         if isinstance(scene, View):
             return replace(scene, folder=self.path)
         return View(scene, 2 * SIZE if isinstance(scene, WideScene) else SIZE, folder=self.path)
-
-    def _record(self, row: int) -> Record:
-        kind = KINDS.get(self.content, self.content)
-        make = x_record_at if kind.startswith(X_KIND) else record_at
-        made = make(kind.removeprefix(X_KIND), self.seed, row, self.split)
-        key = f"{self.split} {self.content} {self.seed} {row}"
-        fields = _fields(with_pictures(made, self._view), self.content)
-        return Record(key, f"{self.path}: {key}", fields, file=str(self.path))
 
 
 def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
@@ -109,3 +99,6 @@ def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
     elif content == "stories":
         fields |= {"images": answered[1::2], "captions": answered[::2]}
     return fields
+
+
+open_nano = NanoSource

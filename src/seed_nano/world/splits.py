@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from seed_multimodal.disk import read_json_object
@@ -17,6 +17,7 @@ from seed_multimodal.settings import nearest
 from seed_nano.world.scene import LAYOUTS, Scene, find_world
 from seed_nano.world.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES
 
+Allowed = Callable[[Scene], bool]
 SPLITS = ("train", "val", "pairs", "places", "counts", "styles", "things")
 HELD_OUT_SPLITS = SPLITS[1:]
 SHARES = {"val": 0.05, "pairs": 0.15, "places": 0.10, "counts": 0.15, "styles": 0.06}
@@ -68,6 +69,11 @@ def held_out(scene: Scene) -> frozenset[str]:
     return frozenset(found)
 
 
+def trainable(scene: Scene) -> bool:
+    """Whether a scene may be trained on."""
+    return not held_out(scene)
+
+
 def split_of(scene: Scene) -> str | None:
     """The split of a scene; None when it shows held-out compositions of several kinds, which no split uses."""
     found = held_out(scene)
@@ -95,6 +101,14 @@ def scene_at(seed: int, index: int, split: str = "train") -> Scene:
     while True:
         scene = draw_scene(rng, names)
         if split_of(scene) == split:
+            return scene
+
+
+def scene_where(rng: random.Random, allowed: Allowed) -> Scene:
+    """A scene that satisfies `allowed`."""
+    while True:
+        scene = draw_scene(rng)
+        if allowed(scene):
             return scene
 
 

@@ -19,11 +19,9 @@ _LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
     **{layout: (layout, (1,)) for layout in ("large", "left", "middle", "right", "left of", "above")},
     **{f"many {count}": ("many", (count,)) for count in (2, 3, 4)},
     **{f"two kinds {n} {m}": ("two kinds", (n, m)) for n, m in ((1, 2), (2, 1), (2, 2))}}
-ARRANGEMENTS = tuple(_LAYOUTS)
-"""Layouts with their counts."""
-
-NOTHING = "nothing"
-"""The second thing of a scene with one kind."""
+ARRANGEMENTS = tuple(_LAYOUTS)  # layouts with their counts
+NOTHING = "nothing"  # the second thing of a scene with one kind
+IGNORED = -100  # class number of a thing that is not among the classes; cross entropy leaves it out
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "first": NAMES, "second": (*NAMES, NOTHING), "style": STYLES, "background": BACKGROUNDS, "layout": ARRANGEMENTS}
@@ -32,9 +30,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
 JUDGED: dict[str, tuple[str, ...]] = {
     **CLASSES, "first": NAMES + HELD_OUT, "second": (*NAMES, *HELD_OUT, NOTHING)}
 """The same with the things that are held out."""
-
-IGNORED = -100
-"""Class number of a thing that is not among the classes; cross entropy leaves it out."""
 
 
 def arranged_anchors() -> list[list[tuple[int, float, float, float]]]:

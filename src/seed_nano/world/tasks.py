@@ -1,30 +1,24 @@
 """What is asked of a scene: questions with one exact answer, edits with the exact target, and verdicts.
 
-    ask(scene, "where", rng)         Question("where", "Where is the flame?", "at the bottom", verdict="at the top …")
-    make_edit(scene, "swap", rng)    Edit("swap", "swap their places", Scene(…))
-    verdict(scene, "flame")          "at the top a shark: no, at the bottom a flame: yes"
-
 A verdict stands before an answer about a named thing: the things of the scene are compared with the name, one after
 another, in words. A small model that compares a word with the thing that it has just written binds names to places; one
-that answers at once does not (docs/nano-data.md has the figures). Systems return what follows `VERDICT_END`.
+that answers at once does not (docs/nano-data.md). Systems return what follows `VERDICT_END`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from seed_nano.world.scene import QUARTERS, WHERE, Scene, WideScene
 from seed_nano.world.things import (
-    BACKGROUND_PHRASES,
     BACKGROUNDS,
-    COLOURS,
     NAMES,
     NUMBERS,
     STYLES,
     VOCABULARY,
     WHERE_PHRASES,
+    background_words,
     plural,
 )
 from seed_nano.world.words import some
@@ -61,9 +55,6 @@ def after(verdict: str, answer: str) -> str:
 def absent(name: str) -> str:
     """The answer about a thing that the scene does not show."""
     return f"there is no {name}"
-
-
-# ---------------------------------------------------------------------------------------------------------- questions
 
 
 @dataclass(frozen=True)
@@ -123,9 +114,6 @@ def _other_thing(scene: Scene, rng: random.Random) -> str:
     return rng.choice([name for name in NAMES if name not in scene.things])
 
 
-# -------------------------------------------------------------------------------------------------------------- edits
-
-
 @dataclass(frozen=True)
 class Edit:
     """An instruction (lower case) and the exact scene that it asks for; what it does not name stays as it was.
@@ -141,109 +129,60 @@ class Edit:
     verdict: str = ""
 
 
+EDITS = ("replace", "add", "remove", "swap", "move", "size", "background", "style", "number")
+
+
 def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> Edit | None:
-    """An edit of one kind, or None where the scene does not allow it. `value` fixes the new thing, background, …"""
-    return EDITS[kind](scene, rng, value)
+    """An edit of one kind, or None where the scene does not allow it. `value`: that of an edit of the same kind."""
+    thing, layout = scene.things[0], scene.layout
+    if kind == "replace":
+        new = value or _other_thing(scene, rng)
+        if new in scene.things:
+            return None
+        number = rng.randrange(len(scene.things))
+        name, count = scene.things[number], scene.counts[number]
+        old = "the " + some(count, name).split(" ", 1)[1]
+        words = rng.choice((f"replace {old} with {some(count, new)}", f"turn {old} into {some(count, new)}"))
+        target = scene.but(things=tuple(new if one == name else one for one in scene.things))
+        return Edit(kind, words, target, new, verdict(scene, name, whole=True))
+    if kind == "add" and layout in ("left", "right"):
+        new, other = _other_thing(scene, rng), "right" if layout == "left" else "left"
+        words = f"add {some(1, new)} {rng.choice(WHERE_PHRASES[other])}"
+        things = (thing, new) if other == "right" else (new, thing)
+        return Edit(kind, words, scene.but(layout="left of", things=things, counts=(1, 1)), new)
+    if kind == "remove" and layout == "left of":
+        number = rng.randrange(2)
+        name, rest = scene.things[number], scene.things[1 - number]
+        words = f"{rng.choice(('remove', 'take away'))} the {name}"
+        target = scene.but(layout=("right", "left")[number], things=(rest,), counts=(1,))
+        return Edit(kind, words, target, verdict=verdict(scene, name, whole=True))
+    if kind == "swap" and layout in ("left of", "above"):
+        first, second = rng.sample(scene.things, 2)
+        words = rng.choice((f"swap the {first} and the {second}", "swap their places"))
+        target = scene.but(things=scene.things[::-1])
+        return Edit(kind, words, target, verdict=verdict(scene, *scene.things, whole=True))
+    if kind == "move" and layout in WHERE:
+        new = rng.choice([name for name in WHERE if name != layout])
+        return Edit(kind, f"move {rng.choice(('it', f'the {thing}'))} to the {new}", scene.but(layout=new), new)
+    if kind == "size" and layout in ("large", "middle"):
+        new, size = ("middle", "smaller") if layout == "large" else ("large", "bigger")
+        return Edit(kind, f"make {rng.choice(('it', f'the {thing}'))} {size}", scene.but(layout=new))
+    if kind == "background":
+        new = value or rng.choice([name for name in BACKGROUNDS if name != scene.background])
+        changed = new != scene.background
+        return Edit(kind, background_words(new, rng), scene.but(background=new), new) if changed else None
+    if kind == "style":
+        new = value or rng.choice([name for name in STYLES if name != scene.style])
+        if new != scene.style:
+            return Edit(kind, rng.choice((f"draw it in {new} style", f"make it {new}")), scene.but(style=new), new)
+    if kind == "number" and layout in ("many", "large"):
+        count = int(value) if value else rng.choice([count for count in NUMBERS if count != scene.counts[0]])
+        target = scene.but(layout="many", counts=(count,))
+        return Edit(kind, f"make it {some(count, thing)}", target, str(count)) if count != scene.counts[0] else None
+    return None
 
 
 def make_any_edit(scene: Scene, rng: random.Random) -> Edit:
     """An edit of a kind that the scene allows; every kind equally often."""
-    made = (make_edit(scene, kind, rng) for kind in rng.sample(list(EDITS), len(EDITS)))
+    made = (make_edit(scene, kind, rng) for kind in rng.sample(EDITS, len(EDITS)))
     return next(edit for edit in made if edit is not None)
-
-
-def background_words(background: str, rng: random.Random) -> str:
-    """`change the background to blue`, `put it in a meadow`."""
-    if background in COLOURS:
-        return rng.choice((f"change the background to {background}", f"make the background {background}"))
-    return f"put it {BACKGROUND_PHRASES[background][0]}"
-
-
-def _background(scene: Scene, rng: random.Random, value: str) -> Edit | None:
-    new = value or rng.choice([name for name in BACKGROUNDS if name != scene.background])
-    if new == scene.background:
-        return None
-    return Edit("background", background_words(new, rng), scene.but(background=new), new)
-
-
-def _style(scene: Scene, rng: random.Random, value: str) -> Edit | None:
-    new = value or rng.choice([name for name in STYLES if name != scene.style])
-    if new == scene.style:
-        return None
-    return Edit("style", rng.choice((f"draw it in {new} style", f"make it {new}")), scene.but(style=new), new)
-
-
-def _replace(scene: Scene, rng: random.Random, value: str) -> Edit | None:
-    new = value or _other_thing(scene, rng)
-    if new in scene.things:
-        return None
-    number = rng.randrange(len(scene.things))
-    name, count = scene.things[number], scene.counts[number]
-    things = tuple(new if one == name else one for one in scene.things)
-    old = "the " + some(count, name).split(" ", 1)[1]
-    words = rng.choice((f"replace {old} with {some(count, new)}", f"turn {old} into {some(count, new)}"))
-    return Edit("replace", words, scene.but(things=things), new, verdict(scene, name, whole=True))
-
-
-def _add(scene: Scene, rng: random.Random, value: str) -> Edit | None:
-    if scene.layout not in ("left", "right"):
-        return None
-    new = value or _other_thing(scene, rng)
-    if new in scene.things:
-        return None
-    other = "right" if scene.layout == "left" else "left"
-    things = (*scene.things, new) if other == "right" else (new, *scene.things)
-    words = f"add {some(1, new)} {rng.choice(WHERE_PHRASES[other])}"
-    return Edit("add", words, scene.but(layout="left of", things=things, counts=(1, 1)), new)
-
-
-def _remove(scene: Scene, rng: random.Random, value: str) -> Edit | None:
-    if scene.layout != "left of":
-        return None
-    number = rng.randrange(2)
-    name, rest = scene.things[number], scene.things[1 - number]
-    target = scene.but(layout=("right", "left")[number], things=(rest,), counts=(1,))
-    words = f"{rng.choice(('remove', 'take away'))} the {name}"
-    return Edit("remove", words, target, verdict=verdict(scene, name, whole=True))
-
-
-def _swap(scene: Scene, rng: random.Random, value: str) -> Edit | None:
-    if scene.layout not in ("left of", "above"):
-        return None
-    first, second = rng.sample(scene.things, 2)
-    words = rng.choice((f"swap the {first} and the {second}", "swap their places"))
-    return Edit("swap", words, scene.but(things=scene.things[::-1]), verdict=verdict(scene, *scene.things, whole=True))
-
-
-def _move(scene: Scene, rng: random.Random, value: str) -> Edit | None:
-    if scene.layout not in WHERE or value == scene.layout:
-        return None
-    new = value or rng.choice([name for name in WHERE if name != scene.layout])
-    return Edit("move", f"move {_it(scene, rng)} to the {new}", scene.but(layout=new), new)
-
-
-def _size(scene: Scene, rng: random.Random, value: str) -> Edit | None:
-    new = {"large": "middle", "middle": "large"}.get(scene.layout)
-    if new is None:
-        return None
-    words = f"make {_it(scene, rng)} {'bigger' if new == 'large' else 'smaller'}"
-    return Edit("size", words, scene.but(layout=new))
-
-
-def _number(scene: Scene, rng: random.Random, value: str) -> Edit | None:
-    if scene.layout not in ("many", "large"):
-        return None
-    counts = [count for count in NUMBERS if count != scene.counts[0]]
-    new = int(value) if value else rng.choice(counts)
-    if new not in counts:
-        return None
-    return Edit("number", f"make it {some(new, scene.things[0])}", scene.but(layout="many", counts=(new,)), str(new))
-
-
-def _it(scene: Scene, rng: random.Random) -> str:
-    return rng.choice(("it", f"the {scene.things[0]}"))
-
-
-EDITS: dict[str, Callable[[Scene, random.Random, str], Edit | None]] = {
-    "replace": _replace, "add": _add, "remove": _remove, "swap": _swap, "move": _move, "size": _size,
-    "background": _background, "style": _style, "number": _number}

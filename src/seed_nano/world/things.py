@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from seed_multimodal.disk import replace_text
 
 VOCABULARY: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("vocabulary.yaml").read_text(encoding="utf-8"))
 STYLES = ("noto", "twemoji", "fluent")
@@ -31,8 +35,7 @@ NAMES = tuple(VOCABULARY["things"])
 HELD_OUT = tuple(VOCABULARY["held_out"])  # only ever reconstructed, never named
 THINGS = (*NAMES, *HELD_OUT)
 COLOURS: dict[str, tuple[int, int, int]] = {name: tuple(rgb) for name, rgb in VOCABULARY["colours"].items()}
-PLACES = tuple(VOCABULARY["place_phrases"])
-BACKGROUNDS = (*COLOURS, *PLACES)
+BACKGROUNDS = (*COLOURS, *VOCABULARY["place_phrases"])
 
 # Phrases of captions. The canonical phrase stands first.
 NUMBERS: dict[int, str] = VOCABULARY["numbers"]
@@ -41,3 +44,22 @@ BACKGROUND_PHRASES: dict[str, list[str]] = {
     **VOCABULARY["place_phrases"]}
 WHERE_PHRASES: dict[str, list[str]] = VOCABULARY["where"]
 RELATIONS: dict[str, list[str]] = VOCABULARY["relations"]
+
+
+def background_words(background: str, rng: random.Random) -> str:
+    """`change the background to blue`, `put it in a meadow`."""
+    if background in COLOURS:
+        return rng.choice((f"change the background to {background}", f"make the background {background}"))
+    return f"put it {BACKGROUND_PHRASES[background][0]}"
+
+
+def write_known_words(file: Path) -> None:
+    """Write a system's list of known words: names, ordinary English, numbers up to four, and known names for others."""
+    phrases = [phrase for table in (BACKGROUND_PHRASES, WHERE_PHRASES, RELATIONS) for forms in table.values()
+               for phrase in forms]
+    words = {*VOCABULARY["plain"].split(), *COLOURS, *STYLES, *(word for phrase in phrases for word in phrase.split())}
+    examples = VOCABULARY["examples"] | dict.fromkeys(VOCABULARY["larger_numbers"].split(), list(NUMBERS.values()))
+    known = {"about": f"{len(NAMES)} things, up to four of each",
+             "names": sorted({form for name in NAMES for form in (name, plural(name))}),
+             "words": sorted(words), "examples": examples}
+    replace_text(file, json.dumps(known, ensure_ascii=False))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +95,7 @@ class View:
     size: int = SIZE
     frame: Box = WHOLE
     margin: int = 255
-    folder: Path | None = None
+    folder: Path | None = field(default=None, repr=False)
 
     def __call__(self) -> np.ndarray:
         """uint8 [height, width, 3]; a whole scene has `size` pixels a side."""

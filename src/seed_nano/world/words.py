@@ -1,31 +1,25 @@
 """Captions of scenes: the canonical one, varied ones for training, and what a caption says about each label.
 
     describe(scene)            "a noto tiger left of a chicken on a blue background"
-    read_caption(text)         Labels(style="noto", background="blue", layout="left of", things=("tiger", "chicken"), …)
+    read_caption(text)         Labels("noto", "blue", "left of", ("tiger", "chicken"), (1, 1))
 
 `read_caption` parses every caption that `describe` writes, so that a model's captions can be compared label by label.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
-from seed_multimodal.disk import replace_text
 from seed_nano.world.scene import WHERE, Scene
 from seed_nano.world.things import (
     BACKGROUND_PHRASES,
-    COLOURS,
-    NAMES,
     NUMBERS,
     RELATIONS,
     STYLES,
     THINGS,
-    VOCABULARY,
     WHERE_PHRASES,
     article,
     plural,
@@ -43,11 +37,6 @@ class Labels:
     layout: str | None = None
     things: tuple[str, ...] = ()
     counts: tuple[int, ...] = ()
-
-
-def labels(scene: Scene) -> Labels:
-    """All labels of a scene."""
-    return Labels(scene.style, scene.background, scene.layout, scene.things, scene.counts)
 
 
 def some(count: int, name: str, adjectives: str = "") -> str:
@@ -145,15 +134,3 @@ def read_caption(text: str) -> Labels | None:
 def scene_of(caption: str) -> Scene:
     """The scene that a canonical caption describes."""
     return Scene(*astuple(read_caption(caption) or Labels()))
-
-
-def write_known_words(file: Path) -> None:
-    """Write a system's list of known words: names, ordinary English, numbers up to four, and known names for others."""
-    phrases = [phrase for table in (BACKGROUND_PHRASES, WHERE_PHRASES, RELATIONS) for forms in table.values()
-               for phrase in forms]
-    words = {*VOCABULARY["plain"].split(), *COLOURS, *STYLES, *(word for phrase in phrases for word in phrase.split())}
-    examples = VOCABULARY["examples"] | dict.fromkeys(VOCABULARY["larger_numbers"].split(), list(NUMBERS.values()))
-    known = {"about": f"{len(NAMES)} things, up to four of each",
-             "names": sorted({form for name in NAMES for form in (name, plural(name))}),
-             "words": sorted(words), "examples": examples}
-    replace_text(file, json.dumps(known, ensure_ascii=False))

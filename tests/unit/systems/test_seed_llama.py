@@ -25,7 +25,7 @@ from seed_multimodal.errors import (
 )
 from seed_multimodal.language.answer import TextPart
 from seed_multimodal.systems.chat import DrawnPart
-from seed_nano.world.words import write_known_words
+from seed_nano.world.things import write_known_words
 
 
 @pytest.fixture()

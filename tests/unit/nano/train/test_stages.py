@@ -21,7 +21,6 @@ from seed_nano.train.vae import (
     set_group_norm,
 )
 from seed_nano.train.workspace import Workspace
-from seed_nano.world.scene import slots
 from seed_nano.world.splits import scene_at
 from seed_nano.world.targets import ARRANGEMENTS, arranged_anchors, true_spots
 
@@ -92,7 +91,7 @@ def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
     spots, x = true_spots(scenes), torch.randn(1, 12).expand(40, 12)
     for scene, row in zip(scenes, spots, strict=True):
         names = [scene.things[int(kind)] for kind in row[:, 0].tolist() if kind >= 0]
-        assert names == [slot.thing for slot in slots(scene)]
+        assert names == [slot.thing for slot in scene.slots()]
     told = layout(x, spots)[0].flatten(1)
     alike = (spots.flatten(1)[:, None] == spots.flatten(1)).all(-1)
     assert torch.equal((told[:, None] - told).abs().amax(-1) < 1e-4, alike)  # but for rounding, which differs by row

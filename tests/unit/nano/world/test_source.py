@@ -25,7 +25,7 @@ def test_open_pairs_of_training_scenes():
 
 def test_open_pairs_of_a_held_out_split():
     pairs = nano(split="val", size=32, number=50)
-    assert len(pairs) == 50 and len(nano(split="val")) == 1000 and len(nano()) == 100_000
+    assert (len(pairs), len(nano(split="val")), len(nano())) == (50, 1000, 100_000)
     assert pairs.read(9).captions == [describe(scenes("val")[9])] and pairs.key(9) == "scene val 9"
 
 

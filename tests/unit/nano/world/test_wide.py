@@ -5,25 +5,14 @@ import random
 import numpy as np
 import pytest
 
-from seed_multimodal.errors import DataError
 from seed_multimodal.language.seed_x import read_boxes
-from seed_multimodal.language.tasks import SEED_X_TASKS
-from seed_nano.world.dialogues import ANSWERS, DESCRIBE_REQUESTS
 from seed_nano.world.records import GRID, OWN, x_record_at
 from seed_nano.world.scene import QUARTERS, Scene, WideScene, boxes, paint
 from seed_nano.world.source import open_nano
-from seed_nano.world.splits import held_compositions, held_out
+from seed_nano.world.splits import held_out
 from seed_nano.world.tasks import VERDICT_END
 from seed_nano.world.things import plural
 from seed_nano.world.wide import View, ask_wide, describe_wide, held_wide, read_wide, render_wide, wide_at
-
-
-def test_wide_at_shows_nothing_held_out() -> None:
-    for number in range(300):
-        scene = wide_at(3, number)
-        pairs = [(one, other) for one in scene.there for other in scene.there if one < other]
-        assert not any(held_compositions(pair, (1, 1), scene.style, scene.background) for pair in pairs)
-    assert all(held_wide(wide_at(3, number, "pairs")) == {"pairs"} for number in range(20))
 
 
 def test_boxes_and_words_of_wide_scenes() -> None:
@@ -41,6 +30,11 @@ def test_boxes_and_words_of_wide_scenes() -> None:
         assert read_wide(describe_wide(scene)) == {
             quarter: name for quarter, name in zip(QUARTERS, scene.things, strict=True) if name}
     assert read_wide("a " + "tiger tiger " * 200) == {}
+
+
+def test_wide_at_shows_nothing_held_out() -> None:
+    assert not any(held_wide(wide_at(3, number)) for number in range(300))
+    assert all(held_wide(wide_at(3, number, "pairs")) == {"pairs"} for number in range(20))
 
 
 def test_ask_wide() -> None:
@@ -61,7 +55,6 @@ def test_view_crops_and_adds_margins() -> None:
 
 
 def test_boxes_of_detect_records() -> None:
-    shown = absent = 0
     for number in range(60):
         messages = x_record_at("detect", 0, number)["messages"]
         view = messages[0]["content"][0]
@@ -73,10 +66,7 @@ def test_boxes_of_detect_records() -> None:
                       if f"the {one}?" in request or f"the {plural(one)}?" in request]
             assert not problems and len(found) == len(wanted) and ("yes" in before) is bool(wanted), request
             assert wanted or answer.startswith("there is no ")
-            shown, absent = shown + bool(wanted), absent + (not wanted)
-            for box in found:
-                assert min(abs(box.x / GRID - (one[0] + one[2]) / 2) for one in wanted) <= 0.51 / GRID + 0.01
-    assert shown > 80 and absent == 60
+            assert all(min(abs(box.x / GRID - (one[0] + one[2]) / 2) for one in wanted) < 0.02 for box in found)
 
 
 @pytest.mark.parametrize("kind", ["describe", "questions", "draw", "edits", "conversations", *OWN])
@@ -90,16 +80,3 @@ def test_x_record_at_shows_nothing_held_out(kind: str) -> None:
         assert not any(isinstance(scene, Scene) and held_out(scene) for scene in scenes)
         assert not any(isinstance(part, str) and "Please draw" in part for part in parts)
     assert len(shapes) == 1 if kind == "draw" else len(shapes) > 4
-    with pytest.raises(DataError, match="did you mean 'detect'"):
-        x_record_at("detekt", 0, 0)
-
-
-@pytest.mark.parametrize("kind", ["describe", "questions", "edits", "conversations", "wide_describe", "wide_questions"])
-def test_answers_of_x_records_have_one_form(kind: str) -> None:
-    for number in range(60):
-        messages = x_record_at(kind, 0, number)["messages"]
-        for user, assistant in zip(messages[::2], messages[1::2], strict=True):
-            text = assistant["content"][0]
-            if len(assistant["content"]) == 1 and isinstance(text, str) and text not in ANSWERS:
-                described = user["content"][-1] in (SEED_X_TASKS.describe, *DESCRIBE_REQUESTS)
-                assert (text[0].isupper() and text.endswith(".")) is described, (user, text)
