@@ -253,11 +253,7 @@ class _Maker:
 
 
 def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Record:
-    """Record number `index` of a kind of nano (those with messages) or of `OWN`; user images are views.
-
-    Raises:
-        DataError: an unknown kind or split.
-    """
+    """Record number `index` of a kind of nano (those with messages) or of `OWN`; user images are views."""
     _check_kind(kind, (*KINDS, *OWN))
     rng = random.Random(f"{seed} {split} {kind} {index}")
     if kind not in OWN:
