@@ -1,7 +1,7 @@
 """What several packages' tests share: tiny random systems (tests/support/tiny_*.py), each built once per session.
 
-Tests read it; one that damages a system works on a copy. And the rule of `scripts/test.sh --fast`: a test that starts
-another process says so with a marker.
+Tests read it; one that damages a system works on a copy. And a rule: a test that starts another process has the marker
+`process`, so that `scripts/test.sh --fast` leaves it out.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.
 started: list[str] = []
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Where tests with processes are left out, note each process that is started all the same."""
+def pytest_configure() -> None:
+    """Note each process that is started."""
     def note(event: str, arguments: tuple) -> None:
         if event in PROCESSES and arguments[:1] != ("git",):  # reports ask git for the commit, in milliseconds
             started.append(f"{event} {arguments[:1]}")
 
-    if "not process" in config.option.markexpr:
-        sys.addaudithook(note)
+    sys.addaudithook(note)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -40,7 +39,7 @@ def pytest_runtest_protocol() -> None:
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """A test that starts a process, itself or in a fixture, and has no marker for it fails."""
     yield
-    if started:
+    if started and not any(map(item.get_closest_marker, ("process", "browser"))):
         seen = sorted(set(started))
         started.clear()
         pytest.fail(f"starts a process ({', '.join(seen)}): mark it with @pytest.mark.process, so that --fast omits it")

@@ -1,7 +1,7 @@
 """nano's two language-model stages through the application, compared with recorded losses.
 
 The codes are drawn, not encoded, so that only the data, the model, the optimizer and the loop matter. After a change
-that is meant to move the losses: `PYTHONPATH=src:tests/warm python tests/nano/train/test_nano_losses.py`.
+that is meant to move the losses: `PYTHONPATH=src:tests/support python tests/unit/nano/train/test_nano_losses.py`.
 """
 
 import json
