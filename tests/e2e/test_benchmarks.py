@@ -24,7 +24,9 @@ def printed_lines(program: str, arguments: list[str], monkeypatch: pytest.Monkey
                   capsys: pytest.CaptureFixture[str]) -> list[dict]:
     """What a program prints when it is run in this process."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr(sys, "argv", [f"{program}.py", "--device", "cpu", *arguments])
+    command = [f"{program}.py", "--device", "cpu", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "orig_argv", ["python", *command])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(BENCHMARKS / f"{program}.py"), run_name="__main__")
     assert ended.value.code == 0
