@@ -299,7 +299,7 @@ def test_files_and_functions_stay_small():
     assert not too_long
 
 
-# Lines of Python at most: what a package may have grown to, so that the next feature pays for itself. Numbers only fall.
+# Lines of Python at most, so that the next feature pays for itself. These numbers only fall.
 LINES = {
     "src/seed_nano": 5000, "src/seed_multimodal/evaluation": 1800, "benchmarks": 900, "tests/unit/evaluation": 1000,
     "tests/unit/nano": 1200,
