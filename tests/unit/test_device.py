@@ -172,11 +172,7 @@ before = torch.get_num_threads()
 @pytest.mark.process
 @pytest.mark.parametrize(("code", "environment", "same"), [
     ("limit_threads(Model(9), Model(SMALL - 10))", {}, False),
-    ("limit_threads(Model(9), Model(SMALL - 9))", {}, True),
     ("limit_threads(Model(9))", {"OMP_NUM_THREADS": "3"}, True),
-    ("before = 5; torch.set_num_threads(before); limit_threads(Model(9))", {}, True),
-    ("from argparse import Namespace; from seed_multimodal.commands.common import load_system\n"
-     "load_system(Namespace(model='nano', device='cpu', dtype='auto', debug=False))", {}, False),
     ("from argparse import Namespace; from seed_multimodal.commands.pictures import load_codec\n"
      "load_codec(Namespace(model='nano', device='cpu', dtype='auto', debug=False))", {}, False)])
 def test_limit_threads_takes_one_for_small_models_unless_a_number_was_set(code: str, environment: dict[str, str],

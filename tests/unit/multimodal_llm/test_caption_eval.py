@@ -62,22 +62,6 @@ def test_captions_are_scored_and_the_training_goes_on_as_without(train, runs, ev
     assert runs.losses(output) == runs.losses(train("alone", "trainer.max_steps=4", **changes))
 
 
-@pytest.mark.slow
-@pytest.mark.process
-def test_two_processes_caption_the_same_pictures(runs, evaluation, tmp_path, train):
-    short = [*evaluation, "trainer.max_steps=1", "trainer.eval_steps=1", "optim.learning_rate=0"]
-    alone = train("alone", *short)
-    folder = tmp_path / "two files"
-    folder.mkdir()
-    files = runs.write_files(folder)
-    arguments = runs.overrides(files, tmp_path / "two", *short, "trainer.timeout_minutes=1")
-    runs.run(arguments, before=runs.torchrun())
-    captions = [sorted(json.loads((output / "captions" / "step-1.json").read_text()), key=lambda one: one["image_id"])
-                for output in (alone, tmp_path / "two")]
-    assert len(captions[0]) == COUNT and captions[0] == captions[1]
-    assert scores(runs, tmp_path / "two") == scores(runs, alone)
-
-
 def test_the_flag_and_the_released_pipe():
     made = translate(["--model", "m.yaml", "--coco_caption_root", "data/coco", "--evaluation_strategy", "steps",
                       "--eval_steps", "500"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import re
@@ -171,34 +170,6 @@ def test_endless_lines_of_http_are_refused(tiny, request_) -> None:
         sock.settimeout(5)
         sock.sendall(request_)
         assert sock.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
-
-
-def test_thousands_of_tiny_requests_keep_nobody_waiting(tiny) -> None:
-    running = Running(CodesSystem(tiny))
-    requests.get(running.address.replace("generate", "health"), timeout=60)
-    done = threading.Event()
-
-    def flood() -> None:
-        while not done.is_set():
-            with contextlib.suppress(OSError), running.connect() as sock:
-                while not done.is_set():
-                    sock.sendall(b"\r\n" * 100_000)
-
-    attackers = [threading.Thread(target=flood) for _ in range(4)]
-    for attacker in attackers:
-        attacker.start()
-    try:
-        time.sleep(0.3)
-        times = []
-        for _ in range(10):
-            began = time.monotonic()
-            assert requests.get(running.address.replace("generate", "health"), timeout=60).status_code == 200
-            times.append(time.monotonic() - began)
-    finally:
-        done.set()
-        for attacker in attackers:
-            attacker.join()
-    assert min(times) < 0.12  # 0.03 on two cores; 0.2 with pieces of 64 KiB
 
 
 def shown(*images: Image.Image, kind: str = "PNG") -> list[str]:

@@ -13,7 +13,7 @@ MODEL, JUDGE = ROOT / "pretrained" / "nano-lavit", ROOT / "pretrained" / "nano" 
 
 @pytest.mark.timeout(300)
 def test_it_reads_and_writes_as_many_words_as_there_is_to_see(tmp_path: Path) -> None:
-    assert report(["--model", str(MODEL), "--judge", str(JUDGE), "--out", str(tmp_path), "--limit", "40",
+    assert report(["--model", str(MODEL), "--judge", str(JUDGE), "--out", str(tmp_path), "--limit", "20",
                    "--splits", "val"]) == 0
     found = json.loads((tmp_path / "report.json").read_text())["splits"]["val"]
     tokens = found["tokens"]
