@@ -3,7 +3,7 @@
 Two files of a system's folder, named by `system.json`:
 
     domain         a small head on one layer of the vision tower; a picture that it scores above `domain_threshold` is
-                   unlike those of the training (`seed_nano.report.domain` makes one)
+                   unlike those of the training
     known_words    {"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …],
                     "examples": {"animal": ["cat", "dog", "horse"], …}}
 
