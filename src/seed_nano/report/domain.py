@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -65,7 +65,7 @@ def write_domain(folder: Path, number: int = 5000, seed: int = 0) -> None:
                     {"name": NAME, "layer": layer})
     saved = load_domain(folder / FILE, 0.0)
     assert saved is not None
-    threshold = float(saved.head(tokens(_scenes(seed, "val"), 2 * number // 3)).quantile(SHARE))
+    threshold = float(saved.head(tokens(_scenes(seed, "val", plain=True), 2 * number // 3)).quantile(SHARE))
     flagged = float((saved.head(others) > threshold).float().mean())
     write_known_words(folder / WORDS)
     learned = {"domain": FILE, "domain_threshold": round(threshold, 3), "known_words": WORDS}
@@ -100,29 +100,33 @@ class DomainTask(StageTask):
         return F.binary_cross_entropy_with_logits(scores, torch.tensor([0.0, 1.0]).repeat_interleave(each)), {}
 
 
-def _scenes(seed: int, split: str) -> Iterator[Image.Image]:
-    """Scenes as people bring them: in several sizes and frames, wide, single drawings that fill the picture, JPEGs."""
-    compressed = v2.RandomApply([v2.JPEG((40, 95))], 0.2)
+def _scenes(seed: int, split: str, plain: bool = False) -> Iterator[Image.Image]:
+    """Scenes as people bring them: in several sizes and frames, wide, single drawings that fill the picture, JPEGs; or
+    `plain` ones, in several sizes."""
+    compressed = v2.RandomApply([v2.JPEG((40, 95))], 0 if plain else 0.2)
     for index in count():
-        rng = random.Random(f"domain {seed} {split} {index}")
-        view = any_view((wide_at if index % 6 == 4 else scene_at)(seed, index, split), rng)
+        rng, kind = random.Random(f"domain {seed} {split} {index}"), 0 if plain else index % 6
+        view = any_view((wide_at if kind == 4 else scene_at)(seed, index, split), rng, not plain)
         single = [Slot(rng.choice(NAMES), MIDDLE, MIDDLE, rng.uniform(0.6, 1))]
         background = rng.choice(("white", *BACKGROUNDS))
-        pixels = paint(rng.choice(STYLES), background, single, view.size) if index % 6 == 5 else view()
+        pixels = paint(rng.choice(STYLES), background, single, view.size) if kind == 5 else view()
         yield compressed(Image.fromarray(pixels))
 
 
 def _others(seed: int) -> Iterator[Image.Image]:
-    """Textures, gradients and plain colours, lines of letters, scenes mixed or in pieces, empty backgrounds."""
+    """Textures, gradients and plain colours, shapes, lines of letters, mixed scenes, empty backgrounds."""
     rng, scenes = np.random.default_rng(seed), _scenes(seed + 1, "train")
     compressed = v2.RandomApply([v2.JPEG((40, 95))], 0.5)
     empty = [Image.fromarray(paint(STYLES[0], name, [], 128)) for name in BACKGROUNDS]
     while True:
         yield _texture(rng)
         yield _gradient(rng)
-        yield _letters(rng, int(rng.choice((64, 128, 256))))
-        yield _letters(rng, int(rng.choice((64, 128, 256))))
-        yield _mixed(rng, *(next(scenes).resize((64, 64)) for _ in range(2)))
+        for _ in range(2):
+            yield _shapes(rng)
+            yield _letters(rng, int(rng.choice((64, 128, 256))))
+        scene, other = (next(scenes).resize((64, 64)) for _ in range(2))
+        yield Image.blend(scene, other, 0.5) if rng.random() < 0.5 else Image.blend(
+            scene, _texture(rng), rng.uniform(0.2, 0.7))
         yield compressed(empty[rng.integers(len(empty))])
 
 
@@ -147,6 +151,18 @@ def _gradient(rng: Any, side: int = 64) -> Image.Image:
     return _image(first + (last - first) * way[..., None])
 
 
+def _shapes(rng: Any) -> Image.Image:
+    """Shapes of all sizes that cover each other, smooth or rough, as things in photographs do."""
+    picture, rough = _texture(rng), rng.random()
+    for size in sorted(np.minimum(64, 3 + 6 * rng.pareto(1.5, rng.integers(1, 20))), reverse=True):
+        x, y = rng.uniform(-size / 2, 64, 2)
+        mask = Image.new("L", picture.size)
+        shape = getattr(ImageDraw.Draw(mask), rng.choice(("rectangle", "ellipse")))
+        shape((x, y, x + size * rng.uniform(0.3, 2), y + size * rng.uniform(0.3, 2)), fill=255)
+        picture.paste(_texture(rng) if rng.random() < rough else _gradient(rng), mask=mask)
+    return picture.filter(ImageFilter.GaussianBlur(int(rng.choice((0, 1, 3)))))
+
+
 def _letters(rng: Any, side: int) -> Image.Image:
     """Lines of letters."""
     ink, paper = [(0, 0, 0), (255, 255, 255)] if rng.random() < 0.6 else map(tuple, rng.integers(0, 256, (2, 3)))
@@ -157,16 +173,6 @@ def _letters(rng: Any, side: int) -> Image.Image:
         letters = rng.choice(list(string.ascii_letters + string.ascii_lowercase * 2 + " " * 24), 2 * side // height)
         ImageDraw.Draw(picture).text((margin, y), "".join(letters), ink, font)
     return picture
-
-
-def _mixed(rng: Any, scene: Image.Image, other: Image.Image) -> Image.Image:
-    """A scene with another one or a texture over it, or its pieces in another order."""
-    kind = rng.integers(3)
-    if kind < 2:
-        return Image.blend(other, scene, 0.5) if kind else Image.blend(_texture(rng), scene, rng.uniform(0.3, 0.8))
-    pieces = np.asarray(scene).reshape(4, 16, 4, 16, 3).transpose(0, 2, 1, 3, 4).reshape(16, 16, 16, 3)
-    pieces = pieces[rng.permutation(16)].reshape(4, 4, 16, 16, 3).transpose(0, 2, 1, 3, 4)
-    return _image(pieces.reshape(64, 64, 3))
 
 
 def _image(pixels: Any) -> Image.Image:

@@ -28,10 +28,9 @@ class System:
     """Base: `inner` is the library's system, `batch` the number of prompts or images at a time, `seed` that of every
     drawing and of sampling."""
 
-    image_size, codebook_size = 64, 1
-
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         self.inner, self.batch, self.seed = inner, batch, seed
+        self.image_size, self.codebook_size = getattr(inner.spec, "image_size", 64), inner.tokenizer.vocabulary.n_codes
 
     def facts(self) -> dict[str, Any]:
         """Settings that the numbers depend on."""
@@ -85,10 +84,6 @@ class System:
 class SeedLlamaSystem(System):
     """SEED-LLaMA."""
 
-    def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
-        super().__init__(inner, batch, seed)
-        self.image_size, self.codebook_size = inner.spec.image_size, inner.tokenizer.vocabulary.n_codes
-
     def encode(self, images: Images) -> list[Any]:
         return list(self.inner.encode_all(images, batch_size=self.batch).tolist())
 
@@ -136,7 +131,6 @@ class LavitSystem(System):
         inner.spec.require("understanding", "decoder", "pixels")
         inner.log = inner.pictures.log = None
         inner.lemmatizer = Lemmatizer("none")  # the same answers with and without a lemmatizer installed
-        self.codebook_size = inner.tokenizer.vocabulary.n_codes
         self.patches = inner.tokenizer.vocabulary.tokens_per_image
         self.samples = inner.pictures.selection == "draw"
 

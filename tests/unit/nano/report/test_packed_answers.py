@@ -15,6 +15,7 @@ from seed_multimodal.evaluation.metrics import plain
 from seed_nano.report.judge import Judge
 from seed_nano.report.samples import Sizes, make_samples
 from seed_nano.report.sections import Run, sections_of
+from seed_nano.report.systems import System
 
 SHIPPED = Path(__file__).resolve().parents[4] / "pretrained"
 UNPACKED = {  # figures that need images or answers that are not packed
@@ -22,18 +23,23 @@ UNPACKED = {  # figures that need images or answers that are not packed
     "edit": {"unchanged_psnr"}}
 
 
+READ: dict[bytes, list[int]] = {}
+
+
 class PackedJudge(Judge):
-    """Of a packed answer, what was read off its image; other images are read."""
+    """Of a packed answer, what was read off its image; other images are read, each once."""
 
     def labels(self, images: Any) -> torch.Tensor:
         if not any("read" in one.info for one in images):
-            return super().labels(images)
+            new = {one.tobytes(): one for one in images if one.tobytes() not in READ}
+            READ.update(zip(new, super().labels(list(new.values())).tolist(), strict=True))
+            return torch.tensor([READ[one.tobytes()] for one in images])
         rows = self.config.labels.values()
         return torch.tensor([[row.index(word) for row, word in zip(rows, one.info["read"], strict=True)]
                              for one in images])
 
 
-class Packed:
+class Packed(System):
     """A system that repeats its packed answers; an image is (name of the answers, row)."""
 
     image_size = 64
@@ -52,18 +58,11 @@ class Packed:
                 made[-1].info["read"] = self.answers["wide_drawn" if ratio else name][row]["read"]
         return made
 
-    def paint(self, written: Any, **options: Any) -> list[Any]:
-        images = iter(self.decode([one for one in written if one], **options))
-        return [one and next(images) for one in written]
-
-    def written(self, name: str) -> list[Any]:
+    def draw(self, texts: Any, name: str = "drawn") -> list[Any]:
         return [(name, row) if one["read"][0] else None for row, one in enumerate(self.answers[name])]
 
-    def draw(self, texts: Any) -> list[Any]:
-        return self.written("drawn")
-
     def edit(self, encoded: Any, instructions: Any) -> list[Any]:
-        return self.written("edits")
+        return self.draw(instructions, "edits")
 
     def describe(self, encoded: Any) -> list[str]:
         return [one["text"] for one in self.answers["captions"]]
