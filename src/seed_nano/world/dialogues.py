@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, DRAW_PROMPT, DRAW_RESPONSE, EDIT_RESPONSE
 from seed_nano.world.scene import Scene
-from seed_nano.world.splits import Allowed, scene_where, trainable
+from seed_nano.world.splits import Allowed, scene_where
 from seed_nano.world.tasks import after, ask_any, make_any_edit
 from seed_nano.world.things import BACKGROUND_PHRASES, BACKGROUNDS, NAMES, NUMBERS, STYLES, VOCABULARY, background_words
 from seed_nano.world.words import describe, sentence, some
@@ -23,25 +23,17 @@ ANSWERS = {UNKNOWN, *(talk["answer"] for talk in VOCABULARY["small_talk"])}
 
 
 @dataclass
-class Message:
-    """`role`: user or assistant; `content`: words and scenes in order."""
-
-    role: str
-    content: list[Part]
-
-
-@dataclass
 class Talk:
-    """A conversation under construction; `it` means the last scene."""
+    """A conversation under construction; `messages` of user and assistant by turns; `it` means the last scene."""
 
     rng: random.Random
     allowed: Allowed
-    messages: list[Message] = field(default_factory=list)
+    messages: list[list[Part]] = field(default_factory=list)
     scenes: list[Scene] = field(default_factory=list)
 
     def say(self, request: list[Part], answer: list[Part]) -> None:
         """One turn of each side."""
-        self.messages += [Message("user", request), Message("assistant", answer)]
+        self.messages += [request, answer]
         self.scenes += [part for part in (*request, *answer) if isinstance(part, Scene)]
 
     def draw(self) -> None:
@@ -105,22 +97,22 @@ def edited(scene: Scene, rng: random.Random, verdict: str = "") -> list[Part]:
     return [after(verdict, sentence(describe(scene))) if words else EDIT_RESPONSE, scene]
 
 
-def conversation(rng: random.Random, allowed: Allowed = trainable, stories: bool = False) -> list[Message]:
-    """Two to six turns that look, ask, draw and edit, and refer to what was shown before; with `stories` also small
-    talk, and sometimes a story at the end of a short one."""
+def conversation(rng: random.Random, allowed: Allowed) -> list[list[Part]]:
+    """Messages of two to six turns that look, ask, draw, edit and chat, and refer to what was shown before; sometimes a
+    story ends a short one."""
     talk = Talk(rng, allowed)
     rng.choice((talk.draw, talk.look))()
     left = rng.randint(2, 6) - 1
-    with_story = stories and rng.random() < STORIES and left > 1
+    with_story = rng.random() < STORIES and left > 1
     turns = (talk.question, talk.edit, talk.back, talk.draw, talk.look, talk.small)
     for _ in range(min(left, 3) - 1 if with_story else left):
-        rng.choices(turns, (4, 4, 2, 1, 2, 0.5 if stories else 0))[0]()
+        rng.choices(turns, (4, 4, 2, 1, 2, 0.5))[0]()
     if with_story:
         talk.story()
     return talk.messages
 
 
-def story(rng: random.Random, allowed: Allowed = trainable, frames: int = 0) -> list[tuple[str, Scene]]:
+def story(rng: random.Random, allowed: Allowed, frames: int = 0) -> list[tuple[str, Scene]]:
     """Three or four frames (0: either), a sentence and a scene each: the hero is somewhere, a friend joins, they move
     on."""
     wanted = frames or rng.randint(3, 4)

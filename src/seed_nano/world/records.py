@@ -160,7 +160,7 @@ class _Maker:
         return self._after_another(_messages([scene, words], edited(edit.target, self.rng, edit.verdict)))
 
     def conversations(self) -> Record:
-        return _messages(*(message.content for message in dialogues.conversation(self.rng, self.allowed, stories=True)))
+        return _messages(*dialogues.conversation(self.rng, self.allowed))
 
     def talk(self) -> Record:
         """Small talk, alone or after a description."""

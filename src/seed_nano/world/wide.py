@@ -11,7 +11,6 @@ out.
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +19,7 @@ import numpy as np
 from seed_nano.world.scene import QUARTERS, SIZE, Box, Scene, WideScene, boxes, render
 from seed_nano.world.splits import check_split, held_compositions
 from seed_nano.world.things import BACKGROUND_PHRASES, BACKGROUNDS, NAMES, STYLES
-from seed_nano.world.words import normalise, some
-
-_SAID = re.compile(rf"\ban? (?:(?:{'|'.join(STYLES)}) )?([a-z -]+?) at the ({'|'.join(QUARTERS)})")
+from seed_nano.world.words import some
 
 SIZES = {64: 0.34, 96: 0.14, 128: 0.22, 160: 0.1, 200: 0.1, 256: 0.07, 400: 0.03}
 """Sides in pixels of images that are read, and how often."""
@@ -68,11 +65,6 @@ def describe_wide(scene: WideScene) -> str:
             parts.append(f"{some(1, name, style)} at the {quarter}")
             style = ""
     return ", ".join([*parts, BACKGROUND_PHRASES[scene.background][0]])
-
-
-def read_wide(text: str) -> dict[str, str]:
-    """Quarter -> the thing that a description says is there."""
-    return {quarter: name.strip() for name, quarter in _SAID.findall(normalise(text))}
 
 
 def ask_wide(scene: WideScene, rng: random.Random) -> tuple[str, str]:
