@@ -301,7 +301,7 @@ def test_files_and_functions_stay_small():
 
 # Lines of Python at most, so that the next feature pays for itself. These numbers only fall.
 LINES = {
-    "src/seed_nano": 5300, "src/seed_multimodal/evaluation": 1800, "benchmarks": 900, "tests/unit/evaluation": 1000,
+    "src/seed_nano": 5000, "src/seed_multimodal/evaluation": 1800, "benchmarks": 900, "tests/unit/evaluation": 1000,
     "tests/unit/nano": 1200,
     # Not rewritten yet: today's lines.
     "src/seed_multimodal": 48_600, "src/seed_multimodal/commands": 2650, "src/seed_multimodal/data": 11_150,

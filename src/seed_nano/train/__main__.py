@@ -7,25 +7,23 @@ loads from `--out`.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
-from seed_multimodal.disk import writing
+from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.entry import DONE, run_program, whole_number
-from seed_multimodal.errors import ConfigError, how_to_install
 from seed_multimodal.settings import check_keys
 from seed_nano.train.pipeline import Pipeline
-from seed_nano.train.settings import PRESETS, load_settings, save_settings
 from seed_nano.train.stages import PIPELINES
-
-SUMMARY = ("seconds", "parameters", "psnr_things", "gate_passed", "weights_mb")
+from seed_nano.train.workspace import load_settings
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,10 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m seed_nano.train", description=__doc__,
                                      epilog="Further words are settings: key=value.")
     parser.add_argument("system", choices=[name.replace("_", "-") for name in PIPELINES])
-    parser.add_argument("--preset", default="gpu", help="pico (minutes), cpu (hours on two cores) or gpu (default)")
+    parser.add_argument("--preset", default="gpu",
+                        help="pico (minutes), cpu (hours on two cores), gpu (default) or a YAML file of settings")
     parser.add_argument("--pico", dest="preset", action="store_const", const="pico", help="--preset pico")
     parser.add_argument("--cpu", dest="preset", action="store_const", const="cpu", help="--preset cpu")
-    parser.add_argument("--config", help="a YAML file of settings instead of a preset")
     parser.add_argument("--work", type=Path, help="checkpoints, caches and logs (default: runs/SYSTEM-PRESET)")
     parser.add_argument("--out", type=Path, help="the finished system (default: WORK/system)")
     parser.add_argument("--only", default="", help="comma-separated stages")
@@ -51,32 +49,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     system = options.system.replace("-", "_")
     kind, stages = PIPELINES[system]
-    if not options.config:
-        check_keys([options.preset], [file.stem for file in (PRESETS / system).glob("*.yaml")], "--preset")
-    config = load_settings(system, options.config or options.preset, overrides)
-    name = Path(options.config).stem if options.config else options.preset
+    config, name = load_settings(system, options.preset, overrides), Path(options.preset).stem
     work = options.work or Path("runs") / (name if system == "nano" else f"{system}-{name}")
     out = options.out or work / "system"
     wanted = [stage.strip() for stage in options.only.split(",") if stage.strip()]
     check_keys(wanted, [stage.name for stage in stages], "--only")
-    optional = {"report", "judge"} if options.no_report else {"judge"} if config.judge else set()
-    wanted = wanted or [stage.name for stage in stages if stage.name not in optional]
-    if work.resolve().is_relative_to(out.resolve()):
-        raise ConfigError(f"--out {out}: contains the work folder, whose checkpoints are no part of the system.")
-    for package, used in (("lavis", "stage1"), ("hydra", "sft"), ("hydra", "llm_sft"), ("hydra", "language")):
-        if used in wanted and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"Stage {used} needs the package {package}: {how_to_install(package)}.")
+    wanted = wanted or [stage.name for stage in stages if stage.name != "report" or not options.no_report]
     with writing(work):
         out.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
-        save_settings(config, work / "config.yaml")
-    child = ["-m", "seed_nano.train", options.system, "--config", str(work / "config.yaml"), "--work", str(work),
+        replace_text(work / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    child = ["-m", "seed_nano.train", options.system, "--preset", str(work / "config.yaml"), "--work", str(work),
              "--out", str(out), "--only"]
-    pipeline, started = Pipeline(kind(config, work, out), stages, wanted, options.jobs, child), time.monotonic()
+    space, started = kind(config, work, out), time.monotonic()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
-    pipeline.run()
-    for stage, record in pipeline.summary().items():
-        print(f"  {stage:12s} " + ", ".join(f"{key} {record[key]}" for key in SUMMARY if key in record))
+    Pipeline(space, stages, wanted, options.jobs, child).run()
     print(f"Done in {(time.monotonic() - started) / 60:.1f} min: {out}" + (
         f"; try: seed chat --model {out}" if "assemble" in wanted else ""))
     return DONE

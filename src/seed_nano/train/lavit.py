@@ -1,10 +1,9 @@
 """Stages `reader`, `tokenizer` and `narrow` of nano-lavit: selector, merger, codebook and decoder, on cached features.
 
-The reader is linear layers that name what is in a scene from patch features. The tokenizer is trained as in the
-published stage 1, first without codes. Different: what the reader says of rebuilt features is drawn towards what it
-says of the encoder's, because the cosine of all features hardly tells one thing from another; the codebook is smaller,
-and its dead codes move. With so many tokens that the last ones show nothing new, codes are learnt best, but then a
-token costs nothing: `narrow` continues with fewer, and the images that need them least lose them.
+As the published stage 1, first without codes. Different: what linear layers (the reader) read from rebuilt features is
+drawn towards what they read from the encoder's, because the cosine of all features hardly tells one thing from another;
+the codebook is smaller, and its dead codes move. Codes are learnt best with more tokens than needed; `narrow` continues
+with fewer.
 """
 
 from __future__ import annotations
@@ -16,27 +15,64 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
+from seed_multimodal.images.transforms import normalise
+from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer
 from seed_multimodal.tokenizers.lavit_training import TRIED, LavitStage1, LavitStage1Weights
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask, measure
+from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.vision.label_heads import LabelHeads
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
-from seed_nano.train.pixels import to_clip
-from seed_nano.train.task import NanoTask
-from seed_nano.train.vision import LABELS, named_right
-from seed_nano.train.workspace import PREFIX, LavitWorkspace
+from seed_nano.train.task import NanoTask, map_scenes
+from seed_nano.train.vision import LABELS
+from seed_nano.train.workspace import LavitWorkspace
 from seed_nano.world.scene import empty_pictures
 from seed_nano.world.targets import label_tensor
 
+PREFIX = "visual_encoder."  # of the vision encoder's weights in nano's tokenizer
 READER_FILE = "reader.safetensors"
 READ_WEIGHT = 0.3  # of what the reader says of rebuilt features
 EMPTY = 0.05  # empty scenes for each of the pool, which has none: they show with how few tokens an image can do
 WITHOUT_CODES = 0.15  # share of the steps
+
+
+def tokenizer_sizes(space: LavitWorkspace) -> LavitTokenizerConfig:
+    """Of the dynamic tokenizer."""
+    sizes, vit = space.config.tokenizer, Seed2Config.read(space.nano / "config.json").vit
+    return LavitTokenizerConfig(
+        vit, vit_head=0, merger_depth=sizes.merger_depth, merger_heads=sizes.heads, merger_mlp_width=sizes.merger_mlp,
+        codebook_size=sizes.codes, codebook_dim=sizes.code_dim, llm_width=space.config.llm.width)
+
+
+def decoder_sizes(space: LavitWorkspace) -> LavitDecoderConfig:
+    """Of the decoder of codes."""
+    sizes, unet, image = space.config.tokenizer, space.config.unet, tokenizer_sizes(space)
+    return LavitDecoderConfig(
+        tokens=image.patches, code_dim=sizes.code_dim, width=image.vit.width, depth=sizes.decoder_depth,
+        heads=sizes.heads, mlp_width=sizes.decoder_mlp, feature_dim=image.vit.width, prompt_dim=unet.prompt,
+        pooled_dim=unet.pooled)
+
+
+def new_tokenizer(space: LavitWorkspace) -> DynamicTokenizer:
+    """An untrained tokenizer with nano's vision encoder, on the device."""
+    torch.manual_seed(space.config.seed + 1)
+    tokenizer, weights = DynamicTokenizer(tokenizer_sizes(space)), load_state_dict(space.nano / "model.safetensors")
+    tokenizer.encoder.load_state_dict({name.removeprefix(PREFIX): value.float() for name, value in weights.items()
+                                       if name.startswith(PREFIX)})
+    return tokenizer.to(space.device)
+
+
+def pool_features(space: LavitWorkspace) -> Tensor:
+    """Features of the pool, float16 `[P, N, D]`; computed once."""
+    def make() -> Tensor:
+        see = new_tokenizer(space).eval().patch_features
+        return map_scenes(lambda images: see(normalise(images)).half(), space.pool, space, batch=512)
+
+    return space.cached("features", "start", make)
 
 
 class Reader(nn.Module):
@@ -44,12 +80,11 @@ class Reader(nn.Module):
 
     def __init__(self, space: LavitWorkspace) -> None:
         super().__init__()
-        sizes, reading = space.sizes, space.config.tokenizer.reading
+        sizes, reading = tokenizer_sizes(space), space.config.tokenizer.reading
         self.reading = nn.Linear(sizes.vit.width, reading)
         self.heads = LabelHeads(sizes.patches * reading, LABELS)
 
     def forward(self, features_BND: Tensor) -> Tensor:
-        """See the class."""
         return self.reading(features_BND.float()).flatten(1)
 
 
@@ -64,7 +99,7 @@ class ReaderTask(NanoTask):
     """Goes to `{work}/reader.safetensors`."""
 
     def __init__(self, space: LavitWorkspace) -> None:
-        self.features, self.labels, self.see = space.features, label_tensor(space.pool), space.see
+        self.features, self.labels = pool_features(space), label_tensor(space.pool)
         torch.manual_seed(space.config.seed + 2)
         self.reader = Reader(space).to(space.device)
         super().__init__(space, "reader", self.reader)
@@ -76,13 +111,9 @@ class ReaderTask(NanoTask):
         right = self.reader.heads.right(read.detach(), labels).float()
         return self.reader.heads.loss(read, labels), {"first": right[:, 0].mean(), "all": right.amin(1).mean()}
 
-    @torch.no_grad()
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        space, reader = self.space, self.reader.cpu().eval()
-        save_state_dict(reader.state_dict(), space.work / READER_FILE)
-        found = {split: named_right(reader.heads, reader(self.see(scenes)), scenes)
-                 for split in ("val", "pairs", "styles") for scenes in [space.held_out(split)]}
-        return {**super().finish(group), **found}
+        save_state_dict(self.reader.state_dict(), self.space.work / READER_FILE)
+        return super().finish(group)
 
 
 class ReadStage1(LavitStage1):
@@ -96,79 +127,49 @@ class ReadStage1(LavitStage1):
     def __init__(self, reader: Reader, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.reader = [reader]  # no part of what is trained and saved
-        self.misread = torch.zeros(())
         self.readable_B = torch.ones(1, dtype=torch.bool)
 
     def other_errors(self, features_BND: Tensor, rebuilt_BND: Tensor) -> Tensor:
-        """See the base."""
+        """See the base; without gradients a decision is tried on every `TRIED`-th image."""
         reader = self.reader[0]
         misread_B = reader.heads.divergence(reader(rebuilt_BND), reader(features_BND))
         if self.training:
             misread_B = misread_B * (self.readable_B if torch.is_grad_enabled() else self.readable_B[::TRIED])
-        if torch.is_grad_enabled():  # else a decision is tried
-            self.misread = misread_B.detach().mean()
         return READ_WEIGHT * misread_B
 
 
-class TokenizerTask(NanoTask):
+class TokenizerTask(NanoTask, LavitTokenizerTask):
     """Stage `tokenizer`, from random weights; `narrow` starts from its checkpoint."""
 
+    model: ReadStage1
+
     def __init__(self, space: LavitWorkspace, name: str = "tokenizer") -> None:
-        self.lavit, config, pool, first = space, space.config, space.features, name == "tokenizer"
+        self.lavit, self.pool, config, first = space, pool_features(space), space.config, name == "tokenizer"
         settings = getattr(config, f"train_{name}")
         start: dict[str, Any] = {"codebook_warmup": int(WITHOUT_CODES * settings.steps), "kmeans_start": True,
                                  "kmeans_images": 1024} if first else {}
-        tokenizer = space.new_tokenizer()
+        tokenizer = new_tokenizer(space)
         torch.manual_seed(config.seed + 3)
-        self.model = ReadStage1(
-            load_reader(space), tokenizer, CodeDecoder(space.decoder_sizes).to(space.device),
+        model = ReadStage1(
+            load_reader(space), tokenizer, CodeDecoder(decoder_sizes(space)).to(space.device),
             weights=LavitStage1Weights(config.tokenizer.first_keep if first else config.tokenizer.keep,
                                        config.tokenizer.ratio))
-        self.model.start_share()
-        empty_pixels = to_clip(torch.from_numpy(empty_pictures(config.image_size)).permute(0, 3, 1, 2))
-        empty = tokenizer.patch_features(empty_pixels.to(space.device)).half().cpu()
-        number = len(pool) + round(EMPTY * len(pool))
+        model.start_share()
+        empty_pixels = torch.from_numpy(empty_pictures(config.image_size)).permute(0, 3, 1, 2)
+        self.empty = tokenizer.patch_features(normalise(empty_pixels.to(space.device))).half().cpu()
+        health = CodebookHealth(restart_every=max(1, settings.steps // 80), **start)
+        LavitTokenizerTask.__init__(self, name, model, settings, self.batch, health)
+        self.enter(space)
 
-        def batch(micro_step: int) -> Tensor:
-            rows = batch_indices(micro_step, settings.batch_size, number, settings.seed)
-            readable_B = rows < len(pool)
-            self.model.readable_B = readable_B.to(space.device)
-            found = torch.where(readable_B[:, None, None], pool[rows.clamp(max=len(pool) - 1)],
-                                empty[rows % len(empty)])
-            return found.to(space.device).float()
-
-        self.inner = LavitTokenizerTask(name, self.model, settings, batch, CodebookHealth(
-            restart_every=max(1, settings.steps // 80), **start))
-        super().__init__(space, name, self.inner.module)
-        self.optimizer = self.inner.optimizer
-
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        loss, numbers = self.inner.step_loss(self.model, micro_step)
-        return loss, {**numbers, "misread": self.model.misread}
-
-    def after_step(self, step: int) -> None:
-        self.inner.after_step(step)
-
-    def acts_after(self, step: int) -> bool:
-        return self.inner.acts_after(step)
-
-    def status(self) -> dict[str, float]:
-        return self.inner.status()
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        return self.inner.state_dict(step)
-
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        space, model = self.lavit, self.model.eval()
-        scenes = space.held_out("val")
-        seen = [part.to(space.device).float() for part in space.see(scenes).split(256)]
-        measured = measure(model, seen)
-        tokenizer, decoder = (part.cpu() for part in model.finished())
-        with torch.no_grad():
-            rebuilt = torch.cat([rebuild(tokenizer, decoder, part.cpu()) for part in seen])
-            reader = model.reader[0].cpu()
-            read = named_right(reader.heads, reader(rebuilt), scenes)
-        return {**super().finish(group), **measured.to_dict(), "read": read}
+    def batch(self, micro_step: int) -> Tensor:
+        """Features of scenes of the pool and of empty ones, `[B, N, D]`."""
+        pool, number = self.pool, len(self.pool) + round(EMPTY * len(self.pool))
+        rows = batch_indices(micro_step, self.settings.batch_size, number, self.settings.seed)
+        readable_B = rows < len(pool)
+        self.model.readable_B = readable_B.to(self.lavit.device)
+        found = torch.where(readable_B[:, None, None], pool[rows.clamp(max=len(pool) - 1)],
+                            self.empty[rows % len(self.empty)])
+        return found.to(self.lavit.device).float()
 
 
 class NarrowTask(TokenizerTask):
@@ -179,31 +180,24 @@ class NarrowTask(TokenizerTask):
         self.settings = replace(self.settings, start=self.settings.start or str(space.work / "tokenizer.checkpoints"))
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        space, numbers = self.lavit, super().finish(group)
-        save_dynamic_tokenizer(self.model.tokenizer, space.out / "tokenizer",  # without nano's vision encoder
-                               tower=(space.nano / "model.safetensors", PREFIX))
-        self.model.decoder.save_pretrained(space.out / "decoder")
-        missed = numbers["cosine"] > space.config.gate_cosine
-        if missed:
-            print(f"The gate was missed: cosine loss {numbers['cosine']:.3f} > {space.config.gate_cosine}.", flush=True)
-        return {**numbers, "gate_passed": not missed}
+        tokenizer, decoder = (part.cpu() for part in self.model.finished())
+        save_dynamic_tokenizer(tokenizer, self.lavit.out / "tokenizer",  # without nano's vision encoder
+                               tower=(self.lavit.nano / "model.safetensors", PREFIX))
+        decoder.save_pretrained(self.lavit.out / "decoder")
+        return super().finish(group)
 
 
 def rebuilt_features(space: LavitWorkspace) -> Tensor:
     """Features decoded from the codes of the first `drawn` scenes of the pool, float16 `[d, N, D]`."""
+    @torch.no_grad()
     def make() -> Tensor:
         tokenizer = load_dynamic_tokenizer(space.out / "tokenizer").to(space.device)
-        decoder = CodeDecoder.from_pretrained(space.out / "decoder").to(space.device)
-        parts = space.features[: space.config.drawn].split(1024)
-        return torch.cat([rebuild(tokenizer, decoder, part.to(space.device).float()).half().cpu() for part in parts])
+        decoder, parts = CodeDecoder.from_pretrained(space.out / "decoder").to(space.device), []
+        for part in pool_features(space)[: space.config.drawn].split(1024):
+            features_BND = part.to(space.device).float()
+            keep_BN = tokenizer.select(features_BND, generator=torch.Generator().manual_seed(0)).keep_BN
+            rows_TD, counts = tokenizer.merge(features_BND, keep_BN)[keep_BN > 0.5], (keep_BN > 0.5).sum(1).tolist()
+            parts.append(decoder.features(list(tokenizer.quantize_rows(rows_TD)[1].split(counts))).half().cpu())
+        return torch.cat(parts)
 
     return space.cached("rebuilt", "narrow", make, drawn=space.config.drawn)
-
-
-@torch.no_grad()
-def rebuild(tokenizer: DynamicTokenizer, decoder: CodeDecoder, features_BND: Tensor) -> Tensor:
-    """The encoder's features `[B, N, D]` → codes → features."""
-    keep_BN = tokenizer.select(features_BND, generator=torch.Generator().manual_seed(0)).keep_BN
-    rows_TD = tokenizer.merge(features_BND, keep_BN)[keep_BN > 0.5]
-    counts = (keep_BN > 0.5).sum(1).tolist()
-    return decoder.features(list(tokenizer.quantize_rows(rows_TD)[1].split(counts)))

@@ -1,50 +1,91 @@
-"""Runs a table of stages: what is finished is skipped, independent stages run side by side, a stopped run resumes.
+"""Runs a table of stages: finished ones are skipped, independent ones run side by side, a stopped run resumes.
 
-A stage is finished when its record and its files are there; one that does not train must also be newer than
-what it needs, and of these settings. Finished trainings are never repeated: a warning names what changed, and what to
-remove to train them again.
+A stage is finished if its record exists and, unless it is a training, if its settings and the stages that it needs have
+not changed since. Finished trainings are never repeated: a warning lists what changed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from omegaconf import OmegaConf
+
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text
-from seed_multimodal.errors import CheckpointError, SeedError
+from seed_multimodal.entry import ended_by_sigterm
+from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.settings import changed_settings
+from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.training.stage import train_stage
-from seed_nano.train.task import QUIET, NanoTask
-from seed_nano.train.templates import render
-from seed_nano.train.workspace import ROOT, Workspace
+from seed_nano.train.task import QUIET
+from seed_nano.train.workspace import ROOT, Workspace, located
+from seed_nano.world.scene import find_world
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    "sum": lambda a, b: a + b, "product": lambda a, b: a * b, "quotient": lambda a, b: a // b,
+    "rows": lambda batch, tokens, length: max(1, batch * tokens // length),  # packed rows of `batch` sequences
+    "sizes": lambda side, sizes: [[int(a * side / 64), int(b * side / 64)] for a, b in sizes],
+    "held_out": lambda data: OmegaConf.create(
+        OmegaConf.to_yaml(data, resolve=True).replace("records/train/", "records/val/")),
+}
+for resolver, function in RESOLVERS.items():
+    OmegaConf.register_new_resolver(resolver, function, replace=True)
+
+
+def render(space: Workspace, name: str, settings: str) -> Path:
+    """Write the configuration `work/NAME.yaml` of an application; returns its path.
+
+    The template (`templates/SYSTEM/NAME.yaml`) names settings as `${llm.width}`, folders as `${work}`, and those of the
+    stage (`settings`) as `${stage.lr}`; its `with_start` replaces keys if the stage's `start` is set.
+    """
+    config, stage = space.config, getattr(space.config, settings)
+    start, steps, tokenizer = located(stage.start), stage.save_every_steps, getattr(config, "tokenizer", None)
+    if stage.start and not start.exists():
+        raise ConfigError(f"{settings}.start: {start} does not exist.")
+    values = asdict(config) | space.folders | {
+        "world": str(find_world().absolute()),
+        "compile": bool(shutil.which("g++")) if config.llm.compile is None else config.llm.compile,
+        "sections": Seed2Config.num_query if getattr(tokenizer, "sections", False) else 1,
+        "stage": asdict(stage) | {
+            "start": str(start.absolute()), "run_seed": config.seed + stage.seed,
+            "fifth": stage.steps // 5, "fifth_or_set": steps or max(1, stage.steps // 5),
+            "tenth_or_set": steps or max(1, stage.steps // 10),
+            "samples": stage.steps * stage.accumulate * stage.batch_size,
+            "report_to": ["tensorboard"] if stage.tensorboard else []},
+        "recipe": OmegaConf.load(TEMPLATES / space.system / f"{name}.yaml")}
+    recipe: Any = OmegaConf.to_container(OmegaConf.create(values)["recipe"], resolve=True)
+    for section, keys in recipe.pop("with_start", {}).items():
+        recipe[section] |= keys if stage.start else {}
+    file = space.work / f"{name}.yaml"
+    replace_text(file, f"# Written from {space.work.absolute()}/config.yaml\n{OmegaConf.to_yaml(recipe)}")
+    return file
 
 
 @dataclass(frozen=True)
 class Application:
-    """A training by one of the applications, configured by the template of the stage's name.
-
-    Attributes:
-        script: in the repository; settings: name of the stage's `StageSettings`.
-    """
+    """A training by a script of the repository, configured by the template of the stage's name and the settings
+    `settings`."""
 
     script: str
     settings: str
 
     def command(self, space: Workspace, stage: str) -> list[str]:
-        """The process that trains; writes its configuration."""
+        """The arguments of Python; writes the configuration."""
         file = render(space, stage, self.settings).absolute()
-        lavis = ["--cfg-path", str(file)]
-        hydra = ["--config-path", str(file.parent), "--config-name", stage]
-        return [str(ROOT / self.script), *(lavis if self.script.startswith("SEED_Tokenizer") else hydra)]
+        lavis = self.script.startswith("SEED_Tokenizer")
+        return [str(ROOT / self.script), *(("--cfg-path", str(file)) if lavis else (
+            "--config-path", str(file.parent), "--config-name", stage))]
 
 
 @dataclass(frozen=True)
@@ -55,8 +96,8 @@ class Program:
     arguments: tuple[str, ...]
 
     def command(self, space: Workspace, stage: str) -> list[str]:
-        """The process that runs it."""
-        values = {**asdict(space.config), "work": space.work, "out": space.out, "judge": space.judge}
+        """The arguments of Python."""
+        values = asdict(space.config) | space.folders
         return ["-m", self.module, *(argument.format(**values) for argument in self.arguments)]
 
 
@@ -65,98 +106,43 @@ class Stage:
     """A row of a pipeline.
 
     Attributes:
-        run: a task that is trained, a function of the workspace that returns numbers for the record, or a command.
-        needs: stages before it. makes: its files, as `Workspace.path` reads them. reads: settings it depends on,
-            besides seed, image_size, start and its own `train_*`.
+        run: a `NanoTask` class, a function of the workspace that may return numbers for the record, or a command.
+        needs: stages before it. reads: settings it depends on, besides seed, image_size, start and its own `train_*`.
     """
 
     name: str
     run: Any
     needs: tuple[str, ...] = ()
-    makes: tuple[str, ...] = ()
-    reads: tuple[str, ...] = field(default=())
+    reads: tuple[str, ...] = ()
 
     @property
     def trained(self) -> bool:
         """Whether it is a training, which takes long."""
-        return isinstance(self.run, Application) or isinstance(self.run, type) and issubclass(self.run, NanoTask)
+        return isinstance(self.run, Application | type)
 
-    @property
-    def settings(self) -> str:
-        """Name of its own settings."""
-        return self.run.settings if isinstance(self.run, Application) else f"train_{self.name}"
+    def settings(self, space: Workspace) -> dict[str, Any]:
+        """Settings that it depends on."""
+        values = asdict(space.config)
+        own = self.run.settings if isinstance(self.run, Application) else f"train_{self.name}"
+        train = {key: value for key, value in values.get(own, {}).items() if key not in QUIET}
+        return {own: train, **{key: values[key] for key in ("seed", "image_size", "start", *self.reads)
+                               if key in values}}
 
-
-def missing(space: Workspace, stage: Stage) -> str:
-    """What a stage has not made yet; "" if it is finished."""
-    record = space.record(stage.name)
-    files = [record, *map(space.path, stage.makes)]
-    if isinstance(stage.run, Application) and record.is_file():
-        steps, wanted = read_json_object(record).get("steps", 0), getattr(space.config, stage.settings).steps
-        if steps < wanted:
-            return f"{steps} of {wanted} steps"
-    return next((str(file) for file in files if not file.is_file()), "")
-
-
-def outdated(space: Workspace, stage: Stage) -> str:
-    """Which settings changed, and which needed stages were run again, since a stage was finished; "" if none."""
-    record, file = space.record(stage.name), _settings_file(space, stage)
-    changes = changed_settings(read_json_object(file), _settings(space, stage)) if file.is_file() else []
-    newer = [need for need in stage.needs if (place := space.record(need)).is_file() and record.is_file()
-             and place.stat().st_mtime_ns > record.stat().st_mtime_ns]
-    return "; ".join([*changes, *(f"{need} was run again" for need in newer)])
-
-
-def _settings_file(space: Workspace, stage: Stage) -> Path:
-    return space.work / f"{stage.name}.settings.json"
-
-
-def _settings(space: Workspace, stage: Stage) -> dict[str, Any]:
-    values = asdict(space.config)
-    found = {name: values[name] for name in ("seed", "image_size", "start", *stage.reads) if name in values}
-    own = values.get(stage.settings, {})
-    return {**found, stage.settings: {name: value for name, value in own.items() if name not in QUIET}}
-
-
-def is_finished(space: Workspace, stage: Stage) -> bool:
-    """Whether a stage can be skipped, which is logged."""
-    change = outdated(space, stage)
-    if missing(space, stage) or change and not stage.trained:
-        return False
-    print(f"[{stage.name}] already done: {space.record(stage.name)}", flush=True)
-    if change:
-        folder = space.record(stage.name).parent
-        print(f"[{stage.name}] was trained before this changed: {change}; to train it again remove "
-              f"{space.work / stage.name}.*{f' and {folder}' if folder != space.work else ''}.", flush=True)
-    return True
-
-
-def run_stage(space: Workspace, stage: Stage) -> None:
-    """Run a stage in this process."""
-    record = space.record(stage.name)
-    # Only its files are gone: it is finished again from its checkpoint, and nothing that was built on it is outdated.
-    times = record.stat() if record.is_file() and not outdated(space, stage) else None
-    with _locked(space, stage):
-        if stage.trained:
-            if times:
-                record.unlink()
-            train_stage(stage.run(space), space.work)
-        else:
-            started = time.monotonic()
-            numbers = stage.run(space)
-            replace_text(record, json.dumps({"stage": stage.name, "seconds": round(time.monotonic() - started, 1),
-                                             **numbers}, indent=1))
-        _finish(space, stage)
-        if times:
-            os.utime(record, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-def _finish(space: Workspace, stage: Stage) -> None:
-    replace_text(_settings_file(space, stage), json.dumps(_settings(space, stage)))
-
-
-def _locked(space: Workspace, stage: Stage) -> Any:
-    return folder_lock(space.work, SeedError, f"at stage {stage.name} in this work folder", 3.0, f".{stage.name}.lock")
+    def is_finished(self, space: Workspace) -> bool:
+        """Whether it can be skipped, which is logged."""
+        record, file = space.record(self.name), space.work / f"{self.name}.settings.json"
+        if not record.is_file():
+            return False
+        changes = changed_settings(read_json_object(file), self.settings(space)) if file.is_file() else []
+        changes += [f"{need} was run again" for need in self.needs if (other := space.record(need)).is_file()
+                    and other.stat().st_mtime_ns > record.stat().st_mtime_ns]
+        if changes and not self.trained:
+            return False
+        print(f"[{self.name}] already done: {record}", flush=True)
+        if changes:
+            print(f"[{self.name}] was trained before this changed: {'; '.join(changes)}; to train it again remove "
+                  f"{space.work / self.name}*.", flush=True)
+        return True
 
 
 class Pipeline:
@@ -168,97 +154,60 @@ class Pipeline:
 
     def __init__(self, space: Workspace, stages: Sequence[Stage], wanted: Sequence[str], jobs: int,
                  child: Sequence[str]) -> None:
-        self.space, self.table, self.jobs, self.child = space, {stage.name: stage for stage in stages}, jobs, child
-        self.waiting = [stage for stage in stages if stage.name in wanted]
-        self.order = [stage.name for stage in self.waiting]
-        self.running: dict[str, tuple[subprocess.Popen[bytes], ExitStack, float]] = {}
+        self.space, self.jobs, self.child = space, jobs, child
+        self.wanted = [stage for stage in stages if stage.name in wanted]
+        self.before: dict[str, set[str]] = {}  # all stages that a stage needs, directly or not
+        for stage in stages:
+            self.before[stage.name] = set(stage.needs).union(*(self.before.get(need, ()) for need in stage.needs))
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> None:
-        """Run all.
+        """Run the stages; if one fails or this process is stopped, the others are stopped, too, as by SIGTERM."""
+        waiting, running = list(self.wanted), dict[Future[None], str]()
+        with ended_by_sigterm(), ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                while waiting or running:
+                    pending = {stage.name for stage in waiting} | set(running.values())
+                    ready = [stage for stage in waiting if not self.before[stage.name] & pending]
+                    for stage in ready[:self.jobs - len(running)]:
+                        waiting.remove(stage)
+                        if stage.is_finished(self.space):
+                            continue
+                        print(f"== {stage.name}", flush=True)
+                        if self.jobs == 1:  # in the main thread, which gets the signals
+                            self._run(stage)
+                        elif isinstance(stage.run, Application | Program):
+                            running[pool.submit(self._run, stage)] = stage.name
+                        else:
+                            running[pool.submit(self._process, [*self.child, stage.name])] = stage.name
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        del running[future]
+                        future.result()
+            finally:
+                for process in self.processes:
+                    process.terminate()
 
-        Raises:
-            SystemExit: with the code of a command that failed, or 143 after SIGTERM; the others are stopped, too.
-            CheckpointError: what a stage needs is not there.
-        """
-        with self._stopped_together():
-            while self.waiting or self.running:
-                ready = [stage for stage in self.waiting if self._ready(stage)]
-                for stage in ready[:self.jobs - len(self.running)]:
-                    self.waiting.remove(stage)
-                    if not is_finished(self.space, stage):
-                        self._start(stage)
-                for name, (process, locks, started) in list(self.running.items()):
-                    if process.poll() is None:
-                        continue
-                    locks.close()
-                    del self.running[name]
-                    if process.returncode:
-                        raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
-                    self._ended(self.table[name], time.monotonic() - started)
-                if self.running:
-                    time.sleep(0.1)
+    def _run(self, stage: Stage) -> None:
+        space, name, started = self.space, stage.name, time.monotonic()
+        numbers: Mapping[str, Any] = {}
+        with folder_lock(space.work, SeedError, f"at stage {name} in this work folder", 3.0, f".{name}.lock"):
+            if isinstance(stage.run, Application | Program):
+                self._process(stage.run.command(space, name))
+            elif stage.trained:
+                train_stage(stage.run(space), space.work)
+            else:
+                numbers = stage.run(space) or {}
+            record = space.record(name)
+            if not stage.trained and record.parent == space.work:
+                seconds = round(time.monotonic() - started, 1)
+                replace_text(record, json.dumps({"stage": name, "seconds": seconds, **numbers}, indent=1))
+            replace_text(space.work / f"{name}.settings.json", json.dumps(stage.settings(space)))
 
-    def _before(self, stage: Stage) -> set[str]:
-        found: set[str] = set()
-        for need in stage.needs:
-            if need in self.table:
-                found |= {need, *self._before(self.table[need])}
-        return found
-
-    def _ready(self, stage: Stage) -> bool:
-        return not self._before(stage) & {*self.running, *(other.name for other in self.waiting)}
-
-    def threads(self, stage: Stage) -> int:
-        """Cores of a stage: its share of them if another one can run at the same time."""
-        alone = all(other == stage.name or other in self._before(stage)
-                    or stage.name in self._before(self.table[other]) for other in self.order)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cores if alone else max(1, cores // self.jobs)
-
-    def _start(self, stage: Stage) -> None:
-        for need in stage.needs:
-            if need in self.table and need not in self.order:
-                row = self.table[need]
-                gone = [file for file in map(self.space.path, row.makes) if not file.is_file()]
-                if gone or not row.makes and missing(self.space, row):
-                    raise CheckpointError(f"{gone[0] if gone else self.space.work / need}: is not there yet; stage "
-                                          f"{need} makes it (--only {need},{stage.name}).")
-        print(f"== {stage.name}", flush=True)
-        command = isinstance(stage.run, Application | Program)
-        if not command and self.jobs == 1:
-            return run_stage(self.space, stage)
-        arguments = stage.run.command(self.space, stage.name) if command else [*self.child, stage.name]
-        environment = {"OMP_NUM_THREADS": str(self.threads(stage)), "HF_HUB_OFFLINE": "1", **os.environ}
-        paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        locks = ExitStack()
-        if command:
-            locks.enter_context(_locked(self.space, stage))
-        process = subprocess.Popen([sys.executable, *arguments],
-                                   env={**environment, "PYTHONPATH": os.pathsep.join(paths)})
-        self.running[stage.name] = process, locks, time.monotonic()
-
-    def _ended(self, stage: Stage, seconds: float) -> None:
-        record = self.space.record(stage.name)
-        if isinstance(stage.run, Program) and record.parent == self.space.work:
-            replace_text(record, json.dumps({"stage": stage.name, "seconds": round(seconds, 1)}))
-        if isinstance(stage.run, Application | Program):
-            _finish(self.space, stage)
-
-    @contextmanager
-    def _stopped_together(self) -> Iterator[None]:
-        """If one stage fails or this process is stopped, all end as after SIGTERM: what they have trained is saved."""
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            for process, _, _ in self.running.values():
-                process.terminate()
-            for process, locks, _ in self.running.values():
-                process.wait()
-                locks.close()
-
-    def summary(self) -> Mapping[str, Mapping[str, Any]]:
-        """Records of the stages that were run."""
-        places = {name: self.space.record(name) for name in self.order}
-        return {name: read_json_object(file) for name, file in places.items() if file.is_file()}
+    def _process(self, arguments: Sequence[str]) -> None:
+        threads = max(1, torch.get_num_threads() // self.jobs)
+        environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+        process = subprocess.Popen([sys.executable, *arguments], env=environment)
+        self.processes.append(process)
+        if code := process.wait():
+            raise SystemExit(code if code > 0 else 128 - code)

@@ -1,38 +1,82 @@
-"""Base of the stages that run in the library's training loop: one process, batches by step."""
+"""Base of the stages that run in the library's training loop, and scenes as pixels and as a stream of batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.stage import StageTask
-from seed_nano.train.pixels import SceneStream
 from seed_nano.train.workspace import Workspace
+from seed_nano.world.scene import Scene, render, thing_mask
+from seed_nano.world.splits import scene_at
+from seed_nano.world.targets import label_tensor
 
+LENGTH = 2**40  # of the stream: more than any training takes
 QUIET = ("tensorboard", "wandb", "run_name", "log_every", "save_seconds", "save_every_steps", "keep", "async_save",
          "resume", "curves", "timeout_minutes")  # settings that change no number
 
 
-class NanoTask(StageTask):
-    """Stage NAME with the settings `train_NAME`."""
+def scene_pixels(scenes: Sequence[Scene], size: int) -> Tensor:
+    """Images of scenes, uint8 `[N, 3, size, size]`."""
+    return torch.from_numpy(np.stack([render(scene, size) for scene in scenes])).permute(0, 3, 1, 2).contiguous()
 
-    def __init__(self, space: Any, name: str, module: nn.Module, stream: SceneStream | None = None) -> None:
-        # Not in parallel: the losses call parts of the module past its `forward`.
-        super().__init__(name, module, getattr(space.config, f"train_{name}"), parallel=False)
-        self.space: Workspace = space
-        self.config = {key: value for key, value in asdict(space.config).items()
-                       if key in ("seed", "image_size", f"train_{name}")}
-        self.quiet_keys = [f"train_{name}.{key}" for key in QUIET]
+
+@torch.no_grad()
+def map_scenes(function: Callable[[Tensor], Tensor], scenes: Sequence[Scene], space: Workspace, batch: int) -> Tensor:
+    """What `function` makes of the images of scenes, uint8 on the device, batch by batch; on the CPU."""
+    images = (scene_pixels(scenes[at:at + batch], space.config.image_size) for at in range(0, len(scenes), batch))
+    return torch.cat([function(part.to(space.device)).cpu() for part in images])
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 → float32 in [-1, 1], the VAE's range."""
+    return images.float() / 127.5 - 1.0
+
+
+class SceneStream:
+    """Training scenes by number, for `StepBatches`; a batch has `image` uint8 `[B, 3, S, S]`, `labels` int64 `[B, 5]`
+    (`seed_nano.world.targets`) and `mask` float32 `[B, 1, S, S]`: how much of each pixel is a thing."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def get_batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, Any]:
+        """The scenes of some numbers."""
+        scenes = [scene_at(self.seed, int(index)) for index in indices]
+        masks = torch.from_numpy(np.stack([thing_mask(scene, self.size) for scene in scenes]))[:, None]
+        return {"image": scene_pixels(scenes, self.size), "labels": label_tensor(scenes), "mask": masks}
+
+
+class NanoTask(StageTask):
+    """Stage NAME with the settings `train_NAME`; its record holds the smoothed numbers of the last steps."""
+
+    def __init__(self, space: Any, name: str, module: nn.Module, stream: Any = None) -> None:
+        super().__init__(name, module, getattr(space.config, f"train_{name}"))
+        self.enter(space)
         if stream is not None:
-            self.scenes = StepBatches(stream, self.settings.batch_size, seed=0, workers=space.config.workers,
-                                      shuffle=False)
+            self.scenes: Any = StepBatches(stream, self.settings.batch_size, seed=0, workers=space.config.workers,
+                                           shuffle=False)
+
+    def enter(self, space: Any) -> None:
+        """Take a workspace and the settings that count at a resume."""
+        self.space: Workspace = space
+        self.parallel = False  # the losses call parts of the module past its `forward`
+        own = f"train_{self.name}"
+        self.config = {key: value for key, value in asdict(space.config).items() if key in ("seed", "image_size", own)}
+        self.quiet_keys = [f"{own}.{key}" for key in QUIET]
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         if hasattr(self, "scenes"):
             self.scenes.close()
-        return {**super().finish(group), "parameters": sum(p.numel() for p in self.module.parameters())}
+        numbers = {key: round(value, 4) for key, value in self.meter.smooth.items()}
+        return {**super().finish(group), "parameters": sum(p.numel() for p in self.module.parameters()), **numbers}

@@ -10,13 +10,13 @@ import torch
 from omegaconf import OmegaConf
 
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.images.transforms import normalise
 from seed_multimodal.weights import save_state_dict
-from seed_nano.train.pixels import scene_pixels, to_clip
-from seed_nano.train.settings import load_settings
-from seed_nano.train.templates import render
+from seed_nano.train.pipeline import render
+from seed_nano.train.task import scene_pixels
 from seed_nano.train.tokenizer import tokenizer_config
 from seed_nano.train.vision import HEADS_FILE, READOUT_FILE, ClipTask
-from seed_nano.train.workspace import Workspace
+from seed_nano.train.workspace import Workspace, load_settings
 from seed_nano.world.splits import scene_at
 
 
@@ -28,7 +28,7 @@ def lavis(folder: Path, *changes: str) -> Any:
     task.vision.save_pretrained(space.decoder_folder / "image_encoder")
     save_state_dict(task.heads.state_dict(), folder / HEADS_FILE)
     save_state_dict({"readout": task.readout.weight}, folder / READOUT_FILE)
-    _ = space.words
+    space.train_words()
     files = [render(space, name, f"train_{name}") for name in ("stage1", "stage2")]
     return space, *map(OmegaConf.load, files)
 
@@ -47,7 +47,7 @@ def test_lavis_templates_hold_the_sizes_and_teach_by_the_heads(tmp_path: Path) -
                two.model.pretrained)
     second = models.Blip2CodebookAllImage.from_config(two.model)
     assert second.config == tokenizer_config(space.config) and is_tower_of(first.visual_encoder, first.clip)
-    samples = {"image": to_clip(scene_pixels([scene_at(0, n) for n in range(6)], 64)), "caption": ["a cat"] * 6}
+    samples = {"image": normalise(scene_pixels([scene_at(0, n) for n in range(6)], 64)), "caption": ["a cat"] * 6}
     out = {name: float(value) for name, value in second.eval()(samples).items()}
     parts = sum(out[name] for name in ("loss_embed", "loss_distil_image", "loss_readout"))
     assert out["loss"] == pytest.approx(parts + second.options.label_weight * out["loss_labels"], rel=1e-5)

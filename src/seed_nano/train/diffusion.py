@@ -1,0 +1,280 @@
+"""nano's unCLIP decoder (stages `unet`, `unet2`), and the layout decoders of nano-x and nano-lavit (stage `layout`).
+
+v-prediction under a cosine schedule that ends at a signal share below one: sampling starts from the latents that the
+embedding already determines (the layout decoder), so the U-Net only has to add what they leave open. `unet2` mixes in
+embeddings decoded from (partly corrupted) codes, which the decoder gets in use.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seed_multimodal.detokenizers.denoising import Noised
+from seed_multimodal.detokenizers.layout import LayoutDecoder
+from seed_multimodal.detokenizers.sdxl import LAYOUT
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.schedules import batch_indices
+from seed_multimodal.weights import load_state_dict
+from seed_nano.train.lavit import load_reader, rebuilt_features
+from seed_nano.train.task import NanoTask
+from seed_nano.train.tokenizer import encode_scenes, load_tokenizer
+from seed_nano.train.vae import latents
+from seed_nano.train.vision import LABELS, READOUT_FILE, REDUCED, load_label_heads, pool_features
+from seed_nano.train.workspace import LavitWorkspace, Workspace, XWorkspace
+from seed_nano.world.scene import Scene, anchors
+from seed_nano.world.targets import arranged_anchors, true_spots
+
+TRAIN_STEPS = 1000
+FINAL_SIGNAL, SUCCESSORS_SIGNAL = 0.95, 0.98  # the first noise is about twice the layout's error, so that it covers it
+LAYOUT_SHARE = 3  # scenes that the layout learns from for each that the U-Net learns from: a scene costs it a quarter
+CONDITIONS = (0.15, 0.6, 0.25)  # of unet2: share of true embeddings, of those of codes, of those of corrupted codes
+CORRUPTED = 0.15  # most of the codes of a corrupted image
+TOKENS = 8  # side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times as much
+# 2 to 12 steps and guidance 1 to 4 draw equally well by the judge (docs/LOG.md): sampling starts near the layout.
+DECODE_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0}
+NOISE = 0.35  # most, of nano-x's features, which have unit variance: for the errors of the LLM that generates them
+ITSELF = 0.15  # share of the conditions that are the image itself
+KEEPS = 32  # width of what decides where a condition stays
+
+
+def new_unet(channels: Sequence[int], attends: Sequence[bool], **sizes: Any) -> Any:
+    """An untrained `UNet2DConditionModel` that attends on some levels and in the middle."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        down_block_types=tuple("CrossAttnDownBlock2D" if level else "DownBlock2D" for level in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if level else "UpBlock2D" for level in reversed(attends)),
+        block_out_channels=tuple(channels), norm_num_groups=8, use_linear_projection=True, **sizes)
+
+
+def new_scheduler(final_signal: float) -> Any:
+    """The scheduler of training and sampling; its cumulative signal share falls as cos² from 1 to `final_signal`."""
+    from diffusers import DDIMScheduler
+
+    last = math.acos(math.sqrt(final_signal))
+    shares = [math.cos(last * (i / TRAIN_STEPS)) ** 2 for i in range(TRAIN_STEPS + 1)]
+    betas = [1.0 - after / before for before, after in pairwise(shares)]
+    return DDIMScheduler(num_train_timesteps=TRAIN_STEPS, trained_betas=betas, clip_sample=False, set_alpha_to_one=True,
+                         prediction_type="v_prediction", timestep_spacing="trailing")
+
+
+def write_successor_unet(space: Any, context: int, pooled: int, seed: int) -> None:
+    """An untrained U-Net of SDXL's kind (`context`, `pooled`: widths of the prompt's embeddings), the scheduler and
+    decoding defaults, to `{decoder}`."""
+    from diffusers import AutoencoderKL
+
+    vae: Any = AutoencoderKL.load_config(space.autoencoder, local_files_only=True)
+    sizes, folder, latent = space.config.unet, space.decoder_folder, vae["latent_channels"]
+    torch.manual_seed(seed)
+    attends = [level == 1 or len(sizes.channels) == 1 for level in range(len(sizes.channels))]
+    new_unet(sizes.channels, attends, sample_size=space.config.image_size // 2**(len(vae["block_out_channels"]) - 1),
+             in_channels=latent, out_channels=latent, layers_per_block=1, cross_attention_dim=context,
+             attention_head_dim=sizes.heads, addition_embed_type="text_time", addition_time_embed_dim=8,
+             projection_class_embeddings_input_dim=6 * 8 + pooled).save_pretrained(folder / "unet")
+    new_scheduler(SUCCESSORS_SIGNAL).save_pretrained(folder / "scheduler")
+    image_guidance = {"image_guidance_scale": 1.0} if space.system == "nano_x" else {}
+    (folder / "seed_decode.json").write_text(json.dumps({**DECODE_DEFAULTS, **image_guidance}))
+
+
+class UnetTask(NanoTask):
+    """Stage `unet`: train on latents and embeddings of the pool; goes to `{work}/unet`."""
+
+    def __init__(self, space: Workspace, name: str = "unet") -> None:
+        from diffusers import DDPMScheduler
+        from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+        self.out = space.work / "unet"
+        self.latents, self.embeddings = latents(space), pool_features(space)
+        self.spots = true_spots(space.pool)
+        torch.manual_seed(space.config.seed + 3)
+        unet, layout = self.start(space)
+        layout.heads.requires_grad_(False)  # labels keep the vision encoder's meaning
+        self.unet, self.layout = unet, layout
+        module = nn.ModuleDict({"unet": unet, "layout": layout}).to(space.device)
+        self.scheduler, self.noising = new_scheduler(FINAL_SIGNAL), DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        embeddings = self.embeddings.float()
+        self.normaliser = StableUnCLIPImageNormalizer(embedding_dim=embeddings.shape[1])
+        self.normaliser.mean.data = embeddings.mean(0, keepdim=True)
+        self.normaliser.std.data = embeddings.std(0, keepdim=True).clamp_min(1e-4)
+        self.normaliser.to(space.device)
+        super().__init__(space, name, module)
+
+    def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
+        """Untrained U-Net, and layout decoder whose heads and coarse image are those of stage `clip`."""
+        sizes, (channels, grid), width = space.config.unet, self.latents.shape[1:3], self.embeddings.shape[-1]
+        unet = new_unet(
+            sizes.channels, [grid // 2**level == TOKENS for level in range(len(sizes.channels))], sample_size=grid,
+            in_channels=channels, out_channels=channels, layers_per_block=sizes.layers,
+            cross_attention_dim=sizes.cross_dim, attention_head_dim=sizes.heads, class_embed_type="projection",
+            projection_class_embeddings_input_dim=2 * width)
+        heads, readout = load_label_heads(space), load_state_dict(space.work / READOUT_FILE)
+        patch = next(side for side in range(max(1, grid // TOKENS), 0, -1) if grid % side == 0)
+        layout = LayoutDecoder(width, channels, grid, sizes.cross_dim, heads.classes, arranged_anchors(),
+                               coarse=REDUCED, patch=patch)
+        layout.heads.load_state_dict(heads.state_dict())
+        layout.coarse[0].load_state_dict({"weight": readout["readout"]})
+        return unet, layout
+
+    def conditions(self, chosen: Tensor) -> Tensor:
+        """Embeddings `[B, E]` that the U-Net is conditioned on, of some scenes of the pool."""
+        return self.embeddings[chosen].float()
+
+    def class_labels(self, embedding: Tensor, level: Tensor) -> Tensor:
+        """unCLIP's noised embedding and sinusoid of the level, `[B, 2E]`, as the pipeline makes them."""
+        from diffusers.models.embeddings import get_timestep_embedding
+
+        scaled = self.normaliser.scale(embedding)
+        noised = self.normaliser.unscale(self.noising.add_noise(scaled, torch.randn_like(scaled), level))
+        sinusoid = get_timestep_embedding(level, embedding.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
+        return torch.cat([noised, sinusoid], 1)
+
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        settings, device = self.settings, self.space.device
+        count = settings.batch_size
+        chosen = batch_indices(micro_step, LAYOUT_SHARE * count, len(self.latents), settings.seed)
+        wanted, embedding = self.latents[chosen].float().to(device), self.conditions(chosen).to(device)
+        mean, tokens = self.layout(embedding, self.spots[chosen].to(device))
+        layout_error = F.mse_loss(mean.float(), wanted)
+        x0, embedding, tokens = wanted[:count], embedding[:count], tokens[:count]
+        level = torch.randint(0, 300, (count,), device=device) * (torch.rand(count, device=device) < 0.25)
+        labels = self.class_labels(embedding, level)
+        keep = (torch.rand(count, device=device) >= 0.1).float()
+        noised = Noised.draw(self.scheduler, x0)
+        output = self.unet(noised.latents, noised.steps, encoder_hidden_states=tokens * keep[:, None, None],
+                           class_labels=labels * keep[:, None])
+        error = noised.losses(output.sample)["total_loss"]
+        return error + layout_error, {"v": error.detach(), "layout": layout_error.detach()}
+
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+        self.module.cpu()
+        for model, folder in ((self.unet, "unet"), (self.scheduler, "scheduler"), (self.layout, "layout"),
+                              (self.noising, "image_noising_scheduler"), (self.normaliser.cpu(), "image_normalizer")):
+            model.save_pretrained(self.out / folder)
+        (self.out / "seed_decode.json").write_text(json.dumps(DECODE_DEFAULTS))
+        return super().finish(group)
+
+
+class UnetOfCodesTask(UnetTask):
+    """Stage `unet2`: train further, mostly with embeddings decoded from codes; goes to `{decoder}`."""
+
+    def __init__(self, space: Workspace) -> None:
+        self.decoded = space.cached("decoded", "tokenizer", lambda: self.decode_codes(space))
+        super().__init__(space, "unet2")
+        self.out = space.decoder_folder
+
+    @torch.no_grad()
+    def decode_codes(self, space: Workspace) -> Tensor:
+        """Embeddings float16 `[2, N, E]` of the pool's codes: as they are, and with up to 15 % of them replaced by
+        those of another scene at the same position."""
+        tokenizer, codes = load_tokenizer(space), encode_scenes(space, space.pool).long()
+        generator = torch.Generator().manual_seed(space.config.seed)
+        share = CORRUPTED * torch.rand(len(codes), 1, generator=generator)
+        swap = torch.rand(codes.shape, generator=generator) < share
+        swapped = torch.where(swap, codes[torch.randperm(len(codes), generator=generator)], codes)
+        return torch.stack([tokenizer.decode(kind, batch_size=512).half().cpu() for kind in (codes, swapped)])
+
+    def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
+        from diffusers import UNet2DConditionModel
+
+        unet: Any = UNet2DConditionModel.from_pretrained(self.out / "unet", local_files_only=True)
+        unet.register_to_config(_name_or_path="")  # else this machine's path is saved with the model
+        return unet, LayoutDecoder.from_pretrained(self.out / "layout")
+
+    def conditions(self, chosen: Tensor) -> Tensor:
+        kind = torch.multinomial(torch.tensor(CONDITIONS), len(chosen), replacement=True)
+        decoded = self.decoded[(kind - 1).clamp_min(0), chosen].float()
+        return torch.where(kind[:, None] > 0, decoded, super().conditions(chosen))
+
+
+class LayoutTask(NanoTask):
+    """Expected latents of an image; goes to `folder`. Parts of the decoder in `known` keep those weights."""
+
+    latents: Tensor
+
+    def __init__(self, space: Any, folder: Path, features: Tensor, known: Mapping[str, nn.Module],
+                 **sizes: Any) -> None:
+        self.folder, self.features, layout = folder / LAYOUT, features.flatten(1), space.config.layout
+        self.layout = LayoutDecoder(
+            self.features.shape[1], self.latents.shape[1], self.latents.shape[2], 0, LABELS, arranged_anchors(),
+            patch=1, **asdict(layout), **sizes).to(space.device)
+        for name, part in known.items():
+            own = getattr(self.layout, name)
+            own.load_state_dict(part.state_dict())
+            own.requires_grad_(False)
+        super().__init__(space, "layout", self.layout)
+
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+        self.layout.cpu().save_pretrained(self.folder)
+        return super().finish(group)
+
+
+class XLayoutTask(LayoutTask):
+    """nano-x's: from the vision encoder's features and, for edits, the latents of the image before."""
+
+    def __init__(self, space: XWorkspace) -> None:
+        self.latents, features = latents(space), pool_features(space)
+        self.spots, self.kept = true_spots(space.pool), kept_spots(space.edits)
+        torch.manual_seed(space.config.seed + 3)
+        super().__init__(space, space.out / "detokenizer", features, {"heads": load_label_heads(space)}, keeps=KEEPS)
+
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """Half of the samples alone, half with the image before the edit as condition."""
+        settings, device = self.settings, self.space.device
+        count = settings.batch_size
+        rows = batch_indices(micro_step, count, len(self.features), settings.seed)
+        after = rows[: count // 2] | 1  # an edit's result has the odd number
+        before = torch.where(torch.rand(len(after)) < ITSELF, after, after - 1)
+        rows = torch.cat([after, rows[len(after):]])
+        spots = torch.cat([self.kept[after // 2], self.spots[rows[len(after):]]])
+        told = self.features[rows].float()
+        told = told + NOISE * torch.rand(count, 1) * torch.randn_like(told)
+        condition = torch.zeros(count, *self.latents.shape[1:])
+        condition[: len(after)] = self.latents[before].float()
+        wanted = self.latents[rows].float().to(device)
+        mean = model(told.to(device), spots.to(device), condition.to(device))[0]
+        errors = F.mse_loss(mean.float(), wanted, reduction="none").flatten(1).mean(1)
+        beside, alone = errors[: len(after)].mean(), errors[len(after):].mean()
+        return beside + alone, {"beside": beside.detach(), "alone": alone.detach()}
+
+
+class LavitLayoutTask(LayoutTask):
+    """nano-lavit's: from features decoded from codes."""
+
+    def __init__(self, space: LavitWorkspace) -> None:
+        self.latents, features = latents(space), rebuilt_features(space)
+        self.spots = true_spots(space.pool[: len(features)])
+        torch.manual_seed(space.config.seed + 4)
+        known, reading = dict(load_reader(space).named_children()), (features.shape[2], space.config.tokenizer.reading)
+        super().__init__(space, space.decoder_folder, features, known, reading=reading)
+
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        device = self.space.device
+        rows = batch_indices(micro_step, self.settings.batch_size, len(self.features), self.settings.seed)
+        mean = model(self.features[rows].to(device).float(), self.spots[rows].to(device))[0]
+        error = F.mse_loss(mean.float(), self.latents[rows].to(device).float())
+        return error, {"error": error.detach()}
+
+
+def kept_spots(edits: Sequence[tuple[Scene, Scene]]) -> Tensor:
+    """As `true_spots` of the images after an edit, `[N, K, 4]`, but things that stay stand at their anchors: the
+    condition image shows their spots."""
+    found = true_spots([after for _, after in edits])
+    for row, (before, after) in enumerate(edits):
+        if before.style != after.style:
+            continue
+        there = {(slot.thing, x, y, side) for slot, (_, x, y, side) in
+                 zip(before.slots(), anchors(before.layout, before.counts), strict=True)}
+        for place, (kind, x, y, side) in enumerate(anchors(after.layout, after.counts)):
+            if (after.things[kind], x, y, side) in there:
+                found[row, place] = torch.tensor([kind, x, y, side])
+    return found
