@@ -13,6 +13,7 @@ import json
 import random
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +42,7 @@ from seed_nano.world.wide import any_view, wide_at
 NAME, FILE, WORDS = "nano's scenes", "domain.safetensors", "known_words.json"
 SHARE = 0.995  # of held-out scenes that count as scenes: the threshold
 STEPS, BATCH = 2000, 256
+SIZES = (64, 128, 256, 400)
 
 
 def write_domain(folder: Path, number: int = 5000, seed: int = 0) -> None:
@@ -107,6 +109,7 @@ def _scenes(seed: int, split: str, plain: bool = False) -> Iterator[Image.Image]
     for index in count():
         rng, kind = random.Random(f"domain {seed} {split} {index}"), 0 if plain else index % 6
         view = any_view((wide_at if kind == 4 else scene_at)(seed, index, split), rng, not plain)
+        view = replace(view, size=rng.choice(SIZES))
         single = [Slot(rng.choice(NAMES), MIDDLE, MIDDLE, rng.uniform(0.6, 1))]
         background = rng.choice(("white", *BACKGROUNDS))
         pixels = paint(rng.choice(STYLES), background, single, view.size) if kind == 5 else view()
