@@ -35,8 +35,8 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def marked(all_cases: Iterable[str]) -> list[Any]:
-    """The cases as parameters; those with data workers or several trainers are marked."""
-    return [pytest.param(case, marks=[pytest.mark.process] * ("workers" in case)) for case in all_cases]
+    """The cases as parameters; those with data workers or several processes are marked."""
+    return [pytest.param(case, marks=[pytest.mark.process] * ("workers" in case or "processes" in case)) for case in all_cases]
 
 
 @pytest.mark.parametrize("case", marked(cases.PAIRS))
@@ -58,7 +58,7 @@ def test_workers_change_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases.LOSSES)
+@pytest.mark.parametrize("case", marked(cases.LOSSES))
 def test_losses(case: str, tmp_path: Path) -> None:
     if "tokenizer" in case:
         try:
