@@ -36,7 +36,8 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def marked(all_cases: Iterable[str]) -> list[Any]:
     """The cases as parameters; those with data workers or several processes are marked."""
-    return [pytest.param(case, marks=[pytest.mark.process] * ("workers" in case or "processes" in case)) for case in all_cases]
+    return [pytest.param(case, marks=[pytest.mark.process] * ("workers" in case or "processes" in case))
+            for case in all_cases]
 
 
 @pytest.mark.parametrize("case", marked(cases.PAIRS))
