@@ -165,6 +165,7 @@ def test_what_an_evaluation_needs_is_missed_before_the_weights_are_loaded(tiny_l
         assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_the_evaluation_of_captions_and_answers(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -39,6 +39,7 @@ def configured(parts: ModuleType, home: Path, output: Path, case: str, **trainer
                            trainer={**given.get("trainer", {}), "save_steps": 4, **trainer})
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_learns_and_resumes_to_the_last_bit(case: str, parts: ModuleType, home: Path, tmp_path: Path,
@@ -56,6 +57,7 @@ def test_it_learns_and_resumes_to_the_last_bit(case: str, parts: ModuleType, hom
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     """What is trained beside a LoRA, by the released names; the loader of agents takes it, a new run starts from it."""
