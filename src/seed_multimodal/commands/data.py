@@ -91,7 +91,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
                          "one's keys); lavit.… and seed_x.… read pictures as training does, and need --tokenizer")
     checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the "
                          "decoder, as reverse_ratio=0.5; repeat for more")
-    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder, nano (default: by name)")
+    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder, or a registered format "
+                         "(default: by name)")
     checker.add_argument("--images", metavar="DIR", help="folder of the pictures that records name")
     checker.add_argument("--stage", metavar="NAME", help="the tool that will take them: tokenizer (training and "
                          "evaluation), pictures (LaVIT's tokenizer, pixel decoders), llm, or an extraction: caption, "

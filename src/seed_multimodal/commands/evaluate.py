@@ -158,8 +158,9 @@ def _ask_once(args: argparse.Namespace) -> int:
 
     system = _load(args)
     set_prompts(system, "plain")
-    print(system.ask(args.image or cat_picture(), PLAIN_QUESTION.format(args.question), short=False,
-                     **{**PROBE, **_text_options(args)}))
+    answer = system.ask(args.image or cat_picture(), PLAIN_QUESTION.format(args.question), short=False,
+                        **{**PROBE, **_text_options(args)})
+    print(answer.partition("\n")[0].strip())  # models go on with a question of their own
     return DONE
 
 

@@ -76,13 +76,18 @@ def lavit_answer(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str], rule: Rule = vqa_answer) -> float:
-    """Accuracy (0 to 1) of an answer, which `rule` normalises, against the annotators' answers (one or more)."""
+    """Accuracy (0 to 1) of an answer, which `rule` normalises, against the annotators' answers: of each annotator, as
+    many of the others as agree, three (of fewer: all) being enough. One answer alone is normalised, too, and compared.
+    """
+    if len(annotated) == 1:
+        return float(rule(answer) == rule(annotated[0]))
     wanted = [one.replace("\n", " ").replace("\t", " ").strip() for one in annotated]
     if len(set(wanted)) > 1:
         wanted = [without_marks(one) for one in wanted]
     found = rule(answer)
     equal = sum(one == found for one in wanted)
-    return sum(min(1.0, (equal - (one == found)) / 3) for one in wanted) / len(wanted)
+    enough = min(3, len(wanted) - 1)
+    return sum(min(1.0, (equal - (one == found)) / enough) for one in wanted) / len(wanted)
 
 
 def accuracies(samples: Sequence[Sample], answers: Sequence[str | None], accuracy: Callable[[str, Sample], float]
@@ -143,4 +148,4 @@ class Questions:
 
     def _accuracy(self, answer: str, sample: Sample) -> float:
         wanted = [self.lemma(one) for one in sample.references]
-        return float(self.rule(answer) == wanted[0]) if self.run.task.exact else vqa_accuracy(answer, wanted, self.rule)
+        return vqa_accuracy(answer, wanted[:1] if self.run.task.exact else wanted, self.rule)

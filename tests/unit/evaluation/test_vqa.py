@@ -24,6 +24,7 @@ def test_vqa_accuracy_is_the_mean_over_the_other_nine():
     assert vqa_accuracy("dogs", ["dogs"] * 3 + ["cats"] * 7) == pytest.approx((3 * 2 / 3 + 7) / 10)
     assert vqa_accuracy("dogs", ["dogs"] + ["cats"] * 9) == pytest.approx(9 / 3 / 10)
     assert vqa_accuracy("birds", ["dogs"] * 10) == 0.0
+    assert vqa_accuracy("A dog.", ["a dog"]) == vqa_accuracy("dog", ["dog"] * 3) == 1.0  # a list of one's own
 
 
 def test_annotations_lose_punctuation_only_where_they_differ():

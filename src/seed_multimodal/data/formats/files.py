@@ -73,7 +73,7 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
     """
     if format in registered():
         return [(Path(one), format) for one in given]
-    known = [*SUFFIXES, *(["folder"] if pictures else [])]
+    known = [*SUFFIXES, *(["folder"] if pictures else []), *registered()]
     if format not in ("auto", *known):
         raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
                           f"{nearest(format, known)}.")

@@ -81,7 +81,7 @@ def test_what_is_wrong_is_printed_and_counted(capsys, tmp_path):
 def test_refusals_are_sentences_with_code_2(capsys, tmp_path, old):
     assert run(capsys, "check", tmp_path / "none.jsonl")[0] == 2
     code, _, err = run(capsys, "check", old, "--format", "tars")
-    assert code == 2 and "format must be auto, tar, jsonl, json, parquet, folder, not 'tars'" in err
+    assert code == 2 and "format must be auto, tar, jsonl, json, parquet, folder, nano, not 'tars'" in err
     code, _, err = run(capsys, "check", old, "--decoder", "sft.qas")
     assert code == 2 and "did you mean 'sft.qa'" in err
     path = tmp_path / "a.jsonl"
