@@ -54,11 +54,10 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[str], seconds
         time.sleep(0.005)
 
 
-def kill_when(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200,
-              whole: bool = False) -> str:
+def kill_when(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> str:
     """Kill a process once something has happened; gives what it said last (of stderr, if that is a pipe of its own)."""
     wait_until(true, process, seconds)
-    kill(process, whole)
+    kill(process)
     said, complained = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, complained or said
     return complained or said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
 ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "MultiModalLLM"
 CONFIGS = APPLICATION / "configs" / "seed_x_detokenizer"
-PROGRAM = "src/train/train_seed_x_detokenizer.py"
 TOWER = QwenVitConfig(image_size=16, patch_size=4, width=16, layers=1, heads=2, output_dim=tiny_sdxl.WIDTH,
                       n_queries=16, position_grid=4, pool_heads=2)
 
@@ -63,14 +61,6 @@ def arguments(parts: Path, output: Path, stage: int, *more: str) -> list[str]:
     return ["model=tiny", f"data={data}", "trainer=tiny", "optim=tiny", f"model.sdxl={parts / 'sdxl'}",
             f"model.tower={parts / 'tower'}", f"model.stage={stage}", "trainer.max_steps=12", "trainer.save_steps=3",
             f"output_dir={output}", *more]
-
-
-def environment(parts: Path) -> dict[str, str]:
-    """One thread, no hub, and nothing of a process group that is around a test."""
-    own = {key: value for key, value in os.environ.items() if key not in (
-        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
-            "EDITS": str(parts / "edits.jsonl")}
 
 
 def losses(output: Path) -> list[float]:

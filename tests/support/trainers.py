@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import lavis_runs
 import torch
 import warm_python
 import yaml
@@ -50,14 +50,11 @@ class Trainer:
     close: float = 1e-4
     variables: Callable[[Path], dict[str, str]] = lambda home: {}
 
-    def start(self, home: Path, arguments: Sequence[str], *before: str,
-              python: str = warm_python.PYTHON) -> subprocess.Popen[str]:
+    def start(self, home: Path, arguments: Sequence[str], *before: str) -> subprocess.Popen[str]:
         """The program as a process of its own; `before`: arguments of Python, as `TWO`."""
-        own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        return subprocess.Popen(
-            [python, *before, self.program, *arguments], cwd=self.application, text=True, start_new_session=True,
-            env={**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
-                 **self.variables(home)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen([warm_python.PYTHON, *before, self.program, *arguments], cwd=self.application,
+                                env=lavis_runs.environment(**self.variables(home)), text=True, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, home: Path, arguments: Sequence[str], *before: str) -> str:
         """The program to its end, which must be good; what it said."""
@@ -74,8 +71,6 @@ class Trainer:
             import train
 
             return int(train.main(list(arguments)))
-        from importlib import import_module
-
         from seed_multimodal.training.llm.app import main
 
         module, _, name = APPLICATIONS[self.name].partition(":")
@@ -99,12 +94,6 @@ class Trainer:
             found |= {f"{file.stem}.{name}": value for name, value in state.items()}
         assert found, f"{output} has no {self.weights}"
         return found
-
-
-def stop(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> tuple[str, str]:
-    """Send a signal to a process; what it said before it ended."""
-    process.send_signal(number)
-    return process.communicate(timeout=60)
 
 
 # ---- how each is called
@@ -137,15 +126,18 @@ def _llm(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -
 def _llm_parts(home: Path) -> None:
     import llm_runs
 
-    home.mkdir(parents=True, exist_ok=True)
     llm_runs.write_files(home, model={"lora": {**llm_runs.LORA, "lora_dropout": 0.0}})
+
+
+def _written_by(module: str) -> Callable[[Path], Any]:
+    """`write_parts` of a module of tests/support, imported where it is used: these are slow."""
+    return lambda home: import_module(module).write_parts(home)
 
 
 def _seed_x_parts(home: Path) -> None:
     """A third of the batches hold no picture at all."""
     import tuning_parts
 
-    home.mkdir(parents=True, exist_ok=True)
     tuning_parts.write_parts(home)
     (home / "words.jsonl").write_text("".join(json.dumps({"data": [f"Make it {name}.", f"It is {name}."]}) + "\n"
                                               for name in tuning_parts.COLOURS))
@@ -162,13 +154,6 @@ def _seed_x(home: Path, output: Path, steps: int, save: int, more: Sequence[str]
     return [*_in_files(config, home / "files", groups), *_every(output, steps, save, [*STEADY, *more])]
 
 
-def _lavit_parts(home: Path) -> None:
-    import pretrain_parts
-
-    home.mkdir(parents=True, exist_ok=True)
-    pretrain_parts.write_parts(home)
-
-
 def _lavit(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
     import pretrain_parts
 
@@ -177,24 +162,10 @@ def _lavit(home: Path, output: Path, steps: int, save: int, more: Sequence[str])
     return [*_in_files(config, home / "files", groups), *_every(output, steps, save, [*STEADY, *more])]
 
 
-def _seed_x_pixel_parts(home: Path) -> None:
-    import tiny_detokenizer
-
-    home.mkdir(parents=True, exist_ok=True)
-    tiny_detokenizer.write_parts(home)
-
-
 def _seed_x_pixels(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
     import tiny_detokenizer
 
     return [*tiny_detokenizer.arguments(home, output, 2), "trainer.ema=0", *_every(output, steps, save, more)]
-
-
-def _lavit_pixel_parts(home: Path) -> None:
-    import tiny_lavit_training
-
-    home.mkdir(parents=True, exist_ok=True)
-    tiny_lavit_training.write_parts(home)
 
 
 def _lavit_pixels(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
@@ -205,8 +176,6 @@ def _lavit_pixels(home: Path, output: Path, steps: int, save: int, more: Sequenc
 
 def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[str]]:
     def arguments(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
-        import lavis_runs
-
         given = lavis_runs.write_config(stage, home, output)
         return [*given, "--options", f"run.iters_per_epoch={steps}", "run.max_epoch=1",
                 f"run.save_every_steps={save}", *(STAGE2 if stage == "stage2" else ()), *more]
@@ -214,29 +183,23 @@ def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[s
     return arguments
 
 
-def _pictures(home: Path) -> None:
-    import lavis_runs
-
-    lavis_runs.write_pictures(home)
-
-
 ACCUMULATE = ["trainer.gradient_accumulation_steps=2"]
 TRAINERS = [
-    Trainer("stage1", LAVIS, "train.py", _pictures, _lavis("stage1"), ["run.batch_size_train=16"], "checkpoint_0.pth",
-            log="stage1.log.jsonl", loss="last_loss"),
-    Trainer("stage2", LAVIS, "train.py", _pictures, _lavis("stage2"), [], "checkpoint_0.pth",
+    Trainer("stage1", LAVIS, "train.py", lavis_runs.write_pictures, _lavis("stage1"), ["run.batch_size_train=16"],
+            "checkpoint_0.pth", log="stage1.log.jsonl", loss="last_loss"),
+    Trainer("stage2", LAVIS, "train.py", lavis_runs.write_pictures, _lavis("stage2"), [], "checkpoint_0.pth",
             log="stage2.log.jsonl", loss="last_loss"),
-    Trainer("lavit_tokenizer", LAVIS, "train.py", _pictures, _lavis("lavit"), [], "checkpoint_0.pth",
+    Trainer("lavit_tokenizer", LAVIS, "train.py", lavis_runs.write_pictures, _lavis("lavit"), [], "checkpoint_0.pth",
             log="lavit-stage1.log.jsonl", loss="last_loss"),
     Trainer("llm", LLM, "src/train/train.py", _llm_parts, _llm, ACCUMULATE,
             "checkpoint-*/adapter_model.safetensors", zero=(2, 3)),
     Trainer("seed_x_sft", LLM, "src/train/train_seed_x_sft.py", _seed_x_parts, _seed_x, ACCUMULATE,
             "checkpoint-*/model.safetensors", zero=(2, 3)),
-    Trainer("lavit", LLM, "src/train/train_lavit.py", _lavit_parts, _lavit, ACCUMULATE,
+    Trainer("lavit", LLM, "src/train/train_lavit.py", _written_by("pretrain_parts"), _lavit, ACCUMULATE,
             "checkpoint-*/[mv]*.safetensors", zero=(2, 3)),
-    Trainer("seed_x_detokenizer", LLM, "src/train/train_seed_x_detokenizer.py", _seed_x_pixel_parts, _seed_x_pixels,
-            ACCUMULATE, "adapter/model.safetensors", zero=(2,),
+    Trainer("seed_x_detokenizer", LLM, "src/train/train_seed_x_detokenizer.py", _written_by("tiny_detokenizer"),
+            _seed_x_pixels, ACCUMULATE, "adapter/model.safetensors", zero=(2,),
             variables=lambda home: {"EDITS": str(home / "edits.jsonl")}),
-    Trainer("lavit_detokenizer", LLM, "src/train/train_lavit_detokenizer.py", _lavit_pixel_parts, _lavit_pixels,
-            ACCUMULATE, "pixels/*/*.safetensors", zero=(2,)),
+    Trainer("lavit_detokenizer", LLM, "src/train/train_lavit_detokenizer.py", _written_by("tiny_lavit_training"),
+            _lavit_pixels, ACCUMULATE, "pixels/*/*.safetensors", zero=(2,)),
 ]

@@ -38,8 +38,9 @@ def arguments(system: str, work: Path, *words: str) -> list[str]:
     return [system, "--preset", "test", "--work", str(work), *start, *words]
 
 
-def killed(system: str, work: Path, checkpoint: str, *words: str) -> None:
-    """Kill a run with all its processes as soon as a checkpoint is there."""
+def killed_and_resumed(system: str, work: Path, capfd: pytest.CaptureFixture[str], checkpoint: str,
+                       *words: str) -> None:
+    """Kill a run with all its processes as soon as a checkpoint is there, and run it to its end."""
     run = subprocess.Popen([sys.executable, "-m", "seed_nano.train", *arguments(system, work, *words)], cwd=ROOT,
                            env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 300
@@ -48,6 +49,8 @@ def killed(system: str, work: Path, checkpoint: str, *words: str) -> None:
     assert run.poll() is None, f"ended with {run.returncode} before {checkpoint}"
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
+    assert main(arguments(system, work, *words)) == 0
+    assert "resumes from" in capfd.readouterr().out
 
 
 def weights(folder: Path, parts: Sequence[str]) -> dict[str, str]:
@@ -67,9 +70,7 @@ def test_nano_is_trained_resumed_and_answers(tmp_path: Path, capfd: pytest.Captu
     # The vision encoder in one go, and killed after each of two steps.
     more = ("train_clip.save_every_steps=1", "train_clip.steps=80", "--only", "clip")
     assert main(arguments("nano", tmp_path / "whole", *more)) == 0
-    killed("nano", work, "clip.checkpoints/checkpoint-*", *more)
-    assert main(arguments("nano", work, *more)) == 0
-    assert "resumes from" in capfd.readouterr().out
+    killed_and_resumed("nano", work, capfd, "clip.checkpoints/checkpoint-*", *more)
     parts = ["seed_tokenizer/diffusion_model/image_encoder"]
     assert weights(system, parts) == weights(tmp_path / "whole" / "system", parts)
 
@@ -103,9 +104,7 @@ def test_nano_is_trained_resumed_and_answers(tmp_path: Path, capfd: pytest.Captu
 @pytest.mark.timeout(900)
 def test_nano_x_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
-    killed("nano-x", work, "sft/checkpoint-2", "--no-report")
-    assert main(arguments("nano-x", work, "--no-report")) == 0
-    assert "resumes from" in capfd.readouterr().out
+    killed_and_resumed("nano-x", work, capfd, "sft/checkpoint-2", "--no-report")
 
     seed = SeedX.from_pretrained(work / "system", log=None)
     picture, wide = (Image.fromarray(image) for image in (render(scene_at(0, 0, "val")),
@@ -124,9 +123,7 @@ def test_nano_x_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.Capt
 @pytest.mark.timeout(900)
 def test_nano_lavit_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
-    killed("nano-lavit", work, "language/checkpoint-2", "--no-report")
-    assert main(arguments("nano-lavit", work, "--no-report")) == 0
-    assert "resumes from" in capfd.readouterr().out
+    killed_and_resumed("nano-lavit", work, capfd, "language/checkpoint-2", "--no-report")
     with safe_open(work / "system" / "tokenizer" / "model.safetensors", "pt") as handle:  # nano's encoder is not copied
         assert not [name for name in handle.keys() if name.startswith("encoder.")]  # noqa: SIM118
 
