@@ -130,7 +130,10 @@ def _main(args: argparse.Namespace) -> int:
     require_room(args.out)
     rows, texts = run_quickstart(load_system(args), args.seed)
     if args.model == "nano" and locate_system("nano-x"):
-        rows.append(find(load_system(argparse.Namespace(**{**vars(args), "model": "nano-x"})), args.seed))
+        from seed_multimodal.systems.open_system import open_system
+
+        seed_x = open_system("nano-x", device=args.device, dtype=args.dtype, quantization=args.quantization, log=None)
+        rows.append(find(seed_x, args.seed))
     for row in rows:
         name = row.label.split()[0].lower()
         texts[name] = [{"request": cell.asked, "answer": cell.caption} for cell in row.cells]

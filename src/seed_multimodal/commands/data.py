@@ -24,8 +24,8 @@ def check(args: argparse.Namespace) -> int:
     if args.images is not None and not Path(args.images).is_dir():
         raise ConfigError(f"--images {args.images}: there is no such folder.")
     report = check_records(CheckSettings(
-        files=args.files, format=args.format, tokenizer=args.tokenizer, decoder=args.decoder,
-        options=dict(args.option), images=args.images, max_errors=args.max_errors,
+        files=args.files, format=args.format, format_options=dict(args.format_option), tokenizer=args.tokenizer,
+        decoder=args.decoder, options=dict(args.option), images=args.images, max_errors=args.max_errors,
         length=args.length, stage=args.stage, fields=parse_fields(args.fields) or {}, pictures=args.pictures))
     if args.json:
         print(json.dumps(report.as_json(), ensure_ascii=False))
@@ -93,6 +93,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
                          "decoder, as reverse_ratio=0.5; repeat for more")
     checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder, or a registered format "
                          "(default: by name)")
+    checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of "
+                         "the registered format; repeat for more")
     checker.add_argument("--images", metavar="DIR", help="folder of the pictures that records name")
     checker.add_argument("--stage", metavar="NAME", help="the tool that will take them: tokenizer (training and "
                          "evaluation), pictures (LaVIT's tokenizer, pixel decoders), llm, or an extraction: caption, "

@@ -8,11 +8,14 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.entry import DONE, add_debug, add_device, log_line, whole_number
 from seed_multimodal.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from seed_multimodal.data.formats.pairs import PairSource
 
 PARTS = ("decoder", "clip", "stage1", "clip_text", "text_tokenizer")
 AMOUNTS = ("limit", "rebuild", "batch", "seed")
@@ -22,13 +25,12 @@ def evaluate(args: argparse.Namespace) -> int:
     """Measure, write the report and print it as one JSON line."""
     quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
-        from seed_multimodal.data.formats.pairs import open_pairs
         from seed_multimodal.device import RELEASED_FP16, choose_device
         from seed_multimodal.evaluation.machine import circumstances
         from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer, open_tokenizer
 
         spec, settings = data_spec(args), {name: getattr(args, name) for name in (*PARTS, *AMOUNTS)}
-        source = open_pairs(spec)
+        source = open_source(spec)
         runtime = choose_device(args.device, args.dtype, log=log_line, fp16=RELEASED_FP16)
         opened = open_tokenizer(args.model, runtime, **{name: settings[name] for name in PARTS})
         facts = {"model": args.model, "data": spec, "settings": settings, "runtime": str(runtime),
@@ -53,12 +55,28 @@ def data_spec(args: argparse.Namespace) -> dict[str, Any]:
                                           "caption_key": args.caption_key}.items() if value is not None}
 
 
+def open_source(spec: dict[str, Any]) -> PairSource:
+    """The pairs that `spec` describes; where none of the first images has a caption, all images without captions."""
+    from seed_multimodal.data.formats.pairs import FORMATS, open_pairs
+    from seed_multimodal.errors import DataError
+
+    try:
+        return open_pairs(spec)
+    except DataError:
+        if spec.get("format") not in FORMATS or "caption_key" in spec:
+            raise
+        source = open_pairs({**spec, "captioned": False})
+        log_line("There are no captions: retrieval is not measured.")
+        return source
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     parser.add_argument("--model", default="pretrained/nano", metavar="DIR", help="system or tokenizer folder, nano, "
                         "or released (default: %(default)s)")
-    parser.add_argument("--data", required=True, metavar="SPEC", help="a folder of images and captions, a list (.json, "
-                        ".jsonl, .parquet), a pattern of .tar shards, a registered format (nano), or a .yaml file")
+    parser.add_argument("--data", required=True, metavar="SPEC", help="a folder of images (captions in .txt), a list "
+                        "(.json, .jsonl, .parquet), a pattern of .tar shards, a registered format (nano), or a "
+                        ".yaml file")
     parser.add_argument("--out", required=True, metavar="DIR", help="for report.json, evaluate.txt and the sheet")
     parser.add_argument("--stage1", metavar="CKPT", help="stage-1 checkpoint: its text path for retrieval")
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="look at N images, drawn by --seed")

@@ -97,8 +97,8 @@ def _add_caption(parser: argparse.ArgumentParser) -> None:
 
 def _add_text2image(parser: argparse.ArgumentParser) -> None:
     _add_captions(parser, required=True)
-    parser.add_argument("--best-of", type=whole_number(1), default=4, metavar="N", help="drawings of a caption, of "
-                        "which CLIP keeps one (default: %(default)s)")
+    parser.add_argument("--best-of", type=whole_number(1), metavar="N", help="drawings of a caption, of which CLIP "
+                        "keeps one (default: 4 if there is a CLIP folder, else 1)")
     parser.add_argument("--clip", metavar="DIR", help="CLIP folder of transformers")
     parser.add_argument("--resolution", type=whole_number(1), default=512, metavar="N", help="real images are resized "
                         "to this square for FID (default: %(default)s)")
@@ -132,11 +132,12 @@ def _describe(args: argparse.Namespace) -> int:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    from seed_multimodal.evaluation.drawing import find_clip
+    from seed_multimodal.evaluation.drawing import CLIP_FOLDER, find_clip
 
-    clip = find_clip(args.clip) if args.best_of > 1 or args.clip else None
-    return _evaluate(args, args.captions, "text2image", split=args.split, best_of=args.best_of, clip=clip,
-                     seed=args.seed, resolution=args.resolution, inception=args.inception,
+    best_of = args.best_of or (4 if args.clip or CLIP_FOLDER.is_dir() else 1)
+    clip = find_clip(args.clip) if best_of > 1 or args.clip else None
+    return _evaluate(args, args.captions, "text2image", split=args.split, best_of=best_of, clip=clip, seed=args.seed,
+                     resolution=args.resolution, inception=args.inception,
                      options={**drawing_settings(args), **generation_settings(args)})
 
 

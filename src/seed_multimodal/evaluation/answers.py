@@ -27,6 +27,8 @@ from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.distributed import environment_place
 
 LEMMATISED = "_lemm"  # in the names of ground-truth files that LaVIT's authors have lemmatised
+NO_VALUES = {"task": "the benchmark", "annotations": "the contents of the file of samples", "weights": "the weights",
+             "transform": "the image preprocessing"}  # settings whose values are digests or long
 Line = dict[str, Any]
 Answer = Callable[[Sequence[Sample], Sequence[Any]], Sequence[Line]]  # samples and their images → a line for each
 
@@ -188,5 +190,13 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             replace_text(file, json.dumps(plain, indent=1, ensure_ascii=False))
     changes = changed_settings(read_json_object(file, DataError), plain)
     if changes:
+        changes = list(dict.fromkeys(map(_in_words, changes)))
         raise DataError(f"{folder}: was begun with other settings ({'; '.join(changes)}); choose another --out, or the "
                         "same settings.")
+
+
+def _in_words(change: str) -> str:
+    """A change found by `changed_settings`, without digests and internal names."""
+    key, _, values = change.partition(": ")
+    words = NO_VALUES.get(key.partition(".")[0])
+    return words or f"{key.removeprefix('options.').replace('_', ' ')}: {values}"

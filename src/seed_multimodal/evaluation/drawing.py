@@ -24,7 +24,7 @@ from seed_multimodal.systems.seed_llama import SeedLlama
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.weights import load_state_dict
 
-CLIP_FOLDER = "clip-vit-large-patch14"
+CLIP_FOLDER = Path("pretrained/clip-vit-large-patch14")
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # of github.com/toshas/torch-fidelity, release v0.2.0
 BATCH = 32
 
@@ -48,11 +48,11 @@ class ClipScores:
 
 def find_clip(given: str | Path | None) -> Path:
     """The CLIP folder to choose drawings with. Raises CheckpointError: there is none: what to put where."""
-    place = Path("pretrained") / CLIP_FOLDER if given is None else Path(given)
+    place = CLIP_FOLDER if given is None else Path(given)
     if not place.is_dir():
         raise CheckpointError(f"{place}: there is no CLIP folder to choose the best of several drawings with; put "
-                              f"openai/{CLIP_FOLDER} of the Hugging Face hub there, or name another by --clip, or draw "
-                              "one image per text (--best-of 1).")
+                              f"openai/{CLIP_FOLDER.name} of the Hugging Face hub there, or name another by --clip, or "
+                              "draw one image per text (--best-of 1).")
     return place
 
 

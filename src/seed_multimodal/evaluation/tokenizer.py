@@ -251,7 +251,7 @@ def _clip_embeddings(images: Sequence[Image.Image], opened: OpenedTokenizer) -> 
 def _retrieval(seen: Pass, opened: OpenedTokenizer) -> dict[str, Any]:
     found = {}
     for route, (name, side, what) in ROUTES.items():
-        if name in seen.features and side in opened.texts:
+        if name in seen.features and side in opened.texts and any(seen.captions):
             images = torch.from_numpy(seen.features[name]).to(opened.codec.device)
             found[route] = {"route": what, **retrieval(images, opened.texts[side], seen.captions)}
     return found
@@ -284,7 +284,8 @@ def _nearness(found: Tensor, real: Tensor) -> dict[str, Any]:
 
 
 def _sheet(source: PairSource, seen: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
-    """The first images with a caption, above what their codes draw."""
-    real = [Cell(_read(source, row)[1], texts[0]) for row, texts in zip(seen.rows[:SHOWN], seen.captions, strict=False)]
+    """The first images with a caption (if any), above what their codes draw."""
+    real = [Cell(_read(source, row)[1], "".join(texts[:1]))
+            for row, texts in zip(seen.rows[:SHOWN], seen.captions, strict=False)]
     rows = interleaved_rows(COLUMNS, ("image", real), ("from 32 codes", [Cell(image) for image in rebuilt[:SHOWN]]))
     return contact_sheet(rows, f"{len(seen.rows)} images", CELL, COLUMNS, 4)

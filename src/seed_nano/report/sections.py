@@ -119,8 +119,8 @@ def tokens(run: Run) -> Section:
 
 
 def reconstruction(run: Run) -> Section:
-    """Images drawn from their own codes or features. *r1*: the original is the nearest of the gallery's real images, by
-    the judge's features. *psnr things*: over the pixels of things."""
+    """Images drawn from their own codes or features. *R@1*: the original is the nearest of the gallery's real images,
+    by the judge's features. *PSNR of things*: over their pixels."""
     scenes = run.samples.scenes[:run.sizes.gallery]
     made = run.system.decode(run.encoded[:len(scenes)])
     run.show("reconstructions", run.real[:COLUMNS])
@@ -156,8 +156,8 @@ def wide_drawing(run: Run) -> Section:
 
 def edit(run: Run) -> Section:
     """Images after an instruction: the labels of the exact target. *stayed*: labels that the instruction leaves are
-    right; *unchanged*: the labels are those of the image before. *unchanged psnr*: against the image before, over the
-    pixels that are equal in it and in the target."""
+    right; *unchanged*: the labels are those of the image before. *PSNR of what is unchanged*: against the image before,
+    over the pixels that are equal in it and in the target."""
     edits = run.samples.edits
     sources, scenes = [scene for scene, _ in edits], [edit.target for _, edit in edits]
     before, targets = run.render(sources), run.render(scenes)

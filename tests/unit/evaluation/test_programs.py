@@ -170,7 +170,7 @@ def test_another_run_in_the_same_folder_is_refused(data, tiny_folder, capsys):
         assert vqa(data, tiny_folder, *more) == 2 and sentence in capsys.readouterr().err
     asked = (data / "q.json").read_text()
     (data / "q.json").write_text(asked.replace("What", "Whom"))
-    assert vqa(data, tiny_folder) == 2 and "annotations" in capsys.readouterr().err
+    assert vqa(data, tiny_folder) == 2 and "(the contents of the file of samples);" in capsys.readouterr().err
     (data / "q.json").write_text(asked)
     assert vqa(data, tiny_folder, "--limit", "4") == 0 and len(lines(data / "out")) == 4
 
@@ -231,6 +231,13 @@ def test_text2image_keeps_what_clip_finds_best(data, request, clip_folder, capsy
     assert len(drawn) == len(list((data / "out").glob("*.png"))) == 3
     assert summary["clip"] == pytest.approx(np.mean([line["clip"] for line in drawn]), abs=1e-3)
     assert summary["notes"][0].startswith("FID is not computed (") and "fid" not in summary
+
+
+def test_text2image_draws_once_without_clip(data, tiny_folder, monkeypatch):
+    monkeypatch.chdir(data)
+    assert main(["eval", "text2image", *flags(data, tiny_folder, "--captions", str(data / "t.json"), "--limit", "1",
+                                              "--steps", "1")]) == 0
+    assert read(data / "out" / "settings.json")["best_of"] == 1 and "clip" not in read(data / "out" / "summary.json")
 
 
 def test_lavits_program_asks_vizwiz_first_whether_there_is_an_answer(data, tiny_lavit_folder, tiny_lavit, capsys):

@@ -156,6 +156,15 @@ def test_command_reads_folders_and_tables(stages, tmp_path, capsys, form):
 
 
 @pytest.mark.process
+def test_command_measures_images_without_captions(stages, listed, tmp_path, capsys):
+    listed.unlink()
+    assert run(stages, tmp_path, tmp_path / "out") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert (report["n"], report["captions"], report["retrieval"]) == (4, 0, {}) and "no captions" in printed.err
+
+
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", ["60", "1"])
 def test_shipped_tokenizer(tmp_path, limit):

@@ -16,7 +16,7 @@ class CheckSettings:
     """Settings of the check.
 
     Args:
-        files: as `open_records` and `pairs.Pairs` take them; `format` too.
+        files: as `open_records` and `pairs.Pairs` take them; `format` too. format_options: of a registered format.
         stage: the tool that will take them, of `pictures.STAGES`; only what it cannot use is an error then. None: each
             record is looked at by its keys.
         fields: keys that hold what, for a stage that looks at pictures.
@@ -30,6 +30,7 @@ class CheckSettings:
 
     files: Sequence[str | Path]
     format: str = "auto"
+    format_options: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str | Path | None = None
     decoder: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -29,6 +29,7 @@ from seed_multimodal.data.formats.files import find_files
 from seed_multimodal.data.formats.parquet import WHOLE
 from seed_multimodal.data.formats.record import BadRecord, Record, RecordFile
 from seed_multimodal.data.formats.records import FileRecords, open_file
+from seed_multimodal.data.formats.registry import registered
 from seed_multimodal.data.formats.tar import OpenFiles, TarFile
 from seed_multimodal.data.pretokenize.samples import Dropped
 from seed_multimodal.data.stream import views
@@ -75,6 +76,8 @@ class _Checker:
     def __init__(self, settings: CheckSettings) -> None:
         if settings.options and settings.decoder is None:
             raise ConfigError("--option needs --decoder.")
+        if settings.format_options and settings.format not in registered():
+            raise ConfigError("--format-option needs a registered --format.")
         if settings.length is not None and (settings.tokenizer is None or settings.length < 1):
             raise ConfigError("--length needs --tokenizer, and must be 1 or more.")
         if settings.stage is not None and settings.stage not in STAGES:
@@ -118,7 +121,7 @@ class _Checker:
             shard = TarFile(path, self._pictures.pair.columns)
             if stage is not None or shard.has("image").any():
                 return shard
-        return open_file(path, format, views.TAR_PARTS if self._opens else None)
+        return open_file(path, format, views.TAR_PARTS if self._opens else None, self.settings.format_options)
 
     def read(self, source: FileRecords, index: int, *, opens: bool = True) -> None:
         """Look at one record; `opens`: open its pictures."""

@@ -64,11 +64,12 @@ class JsonTar(TarFile):
         return record
 
 
-def open_file(path: Path, format: str, others: Mapping[str, Sequence[str]] | None = None) -> RecordFile:
+def open_file(path: Path, format: str, others: Mapping[str, Sequence[str]] | None = None,
+              options: Mapping[str, Any] | None = None) -> RecordFile:
     """The records of one file: tar, jsonl, json, parquet, folder or a registered format; nothing is read yet.
 
     Args:
-        others: of a tar, members to be found beside the json (`JsonTar`).
+        others: of a tar, members to be found beside the json (`JsonTar`). options: of a registered format.
     """
     if format == "tar":
         return JsonTar(path, others)
@@ -76,7 +77,7 @@ def open_file(path: Path, format: str, others: Mapping[str, Sequence[str]] | Non
         return ParquetFile(path)
     if format in ("json", "jsonl"):
         return JsonFile(path, lines=format == "jsonl")
-    return open_registered(format, path, {}) if format in registered() else PictureFolder(path)
+    return open_registered(format, path, options or {}) if format in registered() else PictureFolder(path)
 
 
 def open_records(

@@ -122,3 +122,8 @@ def test_check_of_a_registered_format(monkeypatch, capsys):
     assert main(["data", "check", str(find_world()), "--format", "nano", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["records"] == 300 and report["opened"] > 100 and not report["wrong"]
+    nano = ["data", "check", str(find_world()), "--format", "nano", "--json", "--format-option"]
+    assert main([*nano, "content=edits", "--format-option", "number=4"]) == 0
+    assert json.loads(capsys.readouterr().out)["kinds"] == {"chat (not tokenised)": 4}
+    assert main([*nano, "contents=edits"]) == 2 and "(did you mean 'content'?)" in capsys.readouterr().err
+    assert main(["data", "check", "x.json", "--format-option", "content=edits"]) == 2

@@ -44,7 +44,8 @@ def test_command_of_each_kind(fixture: str, kind: str, sheets: tuple[str, ...], 
     answers = json.loads(gzip.decompress((tmp_path / "answers.json.gz").read_bytes()))
     assert len(answers["val"]["captions"]) == 2 and len(answers["things"]["rebuilt"]) == 4
     text = (tmp_path / "report.md").read_text()
-    assert "## Reconstruction\n\nImages drawn from" in text and not re.search(r"\| \*?\*?nan\b", text)
+    assert "## Reconstruction\n\nImages drawn from" in text and "| 64 pixels: questions |" in text
+    assert not re.search(r"\| \*?\*?nan\b", text)
     for name in (*sheets, "reconstructions", "drawings", "edits"):
         assert (tmp_path / f"{name}.webp").is_file() and f"({name}.webp)" in text, name
 
@@ -101,6 +102,9 @@ def test_matched_boxes_are_used_once() -> None:
 def test_aims_at_most() -> None:
     sections = {"val": {"tokens": {"cosine": 0.25, "empty_share": 0.4}, "caption": {"all": 0.9}}}
     assert [aim["met"] for aim in aims("lavit", sections)] == [False, True, True]
+    edits = {"val": {"edit": {"all": 0.8, "unchanged_psnr": 26.0, "ceiling": 0.9}}}
+    assert [(aim["what"], aim["ceiling"]) for aim in aims("seed_x", edits)] == [
+        ("edits, all", 0.9), ("edits, PSNR of what is unchanged, dB", None)]
 
 
 @pytest.mark.slow
