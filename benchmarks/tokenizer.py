@@ -4,9 +4,9 @@
     python benchmarks/tokenizer.py --device cuda --model original     random weights, 1.15 B parameters
 
 `plain` is the original's way: attention as three operations, nothing compiled; `modules`: scaled_dot_product_attention;
-`compiled`: each block with torch.compile; `graph` (CUDA): the same as a CUDA graph; `packed`: `tokenizers.fast`;
-`packed-compiled` (CUDA): the same compiled, as CUDA graphs up to batch 32. Each line has the ratio to `plain` and the
-share of codes equal to those of float32 with the same weights.
+`compiled`: each block with torch.compile (`seed.compile`); `graph` (CUDA): the same as a CUDA graph. Each line has the
+ratio to `plain` and the share of codes equal to those of float32 with the same weights; lines of `encode` also the
+operations of one image.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Callable
 
 import torch
 from shared import Timed, benchmark_parser, compare, fill_random, input_images, start, system_folder
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.seed.compile import fast_encode
 from seed_multimodal.systems.system_file import read_system_json
-from seed_multimodal.tokenizers.fast import Levers, optimise
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 
-VARIANTS = ("plain", "modules", "compiled", "packed")
-CUDA_VARIANTS = ("graph", "packed-compiled")
+VARIANTS = ("plain", "modules", "compiled")
 COMPARED = 64  # images whose codes are compared with float32's
 
 
@@ -44,22 +44,26 @@ def load(model: str, device: torch.device) -> Seed2Tokenizer:
 
 def encoder(variant: str, master: Seed2Tokenizer, images: Tensor) -> Callable[[Tensor], Tensor]:
     """Pixels `[B, 3, S, S]` → codes `[B, 32]`, for batches like `images` and in their precision."""
-    if variant.startswith("packed"):
-        fast = variant == "packed-compiled"
-        return optimise(master, compile=fast, cuda_graph=fast, levers=Levers(dtype=images.dtype)).encode
-    model = copy.deepcopy(master).to(images.dtype)
-    if variant in ("compiled", "graph"):
-        for block in [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]:
-            block.compile()
+    model = copy.deepcopy(master)
+    fast = fast_encode(model, images.dtype, compile=variant in ("compiled", "graph"))
     if variant == "graph":
         features = torch.cuda.make_graphed_callables(model.requires_grad_(False).pre_quant, (images,))
         return lambda pixels: model.quantize.nearest(features(pixels))
 
     def encode(pixels: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            return model.encode(pixels)
+            return fast(pixels)
 
-    return encode if variant == "plain" else model.encode
+    return encode if variant == "plain" else fast
+
+
+def flops(config: Seed2Config) -> int:
+    """Operations of encoding one image, counted on the meta device; a multiply-add counts as two."""
+    with torch.device("meta"):
+        model, images = Seed2Tokenizer(config), torch.empty(1, 3, config.vit.image_size, config.vit.image_size)
+    with FlopCounterMode(display=False) as counter:
+        model.quantize.nearest(model.pre_quant(images))
+    return counter.get_total_flops()
 
 
 def run(options: argparse.Namespace) -> None:
@@ -88,8 +92,8 @@ def run(options: argparse.Namespace) -> None:
         model = copy.deepcopy(master).to(runtime.dtype)
         return Timed(lambda: model.decode(exact[:batch]), batch)
 
-    names = VARIANTS + (CUDA_VARIANTS if runtime.device.type == "cuda" else ())
-    settings = {"parameters": sum(p.numel() for p in master.parameters())}
+    names = (*VARIANTS, "graph") if runtime.device.type == "cuda" else VARIANTS
+    settings = {"parameters": sum(p.numel() for p in master.parameters()), "flops_of_an_image": flops(master.config)}
     compare("tokenizer encode", "images", {name: lambda batch, name=name: encoding(name, batch) for name in names},
             options, runtime, settings)
     compare("tokenizer decode", "embeddings", {"plain": decoding}, options, runtime, settings)

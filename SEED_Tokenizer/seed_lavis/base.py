@@ -18,11 +18,10 @@ from seed_lavis.compat import BaseModel
 from seed_lavis.options import APPLICATION, ModelOptions
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.settings import read_settings
-from seed_multimodal.tokenizers.fast import FastTower
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.vision.checkpointing import checkpoint_layers
-from seed_multimodal.vision.eva import EvaConfig
 
 MODEL_CONFIG = str(APPLICATION / "lavis" / "configs" / "models" / "blip2" / "blip2_pretrain.yaml")
 
@@ -38,8 +37,6 @@ class SeedModel(BaseModel):
     """Numbers of the last `forward` for the log, detached; none before the first."""
     companions: tuple[str, ...] = ()
     """Names of frozen modules that are used beside the model and are no part of it or its checkpoints."""
-    fast_tower: FastTower | None = None
-    """The frozen tower on packed weights, by the option `fast_tower`."""
     reads_captions = True
     """False: its data sets may hold pictures alone."""
     vision_file = ""
@@ -70,9 +67,7 @@ class SeedModel(BaseModel):
             if getattr(self, name) is not None:
                 getattr(self, name).to(device)
         if self.options.freeze_vit:
-            low_precision(self.visual_encoder, self.tower_dtype(device))
-        if self.uses_fast_tower(device):
-            self.fast_tower = FastTower(self.visual_encoder, self.tower_dtype(device), compile=self.options.compile)
+            cast_layers(self.visual_encoder, self.tower_dtype(device))
         if self.options.use_grad_checkpoint:
             checkpoint_layers(self)
         if self.options.compile:
@@ -81,17 +76,6 @@ class SeedModel(BaseModel):
                     getattr(self, part).compile()
         return self
 
-    def uses_fast_tower(self, device: torch.device) -> bool:
-        """Whether the tower computes on packed weights: as asked, else on CUDA where it is frozen.
-
-        Raises:
-            ConfigError: asked for, but the tower is trained.
-        """
-        wanted, frozen = self.options.fast_tower, self.options.freeze_vit
-        if wanted and not frozen:
-            raise ConfigError("model.fast_tower computes a frozen tower, but model.freeze_vit is false: leave one out.")
-        return wanted if wanted is not None else frozen and device.type == "cuda"
-
     def tower_dtype(self, device: torch.device) -> torch.dtype:
         """The frozen tower's precision; fp16 means fp32 on a CPU, which computes fp16 slowly."""
         dtype = DTYPES[self.options.vit_precision]
@@ -99,8 +83,6 @@ class SeedModel(BaseModel):
 
     def tower(self, images: Tensor) -> Tensor:
         """Pixels `[B, 3, S, S]` → vision-tower output `[B, N, W]`, computed in `vit_precision`."""
-        if self.fast_tower is not None:
-            return self.fast_tower(images)
         dtype = self.tower_dtype(images.device)
         if dtype == torch.float32:
             return self.visual_encoder(images)
@@ -121,13 +103,6 @@ def target_embeddings(clip: Any, images: Tensor, vit: Tensor | None = None) -> T
         if vit is None:
             return clip(images.to(dtype)).image_embeds.float()
         return clip.visual_projection(clip.vision_model.post_layernorm(vit[:, 0].to(dtype))).float()
-
-
-def low_precision(module: nn.Module, dtype: torch.dtype) -> None:
-    """Weights of matrix products in `dtype`, as LAVIS does with a frozen tower; all else stays fp32."""
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d | nn.Linear):
-            part.to(dtype)
 
 
 def vit_sizes(options: ModelOptions) -> EvaConfig:

@@ -17,11 +17,11 @@ from seed_lavis.log import log
 from seed_lavis.options import Stage2Options, locate
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.nn.eva import eva_from_clip
 from seed_multimodal.tokenizers import initial
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.initial import load_blip2
 from seed_multimodal.tokenizers.released import TOWER, VISION_URL
-from seed_multimodal.vision.clip_towers import eva_from_clip
 from seed_multimodal.vision.label_heads import LabelHeads
 from seed_multimodal.weights import assign_strictly, load_state_dict
 

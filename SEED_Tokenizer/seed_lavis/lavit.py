@@ -20,13 +20,13 @@ from seed_lavis.log import log
 from seed_lavis.options import APPLICATION, LavitOptions
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.likeness import some_weights
+from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.settings import read_settings
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.tokenizers.lavit_export import Stage1Sizes
 from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Weights
 from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
-from seed_multimodal.vision.eva import EvaVit
 
 LATER = ("tokenizer.vit_proj.", "decoder.unet_")
 MODEL_CONFIG = str(APPLICATION / "lavis" / "configs" / "models" / "lavit" / "lavit_pretrain.yaml")

@@ -26,8 +26,7 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 
 @dataclass
 class ModelOptions:
-    """Options of all models. `vit` and `qformer` (ours) override single sizes of `EvaConfig` and `QFormerConfig`;
-    `fast_tower` (None: on CUDA, if the tower is frozen) computes the tower on packed weights."""
+    """Options of all models. `vit` and `qformer` (ours) override single sizes of `EvaConfig` and `QFormerConfig`."""
 
     arch: str = ""
     model_type: str = "pretrain"
@@ -49,7 +48,6 @@ class ModelOptions:
     vit: dict[str, Any] = setting(factory=dict)
     qformer: dict[str, Any] = setting(factory=dict)
     compile: bool = False
-    fast_tower: bool | None = None
 
 
 @dataclass
@@ -179,7 +177,6 @@ class RunOptions:
     lr_scheduler_kwargs: dict[str, Any] = setting(factory=dict)
     valid_every_epochs: int = setting(1, least=1)
     valid_batches: int = setting(0, least=0)
-    peak_tflops: float = setting(0.0, least=0)
     iters_per_epoch: int = setting(5000, least=1)
     resume: str = setting("auto", choices=("auto", "never"))
     precision: str = setting("auto", choices=("auto", *PRECISIONS))

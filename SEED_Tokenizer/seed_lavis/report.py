@@ -9,7 +9,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from seed_lavis.context import RunContext
-from seed_lavis.cost import sample_cost
 from seed_lavis.options import APPLICATION, RunOptions, locate
 from seed_multimodal.disk import read_json_object, replace_text, writing
 from seed_multimodal.hub import PARTS
@@ -17,13 +16,12 @@ from seed_multimodal.language.tokenizer_files import ADDED, MODEL, read_files
 from seed_multimodal.progress import duration
 from seed_multimodal.tokenizers.lavit_training import REFERENCE
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.training.meter import utilisation, utilisation_text
 
 NAMES = {"stage1": "Stage 1 (causal Q-Former)", "stage2": "Stage 2 (codebook)", "seed1-stage2": "SEED-1's stage 2",
          "lavit-stage1": "LaVIT's stage 1 (tokenizer)"}
 # What stage 2 takes over of a run of stage 1: of the model as it is, of the run what differs from the published file.
 OF_MODEL = ("vit", "qformer", "image_size", "num_query_token", "cross_attention_freq", "vit_weights", "vit_precision",
-            "fast_tower", "compile")
+            "compile")
 OF_RUN = ("batch_size_train", "batch_size_eval", "num_workers", "seed", "amp", "precision", "train_splits",
           "valid_splits", "valid_batches", "train_dataset_ratios", "max_bad_in_a_row", "timeout_minutes")
 
@@ -39,14 +37,13 @@ def summary(run: RunContext, record: dict[str, Any]) -> list[str]:
     earlier = record.get("begun", 0)  # steps that another run made, before its checkpoint
     own = (record["steps"] - earlier) * record["batch_size"] * record.get("accumulate", 1)
     samples, spent = own * record.get("processes", 1), float(record["seconds"])
-    speed = utilisation_text(utilisation(sample_cost(run), own / spent)) if spent else ""
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))
     folder = short_path(run.folder)
     lines = [
         f"{NAMES.get(run.stage, run.stage)}: {record['steps']:,} steps"
         + (f" ({earlier:,} of them before run.resume_ckpt_path)" if earlier else "")
-        + f", {samples:,} pictures in {duration(spent)}{speed}" + (f"; at the end {numbers}." if numbers else "."),
+        + f", {samples:,} pictures in {duration(spent)}" + (f"; at the end {numbers}." if numbers else "."),
         f"  checkpoint  {short_path(record['checkpoint'])}",
         f"  log         {folder}/{run.stage}.log.jsonl, {folder}/config.yaml",
     ]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from seed_lavis.checkpoint import write_checkpoint
 from seed_lavis.compat import RunnerBase
 from seed_lavis.context import RunContext
-from seed_lavis.cost import sample_cost
 from seed_lavis.datasets import count_bad, split_of, to_device
 from seed_lavis.log import log
 from seed_lavis.validation import mean_losses
@@ -32,7 +31,7 @@ from seed_multimodal.training.stage import StageTask
 QUIET = tuple(f"run.{key}" for key in (
     "output_dir", "resume", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps", "keep_checkpoints",
     "num_workers", "tensorboard", "valid_splits", "valid_every_epochs", "valid_batches", "test_splits", "evaluate",
-    "batch_size_eval", "peak_tflops", "timeout_minutes", "device", "gpu", "rank", "world_size", "distributed",
+    "batch_size_eval", "timeout_minutes", "device", "gpu", "rank", "world_size", "distributed",
     "dist_url"))
 
 
@@ -57,7 +56,7 @@ class TokenizerTask(StageTask):
             self.codebook = CodebookMaintenance(model, model.options, self.batch, run.steps,
                                                 run.options.batch_size_train)
         super().__init__(run.stage, model if self.codebook is None else self.codebook.counts, run.settings(),
-                         optimizer=lavis.optimizer, cost=sample_cost(run))
+                         optimizer=lavis.optimizer)
         # Buffers are equal by construction, or (code counts) each process's own.
         self.ddp_options = {"broadcast_buffers": False,
                             "find_unused_parameters": getattr(model, "skips_parameters", False)}

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config
-from seed_multimodal.vision.eva import EvaConfig
 
 Tensors = dict[str, torch.Tensor]
 

@@ -23,7 +23,7 @@ from torch import nn
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.loop_settings import SampleCost, StageSettings
+from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.training.stage import StageTask, train_stage
 from seed_multimodal.training.state_tree import read_tree
@@ -65,7 +65,7 @@ class ToyTask(StageTask):
 
 
 def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float = 0.1, stop_at: int = -1,
-          kill_at: int = -1, status: Callable[[], dict[str, float]] | None = None, cost: SampleCost | None = None,
+          kill_at: int = -1, status: Callable[[], dict[str, float]] | None = None,
           evaluate: Callable[[int], dict[str, float]] | None = None, **settings: Any) -> dict[str, Any]:
     """One stage; returns its record with the sum of the final weights as an exact number.
 
@@ -101,7 +101,7 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
 
     methods = {"measures": measures, "after_step": on_step if noise else None, "status": status}
-    return train_stage(ToyTask(name, model, loss, StageSettings(**choices), methods=methods, cost=cost), folder)
+    return train_stage(ToyTask(name, model, loss, StageSettings(**choices), methods=methods), folder)
 
 
 def run_stage(name: str, module: nn.Module, loss: Callable[[int], Any], settings: StageSettings, folder: Path,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seed_multimodal.errors import SeedError
+from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Output
@@ -25,7 +26,6 @@ from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.stage import train_stage
-from seed_multimodal.vision.eva import EvaConfig
 
 PATCHES, WIDTH, CODES, CODE = 16, 32, 32, 16
 SIZES = LavitTokenizerConfig(

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.nn.eva import EvaConfig, EvaVit
 from seed_multimodal.tokenizers.qformer import QFormer, QFormerConfig
 from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
-from seed_multimodal.vision.eva import EvaConfig, EvaVit
 
 TEXT_TOKENS, TEXT_WIDTH = 7, 16
 

@@ -49,10 +49,8 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
                         help="views of each picture (caption, qa and chat records; all but the first augmented)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the augmented views")
     add_device(parser, "auto", "auto: float16 on CUDA as released, else float32")
-    parser.add_argument("--fast", action=argparse.BooleanOptionalAction, default=None,
-                        help="the packed encoder (default: on CUDA)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                        help="compile the packed encoder, minutes before the start (default: on CUDA)")
+                        help="compile the encoder, minutes before the start (default: on CUDA)")
     parser.add_argument("--block", type=int, default=10_000, metavar="N", help="records of a unit where no tar is read")
     parser.add_argument("--maxcount", type=int, default=10_000, metavar="N", help="records per output tar")
     parser.add_argument("--max_bad", type=int, default=20, metavar="N",
@@ -73,7 +71,7 @@ def _run(kind: str, args: argparse.Namespace) -> int:
         raise ConfigError("--image_processor and --image_transform exclude each other: pictures pass through one.")
     return run(RunSettings(
         kind=kind, data=args.data, save_dir=args.save_dir,
-        encoder=EncoderSettings(args.tokenizer, args.device, args.fast, args.dtype, args.compile),
+        encoder=EncoderSettings(args.tokenizer, args.device, args.dtype, args.compile),
         fields=parse_fields(args.fields), gpus=_given(args.gpus),
         shard=_shard(args.shard), image_transform=args.image_transform or args.image_processor,
         batch_size=_given(args.batch_size), workers=args.num_workers, views=args.views, seed=args.seed,

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
 from seed_multimodal.settings import check_settings, setting
-from seed_multimodal.vision.layers import AttentionPool, heads_first, heads_last
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.language.captions import caption_text
 from seed_multimodal.language.word_pieces import open_words
+from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.tokenizers.checkpoints import fill_tower
 from seed_multimodal.tokenizers.clip_weights import load_clip_text
 from seed_multimodal.tokenizers.released import TOWER
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
-from seed_multimodal.vision.eva import EvaVit
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 LEVELS = (1, 5, 10)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import fetch, first_file, is_hub_name
+from seed_multimodal.nn.eva import EvaVit, resize_positions
 from seed_multimodal.tokenizers.released import (
     IGNORED_IN_TOWER,
     LAYOUTS,
@@ -36,7 +37,6 @@ from seed_multimodal.tokenizers.released import (
     ReleasedLayout,
 )
 from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
-from seed_multimodal.vision.eva import EvaVit, resize_positions
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
 State = dict[str, Tensor]

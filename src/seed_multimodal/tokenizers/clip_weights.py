@@ -16,8 +16,9 @@ from torch import Tensor
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import find_folder
+from seed_multimodal.nn.eva import clip_from_eva
+from seed_multimodal.nn.pretrained import named_encoder
 from seed_multimodal.tokenizers.checkpoints import empty_model
-from seed_multimodal.vision.shared_encoder import with_named_encoder
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 Log = Callable[[str], None] | None
@@ -92,7 +93,8 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
     for name in (SAFE, OLD):
         file, index = folder / name, folder / f"{name}.index.json"
         if file.is_file():
-            return with_named_encoder(folder, load_state_dict(file)), file
+            named, state = named_encoder(folder), load_state_dict(file)
+            return state if named is None else {**clip_from_eva(load_state_dict(named[0]), named[1]), **state}, file
         if index.is_file():
             shards = read_json_object(index, advice=CLIP_WHERE).get("weight_map")
             if not isinstance(shards, dict) or not shards:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CodesError, ConfigError, ImageError, first_line
+from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.nn.layers import Block, LayerNorm
+from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.settings import check_value
 from seed_multimodal.tokenizers.checkpoints import PretrainedTokenizer
-from seed_multimodal.tokenizers.layers import LayerNorm, run_blocks
 from seed_multimodal.tokenizers.qformer import QFormer
-from seed_multimodal.tokenizers.quantizer import VectorQuantizer
-from seed_multimodal.vision.eva import EvaVit
+from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
 
 First = int | Sequence[int] | Tensor | None
 
@@ -216,6 +217,18 @@ class CodeTokenizer(PretrainedTokenizer, nn.Module):
             raise CodesError(f"Code {int(codes[row, column])} (image {row}, position {column}) is outside the "
                              f"codebook 0..{size - 1}.")
         return nn.functional.pad(codes, (0, count - codes.shape[1])).to(self.device)
+
+
+def decode_blocks(config: TokenizerConfig) -> nn.ModuleList:
+    """Transformer blocks of a decode side."""
+    return nn.ModuleList(Block(config.qformer.width, config.decode_heads) for _ in range(config.decode_depth))
+
+
+def run_blocks(x_BND: Tensor, blocks: nn.ModuleList) -> Tensor:
+    """Apply the blocks in order: `[B, N, D]` → `[B, N, D]`."""
+    for block in blocks:
+        x_BND = block(x_BND)
+    return x_BND
 
 
 def several_counts(first: First) -> bool:

@@ -27,12 +27,12 @@ from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.finite import refuse_diverged
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.nn.eva import resize_positions
 from seed_multimodal.tokenizers.encoder import CodeTokenizer
 from seed_multimodal.tokenizers.export_merge import AUTO, Merged, merge, part_of
 from seed_multimodal.tokenizers.released import ENCODER_PARTS, OURS, TOWER, VISION_FILES, ReleasedLayout
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.tokenizer_config import TokenizerConfig
-from seed_multimodal.vision.eva import resize_positions
 from seed_multimodal.weights import grouped, save_torch
 
 Log = Callable[[str], None] | None

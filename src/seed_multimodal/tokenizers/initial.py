@@ -19,12 +19,11 @@ from torch import Tensor
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import UNCLIP_WHERE, find_file, find_folder
+from seed_multimodal.nn.eva import EvaConfig, EvaVit, eva_from_clip
 from seed_multimodal.tokenizers.checkpoints import State, fill_tower, read_tower
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.released import TOWER, VISION_FILES, VISION_URL
 from seed_multimodal.tokenizers.stage1 import Stage1Model
-from seed_multimodal.vision.clip_towers import eva_from_clip
-from seed_multimodal.vision.eva import EvaConfig, EvaVit
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
 Log = Callable[[str], None] | None

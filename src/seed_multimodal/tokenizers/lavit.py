@@ -32,12 +32,12 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.finite import not_numbers
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
+from seed_multimodal.nn.eva import EvaConfig, EvaVit
+from seed_multimodal.nn.layers import LayerNorm
+from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.tokenizers.lavit_merger import Merger
 from seed_multimodal.tokenizers.lavit_selector import Generators, Selection, Selector, choose
-from seed_multimodal.tokenizers.quantizer import VectorQuantizer
-from seed_multimodal.vision.eva import EvaConfig, EvaVit
-from seed_multimodal.vision.layers import LayerNorm
 from seed_multimodal.weights import LoadReport
 
 __all__ = ["DynamicTokenizer", "LavitTokenizerConfig", "Selection", "as_nested", "kept_rows", "padded"]
@@ -96,10 +96,6 @@ class LavitVit(EvaVit):
         if head_width:
             self.norm = LayerNorm(config.width, eps=1e-6)
             self.head = nn.Linear(config.width, head_width)
-
-    def start(self, patches_BNW: Tensor) -> Tensor:
-        """Patches `[B, N, W]` → what the blocks read `[B, 1 + N, W]`, fp32."""
-        return super().start(patches_BNW.float())
 
 
 class DynamicTokenizer(nn.Module):

@@ -31,10 +31,16 @@ from torch.nn.utils.rnn import pad_sequence
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, counted
 from seed_multimodal.hub import LAVIT_WHERE, find_file
+from seed_multimodal.nn.layers import (
+    Attention,
+    AttentionPool,
+    LayerNorm,
+    Mlp,
+    checkpoint_layers,
+    heads_first,
+    heads_last,
+)
 from seed_multimodal.settings import check_settings, read_settings, setting
-from seed_multimodal.tokenizers.layers import Attention
-from seed_multimodal.vision.checkpointing import checkpoint_layers
-from seed_multimodal.vision.layers import AttentionPool, LayerNorm, Mlp, heads_first, heads_last
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
 Head = Literal["highres", "lowres"]

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import first_file
+from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.nn.layers import cast_layers
+from seed_multimodal.nn.pretrained import name_encoder, named_encoder
 from seed_multimodal.tokenizers.checkpoints import with_buffers
 from seed_multimodal.tokenizers.lavit import MODEL_TYPE, DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.tokenizers.lavit_merger import Merger
-from seed_multimodal.vision.eva import EvaConfig
-from seed_multimodal.vision.layers import cast_layers
-from seed_multimodal.vision.shared_encoder import name_encoder, named_encoder
 from seed_multimodal.weights import assign_strictly, load_state_dict, refuse_tensors, save_state_dict
 
 State = dict[str, Tensor]

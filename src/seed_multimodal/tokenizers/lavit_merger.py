@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.vision.checkpointing import checkpoint_layers
-from seed_multimodal.vision.layers import LayerNorm, Mlp, heads_first, heads_last
+from seed_multimodal.nn.layers import LayerNorm, Mlp, checkpoint_layers, heads_first, heads_last
 
 EPSILON = 1e-6
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.vision.layers import LayerNorm
+from seed_multimodal.nn.layers import LayerNorm
 
 MODES = ("draw", "threshold")
 Generators = torch.Generator | Sequence[torch.Generator] | None

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.settings import setting
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
 from seed_multimodal.tokenizers.lavit_selector import Generators, Selection
-from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 from seed_multimodal.tokenizers.stage2_base import cosine
 
 REFERENCE = 0.18

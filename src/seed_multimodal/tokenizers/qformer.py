@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.layers import LayerNorm, heads_first, heads_last
 from seed_multimodal.settings import setting
-from seed_multimodal.vision.layers import LayerNorm, heads_first, heads_last
 
 MASKED = -10000.0
 

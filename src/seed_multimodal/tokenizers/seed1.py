@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.settings import setting
-from seed_multimodal.tokenizers.encoder import CodeTokenizer
-from seed_multimodal.tokenizers.layers import Block, run_blocks
+from seed_multimodal.tokenizers.encoder import CodeTokenizer, decode_blocks, run_blocks
 from seed_multimodal.tokenizers.qformer import QFormer, QFormerConfig
 from seed_multimodal.tokenizers.released import IMAGE_BRANCH, REBUILDING, SEED1, TRAINING_ONLY
 from seed_multimodal.tokenizers.tokenizer_config import REVERSE_LAYERS, Shapes, TokenizerConfig
@@ -76,7 +75,7 @@ class Seed1Tokenizer(CodeTokenizer):
         self.pos_embed_text = nn.Parameter(torch.zeros(1, config.num_query, width))
         self.reverse_tokens = nn.Parameter(torch.zeros(1, config.text_tokens, width).normal_(std=0.02))
         self.add_encoder(ema_decay)
-        self.blocks_text = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
+        self.blocks_text = decode_blocks(config)
         self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
         self.distill_text_proj = nn.Linear(width, config.text_features_dim)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
-from seed_multimodal.tokenizers.layers import Block
+from seed_multimodal.tokenizers.encoder import decode_blocks
 from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
 from seed_multimodal.tokenizers.stage2_base import CodebookOutput, CodebookWeights, Stage2Base
 
@@ -62,7 +62,7 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
         super().__init__(config, ema_decay=ema_decay)
         width = config.qformer.width
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, width))
-        self.blocks = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
+        self.blocks = decode_blocks(config)
         self.weights = weights or Seed1Stage2Weights()
         self.text_encoder = text_encoder
         if text_encoder is not None and text_encoder.config.hidden_size != config.text_features_dim:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.settings import setting
-from seed_multimodal.tokenizers.encoder import CodeTokenizer
-from seed_multimodal.tokenizers.layers import Block, run_blocks
+from seed_multimodal.tokenizers.encoder import CodeTokenizer, decode_blocks, run_blocks
 from seed_multimodal.tokenizers.qformer import QFormer, QFormerConfig
 from seed_multimodal.tokenizers.released import REBUILDING, SEED2, TEXT_BRANCH, TRAINING_ONLY
 from seed_multimodal.tokenizers.tokenizer_config import REVERSE_LAYERS, Shapes, TokenizerConfig
@@ -84,8 +83,8 @@ class Seed2Tokenizer(CodeTokenizer):
             self.reverse_tokens = nn.Parameter(torch.zeros(1, 1, width).normal_(std=0.02))
         self.add_encoder(ema_decay)
         if config.recon_s:
-            self.blocks = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
-        self.blocks_image = nn.ModuleList(Block(width, config.decode_heads) for _ in range(config.decode_depth))
+            self.blocks = decode_blocks(config)
+        self.blocks_image = decode_blocks(config)
         if config.use_qformer_image:
             self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
             self.distill_image_proj = nn.Linear(width, config.image_features_dim)

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.nn.layers import LayerNorm
 from seed_multimodal.tokenizers.contrast import gather_rows, similarities, unit_rows
-from seed_multimodal.tokenizers.layers import LayerNorm
 from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.seed2 import Seed2Config
-from seed_multimodal.vision.eva import EvaVit
 
 
 @dataclass

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.vision.eva import EvaConfig
 
 QUERY_LAYERS = "Qformer.bert.encoder.layer"
 REVERSE_LAYERS = f"Reverse_{QUERY_LAYERS}"

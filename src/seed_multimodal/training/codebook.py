@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.quantizer import CodebookUsage, VectorQuantizer, add_counts
 from seed_multimodal.settings import setting
-from seed_multimodal.tokenizers.quantizer import CodebookUsage, VectorQuantizer, add_counts
 
 
 @dataclass

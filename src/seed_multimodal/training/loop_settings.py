@@ -72,18 +72,6 @@ class StageSettings(LoopSettings):
     weight_decay: float = setting(0.01, least=0)
 
 
-@dataclass(frozen=True)
-class SampleCost:
-    """What a sample costs, for the log's `tflops` and `mfu`, both of one process's device.
-
-    `flops`: operations of one sample through one step, forward and backward. `peak_tflops`: what the device reaches at
-    most (`peaks.known_peak`), if that is known.
-    """
-
-    flops: float
-    peak_tflops: float | None = None
-
-
 def stage(steps: int, batch: int, lr: float, **more: Any) -> Any:
     """A field of settings: a stage of that length; `more`: other values of `StageSettings`."""
     return field(default_factory=lambda: StageSettings(steps=steps, batch_size=batch, lr=lr, **more))

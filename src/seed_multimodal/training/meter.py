@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.training.loop_settings import SampleCost
-
 _EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
 
 
@@ -34,13 +32,12 @@ class Meter:
 
     Args:
         samples: of one step in one process.
-        cost: of a sample, for `tflops` and `mfu`.
     """
 
     own_evaluation_line = False  # whether numbers of an evaluation get a line of their own
 
-    def __init__(self, samples: int, cost: SampleCost | None = None) -> None:
-        self.samples, self.cost = samples, cost
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
         self.smooth: dict[str, float] = {}
 
     def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> StepNumbers:
@@ -74,9 +71,8 @@ class Meter:
 
     def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
         """All processes' numbers of a log line, called after the line's steps, which `steps` and `seconds` count:
-        samples per second, and utilisation."""
-        pace = seconds / steps
-        return {"samples_per_s": self.samples * world / pace, **utilisation(self.cost, self.samples / pace)}
+        samples per second."""
+        return {"samples_per_s": self.samples * world * steps / seconds}
 
     def text(self, line: Mapping[str, float]) -> tuple[str, str]:
         """The line as text: numbers, speed; the first without those that every line ends with."""
@@ -96,14 +92,6 @@ class Meter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.smooth.update(state.get("smooth", {}))
-
-
-def utilisation(cost: SampleCost | None, samples_per_s: float) -> dict[str, float]:
-    """`tflops` that one device achieves with so many samples per second, and `mfu`, their share of its peak."""
-    if cost is None:
-        return {}
-    tflops = cost.flops * samples_per_s / 1e12
-    return {"tflops": tflops} | ({"mfu": tflops / cost.peak_tflops} if cost.peak_tflops else {})
 
 
 def utilisation_text(numbers: Mapping[str, float]) -> str:

@@ -16,7 +16,7 @@ from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
 from seed_multimodal.training.distributed import ProcessGroup, wait_limit
 from seed_multimodal.training.loop import train
-from seed_multimodal.training.loop_settings import SampleCost, StageSettings
+from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.meter import Meter
 from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.resume import other_numbers, read_states, refuse_other_numbers, settings_remark
@@ -30,20 +30,19 @@ class StageTask(Task):
     Args:
         module: everything that is trained and saved.
         optimizer: trains (some of) the parameters of `module`; AdamW on all that need gradients by default.
-        cost: of a sample, for the log's `tflops` and `mfu`.
         parallel: False if the loss calls parts of `module` past its `forward`, which no engine for several processes
             can follow.
     """
 
     def __init__(self, name: str, module: nn.Module, settings: StageSettings, *, optimizer: Any = None,
-                 cost: SampleCost | None = None, parallel: bool = True) -> None:
+                 parallel: bool = True) -> None:
         check_settings(settings, f"[{name}]")
         check_kind(settings.lr_scheduler_type, settings.lr_scheduler_kwargs)
         learning_rate(settings.steps - 1, settings)  # impossible options of a schedule end here
         self.name, self.module, self.settings, self.parallel = name, module, settings, parallel
         self.optimizer = optimizer or torch.optim.AdamW(
             parameter_groups(module, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99))
-        self.meter = Meter(settings.batch_size * settings.accumulate, cost)
+        self.meter = Meter(settings.batch_size * settings.accumulate)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """Scalar mean loss of a micro-step, and numbers to log; draws its randomness from torch's global generator,

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.layers import resize_square
 
 
 def side_of(tokens: int, what: str) -> int:
@@ -22,20 +22,6 @@ def side_of(tokens: int, what: str) -> int:
     if side == 0 or side * side != tokens:
         raise ConfigError(f"{what} has {tokens} patches, which is not a square grid.")
     return side
-
-
-def resize_square(table_NW: Tensor, grid: int) -> Tensor:
-    """Bicubically resize a table `[g², W]` to `[grid², W]`, computed in fp32; one of that size is given back itself.
-
-    Raises:
-        ConfigError: a table that is not of a square grid.
-    """
-    old = side_of(len(table_NW), "The position table")
-    if old == grid:
-        return table_NW
-    square = table_NW.float().unflatten(0, (old, old)).permute(2, 0, 1)[None]
-    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
-    return square[0].permute(1, 2, 0).flatten(0, 1).to(table_NW.dtype)
 
 
 def sine_table(width: int, grid: int) -> Tensor:
@@ -74,7 +60,7 @@ class SquarePositions(nn.Module):
         """Table `[g², W]` → `[tokens, W]`.
 
         Raises:
-            ConfigError: `tokens` (of `what`) or the table is not of a square grid.
+            ConfigError: `tokens` (of `what`) is not of a square grid.
         """
         grid = side_of(tokens, what)
         if table_NW.requires_grad or torch.compiler.is_compiling():

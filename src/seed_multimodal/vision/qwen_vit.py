@@ -28,9 +28,8 @@ from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import ConfigError, ImageError
 from seed_multimodal.hub import find_file
 from seed_multimodal.images.any_resolution import position_features
+from seed_multimodal.nn.layers import LayerNorm, checkpoint_layers, heads_last
 from seed_multimodal.settings import check_settings, read_settings, setting
-from seed_multimodal.vision.checkpointing import checkpoint_layers
-from seed_multimodal.vision.layers import LayerNorm, heads_last
 from seed_multimodal.vision.positions import SquarePositions
 from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.layers import LayerNorm
 from seed_multimodal.settings import check_settings, setting
-from seed_multimodal.vision.layers import LayerNorm
 from seed_multimodal.vision.positions import SquarePositions, sine_table
 
 

@@ -13,11 +13,12 @@ from safetensors import safe_open
 from seed_multimodal.detokenizers.autoencoder import ELSEWHERE
 from seed_multimodal.disk import read_json_object, replace_copy, replace_text
 from seed_multimodal.language.adapters import AGENT_CONFIG
+from seed_multimodal.nn.eva import clip_from_eva
+from seed_multimodal.nn.pretrained import name_encoder
 from seed_multimodal.system_folder import join
 from seed_multimodal.tokenizers.released import TOWER
 from seed_multimodal.training.seed_x.tuning_settings import read_agent
 from seed_multimodal.training.seed_x.tuning_task import build_agent
-from seed_multimodal.vision.shared_encoder import name_encoder, share_encoder
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.diffusion import write_successor_unet
 from seed_nano.train.lavit import PREFIX, decoder_sizes
@@ -35,6 +36,17 @@ def start(space: Any) -> None:
     elif space.system == "nano_lavit":
         write_successor_unet(space, decoder_sizes(space).context_dim, config.unet.pooled, config.seed + 5)
         _name_autoencoder(space)
+
+
+def share_encoder(folder: Path, file: Path, prefix: str) -> bool:
+    """Remove the tensors from a CLIP folder that are equal in `file`, and name `file` instead; False if any differs."""
+    own, shared = load_state_dict(folder / "model.safetensors"), clip_from_eva(load_state_dict(file), prefix)
+    if not all(name in own and own[name].equal(value) for name, value in shared.items()):
+        return False
+    save_state_dict({name: value for name, value in own.items() if name not in shared}, folder / "model.safetensors",
+                    {"format": "pt"})
+    name_encoder(folder, file, prefix)
+    return True
 
 
 def trained_folder(space: Workspace, stage: str) -> Path:

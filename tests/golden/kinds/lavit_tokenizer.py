@@ -10,9 +10,9 @@ import torch
 from runner import assert_close, assert_same, read_json, read_tensors
 from torch import Tensor
 
+from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig, as_nested, padded
 from seed_multimodal.tokenizers.lavit_merger import causal_mask, dropped_mask
-from seed_multimodal.vision.eva import EvaConfig
 from seed_multimodal.weights import assign_strictly
 
 KIND = "lavit_tokenizer"

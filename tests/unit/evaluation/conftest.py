@@ -47,10 +47,10 @@ class Stages:
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    from seed_multimodal.nn.eva import EvaConfig
     from seed_multimodal.tokenizers.qformer import QFormerConfig
     from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
     from seed_multimodal.tokenizers.stage1 import Stage1Model
-    from seed_multimodal.vision.eva import EvaConfig
 
     folder, words = tmp_path_factory.mktemp("stages"), "a red green blue grey square of".split()
     config = Seed2Config(

@@ -40,8 +40,7 @@ def model_of(config: dict[str, Any]) -> Any:
     return registry.get_model_class(arch).from_config(OmegaConf.create(config)).place(torch.device("cpu")).train()
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast_tower"])
-def test_stage1(fast):
+def test_stage1():
     from runner import assert_close
     from seed2_common import qformer_config, vit_config
 
@@ -53,8 +52,7 @@ def test_stage1(fast):
                                                                                  given["cross_attention_freq"])),
         "num_query_token": given["num_query_token"], "embed_dim": given["embed_dim"], "temperature": given["temp"],
         "label_smoothing": given["label_smoothing"], "text_tokenizer": None,
-        "vocab_size": weights["Qformer.bert.embeddings.word_embeddings.weight"].shape[0], "fast_tower": fast})
-    assert (model.fast_tower is not None) == fast
+        "vocab_size": weights["Qformer.bert.embeddings.word_embeddings.weight"].shape[0]})
     assign_strictly(model, weights, "the fixture")
     assert [name for name, p in model.named_parameters() if p.requires_grad] == meta["trainable"]
     output = model(inputs)  # image, input_ids, attention_mask
@@ -69,9 +67,8 @@ def test_stage1(fast):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast_tower"])
 @pytest.mark.parametrize("kind", ["stage2_losses", "stage2_losses_image_down"])
-def test_stage2(kind, fast, tmp_path):
+def test_stage2(kind, tmp_path):
     from runner import assert_close
     from seed2_common import tokenizer_config
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -86,9 +83,7 @@ def test_stage2(kind, fast, tmp_path):
         "clip_precision": "fp32", "n_embed": config.codebook_size, "codebook_embed_dim": config.codebook_dim,
         "decode_depth": config.decode_depth, "decode_heads": config.decode_heads, "num_query_token": config.num_query,
         "image_features_dim": config.image_features_dim, "use_qformer_image": config.use_qformer_image,
-        "reverse_depth": given["reverse_qformer_layers"] or 4, "loss_weights": given["loss_weights"],
-        "fast_tower": fast})
-    assert (model.fast_tower is not None) == fast
+        "reverse_depth": given["reverse_qformer_layers"] or 4, "loss_weights": given["loss_weights"]})
     near = given["codebook_rows_near"]
     codebook = torch.full((config.codebook_size, config.codebook_dim), given["codebook_far_value"])
     codebook[:near] = weights.pop("quantize.embedding.weight.near")
@@ -106,27 +101,3 @@ def test_stage2(kind, fast, tmp_path):
     for name in names:
         gradient = own[name.removeprefix("grad.")].grad
         assert_close(gradient[:near] if name.startswith("grad.quantize") else gradient, want[name], 1e-6, 1e-3, name)
-
-
-@pytest.mark.parametrize("options, device, used", [
-    ({}, "cpu", False), ({}, "cuda", True), ({"fast_tower": False}, "cuda", False), ({"fast_tower": True}, "cpu", True),
-    ({"freeze_vit": False}, "cuda", False)])
-def test_where_the_tower_is_packed(options, device, used):
-    from seed_lavis.models import Blip2Casual
-    from seed_lavis.options import Stage1Options
-
-    model = Blip2Casual.__new__(Blip2Casual)
-    model.__dict__["options"] = Stage1Options(**options)
-    assert model.uses_fast_tower(torch.device(device)) is used
-
-
-def test_a_tower_that_is_trained_is_not_packed():
-    from seed_lavis.models import Blip2Casual
-    from seed_lavis.options import Stage1Options
-
-    from seed_multimodal.errors import ConfigError
-
-    model = Blip2Casual.__new__(Blip2Casual)
-    model.__dict__["options"] = Stage1Options(fast_tower=True, freeze_vit=False)
-    with pytest.raises(ConfigError, match="freeze_vit"):
-        model.uses_fast_tower(torch.device("cpu"))

@@ -16,8 +16,6 @@ import torch
 from lavis_runs import APPLICATION, ROOT, environment, log_of, torchrun, write_config
 from omegaconf import OmegaConf
 
-from seed_multimodal.tokenizers.flops import lavit_stage1_flops
-
 TOWER = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
 
 def other_tower(home: Path) -> Path:
@@ -55,17 +53,6 @@ def test_pictures_without_captions_train_as_any_data_set(yaml: Callable[..., lis
         OmegaConf.save(config, given[1])
         runner = train.build(train.parser("").parse_args(given))
         assert len(runner.datasets[name]["train"]) == 24
-
-
-def test_a_frozen_selector_costs_no_trials(yaml: Callable[..., list[str]]) -> None:
-    import train
-    from seed_lavis.cost import step_flops
-
-    free, frozen = (train.build(train.parser("").parse_args(yaml(f"model.freeze_selector={value}", name=value)))._model
-                    for value in ("False", "True"))
-    config = free.config
-    wanted = [lavit_stage1_flops(config.tokenizer, config.decoder, freeze_selector=value) for value in (False, True)]
-    assert [step_flops(model, 4) for model in (free, frozen)] == wanted and wanted[0] > 1.05 * wanted[1]
 
 
 def test_pictures_without_captions_become_a_tokenizer(

@@ -45,42 +45,6 @@ def test_text_branch_trains(yaml, run, text_folder, tmp_path):
     assert "reverse_tokens" in saved and not any(name.startswith(("text_encoder", "visual_encoder")) for name in saved)
 
 
-def test_fast_tower_changes_nothing_but_speed(text_folder):
-    """Also after weights were loaded into a model that has computed already."""
-    from omegaconf import OmegaConf
-    from seed_lavis import register
-
-    register()
-    from seed_lavis.compat import registry
-
-    kind, images = registry.get_model_class("seed1_codebook_text"), torch.randn(3, 3, 16, 16)
-    vit = {"patch_size": 8, "width": 16, "depth": 2, "heads": 2, "mlp_width": 24}
-    qformer = {"width": 24, "depth": 2, "heads": 2, "mlp_width": 32, "dropout": 0.0}
-    given = {"image_size": 16, "vit": vit, "qformer": qformer, "load_pretrained": False,
-             "text_encoder": str(text_folder), "text_tokens": 9, "text_features_dim": 24, "n_embed": 50,
-             "codebook_embed_dim": 6, "decode_depth": 1, "reverse_depth": 1}
-    plain, fast = (kind.from_config(OmegaConf.create({**given, "fast_tower": choice})).place(torch.device("cpu"))
-                   for choice in (False, True))
-    before = fast.tower(images)
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            if name.startswith("visual_encoder"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    fast.load_state_dict(plain.state_dict())
-    assert fast.fast_tower is not None and plain.fast_tower is None
-    torch.testing.assert_close(fast.tower(images), plain.tower(images), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(fast.tower(images), before, atol=0.1)
-    samples = {"image": images, "caption": ["a cat", "two dogs", "red"]}
-    losses = [model(samples)["loss"] for model in (plain, fast)]
-    for loss in losses:
-        loss.backward()
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
-    for (name, got), want in zip(fast.named_parameters(), plain.parameters(), strict=True):
-        assert (got.grad is None) == (want.grad is None), name
-        if got.grad is not None:
-            torch.testing.assert_close(got.grad, want.grad, rtol=1e-3, atol=1e-4, msg=name)
-
-
 def test_a_text_encoder_that_is_not_there_is_one_sentence(tmp_path):
     from omegaconf import OmegaConf
     from seed_lavis import register

@@ -16,7 +16,7 @@ CLIP = ["model.clip_model=pretrained/nano/seed_tokenizer/diffusion_model/image_e
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, options", [
-    ("stage1", []), ("stage1", ["model.freeze_vit=True", "model.fast_tower=True"]),
+    ("stage1", []), ("stage1", ["model.freeze_vit=True"]),
     ("stage1", [*CLIP, "model.embedding_weight=1.0"]), ("stage2", [*STAGE2, *CLIP]),
     ("stage2", [*STAGE2, "model.ema_decay=0.9", "model.corrupt=0.1", "model.nested=0.2", "model.kmeans_start=True"]),
     ("stage2", [*STAGE2, "run.accum_grad_iters=2", "run.clip_grad=1.0", "run.ema=0.9"])])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config
-from seed_multimodal.vision.eva import EvaConfig
 
 
 @pytest.fixture(autouse=True)

@@ -20,11 +20,11 @@ from seed_multimodal.cli import main
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer_files import MODEL, read_files, write_files
+from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model
-from seed_multimodal.vision.eva import EvaVit
 from seed_multimodal.weights import load_state_dict
 
 NANO = Path(__file__).parents[3] / "pretrained" / "nano"

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from seed_multimodal.cli import main
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.tokenizers.export import export_tokenizer
 from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
 from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model
 from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model
 from seed_multimodal.tokenizers.stage2 import Stage2Model
-from seed_multimodal.vision.eva import EvaVit
 from seed_multimodal.weights import load_state_dict
 
 RELEASED = ["causal_qformer.pth", "config.json", "eva_vit_g.pth", "model.safetensors", "seed_tokenizer.pth"]

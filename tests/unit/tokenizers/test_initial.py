@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, SeedWarning
+from seed_multimodal.nn.eva import EvaConfig, EvaVit
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.initial import check_unclip, load_blip2, load_tower
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model
-from seed_multimodal.vision.eva import EvaConfig, EvaVit
 
 KEYS = Path(__file__).parents[2] / "golden" / "data" / "seed2_keys_full" / "stage1_training_model.json.gz"
 WORDS = "Qformer.bert.embeddings.word_embeddings.weight"

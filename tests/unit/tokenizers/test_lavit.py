@@ -12,10 +12,10 @@ from tiny_lavit_tokenizer import TINY, tiny_tokenizer
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, ImageError
+from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer, as_nested, kept_rows, padded
 from seed_multimodal.tokenizers.lavit_merger import Merger, causal_mask, dropped_mask, masked_softmax
 from seed_multimodal.tokenizers.lavit_selector import Selection, choose, gumbel_noise
-from seed_multimodal.vision.layers import cast_layers
 
 PICTURES, PATCHES, WIDTH = 4, 16, 16
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer
 from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer
 from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Weights, moving_codebook
-from seed_multimodal.tokenizers.quantizer import VectorQuantizer
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_many_distances_are_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     torch.nn.init.normal_(quantizer.embedding.weight)
     points = torch.randn(11, 2, 4)
     whole = quantizer.nearest(points)
-    monkeypatch.setattr("seed_multimodal.tokenizers.quantizer.SCORES", 24)  # three points at once
+    monkeypatch.setattr("seed_multimodal.nn.quantizer.SCORES", 24)  # three points at once
     assert torch.equal(quantizer.nearest(points), whole)
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
-from seed_multimodal.tokenizers.layers import Block
+from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.nn.layers import Block
 from seed_multimodal.tokenizers.qformer import QFormer
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
-from seed_multimodal.vision.eva import EvaVit
 from seed_multimodal.weights import save_state_dict
 
 State = dict[str, torch.Tensor]

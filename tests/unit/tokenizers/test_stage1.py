@@ -15,10 +15,10 @@ import torch.distributed as dist
 import warm_python
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.tokenizers.qformer import QFormerConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage1 import Stage1Model, Stage1Output
-from seed_multimodal.vision.eva import EvaConfig
 
 WORDS = 30
 TINY = Seed2Config(vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_width=24),

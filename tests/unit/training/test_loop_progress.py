@@ -18,7 +18,6 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.progress import duration
 from seed_multimodal.training import loop, run_log
 from seed_multimodal.training.checkpoint_folders import checkpoints
-from seed_multimodal.training.loop_settings import SampleCost
 from seed_multimodal.training.run_log import drop_lines_after, peak_memory_mib
 
 
@@ -56,21 +55,6 @@ def test_each_log_line_says_how_the_run_goes(
     for part in ("loss ", "half ", "grad ", "lr 0.008", "bad_samples 3", "perplexity 12.5", "samples/s", "s/step",
                  "waited for data", " GiB, ", " left"):
         assert part in said[0]
-
-
-def test_utilisation_is_logged_where_the_peak_is_known(
-    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    toy.train(tmp_path / "known", steps=8, cost=SampleCost(2e9, peak_tflops=0.5))
-    for line in lines_of(tmp_path / "known"):
-        assert line["tflops"] == pytest.approx(line["samples_per_s"] * 2e-3)
-        assert line["mfu"] == pytest.approx(line["tflops"] / 0.5)
-    said = capsys.readouterr().out
-    assert said.count(" TFLOP/s (MFU ") == 2 and "tflops" not in said and "mfu" not in said
-    toy.train(tmp_path / "unknown", steps=4, cost=SampleCost(2e9))
-    assert "tflops" in lines_of(tmp_path / "unknown")[0] and "mfu" not in lines_of(tmp_path / "unknown")[0]
-    said = capsys.readouterr().out
-    assert " TFLOP/s, " in said and "MFU" not in said
 
 
 def test_numbers_of_a_step_are_logged_at_once_and_their_time_is_no_training(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError, ImageError, SeedWarning
-from seed_multimodal.vision.checkpointing import is_checkpointed
+from seed_multimodal.nn.layers import is_checkpointed
 from seed_multimodal.vision.positions import resize_square
 from seed_multimodal.vision.qwen_vit import IN_QWEN_VL, QwenVit, QwenVitConfig
 

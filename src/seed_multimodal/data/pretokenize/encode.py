@@ -1,7 +1,7 @@
 """The encoder: a tokenizer's YAML → codes of batches of bytes, on one device; and the fingerprint of its weights.
 
-On CUDA the packed encoder in half precision (`tokenizers.fast`), elsewhere the plain one in float32, unless asked
-otherwise. Weights are read in float32 either way, so that the fingerprint is the same on every device.
+On CUDA compiled and in half precision (`seed.compile`), elsewhere plain in float32, unless asked otherwise. Weights are
+read in float32 either way, so that the fingerprint is the same on every device.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, normalise
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.seed.compile import fast_encode
 from seed_multimodal.settings import check_keys, setting
-from seed_multimodal.tokenizers.fast import Levers, optimise
+from seed_multimodal.tokenizers.encoder import CodeTokenizer
 
 PROCESSORS = ("transformers.BlipImageProcessor.from_pretrained", "transformers.CLIPImageProcessor.from_pretrained")
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -38,16 +39,12 @@ class EncoderSettings:
 
     Attributes:
         tokenizer: its YAML (the released form), that as a mapping, or the folder of a tokenizer or a system.
-        fast: the packed encoder; None: on CUDA, and where `compile` is asked for.
-        dtype: of the packed encoder, or of a plain one on CUDA; `auto`: float16 on CUDA as released, float32
-            elsewhere and where the tokenizer's YAML says `fp16: False`.
-        compile: let torch compile the packed encoder (minutes before the first picture); None: on CUDA, unless it
-            fails there.
+        dtype: `auto`: float16 on CUDA as released, float32 elsewhere and where the tokenizer's YAML says `fp16: False`.
+        compile: compile the encoder (minutes before the first image); None: SEED's on CUDA, unless that fails.
     """
 
     tokenizer: str | Mapping[str, Any]
     device: str = "auto"
-    fast: bool | None = None
     dtype: str = setting("auto", choices=("auto", *sorted(DTYPES)))
     compile: bool | None = None
 
@@ -57,7 +54,7 @@ class Encoder:
 
     Attributes:
         most: pictures that are encoded at once; halved whenever they did not fit into memory.
-        compiled: whether the packed encoder is compiled.
+        compiled: whether the encoder is compiled.
     """
 
     def __init__(self, settings: EncoderSettings, log: Callable[[str], None] = log_line) -> None:
@@ -78,21 +75,13 @@ class Encoder:
         on_gpu = self.device.type == "cuda"
         half = on_gpu and getattr(opened, "fp16", True)  # `fp16: False` in the tokenizer's YAML
         dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if half else torch.float32
-        packs = getattr(model, "packs", True)
-        if (settings.fast or settings.compile) and not packs:
-            raise ConfigError("tokenizer: LaVIT's has no packed encoder; leave out --fast and --compile.")
-        self.fast = packs and ((on_gpu or bool(settings.compile)) if settings.fast is None else settings.fast)
         self.dtype = str(dtype).removeprefix("torch.")
-        if settings.compile and not self.fast:
-            raise ConfigError("--compile compiles the packed encoder, which --no-fast leaves out; give one of them.")
-        self._log, self.most, self.compiled = log, sys.maxsize, False
-        if not self.fast:
-            self._model = model.to(dtype)
-        elif settings.compile is None and on_gpu:
-            self._model, self.compiled = compiled_or_not(model, Levers(dtype=dtype), log)
-        else:
-            self.compiled = bool(settings.compile)
-            self._model = optimise(model, compile=self.compiled, levers=Levers(dtype=dtype))
+        self._log, self.most = log, sys.maxsize
+        compiled = on_gpu and isinstance(model, CodeTokenizer)
+        self.compiled = compiled if settings.compile is None else settings.compile
+        self._encode_pixels = fast_encode(model, dtype, compile=self.compiled)
+        if self.compiled and settings.compile is None:
+            self.compiled = compiles(self._encode_pixels, self.image_size, self.device, log)
 
     def start(self, rows: Sequence[Tensor]) -> Codes:
         """Begin to encode pictures, uint8 [3, S, S] each; on a GPU this returns before it is done.
@@ -125,22 +114,22 @@ class Encoder:
         on_gpu = self.device.type == "cuda"  # the copy from page-locked memory overlaps with decoding the next batch
         pixels = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
         torch.stack(tuple(rows), out=pixels)
-        return self._model.encode(normalise(copy_to(self.device, pixels))).to(torch.int32)
+        return self._encode_pixels(normalise(copy_to(self.device, pixels))).to(torch.int32)
 
 
-def compiled_or_not(model: Any, levers: Levers, log: Callable[[str], None]) -> tuple[Any, bool]:
-    """The packed encoder of a tokenizer, compiled, or as it is where this machine cannot compile; and which."""
+def compiles(encode: Callable[[Tensor], Tensor], size: int, device: torch.device, log: Callable[[str], None]) -> bool:
+    """Whether a compiled encoder runs on this machine; if not, it is computed uncompiled from now on."""
     log("compiling the encoder, which takes minutes (--no-compile starts at once) …")
-    fast = optimise(model, compile=True, levers=levers)
     try:
-        fast.warm_up([1])
+        encode(torch.zeros(1, 3, size, size, device=device))
     except RuntimeError as error:  # also those of the compiler
         if is_out_of_memory(error):
             raise
         log(f"the encoder cannot be compiled here ({first_line(error)}); it runs uncompiled, somewhat slower.")
         torch.compiler.reset()
-        return optimise(model, levers=levers), False
-    return fast, True
+        torch.compiler.set_stance("force_eager")
+        return False
+    return True
 
 
 class Codes:

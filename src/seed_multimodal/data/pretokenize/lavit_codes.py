@@ -19,23 +19,22 @@ from torch import Tensor, nn
 
 from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.settings import check_value
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer, padded
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer
 from seed_multimodal.tokenizers.lavit_selector import MODES
-from seed_multimodal.vision.layers import cast_layers
 
 NONE = -1
 
 
 class DynamicCodes(nn.Module):
-    """`encode`: normalised pixels `[B, 3, S, S]` → codes `[B, patches]`, `NONE` behind those of a picture.
+    """`encode`: normalised pixels `[B, 3, S, S]` → codes `[B, patches]`, `NONE` behind those of a picture."""
 
-    Attributes:
-        packs: it is no model of the packed encoder.
-    """
-
-    packs = False
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.tokenizer.device
 
     def __init__(self, tokenizer: DynamicTokenizer, selection: str, seed: int) -> None:
         super().__init__()

@@ -165,7 +165,7 @@ def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], ra
             log_line(f"{rank.name}{reason}; it is made again.")
     if len(left) < len(own):
         log_line(f"{rank.name}{len(own) - len(left):,} of {len(own):,} units were finished and match their manifests.")
-    made = {"device": encoder.device.type, "dtype": encoder.dtype, "fast": encoder.fast,
+    made = {"device": encoder.device.type, "dtype": encoder.dtype,
             "compiled": encoder.compiled, "batch_size": batch_size, **versions()}
     weight_unit = "byte" if any(unit.format == "tar" for unit in left) else "record"
     with Progress("extraction", sum(unit.weight for unit in left), weight_unit, every=settings.log_every,

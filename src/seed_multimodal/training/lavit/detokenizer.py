@@ -28,6 +28,7 @@ from seed_multimodal.detokenizers.lavit_training import (
 from seed_multimodal.detokenizers.lavit_unconditional import UNCONDITIONAL, is_sdxl
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import LAVIT_WHERE, find_folder
+from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
@@ -37,7 +38,6 @@ from seed_multimodal.training.pixel_decoder.features import DTYPES, NEEDED
 from seed_multimodal.training.pixel_decoder.settings import PixelRun
 from seed_multimodal.training.pixel_decoder.task import PixelTask
 from seed_multimodal.training.task_run import run_task
-from seed_multimodal.vision.checkpointing import checkpointed
 
 DECODER = "decoder"  # in the result's folder
 KEPT = ("scheduler", "layout", "seed_decode.json")  # of the folder that the training began with, beside the autoencoder

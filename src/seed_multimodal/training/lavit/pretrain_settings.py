@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.tokenizers.lavit import DynamicTokenizer, kept_rows
 from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer
@@ -21,7 +22,6 @@ from seed_multimodal.tokenizers.lavit_merger import Merger
 from seed_multimodal.tokenizers.lavit_selector import MODES
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.model_settings import find_folder
-from seed_multimodal.vision.layers import cast_layers
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 VISUAL = ("visual_weight.safetensors", "visual_weight.bin")

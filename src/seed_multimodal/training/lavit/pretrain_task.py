@@ -28,6 +28,7 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.likeness import some_weights
+from seed_multimodal.nn.layers import checkpoint_layers
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
 from seed_multimodal.training.lavit.pretrain_settings import PARTS, VISUAL, VisualTokens, load_visual, read_visual
@@ -38,7 +39,6 @@ from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.llm.memory import Beside
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.llm.trainer_settings import RunSettings
-from seed_multimodal.vision.checkpointing import checkpoint_layers
 from seed_multimodal.weights import save_state_dict
 
 

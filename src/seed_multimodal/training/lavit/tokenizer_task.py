@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.quantizer import CodebookUsage
 from seed_multimodal.tokenizers.lavit_training import LavitStage1
-from seed_multimodal.tokenizers.quantizer import CodebookUsage
 from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance, evaluation_mode
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.loop_settings import StageSettings
@@ -151,4 +151,4 @@ def measure(model: LavitStage1, batches: Iterable[Tensor], *, quantize: bool | N
     whole = torch.cat(features)
     blind = 1 - F.cosine_similarity(whole, whole.mean(0, keepdim=True).expand_as(whole), dim=-1).mean()
     return Stage1Measures(float(sum(losses)) / len(whole), float(blind), sum(counts) / whole[..., 0].numel(), counts,
-                          model.quantize.usage(torch.cat(codes)) if codes else None)
+                          CodebookUsage.of_codes(torch.cat(codes), model.quantize.size) if codes else None)

@@ -11,10 +11,8 @@ import torch
 import warm_python
 from torch._inductor import config as inductor_config
 
-from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, compiled_or_not
+from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, compiles
 from seed_multimodal.device import is_out_of_memory
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.fast import Levers
 
 YAML = str(Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs" / "tokenizer" / "nano.yaml")
 
@@ -26,7 +24,7 @@ import torch
 from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings
 torch.set_num_threads(1)
 said = []
-encoder = Encoder(EncoderSettings(sys.argv[1], device="cpu", fast=True), said.append)
+encoder = Encoder(EncoderSettings(sys.argv[1], device="cpu"), said.append)
 pixels = torch.randint(256, (960, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 rows = list(pixels)
 wanted = torch.cat([encoder.start(rows[at:at + 32]).result() for at in range(0, 960, 32)])
@@ -41,11 +39,6 @@ print(json.dumps({"before": before, "said": said, "most": [most, encoder.most], 
                   "equal": (codes == wanted).float().mean().item(),
                   "later": (later == wanted[:most + 5]).float().mean().item()}))
 """
-
-
-@pytest.fixture
-def rows() -> list[torch.Tensor]:
-    return list(torch.randint(256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8))
 
 
 @pytest.mark.process
@@ -75,17 +68,15 @@ def test_other_errors_pass():
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_where_nothing_can_be_compiled_the_encoder_runs_as_it_is(rows, monkeypatch, tmp_path):
+def test_compiles_without_a_compiler_runs_uncompiled(monkeypatch, tmp_path):
     said: list[str] = []
-    encoder = Encoder(EncoderSettings(YAML, device="cpu", fast=True))
+    plain, encoder = (Encoder(EncoderSettings(YAML, device="cpu", compile=choice)) for choice in (False, True))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    with inductor_config.patch({"cpp.cxx": (None, "/nowhere/a-compiler")}):
-        model, compiled = compiled_or_not(encoder._model.tokenizer, Levers(), said.append)
-    assert not compiled and "--no-compile" in said[0] and "cannot be compiled here" in said[1]
-    pixels = torch.rand(2, 3, 64, 64)
-    assert torch.equal(model.encode(pixels), encoder._model.encode(pixels))
-
-
-def test_compiling_needs_the_packed_encoder():
-    with pytest.raises(ConfigError, match="--no-fast"):
-        Encoder(EncoderSettings(YAML, device="cpu", fast=False, compile=True))
+    encode, pixels = encoder._encode_pixels, torch.rand(2, 3, 64, 64)
+    try:
+        with inductor_config.patch({"cpp.cxx": (None, "/nowhere/a-compiler")}):
+            assert not compiles(encode, 64, torch.device("cpu"), said.append)
+            assert torch.equal(encode(pixels), plain._encode_pixels(pixels))
+    finally:
+        torch.compiler.set_stance("default")
+    assert "--no-compile" in said[0] and "cannot be compiled here" in said[1]

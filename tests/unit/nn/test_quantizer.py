@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.quantizer import VectorQuantizer
-from seed_multimodal.tokenizers.seed2 import Seed2Config
+from seed_multimodal.nn.quantizer import CodebookUsage, VectorQuantizer
 
 
 def _clusters(count: int, dim: int, each: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +67,7 @@ def test_k_means_start_finds_the_clusters() -> None:
     quantizer.init_from(points[torch.randperm(len(points))].reshape(6, -1, 6), iterations=20)
     after = F.mse_loss(quantizer.lookup(quantizer.nearest(points)), points)
     assert after < 0.02 * before
-    assert quantizer.usage(quantizer.nearest(points)).used >= 12
+    assert CodebookUsage.of_codes(quantizer.nearest(points), 24).used >= 12
 
 
 def test_k_means_start_is_reproducible_and_takes_fewer_points_than_codes() -> None:
@@ -122,11 +121,10 @@ def test_moving_average_follows_its_features_without_gradient() -> None:
 
 
 def test_usage_and_perplexity() -> None:
-    quantizer = VectorQuantizer(10, 2)
-    even = quantizer.usage(torch.arange(5).repeat(3))
+    even = CodebookUsage.of_codes(torch.arange(5).repeat(3), 10)
     assert (even.used, even.size, even.fraction) == (5, 10, 0.5)
     assert even.perplexity == pytest.approx(5.0)
-    assert quantizer.usage(torch.zeros(4, 3, dtype=torch.long)).perplexity == pytest.approx(1.0)
+    assert CodebookUsage.of_codes(torch.zeros(4, 3, dtype=torch.long), 10).perplexity == pytest.approx(1.0)
 
 
 def test_sections_give_each_position_its_own_codes() -> None:
@@ -149,8 +147,6 @@ def test_sections_give_each_position_its_own_codes() -> None:
 def test_a_codebook_that_does_not_divide_into_sections_is_refused() -> None:
     with pytest.raises(ConfigError, match="10 codes cannot be divided into 4"):
         VectorQuantizer(10, 4, sections=4)
-    with pytest.raises(ConfigError, match="codebook_sections must be 1 or num_query"):
-        Seed2Config(codebook_sections=8)
 
 
 @torch.no_grad()
@@ -169,5 +165,3 @@ def test_unit_rows_are_stored_on_the_sphere_and_compared_as_they_are() -> None:
     near = torch.cdist(F.normalize(z, dim=-1), quantizer.embedding.weight).argmin(1)
     assert torch.equal(quantizer.nearest(z), near)
     assert torch.equal(quantizer.lookup(near), quantizer.embedding.weight[near])
-    with pytest.raises(ConfigError, match="not both"):
-        VectorQuantizer(6, 4, normalize=True, unit_rows=True)

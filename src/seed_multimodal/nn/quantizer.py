@@ -1,10 +1,9 @@
-"""The vector quantiser: each query becomes the nearest of K codes.
+"""The vector quantizer: each query becomes the nearest of K codes.
 
-Released behaviour is the default: squared Euclidean distance, gradients straight through, and the historical loss
-weights (commitment 1.0, codebook 0.25). Distances are always fp32, so codes do not depend on the model's dtype more
-than its features do. Off by default, for training small codebooks: k-means start, restart of dead codes, cosine
-codes, moving-average updates (without them a uniform start of 8192 codes collapses on small data), and sections:
-each position chooses from its own part of the codebook, so that a code alone determines its position.
+Released behaviour is the default: squared Euclidean distance, straight-through gradients, loss weights 1 (commitment)
+and 0.25 (codebook). Distances are computed in fp32. Ours, off by default, for training small codebooks: k-means start,
+restart of dead codes, cosine codes, moving-average updates (a uniform start of 8192 codes collapses on small data
+without them), and sections: each position chooses from its own part of the codebook.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from seed_multimodal.errors import ConfigError
 
 SCORES = 2**28  # distances held at once, 1 GB
 
+
 @dataclass(frozen=True)
 class CodebookUsage:
     """How much of a codebook a set of codes uses; perplexity is exp of the entropy in nats."""
@@ -30,7 +30,7 @@ class CodebookUsage:
 
     @property
     def fraction(self) -> float:
-        """Part of the codebook that occurs at least once."""
+        """Share of the codebook that occurs at least once."""
         return self.used / self.size
 
     @classmethod
@@ -41,6 +41,11 @@ class CodebookUsage:
         entropy = -(share * share.clamp_min(1e-30).log()).sum()
         return cls(int((share > 0).sum()), len(counts), float(entropy.exp()))
 
+    @classmethod
+    def of_codes(cls, codes: Tensor, size: int) -> CodebookUsage:
+        """Of codes `[...]` int64 out of a codebook of `size`."""
+        return cls.of_counts(torch.bincount(codes.flatten().cpu(), minlength=size))
+
 
 class VectorQuantizer(nn.Module):
     """`embedding` `[K, d]` holds the codes; `counts` `[K]` how often each was chosen in training (not saved).
@@ -48,12 +53,10 @@ class VectorQuantizer(nn.Module):
     Args:
         beta: weight of the codebook term; with `legacy=False` of the commitment term instead.
         normalize: compare and decode codes on the unit sphere.
-        unit_rows: compare features on the unit sphere with the rows as they are stored, and decode those (LaVIT). Rows
-            start at random on the sphere; k-means and moving averages put their results onto it.
-        ema_decay: if set, codes follow a moving average of their features instead of the gradient.
+        unit_rows: compare features on the unit sphere with the stored rows, and decode those (LaVIT); rows start on
+            the sphere, and k-means and moving averages project onto it.
+        ema_decay: codes follow a moving average of their features instead of the gradient.
         sections: position q of `sections` positions chooses among rows `[q · K/sections, (q + 1) · K/sections)` only.
-    Raises:
-        ConfigError: `size` does not divide into `sections`; both `normalize` and `unit_rows`.
     """
 
     counts: Tensor
@@ -63,10 +66,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, size: int, dim: int, *, beta: float = 0.25, legacy: bool = True, normalize: bool = False,
                  ema_decay: float | None = None, sections: int = 1, unit_rows: bool = False) -> None:
         super().__init__()
-        if normalize and unit_rows:
-            raise ConfigError("A codebook is normalised when it is compared (normalize) or when it is stored "
-                              "(unit_rows), not both.")
-        if sections < 1 or size % sections:
+        if size % sections:
             raise ConfigError(f"A codebook of {size} codes cannot be divided into {sections} equal sections.")
         self.size, self.dim, self.beta, self.legacy = size, dim, beta, legacy
         self.normalize, self.ema_decay, self.sections, self.unit_rows = normalize, ema_decay, sections, unit_rows
@@ -83,11 +83,10 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_sum", torch.zeros(size, dim))
 
     def prepare(self, z: Tensor) -> Tensor:
-        """Features as the codebook sees them `[..., d]`: on the unit sphere if codes are cosine codes."""
+        """Features `[..., d]` as they are compared."""
         return F.normalize(z, dim=-1) if self.normalize or self.unit_rows else z
 
     def _rows(self, rows: Tensor) -> Tensor:
-        """Stored rows `[..., d]` as they are compared and decoded."""
         return F.normalize(rows, dim=-1) if self.normalize else rows
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -105,10 +104,10 @@ class VectorQuantizer(nn.Module):
             codes = self._rows(self.embedding.weight.float()).unflatten(0, (self.sections, -1))
             lengths = codes.square().sum(2)[:, None]
             # The squared length of a point is the same for all codes, so the order does not need it.
-            found = [(lengths - 2 * torch.bmm(part, codes.transpose(1, 2))).argmin(dim=2)
-                     for part in points.split(max(1, SCORES // self.size), dim=1)]
+            matches = [(lengths - 2 * torch.bmm(part, codes.transpose(1, 2))).argmin(dim=2)
+                       for part in points.split(max(1, SCORES // self.size), dim=1)]
             first = torch.arange(self.sections, device=z.device)[:, None] * (self.size // self.sections)
-            return (torch.cat(found, dim=1) + first).T.reshape(z.shape[:-1])
+            return (torch.cat(matches, dim=1) + first).T.reshape(z.shape[:-1])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise `[B, Q, d]` → (straight-through codes `[B, Q, d]`, loss `[]`, indices `[B, Q]` int64)."""
@@ -129,6 +128,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _follow(self, points: Tensor, indices: Tensor, decay: float) -> None:
+        """Update the moving averages and the codes."""
         count = add_counts(points.new_zeros(self.size), indices)
         total = torch.zeros_like(self.ema_sum).index_add_(0, indices, points)
         if _is_distributed():
@@ -136,12 +136,11 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(total)
         self.ema_count.lerp_(count, 1 - decay)
         self.ema_sum.lerp_(total, 1 - decay)
-        alive = self.ema_count > 1e-3
         means = self.ema_sum / self.ema_count.clamp_min(1e-3)[:, None]
         if self.unit_rows:
             means = F.normalize(means, dim=-1)
-        self.embedding.weight.copy_(torch.where(alive[:, None], means.to(self.embedding.weight.dtype),
-                                                self.embedding.weight))
+        rows = self.embedding.weight
+        rows.copy_(torch.where((self.ema_count > 1e-3)[:, None], means.to(rows.dtype), rows))
 
     @torch.no_grad()
     def init_from(self, data: Tensor, iterations: int = 10, generator: torch.Generator | None = None) -> None:
@@ -161,16 +160,14 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def restart_dead(self, data: Tensor, threshold: float = 1.0, generator: torch.Generator | None = None) -> int:
-        """Move codes chosen fewer than `threshold` times since the last call onto random features `[..., d]`.
-
-        Counts are taken in training mode only and start anew here. Returns the number of codes moved.
-        """
+        """Move codes chosen fewer than `threshold` times in training since the last call onto random features
+        `[..., d]`; returns how many."""
         counts = self.counts.clone()
         if _is_distributed():
             dist.all_reduce(counts)
         dead = counts < threshold
-        points = self._by_section(data)
         if int(dead.sum()):
+            points = self._by_section(data)
             self._set_rows(dead, self._sample(points, dead.to(points.device), generator))
         self.counts.zero_()
         return int(dead.sum())
@@ -196,15 +193,11 @@ class VectorQuantizer(nn.Module):
             self.ema_count[which] = 1.0
             self.ema_sum[which] = rows
 
-    def usage(self, codes: Tensor) -> CodebookUsage:
-        """Statistics of any codes `[...]` int64, for example of a whole validation set."""
-        return CodebookUsage.of_counts(torch.bincount(codes.flatten().cpu(), minlength=self.size))
-
 
 def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
     """Add to `counts` `[K]`, in place, how often each code occurs in `codes` `[...]` int64.
 
-    Not `torch.bincount`, which waits for a GPU to learn the largest code.
+    Unlike `torch.bincount`, this does not wait for the GPU.
     """
     codes = codes.flatten()
     return counts.scatter_add_(0, codes, counts.new_ones(()).expand(len(codes)))

@@ -1,0 +1,159 @@
+"""Layers shared by the networks, and activation checkpointing.
+
+Shape suffixes used in this package: B batch, N tokens, Q queries, W vision width, D query width, d code width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from seed_multimodal.errors import ConfigError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in fp32, returned in the dtype of its input; parameters and input may differ in precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width]` → the same shape and dtype."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x).to(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Mlp(nn.Module):
+    """`fc1`, exact (erf) GELU, `fc2`."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width]` → `[..., width]`."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ConfigError(f"The width {width} does not divide into {heads} heads.")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """`[B, N, D]` → `[B, N, D]`."""
+        q, k, v = (heads_first(part, self.heads) for part in self.qkv(x_BND).chunk(3, dim=-1))
+        return self.proj(heads_last(F.scaled_dot_product_attention(q, k, v)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; the MLP is four times as wide unless `mlp_width` is given."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int | None = None,
+                 attention: Callable[[int, int], nn.Module] = Attention) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width, eps=1e-6)
+        self.attn = attention(width, heads)
+        self.norm2 = LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, mlp_width or 4 * width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """`[B, N, D]` → `[B, N, D]`."""
+        x_BND = x_BND + self.attn(self.norm1(x_BND))
+        return x_BND + self.mlp(self.norm2(x_BND))
+
+
+class AttentionPool(nn.Module):
+    """CLIP's attention pool: the mean of the sequence attends to itself and the sequence."""
+
+    def __init__(self, length: int, width: int, heads: int, output: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(length + 1, width) / width**0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, output)
+
+    def forward(self, x_BQD: Tensor) -> Tensor:
+        """`[B, Q, D]` → `[B, output]`."""
+        x = torch.cat([x_BQD.mean(dim=1, keepdim=True), x_BQD], dim=1) + self.positional_embedding
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        pooled = F.scaled_dot_product_attention(*(heads_first(part, self.heads) for part in (q, k, v)))
+        return self.c_proj(heads_last(pooled)).squeeze(1)
+
+
+def heads_first(x_BND: Tensor, heads: int) -> Tensor:
+    """`[B, N, D]` → `[B, heads, N, D / heads]`."""
+    return x_BND.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def heads_last(x_BHNd: Tensor) -> Tensor:
+    """`[B, heads, N, d]` → `[B, N, heads · d]`."""
+    return x_BHNd.transpose(1, 2).flatten(2)
+
+
+def resize_square(table_NW: Tensor, grid: int) -> Tensor:
+    """Bicubically resize positions of a square grid `[g², W]` to `[grid², W]`, in fp32; unchanged at that size."""
+    old = math.isqrt(len(table_NW))
+    if old == grid:
+        return table_NW
+    square = table_NW.float().unflatten(0, (old, old)).permute(2, 0, 1)[None]
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    return square[0].permute(1, 2, 0).flatten(0, 1).to(table_NW.dtype)
+
+
+def cast_layers(module: M, dtype: torch.dtype) -> M:
+    """Convert linear and convolution weights in place; norms, embeddings and positions keep their precision."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            part.to(dtype)
+    return module
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute every trained layer of the module lists in `model` in the backward pass; may be called again."""
+    for layers in model.modules():
+        for layer in layers if isinstance(layers, nn.ModuleList) else ():
+            if not is_checkpointed(layer) and any(parameter.requires_grad for parameter in layer.parameters()):
+                layer.forward = functools.partial(checkpointed, layer.forward)
+
+
+def is_checkpointed(layer: nn.Module) -> bool:
+    """Whether a layer is recomputed in the backward pass."""
+    return isinstance(layer.forward, functools.partial) and layer.forward.func is checkpointed
+
+
+def checkpointed(forward: Any, *args: Any) -> Tensor:
+    """`forward(*args)`, recomputed in the backward pass."""
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=_same_attention)
+
+
+def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of the forward pass and its recomputation: both use the attention kernels allowed now, because other
+    kernels save other tensors, which PyTorch refuses."""
+    cuda = torch.backends.cuda  # these switches hold for every device
+    allowed = {SDPBackend.MATH: cuda.math_sdp_enabled(), SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+               SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+               SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled()}
+    chosen = [backend for backend, is_allowed in allowed.items() if is_allowed]
+    return nullcontext(), nullcontext() if all(allowed.values()) else sdpa_kernel(chosen)
