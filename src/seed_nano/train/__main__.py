@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the finished system (default: WORK/system)")
     parser.add_argument("--only", default="", help="comma-separated stages")
     parser.add_argument("--jobs", type=whole_number(1), default=1, help="stages that run side by side (1)")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # a single stage of another run
     parser.add_argument("--no-report", action="store_true", help="leave out the report")
     words = sys.argv[1:] if arguments is None else arguments
     overrides = [word for word in words if "=" in word and not word.startswith("-")]  # argparse wants them in one place
@@ -60,12 +61,13 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
         work.mkdir(parents=True, exist_ok=True)
         replace_text(work / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
     child = ["-m", "seed_nano.train", options.system, "--preset", str(work / "config.yaml"), "--work", str(work),
-             "--out", str(out), "--only"]
+             "--out", str(out), "--child", "--only"]
     space, started = kind(config, work, out), time.monotonic()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
     Pipeline(space, stages, wanted, options.jobs, child).run()
-    print(f"Done in {(time.monotonic() - started) / 60:.1f} min: {out}" + (
-        f"; try: seed chat --model {out}" if "assemble" in wanted else ""))
+    if not options.child:
+        print(f"Done in {(time.monotonic() - started) / 60:.1f} min: {out}" + (
+            f"; try: seed chat --model {out}" if "assemble" in wanted else ""))
     return DONE
 
 

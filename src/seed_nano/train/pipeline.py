@@ -6,9 +6,11 @@ not changed since. Finished trainings are never repeated: a warning lists what c
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +41,7 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
     "held_out": lambda data: OmegaConf.create(
         OmegaConf.to_yaml(data, resolve=True).replace("records/train/", "records/val/")),
 }
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of linux/prctl.h
 for resolver, function in RESOLVERS.items():
     OmegaConf.register_new_resolver(resolver, function, replace=True)
 
@@ -70,6 +73,12 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     file = space.work / f"{name}.yaml"
     replace_text(file, f"# Written from {space.work.absolute()}/config.yaml\n{OmegaConf.to_yaml(recipe)}")
     return file
+
+
+def _end_with_parent() -> None:
+    """Before a child's program starts: Linux kills it when this process is gone, even by SIGKILL."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,9 @@ class Stage:
         record, file = space.record(self.name), space.work / f"{self.name}.settings.json"
         if not record.is_file():
             return False
-        changes = changed_settings(read_json_object(file), self.settings(space)) if file.is_file() else []
+        before, now = read_json_object(file) if file.is_file() else {}, self.settings(space)
+        common = before.keys() & now.keys()  # a setting that was added or renamed since is no change
+        changes = changed_settings({key: before[key] for key in common}, {key: now[key] for key in common})
         changes += [f"{need} was run again" for need in self.needs if (other := space.record(need)).is_file()
                     and other.stat().st_mtime_ns > record.stat().st_mtime_ns]
         if changes and not self.trained:
@@ -173,7 +184,6 @@ class Pipeline:
                         waiting.remove(stage)
                         if stage.is_finished(self.space):
                             continue
-                        print(f"== {stage.name}", flush=True)
                         if self.jobs == 1:  # in the main thread, which gets the signals
                             self._run(stage)
                         elif isinstance(stage.run, Application | Program):
@@ -190,6 +200,7 @@ class Pipeline:
     def _run(self, stage: Stage) -> None:
         space, name, started = self.space, stage.name, time.monotonic()
         numbers: Mapping[str, Any] = {}
+        print(f"== {name}", flush=True)
         with folder_lock(space.work, SeedError, f"at stage {name} in this work folder", 3.0, f".{name}.lock"):
             if isinstance(stage.run, Application | Program):
                 self._process(stage.run.command(space, name))
@@ -207,7 +218,7 @@ class Pipeline:
         threads = max(1, torch.get_num_threads() // self.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-        process = subprocess.Popen([sys.executable, *arguments], env=environment)
+        process = subprocess.Popen([sys.executable, *arguments], env=environment, preexec_fn=_end_with_parent)
         self.processes.append(process)
         if code := process.wait():
             raise SystemExit(code if code > 0 else 128 - code)

@@ -37,7 +37,7 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
         Stage("unet", UnetTask, ("vae", "clip"), ("pool", "unet")),
         Stage("stage2", Application(LAVIS, "train_stage2"), ("stage1",), ("tokenizer",)),
         Stage("tokenizer", join_stages, ("stage2",)),
-        Stage("records", records, ("tokenizer",), ("records", "pool", "gate_scenes")),
+        Stage("records", records, ("tokenizer",), ("records", "pool", "held_out_scenes")),
         Stage("llm_pretrain", Application(HYDRA.format("train"), "train_pretrain"), ("records",), ("llm",)),
         Stage("unet2", UnetOfCodesTask, ("unet", "tokenizer"), ("pool", "unet")),
         Stage("llm_sft", Application(HYDRA.format("train"), "train_sft"), ("llm_pretrain",), ("llm",)),

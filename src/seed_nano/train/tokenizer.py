@@ -66,7 +66,7 @@ def records(space: Workspace) -> dict[str, Any]:
     """Stage `records`: the shards; returns how many training records each kind has."""
     config = space.config
     return write_records(space, lambda scenes: space.cached(
-        "record_codes", "tokenizer", lambda: encode_scenes(space, scenes), gate_scenes=config.gate_scenes,
+        "record_codes", "tokenizer", lambda: encode_scenes(space, scenes), held_out_scenes=config.held_out_scenes,
         **asdict(config.records)))
 
 
@@ -76,7 +76,7 @@ def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor])
     amounts: dict[str, int] = asdict(config.records)
     few = {kind: max(1, round(number * HELD_OUT_SHARE)) for kind, number in amounts.items()}
     made = {(split, kind): [record_at(kind, config.seed, index, split, pool) for index in range(number)]
-            for split, numbers, pool in (("train", amounts, config.pool), ("val", few, config.gate_scenes))
+            for split, numbers, pool in (("train", amounts, config.pool), ("val", few, config.held_out_scenes))
             for kind, number in numbers.items()}
     scenes = list(dict.fromkeys(scene for records in made.values() for record in records
                                 for scene in scenes_of(record)))

@@ -48,11 +48,15 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
         raise ConfigError(f"{path}: there is no such settings file.")
     defaults: Any = OmegaConf.to_container(read_yaml(PRESETS / system / "defaults.yaml"))
     kind = _settings_type(system, defaults)
-    try:
-        values: Any = OmegaConf.merge(asdict(kind()), read_yaml(path), OmegaConf.from_dotlist(list(overrides)))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path}: {first_line(error)}.") from error
-    return read_settings(kind, values, str(path))
+    settings: Any = kind()
+    for where, read in ((str(path), partial(read_yaml, path)),
+                        ("command line", partial(OmegaConf.from_dotlist, list(overrides)))):
+        try:
+            values: Any = OmegaConf.merge(asdict(settings), read())
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ConfigError(f"{where}: {first_line(error)}.") from error
+        settings = read_settings(kind, values, where)
+    return settings
 
 
 def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[4]
 EXPECTED = Path(__file__).with_name("nano_losses.json")
 STEPS = (1, 2, 5, 10, 20, 30)
 STAGES = {"llm_pretrain": "train_pretrain", "llm_sft": "train_sft"}
-SETTINGS = ["pool=60", "gate_scenes=60", "llm.text_vocabulary=1500", "tokenizer.codes=1024",
+SETTINGS = ["pool=60", "held_out_scenes=60", "llm.text_vocabulary=1500", "tokenizer.codes=1024",
             *(f"records.{kind}=60" for kind in KINDS)] + [
     f"{stage}={{steps: 30, batch_size: 8, lr: 3.0e-3, warmup: 5, precision: fp32, log_every: 1}}"
     for stage in STAGES.values()]
