@@ -11,6 +11,7 @@ from seed_multimodal.device import Runtime
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import first_file
+from seed_multimodal.lavit.checkpoints import find_files
 from seed_multimodal.systems.lavit_files import DECODERS, VISUAL, LavitSpec, weights_file
 from seed_multimodal.systems.memory_plan import (
     PICTURE_PER_PIXEL,
@@ -22,7 +23,6 @@ from seed_multimodal.systems.memory_plan import (
     llm_sizes,
 )
 from seed_multimodal.systems.picture_half import off_loaded
-from seed_multimodal.tokenizers.lavit_files import count_stored
 from seed_multimodal.weights import load_state_dict
 
 CONTEXT = 2560  # tokens whose keys and values are kept at once: an answer's five beams, or a drawing's two streams
@@ -93,7 +93,10 @@ def read_lavit_sizes(spec: LavitSpec) -> LavitSizes:
     if spec.released:
         decoder = weights_file(spec.tokenizer / VISUAL / DECODERS[spec.head])
     if spec.has("tokenizer"):
-        counted = count_stored(spec.tokenizer, spec.has("understanding"), str(spec.llm.resolve()))
+        files = find_files(spec.tokenizer, str(spec.llm.resolve()) if spec.has("understanding") else None)
+        numbers = {name: value.numel() for name, value in files.state(False).items()}
+        tower = sum(number for name, number in numbers.items() if name.startswith("encoder."))
+        counted = tower, sum(numbers.values()) - tower, _count(files.reader if spec.has("understanding") else None)
     tower, tokenizer, second = counted
     unet = vae = pixels = 0
     if spec.has("pixels") and spec.pixels is not None:

@@ -28,11 +28,11 @@ from seed_multimodal.images.transforms import ImageTransform, normalise, seed_im
 from seed_multimodal.language.lavit import QUESTION, QuestionProcessor, several
 from seed_multimodal.language.lavit_generation import CodeSettings
 from seed_multimodal.language.padding import padded_left
+from seed_multimodal.lavit.decoder import Conditions
 from seed_multimodal.systems.lavit import Lavit
 from seed_multimodal.systems.lavit_files import LLM, NAME, LavitSpec, find_lavit, is_lavit_layout
 from seed_multimodal.systems.lavit_parts import GENERATION, UNDERSTANDING, load_pictures
 from seed_multimodal.systems.lavit_pictures import LavitPictures
-from seed_multimodal.tokenizers.lavit_decoder import Conditions
 
 HERE = ("", ".", "./")  # the default of `model_path`
 LaVITQuestionProcessor = QuestionProcessor

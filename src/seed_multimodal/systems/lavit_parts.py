@@ -16,14 +16,14 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.finite import not_numbers
 from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.llama import load_llm
+from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer
+from seed_multimodal.lavit.decoder import CodeDecoder
+from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.settings import check_keys
 from seed_multimodal.systems.domain import load_domain
 from seed_multimodal.systems.lavit_files import DECODERS, VISUAL, LavitSpec, weights_file
 from seed_multimodal.systems.lavit_pictures import LavitPictures
 from seed_multimodal.systems.picture_half import off_loaded
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
-from seed_multimodal.tokenizers.lavit_files import load_both, load_dynamic_tokenizer
 
 UNDERSTANDING, GENERATION = "understanding", "generation"
 MODES = (UNDERSTANDING, GENERATION)

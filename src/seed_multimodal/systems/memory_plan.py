@@ -24,10 +24,9 @@ from seed_multimodal.device import Runtime
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import find_file, first_file
+from seed_multimodal.seed_x.vision import ADVICE, FILES, Resampler
 from seed_multimodal.systems.picture_half import off_loaded
 from seed_multimodal.systems.seed_x_spec import SeedXSpec, read_agent_sizes
-from seed_multimodal.vision import qwen_vit
-from seed_multimodal.vision.resampler import count_weights
 from seed_multimodal.weights import load_state_dict
 
 # Bytes of a weight of the language model's layers; bitsandbytes keeps one scale for 64 of 4 bits (two of them).
@@ -140,9 +139,11 @@ def read_sizes(spec: SeedXSpec) -> Sizes:
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{spec.llm}: its config.json gives no sizes ({first_line(error)}).") from error
     sizes, sdxl = read_agent_sizes(spec), spec.sdxl
-    agent = sum(count_weights(config) for config in (sizes.input_resampler, sizes.output_resampler))
+    with torch.device("meta"):
+        resamplers = [Resampler(config) for config in (sizes.input_resampler, sizes.output_resampler)]
+    agent = sum(value.numel() for one in resamplers for value in one.parameters())
     agent += 4 * sizes.input_resampler.embed_dim if sizes.settings.add_patch_pos else 0
-    tower = _file_weights(find_file(spec.vision, qwen_vit.FILES, qwen_vit.ADVICE))
+    tower = _file_weights(find_file(spec.vision, FILES, ADVICE))
     adapter = None if spec.detokenizer is None else (
         spec.detokenizer if spec.detokenizer.is_file() else first_file(spec.detokenizer, ADAPTER_FILES))
     found = {} if adapter is None else {"adapter": _file_weights(adapter)}

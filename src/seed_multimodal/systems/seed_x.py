@@ -26,7 +26,6 @@ from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictur
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.boxes import draw_boxes
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.continuous import ContinuousLVLM, Prompt
 from seed_multimodal.language.generation import GenerationSettings, ImageStates
 from seed_multimodal.language.seed_x import (
     Box,
@@ -42,6 +41,7 @@ from seed_multimodal.language.seed_x import Content as Spans
 from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.seed_x.modeling import ContinuousLVLM, Prompt
 from seed_multimodal.systems.batch import BATCH, Written, written_images
 from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_text
 from seed_multimodal.systems.memory_plan import MemoryPlan, plan_memory, read_sizes

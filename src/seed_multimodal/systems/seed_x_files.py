@@ -20,11 +20,10 @@ from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.language.continuous import AgentSettings
+from seed_multimodal.seed_x.modeling import AgentSettings
+from seed_multimodal.seed_x.vision import QwenVitConfig, ResamplerConfig
 from seed_multimodal.settings import check_keys, read_settings
 from seed_multimodal.systems.seed_x_spec import PARTS, SHARED, AgentSizes, SeedXSpec, checked_parts
-from seed_multimodal.vision.qwen_vit import QwenVitConfig
-from seed_multimodal.vision.resampler import ResamplerConfig
 
 T = TypeVar("T")
 SDXL = f"pretrained/{SHARED['sdxl']}"

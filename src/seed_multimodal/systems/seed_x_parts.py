@@ -12,16 +12,14 @@ from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.any_resolution import AnyResolution, read_grids
 from seed_multimodal.language.adapters import merge_into
-from seed_multimodal.language.agent_weights import load_agent
-from seed_multimodal.language.continuous import ContinuousLVLM
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.seed_x import seed_x_words
+from seed_multimodal.seed_x.modeling import ContinuousLVLM, load_agent
+from seed_multimodal.seed_x.vision import QwenVit, Resampler
 from seed_multimodal.systems.domain import load_domain
 from seed_multimodal.systems.picture_half import off_loaded
 from seed_multimodal.systems.seed_x_pictures import FeaturePictures
 from seed_multimodal.systems.seed_x_spec import SeedXSpec, read_agent_sizes, read_lora
-from seed_multimodal.vision.qwen_vit import QwenVit
-from seed_multimodal.vision.resampler import Resampler
 
 if TYPE_CHECKING:
     from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer

@@ -17,11 +17,10 @@ from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import SEED_X, fetch, local_folder, locate, locate_system, or_take, where_shipped
-from seed_multimodal.language.continuous import AgentSettings
+from seed_multimodal.seed_x.modeling import AgentSettings
+from seed_multimodal.seed_x.vision import INPUT_RESAMPLER, OUTPUT_RESAMPLER, QwenVitConfig, ResamplerConfig
 from seed_multimodal.settings import read_settings
 from seed_multimodal.systems.system_file import SeedXFile, read_system_json
-from seed_multimodal.vision.qwen_vit import QwenVitConfig
-from seed_multimodal.vision.resampler import INPUT_RESAMPLER, OUTPUT_RESAMPLER, ResamplerConfig
 
 HUB = SEED_X
 SHARED = {"tokenizer": "cvlm_llama2_tokenizer_100img_and_224loc_addpatch", "vision": "QwenViT",

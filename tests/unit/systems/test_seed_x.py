@@ -46,7 +46,7 @@ def damaged(tiny_x_folder: Path, tmp_path: Path) -> Path:
 
 def test_answers_are_the_agent_s_own(tiny_x: SeedX) -> None:
     """The same prompt through `ContinuousLVLM.generate`."""
-    from seed_multimodal.language.continuous import Prompt
+    from seed_multimodal.seed_x.modeling import Prompt
 
     first, second = picture(0), picture(1, (32, 32))
     seen = tiny_x.pictures.read([first, second])
@@ -138,7 +138,7 @@ def test_detection_without_answers(tiny_x: SeedX) -> None:
 
 def test_drawings_follow_what_the_model_wrote(tiny_x: SeedX) -> None:
     """A drawing is that of the features that `ContinuousLVLM.generate` gives for the same request."""
-    from seed_multimodal.language.continuous import Prompt
+    from seed_multimodal.seed_x.modeling import Prompt
 
     ids = tiny_x.prompts.draw("a fish")
     settings = GenerationSettings(max_new_tokens=5, do_sample=False, force_image=True)

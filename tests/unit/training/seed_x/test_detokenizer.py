@@ -16,6 +16,7 @@ from tiny_detokenizer import CONFIGS, ROOT, config, losses, write_parts
 from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
+from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.pixel_decoder.features import (
@@ -29,7 +30,6 @@ from seed_multimodal.training.seed_x.detokenizer import train_detokenizer
 from seed_multimodal.training.seed_x.detokenizer_app import APPLICATION as APPLICATION_OF
 from seed_multimodal.training.seed_x.detokenizer_settings import read_detokenizer_run
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
-from seed_multimodal.vision.qwen_vit import QwenVit
 
 CPU = torch.device("cpu")
 
