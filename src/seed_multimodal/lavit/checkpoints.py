@@ -144,9 +144,9 @@ def find_files(folder: Path, language_model: str | None) -> LavitFiles:
         return file
 
     if (folder / "model.safetensors").is_file():
-        encoder = named_encoder(folder) or (None, "")
+        file, prefix = named_encoder(folder) or (None, "")
         reader = first_file(folder, ("visual_weight.safetensors", "visual_weight.bin"))
-        return LavitFiles(folder / "config.json", folder / "model.safetensors", *encoder, reader)
+        return LavitFiles(folder / "config.json", folder / "model.safetensors", file, prefix, reader)
     place = folder / "visual_tokenizer"
     reader = None if language_model is None else original(folder / language_model, "visual_weight")
     codec, encoder = original(place, "tokenizer_encoder"), original(place, "eva_vitg_psz14")

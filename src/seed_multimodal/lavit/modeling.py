@@ -121,11 +121,11 @@ def choose(log_probs_BN2: Tensor, *, mode: str = "draw", generator: Generators =
 
 def gumbel_noise(shape: Sequence[int], device: torch.device, generator: Generators = None) -> Tensor:
     """Standard Gumbel noise, fp32, drawn in the order of `torch.nn.functional.gumbel_softmax`."""
-    if isinstance(generator, Sequence):
-        return torch.stack([gumbel_noise(shape[1:], device, one) for one in generator])
-    waits = torch.empty(tuple(shape), device=device if generator is None else generator.device)
-    waits.exponential_(generator=generator)
-    return -waits.clamp_min_(torch.finfo(waits.dtype).tiny).log().to(device)
+    if generator is None or isinstance(generator, torch.Generator):
+        waits = torch.empty(tuple(shape), device=device if generator is None else generator.device)
+        waits.exponential_(generator=generator)
+        return -waits.clamp_min_(torch.finfo(waits.dtype).tiny).log().to(device)
+    return torch.stack([gumbel_noise(shape[1:], device, one) for one in generator])
 
 
 # ---- token merger
