@@ -353,8 +353,8 @@ def test_nothing_unsafe_or_tied_to_one_device():
 # ---- the import graph
 
 # A room may import itself and what stands before it. Other modules of the package's root are below all rooms, or above.
-ROOMS = ("images", "nn", "seed", "vision", "tokenizers", "language", "seed_x", "lavit", "detokenizers", "data", "training", "systems",
-         "configured", "evaluation", "serving", "commands")
+ROOMS = ("images", "nn", "seed", "vision", "tokenizers", "language", "seed_x", "lavit", "detokenizers", "data",
+         "training", "systems", "configured", "evaluation", "serving", "commands")
 ABOVE = ("cli", "quickstart", "__main__", "")  # "" is the package itself, which names its public objects
 
 

@@ -125,7 +125,8 @@ def save_dynamic_tokenizer(model: DynamicTokenizer, folder: str | Path, understa
                     place / "model.safetensors")
     if understanding is not None:
         save_state_dict(reading_state(understanding), place / "visual_weight.safetensors")
-    replace_text(place / "config.json", json.dumps({"model_type": model.model_type, **asdict(model.config)}, indent=2) + "\n")
+    sizes = {"model_type": model.model_type, **asdict(model.config)}
+    replace_text(place / "config.json", json.dumps(sizes, indent=2) + "\n")
     return place
 
 

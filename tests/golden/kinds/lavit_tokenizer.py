@@ -10,8 +10,8 @@ import torch
 from runner import assert_close, assert_same, read_json, read_tensors
 from torch import Tensor
 
-from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, causal_mask, dropped_mask
+from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.weights import assign_strictly
 
 KIND = "lavit_tokenizer"

@@ -9,11 +9,10 @@ import stage1_toy as toy
 import torch
 import torch.nn.functional as F
 
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.training import LavitStage1, LavitStage1Weights, moving_codebook
+from seed_multimodal.nn.quantizer import VectorQuantizer
 
 
 @pytest.fixture

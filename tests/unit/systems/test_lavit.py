@@ -143,7 +143,7 @@ def test_a_decoder_that_gives_no_numbers_is_named(damaged):
 def test_sizes_that_are_missing_or_none_are_named(damaged):
     for file in ("decoder", "tokenizer"):
         (damaged / file / "config.json").rename(damaged / file / "sizes")
-        with pytest.raises(CheckpointError, match=rf"{file}/config\.json: there is no such file"):
+        with pytest.raises(ConfigError, match=rf"{file}/config\.json: there is no such file"):
             open_tiny(damaged).draw("a red apple")
         (damaged / file / "sizes").rename(damaged / file / "config.json")
     unet = damaged / "pixels" / "unet" / "config.json"

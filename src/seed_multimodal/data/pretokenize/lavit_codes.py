@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.nn.layers import cast_layers
-from seed_multimodal.settings import check_value
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer
+from seed_multimodal.nn.layers import cast_layers
+from seed_multimodal.settings import check_value
 
 NONE = -1
 

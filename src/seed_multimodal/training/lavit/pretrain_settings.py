@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer, TokenMerger, kept_rows
+from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.model_settings import find_folder

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.nn.quantizer import CodebookUsage
 from seed_multimodal.lavit.training import LavitStage1
+from seed_multimodal.nn.quantizer import CodebookUsage
 from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance, evaluation_mode
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.loop_settings import StageSettings

@@ -110,7 +110,7 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
     (1, {"model": {"stage": 3}}, ConfigError, "stage must be 1 or 2, not 3"),
     (1, {"model": {"trained": "some"}}, ConfigError, "trained must be 'key_value' or 'all'"),
     (1, {"model": {"dropout": {"embeds": 2.0}}}, ConfigError, "embeds must be at most 1, not 2.0"),
-    (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "/nowhere: there is no such folder; SEED-X's vision encoder"),
+    (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "there is no such folder; SEED-X's vision encoder"),
     (1, {"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
     (1, {"model": {"resampler": {**vars(tiny_sdxl.SIZES), "embedding_dim": 12}}}, ConfigError,
      "the resampler reads embeddings of width 12, but the tower makes 24"),
