@@ -248,20 +248,20 @@ class DynamicTokenizer(PretrainedNetwork):
     """Pixels → a list with one entry per image, of as many rows or codes as the image needs.
 
     Keyword arguments named `selection` are those of `choose`. `vit_proj` (to the language model's width) is None where
-    the weights are for generation only. `ema_decay`: moving-average codebook, for training.
+    the weights are for generation only.
     """
 
     config_class, model_type = LavitTokenizerConfig, "lavit_tokenizer"
     config: LavitTokenizerConfig
 
-    def __init__(self, config: LavitTokenizerConfig, *, ema_decay: float | None = None) -> None:
+    def __init__(self, config: LavitTokenizerConfig) -> None:
         super().__init__()
         self.config = config
         width = config.vit.width
         self.encoder = LavitVit(config.vit, config.vit_head)
         self.token_predictor = TokenSelector(width)
         self.causal_encoder = TokenMerger(config)
-        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, unit_rows=True, ema_decay=ema_decay)
+        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, unit_rows=True)
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(),
                                                nn.Linear(width, config.codebook_dim))
         self.vit_proj: nn.Linear | None = nn.Linear(width, config.llm_width)

@@ -2,16 +2,12 @@
 
     loss = mean over patches of (1 − cos(x, x̂)) + λ (ρ − share of kept patches)² [+ commitment to the codes]
 
-First without codes (`use_codes` False: merged rows on the unit sphere go into the decoder), then with them: the
-codebook starts at k-means centres and follows moving averages (`training/codebook.py`). The share counts over the batch
-of all processes, so an image with more content may keep more.
+The share counts over the batch of all processes, so an image with more content may keep more. The token selector learns
+from what its decisions change: one patch of an image is decided the other way, the image is rebuilt again, and the
+difference in its loss is the gradient of that patch's probability. (A straight-through gradient is many times the real
+change for a dropped patch.)
 
-The token selector learns from what its decisions change: one patch of an image is decided the other way, the image is
-rebuilt again, and the difference in its loss is the gradient of that patch's probability. A straight-through gradient
-is many times the real change for a dropped patch; with it the small selector of nano-lavit learned nothing.
-
-Source: Jin et al. 2024 (arXiv 2309.04669). Shape suffixes: B images, N patches, D vision width, C code width, T kept
-rows of all images.
+Source: arXiv 2309.04669. Shape suffixes: B images, N patches, D vision width, C code width, T kept rows of all images.
 """
 
 from __future__ import annotations
@@ -47,12 +43,8 @@ class LavitStage1Weights:
 
 @dataclass(kw_only=True)
 class LavitStage1Output:
-    """Losses `[]`; `loss` is the weighted sum.
-
-    Attributes:
-        kept: share of kept patches in the batch, of all processes. counts_B: of each image, int64.
-        rows_TC: rows of kept patches before the quantizer, on the unit sphere; codes_T: theirs, None without codes.
-    """
+    """Losses `[]` (`loss` is the weighted sum), the share of kept patches of all processes, the number of patches of
+    each image, and the codes of all images."""
 
     loss: Tensor
     loss_cosine: Tensor
@@ -60,16 +52,15 @@ class LavitStage1Output:
     loss_commitment: Tensor | None
     kept: Tensor
     counts_B: Tensor
-    rows_TC: Tensor
     codes_T: Tensor | None
 
     def numbers(self) -> dict[str, Tensor]:
         """Scalars for a log: parts of the loss, the kept share, and tokens per image (mean, deviation, extremes)."""
         counts_B = self.counts_B.float()
-        values = {"loss_cosine": self.loss_cosine, "loss_ratio": self.loss_ratio, "kept": self.kept,
-                  "loss_commitment": self.loss_commitment, "tokens": counts_B.mean(),
-                  "tokens_deviation": counts_B.std(correction=0), "tokens_least": counts_B.min(),
-                  "tokens_most": counts_B.max()}
+        values = {
+            "loss_cosine": self.loss_cosine, "loss_ratio": self.loss_ratio, "loss_commitment": self.loss_commitment,
+            "kept": self.kept, "tokens": counts_B.mean(), "tokens_deviation": counts_B.std(correction=0),
+            "tokens_least": counts_B.min(), "tokens_most": counts_B.max()}
         return {name: value.detach() for name, value in values.items() if value is not None}
 
 
@@ -81,8 +72,7 @@ class LavitStage1(nn.Module):
         decoder: its heads for a U-Net are frozen.
         freeze_selector: keeps the token selector as it is once codes are used.
 
-    Attributes:
-        use_codes, codes, features: see `training.codebook.CodedModel`.
+    `use_codes`, `codes` and `features` are those of `training.codebook.CodedModel`.
     """
 
     def __init__(self, tokenizer: DynamicTokenizer, decoder: CodeDecoder, *, weights: LavitStage1Weights | None = None,
@@ -119,30 +109,22 @@ class LavitStage1(nn.Module):
 
     def forward(self, batch: Tensor, *, quantize: bool | None = None, generator: Generators = None,
                 noise: Tensor | None = None) -> LavitStage1Output:
-        """Loss of a batch of pixels `[B, 3, S, S]` or patch features `[B, N, D]`.
-
-        Args:
-            quantize: with codes; None: as `use_codes`.
-            generator, noise: of the selector's draw; None: torch's global generator, in eval mode a fixed seed.
-        """
+        """Loss of a batch of pixels `[B, 3, S, S]` or patch features `[B, N, D]`; `quantize`: with codes, by default as
+        `use_codes`; `generator`, `noise`: of the selector's draw."""
         quantize = self.use_codes if quantize is None else quantize
         features_BND = self.patch_features(batch)
-        selection = self.select(features_BND, frozen=quantize and self.freeze_selector, generator=generator,
-                                noise=noise)
+        selection = self.select(features_BND, quantize and self.freeze_selector, generator, noise)
         kept_BN = selection.keep_BN.detach() > 0.5
-        rows_TC, commitment, codes_T = self.rows_of(features_BND, kept_BN), None, None
-        decoded_TC = rows_TC
-        if quantize:
-            decoded_TC, commitment, codes_T = self.quantize(rows_TC)
-            count = torch.tensor(float(len(rows_TC)), device=rows_TC.device)
-            commitment = commitment * (count / mean_of_all(count))  # processes keep different numbers of rows
+        rows_TC = self.rows_of(features_BND, kept_BN)
+        decoded_TC, commitment, codes_T = self.quantize(rows_TC) if quantize else (rows_TC, None, None)
         errors_B, cosine_B = self.errors(features_BND, decoded_TC, kept_BN)
-        local_share = selection.keep_BN.mean()
-        # The value of all processes with the gradient of this one's share.
-        share = local_share + (mean_of_all(local_share.detach()) - local_share.detach())
+        own_share = selection.keep_BN.mean()  # the share of all processes has the gradient of this one's
+        share = own_share + (mean_of_all(own_share.detach()) - own_share.detach())
         loss_ratio = (self.weights.keep - share).square()
         loss = errors_B.mean() + self.weights.ratio * loss_ratio
         if commitment is not None:
+            count = torch.tensor(float(len(rows_TC)), device=rows_TC.device)
+            commitment = commitment * (count / mean_of_all(count))  # processes keep different numbers of rows
             loss = loss + self.weights.commitment * commitment
         if self.training and selection.log_probs_BN2.requires_grad:
             p_keep_BN = selection.log_probs_BN2[..., 0].exp()
@@ -151,11 +133,11 @@ class LavitStage1(nn.Module):
         self.features, self.codes = rows_TC.detach().float(), codes_T
         return LavitStage1Output(loss=loss, loss_cosine=cosine_B.mean(), loss_ratio=loss_ratio,
                                  loss_commitment=commitment, kept=share.detach(), counts_B=kept_BN.sum(1),
-                                 rows_TC=rows_TC, codes_T=codes_T)
+                                 codes_T=codes_T)
 
-    def select(self, features_BND: Tensor, *, frozen: bool = False, generator: Generators = None,
+    def select(self, features_BND: Tensor, frozen: bool = False, generator: Generators = None,
                noise: Tensor | None = None) -> Selection:
-        """The selector's draw (arguments as of `forward`); without gradient if `frozen`."""
+        """The selector's draw, in eval mode with a fixed seed by default; without gradient if `frozen`."""
         if not self.training and generator is None and noise is None:
             generator = torch.Generator(features_BND.device).manual_seed(0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):

@@ -15,6 +15,7 @@ from torch import Tensor
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer, reading_state, save_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import DynamicTokenizer
+from seed_multimodal.lavit.training import moving_codebook
 
 State = dict[str, Tensor]
 
@@ -125,8 +126,8 @@ def test_save_leaves_out_training_state_and_a_missing_projector(tmp_path: Path, 
     saved = tiny_tokenizer()
     one, other = load_both(save_dynamic_tokenizer(saved, tmp_path))
     assert one is other and equal(one.continuous(pixels, mode="threshold"), saved.continuous(pixels, mode="threshold"))
-    model = DynamicTokenizer(TINY, ema_decay=0.9)
-    model.vit_proj = None
+    model = DynamicTokenizer(TINY)
+    model.quantize, model.vit_proj = moving_codebook(model.quantize, 0.9), None
     save_dynamic_tokenizer(model, tmp_path)
     assert not any("ema" in name or "vit_proj" in name for name in load_file(tmp_path / "model.safetensors"))
     assert load_dynamic_tokenizer(tmp_path).vit_proj is None

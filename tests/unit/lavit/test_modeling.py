@@ -122,14 +122,6 @@ def test_training_reaches_the_selector_through_the_merger(pixels: Tensor) -> Non
 # ---- images to rows and codes
 
 
-def test_patch_features_are_the_last_blocks_patches_without_norm(model: DynamicTokenizer, pixels: Tensor) -> None:
-    encoder, x = model.encoder, model.encoder.patch_embed(pixels)
-    x = torch.cat([encoder.cls_token.expand(IMAGES, -1, -1), x], 1) + encoder.pos_embed
-    for block in encoder.blocks:
-        x = block(x)
-    assert torch.allclose(model.patch_features(pixels), x[:, 1:], atol=1e-6)
-
-
 @pytest.mark.parametrize("mode", ["threshold", "draw"])
 def test_encode_gives_an_image_alone_and_in_a_batch_the_same_tokens(
     mode: str, model: DynamicTokenizer, pixels: Tensor
@@ -143,24 +135,6 @@ def test_encode_gives_an_image_alone_and_in_a_batch_the_same_tokens(
         assert torch.equal(model.encode(pixels[i:i + 1], **options(i))[0], codes[i])
         assert torch.allclose(model.continuous(pixels[i:i + 1], **options(i))[0], rows[i], atol=1e-5)
         assert rows[i].shape == (len(codes[i]), TINY.llm_width)
-
-
-def test_rows_are_the_kept_patches_in_raster_order(model: DynamicTokenizer, pixels: Tensor) -> None:
-    features = model.patch_features(pixels)
-    keep = model.select(features, mode="threshold").keep_BN
-    merged, (rows, counts) = model.merge(features, keep), model.rows(pixels, mode="threshold")
-    want = [merged[b, n] for b in range(IMAGES) for n in range(PATCHES) if keep[b, n]]
-    assert torch.allclose(rows, torch.stack(want), atol=1e-6) and counts.tolist() == keep.sum(1).tolist()
-
-
-@torch.no_grad()
-def test_quantize_rows_compares_unit_queries_with_stored_rows() -> None:
-    model, rows = tiny_tokenizer(), torch.randn(30, WIDTH)
-    table = model.quantize.embedding.weight.mul_(torch.linspace(0.3, 2, TINY.codebook_size)[:, None])
-    codes, found = model.quantize_rows(rows)
-    queries = F.normalize(model.encode_task_layer(rows), dim=-1)
-    assert codes.tolist() == torch.cdist(queries, table).argmin(1).tolist()
-    assert torch.equal(found, table[codes]) and torch.equal(model.embed_codes(codes), found)
 
 
 # ---- precision

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from seed_multimodal.seed_x.vision import (
     Resampler,
     ResamplerConfig,
     resize_square,
-    sine_table,
 )
 
 SMALL = QwenVitConfig(image_size=28, patch_size=7, width=24, layers=2, heads=3, mlp_ratio=2.0, output_dim=16,
@@ -56,23 +54,6 @@ def test_resampler_gives_an_image_alone_and_in_a_batch_the_same(dtype: torch.dty
     assert together.dtype == dtype and together.shape == (5, 4, 24)
     torch.testing.assert_close(alone, together, rtol=0, atol=tolerance)
     torch.testing.assert_close(together.float(), exact, rtol=0, atol=tolerance)
-
-
-@torch.no_grad()
-def test_resampler_adds_positions_to_keys_but_not_to_values() -> None:
-    resampler, features = Resampler(RESAMPLER).eval(), torch.randn(1, 9, 10)
-    resampler.attn.in_proj_weight.normal_(std=0.5)
-    assert (resampler(features.flip(1)) - resampler(features)).abs().max() > 1e-3
-    same = features[:, :1].expand(-1, 9, -1)  # equal features everywhere: attention cannot change them
-    torch.testing.assert_close(resampler(same), resampler(features[:, :1]).expand(-1, 4, -1), rtol=0, atol=1e-5)
-
-
-def test_sine_table_holds_the_column_first() -> None:
-    table = sine_table(8, 3).view(3, 3, 8)
-    assert torch.equal(table[0, :, 4:], table[0, :1, 4:].expand(3, -1))  # one row: the second half stays
-    assert torch.equal(table[:, 0, :4], table[:1, 0, :4].expand(3, -1))
-    torch.testing.assert_close(table[0, 2, :4], torch.tensor([2.0, 0.02, 0, 0]).sin() + torch.tensor(
-        [0, 0, math.cos(2.0), math.cos(0.02)]))
 
 
 # ---- vision encoder
