@@ -1,1 +1,0 @@
-"""LaVIT: images as a variable number of tokens for a language model."""

@@ -1,1 +1,0 @@
-"""SEED-X: images as continuous features for a language model, drawn again by SDXL."""
